@@ -1,0 +1,486 @@
+"""Make the embedded model from nothing: draw pictures, ask about them, learn the answers.
+
+    python examples/train_tiny.py OUT_DIR
+
+One process per CPU core computes the gradients of its share of the pictures (small models gain nothing from threads), or one
+process on a GPU. Every picture and question follows from the seed and the step, so a run can be stopped at any time and goes on
+where it was when started again. Progress goes to the terminal and to OUT_DIR/log.jsonl; the finished model, in Hugging Face's
+layout, to OUT_DIR/model.
+
+How it learns: many questions about one picture are packed into one conversation, and only the answers count. A direct target,
+which shape covers each patch, teaches the vision tower to see before the decoder can ask it anything. Small pictures of few
+shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from llama4 import drawings
+from llama4.chat import render
+from llama4.config import Llama4Config, tiny
+from llama4.experts import GroupedExperts, LoopExperts
+from llama4.model import Llama4Model
+from llama4.moe import Router
+from llama4.tokenizer import PATTERN, Tokenizer
+from vision.tiling import best_canvas, fit_within, tile_image
+
+SPECIAL_TOKENS = 128
+LONGEST_SIDE = 448
+"""Pictures are drawn no larger than this: the model sees at most four tiles of 112 pixels in a row."""
+
+
+# -- vocabulary ----------------------------------------------------------------------------------------------------
+
+
+def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
+    """Train a byte-pair vocabulary on questions and answers; write it in tiktoken's format.
+
+    Capitals and digits are never merged with each other: a text in a picture is read letter by letter.
+    """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trainable
+
+    from llama4.tokenizer import byte_alphabet
+
+    alphabet = byte_alphabet()
+    words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    capitals = pre_tokenizers.Split(Regex(r" ?[A-Z0-9](?=[A-Z0-9])|(?<=[A-Z0-9])[A-Z0-9]"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainable = Trainable(models.BPE())
+    trainable.pre_tokenizer = pre_tokenizers.Sequence([words, capitals, as_bytes])  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(alphabet.values()), show_progress=False)
+    frame = ["user\n\n", "assistant\n\n", "system\n\n", "You are a helpful assistant."] * 2000
+    trainable.train_from_iterator(chain(frame, drawings.corpus(random.Random(seed), 20_000)), trainer)
+    to_byte = {character: byte for byte, character in alphabet.items()}
+    tokens = sorted(trainable.get_vocab().items(), key=lambda item: item[1])
+    ranked = [bytes(to_byte[character] for character in token) for token, _ in tokens]
+    if len(ranked) != size:
+        raise ValueError(f"the corpus gives a vocabulary of {len(ranked)} tokens, not {size}; train on more of it")
+    merged = [token for token in ranked if re.search(rb"[A-Z0-9]{2}", token)]
+    assert not merged, f"capitals were merged: {merged}"
+    lines = (base64.b64encode(token) + b" " + str(rank).encode() for rank, token in enumerate(ranked))
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], and per patch [n, P] the colour
+    and the kind of shape that covers it (0: ground, -100: unknown)."""
+
+    ids: Tensor
+    is_reply: Tensor
+    tiles: Tensor
+    colours: Tensor
+    kinds: Tensor
+
+
+@dataclass
+class Lesson:
+    """What pictures look like at a point of the curriculum."""
+
+    sides: tuple[int, int]
+    most_shapes: int
+    questions: int
+    text_share: float
+    pair_share: float
+
+
+def lesson_at(step: int, steps: int, rng: random.Random) -> Lesson:
+    """Small pictures of few shapes first, then more and more of the whole range."""
+    done = step / steps
+    if rng.random() > done / 0.25:
+        return Lesson((60, 112), min(6, 2 + int(done * 24)), 10, 0.05, 0.05)
+    return Lesson((60, 1200), 6, 12, 0.12, 0.12)
+
+
+class Conversations(Dataset[Sample]):
+    """Endless, and the same for the same seed: sample i of step s follows from (seed, i) and the curriculum at s."""
+
+    def __init__(self, config: Llama4Config, tokenizer: Tokenizer, seed: int, steps: int, batch: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.seed, self.steps, self.batch = seed, steps, batch
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = random.Random(f"{self.seed}/{index}")
+        lesson = lesson_at(index // self.batch, self.steps, rng)
+        scenes, questions = self._topic(rng, lesson)
+        return self.sample(scenes, questions, rng)
+
+    def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
+        def scene() -> drawings.Scene:
+            with_text = rng.random() < lesson.text_share
+            return drawings.random_scene(
+                rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes
+            )
+
+        share = rng.random()
+        if share < 0.02:
+            makers = (drawings.ask_outside, drawings.ask_without_picture)
+            return [], [rng.choice(makers)(rng) for _ in range(rng.randint(1, 4))]
+        if share < 0.02 + lesson.pair_share:
+            scenes = [scene(), scene()]
+            return scenes, [drawings.ask_pair(*scenes, rng) for _ in range(lesson.questions * 2 // 3)]
+        one = scene()
+        return [one], drawings.ask_many(one, rng, lesson.questions)
+
+    def sample(
+        self, scenes: list[drawings.Scene], questions: list[drawings.Question], rng: random.Random
+    ) -> Sample:
+        """Turn scenes and questions about them into one conversation."""
+        vision = self.config.vision
+        assert vision is not None
+        tiles, grids, labels = [], [], []
+        for scene in scenes:
+            picture = drawings.draw(scene, min(1.0, LONGEST_SIDE / max(scene.width, scene.height)))
+            prepared = tile_image(picture, vision.image_size, vision.max_tiles)
+            tiles.append(prepared.pixel_values)
+            grids.append((prepared.rows, prepared.cols))
+            labels.append(patch_labels(scene, picture.size, vision.image_size, vision.patch_size, vision.max_tiles))
+        messages: list[dict[str, Any]] = []
+        if rng.random() < 0.1:
+            messages.append({"role": "system", "content": "You are a helpful assistant."})
+        for i, question in enumerate(questions):
+            content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+            if i == 0:
+                images: list[dict[str, Any]] = [{"type": "image"} for _ in scenes]
+                content = content + images if rng.random() < 0.25 else images + content
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": question.answer})
+        rendered = render(
+            messages, self.tokenizer, grids=grids, tokens_per_tile=vision.tokens_per_tile, add_generation_prompt=False
+        )
+        side = vision.image_size
+        empty = torch.zeros(0, vision.num_patches, dtype=torch.long)
+        colours, kinds = (torch.cat([pair[k] for pair in labels]) if labels else empty for k in (0, 1))
+        return Sample(
+            torch.tensor(rendered.ids),
+            torch.tensor(rendered.is_reply),
+            torch.cat(tiles) if tiles else torch.zeros(0, vision.num_channels, side, side),
+            colours,
+            kinds,
+        )
+
+
+def patch_labels(
+    scene: drawings.Scene, size: tuple[int, int], tile: int, patch: int, max_tiles: int
+) -> tuple[Tensor, Tensor]:
+    """Colour and kind of the shape that covers most of each patch, [n, P] each, tile by tile as `tile_image` cuts them.
+
+    0 where the ground does; where a shape covers a part of a patch but less than a fifth, -100: not asked.
+    """
+    width, height = size
+    rows, cols = best_canvas(height, width, tile, max_tiles)
+    box = min(max(height, tile), rows * tile), min(max(width, tile), cols * tile)
+    fitted_height, fitted_width = fit_within(height, width, *box)
+    canvas = torch.zeros(rows * tile, cols * tile, dtype=torch.uint8)
+    canvas[:fitted_height, :fitted_width] = torch.from_numpy(drawings.draw_labels(scene, fitted_width, fitted_height))
+    maps = canvas.view(rows, tile, cols, tile).transpose(1, 2).reshape(-1, tile, tile)
+    if rows * cols > 1:
+        maps = torch.cat([maps, torch.from_numpy(drawings.draw_labels(scene, tile, tile))[None]])
+    patches = F.unfold(maps[:, None].float(), patch, stride=patch).long()  # [n, patch^2, P]
+    covered = F.one_hot(patches, len(scene.shapes) + 1).sum(1)  # [n, P, shapes + 1]
+    most, shape = covered[..., 1:].max(-1) if scene.shapes else (torch.zeros_like(covered[..., 0]),) * 2
+    names = list(drawings.COLOURS), list(drawings.KINDS)
+    tables = (
+        torch.tensor([1 + names[0].index(s.colour) for s in scene.shapes] or [0]),
+        torch.tensor([1 + names[1].index(s.kind) for s in scene.shapes] or [0]),
+    )
+    seen = most >= patch * patch / 5
+    unclear = ~seen & (most > 0)
+    colours, kinds = (table[shape].where(seen, 0).masked_fill(unclear, -100) for table in tables)
+    return colours, kinds
+
+
+@dataclass
+class Batch:
+    """Samples side by side: ids and masks [B, T] padded on the right, tiles and labels of all rows in order."""
+
+    ids: Tensor
+    mask: Tensor
+    is_reply: Tensor
+    tiles: Tensor
+    colours: Tensor
+    kinds: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def collate(samples: list[Sample]) -> Batch:
+    pad = nn.utils.rnn.pad_sequence
+    ids = pad([s.ids for s in samples], batch_first=True)
+    mask = pad([torch.ones_like(s.is_reply) for s in samples], batch_first=True)
+    is_reply = pad([s.is_reply for s in samples], batch_first=True)
+    tiles, colours, kinds = (torch.cat([getattr(s, name) for s in samples]) for name in ("tiles", "colours", "kinds"))
+    return Batch(ids, mask, is_reply, tiles, colours, kinds)
+
+
+# -- optimiser -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def orthogonalise(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of a stack [..., m, n], roughly: five Newton-Schulz steps of Muon (Jordan 2024)."""
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if g.shape[-2] > g.shape[-1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and stacks of matrices (torch's takes no stacks, and experts are stacks).
+
+    Updates are scaled to the size of Adam's (0.2 sqrt(max(m, n)), Liu et al. 2025), so both share one learning rate.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                velocity = state.setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(velocity, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the peak: a short warm-up, a plateau, and a linear descent over the last 45% of the run."""
+    return min(1.0, (step + 1) / 100, (steps - step) / (0.45 * steps))
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """The model with what only training needs: heads for the direct target, and the load-balancing loss."""
+
+    def __init__(self, config: Llama4Config, on_gpu: bool) -> None:
+        super().__init__()
+        assert config.vision is not None
+        self.model = Llama4Model(config, GroupedExperts if on_gpu else LoopExperts)
+        width = config.vision.hidden_size
+        self.colour_head = nn.Linear(width, 1 + len(drawings.COLOURS))
+        self.kind_head = nn.Linear(width, 1 + len(drawings.KINDS))
+        self.balance: list[Tensor] = []
+        self.loads: list[Tensor] = []
+        for router in self.routers():
+            router.register_forward_hook(self._watch)
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.model.modules() if isinstance(module, Router)]
+
+    def _watch(self, router: Router, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        """Switch Transformer's balance loss: E * sum over experts of (share of tokens) * (mean probability)."""
+        counts = torch.bincount(output[1].flatten(), minlength=router.out_features)
+        share = counts / counts.sum()
+        probability = F.linear(inputs[0].float(), router.weight.float()).softmax(-1).mean(0)
+        self.balance.append(router.out_features * (share * probability).sum())
+        self.loads.append(share.detach())
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        self.balance, self.loads = [], []
+        vision, projector = self.model.vision_model, self.model.multi_modal_projector
+        assert vision is not None and projector is not None
+        patches = vision.encode(batch.tiles)
+        features = projector(vision.vision_adapter(patches)).flatten(0, 1)
+        logits = self.model(batch.ids, attention_mask=batch.mask, image_features=features)
+        wanted = batch.is_reply[:, 1:]
+        answers = F.cross_entropy(logits[:, :-1][wanted].float(), batch.ids[:, 1:][wanted], reduction="sum")
+        heads = ((self.colour_head, batch.colours), (self.kind_head, batch.kinds))
+        seen = [F.cross_entropy(head(patches).float().flatten(0, 1), labels.flatten()) for head, labels in heads]
+        return {
+            "answers": answers / wanted.sum(),
+            "patches": torch.stack(seen).mean(),
+            "balance": torch.stack(self.balance).mean(),
+        }
+
+
+def split_parameters(learner: Learner) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon trains, the matrices inside the network, and the rest: tables, heads, routers, norms and biases."""
+    tables = ("embed_tokens.weight", "lm_head.weight", "router.weight", "head.weight", "positional_embedding_vlm")
+    matrices, others = [], []
+    for name, parameter in learner.named_parameters():
+        inside = parameter.ndim >= 2 and not name.endswith(tables)
+        (matrices if inside else others).append(parameter)
+    return matrices, others
+
+
+@torch.no_grad()
+def examine(learner: Learner, data: Conversations, per_kind: int, seed: int, device: torch.device) -> dict[str, float]:
+    """Share of fresh questions, one to a conversation, whose answer would be written to the letter by greedy decoding."""
+    learner.eval()
+    rng, shares = random.Random(f"examine/{seed}"), {}
+    for kind in drawings.KINDS_OF_QUESTION:
+        right = 0
+        samples = []
+        for _ in range(per_kind):
+            scenes, questions = drawings.fresh_question(rng, kind)
+            samples.append(data.sample(scenes, questions, rng))
+        batch = collate(samples).to(device)
+        features = learner.model.encode_images(batch.tiles) if len(batch.tiles) else None
+        logits = learner.model(batch.ids, attention_mask=batch.mask, image_features=features)
+        hit = logits[:, :-1].argmax(-1) == batch.ids[:, 1:]
+        wrong = (~hit & batch.is_reply[:, 1:]).any(1)
+        right = int((~wrong).sum())
+        shares[kind] = right / per_kind
+    learner.train()
+    return shares
+
+
+def train(rank: int, world: int, args: argparse.Namespace) -> None:
+    """One process of the run; process 0 writes."""
+    on_gpu = args.device == "cuda"
+    device = torch.device(args.device)
+    if not on_gpu:
+        torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{args.out}/rendezvous", rank=rank, world_size=world)
+    config = tiny()
+    tokenizer = Tokenizer(args.out / "tokenizer.model", num_special_tokens=SPECIAL_TOKENS)
+    assert tokenizer.vocab_size == config.text.vocab_size and tokenizer.special("<|patch|>") == config.image_token_index
+    torch.manual_seed(args.seed)
+    learner = Learner(config, on_gpu).to(device)
+    learner.model.init_weights()
+    matrices, others = split_parameters(learner)
+    optimisers = [
+        Muon(matrices, args.lr, weight_decay=0.02),
+        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    begin, checkpoint = 0, args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        begin = state["step"]
+        learner.load_state_dict(state["learner"])
+        for optimiser, content in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(content)
+    data = Conversations(config, tokenizer, args.seed, args.steps, args.batch)
+    share = args.batch // world
+
+    def indices() -> Iterator[list[int]]:
+        for step in range(begin, args.steps):
+            first = step * args.batch + rank * share
+            yield list(range(first, first + share))
+
+    workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if on_gpu else 0)
+    loader = DataLoader(data, batch_sampler=indices(), collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+    bar = tqdm(total=args.steps, initial=begin, disable=None if rank == 0 else True, unit="step")
+    log = (args.out / "log.jsonl").open("a") if rank == 0 else None
+    began, sums, seen = time.monotonic(), {}, 0
+    for step, batch in zip(range(begin, args.steps), loader, strict=True):
+        with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
+            losses = learner(batch.to(device))
+        fade = max(0.05, 1 - step / (0.6 * args.steps))
+        (losses["answers"] + fade * losses["patches"] + 0.01 * losses["balance"]).backward()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters()]
+        if world > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            gradients = [g.view_as(p) for g, p in zip(flat.div_(world).split([p.numel() for p in learner.parameters()]), learner.parameters(), strict=True)]
+        for p, g in zip(learner.parameters(), gradients, strict=True):
+            p.grad = g
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = args.lr * learning_rate(step, args.steps)
+            optimiser.step()
+        learner.zero_grad(set_to_none=True)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        seen += 1
+        if rank == 0 and (step + 1) % 20 == 0:
+            entry: dict[str, Any] = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
+            entry |= {name: round(total / seen, 4) for name, total in sums.items()}
+            entry["least_load"] = round(min(float(load.min()) for load in learner.loads), 4)
+            sums, seen = {}, 0
+            if (step + 1) % args.examine_every == 0:
+                entry["right"] = {k: round(v, 3) for k, v in examine(learner, data, args.per_kind, step, device).items()}
+            assert log is not None
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            bar.set_postfix(answers=entry["answers"], patches=entry["patches"])
+        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            state = {"step": step + 1, "learner": learner.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
+            torch.save(state, checkpoint.with_suffix(".new"))
+            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+        bar.update()
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def finish(args: argparse.Namespace) -> None:
+    """Write the model in Hugging Face's layout, in bfloat16."""
+    from llama4.weights.saver import save
+
+    learner = Learner(tiny(), on_gpu=False)
+    learner.load_state_dict(torch.load(args.out / "checkpoint.pt", weights_only=True, map_location="cpu")["learner"])
+    model = learner.model.bfloat16()
+    save(model, model.config, args.out / "model", extra_files=[args.out / "tokenizer.model"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=24, help="pictures per step, over all processes")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=None, help="on a CPU; default: one per core")
+    parser.add_argument("--workers", type=int, default=None, help="processes that draw; default: none on a CPU, 8 for a GPU")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--examine-every", type=int, default=200)
+    parser.add_argument("--per-kind", type=int, default=24, help="questions per kind in an examination")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer.model").exists():
+        build_vocabulary(args.out / "tokenizer.model", tiny().text.vocab_size - SPECIAL_TOKENS)
+    world = 1 if args.device == "cuda" else args.processes or len(os.sched_getaffinity(0))
+    if args.batch % world:
+        parser.error(f"--batch {args.batch} must be a multiple of the {world} processes")
+    (args.out / "rendezvous").unlink(missing_ok=True)
+    try:
+        if world == 1:
+            train(0, 1, args)
+        else:
+            mp.spawn(train, (world, args), nprocs=world)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finish(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Llama 4: image and text in, text out.
+
+    from llama4 import Llama4
+    llm = Llama4.from_pretrained("tiny")
+    print(llm.chat("What can you do?"))
+
+Names are imported when they are first used, so that `import llama4` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama4.api import Llama4, Reply, Stream, Usage
+    from llama4.config import PRESETS, Llama4Config, TextConfig
+    from llama4.errors import CheckpointError, ConfigError, ContextLengthError, ImageError
+    from llama4.generate import Token
+    from llama4.model import Llama4Model
+    from llama4.processor import Inputs, Processor
+    from llama4.sampling import Sampler
+    from llama4.tokenizer import Tokenizer
+    from llama4.tool_calls import ToolCall
+    from vision.config import VisionConfig
+    from vision.images import load_image
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "llama4.api": ("Llama4", "Reply", "Stream", "Usage"),
+    "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
+    "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
+    "llama4.generate": ("Token",),
+    "llama4.model": ("Llama4Model",),
+    "llama4.processor": ("Inputs", "Processor"),
+    "llama4.sampling": ("Sampler",),
+    "llama4.tokenizer": ("Tokenizer",),
+    "llama4.tool_calls": ("ToolCall",),
+    "vision.config": ("VisionConfig",),
+    "vision.images": ("load_image",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "ImageError",
+    "Inputs",
+    "Llama4",
+    "Llama4Config",
+    "Llama4Model",
+    "Processor",
+    "Reply",
+    "Sampler",
+    "Stream",
+    "TextConfig",
+    "Token",
+    "Tokenizer",
+    "ToolCall",
+    "Usage",
+    "VisionConfig",
+    "__version__",
+    "load_image",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,409 @@
+"""`Llama4`: a model with its tokenizer and processor, put together from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+import torch
+
+from llama4 import hub
+from llama4.chat import Message
+from llama4.config import Llama4Config
+from llama4.experts import resolve_experts
+from llama4.generate import Event, FinishReason, Token, generate
+from llama4.model import Llama4Model
+from llama4.processor import Inputs, Processor
+from llama4.sampling import Sampler
+from llama4.tokenizer import Tokenizer
+from llama4.tool_calls import ToolCall, parse_reply
+from llama4.weights.loader import load
+from llama4.weights.saver import save
+from llama4.weights.source import open_source
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+"""Models inside this package, by name. A directory of the same name is reached as `./tiny`."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+SMALL_MODEL = 100_000_000
+"""Parameters up to which a CPU computes in float32 unless told: at such widths that is faster than bfloat16, and exact."""
+
+Prompt: TypeAlias = str | Sequence[Message] | Inputs
+"""A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a prompt, images and format included, and of its reply, that which ended it included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model said.
+
+    Attributes:
+        text: without tool calls, stop strings and special tokens.
+        tool_calls: the functions it wants called.
+        finish_reason: "stop" if the model ended or a stop string came, "length" if a limit did; None if it was interrupted.
+        usage: how many tokens it took.
+        logprobs: every generated token with its log-probability before temperature, top_p and top_k.
+    """
+
+    text: str
+    tool_calls: list[ToolCall]
+    finish_reason: FinishReason | None
+    usage: Usage
+    logprobs: list[Token]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Llama4.chat`, where they are explained."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    tools: Sequence[Mapping[str, Any]] | None
+
+
+class Stream(Iterator[str]):
+    """A reply as it comes: an iterator of pieces of text, none of them empty or with half a character.
+
+    The pieces join to the reply's text, tool calls included as the model spelt them. It may be left, closed or interrupted
+    at any point.
+    """
+
+    def __init__(self, events: Iterator[Event], draft: _Draft) -> None:
+        self._events = events
+        self._draft = draft
+
+    def __next__(self) -> str:
+        for event in self._events:
+            self._draft.add(event)
+            if event.text:
+                return event.text
+        raise StopIteration
+
+    @property
+    def reply(self) -> Reply:
+        """What has come so far; once the iterator has ended, the whole reply."""
+        return self._draft.reply()
+
+
+@dataclass
+class _Draft:
+    """A reply on its way."""
+
+    prompt_tokens: int
+    tools: Sequence[Mapping[str, Any]] | None
+    call_id: int | None
+    """Id of `<|python_start|>`, which announces a tool call even where no tools were given."""
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, event: Event) -> None:
+        self.text += event.text
+        self.tokens.append(event.token)
+        self.finish_reason = event.finish_reason
+
+    def reply(self) -> Reply:
+        text, calls = self.text, []
+        if self.tools or any(token.id == self.call_id for token in self.tokens):
+            text, calls = parse_reply(text, self.tools)
+        usage = Usage(self.prompt_tokens, len(self.tokens), self.prompt_tokens + len(self.tokens))
+        return Reply(text, calls, self.finish_reason, usage, list(self.tokens))
+
+
+class Llama4:
+    """A Llama 4 model that chats about text and images.
+
+    Use `from_pretrained`. The parts are there to be used alone: `model` (a torch module), `config`, `tokenizer` and
+    `processor`.
+    """
+
+    def __init__(
+        self,
+        model: Llama4Model,
+        tokenizer: Tokenizer | None,
+        *,
+        max_context: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        window = model.config.text.max_position_embeddings
+        if max_context is not None and not 1 < max_context <= window:
+            raise ValueError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
+        self.model = model
+        self.max_context = max_context
+        self.progress = progress
+        self._tokenizer = tokenizer
+        self._processor = _make_processor(model.config, tokenizer) if tokenizer is not None else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        experts: str = "auto",
+        max_context: int | None = None,
+        progress: bool = True,
+    ) -> Llama4:
+        """Load a model.
+
+        Args:
+            name: an embedded model ("tiny"), a local directory in Hugging Face's layout, or a Hub id such as
+                "meta-llama/Llama-4-Scout-17B-16E-Instruct".
+            revision: branch, tag or commit on the Hub.
+            token: for the Hub, where a model wants one; by default the one you logged in with.
+            device: "auto" is CUDA if there is one, else the CPU.
+            dtype: "auto" is the checkpoint's, except that a CPU computes models below 100M parameters in float32.
+            quantization: None; this release has no other.
+            experts: how routed experts are computed: "loop", "grouped", or "auto" for the faster one on that device.
+            max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
+            progress: show bars on a terminal while downloading, loading and reading long prompts.
+
+        Raises:
+            ValueError: no such model, a bad argument; or one of its classes `ConfigError` and `CheckpointError`, where
+                the files are at fault.
+        """
+        if quantization is not None:
+            raise ValueError(f"quantization={quantization!r} is not in this release; leave it at None")
+        directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token)
+        config = Llama4Config.from_directory(directory)
+        if config.quantization_config is not None:
+            method = config.quantization_config.get("quant_method", "unknown")
+            raise ValueError(
+                f"{name} is quantised (quant_method {method!r}), which this release does not read; use its bf16 checkpoint"
+            )
+        resolved_device = resolve_device(device)
+        resolved_dtype = resolve_dtype(dtype, config, resolved_device)
+        tokenizer = load_tokenizer(directory, config)
+        backend = resolve_experts(experts, resolved_device, resolved_dtype)
+        with torch.device("meta"):
+            model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
+        load(model, open_source(directory), dtype=resolved_dtype, device=resolved_device, progress=progress)
+        logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
+        return cls(model.eval(), tokenizer, max_context=max_context, progress=progress)
+
+    @property
+    def config(self) -> Llama4Config:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("this model came without a tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
+        return self._tokenizer
+
+    @property
+    def processor(self) -> Processor:
+        if self._processor is None:
+            return _make_processor(self.config, self.tokenizer)  # which says what is missing
+        return self._processor
+
+    def chat(
+        self,
+        messages: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL, bytes, a
+                base64 data URL or a PIL image.
+            max_new_tokens: most tokens of the reply.
+            temperature: 0 always takes the most likely token; higher is more varied.
+            top_p: draw from the fewest most likely tokens whose probabilities sum to this.
+            top_k: draw from this many most likely tokens.
+            seed: makes a reply with a temperature repeatable.
+            stop: strings that end the reply and are not part of it.
+            tools: functions the model may call, as JSON schemas in OpenAI's form.
+
+        Raises:
+            ValueError: a malformed message or argument, or one of its classes: `ImageError` for an image that cannot be
+                read, `ContextLengthError` for a prompt beyond the window.
+        """
+        stream = self.stream(
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            tools=tools,
+        )
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
+        """Answer a conversation piece by piece; arguments and errors are those of `chat`, errors come before the first piece."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not isinstance(messages, Inputs):
+            messages = self.processor(messages, tools=options.get("tools"))
+        if len(messages.input_ids) != 1:
+            raise ValueError(f"these are {len(messages.input_ids)} conversations; use chat_batch for more than one")
+        events, drafts = self._start(messages, **options)
+        return Stream(events, drafts[0])
+
+    def chat_batch(self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]) -> list[Reply]:
+        """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
+        if not isinstance(conversations, Inputs):
+            rows = [[{"role": "user", "content": row}] if isinstance(row, str) else list(row) for row in conversations]
+            if not rows:
+                return []
+            conversations = self.processor(rows, tools=options.get("tools"))
+        events, drafts = self._start(conversations, **options)
+        for event in events:
+            drafts[event.row].add(event)
+        return [draft.reply() for draft in drafts]
+
+    def complete(self, text: str, **options: Unpack[Options]) -> Reply:
+        """Continue a raw text, without the format of a chat; the arguments are those of `chat`."""
+        return self.chat(self.processor.complete(text), **options)
+
+    def _start(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Iterator[Event], list[_Draft]]:
+        tokenizer = self.tokenizer
+        events = generate(
+            self.model,
+            tokenizer,
+            inputs,
+            sampler=Sampler(temperature, top_p, top_k, seed),
+            max_new_tokens=max_new_tokens,
+            stop_ids=tokenizer.stop_ids or self.config.text.eos_token_id,
+            stop=stop,
+            max_context=self.max_context,
+            progress=self.progress,
+        )
+        call_id = tokenizer.special_tokens.get("<|python_start|>")
+        return events, [_Draft(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model in Hugging Face's layout, tokenizer included, for this library or transformers to read.
+
+        Raises:
+            ValueError: the directory cannot be written.
+        """
+        files = [self._tokenizer.path] if self._tokenizer is not None else []
+        save(self.model, self.config, directory, extra_files=files)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+        """Upload the model to the Hugging Face Hub, as `save_pretrained` writes it; returns its address."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(Path(directory) / "model")
+            return hub.push(Path(directory) / "model", repo_id, token=token, private=private)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to use.
+
+    Raises:
+        ValueError: torch knows no such device, or has none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    Raises:
+        ValueError: a dtype that models are not computed in.
+    """
+    if dtype == "auto":
+        small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
+        dtype = "float32" if small else config.dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
+    """The tokenizer in a model's directory, checked against the model; None if there is none.
+
+    Raises:
+        ValueError: a tokenizer that is unreadable or of another model.
+    """
+    try:
+        tokenizer = Tokenizer(directory)
+    except FileNotFoundError:
+        return None
+    # A tokenizer.model does not say how many special tokens follow it; the embeddings do.
+    excess = tokenizer.vocab_size - config.text.vocab_size
+    if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
+        tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds {config.text.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    patch = tokenizer.special_tokens.get("<|patch|>")
+    if config.vision is not None and patch != config.image_token_index:
+        raise ValueError(
+            f"<|patch|> is {patch} in {tokenizer.path}, but image_token_index of the model is {config.image_token_index}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def _make_processor(config: Llama4Config, tokenizer: Tokenizer) -> Processor:
+    vision = config.vision
+    if vision is None:
+        return Processor(tokenizer, image_size=None)
+    return Processor(
+        tokenizer,
+        vision.image_size,
+        vision.patch_size,
+        vision.pixel_shuffle_ratio,
+        vision.max_tiles,
+        vision.image_mean,
+        vision.image_std,
+    )

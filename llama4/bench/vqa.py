@@ -1,0 +1,164 @@
+"""How often a model answers questions about fresh drawings rightly, for each kind of question.
+
+`python -m llama4.bench vqa [--model tiny] [--pictures N] [--seed S] [--json]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llama4.drawings import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
+
+Messages = list[dict[str, Any]]
+Answer = Callable[[list[Messages]], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How many of the questions of one kind were answered rightly, with Wilson's 95% interval for the share."""
+
+    kind: str
+    right: int
+    asked: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+
+def evaluate(
+    answer: Answer,
+    per_kind: int = 200,
+    seed: int = 0,
+    *,
+    kinds: Sequence[str] = KINDS_OF_QUESTION,
+    sides: tuple[int, int] = (60, 1200),
+    batch_size: int = 16,
+    on_answer: Callable[[Question, str, bool], None] | None = None,
+) -> list[Row]:
+    """Ask `per_kind` questions of every kind, each about pictures of its own, and count the right answers.
+
+    `answer` turns a batch of conversations into one answer each. `seed` and kind fix the questions, whatever the order
+    of kinds or the batch size. `on_answer` sees every question, what was answered, and whether that was right.
+    """
+    if per_kind < 1 or batch_size < 1:
+        raise ValueError(f"per_kind and batch_size must be at least 1, got {per_kind} and {batch_size}")
+    return [
+        _row(kind, list(_judge(answer, _exam(kind, per_kind, seed, sides), batch_size, on_answer))) for kind in kinds
+    ]
+
+
+def _exam(kind: str, n: int, seed: int, sides: tuple[int, int]) -> Iterator[tuple[Messages, Question]]:
+    rng = random.Random(f"exam {seed} {kind}")
+    for _ in range(n):
+        scenes, questions = fresh_question(rng, kind, sides=sides)
+        content: list[dict[str, Any]] = [{"type": "image", "image": draw(scene)} for scene in scenes]
+        messages: Messages = []
+        for question in questions[:-1]:
+            messages.append({"role": "user", "content": [*content, _said(question.text)]})
+            messages.append({"role": "assistant", "content": [_said(question.answer)]})
+            content = []
+        messages.append({"role": "user", "content": [*content, _said(questions[-1].text)]})
+        yield messages, questions[-1]
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _judge(
+    answer: Answer,
+    exam: Iterator[tuple[Messages, Question]],
+    batch_size: int,
+    on_answer: Callable[[Question, str, bool], None] | None,
+) -> Iterator[bool]:
+    batch: list[tuple[Messages, Question]] = []
+    for item in exam:
+        batch.append(item)
+        if len(batch) == batch_size:
+            yield from _judge_batch(answer, batch, on_answer)
+            batch = []
+    if batch:
+        yield from _judge_batch(answer, batch, on_answer)
+
+
+def _judge_batch(
+    answer: Answer,
+    batch: list[tuple[Messages, Question]],
+    on_answer: Callable[[Question, str, bool], None] | None,
+) -> Iterator[bool]:
+    given = answer([messages for messages, _ in batch])
+    for (_, question), said in zip(batch, given, strict=True):
+        right = is_right(question, said)
+        if on_answer is not None:
+            on_answer(question, said, right)
+        yield right
+
+
+def _row(kind: str, verdicts: list[bool]) -> Row:
+    return Row(kind, sum(verdicts), len(verdicts), *wilson(sum(verdicts), len(verdicts)))
+
+
+def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+    """Bounds of the share of successes (E. B. Wilson 1927); z = 1.96 for 95%."""
+    share = right / asked
+    scale = 1 + z * z / asked
+    middle = (share + z * z / (2 * asked)) / scale
+    reach = z / scale * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as lines of text."""
+    lines = [f"{'kind':<14}{'right':>7}{'asked':>7}{'share':>8}   95% interval"]
+    lines += [
+        f"{r.kind:<14}{r.right:>7}{r.asked:>7}{r.share:>8.1%}   {r.low:.1%} ... {r.high:.1%}".rstrip() for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llama4.bench vqa", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    parser.add_argument("--pictures", type=int, default=200, metavar="N", help="questions per kind, each a new picture")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other pictures and questions")
+    parser.add_argument("--kinds", nargs="+", default=KINDS_OF_QUESTION, choices=KINDS_OF_QUESTION, metavar="KIND")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--show-wrong", action="store_true", help="print every wrong answer to stderr")
+    options = parser.parse_args(arguments)
+    if options.pictures < 1 or options.batch_size < 1:
+        parser.error("--pictures and --batch-size must be at least 1")
+
+    from llama4.api import Llama4
+
+    llm = Llama4.from_pretrained(options.model)
+
+    def answer(conversations: list[Messages]) -> list[str]:
+        return [reply.text for reply in llm.chat_batch(conversations, max_new_tokens=64)]
+
+    def show(question: Question, said: str, right: bool) -> None:
+        if options.show_wrong and not right:
+            print(f"{question.kind}: {question.text!r} -> {said!r}, not {question.answer!r}", file=sys.stderr)
+
+    rows = evaluate(
+        answer, options.pictures, options.seed, kinds=options.kinds, batch_size=options.batch_size, on_answer=show
+    )
+    if options.json:
+        print(json.dumps([asdict(row) | {"share": row.share} for row in rows], indent=2))
+    else:
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The command `llama4`: generate, chat, info."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama4 import __version__
+
+if TYPE_CHECKING:
+    from llama4.api import Llama4, Options, Reply
+
+HELP = """\
+Write a message and press Enter.
+  /image FILE   add a picture to your next message
+  /reset        start a new conversation
+  /help         show this
+  /quit         leave (so does Ctrl-D)
+Ctrl-C stops a reply."""
+
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of a shell's commands that end by SIGINT and SIGPIPE."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code. What a user can cause ends in one line on stderr, never in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    options = make_parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        if getattr(options, "json", False):
+            print(json.dumps({"error": str(error), "type": type(error).__name__}))
+        print(f"llama4: error: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
+    parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | chat | info")
+
+    generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
+    generate.add_argument("question", help="what to ask; - reads it from stdin")
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable")
+    generate.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
+    generate.add_argument("--raw", action="store_true", help="continue the text as it is, without the format of a chat")
+    _add_reply_options(generate)
+    generate.set_defaults(run=run_generate, parser=generate)
+
+    chat = commands.add_parser("chat", help="talk in the terminal", description="Talk in the terminal. " + HELP)
+    chat.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_reply_options(chat)
+    chat.set_defaults(run=run_chat)
+
+    info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
+    info.add_argument("model", help="scout, maverick, guard4, behemoth, tiny, a directory or a Hub id")
+    info.add_argument("--revision", help="branch, tag or commit on the Hub")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def _add_reply_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    model.add_argument("--revision", help="branch, tag or commit on the Hub")
+    model.add_argument("--dtype", default="auto", help="bfloat16, float16, float32, float64 (default: auto)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    model.add_argument("--experts", default="auto", help="loop or grouped (default: auto)")
+    model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
+    reply = parser.add_argument_group("reply")
+    reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
+    reply.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a reply (default: 256)")
+    reply.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), higher varies")
+    reply.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that sum to P")
+    reply.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    reply.add_argument("--seed", type=int, metavar="N", help="makes a reply with a temperature repeatable")
+    reply.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before this text; repeatable")
+
+
+def _load(options: argparse.Namespace) -> Llama4:
+    from llama4.api import Llama4
+
+    return Llama4.from_pretrained(
+        options.model,
+        revision=options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        experts=options.experts,
+        max_context=options.max_context,
+    )
+
+
+def _reply_options(options: argparse.Namespace) -> Options:
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+
+
+def _start(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A conversation before its first question."""
+    return [{"role": "system", "content": options.system}] if options.system else []
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    if options.raw and (options.image or options.system):
+        options.parser.error("--raw continues a text; it takes neither --image nor --system")
+    question = read_stdin() if options.question == "-" else options.question
+    content = [*({"type": "image", "image": image} for image in options.image), {"type": "text", "text": question}]
+    llm = _load(options)
+    prompt = llm.processor.complete(question) if options.raw else [*_start(options), {"role": "user", "content": content}]
+    stream = llm.stream(prompt, **_reply_options(options))
+    for piece in stream:
+        if not options.json:
+            print(piece, end="", flush=True)
+    print(json.dumps(as_json(stream.reply), ensure_ascii=False) if options.json else "")
+    return 0
+
+
+def read_stdin() -> str:
+    """All of stdin, without the line break at its end.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin is not UTF-8: byte {data[error.start]:#04x} at {error.start}; convert it first, for instance with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def as_json(reply: Reply) -> dict[str, Any]:
+    """A reply as `--json` prints it."""
+    return {
+        "text": reply.text,
+        "tool_calls": [call.to_openai() for call in reply.tool_calls],
+        "finish_reason": reply.finish_reason,
+        "usage": dataclasses.asdict(reply.usage),
+        "logprobs": [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in reply.logprobs],
+    }
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() its history
+    llm = _load(options)
+    settings = _reply_options(options)
+    messages, pictures = _start(options), list[dict[str, Any]]()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("/help shows what you can do, Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            print(end="\n" if interactive else "")
+            return 0
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8 ({error}); convert it first") from None
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(Ctrl-D leaves)")
+            continue
+        command, _, argument = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return 0
+        if command == "/reset":
+            messages, pictures = _start(options), []
+            print("A new conversation.")
+        elif command == "/image":
+            with _reported():
+                pictures.append(_picture(argument))
+                print(f"Added picture {len(pictures)} to your next message.")
+        elif command == "/help" or (command.startswith("/") and "/" not in command[1:]):
+            print(HELP if command == "/help" else f"{command} is no command; /help shows those there are.")
+        elif line:
+            question = {"role": "user", "content": [*pictures, {"type": "text", "text": line}]}
+            with _reported():
+                messages = _exchange(llm, [*messages, question], settings)
+                pictures = []
+
+
+def _picture(name: str) -> dict[str, Any]:
+    from vision.images import load_image
+
+    name = name.strip().strip("'\"")
+    if not name:
+        raise ValueError("/image needs a file, such as /image photo.jpg")
+    return {"type": "image", "image": load_image(name)}
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """What goes wrong in a conversation is said, and does not end it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _exchange(llm: Llama4, messages: list[dict[str, Any]], settings: Options) -> list[dict[str, Any]]:
+    """Stream the reply; -> the conversation with as much of it as came before Ctrl-C."""
+    stream = llm.stream(messages, **settings)
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    reply = stream.reply
+    print(" (cut at --max-new-tokens or the window)" if reply.finish_reason == "length" else "")
+    return [*messages, {"role": "assistant", "content": reply.text}]
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from llama4.info import describe, read_config, table
+
+    facts = describe(read_config(options.model, options.revision))
+    print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
+    return 0

@@ -1,0 +1,106 @@
+"""The routed experts of a layer: SwiGLU MLPs, each applied to the tokens that were sent to it and to no others.
+
+Every class here holds the same two parameters under Hugging Face's names, gate_up_proj [E, D, 2F] (gate first) and
+down_proj [E, F, D], both "in x out", and has the same forward. `resolve_experts` turns a name into a class, once, at build.
+
+Shapes: N rows sorted by expert, D hidden size, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama4.config import TextConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Experts(nn.Module):
+    """Base of the backends: the parameters. A backend says where it cannot run, and computes."""
+
+    name = ""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        E, D, F_ = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * F_))
+        self.down_proj = nn.Parameter(torch.empty(E, F_, D))
+
+    @staticmethod
+    def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot run there; None if it can."""
+        return None
+
+    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """expert(x) = (silu(x @ gate) * (x @ up)) @ down, row by row.
+
+        Args:
+            x_ND: rows sorted by expert, already multiplied by their router scores.
+            num_tokens_per_expert_E: int64, sums to N; zeros are welcome.
+
+        Returns:
+            [N, D], in the order of the rows.
+        """
+        raise AssertionError("a backend computes")
+
+
+class LoopExperts(Experts):
+    """The readable reference: one expert after the other, those that nobody chose are not touched. Runs everywhere."""
+
+    name = "loop"
+
+    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        outputs = []
+        for expert, x_nD in enumerate(x_ND.split(num_tokens_per_expert_E.tolist())):
+            if len(x_nD):
+                gate, up = (x_nD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+                outputs.append((F.silu(gate) * up) @ self.down_proj[expert])
+        return torch.cat(outputs) if outputs else x_ND
+
+
+class GroupedExperts(Experts):
+    """All experts in two grouped matrix products, `torch.nn.functional.grouped_mm`; no host round trip."""
+
+    name = "grouped"
+
+    @staticmethod
+    def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cuda" and dtype != torch.bfloat16:
+            return f"torch's grouped_mm wants bfloat16 on CUDA, not {dtype}"
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"torch's grouped_mm does not take {dtype}"
+        return None
+
+    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x_ND, self.gate_up_proj, offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=ends)
+
+
+BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts)}
+
+
+def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type[Experts]:
+    """The class of experts to build.
+
+    Args:
+        name: "auto" or a key of `BACKENDS`.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run there, with its reason.
+    """
+    if name == "auto":
+        # On a CPU the loop is as fast as a grouped product and reads only the experts that were chosen.
+        preferred = GroupedExperts if device.type == "cuda" else LoopExperts
+        chosen: type[Experts] = LoopExperts if preferred.unsupported_reason(device, dtype) else preferred
+        logger.info("experts: %s on %s in %s", chosen.name, device, dtype)
+        return chosen
+    if name not in BACKENDS:
+        raise ValueError(f"experts={name!r} is not known; choose 'auto' or one of {sorted(BACKENDS)}")
+    if reason := BACKENDS[name].unsupported_reason(device, dtype):
+        raise ValueError(f"experts={name!r} cannot run here: {reason}; choose another or 'auto'")
+    return BACKENDS[name]

@@ -1,0 +1,109 @@
+"""What a model is, from its configuration alone: nothing is allocated, nothing but the configuration is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama4 import hub
+from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
+"""Of the bare weights; what a quantised model adds for its scales is not counted."""
+
+
+def read_config(name: str, revision: str | None = None, token: str | None = None) -> Llama4Config:
+    """The configuration of a preset ("scout", "maverick", ...), of a local directory, or of a model on the Hub.
+
+    Raises:
+        ValueError: no such model, or a configuration that is not of Llama 4.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    files = (CONFIG_FILE, *IMAGE_CONFIG_FILES)
+    return Llama4Config.from_directory(hub.resolve(name, revision=revision, token=token, patterns=files))
+
+
+def describe(config: Llama4Config) -> dict[str, Any]:
+    """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens. The cache is that of one sequence in
+    bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers are full."""
+    text, vision = config.text, config.vision
+    window, total = text.max_position_embeddings, config.num_parameters()
+    chunk = text.attention_chunk_size or 0
+    facts: dict[str, Any] = {
+        "layers": text.num_hidden_layers,
+        "layers_with_experts": len(text.moe_layers or ()),
+        "layers_without_rope": text.num_hidden_layers - sum(text.no_rope_layers or ()),
+        "hidden_size": text.hidden_size,
+        "attention_heads": text.num_attention_heads,
+        "key_value_heads": text.num_key_value_heads,
+        "experts": text.num_local_experts,
+        "experts_per_token": text.num_experts_per_tok if text.moe_layers else 0,
+        "vocabulary": text.vocab_size,
+        "parameters": total,
+        "active_parameters": config.num_active_parameters(),
+        "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
+        "window": window,
+        "attention_chunk": text.attention_chunk_size,
+        "cache_bytes_per_token": text.cache_bytes(chunk + 1) - text.cache_bytes(chunk),
+        "cache_bytes_full": text.cache_bytes(window),
+        "vision": None,
+        "dtype": config.dtype,
+        "note": config.note,
+    }
+    if vision is not None:
+        facts["vision"] = {
+            "layers": vision.num_hidden_layers,
+            "hidden_size": vision.hidden_size,
+            "tile": vision.image_size,
+            "max_tiles": vision.max_tiles,
+            "tokens_per_tile": vision.tokens_per_tile,
+        }
+    return facts
+
+
+def table(name: str, facts: dict[str, Any]) -> str:
+    """The facts as lines of text."""
+    lines = {
+        "layers": f"{facts['layers']}, {facts['layers_with_experts']} with experts, "
+        f"{facts['layers_without_rope']} without RoPE",
+        "width": f"{facts['hidden_size']}, {facts['attention_heads']} heads, {facts['key_value_heads']} for keys and values",
+        "experts": f"{facts['experts']}, {facts['experts_per_token']} per token, and a shared one"
+        if facts["experts_per_token"]
+        else "none",
+        "vocabulary": f"{facts['vocabulary']:,}",
+        "parameters": f"{facts['parameters']:,} ({_short(facts['parameters'])})",
+        "active": f"{facts['active_parameters']:,} ({_short(facts['active_parameters'])}) per token",
+        "weights": ", ".join(f"{_size(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
+        "window": f"{facts['window']:,} tokens"
+        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else ""),
+        "cache": f"{_size(facts['cache_bytes_per_token'])} per token, {_size(facts['cache_bytes_full'])} at the full "
+        "window, in bfloat16",
+    }
+    if vision := facts["vision"]:
+        lines["vision"] = (
+            f"{vision['layers']} layers, width {vision['hidden_size']}, up to {vision['max_tiles']} tiles of "
+            f"{vision['tile']} pixels and a global one, {vision['tokens_per_tile']} tokens each"
+        )
+    else:
+        lines["vision"] = "none"
+    if facts["note"]:
+        lines["note"] = facts["note"]
+    return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def _short(count: int) -> str:
+    """123456789 -> "123M"."""
+    value, units = float(count), iter(("", "K", "M", "B"))
+    unit = next(units)
+    while value >= 999.5 and unit != "B":
+        value, unit = value / 1000, next(units)
+    return f"{value:.1f}{unit}" if value < 9.95 and unit else f"{value:.0f}{unit}"
+
+
+def _size(size: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    value, units = float(size), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if value < 99.95 and unit != "bytes" else f"{value:.0f} {unit}"

@@ -1,0 +1,255 @@
+"""Everything a user may hand over as an image, and everything that is none."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw, ImageFile, ImageOps
+
+import vision.images
+from vision.images import ImageError, load_image
+
+
+@pytest.fixture(autouse=True)
+def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta's preprocessing, once imported by another test, lets PIL accept truncated files."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+def scene() -> Image.Image:
+    image = Image.new("RGB", (40, 24), (10, 200, 30))
+    ImageDraw.Draw(image).rectangle((2, 3, 12, 9), fill=(250, 0, 90))
+    return image
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def same(left: Image.Image, right: Image.Image) -> bool:
+    return left.mode == right.mode == "RGB" and left.size == right.size and left.tobytes() == right.tobytes()
+
+
+def test_every_kind_of_source(tmp_path: Path) -> None:
+    data = encoded(scene())
+    path = tmp_path / "a picture.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (path, str(path), data, bytearray(data), memoryview(data), url, scene()):
+        assert same(load_image(source), scene())
+
+
+def test_a_given_image_is_not_changed() -> None:
+    image = scene().convert("RGBA")
+    before = image.tobytes()
+    load_image(image)
+    assert image.mode == "RGBA"
+    assert image.tobytes() == before
+    rgb = scene()
+    assert load_image(rgb) is not rgb
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(io.BytesIO(encoded(scene(), exif=exif)))
+    assert same(load_image(encoded(scene(), exif=exif)), ImageOps.exif_transpose(image))
+    if orientation == 6:  # turned by 90 degrees: the rectangle at the top left of the file belongs at the top right
+        assert load_image(encoded(scene(), exif=exif)).getpixel((24 - 5, 5)) == (250, 0, 90)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_is_ignored() -> None:
+    data = encoded(scene(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
+    assert same(load_image(data), scene())
+
+
+def test_transparency_becomes_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 255])
+    key = Image.new("RGB", (4, 4), (1, 2, 3))
+    assert load_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(half)).getpixel((0, 0)) == (255, 127, 127)
+    assert load_image(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("PA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("RGBa", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(palette)).getpixel((0, 0)) == (0, 0, 255)
+    assert load_image(encoded(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(key, transparency=(1, 2, 3))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_other_modes_convert_as_in_pil(mode: str) -> None:
+    image = scene().convert("RGB").convert(mode) if mode != "LAB" else Image.new("LAB", (40, 24), (120, 130, 140))
+    assert same(load_image(image), image.convert("RGB"))
+
+
+def test_cmyk_jpeg() -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red, green, blue = load_image(encoded(image, "JPEG")).getpixel((8, 8))  # type: ignore[misc]
+    assert red > 240
+    assert green < 15
+    assert blue < 15
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.parametrize("value", [0, 1, 128, 129, 300, 32768, 65535])
+def test_16_bits_are_scaled_not_clipped(mode: str, value: int) -> None:
+    expected = round(value / 257)
+    image = Image.new(mode, (3, 3), value)
+    assert load_image(image).getpixel((1, 1)) == (expected,) * 3
+    if mode != "I;16B":
+        format = "PNG" if mode == "I;16" else "TIFF"
+        assert load_image(encoded(image, format)).getpixel((1, 1)) == (expected,) * 3
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    with pytest.raises(ImageError, match="0 to 70000; save it with 8 or 16 bits"):
+        image = Image.new("I", (2, 2), 70000)
+        image.putpixel((0, 0), 0)
+        load_image(image)
+    with pytest.raises(ImageError, match="floating-point"):
+        load_image(Image.new("F", (2, 2), 0.5))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
+    assert same(load_image(data), frames[0])
+
+
+def test_no_such_file_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"no such image file: .*nowhere\.png"):
+        load_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="cannot open"):
+        load_image(tmp_path)
+    with pytest.raises(ImageError, match=r"cannot open|no such"):
+        load_image("x" * 5000)
+    with pytest.raises(ImageError, match="cannot open"):
+        load_image("a\0b")
+    with pytest.raises(ImageError, match="no URL"):
+        load_image("ftp://host/a.png")
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ImageError, match=r"notes\.png is not an image"):
+        load_image(tmp_path / "notes.png")
+    with pytest.raises(ImageError, match=r"empty\.png is empty"):
+        load_image(tmp_path / "empty.png")
+    with pytest.raises(ImageError, match="image of 0 bytes is empty"):
+        load_image(b"")
+    with pytest.raises(ImageError, match="cannot be a int"):
+        load_image(5)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="not an image"):  # PostScript would run in an interpreter
+        load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files(format: str) -> None:
+    data = encoded(picture_of_noise(), format)
+    for keep in (len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(ImageError, match=r"truncated or damaged|not an image"):
+            load_image(data[:keep])
+    assert load_image(data).size == (64, 64)
+
+
+def picture_of_noise() -> Image.Image:
+    return Image.effect_noise((64, 64), 90).convert("RGB")
+
+
+def test_no_pixels() -> None:
+    with pytest.raises(ImageError, match=r"no pixels \(0 x 5\)"):
+        load_image(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("side", [10_000, 30_000])
+def test_decompression_bomb(side: int) -> None:
+    """A PNG of a few hundred bytes that claims 100 or 900 million pixels; PIL warns of one and refuses the other."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match=rf"too large.*{side * side}.*MAX_IMAGE_PIXELS"):
+        load_image(data)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("data:image/png,abc", "no base64 data URL"),
+        ("data:image/png;base64", "no base64 data URL"),
+        ("data:image/png;base64,@@@", "not base64"),
+        ("data:image/png;base64,", "empty"),
+        ("data:image/png;base64,aGVsbG8=", "not an image"),
+    ],
+)
+def test_broken_data_urls(url: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(url)
+
+
+def test_long_data_urls_are_not_printed() -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image("data:image/png;base64," + "aGVsbG8h" * 10_000)
+    assert len(str(caught.value)) < 400
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/missing.png":
+            self.send_error(404)
+            return
+        if self.path == "/moved.png":
+            self.send_response(302)
+            self.send_header("Location", "/scene.png")
+            self.end_headers()
+            return
+        body = b"\0" * 3000 if self.path == "/large.png" else encoded(scene())
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert same(load_image(f"{server}/scene.png"), scene())
+    assert same(load_image(f"{server}/moved.png"), scene())
+    with pytest.raises(ImageError, match=r"missing\.png: HTTP 404"):
+        load_image(f"{server}/missing.png")
+    with pytest.raises(ImageError, match=r"cannot download http://127\.0\.0\.1:1/"):
+        load_image("http://127.0.0.1:1/a.png")
+    with pytest.raises(ImageError, match="cannot download http:///"):
+        load_image("http:///a.png")
+    monkeypatch.setattr(vision.images, "MAX_DOWNLOAD_BYTES", 2000)
+    with pytest.raises(ImageError, match=r"large\.png is larger than"):
+        load_image(f"{server}/large.png")

@@ -1,0 +1,86 @@
+"""The shape of the vision tower and of the images that it sees, in Hugging Face's field names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower, adapter and image preparation of one Llama 4 model. The defaults are those of every released model.
+
+    `max_tiles`, `image_mean` and `image_std` come from `preprocessor_config.json` (there `max_patches`), all else from
+    the `vision_config` of `config.json`.
+    """
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 34
+    num_attention_heads: int = 16
+    intermediate_size: int = 5632
+    """Width of the tower's MLPs, and of the adapter's input: it must equal hidden_size / pixel_shuffle_ratio^2."""
+    vision_output_dim: int = 4096
+    projector_input_dim: int = 4096
+    projector_output_dim: int = 4096
+    image_size: int = 336
+    """Side of a tile, in pixels."""
+    patch_size: int = 14
+    num_channels: int = 3
+    pixel_shuffle_ratio: float = 0.5
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_tiles: int = 16
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size", "max_tiles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vision {name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"vision hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "
+                "that is a multiple of 4 (two coordinates, each turned in pairs)"
+            )
+        if self.image_size % self.patch_size or not (self.grid_size * self.pixel_shuffle_ratio).is_integer():
+            raise ValueError(
+                f"a tile of {self.image_size} pixels does not divide into patches of {self.patch_size} that a pixel "
+                f"shuffle of {self.pixel_shuffle_ratio} can merge"
+            )
+        if round(self.hidden_size / self.pixel_shuffle_ratio**2) != self.intermediate_size:
+            raise ValueError(
+                f"vision intermediate_size {self.intermediate_size} must be hidden_size / pixel_shuffle_ratio^2 = "
+                f"{round(self.hidden_size / self.pixel_shuffle_ratio**2)}: the adapter's first layer has that input"
+            )
+        if not self.projector_input_dim == self.projector_output_dim == self.vision_output_dim:
+            raise ValueError(
+                f"projector_input_dim {self.projector_input_dim}, projector_output_dim {self.projector_output_dim} and "
+                f"vision_output_dim {self.vision_output_dim} must be equal"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a tile, without the class token."""
+        return self.grid_size**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens that one tile becomes in the decoder's sequence."""
+        return round(self.num_patches * self.pixel_shuffle_ratio**2)
+
+    def num_parameters(self) -> int:
+        """Parameters of the tower and the adapter, without the projection into the decoder."""
+        width, mlp, out = self.hidden_size, self.intermediate_size, self.vision_output_dim
+        attention = 4 * (width * width + width)
+        layer = attention + 2 * width * mlp + mlp + width + 4 * width
+        patches = self.num_channels * self.patch_size**2 * width
+        embeddings = width + (self.num_patches + 1) * width + 4 * width
+        return patches + embeddings + self.num_hidden_layers * layer + mlp * out + out * out

@@ -1,0 +1,152 @@
+"""The vision tower: a tile of pixels -> features of its patches, merged by the adapter.
+
+Shapes: n tiles, S side of a tile in pixels, P patches of a tile, L = P + 1 with the class token, W width of the tower,
+H heads, C = W / H.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision.config import VisionConfig
+from vision.projector import VisionAdapter
+
+
+def rotation_2d(config: VisionConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The turns of 2-D RoPE as unit complex numbers, [L, C / 2].
+
+    The first half of the pairs turns with the patch's column + 1, the second with its row + 1, both at frequencies
+    theta^(-2i / (C / 2)). The class token, last, is not turned. Computed in float64 on every call, so that no cast of the
+    module can round it.
+    """
+    side, half = config.grid_size, config.head_dim // 2
+    frequencies = config.rope_theta ** (-torch.arange(0, half, 2, device=device, dtype=torch.float64) / half)
+    steps = torch.arange(1, side + 1, device=device, dtype=torch.float64)
+    columns = steps.repeat(side)[:, None] * frequencies
+    rows = steps.repeat_interleave(side)[:, None] * frequencies
+    angles = F.pad(torch.cat([columns, rows], dim=-1), (0, 0, 0, 1))
+    return torch.polar(torch.ones_like(angles), angles).to(dtype.to_complex())
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn consecutive pairs (2i, 2i + 1) of the last dimension by unit complex numbers, in the rotation's precision.
+
+    Args:
+        x: [..., C], any floating dtype.
+        rotation: complex, broadcastable to [..., C / 2].
+    """
+    pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+class PatchEmbedding(nn.Module):
+    """Unfold the tile into patches, channel by channel, and map each linearly, without bias."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.linear = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
+
+    def forward(self, pixels_n3SS: Tensor) -> Tensor:
+        patches = F.unfold(pixels_n3SS, self.patch_size, stride=self.patch_size)
+        out: Tensor = self.linear(patches.transpose(1, 2))
+        return out
+
+
+class VisionAttention(nn.Module):
+    """Full attention among the patches of one tile, with 2-D RoPE; all four projections have biases."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        width = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = rotate(self.q_proj(x_nLW).unflatten(-1, heads), rotation)
+        k = rotate(self.k_proj(x_nLW).unflatten(-1, heads), rotation)
+        v = self.v_proj(x_nLW).unflatten(-1, heads)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class VisionMLP(nn.Module):
+    """Linear, exact GELU, linear; both with biases."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class VisionLayer(nn.Module):
+    """One pre-norm transformer block of the tower."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
+        x_nLW = x_nLW + self.self_attn(self.input_layernorm(x_nLW), rotation)
+        out: Tensor = x_nLW + self.mlp(self.post_attention_layernorm(x_nLW))
+        return out
+
+
+class VisionEncoder(nn.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_nLW = layer(x_nLW, rotation)
+        return x_nLW
+
+
+class VisionModel(nn.Module):
+    """Tiles [n, 3, S, S], normalised -> image features [n, tokens_per_tile, vision_output_dim].
+
+    Module names are those of Hugging Face's checkpoints below `vision_model.`.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.positional_embedding_vlm = nn.Parameter(torch.empty(config.num_patches + 1, config.hidden_size))
+        self.layernorm_pre = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.model = VisionEncoder(config)
+        self.layernorm_post = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.vision_adapter = VisionAdapter(config)
+
+    def encode(self, pixels_n3SS: Tensor) -> Tensor:
+        """Features of the single patches, before the adapter: [n, P, W]."""
+        x_nPW = self.patch_embedding(pixels_n3SS)
+        class_token = self.class_embedding.to(x_nPW.dtype).expand(len(x_nPW), 1, -1)
+        x_nLW = self.layernorm_pre(torch.cat([x_nPW, class_token], dim=1) + self.positional_embedding_vlm)
+        precision = torch.promote_types(self.class_embedding.dtype, torch.float32)
+        rotation = rotation_2d(self.config, x_nLW.device, precision)[:, None, :]
+        out: Tensor = self.layernorm_post(self.model(x_nLW, rotation))[:, :-1]
+        return out
+
+    def forward(self, pixels_n3SS: Tensor) -> Tensor:
+        side = self.config.image_size
+        if pixels_n3SS.ndim != 4 or pixels_n3SS.shape[1:] != (self.config.num_channels, side, side):
+            raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3SS.shape)}")
+        pixels = pixels_n3SS.to(self.patch_embedding.linear.weight.dtype)
+        out: Tensor = self.vision_adapter(self.encode(pixels))
+        return out

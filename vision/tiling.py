@@ -1,0 +1,126 @@
+"""An image of any size -> square tiles that the vision encoder reads.
+
+Letters in shapes: n tiles, S pixels along a tile's side. The rules are those of Meta's Llama 4 image preparation, which
+Hugging Face's `Llama4ImageProcessor` reproduces. Both resize in 8 bits, bilinear with antialiasing, and so do we, with
+the latter's kernel; the former's (PIL's) rounds some pixels to the neighbouring level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One prepared image: its grid of tiles row by row and, if the grid has more than one, the global tile last."""
+
+    pixel_values: Tensor
+    """[n, 3, S, S] float32, normalised; n = rows * cols, plus 1 where rows * cols > 1."""
+    rows: int
+    cols: int
+
+
+def tokens_per_tile(tile: int, patch: int, pixel_shuffle_ratio: float = 0.5) -> int:
+    """How many `<|patch|>` tokens one tile becomes: (tile / patch)^2 * pixel_shuffle_ratio^2.
+
+    Raises:
+        ValueError: the tile does not divide into patches, or the patches do not divide by the pixel shuffle.
+    """
+    if patch < 1 or tile < patch or tile % patch:
+        raise ValueError(f"tile side {tile} is not a multiple of the patch side {patch}; choose one that is")
+    side = tile // patch * pixel_shuffle_ratio
+    if side != int(side) or side < 1:
+        raise ValueError(
+            f"{tile // patch} patches a side times the pixel shuffle ratio {pixel_shuffle_ratio} is {side:g}, "
+            "not a whole number; choose a tile side that makes it one"
+        )
+    return int(side) ** 2
+
+
+def best_canvas(height: int, width: int, tile: int = 336, max_tiles: int = 16) -> tuple[int, int]:
+    """The grid (rows, cols) of at most `max_tiles` tiles that suits an image of `height` x `width` pixels best.
+
+    With scale = min(rows * tile / height, cols * tile / width): the smallest scale >= 1 if there is one, else the
+    largest; among equals the fewest tiles. Scales are compared in float32, as the references do: in large images two
+    fractions that differ by less than its precision count as equal.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {width} x {height} pixels has no canvas; both sides must be at least 1")
+    if tile < 1 or max_tiles < 1:
+        raise ValueError(f"tile side {tile} and max_tiles {max_tiles} must both be at least 1")
+    grids = torch.tensor([(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)])
+    sides = (grids * tile).to(torch.float32)
+    scales = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
+    enlarging = scales[scales >= 1]
+    chosen = enlarging.min() if enlarging.numel() else scales.max()
+    candidates: list[list[int]] = grids[scales == chosen].tolist()
+    rows, cols = min(candidates, key=lambda grid: grid[0] * grid[1])
+    return rows, cols
+
+
+def fit_within(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
+    """The largest (height, width) of the same proportions inside the given box, each side at least 1 pixel."""
+    by_width, by_height = max_width / width, max_height / height
+    if by_width < by_height:
+        return max(min(int(height * by_width), max_height), 1), max_width
+    return max_height, max(min(int(width * by_height), max_width), 1)
+
+
+def tile_image(
+    image: Image.Image,
+    tile: int = 336,
+    max_tiles: int = 16,
+    mean: float | tuple[float, float, float] = 0.5,
+    std: float | tuple[float, float, float] = 0.5,
+) -> Tiles:
+    """Resize without distortion, pad right and below with black, normalise, and cut into tiles.
+
+    Enlarging stops where a side reaches one tile's. If there is more than one tile, a global one comes last: the whole
+    image squashed to a tile.
+
+    Args:
+        image: an RGB image (see `vision.images.load_image`).
+        tile: side of a tile in pixels, S.
+        max_tiles: most tiles in the grid, not counting the global one.
+        mean, std: of the normalisation (x / 255 - mean) / std, for all channels or one each.
+    Raises:
+        ValueError: the image is not RGB or has no pixels, or an argument is out of range.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"tile_image needs an RGB image, this one is {image.mode}; pass it through load_image first")
+    width, height = image.size
+    rows, cols = best_canvas(height, width, tile, max_tiles)
+    canvas_height, canvas_width = rows * tile, cols * tile
+    # Memory order stays height, width, channel, for which the resize has its fastest kernel.
+    pixels_HWC = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    pixels = pixels_HWC.permute(2, 0, 1).unsqueeze(0)
+
+    box = min(max(height, tile), canvas_height), min(max(width, tile), canvas_width)
+    canvas = pixels.new_zeros(3, canvas_height, canvas_width)
+    resized = _resize(pixels, *fit_within(height, width, *box))
+    canvas[:, : resized.shape[1], : resized.shape[2]] = resized
+
+    tiles = canvas.view(3, rows, tile, cols, tile).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, tile, tile)
+    if rows * cols > 1:
+        tiles = torch.cat([tiles, _resize(pixels, tile, tile).unsqueeze(0)])
+    return Tiles(_normalise(tiles, mean, std), rows, cols)
+
+
+def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """[1, 3, h, w] uint8 -> [3, height, width] uint8."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels[0]
+    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _normalise(
+    tiles: Tensor, mean: float | tuple[float, float, float], std: float | tuple[float, float, float]
+) -> Tensor:
+    mean_C11 = torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
+    std_C11 = torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+    return tiles.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)

@@ -8,7 +8,7 @@ where it was when started again. Progress goes to the terminal and to OUT_DIR/lo
 layout, to OUT_DIR/model.
 
 How it learns: many questions about one picture are packed into one conversation, and only the answers count. A direct target,
-which shape covers each patch, teaches the vision tower to see before the decoder can ask it anything. Small pictures of few
+which shape covers each patch, teaches vision tower and projector to see before the decoder can ask them anything. Small pictures of few
 shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
 """
 
@@ -113,8 +113,8 @@ class Lesson:
 def lesson_at(step: int, steps: int, rng: random.Random) -> Lesson:
     """Small pictures of few shapes first, then more and more of the whole range."""
     done = step / steps
-    if rng.random() > done / 0.25:
-        return Lesson((60, 112), min(6, 2 + int(done * 24)), 10, 0.05, 0.05)
+    if rng.random() > done / 0.3:
+        return Lesson((60, 112), min(6, 1 + int(done * 40)), 10, 0.03, 0.03)
     return Lesson((60, 1200), 6, 12, 0.12, 0.12)
 
 
@@ -146,7 +146,10 @@ class Conversations(Dataset[Sample]):
             scenes = [scene(), scene()]
             return scenes, [drawings.ask_pair(*scenes, rng) for _ in range(lesson.questions * 2 // 3)]
         one = scene()
-        return [one], drawings.ask_many(one, rng, lesson.questions)
+        questions = drawings.ask_many(one, rng, lesson.questions)
+        if one.shapes and rng.random() < 0.5:  # everything that is there, last, so that no answer can be copied from it
+            questions = [q for q in questions if q.kind != "caption"] + [drawings.ask(one, rng, "caption")]
+        return [one], questions
 
     def sample(
         self, scenes: list[drawings.Scene], questions: list[drawings.Question], rng: random.Random
@@ -290,9 +293,9 @@ class Learner(nn.Module):
         super().__init__()
         assert config.vision is not None
         self.model = Llama4Model(config, GroupedExperts if on_gpu else LoopExperts)
-        width = config.vision.hidden_size
-        self.colour_head = nn.Linear(width, 1 + len(drawings.COLOURS))
-        self.kind_head = nn.Linear(width, 1 + len(drawings.KINDS))
+        width, self.merged = config.text.hidden_size, round(1 / config.vision.pixel_shuffle_ratio)
+        self.colour_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.COLOURS)))
+        self.kind_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.KINDS)))
         self.balance: list[Tensor] = []
         self.loads: list[Tensor] = []
         for router in self.routers():
@@ -309,17 +312,20 @@ class Learner(nn.Module):
         self.balance.append(router.out_features * (share * probability).sum())
         self.loads.append(share.detach())
 
+    def _patch_loss(self, guesses: Tensor, labels_nP: Tensor) -> Tensor:
+        """Each image token names what covers the patches that it was merged from, row by row."""
+        side = round(labels_nP.shape[1] ** 0.5)
+        squares = F.unfold(labels_nP.view(-1, 1, side, side).float(), self.merged, stride=self.merged).mT.long()
+        return F.cross_entropy(guesses.view(squares.numel(), -1), squares.flatten())
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         self.balance, self.loads = [], []
-        vision, projector = self.model.vision_model, self.model.multi_modal_projector
-        assert vision is not None and projector is not None
-        patches = vision.encode(batch.tiles)
-        features = projector(vision.vision_adapter(patches)).flatten(0, 1)
+        features = self.model.encode_images(batch.tiles)
         logits = self.model(batch.ids, attention_mask=batch.mask, image_features=features)
         wanted = batch.is_reply[:, 1:]
         answers = F.cross_entropy(logits[:, :-1][wanted].float(), batch.ids[:, 1:][wanted], reduction="sum")
         heads = ((self.colour_head, batch.colours), (self.kind_head, batch.kinds))
-        seen = [F.cross_entropy(head(patches).float().flatten(0, 1), labels.flatten()) for head, labels in heads]
+        seen = [self._patch_loss(head(features).float(), labels) for head, labels in heads]
         return {
             "answers": answers / wanted.sum(),
             "patches": torch.stack(seen).mean(),
@@ -447,13 +453,14 @@ def finish(args: argparse.Namespace) -> None:
     learner = Learner(tiny(), on_gpu=False)
     learner.load_state_dict(torch.load(args.out / "checkpoint.pt", weights_only=True, map_location="cpu")["learner"])
     model = learner.model.bfloat16()
-    save(model, model.config, args.out / "model", extra_files=[args.out / "tokenizer.model"])
+    tokenizer = Tokenizer(args.out / "tokenizer.model", num_special_tokens=SPECIAL_TOKENS)
+    save(model, model.config, args.out / "model", write_extra=tokenizer.save)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=24, help="pictures per step, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)

@@ -324,8 +324,7 @@ class Llama4:
         Raises:
             ValueError: the directory cannot be written.
         """
-        files = [self._tokenizer.path] if self._tokenizer is not None else []
-        save(self.model, self.config, directory, extra_files=files)
+        save(self.model, self.config, directory, write_extra=self._tokenizer.save if self._tokenizer is not None else None)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the model to the Hugging Face Hub, as `save_pretrained` writes it; returns its address."""

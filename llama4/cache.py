@@ -35,7 +35,8 @@ class LayerCache:
 
     @staticmethod
     def _grown(old: Tensor, slots: int) -> Tensor:
-        new = old.new_empty(*old.shape[:2], slots, old.shape[3])
+        # Zeros, not whatever is in memory: a masked NaN is still a NaN in the product with the values.
+        new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
         new[:, :, : old.shape[2]] = old
         return new
 

@@ -54,8 +54,8 @@ class Sampler:
         """Choose one token per row.
 
         Returns:
-            The ids [B], and their log-probabilities [B]: those of the model itself, log_softmax(logits) in float32, which
-            temperature, top_p and top_k do not touch.
+            The ids [B], and their log-probabilities [B]: those of the model itself, log_softmax(logits) in float32, before
+            temperature, top_p and top_k.
         """
         assert len(generators) == len(logits_BV)
         logits_BV = logits_BV.float()
@@ -67,7 +67,8 @@ class Sampler:
         # The largest logit goes first, so that no temperature, however small, overflows.
         scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / self.temperature
         weights_BV, ids_BV = scaled_BV.exp().sort(dim=-1, descending=True, stable=True)
-        weights_BV[:, self.top_k :] = 0
+        if self.top_k is not None:
+            weights_BV[:, self.top_k :] = 0
         sums_BV = weights_BV.cumsum(dim=-1)
         if self.top_p < 1:  # a token goes if those before it suffice
             weights_BV[sums_BV - weights_BV >= self.top_p * sums_BV[:, -1:]] = 0

@@ -1,0 +1,102 @@
+"""Model names -> directories: local ones, and those on the Hugging Face Hub, of which only the needed files are fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""Patterns of the files that this library reads. Nothing that could be executed is among them."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    patterns: Sequence[str] = NEEDED,
+) -> Path:
+    """The directory of a model: `name` itself if it is one, else the Hub's repository of that id in the local cache.
+
+    Without a network, what the cache holds is used. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+
+    Args:
+        name: a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
+        revision: branch, tag or commit on the Hub.
+        token: for private and gated repositories; by default the one you logged in with.
+        patterns: files to fetch.
+
+    Raises:
+        ValueError: no such directory or repository, no access to it, or no way to reach it; the message says which.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{name} is a file; name the directory that holds config.json and the weights")
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like 'organisation/name'"
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name} is gated: accept its licence on its page on the Hub, then pass token=... or run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name!r} is neither a directory here nor a repository on the Hub that you may see; check the name, or, if it "
+            "is private, pass token=... or run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{name} is not in the local cache and the Hub cannot be reached; check the connection (or HF_HUB_OFFLINE), "
+            "or give a local directory"
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name} could not be fetched from the Hub: {reason}; what has arrived is kept, try again") from error
+
+
+def push(directory: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+    """Upload a saved model as one commit, creating the repository if need be; returns the commit's address.
+
+    Raises:
+        ValueError: no permission, or the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model").commit_url)
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"could not upload to {repo_id}: {str(error).strip().splitlines()[0]}; check its name and your token (`hf auth login`)"
+        ) from error

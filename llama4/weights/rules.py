@@ -1,0 +1,40 @@
+"""How the keys of a checkpoint and the parameters of the model correspond, as tables that work both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Pairs (prefix in the file, prefix in the model); the first that fits renames a key."""
+
+    prefixes: tuple[tuple[str, str], ...]
+
+    def to_model(self, key: str) -> str | None:
+        """The parameter that a key of the file is for; None if it fits no rule."""
+        return _swap_prefix(key, self.prefixes)
+
+    def to_file(self, name: str) -> str | None:
+        """The key under which a parameter is saved."""
+        return _swap_prefix(name, tuple((ours, theirs) for theirs, ours in self.prefixes))
+
+
+def _swap_prefix(name: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
+    for old, new in pairs:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
+
+
+MULTIMODAL = NameTable((("", ""),))
+"""Llama4ForConditionalGeneration: the model's own names."""
+
+TEXT_ONLY = NameTable((("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")))
+"""Llama4ForCausalLM: the decoder without a prefix."""
+
+
+def table_for(keys: Iterable[str]) -> NameTable:
+    """The table that a checkpoint with these keys follows."""
+    return TEXT_ONLY if all(TEXT_ONLY.to_model(key) for key in keys) else MULTIMODAL

@@ -169,7 +169,7 @@ def test_transformers_generates_the_same(
         found = reference.generate(
             input_ids=prompt,
             attention_mask=inputs.attention_mask,
-            pixel_values=inputs.pixel_values,
+            **({} if inputs.pixel_values is None else {"pixel_values": inputs.pixel_values}),
             do_sample=False,
             max_new_tokens=20,
             eos_token_id=None,
@@ -258,16 +258,16 @@ def test_text_is_held_back_only_while_a_stop_string_may_come() -> None:
 
 
 def test_a_prompt_beyond_the_window(model: Llama4Model, tokenizer: Tokenizer, processor: Processor) -> None:
-    inputs = processor.complete("x" * 49)
+    inputs = processor.complete("7" * 49)
     for limit in (49, 50):
         with pytest.raises(ContextLengthError, match=rf"50 tokens.*holds {limit}.*max_context={limit}"):
             run(model, tokenizer, inputs, max_context=limit)
     with pytest.raises(ContextLengthError, match="4097 tokens.*holds 4096.*shorten"):
-        run(model, tokenizer, processor.complete("x" * 4096))
+        run(model, tokenizer, processor.complete("7" * 4096))
 
 
 def test_a_reply_is_cut_at_the_window(model: Llama4Model, tokenizer: Tokenizer, processor: Processor) -> None:
-    inputs = processor.complete(["x" * 49, "x" * 45])
+    inputs = processor.complete(["7" * 49, "7" * 45])
     first, second = run(model, tokenizer, inputs, max_context=53, max_new_tokens=5)
     assert (len(first), first[-1].finish_reason) == (3, "length")
     assert (len(second), second[-1].finish_reason) == (5, "length")

@@ -32,7 +32,7 @@ EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SMALL_MODEL = 100_000_000
-"""Parameters up to which a CPU computes in float32 unless told: at such widths that is faster than bfloat16, and exact."""
+"""Parameters below which a CPU computes in float32 unless told: at such widths that is faster than bfloat16."""
 
 Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
@@ -54,7 +54,7 @@ class Reply:
     Attributes:
         text: without tool calls, stop strings and special tokens.
         tool_calls: the functions it wants called.
-        finish_reason: "stop" if the model ended or a stop string came, "length" if a limit did; None if it was interrupted.
+        finish_reason: "stop" if the model ended or a stop string came, "length" at a limit, None if interrupted.
         usage: how many tokens it took.
         logprobs: every generated token with its log-probability before temperature, top_p and top_k.
     """
@@ -84,8 +84,7 @@ class Options(TypedDict, total=False):
 class Stream(Iterator[str]):
     """A reply as it comes: an iterator of pieces of text, none of them empty or with half a character.
 
-    The pieces join to the reply's text, tool calls included as the model spelt them. It may be left, closed or interrupted
-    at any point.
+    The pieces join to the reply's text, tool calls included as the model spelt them. It may be left at any point.
     """
 
     def __init__(self, events: Iterator[Event], draft: _Draft) -> None:
@@ -123,7 +122,7 @@ class _Draft:
         self.finish_reason = event.finish_reason
 
     def reply(self) -> Reply:
-        text, calls = self.text, []
+        text, calls = self.text, list[ToolCall]()
         if self.tools or any(token.id == self.call_id for token in self.tokens):
             text, calls = parse_reply(text, self.tools)
         usage = Usage(self.prompt_tokens, len(self.tokens), self.prompt_tokens + len(self.tokens))
@@ -193,7 +192,7 @@ class Llama4:
         if config.quantization_config is not None:
             method = config.quantization_config.get("quant_method", "unknown")
             raise ValueError(
-                f"{name} is quantised (quant_method {method!r}), which this release does not read; use its bf16 checkpoint"
+                f"{name} is quantised ({method!r}), which this release does not read; use its bf16 checkpoint"
             )
         resolved_device = resolve_device(device)
         resolved_dtype = resolve_dtype(dtype, config, resolved_device)
@@ -212,7 +211,9 @@ class Llama4:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError("this model came without a tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
+            raise ValueError(
+                "this model came without a tokenizer; put its tokenizer.json or tokenizer.model beside the weights"
+            )
         return self._tokenizer
 
     @property
@@ -236,8 +237,8 @@ class Llama4:
         """Answer a conversation.
 
         Args:
-            messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL, bytes, a
-                base64 data URL or a PIL image.
+            messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL, bytes,
+                a base64 data URL or a PIL image.
             max_new_tokens: most tokens of the reply.
             temperature: 0 always takes the most likely token; higher is more varied.
             top_p: draw from the fewest most likely tokens whose probabilities sum to this.
@@ -265,7 +266,7 @@ class Llama4:
         return stream.reply
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
-        """Answer a conversation piece by piece; arguments and errors are those of `chat`, errors come before the first piece."""
+        """Answer a conversation piece by piece. Arguments and errors are those of `chat`; bad ones are refused at once."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, Inputs):
@@ -275,7 +276,9 @@ class Llama4:
         events, drafts = self._start(messages, **options)
         return Stream(events, drafts[0])
 
-    def chat_batch(self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]) -> list[Reply]:
+    def chat_batch(
+        self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
+    ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
         if not isinstance(conversations, Inputs):
             rows = [[{"role": "user", "content": row}] if isinstance(row, str) else list(row) for row in conversations]
@@ -324,7 +327,12 @@ class Llama4:
         Raises:
             ValueError: the directory cannot be written.
         """
-        save(self.model, self.config, directory, write_extra=self._tokenizer.save if self._tokenizer is not None else None)
+        save(
+            self.model,
+            self.config,
+            directory,
+            write_extra=self._tokenizer.save if self._tokenizer is not None else None,
+        )
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
         """Upload the model to the Hugging Face Hub, as `save_pretrained` writes it; returns its address."""
@@ -381,14 +389,14 @@ def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
         tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
     if tokenizer.vocab_size > config.text.vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds {config.text.vocab_size}; "
-            "use the tokenizer that belongs to the model"
+            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
+            f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
         )
     patch = tokenizer.special_tokens.get("<|patch|>")
     if config.vision is not None and patch != config.image_token_index:
         raise ValueError(
-            f"<|patch|> is {patch} in {tokenizer.path}, but image_token_index of the model is {config.image_token_index}; "
-            "use the tokenizer that belongs to the model"
+            f"<|patch|> is {patch} in {tokenizer.path}, but the model's image_token_index is "
+            f"{config.image_token_index}; use the tokenizer that belongs to the model"
         )
     return tokenizer
 

@@ -30,7 +30,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code. What a user can cause ends in one line on stderr, never in a traceback."""
+    """Run the command and return its exit code. What a user can cause ends in one line on stderr, not in a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     options = make_parser().parse_args(arguments)
@@ -58,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
     generate.add_argument("question", help="what to ask; - reads it from stdin")
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable")
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
     generate.add_argument("--raw", action="store_true", help="continue the text as it is, without the format of a chat")
     _add_reply_options(generate)
@@ -87,9 +89,15 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
-    reply.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a reply (default: 256)")
-    reply.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), higher varies")
-    reply.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that sum to P")
+    reply.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a reply (default: 256)"
+    )
+    reply.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), higher varies"
+    )
+    reply.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that sum to P"
+    )
     reply.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     reply.add_argument("--seed", type=int, metavar="N", help="makes a reply with a temperature repeatable")
     reply.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before this text; repeatable")
@@ -130,7 +138,9 @@ def run_generate(options: argparse.Namespace) -> int:
     question = read_stdin() if options.question == "-" else options.question
     content = [*({"type": "image", "image": image} for image in options.image), {"type": "text", "text": question}]
     llm = _load(options)
-    prompt = llm.processor.complete(question) if options.raw else [*_start(options), {"role": "user", "content": content}]
+    prompt = (
+        llm.processor.complete(question) if options.raw else [*_start(options), {"role": "user", "content": content}]
+    )
     stream = llm.stream(prompt, **_reply_options(options))
     for piece in stream:
         if not options.json:

@@ -237,7 +237,7 @@ class Llama4Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of Hugging Face's `config.json`, which transformers reads back as the same model."""
-        text = dataclasses.asdict(self.text)
+        text = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.text).items()}
         scaling, theta = text.pop("rope_scaling"), text.pop("rope_theta")
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **(scaling or {})}
         text |= {"model_type": "llama4_text", "hidden_act": "silu", "dtype": self.dtype}

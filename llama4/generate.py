@@ -122,8 +122,8 @@ def generate(
         inputs: prompts as the processor makes them, padded on the left.
         stop_ids: tokens that end a reply; their text is not part of it.
         stop: strings that end a reply and are not part of it.
-        max_context: tokens of prompt and reply together; by default, and at most, the model's window. Where a reply would
-            pass it, it ends with finish_reason "length".
+        max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
+            ends with finish_reason "length".
         progress: show a bar on a terminal while a long prompt is read.
 
     Returns:
@@ -201,9 +201,9 @@ def _generate(
 
 @torch.inference_mode()
 def prefill(model: Llama4Model, inputs: Inputs, cache: Cache, progress: bool = False) -> Tensor:
-    """Read the prompts, padded on the left, into the cache, in pieces of bounded size; -> logits of their last tokens, [B, V].
+    """Read the prompts into the cache in pieces of bounded size; -> logits of their last tokens, [B, V].
 
-    Images are encoded once, and their features cut along with the tokens.
+    Prompts are padded on the left. Images are encoded once, and their features cut along with the tokens.
     """
     ids_BT, mask_BT = inputs.input_ids, inputs.attention_mask.bool()
     assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
@@ -212,8 +212,8 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: Cache, progress: bool = F
     features_ND = encode_tiles(model, inputs.pixel_values)
     if features_ND is not None and len(features_ND) != int(patches_BT.sum()):
         raise ValueError(
-            f"the prompt holds {int(patches_BT.sum())} <|patch|> tokens, but its images give {len(features_ND)} features; "
-            "let the processor of this model prepare both"
+            f"the prompt holds {int(patches_BT.sum())} <|patch|> tokens, but its images give {len(features_ND)} "
+            "features; let the processor of this model prepare both"
         )
     batch_size, columns = ids_BT.shape
     size = max(PREFILL_TOKENS // batch_size, 1)
@@ -242,7 +242,7 @@ def encode_tiles(model: Llama4Model, pixel_values: Tensor | None) -> Tensor | No
     """Tiles [n, 3, S, S] -> image tokens, a few tiles at a time; None if there are none."""
     if pixel_values is None:
         return None
-    return torch.cat([model.encode_images(tiles) for tiles in pixel_values.split(VISION_TILES)])
+    return torch.cat([model.encode_images(tiles) for tiles in torch.split(pixel_values, VISION_TILES)])
 
 
 @torch.inference_mode()

@@ -24,8 +24,11 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
 
 
 def describe(config: Llama4Config) -> dict[str, Any]:
-    """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens. The cache is that of one sequence in
-    bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers are full."""
+    """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens.
+
+    The cache is that of one sequence in bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers
+    are full.
+    """
     text, vision = config.text, config.vision
     window, total = text.max_position_embeddings, config.num_parameters()
     chunk = text.attention_chunk_size or 0
@@ -66,7 +69,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
     lines = {
         "layers": f"{facts['layers']}, {facts['layers_with_experts']} with experts, "
         f"{facts['layers_without_rope']} without RoPE",
-        "width": f"{facts['hidden_size']}, {facts['attention_heads']} heads, {facts['key_value_heads']} for keys and values",
+        "width": f"{facts['hidden_size']}, {facts['attention_heads']} query heads, {facts['key_value_heads']} key/value heads",
         "experts": f"{facts['experts']}, {facts['experts_per_token']} per token, and a shared one"
         if facts["experts_per_token"]
         else "none",

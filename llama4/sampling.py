@@ -54,8 +54,8 @@ class Sampler:
         """Choose one token per row.
 
         Returns:
-            The ids [B], and their log-probabilities [B]: those of the model itself, log_softmax(logits) in float32, before
-            temperature, top_p and top_k.
+            The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before temperature, top_p and
+            top_k.
         """
         assert len(generators) == len(logits_BV)
         logits_BV = logits_BV.float()

@@ -70,7 +70,7 @@ def write_tokenizer(path: Path) -> Path:
 
 
 def write(directory: Path, seed: int = 0) -> Path:
-    """A checkpoint in Hugging Face's layout, with a tokenizer.model; written without any of the library's own writers."""
+    """A checkpoint in Hugging Face's layout, with a tokenizer.model; not written by the library's own writers."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model(seed).state_dict().items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small_model
 import torch
 from PIL import Image
 
@@ -18,6 +17,7 @@ from llama4.model import Llama4Model
 from llama4.processor import Inputs, Processor
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
+from tests import small_model
 
 LONG = "the quick brown fox jumps over the lazy dog " * 4
 
@@ -235,7 +235,10 @@ def test_invalid_bytes_are_replaced_and_a_cut_character_is_left_out() -> None:
 def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stop: tuple[str, ...]) -> None:
     """The reference looks at every beginning of the text, character by character."""
     ends = [
-        (end, text[:end].index(s)) for end in range(len(text) + 1) for s in sorted(stop, key=len) if text[:end].endswith(s)
+        (end, text[:end].index(s))
+        for end in range(len(text) + 1)
+        for s in sorted(stop, key=len)
+        if text[:end].endswith(s)
     ]
     end = min((end for end, _ in ends), default=None)
     expected = text if end is None else text[: min(at for e, at in ends if e == end)]
@@ -262,7 +265,7 @@ def test_a_prompt_beyond_the_window(model: Llama4Model, tokenizer: Tokenizer, pr
     for limit in (49, 50):
         with pytest.raises(ContextLengthError, match=rf"50 tokens.*holds {limit}.*max_context={limit}"):
             run(model, tokenizer, inputs, max_context=limit)
-    with pytest.raises(ContextLengthError, match="4097 tokens.*holds 4096.*shorten"):
+    with pytest.raises(ContextLengthError, match=r"4097 tokens.*holds 4096.*shorten"):
         run(model, tokenizer, processor.complete("7" * 4096))
 
 
@@ -288,7 +291,7 @@ def test_logits_that_are_not_numbers(tokenizer: Tokenizer, processor: Processor)
     broken = small_model.model()
     with torch.no_grad():
         broken.language_model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not numbers in torch.float32"):
+    with pytest.raises(ValueError, match=r"not numbers in torch\.float32"):
         run(broken, tokenizer, processor.complete("x"))
 
 

@@ -1,0 +1,325 @@
+"""Checkpoints in both directions with transformers, and every way in which one can be broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Llama4ForCausalLM
+
+from llama4.config import Llama4Config
+from llama4.errors import CheckpointError
+from llama4.model import Llama4Model
+from llama4.tokenizer import Tokenizer
+from llama4.weights.loader import load
+from llama4.weights.saver import save
+from llama4.weights.source import open_source
+from tests import small_model
+from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
+
+IDS = torch.arange(40)[None]
+
+
+def load_ours(directory: Path, dtype: torch.dtype | None = None) -> Llama4Model:
+    with torch.device("meta"):
+        model = Llama4Model(Llama4Config.from_directory(directory))
+    load(model, open_source(directory), dtype=dtype)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceModel:
+    return reference_model(reference_config())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, reference: ReferenceModel) -> Path:
+    reference.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_loads_what_transformers_writes(checkpoint: Path, reference: ReferenceModel) -> None:
+    ours = load_ours(checkpoint)
+    assert relative_error(ours(IDS), reference(IDS).logits) < 1e-5
+
+
+def test_loads_shards(tmp_path: Path, reference: ReferenceModel) -> None:
+    reference.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert relative_error(load_ours(tmp_path)(IDS), reference(IDS).logits) < 1e-5
+
+
+def test_loads_a_text_only_checkpoint(tmp_path: Path) -> None:
+    theirs = Llama4ForCausalLM(reference_config().text_config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_ours(tmp_path)
+    assert ours.vision_model is None
+    assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
+    save(ours, ours.config, tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
+
+
+def test_loads_tied_embeddings(tmp_path: Path) -> None:
+    theirs = Llama4ForCausalLM(reference_config(tie_word_embeddings=True).text_config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    ours = load_ours(tmp_path)
+    assert ours.language_model.lm_head.weight is ours.language_model.model.embed_tokens.weight
+    assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 200_000])
+def test_transformers_loads_what_we_write(tmp_path: Path, shard_bytes: int) -> None:
+    ours = small_model.model()
+    tokenizer = Tokenizer(small_model.write_tokenizer(tmp_path / "tokenizer.model"), num_special_tokens=small_model.SPECIAL)
+    save(ours, ours.config, tmp_path / "model", write_extra=tokenizer.save, max_shard_bytes=shard_bytes)
+    theirs = ReferenceModel.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    pixels = torch.randn(2, 3, 28, 28)
+    ids = IDS.clone()
+    ids[0, 3] = ids[0, 9] = ours.config.image_token_index
+    assert relative_error(ours(ids, pixel_values=pixels), theirs(ids, pixel_values=pixels).logits) < 1e-5
+    text = "a question about <|eot|> pictures"
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("a question") == tokenizer.encode("a question")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    images = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert (images.max_patches, images.size["height"]) == (4, 28)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    ours = small_model.model().to(dtype)
+    save(ours, ours.config, tmp_path / "model")
+    again = load_ours(tmp_path / "model")
+    assert again.config.dtype == str(dtype).removeprefix("torch.")
+    for (name, a), (other, b) in zip(ours.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_loading_maps_the_file_and_never_writes_to_it(checkpoint: Path) -> None:
+    before = (checkpoint / "model.safetensors").read_bytes()
+    ours = load_ours(checkpoint)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+def test_saving_over_the_model_in_use(tmp_path: Path) -> None:
+    """The old file is mapped while the new one is written beside it."""
+    directory = small_model.write(tmp_path / "model")
+    (directory / "notes.txt").write_text("mine")
+    ours = load_ours(directory)
+    truth = ours(IDS)
+    save(ours, ours.config, directory, max_shard_bytes=100_000)
+    assert (directory / "notes.txt").read_text() == "mine"
+    assert not (directory / "model.safetensors").exists(), "the old weights are gone"
+    assert torch.equal(load_ours(directory)(IDS), truth)
+
+
+class Tampered:
+    """A checkpoint whose tensors a test changes before it is loaded."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tensors = load_file(directory / "model.safetensors")
+
+    def load(self) -> Llama4Model:
+        save_file(self.tensors, self.directory / "model.safetensors", metadata={"format": "pt"})
+        return load_ours(self.directory)
+
+
+def test_every_wrong_key_is_listed(checkpoint: Path) -> None:
+    tampered = Tampered(checkpoint)
+    del tampered.tensors["language_model.model.norm.weight"]
+    del tampered.tensors["vision_model.class_embedding"]
+    tampered.tensors["language_model.model.layers.9.extra"] = torch.zeros(1)
+    router = "language_model.model.layers.0.feed_forward.router.weight"
+    tampered.tensors[router] = tampered.tensors[router].T.contiguous()
+    with pytest.raises(CheckpointError) as caught:
+        tampered.load()
+    assert set(caught.value.missing) == {"language_model.model.norm.weight", "vision_model.class_embedding"}
+    assert caught.value.unexpected == ("language_model.model.layers.9.extra",)
+    assert caught.value.mismatched == ((router, (64, 4), (4, 64)),)
+    for key in (*caught.value.missing, *caught.value.unexpected, router, "[64, 4]", "[4, 64]"):
+        assert key in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, reference: ReferenceModel) -> None:
+    reference.save_pretrained(tmp_path, max_shard_size="300KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=f"missing: {gone.name}"):
+        load_ours(tmp_path)
+
+
+def test_a_truncated_shard_is_named(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short or damaged.*fetch it again"):
+        load_ours(checkpoint)
+
+
+def test_an_index_that_promises_too_much(tmp_path: Path, reference: ReferenceModel) -> None:
+    reference.save_pretrained(tmp_path, max_shard_size="300KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["ghost.weight"] = next(iter(index["weight_map"].values()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"ghost\.weight"):
+        load_ours(tmp_path)
+
+
+def test_an_index_that_points_elsewhere(tmp_path: Path, reference: ReferenceModel) -> None:
+    reference.save_pretrained(tmp_path / "model")
+    index = {"weight_map": {"lm_head.weight": "../model/model.safetensors"}}
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its directory"):
+        open_source(tmp_path / "bad")
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_source(tmp_path)
+
+
+def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ours = small_model.model()
+    with pytest.raises(CheckpointError, match="could not write the model to"):
+        save(ours, ours.config, tmp_path / "file" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path) -> None:
+    directory = small_model.write(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def full_disk(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        save(small_model.model(seed=1), small_model.config(), directory, write_extra=full_disk)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_loading(tmp_path: Path) -> None:
+    """Converting from bf16 to fp32 while loading never holds two copies: peak is the fp32 model plus one tensor, measured in
+    a process of its own. Tolerance: 25 MB for the allocator and the mapped file."""
+    torch.manual_seed(0)
+    big = nn.ModuleDict({str(i): nn.Linear(2048, 2048, bias=False) for i in range(12)}).bfloat16()
+    save_file(big.state_dict(), tmp_path / "model.safetensors")
+    script = f"""
+import re, torch
+from pathlib import Path
+from torch import nn
+from llama4.weights.loader import load
+from llama4.weights.source import open_source
+with torch.device("meta"):
+    model = nn.ModuleDict({{str(i): nn.Linear(2048, 2048, bias=False) for i in range(12)}})
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+torch.ones(1).bfloat16().float()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+before = peak()
+load(model, open_source({str(tmp_path)!r}), dtype=torch.float32)
+print(peak() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    model, one, on_disk = 12 * 2048**2 * 4, 2048**2 * 4, 12 * 2048**2 * 2
+    peak = int(grown.stdout) * 1024
+    assert model * 0.9 < peak < model + one + on_disk + 25e6  # pages of the mapped file count as resident
+
+
+class TestConfig:
+    """config.json as transformers writes and reads it, and the traps of early files."""
+
+    @pytest.mark.parametrize("maverick", [False, True])
+    def test_there_and_back(self, tmp_path: Path, maverick: bool) -> None:
+        theirs = reference_config(maverick)
+        ours = Llama4Config.from_dict(theirs.to_dict())
+        (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
+        again = AutoConfig.from_pretrained(tmp_path)
+        for name in ("moe_layers", "no_rope_layers", "layer_types", "rope_parameters", "head_dim", "attention_chunk_size"):
+            assert getattr(again.text_config, name) == getattr(theirs.text_config, name), name
+        assert again.image_token_index == theirs.image_token_index
+        assert Llama4Config.from_dict(again.to_dict()).text == ours.text
+
+    def test_rope_scaling_in_all_its_places(self) -> None:
+        text = reference_config().to_dict()["text_config"]
+        rope = text.pop("rope_parameters")
+        theta = rope.pop("rope_theta")
+        old = text | {"rope_scaling": rope, "rope_theta": theta}
+        new = text | {"rope_parameters": rope | {"rope_theta": theta}}
+        assert Llama4Config.from_dict(old).text == Llama4Config.from_dict(new).text
+        for absent in (text | {"rope_scaling": None, "rope_theta": theta}, text | {"rope_theta": theta}):
+            assert Llama4Config.from_dict(absent).text.rope_scaling is None
+
+    def test_temperature_as_a_number(self) -> None:
+        text = reference_config().to_dict()["text_config"] | {"attn_temperature_tuning": 4}
+        assert Llama4Config.from_dict(text).text.attn_temperature_tuning is True
+
+    def test_missing_architectures(self) -> None:
+        content = reference_config().to_dict()
+        content.pop("architectures", None)
+        assert Llama4Config.from_dict(content).vision is not None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_attention_heads": 5}, "multiple of num_key_value_heads 2"),
+            ({"hidden_size": 0}, "hidden_size must be at least 1, not 0"),
+            ({"no_rope_layers": [1, 0]}, "no_rope_layers must name all 4 layers"),
+            ({"moe_layers": [0, 9]}, "names layers beyond"),
+            ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not known"),
+            ({"num_experts_per_tok": 9}, "exceeds num_local_experts 4"),
+        ],
+    )
+    def test_impossible_models_are_refused(self, change: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Llama4Config.from_dict(reference_config().to_dict()["text_config"] | change)
+
+    def test_another_kind_of_model_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="model_type 'mistral' is not Llama 4"):
+            Llama4Config.from_dict({"model_type": "mistral"})
+
+    def test_files_that_are_no_configuration(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"config\.json does not exist"):
+            Llama4Config.from_directory(tmp_path)
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="not valid JSON"):
+            Llama4Config.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "total", "active"), [("scout", 109e9, 17e9), ("maverick", 401e9, 17e9)])
+def test_parameter_counts(name: str, total: float, active: float) -> None:
+    """To the parameter what transformers builds (on the meta device), and the published figures."""
+    from transformers import Llama4Config as ReferenceConfig
+
+    from llama4.config import PRESETS
+
+    config = PRESETS[name]()
+    with torch.device("meta"):
+        theirs = ReferenceModel(ReferenceConfig(**config.to_dict()))
+        ours = Llama4Model(config)
+    assert {k: v.shape for k, v in ours.named_parameters()} == {k: v.shape for k, v in theirs.named_parameters()}
+    assert config.num_parameters() == sum(p.numel() for p in theirs.parameters())
+    assert config.num_parameters() == pytest.approx(total, rel=0.005)
+    assert config.num_active_parameters() == pytest.approx(active, rel=0.02)
+
+
+def test_files_are_plain_safetensors(tmp_path: Path) -> None:
+    save(small_model.model(), small_model.config(), tmp_path / "model")
+    with safe_open(tmp_path / "model/model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -7,9 +7,9 @@ process on a GPU. Every picture and question follows from the seed and the step,
 where it was when started again. Progress goes to the terminal and to OUT_DIR/log.jsonl; the finished model, in Hugging Face's
 layout, to OUT_DIR/model.
 
-How it learns: many questions about one picture are packed into one conversation, and only the answers count. A direct target,
-which shape covers each patch, teaches vision tower and projector to see before the decoder can ask them anything. Small pictures of few
-shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
+How it learns: first to see, on a direct target, which colour and kind of shape covers each patch; then to answer. Many questions
+about one picture are packed into one conversation, and only the answers count. Small pictures of few shapes come first. Matrices
+are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
 """
 
 from __future__ import annotations
@@ -110,26 +110,28 @@ class Lesson:
     pair_share: float
 
 
-def lesson_at(step: int, steps: int, rng: random.Random) -> Lesson:
-    """Small pictures of few shapes first, then more and more of the whole range."""
-    done = step / steps
-    if rng.random() > done / 0.3:
-        return Lesson((60, 112), min(6, 1 + int(done * 40)), 10, 0.03, 0.03)
-    return Lesson((60, 1200), 6, 12, 0.12, 0.12)
+def lesson_at(done: float, rng: random.Random) -> Lesson:
+    """Small pictures of few shapes first, then more and more of the whole range; `done` is the share of the run behind us."""
+    if rng.random() > 0.1 + done / 0.3:
+        return Lesson((60, 112), min(6, 1 + int(done * 60)), 10, 0.03, 0.03)
+    return Lesson((60, 1200), 6, 12, 0.12, 0.1)
 
 
 class Conversations(Dataset[Sample]):
-    """Endless, and the same for the same seed: sample i of step s follows from (seed, i) and the curriculum at s."""
+    """Endless, and the same for the same seed: sample i of a step follows from (seed, step, i)."""
 
-    def __init__(self, config: Llama4Config, tokenizer: Tokenizer, seed: int, steps: int, batch: int) -> None:
+    def __init__(self, config: Llama4Config, tokenizer: Tokenizer, seed: int, see_steps: int, steps: int) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.seed, self.steps, self.batch = seed, steps, batch
+        self.seed, self.see_steps, self.steps = seed, see_steps, steps
 
-    def __getitem__(self, index: int) -> Sample:
-        rng = random.Random(f"{self.seed}/{index}")
-        lesson = lesson_at(index // self.batch, self.steps, rng)
-        scenes, questions = self._topic(rng, lesson)
-        return self.sample(scenes, questions, rng)
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        step, index = place
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        if step < self.see_steps:
+            sides = (60, 112) if rng.random() < 0.85 else (60, 1200)
+            return self.sample([drawings.random_scene(rng, sides=sides)], [], rng)
+        lesson = lesson_at((step - self.see_steps) / (self.steps - self.see_steps), rng)
+        return self.sample(*self._topic(rng, lesson), rng)
 
     def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
         def scene() -> drawings.Scene:
@@ -167,10 +169,12 @@ class Conversations(Dataset[Sample]):
         messages: list[dict[str, Any]] = []
         if rng.random() < 0.1:
             messages.append({"role": "system", "content": "You are a helpful assistant."})
+        images: list[dict[str, Any]] = [{"type": "image"} for _ in scenes]
+        if not questions:
+            messages.append({"role": "user", "content": images})
         for i, question in enumerate(questions):
             content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
             if i == 0:
-                images: list[dict[str, Any]] = [{"type": "image"} for _ in scenes]
                 content = content + images if rng.random() < 0.25 else images + content
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": question.answer})
@@ -270,6 +274,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 velocity = state.setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])
@@ -278,9 +284,9 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak: a short warm-up, a plateau, and a linear descent over the last 45% of the run."""
-    return min(1.0, (step + 1) / 100, (steps - step) / (0.45 * steps))
+def learning_rate(step: int, see_steps: int, steps: int) -> float:
+    """Share of the peak: a short warm-up, a plateau, and a linear descent over the last half of learning to answer."""
+    return min(1.0, (step + 1) / 100, (steps - step) / (0.5 * (steps - see_steps)))
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -313,24 +319,42 @@ class Learner(nn.Module):
         self.loads.append(share.detach())
 
     def _patch_loss(self, guesses: Tensor, labels_nP: Tensor) -> Tensor:
-        """Each image token names what covers the patches that it was merged from, row by row."""
+        """Each image token names what covers the patches that it was merged from, row by row. Ground, which most patches show,
+        counts little."""
         side = round(labels_nP.shape[1] ** 0.5)
         squares = F.unfold(labels_nP.view(-1, 1, side, side).float(), self.merged, stride=self.merged).mT.long()
-        return F.cross_entropy(guesses.view(squares.numel(), -1), squares.flatten())
+        guesses = guesses.float().view(squares.numel(), -1)
+        weight = guesses.new_ones(guesses.shape[1])
+        weight[0] = 0.1
+        return F.cross_entropy(guesses, squares.flatten(), weight)
+
+    def see(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image features [n * Q, D], and how well they tell what each patch shows."""
+        features = self.model.encode_images(batch.tiles)
+        colours = self._patch_loss(self.colour_head(features), batch.colours)
+        kinds = self._patch_loss(self.kind_head(features), batch.kinds)
+        return features, {"colours": colours, "kinds": kinds}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         self.balance, self.loads = [], []
-        features = self.model.encode_images(batch.tiles)
-        logits = self.model(batch.ids, attention_mask=batch.mask, image_features=features)
+        features, losses = self.see(batch)
         wanted = batch.is_reply[:, 1:]
-        answers = F.cross_entropy(logits[:, :-1][wanted].float(), batch.ids[:, 1:][wanted], reduction="sum")
-        heads = ((self.colour_head, batch.colours), (self.kind_head, batch.kinds))
-        seen = [self._patch_loss(head(features).float(), labels) for head, labels in heads]
-        return {
-            "answers": answers / wanted.sum(),
-            "patches": torch.stack(seen).mean(),
-            "balance": torch.stack(self.balance).mean(),
-        }
+        if not wanted.any():
+            return losses
+        logits = self.model(batch.ids, attention_mask=batch.mask, image_features=features)
+        answers = F.cross_entropy(logits[:, :-1][wanted].float(), batch.ids[:, 1:][wanted])
+        return losses | {"answers": answers, "balance": torch.stack(self.balance).mean()}
+
+
+WEIGHTS = {"answers": 1.0, "kinds": 0.5, "colours": 0.2, "balance": 0.01}
+
+
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """The mean over all processes, in one message; None (an expert that got no token) counts as zero."""
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, gradient in zip(parameters, flat.div_(world).split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def split_parameters(learner: Learner) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -391,13 +415,12 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
         learner.load_state_dict(state["learner"])
         for optimiser, content in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(content)
-    data = Conversations(config, tokenizer, args.seed, args.steps, args.batch)
-    share = args.batch // world
+    data = Conversations(config, tokenizer, args.seed, args.see_steps, args.steps)
 
-    def indices() -> Iterator[list[int]]:
+    def indices() -> Iterator[list[tuple[int, int]]]:
         for step in range(begin, args.steps):
-            first = step * args.batch + rank * share
-            yield list(range(first, first + share))
+            batch = args.see_batch if step < args.see_steps else args.batch
+            yield [(step, index) for index in range(rank, batch, world)]
 
     workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if on_gpu else 0)
     loader = DataLoader(data, batch_sampler=indices(), collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
@@ -407,19 +430,13 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
     for step, batch in zip(range(begin, args.steps), loader, strict=True):
         with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
             losses = learner(batch.to(device))
-        fade = max(0.05, 1 - step / (0.6 * args.steps))
-        (losses["answers"] + fade * losses["patches"] + 0.01 * losses["balance"]).backward()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters()]
+        torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
         if world > 1:
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            gradients = [g.view_as(p) for g, p in zip(flat.div_(world).split([p.numel() for p in learner.parameters()]), learner.parameters(), strict=True)]
-        for p, g in zip(learner.parameters(), gradients, strict=True):
-            p.grad = g
+            average_gradients([p for p in learner.parameters() if p.requires_grad], world)
         nn.utils.clip_grad_norm_(others, 1.0)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = args.lr * learning_rate(step, args.steps)
+                group["lr"] = args.lr * learning_rate(step, args.see_steps, args.steps)
             optimiser.step()
         learner.zero_grad(set_to_none=True)
         for name, value in losses.items():
@@ -428,14 +445,15 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
         if rank == 0 and (step + 1) % 20 == 0:
             entry: dict[str, Any] = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
             entry |= {name: round(total / seen, 4) for name, total in sums.items()}
-            entry["least_load"] = round(min(float(load.min()) for load in learner.loads), 4)
+            if learner.loads:
+                entry["least_load"] = round(min(float(load.min()) for load in learner.loads), 4)
             sums, seen = {}, 0
             if (step + 1) % args.examine_every == 0:
                 entry["right"] = {k: round(v, 3) for k, v in examine(learner, data, args.per_kind, step, device).items()}
             assert log is not None
             log.write(json.dumps(entry) + "\n")
             log.flush()
-            bar.set_postfix(answers=entry["answers"], patches=entry["patches"])
+            bar.set_postfix({name: entry[name] for name in losses})
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             state = {"step": step + 1, "learner": learner.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
             torch.save(state, checkpoint.with_suffix(".new"))
@@ -460,8 +478,10 @@ def finish(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=24, help="pictures per step, over all processes")
+    parser.add_argument("--see-steps", type=int, default=900, help="steps of learning to see")
+    parser.add_argument("--see-batch", type=int, default=96, help="pictures in each of them, over all processes")
+    parser.add_argument("--steps", type=int, default=2500, help="steps in all; the others are of learning to answer")
+    parser.add_argument("--batch", type=int, default=24, help="conversations in each of them, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -476,8 +496,8 @@ def main() -> None:
     if not (args.out / "tokenizer.model").exists():
         build_vocabulary(args.out / "tokenizer.model", tiny().text.vocab_size - SPECIAL_TOKENS)
     world = 1 if args.device == "cuda" else args.processes or len(os.sched_getaffinity(0))
-    if args.batch % world:
-        parser.error(f"--batch {args.batch} must be a multiple of the {world} processes")
+    if args.batch % world or args.see_batch % world:
+        parser.error(f"--batch {args.batch} and --see-batch {args.see_batch} must be multiples of the {world} processes")
     (args.out / "rendezvous").unlink(missing_ok=True)
     try:
         if world == 1:

@@ -13,12 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama4.api import Llama4, Reply, Stream, Usage
+    from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
     from llama4.errors import CheckpointError, ConfigError, ContextLengthError, ImageError
     from llama4.generate import Token
     from llama4.model import Llama4Model
     from llama4.processor import Inputs, Processor
+    from llama4.replies import Reply, Stream, Usage
     from llama4.sampling import Sampler
     from llama4.tokenizer import Tokenizer
     from llama4.tool_calls import ToolCall
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "llama4.api": ("Llama4", "Reply", "Stream", "Usage"),
+    "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
     "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
     "llama4.generate": ("Token",),
     "llama4.model": ("Llama4Model",),
     "llama4.processor": ("Inputs", "Processor"),
+    "llama4.replies": ("Reply", "Stream", "Usage"),
     "llama4.sampling": ("Sampler",),
     "llama4.tokenizer": ("Tokenizer",),
     "llama4.tool_calls": ("ToolCall",),

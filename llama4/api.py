@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -15,12 +15,12 @@ from llama4 import hub
 from llama4.chat import Message
 from llama4.config import Llama4Config
 from llama4.experts import resolve_experts
-from llama4.generate import Event, FinishReason, Token, generate
+from llama4.generate import Event, generate
 from llama4.model import Llama4Model
 from llama4.processor import Inputs, Processor
+from llama4.replies import Draft, Reply, Stream
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
-from llama4.tool_calls import ToolCall, parse_reply
 from llama4.weights.loader import load
 from llama4.weights.saver import save
 from llama4.weights.source import open_source
@@ -38,37 +38,6 @@ Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a prompt, images and format included, and of its reply, that which ended it included."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the model said.
-
-    Attributes:
-        text: without tool calls, stop strings and special tokens.
-        tool_calls: the functions it wants called.
-        finish_reason: "stop" if the model ended or a stop string came, "length" at a limit, None if interrupted.
-        usage: how many tokens it took.
-        logprobs: every generated token with its log-probability before temperature, top_p and top_k.
-    """
-
-    text: str
-    tool_calls: list[ToolCall]
-    finish_reason: FinishReason | None
-    usage: Usage
-    logprobs: list[Token]
-
-    def __str__(self) -> str:
-        return self.text
-
-
 class Options(TypedDict, total=False):
     """Keyword arguments of `Llama4.chat`, where they are explained."""
 
@@ -79,54 +48,6 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     tools: Sequence[Mapping[str, Any]] | None
-
-
-class Stream(Iterator[str]):
-    """A reply as it comes: an iterator of pieces of text, none of them empty or with half a character.
-
-    The pieces join to the reply's text, tool calls included as the model spelt them. It may be left at any point.
-    """
-
-    def __init__(self, events: Iterator[Event], draft: _Draft) -> None:
-        self._events = events
-        self._draft = draft
-
-    def __next__(self) -> str:
-        for event in self._events:
-            self._draft.add(event)
-            if event.text:
-                return event.text
-        raise StopIteration
-
-    @property
-    def reply(self) -> Reply:
-        """What has come so far; once the iterator has ended, the whole reply."""
-        return self._draft.reply()
-
-
-@dataclass
-class _Draft:
-    """A reply on its way."""
-
-    prompt_tokens: int
-    tools: Sequence[Mapping[str, Any]] | None
-    call_id: int | None
-    """Id of `<|python_start|>`, which announces a tool call even where no tools were given."""
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, event: Event) -> None:
-        self.text += event.text
-        self.tokens.append(event.token)
-        self.finish_reason = event.finish_reason
-
-    def reply(self) -> Reply:
-        text, calls = self.text, list[ToolCall]()
-        if self.tools or any(token.id == self.call_id for token in self.tokens):
-            text, calls = parse_reply(text, self.tools)
-        usage = Usage(self.prompt_tokens, len(self.tokens), self.prompt_tokens + len(self.tokens))
-        return Reply(text, calls, self.finish_reason, usage, list(self.tokens))
 
 
 class Llama4:
@@ -237,8 +158,8 @@ class Llama4:
         """Answer a conversation.
 
         Args:
-            messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL, bytes,
-                a base64 data URL or a PIL image.
+            messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL,
+                bytes, a base64 data URL or a PIL image.
             max_new_tokens: most tokens of the reply.
             temperature: 0 always takes the most likely token; higher is more varied.
             top_p: draw from the fewest most likely tokens whose probabilities sum to this.
@@ -266,7 +187,7 @@ class Llama4:
         return stream.reply
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
-        """Answer a conversation piece by piece. Arguments and errors are those of `chat`; bad ones are refused at once."""
+        """Answer a conversation piece by piece; arguments and errors are those of `chat`, and come at once."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, Inputs):
@@ -305,7 +226,7 @@ class Llama4:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> tuple[Iterator[Event], list[_Draft]]:
+    ) -> tuple[Iterator[Event], list[Draft]]:
         tokenizer = self.tokenizer
         events = generate(
             self.model,
@@ -319,7 +240,7 @@ class Llama4:
             progress=self.progress,
         )
         call_id = tokenizer.special_tokens.get("<|python_start|>")
-        return events, [_Draft(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
+        return events, [Draft(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model in Hugging Face's layout, tokenizer included, for this library or transformers to read.

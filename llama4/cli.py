@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from llama4 import __version__
 
 if TYPE_CHECKING:
-    from llama4.api import Llama4, Options, Reply
+    from llama4.api import Llama4, Options
+    from llama4.replies import Reply
 
 HELP = """\
 Write a message and press Enter.
@@ -30,7 +31,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. What a user can cause ends in one line on stderr, not in a traceback."""
+    """Run the command; returns its exit code. What a user can cause ends in one line on stderr, not a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     options = make_parser().parse_args(arguments)

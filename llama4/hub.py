@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 NEEDED = (
     "config.json",
@@ -63,7 +65,10 @@ def resolve(
         raise ValueError(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like 'organisation/name'"
         )
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     try:
+        if quiet:
+            disable_progress_bars()
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise ValueError(
@@ -84,6 +89,9 @@ def resolve(
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name} could not be fetched from the Hub: {reason}; what has arrived is kept, try again") from error
+    finally:
+        if quiet:
+            enable_progress_bars()
 
 
 def push(directory: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:

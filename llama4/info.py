@@ -69,7 +69,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
     lines = {
         "layers": f"{facts['layers']}, {facts['layers_with_experts']} with experts, "
         f"{facts['layers_without_rope']} without RoPE",
-        "width": f"{facts['hidden_size']}, {facts['attention_heads']} query heads, {facts['key_value_heads']} key/value heads",
+        "width": f"{facts['hidden_size']}, {facts['attention_heads']} query and {facts['key_value_heads']} key heads",
         "experts": f"{facts['experts']}, {facts['experts_per_token']} per token, and a shared one"
         if facts["experts_per_token"]
         else "none",

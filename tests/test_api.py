@@ -1,0 +1,332 @@
+"""`Llama4` as a whole, on a random model loaded from a directory."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llama4 import CheckpointError, ConfigError, ContextLengthError, ImageError, Llama4, Reply
+from llama4.api import EMBEDDED, resolve_device, resolve_dtype
+from llama4.config import scout
+from llama4.generate import Event, Token
+from llama4.replies import Draft
+from tests import small_model
+
+RED = Image.new("RGB", (50, 40), (255, 0, 0))
+TOOL = {"type": "function", "function": {"name": "add", "description": "sum", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> Llama4:
+    return Llama4.from_pretrained(directory)
+
+
+def ask(text: str, *pictures: object) -> list[dict[str, object]]:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+CONVERSATIONS = [ask("what?", RED), ask("hi"), ask("compare", RED, Image.new("RGB", (200, 30), (0, 0, 255)))]
+
+
+def test_a_reply(llm: Llama4) -> None:
+    reply = llm.chat(ask("what is this?", RED), max_new_tokens=12)
+    assert isinstance(reply, Reply)
+    assert str(reply) == reply.text
+    assert reply.finish_reason == "length"
+    assert reply.tool_calls == []
+    prompt = llm.processor(ask("what is this?", RED)).input_ids.shape[1]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (prompt, 12)
+    assert reply.usage.total_tokens == prompt + 12
+    ids = [token.id for token in reply.logprobs]
+    assert llm.tokenizer.decode(ids).rstrip("\ufffd") == reply.text.rstrip("\ufffd")
+    assert all(token.logprob <= 0 for token in reply.logprobs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["e", "on"]}])
+def test_pieces_of_a_stream_join_to_the_reply(llm: Llama4, settings: dict[str, object]) -> None:
+    for conversation in CONVERSATIONS:
+        stream = llm.stream(conversation, max_new_tokens=30, **settings)  # type: ignore[arg-type]
+        pieces = list(stream)
+        assert all(pieces)
+        expected = llm.chat(conversation, max_new_tokens=30, **settings)  # type: ignore[arg-type]
+        assert "".join(pieces) == expected.text
+        assert stream.reply == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 20, "seed": 3}])
+def test_a_batch_gives_what_each_row_gives_alone(llm: Llama4, settings: dict[str, object]) -> None:
+    together = llm.chat_batch(CONVERSATIONS, max_new_tokens=20, **settings)  # type: ignore[arg-type]
+    for reply, conversation in zip(together, CONVERSATIONS, strict=True):
+        alone = llm.chat(conversation, max_new_tokens=20, **settings)  # type: ignore[arg-type]
+        assert (reply.text, reply.usage, reply.finish_reason) == (alone.text, alone.usage, alone.finish_reason)
+    assert llm.chat_batch([]) == []
+
+
+def test_seeds(llm: Llama4) -> None:
+    def draw(seed: int | None) -> str:
+        return llm.chat("hi", temperature=1.5, seed=seed, max_new_tokens=20).text
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+def test_a_string_is_one_question(llm: Llama4) -> None:
+    expected = llm.chat([{"role": "user", "content": "hello"}], max_new_tokens=8)
+    assert llm.chat("hello", max_new_tokens=8) == expected
+    assert llm.chat_batch(["hello", "hi"], max_new_tokens=8)[0].text == expected.text
+
+
+def test_completion_goes_on_without_a_chat_format(llm: Llama4) -> None:
+    reply = llm.complete("Once upon", max_new_tokens=8)
+    ids = torch.tensor([[llm.tokenizer.bos_id, *llm.tokenizer.encode("Once upon")]])
+    assert reply.usage.prompt_tokens == ids.shape[1]
+    with torch.inference_mode():
+        assert reply.logprobs[0].id == int(llm.model(ids)[0, -1].argmax())
+    assert "".join(llm.stream(llm.processor.complete("Once upon"), max_new_tokens=8)) == reply.text
+
+
+def test_an_image_may_come_in_any_form(llm: Llama4, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    RED.save(buffer, "PNG")
+    (tmp_path / "red.png").write_bytes(buffer.getvalue())
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    replies = {
+        llm.chat(ask("what?", source), max_new_tokens=12).text
+        for source in (RED, buffer.getvalue(), url, tmp_path / "red.png", str(tmp_path / "red.png"))
+    }
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    replies.add(llm.chat([{"role": "user", "content": parts}], max_new_tokens=12).text)
+    assert len(replies) == 1
+
+
+def test_leaving_a_stream_leaves_the_model_usable(llm: Llama4) -> None:
+    expected = llm.chat("hello", max_new_tokens=8)
+    stream = llm.stream("hello", max_new_tokens=8)
+    next(stream)
+    partial = stream.reply
+    assert partial.finish_reason is None
+    assert 0 < partial.usage.completion_tokens < 8
+    assert llm.chat("hello", max_new_tokens=8) == expected
+
+
+def made(llm: Llama4, text: str, **settings: object) -> Reply:
+    """A reply of these words."""
+    draft = Draft(3, settings.get("tools"), llm.tokenizer.special("<|python_start|>"))  # type: ignore[arg-type]
+    for id_ in settings.get("before", []):  # type: ignore[attr-defined]
+        draft.add(Event(0, Token(id_, b"", 0.0), "", None))
+    draft.add(Event(0, Token(1, b"", 0.0), text, "stop"))
+    return draft.reply()
+
+
+def test_tool_calls_are_read_where_tools_were_given_or_the_model_says_so(llm: Llama4) -> None:
+    text = '{"name": "add", "parameters": {"a": 1}}'
+    called = made(llm, "Sure. " + text, tools=[TOOL])
+    assert [(call.name, call.arguments) for call in called.tool_calls] == [("add", {"a": 1})]
+    assert called.text == "Sure."
+    assert made(llm, text).text == text  # an answer that happens to be JSON
+    assert made(llm, text).tool_calls == []
+    announced = made(llm, "[add(a=1)]", before=[llm.tokenizer.special("<|python_start|>")])
+    assert [(call.name, call.arguments) for call in announced.tool_calls] == [("add", {"a": 1})]
+
+
+def test_tools_reach_the_prompt(llm: Llama4) -> None:
+    plain, with_tools = llm.chat("hi", max_new_tokens=1), llm.chat("hi", max_new_tokens=1, tools=[TOOL])
+    assert with_tools.usage.prompt_tokens > plain.usage.prompt_tokens + 50
+
+
+def test_saving_and_loading_again(llm: Llama4, tmp_path: Path) -> None:
+    llm.save_pretrained(tmp_path / "saved")
+    again = Llama4.from_pretrained(tmp_path / "saved")
+    assert again.config == llm.config
+    for (name, a), (_, b) in zip(llm.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.tokenizer.special_tokens == llm.tokenizer.special_tokens
+    assert again.chat(CONVERSATIONS[2], max_new_tokens=12) == llm.chat(CONVERSATIONS[2], max_new_tokens=12)
+
+
+def test_pushing_uploads_what_saving_writes(llm: Llama4, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def push(directory: Path, repo_id: str, *, token: str | None, private: bool) -> str:
+        shutil.copytree(directory, tmp_path / "pushed")
+        return f"{repo_id} {token} {private}"
+
+    monkeypatch.setattr("llama4.hub.push", push)
+    assert llm.push_to_hub("me/mine", token="t", private=True) == "me/mine t True"
+    llm.save_pretrained(tmp_path / "saved")
+    pushed, saved = ({path.name for path in (tmp_path / name).iterdir()} for name in ("pushed", "saved"))
+    assert pushed == saved
+
+
+# -- how it is loaded ----------------------------------------------------------------------------------------------
+
+
+def test_the_model_alone_loads_without_a_tokenizer(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.model").unlink()
+    bare = Llama4.from_pretrained(tmp_path / "bare")
+    assert bare.model(torch.tensor([[1, 2, 3]])).shape == (1, 3, small_model.RANKS + small_model.SPECIAL)
+    for part in (lambda: bare.tokenizer, lambda: bare.processor, lambda: bare.chat("hi")):
+        with pytest.raises(ValueError, match=r"without a tokenizer; put its tokenizer\.json or tokenizer\.model"):
+            part()
+
+
+def test_dtypes(directory: Path) -> None:
+    assert Llama4.from_pretrained(directory, dtype="bfloat16").model.dtype == torch.bfloat16
+    exact = Llama4.from_pretrained(directory, dtype=torch.float64)
+    assert exact.model.dtype == torch.float64
+    assert exact.config.dtype == "float64"
+    assert exact.chat("hi", max_new_tokens=4).usage.completion_tokens == 4
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_dtype("auto", small_model.config(), cpu) == torch.float32
+    assert resolve_dtype("auto", scout(), cpu) == torch.bfloat16
+    assert resolve_dtype("auto", scout(), cuda) == torch.bfloat16
+
+
+@pytest.mark.parametrize("experts", ["loop", "grouped"])
+def test_experts(directory: Path, llm: Llama4, experts: str) -> None:
+    chosen = Llama4.from_pretrained(directory, experts=experts)
+    names = {getattr(module, "name", None) for module in chosen.model.modules()} - {None}
+    assert names == {experts}
+    assert chosen.chat("hi", max_new_tokens=8).text == llm.chat("hi", max_new_tokens=8).text
+
+
+def test_how_it_was_resolved_is_logged(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="llama4"):
+        Llama4.from_pretrained(directory)
+    assert "experts: loop on cpu in torch.float32" in caplog.text
+
+
+def test_max_context(directory: Path) -> None:
+    short = Llama4.from_pretrained(directory, max_context=30)
+    with pytest.raises(ContextLengthError, match=r"holds 30, .* raise max_context=30"):
+        short.chat("7" * 40)
+    reply = short.complete("7" * 20)
+    assert reply.usage.total_tokens == 30
+    assert reply.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "int4"}, "quantization='int4' is not in this release; leave it at None"),
+        ({"dtype": "int8"}, "dtype='int8' is not supported; choose 'auto' or one of bfloat16"),
+        ({"device": "abacus"}, "device='abacus' cannot be used .* try 'auto', 'cpu'"),
+        ({"experts": "many"}, "experts='many' is not known; choose 'auto'"),
+        ({"max_context": 1}, "max_context is 1; it must be between 2 and this model's window, 4096"),
+        ({"max_context": 4097}, "max_context is 4097; it must be between 2 and"),
+    ],
+)
+def test_settings_that_cannot_be(directory: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Llama4.from_pretrained(directory, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_no_cuda() -> None:
+    with pytest.raises(ValueError, match=r"device='cuda' cannot be used .* try 'auto', 'cpu' or 'cuda'"):
+        resolve_device("cuda")
+
+
+def broken(directory: Path, target: Path, **changes: object) -> Path:
+    """A copy whose config.json says something else."""
+    shutil.copytree(directory, target)
+    content = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(content))
+    return target
+
+
+def test_a_quantised_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+    path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(ValueError, match=r"quantised \('compressed-tensors'\).*use its bf16 checkpoint"):
+        Llama4.from_pretrained(path)
+
+
+def test_the_tokenizer_of_another_model_is_refused(directory: Path, tmp_path: Path) -> None:
+    path = broken(directory, tmp_path / "t", image_token_index=3)
+    with pytest.raises(ValueError, match=r"<\|patch\|> is 988 in .*image_token_index is 3; use the tokenizer"):
+        Llama4.from_pretrained(path)
+    other = broken(directory, tmp_path / "v")
+    lines = [b"%s %d" % (base64.b64encode(bytes([i % 256, i // 256])), i) for i in range(256, 2000)]
+    with (other / "tokenizer.model").open("wb") as file:
+        file.write(b"\n".join([*(b"%s %d" % (base64.b64encode(bytes([i])), i) for i in range(256)), *lines]))
+    with pytest.raises(ValueError, match=r"ids up to 4047, but the model embeds 1024; use the tokenizer"):
+        Llama4.from_pretrained(other)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "./nowhere"])
+def test_no_such_model(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.*'tiny'.*directory.*organisation/name"):
+        Llama4.from_pretrained(name)
+
+
+def test_a_directory_without_a_model(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        Llama4.from_pretrained(tmp_path)
+    shutil.copy(directory / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no weights"):
+        Llama4.from_pretrained(tmp_path)
+
+
+# -- what it refuses to answer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ([], "empty"),
+        ([{"role": "king", "content": "x"}], "'king'; the roles are system, user"),
+        ([{"role": "user"}], "content None"),
+        (ask("x", "/no/such/file.png"), "no such image file: /no/such/file.png"),
+        (ask("x", b"not an image"), "not an image"),
+        (ask("\ud800"), "surrogate"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "1 image parts without a picture, but images= holds 0"),
+        ([ask("x"), ask("y")], "2 conversations; use chat_batch"),
+    ],
+)
+def test_bad_messages(llm: Llama4, messages: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.chat(messages)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):  # before the first piece
+        llm.stream(messages)  # type: ignore[arg-type]
+
+
+def test_an_image_that_cannot_be_read_is_an_image_error(llm: Llama4) -> None:
+    with pytest.raises(ImageError):
+        llm.chat(ask("x", b"not an image"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"top_p": 0}, {"top_k": 0}, {"seed": -1}, {"max_new_tokens": 0}, {"stop": ""}]
+)
+def test_bad_settings_are_refused_before_the_first_piece(llm: Llama4, settings: dict[str, object]) -> None:
+    name, value = next(iter(settings.items()))
+    message = "stop string is empty" if name == "stop" else f"{name} is {value}"
+    with pytest.raises(ValueError, match=message):
+        llm.stream("hi", **settings)  # type: ignore[arg-type]
+
+
+# -- the embedded model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (EMBEDDED["tiny"] / "config.json").is_file(), reason="the embedded model is not built yet")
+def test_the_embedded_model_answers() -> None:
+    llm = Llama4.from_pretrained("tiny")
+    white = Image.new("RGB", (200, 160), "white")
+    white.paste((255, 0, 0), (60, 40, 130, 110))
+    assert "red" in llm.chat(ask("What colour is the square?", white)).text.lower()

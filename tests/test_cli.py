@@ -1,0 +1,444 @@
+"""The command line: the main paths as a person runs them, every bad input in process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llama4 import Llama4, __version__
+from llama4.cli import main
+from tests import small_model
+
+LIMIT = ["--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> Llama4:
+    return Llama4.from_pretrained(directory)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "a picture.png"
+    Image.new("RGB", (60, 40), (0, 128, 0)).save(path)
+    return str(path)
+
+
+def llama4(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "llama4", *arguments], input=stdin, capture_output=True, check=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    try:
+        code = main(arguments)
+    except SystemExit as left:  # argparse
+        code = int(left.code or 0)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+# -- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_as_a_process(directory: Path, picture: str, llm: Llama4) -> None:
+    done = llama4("generate", "--model", str(directory), "--image", picture, *LIMIT, "What is this?")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    expected = llm.chat([{"role": "user", "content": content}], max_new_tokens=12).text
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == expected + "\n"
+
+
+def test_question_from_stdin(directory: Path, llm: Llama4) -> None:
+    done = llama4("generate", "--model", str(directory), *LIMIT, "-", stdin="naïve 東京?\n".encode())
+    assert done.stdout.decode() == llm.chat("naïve 東京?", max_new_tokens=12).text + "\n"
+
+
+def test_stdin_that_is_not_utf8(directory: Path) -> None:
+    done = llama4("generate", "--model", str(directory), "-", stdin=b"caf\xe9")
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert done.stderr.decode() == (
+        "llama4: error: stdin is not UTF-8: byte 0xe9 at 3; convert it first, for instance with "
+        "iconv -f latin1 -t utf-8\n"
+    )
+
+
+def test_a_reader_that_leaves(directory: Path) -> None:
+    """As in `llama4 generate ... | head -c 1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama4", "generate", "--model", str(directory), "--max-new-tokens", "2000", "hi"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_ctrl_c_in_mid_stream(directory: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama4", "generate", "--model", str(directory), "--max-new-tokens", "4000", "hi"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == b"\n"
+
+
+def test_generate_options_reach_the_model(directory: Path, llm: Llama4, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--system", "Short.", "--temperature", "1.5", "--top-p", "0.9", "--top-k", "40", "--seed", "7"]
+    options += ["--stop", "zq", "--stop", "xx"]
+    code, out, err = run(capsys, "generate", "--model", str(directory), *LIMIT, *options, "hi")
+    expected = llm.chat(
+        [{"role": "system", "content": "Short."}, {"role": "user", "content": "hi"}],
+        max_new_tokens=12,
+        temperature=1.5,
+        top_p=0.9,
+        top_k=40,
+        seed=7,
+        stop=["zq", "xx"],
+    )
+    assert (code, out, err) == (0, expected.text + "\n", "")
+
+
+def test_generate_json(directory: Path, picture: str, llm: Llama4, capsys: pytest.CaptureFixture[str]) -> None:
+    images = ["--image", picture, "--image", picture]
+    code, out, err = run(capsys, "generate", "--model", str(directory), "--json", *images, *LIMIT, "compare")
+    parts = [*({"type": "image", "image": picture} for _ in range(2)), {"type": "text", "text": "compare"}]
+    expected = llm.chat([{"role": "user", "content": parts}], max_new_tokens=12)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found["text"] == expected.text
+    assert found["finish_reason"] == "length"
+    assert found["tool_calls"] == []
+    assert found["usage"] == {
+        "prompt_tokens": expected.usage.prompt_tokens,
+        "completion_tokens": 12,
+        "total_tokens": expected.usage.prompt_tokens + 12,
+    }
+    assert [token["id"] for token in found["logprobs"]] == [token.id for token in expected.logprobs]
+
+
+def test_raw_completion(directory: Path, llm: Llama4, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "generate", "--model", str(directory), "--raw", *LIMIT, "Once upon")
+    assert (code, out) == (0, llm.complete("Once upon", max_new_tokens=12).text + "\n")
+
+
+def test_dtype_and_experts(directory: Path, capsys: pytest.CaptureFixture[str], llm: Llama4) -> None:
+    options = ["--dtype", "float64", "--experts", "loop", "--device", "cpu"]
+    code, out, _ = run(capsys, "generate", "--model", str(directory), *options, *LIMIT, "hi")
+    assert (code, out) == (0, llm.chat("hi", max_new_tokens=12).text + "\n")
+
+
+# -- chat ----------------------------------------------------------------------------------------------------------
+
+
+def talk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, *lines: str
+) -> tuple[int, list[str], str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    code, out, err = run(capsys, "chat", "--model", str(directory), *LIMIT)
+    return code, out.split("\n"), err
+
+
+def test_chat_remembers_the_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    directory: Path,
+    picture: str,
+    llm: Llama4,
+) -> None:
+    lines = [f"/image '{picture}'", "what is this?", "and now?", "", "/reset", "and now?", "/quit", "never said"]
+    _, out, err = talk(monkeypatch, capsys, directory, *lines)
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
+    messages: list[dict[str, object]] = [{"role": "user", "content": parts}]
+    first = llm.chat(messages, max_new_tokens=12).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "and now?"}]
+    second, fresh = llm.chat(messages, max_new_tokens=12).text, llm.chat("and now?", max_new_tokens=12).text
+    cut = " (cut at --max-new-tokens or the window)"
+    expected = [
+        "Added picture 1 to your next message.",
+        *(first + cut).split("\n"),
+        *(second + cut).split("\n"),
+        "A new conversation.",
+        *(fresh + cut).split("\n"),
+    ]
+    assert err == ""
+    assert out == [*expected, ""]
+
+
+def test_chat_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4
+) -> None:
+    code, out, err = talk(
+        monkeypatch, capsys, directory, "/image nowhere.png", "/image", "/nonsense", "7" * 5000, "/help", "hi"
+    )
+    assert code == 0
+    assert "error: no such image file: nowhere.png" in err
+    assert "error: /image needs a file" in err
+    assert "the window holds 4096" in err
+    text = "\n".join(out)
+    assert "/nonsense is no command" in text
+    assert "/reset" in text
+    assert llm.chat("hi", max_new_tokens=12).text in text
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4
+) -> None:
+    from llama4 import generate
+
+    steps = 0
+    step = generate.step
+
+    def interrupted(*arguments: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate, "step", interrupted)
+    code, out, _ = talk(monkeypatch, capsys, directory, "hi", "go on")
+    begun = llm.chat("hi", max_new_tokens=4).text
+    messages = [("user", "hi"), ("assistant", begun), ("user", "go on")]
+    expected = llm.chat([{"role": role, "content": text} for role, text in messages], max_new_tokens=12).text
+    assert code == 0
+    assert f"{begun} (stopped)" in "\n".join(out)
+    assert expected in "\n".join(out)
+
+
+def test_chat_as_a_process(directory: Path, llm: Llama4) -> None:
+    done = llama4("chat", "--model", str(directory), *LIMIT, stdin=b"hi\n")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().startswith(llm.chat("hi", max_new_tokens=12).text)
+    done = llama4("chat", "--model", str(directory), stdin=b"\xff\n")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"llama4: error: stdin is not UTF-8")
+
+
+# -- info ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "window"),
+    [("scout", 109, 17, 10_485_760), ("maverick", 400, 17, 1_048_576), ("behemoth", 2000, 288, None)],
+)
+def test_info_of_presets(
+    name: str, total: int, active: int, window: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "info", name, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["parameters"] / 1e9 == pytest.approx(total, rel=0.02)
+    assert facts["active_parameters"] / 1e9 == pytest.approx(active, rel=0.02)
+    assert window is None or facts["window"] == window
+    assert facts["bytes"]["bfloat16"] == 2 * facts["parameters"]
+
+
+def test_info_of_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    """Scout: 8 heads of 128, keys and values, 2 bytes: 4096 bytes per token and layer; 12 of 48 layers see all."""
+    facts = json.loads(run(capsys, "info", "scout", "--json")[1])
+    assert facts["cache_bytes_per_token"] == 12 * 4096
+    assert facts["cache_bytes_full"] == 12 * 4096 * 10_485_760 + 36 * 4096 * 8192
+
+
+def test_info_as_a_table(capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4) -> None:
+    code, out, _ = run(capsys, "info", "scout")
+    assert code == 0
+    for fact in ("109B", "17B", "10,485,760 tokens", "16, 1 per token", "48.0 KiB per token", "GiB in bfloat16"):
+        assert fact in out
+    assert "guessed" in run(capsys, "info", "behemoth")[1]
+    assert "experts     none" in run(capsys, "info", "guard4")[1]
+    parameters = sum(parameter.numel() for parameter in llm.model.parameters())
+    assert f"{parameters:,}" in run(capsys, "info", str(directory))[1]
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"llama4 {__version__}\n")
+    assert "generate" in run(capsys, "--help")[1]
+    assert "/image FILE" in run(capsys, "chat", "--help")[1]
+
+
+def damaged_pictures(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Files that are no usable picture, and what must be said of each."""
+    whole = io.BytesIO()
+    Image.effect_noise((200, 200), 80).save(whole, "PNG")
+    contents = {
+        "text.png": (b"this is text", "not an image"),
+        "empty.png": (b"", "empty"),
+        "cut.png": (whole.getvalue()[: len(whole.getvalue()) // 2], "truncated"),
+    }
+    for name, (content, _) in contents.items():
+        (directory / name).write_bytes(content)
+    Image.new("1", (20_000, 20_000)).save(directory / "bomb.png")
+    return {name: (directory / name, words) for name, (_, words) in contents.items()} | {
+        "bomb.png": (directory / "bomb.png", "too large"),
+        "missing.png": (directory / "missing.png", "no such image file"),
+        "folder": (directory, "cannot open"),
+    }
+
+
+@pytest.mark.parametrize("name", ["text.png", "empty.png", "cut.png", "bomb.png", "missing.png", "folder"])
+def test_bad_pictures(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path, words = damaged_pictures(tmp_path)[name]
+    code, out, err = run(capsys, "generate", "--model", str(directory), "--image", str(path), "what?")
+    assert (code, out) == (1, "")
+    assert err.startswith("llama4: error: ")
+    assert words in err
+    assert path.name in err
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "LA", "RGBA", "I;16", "1"])
+def test_unusual_pictures_are_converted(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    path = tmp_path / "picture.tiff"
+    Image.new(mode, (30, 20)).save(path)
+    assert run(capsys, "generate", "--model", str(directory), "--image", str(path), *LIMIT, "what?")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "remedy"),
+    [
+        (["--temperature", "-1", "hi"], "temperature is -1.0", "0 (greedy) or more"),
+        (["--temperature", "nan", "hi"], "temperature is nan", "0 (greedy) or more"),
+        (["--top-p", "0", "hi"], "top_p is 0.0", "above 0 and at most 1"),
+        (["--top-k", "0", "hi"], "top_k is 0", "at least 1"),
+        (["--seed", "-3", "hi"], "seed is -3", "0 or more"),
+        (["--max-new-tokens", "0", "hi"], "max_new_tokens is 0", "at least 1"),
+        (["--stop", "", "hi"], "stop string is empty", "at least one character"),
+        (["--dtype", "int3", "hi"], "dtype='int3'", "bfloat16, float16, float32"),
+        (["--device", "abacus", "hi"], "device='abacus'", "'cpu'"),
+        (["--experts", "all", "hi"], "experts='all'", "'auto'"),
+        (["--max-context", "0", "hi"], "max_context is 0", "between 2 and"),
+        ([""], "empty", "write a question"),
+        (["--raw", ""], "empty", "write the text"),
+        (["7" * 5000], "the window holds 4096", "shorten the prompt"),
+    ],
+)
+def test_bad_values(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], value: str, remedy: str
+) -> None:
+    code, out, err = run(capsys, "generate", "--model", str(directory), *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("llama4: error: ")
+    assert value in err
+    assert remedy in err
+
+
+def test_an_error_for_machines(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "generate", "--model", str(directory), "--json", "--image", "none.png", "what?")
+    assert code == 1
+    assert json.loads(out) == {"error": "no such image file: none.png; check the path", "type": "ImageError"}
+    assert "no such image file" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["generate"], "question"),
+        (["generate", "--colour", "hi"], "unrecognized arguments: --colour"),
+        (["generate", "--max-new-tokens", "many", "hi"], "invalid int value: 'many'"),
+        (["generate", "--temperature", "warm", "hi"], "invalid float value: 'warm'"),
+        (["generate", "--raw", "--image", "x.png", "hi"], "neither --image nor --system"),
+        (["generate", "--raw", "--system", "x", "hi"], "neither --image nor --system"),
+        (["info"], "model"),
+    ],
+)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("command", [["info"], ["generate", "hi", "--model"], ["chat", "--model"]])
+def test_models_that_cannot_be_loaded(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    cases = {
+        "gpt-5": r"'gpt-5' is no model.*directory.*organisation/name",
+        str(tmp_path / "empty"): r"config\.json does not exist",
+        str(tmp_path / "other"): r"'mistral' is not Llama 4",
+        str(tmp_path / "broken"): r"config\.json is not valid JSON",
+        str(directory / "config.json"): r"is a file; name the directory",
+    }
+    for name, message in cases.items():
+        code, out, err = run(capsys, *command, name)
+        assert (code, out) == (1, "")
+        assert re.match(rf"llama4: error: .*{message}", err)
+
+
+def test_damaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    small_model.write(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content, tensors = weights.read_bytes(), small_model.model().state_dict()
+    weights.write_bytes(content[: len(content) // 2])
+    code, out, err = run(capsys, "generate", "--model", str(tmp_path), "hi")
+    assert (code, out) == (1, "")
+    assert "cut short or damaged" in err
+
+    gone, odd = "language_model.model.norm.weight", "language_model.lm_head.weight"
+    changed = {name: tensor for name, tensor in tensors.items() if name != gone}
+    changed |= {"what.is.this": tensors[gone], odd: tensors[odd][:5].clone()}
+    save_file(changed, weights)
+    code, out, err = run(capsys, "generate", "--model", str(tmp_path), "hi")
+    assert (code, out) == (1, "")
+    assert f"missing: {gone}" in err
+    assert "unexpected: what.is.this" in err
+    assert f"wrong shape: {odd} is [5, 48], wanted [1024, 48]" in err
+
+    weights.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    code, out, err = run(capsys, "generate", "--model", str(tmp_path), "hi")
+    assert (code, out) == (1, "")
+    assert "lacks 1 of its 1 shards" in err
+    assert "model-00001-of-00002.safetensors" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX arguments are bytes")
+def test_an_argument_that_is_not_utf8(directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable.encode(), b"-m", b"llama4", b"generate", b"--model", str(directory).encode(), b"caf\xe9"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"llama4: error: ")
+    assert b"surrogate" in done.stderr

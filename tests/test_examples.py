@@ -1,0 +1,60 @@
+"""Every example runs, offline, as its docstring says. Where there is no embedded model a random one stands in."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llama4 import api
+from tests import small_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_tiny")
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not (api.EMBEDDED["tiny"] / "config.json").is_file():
+        monkeypatch.setitem(api.EMBEDDED, "tiny", small_model.write(tmp_path / "tiny"))
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(name, monkeypatch)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example_is_short_and_explains_itself(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert len([line for line in source.splitlines() if line.strip()]) < 40
+    assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(source)) or "")
+
+
+def test_a_picture_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Image.new("RGB", (80, 60), "white").save(tmp_path / "mine.png")
+    run("ask_one_picture", monkeypatch, "mine.png", "What is here?")
+    assert capsys.readouterr().out.startswith("What is here?\n")
+
+
+def test_look_inside_draws_a_row_per_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run("look_inside", monkeypatch, "out.png")
+    llm = api.Llama4.from_pretrained("tiny")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.height == 24 * llm.config.text.num_hidden_layers
+        assert image.width > 4 * 20
+        colours = image.getcolors(10_000)
+        assert colours is not None
+        assert 1 < len(colours) <= llm.config.text.num_local_experts

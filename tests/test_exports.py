@@ -1,0 +1,72 @@
+"""What `import llama4` offers, and what it costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import llama4
+
+
+def test_every_exported_name_is_there() -> None:
+    for name in llama4.__all__:
+        assert getattr(llama4, name) is not None
+    assert set(llama4.__all__) <= set(dir(llama4))
+
+
+def test_public_names() -> None:
+    """People rely on these; a name that leaves this list breaks their code."""
+    assert set(llama4.__all__) == {
+        "CheckpointError",
+        "ConfigError",
+        "ContextLengthError",
+        "ImageError",
+        "Inputs",
+        "Llama4",
+        "Llama4Config",
+        "Llama4Model",
+        "PRESETS",
+        "Processor",
+        "Reply",
+        "Sampler",
+        "Stream",
+        "TextConfig",
+        "Token",
+        "Tokenizer",
+        "ToolCall",
+        "Usage",
+        "VisionConfig",
+        "__version__",
+        "load_image",
+    }
+
+
+def test_the_signature_of_chat() -> None:
+    parameters = inspect.signature(llama4.Llama4.chat).parameters
+    assert {name: parameter.default for name, parameter in list(parameters.items())[2:]} == {
+        "max_new_tokens": 256,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": None,
+        "seed": None,
+        "stop": None,
+        "tools": None,
+    }
+
+
+def test_errors_are_value_errors() -> None:
+    for error in (llama4.CheckpointError, llama4.ConfigError, llama4.ContextLengthError, llama4.ImageError):
+        assert issubclass(error, ValueError)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Llama5'"):
+        llama4.Llama5  # noqa: B018
+
+
+def test_importing_and_asking_for_help_load_no_torch() -> None:
+    code = "import sys, llama4, llama4.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

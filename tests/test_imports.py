@@ -1,0 +1,80 @@
+"""The direction of imports: a module imports what stands in a line above its own, or in its own, and nothing below."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LINES = (
+    "vision",
+    "llama4.errors",
+    "llama4.config",
+    "llama4.packing llama4.tokenizer llama4.tool_calls llama4.drawings",
+    "llama4.layers llama4.cache llama4.experts llama4.chat llama4.sampling",
+    "llama4.attention llama4.moe llama4.processor",
+    "llama4.model llama4.weights",
+    "llama4.generate llama4.hub",
+    "llama4.replies llama4.info",
+    "llama4.api",
+    "llama4.bench",
+    "llama4.cli",
+    "llama4.__main__",
+)
+LINE = {package: line for line, packages in enumerate(LINES) for package in packages.split()}
+FREE = {"llama4"}
+"""`llama4/__init__.py` re-exports from everywhere, and is where the version stands."""
+
+
+def modules() -> dict[str, Path]:
+    paths = [path for package in ("llama4", "vision") for path in sorted((ROOT / package).rglob("*.py"))]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def line_of(module: str) -> int:
+    """That of the longest listed prefix."""
+    parts = module.split(".")
+    return next(LINE[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in LINE)
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Modules of this project that one imports, anywhere in its code."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            inner = [f"{source}.{alias.name}" for alias in node.names if f"{source}.{alias.name}" in modules()]
+            yield from inner or [source]
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - FREE))
+def test_imports_point_one_way(module: str) -> None:
+    for imported in imports(module, modules()[module]):
+        if imported.split(".")[0] in ("llama4", "vision") and imported not in FREE:
+            assert line_of(imported) <= line_of(module), f"{module} imports {imported}, which stands below it"
+
+
+def test_vision_knows_nothing_of_llama4() -> None:
+    for module, path in modules().items():
+        if module.split(".")[0] == "vision":
+            roots = {imported.split(".")[0] for imported in imports(module, path)}
+            assert "llama4" not in roots
+
+
+def test_weights_never_import_the_model() -> None:
+    for module, path in modules().items():
+        if module.startswith("llama4.weights"):
+            assert not {"llama4.model", "llama4.attention", "llama4.moe"} & set(imports(module, path))
+
+
+def test_nothing_at_run_time_needs_transformers() -> None:
+    for module, path in modules().items():
+        assert "transformers" not in {imported.split(".")[0] for imported in imports(module, path)}, module

@@ -3,6 +3,10 @@
 python examples/batch.py
 """
 
+from typing import Any
+
+from PIL.Image import Image
+
 from llama4 import Llama4
 from llama4.drawings import Scene, Shape, draw
 
@@ -10,7 +14,7 @@ stars = draw(Scene(200, 200, shapes=tuple(Shape("star", "orange", (50 + 50 * i, 
 heart = draw(Scene(120, 90, shapes=(Shape("heart", "red", (60, 45), 50),)))
 
 
-def ask(question, *pictures):
+def ask(question: str, *pictures: Image) -> list[dict[str, Any]]:
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 

@@ -3,14 +3,16 @@
 python examples/streamed_chat.py
 """
 
+from typing import Any
+
 from llama4 import Llama4
 from llama4.drawings import Scene, Shape, draw
 
 scene = Scene(320, 200, shapes=(Shape("triangle", "green", (80, 100), 80), Shape("circle", "purple", (230, 100), 70)))
 
 llm = Llama4.from_pretrained("tiny")
-content = [{"type": "image", "image": draw(scene)}]
-messages = []
+content: list[dict[str, Any]] = [{"type": "image", "image": draw(scene)}]
+messages: list[dict[str, Any]] = []
 for question in ("What colour is the triangle?", "And the circle?"):
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
     print(f"> {question}")

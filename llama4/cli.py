@@ -180,6 +180,8 @@ def as_json(reply: Reply) -> dict[str, Any]:
 def run_chat(options: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() its history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # some locales let bytes through that are no text
     llm = _load(options)
     settings = _reply_options(options)
     messages, pictures = _start(options), list[dict[str, Any]]()

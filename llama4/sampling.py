@@ -63,17 +63,23 @@ class Sampler:
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
     def _draw(self, logits_BV: Tensor, generators: Sequence[random.Random]) -> Tensor:
-        """Inverse transform sampling over the tokens that top_k and top_p leave, the most likely first."""
-        # The largest logit goes first, so that no temperature, however small, overflows.
-        scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / self.temperature
-        weights_BV, ids_BV = scaled_BV.exp().sort(dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            weights_BV[:, self.top_k :] = 0
+        """Inverse transform sampling, in order of id, over the tokens that top_k and top_p leave."""
+        # The largest logit is subtracted first, so that no temperature, however small, overflows.
+        weights_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / self.temperature).exp()
+        if self.top_k is not None or self.top_p < 1:
+            weights_BV = self._cut(weights_BV, logits_BV.argsort(dim=-1, descending=True, stable=True))
         sums_BV = weights_BV.cumsum(dim=-1)
-        if self.top_p < 1:  # a token goes if those before it suffice
-            weights_BV[sums_BV - weights_BV >= self.top_p * sums_BV[:, -1:]] = 0
-            sums_BV = weights_BV.cumsum(dim=-1)
+        totals_B1 = sums_BV[:, -1:]
         uniform_B1 = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
-        places_B1 = torch.searchsorted(sums_BV, uniform_B1.to(sums_BV.device) * sums_BV[:, -1:], right=True)
-        last_B1 = (weights_BV > 0).sum(dim=-1, keepdim=True) - 1
-        return ids_BV.gather(1, places_B1.minimum(last_B1)).squeeze(1)
+        targets_B1 = uniform_B1.to(totals_B1.device) * totals_B1
+        below_B1 = targets_B1.minimum(totals_B1.nextafter(torch.zeros_like(totals_B1)))  # however the product rounds
+        return torch.searchsorted(sums_BV, below_B1, right=True).squeeze(1)
+
+    def _cut(self, weights_BV: Tensor, order_BV: Tensor) -> Tensor:
+        """Zero what is not among the top_k, nor among those of them that it takes to reach top_p of their sum."""
+        ranked_BV = weights_BV.gather(1, order_BV)
+        ranked_BV[:, self.top_k or ranked_BV.shape[1] :] = 0
+        if self.top_p < 1:
+            sums_BV = ranked_BV.cumsum(dim=-1)
+            ranked_BV[sums_BV - ranked_BV >= self.top_p * sums_BV[:, -1:]] = 0  # those before it suffice
+        return torch.zeros_like(weights_BV).scatter(1, order_BV, ranked_BV)

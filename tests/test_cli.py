@@ -241,6 +241,35 @@ def test_chat_as_a_process(directory: Path, llm: Llama4) -> None:
     assert done.stderr.startswith(b"llama4: error: stdin is not UTF-8")
 
 
+def read_until(terminal: int, wanted: bytes) -> bytes:
+    """What a program writes to its terminal, up to and with `wanted`."""
+    seen = b""
+    while wanted not in seen:
+        seen += os.read(terminal, 1024)
+    return seen
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_chat_in_a_terminal(directory: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llama4", "chat", "--model", str(directory), "--max-new-tokens", "3000"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert b"/help shows what you can do" in read_until(ours, b"> ")
+    process.send_signal(signal.SIGINT)
+    read_until(ours, b"(Ctrl-D leaves)\r\n> ")
+    os.write(ours, b"hello\n")
+    read_until(ours, b"hello\r\n")
+    os.read(ours, 1)  # the reply has begun
+    process.send_signal(signal.SIGINT)
+    read_until(ours, b"(stopped)\r\n> ")
+    os.write(ours, b"\x04")
+    assert process.wait(60) == 0
+    os.close(ours)
+
+
 # -- info ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from llama4.sampling import Sampler
 def reference_probabilities(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float
 ) -> dict[int, float]:
-    """Token -> probability, in order of likelihood; the lower id first among equals."""
+    """Token -> probability of those that are left, in order of id; the lower id is the likelier among equals."""
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))[:top_k]
@@ -28,7 +28,7 @@ def reference_probabilities(
         if mass >= top_p:
             break
     total = sum(weights[i] for i in kept)
-    return {i: weights[i] / total for i in kept}
+    return {i: weights[i] / total for i in sorted(kept)}
 
 
 def reference_draw(probabilities: dict[int, float], uniform: float) -> int:

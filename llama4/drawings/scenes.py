@@ -11,7 +11,7 @@ from .pictures import COLOURS, KINDS, RGB, Box, Ground, Scene, Shape, Text, font
 _JITTER = 8  # per channel; keeps gold yellow and (255, 165, 0) orange
 _CONTRAST = 110.0  # least distance in RGB between a shape and any point of the ground
 _TEXT_CONTRAST = 110.0  # least difference in luminance between a text and the ground
-_LEAST_SEEN = 12.0  # least size, in the pixels the model sees, of a shape or a text's height
+_LEAST_SEEN = 16.0  # least size, in the pixels the model sees, of a shape or a text's height
 
 
 def random_scene(

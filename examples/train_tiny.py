@@ -2,14 +2,14 @@
 
     python examples/train_tiny.py OUT_DIR
 
-One process per CPU core computes the gradients of its share of the pictures (small models gain nothing from threads), or one
-process on a GPU. Every picture and question follows from the seed and the step, so a run can be stopped at any time and goes on
-where it was when started again. Progress goes to the terminal and to OUT_DIR/log.jsonl; the finished model, in Hugging Face's
-layout, to OUT_DIR/model.
+One process per CPU core computes the gradients of its share of the pictures (small models gain nothing from threads),
+or one process on a GPU. Every picture and question follows from the seed and the step, so a run can be stopped at any
+time and goes on where it was when started again. Progress goes to the terminal and to OUT_DIR/log.jsonl; the finished
+model, in Hugging Face's layout, to OUT_DIR/model.
 
-How it learns: first to see, on a direct target, which colour and kind of shape covers each patch; then to answer. Many questions
-about one picture are packed into one conversation, and only the answers count. Small pictures of few shapes come first. Matrices
-are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
+How it learns: first to see, on a direct target, which colour and kind of shape covers each patch; then to answer. Many
+questions about one picture are packed into one conversation, and only the answers count. Small pictures of few shapes
+come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import math
 import os
 import random
 import re
@@ -31,9 +30,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -69,7 +68,7 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
     capitals = pre_tokenizers.Split(Regex(r" ?[A-Z0-9](?=[A-Z0-9])|(?<=[A-Z0-9])[A-Z0-9]"), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainable = Trainable(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.Sequence([words, capitals, as_bytes])  # type: ignore[assignment]
+    trainable.pre_tokenizer = pre_tokenizers.Sequence([words, capitals, as_bytes])
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(alphabet.values()), show_progress=False)
     frame = ["user\n\n", "assistant\n\n", "system\n\n", "You are a helpful assistant."] * 2000
     trainable.train_from_iterator(chain(frame, drawings.corpus(random.Random(seed), 20_000)), trainer)
@@ -89,8 +88,8 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
 
 @dataclass
 class Sample:
-    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], and per patch [n, P] the colour
-    and the kind of shape that covers it (0: ground, -100: unknown)."""
+    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], and per patch [n, P] the
+    colour and the kind of shape that covers it (0: ground, -100: unknown)."""
 
     ids: Tensor
     is_reply: Tensor
@@ -111,7 +110,8 @@ class Lesson:
 
 
 def lesson_at(done: float, rng: random.Random) -> Lesson:
-    """Small pictures of few shapes first, then more and more of the whole range; `done` is the share of the run behind us."""
+    """Small pictures of few shapes first, then more and more of the whole range; `done` is the share of the run behind
+    us."""
     if rng.random() > 0.1 + done / 0.3:
         return Lesson((60, 112), min(6, 1 + int(done * 60)), 10, 0.03, 0.03)
     return Lesson((60, 1200), 6, 12, 0.12, 0.1)
@@ -136,9 +136,7 @@ class Conversations(Dataset[Sample]):
     def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
         def scene() -> drawings.Scene:
             with_text = rng.random() < lesson.text_share
-            return drawings.random_scene(
-                rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes
-            )
+            return drawings.random_scene(rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes)
 
         share = rng.random()
         if share < 0.02:
@@ -146,16 +144,14 @@ class Conversations(Dataset[Sample]):
             return [], [rng.choice(makers)(rng) for _ in range(rng.randint(1, 4))]
         if share < 0.02 + lesson.pair_share:
             scenes = [scene(), scene()]
-            return scenes, [drawings.ask_pair(*scenes, rng) for _ in range(lesson.questions * 2 // 3)]
+            return scenes, [drawings.ask_pair(scenes[0], scenes[1], rng) for _ in range(lesson.questions * 2 // 3)]
         one = scene()
         questions = drawings.ask_many(one, rng, lesson.questions)
         if one.shapes and rng.random() < 0.5:  # everything that is there, last, so that no answer can be copied from it
             questions = [q for q in questions if q.kind != "caption"] + [drawings.ask(one, rng, "caption")]
         return [one], questions
 
-    def sample(
-        self, scenes: list[drawings.Scene], questions: list[drawings.Question], rng: random.Random
-    ) -> Sample:
+    def sample(self, scenes: list[drawings.Scene], questions: list[drawings.Question], rng: random.Random) -> Sample:
         """Turn scenes and questions about them into one conversation."""
         vision = self.config.vision
         assert vision is not None
@@ -252,7 +248,8 @@ def collate(samples: list[Sample]) -> Batch:
 
 @torch.no_grad()
 def orthogonalise(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each of a stack [..., m, n], roughly: five Newton-Schulz steps of Muon (Jordan 2024)."""
+    """The nearest semi-orthogonal matrix of each of a stack [..., m, n], roughly: five Newton-Schulz steps of Muon
+    (Jordan 2024)."""
     x = g.mT if g.shape[-2] > g.shape[-1] else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -267,7 +264,9 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the size of Adam's (0.2 sqrt(max(m, n)), Liu et al. 2025), so both share one learning rate.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -319,8 +318,8 @@ class Learner(nn.Module):
         self.loads.append(share.detach())
 
     def _patch_loss(self, guesses: Tensor, labels_nP: Tensor) -> Tensor:
-        """Each image token names what covers the patches that it was merged from, row by row. Ground, which most patches show,
-        counts little."""
+        """Each image token names what covers the patches that it was merged from, row by row. Ground, which most
+        patches show, counts little."""
         side = round(labels_nP.shape[1] ** 0.5)
         squares = F.unfold(labels_nP.view(-1, 1, side, side).float(), self.merged, stride=self.merged).mT.long()
         guesses = guesses.float().view(squares.numel(), -1)
@@ -360,7 +359,8 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 def split_parameters(learner: Learner) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What Muon trains, the matrices inside the network, and the rest: tables, heads, routers, norms and biases."""
     tables = ("embed_tokens.weight", "lm_head.weight", "router.weight", "head.weight", "positional_embedding_vlm")
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in learner.named_parameters():
         inside = parameter.ndim >= 2 and not name.endswith(tables)
         (matrices if inside else others).append(parameter)
@@ -369,7 +369,8 @@ def split_parameters(learner: Learner) -> tuple[list[nn.Parameter], list[nn.Para
 
 @torch.no_grad()
 def examine(learner: Learner, data: Conversations, per_kind: int, seed: int, device: torch.device) -> dict[str, float]:
-    """Share of fresh questions, one to a conversation, whose answer would be written to the letter by greedy decoding."""
+    """Share of fresh questions, one to a conversation, whose answer would be written to the letter by greedy
+    decoding."""
     learner.eval()
     rng, shares = random.Random(f"examine/{seed}"), {}
     for kind in drawings.KINDS_OF_QUESTION:
@@ -423,10 +424,11 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
             yield [(step, index) for index in range(rank, batch, world)]
 
     workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if on_gpu else 0)
-    loader = DataLoader(data, batch_sampler=indices(), collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(data, batch_sampler=indices(), collate_fn=collate, num_workers=workers)
     bar = tqdm(total=args.steps, initial=begin, disable=None if rank == 0 else True, unit="step")
     log = (args.out / "log.jsonl").open("a") if rank == 0 else None
-    began, sums, seen = time.monotonic(), {}, 0
+    sums: dict[str, float] = {}
+    began, seen = time.monotonic(), 0
     for step, batch in zip(range(begin, args.steps), loader, strict=True):
         with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
             losses = learner(batch.to(device))
@@ -449,13 +451,19 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
                 entry["least_load"] = round(min(float(load.min()) for load in learner.loads), 4)
             sums, seen = {}, 0
             if (step + 1) % args.examine_every == 0:
-                entry["right"] = {k: round(v, 3) for k, v in examine(learner, data, args.per_kind, step, device).items()}
+                entry["right"] = {
+                    k: round(v, 3) for k, v in examine(learner, data, args.per_kind, step, device).items()
+                }
             assert log is not None
             log.write(json.dumps(entry) + "\n")
             log.flush()
             bar.set_postfix({name: entry[name] for name in losses})
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            state = {"step": step + 1, "learner": learner.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
+            state = {
+                "step": step + 1,
+                "learner": learner.state_dict(),
+                "optimisers": [o.state_dict() for o in optimisers],
+            }
             torch.save(state, checkpoint.with_suffix(".new"))
             os.replace(checkpoint.with_suffix(".new"), checkpoint)
         bar.update()
@@ -486,7 +494,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=None, help="on a CPU; default: one per core")
-    parser.add_argument("--workers", type=int, default=None, help="processes that draw; default: none on a CPU, 8 for a GPU")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes that draw; default: none on a CPU, 8 for a GPU"
+    )
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--examine-every", type=int, default=200)
     parser.add_argument("--per-kind", type=int, default=24, help="questions per kind in an examination")
@@ -497,13 +507,15 @@ def main() -> None:
         build_vocabulary(args.out / "tokenizer.model", tiny().text.vocab_size - SPECIAL_TOKENS)
     world = 1 if args.device == "cuda" else args.processes or len(os.sched_getaffinity(0))
     if args.batch % world or args.see_batch % world:
-        parser.error(f"--batch {args.batch} and --see-batch {args.see_batch} must be multiples of the {world} processes")
+        parser.error(
+            f"--batch {args.batch} and --see-batch {args.see_batch} must be multiples of the {world} processes"
+        )
     (args.out / "rendezvous").unlink(missing_ok=True)
     try:
         if world == 1:
             train(0, 1, args)
         else:
-            mp.spawn(train, (world, args), nprocs=world)
+            spawn(train, (world, args), nprocs=world)
     except KeyboardInterrupt:
         sys.exit(130)
     finish(args)

@@ -32,8 +32,8 @@ class Turns:
 def causal_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor) -> Tensor:
     """Softmax attention in which the last query sees all S keys, the one before it all but the last, and so on.
 
-    Scale is C^-0.5. Never builds a mask of N x S for long inputs: without a past the kernel knows the pattern, with one the
-    queries go in blocks. [H, N, C] -> [H, N, C].
+    Scale is C^-0.5. Never builds a mask of N x S for long inputs: without a past the kernel knows the pattern, with
+    one the queries go in blocks. [H, N, C] -> [H, N, C].
     """
     queries, keys = q_HNC.shape[1], k_KSC.shape[1]
     k, v = k_KSC[None], v_KSC[None]
@@ -49,7 +49,8 @@ def causal_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor) -> Tensor:
 
 
 def step_attention(q_BHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, slots_B: Tensor, ragged: bool) -> Tensor:
-    """One query per row against that row's keys [0, slot]. The queries of a group share their key head. -> [B, H, C]."""
+    """One query per row against that row's keys [0, slot]. The queries of a group share their key head. -> [B, H,
+    C]."""
     B, H, C = q_BHC.shape
     mask = None
     if ragged:
@@ -76,7 +77,8 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, packing: Packing, turns: Turns, cache: LayerCache | None) -> Tensor:
         q_NHC, k_NKC, v_NKC = (
-            projection(x_ND).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x_ND).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.uses_rope:
             rotation = turns.rotations[self.window]
@@ -88,7 +90,9 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, packing, cache).flatten(1))
         return out
 
-    def _attend(self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, packing: Packing, cache: LayerCache | None) -> Tensor:
+    def _attend(
+        self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, packing: Packing, cache: LayerCache | None
+    ) -> Tensor:
         if cache is not None and packing.is_step:
             slots, longest = packing.slots(self.window)
             keys, values = cache.step(packing, k_NKC, v_NKC)

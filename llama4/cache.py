@@ -1,7 +1,8 @@
 """The key/value cache: a chunked layer never holds more than one chunk, a NoPE layer every token.
 
-Keys of row b live in slots that count from the beginning of what a token can see: of its chunk, or of its sequence. At a chunk
-border counting starts anew and the old chunk is overwritten, so attention reads slots [0, past + new) and needs no mask.
+Keys of row b live in slots that count from the beginning of what a token can see: of its chunk, or of its sequence. At
+a chunk border counting starts anew and the old chunk is overwritten, so attention reads slots [0, past + new) and
+needs no mask.
 
 Shapes: B rows, K key/value heads, S slots, C head_dim, n new tokens.
 """
@@ -18,7 +19,9 @@ from llama4.packing import Packing, Segment
 class LayerCache:
     """Keys and values of one layer, [B, K, S, C]; S grows as tokens come, up to the layer's window."""
 
-    def __init__(self, batch_size: int, config: TextConfig, layer: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, batch_size: int, config: TextConfig, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.window = config.window(layer)
         shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)

@@ -18,7 +18,8 @@ IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are lowered for long contexts. `llama3`: see `layers.rope_frequencies`; `linear`: all by `factor`."""
+    """How RoPE's frequencies are lowered for long contexts. `llama3`: see `layers.rope_frequencies`; `linear`: all by
+    `factor`."""
 
     rope_type: str = "llama3"
     factor: float = 16.0
@@ -28,7 +29,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("llama3", "linear"):
-            raise ConfigError(f"rope_type {self.rope_type!r} is not known; Llama 4 models use 'llama3', 'linear' or none")
+            raise ConfigError(
+                f"rope_type {self.rope_type!r} is not known; Llama 4 models use 'llama3', 'linear' or none"
+            )
         if self.factor < 1 or not 0 < self.low_freq_factor <= self.high_freq_factor:
             raise ConfigError(
                 f"RoPE scaling needs factor >= 1 and 0 < low_freq_factor <= high_freq_factor, not {self.factor}, "
@@ -40,8 +43,8 @@ class RopeScaling:
 class TextConfig:
     """The decoder. The defaults are Llama 4 Scout's.
 
-    `no_rope_layers[i]` is 1 where layer i USES RoPE (the name is Hugging Face's); `moe_layers` lists the layers that have
-    experts. Left as None, both follow from their intervals; after construction they are always tuples.
+    `no_rope_layers[i]` is 1 where layer i USES RoPE (the name is Hugging Face's); `moe_layers` lists the layers that
+    have experts. Left as None, both follow from their intervals; after construction they are always tuples.
     """
 
     vocab_size: int = 202048
@@ -118,7 +121,9 @@ class TextConfig:
         if unknown := set(self.layer_types or ()) - {"chunked_attention", "full_attention"}:
             raise ConfigError(f"layer_types may hold chunked_attention and full_attention, not {sorted(unknown)}")
         if any(not 0 <= i < self.num_hidden_layers for i in self.moe_layers or ()):
-            raise ConfigError(f"moe_layers {self.moe_layers} names layers beyond the {self.num_hidden_layers} there are")
+            raise ConfigError(
+                f"moe_layers {self.moe_layers} names layers beyond the {self.num_hidden_layers} there are"
+            )
 
     def uses_rope(self, layer: int) -> bool:
         assert self.no_rope_layers is not None
@@ -157,7 +162,8 @@ class TextConfig:
         return self._count(self.num_experts_per_tok)
 
     def cache_bytes(self, num_tokens: int, bytes_per_value: int = 2) -> int:
-        """Bytes of the key/value cache of one sequence: chunked layers hold one chunk at most, the others every token."""
+        """Bytes of the key/value cache of one sequence: chunked layers hold one chunk at most, the others every
+        token."""
         per_token = 2 * self.num_key_value_heads * self.head_dim * bytes_per_value
         windows = (self.window(i) for i in range(self.num_hidden_layers))
         return per_token * sum(num_tokens if window is None else min(window, num_tokens) for window in windows)
@@ -187,7 +193,8 @@ class Llama4Config:
         return self.text.num_parameters() + self.vision.num_parameters() + projector
 
     def num_active_parameters(self) -> int:
-        """Parameters that work on one token of text (this is the "17B" of Scout and Maverick); the vision tower is not among them."""
+        """Parameters that work on one token of text (this is the "17B" of Scout and Maverick); the vision tower is not
+        among them."""
         return self.text.num_active_parameters()
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -224,7 +231,9 @@ class Llama4Config:
         text = dict(content if text_only else content["text_config"])
         vision = None if text_only else content.get("vision_config")
         dtype = content.get("dtype") or content.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-        extra = {key: content[key] for key in ("boi_token_index", "eoi_token_index", "image_token_index") if key in content}
+        extra = {
+            key: content[key] for key in ("boi_token_index", "eoi_token_index", "image_token_index") if key in content
+        }
         if content.get("tie_word_embeddings"):
             text["tie_word_embeddings"] = True
         return cls(
@@ -239,7 +248,8 @@ class Llama4Config:
         """The content of Hugging Face's `config.json`, which transformers reads back as the same model."""
         text = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.text).items()}
         scaling, theta = text.pop("rope_scaling"), text.pop("rope_theta")
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **(scaling or {})}
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+        text["rope_parameters"] = rope | (scaling if isinstance(scaling, dict) else {})
         text |= {"model_type": "llama4_text", "hidden_act": "silu", "dtype": self.dtype}
         if self.vision is None:
             content: dict[str, Any] = {**text, "architectures": ["Llama4ForCausalLM"]}
@@ -360,7 +370,9 @@ def guard4() -> Llama4Config:
         rope_scaling=RopeScaling(factor=8.0),
         max_position_embeddings=131072,
     )
-    return Llama4Config(text=text, note="12B parameters; RoPE scaling follows the released configuration as far as it is known.")
+    return Llama4Config(
+        text=text, note="12B parameters; RoPE scaling follows the released configuration as far as it is known."
+    )
 
 
 def behemoth() -> Llama4Config:
@@ -375,8 +387,8 @@ def behemoth() -> Llama4Config:
         max_position_embeddings=1048576,
     )
     note = (
-        "Behemoth was announced with 16 experts, about 2T parameters and 288B active, and not released. Layers, widths, "
-        "heads and window are guessed so that those three numbers come out."
+        "Behemoth was announced with 16 experts, about 2T parameters and 288B active, and not released. Layers, "
+        "widths, heads and window are guessed so that those three numbers come out."
     )
     return Llama4Config(text=text, note=note)
 

@@ -1,7 +1,7 @@
 """The exceptions that users may want to catch.
 
-All of them are `ValueError`s: the caller passed something that cannot work, and the message names the value and the remedy.
-What only a bug of this library can cause is an `assert`.
+All of them are `ValueError`s: the caller passed something that cannot work, and the message names the value and the
+remedy. What only a bug of this library can cause is an `assert`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The routed experts of a layer: SwiGLU MLPs, each applied to the tokens that were sent to it and to no others.
 
 Every class here holds the same two parameters under Hugging Face's names, gate_up_proj [E, D, 2F] (gate first) and
-down_proj [E, F, D], both "in x out", and has the same forward. `resolve_experts` turns a name into a class, once, at build.
+down_proj [E, F, D], both "in x out", and has the same forward. `resolve_experts` turns a name into a class, once, at
+build.
 
 Shapes: N rows sorted by expert, D hidden size, E experts, F expert width.
 """

@@ -1,4 +1,5 @@
-"""Model names -> directories: local ones, and those on the Hugging Face Hub, of which only the needed files are fetched."""
+"""Model names -> directories: local ones, and those on the Hugging Face Hub, of which only the needed files are
+fetched."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 NEEDED = (
     "config.json",
@@ -34,6 +35,8 @@ NEEDED = (
 """Patterns of the files that this library reads. Nothing that could be executed is among them."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the client lets through when a connection fails: of httpx or of httpx2, by its version."""
 
 
 def resolve(
@@ -45,7 +48,8 @@ def resolve(
 ) -> Path:
     """The directory of a model: `name` itself if it is one, else the Hub's repository of that id in the local cache.
 
-    Without a network, what the cache holds is used. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+    Without a network, what the cache holds is used. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are
+    honoured.
 
     Args:
         name: a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
@@ -63,7 +67,8 @@ def resolve(
         raise ValueError(f"{name} is a file; name the directory that holds config.json and the weights")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like 'organisation/name'"
+            f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
+            "'organisation/name'"
         )
     quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     try:
@@ -76,19 +81,20 @@ def resolve(
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{name!r} is neither a directory here nor a repository on the Hub that you may see; check the name, or, if it "
-            "is private, pass token=... or run `hf auth login`"
+            f"{name!r} is neither a directory here nor a repository on the Hub that you may see; check the name, or, "
+            "if it is private, pass token=... or run `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{name} is not in the local cache and the Hub cannot be reached; check the connection (or HF_HUB_OFFLINE), "
-            "or give a local directory"
+            f"{name} is not in the local cache and the Hub cannot be reached; check the connection (or "
+            "HF_HUB_OFFLINE), or give a local directory"
         ) from error
-    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name} could not be fetched from the Hub: {reason}; what has arrived is kept, try again") from error
+    except (_HTTP_ERROR, EntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{name} could not be fetched from the Hub: {_reason(error)}; what has arrived is kept, try again"
+        ) from error
     finally:
         if quiet:
             enable_progress_bars()
@@ -104,7 +110,13 @@ def push(directory: str | Path, repo_id: str, *, token: str | None = None, priva
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model").commit_url)
-    except (HfHubHTTPError, OSError) as error:
+    except (_HTTP_ERROR, OSError) as error:
         raise ValueError(
-            f"could not upload to {repo_id}: {str(error).strip().splitlines()[0]}; check its name and your token (`hf auth login`)"
+            f"could not upload to {repo_id}: {_reason(error)}; check its name, the connection and your token "
+            "(`hf auth login`)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from llama4.config import TextConfig
 from vision.encoder import rotate
 
-__all__ = ["FeedForward", "RMSNorm", "attention_temperature", "rms_normalise", "rope_frequencies", "rope_rotation", "rotate"]
+__all__ = [
+    "FeedForward",
+    "RMSNorm",
+    "attention_temperature",
+    "rms_normalise",
+    "rope_frequencies",
+    "rope_rotation",
+    "rotate",
+]
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -53,8 +61,9 @@ class FeedForward(nn.Module):
 def rope_frequencies(config: TextConfig) -> Tensor:
     """Radians per position of each of the C / 2 pairs, float64.
 
-    theta^(-2i / C), lowered by `rope_scaling`. Rule "llama3" (Llama 3.1): wavelengths longer than original / low_freq_factor
-    are stretched by `factor`, those shorter than original / high_freq_factor are kept, and in between the two are blended.
+    theta^(-2i / C), lowered by `rope_scaling`. Rule "llama3" (Llama 3.1): wavelengths longer than original /
+    low_freq_factor are stretched by `factor`, those shorter than original / high_freq_factor are kept, and in between
+    the two are blended.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)
@@ -73,9 +82,10 @@ def rope_frequencies(config: TextConfig) -> Tensor:
 def rope_rotation(config: TextConfig, positions_N: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """The turns of RoPE at given positions as unit complex numbers, [N, C / 2], in the complex twin of `dtype`.
 
-    In a chunked layer only tokens of one chunk see each other, and RoPE depends on differences alone, so the position inside
-    the chunk serves as well as the absolute one. Its angle stays small: exact at ten million tokens, where a float32 angle of
-    the absolute position is off by half a radian. Nothing is kept in a buffer that a cast of the module could round.
+    In a chunked layer only tokens of one chunk see each other, and RoPE depends on differences alone, so the position
+    inside the chunk serves as well as the absolute one. Its angle stays small: exact at ten million tokens, where a
+    float32 angle of the absolute position is off by half a radian. Nothing is kept in a buffer that a cast of the
+    module could round.
     """
     places = positions_N if window is None else positions_N % window
     angles = places.to(torch.float64)[:, None] * rope_frequencies(config).to(positions_N.device)
@@ -85,7 +95,8 @@ def rope_rotation(config: TextConfig, positions_N: Tensor, window: int | None, d
 def attention_temperature(config: TextConfig, positions_N: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor on queries of NoPE layers, [N]: 1 + attn_scale * log(1 + floor((p + 1) / floor_scale)).
 
-    After "Scalable-Softmax Is Superior for Attention" (Nakanishi 2025), as Llama 4 uses it; p counts in the token's own sequence.
+    After "Scalable-Softmax Is Superior for Attention" (Nakanishi 2025), as Llama 4 uses it; p counts in the token's
+    own sequence.
     """
     steps = torch.div(positions_N + 1, config.floor_scale, rounding_mode="floor")
     return (torch.log1p(steps.to(torch.float64)) * config.attn_scale + 1.0).to(dtype)

@@ -73,8 +73,8 @@ class LanguageModel(nn.Module):
 class Llama4Model(nn.Module):
     """Llama 4: token ids and image tiles in, logits out.
 
-    Parameters are allocated and not initialised where that costs (experts, class and position embeddings): load a checkpoint
-    or call `init_weights`.
+    Parameters are allocated and not initialised where that costs (experts, class and position embeddings): load a
+    checkpoint or call `init_weights`.
     """
 
     def __init__(self, config: Llama4Config, experts: type[Experts] = LoopExperts) -> None:
@@ -122,8 +122,8 @@ class Llama4Model(nn.Module):
             input_ids: [B, T] int64.
             positions: [B, T] or [T], consecutive in each row; by default what follows the cache, or 0.
             pixel_values: [n, 3, S, S], the tiles of all rows in order.
-            image_features: [n * Q, D], in place of `pixel_values`: what `encode_images` gave, cut to the `<|patch|>` tokens
-                of this call. With it an image may be spread over several calls.
+            image_features: [n * Q, D], in place of `pixel_values`: what `encode_images` gave, cut to the `<|patch|>`
+                tokens of this call. With it an image may be spread over several calls.
             cache: keys and values of earlier tokens; the new ones are appended.
             attention_mask: [B, T], 1 at tokens and 0 at padding, on either side.
             last_only: logits of each row's last token alone, [B, 1, V]; every row must have one.
@@ -132,8 +132,8 @@ class Llama4Model(nn.Module):
             [B, T, V], zeros at padding.
 
         Raises:
-            ValueError: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>` tokens
-                that differ in number.
+            ValueError: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>`
+                tokens that differ in number.
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], not {list(input_ids.shape)}")
@@ -149,16 +149,16 @@ class Llama4Model(nn.Module):
             cache.firsts if cache is not None else None,
             cache.nexts if cache is not None else None,
         )
+        if last_only and 0 in packing.lengths:
+            raise ValueError(f"last_only needs a token in every row; row {packing.lengths.index(0)} is all padding")
         ids_N = packing.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)
         x_ND = self.language_model.model(x_ND, packing, cache)
         if cache is not None:
             cache.advance(packing)
-        if last_only:
-            if 0 in packing.lengths:
-                raise ValueError(f"last_only needs a token in every row; row {packing.lengths.index(0)} is all padding")
-            return self.language_model.lm_head(x_ND[packing.last_N()])[:, None]
-        return packing.unpack(self.language_model.lm_head(x_ND))
+        wanted_ND = x_ND[packing.last_tokens()] if last_only else x_ND
+        logits: Tensor = self.language_model.lm_head(wanted_ND)
+        return logits[:, None] if last_only else packing.unpack(logits)
 
     def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""
@@ -167,7 +167,7 @@ class Llama4Model(nn.Module):
             if low < 0 or high >= self.config.text.vocab_size:
                 bad = int(low if low < 0 else high)
                 raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
-        x_ND = self.language_model.model.embed_tokens(ids_N)
+        x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("give pixel_values or image_features, not both")
@@ -176,7 +176,8 @@ class Llama4Model(nn.Module):
         if image_features is None:
             if ids_N.device.type == "cpu" and len(ids_N) > 1 and bool(is_patch.any()):
                 raise ValueError(
-                    f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values or image_features"
+                    f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
+                    "or image_features"
                 )
             return x_ND
         places = is_patch.nonzero().squeeze(1)
@@ -189,9 +190,9 @@ class Llama4Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights for training: normal with variance 1 / fan-in, so that image features and text embeddings arrive at
-        the same size whatever the width; norms at one, biases at zero, what adds to the residual stream divided by
-        sqrt(2 * layers)."""
+        """Fresh weights for training: normal with variance 1 / fan-in, so that image features and text embeddings
+        arrive at the same size whatever the width; norms at one, biases at zero, what adds to the residual stream
+        divided by sqrt(2 * layers)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()

@@ -14,7 +14,8 @@ from llama4.layers import FeedForward
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their indices, [N, k]; of equals the lowest index first (torch.topk promises no order)."""
+    """The k largest of each row and their indices, [N, k]; of equals the lowest index first (torch.topk promises no
+    order)."""
     if k == 1:
         values, indices = logits_NE.max(dim=-1, keepdim=True)
         return values, indices
@@ -29,7 +30,7 @@ class Router(nn.Linear):
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
         self.k = config.num_experts_per_tok
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """-> scores [N, K] in x's dtype (the sigmoid is taken in float32 or better) and expert indices [N, K]."""
         logits, experts_NK = top_k(super().forward(x_ND), self.k)
         scores_NK = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
@@ -39,7 +40,8 @@ class Router(nn.Linear):
 class MixtureOfExperts(nn.Module):
     """shared_expert(x) + the sum over a token's chosen experts of expert(score * x).
 
-    The score multiplies the INPUT of the expert; SwiGLU is not linear, so that is another model than one that scales the output.
+    The score multiplies the INPUT of the expert; SwiGLU is not linear, so that is another model than one that scales
+    the output.
     """
 
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:

@@ -1,8 +1,8 @@
 """Rows of a batch -> one run of tokens without padding, and back.
 
-Every layer but attention treats tokens alone, so the decoder works on N packed tokens and padding costs nothing, reaches no
-expert and moves no position. What attention must know, which tokens see each other, is a list of `Segment`s, computed once per
-forward on the host and shared by all layers.
+Every layer but attention treats tokens alone, so the decoder works on N packed tokens and padding costs nothing,
+reaches no expert and moves no position. What attention must know, which tokens see each other, is a list of
+`Segment`s, computed once per forward on the host and shared by all layers.
 
 Shapes: B rows, T columns with padding, N packed tokens.
 """
@@ -18,10 +18,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """New tokens [start, end) of the packed run, of one row, that see each other causally and `past` cached tokens before.
+    """New tokens [start, end) of the packed run, of one row, that see each other causally and `past` cached tokens
+    before.
 
-    `past` is also where the first of them goes in the cache of a layer with this window. `last` says that later tokens of the
-    row will need them: of a row that crosses chunk borders only its last chunk is kept.
+    `past` is also where the first of them goes in the cache of a layer with this window. `last` says that later tokens
+    of the row will need them: of a row that crosses chunk borders only its last chunk is kept.
     """
 
     row: int
@@ -35,8 +36,8 @@ class Segment:
 class Packing:
     """Where each row's tokens stand in the packed run, and at which positions of their sequences.
 
-    `firsts[b]` is the position of the first token of row b's sequence, that of the cache included; `starts[b]` the position
-    of its first new token; `lengths[b]` how many new ones there are.
+    `firsts[b]` is the position of the first token of row b's sequence, that of the cache included; `starts[b]` the
+    position of its first new token; `lengths[b]` how many new ones there are.
     """
 
     firsts: tuple[int, ...]
@@ -67,13 +68,14 @@ class Packing:
         flat = x_N.new_zeros(shape[0] * shape[1], *shape[2:])
         return flat.index_copy(0, self.index_N, x_N).view(shape)
 
-    def last_N(self) -> Tensor:
+    def last_tokens(self) -> Tensor:
         """Packed place of each row's last token, [B]."""
         ends = torch.tensor(self.lengths).cumsum(0) - 1
         return ends.to(self.positions_N.device)
 
     def _slot(self, row: int, position: int, window: int | None) -> int:
-        """How many earlier tokens of its row a token at `position` can see: those since the row's first, or its chunk's."""
+        """How many earlier tokens of its row a token at `position` can see: those since the row's first, or its
+        chunk's."""
         begin = self.firsts[row]
         return position - (begin if window is None else max(begin, position // window * window))
 
@@ -117,11 +119,12 @@ def make_packing(
 
     Args:
         attention_mask: [B, T], true or 1 at tokens, false or 0 at padding, on either side.
-        positions: [B, T] or [T]; of each row the tokens' positions must be consecutive. Default: what follows the cache, or 0.
-        firsts, nexts: of the cache, each row's first and next position; None without a cache.
+        positions: [B, T] or [T]; of each row the tokens' positions must be consecutive. Default: what follows the
+        cache, or 0. firsts, nexts: of the cache, each row's first and next position; None without a cache.
 
     Raises:
-        ValueError: a mask or positions of another shape, padding inside a row, positions with gaps or that do not follow the cache.
+        ValueError: a mask or positions of another shape, padding inside a row, positions with gaps or that do not
+            follow the cache.
     """
     lengths, offsets, index = [columns] * batch_size, [0] * batch_size, None
     if attention_mask is not None:
@@ -134,7 +137,9 @@ def make_packing(
             index = mask.flatten().nonzero().squeeze(1)
             runs = [b * columns + offsets[b] + t for b in range(batch_size) for t in range(lengths[b])]
             if index.tolist() != runs:
-                raise ValueError("attention_mask has padding between a row's tokens; it may stand before or after them only")
+                raise ValueError(
+                    "attention_mask has padding between a row's tokens; it may stand before or after them only"
+                )
     starts = list(nexts) if nexts is not None else [0] * batch_size
     if positions is not None:
         starts = _given_starts(positions.expand(batch_size, columns), lengths, offsets, starts, firsts, nexts)
@@ -150,7 +155,9 @@ def make_packing(
         starts=tuple(starts),
         lengths=tuple(lengths),
         columns=columns,
-        positions_N=torch.cat(packed_positions) if packed_positions else torch.empty(0, dtype=torch.long, device=device),
+        positions_N=torch.cat(packed_positions)
+        if packed_positions
+        else torch.empty(0, dtype=torch.long, device=device),
         index_N=index,
     )
 

@@ -71,7 +71,15 @@ class Handler(BaseHTTPRequestHandler):
             if rest[:1] == ["tree"]:
                 body = [{"type": "file", "path": f, "size": (directory / f).stat().st_size, "oid": "0"} for f in files]
                 return self.reply(json.dumps(body).encode(), {"Content-Type": "application/json"}, with_body)
-            content = {"_id": "1", "id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "downloads": 0}
+            content = {
+                "_id": "1",
+                "id": name,
+                "modelId": name,
+                "sha": commit,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
             content["siblings"] = [{"rfilename": file} for file in files]
             return self.reply(json.dumps(content).encode(), {"Content-Type": "application/json"}, with_body)
         file = directory / "/".join(rest[2:])

@@ -18,8 +18,8 @@ def rotation_2d(config: VisionConfig, device: torch.device, dtype: torch.dtype) 
     """The turns of 2-D RoPE as unit complex numbers, [L, C / 2].
 
     The first half of the pairs turns with the patch's column + 1, the second with its row + 1, both at frequencies
-    theta^(-2i / (C / 2)). The class token, last, is not turned. Computed in float64 on every call, so that no cast of the
-    module can round it.
+    theta^(-2i / (C / 2)). The class token, last, is not turned. Computed in float64 on every call, so that no cast of
+    the module can round it.
     """
     side, half = config.grid_size, config.head_dim // 2
     frequencies = config.rope_theta ** (-torch.arange(0, half, 2, device=device, dtype=torch.float64) / half)

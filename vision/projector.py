@@ -1,6 +1,7 @@
 """From the tower's patches to tokens of the decoder: pixel shuffle, adapter, projection.
 
-Shapes: n tiles, P patches of a tile, Q = P * ratio^2 image tokens of a tile, W width of the tower, D width of the decoder.
+Shapes: n tiles, P patches of a tile, Q = P * ratio^2 image tokens of a tile, W width of the tower, D width of the
+decoder.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -22,9 +24,9 @@ def load(
 ) -> None:
     """Fill a model that was built on the meta device.
 
-    Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the file), so
-    loading is nearly free and bytes are read when first used. Otherwise tensors are converted one by one; two copies of the
-    model are never in memory.
+    Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the
+    file), so loading is nearly free and bytes are read when first used. Otherwise tensors are converted one by one;
+    two copies of the model are never in memory.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -35,7 +37,8 @@ def load(
         progress: show a bar, if stderr is a terminal.
 
     Raises:
-        CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; nothing is loaded then.
+        CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; nothing is loaded
+            then.
     """
     table = table or table_for(source.keys())
     owners: dict[str, list[str]] = {}  # first name of a parameter -> all its names (tied embeddings have two)
@@ -54,16 +57,20 @@ def load(
 
 
 def match(
-    source: Source, shapes: dict[str, tuple[int, ...]], table: NameTable, aliases: set[str] = frozenset()  # type: ignore[assignment]
+    source: Source,
+    shapes: dict[str, tuple[int, ...]],
+    table: NameTable,
+    aliases: AbstractSet[str] = frozenset(),
 ) -> dict[str, str]:
-    """Parameter -> key, for every parameter of `shapes`; keys for `aliases` of a tied parameter may be there and are not used.
+    """Parameter -> key, for every parameter of `shapes`; keys for `aliases` of a tied parameter may be there and are
+    not used.
 
     Raises:
         CheckpointError: the two sides do not correspond one to one.
     """
     found: dict[str, str] = {}
     unexpected = []
-    for key in source.keys():
+    for key in sorted(source.keys()):
         name = table.to_model(key)
         if name in shapes:
             found[name] = key
@@ -75,8 +82,8 @@ def match(
     ]
     if missing or unexpected or mismatched:
         raise CheckpointError(
-            f"the checkpoint does not fit its configuration: {len(missing)} keys missing, {len(unexpected)} unexpected, "
-            f"{len(mismatched)} of another shape; check that config.json and the weights are of one model",
+            f"the checkpoint does not fit its configuration: {len(missing)} keys missing, {len(unexpected)} "
+            f"unexpected, {len(mismatched)} of another shape; check that config.json and the weights are of one model",
             missing,
             unexpected,
             mismatched,

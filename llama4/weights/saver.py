@@ -32,8 +32,9 @@ def save(
 ) -> None:
     """Write weights, `config.json`, `generation_config.json` and the image processor's configuration.
 
-    All goes to a temporary directory beside the target first. A new target appears at once, complete; in one that has content
-    already, files are replaced one by one, others are left alone, and shards of an older model are removed last.
+    All goes to a temporary directory beside the target first. A new target appears at once, complete; in one that has
+    content already, files are replaced one by one, others are left alone, and shards of an older model are removed
+    last.
 
     Args:
         model: parameters are saved in the dtype that they have, tied ones once.
@@ -56,7 +57,8 @@ def save(
         _move(partial, directory)
     except OSError as error:
         raise CheckpointError(
-            f"could not write the model to {directory}: {error.strerror or error}; free space or choose another directory"
+            f"could not write the model to {directory}: {error.strerror or error}; free space or choose "
+            "another directory"
         ) from error
     finally:
         if partial is not None:
@@ -70,7 +72,11 @@ def _write(model: nn.Module, config: Llama4Config, directory: Path, max_shard_by
     config = dataclasses.replace(config, dtype=max(dtypes, key=dtypes.count))
     text = config.text
     _write_json(directory / CONFIG_FILE, config.to_dict())
-    generation = {"bos_token_id": text.bos_token_id, "eos_token_id": list(text.eos_token_id), "pad_token_id": text.pad_token_id}
+    generation = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": list(text.eos_token_id),
+        "pad_token_id": text.pad_token_id,
+    }
     _write_json(directory / "generation_config.json", generation)
     if config.vision is not None:
         _write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())
@@ -78,7 +84,7 @@ def _write(model: nn.Module, config: Llama4Config, directory: Path, max_shard_by
     if len(shards) == 1:
         _save_shard(shards[0], directory / SINGLE_FILE)
         return
-    places = {}
+    places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         _save_shard(shard, directory / name)

@@ -33,13 +33,16 @@ class SafetensorsSource:
         files: file -> keys that it must hold; None for all that it has.
 
     Raises:
-        CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index promises.
+        CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index
+            promises.
     """
 
     def __init__(self, files: dict[Path, set[str] | None]) -> None:
         if missing := sorted(path.name for path in files if not path.is_file()):
             folder = next(iter(files)).parent
-            raise CheckpointError(f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing)
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
+            )
         self._files = {}
         self._shapes = {}
         for path, promised in files.items():

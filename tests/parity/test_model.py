@@ -140,8 +140,8 @@ def test_transformers_left_padding_moves_its_answer() -> None:
 
 
 def test_explicit_positions(pair: Pair) -> None:
-    """A sequence that starts elsewhere: transformers takes position_ids for RoPE but not for the temperature, so compare
-    where the temperature has one step only."""
+    """A sequence that starts elsewhere: transformers takes position_ids for RoPE but not for the temperature, so
+    compare where the temperature has one step only."""
     config = replace(pair.ours.config, text=replace(pair.ours.config.text, attn_temperature_tuning=False))
     ours = Llama4Model(config)
     ours.load_state_dict(pair.ours.state_dict())

@@ -117,9 +117,9 @@ def test_16_bits_are_scaled_not_clipped(mode: str, value: int) -> None:
 
 
 def test_pixels_of_unknown_range_are_refused() -> None:
+    image = Image.new("I", (2, 2), 70000)
+    image.putpixel((0, 0), 0)
     with pytest.raises(ImageError, match="0 to 70000; save it with 8 or 16 bits"):
-        image = Image.new("I", (2, 2), 70000)
-        image.putpixel((0, 0), 0)
         load_image(image)
     with pytest.raises(ImageError, match="floating-point"):
         load_image(Image.new("F", (2, 2), 0.5))

@@ -79,7 +79,9 @@ def test_loads_tied_embeddings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 200_000])
 def test_transformers_loads_what_we_write(tmp_path: Path, shard_bytes: int) -> None:
     ours = small_model.model()
-    tokenizer = Tokenizer(small_model.write_tokenizer(tmp_path / "tokenizer.model"), num_special_tokens=small_model.SPECIAL)
+    tokenizer = Tokenizer(
+        small_model.write_tokenizer(tmp_path / "tokenizer.model"), num_special_tokens=small_model.SPECIAL
+    )
     save(ours, ours.config, tmp_path / "model", write_extra=tokenizer.save, max_shard_bytes=shard_bytes)
     theirs = ReferenceModel.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     pixels = torch.randn(2, 3, 28, 28)
@@ -215,8 +217,8 @@ def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_of_loading(tmp_path: Path) -> None:
-    """Converting from bf16 to fp32 while loading never holds two copies: peak is the fp32 model plus one tensor, measured in
-    a process of its own. Tolerance: 25 MB for the allocator and the mapped file."""
+    """Converting from bf16 to fp32 while loading never holds two copies: peak is the fp32 model plus one tensor,
+    measured in a process of its own. Tolerance: 25 MB for the allocator and the mapped file."""
     torch.manual_seed(0)
     big = nn.ModuleDict({str(i): nn.Linear(2048, 2048, bias=False) for i in range(12)}).bfloat16()
     save_file(big.state_dict(), tmp_path / "model.safetensors")
@@ -251,7 +253,14 @@ class TestConfig:
         ours = Llama4Config.from_dict(theirs.to_dict())
         (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
         again = AutoConfig.from_pretrained(tmp_path)
-        for name in ("moe_layers", "no_rope_layers", "layer_types", "rope_parameters", "head_dim", "attention_chunk_size"):
+        for name in (
+            "moe_layers",
+            "no_rope_layers",
+            "layer_types",
+            "rope_parameters",
+            "head_dim",
+            "attention_chunk_size",
+        ):
             assert getattr(again.text_config, name) == getattr(theirs.text_config, name), name
         assert again.image_token_index == theirs.image_token_index
         assert Llama4Config.from_dict(again.to_dict()).text == ours.text

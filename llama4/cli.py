@@ -242,12 +242,15 @@ def _reported() -> Iterator[None]:
 
 def _exchange(llm: Llama4, messages: list[dict[str, Any]], settings: Options) -> list[dict[str, Any]]:
     """Stream the reply; -> the conversation with as much of it as came before Ctrl-C."""
-    stream = llm.stream(messages, **settings)
+    stream = None
     try:
+        stream = llm.stream(messages, **settings)
         for piece in stream:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        print(" (stopped)", end="")
+        print(" (stopped)", end="" if stream else "\n")
+    if stream is None:  # pictures were still being read
+        return messages[:-1]
     reply = stream.reply
     print(" (cut at --max-new-tokens or the window)" if reply.finish_reason == "length" else "")
     return [*messages, {"role": "assistant", "content": reply.text}]

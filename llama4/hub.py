@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -45,6 +46,7 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     patterns: Sequence[str] = NEEDED,
+    progress: bool = True,
 ) -> Path:
     """The directory of a model: `name` itself if it is one, else the Hub's repository of that id in the local cache.
 
@@ -56,6 +58,7 @@ def resolve(
         revision: branch, tag or commit on the Hub.
         token: for private and gated repositories; by default the one you logged in with.
         patterns: files to fetch.
+        progress: show the client's bars, if stderr is a terminal.
 
     Raises:
         ValueError: no such directory or repository, no access to it, or no way to reach it; the message says which.
@@ -70,11 +73,9 @@ def resolve(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
             "'organisation/name'"
         )
-    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     try:
-        if quiet:
-            disable_progress_bars()
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+        with _bars(progress):
+            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise ValueError(
             f"{name} is gated: accept its licence on its page on the Hub, then pass token=... or run `hf auth login`"
@@ -95,9 +96,6 @@ def resolve(
         raise ValueError(
             f"{name} could not be fetched from the Hub: {_reason(error)}; what has arrived is kept, try again"
         ) from error
-    finally:
-        if quiet:
-            enable_progress_bars()
 
 
 def push(directory: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
@@ -108,13 +106,28 @@ def push(directory: str | Path, repo_id: str, *, token: str | None = None, priva
     """
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model").commit_url)
+        with _bars():
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model")
+        return str(commit.commit_url)
     except (_HTTP_ERROR, OSError) as error:
         raise ValueError(
             f"could not upload to {repo_id}: {_reason(error)}; check its name, the connection and your token "
             "(`hf auth login`)"
         ) from error
+
+
+@contextmanager
+def _bars(wanted: bool = True) -> Iterator[None]:
+    """The client's progress bars, on a terminal only: by itself it writes them into pipes too."""
+    hide = not (wanted and sys.stderr.isatty()) and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,7 +95,7 @@ def test_a_reader_that_leaves(directory: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(60) == 141
+    assert process.wait(300) == 141
 
 
 def test_ctrl_c_in_mid_stream(directory: Path) -> None:
@@ -104,7 +107,7 @@ def test_ctrl_c_in_mid_stream(directory: Path) -> None:
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == b"\n"
 
@@ -241,33 +244,44 @@ def test_chat_as_a_process(directory: Path, llm: Llama4) -> None:
     assert done.stderr.startswith(b"llama4: error: stdin is not UTF-8")
 
 
-def read_until(terminal: int, wanted: bytes) -> bytes:
-    """What a program writes to its terminal, up to and with `wanted`."""
+def read_until(terminal: int, wanted: bytes, again: Callable[[], None] = lambda: None) -> bytes:
+    """What a program writes to its terminal, up to and with `wanted`; `again` is called after seconds of silence."""
     seen = b""
-    while wanted not in seen:
-        seen += os.read(terminal, 1024)
-    return seen
+    for _ in range(10_000):
+        if wanted in seen:
+            return seen
+        if select.select([terminal], [], [], 5)[0]:
+            seen += os.read(terminal, 1024)
+        else:
+            again()
+    raise AssertionError(f"{wanted!r} did not come, but {seen!r}")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_chat_in_a_terminal(directory: Path) -> None:
+def test_chat_in_a_terminal(directory: Path, llm: Llama4) -> None:
     import pty
 
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "llama4", "chat", "--model", str(directory), "--max-new-tokens", "3000"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    assert b"/help shows what you can do" in read_until(ours, b"> ")
-    process.send_signal(signal.SIGINT)
-    read_until(ours, b"(Ctrl-D leaves)\r\n> ")
-    os.write(ours, b"hello\n")
-    read_until(ours, b"hello\r\n")
-    os.read(ours, 1)  # the reply has begun
-    process.send_signal(signal.SIGINT)
-    read_until(ours, b"(stopped)\r\n> ")
-    os.write(ours, b"\x04")
-    assert process.wait(60) == 0
-    os.close(ours)
+    try:
+        assert b"/help shows what you can do" in read_until(ours, b"> ")
+        interrupt = partial(process.send_signal, signal.SIGINT)
+        interrupt()  # input() misses a signal that comes while it makes ready
+        read_until(ours, b"(Ctrl-D leaves)\r\n", interrupt)
+        os.write(ours, b"hello\n")
+        begun = next(llm.stream("hello")).encode().replace(b"\n", b"\r\n")
+        read_until(ours, b"hello\r\n")
+        read_until(ours, begun)
+        interrupt()
+        read_until(ours, b"(stopped)\r\n")
+        os.write(ours, b"/quit\n")
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 # -- info ----------------------------------------------------------------------------------------------------------

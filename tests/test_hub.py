@@ -1,7 +1,8 @@
-"""The real Hub client against a server on this machine that speaks the part of the Hub's API that downloads use."""
+"""The real Hub client against a server on this machine that speaks the part of the Hub's API that we use."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -23,12 +24,19 @@ OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Repositories from directories. `org/gated` wants the token "secret"."""
+    """Repositories from directories. `org/gated` wants the token "secret", as does every upload."""
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
         self.requests: list[tuple[str, str, str | None]] = []
+        self.cuts = 0
+        """How many more times the weights break off half-way."""
+        self.ranges: list[str] = []
+        self.created: dict[str, object] = {}
+        self.uploads: dict[str, bytes] = {}
+        """Large files by their sha256."""
+        self.committed: dict[str, bytes] = {}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -50,6 +58,41 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
+
+    def do_POST(self) -> None:
+        """Creating a repository, and uploading: safetensors go to a store for large files, the rest into the commit."""
+        path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if token != "Bearer secret":
+            return self.fail(401, "")
+        answer: dict[str, object]
+        if path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            answer = {"url": f"{self.server.url}/org/new"}
+        elif path == "/api/models/org/new/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [(name, "lfs" if name.endswith(".safetensors") else "regular") for name in names]
+            answer = {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes]}
+        elif path == "/org/new.git/info/lfs/objects/batch":
+            objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
+            places = [{"upload": {"href": f"{self.server.url}/store/{o['oid']}"}} for o in objects]
+            answer = {"objects": [o | {"actions": place} for o, place in zip(objects, places, strict=True)]}
+        elif path == "/api/models/org/new/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.committed[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.server.committed[value["path"]] = self.server.uploads[value["oid"]]
+            answer = {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/org/new/commit/{COMMIT}"}
+        else:
+            return self.fail(404, "")
+        return self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body=True)
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.uploads[self.path.removeprefix("/store/")] = body
+        self.reply(b"", {}, with_body=False)
 
     def answer(self, with_body: bool) -> None:
         path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
@@ -87,16 +130,25 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "EntryNotFound")
         body = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if with_body and "Range" in self.headers:
+            self.server.ranges.append(self.headers["Range"])
+            start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
+            return self.reply(body[int(start) : int(end or len(body)) + 1], headers, with_body, status=206)
+        if with_body and self.server.cuts and file.name == "model.safetensors":
+            self.server.cuts -= 1
+            return self.reply(body, headers, with_body, sent=len(body) // 2)
         return self.reply(body, headers, with_body)
 
-    def reply(self, body: bytes, headers: dict[str, str], with_body: bool) -> None:
-        self.send_response(200)
+    def reply(
+        self, body: bytes, headers: dict[str, str], with_body: bool, status: int = 200, sent: int | None = None
+    ) -> None:
+        self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
 
     def fail(self, status: int, code: str) -> None:
         self.send_response(status)
@@ -181,6 +233,61 @@ def test_a_token_opens_a_gated_model(server: LocalHub, tmp_path: Path) -> None:
 def test_offline_and_not_in_the_cache(server: LocalHub, tmp_path: Path) -> None:
     result = python(ASK.format(name="org/model", arguments=""), server, tmp_path / "cache", HF_HUB_OFFLINE="1")
     assert "org/model is not in the local cache and the Hub cannot be reached" in result.stderr
+
+
+RESOLVE = """
+from llama4 import hub
+print(hub.resolve("org/model"))
+"""
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(server: LocalHub, tmp_path: Path) -> None:
+    """The client keeps what arrived in chunks of 10 MiB."""
+    weights = server.repositories["org/model"] / "model.safetensors"
+    weights.write_bytes(os.urandom(24 << 20))
+    server.cuts = 1
+    result = python(RESOLVE, server, tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    assert server.ranges == [f"bytes={10 << 20}-"]
+    assert (Path(result.stdout.strip()) / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_a_download_that_fails_can_be_tried_again(server: LocalHub, tmp_path: Path) -> None:
+    server.cuts = 1000
+    failed = python("import time; time.sleep = lambda _: None" + RESOLVE, server, tmp_path / "cache")
+    assert "ValueError: org/model could not be fetched from the Hub: " in failed.stderr
+    assert failed.stderr.splitlines()[-1].endswith("what has arrived is kept, try again")
+    server.cuts = 0
+    again = python(RESOLVE, server, tmp_path / "cache")
+    weights = server.repositories["org/model"] / "model.safetensors"
+    assert (Path(again.stdout.strip()) / "model.safetensors").read_bytes() == weights.read_bytes(), again.stderr
+
+
+PUSH = """
+from llama4 import hub
+print(hub.push({directory!r}, "org/new", token={token!r}, private=True))
+"""
+
+
+def test_an_upload_is_one_commit_of_every_file(server: LocalHub, tmp_path: Path) -> None:
+    directory = small_model.write(tmp_path / "mine")
+    result = python(PUSH.format(directory=str(directory), token="secret"), server, tmp_path / "cache")
+    assert result.stdout.strip() == f"{server.url}/org/new/commit/{COMMIT}", result.stderr
+    assert result.stderr == "", "a pipe is no place for progress"
+    assert server.committed == {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert (server.created["organization"], server.created["name"]) == ("org", "new")
+    assert server.created.get("private") is True or server.created.get("visibility") == "private"
+
+
+@pytest.mark.parametrize(("token", "reachable"), [("wrong", True), ("secret", False)])
+def test_an_upload_that_fails_says_so(server: LocalHub, tmp_path: Path, token: str, reachable: bool) -> None:
+    directory = small_model.write(tmp_path / "mine")
+    if not reachable:
+        server.shutdown()
+        server.server_close()
+    result = python(PUSH.format(directory=str(directory), token=token), server, tmp_path / "cache")
+    assert "ValueError: could not upload to org/new: " in result.stderr
+    assert ("401" if reachable else "refused") in result.stderr.splitlines()[-1]
 
 
 def test_local_names(tmp_path: Path) -> None:

@@ -12,9 +12,14 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from llama4.drawings import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
+from llama4.moe import Router
 
 Messages = list[dict[str, Any]]
 Answer = Callable[[list[Messages]], list[str]]
@@ -126,6 +131,31 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+class ExpertShares:
+    """Counts, from the outside, how many tokens every router sends to each of its experts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._counts: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Router):
+                self._counts[name] = torch.zeros(module.out_features, dtype=torch.long)
+                module.register_forward_hook(partial(self._count, name))
+
+    def _count(self, name: str, router: Router, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        self._counts[name] += output[1].flatten().bincount(minlength=router.out_features).cpu()
+
+    def shares(self) -> list[list[float]]:
+        """Per layer with experts, the share of tokens that each expert took."""
+        return [(counts / counts.sum().clamp(min=1)).tolist() for counts in self._counts.values()]
+
+    def table(self) -> str:
+        """The shares as lines of text, in percent."""
+        rows = self.shares()
+        lines = ["share of tokens, a row per layer with experts, a column per expert:"]
+        lines += [f"{i:>5}" + "".join(f"{share:>7.1%}" for share in row) for i, row in enumerate(rows)]
+        return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llama4.bench vqa", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
@@ -142,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from llama4.api import Llama4
 
     llm = Llama4.from_pretrained(options.model)
+    experts = ExpertShares(llm.model)
 
     def answer(conversations: list[Messages]) -> list[str]:
         return [reply.text for reply in llm.chat_batch(conversations, max_new_tokens=64)]
@@ -154,9 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer, options.pictures, options.seed, kinds=options.kinds, batch_size=options.batch_size, on_answer=show
     )
     if options.json:
-        print(json.dumps([asdict(row) | {"share": row.share} for row in rows], indent=2))
+        accuracy = [asdict(row) | {"share": row.share} for row in rows]
+        print(json.dumps({"accuracy": accuracy, "experts": experts.shares()}, indent=2))
     else:
-        print(table(rows))
+        print(table(rows), experts.table(), sep="\n\n")
     return 0
 
 

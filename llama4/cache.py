@@ -94,6 +94,12 @@ class Cache:
         """Bytes that the keys and values occupy now."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
 
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        self.firsts, self.nexts = ([values[row] for row in rows] for values in (self.firsts, self.nexts))
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
     def advance(self, packing: Packing) -> None:
         """Count the new tokens, once all layers have them."""
         self.firsts = list(packing.firsts)

@@ -195,7 +195,7 @@ def _generate(
         if len(live) < len(rows):
             rows, generators = [rows[i] for i in live], [generators[i] for i in live]
             ids_B = ids_B[live]
-            keep_rows(cache, live)
+            cache.keep(live)
         logits_BV = step(model, ids_B, cache)
 
 
@@ -232,7 +232,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: Cache, progress: bool = F
                 image_features=features,
                 cache=cache,
                 attention_mask=mask,
-                last_only=bool(mask.any(dim=1).all()),
+                last_only=True,
             )
             bar.update(int(mask.sum()))
     return logits_B1V[:, -1]
@@ -250,11 +250,3 @@ def step(model: Llama4Model, ids_B: Tensor, cache: Cache) -> Tensor:
     """One token more in every row; -> logits of the next, [B, V]."""
     logits_B1V: Tensor = model(ids_B[:, None], cache=cache, last_only=True)
     return logits_B1V[:, 0]
-
-
-@torch.inference_mode()
-def keep_rows(cache: Cache, rows: list[int]) -> None:
-    """Forget all other rows."""
-    cache.firsts, cache.nexts = ([values[row] for row in rows] for values in (cache.firsts, cache.nexts))
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]

@@ -35,7 +35,7 @@ NEEDED = (
 )
 """Patterns of the files that this library reads. Nothing that could be executed is among them."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the client lets through when a connection fails: of httpx or of httpx2, by its version."""
 

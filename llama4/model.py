@@ -126,7 +126,7 @@ class Llama4Model(nn.Module):
                 tokens of this call. With it an image may be spread over several calls.
             cache: keys and values of earlier tokens; the new ones are appended.
             attention_mask: [B, T], 1 at tokens and 0 at padding, on either side.
-            last_only: logits of each row's last token alone, [B, 1, V]; every row must have one.
+            last_only: logits of each row's last token alone, [B, 1, V], zeros for a row that is all padding.
 
         Returns:
             [B, T, V], zeros at padding.
@@ -149,16 +149,13 @@ class Llama4Model(nn.Module):
             cache.firsts if cache is not None else None,
             cache.nexts if cache is not None else None,
         )
-        if last_only and 0 in packing.lengths:
-            raise ValueError(f"last_only needs a token in every row; row {packing.lengths.index(0)} is all padding")
         ids_N = packing.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)
         x_ND = self.language_model.model(x_ND, packing, cache)
         if cache is not None:
             cache.advance(packing)
-        wanted_ND = x_ND[packing.last_tokens()] if last_only else x_ND
-        logits: Tensor = self.language_model.lm_head(wanted_ND)
-        return logits[:, None] if last_only else packing.unpack(logits)
+        head = self.language_model.lm_head
+        return packing.unpack_last(head(x_ND[packing.last_tokens()])) if last_only else packing.unpack(head(x_ND))
 
     def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""

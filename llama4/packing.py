@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -69,9 +70,17 @@ class Packing:
         return flat.index_copy(0, self.index_N, x_N).view(shape)
 
     def last_tokens(self) -> Tensor:
-        """Packed place of each row's last token, [B]."""
-        ends = torch.tensor(self.lengths).cumsum(0) - 1
-        return ends.to(self.positions_N.device)
+        """Packed places of the last token of every row that has one."""
+        ends = [end - 1 for end, length in zip(accumulate(self.lengths), self.lengths, strict=True) if length]
+        return torch.tensor(ends, dtype=torch.long, device=self.positions_N.device)
+
+    def unpack_last(self, x_R: Tensor) -> Tensor:
+        """What was computed for `last_tokens`, [R, ...] -> [B, 1, ...], zeros where a row has no token."""
+        rows = [row for row, length in enumerate(self.lengths) if length]
+        if len(rows) == len(self.lengths):
+            return x_R[:, None]
+        full = x_R.new_zeros(len(self.lengths), *x_R.shape[1:])
+        return full.index_copy(0, torch.tensor(rows, dtype=torch.long, device=x_R.device), x_R)[:, None]
 
     def _slot(self, row: int, position: int, window: int | None) -> int:
         """How many earlier tokens of its row a token at `position` can see: those since the row's first, or its

@@ -108,7 +108,7 @@ class Llama4:
         """
         if quantization is not None:
             raise ValueError(f"quantization={quantization!r} is not in this release; leave it at None")
-        directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token)
+        directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token, progress=progress)
         config = Llama4Config.from_directory(directory)
         if config.quantization_config is not None:
             method = config.quantization_config.get("quant_method", "unknown")

@@ -227,6 +227,13 @@ class Llama4Config:
         model_type = content.get("model_type", "llama4")
         if model_type not in ("llama4", "llama4_text"):
             raise ConfigError(f"model_type {model_type!r} is not Llama 4; this library runs 'llama4' and 'llama4_text'")
+        try:
+            return cls._from_dict(content, model_type)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"the configuration has a value of the wrong kind, or lacks one: {error}") from error
+
+    @classmethod
+    def _from_dict(cls, content: Mapping[str, Any], model_type: str) -> Llama4Config:
         text_only = model_type == "llama4_text" or "text_config" not in content
         text = dict(content if text_only else content["text_config"])
         vision = None if text_only else content.get("vision_config")
@@ -325,15 +332,17 @@ def _text_config(content: Mapping[str, Any]) -> TextConfig:
     eos = fields.get("eos_token_id")
     if not isinstance(eos, tuple):
         fields["eos_token_id"] = () if eos is None else (eos,)
-    if fields.get("head_dim") is None:
+    if "head_dim" in fields and fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    if fields.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {fields['hidden_act']!r} is not supported; Llama 4's experts use 'silu'")
+    if content.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {content['hidden_act']!r} is not supported; Llama 4's experts use 'silu'")
     return TextConfig(**fields)
 
 
 def _vision_config(content: Mapping[str, Any]) -> VisionConfig:
     fields = _known_fields(VisionConfig, content)
+    if content.get("hidden_act", "gelu") != "gelu":
+        raise ConfigError(f"hidden_act {content['hidden_act']!r} is not supported; Llama 4's vision tower uses 'gelu'")
     rope = content.get("rope_parameters") or {}
     fields["rope_theta"] = float(rope.get("rope_theta", content.get("rope_theta", 10000.0)))
     try:

@@ -178,7 +178,7 @@ def python(script: str, server: LocalHub, cache: Path, **environment: str) -> su
         env=os.environ | settings | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

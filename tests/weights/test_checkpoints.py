@@ -239,7 +239,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save(small_model.model(), small_model.config(), {str(tmp_path / "model")!r})
 """
-    failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert "CheckpointError: could not write the model to" in failed.stderr
     assert not list(tmp_path.iterdir())
 
@@ -282,7 +282,7 @@ before = peak()
 load(model, open_source({str(tmp_path)!r}), dtype=torch.{dtype})
 print(peak() - before)
 """
-    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     model, one, on_disk = 12 * 2048**2 * 4, 2048**2 * 4, 12 * 2048**2 * 2
     peak = int(grown.stdout) * 1024
     if dtype == "bfloat16":
@@ -339,6 +339,8 @@ class TestConfig:
             ({"no_rope_layers": [1, 0]}, "no_rope_layers must name all 4 layers"),
             ({"moe_layers": [0, 9]}, "names layers beyond"),
             ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not known"),
+            ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+            ({"hidden_size": "wide"}, "wrong kind"),
             ({"num_experts_per_tok": 9}, "exceeds num_local_experts 4"),
         ],
     )

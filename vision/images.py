@@ -168,4 +168,4 @@ def _download(url: str) -> bytes:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 200 else f"{text[:77]}...{text[-40:]}"

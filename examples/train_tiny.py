@@ -9,7 +9,8 @@ model, in Hugging Face's layout, to OUT_DIR/model.
 
 How it learns: first to see, on a direct target, which colour and kind of shape covers each patch, and where it is;
 then to answer. Many questions about one picture are packed into one conversation, and only the answers count. Small
-pictures of few shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss keeps all experts in work.
+pictures of few shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss
+keeps all experts in work.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -275,27 +273,17 @@ def _to_image(pixels: NDArray[np.float32]) -> Image.Image:
 # --------------------------------------------------------------------------------------------------------- text
 
 
-@lru_cache(maxsize=1)
-def fonts() -> dict[str, Path | None]:
-    """Font names and files: the two that come inside Pillow (no file), and DejaVu where matplotlib is installed."""
-    found: dict[str, Path | None] = {"aileron": None, "courier": None}
-    spec = find_spec("matplotlib")
-    if spec is not None and spec.origin is not None:
-        folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
-        for name in ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono"):
-            if (folder / f"{name}.ttf").is_file():
-                found[name.lower()] = folder / f"{name}.ttf"
-    return found
+FONTS = ("aileron", "courier")
+"""The two faces that come inside Pillow: scenes must not depend on what else is installed."""
 
 
 @lru_cache(maxsize=32)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    if name not in fonts():
-        raise ValueError(f"unknown font {name!r}; use one of {', '.join(fonts())}")
+    if name not in FONTS:
+        raise ValueError(f"unknown font {name!r}; use one of {', '.join(FONTS)}")
     if name == "courier":  # a bitmap font of one size
         return ImageFont.load_default_imagefont()
-    file = fonts()[name]
-    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+    return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import replace
 
-from .pictures import COLOURS, KINDS, RGB, Box, Ground, Scene, Shape, Text, fonts, mix, shape_box, text_aspect, text_box
+from .pictures import COLOURS, FONTS, KINDS, RGB, Box, Ground, Scene, Shape, Text, mix, shape_box, text_aspect, text_box
 
 _JITTER = 8  # per channel; keeps gold yellow and (255, 165, 0) orange
 _CONTRAST = 110.0  # least distance in RGB between a shape and any point of the ground
@@ -172,7 +172,7 @@ def _random_text(rng: random.Random, width: int, height: int, inks: list[RGB], *
         (width / 2, height / 2),
         1.0,
         rng.choice(inks),
-        rng.choice(tuple(fonts())),
+        rng.choice(FONTS),
         round(rng.uniform(0.85, 1.2), 2),
         rng.choice((0.0, 0.0, 0.0, 0.2, -0.1)),
         rng.random() < 0.35,

@@ -8,9 +8,10 @@ time and goes on where it was when started again. Progress goes to the terminal 
 model, in Hugging Face's layout, to OUT_DIR/model.
 
 How it learns: first to see, on a direct target, which colour and kind of shape covers each patch, and where it is;
-then to answer. Many questions about one picture are packed into one conversation, and only the answers count. Small
-pictures of few shapes come first. Matrices are trained with Muon, everything else with Adam; a load-balancing loss
-keeps all experts in work.
+then to answer. Many questions about one picture are packed into one conversation, and only the answers count; beside
+them, wherever a question names a thing ("the red star", "circles"), the decoder must know in which columns and rows of
+the picture such things are. Small pictures of few shapes come first. Matrices are trained with Muon, everything else
+with Adam; a load-balancing loss keeps all experts in work.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import random
 import re
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from llama4 import drawings
 from llama4.chat import render
 from llama4.config import Llama4Config, tiny
 from llama4.experts import GroupedExperts, LoopExperts
+from llama4.layers import rms_normalise
 from llama4.model import Llama4Model
 from llama4.moe import Router
 from llama4.tokenizer import PATTERN, Tokenizer
@@ -89,14 +92,17 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
 
 @dataclass
 class Sample:
-    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], and per patch [n, P] the
-    colour and the kind of shape that covers it (0: ground, -100: unknown)."""
+    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], per patch [n, P] the
+    colour and the kind of shape that covers it (0: ground, -100: unknown), and of m things that questions name the
+    last token [m] and the places [m, 2 * BANDS]."""
 
     ids: Tensor
     is_reply: Tensor
     tiles: Tensor
     colours: Tensor
     kinds: Tensor
+    named: Tensor
+    places: Tensor
 
 
 @dataclass
@@ -178,6 +184,7 @@ class Conversations(Dataset[Sample]):
         rendered = render(
             messages, self.tokenizer, grids=grids, tokens_per_tile=vision.tokens_per_tile, add_generation_prompt=False
         )
+        named, places = self._named(scenes[0], questions, rendered.ids) if len(scenes) == 1 else ([], [])
         side = vision.image_size
         empty = torch.zeros(0, vision.num_patches, dtype=torch.long)
         colours, kinds = (torch.cat([pair[k] for pair in labels]) if labels else empty for k in (0, 1))
@@ -187,7 +194,60 @@ class Conversations(Dataset[Sample]):
             torch.cat(tiles) if tiles else torch.zeros(0, vision.num_channels, side, side),
             colours,
             kinds,
+            torch.tensor(named, dtype=torch.long),
+            torch.tensor(places).view(-1, 2 * BANDS),
         )
+
+    def _named(
+        self, scene: drawings.Scene, questions: list[drawings.Question], ids: list[int]
+    ) -> tuple[list[int], list[list[float]]]:
+        """Of all things that the questions name once the picture has been seen: the index of the last token in `ids`,
+        and `bands`."""
+        seen = max(i for i, token in enumerate(ids) if token == self.config.image_token_index)
+        named, places, begin = [], [], 0
+        for question in questions:
+            tokens = self.tokenizer.encode(question.text)
+            begin = next(i for i in range(begin, len(ids)) if ids[i : i + len(tokens)] == tokens)
+            ends = list(accumulate(len(self.tokenizer.decode_bytes([token])) for token in tokens))
+            for end, colour, kind in mentions(question) if begin > seen else ():
+                named.append(begin + bisect_left(ends, end))
+                places.append(bands(scene, colour, kind))
+            begin += len(tokens)
+        return named, places
+
+
+THINGS = {noun: kind for kind in drawings.KINDS for noun in (kind, drawings.plural(kind))}
+"""Singular and plural of every kind of shape -> the kind."""
+NAME = re.compile(
+    rf"\b(?:(?P<colour>{'|'.join(drawings.COLOURS)}) )?(?:(?P<thing>{'|'.join(THINGS)})|(?P<noun>\w+))\b", re.IGNORECASE
+)
+NOUNS = {noun for name in drawings.NOUNS for noun in (name, drawings.plural(name))}
+BANDS = 8
+"""Columns, and rows, of a picture that the decoder tells apart."""
+
+
+def mentions(question: drawings.Question) -> Iterator[tuple[int, str | None, str | None]]:
+    """What a question names, in order: where the name ends in its text, and colour and kind if they are said."""
+    for match in NAME.finditer(question.text):
+        colour, thing, noun = (part and part.lower() for part in match.group("colour", "thing", "noun"))
+        if noun in drawings.COLOURS:
+            yield match.end(), noun, None
+        elif thing or (noun in NOUNS and (colour or question.kind == "count")):
+            yield match.end(), colour, THINGS[thing] if thing else None
+
+
+def bands(scene: drawings.Scene, colour: str | None, kind: str | None) -> list[float]:
+    """How many shapes of that colour and kind stand in each column, and then in each row; one between two bands
+    belongs to both in parts."""
+    counts = [0.0] * (2 * BANDS)
+    for shape in scene.shapes:
+        if colour in (None, shape.colour) and kind in (None, shape.kind):
+            for axis, length in enumerate((scene.width, scene.height)):
+                at = min(max(shape.centre[axis] / length * BANDS - 0.5, 0.0), BANDS - 1.0)
+                lower = min(int(at), BANDS - 2)
+                counts[axis * BANDS + lower] += 1 - (at - lower)
+                counts[axis * BANDS + lower + 1] += at - lower
+    return counts
 
 
 def patch_labels(
@@ -222,7 +282,8 @@ def patch_labels(
 
 @dataclass
 class Batch:
-    """Samples side by side: ids and masks [B, T] padded on the right, tiles and labels of all rows in order."""
+    """Samples side by side: ids and masks [B, T] padded on the right, tiles and labels of all rows in order; `named`
+    counts tokens without padding."""
 
     ids: Tensor
     mask: Tensor
@@ -230,6 +291,8 @@ class Batch:
     tiles: Tensor
     colours: Tensor
     kinds: Tensor
+    named: Tensor
+    places: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -240,8 +303,11 @@ def collate(samples: list[Sample]) -> Batch:
     ids = pad([s.ids for s in samples], batch_first=True)
     mask = pad([torch.ones_like(s.is_reply) for s in samples], batch_first=True)
     is_reply = pad([s.is_reply for s in samples], batch_first=True)
-    tiles, colours, kinds = (torch.cat([getattr(s, name) for s in samples]) for name in ("tiles", "colours", "kinds"))
-    return Batch(ids, mask, is_reply, tiles, colours, kinds)
+    names = ("tiles", "colours", "kinds", "places")
+    tiles, colours, kinds, places = (torch.cat([getattr(s, name) for s in samples]) for name in names)
+    begins = accumulate((len(s.ids) for s in samples), initial=0)
+    named = torch.cat([begin + s.named for begin, s in zip(begins, samples, strict=False)])
+    return Batch(ids, mask, is_reply, tiles, colours, kinds, named, places)
 
 
 # -- optimiser -----------------------------------------------------------------------------------------------------
@@ -263,25 +329,44 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices and stacks of matrices (torch's takes no stacks, and experts are stacks).
 
     Updates are scaled to the size of Adam's (0.2 sqrt(max(m, n)), Liu et al. 2025), so both share one learning rate.
+    All processes have the same gradients; each orthogonalises its share of them for all.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.rank, self.world = rank, world
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                velocity = state.setdefault("velocity", torch.zeros_like(p))
+            parameters = [p for p in group["params"] if p.grad is not None and p.grad.any()]
+            updates = []
+            for i, p in enumerate(parameters):
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(velocity, group["momentum"]))
+                mine = i % self.world == self.rank
+                update = p.grad.lerp(velocity, group["momentum"])
+                updates.append(orthogonalise(update) if mine else update.zero_())
+            for p, update in zip(parameters, summed(updates, self.world), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+
+
+def summed(tensors: list[Tensor], world: int) -> list[Tensor]:
+    """The sum of each tensor over all processes, in one message."""
+    if world == 1:
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    return [sums.view_as(t) for sums, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def learning_rate(step: int, see_steps: int, steps: int) -> float:
@@ -302,11 +387,14 @@ class Learner(nn.Module):
         width, self.merged = config.text.hidden_size, round(1 / config.vision.pixel_shuffle_ratio)
         self.colour_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.COLOURS)))
         self.kind_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.KINDS)))
-        self.place_head = nn.Linear(width, config.vision.tokens_per_tile)
+        self.where_head = nn.Linear(width, config.vision.tokens_per_tile)
+        self.places_head = nn.Linear(width, 2 * BANDS)
+        self.midway: Tensor | None = None
         self.balance: list[Tensor] = []
         self.loads: list[Tensor] = []
         for router in self.routers():
             router.register_forward_hook(self._watch)
+        self.model.language_model.model.layers[MIDWAY].register_forward_hook(self._keep)
 
     def routers(self) -> list[Router]:
         return [module for module in self.model.modules() if isinstance(module, Router)]
@@ -318,6 +406,9 @@ class Learner(nn.Module):
         probability = F.linear(inputs[0].float(), router.weight.float()).softmax(-1).mean(0)
         self.balance.append(router.out_features * (share * probability).sum())
         self.loads.append(share.detach())
+
+    def _keep(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
+        self.midway = output
 
     def _patch_loss(self, guesses: Tensor, labels_nP: Tensor) -> Tensor:
         """Each image token names what covers the patches that it was merged from, row by row. Ground, which most
@@ -334,8 +425,8 @@ class Learner(nn.Module):
         features = self.model.encode_images(batch.tiles)
         colours = self._patch_loss(self.colour_head(features), batch.colours)
         kinds = self._patch_loss(self.kind_head(features), batch.kinds)
-        places = torch.arange(self.place_head.out_features, device=features.device).repeat(len(batch.tiles))
-        where = F.cross_entropy(self.place_head(features).float(), places)
+        tokens = torch.arange(self.where_head.out_features, device=features.device).repeat(len(batch.tiles))
+        where = F.cross_entropy(self.where_head(features).float(), tokens)
         return features, {"colours": colours, "kinds": kinds, "where": where}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -346,18 +437,22 @@ class Learner(nn.Module):
             return losses
         logits = self.model(batch.ids, attention_mask=batch.mask, image_features=features)
         answers = F.cross_entropy(logits[:, :-1][wanted].float(), batch.ids[:, 1:][wanted])
-        return losses | {"answers": answers, "balance": torch.stack(self.balance).mean()}
+        assert self.midway is not None  # [tokens without padding, width]
+        guesses = self.places_head(rms_normalise(self.midway[batch.named], 1e-5)).float()
+        places = (guesses - batch.places).square().sum(1).mean() if len(guesses) else answers.new_zeros(())
+        return losses | {"answers": answers, "places": places, "balance": torch.stack(self.balance).mean()}
 
 
-WEIGHTS = {"answers": 1.0, "kinds": 0.5, "colours": 0.2, "where": 0.1, "balance": 0.01}
+WEIGHTS = {"answers": 1.0, "places": 0.5, "kinds": 0.5, "colours": 0.2, "where": 0.1, "balance": 0.01}
+MIDWAY = 3
+"""The decoder layer after which a name must have found its things: the one without RoPE, two before the last."""
 
 
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
-    """The mean over all processes, in one message; None (an expert that got no token) counts as zero."""
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, gradient in zip(parameters, flat.div_(world).split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    """The mean over all processes; None (an expert that got no token) counts as zero."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    for parameter, total in zip(parameters, summed(gradients, world), strict=True):
+        parameter.grad = total / world
 
 
 def split_parameters(learner: Learner) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -410,7 +505,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
     learner.model.init_weights()
     matrices, others = split_parameters(learner)
     optimisers = [
-        Muon(matrices, args.lr, weight_decay=0.02),
+        Muon(matrices, args.lr, weight_decay=0.02, rank=rank, world=world),
         torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     begin, checkpoint = 0, args.out / "checkpoint.pt"
@@ -437,8 +532,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
             losses = learner(batch.to(device))
         torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
-        if world > 1:
-            average_gradients([p for p in learner.parameters() if p.requires_grad], world)
+        average_gradients(list(learner.parameters()), world)
         nn.utils.clip_grad_norm_(others, 1.0)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -492,7 +586,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
     parser.add_argument("--see-steps", type=int, default=500, help="steps of learning to see")
     parser.add_argument("--see-batch", type=int, default=64, help="pictures in each of them, over all processes")
-    parser.add_argument("--steps", type=int, default=3800, help="steps in all; the others are of learning to answer")
+    parser.add_argument("--steps", type=int, default=3300, help="steps in all; the others are of learning to answer")
     parser.add_argument("--batch", type=int, default=24, help="conversations in each of them, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)

@@ -21,9 +21,9 @@ from llama4.processor import Inputs, Processor
 from llama4.replies import Draft, Reply, Stream
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
+from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
 from llama4.weights.saver import save
-from llama4.weights.source import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Llama4:
         """Load a model.
 
         Args:
-            name: an embedded model ("tiny"), a local directory in Hugging Face's layout, or a Hub id such as
+            name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, or a Hub id
                 "meta-llama/Llama-4-Scout-17B-16E-Instruct".
             revision: branch, tag or commit on the Hub.
             token: for the Hub, where a model wants one; by default the one you logged in with.
@@ -109,19 +109,14 @@ class Llama4:
         if quantization is not None:
             raise ValueError(f"quantization={quantization!r} is not in this release; leave it at None")
         directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token, progress=progress)
-        config = Llama4Config.from_directory(directory)
-        if config.quantization_config is not None:
-            method = config.quantization_config.get("quant_method", "unknown")
-            raise ValueError(
-                f"{name} is quantised ({method!r}), which this release does not read; use its bf16 checkpoint"
-            )
+        config, weights = open_checkpoint(directory)
         resolved_device = resolve_device(device)
         resolved_dtype = resolve_dtype(dtype, config, resolved_device)
         tokenizer = load_tokenizer(directory, config)
         backend = resolve_experts(experts, resolved_device, resolved_dtype)
         with torch.device("meta"):
             model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
-        load(model, open_source(directory), dtype=resolved_dtype, device=resolved_device, progress=progress)
+        load(model, weights, dtype=resolved_dtype, device=resolved_device, progress=progress)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
         return cls(model.eval(), tokenizer, max_context=max_context, progress=progress)
 

@@ -1,4 +1,4 @@
-"""The command `llama4`: generate, chat, info."""
+"""The command `llama4`: generate, chat, info, convert."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ Write a message and press Enter.
   /help         show this
   /quit         leave (so does Ctrl-D)
 Ctrl-C stops a reply."""
+
+LAYOUTS = ("hf", "meta")
+"""As in `llama4.convert`, which is imported late because it imports torch."""
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell's commands that end by SIGINT and SIGPIPE."""
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | chat | info")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | chat | info | convert")
 
     generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
     generate.add_argument("question", help="what to ask; - reads it from stdin")
@@ -77,6 +80,15 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("--revision", help="branch, tag or commit on the Hub")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
+
+    about = "Write a checkpoint in another layout, bit by bit."
+    convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
+    convert.add_argument("source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, or a Hub id")
+    convert.add_argument("target", metavar="DST", help="the directory to make")
+    convert.add_argument("--to", required=True, choices=LAYOUTS, help="hf: safetensors; meta: consolidated.NN.pth")
+    convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
+    convert.add_argument("--revision", help="branch, tag or commit on the Hub")
+    convert.set_defaults(run=run_convert, parser=convert)
     return parser
 
 
@@ -254,6 +266,18 @@ def _exchange(llm: Llama4, messages: list[dict[str, Any]], settings: Options) ->
     reply = stream.reply
     print(" (cut at --max-new-tokens or the window)" if reply.finish_reason == "length" else "")
     return [*messages, {"role": "assistant", "content": reply.text}]
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from llama4 import hub
+    from llama4.api import EMBEDDED
+    from llama4.convert import convert
+
+    if options.to == "hf" and options.ranks != 1:
+        options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
+    source = EMBEDDED.get(options.source) or hub.resolve(options.source, revision=options.revision)
+    convert(source, options.target, options.to, ranks=options.ranks)
+    return 0
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -33,7 +33,9 @@ NEEDED = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""Patterns of the files that this library reads. Nothing that could be executed is among them."""
+"""Patterns of the files that this library reads of a repository in Hugging Face's layout."""
+NEEDED_OF_META = ("params.json", "consolidated.*.pth", "tokenizer.model")
+"""The same for one in Meta's layout, which has no config.json."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -75,7 +77,10 @@ def resolve(
         )
     try:
         with _bars(progress):
-            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+            found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+            if patterns is NEEDED and not (found / "config.json").is_file():
+                snapshot_download(name, revision=revision, token=token, allow_patterns=list(NEEDED_OF_META))
+            return found
     except GatedRepoError as error:
         raise ValueError(
             f"{name} is gated: accept its licence on its page on the Hub, then pass token=... or run `hf auth login`"

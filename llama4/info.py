@@ -6,6 +6,8 @@ from typing import Any
 
 from llama4 import hub
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.weights import checkpoint
+from llama4.weights.params import PARAMS_FILE
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the bare weights; what a quantised model adds for its scales is not counted."""
@@ -19,8 +21,8 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
     """
     if name in PRESETS:
         return PRESETS[name]()
-    files = (CONFIG_FILE, *IMAGE_CONFIG_FILES)
-    return Llama4Config.from_directory(hub.resolve(name, revision=revision, token=token, patterns=files))
+    files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, PARAMS_FILE, "tokenizer.model")
+    return checkpoint.read_config(hub.resolve(name, revision=revision, token=token, patterns=files))
 
 
 def describe(config: Llama4Config) -> dict[str, Any]:

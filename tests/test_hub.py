@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from llama4 import hub
+from llama4.convert import convert
 from tests import small_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -211,6 +212,15 @@ def test_a_model_by_its_hub_id(server: LocalHub, tmp_path: Path) -> None:
     assert unreachable.stdout == first.stdout, unreachable.stderr
 
 
+def test_a_model_in_metas_layout(server: LocalHub, tmp_path: Path) -> None:
+    convert(tmp_path / "model", tmp_path / "meta", "meta", ranks=2)
+    (tmp_path / "meta" / "modeling_evil.py").write_text("not for us")
+    server.repositories["org/meta"] = tmp_path / "meta"
+    result = python(ASK.format(name="org/meta", arguments=""), server, tmp_path / "cache")
+    assert result.stdout.strip() == "4", result.stderr
+    assert server.files_asked() == {"params.json", "consolidated.00.pth", "consolidated.01.pth", "tokenizer.model"}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -237,6 +247,7 @@ def test_offline_and_not_in_the_cache(server: LocalHub, tmp_path: Path) -> None:
 
 RESOLVE = """
 from llama4 import hub
+from llama4.convert import convert
 print(hub.resolve("org/model"))
 """
 
@@ -265,6 +276,7 @@ def test_a_download_that_fails_can_be_tried_again(server: LocalHub, tmp_path: Pa
 
 PUSH = """
 from llama4 import hub
+from llama4.convert import convert
 print(hub.push({directory!r}, "org/new", token={token!r}, private=True))
 """
 

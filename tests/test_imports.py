@@ -18,7 +18,7 @@ LINES = (
     "llama4.layers llama4.cache llama4.experts llama4.chat llama4.sampling",
     "llama4.attention llama4.moe llama4.processor",
     "llama4.model llama4.weights",
-    "llama4.generate llama4.hub",
+    "llama4.generate llama4.hub llama4.convert",
     "llama4.replies llama4.info",
     "llama4.api",
     "llama4.bench",
@@ -77,4 +77,6 @@ def test_weights_never_import_the_model() -> None:
 
 def test_nothing_at_run_time_needs_transformers() -> None:
     for module, path in modules().items():
+        if module == "llama4.bench.parity":  # which compares with it
+            continue
         assert "transformers" not in {imported.split(".")[0] for imported in imports(module, path)}, module

@@ -13,12 +13,14 @@ from .questions import (
     fresh_question,
 )
 from .scenes import random_scene
+from .wordings import NOUNS, plural
 
 __all__ = [
     "COLOURS",
     "CORE_KINDS",
     "KINDS",
     "KINDS_OF_QUESTION",
+    "NOUNS",
     "Ground",
     "Question",
     "Scene",
@@ -37,5 +39,6 @@ __all__ = [
     "fresh_question",
     "is_right",
     "normalise",
+    "plural",
     "random_scene",
 ]

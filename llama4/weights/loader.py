@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
-
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from llama4.errors import CheckpointError
-from llama4.weights.rules import NameTable, table_for
 from llama4.weights.source import Source
 
 
@@ -17,7 +14,6 @@ def load(
     model: nn.Module,
     source: Source,
     *,
-    table: NameTable | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -31,7 +27,6 @@ def load(
     Args:
         model: its `named_parameters()` say what is wanted.
         source: the checkpoint.
-        table: how its keys map to parameters; by default found from the keys.
         dtype: of the parameters; None keeps the checkpoint's.
         device: where they go.
         progress: show a bar, if stderr is a terminal.
@@ -40,13 +35,8 @@ def load(
         CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; nothing is loaded
             then.
     """
-    table = table or table_for(source.keys())
-    owners: dict[str, list[str]] = {}  # first name of a parameter -> all its names (tied embeddings have two)
-    by_identity: dict[int, str] = {}
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in wanted.items():
-        owners.setdefault(by_identity.setdefault(id(parameter), name), []).append(name)
-    keys = match(source, {name: tuple(wanted[name].shape) for name in owners}, table, aliases=set(wanted) - set(owners))
+    owners = _owners(model)
+    keys = match(model, source)
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
         tensor = source.tensor(key).to(device=device, dtype=dtype)
         filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
@@ -56,29 +46,36 @@ def load(
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 
-def match(
-    source: Source,
-    shapes: dict[str, tuple[int, ...]],
-    table: NameTable,
-    aliases: AbstractSet[str] = frozenset(),
-) -> dict[str, str]:
-    """Parameter -> key, for every parameter of `shapes`; keys for `aliases` of a tied parameter may be there and are
-    not used.
+def _owners(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all its names (tied embeddings have two)."""
+    owners: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return owners
+
+
+def match(model: nn.Module, source: Source) -> dict[str, str]:
+    """Parameter -> key, for every parameter of the model; further names of a tied one may be there and are not used.
 
     Raises:
         CheckpointError: the two sides do not correspond one to one.
     """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    aliases = {alias for name, others in _owners(model).items() for alias in others if alias != name}
+    names, unexpected = source.names, list[str]()
     found: dict[str, str] = {}
-    unexpected = []
     for key in sorted(source.keys()):
-        name = table.to_model(key)
+        name = names.to_model(key)
         if name in shapes:
             found[name] = key
         elif name not in aliases:
             unexpected.append(key)
-    missing = [table.to_file(name) or name for name in shapes if name not in found]
+    missing = [names.to_file(name) or name for name in shapes if name not in found]
     mismatched = [
-        (key, source.shape(key), shapes[name]) for name, key in found.items() if source.shape(key) != shapes[name]
+        (names.to_file(name) or key, source.shape(key), shapes[name])
+        for name, key in found.items()
+        if source.shape(key) != shapes[name]
     ]
     if missing or unexpected or mismatched:
         raise CheckpointError(

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Names(Protocol):
+    """What the keys of a checkpoint are called in the model, and the other way round."""
+
+    def to_model(self, key: str) -> str | None:
+        """The parameter that a key is for; None if for none."""
+
+    def to_file(self, name: str) -> str | None:
+        """What a parameter is called in the file; None if that has no name for it."""
 
 
 @dataclass(frozen=True)
@@ -13,11 +24,9 @@ class NameTable:
     prefixes: tuple[tuple[str, str], ...]
 
     def to_model(self, key: str) -> str | None:
-        """The parameter that a key of the file is for; None if it fits no rule."""
         return _swap_prefix(key, self.prefixes)
 
     def to_file(self, name: str) -> str | None:
-        """The key under which a parameter is saved."""
         return _swap_prefix(name, tuple((ours, theirs) for theirs, ours in self.prefixes))
 
 

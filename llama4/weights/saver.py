@@ -4,46 +4,87 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, Llama4Config
 from llama4.errors import CheckpointError
-from llama4.weights.rules import MULTIMODAL, TEXT_ONLY
-from llama4.weights.source import INDEX_FILE, SINGLE_FILE
+from llama4.weights.rules import MULTIMODAL, TEXT_ONLY, Names
+from llama4.weights.source import INDEX_FILE, SINGLE_FILE, Source
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|consolidated\.\d\d\.pth")
+
+
+class ModelSource:
+    """The parameters of a model, tied ones once, in the dtype that they have."""
+
+    names: Names = MULTIMODAL
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
 
 
 def save(
-    model: nn.Module,
+    source: Source | nn.Module,
     config: Llama4Config,
     directory: str | Path,
     *,
     write_extra: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    progress: bool = False,
 ) -> None:
     """Write weights, `config.json`, `generation_config.json` and the image processor's configuration.
 
-    All goes to a temporary directory beside the target first. A new target appears at once, complete; in one that has
-    content already, files are replaced one by one, others are left alone, and shards of an older model are removed
-    last.
-
     Args:
-        model: parameters are saved in the dtype that they have, tied ones once.
-        directory: created if need be.
+        source: a model, or a checkpoint of which one shard at a time is in memory.
+        directory: see `complete_directory`.
         write_extra: called with the temporary directory, to add e.g. the tokenizer's files.
         max_shard_bytes: more than this and the weights are split, with an index.
+        progress: show a bar, if stderr is a terminal.
 
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full; nothing is left half written.
+    """
+    with complete_directory(directory) as partial:
+        _write(
+            ModelSource(source) if isinstance(source, nn.Module) else source, config, partial, max_shard_bytes, progress
+        )
+        if write_extra is not None:
+            write_extra(partial)
+
+
+@contextmanager
+def complete_directory(directory: str | Path) -> Iterator[Path]:
+    """A temporary directory beside the target, which takes its place when the block ends well.
+
+    A new target appears at once, complete; in one that has content already, files are replaced one by one, others are
+    left alone, and weights of an older model are removed last.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or the disk is full.
     """
     directory = Path(directory).resolve()
     partial: Path | None = None
@@ -51,9 +92,7 @@ def save(
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-partial-", dir=directory.parent))
         partial.chmod(0o755)
-        _write(model, config, partial, max_shard_bytes)
-        if write_extra is not None:
-            write_extra(partial)
+        yield partial
         _move(partial, directory)
     except OSError as error:
         raise CheckpointError(
@@ -65,44 +104,46 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(model: nn.Module, config: Llama4Config, directory: Path, max_shard_bytes: int) -> None:
+def _write(source: Source, config: Llama4Config, directory: Path, max_shard_bytes: int, progress: bool) -> None:
     table = MULTIMODAL if config.vision is not None else TEXT_ONLY
-    tensors = {table.to_file(name) or name: p.detach() for name, p in model.named_parameters()}
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()]
+    keys = {}  # in the file -> in the source
+    for key in source.keys():  # noqa: SIM118 (a Source is no dict)
+        name = source.names.to_model(key)
+        assert name is not None, f"{key} is of no parameter"
+        keys[table.to_file(name) or name] = key
+    sizes = {key: math.prod(source.shape(old)) * source.dtype(old).itemsize for key, old in keys.items()}
+    dtypes = [str(source.dtype(key)).removeprefix("torch.") for key in keys.values()]
     config = dataclasses.replace(config, dtype=max(dtypes, key=dtypes.count))
     text = config.text
-    _write_json(directory / CONFIG_FILE, config.to_dict())
+    write_json(directory / CONFIG_FILE, config.to_dict())
     generation = {
         "bos_token_id": text.bos_token_id,
         "eos_token_id": list(text.eos_token_id),
         "pad_token_id": text.pad_token_id,
     }
-    _write_json(directory / "generation_config.json", generation)
+    write_json(directory / "generation_config.json", generation)
     if config.vision is not None:
-        _write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())
-    shards = list(_shards(tensors, max_shard_bytes))
-    if len(shards) == 1:
-        _save_shard(shards[0], directory / SINGLE_FILE)
-        return
+        write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())
+    shards = list(_shards(sizes, max_shard_bytes))
     places: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _save_shard(shard, directory / name)
-        places |= dict.fromkeys(shard, name)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+    with tqdm(total=len(keys), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:
+        for i, shard in enumerate(shards):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            _save_shard({key: source.tensor(keys[key]) for key in shard}, directory / name)
+            places |= dict.fromkeys(shard, name)
+            bar.update(len(shard))
+    if len(shards) > 1:
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
 
 
-def _shards(tensors: dict[str, Tensor], max_bytes: int) -> Iterable[dict[str, Tensor]]:
+def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
     """Cut into runs of at most `max_bytes`, a tensor at least."""
-    shard: dict[str, Tensor] = {}
-    used = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    shard, used = list[str](), 0
+    for key, size in sizes.items():
         if shard and used + size > max_bytes:
             yield shard
-            shard, used = {}, 0
-        shard[key] = tensor
+            shard, used = [], 0
+        shard.append(key)
         used += size
     yield shard
 
@@ -115,7 +156,7 @@ def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

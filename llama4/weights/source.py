@@ -7,21 +7,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4.errors import CheckpointError
+from llama4.weights.rules import Names, table_for
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 class Source(Protocol):
-    """Named tensors somewhere on disk."""
+    """Named tensors, read when they are asked for; `names` says which parameters of the model they are."""
+
+    @property
+    def names(self) -> Names: ...
 
     def keys(self) -> Iterable[str]: ...
 
     def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
 
     def tensor(self, key: str) -> Tensor: ...
 
@@ -56,12 +63,16 @@ class SafetensorsSource:
             for key in sorted(held):
                 self._files[key] = handle
                 self._shapes[key] = tuple(handle.get_slice(key).get_shape())
+        self.names = table_for(self._files)
 
     def keys(self) -> Iterable[str]:
         return self._files.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensor(key).dtype  # nothing but the header is read for it
 
     def tensor(self, key: str) -> Tensor:
         tensor: Tensor = self._files[key].get_tensor(key)

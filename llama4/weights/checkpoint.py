@@ -1,0 +1,43 @@
+"""A directory -> its configuration and weights, whichever layout it is in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llama4.config import Llama4Config
+from llama4.errors import CheckpointError
+from llama4.weights.meta import MetaSource
+from llama4.weights.params import is_meta, read_params
+from llama4.weights.source import Source, open_source
+
+
+def read_config(directory: str | Path) -> Llama4Config:
+    """The configuration in a directory of Hugging Face's or Meta's layout.
+
+    Raises:
+        ConfigError: none there, or one that is damaged or of another model.
+    """
+    return read_params(directory) if is_meta(directory) else Llama4Config.from_directory(directory)
+
+
+def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
+    """Configuration and weights; of the weights nothing is read yet.
+
+    Raises:
+        ConfigError: see `read_config`.
+        CheckpointError: weights that are damaged or incomplete, or quantised.
+    """
+    config = read_config(directory)
+    if config.quantization_config is not None:
+        method = config.quantization_config.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{directory} is quantised ({method!r}), which this release does not read; use its bf16 checkpoint"
+        )
+    if not is_meta(directory):
+        return config, open_source(directory)
+    source = MetaSource(directory, config)
+    norm = "language_model.model.norm.weight"
+    if norm in source.keys():  # noqa: SIM118 (a Source is no dict)
+        config = replace(config, dtype=str(source.dtype(norm)).removeprefix("torch."))  # params.json does not say
+    return config, source

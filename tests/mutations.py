@@ -1,0 +1,180 @@
+"""Known mistakes of Llama 4 implementations, each made on purpose in a copy of this one, and the test that notices.
+
+`python tests/mutations.py [WORD ...]` applies those whose names hold one of the words (all by default), one after the
+other, and runs the test of each. It ends with 1 if a mistake goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARITY = "tests/parity/test_model.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`right`, which stands once in `file`, becomes `wrong`; `test` must fail then."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "the router's score multiplies the expert's output",
+        "llama4/moe.py",
+        "self.experts(x_ND[tokens_R] * scores_NK.flatten()[order_R, None], counts_E)",
+        "self.experts(x_ND[tokens_R], counts_E) * scores_NK.flatten()[order_R, None]",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "scores are a softmax over the chosen experts",
+        "llama4/moe.py",
+        "torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))",
+        "torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)",
+        f"{PARITY}::test_more_than_one_expert_per_token",
+    ),
+    Mutation(
+        "gate and up are swapped",
+        "llama4/experts.py",
+        "gate, up = (x_nD @ self.gate_up_proj[expert]).chunk(2, dim=-1)",
+        "up, gate = (x_nD @ self.gate_up_proj[expert]).chunk(2, dim=-1)",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "RMSNorm with eps 1e-6",
+        "llama4/layers.py",
+        "wide.square().mean(-1, keepdim=True) + eps",
+        "wide.square().mean(-1, keepdim=True) + eps / 10",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "chunks begin where the call begins",
+        "llama4/packing.py",
+        "min(end, (position // window + 1) * window)",
+        "min(end, position + window)",
+        f"{PARITY}::test_prefill_in_pieces_and_token_by_token",
+    ),
+    Mutation(
+        "no chunks while decoding",
+        "llama4/packing.py",
+        "max(begin, position // window * window)",
+        "max(begin, 0)",
+        f"{PARITY}::test_prefill_in_pieces_and_token_by_token",
+    ),
+    Mutation(
+        "RoPE pairs the first half with the second",
+        "vision/encoder.py",
+        "pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())\n"
+        "    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)",
+        "pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (2, -1)).mT.contiguous())\n"
+        "    return torch.view_as_real(pairs * rotation).mT.flatten(-2).type_as(x)",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "QK-norm on NoPE layers too",
+        "llama4/attention.py",
+        "config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None",
+        "config.rms_norm_eps if config.use_qk_norm else None",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "temperature from position p instead of p + 1",
+        "llama4/layers.py",
+        "torch.div(positions_N + 1, config.floor_scale",
+        "torch.div(positions_N, config.floor_scale",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "no RoPE scaling",
+        "llama4/layers.py",
+        "    if scaling is None:",
+        "    if True:",
+        f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "the vision tower's GELU approximated",
+        "vision/encoder.py",
+        "F.gelu(self.fc1(x))",
+        'F.gelu(self.fc1(x), approximate="tanh")',
+        f"{PARITY}::test_images",
+    ),
+    Mutation(
+        "the adapter without its last GELU",
+        "vision/projector.py",
+        "F.gelu(self.fc2(F.gelu(self.fc1(x))))",
+        "self.fc2(F.gelu(self.fc1(x)))",
+        f"{PARITY}::test_images",
+    ),
+    Mutation(
+        "2-D RoPE with rows first",
+        "vision/encoder.py",
+        "torch.cat([columns, rows], dim=-1)",
+        "torch.cat([rows, columns], dim=-1)",
+        f"{PARITY}::test_images",
+    ),
+    Mutation(
+        "<|image|> filled instead of <|patch|>",
+        "llama4/model.py",
+        "is_patch = ids_N == self.config.image_token_index",
+        "is_patch = ids_N == self.config.image_token_index - 2",
+        f"{PARITY}::test_images",
+    ),
+    Mutation(
+        "the pixel shuffle runs over columns first",
+        "vision/projector.py",
+        "x_nPW.view(n, merged, factor, merged, factor, W).transpose(2, 3)",
+        "x_nPW.view(n, merged, factor, merged, factor, W).permute(0, 1, 3, 4, 2, 5)",
+        f"{PARITY}::test_images",
+    ),
+    Mutation(
+        "the global tile first",
+        "vision/tiling.py",
+        "torch.cat([tiles, _resize(pixels, tile, tile).unsqueeze(0)])",
+        "torch.cat([_resize(pixels, tile, tile).unsqueeze(0), tiles])",
+        "tests/vision/test_tiling.py::test_pixels_are_the_references",
+    ),
+    Mutation(
+        "no row separator after the last row of tiles",
+        "llama4/chat.py",
+        'ids += [*row, tokenizer.special("<|tile_y_separator|>")] * rows',
+        'ids += ([*row, tokenizer.special("<|tile_y_separator|>")] * rows)[:-1]',
+        "tests/test_chat.py::test_image_tokens_are_transformers",
+    ),
+]
+
+
+def check(mutation: Mutation) -> bool:
+    """Whether the test fails, as it should, on a copy with the mistake in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+        file = copy / mutation.file
+        file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", mutation.test]
+        run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout
+
+
+def main(words: list[str]) -> int:
+    unnoticed = 0
+    for mutation in MUTATIONS:
+        if words and not any(word in mutation.name for word in words):
+            continue
+        noticed = check(mutation)
+        unnoticed += not noticed
+        print(f"{'noticed' if noticed else 'UNNOTICED':<10} {mutation.name} ({mutation.test})", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,364 @@
+"""Meta's own checkpoints, written here by hand from a model of transformers, after the rules of llama-models' loading
+and resharding code: which dimension of which tensor the ranks divide, and what is stacked or flattened."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4 import Llama4
+from llama4.cli import main
+from llama4.config import Llama4Config, guard4, maverick, scout
+from llama4.convert import convert
+from llama4.errors import CheckpointError, ConfigError
+from llama4.model import Llama4Model
+from llama4.weights.meta import MetaSource, pieces
+from llama4.weights.params import config_from_params, params_from_config, read_params
+from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
+
+FIRST_SPECIAL = PATCH - 92
+VISION = "vision_embeddings.vision_encoder"
+
+
+def make_reference(is_maverick: bool) -> ReferenceModel:
+    """Eight heads of each kind, so that up to eight ranks can share them; head_dim is D / H, as Meta's code has it."""
+    config = reference_config(is_maverick, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    config.vision_config.num_attention_heads = 8
+    return reference_model(config, seed=3)
+
+
+def params(is_maverick: bool, **change: Any) -> dict[str, Any]:
+    """The widths come out as in the reference: 2/3 * 3 * 64 = 128 and 2/3 * 4 * 64 = 170, rounded up to 176."""
+    moe = {
+        "num_experts": 4,
+        "capacity_factor": 1.0,
+        "auto_scale_F": False,
+        "top_k": 1,
+        "interleave_moe_layer_step": 2 if is_maverick else 1,
+    }
+    vision = {
+        "image_size": {"height": 56, "width": 56},
+        "patch_size": {"height": 14, "width": 14},
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 8,
+        "mlp_ratio": 4.0,
+        "output_dim": 64,
+        "pixel_shuffle_ratio": 0.5,
+    }
+    content = {
+        "dim": 64,
+        "n_layers": 4,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "vocab_size": 512,
+        "ffn_exp": 3.0,
+        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 8,
+        "norm_eps": 1e-5,
+        "attention_chunk_size": 32,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": not is_maverick,
+        "nope_layer_interval": 4,
+        "use_qk_norm": not is_maverick,
+        "attn_temperature_tuning": True,
+        "floor_scale": 16,
+        "moe_args": moe,
+        "vision_args": vision,
+    }
+    return content | change
+
+
+def share(tensor: Tensor, rank: int, ranks: int, dim: int) -> Tensor:
+    return tensor.chunk(ranks, dim=dim)[rank]
+
+
+def rank_of(weights: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """One rank's file."""
+
+    def col(name: str) -> Tensor:
+        return share(weights[name], rank, ranks, 0)
+
+    def row(name: str) -> Tensor:
+        return share(weights[name], rank, ranks, 1)
+
+    state = {
+        "tok_embeddings.weight": col("language_model.model.embed_tokens.weight"),
+        "norm.weight": weights["language_model.model.norm.weight"],
+        "output.weight": col("language_model.lm_head.weight"),
+        "rope.freqs": torch.zeros(4),
+    }
+    for i in range(4):
+        ours, theirs = f"language_model.model.layers.{i}", f"layers.{i}"
+        state[f"{theirs}.attention.wqkv.weight"] = torch.cat([col(f"{ours}.self_attn.{x}_proj.weight") for x in "qkv"])
+        state[f"{theirs}.attention.wqkv._extra_state"] = io.BytesIO()
+        state[f"{theirs}.attention.wo.weight"] = row(f"{ours}.self_attn.o_proj.weight")
+        state[f"{theirs}.attention.wqkv.layer_norm_weight"] = weights[f"{ours}.input_layernorm.weight"]
+        ours, theirs = f"{ours}.feed_forward", f"{theirs}.feed_forward"
+        norm = weights[ours.replace("feed_forward", "post_attention_layernorm.weight")]
+        if f"{ours}.router.weight" in weights:
+            gate, up = weights[f"{ours}.experts.gate_up_proj"].chunk(2, dim=-1)
+            down = weights[f"{ours}.experts.down_proj"]
+            state[f"{theirs}.norm.weight"] = norm
+            state[f"{theirs}.router_DE"] = weights[f"{ours}.router.weight"].T
+            state[f"{theirs}.running_gate_stats_3E"] = torch.zeros(3, 4)
+            state[f"{theirs}.experts.moe_w_in_eD_F"] = share(gate, rank, ranks, 2).reshape(4 * 64, -1)
+            state[f"{theirs}.experts.moe_w_swiglu_eD_F"] = share(up, rank, ranks, 2).reshape(4 * 64, -1)
+            state[f"{theirs}.experts.moe_w_out_eF_D"] = share(down, rank, ranks, 1).reshape(-1, 64)
+            state[f"{theirs}.w_in_shared_FD.weight"] = col(f"{ours}.shared_expert.gate_proj.weight")
+            state[f"{theirs}.w_swiglu_FD.weight"] = col(f"{ours}.shared_expert.up_proj.weight")
+            state[f"{theirs}.w_out_shared_DF.weight"] = row(f"{ours}.shared_expert.down_proj.weight")
+        else:
+            state[f"{theirs}.mlp.layer_norm_weight"] = norm
+            state[f"{theirs}.mlp.fc1_weight"] = torch.cat([col(f"{ours}.{x}_proj.weight") for x in ("gate", "up")])
+            state[f"{theirs}.mlp.fc2_weight"] = row(f"{ours}.down_proj.weight")
+    if "multi_modal_projector.linear_1.weight" in weights:
+        state["vision_projection.weight"] = col("multi_modal_projector.linear_1.weight")
+        state["vision_embeddings.vision_adapter.mlp.c_fc.weight"] = col("vision_model.vision_adapter.mlp.fc1.weight")
+        state["vision_embeddings.vision_adapter.mlp.c_proj.weight"] = row("vision_model.vision_adapter.mlp.fc2.weight")
+        state[f"{VISION}.conv1._linear.weight"] = col("vision_model.patch_embedding.linear.weight")
+        for name in ("class_embedding", "positional_embedding_vlm"):
+            state[f"{VISION}.{name}"] = weights[f"vision_model.{name}"]
+        for kind, at in itertools.product(("weight", "bias"), ("pre", "post")):
+            state[f"{VISION}.ln_{at}.{kind}"] = weights[f"vision_model.layernorm_{at}.{kind}"]
+        for i, kind in itertools.product(range(2), ("weight", "bias")):
+            ours, theirs = f"vision_model.model.layers.{i}", f"{VISION}.transformer.resblocks.{i}"
+            state[f"{theirs}.ln_1.{kind}"] = weights[f"{ours}.input_layernorm.{kind}"]
+            state[f"{theirs}.ln_2.{kind}"] = weights[f"{ours}.post_attention_layernorm.{kind}"]
+            for x in "qkv":
+                state[f"{theirs}.attn.w{x}.{kind}"] = col(f"{ours}.self_attn.{x}_proj.{kind}")
+            state[f"{theirs}.mlp.c_fc.{kind}"] = col(f"{ours}.mlp.fc1.{kind}")
+            for whole, name in ((f"{theirs}.attn.wo", "self_attn.o_proj"), (f"{theirs}.mlp.c_proj", "mlp.fc2")):
+                of = f"{ours}.{name}.{kind}"
+                state[f"{whole}.{kind}"] = row(of) if kind == "weight" else weights[of]
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def write_meta(directory: Path, model: ReferenceModel, content: dict[str, Any], ranks: int) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "params.json").write_text(json.dumps(content))
+    tokens = [*(bytes([byte]) for byte in range(256)), *(b"ab%d" % i for i in range(FIRST_SPECIAL - 256))]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    (directory / "tokenizer.model").write_bytes(b"".join(lines))
+    for rank in range(ranks):
+        torch.save(rank_of(model.state_dict(), rank, ranks), directory / f"consolidated.{rank:02d}.pth")
+    return directory
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["scout", "maverick"])
+def kind(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(kind: bool) -> ReferenceModel:
+    return make_reference(kind)
+
+
+def prompt() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 400, (1, 90), generator=torch.Generator().manual_seed(1))
+    ids[0, 5:9] = ids[0, 40:44] = PATCH
+    return ids, torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@torch.inference_mode()
+def test_any_number_of_ranks_gives_transformers_logits(
+    reference: ReferenceModel, kind: bool, ranks: int, tmp_path: Path
+) -> None:
+    llm = Llama4.from_pretrained(write_meta(tmp_path / "meta", reference, params(kind), ranks))
+    ids, pixels = prompt()
+    assert llm.config.image_token_index == PATCH
+    truth = reference(ids, pixel_values=pixels).logits
+    assert relative_error(llm.model(ids, pixel_values=pixels), truth) < 1e-5
+
+
+@torch.inference_mode()
+def test_text_only(reference: ReferenceModel, kind: bool, tmp_path: Path) -> None:
+    directory = write_meta(tmp_path / "meta", reference, params(kind, vision_args=None), 2)
+    for path in directory.glob("*.pth"):
+        state = torch.load(path, weights_only=False)  # written above
+        torch.save({key: value for key, value in state.items() if "vision" not in key}, path)
+    llm = Llama4.from_pretrained(directory)
+    ids = prompt()[0] % 400
+    assert llm.config.vision is None
+    assert relative_error(llm.model(ids), reference(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_there_and_back_is_bit_exact(reference: ReferenceModel, kind: bool, ranks: int, tmp_path: Path) -> None:
+    """Hugging Face -> Meta -> Hugging Face; and what is in between is, bit by bit, what the rules above give."""
+    reference.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", ranks=ranks)
+    for rank in range(ranks):
+        written = torch.load(tmp_path / "meta" / f"consolidated.{rank:02d}.pth", weights_only=True)
+        wanted = rank_of(reference.state_dict(), rank, ranks)
+        wanted = {key: value for key, value in wanted.items() if not re.search("freqs|_extra|stats", key)}
+        assert written.keys() == wanted.keys()
+        assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+    tokens = [*(bytes([byte]) for byte in range(256)), *(b"ab%d" % i for i in range(FIRST_SPECIAL - 256))]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
+    convert(tmp_path / "meta", tmp_path / "back", "hf")
+    again = ReferenceModel.from_pretrained(tmp_path / "back")
+    before = reference.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in again.state_dict().items())
+    before_config, after = (Llama4Config.from_directory(tmp_path / name).text for name in ("hf", "back"))
+    assert after.window(0) == before_config.window(0)
+    assert after.moe_layers == before_config.moe_layers
+    assert after.rope_scaling == before_config.rope_scaling
+
+
+def test_released_configurations_come_out() -> None:
+    """The values of the released params.json."""
+    common = {
+        "dim": 5120,
+        "n_layers": 48,
+        "n_heads": 40,
+        "n_kv_heads": 8,
+        "vocab_size": 202048,
+        "ffn_exp": 4.0,
+        "ffn_dim_multiplier": 1.2,
+        "multiple_of": 2048,
+        "norm_eps": 1e-5,
+        "attention_chunk_size": 8192,
+        "rope_theta": 500000.0,
+        "nope_layer_interval": 4,
+        "attn_temperature_tuning": True,
+        "vision_args": {
+            "image_size": {"height": 336, "width": 336},
+            "patch_size": {"height": 14, "width": 14},
+            "dim": 1408,
+            "n_layers": 34,
+            "n_heads": 16,
+            "mlp_ratio": 4.0,
+            "output_dim": 4096,
+            "pixel_shuffle_ratio": 0.5,
+        },
+    }
+    moe = {"capacity_factor": 1.0, "auto_scale_F": True, "top_k": 1}
+    of_scout = common | {
+        "use_scaled_rope": True,
+        "use_qk_norm": True,
+        "moe_args": moe | {"num_experts": 16, "interleave_moe_layer_step": 1},
+    }
+    of_maverick = common | {
+        "use_scaled_rope": False,
+        "use_qk_norm": False,
+        "moe_args": moe | {"num_experts": 128, "interleave_moe_layer_step": 2},
+    }
+    for content, preset in ((of_scout, scout()), (of_maverick, maverick())):
+        config = config_from_params(content)
+        assert config.text == preset.text
+        assert config.vision == preset.vision
+        assert config.num_parameters() == preset.num_parameters()
+        assert config_from_params(params_from_config(preset)).text == preset.text
+
+
+@pytest.mark.parametrize("preset", [scout, maverick, guard4])
+def test_released_models_have_a_piece_for_every_parameter(preset: Any) -> None:
+    config = preset()
+    with torch.device("meta"):
+        names = {name for name, _ in Llama4Model(config).named_parameters()}
+    assert set(pieces(config)) == names
+
+
+class TestDamage:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        return write_meta(tmp_path / "meta", make_reference(False), params(False), 4)
+
+    def refuses(self, directory: Path, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            Llama4.from_pretrained(directory)
+
+    def test_missing_rank(self, directory: Path) -> None:
+        (directory / "consolidated.01.pth").unlink()
+        self.refuses(directory, r"lacks 1 of its 4 files(.|\n)*consolidated\.01\.pth")
+
+    def test_lost_last_rank(self, directory: Path) -> None:
+        (directory / "consolidated.03.pth").unlink()
+        self.refuses(directory, "of another shape")
+
+    def test_no_ranks(self, directory: Path) -> None:
+        for path in directory.glob("*.pth"):
+            path.unlink()
+        self.refuses(directory, r"no consolidated\.00\.pth")
+
+    def test_truncated_rank(self, directory: Path) -> None:
+        path = directory / "consolidated.02.pth"
+        path.write_bytes(path.read_bytes()[:-1000])
+        self.refuses(directory, r"consolidated\.02\.pth cannot be read as weights")
+
+    def test_what_would_be_executed_is_refused(self, directory: Path, tmp_path: Path) -> None:
+        class Payload:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return Path.touch, (tmp_path / "executed",)
+
+        torch.save({"norm.weight": Payload()}, directory / "consolidated.00.pth")
+        self.refuses(directory, "cannot be read as weights: it would call .*nothing in a file is executed")
+        assert not (tmp_path / "executed").exists()
+
+    def test_missing_and_unexpected_keys_in_metas_names(self, directory: Path) -> None:
+        for path in directory.glob("*.pth"):
+            state = torch.load(path, weights_only=False)  # written above
+            state["layers.9.new"] = state.pop("layers.1.attention.wqkv.weight")
+            torch.save(state, path)
+        self.refuses(
+            directory, r"3 keys missing, 1 unexpected(.|\n)*layers\.1\.attention\.wqkv\.weight(.|\n)*layers\.9"
+        )
+
+    def test_ranks_of_two_models(self, directory: Path) -> None:
+        torch.save({"norm.weight": torch.zeros(64)}, directory / "consolidated.02.pth")
+        self.refuses(directory, r"consolidated\.02\.pth .* other keys")
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"dim": "wide", "n_layers": 4, "n_heads": 8}'])
+    def test_broken_params(self, directory: Path, content: str) -> None:
+        (directory / "params.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"params\.json"):
+            read_params(directory)
+
+
+class TestCommand:
+    def test_both_ways(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["convert", "tiny", str(tmp_path / "hf"), "--to", "hf"]) == 0
+        assert capsys.readouterr() == ("", "")
+        assert main(["generate", "--model", str(tmp_path / "hf"), "--max-new-tokens", "2", "Hello"]) == 0
+
+    def test_what_cannot_work_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "used").mkdir()
+        (tmp_path / "used" / "file").write_text("mine")
+        assert main(["convert", "tiny", str(tmp_path / "used"), "--to", "hf"]) == 1
+        assert "exists already" in capsys.readouterr().err
+        assert (tmp_path / "used" / "file").read_text() == "mine"
+        assert main(["convert", "tiny", str(tmp_path / "meta"), "--to", "meta"]) == 1  # head_dim is not D / H
+        assert "head_dim = 64" in capsys.readouterr().err
+        assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x"), "--to", "hf"]) == 1
+        for wrong in (["--to", "gguf"], ["--to", "hf", "--ranks", "2"], []):
+            with pytest.raises(SystemExit):
+                main(["convert", "tiny", str(tmp_path / "x"), *wrong])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
+
+    def test_ranks_that_do_not_divide(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_meta(tmp_path / "meta", make_reference(False), params(False), 1)
+        out = tmp_path / "out"
+        assert main(["convert", str(tmp_path / "meta"), str(out), "--to", "meta", "--ranks", "3"]) == 1
+        assert "num_attention_heads = 8" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_one_rank_is_mapped_not_copied(tmp_path: Path) -> None:
+    directory = write_meta(tmp_path / "meta", make_reference(True), params(True), 1)
+    source = MetaSource(directory, read_params(directory))
+    name = "language_model.model.layers.0.self_attn.k_proj.weight"
+    first, again = source.tensor(name), source.tensor(name)
+    assert first.data_ptr() == again.data_ptr()

@@ -185,7 +185,7 @@ def _widths(text: TextConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     dense, expert, dim = text.intermediate_size_mlp, text.intermediate_size, text.hidden_size
     has_experts, has_dense = _kinds_of_layers(text)
     step = math.gcd(dense, expert) if has_experts and has_dense else expert if has_experts else dense
-    multiplier = dense / int(8 * dim / 3)
+    multiplier = dense / int(8 * dim / 3) if has_dense else 1.0
     choices = [
         {"ffn_exp": 4.0, "ffn_dim_multiplier": 1.2, "multiple_of": 2048},
         {"ffn_exp": 3 * expert / multiplier / dim, "ffn_dim_multiplier": multiplier, "multiple_of": step},

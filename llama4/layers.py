@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
-from vision.encoder import rotate
+from vision.encoder import rotate, unit_numbers
 
 __all__ = [
     "FeedForward",
@@ -89,7 +89,7 @@ def rope_rotation(config: TextConfig, positions_N: Tensor, window: int | None, d
     """
     places = positions_N if window is None else positions_N % window
     angles = places.to(torch.float64)[:, None] * rope_frequencies(config).to(positions_N.device)
-    return torch.polar(torch.ones_like(angles), angles).to(dtype.to_complex())
+    return unit_numbers(angles, dtype)
 
 
 def attention_temperature(config: TextConfig, positions_N: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from llama4.experts import Experts, LoopExperts
 from llama4.layers import FeedForward, RMSNorm
 from llama4.moe import MixtureOfExperts
 from llama4.packing import Packing, make_packing
-from vision.encoder import VisionModel
+from vision.encoder import VisionModel, recomputed
 from vision.projector import Projector
 
 
@@ -50,11 +50,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
     def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
         turns = Turns(self.config, packing, self.norm.weight.dtype)
         for i, layer in enumerate(self.layers):
-            x_ND = layer(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
+            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
+            x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out
 
@@ -97,6 +99,13 @@ class Llama4Model(nn.Module):
     def new_cache(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> Cache:
         """An empty key/value cache for `batch_size` sequences, in the model's dtype unless told."""
         return Cache(self.config.text, batch_size, self.device, dtype or self.dtype)
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
+        for a third more time, and the same gradients (Chen et al. 2016)."""
+        self.language_model.model.recompute = enable
+        if self.vision_model is not None:
+            self.vision_model.model.recompute = enable
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Tiles [n, 3, S, S], normalised -> image tokens [n * Q, D], in the order of the tiles."""

@@ -74,9 +74,9 @@ MUTATIONS = [
     Mutation(
         "RoPE pairs the first half with the second",
         "vision/encoder.py",
-        "pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())\n"
+        "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())\n"
         "    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)",
-        "pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (2, -1)).mT.contiguous())\n"
+        "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (2, -1)).mT.contiguous())\n"
         "    return torch.view_as_real(pairs * rotation).mT.flatten(-2).type_as(x)",
         f"{PARITY}::test_text_across_chunk_borders",
     ),

@@ -6,9 +6,13 @@ H heads, C = W / H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vision.config import VisionConfig
 from vision.projector import VisionAdapter
@@ -27,7 +31,12 @@ def rotation_2d(config: VisionConfig, device: torch.device, dtype: torch.dtype) 
     columns = steps.repeat(side)[:, None] * frequencies
     rows = steps.repeat_interleave(side)[:, None] * frequencies
     angles = F.pad(torch.cat([columns, rows], dim=-1), (0, 0, 0, 1))
-    return torch.polar(torch.ones_like(angles), angles).to(dtype.to_complex())
+    return unit_numbers(angles, dtype)
+
+
+def unit_numbers(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """cos + i sin of angles, in the complex twin of `dtype`."""
+    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -37,8 +46,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         x: [..., C], any floating dtype.
         rotation: complex, broadcastable to [..., C / 2].
     """
-    pairs = torch.view_as_complex(x.to(rotation.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+def recomputed(layer: nn.Module) -> Callable[..., Tensor]:
+    """The layer, with what it computes inside thrown away and computed again for the gradient."""
+    return partial(checkpoint, layer, use_reentrant=False)
 
 
 class PatchEmbedding(nn.Module):
@@ -109,10 +123,12 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.recompute = False
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
         for layer in self.layers:
-            x_nLW = layer(x_nLW, rotation)
+            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
+            x_nLW = run(x_nLW, rotation)
         return x_nLW
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -165,18 +166,47 @@ def test_llama_guard_4_has_no_experts_and_no_chunks() -> None:
     assert relative_error(ours(ids), theirs(ids).logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "there and back"])
+def rounded(model: Llama4Model, dtype: torch.dtype) -> Llama4Model:
+    """The same model with weights that the dtype holds exactly."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return model
+
+
+COPIES: dict[str, Callable[[Llama4Model], Llama4Model]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "double and float": lambda model: copy.deepcopy(model).double().float(),
+    "bfloat16 and float": lambda model: copy.deepcopy(model).bfloat16().float(),
+    "half and float": lambda model: copy.deepcopy(model).half().float(),
+    "to": lambda model: copy.deepcopy(model).to(torch.bfloat16).to("cpu", torch.float32),
+    "compile": lambda model: torch.compile(copy.deepcopy(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
 def test_survives_copies_and_casts(pair: Pair, how: str) -> None:
-    """transformers loses its vision RoPE in `.to(dtype)`; ours keeps no table that a cast could round."""
+    """There is no table that a cast could round: weights that bfloat16 and float16 hold exactly come back, and so do
+    the logits."""
+    exact = {"bfloat16": torch.bfloat16, "half": torch.float16, "to": torch.bfloat16}.get(how.split()[0])
+    model = rounded(pair.ours, exact) if exact else pair.ours
     ids, pixels = with_images(3)
-    truth = pair.ours(ids, pixel_values=pixels)
-    if how == "deepcopy":
-        moved = copy.deepcopy(pair.ours)
-    elif how == "pickle":
-        moved = pickle.loads(pickle.dumps(pair.ours))
-    else:
-        moved = copy.deepcopy(pair.ours).double().float()
-    torch.testing.assert_close(moved(ids, pixel_values=pixels), truth, rtol=0, atol=1e-6)
+    truth = model(ids, pixel_values=pixels)
+    torch.testing.assert_close(COPIES[how](model)(ids, pixel_values=pixels), truth, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_a_cast_breaks_transformers_vision() -> None:
+    """Its table of 2-D RoPE is complex; `.to(dtype)` throws the imaginary part away, and a cast back does not help."""
+    pair = make_pair(False)
+    ids, pixels = with_images(3)
+    ours, theirs = rounded(pair.ours, torch.bfloat16), copy.deepcopy(pair.theirs)
+    theirs.load_state_dict(ours.state_dict())
+    truth = ours(ids, pixel_values=pixels)
+    assert relative_error(theirs(ids, pixel_values=pixels).logits, truth) < TOLERANCE
+    assert relative_error(theirs.to(torch.bfloat16).float()(ids, pixel_values=pixels).logits, truth) > 1e-3
+    assert relative_error(ours.to(torch.bfloat16).float()(ids, pixel_values=pixels), truth) < TOLERANCE
 
 
 def test_float64_is_the_reference_that_float32_approaches(pair: Pair) -> None:
@@ -214,12 +244,15 @@ def test_only_routed_experts_are_computed() -> None:
     assert torch.equal(poisoned(ids), truth)
 
 
-def test_gradients_equal_transformers() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_equal_transformers(recompute: bool) -> None:
+    """Of every parameter: the router's come through the score alone, and those before it through the scaled input."""
     pair = make_pair(False)
     ids, pixels = with_images(3, columns=80)
     with torch.inference_mode(False), torch.enable_grad():
         ids, pixels = ids.clone(), pixels.clone()
         pair = make_pair(False)
+        pair.ours.checkpoint_activations(recompute)
         pair.ours(ids, pixel_values=pixels).log_softmax(-1)[..., 7].mean().backward()
         pair.theirs(input_ids=ids, pixel_values=pixels).logits.log_softmax(-1)[..., 7].mean().backward()
     theirs = dict(pair.theirs.named_parameters())
@@ -229,6 +262,32 @@ def test_gradients_equal_transformers() -> None:
         mine = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         # Gradients sum over all tokens in another order, and small ones stand beside large ones.
         torch.testing.assert_close(mine, truth, rtol=1e-3, atol=1e-5 * truth.abs().max().item() + 1e-9, msg=name)
+
+
+def test_checkpointing_keeps_little_and_computes_the_same() -> None:
+    ours = make_pair(False).ours
+    ids, pixels = with_images(3, columns=80)
+    kept, gradients = [], []
+    with torch.inference_mode(False), torch.enable_grad():
+        ids, pixels = ids.clone(), pixels.clone()
+        ours = make_pair(False).ours
+        for recompute in (False, True):
+            sizes: dict[int, int] = {}
+            ours.checkpoint_activations(recompute)
+            ours.zero_grad()
+
+            def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = ours(ids, pixel_values=pixels).log_softmax(-1)[..., 7].mean()
+            kept.append(sum(sizes.values()))
+            loss.backward()
+            gradients.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
+    assert kept[1] < 0.6 * kept[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=0)
 
 
 class TestBadInput:

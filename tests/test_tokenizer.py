@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
+import inspect
 import json
 import random
 import string
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama4.tokenizer import PATTERN, Tokenizer, special_token_names
 
@@ -106,6 +110,34 @@ def test_any_text_encodes_as_meta_does(text: str) -> None:
     ours = load_genuine()
     assert ours.encode(text) == meta.Tokenizer.get_instance().encode(text, bos=False, eos=False)
     assert ours.decode(ours.encode(text)) == text
+
+
+def many_strings() -> Iterator[str]:
+    """All of Unicode in runs of 128 (surrogates apart), Python's own source line by line, and mixtures of white space,
+    numbers, emoji, names of special tokens and words."""
+    rng = random.Random(0)
+    for start in range(0, 0x110000, 128):
+        if not 0xD800 <= start < 0xE000:
+            block = [chr(code) for code in range(start, start + 128)]
+            middle = rng.choice(["", " ", " the ", "\n"])
+            yield "".join(rng.choices(block, k=20)) + middle + "".join(rng.sample(block, 12))
+    source = [line for module in (argparse, random, string, json) for line in inspect.getsource(module).splitlines()]
+    yield from source[:1500]
+    parts = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "1", "23", "456", "7890", "x", "Word", "'s", "'LL"]
+    parts += ["é", "ß", "日本", "नमस्ते", "한국", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "e\u0301", "//", "==", "..."]
+    parts += special_token_names(100)[::7]
+    for _ in range(1500):
+        yield "".join(rng.choices(parts, k=rng.randint(1, 25)))
+
+
+def test_ten_thousand_strings_as_both_references(genuine: Tokenizer, reference: meta.Tokenizer) -> None:
+    library = TikTokenConverter(str(GENUINE), pattern=reference.O200K_PATTERN, extra_special_tokens=[]).converted()
+    strings = list(many_strings())
+    assert len(strings) > 10_000
+    for text, expected in zip(strings, library.encode_batch(strings, add_special_tokens=False), strict=True):
+        ids = genuine.encode(text)
+        assert ids == expected.ids == reference.encode(text, bos=False, eos=False), repr(text)
+        assert genuine.decode(ids) == text
 
 
 def test_both_files_give_the_ids_of_the_tokenizers_library(small_files: tuple[Path, Path]) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 import llama_models.llama4.tokenizer as meta
 import pytest
 import torch
-from llama_models.llama4.args import Size, VisionArgs
-from llama_models.llama4.chat_format import ChatFormat, TransformedImage
 from llama_models.llama4.preprocess import ResizeNormalizeImageTransform, VariableSizeImageTransform
 from PIL import Image, ImageOps
 from transformers import Llama4ImageProcessor
@@ -19,6 +17,7 @@ from transformers.models.llama4.processing_llama4 import Llama4Processor
 
 from llama4.chat import image_tokens
 from llama4.tokenizer import Tokenizer
+from tests.meta_chat import TransformedImage, chat_format
 from vision.images import load_image
 from vision.tiling import best_canvas, tile_image
 
@@ -51,10 +50,6 @@ def test_canvas_of_both_references() -> None:
 
 def test_tokens_of_both_references() -> None:
     genuine = Tokenizer(Path(meta.__file__).with_name("tokenizer.model"))
-    side, patch = Size(height=336, width=336), Size(height=14, width=14)
-    shape = {"dim": 1408, "n_layers": 34, "n_heads": 16, "mlp_ratio": 4.0, "output_dim": 4096}
-    vision = VisionArgs(image_size=side, patch_size=patch, pixel_shuffle_ratio=0.5, **shape)
-    chat_format = ChatFormat(meta.Tokenizer.get_instance(), vision)
     processor = Llama4Processor.__new__(Llama4Processor)
     grids = {best_canvas(height, width) for width, height in sizes()}
     assert len(grids) > 40
@@ -63,7 +58,7 @@ def test_tokens_of_both_references() -> None:
         text = processor._prompt_split_image((rows, cols), 144)  # type: ignore[no-untyped-call]
         assert [genuine.special_tokens[name] for name in text.replace("><", "> <").split()] == ours
         tiles = torch.zeros(rows * cols + (rows * cols > 1), 3, 336, 336)
-        assert chat_format._encode_image(TransformedImage(tiles, (rows, cols))) == ours
+        assert chat_format()._encode_image(TransformedImage(tiles, (rows, cols))) == ours
 
 
 def drawn(width: int, height: int, mode: str, seed: int) -> Image.Image:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.experts import Experts, GroupedExperts, LoopExperts
 from llama4.model import Llama4Model
+from llama4.moe import top_k
 from tests.parity.references import CHUNK, PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 TOLERANCE = 1e-5
@@ -105,6 +106,22 @@ def test_more_than_one_expert_per_token(experts: type[Experts], k: int) -> None:
     pair = make_pair(False, experts, num_experts_per_tok=k)
     ids = random_ids(1, 70)
     assert relative_error(pair.ours(ids), pair.theirs(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ties_go_to_the_lowest_index(k: int) -> None:
+    logits = torch.randint(0, 3, (200, 8), generator=torch.Generator().manual_seed(k)).float()
+    values, indices = top_k(logits, k)
+    for row, its_values, its_indices in zip(logits.tolist(), values.tolist(), indices.tolist(), strict=True):
+        wanted = sorted(range(8), key=lambda e: (-row[e], e))[:k]
+        assert its_indices == wanted
+        assert its_values == [row[e] for e in wanted]
+
+
+@pytest.mark.parametrize("experts", [LoopExperts, GroupedExperts])
+def test_no_token_at_all(experts: type[Experts]) -> None:
+    ours = make_pair(True, experts).ours
+    assert ours(random_ids(2, 0)).shape == (2, 0, 512)
 
 
 def test_rows_of_unequal_length_are_as_alone(pair: Pair) -> None:

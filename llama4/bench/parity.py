@@ -26,6 +26,7 @@ from llama4.api import DTYPES, EMBEDDED, Llama4
 from llama4.drawings import draw, fresh_question
 from llama4.moe import Router
 from llama4.processor import Inputs
+from llama4.weights.params import is_meta
 
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 """What the sums of a deep model in another order may differ by. transformers' RoPE is float32 even in float64."""
@@ -174,6 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     try:
         directory = EMBEDDED.get(options.model) or hub.resolve(options.model)
+        if is_meta(directory):
+            raise ValueError(
+                f"{options.model} is in Meta's layout, which transformers does not read; compare what "
+                f"`llama4 convert {options.model} DST --to hf` makes of it, bit by bit the same"
+            )
         llm = Llama4.from_pretrained(directory, device="cpu", dtype=options.dtype, experts=options.experts)
         inputs, text_only = _inputs(llm, options.prompt, options.image), llm.config.vision is None
         ours = trace_ours(llm, inputs)

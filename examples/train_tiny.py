@@ -142,6 +142,9 @@ class Conversations(Dataset[Sample]):
 
     def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
         def scene() -> drawings.Scene:
+            if lesson.most_shapes == 6 and rng.random() < 0.25:  # five or six alike are rare by themselves
+                kind = rng.choice(("count_shape", "count_colour"))
+                return drawings.fresh_question(rng, kind, sides=lesson.sides)[0][0]
             with_text = rng.random() < lesson.text_share
             return drawings.random_scene(rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes)
 

@@ -80,7 +80,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     if missing or unexpected or mismatched:
         raise CheckpointError(
             f"the checkpoint does not fit its configuration: {len(missing)} keys missing, {len(unexpected)} "
-            f"unexpected, {len(mismatched)} of another shape; check that config.json and the weights are of one model",
+            f"unexpected, {len(mismatched)} of another shape; check that configuration and weights are of one model",
             missing,
             unexpected,
             mismatched,

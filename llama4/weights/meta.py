@@ -26,7 +26,7 @@ from llama4.weights.source import Source
 
 RANK_FILE = "consolidated.{:02d}.pth"
 _RANK_FILES = re.compile(r"consolidated\.(\d\d)\.pth")
-_DROPPED = re.compile(r"rope\.freqs|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
+_DROPPED = re.compile(r"rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
 """Keys that hold no weights of the model: tables, states of training and its statistics."""
 
 
@@ -150,7 +150,7 @@ class MetaSource:
     """The ranks' files, memory-mapped, as tensors of our names and shapes, put together one at a time.
 
     Raises:
-        CheckpointError: no ranks, one is missing, damaged, or holds other keys or shapes than the others.
+        CheckpointError: no ranks, one is missing, damaged, quantised, or holds other keys than the others.
     """
 
     def __init__(self, directory: str | Path, config: Llama4Config) -> None:
@@ -158,11 +158,12 @@ class MetaSource:
         self._ranks = [_read(path) for path in _rank_files(Path(directory))]
         first = self._ranks[0]
         for i, rank in enumerate(self._ranks):
-            if differing := sorted(key for key in first.keys() ^ rank.keys()):
+            if first.keys() != rank.keys():
                 raise CheckpointError(
                     f"{RANK_FILE.format(i)} in {directory} holds other keys than {RANK_FILE.format(0)}; all files must "
                     "be of one model: fetch them again",
-                    differing,
+                    sorted(first.keys() - rank.keys()),
+                    sorted(rank.keys() - first.keys()),
                 )
         used = {piece.key for parts in self._table.values() for piece in parts}
         self._strangers = first.keys() - used
@@ -244,10 +245,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"{path} cannot be read as weights: {reason}; fetch it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of named tensors")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}; Meta's files hold tensors by name: fetch it again"
+        )
     kept = {key: value for key, value in content.items() if not _DROPPED.fullmatch(str(key))}
-    if strange := sorted(str(key) for key, value in kept.items() if not isinstance(value, Tensor)):
-        raise CheckpointError(f"{path} holds what is no tensor", strange)
+    for key, value in kept.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{key!r} in {path} is a {type(value).__name__}, no tensor; fetch the file again")
+        if not value.is_floating_point() or value.itemsize == 1:
+            raise CheckpointError(
+                f"{key} in {path} is quantised ({value.dtype}), which this release does not read; use its bf16 "
+                "checkpoint"
+            )
     return kept
 
 
@@ -266,8 +275,7 @@ def write_ranks(
     keys = {source.names.to_model(key): key for key in source.keys()}  # noqa: SIM118 (a Source is no dict)
     if config.text.tie_word_embeddings:
         keys["language_model.lm_head.weight"] = keys["language_model.model.embed_tokens.weight"]
-    if missing := [name for name in table if name not in keys]:
-        raise CheckpointError("the checkpoint does not fit its configuration", missing)
+    assert keys.keys() >= table.keys(), "match the source with its configuration first"
     _check_ranks(config, ranks)
     parts: dict[str, list[tuple[tuple[int, int, int], str, int]]] = {}  # Meta's key -> what makes it up, in order
     for name, its_pieces in table.items():
@@ -310,9 +318,9 @@ def _check_ranks(config: Llama4Config, ranks: int) -> None:
             "hidden_size": text.hidden_size,
         }
     if ranks < 1:
-        raise CheckpointError(f"ranks is {ranks}; it must be at least 1")
+        raise CheckpointError(f"ranks is {ranks}; choose at least 1")
     if odd := [f"{name} = {size}" for name, size in sizes.items() if size % ranks]:
-        raise CheckpointError(f"these sizes do not divide among {ranks} ranks; choose another number", odd)
+        raise CheckpointError(f"{ranks} ranks do not divide {', '.join(odd)}; choose another number")
 
 
 @contextmanager

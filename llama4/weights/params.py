@@ -41,11 +41,12 @@ def read_params(directory: str | Path) -> Llama4Config:
 
 
 def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -> Llama4Config:
-    """Build from the content of `params.json`.
+    """Build from the content of `params.json`, which some files nest in a "model".
 
     The window is not among Meta's fields: it is what we wrote as `max_position_embeddings`, else that of the released
     models: Scout's with scaled RoPE, Maverick's without.
     """
+    params = params.get("model", params)
     dim, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
     moe, vision = params.get("moe_args"), params.get("vision_args")
     scaled, interval = params.get("use_scaled_rope", False), params.get("nope_layer_interval")
@@ -224,4 +225,4 @@ def _check_expressible(config: Llama4Config, params: Mapping[str, Any]) -> None:
         lost.append("layer_types")
     if lost:
         values = [f"{name} = {getattr(ours, name)}" for name in lost]
-        raise CheckpointError("Meta's params.json has no field for these; keep Hugging Face's layout", values)
+        raise CheckpointError(f"Meta's params.json has no field for {', '.join(values)}; keep Hugging Face's layout")

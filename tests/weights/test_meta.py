@@ -15,16 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from llama_models.llama4 import tokenizer as meta_tokenizer
 from torch import Tensor
 
 from llama4 import Llama4
 from llama4.cli import main
-from llama4.config import Llama4Config, guard4, maverick, scout
-from llama4.convert import convert
+from llama4.config import Llama4Config, guard4
+from llama4.convert import convert, write_tokenizer_model
 from llama4.errors import CheckpointError, ConfigError
 from llama4.model import Llama4Model
+from llama4.tokenizer import Tokenizer
 from llama4.weights.meta import MetaSource, pieces
-from llama4.weights.params import config_from_params, params_from_config, read_params
+from llama4.weights.params import read_params
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 FIRST_SPECIAL = PATCH - 92
@@ -145,12 +147,17 @@ def rank_of(weights: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tens
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
+def write_tokenizer(directory: Path, count: int = FIRST_SPECIAL) -> None:
+    """A vocabulary without merges, of as many ranks as come before the special tokens."""
+    tokens = [*(bytes([byte]) for byte in range(256)), *(b"ab%d" % i for i in range(count - 256))]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    (directory / "tokenizer.model").write_bytes(b"".join(lines))
+
+
 def write_meta(directory: Path, model: ReferenceModel, content: dict[str, Any], ranks: int) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "params.json").write_text(json.dumps(content))
-    tokens = [*(bytes([byte]) for byte in range(256)), *(b"ab%d" % i for i in range(FIRST_SPECIAL - 256))]
-    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    (directory / "tokenizer.model").write_bytes(b"".join(lines))
+    write_tokenizer(directory)
     for rank in range(ranks):
         torch.save(rank_of(model.state_dict(), rank, ranks), directory / f"consolidated.{rank:02d}.pth")
     return directory
@@ -200,6 +207,7 @@ def test_text_only(reference: ReferenceModel, kind: bool, tmp_path: Path) -> Non
 def test_there_and_back_is_bit_exact(reference: ReferenceModel, kind: bool, ranks: int, tmp_path: Path) -> None:
     """Hugging Face -> Meta -> Hugging Face; and what is in between is, bit by bit, what the rules above give."""
     reference.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", "meta", ranks=ranks)
     for rank in range(ranks):
         written = torch.load(tmp_path / "meta" / f"consolidated.{rank:02d}.pth", weights_only=True)
@@ -207,63 +215,15 @@ def test_there_and_back_is_bit_exact(reference: ReferenceModel, kind: bool, rank
         wanted = {key: value for key, value in wanted.items() if not re.search("freqs|_extra|stats", key)}
         assert written.keys() == wanted.keys()
         assert all(torch.equal(written[key], wanted[key]) for key in wanted)
-    tokens = [*(bytes([byte]) for byte in range(256)), *(b"ab%d" % i for i in range(FIRST_SPECIAL - 256))]
-    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
     convert(tmp_path / "meta", tmp_path / "back", "hf")
     again = ReferenceModel.from_pretrained(tmp_path / "back")
     before = reference.state_dict()
     assert all(torch.equal(tensor, before[key]) for key, tensor in again.state_dict().items())
-    before_config, after = (Llama4Config.from_directory(tmp_path / name).text for name in ("hf", "back"))
-    assert after.window(0) == before_config.window(0)
-    assert after.moe_layers == before_config.moe_layers
-    assert after.rope_scaling == before_config.rope_scaling
-
-
-def test_released_configurations_come_out() -> None:
-    """The values of the released params.json."""
-    common = {
-        "dim": 5120,
-        "n_layers": 48,
-        "n_heads": 40,
-        "n_kv_heads": 8,
-        "vocab_size": 202048,
-        "ffn_exp": 4.0,
-        "ffn_dim_multiplier": 1.2,
-        "multiple_of": 2048,
-        "norm_eps": 1e-5,
-        "attention_chunk_size": 8192,
-        "rope_theta": 500000.0,
-        "nope_layer_interval": 4,
-        "attn_temperature_tuning": True,
-        "vision_args": {
-            "image_size": {"height": 336, "width": 336},
-            "patch_size": {"height": 14, "width": 14},
-            "dim": 1408,
-            "n_layers": 34,
-            "n_heads": 16,
-            "mlp_ratio": 4.0,
-            "output_dim": 4096,
-            "pixel_shuffle_ratio": 0.5,
-        },
-    }
-    moe = {"capacity_factor": 1.0, "auto_scale_F": True, "top_k": 1}
-    of_scout = common | {
-        "use_scaled_rope": True,
-        "use_qk_norm": True,
-        "moe_args": moe | {"num_experts": 16, "interleave_moe_layer_step": 1},
-    }
-    of_maverick = common | {
-        "use_scaled_rope": False,
-        "use_qk_norm": False,
-        "moe_args": moe | {"num_experts": 128, "interleave_moe_layer_step": 2},
-    }
-    for content, preset in ((of_scout, scout()), (of_maverick, maverick())):
-        config = config_from_params(content)
-        assert config.text == preset.text
-        assert config.vision == preset.vision
-        assert config.num_parameters() == preset.num_parameters()
-        assert config_from_params(params_from_config(preset)).text == preset.text
+    first, last = (Llama4Config.from_directory(tmp_path / name) for name in ("hf", "back"))
+    assert first.image_token_index == last.image_token_index
+    for name in ("attention_chunk_size", "layer_types", "moe_layers", "no_rope_layers", "rope_scaling", "rms_norm_eps"):
+        assert getattr(first.text, name) == getattr(last.text, name), name
+    assert Tokenizer(tmp_path / "back").ranks == Tokenizer(tmp_path / "hf").ranks
 
 
 def test_guard_has_a_piece_for_every_parameter() -> None:
@@ -356,8 +316,26 @@ class TestDamage:
         )
 
     def test_ranks_of_two_models(self, directory: Path) -> None:
-        torch.save({"norm.weight": torch.zeros(64)}, directory / "consolidated.02.pth")
-        self.refuses(directory, r"consolidated\.02\.pth .* other keys")
+        torch.save({"norm.weight": torch.zeros(64), "new": torch.zeros(1)}, directory / "consolidated.02.pth")
+        lost = r"missing: layers\.0\.attention\.wo\.weight"
+        self.refuses(directory, rf"consolidated\.02\.pth .* other keys(.|\n)*{lost}(.|\n)*unexpected: new$")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ([torch.zeros(1)], "holds a list; .* tensors by name"),
+            ({"step": 3}, "'step' in .* is a int, no tensor"),
+            (
+                {"norm.weight": torch.zeros(64).to(torch.float8_e4m3fn)},
+                "is quantised .*float8_e4m3fn.* bf16 checkpoint",
+            ),
+            ({"norm.weight": torch.zeros(64, dtype=torch.int8)}, "is quantised .*int8.* bf16 checkpoint"),
+        ],
+        ids=["list", "number", "fp8", "int8"],
+    )
+    def test_a_rank_of_something_else(self, directory: Path, content: object, message: str) -> None:
+        torch.save(content, directory / "consolidated.01.pth")
+        self.refuses(directory, message)
 
     @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"dim": "wide", "n_layers": 4, "n_heads": 8}'])
     def test_broken_params(self, directory: Path, content: str) -> None:
@@ -372,6 +350,27 @@ class TestCommand:
         assert capsys.readouterr() == ("", "")
         assert main(["generate", "--model", str(tmp_path / "hf"), "--max-new-tokens", "2", "Hello"]) == 0
 
+    def test_metas_layout_serves_every_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        reference = make_reference(True)
+        directory = str(write_meta(tmp_path / "meta", reference, params(True), 2))
+        assert main(["info", directory, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["parameters"] == sum(p.numel() for p in reference.parameters())
+        assert main(["generate", "--model", directory, "--raw", "--json", "--max-new-tokens", "2", "ab"]) == 0
+        assert json.loads(capsys.readouterr().out)["usage"]["completion_tokens"] == 2
+
+    def test_an_interrupt_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        directory = write_meta(tmp_path / "meta", make_reference(False), params(False), 1)
+        written = []
+
+        def interrupted(state: object, path: Path) -> None:
+            written.append(path.parent.name)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "save", interrupted)
+        assert main(["convert", str(directory), str(tmp_path / "out"), "--to", "meta", "--ranks", "2"]) == 130
+        assert written[0].startswith(".out-partial-")
+        assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
     def test_what_cannot_work_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "used").mkdir()
         (tmp_path / "used" / "file").write_text("mine")
@@ -380,6 +379,8 @@ class TestCommand:
         assert (tmp_path / "used" / "file").read_text() == "mine"
         assert main(["convert", "tiny", str(tmp_path / "meta"), "--to", "meta"]) == 1  # head_dim is not D / H
         assert "head_dim = 64" in capsys.readouterr().err
+        assert main(["convert", str(tmp_path / "used"), str(tmp_path / "used"), "--to", "hf"]) == 1
+        assert "is the source itself" in capsys.readouterr().err
         assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x"), "--to", "hf"]) == 1
         for wrong in (["--to", "gguf"], ["--to", "hf", "--ranks", "2"], []):
             with pytest.raises(SystemExit):
@@ -392,6 +393,33 @@ class TestCommand:
         assert main(["convert", str(tmp_path / "meta"), str(out), "--to", "meta", "--ranks", "3"]) == 1
         assert "num_attention_heads = 8" in capsys.readouterr().err
         assert not out.exists()
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize("by_way_of_json", [False, True])
+    def test_ranks_come_out_byte_by_byte(self, by_way_of_json: bool, tmp_path: Path) -> None:
+        """Of the first 3000 lines of the genuine file."""
+        genuine = Path(meta_tokenizer.__file__).with_name("tokenizer.model").read_bytes()
+        lines = b"".join(genuine.splitlines(keepends=True)[:3000])
+        (tmp_path / "tokenizer.model").write_bytes(lines)
+        tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+        if by_way_of_json:
+            tokenizer.save(tmp_path)
+            tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+        write_tokenizer_model(tokenizer, tmp_path / "again.model")
+        assert (tmp_path / "again.model").read_bytes() == lines
+
+    def test_special_tokens_elsewhere_are_refused(self, tmp_path: Path) -> None:
+        directory = write_meta(tmp_path / "meta", make_reference(False), params(False), 1)
+        convert(directory, tmp_path / "hf", "hf")
+        for path in (tmp_path / "hf").glob("tokenizer*"):
+            path.unlink()
+        write_tokenizer(tmp_path / "hf", FIRST_SPECIAL + 1)
+        with pytest.raises(
+            CheckpointError, match=f"image_token_index is {PATCH}, but Meta's layout makes it {PATCH + 1}"
+        ):
+            convert(tmp_path / "hf", tmp_path / "again", "meta")
+        assert not (tmp_path / "again").exists()
 
 
 def test_one_rank_is_mapped_not_copied(tmp_path: Path) -> None:

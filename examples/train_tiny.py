@@ -26,6 +26,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -321,11 +323,11 @@ def orthogonalise(g: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix of each of a stack [..., m, n], roughly: five Newton-Schulz steps of Muon
     (Jordan 2024)."""
     x = g.mT if g.shape[-2] > g.shape[-1] else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if g.shape[-2] > g.shape[-1] else x
+    return (x.mT if g.shape[-2] > g.shape[-1] else x).type_as(g)
 
 
 class Muon(torch.optim.Optimizer):
@@ -375,6 +377,18 @@ def summed(tensors: list[Tensor], world: int) -> list[Tensor]:
 def learning_rate(step: int, see_steps: int, steps: int) -> float:
     """Share of the peak: a short warm-up, a plateau, and a linear descent over the last half of learning to answer."""
     return min(1.0, (step + 1) / 100, (steps - step) / (0.5 * (steps - see_steps)))
+
+
+class Float32Attention(TorchFunctionMode):
+    """Attention in float32 under autocast: over so few tokens, the CPU's bfloat16 kernels take three times as long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        wide: list[Any] = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        with torch.autocast("cpu", enabled=False):
+            return func(*wide, **kwargs)
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -532,7 +546,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
     sums: dict[str, float] = {}
     began, seen = time.monotonic(), 0
     for step, batch in zip(range(begin, args.steps), loader, strict=True):
-        with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(args.device, torch.bfloat16), nullcontext() if on_gpu else Float32Attention():
             losses = learner(batch.to(device))
         torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
         average_gradients(list(learner.parameters()), world)
@@ -589,7 +603,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
     parser.add_argument("--see-steps", type=int, default=500, help="steps of learning to see")
     parser.add_argument("--see-batch", type=int, default=64, help="pictures in each of them, over all processes")
-    parser.add_argument("--steps", type=int, default=3300, help="steps in all; the others are of learning to answer")
+    parser.add_argument("--steps", type=int, default=5200, help="steps in all; the others are of learning to answer")
     parser.add_argument("--batch", type=int, default=24, help="conversations in each of them, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)

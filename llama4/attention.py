@@ -86,7 +86,8 @@ class Attention(nn.Module):
         if self.qk_norm_eps is not None:
             q_NHC, k_NKC = rms_normalise(q_NHC, self.qk_norm_eps), rms_normalise(k_NKC, self.qk_norm_eps)
         if self.uses_temperature:
-            q_NHC = (q_NHC * turns.temperature).type_as(q_NHC)
+            q_NHC = q_NHC * turns.temperature
+        q_NHC, k_NKC = q_NHC.type_as(v_NKC), k_NKC.type_as(v_NKC)
         out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, packing, cache).flatten(1))
         return out
 

@@ -26,14 +26,19 @@ __all__ = [
 ]
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or better, cast back to x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x)
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or better."""
+    x = widened(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight (Zhang & Sennrich 2019); the weight is applied after the cast back."""
+    """Root-mean-square norm with a weight (Zhang & Sennrich 2019). Takes any dtype, gives that of the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -41,7 +46,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps) * self.weight
+        return (rms_normalise(x, self.eps) * self.weight).type_as(self.weight)
 
 
 class FeedForward(nn.Module):

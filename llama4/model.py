@@ -14,7 +14,7 @@ from llama4.attention import Attention, Turns
 from llama4.cache import Cache, LayerCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.experts import Experts, LoopExperts
-from llama4.layers import FeedForward, RMSNorm
+from llama4.layers import FeedForward, RMSNorm, widened
 from llama4.moe import MixtureOfExperts
 from llama4.packing import Packing, make_packing
 from vision.encoder import VisionModel, recomputed
@@ -54,6 +54,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
         turns = Turns(self.config, packing, self.norm.weight.dtype)
+        x_ND = widened(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(self.layers):
             run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
             x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)

@@ -6,11 +6,12 @@ Shapes: N tokens, D hidden size, E experts, K experts per token, R = N * K route
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.experts import Experts
-from llama4.layers import FeedForward
+from llama4.layers import FeedForward, widened
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,10 +32,10 @@ class Router(nn.Linear):
         self.k = config.num_experts_per_tok
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """-> scores [N, K] in x's dtype (the sigmoid is taken in float32 or better) and expert indices [N, K]."""
-        logits, experts_NK = top_k(super().forward(x_ND), self.k)
-        scores_NK = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        return scores_NK.type_as(x_ND), experts_NK
+        """-> scores [N, K] and expert indices [N, K]. Computed in float32 or better: rounded logits tie, and a wrong
+        expert costs more than all other rounding."""
+        logits, experts_NK = top_k(F.linear(widened(x_ND), widened(self.weight)), self.k)
+        return torch.sigmoid(logits), experts_NK
 
 
 class MixtureOfExperts(nn.Module):
@@ -56,6 +57,7 @@ class MixtureOfExperts(nn.Module):
         order_R = experts_NK.flatten().argsort(stable=True)
         tokens_R = order_R // experts_NK.shape[1]
         counts_E = torch.bincount(experts_NK.flatten(), minlength=self.num_experts)
-        routed_RD = self.experts(x_ND[tokens_R] * scores_NK.flatten()[order_R, None], counts_E)
-        out: Tensor = self.shared_expert(x_ND)
-        return out.index_add(0, tokens_R, routed_RD.to(out.dtype))
+        scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)
+        routed_RD = self.experts(scaled_RD, counts_E)
+        out_ND = widened(self.shared_expert(x_ND))
+        return out_ND.index_add(0, tokens_R, routed_RD.to(out_ND.dtype))

@@ -32,15 +32,16 @@ MUTATIONS = [
     Mutation(
         "the router's score multiplies the expert's output",
         "llama4/moe.py",
-        "self.experts(x_ND[tokens_R] * scores_NK.flatten()[order_R, None], counts_E)",
-        "self.experts(x_ND[tokens_R], counts_E) * scores_NK.flatten()[order_R, None]",
+        "scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)\n"
+        "        routed_RD = self.experts(scaled_RD, counts_E)",
+        "routed_RD = self.experts(x_ND[tokens_R], counts_E) * scores_NK.flatten()[order_R, None]",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "scores are a softmax over the chosen experts",
         "llama4/moe.py",
-        "torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))",
-        "torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)",
+        "torch.sigmoid(logits)",
+        "torch.softmax(logits, -1)",
         f"{PARITY}::test_more_than_one_expert_per_token",
     ),
     Mutation(
@@ -53,8 +54,8 @@ MUTATIONS = [
     Mutation(
         "RMSNorm with eps 1e-6",
         "llama4/layers.py",
-        "wide.square().mean(-1, keepdim=True) + eps",
-        "wide.square().mean(-1, keepdim=True) + eps / 10",
+        "x.square().mean(-1, keepdim=True) + eps",
+        "x.square().mean(-1, keepdim=True) + eps / 10",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
@@ -75,9 +76,9 @@ MUTATIONS = [
         "RoPE pairs the first half with the second",
         "vision/encoder.py",
         "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())\n"
-        "    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)",
+        "    return torch.view_as_real(pairs * rotation).flatten(-2)",
         "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (2, -1)).mT.contiguous())\n"
-        "    return torch.view_as_real(pairs * rotation).mT.flatten(-2).type_as(x)",
+        "    return torch.view_as_real(pairs * rotation).mT.flatten(-2)",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(

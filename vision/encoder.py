@@ -40,14 +40,15 @@ def unit_numbers(angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn consecutive pairs (2i, 2i + 1) of the last dimension by unit complex numbers, in the rotation's precision.
+    """Turn consecutive pairs (2i, 2i + 1) of the last dimension by unit complex numbers, in the rotation's precision,
+    which the result keeps.
 
     Args:
         x: [..., C], any floating dtype.
         rotation: complex, broadcastable to [..., C / 2].
     """
     pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 def recomputed(layer: nn.Module) -> Callable[..., Tensor]:
@@ -80,9 +81,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
-        q = rotate(self.q_proj(x_nLW).unflatten(-1, heads), rotation)
-        k = rotate(self.k_proj(x_nLW).unflatten(-1, heads), rotation)
         v = self.v_proj(x_nLW).unflatten(-1, heads)
+        q = rotate(self.q_proj(x_nLW).unflatten(-1, heads), rotation).type_as(v)
+        k = rotate(self.k_proj(x_nLW).unflatten(-1, heads), rotation).type_as(v)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,10 @@ def routed(model: torch.nn.Module) -> list[Tensor]:
 
 @torch.inference_mode()
 def test_bfloat16_is_no_further_from_float64_than_transformers(tmp_path: Path) -> None:
-    """Pooled over twelve models. Their weights are bfloat16, so the truth is the same model. Another processor may
-    order bfloat16's sums otherwise, for either side: 2% of the errors, and 0.1% of the routes."""
+    """Pooled over many models: the tail of the errors is made by the few tokens that went to another expert. Their
+    weights are bfloat16, so the truth is the same model."""
     ours_all, theirs_all, ours_routes, theirs_routes = [], [], [], []
-    for seed in range(12):
+    for seed in range(int(os.environ.get("LLAMA4_EXAMPLES", "60"))):
         source = reference_model(reference_config(maverick=seed % 2 == 1), seed)
         source.bfloat16().save_pretrained(tmp_path / str(seed))
         # Not `.bfloat16()`, which would break transformers' tables.
@@ -109,9 +110,9 @@ def test_bfloat16_is_no_further_from_float64_than_transformers(tmp_path: Path) -
     (median, p99, agree), (their_median, their_p99, their_agree) = rows
     print(f"ours         median {median:.2e}, 99% {p99:.2e}, experts {agree:.2%}")
     print(f"transformers median {their_median:.2e}, 99% {their_p99:.2e}, experts {their_agree:.2%}")
-    assert median <= 1.02 * their_median
-    assert p99 <= 1.02 * their_p99
-    assert agree >= their_agree - 1e-3
+    assert median < 0.85 * their_median
+    assert p99 < their_p99
+    assert agree > their_agree
 
 
 @torch.inference_mode()

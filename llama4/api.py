@@ -18,11 +18,14 @@ from llama4.experts import resolve_experts
 from llama4.generate import Event, generate
 from llama4.model import Llama4Model
 from llama4.processor import Inputs, Processor
+from llama4.quantization.modules import swap_modules
+from llama4.quantization.schemes import SCHEMES
 from llama4.replies import Draft, Reply, Stream
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
+from llama4.weights.quantizing import quantized
 from llama4.weights.saver import save
 
 logger = logging.getLogger(__name__)
@@ -97,7 +100,8 @@ class Llama4:
             token: for the Hub, where a model wants one; by default the one you logged in with.
             device: "auto" is CUDA if there is one, else the CPU.
             dtype: "auto" is the checkpoint's, except that a CPU computes models below 100M parameters in float32.
-            quantization: None; this release has no other.
+            quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantise the weights
+                while loading, one at a time. None takes them as they are, quantised or not.
             experts: how routed experts are computed: "loop", "grouped", or "auto" for the faster one on that device.
             max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
             progress: show bars on a terminal while downloading, loading and reading long prompts.
@@ -106,16 +110,19 @@ class Llama4:
             ValueError: no such model, a bad argument; or one of its classes `ConfigError` and `CheckpointError`, where
                 the files are at fault.
         """
-        if quantization is not None:
-            raise ValueError(f"quantization={quantization!r} is not in this release; leave it at None")
+        if quantization is not None and quantization not in SCHEMES:
+            raise ValueError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
         directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token, progress=progress)
         config, weights = open_checkpoint(directory)
+        if quantization is not None:
+            weights = quantized(weights, quantization)
         resolved_device = resolve_device(device)
         resolved_dtype = resolve_dtype(dtype, config, resolved_device)
         tokenizer = load_tokenizer(directory, config)
         backend = resolve_experts(experts, resolved_device, resolved_dtype)
         with torch.device("meta"):
             model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
+        swap_modules(model, weights.plan)
         load(model, weights, dtype=resolved_dtype, device=resolved_device, progress=progress)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
         return cls(model.eval(), tokenizer, max_context=max_context, progress=progress)

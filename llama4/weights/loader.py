@@ -7,6 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llama4.errors import CheckpointError
+from llama4.quantization.packed import PackedWeight
 from llama4.weights.source import Source
 
 
@@ -38,11 +39,15 @@ def load(
     owners = _owners(model)
     keys = match(model, source)
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
-        tensor = source.tensor(key).to(device=device, dtype=dtype)
-        filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_packed = isinstance(owner, PackedWeight)
+        tensor = source.tensor(key).to(device=device, dtype=None if is_packed else dtype)
+        filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_packed)
         for alias in owners[name]:
             module, _, leaf = alias.rpartition(".")
             setattr(model.get_submodule(module), leaf, filled)
+        if isinstance(owner, PackedWeight) and not any(p.is_meta for p in owner.parameters()):
+            owner.arrange(dtype or filled.dtype)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 

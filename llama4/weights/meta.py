@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
+from llama4.quantization.schemes import Plan
 from llama4.weights.source import Source
 
 RANK_FILE = "consolidated.{:02d}.pth"
@@ -168,6 +169,7 @@ class MetaSource:
         used = {piece.key for parts in self._table.values() for piece in parts}
         self._strangers = first.keys() - used
         self.names = MetaNames(self._table)
+        self.plan: Plan = {}
 
     def keys(self) -> Iterable[str]:
         """Our names of all that is there whole, and Meta's of what we have no use for."""

@@ -20,6 +20,9 @@ from tqdm import tqdm
 
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, Llama4Config
 from llama4.errors import CheckpointError
+from llama4.quantization.packed import PackedWeight
+from llama4.quantization.schemes import Format
+from llama4.weights.compressed import ExpandedSource, quantization_config
 from llama4.weights.rules import MULTIMODAL, TEXT_ONLY, Names
 from llama4.weights.source import INDEX_FILE, SINGLE_FILE, Source
 
@@ -27,24 +30,41 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|consoli
 
 
 class ModelSource:
-    """The parameters of a model, tied ones once, in the dtype that they have."""
+    """The parameters of a model, tied ones once, in the dtype that they have; packed weights as they were loaded."""
 
     names: Names = MULTIMODAL
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._parts: dict[str, tuple[PackedWeight, str]] = {}
+        self.plan: dict[str, Format] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, PackedWeight):
+                self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
+                self._parts |= {f"{path}.{part}": (module, part) for part in module.parts}
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
+        if key not in self._parts:
+            return tuple(self._tensors[key].shape)
+        module, part = self._parts[key]
+        return module.part_shapes(module.format, module.shape)[part][0]
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
+        if key not in self._parts:
+            return self._tensors[key].dtype
+        module, part = self._parts[key]
+        return (
+            module.scale_dtype if part == "weight_scale" else module.part_shapes(module.format, module.shape)[part][1]
+        )
 
     def tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
+        if key not in self._parts:
+            return self._tensors[key]
+        module, part = self._parts[key]
+        return module.portable(part)
 
 
 def save(
@@ -68,10 +88,15 @@ def save(
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full; nothing is left half written.
     """
+    if isinstance(source, nn.Module):
+        source = ModelSource(source)
+    if source.plan:
+        source = ExpandedSource(source)
+        config = dataclasses.replace(config, quantization_config=quantization_config(source))
+    else:
+        config = dataclasses.replace(config, quantization_config=None)
     with complete_directory(directory) as partial:
-        _write(
-            ModelSource(source) if isinstance(source, nn.Module) else source, config, partial, max_shard_bytes, progress
-        )
+        _write(source, config, partial, max_shard_bytes, progress)
         if write_extra is not None:
             write_extra(partial)
 
@@ -112,7 +137,8 @@ def _write(source: Source, config: Llama4Config, directory: Path, max_shard_byte
         assert name is not None, f"{key} is of no parameter"
         keys[table.to_file(name) or name] = key
     sizes = {key: math.prod(source.shape(old)) * source.dtype(old).itemsize for key, old in keys.items()}
-    dtypes = [str(source.dtype(key)).removeprefix("torch.") for key in keys.values()]
+    floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtypes = [str(dtype).removeprefix("torch.") for key in keys.values() if (dtype := source.dtype(key)) in floats]
     config = dataclasses.replace(config, dtype=max(dtypes, key=dtypes.count))
     text = config.text
     write_json(directory / CONFIG_FILE, config.to_dict())

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4.errors import CheckpointError
+from llama4.quantization.schemes import Plan
 from llama4.weights.rules import Names, table_for
 
 SINGLE_FILE = "model.safetensors"
@@ -19,10 +20,14 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Source(Protocol):
-    """Named tensors, read when they are asked for; `names` says which parameters of the model they are."""
+    """Named tensors, read when they are asked for; `names` says which parameters of the model they are, and `plan`
+    which of its matrices are stored in few bits."""
 
     @property
     def names(self) -> Names: ...
+
+    @property
+    def plan(self) -> Plan: ...
 
     def keys(self) -> Iterable[str]: ...
 
@@ -64,6 +69,7 @@ class SafetensorsSource:
                 self._files[key] = handle
                 self._shapes[key] = tuple(handle.get_slice(key).get_shape())
         self.names = table_for(self._files)
+        self.plan: Plan = {}
 
     def keys(self) -> Iterable[str]:
         return self._files.keys()

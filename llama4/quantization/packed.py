@@ -1,0 +1,102 @@
+"""Matrices in few bits, as modules that multiply with them.
+
+A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
+Its parameters have the names and shapes of the compressed-tensors format, so a parameter's name is its key on disk
+(experts are stacked), and any packed weight loads from and saves to any checkpoint of its format. A kernel that wants
+its own arrangement of the bits gets it once, after loading.
+
+Shapes: N tokens, O outputs, I inputs, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llama4.quantization.schemes import Format
+
+ROWS = 1024
+"""Outputs that are worked on at once where a matrix is quantised or dequantised: bounds the memory beside it."""
+
+
+class PackedWeight(nn.Module):
+    """y = x W^T, with W [O, I], or E of them, in a format of few bits.
+
+    Args:
+        format: of the numbers.
+        shape: (O, I) or (E, O, I).
+    """
+
+    weight_scale: nn.Parameter
+    parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    """Parameters; the names of the compressed-tensors format."""
+
+    def __init__(self, format: Format, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.format, self.shape = format, shape
+        for name, (part_shape, dtype) in self.part_shapes(format, shape).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(part_shape, dtype=dtype), requires_grad=False))
+
+    @classmethod
+    def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each part of a matrix, or of several; scales may come in another float."""
+        raise AssertionError("a format says")
+
+    @classmethod
+    def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+        """A matrix in this format; scales have its dtype."""
+        raise AssertionError("a format computes")
+
+    def arrange(self, dtype: torch.dtype) -> None:
+        """Called once when the parameters are filled: lay them out for the device's kernel, to run in `dtype`."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales as they were loaded."""
+        return self.weight_scale.dtype
+
+    def portable(self, part: str) -> Tensor:
+        """A part as it was loaded, to the bit."""
+        parameter: nn.Parameter = getattr(self, part)
+        return parameter.detach()
+
+    def dequantize(self, expert: int | None = None) -> Tensor:
+        """The matrix [O, I] in the dtype of its scales."""
+        raise AssertionError("a format computes")
+
+    def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        """x W^T, [N, O], in the dtype of x."""
+        raise AssertionError("a format computes")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a Linear without bias: [..., I] -> [..., O]."""
+        return self.product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves go through; casts do not: the bits are what they are, and the scales belong to them."""
+        for name, parameter in self.named_parameters(recurse=False):
+            moved = fn(parameter.data)
+            kept = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
+            self.register_parameter(name, nn.Parameter(kept, requires_grad=False))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.format.kind}, {list(self.shape)}, group_size={self.format.group_size}"
+
+    @staticmethod
+    def _of(part: Tensor, expert: int | None) -> Tensor:
+        return part if expert is None else part[expert]
+
+
+def in_blocks(weight: Callable[[slice], Tensor], rows: int, x_NI: Tensor) -> Tensor:
+    """x W^T where `weight` makes a few rows of W at a time: never a whole matrix."""
+    blocks = [x_NI @ weight(slice(start, start + ROWS)).to(x_NI.dtype).mT for start in range(0, rows, ROWS)]
+    return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]
+
+
+def positive(scale: Tensor) -> Tensor:
+    """1 where all is zero, so that codes are zero and not undefined."""
+    return torch.where(scale > 0, scale, 1.0)

@@ -1,4 +1,4 @@
-"""The command `llama4`: generate, chat, info, convert."""
+"""The command `llama4`: generate, chat, info, convert, quantize."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama4 import __version__
+from llama4.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from llama4.api import Llama4, Options
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | chat | info | convert")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="generate | chat | info | convert | quantize"
+    )
 
     generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
     generate.add_argument("question", help="what to ask; - reads it from stdin")
@@ -89,6 +92,16 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
     convert.add_argument("--revision", help="branch, tag or commit on the Hub")
     convert.set_defaults(run=run_convert, parser=convert)
+
+    about = "Write a checkpoint in few bits, in the compressed-tensors format. Interrupted, it goes on when run again."
+    quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
+    quantize.add_argument("source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, or a Hub id")
+    quantize.add_argument("target", metavar="DST", help="the directory to make")
+    quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")
+    quantize.add_argument("--head", action="store_true", help="the head, too")
+    quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    quantize.add_argument("--revision", help="branch, tag or commit on the Hub")
+    quantize.set_defaults(run=run_quantize, parser=quantize)
     return parser
 
 
@@ -277,6 +290,19 @@ def run_convert(options: argparse.Namespace) -> int:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = EMBEDDED.get(options.source) or hub.resolve(options.source, revision=options.revision)
     convert(source, options.target, options.to, ranks=options.ranks)
+    return 0
+
+
+def run_quantize(options: argparse.Namespace) -> int:
+    from llama4 import hub
+    from llama4.api import EMBEDDED
+    from llama4.convert import quantize
+
+    if not options.shard_gb > 0:
+        options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
+    source = EMBEDDED.get(options.source) or hub.resolve(options.source, revision=options.revision)
+    shard_bytes = int(options.shard_gb * 1e9)
+    quantize(source, options.target, options.scheme, head=options.head, max_shard_bytes=shard_bytes)
     return 0
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from llama4.quantization.packed import PackedWeight, in_blocks, positive
 from llama4.quantization.schemes import Format
 
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+
 
 class Fp8Weight(PackedWeight):
     """e4m3 per weight, a scale per output; the inputs are rounded to e4m3 with a scale per token."""
@@ -18,19 +21,26 @@ class Fp8Weight(PackedWeight):
 
     @classmethod
     def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"weight": (shape, torch.float8_e4m3fn), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
+        return {"weight": (shape, E4M3), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
 
     @classmethod
     def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         codes, scale = to_fp8(weight_OI, weight_OI.dtype)
         return {"weight": codes, "weight_scale": scale}
 
+    def arrange(self, dtype: torch.dtype) -> None:
+        """Held as bytes: torch cannot pickle e4m3."""
+        self.register_parameter("weight", nn.Parameter(self.weight.view(torch.uint8), requires_grad=False))
+
+    def portable(self, part: str) -> Tensor:
+        return super().portable(part).view(E4M3) if part == "weight" else super().portable(part)
+
     def dequantize(self, expert: int | None = None) -> Tensor:
         scale = self._of(self.weight_scale, expert)
-        return self._of(self.weight, expert).to(scale.dtype) * scale
+        return self._of(self.weight, expert).view(E4M3).to(scale.dtype) * scale
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
+        weight, scale = self._of(self.weight, expert).view(E4M3), self._of(self.weight_scale, expert)
         codes, x_scale = to_fp8(x_NI, torch.float32)
         if not len(x_NI):
             return x_NI.new_zeros(0, len(weight))
@@ -43,22 +53,21 @@ class Fp8Weight(PackedWeight):
                 out_dtype=x_NI.dtype if x_NI.dtype in (torch.bfloat16, torch.float32) else torch.float32,
             )
             return out.to(x_NI.dtype)
-        sums = in_blocks(lambda rows: weight[rows].to(x_NI.dtype), len(weight), codes.to(x_NI.dtype))
-        return (sums * x_scale * scale.mT).to(x_NI.dtype)
+        rounded = (codes.float() * x_scale).to(x_NI.dtype)
+        return in_blocks(lambda rows: weight[rows].to(scale.dtype) * scale[rows], len(weight), rounded)
 
 
 def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """e4m3 codes and scales [..., 1], so that the largest of each row becomes 448, the largest of e4m3."""
     wide = x.float()
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = positive(wide.abs().amax(-1, keepdim=True) / largest).to(scale_dtype)
-    return (wide / scale.float()).clamp_(-largest, largest).to(torch.float8_e4m3fn), scale
+    scale = positive(wide.abs().amax(-1, keepdim=True) / LARGEST).to(scale_dtype)
+    return (wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
 @lru_cache
 def has_fp8_matmul(device: torch.device) -> bool:
     """Whether torch multiplies e4m3 there, with a scale per row and per column."""
-    one = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones(16, 16, device=device).to(E4M3)
     scale = torch.ones(16, 1, device=device)
     try:
         torch._scaled_mm(one, one.mT, scale_a=scale, scale_b=scale.mT.contiguous(), out_dtype=torch.bfloat16)

@@ -290,7 +290,7 @@ _TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
 def quantization_config(source: ExpandedSource) -> dict[str, Any]:
     """What such a checkpoint says of itself in `config.json`."""
     groups: dict[Format, list[str]] = {}
-    ignored: dict[str, None] = {}
+    ignored = set[str]()
     keys = set(source.keys())
     for key in source.keys():  # noqa: SIM118 (a Source is no dict)
         module, _, part = key.rpartition(".")
@@ -300,17 +300,17 @@ def quantization_config(source: ExpandedSource) -> dict[str, Any]:
             format = source.plan[f"{match['path']}.{stack}_proj" if match else f"{module}.weight"]
             groups.setdefault(format, []).append(module)
         elif part == "weight" and f"{key}_scale" not in keys and len(source.shape(key)) == 2:
-            ignored[_TOWER.sub(r"re:.*\1.*", module)] = None
+            ignored.add(_TOWER.sub(r"re:.*\1.*", module))
     only = len(groups) == 1
     return {
         "quant_method": METHOD,
         "format": _ON_DISK[next(iter(groups)).kind] if only else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": _group(format, ["Linear"] if only else modules)
+            f"group_{i}": _group(format, ["Linear"] if only else sorted(modules))
             for i, (format, modules) in enumerate(groups.items())
         },
-        "ignore": list(ignored),
+        "ignore": sorted(ignored),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from llama4.weights.compressed import ExpandedSource, quantization_config
 from llama4.weights.rules import MULTIMODAL, TEXT_ONLY, Names
 from llama4.weights.source import INDEX_FILE, SINGLE_FILE, Source
 
+_STAMP = "stamp.txt"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|consolidated\.\d\d\.pth")
 
 
@@ -75,6 +77,7 @@ def save(
     write_extra: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
+    stamp: str | None = None,
 ) -> None:
     """Write weights, `config.json`, `generation_config.json` and the image processor's configuration.
 
@@ -84,6 +87,8 @@ def save(
         write_extra: called with the temporary directory, to add e.g. the tokenizer's files.
         max_shard_bytes: more than this and the weights are split, with an index.
         progress: show a bar, if stderr is a terminal.
+        stamp: what the result depends on, in words. With it the shards that are done survive an interruption, and the
+            next run with the same stamp goes on behind them.
 
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full; nothing is left half written.
@@ -95,7 +100,7 @@ def save(
         config = dataclasses.replace(config, quantization_config=quantization_config(source))
     else:
         config = dataclasses.replace(config, quantization_config=None)
-    with complete_directory(directory) as partial:
+    with complete_directory(directory) if stamp is None else resumed_directory(directory, stamp) as partial:
         _write(source, config, partial, max_shard_bytes, progress)
         if write_extra is not None:
             write_extra(partial)
@@ -129,6 +134,39 @@ def complete_directory(directory: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def resumed_directory(directory: str | Path, stamp: str) -> Iterator[Path]:
+    """As `complete_directory`; but if the block does not end well the temporary directory stays, and the next block
+    with the same stamp gets it as it is.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or the disk is full; or another process is at it.
+    """
+    directory = Path(directory).resolve()
+    partial = directory.with_name(f".{directory.name}-partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        note = partial / _STAMP
+        if not note.is_file() or note.read_text(encoding="utf-8") != stamp:
+            shutil.rmtree(partial)
+            partial.mkdir()
+            note.write_text(stamp, encoding="utf-8")
+        with note.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"another process is writing {directory}; wait for it, or stop it") from None
+            yield partial
+            note.unlink()
+            _move(partial, directory)
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write the model to {directory}: {error.strerror or error}; free space or choose another "
+            f"directory. What is done stays in {partial} for another try"
+        ) from error
+
+
 def _write(source: Source, config: Llama4Config, directory: Path, max_shard_bytes: int, progress: bool) -> None:
     table = MULTIMODAL if config.vision is not None else TEXT_ONLY
     keys = {}  # in the file -> in the source
@@ -155,7 +193,8 @@ def _write(source: Source, config: Llama4Config, directory: Path, max_shard_byte
     with tqdm(total=len(keys), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:
         for i, shard in enumerate(shards):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            _save_shard({key: source.tensor(keys[key]) for key in shard}, directory / name)
+            if not (directory / name).exists():  # else it is of a run that was interrupted
+                _save_shard({key: source.tensor(keys[key]) for key in shard}, directory / name)
             places |= dict.fromkeys(shard, name)
             bar.update(len(shard))
     if len(shards) > 1:
@@ -175,11 +214,14 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
 
 
 def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+    unfinished = path.with_suffix(".unfinished")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, path, metadata={"format": "pt"})
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, unfinished, metadata={"format": "pt"})
     except Exception as error:  # safetensors wraps the system's error in one of its own
+        unfinished.unlink(missing_ok=True)
         raise OSError(f"{path.name}: {error}") from error
-    path.chmod(0o644)
+    unfinished.chmod(0o644)
+    unfinished.replace(path)
 
 
 def write_json(path: Path, content: object) -> None:

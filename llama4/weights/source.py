@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +39,25 @@ class Source(Protocol):
     def tensor(self, key: str) -> Tensor: ...
 
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 class SafetensorsSource:
-    """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used.
+    """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used, and a file is mapped
+    only while its tensors are, so that a checkpoint may be larger than the memory a process may have.
 
     Args:
         files: file -> keys that it must hold; None for all that it has.
@@ -55,19 +73,24 @@ class SafetensorsSource:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
             )
-        self._files = {}
-        self._shapes = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._open = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
         for path, promised in files.items():
             try:
-                handle = safe_open(path, framework="pt")
+                handle = self._open(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
             held = set(handle.keys())
             if promised is not None and promised - held:
                 raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", sorted(promised - held))
             for key in sorted(held):
-                self._files[key] = handle
-                self._shapes[key] = tuple(handle.get_slice(key).get_shape())
+                header = handle.get_slice(key)
+                if (dtype := header.get_dtype()) not in _DTYPES:
+                    raise CheckpointError(f"{path} holds {key} in {dtype}, which this library does not read")
+                self._files[key] = path
+                self._shapes[key], self._dtypes[key] = tuple(header.get_shape()), _DTYPES[dtype]
         self.names = table_for(self._files)
         self.plan: Plan = {}
 
@@ -78,10 +101,10 @@ class SafetensorsSource:
         return self._shapes[key]
 
     def dtype(self, key: str) -> torch.dtype:
-        return self.tensor(key).dtype  # nothing but the header is read for it
+        return self._dtypes[key]
 
     def tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self._files[key].get_tensor(key)
+        tensor: Tensor = self._open(self._files[key]).get_tensor(key)
         return tensor
 
 

@@ -307,8 +307,9 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from llama4.info import describe, read_config, table
+    from llama4.info import describe, describe_quantization, read_config, table
 
-    facts = describe(read_config(options.model, options.revision))
+    config = read_config(options.model, options.revision)
+    facts = describe(config) | {"quantization": describe_quantization(options.model, config)}
     print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
     return 0

@@ -1,7 +1,9 @@
-"""What a model is, from its configuration alone: nothing is allocated, nothing but the configuration is read."""
+"""What a model is, from its configuration, and of a quantised one the headers of its files: nothing is allocated."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 from llama4 import hub
@@ -23,6 +25,31 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
         return PRESETS[name]()
     files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, PARAMS_FILE, "tokenizer.model")
     return checkpoint.read_config(hub.resolve(name, revision=revision, token=token, patterns=files))
+
+
+def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
+    """How the weights of a model are stored, if in few bits; what only the weights tell, if they are on this machine.
+
+    Raises:
+        CheckpointError: a format that this library does not run.
+    """
+    if config.quantization_config is None:
+        return None
+    facts = {key: config.quantization_config.get(key) for key in ("quant_method", "format")}
+    if not Path(name).is_dir():
+        return facts
+    _, source = checkpoint.open_checkpoint(name)
+    sizes = {key: math.prod(source.shape(key)) * source.dtype(key).itemsize for key in source.keys()}  # noqa: SIM118
+    modules = tuple(name.removesuffix(".weight") + "." for name in source.plan)
+    packed = [key for key in sizes if key.startswith(modules)]
+    count = sum(math.prod(source.shape(key)) for key in packed if key.endswith(".weight"))
+    count += sum(8 * math.prod(source.shape(key)) for key in packed if key.endswith(".weight_packed"))
+    return facts | {
+        "formats": sorted({str(format) for format in source.plan.values()}),
+        "quantized_parameters": count,
+        "bits_per_weight": round(8 * sum(sizes[key] for key in packed) / count, 2),
+        "bytes": sum(sizes.values()),
+    }
 
 
 def describe(config: Llama4Config) -> dict[str, Any]:
@@ -91,6 +118,13 @@ def table(name: str, facts: dict[str, Any]) -> str:
         )
     else:
         lines["vision"] = "none"
+    if stored := facts.get("quantization"):
+        lines["quantised"] = f"{stored['quant_method']}, {stored['format']}"
+        if "bytes" in stored:
+            lines["quantised"] += (
+                f": {' and '.join(stored['formats'])}; {_short(stored['quantized_parameters'])} weights of "
+                f"{stored['bits_per_weight']} bits, scales included; {_size(stored['bytes'])} in all"
+            )
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])

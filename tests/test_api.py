@@ -222,7 +222,11 @@ def test_max_context(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int4"}, "quantization='int4' is not in this release; leave it at None"),
+        ({"quantization": "int2"}, "quantization='int2' is not known; choose one of int4, int8, fp8"),
+        (
+            {"quantization": "int4"},
+            "48 inputs and 64 outputs; int4 takes multiples of 32 and of 16: choose int8 or fp8",
+        ),
         ({"dtype": "int8"}, "dtype='int8' is not supported; choose 'auto' or one of bfloat16"),
         ({"device": "abacus"}, "device='abacus' cannot be used .* try 'auto', 'cpu'"),
         ({"experts": "many"}, "experts='many' is not known; choose 'auto'"),
@@ -249,9 +253,9 @@ def broken(directory: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-def test_a_quantised_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
-    path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "compressed-tensors"})
-    with pytest.raises(ValueError, match=r"quantised \('compressed-tensors'\).*use its bf16 checkpoint"):
+def test_a_checkpoint_quantised_in_another_way_is_refused(directory: Path, tmp_path: Path) -> None:
+    path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match=r"quantised by 'awq', which this library does not read.*or in bf16"):
         Llama4.from_pretrained(path)
 
 

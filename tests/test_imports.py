@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LINES = (
     "vision",
-    "llama4.errors",
+    "llama4.errors llama4.quantization",
     "llama4.config",
     "llama4.packing llama4.tokenizer llama4.tool_calls llama4.drawings",
     "llama4.layers llama4.cache llama4.experts llama4.chat llama4.sampling",

@@ -22,10 +22,8 @@ class Format:
     kind: str
     group_size: int | None = None
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the matrix, with a scale of 16 bits per group; those of whole rows are not worth counting."""
-        return (4 if self.kind == "int4" else 8) + (16 / self.group_size if self.group_size else 0)
+    def __str__(self) -> str:
+        return f"{self.kind}, a scale per {f'{self.group_size} weights' if self.group_size else 'output'}"
 
 
 Plan = Mapping[str, Format]

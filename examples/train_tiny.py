@@ -116,14 +116,18 @@ class Lesson:
     questions: int
     text_share: float
     pair_share: float
+    caption_share: float = 0.5
+    alike_share: float = 0.25
 
 
 def lesson_at(done: float, rng: random.Random) -> Lesson:
     """Small pictures of few shapes first, then more and more of the whole range; small ones, which cost a fifth of the
-    time, never leave. `done` is the share of the run behind us."""
+    time, never leave. At last captions and texts become rare: they are the most of the loss, and hide the rest. `done`
+    is the share of the run behind us."""
+    late = {"caption_share": 0.1, "alike_share": 0.35} if done > 0.6 else {}
     if rng.random() > min(0.65, 0.1 + done / 0.3):
-        return Lesson((60, 112), min(6, 1 + int(done * 60)), 10, 0.03, 0.03)
-    return Lesson((60, 1200), 6, 12, 0.12, 0.1)
+        return Lesson((60, 112), min(6, 1 + int(done * 60)), 10, 0.03, 0.03, **late)
+    return Lesson((60, 1200), 6, 12, 0.04 if late else 0.12, 0.1, **late)
 
 
 class Conversations(Dataset[Sample]):
@@ -144,7 +148,7 @@ class Conversations(Dataset[Sample]):
 
     def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
         def scene() -> drawings.Scene:
-            if lesson.most_shapes == 6 and rng.random() < 0.25:  # five or six alike are rare by themselves
+            if lesson.most_shapes == 6 and rng.random() < lesson.alike_share:  # many alike are rare by themselves
                 kind = rng.choice(("count_shape", "count_colour"))
                 return drawings.fresh_question(rng, kind, sides=lesson.sides)[0][0]
             with_text = rng.random() < lesson.text_share
@@ -159,7 +163,7 @@ class Conversations(Dataset[Sample]):
             return scenes, [drawings.ask_pair(scenes[0], scenes[1], rng) for _ in range(lesson.questions * 2 // 3)]
         one = scene()
         questions = drawings.ask_many(one, rng, lesson.questions)
-        if one.shapes and rng.random() < 0.5:  # everything that is there, last, so that no answer can be copied from it
+        if one.shapes and rng.random() < lesson.caption_share:  # last, so that no answer can be copied from it
             questions = [q for q in questions if q.kind != "caption"] + [drawings.ask(one, rng, "caption")]
         return [one], questions
 
@@ -603,7 +607,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
     parser.add_argument("--see-steps", type=int, default=500, help="steps of learning to see")
     parser.add_argument("--see-batch", type=int, default=64, help="pictures in each of them, over all processes")
-    parser.add_argument("--steps", type=int, default=5200, help="steps in all; the others are of learning to answer")
+    parser.add_argument("--steps", type=int, default=4400, help="steps in all; the others are of learning to answer")
     parser.add_argument("--batch", type=int, default=24, help="conversations in each of them, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)

@@ -110,6 +110,7 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     model.add_argument("--revision", help="branch, tag or commit on the Hub")
     model.add_argument("--dtype", default="auto", help="bfloat16, float16, float32, float64 (default: auto)")
+    model.add_argument("--quantization", metavar="SCHEME", help=f"while loading: {', '.join(SCHEMES)}")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     model.add_argument("--experts", default="auto", help="loop or grouped (default: auto)")
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
@@ -137,6 +138,7 @@ def _load(options: argparse.Namespace) -> Llama4:
         revision=options.revision,
         device=options.device,
         dtype=options.dtype,
+        quantization=options.quantization,
         experts=options.experts,
         max_context=options.max_context,
     )

@@ -67,6 +67,28 @@ def test_generate_as_a_process(directory: Path, picture: str, llm: Llama4) -> No
     assert done.stdout.decode() == expected + "\n"
 
 
+def test_quantize_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture: str) -> None:
+    """The embedded model in a quarter of the bits, asked through its own directory and quantised while loading."""
+    target = str(tmp_path / "small")
+    assert run(capsys, "quantize", "tiny", target, "--scheme", "int4", "--head", "--shard-gb", "0.002") == (0, "", "")
+    assert len(list((tmp_path / "small").glob("model-*-of-*.safetensors"))) > 1
+    facts = json.loads(run(capsys, "info", target, "--json")[1])["quantization"]
+    assert facts["format"] == "pack-quantized"
+    assert facts["formats"] == ["int4, a scale per 32 weights"]
+    assert facts["bits_per_weight"] == 4.5
+    on_disk = sum(path.stat().st_size for path in Path(target).glob("*.safetensors"))
+    assert 0.95 * on_disk < facts["bytes"] < on_disk, "what is not weights is headers"
+    assert "int4, a scale per 32 weights; " in run(capsys, "info", target)[1]
+    ask = ("generate", "--image", picture, *LIMIT, "What colour is it?")
+    answer = run(capsys, *ask, "--model", target)
+    assert answer[0] == 0
+    code, _, error = run(capsys, "quantize", "tiny", target, "--scheme", "int4")
+    assert (code, "exists already; choose a new directory" in error) == (1, True)
+    code, _, error = run(capsys, *ask, "--quantization", "int1")
+    assert (code, "quantization='int1' is not known; choose one of int4" in error) == (1, True)
+    assert run(capsys, *ask, "--quantization", "int8")[0] == 0
+
+
 def test_question_from_stdin(directory: Path, llm: Llama4) -> None:
     done = llama4("generate", "--model", str(directory), *LIMIT, "-", stdin="naïve 東京?\n".encode())
     assert done.stdout.decode() == llm.chat("naïve 東京?", max_new_tokens=12).text + "\n"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from llama4.bench import parity, vqa
+from llama4.bench import parity, quantization, vqa
 
-BENCHES: dict[str, Callable[[Sequence[str]], int]] = {"parity": parity.main, "vqa": vqa.main}
+BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
+    "parity": parity.main,
+    "quantization": quantization.main,
+    "vqa": vqa.main,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
-from llama4.weights import compressed
+from llama4.weights import compressed, fbgemm
 from llama4.weights.meta import MetaSource
 from llama4.weights.params import is_meta, read_params
 from llama4.weights.source import Source, open_source
@@ -32,10 +32,12 @@ def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
     config = read_config(directory)
     if (quantization := config.quantization_config) is not None:
         method = quantization.get("quant_method", "unknown")
+        if method == fbgemm.METHOD:
+            return config, fbgemm.FbgemmSource(open_source(directory))
         if method != compressed.METHOD:
             raise CheckpointError(
                 f"{directory} is quantised by {method!r}, which this library does not read; take one in the format "
-                f"{compressed.METHOD!r}, or in bf16"
+                f"{compressed.METHOD!r} or {fbgemm.METHOD!r}, or in bf16"
             )
         compressed.read_groups(quantization)  # refuses before anything is opened
         return config, compressed.CompressedSource(open_source(directory), quantization)

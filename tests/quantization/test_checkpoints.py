@@ -25,6 +25,7 @@ from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
+from llama4.weights.saver import ModelSource
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))
@@ -194,6 +195,37 @@ def test_we_read_what_compressed_tensors_writes(
     assert {module.format.kind for _, module in packed(ours)} == {kind}
     assert any("self_attn" in name for name, _ in packed(ours)) == (not ignore)
     assert_equal(ours, other)
+
+
+@torch.inference_mode()
+def test_fbgemm_checkpoints(plain: Path, tmp_path: Path) -> None:
+    """The codes and scales of our own FP8, in the layout of transformers' modules: the same model to the bit."""
+    from transformers.integrations.fbgemm_fp8 import FbgemmFp8Llama4TextExperts
+
+    truth, written = loaded(plain, "fp8"), dict[str, Tensor]()
+    with torch.device("meta"):
+        experts = FbgemmFp8Llama4TextExperts(reference_config(head_dim=32).text_config)
+    shapes = {name: parameter.shape for name, parameter in experts.named_parameters()}
+    source = ModelSource(truth)
+    for key in source.keys():  # noqa: SIM118
+        path, _, part = key.rpartition(".")
+        if path not in source.plan:
+            written[key] = source.tensor(key)
+            continue
+        tensor, scale = source.tensor(key), part == "weight_scale"
+        name = path.rpartition(".")[2] + ("_scale" if scale else "")
+        turned = tensor if name == "down_proj_scale" else tensor.mT.contiguous()
+        assert turned.shape == shapes[name]
+        written[path + ("_scale" if scale else "")] = turned
+    directory = config_with(tmp_path / "model", plain, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0})
+    save_file(written, directory / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(loaded(directory)(IDS), truth(IDS))
+    convert(directory, tmp_path / "converted", "hf", progress=False)
+    assert torch.equal(loaded(tmp_path / "converted")(IDS), truth(IDS))
+    broken = next(key for key, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn)
+    save_file(written | {broken: written[broken].float()}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"must be float8_e4m3fn"):
+        loaded(directory)
 
 
 def config_with(target: Path, source: Path, content: object) -> Path:

@@ -24,7 +24,7 @@ class Fp8Weight(PackedWeight):
         return {"weight": (shape, E4M3), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
 
     @classmethod
-    def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         codes, scale = to_fp8(weight_OI, weight_OI.dtype)
         return {"weight": codes, "weight_scale": scale}
 

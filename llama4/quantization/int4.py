@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -67,14 +68,10 @@ class Int4Weight(PackedWeight):
         }
 
     @classmethod
-    def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         assert format.group_size is not None
-        packed, scales = [], []
-        for rows in weight_OI.split(ROWS):
-            codes, scale = quantize_groups(rows.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
-            packed.append(pack(codes.flatten(-2)))
-            scales.append(scale.squeeze(-1))
-        return {"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}
+        codes, scale = quantize_groups(weight_OI.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
+        return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
 
     def arrange(self, dtype: torch.dtype) -> None:
         """Into the layout of `_weight_int4pack_mm_for_cpu`: shuffled codes [.., O, I / 2] and, per group and output, a
@@ -98,6 +95,13 @@ class Int4Weight(PackedWeight):
     @property
     def is_arranged(self) -> bool:
         return self.weight_packed.dtype == torch.uint8
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """What leaves the CPU leaves its kernel's order behind."""
+        if self.is_arranged and fn(self.weight_packed.data[:0]).device.type != "cpu":
+            for part, values in [(part, self.portable(part)) for part in self.parts]:
+                self.register_parameter(part, nn.Parameter(values, requires_grad=False))
+        return super()._apply(fn, recurse)
 
     @property
     def scale_dtype(self) -> torch.dtype:

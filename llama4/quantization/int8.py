@@ -19,7 +19,7 @@ class Int8Weight(PackedWeight):
         return {"weight": (shape, torch.int8), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
 
     @classmethod
-    def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         wide = weight_OI.float()
         scale = positive(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
         codes = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)

@@ -47,7 +47,12 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        """A matrix in this format; scales have its dtype."""
+        """The parts of a matrix in this format; scales have its dtype. A few rows are worked on at a time."""
+        blocks = [cls.quantize_rows(rows, format) for rows in weight_OI.split(ROWS)]
+        return {part: torch.cat([block[part] for block in blocks]) for part in cls.parts}
+
+    @classmethod
+    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         raise AssertionError("a format computes")
 
     def arrange(self, dtype: torch.dtype) -> None:
@@ -73,7 +78,7 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As a Linear without bias: [..., I] -> [..., O]."""
-        return self.product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        return self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[-2])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves go through; casts do not: the bits are what they are, and the scales belong to them."""

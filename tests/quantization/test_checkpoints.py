@@ -390,25 +390,67 @@ quantize(sys.argv[1], sys.argv[2], "int8", max_shard_bytes=8_000_000, progress=F
 """
 
 
-def test_a_checkpoint_larger_than_memory(plain: Path, tmp_path: Path) -> None:
-    """Over twenty shards, 250 MB, through a process that may take 120 MB more."""
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """250 MB in over twenty shards."""
     config = reference_config(hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=20)
     with torch.device("meta"):
         model = ReferenceModel(config)
-    directory = tmp_path / "wide"
+    directory = tmp_path_factory.mktemp("wide") / "model"
     model.to_empty(device="cpu").bfloat16()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     model.save_pretrained(directory, max_shard_size="12MB")
-    shards = list(directory.glob("model-*.safetensors"))
+    return directory
+
+
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def test_a_checkpoint_larger_than_memory(plain: Path, wide: Path, tmp_path: Path) -> None:
+    """Through a process that may take half of its size."""
     limit = 120_000_000
-    assert len(shards) >= 20
-    assert sum(path.stat().st_size for path in shards) > 2 * limit
-    with run(LIMITED, directory, tmp_path / "out", plain, limit) as child:
+    assert len(list(wide.glob("model-*.safetensors"))) >= 20
+    assert size_of(wide) > 2 * limit
+    with run(LIMITED, wide, tmp_path / "out", plain, limit) as child:
         _, errors = child.communicate()
     assert child.returncode == 0, errors
-    packed_config, source = open_checkpoint(tmp_path / "out")
+    config, source = open_checkpoint(tmp_path / "out")
     with torch.device("meta"):
-        small = Llama4Model(packed_config)
+        small = Llama4Model(config)
     swap_modules(small, source.plan)
     load(small, source)
+
+
+WATCHED = """
+import sys, threading, time
+from llama4.api import Llama4
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+Llama4.from_pretrained(sys.argv[2], quantization="int8", progress=False)  # imports and lazy initialisation
+before = peak = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+llm = Llama4.from_pretrained(sys.argv[1], quantization="int8", dtype="bfloat16", progress=False)
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+def test_quantising_while_loading_takes_the_packed_model_and_one_tensor(
+    plain: Path, wide: Path, tmp_path: Path
+) -> None:
+    """Memory that is the process's own; the file's pages are the system's to drop."""
+    quantize(wide, tmp_path / "packed", "int8", progress=False)
+    with run(WATCHED, wide, plain) as child:
+        output, errors = child.communicate()
+    assert child.returncode == 0, errors
+    largest = 16 * 256 * 1024 * 2
+    assert 0.8 * size_of(tmp_path / "packed") < int(output) < size_of(tmp_path / "packed") + largest + 20e6

@@ -139,6 +139,23 @@ def test_casts_and_copies_keep_the_bits(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_what_leaves_the_cpu_is_portable_again(format: Format) -> None:
+    module = packed(normal(2, 64, 128).bfloat16(), format).to("meta")
+    for part, (shape, dtype) in module.part_shapes(format, (2, 64, 128)).items():
+        assert module.portable(part).shape == shape
+        assert module.portable(part).dtype == dtype
+        assert module.portable(part).device.type == "meta"
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_a_matrix_is_quantised_a_few_rows_at_a_time(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PACKED[format.kind].quantize(normal(112, 128), format)
+    monkeypatch.setattr("llama4.quantization.packed.ROWS", 32)
+    for part, values in PACKED[format.kind].quantize(normal(112, 128), format).items():
+        assert torch.equal(values.view(torch.uint8), whole[part].view(torch.uint8))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_experts_are_those_of_the_dequantised_matrices(format: Format) -> None:
     config = TextConfig(hidden_size=128, intermediate_size=128, num_local_experts=5)
     plain = LoopExperts(config)

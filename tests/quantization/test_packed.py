@@ -84,8 +84,11 @@ def test_product_is_that_of_the_dequantised_matrix(
     format: Format, arrange: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the device's kernel, and in blocks where it has none. Of fp8 with the inputs rounded in the same way."""
-    if not arrange:
-        monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device: False)
+    if arrange:
+        monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device: True)
+        monkeypatch.setattr("llama4.quantization.int8.FEW", 100)
+    else:
+        monkeypatch.setattr("llama4.quantization.int8.FEW", 0)
         monkeypatch.setattr("llama4.quantization.packed.ROWS", 40)
     module = packed(normal(112, 256).to(dtype), format, arrange=arrange)
     x = normal(2, 9, 256, seed=2).to(dtype)
@@ -98,6 +101,12 @@ def test_product_is_that_of_the_dequantised_matrix(
     assert module(x).shape == (2, 9, 112)
     assert relative(module(x), truth) < (1e-6 if dtype == torch.float32 else 1e-2 if dtype == torch.bfloat16 else 2e-3)
     assert module(x[:0]).shape == (0, 9, 112)
+
+
+def test_every_code_of_e4m3() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes[(codes & 127) != 127]  # the others are NaN
+    assert torch.equal(fp8.from_fp8(numbers).float(), numbers.view(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (48, 96), (64, 128), (1040, 64), (3, 80, 64)])

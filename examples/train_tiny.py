@@ -607,7 +607,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the vocabulary, the checkpoint, the log and the model")
     parser.add_argument("--see-steps", type=int, default=500, help="steps of learning to see")
     parser.add_argument("--see-batch", type=int, default=64, help="pictures in each of them, over all processes")
-    parser.add_argument("--steps", type=int, default=4400, help="steps in all; the others are of learning to answer")
+    parser.add_argument("--steps", type=int, default=4200, help="steps in all; the others are of learning to answer")
     parser.add_argument("--batch", type=int, default=24, help="conversations in each of them, over all processes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)

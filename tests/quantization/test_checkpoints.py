@@ -447,10 +447,11 @@ print(peak - before)
 def test_quantising_while_loading_takes_the_packed_model_and_one_tensor(
     plain: Path, wide: Path, tmp_path: Path
 ) -> None:
-    """Memory that is the process's own; the file's pages are the system's to drop."""
+    """Memory that is the process's own; the file's pages are the system's to drop. What malloc keeps of freed blocks is
+    allowed for; the unquantised model would be 250 MB more."""
     quantize(wide, tmp_path / "packed", "int8", progress=False)
     with run(WATCHED, wide, plain) as child:
         output, errors = child.communicate()
     assert child.returncode == 0, errors
     largest = 16 * 256 * 1024 * 2
-    assert 0.8 * size_of(tmp_path / "packed") < int(output) < size_of(tmp_path / "packed") + largest + 20e6
+    assert 0.8 * size_of(tmp_path / "packed") < int(output) < size_of(tmp_path / "packed") + largest + 60e6

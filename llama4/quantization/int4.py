@@ -15,8 +15,6 @@ SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)
 """Where the range of a group may end, in parts of its largest weight: clipping a few lets all others be finer."""
 LARGEST = 7.5
 """Codes are -8 to 7: what a range's end is divided by, as in compressed-tensors."""
-FEW = 8
-"""Tokens up to which the CPU's kernel is the faster way."""
 PANEL = 64
 """Rows among which the CPU's kernel shuffles its codes; a multiple of what any processor takes."""
 
@@ -131,14 +129,11 @@ class Int4Weight(PackedWeight):
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
-        if self.is_arranged and len(x_NI) <= FEW and x_NI.dtype != torch.float64:
+        if self.is_arranged:
             out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x_NI.contiguous(), packed, self.format.group_size, scale.to(x_NI.dtype)
             )
             return out
-        if self.is_arranged:
-            scales = scale[..., 0].mT
-            return in_blocks(lambda rows: self._scaled(unshuffled(packed[rows]), scales[rows]), len(packed), x_NI)
         return in_blocks(lambda rows: self._scaled(unpack(packed[rows]), scale[rows]), len(packed), x_NI)
 
 

@@ -327,7 +327,7 @@ def test_any_calls_in_any_form_are_found(calls: list[tuple[str, dict[str, Any]]]
         "[f(a=1), 5]",
         "[f(**{'a': 1})]",
         "[f(a='x)]",
-        "[f(a=__import__('os').system('touch /tmp/x'))]",
+        "[f(a=__import__('os').system('touch x'))]",
         "[(lambda: 1)()]",
         "[f().g(a=1)]",
         "[f(a=9**9**9)]",

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,9 +27,8 @@ from torch import Tensor
 
 from llama4 import hub
 from llama4.api import EMBEDDED, Llama4
-from llama4.bench.vqa import evaluate, wilson
+from llama4.bench.vqa import evaluate, exam, wilson
 from llama4.convert import quantize
-from llama4.drawings import draw, fresh_question
 from llama4.quantization.schemes import SCHEMES
 
 CORE = ("colour", "shape", "count", "count_shape", "count_colour", "exists", "relation")
@@ -123,18 +120,13 @@ def _median(run: Callable[[], None]) -> float:
 
 def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
     """Logits at every token of the right answers to fresh questions, and those tokens."""
-    rng, kept = random.Random("divergence"), list[tuple[Tensor, Tensor]]()
+    kept = list[tuple[Tensor, Tensor]]()
     for kind in CORE:
-        for _ in range(pictures):
-            scenes, questions = fresh_question(rng, kind)
-            messages = []
-            for i, question in enumerate(questions):
-                images = [{"type": "image", "image": draw(scene)} for scene in scenes] if i == 0 else []
-                messages.append({"role": "user", "content": [*images, {"type": "text", "text": question.text}]})
-                messages.append({"role": "assistant", "content": question.answer})
-            prompt, whole = llm.processor(messages[:-1]), llm.processor(messages, add_generation_prompt=False)
+        for messages, question in exam(kind, pictures, seed=1):
+            answer = {"role": "assistant", "content": question.answer}
+            begin = llm.processor(messages).input_ids.shape[1]
+            whole = llm.processor([*messages, answer], add_generation_prompt=False)
             logits = llm.model(whole.input_ids, pixel_values=whole.pixel_values)[0]
-            begin = prompt.input_ids.shape[1]
             kept.append((logits[begin - 1 : -1], whole.input_ids[0, begin:]))
     logits, targets = zip(*kept, strict=True)
     return torch.cat(logits), torch.cat(targets)

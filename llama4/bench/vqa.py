@@ -58,11 +58,14 @@ def evaluate(
     if per_kind < 1 or batch_size < 1:
         raise ValueError(f"per_kind and batch_size must be at least 1, got {per_kind} and {batch_size}")
     return [
-        _row(kind, list(_judge(answer, _exam(kind, per_kind, seed, sides), batch_size, on_answer))) for kind in kinds
+        _row(kind, list(_judge(answer, exam(kind, per_kind, seed, sides), batch_size, on_answer))) for kind in kinds
     ]
 
 
-def _exam(kind: str, n: int, seed: int, sides: tuple[int, int]) -> Iterator[tuple[Messages, Question]]:
+def exam(
+    kind: str, n: int, seed: int, sides: tuple[int, int] = (60, 1200)
+) -> Iterator[tuple[Messages, Question]]:
+    """Conversations that end with a question of this kind, and that question."""
     rng = random.Random(f"exam {seed} {kind}")
     for _ in range(n):
         scenes, questions = fresh_question(rng, kind, sides=sides)
@@ -82,12 +85,12 @@ def _said(text: str) -> dict[str, Any]:
 
 def _judge(
     answer: Answer,
-    exam: Iterator[tuple[Messages, Question]],
+    items: Iterator[tuple[Messages, Question]],
     batch_size: int,
     on_answer: Callable[[Question, str, bool], None] | None,
 ) -> Iterator[bool]:
     batch: list[tuple[Messages, Question]] = []
-    for item in exam:
+    for item in items:
         batch.append(item)
         if len(batch) == batch_size:
             yield from _judge_batch(answer, batch, on_answer)

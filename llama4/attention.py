@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from llama4.cache import LayerCache
 from llama4.config import TextConfig
-from llama4.layers import attention_temperature, rms_normalise, rope_rotation, rotate
+from llama4.kernels import cpu
+from llama4.kernels.dense import Linear
+from llama4.layers import attention_temperature, rope_rotation, turn
 from llama4.packing import Packing
 
 QUERY_BLOCK = 1024
@@ -25,8 +27,8 @@ class Turns:
         precision = torch.promote_types(dtype, torch.float32)
         windows = {config.window(i) for i in range(config.num_hidden_layers) if config.uses_rope(i)}
         positions = packing.positions_N
-        self.rotations = {w: rope_rotation(config, positions, w, precision)[:, None] for w in windows}
-        self.temperature = attention_temperature(config, positions, precision)[:, None, None]
+        self.rotations = {w: rope_rotation(config, positions, w, precision) for w in windows}
+        self.temperature = attention_temperature(config, positions, precision)
 
 
 def causal_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor) -> Tensor:
@@ -48,15 +50,18 @@ def causal_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
-def step_attention(q_BHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, slots_B: Tensor, ragged: bool) -> Tensor:
-    """One query per row against that row's keys [0, slot]. The queries of a group share their key head. -> [B, H,
-    C]."""
+def step_attention(q_BHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, lengths_B: Tensor, ragged: bool) -> Tensor:
+    """One query per row against the first `lengths` keys of that row; the queries of a group share their key head.
+    -> [B, H, C]."""
     B, H, C = q_BHC.shape
+    if k_BKSC.dtype == q_BHC.dtype and cpu.usable(H * C, q_BHC, k_BKSC, v_BKSC):
+        return cpu.attend(q_BHC, k_BKSC, v_BKSC, lengths_B)
     mask = None
     if ragged:
-        mask = (torch.arange(k_BKSC.shape[2], device=slots_B.device) <= slots_B[:, None])[:, None, None]
+        mask = (torch.arange(k_BKSC.shape[2], device=lengths_B.device) < lengths_B[:, None])[:, None, None]
     grouped = q_BHC.view(B, k_BKSC.shape[1], -1, C)
-    return F.scaled_dot_product_attention(grouped, k_BKSC, v_BKSC, mask).reshape(B, H, C)
+    keys, values = k_BKSC.to(q_BHC.dtype), v_BKSC.to(q_BHC.dtype)
+    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(B, H, C)
 
 
 class Attention(nn.Module):
@@ -70,24 +75,19 @@ class Attention(nn.Module):
         self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None
         self.uses_temperature = config.attn_temperature_tuning and not self.uses_rope
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_ND: Tensor, packing: Packing, turns: Turns, cache: LayerCache | None) -> Tensor:
         q_NHC, k_NKC, v_NKC = (
             projection(x_ND).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.uses_rope:
-            rotation = turns.rotations[self.window]
-            q_NHC, k_NKC = rotate(q_NHC, rotation), rotate(k_NKC, rotation)
-        if self.qk_norm_eps is not None:
-            q_NHC, k_NKC = rms_normalise(q_NHC, self.qk_norm_eps), rms_normalise(k_NKC, self.qk_norm_eps)
-        if self.uses_temperature:
-            q_NHC = q_NHC * turns.temperature
-        q_NHC, k_NKC = q_NHC.type_as(v_NKC), k_NKC.type_as(v_NKC)
+        rotation = turns.rotations[self.window] if self.uses_rope else None
+        temperature = turns.temperature if self.uses_temperature else None
+        q_NHC, k_NKC = turn(q_NHC, k_NKC, rotation, self.qk_norm_eps, temperature)
         out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, packing, cache).flatten(1))
         return out
 
@@ -95,10 +95,9 @@ class Attention(nn.Module):
         self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, packing: Packing, cache: LayerCache | None
     ) -> Tensor:
         if cache is not None and packing.is_step:
-            slots, longest = packing.slots(self.window)
-            keys, values = cache.step(packing, k_NKC, v_NKC)
-            ragged = any(segment.past != longest for segment in packing.segments(self.window))
-            return step_attention(q_NHC, keys.to(q_NHC.dtype), values.to(q_NHC.dtype), slots, ragged)
+            step = packing.step(self.window)
+            keys, values = cache.step(step, k_NKC, v_NKC)
+            return step_attention(q_NHC, keys, values, step.lengths_B, step.is_ragged)
         pieces = []
         for segment in packing.segments(self.window):
             new = slice(segment.start, segment.end)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.packing import Packing, Segment
+from llama4.packing import Packing, Segment, Step
 
 
 class LayerCache:
@@ -54,14 +54,15 @@ class LayerCache:
             held[segment.row, :, past:end] = new
         return self.keys[segment.row, :, :end], self.values[segment.row, :, :end]
 
-    def step(self, packing: Packing, keys_BKC: Tensor, values_BKC: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, step: Step, keys_BKC: Tensor, values_BKC: Tensor) -> tuple[Tensor, Tensor]:
         """Keep one new token of every row; return keys and values up to the longest row, each [B, K, S, C]."""
-        slots, longest = packing.slots(self.window)
-        self.reserve(longest + 1)
-        rows = torch.arange(len(slots), device=slots.device)
-        self.keys[rows, :, slots] = keys_BKC.to(self.keys.dtype)
-        self.values[rows, :, slots] = values_BKC.to(self.values.dtype)
-        return self.keys[:, :, : longest + 1], self.values[:, :, : longest + 1]
+        self.reserve(step.longest)
+        for held, new_BKC in ((self.keys, keys_BKC), (self.values, values_BKC)):
+            if step.is_ragged:
+                held[torch.arange(len(new_BKC), device=held.device), :, step.lengths_B - 1] = new_BKC.to(held.dtype)
+            else:
+                held[:, :, step.longest - 1] = new_BKC
+        return self.keys[:, :, : step.longest], self.values[:, :, : step.longest]
 
 
 class Cache:

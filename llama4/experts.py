@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
+from llama4.kernels.dense import project
+from llama4.layers import swiglu
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +57,21 @@ class LoopExperts(Experts):
     name = "loop"
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        outputs = []
-        for expert, x_nD in enumerate(x_ND.split(num_tokens_per_expert_E.tolist())):
-            if len(x_nD):
-                gate, up = (x_nD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-                outputs.append((F.silu(gate) * up) @ self.down_proj[expert])
-        return torch.cat(outputs) if outputs else x_ND
+        outputs, start = [], 0
+        for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
+            if count:
+                x_nD = x_ND[start : start + count]
+                hidden_nF = swiglu(*project(x_nD, self.gate_up_proj[expert]).chunk(2, dim=-1))
+                outputs.append(project(hidden_nF, self.down_proj[expert]))
+                start += count
+        return joined(outputs, x_ND)
+
+
+def joined(outputs: list[Tensor], x_ND: Tensor) -> Tensor:
+    """What the experts gave, in the order of the rows."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs) if outputs else x_ND
 
 
 class GroupedExperts(Experts):
@@ -78,8 +89,8 @@ class GroupedExperts(Experts):
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(x_ND, self.gate_up_proj, offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=ends)
+        hidden_NF = swiglu(*F.grouped_mm(x_ND, self.gate_up_proj, offs=ends).chunk(2, dim=-1))
+        return F.grouped_mm(hidden_NF, self.down_proj, offs=ends)
 
 
 BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts)}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
+from llama4.kernels import cpu
+from llama4.kernels.dense import Linear
 from vision.encoder import rotate, unit_numbers
 
 __all__ = [
@@ -22,7 +24,8 @@ __all__ = [
     "rms_normalise",
     "rope_frequencies",
     "rope_rotation",
-    "rotate",
+    "swiglu",
+    "turn",
 ]
 
 
@@ -46,6 +49,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and cpu.usable(len(self.weight), x, self.weight):
+            return cpu.rms_norm(x, self.weight, self.eps)
         return (rms_normalise(x, self.eps) * self.weight).type_as(self.weight)
 
 
@@ -54,13 +59,20 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x_ND), self.up_proj(x_ND)))
         return out
+
+
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020); both may be halves of one tensor."""
+    if gate_NF.ndim == 2 and gate_NF.stride() == up_NF.stride() and cpu.usable(gate_NF.shape[1], gate_NF, up_NF):
+        return cpu.swiglu(gate_NF, up_NF)
+    return F.silu(gate_NF) * up_NF
 
 
 def rope_frequencies(config: TextConfig) -> Tensor:
@@ -105,3 +117,22 @@ def attention_temperature(config: TextConfig, positions_N: Tensor, dtype: torch.
     """
     steps = torch.div(positions_N + 1, config.floor_scale, rounding_mode="floor")
     return (torch.log1p(steps.to(torch.float64)) * config.attn_scale + 1.0).to(dtype)
+
+
+def turn(
+    q_NHC: Tensor, k_NKC: Tensor, rotation: Tensor | None, eps: float | None, temperature_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What positions do to queries and keys: RoPE, then QK-norm, then a temperature on the queries, each where it is
+    given. In float32 or better, and back to their dtype."""
+    if rotation is None and eps is None and temperature_N is None:
+        return q_NHC, k_NKC
+    if cpu.usable(q_NHC.shape[1] * q_NHC.shape[2], q_NHC, k_NKC):
+        return cpu.turn(q_NHC, rotation, eps, temperature_N), cpu.turn(k_NKC, rotation, eps, None)
+    q, k = q_NHC, k_NKC
+    if rotation is not None:
+        q, k = rotate(q, rotation[:, None]), rotate(k, rotation[:, None])
+    if eps is not None:
+        q, k = rms_normalise(q, eps), rms_normalise(k, eps)
+    if temperature_N is not None:
+        q = q * temperature_N[:, None, None]
+    return q.type_as(q_NHC), k.type_as(k_NKC)

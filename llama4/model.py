@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4 import decoding
 from llama4.attention import Attention, Turns
 from llama4.cache import Cache, LayerCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.experts import Experts, LoopExperts
+from llama4.kernels.dense import Linear
 from llama4.layers import FeedForward, RMSNorm, widened
 from llama4.moe import MixtureOfExperts
 from llama4.packing import Packing, make_packing
@@ -55,6 +57,9 @@ class Decoder(nn.Module):
     def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
         turns = Turns(self.config, packing, self.norm.weight.dtype)
         x_ND = widened(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
+        if (plan := decoding.plan(self.layers, x_ND, packing, cache)) is not None and cache is not None:
+            normed: Tensor = self.norm(decoding.run(plan, self.layers, x_ND, packing, turns, cache))
+            return normed
         for i, layer in enumerate(self.layers):
             run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
             x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
@@ -68,7 +73,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
         super().__init__()
         self.model = Decoder(config, experts)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -34,6 +34,22 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One new token in every row: its slot in the cache of a layer, and how many keys it sees there, with its own."""
+
+    slots: list[int]
+    lengths_B: Tensor
+
+    @property
+    def longest(self) -> int:
+        return max(self.slots) + 1
+
+    @property
+    def is_ragged(self) -> bool:
+        return min(self.slots) + 1 != self.longest
+
+
+@dataclass(frozen=True)
 class Packing:
     """Where each row's tokens stand in the packed run, and at which positions of their sequences.
 
@@ -49,7 +65,7 @@ class Packing:
     index_N: Tensor | None
     """Flat places b * T + t of the packed tokens; None if nothing is padded."""
     _segments: dict[int | None, list[Segment]] = field(default_factory=dict)
-    _slots: dict[int | None, tuple[Tensor, int]] = field(default_factory=dict)
+    _steps: dict[int | None, Step] = field(default_factory=dict)
 
     @property
     def is_step(self) -> bool:
@@ -107,12 +123,13 @@ class Packing:
             offset += length
         return segments
 
-    def slots(self, window: int | None) -> tuple[Tensor, int]:
-        """For a step: the cache slot of each row's token, [B], and the largest of them."""
-        if window not in self._slots:
+    def step(self, window: int | None) -> Step:
+        """Where a step's tokens go in layers with chunks of `window` tokens."""
+        if window not in self._steps:
             slots = [self._slot(row, start, window) for row, start in enumerate(self.starts)]
-            self._slots[window] = torch.tensor(slots, device=self.positions_N.device), max(slots)
-        return self._slots[window]
+            lengths = torch.tensor([slot + 1 for slot in slots], device=self.positions_N.device)
+            self._steps[window] = Step(slots, lengths)
+        return self._steps[window]
 
 
 def make_packing(

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llama4 import hub
 from llama4.api import EMBEDDED, Llama4
+from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes, seconds
 from llama4.bench.vqa import evaluate, exam, wilson
 from llama4.convert import quantize
 from llama4.quantization.schemes import SCHEMES
@@ -64,7 +65,8 @@ class Row:
 def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
     """In a fresh process: the figures, and the log-probabilities [N, V] that schemes are compared by."""
     torch.set_num_threads(task.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes()
+    reset_peak()
     llm = Llama4.from_pretrained(directory, progress=False)
     model, vocabulary = llm.model, llm.config.text.vocab_size
     ids = torch.randint(0, vocabulary - 256, (1, task.prompt), generator=torch.Generator().manual_seed(0))
@@ -82,17 +84,17 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
 
     spent: list[float] = []
     with torch.inference_mode():
-        prefill_seconds = _median(prefill)
+        prefill_seconds = seconds(prefill, REPEATS)
         for _ in range(REPEATS + 1):
             decode()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        peak = peak_bytes() - before
         logits, targets = _answers(llm, task.pictures) if task.pictures else (model(ids)[0, :-1], ids[0, 1:])
         log_probabilities = logits.float().log_softmax(-1)
         loss = F.nll_loss(log_probabilities, targets)
         row = Row(
             scheme,
             sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")),
-            peak / 1024,
+            peak / 2**20,
             task.prompt / prefill_seconds,
             task.reply / statistics.median(spent[1:]),
             loss.exp().item(),
@@ -106,16 +108,6 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
             )
             row.right, row.asked = sum(r.right for r in rows), sum(r.asked for r in rows)
     return row, log_probabilities
-
-
-def _median(run: Callable[[], None]) -> float:
-    run()
-    spent = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - begin)
-    return statistics.median(spent)
 
 
 def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:

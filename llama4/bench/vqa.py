@@ -62,9 +62,7 @@ def evaluate(
     ]
 
 
-def exam(
-    kind: str, n: int, seed: int, sides: tuple[int, int] = (60, 1200)
-) -> Iterator[tuple[Messages, Question]]:
+def exam(kind: str, n: int, seed: int, sides: tuple[int, int] = (60, 1200)) -> Iterator[tuple[Messages, Question]]:
     """Conversations that end with a question of this kind, and that question."""
     rng = random.Random(f"exam {seed} {kind}")
     for _ in range(n):

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from llama4.kernels import cpu
 from llama4.quantization.packed import PackedWeight, in_blocks, positive
 from llama4.quantization.schemes import Format
 
@@ -15,48 +16,61 @@ LARGEST = torch.finfo(E4M3).max
 
 
 class Fp8Weight(PackedWeight):
-    """e4m3 per weight, a scale per output; the inputs are rounded to e4m3 with a scale per token."""
+    """e4m3 per weight, a scale per output; the inputs are rounded to e4m3 with a scale per token. Both, per group of
+    inputs, if the format has groups.
+
+    The weights are held as bytes: torch cannot pickle e4m3.
+    """
 
     weight: nn.Parameter
 
     @classmethod
     def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"weight": (shape, E4M3), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
+        groups = shape[-1] // format.group_size if format.group_size else 1
+        return {"weight": (shape, E4M3), "weight_scale": ((*shape[:-1], groups), torch.bfloat16)}
 
     @classmethod
     def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         codes, scale = to_fp8(weight_OI, weight_OI.dtype)
         return {"weight": codes, "weight_scale": scale}
 
-    def arrange(self, dtype: torch.dtype) -> None:
-        """Held as bytes: torch cannot pickle e4m3."""
-        self.register_parameter("weight", nn.Parameter(self.weight.view(torch.uint8), requires_grad=False))
-
     def portable(self, part: str) -> Tensor:
         return super().portable(part).view(E4M3) if part == "weight" else super().portable(part)
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         scale = self._of(self.weight_scale, expert)
-        return self._of(self.weight, expert).view(E4M3).to(scale.dtype) * scale
+        groups = self._of(self.weight, expert).view(E4M3).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+        return (groups * scale[..., None]).flatten(-2)
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if not len(x_NI):
-            return x_NI.new_zeros(0, len(codes))
-        x_codes, x_scale = to_fp8(x_NI, torch.float32)
-        if has_fp8_matmul(x_NI.device):
-            out = torch._scaled_mm(
-                x_codes,
-                codes.view(E4M3).mT,
-                scale_a=x_scale,
-                scale_b=scale.mT.float().contiguous(),
-                out_dtype=x_NI.dtype if x_NI.dtype in (torch.bfloat16, torch.float32) else torch.float32,
-            )
-            return out.to(x_NI.dtype)
-        dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
-        rounded = (x_codes.float() * x_scale).to(dtype)
-        sums = in_blocks(lambda rows: from_fp8(codes[rows]).to(dtype), len(codes), rounded)
-        return (sums * scale.mT).to(x_NI.dtype)
+        if scale.shape[1] == 1:
+            return _product(x_NI, codes, scale)
+        groups = zip(
+            x_NI.chunk(scale.shape[1], -1), codes.chunk(scale.shape[1], -1), scale.split(1, dim=-1), strict=True
+        )
+        return torch.stack([_product(*group).float() for group in groups]).sum(0).to(x_NI.dtype)
+
+
+def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x W^T, where each row of x and of W has one scale."""
+    if not x_NI.shape[0]:
+        return x_NI.new_zeros(0, codes.shape[0])
+    x_codes, x_scale = to_fp8(x_NI, torch.float32)
+    if has_fp8_matmul(x_NI.device):
+        out = torch._scaled_mm(
+            x_codes,
+            codes.view(E4M3).mT,
+            scale_a=x_scale,
+            scale_b=scale.mT.float().contiguous(),
+            out_dtype=x_NI.dtype if x_NI.dtype in (torch.bfloat16, torch.float32) else torch.float32,
+        )
+        return out.to(x_NI.dtype)
+    if codes.is_contiguous() and cpu.takes_packed(x_NI, "fp8", scale):
+        return cpu.linear_fp8(x_codes.float() * x_scale, codes, scale).to(x_NI.dtype)
+    dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
+    sums = in_blocks(lambda rows: from_fp8(codes[rows]).to(dtype), codes.shape[0], x_codes.to(dtype))
+    return (sums * x_scale * scale.mT).to(x_NI.dtype)
 
 
 def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

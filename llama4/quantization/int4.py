@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from llama4.quantization.packed import ROWS, PackedWeight, in_blocks, positive
+from llama4.kernels import cpu
+from llama4.quantization.packed import PackedWeight, in_blocks, positive
 from llama4.quantization.schemes import Format
 
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)
 """Where the range of a group may end, in parts of its largest weight: clipping a few lets all others be finer."""
 LARGEST = 7.5
 """Codes are -8 to 7: what a range's end is divided by, as in compressed-tensors."""
-PANEL = 64
-"""Rows among which the CPU's kernel shuffles its codes; a multiple of what any processor takes."""
 
 
 def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,10 +48,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class Int4Weight(PackedWeight):
-    """Eight weights in an int32, a scale for every 128 or 32 of a row.
-
-    On a CPU the codes are shuffled once into the order of torch's kernel, which reads them where they lie.
-    """
+    """Eight weights in an int32, a scale for every 128 or 32 of a row."""
 
     weight_packed: nn.Parameter
     parts = ("weight_packed", "weight_scale")
@@ -73,90 +68,23 @@ class Int4Weight(PackedWeight):
         codes, scale = quantize_groups(weight_OI.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
         return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
 
-    def arrange(self, dtype: torch.dtype) -> None:
-        """Into the layout of `_weight_int4pack_mm_for_cpu`: shuffled codes [.., O, I / 2] and, per group and output, a
-        scale and a zero [.., G, O, 2]."""
-        packed, scale = self.weight_packed, self.weight_scale
-        if packed.device.type != "cpu":
-            return
-        self._scale_dtype = scale.dtype
-        codes = torch.empty(*packed.shape[:-1], packed.shape[-1] * 4, dtype=torch.uint8)
-        matrices = packed.reshape(-1, *packed.shape[-2:]), codes.view(-1, *codes.shape[-2:])
-        for matrix, shuffled in zip(*matrices, strict=True):
-            for rows in range(0, len(matrix), ROWS):
-                unsigned = unpack(matrix[rows : rows + ROWS]).int() + 8
-                shuffled[rows : rows + ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
-        zeros = torch.zeros_like(scale.mT, dtype=dtype)
-        self.register_parameter("weight_packed", nn.Parameter(codes, requires_grad=False))
-        self.register_parameter(
-            "weight_scale", nn.Parameter(torch.stack([scale.mT.to(dtype), zeros], dim=-1), requires_grad=False)
-        )
-
-    @property
-    def is_arranged(self) -> bool:
-        return self.weight_packed.dtype == torch.uint8
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """What leaves the CPU leaves its kernel's order behind."""
-        if self.is_arranged and fn(self.weight_packed.data[:0]).device.type != "cpu":
-            for part, values in [(part, self.portable(part)) for part in self.parts]:
-                self.register_parameter(part, nn.Parameter(values, requires_grad=False))
-        return super()._apply(fn, recurse)
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return self._scale_dtype if self.is_arranged else super().scale_dtype
-
-    def portable(self, part: str) -> Tensor:
-        if not self.is_arranged:
-            return super().portable(part)
-        if part == "weight_scale":
-            return self.weight_scale[..., 0].mT.to(self._scale_dtype).contiguous()
-        flat = self.weight_packed.detach().reshape(-1, *self.weight_packed.shape[-2:])
-        return torch.stack([pack(unshuffled(matrix)) for matrix in flat]).view(*self.shape[:-1], -1)
-
     def dequantize(self, expert: int | None = None) -> Tensor:
-        if self.is_arranged:
-            codes = unshuffled(self._of(self.weight_packed, expert))
-            scale = self._of(self.weight_scale, expert)[..., 0].mT
-        else:
-            codes, scale = unpack(self._of(self.weight_packed, expert)), self._of(self.weight_scale, expert)
-        return self._scaled(codes, scale)
-
-    def _scaled(self, codes: Tensor, scale: Tensor) -> Tensor:
-        groups = codes.unflatten(-1, (scale.shape[-1], -1)).to(scale.dtype)
-        return (groups * scale[..., None]).flatten(-2)
+        scale = self._of(self.weight_scale, expert)
+        return _dequantized(self._of(self.weight_packed, expert), scale, scale.dtype)
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
-        if self.is_arranged:
-            out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x_NI.contiguous(), packed, self.format.group_size, scale.to(x_NI.dtype)
-            )
-            return out
-        return in_blocks(lambda rows: self._scaled(unpack(packed[rows]), scale[rows]), len(packed), x_NI)
+        group_size = self.format.group_size
+        assert group_size is not None
+        if cpu.takes_int4(x_NI, scale, group_size):
+            if x_NI.shape[0] <= cpu.FEW:
+                return cpu.linear_int4(x_NI, packed, scale, group_size)
+            weight = partial(cpu.planes_int4, packed, scale, group_size, x_NI.dtype)
+            return in_blocks(weight, packed.shape[0], cpu.as_planes(x_NI))
+        dtype = torch.promote_types(x_NI.dtype, scale.dtype)
+        return in_blocks(lambda rows: _dequantized(packed[rows], scale[rows], dtype), packed.shape[0], x_NI)
 
 
-def unshuffled(codes: Tensor) -> Tensor:
-    """What `_convert_weight_to_int4pack_for_cpu` made, [O, I / 2], back to codes from -8 to 7, [O, I], int8."""
-    panels = []
-    for panel in codes.split(PANEL):
-        order = shuffle_order(len(panel), panel.shape[1] * 2)
-        nibbles = torch.stack([panel & 15, panel >> 4]).view(-1).view(torch.int8)
-        panels.append(torch.empty_like(nibbles).scatter_(0, order, nibbles).view(len(panel), -1))
-    return torch.cat(panels) - 8
-
-
-@lru_cache(maxsize=8)
-def shuffle_order(rows: int, inputs: int) -> Tensor:
-    """Where each code of a shuffled panel came from; low nibbles first, then high ones.
-
-    The kernel's layout depends on the processor and is written down nowhere, so it is asked: the digits of every
-    place's number are shuffled one after the other.
-    """
-    places = torch.arange(rows * inputs, dtype=torch.int32).view(rows, inputs)
-    order = torch.zeros(rows * inputs, dtype=torch.int64)
-    for shift in range(0, (rows * inputs - 1).bit_length(), 4):
-        digits = torch.ops.aten._convert_weight_to_int4pack_for_cpu(places >> shift & 15, 1)
-        order += torch.stack([digits & 15, digits >> 4]).view(-1).long() << shift
-    return order
+def _dequantized(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    groups = unpack(packed).unflatten(-1, (scale.shape[-1], -1)).to(dtype)
+    return (groups * scale[..., None].to(dtype)).flatten(-2)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.kernels import cpu
 from llama4.quantization.packed import PackedWeight, in_blocks, positive
 from llama4.quantization.schemes import Format
-
-FEW = 8
-"""Tokens up to which the CPU's kernel, which reads bytes and not bfloat16, is the faster way."""
 
 
 class Int8Weight(PackedWeight):
@@ -34,9 +32,8 @@ class Int8Weight(PackedWeight):
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if x_NI.device.type == "cpu" and len(x_NI) <= FEW and x_NI.dtype != torch.float64:
-            out: Tensor = torch._weight_int8pack_mm(x_NI.contiguous(), weight, scale.squeeze(-1).to(x_NI.dtype))
-            return out
+        if cpu.takes_packed(x_NI, "int8", scale):
+            return cpu.linear_int8(x_NI, weight, scale)
         dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
         sums = in_blocks(lambda rows: weight[rows].to(dtype), len(weight), x_NI.to(dtype))
         return (sums * scale.mT).to(x_NI.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.experts import joined
+from llama4.layers import swiglu
 from llama4.quantization.fp8 import Fp8Weight
 from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
@@ -23,12 +25,13 @@ class PackedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
-        outputs = []
-        for expert, x_nD in enumerate(x_ND.split(num_tokens_per_expert_E.tolist())):
-            if len(x_nD):
-                gate, up = self.gate_up_proj.product(x_nD, expert).chunk(2, dim=-1)
-                outputs.append(self.down_proj.product(nn.functional.silu(gate) * up, expert))
-        return torch.cat(outputs) if outputs else x_ND
+        outputs, start = [], 0
+        for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
+            if count:
+                gate_up_n2F = self.gate_up_proj.product(x_ND[start : start + count], expert)
+                outputs.append(self.down_proj.product(swiglu(*gate_up_n2F.chunk(2, dim=-1)), expert))
+                start += count
+        return joined(outputs, x_ND)
 
 
 def swap_modules(model: nn.Module, plan: Plan) -> None:

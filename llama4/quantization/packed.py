@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llama4.kernels.dense import linear
 from llama4.quantization.schemes import Format
 
 ROWS = 1024
@@ -47,24 +48,16 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        """The parts of a matrix in this format; scales have its dtype. A few rows are worked on at a time."""
+        """The parts of a matrix in this format, contiguous; scales have its dtype. A few rows at a time."""
         blocks = [cls.quantize_rows(rows, format) for rows in weight_OI.split(ROWS)]
-        return {part: torch.cat([block[part] for block in blocks]) for part in cls.parts}
+        return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in cls.parts}
 
     @classmethod
     def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         raise AssertionError("a format computes")
 
-    def arrange(self, dtype: torch.dtype) -> None:
-        """Called once when the parameters are filled: lay them out for the device's kernel, to run in `dtype`."""
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Of the scales as they were loaded."""
-        return self.weight_scale.dtype
-
     def portable(self, part: str) -> Tensor:
-        """A part as it was loaded, to the bit."""
+        """A part as a checkpoint has it."""
         parameter: nn.Parameter = getattr(self, part)
         return parameter.detach()
 
@@ -98,7 +91,7 @@ class PackedWeight(nn.Module):
 
 def in_blocks(weight: Callable[[slice], Tensor], rows: int, x_NI: Tensor) -> Tensor:
     """x W^T where `weight` makes a few rows of W at a time: never a whole matrix."""
-    blocks = [x_NI @ weight(slice(start, start + ROWS)).to(x_NI.dtype).mT for start in range(0, rows, ROWS)]
+    blocks = [linear(x_NI, weight(slice(start, start + ROWS)).to(x_NI.dtype)) for start in range(0, rows, ROWS)]
     return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]
 
 

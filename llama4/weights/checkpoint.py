@@ -47,4 +47,4 @@ def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
     norm = "language_model.model.norm.weight"
     if norm in source.keys():  # noqa: SIM118 (a Source is no dict)
         config = replace(config, dtype=str(source.dtype(norm)).removeprefix("torch."))  # params.json does not say
-    return config, source
+    return config, fbgemm.FbgemmSource(source) if source.is_quantised else source

@@ -52,8 +52,8 @@ def _read_format(name: str, group: Mapping[str, Any]) -> Format:
     plain = weights.get("symmetric", True) and not weights.get("dynamic") and group.get("output_activations") is None
     plain = plain and weights.get("actorder") not in ("group", "dynamic", True)
     match kind, bits, strategy:
-        case "float", 8, "channel" if plain and per_token:
-            return Format("fp8")
+        case "float", 8, "channel" | "group" if plain and per_token:
+            return Format("fp8", size)
         case "int", 8, "channel" if plain and inputs is None:
             return Format("int8")
         case "int", 4, "group" if plain and inputs is None and size in (32, 64, 128, 256):
@@ -138,20 +138,25 @@ class CompressedSource:
         wanted = [(i, matrix, part) for i in range(count) for matrix in ("gate", "up", "down") for part in parts]
         if missing := [f"{path}.{i}.{m}_proj.{part}" for i, m, part in wanted if i not in matrices.get((m, part), {})]:
             raise CheckpointError(f"of the {count} experts of {path} some parts are missing; fetch them again", missing)
-        used = {formats.get(f"{path}.{i}.{matrix}_proj") for i, matrix, _ in wanted}
-        if len(used) > 1:
+        used = [
+            {formats.get(f"{path}.{i}.{matrix}_proj") for i, matrix, _ in wanted if (matrix == "down") == is_down}
+            for is_down in (False, True)
+        ]
+        if any(len(of) > 1 for of in used) or len({of.kind if of else None for one in used for of in one}) > 1:
             raise CheckpointError(
-                f"the experts of {path} are in several formats, {used}; those of a layer must share one"
+                f"the experts of {path} are in several formats, {set().union(*used)}; those of a layer must share one"
             )
-        (format,) = used
+        (gate_up_format,), (down_format,) = used
         for part in parts:
-            suffix = f".{part}" if format is not None else ""
+            suffix = f".{part}" if gate_up_format is not None else ""
             gate, up, down = (matrices[matrix, part] for matrix in ("gate", "up", "down"))
             both = tuple((gate[i], up[i]) for i in range(count))
-            self._stacks[f"{path}.gate_up_proj{suffix}"] = _Stack(both, format is None)
-            self._stacks[f"{path}.down_proj{suffix}"] = _Stack(tuple((down[i],) for i in range(count)), format is None)
-        if format is not None:
-            self.plan |= {f"{path}.gate_up_proj": format, f"{path}.down_proj": format}
+            self._stacks[f"{path}.gate_up_proj{suffix}"] = _Stack(both, gate_up_format is None)
+            self._stacks[f"{path}.down_proj{suffix}"] = _Stack(
+                tuple((down[i],) for i in range(count)), gate_up_format is None
+            )
+        if gate_up_format is not None and down_format is not None:
+            self.plan |= {f"{path}.gate_up_proj": gate_up_format, f"{path}.down_proj": down_format}
 
     def keys(self) -> Iterable[str]:
         return [*self._plain, *self._stacks]

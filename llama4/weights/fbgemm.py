@@ -1,4 +1,4 @@
-"""FP8 as transformers writes it with FBGEMM: experts stacked, in x out, with a scale per output beside them."""
+"""FP8 as transformers with FBGEMM, and Meta, write it: experts stacked, in x out, scales per output beside them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TURNED = (".experts.gate_up_proj.weight", ".experts.gate_up_proj.weight_scale",
 
 
 class FbgemmSource:
-    """Such a checkpoint under the model's names. What has a scale is quantised; FBGEMM's upper bound for the scales of
-    inputs, which clips large ones, is not applied.
+    """Such a checkpoint under the model's names. What has a scale is quantised; several scales per output are for as
+    many groups of inputs. FBGEMM's upper bound for the scales of inputs, which clips large ones, is not applied.
 
     Raises:
         CheckpointError: weights with a scale that are not e4m3.
@@ -36,8 +36,10 @@ class FbgemmSource:
         for name, key in named.items():
             weight = name.removesuffix("_scale")
             if weight != name and weight in named:
-                self.plan[weight] = Format("fp8")
-                self._keys[f"{weight.removesuffix('.weight')}.weight_scale"] = key
+                scale = f"{weight.removesuffix('.weight')}.weight_scale"
+                self._keys[scale] = key
+                groups, inputs = self.shape(scale)[-1], source.shape(named[weight])[1]
+                self.plan[weight] = Format("fp8", inputs // groups if groups > 1 else None)
             elif f"{name}_scale" in named:
                 self._keys[f"{name.removesuffix('.weight')}.weight"] = key
                 if source.dtype(key) != torch.float8_e4m3fn:

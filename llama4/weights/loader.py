@@ -42,12 +42,12 @@ def load(
         owner = model.get_submodule(name.rpartition(".")[0])
         is_packed = isinstance(owner, PackedWeight)
         tensor = source.tensor(key).to(device=device, dtype=None if is_packed else dtype)
+        if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes
+            tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
         filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_packed)
         for alias in owners[name]:
             module, _, leaf = alias.rpartition(".")
             setattr(model.get_submodule(module), leaf, filled)
-        if isinstance(owner, PackedWeight) and not any(p.is_meta for p in owner.parameters()):
-            owner.arrange(dtype or filled.dtype)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 

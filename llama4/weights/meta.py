@@ -1,4 +1,5 @@
-"""Meta's own checkpoints: `params.json` and one `consolidated.NN.pth` per model-parallel rank.
+"""Meta's own checkpoints: `params.json` and one `consolidated.NN.pth` per model-parallel rank; where routed experts are
+FP8, their scales are in `fp8_scales_N.pt` beside it.
 
 A rank holds a slice of most tensors, under names and in shapes of its own. `pieces` says where each parameter of ours
 lies in them; reading and writing both follow that table. Meta's names appear in this file alone.
@@ -26,6 +27,7 @@ from llama4.quantization.schemes import Plan
 from llama4.weights.source import Source
 
 RANK_FILE = "consolidated.{:02d}.pth"
+SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_FILES = re.compile(r"consolidated\.(\d\d)\.pth")
 _DROPPED = re.compile(r"rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
 """Keys that hold no weights of the model: tables, states of training and its statistics."""
@@ -148,15 +150,18 @@ class MetaNames:
 
 
 class MetaSource:
-    """The ranks' files, memory-mapped, as tensors of our names and shapes, put together one at a time.
+    """The ranks' files, memory-mapped, as tensors of our names and shapes, put together one at a time. Scales of FP8
+    experts are `gate_up_proj_scale` [E, 1, 2F] and `down_proj_scale` [E, D, ranks]: each rank has rounded its own
+    inputs of down_proj.
 
     Raises:
-        CheckpointError: no ranks, one is missing, damaged, quantised, or holds other keys than the others.
+        CheckpointError: no ranks, one is missing, damaged, quantised otherwise, or holds other keys than the others.
     """
 
     def __init__(self, directory: str | Path, config: Llama4Config) -> None:
         self._table = pieces(config)
         self._ranks = [_read(path) for path in _rank_files(Path(directory))]
+        self._scales = _read_scales(Path(directory), self._ranks, self._table)
         first = self._ranks[0]
         for i, rank in enumerate(self._ranks):
             if first.keys() != rank.keys():
@@ -171,15 +176,22 @@ class MetaSource:
         self.names = MetaNames(self._table)
         self.plan: Plan = {}
 
+    @property
+    def is_quantised(self) -> bool:
+        return bool(self._scales)
+
     def keys(self) -> Iterable[str]:
         """Our names of all that is there whole, and Meta's of what we have no use for."""
         first = self._ranks[0]
         return [
             *(name for name, parts in self._table.items() if all(piece.key in first for piece in parts)),
+            *self._scales,
             *sorted(self._strangers),
         ]
 
     def shape(self, key: str) -> tuple[int, ...]:
+        if key in self._scales:
+            return tuple(self._scales[key].shape)
         if key not in self._table:
             return tuple(self._ranks[0][key].shape)
         widths, shape = 0, list[int]()
@@ -192,11 +204,15 @@ class MetaSource:
         return (*shape[:-1], widths)
 
     def dtype(self, key: str) -> torch.dtype:
+        if key in self._scales:
+            return self._scales[key].dtype
         parts = self._table.get(key)
         return self._ranks[0][parts[0].key if parts else key].dtype
 
     def tensor(self, key: str) -> Tensor:
         """A view of the file where one rank has the whole of it, else a copy."""
+        if key in self._scales:
+            return self._scales[key]
         table = [(piece, self._parts(key, piece)) for piece in self._table[key]]
         if len(table) == 1 and len(table[0][1]) == 1:
             return table[0][1][0]
@@ -235,6 +251,18 @@ def _rank_files(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    kept = {key: value for key, value in _load(path).items() if not _DROPPED.fullmatch(key)}
+    for key, value in kept.items():
+        is_fp8_expert = value.dtype == torch.float8_e4m3fn and ".experts." in key
+        if not value.is_floating_point() or (value.itemsize == 1 and not is_fp8_expert):
+            raise CheckpointError(
+                f"{key} in {path} is quantised ({value.dtype}), which this library does not read; use the bf16 "
+                "checkpoint, or one with routed experts in float8_e4m3fn"
+            )
+    return kept
+
+
+def _load(path: Path) -> dict[str, Tensor]:
     # Released files keep byte buffers beside the weights; these names are all that they need to be read.
     harmless: list[Any] = [io.BytesIO, bytes, codecs.encode]
     try:
@@ -250,16 +278,47 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}; Meta's files hold tensors by name: fetch it again"
         )
-    kept = {key: value for key, value in content.items() if not _DROPPED.fullmatch(str(key))}
-    for key, value in kept.items():
-        if not isinstance(value, Tensor):
+    for key, value in content.items():
+        if not isinstance(value, Tensor) and not _DROPPED.fullmatch(str(key)):
             raise CheckpointError(f"{key!r} in {path} is a {type(value).__name__}, no tensor; fetch the file again")
-        if not value.is_floating_point() or value.itemsize == 1:
-            raise CheckpointError(
-                f"{key} in {path} is quantised ({value.dtype}), which this release does not read; use its bf16 "
-                "checkpoint"
-            )
-    return kept
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_scales(
+    directory: Path, ranks: list[dict[str, Tensor]], table: Mapping[str, tuple[Piece, ...]]
+) -> dict[str, Tensor]:
+    """The scales of FP8 experts, put together from all ranks; Meta names them after the parameters of its own model."""
+    first = ranks[0]
+    quantised = [
+        name
+        for name, parts in table.items()
+        if parts[0].key in first and first[parts[0].key].dtype == torch.float8_e4m3fn
+    ]
+    if not quantised:
+        return {}
+    if (directory / SCALES_FILE.replace("fp8", "int4").format(0)).is_file():
+        raise CheckpointError(
+            f"{directory} holds Meta's int4, which this library does not read; quantise the bf16 checkpoint: "
+            "quantization='int4_mixed' is the same choice of weights"
+        )
+    paths = [directory / SCALES_FILE.format(rank) for rank in range(len(ranks))]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{directory} holds experts in FP8 but not their scales; fetch those, too", missing)
+    files = [_load(path) for path in paths]
+    scales: dict[str, Tensor] = {}
+    for name in quantised:
+        layer = name.removeprefix("language_model.model.").rpartition(".")[0]
+        wanted = [f"{layer}.{w}" for w in (("w1", "w3") if name.endswith("gate_up_proj") else ("w2",))]
+        if missing := [
+            f"{key} ({path.name})" for path, f in zip(paths, files, strict=True) for key in wanted if key not in f
+        ]:
+            raise CheckpointError(f"{directory} lacks scales of {name}; fetch its files again", missing)
+        if len(wanted) == 2:
+            whole = torch.cat([file[key].flatten(1) for key in wanted for file in files], dim=1)[:, None]
+        else:
+            whole = torch.stack([file[wanted[0]].flatten(1) for file in files], dim=-1)
+        scales[f"{name}_scale"] = whole
+    return scales
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -52,15 +52,10 @@ class ModelSource:
         if key not in self._parts:
             return tuple(self._tensors[key].shape)
         module, part = self._parts[key]
-        return module.part_shapes(module.format, module.shape)[part][0]
+        return tuple(module.portable(part).shape)
 
     def dtype(self, key: str) -> torch.dtype:
-        if key not in self._parts:
-            return self._tensors[key].dtype
-        module, part = self._parts[key]
-        return (
-            module.scale_dtype if part == "weight_scale" else module.part_shapes(module.format, module.shape)[part][1]
-        )
+        return self.tensor(key).dtype
 
     def tensor(self, key: str) -> Tensor:
         if key not in self._parts:

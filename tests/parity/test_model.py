@@ -210,7 +210,10 @@ def test_survives_copies_and_casts(pair: Pair, how: str) -> None:
     model = rounded(pair.ours, exact) if exact else pair.ours
     ids, pixels = with_images(3)
     truth = model(ids, pixel_values=pixels)
-    torch.testing.assert_close(COPIES[how](model)(ids, pixel_values=pixels), truth, rtol=0, atol=1e-6)
+    tolerance = (
+        1e-5 if how == "compile" else 1e-6
+    )  # what is compiled keeps to torch's products, which add in another order
+    torch.testing.assert_close(COPIES[how](model)(ids, pixel_values=pixels), truth, rtol=0, atol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")

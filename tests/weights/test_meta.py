@@ -270,6 +270,84 @@ print(peak - before)
     assert model * 0.9 < int(grown.stdout) * 1024 < model + one + 25e6
 
 
+def in_fp8(directory: Path, ranks: int) -> Path:
+    """Routed experts of the middle layers as Meta's quantiser leaves them: each rank rounds the rows of its transposed
+    matrices, lays the codes down as the weights lay, and names the scales after its own model's parameters."""
+    names = {"w1": "moe_w_in_eD_F", "w3": "moe_w_swiglu_eD_F", "w2": "moe_w_out_eF_D"}
+    for rank in range(ranks):
+        path, scales = directory / f"consolidated.{rank:02d}.pth", {}
+        state = torch.load(path, weights_only=False)
+        for i, (short, name) in itertools.product((1, 2), names.items()):
+            key = f"layers.{i}.feed_forward.experts.{name}"
+            if key not in state:
+                continue
+            turned = state[key].unflatten(0, (4, -1)).mT.float()
+            scale = turned.abs().amax(-1) / 448
+            codes = (turned / scale[..., None]).to(torch.float8_e4m3fn)
+            state[key] = codes.mT.reshape(state[key].shape).contiguous()
+            scales[f"layers.{i}.feed_forward.experts.{short}"] = scale
+        torch.save(state, path)
+        torch.save(scales, directory / f"fp8_scales_{rank}.pt")
+    return directory
+
+
+def through_e4m3(x: Tensor) -> Tensor:
+    """Each row with a scale of its own."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@torch.inference_mode()
+def test_experts_in_fp8(tmp_path: Path, kind: bool, reference: ReferenceModel, ranks: int) -> None:
+    """Each rank rounds its inputs and multiplies with its share of an expert; what they give is added up."""
+    directory = in_fp8(write_meta(tmp_path / "meta", reference, params(kind), ranks), ranks)
+    llm = Llama4.from_pretrained(directory, dtype="float32", progress=False)
+    layers = [layer.feed_forward for layer in llm.model.language_model.model.layers]
+    quantised = [i for i, layer in enumerate(layers) if "Packed" in type(getattr(layer, "experts", None)).__name__]
+    assert quantised == ([1] if kind else [1, 2])
+    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(4))
+    truth = torch.zeros(12, 64, dtype=torch.float64)
+    for rank in range(ranks):
+        state = torch.load(directory / f"consolidated.{rank:02d}.pth", weights_only=False)
+        scales = torch.load(directory / f"fp8_scales_{rank}.pt")
+
+        def matrix(name: str, short: str, expert: int, state: Any = state, scales: Any = scales) -> Tensor:
+            codes = state[f"layers.1.feed_forward.experts.{name}"].unflatten(0, (4, -1))[expert].double()
+            return codes * scales[f"layers.1.feed_forward.experts.{short}"][expert].double()
+
+        for expert in range(4):
+            rows = slice(3 * expert, 3 * expert + 3)
+            gate = through_e4m3(x[rows]) @ matrix("moe_w_in_eD_F", "w1", expert)
+            up = through_e4m3(x[rows]) @ matrix("moe_w_swiglu_eD_F", "w3", expert)
+            hidden = torch.nn.functional.silu(gate) * up
+            truth[rows] += through_e4m3(hidden) @ matrix("moe_w_out_eF_D", "w2", expert)
+    assert relative_error(layers[1].experts(x, torch.full((4,), 3)), truth) < 1e-5
+
+    llm.save_pretrained(tmp_path / "saved")
+    again = Llama4.from_pretrained(tmp_path / "saved", dtype="float32", progress=False)
+    ids, pixels = prompt()
+    assert torch.equal(again.model(ids, pixel_values=pixels), llm.model(ids, pixel_values=pixels))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "fp8_scales_1.pt").unlink(), r"not their scales(.|\n)*fp8_scales_1\.pt"),
+        (lambda d: torch.save({}, d / "fp8_scales_1.pt"), r"lacks scales of (.|\n)*experts\.w1 \(fp8_scales_1\.pt\)"),
+        (lambda d: (d / "int4_scales_0.pt").touch(), r"Meta's int4, which .*'int4_mixed'"),
+    ],
+    ids=["missing", "empty", "int4"],
+)
+def test_fp8_without_its_scales(
+    tmp_path: Path, kind: bool, reference: ReferenceModel, spoil: Any, message: str
+) -> None:
+    directory = in_fp8(write_meta(tmp_path / "meta", reference, params(kind), 2), 2)
+    spoil(directory)
+    with pytest.raises(CheckpointError, match=message):
+        Llama4.from_pretrained(directory, progress=False)
+
+
 class TestDamage:
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Path:

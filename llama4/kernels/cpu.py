@@ -1,0 +1,275 @@
+"""Kernels for a CPU, chiefly for decoding: `cpu.cpp`, compiled when it is first wanted.
+
+torch reads a matrix at half of the memory's rate or less where one row is multiplied with it, which is what decoding
+consists of, and every small step between two products costs it microseconds. The compiler is found and told what to do
+by torch's inductor; what it made is kept in the user's cache. Without a compiler everything runs through torch, slower.
+
+Shapes: N rows, I inputs, O outputs; H heads, C head_dim, B rows of a batch, K key heads, S slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FEW = 12
+"""Most rows that go this way: with more, a product computes for longer than it reads."""
+WORTH = 1 << 18
+"""Numbers from which a matrix is worth the call, and a model of such the building: smaller ones stay in the processor's
+cache."""
+WIDE = 512
+"""Numbers of a token from which the small steps between products are worth the call."""
+SWITCH = "LLAMA4_CPU_KERNELS"
+"""Environment variable; "off" keeps to torch."""
+
+_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 16, "fp8": 16, "int4": 128}
+"""What each format takes at a time: rows of a matrix are multiples of it."""
+_SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
+_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None] | None = None
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
+    global _loaded
+    if not _loaded:
+        with _lock:
+            _loaded = _loaded or (_load(),)
+    return _loaded[0]
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get(SWITCH, "").lower() == "off" or sys.byteorder != "little":
+        return None
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    path = _cache_directory() / f"cpu-{_fingerprint(source)}.so"
+    try:
+        return ctypes.CDLL(str(path if path.exists() else _build(source, path)))
+    except Exception as error:  # whatever goes wrong, torch is there
+        logger.warning(
+            "the CPU kernels cannot be built (%s); decoding is slower without them. They need a C++ compiler "
+            "such as g++; %s=off silences this",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+            SWITCH,
+        )
+        return None
+
+
+def is_built() -> bool:
+    """Whether asking for `library` takes no time."""
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    return (_cache_directory() / f"cpu-{_fingerprint(source)}.so").exists()
+
+
+def _build(source: str, path: Path) -> Path:
+    from torch._inductor.codecache import CppCodeCache  # takes a second to import
+
+    logger.info("building the CPU kernels, once")
+    chatty = logging.getLogger("torch.utils.cpp_extension")  # which misses a GPU here
+    level = chatty.level
+    chatty.setLevel(logging.ERROR)
+    try:
+        built = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize", "-w"))
+    finally:
+        chatty.setLevel(level)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    shutil.copyfile(built._name, unfinished)
+    unfinished.replace(path)
+    return path
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4"
+
+
+@cache
+def _fingerprint(source: str) -> str:
+    """Of all that the compiled file depends on; a home directory may be shared by different machines."""
+    machine = [platform.machine(), platform.system(), torch.__version__]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        machine += sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})
+    return hashlib.sha256("\n".join([source, *machine]).encode()).hexdigest()[:16]
+
+
+def takes_packed(x_NI: Tensor, format: str, scale: Tensor) -> bool:
+    """Whether rows go this way, to a matrix of few bits."""
+    return scale.dtype in _SUFFIX and scale.is_contiguous() and takes(x_NI, format, x_NI.shape[1])
+
+
+def takes(x_NI: Tensor, format: str, length: int) -> bool:
+    """Whether rows go this way, to a matrix with rows of `length` numbers of a format."""
+    return (
+        0 < x_NI.shape[0] <= FEW
+        and x_NI.is_cpu
+        and x_NI.dtype in _SUFFIX
+        and length % _INPUTS[format] == 0
+        and not (x_NI.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def takes_int4(x_NI: Tensor, scale: Tensor, group_size: int) -> bool:
+    """The same for rows in any number, to a matrix of four bits in groups."""
+    return (group_size in (32, 64) or group_size % 128 == 0) and takes_packed(x_NI[:1], "int4", scale)
+
+
+def takes_dense(x_NI: Tensor, weight: Tensor) -> bool:
+    """The same for a matrix in float32 or bfloat16, [O, I] or [I, O]."""
+    return (
+        weight.numel() >= WORTH
+        and weight.dtype == x_NI.dtype
+        and weight.dtype in _FORMATS
+        and takes(x_NI, _FORMATS[weight.dtype], weight.shape[1])
+        and weight.is_contiguous()
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, [N, O]."""
+    return _call(f"linear_{_FORMATS[weight_OI.dtype]}", x_NI, weight_OI.shape[0], weight_OI)
+
+
+def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
+    """x W, [N, O]."""
+    return _call(f"experts_{_FORMATS[weight_IO.dtype]}", x_NI, weight_IO.shape[1], weight_IO)
+
+
+def linear_int8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    """x W^T, with int8 codes."""
+    return _call("linear_int8", x_NI, codes_OI.shape[0], codes_OI, *_scales(scale_O1))
+
+
+def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    """x W^T, with bytes of e4m3."""
+    return _call("linear_fp8", x_NI, codes_OI.shape[0], codes_OI, *_scales(scale_O1))
+
+
+def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
+    """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128."""
+    return _call("linear_int4", x_NI, packed.shape[0], packed, *_scales(scale_OG), group_size)
+
+
+def planes_int4(packed: Tensor, scale_OG: Tensor, group_size: int, dtype: torch.dtype, rows: slice) -> Tensor:
+    """Rows of a matrix of four bits, dequantised; the inputs are in the order of `as_planes`."""
+    begin, end, _ = rows.indices(packed.shape[0])
+    out = torch.empty(end - begin, packed.shape[1] * 8, dtype=dtype)
+    _run("planes_int4", out, begin, end, out.shape[1], packed, *_scales(scale_OG), group_size, out)
+    return out
+
+
+def as_planes(x_NI: Tensor) -> Tensor:
+    """Inputs in the order in which the codes come out of their words: of sixteen words, first all lowest codes."""
+    return x_NI.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).flatten(-3)
+
+
+def usable(width: int, *tensors: Tensor) -> bool:
+    """Whether what stands between the products can go this way: tokens wide enough to be worth the call, all on a CPU,
+    in one of its dtypes, in sixteens, without gradients."""
+    if width < WIDE or torch.compiler.is_compiling():
+        return False
+    gradients = torch.is_grad_enabled()
+    for t in tensors:
+        if not t.is_cpu or t.dtype not in _SUFFIX or t.shape[-1] % 16 or (gradients and t.requires_grad):
+            return False
+    return library() is not None
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, from float32 to the dtype of the weight."""
+    y_ND = torch.empty_like(x_ND, dtype=weight_D.dtype)
+    _run("rms_norm", weight_D, x_ND, *x_ND.shape, weight_D, _pointer(eps), y_ND)
+    return y_ND
+
+
+def turn(x_NHC: Tensor, rotation_NC: Tensor | None, eps: float | None, factors_N: Tensor | None) -> Tensor:
+    """Heads, turned by unit complex numbers, normalised, multiplied by factors; each if given."""
+    N, H, C = x_NHC.shape
+    y_NHC = x_NHC.new_empty(N, H, C)
+    _run(
+        "turn",
+        x_NHC,
+        x_NHC,
+        x_NHC.stride(0),
+        N,
+        H,
+        C,
+        rotation_NC,
+        _pointer(-1.0 if eps is None else eps),
+        factors_N,
+        y_NHC,
+    )
+    return y_NHC
+
+
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """silu(gate) * up; both may be halves of one tensor."""
+    y_NF = gate_NF.new_empty(gate_NF.shape)
+    _run("swiglu", gate_NF, gate_NF, up_NF, *gate_NF.shape, gate_NF.stride(0), y_NF)
+    return y_NF
+
+
+def attend(q_BHC: Tensor, keys_BKSC: Tensor, values_BKSC: Tensor, lengths_B: Tensor) -> Tensor:
+    """One query per row and head against the first `lengths` slots of its row: softmax(q K^T / sqrt(C)) V."""
+    B, H, C = q_BHC.shape
+    y_BHC = torch.empty_like(q_BHC)
+    strides = keys_BKSC.stride()
+    _run("attend", q_BHC, q_BHC, keys_BKSC, values_BKSC, lengths_B, B, H, keys_BKSC.shape[1], C, *strides[:2], y_BHC)
+    return y_BHC
+
+
+def _run(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
+    given = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+    function(name, like.dtype, len(given))(*given)
+
+
+@cache
+def _pointer(value: float) -> Tensor:
+    """A float for a kernel whose arguments are all 64 bits wide."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _scales(scale: Tensor) -> tuple[Tensor, int]:
+    """Scales, and whether they are float32 and not bfloat16."""
+    return scale, int(scale.dtype == torch.float32)
+
+
+def _call(name: str, x_NI: Tensor, outputs: int, *weights: Tensor | int) -> Tensor:
+    x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    y_NO = x_NI.new_empty(rows, outputs)
+    _run(name, x_NI, x_NI, rows, inputs, outputs, *weights, y_NO)
+    return y_NO
+
+
+def multiple_of(format: str | torch.dtype) -> int:
+    """Of what the length of a matrix's rows must be a multiple, for a kernel to read it."""
+    return _INPUTS[_FORMATS[format] if isinstance(format, torch.dtype) else format]
+
+
+@cache
+def function(name: str, dtype: torch.dtype, arguments: int):  # type: ignore[no-untyped-def]
+    """A kernel for rows of a dtype; pointers and sizes are 64 bits alike."""
+    kernels = library()
+    assert kernels is not None
+    function = kernels[f"{name}_{_SUFFIX[dtype]}"]
+    function.argtypes, function.restype = [ctypes.c_int64] * arguments, None
+    return function

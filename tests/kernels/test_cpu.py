@@ -1,0 +1,173 @@
+"""The compiled kernels against float64, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4.kernels import cpu, dense
+from llama4.quantization.int4 import pack
+from vision.encoder import rotate
+
+needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = [1, 2, 3, 4, 5, 7, 12]
+"""Four go through registers at once."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours: Tensor, truth: Tensor) -> bool:
+    """float32 rounds sums of hundreds of products to 1e-6 of the largest; bfloat16 rounds the result, by up to 2^-9 of
+    itself, and the inputs of exponentials."""
+    assert truth.dtype == torch.float64
+    error = (ours.double() - truth).abs().max() / truth.abs().max()
+    return bool(error < (2e-6 if ours.dtype == torch.float32 else 6e-3))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+class TestProducts:
+    """640 inputs are five registers of 128, of which four go together; 1000 outputs end within a chunk."""
+
+    def test_dense(self, rows: int, dtype: torch.dtype) -> None:
+        x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (645, 1024)))
+        assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
+        x = normal(rows, 645, seed=1).to(dtype)
+        assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
+
+    def test_int8(self, rows: int, dtype: torch.dtype) -> None:
+        x, scale = normal(rows, 640).to(dtype), normal(1000, 1).bfloat16()
+        codes = torch.randint(-128, 128, (1000, 640), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
+
+    def test_fp8(self, rows: int, dtype: torch.dtype) -> None:
+        x, scale = normal(rows, 512).to(dtype), normal(1000, 1).bfloat16()
+        codes = torch.arange(512 * 1000).view(1000, 512).to(torch.uint8)
+        codes[codes & 127 == 127] = 0  # not numbers; all others occur
+        weight = codes.view(torch.float8_e4m3fn).double() * scale.double()
+        assert close(cpu.linear_fp8(x, codes, scale), x.double() @ weight.mT)
+
+    @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+    def test_int4(self, rows: int, dtype: torch.dtype, group_size: int) -> None:
+        x, scale = normal(rows, 768).to(dtype), normal(1000, 768 // group_size).bfloat16()
+        codes = torch.randint(-8, 8, (1000, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
+        assert close(cpu.linear_int4(x, pack(codes), scale, group_size), x.double() @ weight.mT)
+        planes = cpu.planes_int4(pack(codes), scale, group_size, torch.float32, slice(100, 356))
+        assert torch.equal(planes, cpu.as_planes(weight[100:356]).float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 50])
+class TestBetween:
+    def test_rms_norm(self, rows: int, dtype: torch.dtype) -> None:
+        x, weight = normal(rows, 528), normal(528, seed=1).to(dtype)
+        out = cpu.rms_norm(x, weight, 1e-2)
+        assert out.dtype == dtype
+        assert close(out, F.rms_norm(x.double(), (528,), weight.double(), torch.tensor(1e-2).item()))
+
+    @pytest.mark.parametrize("turned", [True, False])
+    @pytest.mark.parametrize("eps", [None, 1e-2])
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_turn(self, rows: int, dtype: torch.dtype, turned: bool, eps: float | None, warm: bool) -> None:
+        x = normal(rows, 9 * 48).to(dtype)[:, :384].unflatten(1, (8, 48))  # rows apart, as parts of one product are
+        rotation = torch.polar(torch.ones(rows, 24), normal(rows, 24, seed=1))
+        factors = normal(rows, seed=2)
+        truth = x.double()
+        if turned:
+            truth = rotate(truth, rotation.to(torch.complex128)[:, None])
+        if eps is not None:
+            truth = truth * torch.rsqrt(truth.square().mean(-1, keepdim=True) + eps)
+        if warm:
+            truth = truth * factors.double()[:, None, None]
+        assert close(cpu.turn(x, rotation if turned else None, eps, factors if warm else None), truth)
+
+    def test_swiglu(self, rows: int, dtype: torch.dtype) -> None:
+        gate, up = (100 * normal(rows, 2048)).to(dtype).chunk(2, dim=-1)  # to both ends of the exponential
+        assert close(cpu.swiglu(gate, up), F.silu(gate.double()) * up.double())
+
+    @pytest.mark.parametrize("group", [1, 2, 5, 8])
+    def test_attend(self, rows: int, dtype: torch.dtype, group: int) -> None:
+        """Rows of unequal length, over several blocks of keys, beside a slot that holds no number."""
+        q = 3 * normal(rows, 2 * group, 64).to(dtype)
+        keys, values = (normal(rows, 2, 1300, 64, seed=seed).to(dtype)[:, :, :1200] for seed in (1, 2))
+        lengths = torch.randint(1, 1200, (rows,), generator=torch.Generator().manual_seed(3))
+        lengths[0] = 1199
+        mask = (torch.arange(1200) < lengths[:, None])[:, None, None]
+        grouped = q.double().view(rows, 2, group, 64)
+        truth = F.scaled_dot_product_attention(grouped, keys.double(), values.double(), mask).view_as(q)
+        keys[:, :, 1199], values[:, :, 1199] = torch.nan, torch.nan
+        assert close(cpu.attend(q, keys, values, lengths), truth)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int) -> None:
+    """In x out, threads share the inputs: seven of them are less than a block for each."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for inputs in (1, 7, 100):
+            x, weight = normal(2, inputs), normal(inputs, 64, seed=1)
+            assert close(cpu.project(x, weight), x.double() @ weight.double())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 12, 13, 100])
+def test_any_way_is_right(rows: int, dtype: torch.dtype) -> None:
+    """What `dense` chooses, in both layouts, for small matrices and such as are worth a kernel."""
+    for outputs, inputs in ((40, 24), (1024, 512)):
+        x, weight = normal(rows, inputs).to(dtype), normal(outputs, inputs, seed=1).to(dtype)
+        truth = x.double() @ weight.double().mT
+        for out in (dense.linear(x, weight), dense.project(x, weight.mT.contiguous()), dense.project(x, weight.mT)):
+            assert out.dtype == dtype
+            assert out.shape == truth.shape
+            assert not rows or (out.double() - truth).abs().max() < 1e-2 * truth.abs().max()
+
+
+def test_gradients_go_through() -> None:
+    x, weight = normal(2, 512).requires_grad_(), normal(1024, 512, seed=1).requires_grad_()
+    dense.linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.detach().sum(0).expand(2, -1), atol=1e-4)
+    weight.grad = None
+    dense.project(x.detach(), weight.mT).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("off", [True, False], ids=["switched off", "no compiler"])
+def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Everything runs, and is told once why it is slower, unless that was asked for."""
+    script = """if True:
+        import torch
+        from llama4.kernels import cpu, dense
+        x, weight = torch.randn(2, 512), torch.randn(1024, 512)
+        assert cpu.library() is None
+        assert torch.allclose(dense.linear(x, weight), x @ weight.mT, atol=1e-3)
+        assert torch.allclose(dense.project(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
+        """
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+    if off:
+        environment["LLAMA4_CPU_KERNELS"] = "off"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("CPU kernels cannot be built") == (0 if off else 1)

@@ -1,0 +1,19 @@
+"""Parity holds on every way through the model: torch's products, and the compiled kernels that models of these widths
+are too small for by themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama4.kernels import cpu
+
+
+@pytest.fixture(params=["torch", "kernels"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name == "kernels":
+        if cpu.library() is None:
+            pytest.skip("the kernels cannot be built here: no C++ compiler")
+        monkeypatch.setattr(cpu, "WIDE", 1)
+        monkeypatch.setattr(cpu, "WORTH", 1)
+    return name

@@ -20,6 +20,9 @@
 
 namespace {
 
+// Numbers to read from which a second thread pays for being woken, and for waiting on others where cores are shared.
+constexpr long worth_threads = 1 << 16;
+
 using f32 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using i32 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using u32 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
@@ -284,7 +287,7 @@ template <class F, class X>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, X* y) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (O * f.I > worth_threads)
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
@@ -327,7 +330,7 @@ void in_out(const F& f, const X* x, long M, long I, X* y) {
   constexpr int R = 8, lanes = 16;
   const long O = f.I, most = omp_get_max_threads();
   float* all = scratch<float, 1>(most * M * O);
-#pragma omp parallel
+#pragma omp parallel if (O * I > worth_threads)
   {
     const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     float* sums = all + thread * M * O;
@@ -361,7 +364,7 @@ void in_out(const F& f, const X* x, long M, long I, X* y) {
 // Rows [begin, end) of W as planes, one after the other: the places of the inputs are not in order.
 template <class X>
 void planes_of(const Int4& f, long begin, long end, X* out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((end - begin) * f.I > worth_threads)
   for (long o = begin; o < end; o++)
     for (long block = 0; block < f.I / Int4::inputs; block++) {
       f32 w[Int4::planes], scale = f.scale(o, block);
@@ -394,7 +397,7 @@ float inverse_rms(float squares, long count, float eps) { return 1 / __builtin_s
 
 template <class X, class W>
 void rms_norm(const X* x, long N, long D, const W* weight, float eps, W* y) {
-#pragma omp parallel for schedule(static) if (N > 8)
+#pragma omp parallel for schedule(static) if (N * D > worth_threads)
   for (long n = 0; n < N; n++) {
     f32 squares[2] = {};
     for (long d = 0; d < D; d += 16) {
@@ -411,7 +414,7 @@ void rms_norm(const X* x, long N, long D, const W* weight, float eps, W* y) {
 // negative; then multiplied by factors [N], if any.
 template <class X>
 void turn(const X* x, long stride, long N, long H, long C, const float* rotation, float eps, const float* factors, X* y) {
-#pragma omp parallel for schedule(static) if (N > 8)
+#pragma omp parallel for schedule(static) if (N * H * C > worth_threads)
   for (long n = 0; n < N; n++)
     for (long h = 0; h < H; h++) {
       const X* from = x + n * stride + h * C;
@@ -437,7 +440,7 @@ void turn(const X* x, long stride, long N, long H, long C, const float* rotation
 // silu(gate) * up; rows of both lie `stride` apart.
 template <class X>
 void swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
-#pragma omp parallel for schedule(static) if (N * F > 32768)
+#pragma omp parallel for schedule(static) if (N * F > worth_threads)
   for (long n = 0; n < N; n++)
     for (long i = 0; i < F; i += 16) {
       f32 g = floats(gate + n * stride + i);
@@ -501,7 +504,7 @@ void attend(const X* q, const KV* keys, const KV* values, const long* lengths, l
   float* wide = scratch<float, 2>(B * H * (blocks * part + C));
   float* parts = wide + B * H * C;
   for (long i = 0; i < B * H * C; i += 16) store(wide + i, floats(q + i) * (1 / __builtin_sqrtf(C)));
-#pragma omp parallel
+#pragma omp parallel if (B * K * longest * C > worth_threads)
   {
     float* scores = scratch<float, 3>(4 * keys_at_once);
 #pragma omp for schedule(dynamic)
@@ -669,7 +672,7 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
     float* scores = logits + M * E;
     long* experts = scratch<long, 8>(R);
     const X* router = (const X*)layer.router;
-#pragma omp parallel for schedule(static) if (M * E * D > 65536)
+#pragma omp parallel for schedule(static) if (M * E * D > worth_threads)
     for (long i = 0; i < M * E; i++) {
       f32 dots{};
       for (long d = 0; d < D; d += 16) dots += floats(x + i / E * D + d) * floats(router + i % E * D + d);

@@ -69,16 +69,11 @@ def _load() -> ctypes.CDLL | None:
         return None
 
 
-def is_built() -> bool:
-    """Whether asking for `library` takes no time."""
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    return (_cache_directory() / f"cpu-{_fingerprint(source)}.so").exists()
-
-
 def _build(source: str, path: Path) -> Path:
     from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
-    logger.info("building the CPU kernels, once")
+    if sys.stderr.isatty():
+        print("compiling the CPU kernels, once; this takes some seconds", file=sys.stderr)
     chatty = logging.getLogger("torch.utils.cpp_extension")  # which misses a GPU here
     level = chatty.level
     chatty.setLevel(logging.ERROR)

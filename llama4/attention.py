@@ -54,7 +54,7 @@ def step_attention(q_BHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, lengths_B: Ten
     """One query per row against the first `lengths` keys of that row; the queries of a group share their key head.
     -> [B, H, C]."""
     B, H, C = q_BHC.shape
-    if k_BKSC.dtype == q_BHC.dtype and cpu.usable(H * C, q_BHC, k_BKSC, v_BKSC):
+    if k_BKSC.dtype == q_BHC.dtype and cpu.heads_usable(q_BHC, k_BKSC, v_BKSC):
         return cpu.attend(q_BHC, k_BKSC, v_BKSC, lengths_B)
     mask = None
     if ragged:

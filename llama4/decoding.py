@@ -66,21 +66,27 @@ class _UnknownError(Exception):
 @dataclass(frozen=True)
 class Plan:
     """The layers of a decoder as the compiled step takes them, none if it does not know them, and all that this was
-    read from, to see when it no longer holds."""
+    read from, to see when it no longer holds. It knows the layers but not their list, which it must not keep alive."""
 
     layers: list[Layer]
+    modules: list[nn.Module]
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
 
-    def holds(self) -> bool:
+    def holds(self, layers: nn.ModuleList) -> bool:
         """Whether every module is still in its place, and every parameter where it was."""
-        return all(parent._modules.get(name) is child for parent, name, child in self.children) and all(
-            (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == pointer
-            for module, name, pointer in self.parameters
+        return (
+            [*layers] == self.modules
+            and all(parent._modules.get(name) is child for parent, name, child in self.children)
+            and all(
+                (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == pointer
+                for module, name, pointer in self.parameters
+            )
         )
 
     def is_hooked(self) -> bool:
-        return any(child._forward_hooks or child._forward_pre_hooks for _, _, child in self.children)
+        inner = (child for _, _, child in self.children)
+        return any(module._forward_hooks or module._forward_pre_hooks for module in (*self.modules, *inner))
 
 
 _plans: weakref.WeakKeyDictionary[nn.ModuleList, Plan] = weakref.WeakKeyDictionary()
@@ -93,7 +99,7 @@ def plan(layers: nn.ModuleList, x_ND: Tensor, packing: Packing, cache: Cache | N
     if torch.is_grad_enabled() or not cpu.usable(x_ND.shape[1], x_ND):
         return None
     found = _plans.get(layers)
-    if found is None or not found.holds():
+    if found is None or not found.holds(layers):
         found = _plans[layers] = _make(layers)
     first: Any = layers[0]
     is_usual = (
@@ -126,19 +132,20 @@ def run(plan: Plan, layers: nn.ModuleList, x_ND: Tensor, packing: Packing, turns
 
 
 def _make(layers: nn.ModuleList) -> Plan:
-    parents = [layers, *(module for layer in layers for module in layer.modules())]
-    children = [(parent, name, child) for parent in parents for name, child in parent._modules.items() if child]
+    inner = [module for layer in layers for module in layer.modules()]
+    children = [(parent, name, child) for parent in inner for name, child in parent._modules.items() if child]
     pointers = [
         (module, name, parameter.data_ptr())
-        for module in parents
+        for module in inner
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
     try:
-        _check(all(type(child) in _KNOWN for parent, _, child in children if parent is not layers))
-        return Plan([_describe(layer) for layer in layers], children, pointers)
+        _check(all(type(child) in _KNOWN for _, _, child in children))
+        described = [_describe(layer) for layer in layers]
     except _UnknownError:
-        return Plan([], children, pointers)
+        described = []
+    return Plan(described, [*layers], children, pointers)
 
 
 def _describe(layer: Any) -> Layer:
@@ -158,17 +165,16 @@ def _describe(layer: Any) -> Layer:
     described.H, described.K = described.q.O // C, described.k.O // C
     dense = forward
     if isinstance(forward, MixtureOfExperts):
-        described.router, described.E, described.chosen = (
-            forward.router.weight.data_ptr(),
-            forward.num_experts,
-            forward.router.k,
-        )
+        router = forward.router
+        _check(router.weight.dtype == dtype and router.weight.is_contiguous())
+        described.router, described.E, described.chosen = router.weight.data_ptr(), forward.num_experts, router.k
         described.gate_up, described.down = _experts(forward.experts, dtype)
         dense = forward.shared_expert
     described.gate, described.up = _matrix(dense.gate_proj, dtype), _matrix(dense.up_proj, dtype)
     described.shared_down = _matrix(dense.down_proj, dtype)
-    if C % 16 or C > 1024 or D % 16 or layer.post_attention_layernorm.eps != layer.input_layernorm.eps:
-        raise _UnknownError
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    _check(norms[0].eps == norms[1].eps and norms[1].weight.dtype == dtype)
+    _check(C % 16 == 0 and C <= cpu.MOST_HEAD_DIM and D % cpu.multiple_of(dtype) == 0)
     return described
 
 

@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020); both may be halves of one tensor."""
-    if gate_NF.ndim == 2 and gate_NF.stride() == up_NF.stride() and cpu.usable(gate_NF.shape[1], gate_NF, up_NF):
+    if gate_NF.ndim == 2 and cpu.usable(gate_NF.shape[1], gate_NF, up_NF):
         return cpu.swiglu(gate_NF, up_NF)
     return F.silu(gate_NF) * up_NF
 
@@ -126,7 +126,7 @@ def turn(
     given. In float32 or better, and back to their dtype."""
     if rotation is None and eps is None and temperature_N is None:
         return q_NHC, k_NKC
-    if cpu.usable(q_NHC.shape[1] * q_NHC.shape[2], q_NHC, k_NKC):
+    if cpu.heads_usable(q_NHC, k_NKC):
         return cpu.turn(q_NHC, rotation, eps, temperature_N), cpu.turn(k_NKC, rotation, eps, None)
     q, k = q_NHC, k_NKC
     if rotation is not None:

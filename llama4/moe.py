@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.experts import Experts
-from llama4.kernels import cpu
 from llama4.layers import FeedForward, widened
 
 
@@ -35,12 +34,7 @@ class Router(nn.Linear):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """-> scores [N, K] and expert indices [N, K]. Computed in float32 or better: rounded logits tie, and a wrong
         expert costs more than all other rounding."""
-        wide_ND = widened(x_ND)
-        if x_ND.shape[0] <= cpu.FEW and cpu.usable(x_ND.shape[1], wide_ND, self.weight):
-            logits_NE = cpu.linear(wide_ND, self.weight)
-        else:
-            logits_NE = F.linear(wide_ND, widened(self.weight))
-        logits, experts_NK = top_k(logits_NE, self.k)
+        logits, experts_NK = top_k(F.linear(widened(x_ND), widened(self.weight)), self.k)
         return torch.sigmoid(logits), experts_NK
 
 
@@ -60,13 +54,9 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         scores_NK, experts_NK = self.router(x_ND)
-        chosen_R = experts_NK.flatten()
-        counts_E = torch.bincount(chosen_R, minlength=self.num_experts)
-        if chosen_R.shape[0] == 1:  # decoding: nothing to sort
-            scaled_RD = (x_ND * scores_NK).type_as(x_ND)
-            return widened(self.shared_expert(x_ND)) + self.experts(scaled_RD, counts_E)
-        order_R = chosen_R.argsort(stable=True)
+        order_R = experts_NK.flatten().argsort(stable=True)
         tokens_R = order_R // experts_NK.shape[1]
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=self.num_experts)
         scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)
         routed_RD = self.experts(scaled_RD, counts_E)
         out_ND = widened(self.shared_expert(x_ND))

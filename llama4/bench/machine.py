@@ -1,4 +1,4 @@
-"""What this machine can do at most, and what a process takes of it."""
+"""What a run takes: time, and memory of the process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -52,19 +50,3 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
         run()
         spent.append(time.perf_counter() - begin)
     return statistics.median(spent)
-
-
-def memory_rate(size: int = 300_000_000) -> float:
-    """Bytes per second that all threads read, of far more than the caches hold."""
-    numbers = torch.ones(size // 4)
-    return size / seconds(numbers.sum)
-
-
-def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations per second of a large product, by the best way that torch has."""
-    x, weight = torch.ones(size, size, dtype=dtype), torch.ones(2 * size, size, dtype=dtype)
-    ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)]
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
-    with torch.inference_mode():
-        return 4 * size**3 / min(seconds(way) for way in ways)

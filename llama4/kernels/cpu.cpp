@@ -1,11 +1,12 @@
-// Products of few rows with a matrix. Such a product takes as long as reading the matrix does, provided that every byte
-// of it is read once, in order, by all cores, and turned into floats in registers: that is all this file is about.
+// What decoding consists of, on a CPU. The first half is products of few rows with a matrix: they take as long as
+// reading the matrix does, provided that every byte of it is read once, in order, by all cores, and turned into floats
+// in registers. The second half is what stands between products, and a decoder layer put together of both.
 //
 // Two layouts. "out x in", y = x W^T, is that of Linear and of all packed weights: an output is the dot product of x
 // with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs.
 //
-// Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block becomes
-// planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane.
+// Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block
+// becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane.
 
 #include <algorithm>
 #include <cmath>
@@ -106,13 +107,17 @@ u32 bytes(const uint8_t* from) {
 
 // ---- formats of a matrix [O, I]; a grouped one has scales for the lanes of each block, others at most one per output
 
-struct Float32 {
+template <class W>
+struct InOrder {  // sixteen at a time, one plane
   using Plane = f32;
   static constexpr int planes = 1, inputs = 16;
   static constexpr bool grouped = false;
   static int place(int, int lane) { return lane; }
-  const float* w;
+  const W* w;
   long I;
+};
+
+struct Float32 : InOrder<float> {
   void read(long o, long block, Plane* out) const { out[0] = load<f32>(w + o * I + 16 * block); }
 };
 
@@ -130,26 +135,15 @@ struct Bfloat16 {
   }
 };
 
-struct Int8 {
-  using Plane = f32;
-  static constexpr int planes = 1, inputs = 16;
-  static constexpr bool grouped = false;
-  static int place(int, int lane) { return lane; }
-  const uint8_t* w;
-  long I;
+struct Int8 : InOrder<uint8_t> {
   void read(long o, long block, Plane* out) const {
     i32 codes = (i32)(bytes(w + o * I + 16 * block) << 24) >> 24;
     out[0] = __builtin_convertvector(codes, f32);
   }
 };
 
-struct Float8 {  // e4m3: as bits of a float its exponent is too small by the difference of the biases, 127 - 7
-  using Plane = f32;
-  static constexpr int planes = 1, inputs = 16;
-  static constexpr bool grouped = false;
-  static int place(int, int lane) { return lane; }
-  const uint8_t* w;
-  long I;
+// e4m3: as bits of a float its exponent is too small by the difference of the biases, 127 - 7.
+struct Float8 : InOrder<uint8_t> {
   void read(long o, long block, Plane* out) const {
     u32 codes = bytes(w + o * I + 16 * block);
     out[0] = (f32)((codes & 0x80) << 24 | (codes & 0x7f) << 20) * 0x1p120f;
@@ -256,8 +250,8 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
   }
 }
 
-template <class F, int M, class X>
-void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales, X* y) {
+template <class F, int M, class Y>
+void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales, Y* y) {
   constexpr int U = 4;
   const long blocks = f.I / F::inputs;
   for (long o = begin; o < end; o++) {  // one row after the other: several at once would read memory out of order
@@ -283,8 +277,8 @@ void in_fours(long M, const Part& part) {
     }
 }
 
-template <class F, class X>
-void out_in(const F& f, const X* x, long M, long O, Scales scales, X* y) {
+template <class F, class X, class Y>
+void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
 #pragma omp parallel for schedule(static) if (O * f.I > worth_threads)
@@ -413,7 +407,8 @@ void rms_norm(const X* x, long N, long D, const W* weight, float eps, W* y) {
 // Heads [N, H, C]: consecutive pairs turned by unit complex numbers [N, C / 2], if any; then normalised, if eps is not
 // negative; then multiplied by factors [N], if any.
 template <class X>
-void turn(const X* x, long stride, long N, long H, long C, const float* rotation, float eps, const float* factors, X* y) {
+void turn(const X* x, long stride, long N, long H, long C, const float* rotation, float eps, const float* factors,
+          X* y) {
 #pragma omp parallel for schedule(static) if (N * H * C > worth_threads)
   for (long n = 0; n < N; n++)
     for (long h = 0; h < H; h++) {
@@ -451,7 +446,8 @@ void swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
 // Q queries against n keys: sums of values [Q, C], weighted by e^(score - largest score), then that largest score and
 // the sum of the weights. Scores are [Q, n], n rounded up to 16.
 template <int Q, class KV>
-void attend_block(const float* q, const KV* keys, const KV* values, long n, long C, float* scores, float* out, long part) {
+void attend_block(const float* q, const KV* keys, const KV* values, long n, long C, float* scores, float* out,
+                  long part) {
   const long width = (n + 15) / 16 * 16;
   for (long s = 0; s < n; s++) {
     f32 dots[Q] = {};
@@ -490,11 +486,11 @@ void attend_block(const float* q, const KV* keys, const KV* values, long n, long
     }
 }
 
-// One query of every row and head against the keys of that row, softmax(q K^T / sqrt(C)) V. A task is a block of keys of
-// a row and key head; what it leaves is put together with the other blocks' when all are done.
+// One query of every row and head against the keys of that row, softmax(q K^T / sqrt(C)) V. A task is a block of keys
+// of a row and key head; what it leaves is put together with the other blocks' when all are done.
 //
-// Shapes: B rows, H query heads, K key heads, C head_dim (at most 1024); keys and values [B, K, slots, C], of which row b
-// sees the first lengths[b].
+// Shapes: B rows, H query heads, K key heads, C head_dim (at most 1024); keys and values [B, K, slots, C], of which row
+// b sees the first lengths[b].
 template <class X, class KV>
 void attend(const X* q, const KV* keys, const KV* values, const long* lengths, long B, long H, long K, long C,
             long row_stride, long head_stride, X* y) {
@@ -548,10 +544,11 @@ struct Matrix {
 };
 
 struct Layer {
-  Matrix q, k, v, o, gate_up, down, gate, up, shared_down;  // gate, up, shared_down: of the shared expert or the dense MLP
-  const void *input_norm, *post_norm, *router;              // router: nullptr in a dense layer
-  int64_t D, H, K, C, E, chosen;                            // chosen: experts per token
-  double eps, qk_eps;                                       // qk_eps: negative without QK-norm
+  Matrix q, k, v, o, gate_up, down;
+  Matrix gate, up, shared_down;                 // of the shared expert, or of the dense MLP
+  const void *input_norm, *post_norm, *router;  // router: nullptr in a dense layer
+  int64_t D, H, K, C, E, chosen;                // chosen: experts per token
+  double eps, qk_eps;                           // qk_eps: negative without QK-norm
 };
 
 // To the nearest number of e4m3: three bits of mantissa, from 2^-6 up, and below that steps of 2^-9.
@@ -581,46 +578,37 @@ float* through_e4m3(const X* x, long M, long I) {
   return out;
 }
 
-void dense(const float* w, const float* x, long M, long I, long O, float* y) {
-  out_in(Float32{w, I}, x, M, O, Scales{}, y);
-}
+// The formats for rows of a dtype: without and with bits to unpack.
+template <class X>
+struct For;
+template <>
+struct For<float> {
+  using Dense = Float32;
+  using FourBits = Int4;
+};
+template <>
+struct For<bf16> {
 #ifdef __AVX512BF16__
-using Bfloat16Best = Bfloat16Pairs;
-using Int4Best = Int4Pairs;
+  using Dense = Bfloat16Pairs;
+  using FourBits = Int4Pairs;
 #else
-using Bfloat16Best = Bfloat16;
-using Int4Best = Int4;
+  using Dense = Bfloat16;
+  using FourBits = Int4;
 #endif
-void dense(const bf16* w, const bf16* x, long M, long I, long O, bf16* y) {
-  out_in(Bfloat16Best{w, I}, x, M, O, Scales{}, y);
-}
-void dense_in_out(const float* w, const float* x, long M, long I, long O, float* y) {
-  in_out(Float32{w, O}, x, M, I, y);
-}
-void dense_in_out(const bf16* w, const bf16* x, long M, long I, long O, bf16* y) {
-  in_out(Bfloat16{w, O}, x, M, I, y);
-}
-void four_bits(const uint8_t* w, Scales s, long group, const float* x, long M, long I, long O, float* y) {
-  out_in(Int4{w, I, s, group}, x, M, O, Scales{}, y);
-}
-void four_bits(const uint8_t* w, Scales s, long group, const bf16* x, long M, long I, long O, bf16* y) {
-  out_in(Int4Best{w, I, s, group}, x, M, O, Scales{}, y);
-}
+};
+template <class X>
+using InOut = std::conditional_t<std::is_same_v<X, float>, Float32, Bfloat16>;
 
 template <class X>
 void product(const Matrix& a, long expert, const X* x, long M, X* y) {
   const char* w = a.w + expert * a.step;
   const Scales s{static_cast<const char*>(a.scales.numbers) + expert * a.scale_step, a.scales.wide};
   switch (a.kind) {
-    case OUT_IN: return dense((const X*)w, x, M, a.I, a.O, y);
-    case IN_OUT: return dense_in_out((const X*)w, x, M, a.I, a.O, y);
+    case OUT_IN: return out_in(typename For<X>::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
+    case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, y);
     case INT8: return out_in(Int8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
-    case INT4: return four_bits((const uint8_t*)w, s, a.group, x, M, a.I, a.O, y);
-    case FP8: {
-      float* sums = scratch<float, 5>(M * a.O);
-      out_in(Float8{(const uint8_t*)w, a.I}, through_e4m3(x, M, a.I), M, a.O, s, sums);
-      for (long i = 0; i < M * a.O; i += 16) keep(y + i, load<f32>(sums + i));
-    }
+    case FP8: return out_in(Float8{(const uint8_t*)w, a.I}, through_e4m3(x, M, a.I), M, a.O, s, y);
+    case INT4: return out_in(typename For<X>::FourBits{(const uint8_t*)w, a.I, s, a.group}, x, M, a.O, Scales{}, y);
   }
 }
 
@@ -671,14 +659,9 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
     float* logits = scratch<float, 7>(M * E + R * 2);
     float* scores = logits + M * E;
     long* experts = scratch<long, 8>(R);
-    const X* router = (const X*)layer.router;
-#pragma omp parallel for schedule(static) if (M * E * D > worth_threads)
-    for (long i = 0; i < M * E; i++) {
-      f32 dots{};
-      for (long d = 0; d < D; d += 16) dots += floats(x + i / E * D + d) * floats(router + i % E * D + d);
-      logits[i] = sum(dots);
-    }
-    for (long m = 0; m < M; m++) choose(logits + m * E, E, layer.chosen, experts + m * layer.chosen, scores + m * layer.chosen);
+    out_in(typename For<X>::Dense{(const X*)layer.router, D}, x, M, E, Scales{}, logits);
+    for (long m = 0; m < M; m++)
+      choose(logits + m * E, E, layer.chosen, experts + m * layer.chosen, scores + m * layer.chosen);
     for (long e = 0; e < E; e++) {
       long count = 0;
       for (long i = 0; i < R; i++)
@@ -707,58 +690,47 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
 
 // ---- what Python calls, once per dtype of x and y: f for float32, b for bfloat16
 
-#define ENTRIES(X, suffix)                                                                                            \
-  extern "C" void linear_float32_##suffix(const X* x, long M, long I, long O, const float* w, X* y) {                 \
-    out_in(Float32{w, I}, x, M, O, Scales{}, y);                                                                       \
-  }                                                                                                                   \
-  extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, X* y) {   \
-    out_in(Int8{w, I}, x, M, O, {s, wide}, y);                                                                                \
-  }                                                                                                                   \
-  extern "C" void linear_fp8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, X* y) {    \
-    out_in(Float8{w, I}, x, M, O, {s, wide}, y);                                                                              \
-  }                                                                                                                   \
-  extern "C" void experts_float32_##suffix(const X* x, long M, long I, long O, const float* w, X* y) {                \
-    in_out(Float32{w, O}, x, M, I, y);                                                                                \
-  }                                                                                                                   \
-  extern "C" void experts_bfloat16_##suffix(const X* x, long M, long I, long O, const bf16* w, X* y) {                \
-    in_out(Bfloat16{w, O}, x, M, I, y);                                                                               \
-  }                                                                                                                   \
-  extern "C" void linear_int4_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s,           \
-                                       long wide, long group, X* y) {                                                 \
-    four_bits(w, {s, wide}, group, x, M, I, O, y);                                                                            \
-  }                                                                                                                   \
-  extern "C" void planes_int4_##suffix(long begin, long end, long I, const uint8_t* w, const void* s, long wide,      \
-                                       long group, X* out) {                                                          \
-    planes_of(Int4{w, I, {s, wide}, group}, begin, end, out);                                                                 \
+#define ENTRIES(X, suffix)                                                                                             \
+  extern "C" void linear_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                              \
+    out_in(For<X>::Dense{w, I}, x, M, O, Scales{}, y);                                                                 \
+  }                                                                                                                    \
+  extern "C" void project_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                             \
+    in_out(InOut<X>{w, O}, x, M, I, y);                                                                                \
+  }                                                                                                                    \
+  extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
+                                       X* y) {                                                                         \
+    out_in(Int8{w, I}, x, M, O, Scales{s, wide}, y);                                                                   \
+  }                                                                                                                    \
+  extern "C" void linear_fp8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide,  \
+                                      X* y) {                                                                          \
+    out_in(Float8{w, I}, x, M, O, Scales{s, wide}, y);                                                                 \
+  }                                                                                                                    \
+  extern "C" void linear_int4_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
+                                       long group, X* y) {                                                             \
+    out_in(For<X>::FourBits{w, I, {s, wide}, group}, x, M, O, Scales{}, y);                                            \
+  }                                                                                                                    \
+  extern "C" void planes_int4_##suffix(long begin, long end, long I, const uint8_t* w, const void* s, long wide,       \
+                                       long group, X* out) {                                                           \
+    planes_of(Int4{w, I, {s, wide}, group}, begin, end, out);                                                          \
+  }                                                                                                                    \
+  extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {         \
+    rms_norm(x, N, D, weight, *eps, y);                                                                                \
+  }                                                                                                                    \
+  extern "C" void turn_##suffix(const X* x, long stride, long N, long H, long C, const float* rotation,                \
+                                const float* eps, const float* factors, X* y) {                                        \
+    turn(x, stride, N, H, C, rotation, *eps, factors, y);                                                              \
+  }                                                                                                                    \
+  extern "C" void swiglu_##suffix(const X* gate, const X* up, long N, long F, long stride, X* y) {                     \
+    swiglu(gate, up, N, F, stride, y);                                                                                 \
+  }                                                                                                                    \
+  extern "C" void attend_##suffix(const X* q, const X* keys, const X* values, const long* lengths, long B, long H,     \
+                                  long K, long C, long row_stride, long head_stride, X* y) {                           \
+    attend(q, keys, values, lengths, B, H, K, C, row_stride, head_stride, y);                                          \
+  }                                                                                                                    \
+  extern "C" void decode_##suffix(const Layer* layer, float* h, long M, const float* rotation,                         \
+                                  const float* temperature, const long* lengths, X* keys, X* values, long row_stride,  \
+                                  long head_stride) {                                                                  \
+    decode(*layer, h, M, rotation, temperature, lengths, keys, values, row_stride, head_stride);                       \
   }
-#define BETWEEN(X, suffix)                                                                                            \
-  extern "C" void turn_##suffix(const X* x, long stride, long N, long H, long C, const float* rotation,               \
-                                const float* eps, const float* factors, X* y) {                                       \
-    turn(x, stride, N, H, C, rotation, *eps, factors, y);                                                             \
-  }                                                                                                                   \
-  extern "C" void swiglu_##suffix(const X* gate, const X* up, long N, long F, long stride, X* y) {                    \
-    swiglu(gate, up, N, F, stride, y);                                                                                \
-  }                                                                                                                   \
-  extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {        \
-    rms_norm(x, N, D, weight, *eps, y);                                                                               \
-  }                                                                                                                   \
-  extern "C" void attend_##suffix(const X* q, const X* keys, const X* values, const long* lengths, long B, long H,    \
-                                  long K, long C, long row_stride, long head_stride, X* y) {                          \
-    attend(q, keys, values, lengths, B, H, K, C, row_stride, head_stride, y);                                         \
-  }                                                                                                                   \
-  extern "C" void decode_##suffix(const Layer* layer, float* h, long M, const float* rotation,                        \
-                                  const float* temperature, const long* lengths, X* keys, X* values, long row_stride, \
-                                  long head_stride) {                                                                 \
-    decode(*layer, h, M, rotation, temperature, lengths, keys, values, row_stride, head_stride);                      \
-  }
-BETWEEN(float, f)
-BETWEEN(bf16, b)
 ENTRIES(float, f)
 ENTRIES(bf16, b)
-
-extern "C" void linear_bfloat16_f(const float* x, long M, long I, long O, const bf16* w, float* y) {
-  out_in(Bfloat16{w, I}, x, M, O, Scales{}, y);
-}
-extern "C" void linear_bfloat16_b(const bf16* x, long M, long I, long O, const bf16* w, bf16* y) {
-  dense(w, x, M, I, O, y);
-}

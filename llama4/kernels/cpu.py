@@ -32,6 +32,7 @@ WORTH = 1 << 18
 cache."""
 WIDE = 512
 """Numbers of a token from which the small steps between products are worth the call."""
+MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
 
@@ -140,12 +141,12 @@ def takes_dense(x_NI: Tensor, weight: Tensor) -> bool:
 
 def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T, [N, O]."""
-    return _call(f"linear_{_FORMATS[weight_OI.dtype]}", x_NI, weight_OI.shape[0], weight_OI)
+    return _call("linear", x_NI, weight_OI.shape[0], weight_OI)
 
 
 def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O]."""
-    return _call(f"experts_{_FORMATS[weight_IO.dtype]}", x_NI, weight_IO.shape[1], weight_IO)
+    return _call("project", x_NI, weight_IO.shape[1], weight_IO)
 
 
 def linear_int8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
@@ -188,35 +189,34 @@ def usable(width: int, *tensors: Tensor) -> bool:
     return library() is not None
 
 
-def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, from float32 to the dtype of the weight."""
-    y_ND = torch.empty_like(x_ND, dtype=weight_D.dtype)
-    _run("rms_norm", weight_D, x_ND, *x_ND.shape, weight_D, _pointer(eps), y_ND)
-    return y_ND
+def heads_usable(q_NHC: Tensor, *others: Tensor) -> bool:
+    """The same for heads: a kernel keeps one of them in 4 KiB."""
+    return q_NHC.shape[2] <= MOST_HEAD_DIM and usable(q_NHC.shape[1] * q_NHC.shape[2], q_NHC, *others)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, from float32 to the dtype of the weight."""
+    x, D = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x, dtype=weight_D.dtype)
+    _run("rms_norm", weight_D, x, x.numel() // D, D, weight_D, _pointer(eps), y)
+    return y
 
 
 def turn(x_NHC: Tensor, rotation_NC: Tensor | None, eps: float | None, factors_N: Tensor | None) -> Tensor:
     """Heads, turned by unit complex numbers, normalised, multiplied by factors; each if given."""
     N, H, C = x_NHC.shape
+    if x_NHC.stride()[1:] != (C, 1):
+        x_NHC = x_NHC.contiguous()
     y_NHC = x_NHC.new_empty(N, H, C)
-    _run(
-        "turn",
-        x_NHC,
-        x_NHC,
-        x_NHC.stride(0),
-        N,
-        H,
-        C,
-        rotation_NC,
-        _pointer(-1.0 if eps is None else eps),
-        factors_N,
-        y_NHC,
-    )
+    rest = rotation_NC, _pointer(-1.0 if eps is None else eps), factors_N, y_NHC
+    _run("turn", x_NHC, x_NHC, x_NHC.stride(0), N, H, C, *rest)
     return y_NHC
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """silu(gate) * up; both may be halves of one tensor."""
+    if gate_NF.stride(1) != 1 or gate_NF.stride() != up_NF.stride():
+        gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
     y_NF = gate_NF.new_empty(gate_NF.shape)
     _run("swiglu", gate_NF, gate_NF, up_NF, *gate_NF.shape, gate_NF.stride(0), y_NF)
     return y_NF
@@ -225,8 +225,10 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 def attend(q_BHC: Tensor, keys_BKSC: Tensor, values_BKSC: Tensor, lengths_B: Tensor) -> Tensor:
     """One query per row and head against the first `lengths` slots of its row: softmax(q K^T / sqrt(C)) V."""
     B, H, C = q_BHC.shape
+    q_BHC, strides = q_BHC.contiguous(), keys_BKSC.stride()
+    assert strides == values_BKSC.stride()
+    assert strides[2:] == (C, 1)
     y_BHC = torch.empty_like(q_BHC)
-    strides = keys_BKSC.stride()
     _run("attend", q_BHC, q_BHC, keys_BKSC, values_BKSC, lengths_B, B, H, keys_BKSC.shape[1], C, *strides[:2], y_BHC)
     return y_BHC
 

@@ -138,15 +138,16 @@ class CompressedSource:
         wanted = [(i, matrix, part) for i in range(count) for matrix in ("gate", "up", "down") for part in parts]
         if missing := [f"{path}.{i}.{m}_proj.{part}" for i, m, part in wanted if i not in matrices.get((m, part), {})]:
             raise CheckpointError(f"of the {count} experts of {path} some parts are missing; fetch them again", missing)
-        used = [
-            {formats.get(f"{path}.{i}.{matrix}_proj") for i, matrix, _ in wanted if (matrix == "down") == is_down}
-            for is_down in (False, True)
-        ]
-        if any(len(of) > 1 for of in used) or len({of.kind if of else None for one in used for of in one}) > 1:
+        gate_up_formats, down_formats = (
+            {formats.get(f"{path}.{i}.{matrix}_proj") for i in range(count) for matrix in matrices_of}
+            for matrices_of in (("gate", "up"), ("down",))
+        )
+        both_formats = gate_up_formats | down_formats
+        if len(gate_up_formats) > 1 or len(down_formats) > 1 or len({of and of.kind for of in both_formats}) > 1:
             raise CheckpointError(
-                f"the experts of {path} are in several formats, {set().union(*used)}; those of a layer must share one"
+                f"the experts of {path} are in several formats, {both_formats}; those of a layer must share one"
             )
-        (gate_up_format,), (down_format,) = used
+        (gate_up_format,), (down_format,) = gate_up_formats, down_formats
         for part in parts:
             suffix = f".{part}" if gate_up_format is not None else ""
             gate, up, down = (matrices[matrix, part] for matrix in ("gate", "up", "down"))

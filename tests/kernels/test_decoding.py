@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,4 +178,21 @@ def test_gradients_go_the_ordinary_way(directory: Path, steps: list[int]) -> Non
     cache = model.new_cache(1)
     model(PROMPT[:1], cache=cache)
     assert model(PROMPT[:1, :1], cache=cache).requires_grad
+    assert not steps
+
+
+def test_a_plan_does_not_keep_its_model(directory: Path) -> None:
+    model = load(directory, None, "float32")
+    decoded(model, steps=2)
+    seen = weakref.ref(model.language_model.model.layers[0].self_attn.q_proj.weight)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+@torch.no_grad()
+def test_a_router_in_another_dtype_is_not_misread(directory: Path, steps: list[int]) -> None:
+    model = load(directory, None, "bfloat16")
+    model.language_model.model.layers[1].feed_forward.router.float()
+    decoded(model, steps=1)
     assert not steps

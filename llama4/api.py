@@ -12,12 +12,14 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 import torch
 
 from llama4 import hub
+from llama4.cache_formats import resolve_format
 from llama4.chat import Message
 from llama4.config import Llama4Config
 from llama4.experts import resolve_experts
 from llama4.generate import Event, generate
 from llama4.model import Llama4Model
 from llama4.processor import Inputs, Processor
+from llama4.prompt_cache import PromptCache, identities
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.replies import Draft, Reply, Stream
@@ -58,6 +60,11 @@ class Llama4:
 
     Use `from_pretrained`. The parts are there to be used alone: `model` (a torch module), `config`, `tokenizer` and
     `processor`.
+
+    Attributes:
+        cache: what was read and said in the last conversation. A prompt that begins alike, the next turn or another
+            question on the same document, is read from where it differs, images included. Keep it and put it back to go
+            on from there; set it to None to free its memory.
     """
 
     def __init__(
@@ -66,13 +73,19 @@ class Llama4:
         tokenizer: Tokenizer | None,
         *,
         max_context: int | None = None,
+        cache_dtype: str | torch.dtype = "auto",
+        cache_device: str | torch.device | None = None,
         progress: bool = True,
     ) -> None:
         window = model.config.text.max_position_embeddings
         if max_context is not None and not 1 < max_context <= window:
             raise ValueError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
         self.model = model
+        resolve_format(cache_dtype, model.dtype)
         self.max_context = max_context
+        self.cache_dtype = cache_dtype
+        self.cache_device = resolve_device(cache_device) if cache_device is not None else None
+        self.cache: PromptCache | None = None
         self.progress = progress
         self._tokenizer = tokenizer
         self._processor = _make_processor(model.config, tokenizer) if tokenizer is not None else None
@@ -89,6 +102,8 @@ class Llama4:
         quantization: str | None = None,
         experts: str = "auto",
         max_context: int | None = None,
+        cache_dtype: str | torch.dtype = "auto",
+        cache_device: str | torch.device | None = None,
         progress: bool = True,
     ) -> Llama4:
         """Load a model.
@@ -104,6 +119,9 @@ class Llama4:
                 while loading, one at a time. None takes them as they are, quantised or not.
             experts: how routed experts are computed: "loop", "grouped", or "auto" for the faster one on that device.
             max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
+            cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
+                scale per head and token, or a dtype; "auto" is the model's.
+            cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
             progress: show bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:
@@ -125,7 +143,14 @@ class Llama4:
         swap_modules(model, weights.plan)
         load(model, weights, dtype=resolved_dtype, device=resolved_device, progress=progress)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
-        return cls(model.eval(), tokenizer, max_context=max_context, progress=progress)
+        return cls(
+            model.eval(),
+            tokenizer,
+            max_context=max_context,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
+            progress=progress,
+        )
 
     @property
     def config(self) -> Llama4Config:
@@ -230,6 +255,10 @@ class Llama4:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Iterator[Event], list[Draft]]:
         tokenizer = self.tokenizer
+        rows = identities(inputs, self.model)
+        cache = self.cache.beginning(rows) if self.cache is not None else None
+        if cache is None:
+            cache = self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
         events = generate(
             self.model,
             tokenizer,
@@ -239,10 +268,22 @@ class Llama4:
             stop_ids=tokenizer.stop_ids or self.config.text.eos_token_id,
             stop=stop,
             max_context=self.max_context,
+            cache=cache,
             progress=self.progress,
         )
+        if len(rows) == 1:
+            self.cache = PromptCache(self.model, cache, rows[0])
+            events = self.cache.recorded(events)
         call_id = tokenizer.special_tokens.get("<|python_start|>")
         return events, [Draft(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
+
+    def load_cache(self, path: str | Path) -> None:
+        """Put what `llm.cache.save(path)` wrote into `llm.cache`.
+
+        Raises:
+            ValueError: no such file, a damaged one, or the cache of another model or cache_dtype.
+        """
+        self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model in Hugging Face's layout, tokenizer included, for this library or transformers to read.

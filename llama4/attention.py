@@ -5,19 +5,23 @@ Shapes: N packed tokens, D hidden size, H query heads, K key/value heads, C head
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.cache import LayerCache
+from llama4.cache_formats import AsIs
 from llama4.config import TextConfig
 from llama4.kernels import cpu
 from llama4.kernels.dense import Linear
-from llama4.layers import attention_temperature, rope_rotation, turn
-from llama4.packing import Packing
+from llama4.layers import attention_temperature, rope_rotation, turn, widened
+from llama4.packing import Packing, Step
 
-QUERY_BLOCK = 1024
-"""Queries that are masked at once when a piece of a prompt meets a past: bounds the mask to QUERY_BLOCK x S."""
+QUERIES = 256
+"""Queries that meet a past at once where that is done in plain torch: bounds the scores."""
 
 
 class Turns:
@@ -31,37 +35,78 @@ class Turns:
         self.temperature = attention_temperature(config, positions, precision)
 
 
-def causal_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor) -> Tensor:
-    """Softmax attention in which the last query sees all S keys, the one before it all but the last, and so on.
+def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q K^T / sqrt(C)) V, [H, N, C], and the logarithm of the softmax's denominator, [H, N]. Causal: the first
+    query sees the first key, and so on."""
+    group = q_HNC.shape[0] // k_KSC.shape[0]
+    k_HSC, v_HSC = (x.repeat_interleave(group, dim=0) for x in (k_KSC, v_KSC))
+    flash = _FLASH.get(q_HNC.device.type)
+    if flash is not None and not torch.is_grad_enabled() and q_HNC.dtype in _FLASH_DTYPES[q_HNC.device.type]:
+        out_1HNC, lse_1HN = flash(q_HNC[None], k_HSC[None], v_HSC[None], 0.0, causal)[:2]
+        return out_1HNC[0], lse_1HN[0]
+    outs, lses = [], []
+    for i, q in enumerate(q_HNC.split(QUERIES, dim=1)):
+        scores = widened(q) @ widened(k_HSC).mT * q.shape[2] ** -0.5
+        if causal:
+            ages = torch.arange(i * QUERIES, i * QUERIES + q.shape[1], device=q.device)[:, None]
+            scores = scores.masked_fill(ages < torch.arange(k_HSC.shape[1], device=q.device), -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append(((scores - lses[-1][..., None]).exp() @ widened(v_HSC)).type_as(q))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
-    Scale is C^-0.5. Never builds a mask of N x S for long inputs: without a past the kernel knows the pattern, with
-    one the queries go in blocks. [H, N, C] -> [H, N, C].
+
+_FLASH: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
+}
+_FLASH_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+def merged(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The attention over several sets of keys from the attention over each, as `softmax_attention` gives it."""
+    (out, lse), *rest = parts
+    for other, other_lse in rest:
+        both = torch.logaddexp(lse, other_lse)
+        out = widened(out) * (lse - both).exp()[..., None] + widened(other) * (other_lse - both).exp()[..., None]
+        lse = both
+    return out
+
+
+def causal_attention(
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cache: LayerCache | None = None, row: int = 0, past: int = 0
+) -> Tensor:
+    """New tokens of one row see each other causally, and the first `past` tokens that the cache holds of the row.
+
+    Scale is C^-0.5. There is no mask, and nothing of N x S, however long either is. -> [N, H, C].
     """
-    queries, keys = q_HNC.shape[1], k_KSC.shape[1]
-    k, v = k_KSC[None], v_KSC[None]
-    if queries == keys:
-        return F.scaled_dot_product_attention(q_HNC[None], k, v, is_causal=True, enable_gqa=True)[0]
-    past, blocks = keys - queries, []
-    for start in range(0, queries, QUERY_BLOCK):
-        q = q_HNC[None, :, start : start + QUERY_BLOCK]
-        end = past + start + q.shape[2]
-        ages = torch.arange(end, device=q.device) - torch.arange(past + start, end, device=q.device)[:, None]
-        blocks.append(F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], ages <= 0, enable_gqa=True)[0])
-    return torch.cat(blocks, dim=1)
+    format = cache.format if cache is not None and past else AsIs(q_NHC.dtype)
+    if cpu.attention_usable(q_NHC, past + len(q_NHC), format):
+        blocks = cache.addresses(row) if cache is not None and past else None
+        return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.number)
+    q_HNC, k_KNC, v_KNC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
+    if not past or cache is None:
+        q_1HNC, k_1KNC, v_1KNC = q_HNC[None], k_KNC[None], v_KNC[None]
+        return F.scaled_dot_product_attention(q_1HNC, k_1KNC, v_1KNC, is_causal=True, enable_gqa=True)[0].transpose(
+            0, 1
+        )
+    spans = cache.spans(row, past, q_HNC.dtype, q_HNC.device)
+    parts = [softmax_attention(q_HNC, k_KNC, v_KNC, True)]
+    out_HNC = merged(itertools.chain(parts, (softmax_attention(q_HNC, k, v, False) for k, v in spans)))
+    return out_HNC.type_as(q_NHC).transpose(0, 1)
 
 
-def step_attention(q_BHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, lengths_B: Tensor, ragged: bool) -> Tensor:
-    """One query per row against the first `lengths` keys of that row; the queries of a group share their key head.
-    -> [B, H, C]."""
-    B, H, C = q_BHC.shape
-    if k_BKSC.dtype == q_BHC.dtype and cpu.heads_usable(q_BHC, k_BKSC, v_BKSC):
-        return cpu.attend(q_BHC, k_BKSC, v_BKSC, lengths_B)
-    mask = None
-    if ragged:
-        mask = (torch.arange(k_BKSC.shape[2], device=lengths_B.device) < lengths_B[:, None])[:, None, None]
-    grouped = q_BHC.view(B, k_BKSC.shape[1], -1, C)
-    keys, values = k_BKSC.to(q_BHC.dtype), v_BKSC.to(q_BHC.dtype)
-    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(B, H, C)
+def step_attention(q_BHC: Tensor, cache: LayerCache, step: Step) -> Tensor:
+    """One query per row against the keys that its row holds, its own included. -> [B, H, C]."""
+    if cpu.attention_usable(q_BHC, step.longest, cache.format):
+        return cpu.attend(q_BHC, cache.table(), step.lengths_B, cache.heads, cache.format.number)
+    outs = []
+    for row, (q_HC, slot) in enumerate(zip(q_BHC, step.slots, strict=True)):
+        spans = cache.spans(row, slot + 1, q_HC.dtype, q_HC.device)
+        outs.append(merged(softmax_attention(q_HC[:, None], k, v, False) for k, v in spans)[:, 0])
+    return torch.stack(outs).type_as(q_BHC)
 
 
 class Attention(nn.Module):
@@ -96,14 +141,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         if cache is not None and packing.is_step:
             step = packing.step(self.window)
-            keys, values = cache.step(step, k_NKC, v_NKC)
-            return step_attention(q_NHC, keys, values, step.lengths_B, step.is_ragged)
+            for row, slot in enumerate(step.slots):
+                cache.keep(row, slot, k_NKC[row : row + 1], v_NKC[row : row + 1])
+            return step_attention(q_NHC, cache, step)
         pieces = []
         for segment in packing.segments(self.window):
             new = slice(segment.start, segment.end)
-            if cache is None:
-                k_KSC, v_KSC = k_NKC[new].transpose(0, 1), v_NKC[new].transpose(0, 1)
-            else:
-                k_KSC, v_KSC = cache.extend(segment, k_NKC[new], v_NKC[new])
-            pieces.append(causal_attention(q_NHC[new].transpose(0, 1), k_KSC.to(q_NHC.dtype), v_KSC.to(q_NHC.dtype)))
-        return torch.cat(pieces, dim=1).transpose(0, 1) if pieces else q_NHC
+            q, k, v = q_NHC[new], k_NKC[new], v_NKC[new]
+            pieces.append(causal_attention(q, k, v, cache, segment.row, segment.past))
+            if cache is not None and segment.last:  # else nobody will ask for this chunk again
+                cache.keep(segment.row, segment.past, k, v)
+        return torch.cat(pieces) if pieces else q_NHC

@@ -113,6 +113,7 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quantization", metavar="SCHEME", help=f"while loading: {', '.join(SCHEMES)}")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     model.add_argument("--experts", default="auto", help="loop or grouped (default: auto)")
+    model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
@@ -141,6 +142,7 @@ def _load(options: argparse.Namespace) -> Llama4:
         quantization=options.quantization,
         experts=options.experts,
         max_context=options.max_context,
+        cache_dtype=options.cache_dtype,
     )
 
 

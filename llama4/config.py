@@ -12,6 +12,8 @@ from typing import Any
 from llama4.errors import ConfigError
 from vision.config import VisionConfig
 
+CACHE_BLOCK = 256
+"""Tokens for which a key/value cache takes memory at once."""
 CONFIG_FILE = "config.json"
 IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 

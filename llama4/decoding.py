@@ -69,6 +69,7 @@ class Plan:
     read from, to see when it no longer holds. It knows the layers but not their list, which it must not keep alive."""
 
     layers: list[Layer]
+    dtype: torch.dtype
     modules: list[nn.Module]
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
@@ -102,21 +103,21 @@ def plan(layers: nn.ModuleList, x_ND: Tensor, packing: Packing, cache: Cache | N
     if found is None or not found.holds(layers):
         found = _plans[layers] = _make(layers)
     first: Any = layers[0]
-    is_usual = (
-        found.layers and not found.is_hooked() and cache.layers[0].keys.dtype == first.input_layernorm.weight.dtype
-    )
-    return found if is_usual else None
+    dtype, head_dim = first.input_layernorm.weight.dtype, first.self_attn.head_dim
+    is_readable = all(cpu.reads(layer.format, dtype, head_dim) for layer in cache.layers)
+    return found if found.layers and is_readable and not found.is_hooked() else None
 
 
 def run(plan: Plan, layers: nn.ModuleList, x_ND: Tensor, packing: Packing, turns: Turns, cache: Cache) -> Tensor:
     """One new token of every row through all layers; x [N, D] float32, changed in place."""
-    decode = cpu.function("decode", cache.layers[0].keys.dtype, 10)
+    decode = cpu.function("decode", plan.dtype, 9)
     x_ND = x_ND.contiguous()
     temperature = turns.temperature.data_ptr()
     for layer, described, held in zip(layers, plan.layers, cache.layers, strict=True):
         attention: Any = layer.self_attn
         step = packing.step(attention.window)
-        held.reserve(step.longest)
+        held.make_room(step)
+        table = held.table()
         decode(
             ctypes.addressof(described),
             x_ND.data_ptr(),
@@ -124,9 +125,9 @@ def run(plan: Plan, layers: nn.ModuleList, x_ND: Tensor, packing: Packing, turns
             turns.rotations[attention.window].data_ptr() if attention.uses_rope else 0,
             temperature if attention.uses_temperature else 0,
             step.lengths_B.data_ptr(),
-            held.keys.data_ptr(),
-            held.values.data_ptr(),
-            *held.keys.stride()[:2],
+            table.data_ptr(),
+            table.shape[1],
+            held.format.number,
         )
     return x_ND
 
@@ -145,7 +146,8 @@ def _make(layers: nn.ModuleList) -> Plan:
         described = [_describe(layer) for layer in layers]
     except _UnknownError:
         described = []
-    return Plan(described, [*layers], children, pointers)
+    first: Any = layers[0]
+    return Plan(described, first.input_layernorm.weight.dtype, [*layers], children, pointers)
 
 
 def _describe(layer: Any) -> Layer:

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from llama4.sampling import Sampler
 FinishReason = Literal["stop", "length"]
 
 PREFILL_TOKENS = 2048
-"""Tokens of all rows together that go through the model at once: bounds the memory a long prompt takes."""
+"""Most tokens of all rows together that go through the model at once: bounds the memory a long prompt takes."""
 VISION_TILES = 16
 """Tiles that go through the vision tower at once."""
 
@@ -111,6 +112,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] | None = None,
     max_context: int | None = None,
+    cache: Cache | None = None,
     progress: bool = False,
 ) -> Iterator[Event]:
     """Continue every prompt of a batch until it stops by itself, at a stop string, or at a limit.
@@ -124,6 +126,7 @@ def generate(
         stop: strings that end a reply and are not part of it.
         max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
             ends with finish_reason "length".
+        cache: what is known of the prompts already: the same number of tokens of each. It goes on to take the rest.
         progress: show a bar on a terminal while a long prompt is read.
 
     Returns:
@@ -148,7 +151,8 @@ def generate(
     budgets = [min(max_new_tokens, window - length) for length in lengths]
     silent = frozenset(tokenizer.special_tokens.values())
     rows = [_Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
-    return _generate(model, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, progress)
+    cache = cache or model.new_cache(len(rows))
+    return _generate(model, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
 
 
 @dataclass
@@ -175,10 +179,10 @@ def _generate(
     rows: list[_Row],
     stop_ids: frozenset[int],
     silent_ids: frozenset[int],
+    cache: Cache,
     progress: bool,
 ) -> Iterator[Event]:
     generators = sampler.generators(len(rows))
-    cache = model.new_cache(len(rows))
     logits_BV = prefill(model, inputs, cache, progress)
     while True:
         ids_B, logprobs_B = sampler(logits_BV, generators)
@@ -203,46 +207,101 @@ def _generate(
 def prefill(model: Llama4Model, inputs: Inputs, cache: Cache, progress: bool = False) -> Tensor:
     """Read the prompts into the cache in pieces of bounded size; -> logits of their last tokens, [B, V].
 
-    Prompts are padded on the left. Images are encoded once, and their features cut along with the tokens.
+    Prompts are padded on the left. What the cache holds of them, the same number of tokens of each, is left out. Images
+    are encoded once, and their features cut along with the tokens.
     """
     ids_BT, mask_BT = inputs.input_ids, inputs.attention_mask.bool()
     assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
-    patches_BT = (ids_BT == model.config.image_token_index) & mask_BT
-    places_BT = (patches_BT.flatten().cumsum(0) - 1).view_as(patches_BT)
-    features_ND = encode_tiles(model, inputs.pixel_values)
-    if features_ND is not None and len(features_ND) != int(patches_BT.sum()):
-        raise ValueError(
-            f"the prompt holds {int(patches_BT.sum())} <|patch|> tokens, but its images give {len(features_ND)} "
-            "features; let the processor of this model prepare both"
-        )
+    (past,) = set(cache.lengths)
+    is_patch_BT = (ids_BT == model.config.image_token_index) & mask_BT
+    if cache.answer is not None and cache.answer[0] == past == int(mask_BT.sum()):
+        return cache.answer[1]
+    mask_BT = mask_BT & (mask_BT.cumsum(1) > past)
+    images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT)
     batch_size, columns = ids_BT.shape
-    size = max(PREFILL_TOKENS // batch_size, 1)
-    starts = range(0, columns, size)
+    size = max(piece_size(model) // batch_size, 1)
+    first = int(mask_BT.any(0).int().argmax())
+    starts = range(first, columns, size)
     quiet = not progress or len(starts) < 2 or not sys.stderr.isatty()
     logits_B1V = torch.empty(0)
     with tqdm(total=int(mask_BT.sum()), unit="token", desc="reading", leave=False, disable=quiet) as bar:
         for start in starts:
             piece = slice(start, start + size)
             mask = mask_BT[:, piece]
-            features = None
-            if features_ND is not None:
-                features = features_ND[places_BT[:, piece][patches_BT[:, piece]].to(features_ND.device)]
             logits_B1V = model(
                 ids_BT[:, piece],
-                image_features=features,
+                image_features=images.of(piece),
                 cache=cache,
                 attention_mask=mask,
                 last_only=True,
             )
             bar.update(int(mask.sum()))
+    if batch_size == 1:
+        cache.answer = cache.lengths[0], logits_B1V[:, -1]
     return logits_B1V[:, -1]
 
 
-def encode_tiles(model: Llama4Model, pixel_values: Tensor | None) -> Tensor | None:
-    """Tiles [n, 3, S, S] -> image tokens, a few tiles at a time; None if there are none."""
-    if pixel_values is None:
-        return None
+class ImageFeatures:
+    """Image tokens for the pieces of a prompt, [n * Q, D] in all; only tiles that are still to be read are encoded.
+
+    Args:
+        pixel_values: [n, 3, S, S], None if there is no image.
+        is_patch_BT: where the prompts have `<|patch|>`; is_new_BT: those among them that the cache does not hold.
+
+    Raises:
+        ValueError: the prompts have more or fewer patches than the tiles give.
+    """
+
+    def __init__(self, model: Llama4Model, pixel_values: Tensor | None, is_patch_BT: Tensor, is_new_BT: Tensor) -> None:
+        self.is_new_BT = is_new_BT
+        self.features_ND = None
+        if pixel_values is None:
+            return
+        vision, count = model.config.vision, int(is_patch_BT.sum())
+        per_tile = vision.tokens_per_tile if vision is not None else 0
+        if count != len(pixel_values) * per_tile:
+            raise ValueError(
+                f"the prompt holds {count} <|patch|> tokens, but its images give {len(pixel_values) * per_tile} "
+                "features; let the processor of this model prepare both"
+            )
+        places_BT = (is_patch_BT.flatten().cumsum(0) - 1).view_as(is_patch_BT)
+        tiles, inverse = torch.unique(places_BT[is_new_BT] // max(per_tile, 1), return_inverse=True)
+        places_BT[is_new_BT] = inverse * per_tile + places_BT[is_new_BT] % max(per_tile, 1)
+        self.places_BT = places_BT
+        self.features_ND = encode_tiles(model, pixel_values[tiles]) if len(tiles) else None
+
+    def of(self, columns: slice) -> Tensor | None:
+        """Those of some columns of the prompts, None if the prompts have none."""
+        if self.features_ND is None:
+            return None
+        places = self.places_BT[:, columns][self.is_new_BT[:, columns]]
+        return self.features_ND[places.to(self.features_ND.device)]
+
+
+def encode_tiles(model: Llama4Model, pixel_values: Tensor) -> Tensor:
+    """Tiles [n, 3, S, S] -> image tokens [n * Q, D], a few tiles at a time."""
     return torch.cat([model.encode_images(tiles) for tiles in torch.split(pixel_values, VISION_TILES)])
+
+
+def piece_size(model: Llama4Model) -> int:
+    """Tokens that go through the model at once: 2,048, or fewer where their activations would take more than a quarter
+    of the memory that is free."""
+    text = model.config.text
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    widest = max(text.intermediate_size_mlp, 3 * text.intermediate_size, heads * text.head_dim)
+    per_token = 4 * (4 * text.hidden_size + 3 * widest)  # the residual and what is added to it; what is between
+    return max(64, min(PREFILL_TOKENS, free_memory(model.device) // 4 // per_token))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be had now; without an answer from the system, plenty."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 40
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llama4 import decoding
 from llama4.attention import Attention, Turns
 from llama4.cache import Cache, LayerCache
+from llama4.cache_formats import resolve_format
 from llama4.config import Llama4Config, TextConfig
 from llama4.experts import Experts, LoopExperts
 from llama4.kernels.dense import Linear
@@ -102,9 +103,24 @@ class Llama4Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language_model.model.norm.weight.dtype
 
-    def new_cache(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> Cache:
-        """An empty key/value cache for `batch_size` sequences, in the model's dtype unless told."""
-        return Cache(self.config.text, batch_size, self.device, dtype or self.dtype)
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        dtype: str | torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Cache:
+        """An empty key/value cache for `batch_size` sequences.
+
+        Args:
+            dtype: of the layers that see every token: "int8", "fp8", "int4", or a dtype; by default the model's.
+                Chunked layers, which hold one chunk at most, keep the model's.
+            device: of those layers; the model's by default. On the CPU a GPU's cache is in pinned memory.
+
+        Raises:
+            ValueError: no rows, or a dtype that a cache cannot have.
+        """
+        format = resolve_format(dtype, self.dtype)
+        return Cache(self.config.text, batch_size, self.device, self.dtype, format, device)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
@@ -166,6 +182,8 @@ class Llama4Model(nn.Module):
         )
         ids_N = packing.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)
+        if cache is not None:
+            cache.is_whole = False
         x_ND = self.language_model.model(x_ND, packing, cache)
         if cache is not None:
             cache.advance(packing)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LINES = (
     "vision",
     "llama4.errors",
-    "llama4.config",
+    "llama4.config llama4.cache_formats",
     "llama4.packing llama4.tokenizer llama4.tool_calls llama4.drawings llama4.kernels",
     "llama4.layers llama4.cache llama4.chat llama4.sampling",
     "llama4.experts",
@@ -22,7 +22,7 @@ LINES = (
     "llama4.decoding",
     "llama4.model llama4.weights",
     "llama4.generate llama4.hub llama4.convert",
-    "llama4.replies llama4.info",
+    "llama4.replies llama4.info llama4.prompt_cache",
     "llama4.api",
     "llama4.bench",
     "llama4.cli",

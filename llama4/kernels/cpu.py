@@ -1,4 +1,4 @@
-"""Kernels for a CPU, chiefly for decoding: `cpu.cpp`, compiled when it is first wanted.
+"""Kernels for a CPU, chiefly for decoding: the files of `cpp/`, compiled when they are first wanted.
 
 torch reads a matrix at half of the memory's rate or less where one row is multiplied with it, which is what decoding
 consists of, and every small step between two products costs it microseconds. The compiler is found and told what to do
@@ -23,8 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama4.cache_formats import AsIs, Format, Int4
+from llama4.config import CACHE_BLOCK
+
 logger = logging.getLogger(__name__)
 
+SOURCES = ("vectors.h", "products.h", "between.h", "blocks.h", "attention.h", "decode.cpp")
 FEW = 12
 """Most rows that go this way: with more, a product computes for longer than it reads."""
 WORTH = 1 << 18
@@ -32,6 +36,8 @@ WORTH = 1 << 18
 cache."""
 WIDE = 512
 """Numbers of a token from which the small steps between products are worth the call."""
+WORTH_ATTENTION = 1 << 30
+"""Products of queries and keys from which attention is worth the call however narrow its heads."""
 MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
@@ -56,7 +62,7 @@ def library() -> ctypes.CDLL | None:
 def _load() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH, "").lower() == "off" or sys.byteorder != "little":
         return None
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    source = "".join(map(_text, SOURCES))
     path = _cache_directory() / f"cpu-{_fingerprint(source)}.so"
     try:
         return ctypes.CDLL(str(path if path.exists() else _build(source, path)))
@@ -68,6 +74,12 @@ def _load() -> ctypes.CDLL | None:
             SWITCH,
         )
         return None
+
+
+def _text(name: str) -> str:
+    """A file without its includes of others: one after the other they are one file."""
+    lines = (Path(__file__).parent / "cpp" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(('#include "', "#pragma once")))
 
 
 def _build(source: str, path: Path) -> Path:
@@ -222,15 +234,36 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return y_NF
 
 
-def attend(q_BHC: Tensor, keys_BKSC: Tensor, values_BKSC: Tensor, lengths_B: Tensor) -> Tensor:
-    """One query per row and head against the first `lengths` slots of its row: softmax(q K^T / sqrt(C)) V."""
+def reads(format: Format, dtype: torch.dtype, C: int) -> bool:
+    """Whether kernels for a dtype read heads of C numbers in a format of the cache."""
+    known = format.dtype == dtype if isinstance(format, AsIs) else not isinstance(format, Int4) or C % 32 == 0
+    return known and C % 16 == 0 and C <= MOST_HEAD_DIM
+
+
+def attention_usable(q_NHC: Tensor, keys: int, format: Format) -> bool:
+    """Whether attention can go this way, over so many keys in a format."""
+    N, H, C = q_NHC.shape
+    is_worth_it = max(N, CACHE_BLOCK) * keys * H * C >= WORTH_ATTENTION or H * C >= WIDE
+    return is_worth_it and reads(format, q_NHC.dtype, C) and usable(WIDE, q_NHC)
+
+
+def attend(q_BHC: Tensor, table: Tensor, lengths_B: Tensor, heads: int, format: int) -> Tensor:
+    """One query per row and head against the first `lengths` tokens of its row: softmax(q K^T / sqrt(C)) V. The table
+    has the addresses of the blocks of each row, [B, blocks]."""
     B, H, C = q_BHC.shape
-    q_BHC, strides = q_BHC.contiguous(), keys_BKSC.stride()
-    assert strides == values_BKSC.stride()
-    assert strides[2:] == (C, 1)
+    q_BHC = q_BHC.contiguous()
     y_BHC = torch.empty_like(q_BHC)
-    _run("attend", q_BHC, q_BHC, keys_BKSC, values_BKSC, lengths_B, B, H, keys_BKSC.shape[1], C, *strides[:2], y_BHC)
+    _run("attend", q_BHC, q_BHC, table, table.shape[1], lengths_B, B, H, heads, C, format, y_BHC)
     return y_BHC
+
+
+def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | None, past: int, format: int) -> Tensor:
+    """New tokens that see each other causally, and before them `past` tokens in blocks of these addresses."""
+    N, H, C = q_NHC.shape
+    q_NHC, k_NKC, v_NKC = q_NHC.contiguous(), k_NKC.contiguous(), v_NKC.contiguous()
+    y_NHC = torch.empty_like(q_NHC)
+    _run("attend_causal", q_NHC, q_NHC, k_NKC, v_NKC, N, blocks, past, H, k_NKC.shape[1], C, format, y_NHC)
+    return y_NHC
 
 
 def _run(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:

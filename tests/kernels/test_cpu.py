@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama4.cache import LayerCache
+from llama4.cache_formats import QUANTIZED, Format, resolve_format
+from llama4.config import TextConfig
 from llama4.kernels import cpu, dense
 from llama4.quantization.int4 import pack
 from vision.encoder import rotate
@@ -96,18 +99,55 @@ class TestBetween:
         gate, up = (100 * normal(rows, 2048)).to(dtype).chunk(2, dim=-1)  # to both ends of the exponential
         assert close(cpu.swiglu(gate, up), F.silu(gate.double()) * up.double())
 
-    @pytest.mark.parametrize("group", [1, 2, 5, 8])
-    def test_attend(self, rows: int, dtype: torch.dtype, group: int) -> None:
-        """Rows of unequal length, over several blocks of keys, beside a slot that holds no number."""
+
+def layer_cache(rows: int, lengths: list[int], format: Format, dtype: torch.dtype) -> tuple[LayerCache, Tensor, Tensor]:
+    """Two key heads of 64 for so many tokens, written in two goes; and what was kept of them, [rows, 2, S, 64]."""
+    cache = LayerCache(rows, TextConfig(num_key_value_heads=2, head_dim=64), format, torch.device("cpu"))
+    held = torch.zeros(2, rows, 2, max(lengths), 64, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        new = [normal(length, 2, 64, seed=seed + row).to(dtype) for seed in (1, 50)]
+        half = length // 2
+        cache.keep(row, 0, *(x[:half] for x in new))
+        cache.keep(row, half, *(x[half:] for x in new))
+        for keys, values in cache.spans(row, length, torch.float64, torch.device("cpu")):
+            held[:, row, :, :length] = torch.stack((keys, values))
+    return cache, *held
+
+
+def attention(q_NHC: Tensor, keys_KSC: Tensor, values_KSC: Tensor) -> Tensor:
+    """The last of N queries sees all S keys, the one before it all but the last, ..., in float64."""
+    (N, H, C), (K, S, _) = q_NHC.shape, keys_KSC.shape
+    scores = torch.einsum("nkgc,ksc->nkgs", q_NHC.double().view(N, K, H // K, C), keys_KSC.double()) * C**-0.5
+    ages = torch.arange(S - N, S)[:, None] - torch.arange(S)
+    weights = scores.masked_fill(ages[:, None, None] < 0, -torch.inf).softmax(-1)
+    return torch.einsum("nkgs,ksc->nkgc", weights, values_KSC.double()).reshape(N, H, C)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", [None, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("group", [1, 2, 5, 8])
+class TestAttention:
+    @pytest.mark.parametrize("rows", [1, 3, 7])
+    def test_one_token_per_row(self, rows: int, group: int, format: str | None, dtype: torch.dtype) -> None:
+        """Rows of unequal length, over several blocks, behind which there is no number."""
+        lengths = [1199, 1, 256, 257, 300, 1023, 64][:rows]
+        cache, keys, values = layer_cache(rows, lengths, resolve_format(format, dtype), dtype)
+        if format is None:
+            cache.parts(cache.rows[0][-1])[0][:, :, 1199 % 256 :] = torch.nan
         q = 3 * normal(rows, 2 * group, 64).to(dtype)
-        keys, values = (normal(rows, 2, 1300, 64, seed=seed).to(dtype)[:, :, :1200] for seed in (1, 2))
-        lengths = torch.randint(1, 1200, (rows,), generator=torch.Generator().manual_seed(3))
-        lengths[0] = 1199
-        mask = (torch.arange(1200) < lengths[:, None])[:, None, None]
-        grouped = q.double().view(rows, 2, group, 64)
-        truth = F.scaled_dot_product_attention(grouped, keys.double(), values.double(), mask).view_as(q)
-        keys[:, :, 1199], values[:, :, 1199] = torch.nan, torch.nan
-        assert close(cpu.attend(q, keys, values, lengths), truth)
+        ours = cpu.attend(q, cache.table(), torch.tensor(lengths), 2, cache.format.number)
+        for row, length in enumerate(lengths):
+            truth = attention(q[row : row + 1], keys[row, :, :length], values[row, :, :length])
+            assert close(ours[row : row + 1], truth)
+
+    @pytest.mark.parametrize(("new", "past"), [(1, 0), (7, 300), (64, 256), (300, 511), (513, 10)])
+    def test_many_tokens(self, new: int, past: int, group: int, format: str | None, dtype: torch.dtype) -> None:
+        cache, keys, values = layer_cache(1, [max(past, 1)], resolve_format(format, dtype), dtype)
+        q, k, v = (normal(new, heads, 64, seed=heads + 7).to(dtype) for heads in (2 * group, 2, 2))
+        ours = cpu.attend_causal(3 * q, k, v, cache.addresses(0), past, cache.format.number)
+        whole = (torch.cat((old[0, :, :past], x.transpose(0, 1)), dim=1) for old, x in ((keys, k), (values, v)))
+        assert close(ours, attention(3 * q, *whole))
 
 
 @needs_kernels

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.config import Llama4Config
+from llama4.config import CACHE_BLOCK, Llama4Config
 from llama4.experts import Experts, GroupedExperts, LoopExperts
 from llama4.model import Llama4Model
 from llama4.moe import top_k
@@ -91,6 +91,14 @@ def test_images_of_a_batch_belong_to_their_rows(pair: Pair) -> None:
     logits = pair.ours(torch.cat([first, second]), pixel_values=torch.cat([some, more]))
     assert relative_error(logits[:1], pair.theirs(first, pixel_values=some).logits) < TOLERANCE
     assert relative_error(logits[1:], pair.theirs(second, pixel_values=more).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("chunk", [300, 512])
+@pytest.mark.parametrize("lengths", [[900], [250, 6, 1, 1, 300, 342], [255, 1, 1, 643]])
+def test_pieces_across_blocks_of_the_cache(chunk: int, lengths: list[int]) -> None:
+    """Blocks hold 256 tokens, whatever the chunk."""
+    pair, ids = make_pair(False, attention_chunk_size=chunk), random_ids(1, 900)
+    assert relative_error(in_pieces(pair.ours, ids, None, lengths), pair.theirs(ids).logits) < TOLERANCE
 
 
 @pytest.mark.parametrize("lengths", [[7, 30, 1, 1, 5, 60, 46], [100, 50], [CHUNK, CHUNK, 86], [1] * 150])
@@ -240,9 +248,9 @@ def test_cache_of_chunked_layers_stays_bounded() -> None:
     pair = make_pair(False)
     cache = pair.ours.new_cache(1)
     pair.ours(random_ids(1, 10 * CHUNK + 1), cache=cache)
-    rooms = [layer.keys.shape[2] for layer in cache.layers]
-    assert all(room <= CHUNK for room in rooms[:3])
-    assert rooms[3] >= 10 * CHUNK + 1
+    rooms = [len(layer.rows[0]) for layer in cache.layers]
+    assert all(room == -(-CHUNK // CACHE_BLOCK) for room in rooms[:3])
+    assert rooms[3] == -(-(10 * CHUNK + 1) // CACHE_BLOCK)
     assert cache.lengths == [10 * CHUNK + 1]
 
 

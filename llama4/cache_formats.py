@@ -1,0 +1,139 @@
+"""How keys and values are held: as they are, or in eight or four bits with a scale per token and head.
+
+Shapes: C head_dim; the dimensions before it may be any. Scales are bfloat16, one for each run of C numbers, and codes
+are of the number divided by the scale as it was rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """Numbers of any dtype."""
+
+    dtype: torch.dtype
+    number: ClassVar[int] = 0
+    """By which `kernels/cpp/blocks.h` knows the format."""
+    scaled: ClassVar[bool] = False
+
+    def bytes(self, C: int) -> int:
+        """Of the codes of one token and head, keys or values."""
+        return C * self.dtype.itemsize
+
+    def view(self, data: Tensor) -> Tensor:
+        """Bytes [..., bytes(C)] as codes."""
+        return data.view(self.dtype)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., C] -> codes and, if scaled, scales [...]."""
+        return x.to(self.dtype), None
+
+    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """-> [..., C] of a dtype."""
+        return codes.to(dtype)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """-127 to 127; the largest magnitude of a head is 127."""
+
+    number: ClassVar[int] = 1
+    scaled: ClassVar[bool] = True
+
+    def bytes(self, C: int) -> int:
+        return C
+
+    def view(self, data: Tensor) -> Tensor:
+        return data.view(torch.int8)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, scales = _scaled(x, x.abs().amax(-1) / 127)
+        return x.round().clamp(-127, 127).to(torch.int8), scales
+
+    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _unscaled(codes, scales, dtype)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """e4m3; the largest magnitude of a head is 448, the largest there is."""
+
+    number: ClassVar[int] = 2
+    scaled: ClassVar[bool] = True
+
+    def bytes(self, C: int) -> int:
+        return C
+
+    def view(self, data: Tensor) -> Tensor:
+        return data.view(torch.float8_e4m3fn)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, scales = _scaled(x, x.abs().amax(-1) / 448)
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _unscaled(codes, scales, dtype)
+
+
+@dataclass(frozen=True)
+class Int4:
+    """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen codes are of use. Byte i holds number
+    i, low, and number i + C / 2, high."""
+
+    number: ClassVar[int] = 3
+    scaled: ClassVar[bool] = True
+
+    def bytes(self, C: int) -> int:
+        if C % 2:
+            raise ValueError(f"cache_dtype='int4' needs an even head_dim, not {C}; choose 'int8' or 'fp8'")
+        return C // 2
+
+    def view(self, data: Tensor) -> Tensor:
+        return data
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        x, scales = _scaled(x, largest / -8)
+        low, high = (x.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+        return low | high << 4, scales
+
+    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        numbers = torch.cat((codes & 15, codes >> 4), dim=-1).to(torch.int8) - 8
+        return _unscaled(numbers, scales, dtype)
+
+
+Format = AsIs | Int8 | Fp8 | Int4
+QUANTIZED: dict[str, Format] = {"int8": Int8(), "fp8": Fp8(), "int4": Int4()}
+
+
+def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format:
+    """The format that a user asked for, of the cache of a model that computes in `dtype`.
+
+    Raises:
+        ValueError: no such format.
+    """
+    if name is None or name in ("auto", dtype):
+        return AsIs(dtype)
+    if isinstance(name, torch.dtype) or name in ("bf16", "bfloat16", "float16", "float32", "float64"):
+        given = torch.bfloat16 if name == "bf16" else name if isinstance(name, torch.dtype) else getattr(torch, name)
+        if given.is_floating_point and given.itemsize > 1:
+            return AsIs(given)
+    elif name in QUANTIZED:
+        return QUANTIZED[name]
+    raise ValueError(f"cache_dtype={name!r} is not known; choose 'auto', 'bfloat16', {', '.join(map(repr, QUANTIZED))}")
+
+
+def _scaled(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    scales = torch.where(scales == 0, 1, scales).to(torch.bfloat16)
+    return x.float() / scales.float()[..., None], scales
+
+
+def _unscaled(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert scales is not None
+    return (codes.float() * scales.float()[..., None]).to(dtype)

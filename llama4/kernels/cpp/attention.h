@@ -1,0 +1,282 @@
+// Attention over keys and values in blocks: of one new token per row, which takes as long as reading them does, and of
+// many, which takes as long as their products.
+//
+// Shapes: B rows, N new tokens, H query heads, K key heads, G = H / K, C head_dim.
+
+#pragma once
+
+#include "blocks.h"
+
+namespace {
+
+// ---- one token per row
+
+// Q queries against n keys: sums of values [Q, C], weighted by e^(score - largest score), then that largest score and
+// the sum of the weights. Scores are [Q, n], n rounded up to 16.
+template <int Q, class F>
+void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, long n, long C, float* scores, float* out,
+                  long part) {
+  const long width = (n + 15) / 16 * 16;
+  for (long s = 0; s < n; s++) {
+    f32 dots[Q] = {};
+    for (long c = 0; c < C; c += 16) {
+      f32 key = keys.read(s, c);
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++) dots[i] += key * load<f32>(q + i * C + c);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; i++) scores[i * width + s] = sum(dots[i]) * keys.scale(s);
+  }
+  for (int i = 0; i < Q; i++) {
+    float* own = scores + i * width;
+    const float most = *std::max_element(own, own + n);
+    std::fill(own + n, own + width, -INFINITY);
+    f32 total{};
+    for (long s = 0; s < width; s += 16) {
+      store(own + s, exponential(load<f32>(own + s) - most));
+      total += load<f32>(own + s);
+    }
+    if (F::scaled)
+      for (long s = 0; s < n; s++) own[s] *= values.scale(s);
+    std::fill(out + i * part, out + i * part + C, 0.f);
+    out[i * part + C] = most, out[i * part + C + 1] = sum(total);
+  }
+  for (long s = 0; s < n; s += 16)
+    for (long c = 0; c < C; c += 16) {
+      f32 sums[Q];
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++) sums[i] = load<f32>(out + i * part + c);
+      for (long t = s; t < std::min(n, s + 16); t++) {
+        f32 value = values.read(t, c);
+#pragma GCC unroll 4
+        for (int i = 0; i < Q; i++) sums[i] += value * scores[i * width + t];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++) store(out + i * part + c, sums[i]);
+    }
+}
+
+// softmax(q K^T / sqrt(C)) V for one query of every row and head, [B, H, C]. Row b sees the first lengths[b] tokens of
+// the blocks that table[b * width] and what follows point to. A task is a block and a key head; what it leaves is put
+// together with the other blocks' when all are done.
+template <class F, class X>
+void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
+            X* y) {
+  const long G = H / K, longest = *std::max_element(lengths, lengths + B);
+  const long blocks = (longest + slots - 1) / slots, part = C + 16;
+  float* wide = scratch<float, 2>(B * H * (blocks * part + C));
+  float* parts = wide + B * H * C;
+  for (long i = 0; i < B * H * C; i += 16) store(wide + i, floats(q + i) * (1 / __builtin_sqrtf(C)));
+#pragma omp parallel if (B * K * longest * C > worth_threads)
+  {
+    float* scores = scratch<float, 3>(4 * slots);
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < B * blocks * K; task++) {
+      const long b = task / K / blocks, block = task / K % blocks, k = task % K;
+      const long n = std::min(lengths[b] - block * slots, slots);
+      if (n <= 0) continue;
+      const char* held = table[b * width + block];
+      const Head<F> keys = head_of<F>(held, k, K, C), values = head_of<F>(held, K + k, K, C);
+      in_fours(G, [&](auto queries, long first) {
+        const long head = b * H + k * G + first;
+        attend_block<queries>(wide + head * C, keys, values, n, C, scores, parts + (head * blocks + block) * part,
+                              blocks * part);
+      });
+    }
+#pragma omp for schedule(static)
+    for (long head = 0; head < B * H; head++) {
+      const float* own = parts + head * blocks * part;
+      const long used = (lengths[head / H] + slots - 1) / slots;
+      float most = own[C], total = 0;
+      for (long i = 1; i < used; i++) most = std::max(most, own[i * part + C]);
+      f32 sums[64] = {};
+      for (long i = 0; i < used; i++) {
+        const float factor = exponential(f32{} + (own[i * part + C] - most))[0];
+        total += factor * own[i * part + C + 1];
+        for (long c = 0; c < C; c += 16) sums[c / 16] += load<f32>(own + i * part + c) * factor;
+      }
+      for (long c = 0; c < C; c += 16) keep(y + head * C + c, sums[c / 16] / total);
+    }
+  }
+}
+
+// ---- many tokens
+
+// What goes into a product is words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 whose
+// products go to one sum.
+using Word = uint32_t;
+template <class X>
+constexpr int numbers_per_word =
+#ifdef __AVX512BF16__
+    std::is_same_v<X, bf16> ? 2 : 1;
+#else
+    1;
+#endif
+
+template <int per_word>
+f32 add_product(f32 sums, Word a, const Word* b) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) return multiply_add(sums, bf16s{_mm512_set1_epi32(a)}, bf16s{_mm512_loadu_si512(b)});
+#endif
+  return sums + __builtin_bit_cast(float, a) * load<f32>(b);
+}
+
+constexpr int rows_at_once = 8;
+
+// Adds a b to sums: eight rows of a, columns of sixteen words of b, of which `wide` are in registers together.
+template <int per_word, int wide>
+inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
+                                                    float* sums, long sums_row) {
+  f32 held[rows_at_once][wide];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < wide; j++) held[r][j] = load<f32>(sums + r * sums_row + 16 * j);
+  for (long i = 0; i < count; i++)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < wide; j++)
+        held[r][j] = add_product<per_word>(held[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < wide; j++) store(sums + r * sums_row + 16 * j, held[r][j]);
+}
+
+template <int per_word>
+void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
+  for (long j = 0; j < n; j += 32)
+    if (j + 16 < n)
+      add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    else
+      add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+}
+
+// Some queries of one key head on their way through the keys, 256 at a time: sums of values weighted by e^(score - most),
+// of which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).
+template <class X>
+struct Tile {
+  static constexpr int per_word = numbers_per_word<X>;
+  using Number = std::conditional_t<per_word == 2, bf16, float>;
+  long rows, C;
+  Word *queries, *keys, *values, *weights;  // [rows, C], [C, 256], [256, C], [8, 256], in words along the dot products
+  float *sums, *scores, *most, *total;      // [rows, C], [8, 256], [rows], [rows]
+  float *key_scales, *value_scales;         // [256] each: codes of few bits are exact in bfloat16, scaled they are not
+
+  Tile(long rows, long C) : rows(rows), C(C) {
+    const long words = C / per_word;
+    queries = scratch<Word, 4>(rows * words + words * slots + slots / per_word * C + rows_at_once * slots);
+    keys = queries + rows * words, values = keys + words * slots, weights = values + slots / per_word * C;
+    sums = scratch<float, 5>(rows * C + rows_at_once * slots + 2 * slots + 2 * rows);
+    scores = sums + rows * C, key_scales = scores + rows_at_once * slots, value_scales = key_scales + slots;
+    most = value_scales + slots, total = most + rows;
+    std::fill(sums, sums + rows * C, 0.f), std::fill(total, total + rows, 0.f);
+    std::fill(most, most + rows, -INFINITY);
+  }
+
+  void query(long row, const X* from) {
+    Number* to = (Number*)(queries + row * C / per_word);
+    for (long c = 0; c < C; c += 16) keep(to + c, floats(from + c));
+  }
+
+  // The next keys and values, n of them.
+  template <class F>
+  void take(const Head<F>& head, const Head<F>& other, long n) {
+    Number* row = (Number*)scores;
+    for (long s = 0; F::scaled && s < slots; s++)
+      key_scales[s] = s < n ? head.scale(s) : 0, value_scales[s] = s < n ? other.scale(s) : 0;
+    for (long s = 0; s < slots; s++) {
+      if (s < n)
+        for (long c = 0; c < C; c += 16) keep(row + c, head.read(s, c));
+      else
+        std::fill(row, row + C, Number(0));
+      for (long c = 0; c < C / per_word; c++) keys[c * slots + s] = ((Word*)row)[c];
+    }
+    for (long s = 0; s < slots; s++)
+      for (long c = 0; c < C; c += 16) {
+        Number numbers[16];
+        keep(numbers, s < n ? other.read(s, c) : f32{});
+        Number* to = (Number*)values + (s / per_word * C + c) * per_word + s % per_word;
+        for (int i = 0; i < 16; i++) to[i * per_word] = numbers[i];
+      }
+  }
+
+  // Row r sees the first seen(r) of the keys.
+  template <bool scaled, class Seen>
+  void meet(const Seen& seen) {
+    for (long first = 0; first < rows; first += rows_at_once) {
+      const long n = (std::min(seen(first + rows_at_once - 1), slots) + 31) / 32 * 32;
+      if (n <= 0) continue;
+      std::fill(scores, scores + rows_at_once * slots, 0.f);
+      add_tiles<per_word>(queries + first * C / per_word, C / per_word, keys, slots, C / per_word, scores, slots, n);
+      for (long r = 0; r < rows_at_once; r++)
+        weigh<scaled>(first + r, scores + r * slots, seen(first + r), n, weights + r * slots);
+      add_tiles<per_word>(weights, slots, values, C, n / per_word, sums + first * C, C, C);
+    }
+  }
+
+  template <bool scaled>
+  void weigh(long row, float* own, long seen, long n, Word* out) {
+    const f32 factor = f32{} + 1 / __builtin_sqrtf(C);
+    f32 largest = f32{} - INFINITY;
+    for (long s = 0; s < n; s += 16) {
+      f32 v = load<f32>(own + s) * factor;
+      if (scaled) v *= load<f32>(key_scales + s);
+      if (s + 16 > seen)
+        for (long i = std::max(seen - s, 0l); i < 16; i++) v[i] = -INFINITY;
+      largest = larger(largest, v);
+      store(own + s, v);
+    }
+    float now = most[row];
+    for (int i = 0; i < 16; i++) now = std::max(now, largest[i]);
+    if (now > most[row]) {
+      const float shrink = exponential(f32{} + (most[row] - now))[0];
+      for (long c = 0; c < C; c += 16) store(sums + row * C + c, load<f32>(sums + row * C + c) * shrink);
+      total[row] *= shrink, most[row] = now;
+    }
+    f32 all{};
+    for (long s = 0; s < n; s += 16) {
+      f32 weight = seen > 0 ? exponential(load<f32>(own + s) - now) : f32{};
+      all += weight;
+      keep((Number*)out + s, scaled ? weight * load<f32>(value_scales + s) : weight);
+    }
+    total[row] += sum(all);
+  }
+};
+
+// softmax(q K^T / sqrt(C)) V for queries [N, H, C], each of which sees `past` tokens in blocks and the new keys and values
+// [N, K, C] up to its own.
+template <class F, class X>
+void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
+                   long C, X* y) {
+  const long G = H / K, tokens = std::max(8l, 256 / G), tiles = (N + tokens - 1) / tokens;
+#pragma omp parallel for schedule(dynamic) if (N * (past + N) * H * C > worth_threads)
+  for (long task = 0; task < K * tiles; task++) {
+    const long head = task % K, begin = (tiles - 1 - task / K) * tokens, end = std::min(N, begin + tokens);
+    const long rows = (end - begin) * G;
+    Tile<X> tile((rows + rows_at_once - 1) / rows_at_once * rows_at_once, C);
+    for (long r = 0; r < tile.rows; r++) {
+      const long row = std::min(r, rows - 1);  // some twice, to fill the last eight
+      tile.query(r, q + ((begin + row / G) * H + head * G + row % G) * C);
+    }
+    for (long from = 0; from < past; from += slots) {
+      const char* block = blocks[from / slots];
+      const long n = std::min(past - from, slots);
+      tile.take(head_of<F>(block, head, K, C), head_of<F>(block, K + head, K, C), n);
+      tile.template meet<F::scaled>([&](long) { return n; });
+    }
+    for (long from = 0; from < end; from += slots) {
+      const auto at = [&](const X* x) {
+        return Head<AsIs<X>>{(const char*)(x + (from * K + head) * C), nullptr, C, K * C * long(sizeof(X))};
+      };
+      tile.take(at(k), at(v), std::min(end - from, slots));
+      tile.template meet<false>([&](long r) { return std::min(begin + std::min(r, rows - 1) / G + 1 - from, slots); });
+    }
+    for (long r = 0; r < rows; r++)
+      for (long c = 0; c < C; c += 16)
+        keep(y + ((begin + r / G) * H + head * G + r % G) * C + c, load<f32>(tile.sums + r * C + c) / tile.total[r]);
+  }
+}
+
+}  // namespace

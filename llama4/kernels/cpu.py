@@ -28,9 +28,9 @@ from llama4.config import CACHE_BLOCK
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("vectors.h", "products.h", "between.h", "blocks.h", "attention.h", "decode.cpp")
+SOURCES = ("vectors.h", "products.h", "tiles.h", "between.h", "blocks.h", "attention.h", "decode.cpp")
 FEW = 12
-"""Most rows that go this way: with more, a product computes for longer than it reads."""
+"""Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 WORTH = 1 << 18
 """Numbers from which a matrix is worth the call, and a model of such the building: smaller ones stay in the processor's
 cache."""
@@ -42,7 +42,10 @@ MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
 
-_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 16, "fp8": 16, "int4": 128}
+STRIP = 32
+"""Outputs that a product of many rows works on at a time."""
+
+_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 32, "fp8": 32, "int4": 128}
 """What each format takes at a time: rows of a matrix are multiples of it."""
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -116,38 +119,40 @@ def _fingerprint(source: str) -> str:
     return hashlib.sha256("\n".join([source, *machine]).encode()).hexdigest()[:16]
 
 
-def takes_packed(x_NI: Tensor, format: str, scale: Tensor) -> bool:
-    """Whether rows go this way, to a matrix of few bits."""
-    return scale.dtype in _SUFFIX and scale.is_contiguous() and takes(x_NI, format, x_NI.shape[1])
-
-
-def takes(x_NI: Tensor, format: str, length: int) -> bool:
-    """Whether rows go this way, to a matrix with rows of `length` numbers of a format."""
+def takes_packed(x_NI: Tensor, format: str, scale: Tensor, outputs: int, group_size: int | None = None) -> bool:
+    """Whether rows, in any number, go this way to a matrix of few bits."""
     return (
-        0 < x_NI.shape[0] <= FEW
-        and x_NI.is_cpu
-        and x_NI.dtype in _SUFFIX
-        and length % _INPUTS[format] == 0
-        and not (x_NI.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-        and library() is not None
+        scale.dtype in _SUFFIX
+        and scale.is_contiguous()
+        and (format != "int4" or group_size in (32, 64) or (group_size is not None and group_size % 128 == 0))
+        and _takes(x_NI, format)
+        and (x_NI.shape[0] <= FEW or outputs % STRIP == 0)
     )
 
 
-def takes_int4(x_NI: Tensor, scale: Tensor, group_size: int) -> bool:
-    """The same for rows in any number, to a matrix of four bits in groups."""
-    return (group_size in (32, 64) or group_size % 128 == 0) and takes_packed(x_NI[:1], "int4", scale)
-
-
-def takes_dense(x_NI: Tensor, weight: Tensor) -> bool:
-    """The same for a matrix in float32 or bfloat16, [O, I] or [I, O]."""
+def takes_dense(x_NI: Tensor, weight: Tensor, most: int | None = FEW) -> bool:
+    """Whether rows, so many at most, go this way to a matrix of their own dtype, as it lies in memory."""
     return (
-        weight.numel() >= WORTH
-        and weight.dtype == x_NI.dtype
-        and weight.dtype in _FORMATS
-        and takes(x_NI, _FORMATS[weight.dtype], weight.shape[1])
+        x_NI.dtype == weight.dtype
+        and weight.numel() >= WORTH
         and weight.is_contiguous()
-        and not (weight.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and _takes(x_NI, _FORMATS.get(x_NI.dtype, ""))
+        and weight.shape[1] % multiple_of(x_NI.dtype) == 0
+        and (most is None or x_NI.shape[0] <= most)
+    )
+
+
+def _takes(x_NI: Tensor, format: str) -> bool:
+    """Whether a kernel takes such rows and a matrix with rows of this format."""
+    return (
+        x_NI.shape[0] > 0
+        and x_NI.is_cpu
+        and x_NI.dtype in _SUFFIX
+        and x_NI.shape[1] % _INPUTS[format] == 0
+        and not (x_NI.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and library() is not None
     )
 
 
@@ -167,26 +172,13 @@ def linear_int8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
 
 
 def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """x W^T, with bytes of e4m3."""
+    """x W^T, with bytes of e4m3; x is rounded to e4m3, too, with a scale per row."""
     return _call("linear_fp8", x_NI, codes_OI.shape[0], codes_OI, *_scales(scale_O1))
 
 
 def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
     """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128."""
     return _call("linear_int4", x_NI, packed.shape[0], packed, *_scales(scale_OG), group_size)
-
-
-def planes_int4(packed: Tensor, scale_OG: Tensor, group_size: int, dtype: torch.dtype, rows: slice) -> Tensor:
-    """Rows of a matrix of four bits, dequantised; the inputs are in the order of `as_planes`."""
-    begin, end, _ = rows.indices(packed.shape[0])
-    out = torch.empty(end - begin, packed.shape[1] * 8, dtype=dtype)
-    _run("planes_int4", out, begin, end, out.shape[1], packed, *_scales(scale_OG), group_size, out)
-    return out
-
-
-def as_planes(x_NI: Tensor) -> Tensor:
-    """Inputs in the order in which the codes come out of their words: of sixteen words, first all lowest codes."""
-    return x_NI.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).flatten(-3)
 
 
 def usable(width: int, *tensors: Tensor) -> bool:

@@ -56,6 +56,8 @@ def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x W^T, where each row of x and of W has one scale."""
     if not x_NI.shape[0]:
         return x_NI.new_zeros(0, codes.shape[0])
+    if codes.is_contiguous() and cpu.takes_packed(x_NI, "fp8", scale, codes.shape[0]):
+        return cpu.linear_fp8(x_NI, codes, scale)
     x_codes, x_scale = to_fp8(x_NI, torch.float32)
     if has_fp8_matmul(x_NI.device):
         out = torch._scaled_mm(
@@ -66,8 +68,6 @@ def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
             out_dtype=x_NI.dtype if x_NI.dtype in (torch.bfloat16, torch.float32) else torch.float32,
         )
         return out.to(x_NI.dtype)
-    if codes.is_contiguous() and cpu.takes_packed(x_NI, "fp8", scale):
-        return cpu.linear_fp8(x_codes.float() * x_scale, codes, scale).to(x_NI.dtype)
     dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
     sums = in_blocks(lambda rows: from_fp8(codes[rows]).to(dtype), codes.shape[0], x_codes.to(dtype))
     return (sums * x_scale * scale.mT).to(x_NI.dtype)

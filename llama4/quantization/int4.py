@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -76,11 +74,8 @@ class Int4Weight(PackedWeight):
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
         group_size = self.format.group_size
         assert group_size is not None
-        if cpu.takes_int4(x_NI, scale, group_size):
-            if x_NI.shape[0] <= cpu.FEW:
-                return cpu.linear_int4(x_NI, packed, scale, group_size)
-            weight = partial(cpu.planes_int4, packed, scale, group_size, x_NI.dtype)
-            return in_blocks(weight, packed.shape[0], cpu.as_planes(x_NI))
+        if cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
+            return cpu.linear_int4(x_NI, packed, scale, group_size)
         dtype = torch.promote_types(x_NI.dtype, scale.dtype)
         return in_blocks(lambda rows: _dequantized(packed[rows], scale[rows], dtype), packed.shape[0], x_NI)
 

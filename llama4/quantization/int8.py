@@ -32,7 +32,7 @@ class Int8Weight(PackedWeight):
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if cpu.takes_packed(x_NI, "int8", scale):
+        if cpu.takes_packed(x_NI, "int8", scale, weight.shape[0]):
             return cpu.linear_int8(x_NI, weight, scale)
         dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
         sums = in_blocks(lambda rows: weight[rows].to(dtype), len(weight), x_NI.to(dtype))

@@ -19,8 +19,8 @@ from vision.encoder import rotate
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
-ROWS = [1, 2, 3, 4, 5, 7, 12]
-"""Four go through registers at once."""
+ROWS = [1, 2, 3, 4, 5, 7, 12, 13, 40, 75]
+"""Few go through registers by fours, more than twelve by eights."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,34 +39,41 @@ def close(ours: Tensor, truth: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 class TestProducts:
-    """640 inputs are five registers of 128, of which four go together; 1000 outputs end within a chunk."""
+    """640 inputs are five registers of 128, of which four go together; 1000 outputs end within a chunk of few rows'
+    products, and 1056 are 33 strips of many rows'."""
+
+    @pytest.fixture
+    def outputs(self, rows: int) -> int:
+        return 1000 if rows <= cpu.FEW else 1056
 
     def test_dense(self, rows: int, dtype: torch.dtype) -> None:
-        x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (645, 1024)))
+        x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
-        x = normal(rows, 645, seed=1).to(dtype)
         assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
+        if rows <= cpu.FEW:
+            x, weight_IO = normal(rows, 645, seed=1).to(dtype), normal(645, 1024, seed=2).to(dtype)
+            assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
 
-    def test_int8(self, rows: int, dtype: torch.dtype) -> None:
-        x, scale = normal(rows, 640).to(dtype), normal(1000, 1).bfloat16()
-        codes = torch.randint(-128, 128, (1000, 640), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    def test_int8(self, rows: int, dtype: torch.dtype, outputs: int) -> None:
+        x, scale = normal(rows, 640).to(dtype), normal(outputs, 1).bfloat16()
+        codes = torch.randint(-128, 128, (outputs, 640), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
 
-    def test_fp8(self, rows: int, dtype: torch.dtype) -> None:
-        x, scale = normal(rows, 512).to(dtype), normal(1000, 1).bfloat16()
-        codes = torch.arange(512 * 1000).view(1000, 512).to(torch.uint8)
+    def test_fp8(self, rows: int, dtype: torch.dtype, outputs: int) -> None:
+        x, scale = normal(rows, 512).to(dtype), normal(outputs, 1).bfloat16()
+        codes = torch.arange(512 * outputs).view(outputs, 512).to(torch.uint8)
         codes[codes & 127 == 127] = 0  # not numbers; all others occur
         weight = codes.view(torch.float8_e4m3fn).double() * scale.double()
-        assert close(cpu.linear_fp8(x, codes, scale), x.double() @ weight.mT)
+        x_scale = x.float().abs().amax(1, keepdim=True) / 448
+        rounded = (x.float() / x_scale).to(torch.float8_e4m3fn).double() * x_scale.double()
+        assert close(cpu.linear_fp8(x, codes, scale), rounded @ weight.mT)
 
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-    def test_int4(self, rows: int, dtype: torch.dtype, group_size: int) -> None:
-        x, scale = normal(rows, 768).to(dtype), normal(1000, 768 // group_size).bfloat16()
-        codes = torch.randint(-8, 8, (1000, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    def test_int4(self, rows: int, dtype: torch.dtype, group_size: int, outputs: int) -> None:
+        x, scale = normal(rows, 768).to(dtype), normal(outputs, 768 // group_size).bfloat16()
+        codes = torch.randint(-8, 8, (outputs, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
         assert close(cpu.linear_int4(x, pack(codes), scale, group_size), x.double() @ weight.mT)
-        planes = cpu.planes_int4(pack(codes), scale, group_size, torch.float32, slice(100, 356))
-        assert torch.equal(planes, cpu.as_planes(weight[100:356]).float())
 
 
 @needs_kernels

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "tiles.h"
 
 namespace {
 
@@ -101,57 +102,6 @@ void attend(const X* q, const char* const* table, long width, const long* length
 }
 
 // ---- many tokens
-
-// What goes into a product is words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 whose
-// products go to one sum.
-using Word = uint32_t;
-template <class X>
-constexpr int numbers_per_word =
-#ifdef __AVX512BF16__
-    std::is_same_v<X, bf16> ? 2 : 1;
-#else
-    1;
-#endif
-
-template <int per_word>
-f32 add_product(f32 sums, Word a, const Word* b) {
-#ifdef __AVX512BF16__
-  if constexpr (per_word == 2) return multiply_add(sums, bf16s{_mm512_set1_epi32(a)}, bf16s{_mm512_loadu_si512(b)});
-#endif
-  return sums + __builtin_bit_cast(float, a) * load<f32>(b);
-}
-
-constexpr int rows_at_once = 8;
-
-// Adds a b to sums: eight rows of a, columns of sixteen words of b, of which `wide` are in registers together.
-template <int per_word, int wide>
-inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
-                                                    float* sums, long sums_row) {
-  f32 held[rows_at_once][wide];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows_at_once; r++)
-#pragma GCC unroll 2
-    for (int j = 0; j < wide; j++) held[r][j] = load<f32>(sums + r * sums_row + 16 * j);
-  for (long i = 0; i < count; i++)
-#pragma GCC unroll 8
-    for (int r = 0; r < rows_at_once; r++)
-#pragma GCC unroll 2
-      for (int j = 0; j < wide; j++)
-        held[r][j] = add_product<per_word>(held[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
-#pragma GCC unroll 8
-  for (int r = 0; r < rows_at_once; r++)
-#pragma GCC unroll 2
-    for (int j = 0; j < wide; j++) store(sums + r * sums_row + 16 * j, held[r][j]);
-}
-
-template <int per_word>
-void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
-  for (long j = 0; j < n; j += 32)
-    if (j + 16 < n)
-      add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
-    else
-      add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
-}
 
 // Some queries of one key head on their way through the keys, 256 at a time: sums of values weighted by e^(score - most),
 // of which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).

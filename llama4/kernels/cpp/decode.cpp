@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "between.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -30,14 +31,7 @@ template <class X>
 float* through_e4m3(const X* x, long M, long I) {
   float* out = scratch<float, 4>(M * I);
   for (long m = 0; m < M; m++) {
-    f32 most{};
-    for (long i = 0; i < I; i += 16) {
-      f32 v = floats(x + m * I + i);
-      most = larger(most, larger(v, -v));
-    }
-    float largest = 0;
-    for (int lane = 0; lane < 16; lane++) largest = std::max(largest, most[lane]);
-    const float scale = largest > 0 ? largest / 448 : 1;
+    const float scale = e4m3_scale(x + m * I, I);
     for (long i = 0; i < I; i += 16) store(out + m * I + i, rounded_to_e4m3(floats(x + m * I + i) / scale) * scale);
   }
   return out;
@@ -64,6 +58,27 @@ struct For<bf16> {
 template <class X>
 using InOut = std::conditional_t<std::is_same_v<X, float>, Float32, Bfloat16>;
 
+constexpr long few = 12;  // as in cpu.py
+
+template <class X>
+void linear_int8(const Int8& f, const X* x, long M, long O, Scales scales, X* y) {
+  M <= few ? out_in(f, x, M, O, scales, y) : linear_many(f, in_words<Int8>(x, M * f.I), M, O, scales, nullptr, y);
+}
+
+template <class X>
+void linear_fp8(const Float8& f, const X* x, long M, long O, Scales scales, X* y) {
+  if (M <= few) return out_in(f, through_e4m3(x, M, f.I), M, O, scales, y);
+  float* row_scales = scratch<float, 9>(M);
+  const Word* rows = in_e4m3(x, M, f.I, row_scales);
+  linear_many(f, rows, M, O, scales, row_scales, y);
+}
+
+template <class X>
+void linear_int4(const Int4& f, const X* x, long M, long O, X* y) {
+  if (M <= few) return out_in(typename For<X>::FourBits{f}, x, M, O, Scales{}, y);
+  linear_many(f, in_words<Int4>(x, M * f.I), M, O, Scales{}, nullptr, y);
+}
+
 template <class X>
 void product(const Matrix& a, long expert, const X* x, long M, X* y) {
   const char* w = a.w + expert * a.step;
@@ -71,9 +86,9 @@ void product(const Matrix& a, long expert, const X* x, long M, X* y) {
   switch (a.kind) {
     case OUT_IN: return out_in(typename For<X>::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
     case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, y);
-    case INT8: return out_in(Int8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
-    case FP8: return out_in(Float8{(const uint8_t*)w, a.I}, through_e4m3(x, M, a.I), M, a.O, s, y);
-    case INT4: return out_in(typename For<X>::FourBits{(const uint8_t*)w, a.I, s, a.group}, x, M, a.O, Scales{}, y);
+    case INT8: return linear_int8(Int8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
+    case FP8: return linear_fp8(Float8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
+    case INT4: return linear_int4(Int4{(const uint8_t*)w, a.I, s, a.group}, x, M, a.O, y);
   }
 }
 
@@ -164,23 +179,19 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
     out_in(For<X>::Dense{w, I}, x, M, O, Scales{}, y);                                                                 \
   }                                                                                                                    \
   extern "C" void project_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                             \
-    in_out(InOut<X>{w, O}, x, M, I, y);                                                                                \
+    M <= few ? in_out(InOut<X>{w, O}, x, M, I, y) : project_many(x, M, I, O, w, y);                                    \
   }                                                                                                                    \
   extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
                                        X* y) {                                                                         \
-    out_in(Int8{w, I}, x, M, O, Scales{s, wide}, y);                                                                   \
+    linear_int8(Int8{w, I}, x, M, O, Scales{s, wide}, y);                                                              \
   }                                                                                                                    \
   extern "C" void linear_fp8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide,  \
                                       X* y) {                                                                          \
-    out_in(Float8{w, I}, x, M, O, Scales{s, wide}, y);                                                                 \
+    linear_fp8(Float8{w, I}, x, M, O, Scales{s, wide}, y);                                                             \
   }                                                                                                                    \
   extern "C" void linear_int4_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
                                        long group, X* y) {                                                             \
-    out_in(For<X>::FourBits{w, I, {s, wide}, group}, x, M, O, Scales{}, y);                                            \
-  }                                                                                                                    \
-  extern "C" void planes_int4_##suffix(long begin, long end, long I, const uint8_t* w, const void* s, long wide,       \
-                                       long group, X* out) {                                                           \
-    planes_of(Int4{w, I, {s, wide}, group}, begin, end, out);                                                          \
+    linear_int4({w, I, {s, wide}, group}, x, M, O, y);                                                                 \
   }                                                                                                                    \
   extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {         \
     rms_norm(x, N, D, weight, *eps, y);                                                                                \

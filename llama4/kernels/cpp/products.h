@@ -238,20 +238,4 @@ void in_out(const F& f, const X* x, long M, long I, X* y) {
   }
 }
 
-// ---- dequantising, for products of many rows
-
-// Rows [begin, end) of W as planes, one after the other: the places of the inputs are not in order.
-template <class X>
-void planes_of(const Int4& f, long begin, long end, X* out) {
-#pragma omp parallel for schedule(static) if ((end - begin) * f.I > worth_threads)
-  for (long o = begin; o < end; o++)
-    for (long block = 0; block < f.I / Int4::inputs; block++) {
-      f32 w[Int4::planes], scale = f.scale(o, block);
-      f.read(o, block, w);
-      X* to = out + (o - begin) * f.I + block * Int4::inputs;
-      for (int plane = 0; plane < Int4::planes; plane++)
-        keep(to + 16 * plane, w[plane] * scale);
-    }
-}
-
 }  // namespace

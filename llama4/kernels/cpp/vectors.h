@@ -146,4 +146,18 @@ f32 rounded_to_e4m3(f32 x) {
   return (f32)((u32)smaller(y, f32{} + 448.f) | (bits & 0x80000000u));
 }
 
+
+// What makes the largest of a row 448, the largest of e4m3.
+template <class X>
+float e4m3_scale(const X* x, long I) {
+  f32 most{};
+  for (long i = 0; i < I; i += 16) {
+    f32 v = floats(x + i);
+    most = larger(most, larger(v, -v));
+  }
+  float largest = 0;
+  for (int lane = 0; lane < 16; lane++) largest = std::max(largest, most[lane]);
+  return largest > 0 ? largest / 448 : 1;
+}
+
 }  // namespace

@@ -1,0 +1,223 @@
+// Products of many rows, tile by tile: sums of eight rows and 32 columns stay in registers.
+
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+// What goes into a product is words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 whose
+// products go to one sum.
+using Word = uint32_t;
+template <class X>
+constexpr int numbers_per_word =
+#ifdef __AVX512BF16__
+    std::is_same_v<X, bf16> ? 2 : 1;
+#else
+    1;
+#endif
+
+template <int per_word>
+f32 add_product(f32 sums, Word a, const Word* b) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) return multiply_add(sums, bf16s{_mm512_set1_epi32(a)}, bf16s{_mm512_loadu_si512(b)});
+#endif
+  return sums + __builtin_bit_cast(float, a) * load<f32>(b);
+}
+
+constexpr int rows_at_once = 8;
+
+// Memory to be brought near while something else is computed: a line of each row of a matrix in x out.
+struct Ahead {
+  const char* line = nullptr;
+  long row = 0;
+};
+
+// Adds a b to sums: eight rows of a, columns of sixteen words of b, of which `wide` are in registers together.
+template <int per_word, int wide>
+inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
+                                                    float* sums, long sums_row, Ahead ahead = {}) {
+  f32 held[rows_at_once][wide];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < wide; j++) held[r][j] = load<f32>(sums + r * sums_row + 16 * j);
+  for (long i = 0; i < count; i++) {
+    for (int k = 0; ahead.line && k < per_word; k++)
+      __builtin_prefetch(ahead.line + (i * per_word + k) * ahead.row, 0, 2);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < wide; j++)
+        held[r][j] = add_product<per_word>(held[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows_at_once; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < wide; j++) store(sums + r * sums_row + 16 * j, held[r][j]);
+}
+
+template <int per_word>
+void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
+  for (long j = 0; j < n; j += 32)
+    if (j + 16 < n)
+      add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    else
+      add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+}
+
+// A strip of a matrix: 32 outputs, [I, 32] in words along the inputs.
+constexpr long strip = 32;
+
+// One row of words of several strips, from one row of a matrix in x out, or two.
+template <class X>
+void pack_rows(const X* row, long O, long strips, long words, Word* to) {
+  for (long n = 0; n < strips; n++, row += strip, to += words * strip) {
+#ifdef __AVX512BF16__
+    if constexpr (numbers_per_word<X> == 2) {
+      using u16 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
+      u16 a = load<u16>(row), b = load<u16>(row + O);
+      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56,
+                                             25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+      continue;
+    }
+#endif
+    store(to, floats(row)), store(to + 16, floats(row + 16));
+  }
+}
+
+// Sixteen rows of sixteen words become columns: halves, quarters, ... change places.
+void transpose(u32* rows) {
+#pragma GCC unroll 4
+  for (int s = 8; s; s /= 2) {
+    i32 first, second;
+    for (int i = 0; i < 16; i++) first[i] = i & s ? 16 + i - s : i, second[i] = i & s ? 16 + i : i + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      if (!(i & s)) {
+        u32 a = rows[i], b = rows[i + s];
+        rows[i] = __builtin_shuffle(a, b, (u32)first), rows[i + s] = __builtin_shuffle(a, b, (u32)second);
+      }
+  }
+}
+
+template <int per_word>
+u32 words_of(const f32* planes) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) return (u32)_mm512_cvtne2ps_pbh((__m512)planes[1], (__m512)planes[0]);
+#endif
+  return (u32)planes[0];
+}
+
+// Half a strip from a matrix in out x in, outputs o to o + 15. The inputs come in the order of the planes.
+template <class X, class F>
+void pack_outputs(const F& f, long o, Word* to) {
+  constexpr int blocks = F::planes == 1 ? 2 : 1, planes = blocks * F::planes, per_word = numbers_per_word<X>;
+  f32 w[16][planes];
+  for (long block = 0; block < f.I / F::inputs; block += blocks) {
+    for (int i = 0; i < 16; i++) {
+      for (int b = 0; b < blocks; b++) f.read(o + i, block + b, w[i] + b);
+      if constexpr (F::grouped) {
+        f32 scale = f.scale(o + i, block);
+        for (int plane = 0; plane < planes; plane++) w[i][plane] *= scale;
+      }
+    }
+    for (int plane = 0; plane < planes; plane += per_word, to += 16 * strip) {
+      u32 rows[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) rows[i] = words_of<per_word>(w[i] + plane);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) store(to + i * strip, rows[i]);
+    }
+  }
+}
+
+// y = x W for at least eight rows of x, in words; `pack` fills so many strips from an output on, and `next` says what of
+// those to bring near during a tile. Outputs and rows may be multiplied by scales.
+template <class X, class Pack, class Next>
+void many(const Word* x, long M, long I, long O, const Pack& pack, const Next& next, Scales scales,
+          const float* row_scales, X* y) {
+  constexpr int per_word = numbers_per_word<X>;
+  const long words = I / per_word, strips = O / strip;
+  const long at_once = std::max(1l, std::min((256l << 10) / (words * strip * 4), strips / omp_get_max_threads()));
+#pragma omp parallel for schedule(static)
+  for (long begin = 0; begin < strips; begin += at_once) {
+    long tile = 0;
+    const long count = std::min(at_once, strips - begin);
+    Word* w = scratch<Word, 10>(count * words * strip);
+    float* sums = scratch<float, 11>(rows_at_once * strip);
+    pack(begin * strip, count, w);
+    for (long n = 0; n < count; n++) {
+      const long o = (begin + n) * strip;
+      f32 factors[2] = {f32{} + 1, f32{} + 1};
+      for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
+      for (long m = 0; m < M; m += rows_at_once) {
+        const long first = std::min(m, M - rows_at_once);  // the last eight may overlap the eight before
+        std::fill(sums, sums + rows_at_once * strip, 0.f);
+        add_tile<per_word, 2>(x + first * words, words, w + n * words * strip, strip, words, sums, strip,
+                              begin + at_once < strips ? next((begin + at_once) * strip, at_once, tile++) : Ahead{});
+        for (long r = 0; r < rows_at_once; r++)
+          for (int j = 0; j < 2; j++) {
+            const float factor = row_scales ? row_scales[first + r] : 1;
+            keep(y + (first + r) * O + o + 16 * j, load<f32>(sums + r * strip + 16 * j) * (factors[j] * factor));
+          }
+      }
+    }
+  }
+}
+
+template <class X>
+using Number = std::conditional_t<numbers_per_word<X> == 2, bf16, float>;
+
+// Rows in words, in the order in which a format's planes have the inputs.
+template <class F, class X>
+const Word* in_words(const X* x, long count) {
+  if (F::planes == 1 && std::is_same_v<X, Number<X>>) return (const Word*)x;
+  Number<X>* to = scratch<Number<X>, 12>(count);
+  constexpr int lanes = F::inputs / F::planes;
+#pragma omp parallel for schedule(static)
+  for (long from = 0; from < count; from += F::inputs)
+    for (int plane = 0; plane < F::planes; plane++)
+      for (int lane = 0; lane < lanes; lane++)
+        assign(to[from + plane * lanes + lane], widened(x[from + F::place(plane, lane)]));
+  return (const Word*)to;
+}
+
+template <class X>
+void project_many(const X* x, long M, long I, long O, const X* w, X* y) {
+  constexpr int per_word = numbers_per_word<X>;
+  const auto pack = [&](long o, long strips, Word* to) {
+    for (long i = 0; i < I; i += per_word) pack_rows(w + i * O + o, O, strips, I / per_word, to + i / per_word * strip);
+  };
+  const auto next = [&](long o, long strips, long tile) {
+    const char* row = (const char*)(w + o);
+    return tile * 64 < strips * strip * long(sizeof(X)) ? Ahead{row + tile * 64, O * long(sizeof(X))} : Ahead{};
+  };
+  many(in_words<Float32>(x, M * I), M, I, O, pack, next, Scales{}, nullptr, y);
+}
+
+template <class F, class X>
+void linear_many(const F& f, const Word* x, long M, long O, Scales scales, const float* row_scales, X* y) {
+  const auto pack = [&](long o, long strips, Word* to) {
+    for (long half = 0; half < 2 * strips; half++)
+      pack_outputs<X>(f, o + 16 * half, to + half / 2 * strip * f.I / numbers_per_word<X> + 16 * (half % 2));
+  };
+  many(x, M, f.I, O, pack, [](long, long, long) { return Ahead{}; }, scales, row_scales, y);
+}
+
+// Rows in e4m3, as words, and the scale of each.
+template <class X>
+const Word* in_e4m3(const X* x, long M, long I, float* scales) {
+  Number<X>* to = scratch<Number<X>, 12>(M * I);
+#pragma omp parallel for schedule(static)
+  for (long m = 0; m < M; m++) {
+    scales[m] = e4m3_scale(x + m * I, I);
+    for (long i = 0; i < I; i += 16) keep(to + m * I + i, rounded_to_e4m3(floats(x + m * I + i) / scales[m]));
+  }
+  return (const Word*)to;
+}
+
+}  // namespace

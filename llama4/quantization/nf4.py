@@ -123,8 +123,9 @@ class Nf4Weight(PackedWeight):
         if self.format.offset is None:
             return scales
         first = (expert or 0) * len(scales)
-        larger = torch.arange(first, first + len(scales), device=scales.device) // NESTED_BLOCK
-        return self.nested_quant_map[scales.int()] * self.nested_absmax[larger] + self.format.offset
+        larger = torch.arange(first, first + len(scales), dtype=torch.int32, device=scales.device) // NESTED_BLOCK
+        numbers = self.nested_quant_map.index_select(0, scales.int())  # much faster than indexing
+        return numbers.mul_(self.nested_absmax.index_select(0, larger)).add_(self.format.offset)
 
     def _rows(self, rows: slice, blocks: Tensor, scales: Tensor) -> Tensor:
         """Some rows of W [O, I], in the dtype of the format."""

@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama4 import hub
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.quantization.schemes import PLAIN
 from llama4.weights import checkpoint
 from llama4.weights.params import PARAMS_FILE
 
@@ -35,17 +38,18 @@ def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | N
     """
     if config.quantization_config is None:
         return None
-    facts = {key: config.quantization_config.get(key) for key in ("quant_method", "format")}
+    content = config.quantization_config
+    facts = {"quant_method": content.get("quant_method"), "format": content.get("format")}
     if not Path(name).is_dir():
         return facts
     _, source = checkpoint.open_checkpoint(name)
     sizes = {key: math.prod(source.shape(key)) * source.dtype(key).itemsize for key in source.keys()}  # noqa: SIM118
-    modules = tuple(name.removesuffix(".weight") + "." for name in source.plan)
-    packed = [key for key in sizes if key.startswith(modules)]
-    count = sum(math.prod(source.shape(key)) for key in packed if key.endswith(".weight"))
-    count += sum(8 * math.prod(source.shape(key)) for key in packed if key.endswith(".weight_packed"))
+    plan = {name: format for name, format in source.plan.items() if format != PLAIN}
+    modules = tuple(name.removesuffix(".weight") + "." for name in plan)
+    packed = [key for key in sizes if key.startswith(modules) and not key.endswith(".bias")]
+    count = sum(math.prod(source.shape(key)) * _numbers(key, source.dtype(key)) for key in packed)
     return facts | {
-        "formats": sorted({str(format) for format in source.plan.values()}),
+        "formats": sorted({str(format) for format in plan.values()}),
         "quantized_parameters": count,
         "bits_per_weight": round(8 * sum(sizes[key] for key in packed) / count, 2),
         "bytes": sum(sizes.values()),
@@ -119,7 +123,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
     else:
         lines["vision"] = "none"
     if stored := facts.get("quantization"):
-        lines["quantised"] = f"{stored['quant_method']}, {stored['format']}"
+        lines["quantised"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
         if "bytes" in stored:
             lines["quantised"] += (
                 f": {' and '.join(stored['formats'])}; {_short(stored['quantized_parameters'])} weights of "
@@ -128,6 +132,12 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def _numbers(key: str, dtype: torch.dtype) -> int:
+    """Weights in each element of a tensor that is part of a packed one: two in a byte of NF4."""
+    part = key.rpartition(".")[2]
+    return {"weight_packed": 8, "weight": 2 if dtype == torch.uint8 else 1}.get(part, 0)
 
 
 def _short(count: int) -> str:

@@ -164,6 +164,6 @@ class VisionModel(nn.Module):
         side = self.config.image_size
         if pixels_n3SS.ndim != 4 or pixels_n3SS.shape[1:] != (self.config.num_channels, side, side):
             raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3SS.shape)}")
-        pixels = pixels_n3SS.to(self.patch_embedding.linear.weight.dtype)
+        pixels = pixels_n3SS.to(self.class_embedding.dtype)
         out: Tensor = self.vision_adapter(self.encode(pixels))
         return out

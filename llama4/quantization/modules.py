@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
+from llama4.errors import CheckpointError
 from llama4.experts import joined
-from llama4.layers import swiglu
+from llama4.kernels.dense import Linear
+from llama4.layers import FeedForward, swiglu
 from llama4.quantization.fp8 import Fp8Weight
 from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
+from llama4.quantization.nf4 import KIND as NF4
+from llama4.quantization.nf4 import Nf4Weight
 from llama4.quantization.packed import PackedWeight
-from llama4.quantization.schemes import Plan
+from llama4.quantization.schemes import PLAIN, Format, Plan
 
-PACKED: dict[str, type[PackedWeight]] = {"int4": Int4Weight, "int8": Int8Weight, "fp8": Fp8Weight}
+PACKED: dict[str, type[PackedWeight]] = {"int4": Int4Weight, "int8": Int8Weight, "fp8": Fp8Weight, NF4: Nf4Weight}
 """Kind of format -> module."""
+_EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|up|down)_proj")
+_EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
 class PackedExperts(nn.Module):
     """The routed experts over packed weights: one after the other, those that nobody chose are not touched."""
 
+    matrices: tuple[str, ...] = ("gate_up_proj", "down_proj")
     gate_up_proj: PackedWeight
     down_proj: PackedWeight
 
@@ -28,35 +37,97 @@ class PackedExperts(nn.Module):
         outputs, start = [], 0
         for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
             if count:
-                gate_up_n2F = self.gate_up_proj.product(x_ND[start : start + count], expert)
-                outputs.append(self.down_proj.product(swiglu(*gate_up_n2F.chunk(2, dim=-1)), expert))
+                outputs.append(self.expert(x_ND[start : start + count], expert))
                 start += count
         return joined(outputs, x_ND)
+
+    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
+        """What one expert makes of its tokens."""
+        gate_up_N2F = self.gate_up_proj.product(x_ND, expert)
+        return self.down_proj.product(swiglu(*gate_up_N2F.chunk(2, dim=-1)), expert)
+
+
+class SplitExperts(PackedExperts):
+    """With gate and up in a matrix each."""
+
+    matrices = ("gate_proj", "up_proj", "down_proj")
+    gate_proj: PackedWeight
+    up_proj: PackedWeight
+
+    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
+        hidden_NF = swiglu(self.gate_proj.product(x_ND, expert), self.up_proj.product(x_ND, expert))
+        return self.down_proj.product(hidden_NF, expert)
+
+
+class SeparateExperts(PackedExperts):
+    """With three Linears per expert, named 0, 1, ..., to be packed or left as they are."""
+
+    matrices = ()
+
+    def __init__(self, count: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        for i in range(count):
+            self.add_module(str(i), FeedForward(hidden_size, intermediate_size))
+
+    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
+        out: Tensor = self.get_submodule(str(expert))(x_ND)
+        return out
 
 
 def swap_modules(model: nn.Module, plan: Plan) -> None:
     """Put packed weights, not filled yet, where a plan wants them; the model is on the meta device.
 
+    Experts are `gate_up_proj` and `down_proj` in it, or `gate_proj`, `up_proj` and `down_proj`, or, each on its own,
+    `7.gate_proj.weight` and so on.
+
     Raises:
-        ValueError: one of the two matrices of a layer's experts is to be quantised and the other is not.
+        ValueError: one of the matrices of a layer's experts is to be quantised and another is not; or, as
+            `CheckpointError`, a matrix that is not run in few bits, or is of another shape than its format says.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, format in plan.items():
-        path, _, leaf = name.rpartition(".")
-        shape = shapes[name]
-        if leaf == "weight":
-            owner, _, leaf = path.rpartition(".")
-            parent = model.get_submodule(owner)
-        else:
-            shape = (shape[0], shape[2], shape[1])  # experts are in x out unless packed
-            parent = model.get_submodule(path)
-            if not isinstance(parent, PackedExperts):
-                if missing := [p for p in ("gate_up_proj", "down_proj") if f"{path}.{p}" not in plan]:
-                    raise ValueError(
-                        f"{name} is quantised and {path}.{missing[0]} is not; experts are whole or not at all"
-                    )
-                owner, _, experts = path.rpartition(".")
-                parent = PackedExperts()
-                setattr(model.get_submodule(owner), experts, parent)
-        with torch.device("meta"):
-            setattr(parent, leaf, PACKED[format.kind](format, shape))
+    with torch.device("meta"):
+        for path in dict.fromkeys(match["path"] for name in plan if (match := _EXPERT.fullmatch(name))):
+            E, D, F_ = _sizes(model, path)
+            _put(model, path, SeparateExperts(E, D, F_))
+        for path in dict.fromkeys(match["path"] for name in plan if (match := _EXPERTS.fullmatch(name))):
+            _pack_experts(model, path, plan)
+        for name, format in plan.items():
+            if _EXPERTS.fullmatch(name) or format == PLAIN:
+                continue
+            path = name.removesuffix(".weight")
+            linear = model.get_submodule(path)
+            if type(linear) not in (nn.Linear, Linear):
+                raise CheckpointError(f"{name} is quantised, which this library does not run; take it unquantised")
+            assert isinstance(linear, nn.Linear)
+            shape = (linear.out_features, linear.in_features)
+            _put(model, path, _packed(name, format, shape, bias=linear.bias is not None))
+
+
+def _pack_experts(model: nn.Module, path: str, plan: Plan) -> None:
+    E, D, F_ = _sizes(model, path)
+    shapes = {"gate_up": (E, 2 * F_, D), "gate": (E, F_, D), "up": (E, F_, D), "down": (E, D, F_)}
+    found = [name for name in plan if name.startswith(f"{path}.")]
+    experts = SplitExperts() if {f"{path}.gate_proj", f"{path}.up_proj"} & {*found} else PackedExperts()
+    if missing := [matrix for matrix in experts.matrices if f"{path}.{matrix}" not in found]:
+        raise ValueError(f"{found[0]} is quantised and {path}.{missing[0]} is not; experts are whole or not at all")
+    for matrix in experts.matrices:
+        format = plan[f"{path}.{matrix}"]
+        setattr(experts, matrix, _packed(f"{path}.{matrix}", format, shapes[matrix.removesuffix("_proj")]))
+    _put(model, path, experts)
+
+
+def _packed(name: str, format: Format, shape: tuple[int, ...], bias: bool = False) -> PackedWeight:
+    try:
+        return PACKED[format.kind](format, shape, bias=bias)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from None
+
+
+def _sizes(model: nn.Module, path: str) -> tuple[int, int, int]:
+    """Experts, hidden size, width."""
+    E, F_, D = model.get_parameter(f"{path}.down_proj").shape
+    return E, D, F_
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)

@@ -1,9 +1,9 @@
 """Matrices in few bits, as modules that multiply with them.
 
 A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
-Its parameters have the names and shapes of the compressed-tensors format, so a parameter's name is its key on disk
-(experts are stacked), and any packed weight loads from and saves to any checkpoint of its format. A kernel that wants
-its own arrangement of the bits gets it once, after loading.
+Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
+loads from and saves to any checkpoint of its format, to the bit. A kernel that wants its own arrangement of the bits
+gets it once, after loading.
 
 Shapes: N tokens, O outputs, I inputs, E experts.
 """
@@ -29,17 +29,19 @@ class PackedWeight(nn.Module):
     Args:
         format: of the numbers.
         shape: (O, I) or (E, O, I).
+        bias: add a bias, which is not packed.
     """
 
     weight_scale: nn.Parameter
     parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
-    """Parameters; the names of the compressed-tensors format."""
+    """Parameters that hold the numbers; by default under the names of the compressed-tensors format."""
 
-    def __init__(self, format: Format, shape: tuple[int, ...]) -> None:
+    def __init__(self, format: Format, shape: tuple[int, ...], *, bias: bool = False) -> None:
         super().__init__()
         self.format, self.shape = format, shape
         for name, (part_shape, dtype) in self.part_shapes(format, shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(part_shape, dtype=dtype), requires_grad=False))
+        self.bias = nn.Parameter(torch.empty(shape[-2])) if bias else None
 
     @classmethod
     def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -70,15 +72,16 @@ class PackedWeight(nn.Module):
         raise AssertionError("a format computes")
 
     def forward(self, x: Tensor) -> Tensor:
-        """As a Linear without bias: [..., I] -> [..., O]."""
-        return self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[-2])
+        """As a Linear: [..., I] -> [..., O]."""
+        y = self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[-2])
+        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """Moves go through; casts do not: the bits are what they are, and the scales belong to them."""
+        """Moves go through; casts reach the bias alone: the bits are what they are, and the scales belong to them."""
         for name, parameter in self.named_parameters(recurse=False):
             moved = fn(parameter.data)
-            kept = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
-            self.register_parameter(name, nn.Parameter(kept, requires_grad=False))
+            kept = moved if moved.dtype == parameter.dtype or name == "bias" else parameter.data.to(moved.device)
+            self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
         return self
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["SCHEMES", "Format", "Plan", "Scheme", "make_plan"]
+__all__ = ["PLAIN", "SCHEMES", "Format", "Plan", "Scheme", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,9 @@ class Format:
     def __str__(self) -> str:
         return f"{self.kind}, a scale per {f'{self.group_size} weights' if self.group_size else 'output'}"
 
+
+PLAIN = Format("plain")
+"""Not quantised. A plan says so only of experts that are a Linear each, since the model has them otherwise."""
 
 Plan = Mapping[str, Format]
 """Parameter of the unquantised model -> the format it is stored in."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
-from llama4.weights import compressed, fbgemm
+from llama4.weights import bitsandbytes, compressed, fbgemm
 from llama4.weights.meta import MetaSource
 from llama4.weights.params import is_meta, read_params
 from llama4.weights.source import Source, open_source
@@ -27,20 +27,24 @@ def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
 
     Raises:
         ConfigError: see `read_config`.
-        CheckpointError: weights that are damaged or incomplete, or quantised.
+        CheckpointError: weights that are damaged or incomplete, or quantised in a way that is not run.
     """
     config = read_config(directory)
     if (quantization := config.quantization_config) is not None:
         method = quantization.get("quant_method", "unknown")
         if method == fbgemm.METHOD:
             return config, fbgemm.FbgemmSource(open_source(directory))
-        if method != compressed.METHOD:
-            raise CheckpointError(
-                f"{directory} is quantised by {method!r}, which this library does not read; take one in the format "
-                f"{compressed.METHOD!r} or {fbgemm.METHOD!r}, or in bf16"
-            )
-        compressed.read_groups(quantization)  # refuses before anything is opened
-        return config, compressed.CompressedSource(open_source(directory), quantization)
+        if method == bitsandbytes.METHOD:
+            bitsandbytes.check_method(quantization)  # refuses before anything is opened
+            return config, bitsandbytes.BitsandbytesSource(open_source(directory))
+        if method == compressed.METHOD:
+            compressed.read_groups(quantization)
+            return config, compressed.CompressedSource(open_source(directory), quantization)
+        methods = ", ".join(repr(known.METHOD) for known in (compressed, fbgemm, bitsandbytes))
+        raise CheckpointError(
+            f"{directory} is quantised by {method!r}, which this library does not read; take one in the format of "
+            f"{methods}, or in bf16"
+        )
     if not is_meta(directory):
         return config, open_source(directory)
     source = MetaSource(directory, config)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Format
-from llama4.weights.rules import MULTIMODAL, Names
+from llama4.weights.rules import MULTIMODAL, AsTheyAre, Names
 from llama4.weights.source import Source
 
 METHOD = "compressed-tensors"
@@ -196,16 +196,6 @@ class CompressedSource:
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
-
-
-class AsTheyAre:
-    """Keys that are already those of a file for the whole model."""
-
-    def to_model(self, key: str) -> str | None:
-        return key
-
-    def to_file(self, name: str) -> str | None:
-        return name
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def load(
     owners = _owners(model)
     keys = match(model, source)
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        is_packed = isinstance(owner, PackedWeight)
+        path, _, part = name.rpartition(".")
+        is_packed = isinstance(model.get_submodule(path), PackedWeight) and part != "bias"
         tensor = source.tensor(key).to(device=device, dtype=None if is_packed else dtype)
         if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes
             tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)

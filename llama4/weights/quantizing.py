@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import Plan, make_plan
+from llama4.quantization.schemes import PLAIN, Plan, make_plan
 from llama4.weights.rules import MULTIMODAL, Names
 from llama4.weights.source import Source
 
@@ -83,7 +83,7 @@ def quantized(source: Source, scheme: str, *, head: bool = False) -> QuantizingS
         CheckpointError: it is quantised already.
     """
     if source.plan:
-        kinds = sorted({format.kind for format in source.plan.values()})
+        kinds = sorted({format.kind for format in source.plan.values()} - {PLAIN.kind})
         raise CheckpointError(
             f"the checkpoint is quantised already ({', '.join(kinds)}); load it without quantization={scheme!r}, or "
             "quantise its bf16 original"

@@ -30,6 +30,16 @@ class NameTable:
         return _swap_prefix(name, tuple((ours, theirs) for theirs, ours in self.prefixes))
 
 
+class AsTheyAre:
+    """Keys that are already those of a file for the whole model."""
+
+    def to_model(self, key: str) -> str | None:
+        return key
+
+    def to_file(self, name: str) -> str | None:
+        return name
+
+
 def _swap_prefix(name: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
     for old, new in pairs:
         if name.startswith(old):

@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, Llama4Config
 from llama4.errors import CheckpointError
+from llama4.quantization.nf4 import KIND as NF4
 from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import Format
+from llama4.weights import bitsandbytes
 from llama4.weights.compressed import ExpandedSource, quantization_config
 from llama4.weights.rules import MULTIMODAL, TEXT_ONLY, Names
 from llama4.weights.source import INDEX_FILE, SINGLE_FILE, Source
@@ -43,7 +45,7 @@ class ModelSource:
         for path, module in model.named_modules():
             if isinstance(module, PackedWeight):
                 self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
-                self._parts |= {f"{path}.{part}": (module, part) for part in module.parts}
+                self._parts |= {f"{path}.{part}": (module, part) for part, _ in module.named_parameters()}
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -90,7 +92,9 @@ def save(
     """
     if isinstance(source, nn.Module):
         source = ModelSource(source)
-    if source.plan:
+    if any(format.kind == NF4 for format in source.plan.values()):
+        source = bitsandbytes.WrittenSource(source)
+    elif source.plan:
         source = ExpandedSource(source)
         config = dataclasses.replace(config, quantization_config=quantization_config(source))
     else:
@@ -171,7 +175,8 @@ def _write(source: Source, config: Llama4Config, directory: Path, max_shard_byte
         keys[table.to_file(name) or name] = key
     sizes = {key: math.prod(source.shape(old)) * source.dtype(old).itemsize for key, old in keys.items()}
     floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    dtypes = [str(dtype).removeprefix("torch.") for key in keys.values() if (dtype := source.dtype(key)) in floats]
+    whole = [old for key, old in keys.items() if not key.endswith(("absmax", "quant_map"))]
+    dtypes = [str(dtype).removeprefix("torch.") for key in whole if (dtype := source.dtype(key)) in floats]
     config = dataclasses.replace(config, dtype=max(dtypes, key=dtypes.count))
     text = config.text
     write_json(directory / CONFIG_FILE, config.to_dict())

@@ -224,7 +224,7 @@ def times(setup: Setup, context: int, rates: Rates) -> Times:
     weights for every piece; its attention costs FLOPs.
     """
     text = setup.config.text
-    token = cached = 0.0
+    cached = 0.0
     token = _per_device(setup, lambda name: counts.share_per_token(text, name))
     for i in range(text.num_hidden_layers):
         seen = text.visible_tokens(i, context) * text.cache_bytes_of_a_token(i, setup.dtype, setup.cache_dtype)
@@ -245,9 +245,8 @@ def times(setup: Setup, context: int, rates: Rates) -> Times:
 def fp8_share(setup: Setup) -> float:
     """The part of the FLOPs of products that is done in fp8."""
     flops = counts.parameter_flops(setup.config.text)
-    return sum(n for name, n in flops.items() if name in setup.plan and setup.plan[name].kind == "fp8") / sum(
-        flops.values()
-    )
+    fp8 = {name for name, format in setup.plan.items() if format.kind == "fp8"}
+    return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
 
 
 def checked_context(setup: Setup, context: int | None) -> int:
@@ -263,32 +262,30 @@ def checked_context(setup: Setup, context: int | None) -> int:
 
 
 def remedies(setup: Setup, context: int) -> list[str]:
-    """What would make a context fit that does not: options of `llama4 plan` that suffice, the least change first."""
-    caches: list[tuple[str, dict[str, Any]]] = [("", {})]
-    caches += [(f"--cache {name}", {"cache_dtype": name}) for name in ("fp8", "int4") if name != setup.cache_dtype]
-    weights: list[tuple[str, dict[str, Any]]] = [("", {})]
-    if not setup.plan:
-        weights.append(("--weights int4", {"plan": _int4(setup), "weights": "int4"}))
-    found: list[str] = []
-    for option, change in weights:
-        for other, cache in caches:
-            words = " ".join(filter(None, (option, other)))
-            if words and fits(replace(setup, **change, **cache), context):
-                found.append(words)
-                break
-    devices = setup.devices
-    while (devices := 2 * devices) <= MOST_DEVICES:
-        if fits(setup.on(devices), context):
-            found.append(f"--devices {devices}")
+    """What would make a context fit that does not: options of `llama4 plan`, each enough by itself, the least change
+    of its kind. Twice the devices, and so on, come last; with fewer bits only if nothing else is enough."""
+    caches = {"": setup} | {f"--cache {name}": replace(setup, cache_dtype=name) for name in ("fp8", "int4")}
+    same = list(caches.items())
+    fewer = [(f"--weights int4 {words}".strip(), _with_int4(changed)) for words, changed in same]
+    if setup.weights == "int4":
+        fewer = same
+    chosen = (next((words for words, changed in kind if fits(changed, context)), None) for kind in (same, fewer))
+    found = [words for words in chosen if words]
+    for words, changed in (same[0], fewer[-1]):
+        devices = setup.devices
+        while (devices := 2 * devices) <= MOST_DEVICES:
+            if fits(changed.on(devices), context):
+                return [*found, f"{words} --devices {devices}".strip()]
+        if found:
             break
     return found
 
 
-def _int4(setup: Setup) -> Plan:
+def _with_int4(setup: Setup) -> Setup:
     try:
-        return counts.quantization_plan(setup.config.text, "int4")
+        return replace(setup, plan=counts.quantization_plan(setup.config.text, "int4"), weights="int4")
     except ValueError:  # not of a shape for it
-        return {}
+        return setup
 
 
 def describe(name: str, setup: Setup, context: int, rates: Rates) -> dict[str, Any]:

@@ -36,13 +36,13 @@ from llama4.units import bytes_text, time_text
 PROBE_PARAMETERS = 1 << 29
 MOST_PARAMETERS = 1 << 32
 """Of a probe of one layer, with fewer experts if need be."""
-STEPS, PIECES, PASSES = 16, 3, 3
+STEPS, PIECES, PASSES = 16, 3, 2
 NEAR = 16
 """Tokens of the short context that steps are timed behind; the long one is `PIECES` pieces of a prompt."""
 
 
 def measure_rates(setup: Setup) -> Rates:
-    """What this CPU reaches; takes some ten seconds.
+    """What this CPU reaches; takes some twenty seconds.
 
     Raises:
         ValueError: a single layer is too large for that.

@@ -14,13 +14,13 @@ from vision.config import VisionConfig
 
 CACHE_BLOCK = 256
 """Tokens for which a key/value cache takes memory at once."""
+CONFIG_FILE = "config.json"
+IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 CACHE_BITS = {"fp8": 8, "int8": 8, "int4": 4}
 """Formats of few bits that the growing part of a cache can have -> bits of a number."""
 CACHE_SCALE_BYTES = 2
 """What such a format adds for the numbers of a token and head: one bfloat16."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-CONFIG_FILE = "config.json"
-IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)

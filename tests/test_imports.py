@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 LINES = (
     "vision",
-    "llama4.errors llama4.units",
+    "llama4.errors",
     "llama4.config",
     "llama4.packing llama4.tokenizer llama4.tool_calls llama4.drawings llama4.kernels",
     "llama4.layers llama4.cache llama4.chat llama4.sampling",
     "llama4.experts",
     "llama4.quantization",
     "llama4.attention llama4.moe llama4.processor",
-    "llama4.decoding llama4.counts llama4.devices",
+    "llama4.decoding llama4.counts llama4.devices llama4.units",
     "llama4.model llama4.weights",
     "llama4.generate llama4.hub llama4.convert",
     "llama4.replies llama4.info",

@@ -23,8 +23,8 @@ LINES = (
     "llama4.model llama4.weights",
     "llama4.generate llama4.hub llama4.convert",
     "llama4.replies llama4.info",
-    "llama4.api llama4.plan",
-    "llama4.bench",
+    "llama4.api",
+    "llama4.plan llama4.bench",
     "llama4.cli",
     "llama4.__main__",
 )

@@ -1,4 +1,4 @@
-"""The command `llama4`: generate, chat, info, convert, quantize."""
+"""The command `llama4`: generate, chat, info, plan, convert, quantize."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama4 import __version__
+from llama4.config import CACHE_BITS
 from llama4.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="generate | chat | info | convert | quantize"
+        title="commands", required=True, metavar="generate | chat | info | plan | convert | quantize"
     )
 
     generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
@@ -81,8 +82,31 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
     info.add_argument("model", help="scout, maverick, guard4, behemoth, tiny, a directory or a Hub id")
     info.add_argument("--revision", help="branch, tag or commit on the Hub")
+    info.add_argument("--context", metavar="N", help="what the cache takes at so many tokens: 131072, 128K, 10M")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
+
+    about = "Say what fits where and how long it takes, before any of it is bought or downloaded."
+    plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
+    plan.add_argument("model", help="scout, maverick, guard4, behemoth, tiny, a directory or a Hub id")
+    plan.add_argument("--revision", help="branch, tag or commit on the Hub")
+    plan.add_argument("--context", metavar="N", help="tokens: 131072, 128K, 10M (default: the model's window)")
+    plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as they are")
+    plan.add_argument(
+        "--cache",
+        choices=("auto", "bf16", *CACHE_BITS),
+        default="auto",
+        help="of layers that see every token (default: the model's dtype)",
+    )
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
+    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="as many share heads and experts")
+    plan.add_argument("--device", choices=("h100", "h200", "b200", "cpu"), help="h100 (default), or this CPU, measured")
+    plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
+    plan.add_argument("--memory-rate", metavar="RATE", help="that one reaches: 2.4TB/s")
+    plan.add_argument("--gemm-rate", metavar="RATE", help="that one reaches: 400TFLOP/s")
+    plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan, parser=plan)
 
     about = "Write a checkpoint in another layout, bit by bit."
     convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
@@ -312,8 +336,48 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 def run_info(options: argparse.Namespace) -> int:
     from llama4.info import describe, describe_quantization, read_config, table
+    from llama4.units import parse_tokens
 
     config = read_config(options.model, options.revision)
-    facts = describe(config) | {"quantization": describe_quantization(options.model, config)}
+    context = parse_tokens(options.context) if options.context is not None else None
+    facts = describe(config, context) | {"quantization": describe_quantization(options.model, config)}
     print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    from llama4 import plan, units
+    from llama4.bench import rates as cpu
+    from llama4.devices import DEVICES, overridden, published_rates
+    from llama4.info import read_config
+
+    on_cpu = options.measure or options.device == "cpu"
+    if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):
+        options.parser.error("--measure and --device cpu are for this one CPU")
+    config = read_config(options.model, options.revision)
+    device = "h100" if on_cpu else options.device or "h100"
+    memory = units.parse_bytes(options.device_memory) if options.device_memory else None
+    rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
+    setup = plan.make_setup(
+        options.model,
+        config,
+        weights=options.weights,
+        dtype=cpu.dtype_of(config, options.weights) if on_cpu else "auto",
+        cache_dtype=options.cache,
+        devices=options.devices,
+        tensor_parallel=options.tensor_parallel,
+        device_memory=memory or (cpu.memory_bytes() if on_cpu else DEVICES[device].memory),
+    )
+    context = plan.checked_context(setup, units.parse_tokens(options.context) if options.context else None)
+    unmeasured = published_rates(device, plan.fp8_share(setup))
+    reached = cpu.measure_rates(setup) if on_cpu and None in rates else unmeasured
+    facts = plan.describe(options.model, setup, context, overridden(reached, *rates))
+    if options.measure:
+        facts["measured"] = cpu.measure_model(options.model, options.revision, setup, context)
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(plan.table(facts))
+    if options.measure:
+        print(cpu.comparison(facts, setup))
     return 0

@@ -16,6 +16,11 @@ CACHE_BLOCK = 256
 """Tokens for which a key/value cache takes memory at once."""
 CONFIG_FILE = "config.json"
 IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
+CACHE_BITS = {"fp8": 8, "int8": 8, "int4": 4}
+"""Formats of few bits that the growing part of a cache can have -> bits of a number."""
+CACHE_SCALE_BYTES = 2
+"""What such a format adds for the numbers of a token and head: one bfloat16."""
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,48 @@ class TextConfig:
         """Parameters that work on one token: all but the routed experts that it was not sent to."""
         return self._count(self.num_experts_per_tok)
 
-    def cache_bytes(self, num_tokens: int, bytes_per_value: int = 2) -> int:
-        """Bytes of the key/value cache of one sequence: chunked layers hold one chunk at most, the others every
-        token."""
-        per_token = 2 * self.num_key_value_heads * self.head_dim * bytes_per_value
-        windows = (self.window(i) for i in range(self.num_hidden_layers))
-        return per_token * sum(num_tokens if window is None else min(window, num_tokens) for window in windows)
+    def cache_bytes(self, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+        """Bytes of the key/value cache of one sequence of so many tokens.
+
+        Layers that see every token hold all of them, chunked layers those of the last token's chunk. Memory is taken in
+        blocks of `CACHE_BLOCK` tokens.
+
+        Args:
+            dtype: the model's.
+            cache_dtype: of the layers that see every token: "auto", which is the model's, another float, or a key of
+                `CACHE_BITS`: then keys and values of a token and head have a scale. Chunked layers keep the model's.
+
+        Raises:
+            ValueError: an unknown dtype.
+        """
+        return sum(self.layer_cache_bytes(i, num_tokens, dtype, cache_dtype) for i in range(self.num_hidden_layers))
+
+    def peak_cache_bytes(self, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+        """The most bytes of that cache on the way there: chunked layers have held a whole chunk, if one was filled."""
+        layers = range(self.num_hidden_layers)
+        filled = [min(num_tokens, self.window(i) or num_tokens) for i in layers]
+        return sum(self.layer_cache_bytes(i, filled[i], dtype, cache_dtype) for i in layers)
+
+    def layer_cache_bytes(self, layer: int, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+        """Bytes of one layer's share of `cache_bytes`."""
+        blocks = -(-self.visible_tokens(layer, num_tokens) // CACHE_BLOCK)
+        return blocks * CACHE_BLOCK * self.cache_bytes_of_a_token(layer, dtype, cache_dtype)
+
+    def cache_bytes_of_a_token(self, layer: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+        """Bytes of the keys and values of one token in one layer."""
+        held = dtype if cache_dtype == "auto" or self.window(layer) else cache_dtype
+        if held in CACHE_BITS:
+            head = self.head_dim * CACHE_BITS[held] // 8 + CACHE_SCALE_BYTES
+        elif held in DTYPE_BYTES:
+            head = self.head_dim * DTYPE_BYTES[held]
+        else:
+            raise ValueError(f"cache_dtype={held!r} is not known; choose 'auto', 'bfloat16', {', '.join(CACHE_BITS)}")
+        return 2 * self.num_key_value_heads * head
+
+    def visible_tokens(self, layer: int, num_tokens: int) -> int:
+        """How many tokens the last of so many sees in a layer, itself included."""
+        window = self.window(layer)
+        return num_tokens if window is None or not num_tokens else (num_tokens - 1) % window + 1
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from llama4 import hub
-from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.config import CACHE_BITS, CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
 from llama4.quantization.schemes import PLAIN
+from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint
 from llama4.weights.params import PARAMS_FILE
 
@@ -56,15 +57,19 @@ def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | N
     }
 
 
-def describe(config: Llama4Config) -> dict[str, Any]:
+def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]:
     """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens.
 
     The cache is that of one sequence in bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers
-    are full.
+    are full. With a context there is `cache_at_context`: what a sequence of so many tokens holds, and the most it held
+    on the way, for each format of the layers that see every token.
+
+    Raises:
+        ValueError: a context beyond the window.
     """
     text, vision = config.text, config.vision
     window, total = text.max_position_embeddings, config.num_parameters()
-    chunk = text.attention_chunk_size or 0
+    growing = (i for i in range(text.num_hidden_layers) if text.window(i) is None)
     facts: dict[str, Any] = {
         "layers": text.num_hidden_layers,
         "layers_with_experts": len(text.moe_layers or ()),
@@ -80,12 +85,24 @@ def describe(config: Llama4Config) -> dict[str, Any]:
         "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
         "window": window,
         "attention_chunk": text.attention_chunk_size,
-        "cache_bytes_per_token": text.cache_bytes(chunk + 1) - text.cache_bytes(chunk),
+        "cache_bytes_per_token": sum(map(text.cache_bytes_of_a_token, growing)),
         "cache_bytes_full": text.cache_bytes(window),
         "vision": None,
         "dtype": config.dtype,
         "note": config.note,
     }
+    if context is not None:
+        if not 1 <= context <= window:
+            raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+        sizes = {
+            name: (text.cache_bytes(context, cache_dtype=name), text.peak_cache_bytes(context, cache_dtype=name))
+            for name in ("bfloat16", *CACHE_BITS)
+        }
+        facts["cache_at_context"] = {
+            "context": context,
+            "bytes": {name: held for name, (held, _) in sizes.items()},
+            "peak_bytes": {name: peak for name, (_, peak) in sizes.items()},
+        }
     if vision is not None:
         facts["vision"] = {
             "layers": vision.num_hidden_layers,
@@ -107,14 +124,19 @@ def table(name: str, facts: dict[str, Any]) -> str:
         if facts["experts_per_token"]
         else "none",
         "vocabulary": f"{facts['vocabulary']:,}",
-        "parameters": f"{facts['parameters']:,} ({_short(facts['parameters'])})",
-        "active": f"{facts['active_parameters']:,} ({_short(facts['active_parameters'])}) per token",
-        "weights": ", ".join(f"{_size(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
+        "parameters": f"{facts['parameters']:,} ({count_text(facts['parameters'])})",
+        "active": f"{facts['active_parameters']:,} ({count_text(facts['active_parameters'])}) per token",
+        "weights": ", ".join(f"{bytes_text(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
         "window": f"{facts['window']:,} tokens"
         + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else ""),
-        "cache": f"{_size(facts['cache_bytes_per_token'])} per token, {_size(facts['cache_bytes_full'])} at the full "
-        "window, in bfloat16",
+        "cache": f"{bytes_text(facts['cache_bytes_per_token'])} per token, {bytes_text(facts['cache_bytes_full'])} at "
+        "the full window, in bfloat16",
     }
+    if cached := facts.get("cache_at_context"):
+        sizes = (f"{bytes_text(size)} in {name}" for name, size in cached["bytes"].items())
+        lines["at context"] = f"{cached['context']:,} tokens take {', '.join(sizes)}"
+        if cached["peak_bytes"] != cached["bytes"]:
+            lines["at context"] += f"; on the way at most {bytes_text(cached['peak_bytes']['bfloat16'])} in bfloat16"
     if vision := facts["vision"]:
         lines["vision"] = (
             f"{vision['layers']} layers, width {vision['hidden_size']}, up to {vision['max_tiles']} tiles of "
@@ -126,8 +148,8 @@ def table(name: str, facts: dict[str, Any]) -> str:
         lines["quantised"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
         if "bytes" in stored:
             lines["quantised"] += (
-                f": {' and '.join(stored['formats'])}; {_short(stored['quantized_parameters'])} weights of "
-                f"{stored['bits_per_weight']} bits, scales included; {_size(stored['bytes'])} in all"
+                f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
+                f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"
             )
     if facts["note"]:
         lines["note"] = facts["note"]
@@ -138,21 +160,3 @@ def _numbers(key: str, dtype: torch.dtype) -> int:
     """Weights in each element of a tensor that is part of a packed one: two in a byte of NF4."""
     part = key.rpartition(".")[2]
     return {"weight_packed": 8, "weight": 2 if dtype == torch.uint8 else 1}.get(part, 0)
-
-
-def _short(count: int) -> str:
-    """123456789 -> "123M"."""
-    value, units = float(count), iter(("", "K", "M", "B"))
-    unit = next(units)
-    while value >= 999.5 and unit != "B":
-        value, unit = value / 1000, next(units)
-    return f"{value:.1f}{unit}" if value < 9.95 and unit else f"{value:.0f}{unit}"
-
-
-def _size(size: int) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
-    value, units = float(size), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.1f} {unit}" if value < 99.95 and unit != "bytes" else f"{value:.0f} {unit}"

@@ -343,6 +343,64 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str], directory: Path, ll
     assert f"{parameters:,}" in run(capsys, "info", str(directory))[1]
 
 
+def test_info_at_a_context(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(run(capsys, "info", "scout", "--context", "10000", "--json")[1])["cache_at_context"]
+    assert facts["context"] == 10_000
+    held, full = 256 * (10_000 // 256 + 1), 256 * ((10_000 - 8192) // 256 + 1)
+    assert facts["bytes"]["bfloat16"] == 4096 * (12 * held + 36 * full)
+    assert facts["peak_bytes"]["int8"] == 12 * 2 * 8 * 130 * held + 36 * 4096 * 8192
+    line = next(line for line in run(capsys, "info", "scout", "--context", "1M")[1].splitlines() if "1,048,576" in line)
+    assert "49.1 GiB in bfloat16" in line and "in int4" in line
+    code, _, error = run(capsys, "info", "scout", "--context", "11M")
+    assert code == 1 and "11,534,336" in error
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_ten_million_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "scout", "--context", "10M", "--device-memory", "80GiB", "--devices", "8"]
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "DOES NOT FIT" in out and "--cache fp8" in out
+    code, out, _ = run(capsys, *command, "--weights", "int4", "--cache", "fp8", "--json")
+    facts = json.loads(out)
+    assert (code, facts["fits"], facts["largest_context"], facts["tensor_parallel"]) == (0, True, 10_485_760, 8)
+    assert facts["seconds_per_token"] == pytest.approx(0.0141, rel=0.01)
+
+
+def test_plan_with_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    """On this CPU, too, without measuring."""
+    given = ["plan", "scout", "--context", "1M", "--memory-rate", "1TB/s", "--gemm-rate", "100TFLOP/s", "--json"]
+    gpu, cpu = (json.loads(run(capsys, *given, "--device", device)[1]) for device in ("b200", "cpu"))
+    assert gpu["seconds"] == cpu["seconds"] and gpu["device_memory"] != cpu["device_memory"]
+    assert gpu["rates"]["source"] == cpu["rates"]["source"] == "1,000 GB/s and 1e+05 GFLOP/s, as given"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scout", "--context", "11M"], "11,534,336"),
+        (["scout", "--context", "ten"], "'ten'"),
+        (["scout", "--device-memory", "80 apples"], "'80 apples'"),
+        (["scout", "--memory-rate", "fast"], "'fast'"),
+        (["scout", "--devices", "0"], "at least one"),
+        (["scout", "--devices", "8", "--tensor-parallel", "3"], "8 key heads"),
+        (["guard4", "--weights", "fp8_mixed"], "this model has none"),
+    ],
+)
+def test_plan_of_what_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = run(capsys, "plan", *arguments)
+    assert (code, out) == (1, "")
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_plan_measures_this_machine_alone() -> None:
+    for wrong in (["--devices", "2"], ["--device", "h200"]):
+        with pytest.raises(SystemExit):
+            main(["plan", "tiny", "--measure", *wrong])
+
+
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 

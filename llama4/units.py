@@ -1,0 +1,69 @@
+"""Figures as people write and read them: "10M" tokens, "80GiB", "990TFLOP/s", 12.3 ms."""
+
+from __future__ import annotations
+
+import re
+
+
+def count_text(count: int) -> str:
+    """123456789 -> "123M"."""
+    value, units = float(count), iter(("", "K", "M", "B"))
+    unit = next(units)
+    while value >= 999.5 and unit != "B":
+        value, unit = value / 1000, next(units)
+    return f"{value:.1f}{unit}" if value < 9.95 and unit else f"{value:.0f}{unit}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    value, units = float(size), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if value < 99.95 and unit != "bytes" else f"{value:.0f} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """0.0123 -> "12.3 ms"."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size * (2 if size > 1 else 1):
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def parse_tokens(text: str) -> int:
+    """ "131072", "128K" or "10M" -> tokens. K is 1024 and M 1024^2, as in a window of "10M", which is 10,485,760.
+
+    Raises:
+        ValueError: anything else.
+    """
+    return _parse(text, r"([KM]?)", {"": 1, "K": 2**10, "M": 2**20}, "tokens: 131072, 128K or 10M")
+
+
+def parse_bytes(text: str) -> int:
+    """ "80GiB" (2^30), "80GB" (10^9) -> bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    units = {"": 1} | {f"{prefix}I": 1024**i for i, prefix in enumerate("KMGT", 1)}
+    units |= {prefix: 1000**i for i, prefix in enumerate("KMGT", 1)}
+    return _parse(text, r"([KMGT]I?|)B?", units, "a size: 80GiB or 80GB")
+
+
+def parse_rate(text: str) -> float:
+    """ "3.35TB/s", "990TFLOP/s", "50G" -> per second, in powers of 1000.
+
+    Raises:
+        ValueError: anything else.
+    """
+    units = {"": 1} | {prefix: 1000**i for i, prefix in enumerate("KMGTP", 1)}
+    return float(_parse(text, r"([KMGTP]?)(?:B/S|FLOPS?|FLOPS?/S)?", units, "a rate: 3.35TB/s or 990TFLOP/s"))
+
+
+def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str) -> int:
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip().upper())
+    value = round(float(match[1]) * sizes[match[2]]) if match else 0
+    if not value:
+        raise ValueError(f"{text!r} is not {wanted}")
+    return value

@@ -1,0 +1,100 @@
+"""Rates of this CPU: solved from times that are known, and measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from llama4 import counts
+from llama4.bench import rates
+from llama4.bench.rates import NEAR, PIECES, STEPS, build, measure_rates, probe
+from llama4.cli import main
+from llama4.config import PRESETS
+from llama4.devices import Rates
+from llama4.model import Llama4Model
+from llama4.plan import Setup, make_setup
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick", "guard4", "tiny"])
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of known rates takes known times; what is solved from these are its rates."""
+    truth = Rates(20e9, 7e9, 300e9, 90e9, "")
+
+    def seconds(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
+        text, plan = probed
+        weight = counts.weight_bytes_per_token(text, plan) / truth.memory
+        cached = [
+            counts.cache_bytes_per_token(text, n + STEPS // 2, "bfloat16", cache_dtype) / truth.cache
+            for n in (NEAR, piece * PIECES)
+        ]
+        flops = counts.parameter_flops(text)
+        products = piece * (sum(flops.values()) - flops[counts.HEAD]) / truth.products
+        ends = [counts.attention_flops(text, piece * i) / truth.attention for i in range(PIECES + 1)]
+        pieces = [products + after - before for before, after in pairwise(ends)]
+        return [weight + cached[0], weight + cached[1], *pieces]
+
+    setup = make_setup(name, PRESETS[name](), weights=weights, cache_dtype="int8")
+    probed = probe(setup.config.text, setup.plan)
+    monkeypatch.setattr(rates, "build", lambda config, plan: None)
+    monkeypatch.setattr(rates, "_pass", seconds)
+    found = measure_rates(setup)
+    for rate in ("memory", "cache", "products", "attention"):
+        assert getattr(found, rate) == pytest.approx(getattr(truth, rate), rel=1e-6), rate
+    assert "measured" in found.source
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("weights", ["bf16", "fp8_mixed", "int4"])
+def test_a_probe_is_the_end_of_a_model(name: str, weights: str) -> None:
+    """Its layers have the kinds and formats of the last ones, and it is no larger than it should be."""
+    if (name, weights) == ("guard4", "fp8_mixed"):
+        pytest.skip("it has no experts")
+    if name == "behemoth":
+        with pytest.raises(ValueError, match="--memory-rate"):
+            probe(PRESETS[name]().text, {})
+        return
+    setup: Setup = make_setup(name, PRESETS[name](), weights=weights)
+    whole, (small, plan) = setup.config.text, probe(setup.config.text, setup.plan)
+    shift = whole.num_hidden_layers - small.num_hidden_layers
+    assert small.num_parameters() <= (rates.PROBE_PARAMETERS if small.num_hidden_layers > 1 else rates.MOST_PARAMETERS)
+    for i in range(small.num_hidden_layers):
+        assert (small.window(i), small.uses_rope(i)) == (whole.window(i + shift), whole.uses_rope(i + shift))
+        assert small.uses_experts(i) == whole.uses_experts(i + shift)
+    for parameter in counts.parameter_shapes(small):
+        layer = parameter.split("layers.")
+        original = parameter
+        if len(layer) == 2:
+            number, _, rest = layer[1].partition(".")
+            original = f"{layer[0]}layers.{int(number) + shift}.{rest}"
+        assert plan.get(parameter) == setup.plan.get(original)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int4", "fp8", "int8"])
+@torch.inference_mode()
+def test_a_probe_computes_with_numbers(weights: str) -> None:
+    """Random weights of any format give logits that are numbers, and tokens go to several experts."""
+    setup = make_setup("tiny", PRESETS["tiny"](), weights=weights)
+    model = build(setup.config, setup.plan)
+    sent: list[int] = []
+    experts = model.language_model.model.layers[0].feed_forward.experts  # type: ignore[union-attr]
+    experts.register_forward_pre_hook(lambda _, inputs: sent.extend(inputs[1].tolist()))  # type: ignore[operator, union-attr]
+    logits = model(torch.arange(256)[None])
+    assert logits.isfinite().all() and logits.std() > 0
+    assert sum(count > 0 for count in sent) >= 4
+
+
+def test_a_plan_beside_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """The times depend on who else is on the machine; the bytes do not."""
+    assert main(["plan", "tiny", "--context", "700", "--cache", "int8", "--measure", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    text = PRESETS["tiny"]().text
+    assert facts["dtype"] == "float32", "as this CPU computes it"
+    assert facts["measured"]["cache_bytes"] == text.cache_bytes(700, "float32", "int8")
+    assert all(facts["measured"][key] > 0 for key in ("bytes", "seconds_per_token", "seconds_for_prompt"))
+    assert all(0 < facts["rates"][key] < math.inf for key in ("memory", "cache", "products", "attention"))
+    assert "measured" in facts["rates"]["source"]

@@ -2,7 +2,7 @@
 
 Between two products of a single token stand dozens of small operations, each of which costs torch and Python
 microseconds, more when the weights that were just read have pushed them out of the processor's caches: a third of a
-step, and half of one with four-bit weights. `decode` in `kernels/cpu.cpp` does what `DecoderLayer.forward` says, in the
+step, and half of one with four-bit weights. `decode` in `kernels/cpp/decode.cpp` does what `DecoderLayer.forward` says, in the
 same order and precision; the tests hold the two together. Whatever it does not know, a hook, a module that was put in
 the place of another, a gradient, goes the ordinary way.
 """
@@ -42,7 +42,7 @@ _KNOWN = {*_KINDS, Attention, FeedForward, Linear, LoopExperts, MixtureOfExperts
 
 
 class Matrix(ctypes.Structure):
-    """As in cpu.cpp."""
+    """As in decode.cpp."""
 
     _fields_ = [
         (name, ctypes.c_int64) for name in ("w", "scales", "wide", "kind", "group", "I", "O", "step", "scale_step")
@@ -50,7 +50,7 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """As in cpu.cpp."""
+    """As in decode.cpp."""
 
     _fields_ = [
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate_up", "down", "gate", "up", "shared_down")),

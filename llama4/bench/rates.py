@@ -49,7 +49,7 @@ def measure_rates(setup: Setup) -> Rates:
     """
     config, dtype, cache_dtype = setup.config, setup.dtype, setup.cache_dtype
     text, probe_plan = probe(config.text, setup.plan)
-    model = build(replace(config, text=text, vision=None, dtype=dtype), probe_plan)
+    model = build(replace(config, text=text, vision=None, image_token_index=-1, dtype=dtype), probe_plan)
     share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
     piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))
     passes = [_pass(model, piece, cache_dtype) for _ in range(PASSES + 1)][1:]
@@ -192,10 +192,9 @@ def measure_model(name: str, revision: str | None, setup: Setup, context: int) -
     reset_peak()
     scheme = setup.weights if setup.weights in SCHEMES else None
     llm = Llama4.from_pretrained(name, revision=revision, device="cpu", dtype=setup.dtype, quantization=scheme)
-    model, vocabulary = llm.model, llm.config.text.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    # No special tokens, which come last: one of them wants an image.
-    ids = torch.randint(0, max(vocabulary * 3 // 4, 1), (1, max(context, STEPS)), generator=generator)
+    model, generator = llm.model, torch.Generator().manual_seed(0)
+    ids = torch.randint(0, llm.config.text.vocab_size, (1, max(context, STEPS)), generator=generator)
+    ids[ids == llm.config.image_token_index] = 0  # which would want an image
     for tokens in (min(context, PREFILL_TOKENS), context):  # the first is to warm up
         cache = _new_cache(model, setup.cache_dtype)
         prompt = Inputs(ids[:, :tokens], torch.ones(1, tokens, dtype=torch.long), None)

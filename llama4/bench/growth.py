@@ -51,8 +51,8 @@ class Point:
 
 @dataclass
 class Fit:
-    """seconds = constant + chunked work / its rate + full work / its rate; rates in bytes or operations per second,
-    None where there is no such work, or too little to tell."""
+    """seconds = constant + chunked work / its rate + full work / its rate; rates in bytes or operations per second, the
+    same one where the points do not tell the two kinds apart, None where time does not grow with work."""
 
     constant: float
     chunked_rate: float | None
@@ -85,27 +85,26 @@ def fit(points: Sequence[Point], keys: Callable[[Point], tuple[int, int]], per_k
 
     `keys` gives the keys in chunked layers and in full ones, `per_key` the bytes or operations of one.
     """
-    work = torch.tensor([keys(point) for point in points], dtype=torch.float64) * per_key
+    work = torch.tensor([keys(point) for point in points], dtype=torch.float64).reshape(-1, 2) * per_key
     spent = torch.tensor([point.seconds for point in points], dtype=torch.float64)
-    columns = [0, 1] if len(points) and _differ(work) else [1] if len(points) and bool(work[:, 1].any()) else [0]
-    if len(points) < len(columns) + 2:
+    told_apart = len(points) > 0 and _differ(work)
+    work = work if told_apart else work.sum(1, keepdim=True)
+    if len(points) < work.shape[1] + 2:
         return None
     scale = work.amax(0).clamp(min=1)
-    unknowns = torch.cat([torch.ones(len(points), 1, dtype=torch.float64), (work / scale)[:, columns]], dim=1)
+    unknowns = torch.cat([torch.ones(len(points), 1, dtype=torch.float64), work / scale], dim=1)
     weights = 1 / spent  # a share of each point counts, not the seconds
     solution = torch.linalg.lstsq(unknowns * weights[:, None], (spent * weights)[:, None]).solution[:, 0]
     errors = (unknowns @ solution - spent).abs() / spent
-    rates: list[float | None] = [None, None]
-    for column, slope in zip(columns, solution[1:].tolist(), strict=True):
-        rates[column] = scale[column].item() / slope if slope > 0 else None
-    return Fit(solution[0].item(), rates[0], rates[1], errors.max().item())
+    slopes = (solution[1:] / scale).tolist()
+    chunked, full = (1 / slope if slope > 0 else None for slope in (slopes[0], slopes[-1]))
+    return Fit(solution[0].item(), chunked, full, errors.max().item())
 
 
 def _differ(work: torch.Tensor) -> bool:
-    """Whether chunked and full layers did not just see the same keys."""
-    if not work.any(0).all():
-        return False
-    return bool(((work[:, 0] / work[:, 0].max()) - (work[:, 1] / work[:, 1].max())).abs().max() > 0.2)
+    """Whether there are layers of both kinds, and they did not just see the same keys."""
+    shares = work / work.amax(0).clamp(min=1)
+    return bool(work.any(0).all()) and bool((shares[:, 0] - shares[:, 1]).abs().max() > 0.2)
 
 
 @torch.inference_mode()

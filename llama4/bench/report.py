@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,12 +37,9 @@ class Spread:
 
 def number(value: float) -> str:
     """Three digits that count, and no exponent."""
-    if value == 0 or abs(value) >= 99.95:
-        return f"{value:,.0f}"
-    digits = 2 if abs(value) < 9.995 else 1
-    while digits < 6 and abs(value) < 10 ** (1 - digits):
-        digits += 1
-    return f"{value:.{digits}f}"
+    rounded = float(f"{value:.3g}")
+    digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{value:,.{max(digits, 0)}f}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = False) -> str:

@@ -251,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--patience", type=int, default=2, metavar="N", help="times to repeat what other processes disturb (default: 2)"
     )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file, besides what is printed")
     add_output_options(parser)
     options = parser.parse_args(arguments)
 
@@ -276,7 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "contestants": {name: asdict(setting) for name, setting in settings.items()},
     }
-    print(json.dumps(as_json(report), indent=2) if options.json else tables(report, options.markdown))
+    content = json.dumps(as_json(report), indent=2)
+    if options.save:
+        options.save.write_text(content + "\n", encoding="utf-8")
+    print(content if options.json else tables(report, options.markdown))
     warn_of_others(report.others)
     return 0
 

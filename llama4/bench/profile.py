@@ -1,11 +1,13 @@
-"""Where the time goes: prefill and decoding by parts of the model, and inside a part by operations of torch.
+"""Where the time goes: prefill by parts of the model and operations of torch inside, decoding by products.
 
 `llama4 bench profile PATH [--prompt 512] [--dtype DTYPE] [--quantization SCHEME] [--markdown]`
 
-Hooks on the modules tell torch's profiler which part is at work. What our own kernels take shows as the part's own
-time, and so does Python. Each part that multiplies stands beside the machine's ceiling: in prefill that of a large
-product, in decoding that of reading memory. A model with hooks decodes module by module, which takes longer than the
-usual step in one piece; both times are told.
+In prefill hooks on the modules tell torch's profiler which part is at work. What our own kernels take shows as the
+part's own time, and so does Python. A step of decoding goes through all layers in compiled code that no profiler looks
+into; so its products are timed one by one, all layers in order, which brings every matrix from memory as in a step.
+What a call from Python costs is taken off, and what is left of the whole step is all else.
+
+A part that multiplies stands beside the machine's ceiling: that of a large product, or of reading memory.
 """
 
 from __future__ import annotations
@@ -13,21 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from llama4.api import DTYPES, Llama4
 from llama4.bench import floors
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
+from llama4.kernels import cpu
+from llama4.kernels.dense import project
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES
@@ -39,8 +45,8 @@ SMALL = 0.005
 
 @dataclass
 class Row:
-    """One operation of one part, over all layers: milliseconds of a run, how often it is called in it, and where it
-    multiplies or reads, the share of the ceiling."""
+    """One operation of one part, over all layers: milliseconds of a run, how often it is called in it, and of a part's
+    first row, where the part multiplies, the share of the ceiling."""
 
     part: str
     operation: str
@@ -57,9 +63,7 @@ class Profile:
     name: str
     rows: list[Row]
     milliseconds: float
-    """With the profiler watching."""
-    bare_milliseconds: float
-    """Without it, on the model's usual way."""
+    """Of a run that nothing watches; the rows may sum up to a little more."""
     share_of_floor: float
 
 
@@ -96,14 +100,13 @@ def marked(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def watch(
-    model: nn.Module, run: Callable[[], object], repeats: int
-) -> tuple[dict[tuple[str, str], list[float]], float]:
-    """(part, operation) -> milliseconds and calls of one run, and the milliseconds of all."""
+def watch(model: nn.Module, run: Callable[[], object], repeats: int) -> dict[tuple[str, str], list[float]]:
+    """(part, operation) -> milliseconds and calls of one run."""
     with marked(model):
         run()
         with profile(activities=[ProfilerActivity.CPU]) as watched:
-            total = sum(timed(run) for _ in range(repeats))
+            for _ in range(repeats):
+                run()
     found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in watched.events():
         if not event.self_cpu_time_total:
@@ -118,7 +121,7 @@ def watch(
         entry = found[part, operation]
         entry[0] += event.self_cpu_time_total / 1000 / repeats
         entry[1] += 1 / repeats
-    return dict(found), total * 1000 / repeats
+    return dict(found)
 
 
 def flops_by_part(llm: Llama4, tokens: int) -> dict[str, float]:
@@ -170,8 +173,8 @@ def rows_of(found: dict[tuple[str, str], list[float]], least_ms: dict[str, float
     small = Row("all else", "", 0.0, 0.0, 0.0)
     for part, own in sorted(parts.items(), key=lambda item: -sum(row.milliseconds for row in item[1])):
         own.sort(key=lambda row: -row.milliseconds)
-        if part in least_ms:
-            own[0].share_of_ceiling = least_ms[part] / sum(row.milliseconds for row in own)
+        spent = sum(row.milliseconds for row in own)
+        own[0].share_of_ceiling = least_ms[part] / spent if part in least_ms and spent else None
         for row in own:
             if row.share_of_time >= SMALL:
                 rows.append(row)
@@ -179,10 +182,61 @@ def rows_of(found: dict[tuple[str, str], list[float]], least_ms: dict[str, float
                 small.milliseconds += row.milliseconds
                 small.calls += row.calls
                 small.share_of_time += row.share_of_time
-    return [*rows, small]
+    return [*rows, small] if small.calls else rows
 
 
-def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[Profile], Rates]:
+def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a step of one row multiplies with, in order: the part, and a call that does it; of experts the first."""
+    rows: dict[int, Tensor] = {}
+
+    def row(width: int) -> Tensor:
+        if width not in rows:
+            rows[width] = torch.randn(1, width).to(llm.model.device, llm.model.dtype)
+        return rows[width]
+
+    def through(linear: nn.Module, width: int) -> Callable[[], object]:
+        return lambda: linear(row(width))
+
+    text = llm.config.text
+    for name, shape in floors.matrices(llm.config.text).items():
+        path, part = name.removesuffix(".weight"), part_of(name.removesuffix(".weight"))
+        if len(shape) == 2:
+            yield part, through(llm.model.get_submodule(path), shape[1])
+            continue
+        owner, _, leaf = path.rpartition(".")
+        weight: Any = getattr(llm.model.get_submodule(owner), leaf)
+        for expert in range(llm.config.text.num_experts_per_tok):
+            call = partial(weight.product, row(shape[1]), expert) if isinstance(weight, PackedWeight) else None
+            yield part.rpartition(".")[0], call or partial(project, row(shape[1]), weight[expert])
+
+
+@torch.inference_mode()
+def time_products(llm: Llama4, repeats: int) -> dict[tuple[str, str], list[float]]:
+    """(part, "") -> milliseconds and calls of one step; medians, less what a call from Python costs."""
+    todo = list(products(llm))
+    cost = _cost_of_a_call(llm)
+    samples: dict[str, list[float]] = defaultdict(list)
+    calls: dict[str, float] = defaultdict(float)
+    for turn in range(repeats + 1):
+        spent: dict[str, float] = defaultdict(float)
+        for part, call in todo:
+            spent[part] += max(timed(call) - cost, 0.0)
+            calls[part] += turn == 0
+        for part, seconds_ in spent.items():
+            samples[part] += [seconds_ * 1e3] if turn else []
+    return {(part, ""): [statistics.median(spent), calls[part]] for part, spent in samples.items()}
+
+
+def _cost_of_a_call(llm: Llama4) -> float:
+    """Seconds of a product with next to nothing."""
+    weight = torch.randn(16, 512).to(llm.model.device, llm.model.dtype)
+    x = weight[:1].clone()
+    use_kernel = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and cpu.library() is not None
+    multiply = cpu.linear if use_kernel else torch.nn.functional.linear
+    return min(timed(lambda: multiply(x, weight)) for _ in range(200))
+
+
+def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[Profile], list[Rates]]:
     """Prefill of a prompt, and a step of one row after it."""
     model, text = llm.model, llm.config.text
     ids = torch.randint(0, min(text.vocab_size, llm.config.boi_token_index), (1, prompt))
@@ -198,32 +252,31 @@ def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[
     def step() -> None:
         model(ids[:, :1], cache=memory, last_only=True)
 
-    ceilings = Ceilings(model.dtype, threads, str(model.device))
-    profiles, rates, plan = [], ceilings.measure(), plan_of(model)
-    floor = {
-        "prefill": floors.prefill(text, plan, model.dtype, prompt),
-        "decode": floors.decode(text, plan, model.dtype, [prompt], text.num_experts_per_tok),
-    }
-    for name, run, times in (("prefill", prefill, repeats), ("decode", step, 8 * repeats)):
-        rates = ceilings.measure()
-        bare = seconds(run, times)
-        found, total = watch(model, run, times)
-        if name == "prefill":
-            least = {part: flops / rates.gemm * 1e3 for part, flops in flops_by_part(llm, prompt).items()}
-        else:
-            least = {part: size / rates.memory * 1e3 for part, size in bytes_by_part(llm, prompt).items()}
-        share = floor[name].seconds(rates.gemm, rates.memory) / bare
-        profiles.append(Profile(name, rows_of(found, least), total, bare * 1e3, share))
-    return profiles, rates
+    ceilings, plan = Ceilings(model.dtype, threads, str(model.device)), plan_of(model)
+    first = ceilings.measure()
+    bare = seconds(prefill, repeats) * 1e3
+    least = {part: flops / first.gemm * 1e3 for part, flops in flops_by_part(llm, prompt).items()}
+    share = floors.prefill(text, plan, model.dtype, prompt).seconds(first.gemm, first.memory) * 1e3 / bare
+    reading = Profile(f"prefill of {prompt} tokens", rows_of(watch(model, prefill, repeats), least), bare, share)
+
+    prefill()
+    second = ceilings.measure()
+    bare = seconds(step, 8 * repeats) * 1e3
+    found = time_products(llm, 4 * repeats)
+    products_ms = sum(milliseconds for milliseconds, _ in found.values())
+    found["all else: attention, norms, routing, Python", ""] = [max(bare - products_ms, 0.0), 1.0]
+    least = {part: size / second.memory * 1e3 for part, size in bytes_by_part(llm, prompt).items()}
+    share = floors.decode(text, plan, model.dtype, [prompt], text.num_experts_per_tok).seconds(
+        second.gemm, second.memory
+    )
+    decoding = Profile(f"decode after {prompt} tokens", rows_of(found, least), bare, share * 1e3 / bare)
+    return [reading, decoding], [first, second]
 
 
 def tables(profiles: Sequence[Profile], markdown: bool) -> str:
     blocks = []
     for each in profiles:
-        head = (
-            f"{each.name}: {number(each.bare_milliseconds)} ms, {each.share_of_floor:.0%} of the floor; "
-            f"{number(each.milliseconds)} ms under the profiler, module by module:"
-        )
+        head = f"{each.name}: {number(each.milliseconds)} ms, {each.share_of_floor:.0%} of the floor"
         lines, last = [], ""
         for row in each.rows:
             ceiling = f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling is not None else ""
@@ -254,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profiles, rates = measure(llm, options.prompt, options.threads, options.rounds)
     warn_of_others([others.share()])
     if options.json:
-        about = {"machine": describe(), "model": options.model, "prompt": options.prompt, "ceilings": asdict(rates)}
+        about = {"machine": describe(), "model": options.model, "prompt": options.prompt}
+        about["ceilings"] = [asdict(rate) for rate in rates]
         print(json.dumps(about | {"profiles": [asdict(each) for each in profiles]}, indent=2))
     else:
         print(tables(profiles, options.markdown))

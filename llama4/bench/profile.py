@@ -197,7 +197,6 @@ def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
     def through(linear: nn.Module, width: int) -> Callable[[], object]:
         return lambda: linear(row(width))
 
-    text = llm.config.text
     for name, shape in floors.matrices(llm.config.text).items():
         path, part = name.removesuffix(".weight"), part_of(name.removesuffix(".weight"))
         if len(shape) == 2:

@@ -20,7 +20,8 @@ for question in ("What colour is the star?", "How many shapes are there?", "Wher
     print(f"{question} {reply} ({time.perf_counter() - begin:.2f} s, a prompt of {reply.usage.prompt_tokens} tokens)")
 
 with tempfile.TemporaryDirectory() as directory:
-    path = Path(directory) / "picture.cache"
-    llm.cache.save(path)
+    path, kept = Path(directory) / "picture.cache", llm.cache
+    assert kept is not None
+    kept.save(path)
     llm.load_cache(path)
-    print(f"{len(llm.cache)} tokens, {path.stat().st_size:,} bytes saved and loaded")
+    print(f"{len(kept)} tokens, {path.stat().st_size:,} bytes saved and loaded")

@@ -1,4 +1,4 @@
-"""The command `llama4`: generate, chat, info, plan, convert, quantize."""
+"""The command `llama4`: generate, chat, info, plan, convert, quantize, bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama4 import __version__
+from llama4.bench.__main__ import BENCHES
+from llama4.bench.__main__ import main as run_bench
+from llama4.bench.__main__ import usage as bench_usage
 from llama4.config import CACHE_BITS
 from llama4.quantization.schemes import SCHEMES
 
@@ -61,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="generate | chat | info | plan | convert | quantize"
+        title="commands", required=True, metavar="generate | chat | info | plan | convert | quantize | bench"
     )
 
     generate = commands.add_parser("generate", help="answer one question", description="Answer one question.")
@@ -126,6 +129,12 @@ def make_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     quantize.add_argument("--revision", help="branch, tag or commit on the Hub")
     quantize.set_defaults(run=run_quantize, parser=quantize)
+
+    bench = commands.add_parser("bench", help="measure speed and quality here", description=bench_usage())
+    bench.formatter_class = argparse.RawDescriptionHelpFormatter
+    bench.add_argument("name", metavar="NAME", choices=BENCHES, help="what to measure; NAME --help shows its options")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of that")
+    bench.set_defaults(run=lambda options: run_bench([options.name, *options.arguments]))
     return parser
 
 

@@ -2,9 +2,9 @@
 
 Between two products of a single token stand dozens of small operations, each of which costs torch and Python
 microseconds, more when the weights that were just read have pushed them out of the processor's caches: a third of a
-step, and half of one with four-bit weights. `decode` in `kernels/cpp/decode.cpp` does what `DecoderLayer.forward` says, in the
-same order and precision; the tests hold the two together. Whatever it does not know, a hook, a module that was put in
-the place of another, a gradient, goes the ordinary way.
+step, and half of one with four-bit weights. `decode` in `kernels/cpp/decode.cpp` does what `DecoderLayer.forward` says,
+in the same order and precision; the tests hold the two together. Whatever it does not know, a hook, a module that was
+put in the place of another, a gradient, goes the ordinary way.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""Numbers, tables, the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama4.bench import machine, report
+from llama4.bench.machine import Ceilings, Others
+from llama4.bench.report import Spread, number, table
+
+
+def test_numbers_have_three_digits_that_count() -> None:
+    given = (0, 0.01234, 0.5678, 1.2345, 9.996, 12.345, 99.96, 123.45, 12345.6)
+    assert [number(value) for value in given] == [
+        "0",
+        "0.0123",
+        "0.568",
+        "1.23",
+        "10.0",
+        "12.3",
+        "100",
+        "123",
+        "12,346",
+    ]
+
+
+def test_a_spread_is_median_and_ends() -> None:
+    assert str(Spread.of([3.0, 1.0, 2.0, 9.0])) == "2.50 (1.00-9.00)"
+    assert str(Spread.of([7.0])) == "7.00"
+
+
+def test_tables() -> None:
+    rows = [["a", "1"], ["long name", "20"]]
+    assert table(["", "x"], rows) == "             x\na            1\nlong name   20"
+    assert table(["", "x"], rows, markdown=True) == "|  | x |\n| --- | --: |\n| a | 1 |\n| long name | 20 |"
+
+
+def test_others_are_those_who_are_not_mine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(machine, "STAT", stat)
+    stat.write_text("cpu  1000 0 500 8000 100 0 0 0 0 0\ncpu0 1 2 3\n")
+    others = Others()
+    stat.write_text("cpu  2500 0 1000 10000 100 0 0 0 0 0\n")
+    share = others.share()
+    assert share == pytest.approx(0.5, abs=0.05), "2000 ticks of 4000, less the few of this process"
+    report.warn_of_others([0.01, share])
+    assert "other processes took up to 5" in capsys.readouterr().err
+    report.warn_of_others([None, 0.01])
+    assert not capsys.readouterr().err
+    stat.unlink()
+    assert others.share() is None
+
+
+def test_ceilings_run_on_the_threads_that_were_asked_for() -> None:
+    before, seen = torch.get_num_threads(), []
+    ceilings = Ceilings(torch.float32, before + 1, size=64, read=4096)
+    ceilings._products.append(lambda: seen.append(torch.get_num_threads()))
+    rates = ceilings.measure(repeats=1)
+    assert rates.memory > 0
+    assert rates.gemm > 0
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before

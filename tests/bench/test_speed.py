@@ -1,0 +1,316 @@
+"""The benches of speed, on small models: who is measured computes the same, and what is told follows from what was
+measured. The machine's ceilings are made up, so nothing here depends on how fast it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llama4 import Llama4
+from llama4.api import EMBEDDED
+from llama4.bench import __main__ as bench
+from llama4.bench import floors, growth, moe, profile
+from llama4.bench.contestants import ENGINES, Contestant, Setting, Task, photo_bytes
+from llama4.bench.growth import Point
+from llama4.bench.machine import Ceilings, Rates
+from llama4.cli import main
+from llama4.config import Llama4Config, TextConfig, tiny
+from llama4.quantization.schemes import make_plan
+from tests import small_model
+from vision.config import VisionConfig
+
+RATES = Rates(memory=1e9, gemm=1e11)
+
+
+@pytest.fixture(autouse=True)
+def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ceilings, "__init__", lambda self, *arguments: None)
+    monkeypatch.setattr(Ceilings, "measure", lambda self, repeats=3: RATES)
+
+
+class InProcess:
+    """A worker without a process of its own, after the journey there."""
+
+    pid = 1
+
+    def __init__(self, *told: Any) -> None:
+        make, *arguments = pickle.loads(pickle.dumps(told))
+        self.thing = make(*arguments)
+
+    def call(self, method: str, *told: object) -> Any:
+        return getattr(self.thing, method)(*pickle.loads(pickle.dumps(told)))
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_model.write(tmp_path_factory.mktemp("models") / "small"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capsys.readouterr()
+    assert main(["bench", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_contestants_compute_the_same() -> None:
+    """Prompts, steps after them, and a picture; transformers' tiles differ by half a level of 255."""
+    path, task = str(EMBEDDED["tiny"]), Task("decode", rows=2, prompt=600, new=3)
+    ours, theirs = (Contestant(Setting(engine, path, "float32", 1), 896) for engine in ENGINES)
+    (prompts, new), again = ours._tokens(task), theirs._tokens(task)
+    assert torch.equal(prompts, again[0])
+    assert torch.equal(new, again[1])
+    (mine, memory), (other, their_memory) = ours.engine.start(prompts), theirs.engine.start(prompts)
+    torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    for ids in new.unbind(1):
+        torch.testing.assert_close(
+            ours.engine.step(ids, memory), theirs.engine.step(ids, their_memory), atol=1e-4, rtol=0
+        )
+    picture = Image.new("RGB", (300, 200), (10, 200, 30))
+    (mine, read), (other, their_read) = (each.engine.look(picture, "What?") for each in (ours, theirs))
+    assert read == their_read
+    assert (mine - other).abs().max() < 0.1
+
+
+def test_experts_that_rows_meet_are_counted(directory: str) -> None:
+    """Equal rows go to equal experts, one of each layer; others to as many as their routers say."""
+    contestant = Contestant(Setting("llama4", directory, "float32", 1), small_model.RANKS)
+    assert contestant.experts_met(Task("decode", rows=1, prompt=8, new=4)) == 1.0
+    prompts, new = contestant._tokens(Task("decode", rows=3, prompt=8, new=4))
+    engine: Any = contestant.engine
+    assert engine.experts_met(prompts[:1].expand(3, -1), new[:1].expand(3, -1)) == 1.0
+    assert 1.0 < engine.experts_met(prompts, new) <= 3.0
+    hooks = [module._forward_hooks for module in engine.llm.model.modules()]
+    assert not any(hooks), "what was measured is left as it was"
+
+
+def test_a_picture_is_like_a_photograph() -> None:
+    data = photo_bytes(1024, 768)
+    assert 100_000 < len(data) < 600_000, "a JPEG of some bits per pixel, not a flat one"
+
+
+def test_generate(directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama4.bench.generate.Worker", InProcess)
+    threads = str(torch.get_num_threads())
+    arguments = ["--lengths", "16", "40", "--reply", "3", "--rounds", "1", "--threads", threads, "--patience", "0"]
+    report = run(capsys, "generate", directory, *arguments)
+    figures = {figure["task"]: figure for figure in report["figures"]}
+    assert list(figures) == [
+        "load, s",
+        "load to first token, s",
+        "peak memory, MiB",
+        "prefill, 16 tokens",
+        "prefill, 40 tokens",
+        "decode, batch 1",
+        "decode, batch 4",
+        "first token with a picture",
+    ]
+    assert figures["load to first token, s"]["median"] > figures["load, s"]["median"] > 0
+    assert 50 < figures["peak memory, MiB"]["median"] < 5000
+    config = small_model.config()
+    for name, tokens, work in (
+        ("prefill, 40 tokens", 40, floors.prefill(config.text, {}, torch.float32, 40)),
+        ("decode, batch 1", 1, floors.decode(config.text, {}, torch.float32, [129], 1)),
+        (
+            "decode, batch 4",
+            4,
+            floors.decode(config.text, {}, torch.float32, [129] * 4, report["experts_met"]["decode, batch 4"]),
+        ),
+    ):
+        figure = figures[name]
+        assert figure["median"] == pytest.approx(tokens / figure["samples"][0])
+        assert figure["share_of_floor"] == pytest.approx(work.seconds(RATES.gemm, RATES.memory) / figure["samples"][0])
+    assert 1 < report["experts_met"]["decode, batch 4"] <= 4
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["contestants"]["llama4"]["threads"] == int(threads)
+
+
+def test_settings_are_told_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names say what differs, packed weights have a lower floor, and a table has a column for each."""
+
+    answers = {"load": (1.0, 1.0), "experts_met": 1.0, "picture_size": (100, 5), "peak_bytes": 2**20, "seconds": 1.0}
+
+    class Instead(InProcess):
+        """A contestant that takes a second for everything."""
+
+        def __init__(self, make: object, setting: Setting, vocabulary: int) -> None:
+            assert vocabulary == 896 + 80
+
+        def call(self, method: str, *told: object) -> Any:
+            return answers[method]
+
+    monkeypatch.setattr("llama4.bench.generate.Worker", Instead)
+    arguments = ["generate", "tiny", "--vs", "transformers", "--threads", "1", "2", "--quantization", "none", "int8"]
+    report = run(capsys, *arguments, "--rounds", "1", "--patience", "0")
+    names = list(report["contestants"])
+    kinds = [f"{kind}, {threads}" for threads in ("1 thread", "2 threads") for kind in ("float32", "int8")]
+    assert names[:4] == [f"llama4, {kind}" for kind in kinds]
+    assert len(names) == 6
+    assert all(name.startswith("transformers") for name in names[4:])
+    shares = {f["contestant"]: f["share_of_floor"] for f in report["figures"] if f["task"] == "decode, batch 1"}
+    assert shares["llama4, int8, 1 thread"] < 0.5 * shares["llama4, float32, 1 thread"]
+    assert main(["bench", *arguments, "--rounds", "1", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "| prefill, 512 tokens, tokens/s | 512, " in out
+
+
+def test_profile_accounts_for_all_of_the_floor_and_the_time(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "SMALL", 0.0)
+    llm = Llama4.from_pretrained(directory)
+    text = llm.config.text
+    assert sum(profile.flops_by_part(llm, 40).values()) == floors.prefill(text, {}, torch.float32, 40).flops
+    assert sum(profile.bytes_by_part(llm, 40).values()) == floors.decode(text, {}, torch.float32, [40], 1).bytes
+    packed = Llama4.from_pretrained("tiny", quantization="int8")
+    plan = profile.plan_of(packed.model)
+    assert plan == make_plan("int8", floors.matrices(packed.config.text))
+    report = run(capsys, "profile", directory, "--prompt", "40", "--rounds", "1")
+    prefill, decode = report["profiles"]
+    assert all(sum(row["share_of_time"] for row in each["rows"]) == pytest.approx(1) for each in (prefill, decode))
+    parts = {row["part"] for row in prefill["rows"]}
+    assert {"self_attn.q_proj", "feed_forward.experts", "feed_forward.shared_expert.down_proj", "self_attn"} <= parts
+    attention = {row["operation"] for row in prefill["rows"] if row["part"] == "self_attn"}
+    assert any("attention" in operation for operation in attention)
+    calls = {row["part"]: row["calls"] for row in decode["rows"]}
+    assert calls["lm_head"] == 1
+    assert calls["self_attn.q_proj"] == calls["feed_forward.router"] == text.num_hidden_layers
+    assert calls["feed_forward.experts"] == 2 * text.num_hidden_layers
+    assert set(profile.bytes_by_part(llm, 40)) - {"self_attn"} == {part for part in calls if "all else" not in part}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_products_are_those_of_a_step(quantization: str | None) -> None:
+    """Each matrix of a step once, of experts one: together they read what the floor counts."""
+    llm = Llama4.from_pretrained("tiny", quantization=quantization)
+    outputs = [call() for _, call in profile.products(llm)]
+    text = llm.config.text
+    expected = [shape[-1] if len(shape) == 3 else shape[0] for shape in floors.matrices(text).values()]
+    assert sorted((out[0] if isinstance(out, tuple) else out).shape[-1] for out in outputs) == sorted(
+        1 if width == text.num_local_experts else width for width in expected
+    )
+
+
+def test_growth_is_fitted() -> None:
+    """Points that were made with known rates give those back; where layers cannot be told apart none is claimed."""
+    text = small_model.config().text  # chunks of 32; 3 layers in chunks, 1 that sees all
+    assert growth.keys_by_kind(text, 70, 2) == (3 * (7 + 8), 71 + 72)
+
+    def keys(point: Point) -> tuple[int, int]:
+        return growth.keys_by_kind(text, point.position, point.tokens)
+
+    points = []
+    for position in range(0, 400, 10):
+        chunked, full = growth.keys_by_kind(text, position, 1)
+        points.append(Point(position, 1, 0.5 + 100 * chunked / 2e4 + 100 * full / 8e4))
+    found = growth.fit(points, keys, per_key=100)
+    assert found is not None
+    assert (found.constant, found.chunked_rate, found.full_rate) == pytest.approx((0.5, 2e4, 8e4))
+    assert found.largest_error < 1e-9
+    points[3].seconds *= 2
+    disturbed = growth.fit(points, keys, per_key=100)
+    assert disturbed is not None
+    assert disturbed.largest_error > 0.2
+    within_a_chunk = growth.fit(
+        [Point(p, 1, 0.5 + 100 * 4 * (p + 1) / 2e4) for p in range(0, 30, 5)], keys, per_key=100
+    )
+    assert within_a_chunk is not None
+    assert within_a_chunk.chunked_rate == within_a_chunk.full_rate == pytest.approx(2e4), "all layers saw the same"
+    flat = growth.fit([Point(p, 1, 0.5) for p in range(0, 400, 10)], keys, per_key=100)
+    assert flat is not None
+    assert flat.constant == pytest.approx(0.5)
+    assert growth.fit(points[:2], keys, per_key=100) is None
+
+
+def test_growth(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "growth", directory, "--context", "100", "--every", "40")
+    reads = [(point["position"], point["tokens"]) for point in report["prefill"]]
+    assert reads == [(0, 40), (40 + 16, 40), (80 + 32, 20)]
+    assert [point["position"] for point in report["decode"]] == [40, 96, 132]
+    assert all(point["seconds"] > 0 for point in report["prefill"] + report["decode"])
+    assert main(["bench", "growth", directory, "--context", "4090"]) == 1
+    assert "beyond the window, 4096" in capsys.readouterr().err
+
+
+def test_backends_of_experts_compute_the_same() -> None:
+    text = TextConfig(hidden_size=128, intermediate_size=128, num_local_experts=4)
+    names = ["loop", "grouped", "int8", "int4", "fp8"]
+    backends = moe.make_backends(text, torch.float32, names)
+    x_ND, counts_E = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 0, 2, 1])
+    with torch.inference_mode():
+        outputs = {name: experts(x_ND, counts_E) for name, (experts, _) in backends.items()}
+    truth = outputs["loop"]
+    errors = {name: ((out - truth).norm() / truth.norm()).item() for name, out in outputs.items()}
+    assert errors["grouped"] < 1e-5
+    assert 0 < errors["int8"] < errors["fp8"] < errors["int4"] < 0.3
+    work = moe.work(text, {}, torch.float32, rows=8, experts=2)
+    assert (work.flops, work.bytes) == (2 * 8 * 3 * 128 * 128, 2 * 3 * 128 * 128 * 4)
+
+
+def test_moe(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--hidden-size", "64", "--width", "64", "--experts", "4", "--tokens", "1", "3", "--rounds", "2"]
+    report = run(capsys, "moe", *arguments, "--dtype", "float32", "--backends", "loop", "int8")
+    assert {(f["backend"], f["spread"], f["tokens_per_expert"]) for f in report["figures"]} == {
+        (backend, spread, tokens) for backend in ("loop", "int8") for spread in (moe.EVEN, moe.ONE) for tokens in (1, 3)
+    }
+    assert all(len(f["samples"]) == len(f["shares"]) == 2 for f in report["figures"])
+    assert main(["bench", "moe", "guard4"]) == 1
+    assert "guard4 has no routed experts" in capsys.readouterr().err
+    assert main(["bench", "moe", "--dtype", "float64", "--backends", "grouped"]) == 1
+    assert "cannot run here" in capsys.readouterr().err
+
+
+def test_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--layers", "2", "--tiles", "3", "--megapixels", "0.0768", "--rounds", "2", "--dtype", "float32"]
+    report = run(capsys, "images", "tiny", *arguments)
+    assert report["tower"]["layers"] == 2
+    vision = dataclasses.replace(tiny().vision or VisionConfig(), num_hidden_layers=2)
+    least = floors.vision(vision, 3, dtype=torch.float32).seconds(RATES.gemm, RATES.memory)
+    shares = [least / seconds for seconds in report["tower"]["seconds"]]
+    assert report["tower"]["share_of_floor"] == pytest.approx(shares)
+    assert report["picture"]["size"] == [320, 240]
+    assert len(report["picture"]["decoding_seconds"]) == len(report["picture"]["tiling_seconds"]) == 2
+    textual = tmp_path / "config.json"
+    textual.write_text(json.dumps(Llama4Config(tiny().text, None).to_dict()))
+    assert main(["bench", "images", str(tmp_path)]) == 1
+    assert "has no vision tower" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["bench", "generate", "nowhere", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "nowhere" in json.loads(out)["error"]
+    assert err.startswith("llama4: error: ")
+    assert main(["bench", "generate", "tiny", "--lengths", "2000000"]) == 1
+    assert "beyond this model's window" in capsys.readouterr().err
+    for bad in (["generate"], ["nothing"], ["moe", "--tokens", "0"], ["images", "--megapixels", "900"], []):
+        with pytest.raises(SystemExit) as left:
+            main(["bench", *bad])
+        assert left.value.code == 2
+    assert bench.main([]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in bench.BENCHES)
+    assert bench.main(["--help"]) == 0
+    assert bench.usage() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_every_bench_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", name, "--help"])
+    assert f"bench {name}" in capsys.readouterr().out

@@ -49,7 +49,8 @@ def main(directory: str, words: Sequence[str] = ()) -> None:
             )
             page = page.replace(block[0], new)
             PAGE.write_text(page, encoding="utf-8")
-    draw_performance.main()
+    if draw_performance.RESULTS.exists():
+        draw_performance.main()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -85,21 +85,25 @@ def _deaf() -> Iterator[None]:
 
 def _serve(pipe: Connection, make: Callable[..., object], arguments: tuple[object, ...]) -> None:
     os.dup2(2, 1)  # stdout is for the report
-    thing: object = None
+    made: list[object] = []
     method, told = "", arguments
-    while True:
-        try:
-            if thing is None:
-                thing, result = make(*told), None
-            else:
-                result = getattr(thing, method)(*told)
-            pipe.send((None, result))
-        except (ValueError, OSError) as error:
-            pipe.send((ValueError(str(error)), None))
-        except Exception as error:
-            traceback.print_exc()
-            pipe.send((ValueError(f"measuring failed: {type(error).__name__}: {error}"), None))
-        try:
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the one that started this process is gone
+        while True:
+            pipe.send(_outcome(made, make, method, told))
             method, told = pipe.recv()
-        except EOFError:
-            return
+
+
+def _outcome(
+    made: list[object], make: Callable[..., object], method: str, told: tuple[object, ...]
+) -> tuple[ValueError | None, object]:
+    """An error or None, and what a call gave; the first call makes the thing."""
+    try:
+        if made:
+            return None, getattr(made[0], method)(*told)
+        made.append(make(*told))
+        return None, None
+    except (ValueError, OSError) as error:
+        return ValueError(str(error)), None
+    except Exception as error:
+        traceback.print_exc()
+        return ValueError(f"measuring failed: {type(error).__name__}: {error}"), None

@@ -62,16 +62,16 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
 def parameter_bytes(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> dict[str, int]:
     """Bytes of each parameter of the decoder; of one that is quantised codes and scales together."""
     plan, size = plan or {}, DTYPE_BYTES[dtype]
-    return {
-        name: _packed_bytes(shape, plan[name], size) if name in plan else math.prod(shape) * size
-        for name, shape in parameter_shapes(config).items()
-    }
+    return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
 
 
-def _packed_bytes(shape: tuple[int, ...], format: Format, scale_size: int) -> int:
+def stored_bytes(shape: tuple[int, ...], format: Format | None, size: int) -> int:
+    """Of a parameter whose numbers take `size` bytes each, or of one in a format, with scales of that size."""
+    if format is None:
+        return math.prod(shape) * size
     out_in = (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
     parts = PACKED[format.kind].part_shapes(format, out_in)
-    sizes = {part: scale_size if part == "weight_scale" else dtype.itemsize for part, (_, dtype) in parts.items()}
+    sizes = {part: size if part == "weight_scale" else dtype.itemsize for part, (_, dtype) in parts.items()}
     return sum(math.prod(part_shape) * sizes[part] for part, (part_shape, _) in parts.items())
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from llama4.config import TextConfig
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import Format, Plan
+from llama4.counts import EMBEDDING, HEAD, parameter_shapes, stored_bytes
+from llama4.quantization.schemes import Plan
 from vision.config import VisionConfig
 
 Shape = tuple[int, ...]
@@ -38,26 +38,9 @@ class Work:
 
 def matrices(text: TextConfig) -> dict[str, Shape]:
     """All that the decoder multiplies with: parameter -> its shape, [out, in], of routed experts [E, in, out]."""
-    D, E, F = text.hidden_size, text.num_local_experts, text.intermediate_size
-    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    found: dict[str, Shape] = {}
-    for layer in range(text.num_hidden_layers):
-        at = f"language_model.model.layers.{layer}."
-        outputs = {"q": queries, "k": keys, "v": keys}
-        found |= {f"{at}self_attn.{part}_proj.weight": (out, D) for part, out in outputs.items()}
-        found[f"{at}self_attn.o_proj.weight"] = (D, queries)
-        at += "feed_forward."
-        width = text.intermediate_size_mlp
-        if text.uses_experts(layer):
-            found[f"{at}router.weight"] = (E, D)
-            found |= {f"{at}experts.gate_up_proj": (E, D, 2 * F), f"{at}experts.down_proj": (E, F, D)}
-            at, width = f"{at}shared_expert.", F
-        found |= {f"{at}{part}_proj.weight": (width, D) for part in ("gate", "up")}
-        found[f"{at}down_proj.weight"] = (D, width)
-    return found | {HEAD: (text.vocab_size, D)}
-
-
-HEAD = "language_model.lm_head.weight"
+    shapes = parameter_shapes(text)
+    head = shapes[EMBEDDING]  # of the same shape, and perhaps the same numbers
+    return {name: shape for name, shape in shapes.items() if len(shape) > 1 and name != EMBEDDING} | {HEAD: head}
 
 
 def active_numbers(text: TextConfig, *, head: bool = True) -> int:
@@ -70,21 +53,11 @@ def active_numbers(text: TextConfig, *, head: bool = True) -> int:
     )
 
 
-def stored_bytes(shape: Shape, format: Format | None, dtype: torch.dtype) -> int:
-    """Of a matrix in `dtype`, or in a format of few bits, scales included."""
-    if format is None:
-        return math.prod(shape) * dtype.itemsize
-    if len(shape) == 3:
-        shape = (shape[0], shape[2], shape[1])  # packed experts are [E, out, in]
-    parts = PACKED[format.kind].part_shapes(format, shape)
-    return sum(math.prod(part) * kind.itemsize for part, kind in parts.values())
-
-
 def weight_bytes(text: TextConfig, plan: Plan, dtype: torch.dtype, experts: float) -> float:
     """Bytes of all matrices, with so many experts of each layer."""
     total = 0.0
     for name, shape in matrices(text).items():
-        size = stored_bytes(shape, plan.get(name), dtype)
+        size = stored_bytes(shape, plan.get(name), dtype.itemsize)
         total += size * experts / shape[0] if len(shape) == 3 else size
     return total
 

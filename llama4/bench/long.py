@@ -60,8 +60,16 @@ def measure(llm: Llama4, tokens: int, new_tokens: int, progress: bool = True) ->
     ids = random_ids(tokens, vocabulary)
     cache = llm.model.new_cache(1, llm.cache_dtype, llm.cache_device)
     inputs = Inputs(ids, torch.ones_like(ids), None)
-    options = {"sampler": Sampler(), "max_new_tokens": new_tokens, "cache": cache, "progress": progress}
-    events = generate(llm.model, _Bytes(), inputs, **options)  # type: ignore[arg-type]
+    events = generate(
+        llm.model,
+        _Bytes(),
+        inputs,
+        sampler=Sampler(),
+        max_new_tokens=new_tokens,
+        max_context=tokens + new_tokens,  # a prompt as long as the window is measured, too
+        cache=cache,
+        progress=progress,
+    )
     begin = time.perf_counter()
     next(events)
     read = time.perf_counter() - begin

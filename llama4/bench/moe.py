@@ -33,6 +33,7 @@ from llama4.bench.report import (
     warn_of_others,
 )
 from llama4.config import TextConfig
+from llama4.counts import stored_bytes
 from llama4.experts import BACKENDS
 from llama4.info import read_config
 from llama4.quantization.modules import PACKED, PackedExperts
@@ -101,7 +102,7 @@ def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: in
     """The least for so many rows that meet so many experts."""
     E, D, F = text.num_local_experts, text.hidden_size, text.intermediate_size
     shapes = {"gate_up_proj": (E, D, 2 * F), "down_proj": (E, F, D)}
-    read = sum(floors.stored_bytes(shape, plan.get(part), dtype) for part, shape in shapes.items())
+    read = sum(stored_bytes(shape, plan.get(part), dtype.itemsize) for part, shape in shapes.items())
     return floors.Work(2 * rows * 3 * D * F, read * experts / E)
 
 

@@ -32,6 +32,7 @@ from llama4.api import DTYPES, Llama4
 from llama4.bench import floors
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
+from llama4.counts import stored_bytes
 from llama4.kernels import cpu
 from llama4.kernels.dense import project
 from llama4.quantization.modules import PackedExperts
@@ -142,7 +143,7 @@ def bytes_by_part(llm: Llama4, position: int) -> dict[str, float]:
     text, dtype, found = llm.config.text, llm.model.dtype, defaultdict[str, float](float)
     plan = plan_of(llm.model)
     for name, shape in floors.matrices(text).items():
-        part, size = part_of(name.removesuffix(".weight")), floors.stored_bytes(shape, plan.get(name), dtype)
+        part, size = part_of(name.removesuffix(".weight")), stored_bytes(shape, plan.get(name), dtype.itemsize)
         if len(shape) == 3:
             found[part.rpartition(".")[0]] += size * text.num_experts_per_tok / shape[0]
         else:

@@ -18,31 +18,44 @@ template <int Q, class F>
 void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, long n, long C, float* scores, float* out,
                   long part) {
   const long width = (n + 15) / 16 * 16;
-  for (long s = 0; s < n; s++) {
-    f32 dots[Q] = {};
-    for (long c = 0; c < C; c += 16) {
-      f32 key = keys.read(s, c);
+  const auto bring = [&](const Head<F>& head, long s) {  // sixteen rows nearer, which the processor does too late
+    const char* from = head.rows + s * head.bytes;
+    for (long line = 0; line < 16 * head.bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  };
+  for (long s = 0; s < n; s += 16) {
+    bring(keys, s + 32), bring(values, s);
+    f32 dots[Q][16];
+    for (long t = 0; t < 16; t++) {  // the last of a block may have no number yet, and their scores go
+      f32 own[Q] = {};
+      for (long c = 0; c < C; c += 16) {
+        f32 key = keys.read(s + t, c);
 #pragma GCC unroll 4
-      for (int i = 0; i < Q; i++) dots[i] += key * load<f32>(q + i * C + c);
+        for (int i = 0; i < Q; i++) own[i] += key * load<f32>(q + i * C + c);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++) dots[i][t] = own[i];
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < Q; i++) scores[i * width + s] = sum(dots[i]) * keys.scale(s);
+    for (int i = 0; i < Q; i++) {
+      f32 all = sums(dots[i]);
+      store(scores + i * width + s, F::scaled ? all * floats(keys.scales + s) : all);
+    }
   }
   for (int i = 0; i < Q; i++) {
     float* own = scores + i * width;
-    const float most = *std::max_element(own, own + n);
     std::fill(own + n, own + width, -INFINITY);
-    f32 total{};
+    f32 highest = load<f32>(own), total{};
+    for (long s = 16; s < width; s += 16) highest = larger(highest, load<f32>(own + s));
+    const float most = largest(highest);
     for (long s = 0; s < width; s += 16) {
-      store(own + s, exponential(load<f32>(own + s) - most));
-      total += load<f32>(own + s);
+      f32 weight = exponential(load<f32>(own + s) - most);
+      total += weight;
+      store(own + s, F::scaled ? weight * floats(values.scales + s) : weight);
     }
-    if (F::scaled)
-      for (long s = 0; s < n; s++) own[s] *= values.scale(s);
     std::fill(out + i * part, out + i * part + C, 0.f);
     out[i * part + C] = most, out[i * part + C + 1] = sum(total);
   }
-  for (long s = 0; s < n; s += 16)
+  for (long s = 0; s < n; s += 16) {
+    bring(keys, slots + s);  // of the next head, whose turn it is next
     for (long c = 0; c < C; c += 16) {
       f32 sums[Q];
 #pragma GCC unroll 4
@@ -55,6 +68,7 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
 #pragma GCC unroll 4
       for (int i = 0; i < Q; i++) store(out + i * part + c, sums[i]);
     }
+  }
 }
 
 // softmax(q K^T / sqrt(C)) V for one query of every row and head, [B, H, C]. Row b sees the first lengths[b] tokens of
@@ -168,26 +182,25 @@ struct Tile {
 
   template <bool scaled>
   void weigh(long row, float* own, long seen, long n, Word* out) {
-    const f32 factor = f32{} + 1 / __builtin_sqrtf(C);
-    f32 largest = f32{} - INFINITY;
+    const f32 factor = f32{} + 1.44269504f / __builtin_sqrtf(C);  // to powers of two
+    f32 highest = f32{} - INFINITY;
     for (long s = 0; s < n; s += 16) {
       f32 v = load<f32>(own + s) * factor;
       if (scaled) v *= load<f32>(key_scales + s);
       if (s + 16 > seen)
         for (long i = std::max(seen - s, 0l); i < 16; i++) v[i] = -INFINITY;
-      largest = larger(largest, v);
+      highest = larger(highest, v);
       store(own + s, v);
     }
-    float now = most[row];
-    for (int i = 0; i < 16; i++) now = std::max(now, largest[i]);
+    const float now = std::max(most[row], largest(highest));
     if (now > most[row]) {
-      const float shrink = exponential(f32{} + (most[row] - now))[0];
+      const float shrink = power_of_two<false>(f32{} + (most[row] - now))[0];
       for (long c = 0; c < C; c += 16) store(sums + row * C + c, load<f32>(sums + row * C + c) * shrink);
       total[row] *= shrink, most[row] = now;
     }
     f32 all{};
     for (long s = 0; s < n; s += 16) {
-      f32 weight = seen > 0 ? exponential(load<f32>(own + s) - now) : f32{};
+      f32 weight = seen > 0 ? power_of_two<per_word == 2>(load<f32>(own + s) - now) : f32{};
       all += weight;
       keep((Number*)out + s, scaled ? weight * load<f32>(value_scales + s) : weight);
     }

@@ -88,21 +88,6 @@ void pack_rows(const X* row, long O, long strips, long words, Word* to) {
   }
 }
 
-// Sixteen rows of sixteen words become columns: halves, quarters, ... change places.
-void transpose(u32* rows) {
-#pragma GCC unroll 4
-  for (int s = 8; s; s /= 2) {
-    i32 first, second;
-    for (int i = 0; i < 16; i++) first[i] = i & s ? 16 + i - s : i, second[i] = i & s ? 16 + i : i + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      if (!(i & s)) {
-        u32 a = rows[i], b = rows[i + s];
-        rows[i] = __builtin_shuffle(a, b, (u32)first), rows[i + s] = __builtin_shuffle(a, b, (u32)second);
-      }
-  }
-}
-
 template <int per_word>
 u32 words_of(const f32* planes) {
 #ifdef __AVX512BF16__

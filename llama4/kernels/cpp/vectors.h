@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -120,6 +121,59 @@ void in_fours(long M, const Part& part) {
 
 f32 smaller(f32 a, f32 b) { return a < b ? a : b; }
 f32 larger(f32 a, f32 b) { return a > b ? a : b; }
+
+using Lanes = std::make_integer_sequence<int, 16>;
+
+// The lanes of a whose number lacks the bit s, beside those of b, each in the half, quarter, ... that it had or next to
+// it; and the others.
+template <int s, class V, int... i>
+V lower(V a, V b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i & s ? 16 + (i ^ s) : i)...);
+}
+template <int s, class V, int... i>
+V upper(V a, V b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i & s ? 16 + i : i ^ s)...);
+}
+
+// The sums of sixteen vectors, as one.
+template <int s = 8>
+f32 sums(f32* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < s; i++) v[i] = lower<s>(v[i], v[i + s], Lanes()) + upper<s>(v[i], v[i + s], Lanes());
+  if constexpr (s > 1) return sums<s / 2>(v);
+  return v[0];
+}
+
+// Sixteen rows of sixteen words become columns: halves, quarters, ... change places.
+template <int s = 8>
+void transpose(u32* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++)
+    if (!(i & s)) {
+      u32 a = rows[i], b = rows[i + s];
+      rows[i] = lower<s>(a, b, Lanes()), rows[i + s] = upper<s>(a, b, Lanes());
+    }
+  if constexpr (s > 1) transpose<s / 2>(rows);
+}
+
+template <int s = 8>
+float largest(f32 v) {
+  v = larger(v, upper<s>(v, v, Lanes()));
+  if constexpr (s > 1) return largest<s / 2>(v);
+  return v[0];
+}
+
+// 2^x for x up to 0: 2^n 2^r with |r| <= 1/2, and 2^r by Taylor's series, which leaves 4e-5, enough for what is rounded
+// to bfloat16, or 1e-7. The least is 2^-126.
+template <bool coarse>
+f32 power_of_two(f32 x) {
+  x = larger(x, f32{} - 126.f);
+  f32 shifted = x + 12582912.f, r = x - (shifted - 12582912.f);  // whose last bits are n
+  f32 p = f32{} + (coarse ? 9.6181291e-3f : 1.5403530e-4f);
+  if (!coarse) p = p * r + 1.3333558e-3f, p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f, p = p * r + 2.4022651e-1f, p = p * r + 6.9314718e-1f, p = p * r + 1.f;
+  return (f32)((u32)p + ((u32)shifted << 23));
+}
 
 // e^x: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series, which leaves 2e-8.
 f32 exponential(f32 x) {

@@ -1,10 +1,11 @@
 """What quantisation schemes cost and keep: bytes, memory, speed, and how far the model is from what it was.
 
-`python -m llama4.bench quantization [--model tiny] [--schemes int4 int8 fp8 ...] [--pictures N] [--json]`
+`python -m llama4.bench quantization [--model tiny] [--schemes int4 int8 fp8 ...] [--plain] [--pictures N] [--json]`
 
 Every scheme is written to disk, and loaded and measured in a process of its own, one after the other; medians of runs
 that are warm. The divergence is over the answers to questions about drawings, for a model that knows them
-(`--pictures`), else over random tokens.
+(`--pictures`), else over random tokens. `--plain` shows what plain rounding, by the package compressed-tensors, gives
+in the same format, and how far single matrices of several distributions are from what they were.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,13 +29,15 @@ from torch import Tensor
 from llama4 import hub
 from llama4.api import EMBEDDED, Llama4
 from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes, seconds
+from llama4.bench.plain import round_plainly, write_plain
 from llama4.bench.vqa import evaluate, exam, wilson
 from llama4.convert import quantize
-from llama4.quantization.schemes import SCHEMES
+from llama4.drawings import KINDS_OF_QUESTION
+from llama4.quantization.modules import PACKED
+from llama4.quantization.schemes import SCHEMES, Format
 
-CORE = ("colour", "shape", "count", "count_shape", "count_colour", "exists", "relation")
-"""Kinds of question whose accuracy is pooled."""
 REPEATS = 5
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Row:
     divergence: float = 0.0
     right: int = 0
     asked: int = 0
+    right_by_kind: dict[str, int] = field(default_factory=dict)
 
 
 def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
@@ -104,8 +108,9 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
                 lambda batch: [reply.text for reply in llm.chat_batch(batch, max_new_tokens=64)],
                 task.pictures,
                 seed=1,
-                kinds=CORE,
+                batch_size=BATCH,
             )
+            row.right_by_kind = {r.kind: r.right for r in rows}
             row.right, row.asked = sum(r.right for r in rows), sum(r.asked for r in rows)
     return row, log_probabilities
 
@@ -113,51 +118,114 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
 def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
     """Logits at every token of the right answers to fresh questions, and those tokens."""
     kept = list[tuple[Tensor, Tensor]]()
-    for kind in CORE:
-        for messages, question in exam(kind, pictures, seed=1):
-            answer = {"role": "assistant", "content": question.answer}
-            begin = llm.processor(messages).input_ids.shape[1]
-            whole = llm.processor([*messages, answer], add_generation_prompt=False)
-            logits = llm.model(whole.input_ids, pixel_values=whole.pixel_values)[0]
-            kept.append((logits[begin - 1 : -1], whole.input_ids[0, begin:]))
+    for kind in KINDS_OF_QUESTION:
+        questions = list(exam(kind, pictures, seed=1))
+        for start in range(0, pictures, BATCH):
+            batch = questions[start : start + BATCH]
+            asked = [messages for messages, _ in batch]
+            answered = [[*messages, {"role": "assistant", "content": q.answer}] for messages, q in batch]
+            whole = llm.processor(answered, add_generation_prompt=False)  # padded on the left
+            lengths = whole.attention_mask.sum(1) - llm.processor(asked).attention_mask.sum(1)
+            logits = llm.model(whole.input_ids, pixel_values=whole.pixel_values, attention_mask=whole.attention_mask)
+            for row, ids, length in zip(logits, whole.input_ids, lengths.tolist(), strict=True):
+                kept.append((row[-length - 1 : -1].clone(), ids[-length:]))
     logits, targets = zip(*kept, strict=True)
     return torch.cat(logits), torch.cat(targets)
 
 
-def compare(name: str, schemes: Sequence[str], task: Task) -> list[Row]:
-    """The unquantised model first, then every scheme.
+def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) -> list[Row]:
+    """The unquantised model first, then every scheme, each followed by plain rounding if that is wanted.
 
     Raises:
-        ValueError: no such model, or one that a scheme is not for.
+        ValueError: no such model, or one that a scheme is not for; or plain rounding without its package.
     """
     source = EMBEDDED.get(name) or hub.resolve(name)
     rows: list[Row] = []
     truth: Tensor | None = None
     spawn = multiprocessing.get_context("spawn")
-    for scheme in ("none", *schemes):
+    ways = [(scheme, write) for scheme in schemes for write in (quantize, write_plain)[: 1 + plain]]
+    for scheme, write in [("none", None), *ways]:
         with tempfile.TemporaryDirectory() as folder:
-            directory = Path(source) if scheme == "none" else Path(folder) / scheme
-            if scheme != "none":
-                quantize(source, directory, scheme)
+            directory = Path(folder) / scheme if write else Path(source)
+            if write:
+                write(source, directory, scheme)
+            label = f"{scheme} plain" if write is write_plain else scheme
             with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-                row, log_probabilities = fresh.submit(measure, str(directory), scheme, task).result()
+                row, log_probabilities = fresh.submit(measure, str(directory), label, task).result()
         truth = log_probabilities if truth is None else truth
         row.divergence = F.kl_div(log_probabilities, truth, log_target=True, reduction="batchmean").item()
         rows.append(row)
     return rows
 
 
+def distributions(outputs: int = 512, inputs: int = 1024) -> dict[str, Tensor]:
+    """Matrices [O, I] like those of trained models, in bfloat16; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(outputs, inputs, generator=generator)
+    chi_squared = torch.randn(4, outputs, inputs, generator=generator).square().sum(0)
+    outlier = torch.rand(outputs, inputs, generator=generator) < 1 / 256
+    wide_row = torch.rand(outputs, 1, generator=generator) < 1 / 16
+    matrices = {
+        "normal": normal,
+        "Student's t, 4 degrees": normal / (chi_squared / 4).sqrt(),
+        "normal, 1 of 256 ten times": normal * torch.where(outlier, 10, 1),
+        "the same in 1 row of 16": normal * torch.where(outlier & wide_row, 10, 1),
+    }
+    return {name: matrix.bfloat16() for name, matrix in matrices.items()}
+
+
+def rounding_errors() -> dict[str, dict[str, tuple[float, float]]]:
+    """Distribution -> format -> norm of the error over that of the matrix: ours, plain."""
+    formats = {
+        "int4, 128": Format("int4", 128),
+        "int4, 32": Format("int4", 32),
+        "int8": Format("int8"),
+        "fp8": Format("fp8"),
+    }
+    return {
+        name: {
+            label: (_error(matrix, format, plain=False), _error(matrix, format, plain=True))
+            for label, format in formats.items()
+        }
+        for name, matrix in distributions().items()
+    }
+
+
+def _error(weight_OI: Tensor, format: Format, plain: bool) -> float:
+    cls = PACKED[format.kind]
+    module = cls(format, tuple(weight_OI.shape))
+    for part, values in (round_plainly(weight_OI, format) if plain else cls.quantize(weight_OI, format)).items():
+        as_held = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+        setattr(module, part, torch.nn.Parameter(as_held, requires_grad=False))
+    return ((module.dequantize().float() - weight_OI.float()).norm() / weight_OI.float().norm()).item()
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as lines of text."""
+    """The rows as lines of text, and, where questions were asked, a table of their kinds."""
     heads = ("MB on disk", "peak MiB", "prefill/s", "decode/s", "perplexity", "KL")
-    lines = [f"{'scheme':<11}" + "".join(f"{head:>11}" for head in heads) + "   right"]
+    lines = [f"{'scheme':<16}" + "".join(f"{head:>11}" for head in heads) + "   right"]
     for row in rows:
-        line = f"{row.scheme:<11}{row.bytes_on_disk / 1e6:>11.1f}{row.peak_mib:>11.0f}{row.prefill:>11.0f}"
-        line += f"{row.decode:>11.1f}{row.perplexity:>11.4g}{row.divergence:>11.4f}"
+        line = f"{row.scheme:<16}{row.bytes_on_disk / 1e6:>11.1f}{row.peak_mib:>11.0f}{row.prefill:>11.0f}"
+        line += f"{row.decode:>11.1f}{row.perplexity:>11.5g}{row.divergence:>11.5f}"
         if row.asked:
             low, high = wilson(row.right, row.asked)
-            line += f"   {row.right / row.asked:.1%} of {row.asked} ({low:.1%} ... {high:.1%})"
+            line += f"   {row.right / row.asked:.2%} of {row.asked} ({low:.1%} ... {high:.1%})"
         lines.append(line)
+    if kinds := rows[0].right_by_kind:
+        lines += ["", f"{'right answers':<16}" + "".join(f"{row.scheme:>16}" for row in rows)]
+        asked = rows[0].asked // len(kinds)
+        lines += [
+            f"{kind:<16}" + "".join(f"{row.right_by_kind[kind] / asked:>16.1%}" for row in rows) for kind in kinds
+        ]
+    return "\n".join(lines)
+
+
+def table_of_errors(errors: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """The errors of matrices as lines of text."""
+    formats = next(iter(errors.values()))
+    lines = [f"{'error of weights':<28}" + "".join(f"{name:>12}{'plain':>9}" for name in formats)]
+    for name, row in errors.items():
+        lines.append(f"{name:<28}" + "".join(f"{ours:>12.2%}{plain:>9.2%}" for ours, plain in row.values()))
     return "\n".join(lines)
 
 
@@ -165,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llama4.bench quantization", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="SCHEME")
+    parser.add_argument("--plain", action="store_true", help="beside each, plain rounding (by compressed-tensors)")
     parser.add_argument("--pictures", type=int, default=None, metavar="N", help="questions per kind; 0: random tokens")
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt that is timed")
     parser.add_argument("--reply", type=int, default=32, metavar="N", help="tokens that are decoded")
@@ -174,8 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pictures = options.pictures if options.pictures is not None else 100 if options.model in EMBEDDED else 0
     if min(options.prompt, options.reply, options.threads, pictures + 1) < 1 or options.prompt < max(64, options.reply):
         parser.error("--prompt must be at least 64 and --reply, --reply and --threads at least 1, --pictures 0 or more")
-    rows = compare(options.model, options.schemes, Task(options.prompt, options.reply, pictures, options.threads))
-    print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else table(rows))
+    task = Task(options.prompt, options.reply, pictures, options.threads)
+    try:
+        errors = rounding_errors() if options.plain else None
+        rows = compare(options.model, options.schemes, task, options.plain)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps({"schemes": [asdict(row) for row in rows], "errors": errors}, indent=2))
+    else:
+        print(table(rows), *([table_of_errors(errors)] if errors else []), sep="\n\n")
     return 0
 
 

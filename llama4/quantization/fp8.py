@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels import cpu
-from llama4.quantization.packed import PackedWeight, in_blocks, positive
+from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
 
 E4M3 = torch.float8_e4m3fn
@@ -76,7 +76,7 @@ def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """e4m3 codes and scales [..., 1], so that the largest of each row becomes 448, the largest of e4m3."""
     wide = x.float()
-    scale = positive(wide.abs().amax(-1, keepdim=True) / LARGEST).to(scale_dtype)
+    scale = not_zero(wide.abs().amax(-1, keepdim=True) / LARGEST).to(scale_dtype)
     return (wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 

@@ -6,30 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels import cpu
-from llama4.quantization.packed import PackedWeight, in_blocks, positive
+from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
 
-SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)
+SHRINKS = (1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
 """Where the range of a group may end, in parts of its largest weight: clipping a few lets all others be finer."""
-LARGEST = 7.5
-"""Codes are -8 to 7: what a range's end is divided by, as in compressed-tensors."""
 
 
 def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [..., g] from -8 to 7, int8, and the scales [..., 1] that, once rounded to their dtype, leave the least
-    squared error: of a few ranges, each refitted to the codes it gives by least squares."""
+    squared error: of a few ranges, each refitted to the codes it gives by least squares.
+
+    There is one code more below zero than above, and the largest weight gets it: a scale is negative where that weight
+    is positive.
+    """
     groups = groups.float()
-    peak = groups.abs().amax(-1, keepdim=True)
-    best_scale, best_error = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
+    highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    largest = torch.where(highest > -lowest, highest, lowest)
+    best_scale, best_error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for shrink in SHRINKS:
-        scale = positive((peak * (shrink / LARGEST)).to(scale_dtype).float())
+        scale = not_zero((largest * (shrink / -8)).to(scale_dtype).float())
         for _ in range(2):
             codes = (groups / scale).round_().clamp_(-8, 7)
             error = (codes * scale).sub_(groups).square_().sum(-1, keepdim=True)
             better = error < best_error
             best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
             fitted = (codes * groups).sum(-1, keepdim=True) / codes.square_().sum(-1, keepdim=True).clamp_(min=1e-9)
-            scale = torch.where(fitted > 0, fitted, scale).to(scale_dtype).float()
+            scale = not_zero(fitted.to(scale_dtype).float())
     return (groups / best_scale).round_().clamp_(-8, 7).to(torch.int8), best_scale.to(scale_dtype)
 
 

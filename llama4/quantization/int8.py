@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels import cpu
-from llama4.quantization.packed import PackedWeight, in_blocks, positive
+from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
 
 
@@ -22,7 +22,7 @@ class Int8Weight(PackedWeight):
     @classmethod
     def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         wide = weight_OI.float()
-        scale = positive(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
+        scale = not_zero(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
         codes = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
         return {"weight": codes, "weight_scale": scale}
 

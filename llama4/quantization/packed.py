@@ -98,6 +98,6 @@ def in_blocks(weight: Callable[[slice], Tensor], rows: int, x_NI: Tensor) -> Ten
     return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]
 
 
-def positive(scale: Tensor) -> Tensor:
+def not_zero(scale: Tensor) -> Tensor:
     """1 where all is zero, so that codes are zero and not undefined."""
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale == 0, 1.0, scale)

@@ -303,7 +303,7 @@ def quantization_config(source: ExpandedSource) -> dict[str, Any]:
         "format": _ON_DISK[next(iter(groups)).kind] if only else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": _group(format, ["Linear"] if only else sorted(modules))
+            f"group_{i}": group_config(format, ["Linear"] if only else sorted(modules))
             for i, (format, modules) in enumerate(groups.items())
         },
         "ignore": sorted(ignored),
@@ -312,7 +312,7 @@ def quantization_config(source: ExpandedSource) -> dict[str, Any]:
     }
 
 
-def _group(format: Format, targets: list[str]) -> dict[str, Any]:
+def group_config(format: Format, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": 4 if format.kind == "int4" else 8,
         "type": "float" if format.kind == "fp8" else "int",

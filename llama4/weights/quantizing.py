@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import PLAIN, Plan, make_plan
+from llama4.quantization.schemes import PLAIN, Format, Plan, make_plan
 from llama4.weights.rules import MULTIMODAL, Names
 from llama4.weights.source import Source
 
@@ -61,14 +61,17 @@ class QuantizingSource:
             self._last = (old, self._quantized(old))
         return self._last[1][part]
 
+    def rounded(self, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+        """The parts of a matrix."""
+        return PACKED[format.kind].quantize(weight_OI, format)
+
     def _quantized(self, key: str) -> dict[str, Tensor]:
-        format = self.plan[self._source.names.to_model(key) or key]
-        cls, tensor = PACKED[format.kind], self._source.tensor(key)
+        format, tensor = self.plan[self._source.names.to_model(key) or key], self._source.tensor(key)
         if tensor.ndim == 2:
-            return cls.quantize(tensor, format)
+            return self.rounded(tensor, format)
         whole: dict[str, Tensor] = {}
         for i, expert in enumerate(tensor):  # in x out
-            for part, values in cls.quantize(expert.mT, format).items():
+            for part, values in self.rounded(expert.mT, format).items():
                 if i == 0:
                     whole[part] = values.new_empty(len(tensor), *values.shape)
                 whole[part][i] = values

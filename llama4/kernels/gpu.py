@@ -107,7 +107,7 @@ def product(
     codes = codes if kind == "int8" else codes.view(torch.uint8)
     tensors = x_RI, codes, scales, x_scales_R, counts_E, y_RO
     with torch.cuda.device_of(x_RI):
-        kernel[grid](*tensors, rows, inputs, outputs, E=E, kind=kind, group=group, enable_fp_fusion=True, **blocks)
+        kernel[grid](*tensors, rows, outputs, inputs, E=E, kind=kind, group=group, enable_fp_fusion=True, **blocks)
     return y_RO
 
 

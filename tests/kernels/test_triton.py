@@ -78,7 +78,9 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return narrow(to_float(self, a, tl.float32)) if dtype.scalar == tl.bfloat16 else to_float(self, a, dtype)
 
     constant = InterpreterBuilder.get_fp32
-    monkeypatch.setattr(InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False)
+    monkeypatch.setattr(
+        InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
+    )
     monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
     monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))

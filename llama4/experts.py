@@ -10,6 +10,9 @@ Shapes: N rows sorted by expert, D hidden size, E experts, F expert width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +96,71 @@ class GroupedExperts(Experts):
         return F.grouped_mm(hidden_NF, self.down_proj, offs=ends)
 
 
-BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts)}
+class MegaBlocksExperts(Experts):
+    """The grouped products of MegaBlocks (Gale et al. 2023): no expert has a capacity, so no token is dropped."""
+
+    name = "megablocks"
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        megablocks_product()  # says what is missing before anything is loaded
+
+    @staticmethod
+    def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"MegaBlocks is for CUDA, not for {device.type}"
+        if dtype != torch.bfloat16:
+            return f"MegaBlocks wants bfloat16, not {dtype}"
+        if not (find_spec("megablocks") or find_spec("kernels")):
+            return f"MegaBlocks is not installed: {_INSTALL}"
+        return None
+
+    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        if not len(x_ND):
+            return x_ND
+        product, counts_E = megablocks_product(), num_tokens_per_expert_E.cpu()
+        hidden_NF = swiglu(*product(x_ND.contiguous(), self.gate_up_proj, counts_E).chunk(2, dim=-1))
+        return product(hidden_NF.contiguous(), self.down_proj, counts_E)
+
+
+_HUB_BUILD = "kernels-community/megablocks"
+_INSTALL = "pip install kernels, or build megablocks for your torch as docs/gpu.md tells"
+
+
+@cache
+def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """MegaBlocks' product of rows [N, I] with matrices [E, I, O], all contiguous and bfloat16, given the rows of each
+    expert, int64 on the host -> [N, O].
+
+    It is that of the package `megablocks`. Where that is not installed, it is the build of it that Hugging Face keeps,
+    compiled code that the package `kernels` fetches and runs. Only those who name this backend get here.
+
+    Raises:
+        ValueError: neither can be had, and why.
+    """
+    reasons = []
+    if find_spec("megablocks"):
+        try:
+            from megablocks import grouped_gemm_util
+
+            if grouped_gemm_util.grouped_gemm_is_available():
+                return grouped_gemm_util.ops.gmm
+            reasons.append("the package megablocks has no grouped_gemm beside it")
+        except Exception as error:  # of a package that was built for another torch, anything
+            reasons.append(f"the package megablocks does not load ({error})")
+    if find_spec("kernels"):
+        try:
+            from kernels import get_kernel
+
+            product: Callable[[Tensor, Tensor, Tensor], Tensor] = get_kernel(_HUB_BUILD, version=1).gg_ops.gmm
+            logger.info("experts: MegaBlocks as built at %s", _HUB_BUILD)
+            return product
+        except Exception as error:  # of the network, of the Hub, of a torch it was not built for
+            reasons.append(f"{_HUB_BUILD} does not load ({error})")
+    raise ValueError(f"MegaBlocks cannot be had: {'; '.join(reasons) or 'it is not installed'}; {_INSTALL}")
+
+
+BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts, MegaBlocksExperts)}
 
 
 def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type[Experts]:

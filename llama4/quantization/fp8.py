@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
+from llama4.kernels import cpu, gpu
 from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
 
@@ -42,8 +42,28 @@ class Fp8Weight(PackedWeight):
         groups = self._of(self.weight, expert).view(E4M3).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
         return (groups * scale[..., None]).flatten(-2)
 
+    def on_gpu(self, x_RI: Tensor) -> bool:
+        return self.format.group_size is None and super().on_gpu(x_RI)
+
+    def grouped(self, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None) -> Tensor:
+        codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
+        x_codes, x_scale = to_fp8(x_RI, torch.float32)
+        if counts_E is not None and len(x_RI) > gpu.FEW and torch_multiplies(x_RI, codes, grouped=True):
+            return torch._scaled_grouped_mm(
+                x_codes,
+                codes.view(E4M3).mT,
+                x_scale.squeeze(1),
+                scale.squeeze(2).float(),
+                offs=counts_E.cumsum(0).to(torch.int32),
+                out_dtype=x_RI.dtype,
+            )
+        scales = {"scales": scale, "x_scales_R": x_scale.squeeze(1)}
+        return gpu.product("fp8", x_codes.view(torch.uint8), codes, counts_E=counts_E, dtype=x_RI.dtype, **scales)
+
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
+        if self.on_gpu(x_NI) and (len(x_NI) <= gpu.FEW or not torch_multiplies(x_NI, codes)):
+            return self.grouped(x_NI, expert=expert)
         if scale.shape[1] == 1:
             return _product(x_NI, codes, scale)
         groups = zip(
@@ -59,15 +79,9 @@ def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if codes.is_contiguous() and cpu.takes_packed(x_NI, "fp8", scale, codes.shape[0]):
         return cpu.linear_fp8(x_NI, codes, scale)
     x_codes, x_scale = to_fp8(x_NI, torch.float32)
-    if has_fp8_matmul(x_NI.device):
-        out = torch._scaled_mm(
-            x_codes,
-            codes.view(E4M3).mT,
-            scale_a=x_scale,
-            scale_b=scale.mT.float().contiguous(),
-            out_dtype=x_NI.dtype if x_NI.dtype in (torch.bfloat16, torch.float32) else torch.float32,
-        )
-        return out.to(x_NI.dtype)
+    if torch_multiplies(x_NI, codes):
+        scale_b = scale.mT.float().contiguous()
+        return torch._scaled_mm(x_codes, codes.view(E4M3).mT, scale_a=x_scale, scale_b=scale_b, out_dtype=x_NI.dtype)
     dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
     sums = in_blocks(lambda rows: from_fp8(codes[rows]).to(dtype), codes.shape[0], x_codes.to(dtype))
     return (sums * x_scale * scale.mT).to(x_NI.dtype)
@@ -87,16 +101,29 @@ def from_fp8(codes: Tensor) -> Tensor:
     return ((wide & 0x80) << 8 | (wide & 0x7F) << 4).view(torch.bfloat16) * 2.0**120
 
 
+def torch_multiplies(x_NI: Tensor, codes: Tensor, *, grouped: bool = False) -> bool:
+    """Whether torch multiplies e4m3 there, with a scale per row and per output: by one matrix, or by those of a group.
+    It gives bfloat16, and wants sixteens."""
+    return (
+        x_NI.dtype == torch.bfloat16
+        and x_NI.shape[1] % 16 == codes.shape[-2] % 16 == 0
+        and has_fp8_matmul(x_NI.device, grouped)
+    )
+
+
 @lru_cache
-def has_fp8_matmul(device: torch.device) -> bool:
-    """Whether torch multiplies e4m3 there, with a scale per row and per column. A CPU can, a hundred times slower than
-    bfloat16."""
+def has_fp8_matmul(device: torch.device, grouped: bool = False) -> bool:
+    """Whether a device does so. A CPU can, a hundred times slower than bfloat16."""
     if device.type == "cpu":
         return False
     one = torch.ones(16, 16, device=device).to(E4M3)
     scale = torch.ones(16, 1, device=device)
     try:
-        torch._scaled_mm(one, one.mT, scale_a=scale, scale_b=scale.mT.contiguous(), out_dtype=torch.bfloat16)
-    except RuntimeError:
+        if grouped:
+            ends = torch.tensor([16], dtype=torch.int32, device=device)
+            torch._scaled_grouped_mm(one, one[None].mT, scale[:, 0], scale.mT, offs=ends, out_dtype=torch.bfloat16)
+        else:
+            torch._scaled_mm(one, one.mT, scale_a=scale, scale_b=scale.mT.contiguous(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -74,6 +74,8 @@ class Int4Weight(PackedWeight):
         return _dequantized(self._of(self.weight_packed, expert), scale, scale.dtype)
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        if self.on_gpu(x_NI):
+            return self.grouped(x_NI, expert=expert)
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
         group_size = self.format.group_size
         assert group_size is not None

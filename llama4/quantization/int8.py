@@ -31,6 +31,8 @@ class Int8Weight(PackedWeight):
         return self._of(self.weight, expert).to(scale.dtype) * scale
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        if self.on_gpu(x_NI):
+            return self.grouped(x_NI, expert=expert)
         weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
         if cpu.takes_packed(x_NI, "int8", scale, weight.shape[0]):
             return cpu.linear_int8(x_NI, weight, scale)

@@ -26,7 +26,8 @@ _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.
 
 
 class PackedExperts(nn.Module):
-    """The routed experts over packed weights: one after the other, those that nobody chose are not touched."""
+    """The routed experts over packed weights. All at once on a GPU; elsewhere one after the other. Those that nobody
+    chose are not touched."""
 
     matrices: tuple[str, ...] = ("gate_up_proj", "down_proj")
     gate_up_proj: PackedWeight
@@ -34,6 +35,10 @@ class PackedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
+        whole = self.matrices == PackedExperts.matrices
+        if whole and self.gate_up_proj.on_gpu(x_ND) and self.down_proj.on_gpu(x_ND):
+            gate_up_N2F = self.gate_up_proj.grouped(x_ND, num_tokens_per_expert_E)
+            return self.down_proj.grouped(swiglu(*gate_up_N2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
         outputs, start = [], 0
         for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
             if count:

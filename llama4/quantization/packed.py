@@ -3,9 +3,10 @@
 A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
 Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
 loads from and saves to any checkpoint of its format, to the bit. A kernel that wants its own arrangement of the bits
-gets it once, after loading.
+gets it once, after loading. On a GPU the kernels of `gpu` multiply; elsewhere, and where those do not run, `product`
+says how.
 
-Shapes: N tokens, O outputs, I inputs, E experts.
+Shapes: N tokens, O outputs, I inputs, E experts, R rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llama4.kernels import gpu
 from llama4.kernels.dense import linear
 from llama4.quantization.schemes import Format
 
@@ -70,6 +72,16 @@ class PackedWeight(nn.Module):
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x."""
         raise AssertionError("a format computes")
+
+    def on_gpu(self, x_RI: Tensor) -> bool:
+        """Whether rows are for a kernel on a GPU."""
+        return gpu.takes(x_RI, self.format.kind, self.format.group_size or self.shape[-1])
+
+    def grouped(self, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None) -> Tensor:
+        """x W^T by a kernel on a GPU, [R, O]: of one matrix, or of all experts, for so many rows each, one after the
+        other. The host does not wait."""
+        codes = self._of(getattr(self, self.parts[0]), expert)
+        return gpu.product(self.format.kind, x_RI, codes, self._of(self.weight_scale, expert), counts_E)
 
     def forward(self, x: Tensor) -> Tensor:
         """As a Linear: [..., I] -> [..., O]."""

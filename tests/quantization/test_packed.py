@@ -86,7 +86,7 @@ def test_product_is_that_of_the_dequantised_matrix(
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
     if way in ("torch", "scaled_mm"):
         monkeypatch.setattr(cpu, "library", lambda: None)
-        monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device: way == "scaled_mm")
+        monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: way == "scaled_mm")
         monkeypatch.setattr("llama4.quantization.packed.ROWS", 40)
     elif cpu.library() is None:
         pytest.skip("the kernels cannot be built here: no C++ compiler")

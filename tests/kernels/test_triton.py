@@ -1,0 +1,235 @@
+"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported. So here the tests are skipped, and `test_in_the_interpreter`
+runs this file again in a process of its own, where they are not. What the interpreter cannot see, that a kernel can be
+compiled for a GPU, `test_compiles` does with triton's own compiler, which needs no GPU either.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.kernels import gpu
+from llama4.quantization import fp8, int4
+from llama4.quantization.modules import PackedExperts
+from llama4.quantization.schemes import Format
+from tests.quantization.test_packed import name_of, packed
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COUNTS = {
+    "one row": [0, 0, 1, 0],
+    "few rows": [3, 0, 1, 0, 2],
+    "few rows, one expert": [0, 0, 0, 5],
+    "few rows, one matrix": [4],
+    "some rows": [0, 9, 1, 2],
+    "many rows": [40, 0, 17, 33, 1],
+    "many rows, one expert": [0, 0, 0, 150],
+    "many rows, one matrix": [70],
+}
+INPUTS = 192
+"""Three blocks, since no larger power of two than 64 divides them."""
+
+
+def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
+    absent = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(absent, reason="no GPU; test_in_the_interpreter runs it on the CPU")
+    return pytest.mark.cuda(skip(test))
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps bfloat16 as bits and takes them for integers where it computes."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    to_float, subtract, dot = (getattr(InterpreterBuilder, f"create_{name}") for name in ("si_to_fp", "fsub", "dot"))
+
+    def wide(a: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return a
+        return TensorHandle((a.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def narrow(a: Any) -> Any:
+        bits = a.data.view(np.uint32)
+        assert not (bits & 0xFFFF).any(), "codes are exact in bfloat16"
+        return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+
+    def new_subtract(self: Any, a: Any, b: Any) -> Any:
+        difference = subtract(self, wide(a), wide(b))
+        return narrow(difference) if a.dtype.scalar == tl.bfloat16 else difference
+
+    def new_to_float(self: Any, a: Any, dtype: Any) -> Any:
+        return narrow(to_float(self, a, tl.float32)) if dtype.scalar == tl.bfloat16 else to_float(self, a, dtype)
+
+    constant = InterpreterBuilder.get_fp32
+    monkeypatch.setattr(
+        InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
+    )
+    monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
+    monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
+@pytest.fixture
+def nothing_left_over() -> Iterator[None]:
+    """What a kernel does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_matrices(kind: str, experts: int, outputs: int, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> codes and scales as a checkpoint has them, and what they stand for, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    groups = INPUTS // group if group else 1
+    scales = (torch.rand(experts, outputs, groups, generator=generator) + 0.5).bfloat16()
+    shape = experts, outputs, INPUTS
+    if kind == "fp8":
+        codes = torch.arange(experts * outputs * INPUTS).view(shape).to(torch.uint8)
+        codes[codes & 127 == 127] = 0  # not numbers; all others occur
+        numbers = codes.view(torch.float8_e4m3fn).double()
+    else:
+        low, high = (-8, 8) if kind == "int4" else (-128, 128)
+        codes = torch.randint(low, high, shape, dtype=torch.int8, generator=generator)
+        numbers = codes.double()
+    matrices = (numbers.unflatten(-1, (groups, -1)) * scales.double()[..., None]).flatten(-2)
+    return int4.pack(codes) if kind == "int4" else codes, scales, matrices
+
+
+def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -> None:
+    outputs = 20 if sum(counts) <= gpu.FEW else 140  # ends within a block
+    codes, scales, matrices = random_matrices(kind, len(counts), outputs, group)
+    x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x_scales = None
+    if kind == "fp8":
+        codes_of_x, scales_of_x = fp8.to_fp8(x, torch.float32)
+        exact, x, x_scales = codes_of_x.double() * scales_of_x.double(), codes_of_x.view(torch.uint8), scales_of_x[:, 0]
+    else:
+        exact = x.double()
+    truth = torch.cat([rows @ matrix.mT for rows, matrix in zip(exact.split(counts), matrices, strict=True)])
+    there = [None if t is None else t.to(DEVICE) for t in (x, codes, scales, x_scales)]
+    counts_there = torch.tensor(counts, device=DEVICE) if len(counts) > 1 else None
+    y = gpu.product(kind, *there[:3], counts_there, x_scales_R=there[3], dtype=torch.float32)
+    error = (y.cpu().double() - truth).abs().max() / truth.abs().max()
+    assert error < 1e-5, "codes and inputs are exact, and sums of hundreds of products are rounded to float32"
+
+
+@on_a_device
+@pytest.mark.usefixtures("nothing_left_over")
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("kind", gpu.KINDS)
+def test_product(kind: str, counts: str) -> None:
+    check(kind, torch.bfloat16, COUNTS[counts], 64 if kind == "int4" else None)
+
+
+@on_a_device
+@pytest.mark.parametrize("counts", ["one row", "some rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", gpu.KINDS)
+def test_other_dtypes(kind: str, dtype: torch.dtype, counts: str) -> None:
+    check(kind, dtype, COUNTS[counts], 32 if kind == "int4" else None)
+
+
+@on_a_device
+@pytest.mark.parametrize("counts", ["few rows", "some rows"])
+@pytest.mark.parametrize("group", [96, None])
+def test_groups(group: int | None, counts: str) -> None:
+    """That are no power of two, and the whole row."""
+    check("int4", torch.bfloat16, COUNTS[counts], group)
+
+
+@on_a_device
+@pytest.mark.parametrize("rows", [0, 3, 20])
+@pytest.mark.parametrize("format", [Format("int4", 32), Format("int8"), Format("fp8")], ids=name_of)
+def test_modules(format: Format, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed Linear and packed experts give by the kernels what they give without, to the precision of the dtype."""
+    experts = PackedExperts()
+    experts.gate_up_proj = packed(torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0)), format)
+    experts.down_proj = packed(torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1)), format)
+    linear = packed(torch.randn(24, 32, generator=torch.Generator().manual_seed(2)), format)
+    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(3)) / 10
+    counts = torch.tensor([rows - rows // 3, 0, rows // 3])
+    truths = linear(x), experts(x, counts)
+
+    product, calls = gpu.product, []
+    if INTERPRETED:
+        monkeypatch.setattr(gpu, "takes", lambda x_RI, kind, inputs_per_scale: inputs_per_scale % 16 == 0)
+    monkeypatch.setattr(gpu, "product", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
+    linear, experts = linear.to(DEVICE), experts.to(DEVICE)
+    x, counts = x.to(DEVICE), counts.to(DEVICE)
+    for y, truth in zip((linear(x), experts(x, counts)), truths, strict=True):
+        assert y.shape == truth.shape
+        assert y.dtype == torch.float32
+        assert torch.allclose(y.cpu(), truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item() if rows else 0)
+    assert len(calls) == 3
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is running, or not needed")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__))]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Target:
+    """In the place of a GPU's driver: kernels are compiled for it, and not run."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by it
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize(("kind", "capability"), [("int4", 80), ("int4", 90), ("int8", 90), ("fp8", 80)])
+def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For an A100 and an H100, at Scout's sizes."""
+    from triton.runtime.jit import JITFunction
+
+    compiled, run = [], JITFunction.run
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target(capability))
+    monkeypatch.setattr(
+        JITFunction, "run", lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
+    )
+    experts, outputs, inputs = 16, 16384, 5120
+    codes = torch.empty(experts, outputs, inputs, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
+    if kind == "int4":
+        codes = codes[..., : inputs // 2].contiguous().view(torch.int32)
+    scales = torch.empty(experts, outputs, inputs // 128 if kind == "int4" else 1, dtype=torch.bfloat16, device="meta")
+    counts = torch.empty(experts, dtype=torch.int64, device="meta")
+    for rows in (4, 2048):
+        x = torch.empty(rows, inputs, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16, device="meta")
+        x_scales = torch.empty(rows, device="meta") if kind == "fp8" else None
+        gpu.product(kind, x, codes, scales, counts, x_scales_R=x_scales, dtype=torch.bfloat16)
+    for kernel in compiled:
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 99 * 1024, "what the smallest of GPUs has"
+    assert [kernel.metadata.name for kernel in compiled] == ["few_rows", "many_rows"]

@@ -16,7 +16,6 @@ from llama4 import __version__
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
-from llama4.config import CACHE_BITS
 from llama4.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -33,6 +32,9 @@ Ctrl-C stops a reply."""
 
 LAYOUTS = ("hf", "meta")
 """As in `llama4.convert`, which is imported late because it imports torch."""
+
+CACHES = ("auto", "bf16", "fp8", "int8", "int4")
+"""As in `llama4.config`, which is imported late for the same reason."""
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell's commands that end by SIGINT and SIGPIPE."""
@@ -97,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as they are")
     plan.add_argument(
         "--cache",
-        choices=("auto", "bf16", *CACHE_BITS),
+        choices=CACHES,
         default="auto",
         help="of layers that see every token (default: the model's dtype)",
     )

@@ -32,7 +32,7 @@ from llama4.api import DTYPES, Llama4
 from llama4.bench import floors
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
-from llama4.counts import stored_bytes
+from llama4.counts import HEAD, stored_bytes
 from llama4.kernels import cpu
 from llama4.kernels.dense import project
 from llama4.quantization.modules import PackedExperts
@@ -133,7 +133,7 @@ def flops_by_part(llm: Llama4, tokens: int) -> dict[str, float]:
         if len(shape) == 3:
             found[part.rpartition(".")[0]] += 2 * tokens * text.num_experts_per_tok * shape[1] * shape[2]
         else:
-            found[part] += 2 * (1 if name == floors.HEAD else tokens) * shape[0] * shape[1]
+            found[part] += 2 * (1 if name == HEAD else tokens) * shape[0] * shape[1]
     found["self_attn"] = floors.attention_flops(text, range(tokens))
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama4 import Llama4
+from llama4 import Llama4, counts
 from llama4.bench import floors
 from llama4.config import PRESETS, TextConfig
 from llama4.experts import LoopExperts
@@ -106,7 +106,7 @@ def test_packed_weights_have_the_bytes_they_have() -> None:
     assert len(modules) == len(plan)
     held = sum(part.numel() * part.element_size() for module in modules for part in module.parameters())
     shapes = {name: shape for name, shape in floors.matrices(text).items() if name in plan}
-    assert sum(floors.stored_bytes(shape, plan[name], torch.bfloat16) for name, shape in shapes.items()) == held
+    assert sum(counts.stored_bytes(shape, plan[name], 2) for name, shape in shapes.items()) == held
 
 
 def counted(run: object) -> int:

@@ -45,6 +45,11 @@ def random_ids(count: int, vocabulary: int) -> Tensor:
     return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
 
 
+def plain_words(llm: Llama4) -> int:
+    """Tokens that stand for text and nothing else: the first so many."""
+    return min(llm.config.text.vocab_size, llm.config.boi_token_index)
+
+
 class _Bytes:
     """Stands for a tokenizer: nobody reads what the model says."""
 
@@ -56,8 +61,7 @@ class _Bytes:
 
 def measure(llm: Llama4, tokens: int, new_tokens: int, progress: bool = True) -> dict[str, Any]:
     """Read so many random tokens and go on for some more."""
-    vocabulary = min(llm.config.text.vocab_size, llm.config.boi_token_index)
-    ids = random_ids(tokens, vocabulary)
+    ids = random_ids(tokens, plain_words(llm))
     cache = llm.model.new_cache(1, llm.cache_dtype, llm.cache_device)
     inputs = Inputs(ids, torch.ones_like(ids), None)
     events = generate(
@@ -130,12 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     llm = Llama4.from_pretrained(
         options.model, dtype=options.dtype, quantization=options.quantization, cache_dtype=options.cache_dtype
     )
-    vocabulary, dtype = llm.config.text.vocab_size, str(llm.model.dtype).removeprefix("torch.")
+    words, dtype = plain_words(llm), str(llm.model.dtype).removeprefix("torch.")
     results = {"ours": measure(llm, options.tokens, options.new)}
     del llm
     if options.vs:
-        vocabulary = min(vocabulary, 1 << 30)
-        results[options.vs] = transformers(options.model, options.tokens, vocabulary, dtype, options.limit)
+        results[options.vs] = transformers(options.model, options.tokens, words, dtype, options.limit)
     if options.json:
         print(json.dumps({"model": options.model, **results}, indent=2))
     else:

@@ -17,7 +17,7 @@ from llama4 import counts
 from llama4.config import DTYPE_BYTES, Llama4Config
 from llama4.devices import Rates
 from llama4.generate import PREFILL_TOKENS
-from llama4.quantization.schemes import Plan
+from llama4.quantization.schemes import PLAIN, Plan
 from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint
 
@@ -101,7 +101,9 @@ def make_setup(
     if weights == "auto" and config.quantization_config is not None:
         if not Path(name).is_dir():
             raise ValueError(f"{name} is quantised, and how is in its files, which are not here; say it with --weights")
-        plan, weights = open_checkpoint(name)[1].plan, "the formats it is stored in"
+        stored = open_checkpoint(name)[1].plan
+        plan = {parameter: format for parameter, format in stored.items() if format != PLAIN}
+        weights = "the formats it is stored in"
     elif weights not in ("auto", "bf16"):
         plan = counts.quantization_plan(config.text, weights)
     if dtype == "auto":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama4 import counts
 from llama4.api import DTYPES, Llama4, resolve_dtype
-from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes
+from llama4.bench.machine import Others, peak_bytes, reset_peak, resident_bytes
 from llama4.cache import Cache
 from llama4.config import Llama4Config, TextConfig
 from llama4.devices import Rates
@@ -37,6 +37,8 @@ PROBE_PARAMETERS = 1 << 29
 MOST_PARAMETERS = 1 << 31
 """Of a probe of one layer, with fewer experts if need be."""
 STEPS, PIECES, PASSES = 16, 3, 2
+BUSY = 0.05
+"""Part of the cores that others may take before it is said."""
 NEAR = 16
 """Tokens of the short context that steps are timed behind; the long one is `PIECES` pieces of a prompt."""
 
@@ -52,6 +54,7 @@ def measure_rates(setup: Setup) -> Rates:
     model = build(replace(config, text=text, vision=None, image_token_index=-1, dtype=dtype), probe_plan)
     share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
     piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))
+    others = Others()
     passes = [_pass(model, piece, cache_dtype) for _ in range(PASSES + 1)][1:]
     near, far, *pieces = (statistics.median(times) for times in zip(*passes, strict=True))
     # The same weights are read behind both contexts: what the longer one takes more is reading of the cache.
@@ -75,8 +78,13 @@ def measure_rates(setup: Setup) -> Rates:
         products=products / rest,
         attention=attention,
         source=f"this CPU with {torch.get_num_threads()} threads, measured on {text.num_hidden_layers} of the model's "
-        f"{config.text.num_hidden_layers} layers with random weights",
+        f"{config.text.num_hidden_layers} layers with random weights{_said(others)}",
     )
+
+
+def _said(others: Others) -> str:
+    share = others.share() or 0.0
+    return f", while other processes took {share:.0%} of its cores: measure again when not" if share > BUSY else ""
 
 
 def probe(text: TextConfig, plan: Plan) -> tuple[TextConfig, Plan]:
@@ -185,9 +193,9 @@ def dtype_of(config: Llama4Config, weights: str) -> str:
     return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
 
 
-def measure_model(name: str, revision: str | None, setup: Setup, context: int) -> dict[str, float]:
-    """Load a model, read a prompt of random tokens, and decode a few: seconds, bytes of its cache, and the most bytes
-    that this process grew by."""
+def measure_model(name: str, revision: str | None, setup: Setup, context: int) -> dict[str, float | None]:
+    """Load a model, read a prompt of random tokens, and decode a few: seconds, bytes of its cache, the most bytes that
+    this process grew by, and the part of the cores that others took meanwhile."""
     before = resident_bytes()
     reset_peak()
     scheme = setup.weights if setup.weights in SCHEMES else None
@@ -195,6 +203,7 @@ def measure_model(name: str, revision: str | None, setup: Setup, context: int) -
     model, generator = llm.model, torch.Generator().manual_seed(0)
     ids = torch.randint(0, llm.config.text.vocab_size, (1, max(context, STEPS)), generator=generator)
     ids[ids == llm.config.image_token_index] = 0  # which would want an image
+    others = Others()
     for tokens in (min(context, PREFILL_TOKENS), context):  # the first is to warm up
         cache = _new_cache(model, setup.cache_dtype)
         prompt = Inputs(ids[:, :tokens], torch.ones(1, tokens, dtype=torch.long), None)
@@ -206,6 +215,7 @@ def measure_model(name: str, revision: str | None, setup: Setup, context: int) -
         "seconds_for_prompt": seconds,
         "seconds_per_token": _steps(model, ids, cache),
         "bytes": peak_bytes() - before,
+        "others": others.share(),
     }
 
 
@@ -222,4 +232,6 @@ def comparison(facts: dict[str, Any], setup: Setup) -> str:
     for label, (key, planned) in rows.items():
         text = bytes_text if "bytes" in key else time_text
         lines.append(f"  {label:<18}{text(planned):>12}{text(measured[key]):>12}{planned / measured[key]:>20.2f}")
+    if (measured["others"] or 0.0) > BUSY:
+        lines.append(f"  Other processes took {measured['others']:.0%} of the cores: run it again when they do not.")
     return "\n".join(lines)

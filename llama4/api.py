@@ -117,7 +117,8 @@ class Llama4:
             dtype: "auto" is the checkpoint's, except that a CPU computes models below 100M parameters in float32.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantise the weights
                 while loading, one at a time. None takes them as they are, quantised or not.
-            experts: how routed experts are computed: "loop", "grouped", or "auto" for the faster one on that device.
+            experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
+                "auto" for the faster of the first two on that device.
             max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
             cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
                 scale per head and token, or a dtype; "auto" is the model's.

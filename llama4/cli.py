@@ -147,7 +147,7 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", default="auto", help="bfloat16, float16, float32, float64 (default: auto)")
     model.add_argument("--quantization", metavar="SCHEME", help=f"while loading: {', '.join(SCHEMES)}")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    model.add_argument("--experts", default="auto", help="loop or grouped (default: auto)")
+    model.add_argument("--experts", default="auto", help="loop, grouped or megablocks (default: auto)")
     model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")

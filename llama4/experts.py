@@ -163,6 +163,11 @@ def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts, MegaBlocksExperts)}
 
 
+def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of those that run there."""
+    return [name for name, backend in BACKENDS.items() if backend.unsupported_reason(device, dtype) is None]
+
+
 def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type[Experts]:
     """The class of experts to build.
 

@@ -34,10 +34,10 @@ from llama4.bench.report import (
 )
 from llama4.config import TextConfig
 from llama4.counts import stored_bytes
-from llama4.experts import BACKENDS
+from llama4.experts import BACKENDS, backends_for
 from llama4.info import read_config
 from llama4.quantization.modules import PACKED, PackedExperts
-from llama4.quantization.schemes import Format, make_plan
+from llama4.quantization.schemes import SCHEMES, Format, make_plan
 
 EVEN, ONE = "evenly", "all to one"
 
@@ -157,7 +157,8 @@ def tables(figures: Sequence[Figure], rates: Sequence[Rates], about: str, markdo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    backends = [*BACKENDS, *PACKED]
+    packed = [kind for kind in PACKED if kind in SCHEMES]
+    backends = [*backends_for(torch.device("cpu"), torch.bfloat16), *packed]
     parser = argparse.ArgumentParser(prog="llama4 bench moe", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="whose sizes to take: scout, maverick, tiny, a directory or a Hub id")
     parser.add_argument("--hidden-size", type=positive, default=1024, metavar="D", help="without MODEL (default: 1024)")

@@ -1,0 +1,114 @@
+"""When the kernels for GPUs are taken. What they compute is in test_triton."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama4.config import TextConfig
+from llama4.experts import GroupedExperts
+from llama4.kernels import gpu
+from llama4.quantization import fp8
+from llama4.quantization.schemes import Format
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    gpu.unsupported_reason.cache_clear()
+    gpu._failure.cache_clear()
+    yield
+    gpu.unsupported_reason.cache_clear()
+    gpu._failure.cache_clear()
+
+
+def test_not_on_a_cpu() -> None:
+    assert gpu.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
+    assert not gpu.takes(torch.zeros(1, 64), "int4", 32)
+
+
+def test_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_failure", lambda device: None)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
+    assert gpu.unsupported_reason(CUDA, torch.bfloat16) is None
+    assert gpu.unsupported_reason(CUDA, torch.float64) == "they do not take torch.float64"
+    gpu.unsupported_reason.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.unsupported_reason(CUDA, torch.bfloat16) == "the package triton is not installed"
+    gpu.unsupported_reason.cache_clear()
+    monkeypatch.setenv(gpu.SWITCH, "off")
+    assert gpu.unsupported_reason(CUDA, torch.bfloat16) == "LLAMA4_GPU_KERNELS is off"
+
+
+def test_what_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether a launch fails or gives something wrong."""
+
+    def broken(*arguments: object) -> Tensor:
+        raise RuntimeError("no compiler\nat line 7")
+
+    monkeypatch.setattr(gpu, "product", broken)
+    for _ in range(3):
+        assert gpu._failure(CPU) == "no compiler"
+    monkeypatch.setattr(gpu, "product", lambda *arguments: torch.full((1, 4), 15.0))
+    gpu._failure.cache_clear()
+    assert gpu._failure(CPU) == "a product gave 15.0 instead of 16"
+    monkeypatch.setattr(gpu, "product", lambda x, codes, *rest: torch.full((1, 4), 16.0))
+    gpu._failure.cache_clear()
+    assert gpu._failure(CPU) is None
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert warnings[0] == "the Triton kernels do not run on cpu (no compiler); torch's own products are slower"
+
+
+@pytest.mark.parametrize("kind", gpu.KINDS)
+@pytest.mark.parametrize(("rows", "experts"), [(1, 1), (8, 16), (9, 16), (33, 4), (300, 16), (2048, 1), (2048, 128)])
+def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rows are spread, there is a program for each tile of each expert; and blocks divide what they must."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            return lambda *tensors, **sizes: launches.append((grid, sizes))
+
+    triton_packed = pytest.importorskip("llama4.kernels.triton_packed")
+    monkeypatch.setattr(triton_packed, "few_rows", Kernel())
+    monkeypatch.setattr(triton_packed, "many_rows", Kernel())
+    group = 32 if kind == "int4" else 192
+    x = torch.empty(rows, 192, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16)
+    codes = torch.empty(experts, 100, 192, dtype=torch.int8).view(torch.int8 if kind == "int8" else torch.uint8)
+    codes = codes[..., :96].contiguous().view(torch.int32) if kind == "int4" else codes
+    gpu.product(kind, x, codes, torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64))
+    (tiles, blocks), sizes = launches[0]
+    at_once = sizes.get("BLOCK_R", 1)
+    generator = torch.Generator().manual_seed(0)
+    for used in range(1, min(experts, rows) + 1):
+        counts = torch.ones(used, dtype=torch.int64)
+        extra = torch.randint(0, used, (rows - used,), generator=generator)
+        counts += torch.bincount(extra, minlength=used)
+        assert tiles >= (-(-counts // at_once)).sum()
+    worst = torch.ones(min(experts, rows), dtype=torch.int64)
+    worst[0] += rows - len(worst)
+    assert tiles == (-(-worst // at_once)).sum() or at_once == 1
+    assert blocks * sizes["BLOCK_O"] >= 100 > (blocks - 1) * sizes["BLOCK_O"]
+    assert 192 % sizes["BLOCK_I"] == group % sizes.get("STEP", sizes["BLOCK_I"]) == 0
+
+
+def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts, dtypes and sizes, which torch checks for tensors on a GPU also where there is none."""
+    monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: True)
+    with FakeTensorMode(), torch.device("cuda"):
+        x, counts = torch.randn(20, 32, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+        y = fp8.Fp8Weight(Format("fp8"), (4, 48, 32)).grouped(x, counts)
+        assert (y.shape, y.dtype, y.device.type) == ((20, 48), torch.bfloat16, "cuda")
+        y = fp8._product(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
+        assert (y.shape, y.dtype) == ((20, 48), torch.bfloat16)
+        experts = GroupedExperts(TextConfig(hidden_size=32, intermediate_size=48, num_local_experts=4))
+        for name, parameter in list(experts.named_parameters()):
+            setattr(experts, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16)))
+        assert experts(x, counts).shape == (20, 32)

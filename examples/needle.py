@@ -223,10 +223,21 @@ class Learner:
         return step
 
 
+def checkpoint(design: str, directory: Path) -> Path:
+    return directory / f"{DESIGNS[design].weights_of or design}.safetensors"
+
+
+def load(design: str, directory: Path) -> Llama4Model:
+    """The model of a design, as it was trained."""
+    learner = Learner(model_config(DESIGNS[design]), lr=0.0, seed=0)
+    learner.load(checkpoint(design, directory))
+    return learner.model.eval()
+
+
 def train(design: str, args: argparse.Namespace) -> Llama4Model:
     """The model of a design, trained as far as it was not yet."""
     learner = Learner(model_config(DESIGNS[design]), args.lr, args.seed)
-    path = args.out / f"{DESIGNS[design].weights_of or design}.safetensors"
+    path = checkpoint(design, args.out)
     begin = learner.load(path) if path.exists() else 0
     right = 0.0
     with tqdm(total=args.steps, initial=begin, desc=design, unit="step", disable=None) as bar:
@@ -284,9 +295,13 @@ def samples(length: int) -> int:
     return min(max(3 * LENGTHS[-1] // length, 3), 24)
 
 
+Found = dict[str, list[list[dict[str, float]]]]
+"""Of every length, per haystack, what `ask` gave."""
+
+
 def measure(model: Llama4Model, lengths: list[int], path: Path) -> None:
-    """Ask at all lengths what was not yet asked; the answers go to `path`: {length: [one list per haystack]}."""
-    found: dict[str, list[list[dict[str, float]]]] = json.loads(path.read_text()) if path.exists() else {}
+    """Ask at all lengths what was not yet asked; the answers go to `path`, as `Found`."""
+    found: Found = json.loads(path.read_text()) if path.exists() else {}
     missing = [(n, seed) for n in lengths for seed in range(len(found.get(str(n), [])), samples(n))]
     with tqdm(total=sum(n for n, _ in missing), desc=path.stem, unit="token", unit_scale=True, disable=None) as bar:
         for length, seed in missing:
@@ -296,7 +311,7 @@ def measure(model: Llama4Model, lengths: list[int], path: Path) -> None:
             bar.update(length)
 
 
-# -- drawing -------------------------------------------------------------------------------------------------------
+# -- showing -------------------------------------------------------------------------------------------------------
 
 CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 44, 20, 62, 64, 18, 46
 SCALE = ((122, 4, 33), (222, 88, 52), (247, 190, 80), (232, 236, 170), (64, 150, 92))
@@ -315,7 +330,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def draw_panel(title: str, found: dict[str, list[list[dict[str, float]]]]) -> Image.Image:
+def draw_panel(title: str, found: Found) -> Image.Image:
     """Depth downwards, length to the right; above each column its mean."""
     lengths = sorted(map(int, found))
     size = LEFT + CELL_WIDTH * len(lengths) + RIGHT, TOP + CELL_HEIGHT * len(DEPTHS) + BOTTOM
@@ -345,13 +360,15 @@ def draw_panel(title: str, found: dict[str, list[list[dict[str, float]]]]) -> Im
     return panel
 
 
+def measured(directory: Path) -> dict[str, Found]:
+    """By title, what was measured of each design."""
+    paths = {design.title: directory / f"{name}.json" for name, design in DESIGNS.items()}
+    return {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
+
+
 def draw(directory: Path) -> Path:
     """The picture of all designs that were measured, three in a row."""
-    panels = [
-        draw_panel(design.title, json.loads(path.read_text()))
-        for name, design in DESIGNS.items()
-        if (path := directory / f"{name}.json").exists()
-    ]
+    panels = [draw_panel(title, found) for title, found in measured(directory).items()]
     width, height = max(p.width for p in panels), max(p.height for p in panels)
     columns = min(3, len(panels))
     picture = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), PAPER)
@@ -360,6 +377,20 @@ def draw(directory: Path) -> Path:
     path = directory / "needle.png"
     picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
+
+
+def table(directory: Path) -> str:
+    """In Markdown: recall by length; and how many of all needles that a chunk border cuts were found."""
+    results = measured(directory)
+    lengths = sorted({int(length) for found in results.values() for length in found})
+    head = ["design", *map(str, lengths), "cut by a border"]
+    rows = [head, ["---"] * len(head)]
+    for title, found in results.items():
+        columns = {length: [n for haystack in found.get(str(length), []) for n in haystack] for length in lengths}
+        shares = [f"{mean([n['hit'] for n in column]):.1%}" if column else "" for column in columns.values()]
+        cut = [n["hit"] for column in columns.values() for n in column if n["cut"]]
+        rows.append([title, *shares, f"{sum(cut):.0f} of {len(cut)}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
@@ -378,6 +409,7 @@ def main() -> None:
             measure(train(design, args), list(args.lengths), args.out / f"{design}.json")
     except KeyboardInterrupt:
         sys.exit(130)
+    print(table(args.out))
     print(draw(args.out))
 
 

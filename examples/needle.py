@@ -10,7 +10,7 @@ on the same data for as many steps: see `DESIGNS`.
 
 Everything follows from the seed. A run goes on where it was stopped; several runs may share OUT_DIR if each has its own
 --designs. OUT_DIR gets per design a checkpoint (.safetensors) and what was measured (.json), and the picture of all
-designs measured so far: needle.png. See docs/long_context.md.
+designs measured so far: needle.png. What came out is in docs/long_context.md.
 
 Shapes: B haystacks, T their tokens with the questions, M needles, V vocabulary.
 """

@@ -155,6 +155,18 @@ def test_groups(group: int | None, counts: str) -> None:
 
 
 @on_a_device
+@pytest.mark.usefixtures("nothing_left_over")
+@pytest.mark.parametrize("rows", [7, 30])
+def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
+    """Others would be right by chance, where their own program comes later: here the last rows have none."""
+    codes, scales, _ = random_matrices("int8", 3, 20, None)
+    x, counts = torch.ones(rows, INPUTS, device=DEVICE), torch.tensor([2, 0, 3], device=DEVICE)
+    y = gpu.product("int8", x, codes.to(DEVICE), scales.to(DEVICE), counts)
+    assert y[:5].isfinite().all()
+    assert y[5:].isnan().all()
+
+
+@on_a_device
 @pytest.mark.parametrize("rows", [0, 3, 20])
 @pytest.mark.parametrize("format", [Format("int4", 32), Format("int8"), Format("fp8")], ids=name_of)
 def test_modules(format: Format, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

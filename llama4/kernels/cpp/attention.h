@@ -147,22 +147,25 @@ struct Tile {
   // The next keys and values, n of them.
   template <class F>
   void take(const Head<F>& head, const Head<F>& other, long n) {
-    Number* row = (Number*)scores;
     for (long s = 0; F::scaled && s < slots; s++)
       key_scales[s] = s < n ? head.scale(s) : 0, value_scales[s] = s < n ? other.scale(s) : 0;
-    for (long s = 0; s < slots; s++) {
-      if (s < n)
-        for (long c = 0; c < C; c += 16) keep(row + c, head.read(s, c));
-      else
-        std::fill(row, row + C, Number(0));
-      for (long c = 0; c < C / per_word; c++) keys[c * slots + s] = ((Word*)row)[c];
-    }
-    for (long s = 0; s < slots; s++)
+    const auto read = [&](const Head<F>& from, long s, long c) { return s < n && c < C ? from.read(s, c) : f32{}; };
+    for (long s = 0; s < slots; s += 16)
+      for (long c = 0; c < C; c += 16 * per_word) {
+        u32 rows[16];
+        for (long i = 0; i < 16; i++) {
+          f32 planes[per_word];
+          for (long p = 0; p < per_word; p++) planes[p] = read(head, s + i, c + 16 * p);
+          rows[i] = words_of<per_word>(planes);
+        }
+        transpose(rows);
+        for (long i = 0; i < std::min(16l, (C - c) / per_word); i++) store(keys + (c / per_word + i) * slots + s, rows[i]);
+      }
+    for (long s = 0; s < slots; s += per_word)
       for (long c = 0; c < C; c += 16) {
-        Number numbers[16];
-        keep(numbers, s < n ? other.read(s, c) : f32{});
-        Number* to = (Number*)values + (s / per_word * C + c) * per_word + s % per_word;
-        for (int i = 0; i < 16; i++) to[i * per_word] = numbers[i];
+        f32 planes[per_word];
+        for (long p = 0; p < per_word; p++) planes[p] = read(other, s + p, c);
+        store(values + s / per_word * C + c, side_by_side<per_word>(words_of<per_word>(planes)));
       }
   }
 
@@ -182,17 +185,12 @@ struct Tile {
 
   template <bool scaled>
   void weigh(long row, float* own, long seen, long n, Word* out) {
-    const f32 factor = f32{} + 1.44269504f / __builtin_sqrtf(C);  // to powers of two
-    f32 highest = f32{} - INFINITY;
-    for (long s = 0; s < n; s += 16) {
-      f32 v = load<f32>(own + s) * factor;
-      if (scaled) v *= load<f32>(key_scales + s);
-      if (s + 16 > seen)
-        for (long i = std::max(seen - s, 0l); i < 16; i++) v[i] = -INFINITY;
-      highest = larger(highest, v);
-      store(own + s, v);
-    }
-    const float now = std::max(most[row], largest(highest));
+    const float factor = 1.44269504f / __builtin_sqrtf(C);  // to powers of two
+    for (long s = 0; scaled && s < n; s += 16) store(own + s, load<f32>(own + s) * load<f32>(key_scales + s));
+    std::fill(own + std::clamp(seen, 0l, n), own + n, -INFINITY);
+    f32 highest = load<f32>(own);
+    for (long s = 16; s < n; s += 16) highest = larger(highest, load<f32>(own + s));
+    const float now = std::max(most[row], largest(highest) * factor);
     if (now > most[row]) {
       const float shrink = power_of_two<false>(f32{} + (most[row] - now))[0];
       for (long c = 0; c < C; c += 16) store(sums + row * C + c, load<f32>(sums + row * C + c) * shrink);
@@ -200,7 +198,7 @@ struct Tile {
     }
     f32 all{};
     for (long s = 0; s < n; s += 16) {
-      f32 weight = seen > 0 ? power_of_two<per_word == 2>(load<f32>(own + s) - now) : f32{};
+      f32 weight = seen > 0 ? power_of_two<per_word == 2>(load<f32>(own + s) * factor - now) : f32{};
       all += weight;
       keep((Number*)out + s, scaled ? weight * load<f32>(value_scales + s) : weight);
     }
@@ -213,7 +211,7 @@ struct Tile {
 template <class F, class X>
 void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
                    long C, X* y) {
-  const long G = H / K, tokens = std::max(8l, 256 / G), tiles = (N + tokens - 1) / tokens;
+  const long G = H / K, tokens = std::max(8l, 512 / G), tiles = (N + tokens - 1) / tokens;
 #pragma omp parallel for schedule(dynamic) if (N * (past + N) * H * C > worth_threads)
   for (long task = 0; task < K * tiles; task++) {
     const long head = task % K, begin = (tiles - 1 - task / K) * tokens, end = std::min(N, begin + tokens);

@@ -96,6 +96,20 @@ u32 words_of(const f32* planes) {
   return (u32)planes[0];
 }
 
+// Words of the first and the second number of each of two planes, of the third, ... where words held neighbours.
+template <int per_word>
+u32 side_by_side(u32 words) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) {
+    using u16 = uint16_t __attribute__((vector_size(64)));
+    u16 v = (u16)words;
+    return (u32)__builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                        26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#endif
+  return words;
+}
+
 // Half a strip from a matrix in out x in, outputs o to o + 15. The inputs come in the order of the planes.
 template <class X, class F>
 void pack_outputs(const F& f, long o, Word* to) {

@@ -258,17 +258,17 @@ def train(design: str, args: argparse.Namespace) -> Llama4Model:
 
 
 @torch.inference_mode()
-def ask(
+def answers(
     model: Llama4Model, length: int, seed: int, new_cache: Callable[[], Cache] | None = None
-) -> list[dict[str, float]]:
+) -> tuple[Tensor, Haystack, Tensor]:
     """One haystack of `length` tokens with `PER_DEPTH` needles at every depth, and a question for each.
 
     Args:
         new_cache: makes the cache that remembers the hay; by default the model's own.
 
     Returns:
-        per needle its depth, whether the likeliest next token was its value (0 or 1), the natural logarithm of the
-        probability of that value, and whether a chunk border cuts the needle.
+        the logarithms of the probabilities of the words after each question, [needles, words]; the hay; and where the
+        depths begin.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + length)
     needles = PER_DEPTH * len(DEPTHS)
@@ -279,7 +279,15 @@ def ask(
     hay = hide(starts.view(1, -1), length, generator)
     cache = new_cache() if new_cache is not None else model.new_cache()
     model(hay.ids[:, :room], cache=cache, last_only=True)
-    logprobs = model(hay.ids[:, room:], cache=cache)[0, 1::NEEDLE].log_softmax(-1)
+    return model(hay.ids[:, room:], cache=cache)[0, 1::NEEDLE].log_softmax(-1), hay, begins
+
+
+def ask(
+    model: Llama4Model, length: int, seed: int, new_cache: Callable[[], Cache] | None = None
+) -> list[dict[str, float]]:
+    """What `answers` gives, needle by needle: its depth, whether the likeliest next token was its value (0 or 1), the
+    natural logarithm of the probability of that value, and whether a chunk border cuts the needle."""
+    logprobs, hay, begins = answers(model, length, seed, new_cache)
     sought = logprobs.gather(1, hay.values[0, :, None])[:, 0]
     hits = logprobs.argmax(-1) == hay.values[0]
     places = hay.starts[0]

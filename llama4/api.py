@@ -18,6 +18,7 @@ from llama4.config import Llama4Config
 from llama4.experts import resolve_experts
 from llama4.generate import Event, generate
 from llama4.model import Llama4Model
+from llama4.offload import keep_experts
 from llama4.processor import Inputs, Processor
 from llama4.prompt_cache import PromptCache, identities
 from llama4.quantization.modules import swap_modules
@@ -25,6 +26,7 @@ from llama4.quantization.schemes import SCHEMES
 from llama4.replies import Draft, Reply, Stream
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
+from llama4.units import parse_bytes
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
 from llama4.weights.quantizing import quantized
@@ -101,6 +103,8 @@ class Llama4:
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
         experts: str = "auto",
+        experts_device: str | torch.device | None = None,
+        experts_memory: int | str | None = None,
         max_context: int | None = None,
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
@@ -119,6 +123,9 @@ class Llama4:
                 while loading, one at a time. None takes them as they are, quantised or not.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
+            experts_device: where routed experts stay; "cpu" runs a model on a GPU with less memory than it takes, which
+                then gets copies of the experts that tokens choose.
+            experts_memory: bytes of the device for such copies, or "8GiB"; by default what two tokens use.
             max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
             cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
                 scale per head and token, or a dtype; "auto" is the model's.
@@ -131,6 +138,11 @@ class Llama4:
         """
         if quantization is not None and quantization not in SCHEMES:
             raise ValueError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        if experts_memory is not None and experts_device is None:
+            raise ValueError(
+                f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
+                "experts_device, too"
+            )
         directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token, progress=progress)
         config, weights = open_checkpoint(directory)
         if quantization is not None:
@@ -139,10 +151,14 @@ class Llama4:
         resolved_dtype = resolve_dtype(dtype, config, resolved_device)
         tokenizer = load_tokenizer(directory, config)
         backend = resolve_experts(experts, resolved_device, resolved_dtype)
+        room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
+        resting = resolve_device(experts_device) if experts_device is not None else resolved_device
         with torch.device("meta"):
             model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
         swap_modules(model, weights.plan)
-        load(model, weights, dtype=resolved_dtype, device=resolved_device, progress=progress)
+        load(model, weights, dtype=resolved_dtype, device=resolved_device, experts_device=resting, progress=progress)
+        if resting != resolved_device:
+            keep_experts(model, resolved_device, room)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
         return cls(
             model.eval(),

@@ -63,8 +63,9 @@ class LayerCache:
 
     def keep(self, row: int, past: int, keys_nKC: Tensor, values_nKC: Tensor) -> None:
         """Write new tokens behind the first `past` of a row; what else was there is let go."""
-        del self.rows[row][self.blocks_for(past) :]
-        self._table = None
+        if len(self.rows[row]) > self.blocks_for(past):
+            del self.rows[row][self.blocks_for(past) :]
+            self._table = None
         end = past + len(keys_nKC)
         self._reserve(row, end)
         new = self.format.encode(torch.stack((keys_nKC.detach(), values_nKC.detach())).transpose(1, 2))

@@ -148,6 +148,8 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quantization", metavar="SCHEME", help=f"while loading: {', '.join(SCHEMES)}")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     model.add_argument("--experts", default="auto", help="loop, grouped or megablocks (default: auto)")
+    model.add_argument("--experts-device", metavar="DEVICE", help="where experts stay: cpu spares a GPU's memory")
+    model.add_argument("--experts-memory", metavar="SIZE", help="of the GPU for copies of experts in use, as 8GiB")
     model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")
@@ -176,6 +178,8 @@ def _load(options: argparse.Namespace) -> Llama4:
         dtype=options.dtype,
         quantization=options.quantization,
         experts=options.experts,
+        experts_device=options.experts_device,
+        experts_memory=options.experts_memory,
         max_context=options.max_context,
         cache_dtype=options.cache_dtype,
     )

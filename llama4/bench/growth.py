@@ -1,9 +1,11 @@
 """How time per token grows with the length of what came before.
 
 `llama4 bench growth PATH [--context 65536] [--every 4096] [--dtype DTYPE] [--json | --markdown]`
+`llama4 bench growth PATH --filled [--context 1M] [--cache-dtype DTYPE]`
 
-One sequence is read in pieces, as `Llama4.chat` reads long prompts, and every so many tokens a few are decoded. Both
-times are then fitted by least squares as a constant, plus what chunked layers cost, plus what the layers that see
+One sequence is read in pieces, as `Llama4.chat` reads long prompts, and every so many tokens a few are decoded. With
+`--filled` nothing is read: the cache gets random keys and values, and tokens are decoded behind 1024, 2048, 4096, ...
+The times are then fitted by least squares as a constant, plus what chunked layers cost, plus what the layers that see
 everything cost, each at a rate of its own: a step of decoding reads keys and values, a piece of a prompt multiplies
 with them. In the fit chunked layers can only grow within a chunk: its largest error says whether they stay flat beyond.
 """
@@ -32,9 +34,13 @@ from llama4.bench.report import (
     table,
     warn_of_others,
 )
+from llama4.cache import SPAN, Cache
+from llama4.cache_formats import resolve_format
 from llama4.config import TextConfig
 from llama4.generate import PREFILL_TOKENS, step
+from llama4.model import Llama4Model
 from llama4.quantization.schemes import SCHEMES
+from llama4.units import parse_tokens
 
 STEPS = 16
 """Tokens that are decoded at a place."""
@@ -102,22 +108,18 @@ def fit(points: Sequence[Point], keys: Callable[[Point], tuple[int, int]], per_k
 
 
 def _differ(work: torch.Tensor) -> bool:
-    """Whether there are layers of both kinds, and they did not just see the same keys."""
+    """Whether there are layers of both kinds, and what they saw differed from point to point and between the two."""
     shares = work / work.amax(0).clamp(min=1)
-    return bool(work.any(0).all()) and bool((shares[:, 0] - shares[:, 1]).abs().max() > 0.2)
+    both = torch.cat([shares, shares[:, :1] - shares[:, 1:]], dim=1)
+    return bool(work.any(0).all()) and bool((both.amax(0) - both.amin(0)).min() > 0.2)
 
 
 @torch.inference_mode()
 def measure(llm: Llama4, context: int, every: int, threads: int) -> Growth:
     """Read a sequence of random tokens, and decode a few at every `every`."""
-    model, text = llm.model, llm.config.text
-    vocabulary = min(text.vocab_size, llm.config.boi_token_index)
-    generator = torch.Generator().manual_seed(0)
-    ceilings, growth, cache = Ceilings(model.dtype, threads, str(model.device)), Growth(), model.new_cache()
-
-    def ids(count: int) -> torch.Tensor:
-        return torch.randint(0, vocabulary, (1, count), generator=generator)
-
+    model, text, ids = llm.model, llm.config.text, _random_ids(llm)
+    ceilings, growth = Ceilings(model.dtype, threads, str(model.device)), Growth()
+    cache = model.new_cache(1, llm.cache_dtype)
     warm = model.new_cache()
     model(ids(min(context, PREFILL_TOKENS)), cache=warm, last_only=True)
     step(model, ids(1)[0], warm)
@@ -128,30 +130,70 @@ def measure(llm: Llama4, context: int, every: int, threads: int) -> Growth:
         for start in range(block, min(block + every, context), PREFILL_TOKENS)
     ]
     for start, tokens in shown(pieces, lambda piece: f"{piece[0]:,} tokens"):
-        at = cache.nexts[0]
-        if start % every == 0 and at:
+        if start % every == 0 and cache.nexts[0]:
             growth.rates.append(ceilings.measure())
-            growth.decode.append(_decoded(lambda: step(model, ids(1)[0], cache).argmax().item(), at))
-            at = cache.nexts[0]
-        begin = time.perf_counter()
+            growth.decode.append(_decoded(model, ids, cache))
+        at, begin = cache.nexts[0], time.perf_counter()
         model(ids(tokens), cache=cache, last_only=True).argmax().item()
         growth.prefill.append(Point(at, tokens, time.perf_counter() - begin))
     growth.rates.append(ceilings.measure())
-    growth.decode.append(_decoded(lambda: step(model, ids(1)[0], cache).argmax().item(), cache.nexts[0]))
-
-    per_key_bytes = 2 * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    growth.decode.append(_decoded(model, ids, cache))
+    growth.decode_fit = _decode_fit(llm, growth)
     per_key_flops = 4 * text.num_attention_heads * text.head_dim
-    growth.decode_fit = fit(growth.decode, lambda p: keys_by_kind(text, p.position + STEPS // 2, 1), per_key_bytes)
     whole = [point for point in growth.prefill if point.tokens == growth.prefill[0].tokens]
     growth.prefill_fit = fit(whole, lambda p: keys_by_kind(text, p.position, p.tokens), per_key_flops)
     return growth
 
 
-def _decoded(run: Callable[[], object], position: int) -> Point:
-    return Point(position, 1, Spread.of([timed(run) for _ in range(STEPS)]).median)
+@torch.inference_mode()
+def measure_filled(llm: Llama4, context: int, threads: int) -> Growth:
+    """Decode a few tokens behind 1024 random keys and values, behind twice as many, and so on."""
+    ceilings, growth = Ceilings(llm.model.dtype, threads, str(llm.model.device)), Growth()
+    cache = llm.model.new_cache(1, llm.cache_dtype)
+    places = [1024 << i for i in range(context.bit_length()) if 1024 << i <= context]
+    if not places:
+        raise ValueError(f"--context {context} is less than the 1024 tokens at which --filled begins")
+    for place in shown(places, lambda place: f"{place:,} tokens"):
+        fill(cache, place, llm.config.text, llm.model.dtype)
+        growth.rates.append(ceilings.measure())
+        growth.decode.append(_decoded(llm.model, _random_ids(llm), cache))
+    growth.decode_fit = _decode_fit(llm, growth)
+    return growth
+
+
+def fill(cache: Cache, length: int, text: TextConfig, dtype: torch.dtype) -> None:
+    """Put random keys and values into the only row until it is so long, in every layer those that it would hold."""
+    for layer, window in zip(cache.layers, cache.windows, strict=True):
+        held, past = cache.held(0, length, window), 0 if window else cache.held(0, cache.nexts[0], None)
+        for start in range(past, held, SPAN):
+            shape = (min(SPAN, held - start), text.num_key_value_heads, text.head_dim)
+            layer.keep(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
+    cache.nexts = [length]
+
+
+def _random_ids(llm: Llama4) -> Callable[[int], torch.Tensor]:
+    vocabulary = min(llm.config.text.vocab_size, llm.config.boi_token_index)
+    generator = torch.Generator().manual_seed(0)
+    return lambda count: torch.randint(0, vocabulary, (1, count), generator=generator)
+
+
+def _decode_fit(llm: Llama4, growth: Growth) -> Fit | None:
+    text, format = llm.config.text, resolve_format(llm.cache_dtype, llm.model.dtype)
+    per_key = 2 * text.num_key_value_heads * (format.bytes(text.head_dim) + (2 if format.scaled else 0))
+    return fit(growth.decode, lambda p: keys_by_kind(text, p.position + STEPS // 2, 1), per_key)
+
+
+def _decoded(model: Llama4Model, ids: Callable[[int], torch.Tensor], cache: Cache) -> Point:
+    position = cache.nexts[0]
+    step(model, ids(1)[0], cache)  # tables of blocks are made when they are first wanted
+    seconds = [timed(lambda: step(model, ids(1)[0], cache).argmax().item()) for _ in range(STEPS - 1)]
+    return Point(position, 1, Spread.of(seconds).median)
 
 
 def tables(growth: Growth, markdown: bool) -> str:
+    if not growth.prefill:
+        rows = [[f"{point.position:,}", number(point.seconds * 1e3)] for point in growth.decode]
+        return "\n\n".join([table(("tokens before", "decode, ms per token"), rows, markdown), _fits(growth, markdown)])
     rows, spent = [], 0.0
     starts = [point.position for point in growth.prefill]
     at_start = {point.position + STEPS: point for point in growth.decode}
@@ -163,11 +205,16 @@ def tables(growth: Growth, markdown: bool) -> str:
     last = growth.decode[-1]
     rows.append([f"{last.position:,}", number(last.seconds * 1e3), "", number(spent)])
     heads = ("tokens before", "decode, ms per token", "the next piece, tokens/s", "read so far, s")
+    return "\n\n".join([table(heads, rows, markdown), _fits(growth, markdown)])
+
+
+def _fits(growth: Growth, markdown: bool) -> str:
+    piece = growth.prefill[0].tokens if growth.prefill else 0
     memory, gemm = (Spread.of([getattr(rate, kind) for rate in growth.rates]) for kind in ("memory", "gemm"))
     fits = []
     for name, found, unit, ceiling in (
         ("decode, ms per token", growth.decode_fit, "GB/s", memory.median),
-        (f"a piece of {growth.prefill[0].tokens:,} tokens, ms", growth.prefill_fit, "GFLOP/s", gemm.median),
+        (f"a piece of {piece:,} tokens, ms", growth.prefill_fit, "GFLOP/s", gemm.median),
     ):
         if found is not None:
             shares = (
@@ -177,7 +224,7 @@ def tables(growth: Growth, markdown: bool) -> str:
             fits.append([name, number(found.constant * 1e3), *shares, f"{found.largest_error:.1%}"])
     fit_heads = ("fitted", "constant", "chunked layers, share of the ceiling", "layers that see all", "largest error")
     below = f"ceilings: memory read {_giga(memory)} GB/s, product {_giga(gemm)} GFLOP/s"
-    return "\n\n".join([table(heads, rows, markdown), table(fit_heads, fits, markdown), below])
+    return f"{table(fit_heads, fits, markdown)}\n\n{below}"
 
 
 def _giga(spread: Spread) -> Spread:
@@ -187,26 +234,37 @@ def _giga(spread: Spread) -> Spread:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llama4 bench growth", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
-    parser.add_argument("--context", type=positive, default=65536, metavar="N", help="tokens read (default: 65536)")
+    parser.add_argument("--context", type=parse_tokens, default=65536, metavar="N", help="tokens (default: 65536)")
+    parser.add_argument("--filled", action="store_true", help="fill the cache with random numbers, and decode alone")
     parser.add_argument(
         "--every", type=positive, default=4096, metavar="N", help="decode after so many (default: 4096)"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", choices=[*SCHEMES], metavar="SCHEME", help="while loading")
+    parser.add_argument("--cache-dtype", default="auto", metavar="DTYPE", help="fp8, int8, int4 (default: the model's)")
     add_threads(parser)
     add_output_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     llm = Llama4.from_pretrained(
-        options.model, device="cpu", dtype=options.dtype, quantization=options.quantization, progress=False
+        options.model,
+        device="cpu",
+        dtype=options.dtype,
+        quantization=options.quantization,
+        cache_dtype=options.cache_dtype,
+        progress=False,
     )
-    wanted = options.context + STEPS * (options.context // options.every + 1)
+    places = 0 if options.filled else options.context // options.every + 1
+    wanted = options.context + STEPS * places
     if wanted > (window := llm.config.text.max_position_embeddings):
         raise ValueError(
             f"--context {options.context} and what is decoded, {wanted} tokens, are beyond the window, {window}"
         )
     others = Others()
-    growth = measure(llm, options.context, options.every, options.threads)
+    if options.filled:
+        growth = measure_filled(llm, options.context, options.threads)
+    else:
+        growth = measure(llm, options.context, options.every, options.threads)
     warn_of_others([others.share()])
     if options.json:
         print(json.dumps({"machine": describe(), "model": options.model, **asdict(growth)}, indent=2))

@@ -36,7 +36,7 @@ WORTH = 1 << 18
 cache."""
 WIDE = 512
 """Numbers of a token from which the small steps between products are worth the call."""
-WORTH_ATTENTION = 1 << 30
+WORTH_ATTENTION = 1 << 28
 """Products of queries and keys from which attention is worth the call however narrow its heads."""
 MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"

@@ -17,6 +17,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    experts_device: torch.device | str | None = None,
     progress: bool = False,
 ) -> None:
     """Fill a model that was built on the meta device.
@@ -30,6 +31,7 @@ def load(
         source: the checkpoint.
         dtype: of the parameters; None keeps the checkpoint's.
         device: where they go.
+        experts_device: where routed experts go, if elsewhere.
         progress: show a bar, if stderr is a terminal.
 
     Raises:
@@ -41,7 +43,8 @@ def load(
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
         path, _, part = name.rpartition(".")
         is_packed = isinstance(model.get_submodule(path), PackedWeight) and part != "bias"
-        tensor = source.tensor(key).to(device=device, dtype=None if is_packed else dtype)
+        is_elsewhere = experts_device is not None and ".experts." in name
+        tensor = source.tensor(key).to(experts_device if is_elsewhere else device, None if is_packed else dtype)
         if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes
             tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
         filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_packed)

@@ -227,6 +227,10 @@ def test_growth_is_fitted() -> None:
     )
     assert within_a_chunk is not None
     assert within_a_chunk.chunked_rate == within_a_chunk.full_rate == pytest.approx(2e4), "all layers saw the same"
+    at_borders = [Point(p, 1, 0.5 + 100 * growth.keys_by_kind(text, p, 1)[1] / 8e4) for p in range(0, 640, 32)]
+    found = growth.fit(at_borders, keys, per_key=100)
+    assert found is not None
+    assert found.full_rate == pytest.approx(8e4), "chunked layers, which always saw one key, are part of the constant"
     flat = growth.fit([Point(p, 1, 0.5) for p in range(0, 400, 10)], keys, per_key=100)
     assert flat is not None
     assert flat.constant == pytest.approx(0.5)
@@ -241,6 +245,27 @@ def test_growth(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(point["seconds"] > 0 for point in report["prefill"] + report["decode"])
     assert main(["bench", "growth", directory, "--context", "4090"]) == 1
     assert "beyond the window, 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int4"])
+def test_growth_behind_random_keys(directory: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "growth", directory, "--filled", "--context", "2050", "--cache-dtype", dtype)
+    assert report["prefill"] == []
+    assert [point["position"] for point in report["decode"]] == [1024, 2048]
+    assert main(["bench", "growth", directory, "--filled", "--context", "1000"]) == 1
+    assert "--context 1000 is less than the 1024 tokens" in capsys.readouterr().err
+
+
+def test_a_filled_cache_is_as_long_as_a_read_one() -> None:
+    model = small_model.model()
+    filled, read = model.new_cache(), model.new_cache()
+    for length in (10, 32, 600, 1000):
+        growth.fill(filled, length, model.config.text, torch.float32)
+        with torch.inference_mode():
+            model(torch.zeros(1, length - read.nexts[0], dtype=torch.long), cache=read)
+        assert filled.lengths == read.lengths
+        assert [len(layer.rows[0]) for layer in filled.layers] == [len(layer.rows[0]) for layer in read.layers]
+        assert filled.num_bytes == read.num_bytes
 
 
 def test_backends_of_experts_compute_the_same() -> None:

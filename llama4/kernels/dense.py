@@ -4,7 +4,7 @@
 |---|---|---|
 | out x in, float32 | `cpu` | oneDNN |
 | out x in, bfloat16 | `cpu` | torch, which is oneDNN |
-| in x out, as experts are | `cpu` | `cpu`: 1.2 to 1.5 times oneDNN with tens of rows, equal with hundreds |
+| in x out, as experts are | `cpu` | `cpu`: 1.3 to 2 times oneDNN with tens of rows, equal with hundreds |
 
 Everything else (smaller matrices, other devices and dtypes, gradients, compiling) is torch's own product.
 

@@ -61,6 +61,13 @@ using InOut = std::conditional_t<std::is_same_v<X, float>, Float32, Bfloat16>;
 constexpr long few = 12;  // as in cpu.py
 
 template <class X>
+void project(const X* x, long M, long I, long O, const X* w, X* y) {
+  const bool in_pairs = numbers_per_word<X> == 2 && I % 2 == 0 && O % strip == 0;
+  const long most = in_pairs ? rows_at_once - 1 : few;  // many in pairs are twice as fast
+  M <= most ? in_out(InOut<X>{w, O}, x, M, I, y) : project_many(x, M, I, O, w, y);
+}
+
+template <class X>
 void linear_int8(const Int8& f, const X* x, long M, long O, Scales scales, X* y) {
   M <= few ? out_in(f, x, M, O, scales, y) : linear_many(f, in_words<Int8>(x, M * f.I), M, O, scales, nullptr, y);
 }
@@ -179,7 +186,7 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
     out_in(For<X>::Dense{w, I}, x, M, O, Scales{}, y);                                                                 \
   }                                                                                                                    \
   extern "C" void project_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                             \
-    M <= few ? in_out(InOut<X>{w, O}, x, M, I, y) : project_many(x, M, I, O, w, y);                                    \
+    project(x, M, I, O, w, y);                                                                                         \
   }                                                                                                                    \
   extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
                                        X* y) {                                                                         \

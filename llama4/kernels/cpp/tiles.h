@@ -27,32 +27,32 @@ f32 add_product(f32 sums, Word a, const Word* b) {
 
 constexpr int rows_at_once = 8;
 
-// Memory to be brought near while something else is computed: a line of each row of a matrix in x out.
+// Memory to be brought near while something else is computed: lines of a matrix in x out, so many from each word to the
+// next, each `row` bytes behind the last.
 struct Ahead {
   const char* line = nullptr;
-  long row = 0;
+  long row = 0, each = 0;
 };
 
-// Adds a b to sums: eight rows of a, columns of sixteen words of b, of which `wide` are in registers together.
-template <int per_word, int wide>
+// Adds a b to sums: rows of a, columns of sixteen words of b, of which `wide` are in registers together.
+template <int per_word, int wide, int rows = rows_at_once>
 inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
                                                     float* sums, long sums_row, Ahead ahead = {}) {
-  f32 held[rows_at_once][wide];
+  f32 held[rows][wide];
 #pragma GCC unroll 8
-  for (int r = 0; r < rows_at_once; r++)
+  for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int j = 0; j < wide; j++) held[r][j] = load<f32>(sums + r * sums_row + 16 * j);
   for (long i = 0; i < count; i++) {
-    for (int k = 0; ahead.line && k < per_word; k++)
-      __builtin_prefetch(ahead.line + (i * per_word + k) * ahead.row, 0, 2);
+    for (long k = 0; k < ahead.each; k++) __builtin_prefetch(ahead.line + (i * ahead.each + k) * ahead.row, 0, 2);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows_at_once; r++)
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
       for (int j = 0; j < wide; j++)
         held[r][j] = add_product<per_word>(held[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < rows_at_once; r++)
+  for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int j = 0; j < wide; j++) store(sums + r * sums_row + 16 * j, held[r][j]);
 }
@@ -134,35 +134,47 @@ void pack_outputs(const F& f, long o, Word* to) {
   }
 }
 
-// y = x W for at least eight rows of x, in words; `pack` fills so many strips from an output on, and `next` says what of
-// those to bring near during a tile. Outputs and rows may be multiplied by scales.
+constexpr long large_panel = 256 << 10, small_panel = 32 << 10;
+
+// y = x W for at least eight rows of x, in words. W comes in panels of `depth` words by so many strips as `bytes` hold:
+// pack(o, strips, k, depth, to) fills one from output o and word k on, and next(o, strips, k, tile, tiles) says what of
+// one to bring near during a tile of the panel before. Outputs and rows may be multiplied by scales.
 template <class X, class Pack, class Next>
-void many(const Word* x, long M, long I, long O, const Pack& pack, const Next& next, Scales scales,
-          const float* row_scales, X* y) {
-  constexpr int per_word = numbers_per_word<X>;
-  const long words = I / per_word, strips = O / strip;
-  const long at_once = std::max(1l, std::min((256l << 10) / (words * strip * 4), strips / omp_get_max_threads()));
+void many(const Word* x, long M, long I, long O, long depth, long bytes, const Pack& pack, const Next& next,
+          Scales scales, const float* row_scales, X* y) {
+  constexpr int per_word = numbers_per_word<X>, most = rows_at_once, half = most / 2;
+  const long words = I / per_word, strips = O / strip, tiles = (M + most - 1) / most;
+  const long at_once = std::max(1l, std::min(bytes / (depth * strip * 4), strips / omp_get_max_threads()));
 #pragma omp parallel for schedule(static)
   for (long begin = 0; begin < strips; begin += at_once) {
-    long tile = 0;
     const long count = std::min(at_once, strips - begin);
-    Word* w = scratch<Word, 10>(count * words * strip);
-    float* sums = scratch<float, 11>(rows_at_once * strip);
-    pack(begin * strip, count, w);
-    for (long n = 0; n < count; n++) {
-      const long o = (begin + n) * strip;
-      f32 factors[2] = {f32{} + 1, f32{} + 1};
-      for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
-      for (long m = 0; m < M; m += rows_at_once) {
-        const long first = std::min(m, M - rows_at_once);  // the last eight may overlap the eight before
-        std::fill(sums, sums + rows_at_once * strip, 0.f);
-        add_tile<per_word, 2>(x + first * words, words, w + n * words * strip, strip, words, sums, strip,
-                              begin + at_once < strips ? next((begin + at_once) * strip, at_once, tile++) : Ahead{});
-        for (long r = 0; r < rows_at_once; r++)
-          for (int j = 0; j < 2; j++) {
-            const float factor = row_scales ? row_scales[first + r] : 1;
-            keep(y + (first + r) * O + o + 16 * j, load<f32>(sums + r * strip + 16 * j) * (factors[j] * factor));
-          }
+    Word* w = scratch<Word, 10>(count * depth * strip);
+    float* sums = scratch<float, 11>(count * tiles * most * strip);
+    std::fill(sums, sums + count * tiles * most * strip, 0.f);
+    for (long k = 0; k < words; k += depth) {
+      const long deep = std::min(depth, words - k), after = k + depth < words ? begin : begin + at_once;
+      pack(begin * strip, count, k, deep, w);
+      for (long n = 0; n < count; n++) {
+        const long o = (begin + n) * strip;
+        f32 factors[2] = {f32{} + 1, f32{} + 1};
+        for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
+        const auto add = [&](auto rows, long first, long tile) {
+          float* own = sums + (n * tiles + tile) * most * strip;
+          add_tile<per_word, 2, rows>(
+              x + first * words + k, words, w + n * deep * strip, strip, deep, own, strip,
+              after < strips ? next(after * strip, at_once, after > begin ? 0 : k + depth, n * tiles + tile, count * tiles)
+                             : Ahead{});
+          for (long r = 0; r < rows && k + depth >= words; r++)
+            for (int j = 0; j < 2; j++) {
+              const float factor = row_scales ? row_scales[first + r] : 1;
+              keep(y + (first + r) * O + o + 16 * j, load<f32>(own + r * strip + 16 * j) * (factors[j] * factor));
+            }
+        };
+        for (long tile = 0; tile < tiles; tile++)  // the last may overlap the one before: each has sums of its own
+          if (M - tile * most <= half)
+            add(std::integral_constant<int, half>(), M - half, tile);
+          else
+            add(std::integral_constant<int, most>(), std::min(tile * most, M - most), tile);
       }
     }
   }
@@ -185,26 +197,35 @@ const Word* in_words(const X* x, long count) {
   return (const Word*)to;
 }
 
+// With few rows a panel is used few times, and is best where it is nearest; with many, sums that leave registers cost more.
 template <class X>
 void project_many(const X* x, long M, long I, long O, const X* w, X* y) {
   constexpr int per_word = numbers_per_word<X>;
-  const auto pack = [&](long o, long strips, Word* to) {
-    for (long i = 0; i < I; i += per_word) pack_rows(w + i * O + o, O, strips, I / per_word, to + i / per_word * strip);
+  const bool few = M < 192;
+  const long words = I / per_word, depth = few ? std::min(words, 128l / per_word) : words;
+  const auto pack = [&](long o, long strips, long k, long deep, Word* to) {
+    for (long i = 0; i < deep; i++) pack_rows(w + (k + i) * per_word * O + o, O, strips, deep, to + i * strip);
   };
-  const auto next = [&](long o, long strips, long tile) {
-    const char* row = (const char*)(w + o);
-    return tile * 64 < strips * strip * long(sizeof(X)) ? Ahead{row + tile * 64, O * long(sizeof(X))} : Ahead{};
+  const auto next = [&](long o, long strips, long k, long tile, long tiles) {  // spread over the tiles
+    const long rows = depth * per_word, lines = strips * strip * long(sizeof(X)) / 64;
+    const long each = std::min(long(per_word), (lines * rows + tiles * depth - 1) / (tiles * depth));
+    const long first = tile * depth * each;
+    // A matrix in a file need not begin with a line of the cache: 64 bytes end in the line that is not there yet.
+    const char* line = (const char*)(w + (k * per_word + first % rows) * O + o) + first / rows * 64 + 63;
+    return first / rows < lines ? Ahead{line, O * long(sizeof(X)), each} : Ahead{};
   };
-  many(in_words<Float32>(x, M * I), M, I, O, pack, next, Scales{}, nullptr, y);
+  many(in_words<Float32>(x, M * I), M, I, O, depth, few ? small_panel : large_panel, pack, next, Scales{}, nullptr, y);
 }
 
 template <class F, class X>
 void linear_many(const F& f, const Word* x, long M, long O, Scales scales, const float* row_scales, X* y) {
-  const auto pack = [&](long o, long strips, Word* to) {
+  const long words = f.I / numbers_per_word<X>;
+  const auto pack = [&](long o, long strips, long, long, Word* to) {
     for (long half = 0; half < 2 * strips; half++)
-      pack_outputs<X>(f, o + 16 * half, to + half / 2 * strip * f.I / numbers_per_word<X> + 16 * (half % 2));
+      pack_outputs<X>(f, o + 16 * half, to + half / 2 * strip * words + 16 * (half % 2));
   };
-  many(x, M, f.I, O, pack, [](long, long, long) { return Ahead{}; }, scales, row_scales, y);
+  const auto next = [](long, long, long, long, long) { return Ahead{}; };
+  many(x, M, f.I, O, words, large_panel, pack, next, scales, row_scales, y);
 }
 
 // Rows in e4m3, as words, and the scale of each.

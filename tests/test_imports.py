@@ -21,7 +21,7 @@ LINES = (
     "llama4.attention llama4.moe llama4.processor",
     "llama4.decoding llama4.counts llama4.devices llama4.units",
     "llama4.model llama4.weights",
-    "llama4.generate llama4.hub llama4.convert",
+    "llama4.generate llama4.hub llama4.convert llama4.offload",
     "llama4.replies llama4.info llama4.prompt_cache",
     "llama4.api",
     "llama4.plan llama4.bench",

@@ -28,7 +28,7 @@ from llama4.config import CACHE_BLOCK
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("vectors.h", "products.h", "tiles.h", "between.h", "blocks.h", "attention.h", "decode.cpp")
+SOURCES = ("vectors.h", "products.h", "tiles.h", "between.h", "blocks.h", "rounding.h", "attention.h", "decode.cpp")
 FEW = 12
 """Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 WORTH = 1 << 18
@@ -179,6 +179,28 @@ def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
 def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
     """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128."""
     return _call("linear_int4", x_NI, packed.shape[0], packed, *_scales(scale_OG), group_size)
+
+
+def rounds(weight_OI: Tensor, group_size: int) -> bool:
+    """Whether a matrix is rounded to four bits this way."""
+    return (
+        weight_OI.numel() >= WORTH
+        and weight_OI.is_cpu
+        and weight_OI.dtype in _SUFFIX
+        and group_size % 16 == 0
+        and weight_OI.shape[-1] % group_size == 0
+        and library() is not None
+    )
+
+
+def quantize_int4(weight_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes, eight to an int32, [O, I / 8], and the scales of groups, [O, I / group_size], in the dtype of the matrix."""
+    weight_OI = weight_OI.detach().contiguous()
+    outputs, inputs = weight_OI.shape
+    packed = weight_OI.new_empty(outputs, inputs // 8, dtype=torch.int32)
+    scale = weight_OI.new_empty(outputs, inputs // group_size)
+    _run("quantize_int4", weight_OI, weight_OI, scale.numel(), group_size, packed, scale)
+    return packed, scale
 
 
 def usable(width: int, *tensors: Tensor) -> bool:

@@ -14,13 +14,13 @@ from llama4.cache import LayerCache
 from llama4.cache_formats import QUANTIZED, Format, resolve_format
 from llama4.config import TextConfig
 from llama4.kernels import cpu, dense
-from llama4.quantization.int4 import pack
+from llama4.quantization.int4 import pack, quantize_groups, unpack
 from vision.encoder import rotate
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
-ROWS = [1, 2, 3, 4, 5, 7, 12, 13, 40, 75]
-"""Few go through registers by fours, more than twelve by eights."""
+ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 40, 75, 200]
+"""Few go through registers by fours, more than twelve (experts in bfloat16: seven) by eights, and 192 otherwise."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -74,6 +74,30 @@ class TestProducts:
         codes = torch.randint(-8, 8, (outputs, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
         assert close(cpu.linear_int4(x, pack(codes), scale, group_size), x.double() @ weight.mT)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [32, 128, 1024])
+def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
+    """As `quantize_groups` does, but for ties and the order of sums."""
+    weight = normal(512, 1024)
+    weight[0], weight[1, 5], weight[2, 7] = 0, 30, -30
+    weight = weight.to(dtype)
+    assert cpu.rounds(weight, group_size)
+    groups = weight.unflatten(1, (-1, group_size))
+    codes, scale = quantize_groups(groups, dtype)
+    packed, own_scale = cpu.quantize_int4(weight, group_size)
+    own_codes = unpack(packed).unflatten(1, (-1, group_size))
+    assert (own_codes == codes).double().mean() > 0.99
+    errors = [
+        (codes * scale[..., None] - groups.double()).square().sum(-1)
+        for codes, scale in ((own_codes.double(), own_scale.double()), (codes.double(), scale[..., 0].double()))
+    ]
+    assert torch.allclose(errors[0].sum(), errors[1].sum(), rtol=1e-5)
+    assert (errors[0] <= 1.01 * errors[1]).double().mean() > 0.999
+    assert not own_codes[0].any()
+    assert not cpu.rounds(weight[:, :1000], group_size), "not whole groups"
 
 
 @needs_kernels

@@ -194,7 +194,7 @@ def rounds(weight_OI: Tensor, group_size: int) -> bool:
 
 
 def quantize_int4(weight_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes, eight to an int32, [O, I / 8], and the scales of groups, [O, I / group_size], in the dtype of the matrix."""
+    """Codes, eight to an int32, [O, I / 8], and scales of groups, [O, I / group_size], in the dtype of the matrix."""
     weight_OI = weight_OI.detach().contiguous()
     outputs, inputs = weight_OI.shape
     packed = weight_OI.new_empty(outputs, inputs // 8, dtype=torch.int32)

@@ -43,7 +43,9 @@ void store_bytes(char* to, f32 numbers) {
 struct EightBits {  // -127 to 127
   static constexpr bool scaled = true;
   static long bytes(long C) { return C; }
-  static f32 read(const char* row, long, long c) { return whole((const int8_t*)row + c); }
+  static f32 read(const char* row, long, long c) {
+    return __builtin_convertvector((i32)(::bytes((const uint8_t*)row + c) << 24) >> 24, f32);
+  }
   template <class X>
   static float write(char* row, const X* x, long C) {
     const float scale = scale_of(x, C, [](float most) { return std::abs(most) / 127; });

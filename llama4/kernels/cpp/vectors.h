@@ -100,16 +100,6 @@ u32 bytes(const uint8_t* from) {
 #endif
 }
 
-f32 whole(const int8_t* from) {
-#ifdef __AVX512F__
-  return (f32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#else
-  f32 v;
-  for (int i = 0; i < 16; i++) v[i] = from[i];
-  return v;
-#endif
-}
-
 // Memory for one call, kept from call to call, aligned as registers are.
 template <class T, int use>
 T* scratch(long count) {

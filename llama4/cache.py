@@ -31,8 +31,11 @@ class LayerCache:
     Only full blocks are shared by rows, and those are never written to.
     """
 
-    def __init__(self, batch_size: int, config: TextConfig, format: Format, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, config: TextConfig, format: Format, device: torch.device, pinned: bool = False
+    ) -> None:
         self.format = format
+        self.pinned = pinned
         self.heads = config.num_key_value_heads
         self.device = device
         self.rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
@@ -58,7 +61,7 @@ class LayerCache:
         while len(blocks) * CACHE_BLOCK < slots:
             heads = 2 * self.heads * CACHE_BLOCK
             size = heads * (self._bytes + (2 if self.format.scaled else 0))
-            blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
             self._table = None
 
     def keep(self, row: int, past: int, keys_nKC: Tensor, values_nKC: Tensor) -> None:
@@ -152,8 +155,10 @@ class Cache:
         self.is_whole = True
         self.answer: tuple[int, Tensor] | None = None
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        full_device = full_device or device
+        pinned = full_device.type == "cpu" and device.type == "cuda"  # which a GPU reads without the host's help
         self.layers = [
-            LayerCache(batch_size, config, format or AsIs(dtype), full_device or device)
+            LayerCache(batch_size, config, format or AsIs(dtype), full_device, pinned)
             if window is None
             else LayerCache(batch_size, config, AsIs(dtype), device)
             for window in self.windows

@@ -33,7 +33,7 @@ from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES, Plan
 from llama4.units import bytes_text, time_text
 
-PROBE_PARAMETERS = 1 << 29
+PROBE_PARAMETERS = 1 << 30
 MOST_PARAMETERS = 1 << 31
 """Of a probe of one layer, with fewer experts if need be."""
 STEPS, PIECES, PASSES = 16, 3, 2

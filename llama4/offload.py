@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from llama4.experts import joined
 from llama4.model import Llama4Model
+from llama4.quantization.modules import SeparateExperts
 from llama4.units import bytes_text
 
 
@@ -96,10 +97,9 @@ def keep_experts(model: Llama4Model, device: torch.device, memory: int | None = 
     alike: dict[tuple[object, ...], list[str]] = {}
     for path, module in model.named_modules():
         if path.endswith(".experts"):
-            parts = dict(module.named_parameters())
-            if len({part.shape[0] for part in parts.values()}) != 1:
+            if isinstance(module, SeparateExperts):
                 raise ValueError(f"{path} has tensors for each expert, not of all: they cannot stay on another device")
-            kind = (type(module), *((name, part.shape, part.dtype) for name, part in parts.items()))
+            kind = (type(module), *((name, part.shape, part.dtype) for name, part in module.named_parameters()))
             alike.setdefault(kind, []).append(path)
     sizes = {kind: _bytes(model.get_submodule(paths[0])) * len(paths) for kind, paths in alike.items()}
     for kind, paths in alike.items():

@@ -19,6 +19,7 @@ from llama4.api import Llama4
 from llama4.experts import GroupedExperts
 from llama4.model import Llama4Model
 from llama4.offload import HotExperts, OffloadedExperts, keep_experts
+from llama4.quantization.modules import SeparateExperts
 from tests import small_model
 from tests.parity.references import ReferenceModel, reference_config
 
@@ -97,6 +98,10 @@ def test_it_is_saved_as_it_was(directory: Path, tmp_path: Path) -> None:
 def test_what_cannot_be(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"4\.5 KiB hold no expert: one takes 18\.0 KiB; give more"):
         keep_experts(loaded(directory).model, CPU, ONE // 4)
+    model = loaded(directory).model
+    model.get_submodule("language_model.model.layers.1.feed_forward").experts = SeparateExperts(8, 48, 32)
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.experts has tensors for each expert, not of all"):
+        keep_experts(model, CPU)
     with pytest.raises(ValueError, match=r"experts_memory='8GiB' is for copies .* name experts_device, too"):
         loaded(directory, experts_memory="8GiB")
     with pytest.raises(ValueError, match=r"'much' is not a size"):

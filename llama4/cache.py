@@ -84,11 +84,12 @@ class LayerCache:
         """The first `slots` tokens of a row, some thousands at a time: keys and values, each [K, S, C]."""
         for begin in range(0, slots, SPAN):
             end = min(slots, begin + SPAN)
-            blocks = [self.parts(b) for b in self.rows[row][begin // CACHE_BLOCK : self.blocks_for(end)]]
+            held = self.rows[row][begin // CACHE_BLOCK : self.blocks_for(end)]
+            blocks = [self.parts(block.to(device, non_blocking=self.pinned)) for block in held]
             codes = torch.cat([codes for codes, _ in blocks], dim=2)[:, :, : end - begin]
             scales = torch.cat([s for _, s in blocks if s is not None], dim=2) if self.format.scaled else None
-            scales = scales[:, :, : end - begin].to(device) if scales is not None else None
-            keys, values = self.format.decode(codes.to(device), scales, dtype)
+            scales = scales[:, :, : end - begin] if scales is not None else None
+            keys, values = self.format.decode(codes, scales, dtype)
             yield keys, values
 
     def make_room(self, step: Step) -> None:
@@ -156,7 +157,7 @@ class Cache:
         self.answer: tuple[int, Tensor] | None = None
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         full_device = full_device or device
-        pinned = full_device.type == "cpu" and device.type == "cuda"  # which a GPU reads without the host's help
+        pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
         self.layers = [
             LayerCache(batch_size, config, format or AsIs(dtype), full_device, pinned)
             if window is None

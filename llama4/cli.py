@@ -151,6 +151,9 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--experts-device", metavar="DEVICE", help="where experts stay: cpu spares a GPU's memory")
     model.add_argument("--experts-memory", metavar="SIZE", help="of the GPU for copies of experts in use, as 8GiB")
     model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
+    model.add_argument(
+        "--cache-device", metavar="DEVICE", help="where what grows of them is held: cpu spares a GPU's memory"
+    )
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
@@ -182,6 +185,7 @@ def _load(options: argparse.Namespace) -> Llama4:
         experts_memory=options.experts_memory,
         max_context=options.max_context,
         cache_dtype=options.cache_dtype,
+        cache_device=options.cache_device,
     )
 
 

@@ -61,4 +61,4 @@ class MixtureOfExperts(nn.Module):
         scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)
         routed_RD = self.experts(scaled_RD, counts_E)
         out_ND = widened(self.shared_expert(x_ND))
-        return out_ND.index_add_(0, tokens_R, routed_RD.to(out_ND.dtype))
+        return out_ND.index_add(0, tokens_R, routed_RD.to(out_ND.dtype))

@@ -21,7 +21,7 @@ from llama4.model import Llama4Model
 from llama4.offload import HotExperts, OffloadedExperts, keep_experts
 from llama4.quantization.modules import SeparateExperts
 from tests import small_model
-from tests.parity.references import ReferenceModel, reference_config
+from tests.parity.references import ReferenceModel, reference_config, write_large
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 490, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def test_on_a_gpu(tmp_path: Path, scheme: str | None) -> None:
     ReferenceModel(reference_config(head_dim=32)).bfloat16().save_pretrained(tmp_path / "model")
     truth = loaded(tmp_path / "model", device="cuda", quantization=scheme).model
     ours = loaded(tmp_path / "model", device="cuda", quantization=scheme, experts_device="cpu").model
-    assert next(hot(ours).slots.values().__iter__()).is_cuda
+    assert all(slot.is_cuda for slot in hot(ours).slots.values())
     assert all(p.is_cuda != (".experts." in name) for name, p in ours.named_parameters())
     expected = outputs(truth, torch.device("cuda"))
     assert (outputs(ours, torch.device("cuda")) - expected).norm() <= 1e-2 * expected.norm()
@@ -150,14 +150,7 @@ def memory_group(limit: int) -> Iterator[Path]:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1.4 GB, almost all of it experts; not in the page cache."""
     config = reference_config(hidden_size=512, intermediate_size=1024, num_local_experts=32, num_hidden_layers=14)
-    with torch.device("meta"):
-        model = ReferenceModel(config)
-    directory = tmp_path_factory.mktemp("large") / "model"
-    model.to_empty(device="cpu").bfloat16()
-    some = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.02
-    for parameter in model.parameters():
-        parameter.data.copy_(some.repeat(parameter.numel() // len(some) + 1)[: parameter.numel()].view_as(parameter))
-    model.save_pretrained(directory)
+    directory = write_large(config, tmp_path_factory.mktemp("large") / "model")
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -23,6 +23,7 @@ import torch
 
 from llama4.api import DTYPES, Llama4
 from llama4.bench import floors
+from llama4.bench.long import plain_words
 from llama4.bench.machine import Ceilings, Others, Rates, describe, timed
 from llama4.bench.report import (
     Spread,
@@ -172,9 +173,8 @@ def fill(cache: Cache, length: int, text: TextConfig, dtype: torch.dtype) -> Non
 
 
 def _random_ids(llm: Llama4) -> Callable[[int], torch.Tensor]:
-    vocabulary = min(llm.config.text.vocab_size, llm.config.boi_token_index)
-    generator = torch.Generator().manual_seed(0)
-    return lambda count: torch.randint(0, vocabulary, (1, count), generator=generator)
+    words, generator = plain_words(llm), torch.Generator().manual_seed(0)
+    return lambda count: torch.randint(0, words, (1, count), generator=generator)
 
 
 def _decode_fit(llm: Llama4, growth: Growth) -> Fit | None:

@@ -17,6 +17,7 @@ import platform
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -193,13 +194,15 @@ def rounds(weight_OI: Tensor, group_size: int) -> bool:
     )
 
 
-def quantize_int4(weight_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes, eight to an int32, [O, I / 8], and scales of groups, [O, I / group_size], in the dtype of the matrix."""
+def quantize_int4(weight_OI: Tensor, group_size: int, ranges: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Codes, eight to an int32, [O, I / 8], and scales of groups, [O, I / group_size], in the dtype of the matrix. The
+    ranges to choose from are in parts of a group's largest weight."""
     weight_OI = weight_OI.detach().contiguous()
     outputs, inputs = weight_OI.shape
     packed = weight_OI.new_empty(outputs, inputs // 8, dtype=torch.int32)
     scale = weight_OI.new_empty(outputs, inputs // group_size)
-    _run("quantize_int4", weight_OI, weight_OI, scale.numel(), group_size, packed, scale)
+    tried = torch.tensor(ranges, dtype=torch.float32)
+    _run("quantize_int4", weight_OI, weight_OI, scale.numel(), group_size, tried, len(tried), packed, scale)
     return packed, scale
 
 

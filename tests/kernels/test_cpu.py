@@ -14,7 +14,7 @@ from llama4.cache import LayerCache
 from llama4.cache_formats import QUANTIZED, Format, resolve_format
 from llama4.config import TextConfig
 from llama4.kernels import cpu, dense
-from llama4.quantization.int4 import pack, quantize_groups, unpack
+from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
 from vision.encoder import rotate
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -87,7 +87,7 @@ def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
     assert cpu.rounds(weight, group_size)
     groups = weight.unflatten(1, (-1, group_size))
     codes, scale = quantize_groups(groups, dtype)
-    packed, own_scale = cpu.quantize_int4(weight, group_size)
+    packed, own_scale = cpu.quantize_int4(weight, group_size, SHRINKS)
     own_codes = unpack(packed).unflatten(1, (-1, group_size))
     assert (own_codes == codes).double().mean() > 0.99
     errors = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,3 +77,15 @@ def reference_model(config: ReferenceConfig, seed: int = 0) -> ReferenceModel:
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     return ((ours - truth).abs().max() / truth.abs().max()).item()
+
+
+def write_large(config: ReferenceConfig, directory: Path, **options: Any) -> Path:
+    """A bfloat16 checkpoint by transformers' own writer, whose numbers come again and again: quickly made."""
+    with torch.device("meta"):
+        model = ReferenceModel(config)
+    model.to_empty(device="cpu").bfloat16()
+    some = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.02
+    for parameter in model.parameters():
+        parameter.data.copy_(some.repeat(parameter.numel() // len(some) + 1)[: parameter.numel()].view_as(parameter))
+    model.save_pretrained(directory, **options)
+    return directory

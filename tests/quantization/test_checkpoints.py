@@ -26,7 +26,7 @@ from llama4.quantization.schemes import SCHEMES
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
 from llama4.weights.saver import ModelSource
-from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
+from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error, write_large
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))
 SHARD = 150_000
@@ -394,14 +394,7 @@ quantize(sys.argv[1], sys.argv[2], "int8", max_shard_bytes=8_000_000, progress=F
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """250 MB in over twenty shards."""
     config = reference_config(hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=20)
-    with torch.device("meta"):
-        model = ReferenceModel(config)
-    directory = tmp_path_factory.mktemp("wide") / "model"
-    model.to_empty(device="cpu").bfloat16()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
-    model.save_pretrained(directory, max_shard_size="12MB")
-    return directory
+    return write_large(config, tmp_path_factory.mktemp("wide") / "model", max_shard_size="12MB")
 
 
 def size_of(directory: Path) -> int:

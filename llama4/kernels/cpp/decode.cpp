@@ -201,8 +201,9 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
                                        long group, X* y) {                                                             \
     linear_int4({w, I, {s, wide}, group}, x, M, O, y);                                                                 \
   }                                                                                                                    \
-  extern "C" void quantize_int4_##suffix(const X* weights, long groups, long size, uint32_t* words, X* scales) {       \
-    quantize_int4(weights, groups, size, words, scales);                                                               \
+  extern "C" void quantize_int4_##suffix(const X* weights, long groups, long size, const float* ranges, long count,    \
+                                         uint32_t* words, X* scales) {                                                 \
+    quantize_int4(weights, groups, size, ranges, count, words, scales);                                                \
   }                                                                                                                    \
   extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {         \
     rms_norm(x, N, D, weight, *eps, y);                                                                                \

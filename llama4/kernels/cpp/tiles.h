@@ -201,8 +201,8 @@ const Word* in_words(const X* x, long count) {
 template <class X>
 void project_many(const X* x, long M, long I, long O, const X* w, X* y) {
   constexpr int per_word = numbers_per_word<X>;
-  const bool few = M < 192;
-  const long words = I / per_word, depth = few ? std::min(words, 128l / per_word) : words;
+  const bool is_short = M < 192;
+  const long words = I / per_word, depth = is_short ? std::min(words, 128l / per_word) : words;
   const auto pack = [&](long o, long strips, long k, long deep, Word* to) {
     for (long i = 0; i < deep; i++) pack_rows(w + (k + i) * per_word * O + o, O, strips, deep, to + i * strip);
   };
@@ -214,7 +214,7 @@ void project_many(const X* x, long M, long I, long O, const X* w, X* y) {
     const char* line = (const char*)(w + (k * per_word + first % rows) * O + o) + first / rows * 64 + 63;
     return first / rows < lines ? Ahead{line, O * long(sizeof(X)), each} : Ahead{};
   };
-  many(in_words<Float32>(x, M * I), M, I, O, depth, few ? small_panel : large_panel, pack, next, Scales{}, nullptr, y);
+  many(in_words<Float32>(x, M * I), M, I, O, depth, is_short ? small_panel : large_panel, pack, next, Scales{}, nullptr, y);
 }
 
 template <class F, class X>

@@ -46,7 +46,7 @@ SWITCH = "LLAMA4_CPU_KERNELS"
 STRIP = 32
 """Outputs that a product of many rows works on at a time."""
 
-_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 32, "fp8": 32, "int4": 128}
+_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
 """What each format takes at a time: rows of a matrix are multiples of it."""
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

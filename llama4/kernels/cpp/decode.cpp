@@ -27,33 +27,34 @@ struct Layer {
   double eps, qk_eps;                           // qk_eps: negative without QK-norm
 };
 
-// x with a scale per row, in e4m3, as floats again.
-template <class X>
-float* through_e4m3(const X* x, long M, long I) {
-  float* out = scratch<float, 4>(M * I);
-  for (long m = 0; m < M; m++) {
-    const float scale = e4m3_scale(x + m * I, I);
-    for (long i = 0; i < I; i += 16) store(out + m * I + i, rounded_to_e4m3(floats(x + m * I + i) / scale) * scale);
-  }
-  return out;
-}
-
 // The formats for rows of a dtype: without and with bits to unpack.
 template <class X>
 struct For;
 template <>
 struct For<float> {
   using Dense = Float32;
-  using FourBits = Int4;
+  using Codes8 = Int8;
+  using E4M3 = Float8;
+  template <int lanes>
+  using Codes4 = Int4;
 };
 template <>
 struct For<bf16> {
 #ifdef __AVX512BF16__
   using Dense = Bfloat16Pairs;
-  using FourBits = Int4Pairs;
+  template <int lanes>
+  using Codes4 = Int4Pairs<lanes>;
 #else
   using Dense = Bfloat16;
-  using FourBits = Int4;
+  template <int lanes>
+  using Codes4 = Int4;
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  using Codes8 = Int8Pairs;
+  using E4M3 = Float8Pairs;
+#else
+  using Codes8 = Int8;
+  using E4M3 = Float8;
 #endif
 };
 template <class X>
@@ -69,21 +70,25 @@ void project(const X* x, long M, long I, long O, const X* w, X* y) {
 }
 
 template <class X>
-void linear_int8(const Int8& f, const X* x, long M, long O, Scales scales, X* y) {
-  M <= few ? out_in(f, x, M, O, scales, y) : linear_many(f, in_words<Int8>(x, M * f.I), M, O, scales, nullptr, y);
+void linear_int8(const uint8_t* w, const X* x, long M, long I, long O, Scales scales, X* y) {
+  if (M <= few) return out_in(typename For<X>::Codes8{w, I}, x, M, O, scales, y);
+  linear_many(Int8{w, I}, in_words<Int8>(x, M * I), M, O, scales, nullptr, y);
 }
 
 template <class X>
-void linear_fp8(const Float8& f, const X* x, long M, long O, Scales scales, X* y) {
-  if (M <= few) return out_in(f, through_e4m3(x, M, f.I), M, O, scales, y);
+void linear_fp8(const uint8_t* w, const X* x, long M, long I, long O, Scales scales, X* y) {
   float* row_scales = scratch<float, 9>(M);
-  const Word* rows = in_e4m3(x, M, f.I, row_scales);
-  linear_many(f, rows, M, O, scales, row_scales, y);
+  const Word* rows = in_e4m3(x, M, I, row_scales);
+  if (M <= few) return out_in(typename For<X>::E4M3{w, I}, (const Number<X>*)rows, M, O, scales, y, row_scales);
+  linear_many(Float8{w, I}, rows, M, O, scales, row_scales, y);
 }
 
 template <class X>
 void linear_int4(const Int4& f, const X* x, long M, long O, X* y) {
-  if (M <= few) return out_in(typename For<X>::FourBits{f}, x, M, O, Scales{}, y);
+  using Of = For<X>;
+  if (M <= few && f.group >= 128) return out_in(typename Of::template Codes4<16>{f}, x, M, O, Scales{}, y);
+  if (M <= few && f.group == 64) return out_in(typename Of::template Codes4<8>{f}, x, M, O, Scales{}, y);
+  if (M <= few) return out_in(typename Of::template Codes4<4>{f}, x, M, O, Scales{}, y);
   linear_many(f, in_words<Int4>(x, M * f.I), M, O, Scales{}, nullptr, y);
 }
 
@@ -94,8 +99,8 @@ void product(const Matrix& a, long expert, const X* x, long M, X* y) {
   switch (a.kind) {
     case OUT_IN: return out_in(typename For<X>::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
     case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, y);
-    case INT8: return linear_int8(Int8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
-    case FP8: return linear_fp8(Float8{(const uint8_t*)w, a.I}, x, M, a.O, s, y);
+    case INT8: return linear_int8((const uint8_t*)w, x, M, a.I, a.O, s, y);
+    case FP8: return linear_fp8((const uint8_t*)w, x, M, a.I, a.O, s, y);
     case INT4: return linear_int4(Int4{(const uint8_t*)w, a.I, s, a.group}, x, M, a.O, y);
   }
 }
@@ -191,11 +196,11 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
   }                                                                                                                    \
   extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
                                        X* y) {                                                                         \
-    linear_int8(Int8{w, I}, x, M, O, Scales{s, wide}, y);                                                              \
+    linear_int8(w, x, M, I, O, Scales{s, wide}, y);                                                                    \
   }                                                                                                                    \
   extern "C" void linear_fp8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide,  \
                                       X* y) {                                                                          \
-    linear_fp8(Float8{w, I}, x, M, O, Scales{s, wide}, y);                                                             \
+    linear_fp8(w, x, M, I, O, Scales{s, wide}, y);                                                                     \
   }                                                                                                                    \
   extern "C" void linear_int4_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
                                        long group, X* y) {                                                             \

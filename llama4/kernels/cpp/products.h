@@ -63,19 +63,21 @@ struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or
   long I;
   Scales scales;
   long group;
+  uint64_t per_block = (uint64_t(128) << 32) / group + 1;  // groups, times 2^32: a division for each takes too long
   void read(long o, long block, Plane* out) const {
     u32 words = load<u32>(w + (o * I + 128 * block) / 2);
 #pragma GCC unroll 8
     for (int plane = 0; plane < 8; plane++)
       out[plane] = __builtin_convertvector((i32)(words >> (4 * plane) & 15) - 8, f32);
   }
-  f32 scale(long o, long block) const {  // of each lane
-    const long first = (o * I + 128 * block) / group;
-    if (group >= 128) return f32{} + scales[first];
-    float a = scales[first], b = scales[first + 1];
-    if (group == 64) return f32{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-    float c = scales[first + 2], d = scales[first + 3];
-    return f32{a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d};
+  template <int lanes>  // that share a scale
+  f32 scale_of(long o, long block) const {
+    const long first = o * (I / group) + (block * per_block >> 32);
+    if constexpr (lanes == 16) return f32{} + scales[first];
+    return repeated<lanes>(scales.four(first));
+  }
+  f32 scale(long o, long block) const {
+    return group >= 128 ? scale_of<16>(o, block) : group == 64 ? scale_of<8>(o, block) : scale_of<4>(o, block);
   }
 };
 
@@ -87,6 +89,7 @@ struct Bfloat16Pairs : Bfloat16 {
   void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(w + o * I + 32 * block); }
 };
 
+template <int lanes>
 struct Int4Pairs : Int4 {
   using Plane = bf16s;
   static constexpr int planes = 4;
@@ -102,6 +105,57 @@ struct Int4Pairs : Int4 {
     out[1].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     out[2].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
     out[3].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+  }
+  f32 scale(long o, long block) const { return scale_of<lanes>(o, block); }
+};
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// The numbers of 128 bytes in bfloat16: its high halves and its low ones.
+struct Halves {
+  alignas(64) uint8_t high[128], low[128];
+  template <class Number>
+  constexpr Halves(Number number) : high(), low() {
+    for (int i = 0; i < 128; i++) {
+      const auto bits = __builtin_bit_cast(uint32_t, float(number(i)));
+      high[i] = bits >> 24, low[i] = bits >> 16;
+    }
+  }
+};
+
+struct BytePairs {  // a byte is a sign and what is looked up
+  using Plane = bf16s;
+  static constexpr int planes = 2, inputs = 64;
+  static constexpr bool grouped = false;
+  static int place(int plane, int lane) { return lane / 8 * 16 + 8 * plane + lane % 8; }
+  const uint8_t* w;
+  long I;
+  static __m512i look_up(const uint8_t* table, __m512i places) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), places, _mm512_load_si512(table + 64));
+  }
+  static __m512i signed_as(__m512i high, __m512i codes) {
+    return _mm512_ternarylogic_epi64(high, codes, _mm512_set1_epi8(-128), 0xf8);
+  }
+  static void join(__m512i high, __m512i low, Plane* out) {
+    out[0].bits = _mm512_unpacklo_epi8(low, high), out[1].bits = _mm512_unpackhi_epi8(low, high);
+  }
+};
+
+struct Int8Pairs : BytePairs {
+  void read(long o, long block, Plane* out) const {
+    static constexpr Halves whole([](int i) { return i; });
+    __m512i codes = _mm512_loadu_si512(w + o * I + 64 * block), magnitudes = _mm512_abs_epi8(codes);
+    __m512i high = signed_as(look_up(whole.high, magnitudes), codes);
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitudes), _mm512_set1_epi8(0xc3));  // -128
+    join(high, look_up(whole.low, magnitudes), out);
+  }
+};
+
+struct Float8Pairs : BytePairs {
+  void read(long o, long block, Plane* out) const {
+    static constexpr Halves e4m3([](int i) { return (i < 8 ? i : 8 + i % 8) * 0x1p-10 * (1 << std::max(i / 8, 1)); });
+    __m512i codes = _mm512_loadu_si512(w + o * I + 64 * block);
+    join(signed_as(look_up(e4m3.high, codes), codes), look_up(e4m3.low, codes), out);
   }
 };
 #endif
@@ -147,38 +201,54 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 }
 
 template <class F, int M, class Y>
-void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales, Y* y) {
-  constexpr int U = 4;
+void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
+                  const float* row_scales, Y* y) {
+  constexpr int U = F::grouped ? 2 : 4;
   const long blocks = f.I / F::inputs;
-  for (long o = begin; o < end; o++) {  // one row after the other: several at once would read memory out of order
-    f32 sums[U][M] = {};
-    long block = 0;
-    for (; block + U <= blocks; block += U) add_blocks<F, M, U>(f, o, block, blocks, x, sums);
-    for (; block < blocks; block++) add_blocks<F, M, 1>(f, o, block, blocks, x, sums);
+  for (long first = begin; first < end; first += 16) {
+    const long count = std::min(end - first, 16l);
+    f32 lanes[M][16] = {};
+    for (long i = 0; i < count; i++) {  // one row after the other: several at once are read at half the rate
+      f32 parts[U][M] = {};
+      long block = 0;
+      for (; block + U <= blocks; block += U) add_blocks<F, M, U>(f, first + i, block, blocks, x, parts);
+      for (; block < blocks; block++) add_blocks<F, M, 1>(f, first + i, block, blocks, x, parts);
+      for (int m = 0; m < M; m++) {
+        lanes[m][i] = parts[0][m];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; u++) lanes[m][i] += parts[u][m];
+      }
+    }
     for (int m = 0; m < M; m++) {
-      float total = sum((sums[0][m] + sums[1][m]) + (sums[2][m] + sums[3][m]));
-      assign(y[m * O + o], scales ? total * scales[o] : total);
+      f32 totals = sums(lanes[m]) * (row_scales ? row_scales[m] : 1);
+      for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
+      Y* to = y + m * O + first;
+      if (count == 16) keep(to, totals);
+      for (long i = 0; count < 16 && i < count; i++) assign(to[i], totals[i]);
     }
   }
 }
 
+// y = x W^T; outputs and rows may be multiplied by scales.
 template <class F, class X, class Y>
-void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y) {
+void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
 #pragma omp parallel for schedule(static) if (O * f.I > worth_threads)
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
-      dot_products<F, rows>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O, scales, y + m * O);
+      dot_products<F, rows>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O, scales,
+                            row_scales ? row_scales + m : nullptr, y + m * O);
     });
 }
 
 // ---- in x out
 
 // R rows of W, times M rows of x, added to sums [M, O]. Of bfloat16, sums of even and odd outputs lie apart by blocks.
+// Rows `ahead` of these are brought near: a processor that reads several at once does not do so by itself.
 template <class F, int R, int M>
-void add_rows(const F& f, long i, const float* x, float* sums) {
+void add_rows(const F& f, long i, long ahead, const float* x, float* sums) {
   for (long block = 0; block < f.I / F::inputs; block++) {
     f32 held[M][F::planes];
 #pragma GCC unroll 8
@@ -188,6 +258,7 @@ void add_rows(const F& f, long i, const float* x, float* sums) {
         held[m][plane] = load<f32>(sums + m * f.I + block * F::inputs + 16 * plane);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+      __builtin_prefetch(f.w + (i + r + ahead) * f.I + block * F::inputs, 0, 2);
       f32 w[F::planes];
       f.read(i + r, block, w);
 #pragma GCC unroll 8
@@ -216,14 +287,15 @@ void in_out(const F& f, const X* x, long M, long I, X* y) {
     std::fill(sums, sums + M * O, 0.f);
     for (long i = thread * I / threads, end = (thread + 1) * I / threads; i < end;) {
       const int n = end - i >= R ? R : 1;
+      const long ahead = end - i >= 2 * R ? R : 0;
       in_fours(M, [&](auto rows, long m) {
         float factors[rows * R];
         for (int k = 0; k < rows; k++)
           for (int r = 0; r < n; r++) factors[k * n + r] = widened(x[(m + k) * I + i + r]);
         if (n == R)
-          add_rows<F, R, rows>(f, i, factors, sums + m * O);
+          add_rows<F, R, rows>(f, i, ahead, factors, sums + m * O);
         else
-          add_rows<F, 1, rows>(f, i, factors, sums + m * O);
+          add_rows<F, 1, rows>(f, i, ahead, factors, sums + m * O);
       });
       i += n;
     }

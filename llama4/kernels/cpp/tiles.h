@@ -232,7 +232,7 @@ void linear_many(const F& f, const Word* x, long M, long O, Scales scales, const
 template <class X>
 const Word* in_e4m3(const X* x, long M, long I, float* scales) {
   Number<X>* to = scratch<Number<X>, 12>(M * I);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (M * I > worth_threads)
   for (long m = 0; m < M; m++) {
     scales[m] = e4m3_scale(x + m * I, I);
     for (long i = 0; i < I; i += 16) keep(to + m * I + i, rounded_to_e4m3(floats(x + m * I + i) / scales[m]));

@@ -22,6 +22,7 @@ constexpr long worth_threads = 1 << 16;
 using f32 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using i32 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using u32 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using f32x4 = float __attribute__((vector_size(16), aligned(4), may_alias));
 using bf16 = uint16_t;  // its bits
 
 template <class V>
@@ -42,6 +43,12 @@ struct Scales {  // in bfloat16 or float32
   float operator[](long i) const {
     return wide ? static_cast<const float*>(numbers)[i] : widened(static_cast<const bf16*>(numbers)[i]);
   }
+  f32x4 four(long i) const {
+    using u16x4 = uint16_t __attribute__((vector_size(8), aligned(2), may_alias));
+    using u32x4 = uint32_t __attribute__((vector_size(16)));
+    if (wide) return load<f32x4>(static_cast<const float*>(numbers) + i);
+    return (f32x4)(__builtin_convertvector(load<u16x4>(static_cast<const bf16*>(numbers) + i), u32x4) << 16);
+  }
   explicit operator bool() const { return numbers != nullptr; }
 };
 
@@ -53,7 +60,6 @@ void assign(bf16& to, float x) {  // to the nearest, ties to even; what is not a
 
 float sum(f32 v) {
   using f32x8 = float __attribute__((vector_size(32)));
-  using f32x4 = float __attribute__((vector_size(16)));
   f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
@@ -154,6 +160,19 @@ void transpose(u32* rows) {
       rows[i] = lower<s>(a, b, Lanes()), rows[i + s] = upper<s>(a, b, Lanes());
     }
   if constexpr (s > 1) transpose<s / 2>(rows);
+}
+
+// Each of the first numbers in so many lanes.
+template <int each>
+f32 repeated(f32x4 v) {
+#ifdef __AVX512F__
+  i32 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (f32)_mm512_permutexvar_ps((__m512i)(places / each), _mm512_castps128_ps512((__m128)v));
+#else
+  f32 all;
+  for (int i = 0; i < 16; i++) all[i] = v[i / each];
+  return all;
+#endif
 }
 
 template <int s = 8>

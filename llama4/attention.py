@@ -27,12 +27,11 @@ QUERIES = 256
 class Turns:
     """What positions do to queries and keys, computed once per forward and shared by all layers."""
 
-    def __init__(self, config: TextConfig, packing: Packing, dtype: torch.dtype) -> None:
+    def __init__(self, config: TextConfig, positions_N: Tensor, dtype: torch.dtype) -> None:
         precision = torch.promote_types(dtype, torch.float32)
         windows = {config.window(i) for i in range(config.num_hidden_layers) if config.uses_rope(i)}
-        positions = packing.positions_N
-        self.rotations = {w: rope_rotation(config, positions, w, precision) for w in windows}
-        self.temperature = attention_temperature(config, positions, precision)
+        self.rotations = {w: rope_rotation(config, positions_N, w, precision) for w in windows}
+        self.temperature = attention_temperature(config, positions_N, precision)
 
 
 def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ class LayerCache:
             self._table = torch.tensor(addresses, dtype=torch.long)
         return self._table
 
+    def has(self, table: Tensor) -> bool:
+        """Whether the blocks are still those of a `table`."""
+        return self._table is table
+
     def addresses(self, row: int) -> Tensor:
         """Of the blocks of one row."""
         return torch.tensor([block.data_ptr() for block in self.rows[row]], dtype=torch.long)
@@ -138,6 +143,7 @@ class Cache:
         layers: one `LayerCache` per decoder layer.
         is_whole: false while a forward is adding tokens, and for good if that was broken off.
         answer: where a prompt of the only row ended and the logits there, for the same prompt to get the same reply.
+        steps: what compiled decoding has prepared for the next tokens, of its own kind; None at any time.
     """
 
     def __init__(
@@ -155,6 +161,7 @@ class Cache:
         self.nexts = [0] * batch_size
         self.is_whole = True
         self.answer: tuple[int, Tensor] | None = None
+        self.steps: Any = None
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         full_device = full_device or device
         pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
@@ -198,6 +205,7 @@ class Cache:
         blocks are shared, so this takes neither time nor memory."""
         rows = range(self.batch_size) if rows is None else rows
         other = copy.copy(self)
+        other.steps = None
         other.firsts, other.nexts = ([values[row] for row in rows] for values in (self.firsts, self.nexts))
         other.layers = [
             layer.fork(rows, [self.held(row, self.nexts[row], window) for row in rows])

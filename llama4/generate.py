@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama4 import decoding
 from llama4.cache import Cache
 from llama4.errors import ContextLengthError
 from llama4.model import Llama4Model
@@ -306,6 +307,9 @@ def free_memory(device: torch.device) -> int:
 
 @torch.inference_mode()
 def step(model: Llama4Model, ids_B: Tensor, cache: Cache) -> Tensor:
-    """One token more in every row; -> logits of the next, [B, V]."""
+    """One token more in every row; -> logits of the next, [B, V]. Weights and modules are those of the step before: who
+    exchanges one sets `cache.steps` to None."""
+    if (logits_BV := decoding.step(model, ids_B, cache, is_as_before=True)) is not None:
+        return logits_BV
     logits_B1V: Tensor = model(ids_B[:, None], cache=cache, last_only=True)
     return logits_B1V[:, 0]

@@ -56,11 +56,8 @@ class Decoder(nn.Module):
         self.recompute = False
 
     def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
-        turns = Turns(self.config, packing, self.norm.weight.dtype)
+        turns = Turns(self.config, packing.positions_N, self.norm.weight.dtype)
         x_ND = widened(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
-        if (plan := decoding.plan(self.layers, x_ND, packing, cache)) is not None and cache is not None:
-            normed: Tensor = self.norm(decoding.run(plan, self.layers, x_ND, packing, turns, cache))
-            return normed
         for i, layer in enumerate(self.layers):
             run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
             x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
@@ -171,6 +168,10 @@ class Llama4Model(nn.Module):
         batch_size, columns = input_ids.shape
         if cache is not None and cache.batch_size != batch_size:
             raise ValueError(f"input_ids have {batch_size} rows, but the cache was made for {cache.batch_size}")
+        extras = (positions, pixel_values, image_features, attention_mask)
+        is_step = columns == 1 and all(given is None for given in extras)
+        if is_step and cache is not None and (logits_BV := decoding.step(self, input_ids[:, 0], cache)) is not None:
+            return logits_BV[:, None]
         packing = make_packing(
             batch_size,
             columns,

@@ -46,6 +46,9 @@ SWITCH = "LLAMA4_CPU_KERNELS"
 STRIP = 32
 """Outputs that a product of many rows works on at a time."""
 
+OUT_IN, IN_OUT, INT8, FP8, INT4 = range(5)
+"""Kinds of matrices, as in cpp/decode.cpp."""
+
 _INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
 """What each format takes at a time: rows of a matrix are multiples of it."""
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
@@ -159,27 +162,38 @@ def _takes(x_NI: Tensor, format: str) -> bool:
 
 def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T, [N, O]."""
-    return _call("linear", x_NI, weight_OI.shape[0], weight_OI)
+    return _product(OUT_IN, x_NI, weight_OI, weight_OI.shape[0])
 
 
 def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O]."""
-    return _call("project", x_NI, weight_IO.shape[1], weight_IO)
+    return _product(IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
 
 
 def linear_int8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T, with int8 codes."""
-    return _call("linear_int8", x_NI, codes_OI.shape[0], codes_OI, *_scales(scale_O1))
+    return _product(INT8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
 
 
 def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T, with bytes of e4m3; x is rounded to e4m3, too, with a scale per row."""
-    return _call("linear_fp8", x_NI, codes_OI.shape[0], codes_OI, *_scales(scale_O1))
+    return _product(FP8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
 
 
 def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
     """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128."""
-    return _call("linear_int4", x_NI, packed.shape[0], packed, *_scales(scale_OG), group_size)
+    return _product(INT4, x_NI, packed, packed.shape[0], scale_OG, group_size)
+
+
+def _product(
+    kind: int, x_NI: Tensor, weight: Tensor, outputs: int, scale: Tensor | None = None, group_size: int = 0
+) -> Tensor:
+    x_NI = x_NI.contiguous()
+    rows, inputs = x_NI.shape
+    y_NO = x_NI.new_empty(rows, outputs)
+    is_wide = scale is not None and scale.dtype == torch.float32
+    _run("linear", x_NI, x_NI, rows, inputs, outputs, kind, weight, scale, int(is_wide), group_size, y_NO)
+    return y_NO
 
 
 def rounds(weight_OI: Tensor, group_size: int) -> bool:
@@ -292,19 +306,6 @@ def _run(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
 def _pointer(value: float) -> Tensor:
     """A float for a kernel whose arguments are all 64 bits wide."""
     return torch.tensor(value, dtype=torch.float32)
-
-
-def _scales(scale: Tensor) -> tuple[Tensor, int]:
-    """Scales, and whether they are float32 and not bfloat16."""
-    return scale, int(scale.dtype == torch.float32)
-
-
-def _call(name: str, x_NI: Tensor, outputs: int, *weights: Tensor | int) -> Tensor:
-    x_NI = x_NI.contiguous()
-    rows, inputs = x_NI.shape
-    y_NO = x_NI.new_empty(rows, outputs)
-    _run(name, x_NI, x_NI, rows, inputs, outputs, *weights, y_NO)
-    return y_NO
 
 
 def multiple_of(format: str | torch.dtype) -> int:

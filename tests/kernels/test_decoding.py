@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,13 +68,13 @@ def decoded(model: Llama4Model, steps: int = 40) -> Tensor:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by each compiled step."""
     taken: list[int] = []
-    run = decoding.run
+    take = decoding.Steps.take
 
-    def counted(*arguments: object) -> Tensor:
+    def counted(*arguments: Any) -> Tensor:
         taken.append(1)
-        return run(*arguments)  # type: ignore[arg-type]
+        return take(*arguments)
 
-    monkeypatch.setattr(decoding, "run", counted)
+    monkeypatch.setattr(decoding.Steps, "take", counted)
     return taken
 
 

@@ -71,47 +71,51 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
   }
 }
 
-// softmax(q K^T / sqrt(C)) V for one query of every row and head, [B, H, C]. Row b sees the first lengths[b] tokens of
-// the blocks that table[b * width] and what follows point to. A task is a block and a key head; what it leaves is put
-// together with the other blocks' when all are done.
+// Blocks of 256 tokens.
+long blocks_for(long tokens) { return (tokens + slots - 1) / slots; }
+
+// Floats that `attend` wants.
+long parts_for(const long* lengths, long B, long H, long C) {
+  return B * H * blocks_for(*std::max_element(lengths, lengths + B)) * (C + 16);
+}
+
+// softmax(q K^T / sqrt(C)) V for one query of every row and head, [B, H, C], by a team. Row b sees the first lengths[b]
+// tokens of the blocks that table[b * width] and what follows point to. A task is a block and a key head; what it leaves
+// in `parts` is put together with the other blocks' when all are done.
 template <class F, class X>
 void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
-            X* y) {
-  const long G = H / K, longest = *std::max_element(lengths, lengths + B);
-  const long blocks = (longest + slots - 1) / slots, part = C + 16;
-  float* wide = scratch<float, 2>(B * H * (blocks * part + C));
-  float* parts = wide + B * H * C;
-  for (long i = 0; i < B * H * C; i += 16) store(wide + i, floats(q + i) * (1 / __builtin_sqrtf(C)));
-#pragma omp parallel if (B * K * longest * C > worth_threads)
-  {
-    float* scores = scratch<float, 3>(4 * slots);
-#pragma omp for schedule(dynamic)
-    for (long task = 0; task < B * blocks * K; task++) {
-      const long b = task / K / blocks, block = task / K % blocks, k = task % K;
-      const long n = std::min(lengths[b] - block * slots, slots);
-      if (n <= 0) continue;
-      const char* held = table[b * width + block];
-      const Head<F> keys = head_of<F>(held, k, K, C), values = head_of<F>(held, K + k, K, C);
-      in_fours(G, [&](auto queries, long first) {
-        const long head = b * H + k * G + first;
-        attend_block<queries>(wide + head * C, keys, values, n, C, scores, parts + (head * blocks + block) * part,
-                              blocks * part);
-      });
+            float* parts, X* y) {
+  const long G = H / K, blocks = blocks_for(*std::max_element(lengths, lengths + B)), part = C + 16;
+  float* queries = scratch<float, 2>(4 * C);
+  float* scores = scratch<float, 3>(4 * slots);
+#pragma omp for schedule(dynamic) nowait
+  for (long task = 0; task < B * blocks * K; task++) {
+    const long b = task / K / blocks, block = task / K % blocks, k = task % K;
+    const long n = std::min(lengths[b] - block * slots, slots);
+    if (n <= 0) continue;
+    const char* held = table[b * width + block];
+    const Head<F> keys = head_of<F>(held, k, K, C), values = head_of<F>(held, K + k, K, C);
+    in_fours(G, [&](auto count, long first) {
+      const long head = b * H + k * G + first;
+      for (long i = 0; i < count * C; i += 16)
+        store(queries + i, floats(q + head * C + i) * (1 / __builtin_sqrtf(C)));
+      attend_block<count>(queries, keys, values, n, C, scores, parts + (head * blocks + block) * part, blocks * part);
+    });
+  }
+  wait_for_team();
+#pragma omp for schedule(static) nowait
+  for (long head = 0; head < B * H; head++) {
+    const float* own = parts + head * blocks * part;
+    const long used = blocks_for(lengths[head / H]);
+    float most = own[C], total = 0;
+    for (long i = 1; i < used; i++) most = std::max(most, own[i * part + C]);
+    f32 sums[64] = {};
+    for (long i = 0; i < used; i++) {
+      const float factor = exponential(f32{} + (own[i * part + C] - most))[0];
+      total += factor * own[i * part + C + 1];
+      for (long c = 0; c < C; c += 16) sums[c / 16] += load<f32>(own + i * part + c) * factor;
     }
-#pragma omp for schedule(static)
-    for (long head = 0; head < B * H; head++) {
-      const float* own = parts + head * blocks * part;
-      const long used = (lengths[head / H] + slots - 1) / slots;
-      float most = own[C], total = 0;
-      for (long i = 1; i < used; i++) most = std::max(most, own[i * part + C]);
-      f32 sums[64] = {};
-      for (long i = 0; i < used; i++) {
-        const float factor = exponential(f32{} + (own[i * part + C] - most))[0];
-        total += factor * own[i * part + C + 1];
-        for (long c = 0; c < C; c += 16) sums[c / 16] += load<f32>(own + i * part + c) * factor;
-      }
-      for (long c = 0; c < C; c += 16) keep(y + head * C + c, sums[c / 16] / total);
-    }
+    for (long c = 0; c < C; c += 16) keep(y + head * C + c, sums[c / 16] / total);
   }
 }
 

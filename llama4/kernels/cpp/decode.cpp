@@ -1,4 +1,4 @@
-// One decoder layer for one new token per row: the steps of llama4/model.py, without the microseconds between them. And
+// A step of decoding, one new token per row: what llama4/model.py does, without the microseconds between its steps. And
 // what Python calls.
 
 #include "attention.h"
@@ -9,25 +9,18 @@
 
 namespace {
 
-// Kinds of a Matrix, as in llama4/decoding.py.
-enum { OUT_IN, IN_OUT, INT8, FP8, INT4 };
+// ---- matrices of any format
 
-// A matrix of any format, or, for experts, several that lie `step` bytes apart, and their scales `scale_step`.
+enum { OUT_IN, IN_OUT, INT8, FP8, INT4 };  // as in llama4/kernels/cpu.py
+
+// Or, for experts, several that lie `step` bytes apart, and their scales `scale_step`.
 struct Matrix {
   const char* w;
   Scales scales;
   int64_t kind, group, I, O, step, scale_step;
 };
 
-struct Layer {
-  Matrix q, k, v, o, gate_up, down;
-  Matrix gate, up, shared_down;                 // of the shared expert, or of the dense MLP
-  const void *input_norm, *post_norm, *router;  // router: nullptr in a dense layer
-  int64_t D, H, K, C, E, chosen;                // chosen: experts per token
-  double eps, qk_eps;                           // qk_eps: negative without QK-norm
-};
-
-// The formats for rows of a dtype: without and with bits to unpack.
+// The formats for rows of a dtype.
 template <class X>
 struct For;
 template <>
@@ -62,48 +55,92 @@ using InOut = std::conditional_t<std::is_same_v<X, float>, Float32, Bfloat16>;
 
 constexpr long few = 12;  // as in cpu.py
 
-template <class X>
-void project(const X* x, long M, long I, long O, const X* w, X* y) {
-  const bool in_pairs = numbers_per_word<X> == 2 && I % 2 == 0 && O % strip == 0;
-  const long most = in_pairs ? rows_at_once - 1 : few;  // many in pairs are twice as fast
-  M <= most ? in_out(InOut<X>{w, O}, x, M, I, y) : project_many(x, M, I, O, w, y);
-}
+long numbers(const Matrix& a) { return a.I * a.O; }
 
-template <class X>
-void linear_int8(const uint8_t* w, const X* x, long M, long I, long O, Scales scales, X* y) {
-  if (M <= few) return out_in(typename For<X>::Codes8{w, I}, x, M, O, scales, y);
-  linear_many(Int8{w, I}, in_words<Int8>(x, M * I), M, O, scales, nullptr, y);
-}
+// Floats that a product wants.
+long parts_for(const Matrix& a, long M) { return a.kind == IN_OUT ? omp_get_max_threads() * M * a.O : 0; }
 
+// A few rows, by a team.
 template <class X>
-void linear_fp8(const uint8_t* w, const X* x, long M, long I, long O, Scales scales, X* y) {
-  float* row_scales = scratch<float, 9>(M);
-  const Word* rows = in_e4m3(x, M, I, row_scales);
-  if (M <= few) return out_in(typename For<X>::E4M3{w, I}, (const Number<X>*)rows, M, O, scales, y, row_scales);
-  linear_many(Float8{w, I}, rows, M, O, scales, row_scales, y);
-}
-
-template <class X>
-void linear_int4(const Int4& f, const X* x, long M, long O, X* y) {
+void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* y) {
   using Of = For<X>;
-  if (M <= few && f.group >= 128) return out_in(typename Of::template Codes4<16>{f}, x, M, O, Scales{}, y);
-  if (M <= few && f.group == 64) return out_in(typename Of::template Codes4<8>{f}, x, M, O, Scales{}, y);
-  if (M <= few) return out_in(typename Of::template Codes4<4>{f}, x, M, O, Scales{}, y);
-  linear_many(f, in_words<Int4>(x, M * f.I), M, O, Scales{}, nullptr, y);
-}
-
-template <class X>
-void product(const Matrix& a, long expert, const X* x, long M, X* y) {
   const char* w = a.w + expert * a.step;
+  const auto* codes = (const uint8_t*)w;
   const Scales s{static_cast<const char*>(a.scales.numbers) + expert * a.scale_step, a.scales.wide};
+  const Int4 four{codes, a.I, s, a.group};
   switch (a.kind) {
-    case OUT_IN: return out_in(typename For<X>::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
-    case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, y);
-    case INT8: return linear_int8((const uint8_t*)w, x, M, a.I, a.O, s, y);
-    case FP8: return linear_fp8((const uint8_t*)w, x, M, a.I, a.O, s, y);
-    case INT4: return linear_int4(Int4{(const uint8_t*)w, a.I, s, a.group}, x, M, a.O, y);
+    case OUT_IN: return out_in(typename Of::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
+    case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, parts, y);
+    case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, s, y);
+    case FP8: {
+      float* row_scales = scratch<float, 9>(M);
+      auto* rows = scratch<Number<X>, 12>(M * a.I);
+      for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
+      return out_in(typename Of::E4M3{codes, a.I}, rows, M, a.O, s, y, row_scales);
+    }
+    case INT4:
+      if (a.group >= 128) return out_in(typename Of::template Codes4<16>{four}, x, M, a.O, Scales{}, y);
+      if (a.group == 64) return out_in(typename Of::template Codes4<8>{four}, x, M, a.O, Scales{}, y);
+      return out_in(typename Of::template Codes4<4>{four}, x, M, a.O, Scales{}, y);
   }
 }
+
+// Many rows.
+template <class X>
+void product_of_many(const Matrix& a, const X* x, long M, X* y) {
+  const auto* codes = (const uint8_t*)a.w;
+  switch (a.kind) {
+    case IN_OUT: return project_many(x, M, a.I, a.O, (const X*)a.w, y);
+    case INT8: return linear_many(Int8{codes, a.I}, in_words<Int8>(x, M * a.I), M, a.O, a.scales, nullptr, y);
+    case FP8: {
+      float* row_scales = scratch<float, 9>(M);
+      auto* rows = scratch<Number<X>, 12>(M * a.I);
+#pragma omp parallel for schedule(static)
+      for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
+      return linear_many(Float8{codes, a.I}, (const Word*)rows, M, a.O, a.scales, row_scales, y);
+    }
+    case INT4:
+      const Int4 four{codes, a.I, a.scales, a.group};
+      return linear_many(four, in_words<Int4>(x, M * a.I), M, a.O, Scales{}, nullptr, y);
+  }
+}
+
+template <class X>
+void linear(const Matrix& a, const X* x, long M, X* y) {
+  const bool in_pairs = numbers_per_word<X> == 2 && a.I % 2 == 0 && a.O % strip == 0;
+  const long most = a.kind == IN_OUT && in_pairs ? rows_at_once - 1 : few;  // many in pairs are twice as fast
+  if (M > most && a.kind != OUT_IN) return product_of_many(a, x, M, y);
+  float* parts = scratch<float, 1>(parts_for(a, M));
+#pragma omp parallel if (numbers(a) > worth_threads)
+  product(a, 0, x, M, parts, y);
+}
+
+// ---- a step of decoding
+
+struct Layer {
+  Matrix q, k, v, o, gate_up, down;
+  Matrix gate, up, shared_down;                 // of the shared expert, or of the dense MLP
+  const void *input_norm, *post_norm, *router;  // router: nullptr in a dense layer
+  int64_t H, K, C, E, chosen;                   // chosen: experts per token
+  double eps, qk_eps;                           // qk_eps: negative without QK-norm
+};
+
+struct Decoder {
+  const Layer* layers;
+  int64_t count;
+  const void *embedding, *norm;
+  Matrix head;
+  double eps;
+};
+
+// What a layer is told of M rows for some steps to come: turns [steps, M, C] and temperatures [steps, M], either if it
+// has them; how many tokens a row sees, its new one included, [steps, M]; and the blocks that hold them, [M, width].
+struct Held {
+  const float *rotations, *temperatures;
+  const long* lengths;
+  char* const* table;
+  int64_t width, format;
+};
 
 template <class X>
 void add(float* to, const X* from, long count) {
@@ -120,67 +157,141 @@ void choose(const float* logits, long E, long k, long* experts, float* scores) {
   }
 }
 
+// What the threads of a team share: each buffer is written by all and read by all, with a wait between.
 template <class X>
-void decode(const Layer& layer, float* h, long M, const float* rotation, const float* temperature, const long* lengths,
-            char* const* table, long table_width, long format) {
-  const long D = layer.D, H = layer.H, K = layer.K, C = layer.C, E = layer.router ? layer.E : 0, R = M * layer.chosen;
-  const long width = std::max({H * C, D, layer.gate.O, E ? layer.gate_up.O : 0});
-  X* work = scratch<X, 6>(M * (D + H * C + 2 * K * C + 3 * width));
-  X *x = work, *q = x + M * D, *k = q + M * H * C, *v = k + M * K * C, *a = v + M * K * C, *b = a + M * width,
-    *c = b + M * width;
+struct Shared {
+  X *q, *k, *v, *heads, *wide, *other, *inner, *out;
+  float *logits, *parts;
 
-  rms_norm(h, M, D, (const X*)layer.input_norm, layer.eps, x);
-  product(layer.q, 0, x, M, q);
-  product(layer.k, 0, x, M, k);
-  product(layer.v, 0, x, M, v);
-  if (rotation || layer.qk_eps >= 0 || temperature) {
-    turn(q, H * C, M, H, C, rotation, layer.qk_eps, temperature, q);
-    turn(k, K * C, M, K, C, rotation, layer.qk_eps, nullptr, k);
-  }
-  with_format<X>(format, [&](auto held) {
-    using F = decltype(held);
-    for (long m = 0; m < M; m++)
-      for (long head = 0; head < K; head++) {
-        const long slot = lengths[m] - 1, from = (m * K + head) * C;
-        char* block = table[m * table_width + slot / slots];
-        put<F>(block, slot % slots, head, K, C, k + from);
-        put<F>(block, slot % slots, K + head, K, C, v + from);
-      }
-    attend<F>(q, table, table_width, lengths, M, H, K, C, a);
-  });
-  product(layer.o, 0, a, M, b);
-  add(h, b, M * D);
-
-  rms_norm(h, M, D, (const X*)layer.post_norm, layer.eps, x);
-  if (E) {
-    float* logits = scratch<float, 7>(M * E + R * 2);
-    float* scores = logits + M * E;
-    long* experts = scratch<long, 8>(R);
-    out_in(typename For<X>::Dense{(const X*)layer.router, D}, x, M, E, Scales{}, logits);
-    for (long m = 0; m < M; m++)
-      choose(logits + m * E, E, layer.chosen, experts + m * layer.chosen, scores + m * layer.chosen);
-    for (long e = 0; e < E; e++) {
-      long count = 0;
-      for (long i = 0; i < R; i++)
-        if (experts[i] == e) {
-          const X* from = x + i / layer.chosen * D;
-          for (long d = 0; d < D; d += 16) keep(a + count * D + d, floats(from + d) * scores[i]);
-          count++;
-        }
-      if (!count) continue;
-      const long F = layer.gate_up.O / 2;
-      product(layer.gate_up, e, a, count, b);
-      swiglu(b, b + F, count, F, 2 * F, c);
-      product(layer.down, e, c, count, a);
-      for (long i = 0, row = 0; i < R; i++)
-        if (experts[i] == e) add(h + i / layer.chosen * D, a + row++ * D, D);
+  Shared(const Decoder& d, const Held* held, long step, long M) {
+    long queries = 0, keys = 0, width = 0, experts = 0, most = 0;
+    const auto want = [&](const Matrix& a) {
+      width = std::max(width, a.O), most = std::max(most, parts_for(a, M));
+    };
+    for (long i = 0; i < d.count; i++) {
+      const Layer& l = d.layers[i];
+      queries = std::max(queries, l.H * l.C), keys = std::max(keys, l.K * l.C), experts = std::max(experts, l.E);
+      want(l.gate), want(l.gate_up), want(l.down);
+      most = std::max(most, parts_for(held[i].lengths + step * M, M, l.H, l.C));
     }
+    const long D = d.head.I;
+    q = scratch<X, 7>(M * (2 * queries + 2 * keys + 3 * width + D));
+    heads = q + M * queries, k = heads + M * queries, v = k + M * keys, wide = v + M * keys, other = wide + M * width;
+    inner = other + M * width, out = inner + M * width;
+    logits = scratch<float, 8>(M * experts), parts = scratch<float, 1>(most);
   }
-  product(layer.gate, 0, x, M, a);
-  product(layer.up, 0, x, M, b);
-  swiglu(a, b, M, layer.gate.O, layer.gate.O, c);
-  product(layer.shared_down, 0, c, M, a);
-  add(h, a, M * D);
+};
+
+// Rows of silu(gate) * up, by a team, a piece at a time; rows of both lie `stride` apart.
+template <class X>
+void swiglu(const X* gate, const X* up, long M, long F, long stride, X* y) {
+  constexpr long piece = 256;
+  for (long m = 0; m < M; m++)
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < F; i += piece)
+      swiglu(gate + m * stride + i, up + m * stride + i, std::min(piece, F - i), y + m * F + i);
+}
+
+// Each thread of a team has a residual stream h [M, D] of its own, and adds to it what all of them computed.
+template <class X>
+void attention(const Layer& l, const Held& held, long step, long M, long D, const Shared<X>& s, X* x, float* h) {
+  const long H = l.H, K = l.K, C = l.C, *lengths = held.lengths + step * M;
+  for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.input_norm, l.eps, x + m * D);
+  product(l.q, 0, x, M, s.parts, s.q);
+  product(l.k, 0, x, M, s.parts, s.k);
+  product(l.v, 0, x, M, s.parts, s.v);
+  wait_for_team();
+  with_format<X>(held.format, [&](auto format) {
+    using F = decltype(format);
+#pragma omp for schedule(static)
+    for (long i = 0; i < M * (H + K); i++) {
+      const long m = i / (H + K), head = i % (H + K), k = head - H;
+      const float* rotation = held.rotations ? held.rotations + (step * M + m) * C : nullptr;
+      const float temperature = held.temperatures && k < 0 ? held.temperatures[step * M + m] : 1;
+      X* own = k < 0 ? s.q + (m * H + head) * C : s.k + (m * K + k) * C;
+      if (rotation || l.qk_eps >= 0 || temperature != 1) turn(own, C, rotation, l.qk_eps, temperature, own);
+      if (k < 0) continue;
+      const long slot = lengths[m] - 1;
+      char* block = held.table[m * held.width + slot / slots];
+      put<F>(block, slot % slots, k, K, C, own);
+      put<F>(block, slot % slots, K + k, K, C, s.v + (m * K + k) * C);
+    }
+    attend<F>(s.q, held.table, held.width, lengths, M, H, K, C, s.parts, s.heads);
+  });
+  wait_for_team();
+  product(l.o, 0, s.heads, M, s.parts, s.out);
+  wait_for_team();
+  add(h, s.out, M * D);
+}
+
+template <class X>
+void experts(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
+  const long k = l.chosen, R = M * k, F = l.gate_up.O / 2;
+  out_in(typename For<X>::Dense{(const X*)l.router, D}, x, M, l.E, Scales{}, s.logits);
+  wait_for_team();
+  long* chosen = scratch<long, 13>(R);
+  float* scores = scratch<float, 14>(R);
+  X* rows = scratch<X, 15>(R * D);
+  for (long m = 0; m < M; m++) choose(s.logits + m * l.E, l.E, k, chosen + m * k, scores + m * k);
+  for (long e = 0; e < l.E; e++) {
+    long count = 0;
+    for (long i = 0; i < R; i++)
+      if (chosen[i] == e) {
+        for (long d = 0; d < D; d += 16) keep(rows + count * D + d, floats(x + i / k * D + d) * scores[i]);
+        count++;
+      }
+    if (!count) continue;
+    product(l.gate_up, e, rows, count, s.parts, s.wide);
+    wait_for_team();
+    swiglu(s.wide, s.wide + F, count, F, 2 * F, s.inner);
+    wait_for_team();
+    product(l.down, e, s.inner, count, s.parts, s.out);
+    wait_for_team();
+    for (long i = 0, row = 0; i < R; i++)
+      if (chosen[i] == e) add(h + i / k * D, s.out + row++ * D, D);
+  }
+}
+
+template <class X>
+void dense(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
+  const long F = l.gate.O;
+  product(l.gate, 0, x, M, s.parts, s.wide);
+  product(l.up, 0, x, M, s.parts, s.other);
+  wait_for_team();
+  swiglu(s.wide, s.other, M, F, F, s.inner);
+  wait_for_team();
+  product(l.shared_down, 0, s.inner, M, s.parts, s.out);
+  wait_for_team();
+  add(h, s.out, M * D);
+}
+
+template <class X>
+void decode(const Decoder& d, const Held* held, long step, const long* ids, long M, X* logits) {
+  const Shared<X> shared(d, held, step, M);
+  const long D = d.head.I;
+#pragma omp parallel if (numbers(d.layers[0].gate) > worth_threads)
+  {
+    float* h = scratch<float, 16>(M * D);
+    X* x = scratch<X, 6>(M * D);
+    for (long m = 0; m < M; m++)
+      for (long i = 0; i < D; i += 16) store(h + m * D + i, floats((const X*)d.embedding + ids[m] * D + i));
+    for (long i = 0; i < d.count; i++) {
+      const Layer& l = d.layers[i];
+      attention(l, held[i], step, M, D, shared, x, h);
+      for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.post_norm, l.eps, x + m * D);
+      if (l.router) experts(l, M, D, shared, x, h);
+      dense(l, M, D, shared, x, h);
+    }
+    for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)d.norm, d.eps, x + m * D);
+    product(d.head, 0, x, M, shared.parts, logits);
+  }
+}
+
+// Calls part(row) for rows of so many numbers, on all cores if that is worth it.
+template <class Part>
+void for_each_row(long N, long numbers, const Part& part) {
+#pragma omp parallel for schedule(static) if (N * numbers > worth_threads)
+  for (long n = 0; n < N; n++) part(n);
 }
 
 }  // namespace
@@ -188,42 +299,34 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
 // ---- what Python calls, once per dtype of x and y: f for float32, b for bfloat16
 
 #define ENTRIES(X, suffix)                                                                                             \
-  extern "C" void linear_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                              \
-    out_in(For<X>::Dense{w, I}, x, M, O, Scales{}, y);                                                                 \
-  }                                                                                                                    \
-  extern "C" void project_##suffix(const X* x, long M, long I, long O, const X* w, X* y) {                             \
-    project(x, M, I, O, w, y);                                                                                         \
-  }                                                                                                                    \
-  extern "C" void linear_int8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
-                                       X* y) {                                                                         \
-    linear_int8(w, x, M, I, O, Scales{s, wide}, y);                                                                    \
-  }                                                                                                                    \
-  extern "C" void linear_fp8_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide,  \
-                                      X* y) {                                                                          \
-    linear_fp8(w, x, M, I, O, Scales{s, wide}, y);                                                                     \
-  }                                                                                                                    \
-  extern "C" void linear_int4_##suffix(const X* x, long M, long I, long O, const uint8_t* w, const void* s, long wide, \
-                                       long group, X* y) {                                                             \
-    linear_int4({w, I, {s, wide}, group}, x, M, O, y);                                                                 \
+  extern "C" void linear_##suffix(const X* x, long M, long I, long O, long kind, const char* w, const void* s,         \
+                                  long wide, long group, X* y) {                                                       \
+    linear(Matrix{w, {s, wide}, kind, group, I, O}, x, M, y);                                                          \
   }                                                                                                                    \
   extern "C" void quantize_int4_##suffix(const X* weights, long groups, long size, const float* ranges, long count,    \
                                          uint32_t* words, X* scales) {                                                 \
     quantize_int4(weights, groups, size, ranges, count, words, scales);                                                \
   }                                                                                                                    \
   extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {         \
-    rms_norm(x, N, D, weight, *eps, y);                                                                                \
+    for_each_row(N, D, [&](long n) { rms_norm(x + n * D, D, weight, *eps, y + n * D); });                              \
   }                                                                                                                    \
   extern "C" void turn_##suffix(const X* x, long stride, long N, long H, long C, const float* rotation,                \
                                 const float* eps, const float* factors, X* y) {                                        \
-    turn(x, stride, N, H, C, rotation, *eps, factors, y);                                                              \
+    for_each_row(N, H* C, [&](long n) {                                                                                \
+      const float* own = rotation ? rotation + n * C : nullptr;                                                        \
+      const float factor = factors ? factors[n] : 1;                                                                   \
+      for (long h = 0; h < H; h++) turn(x + n * stride + h * C, C, own, *eps, factor, y + (n * H + h) * C);            \
+    });                                                                                                                \
   }                                                                                                                    \
   extern "C" void swiglu_##suffix(const X* gate, const X* up, long N, long F, long stride, X* y) {                     \
-    swiglu(gate, up, N, F, stride, y);                                                                                 \
+    for_each_row(N, F, [&](long n) { swiglu(gate + n * stride, up + n * stride, F, y + n * F); });                     \
   }                                                                                                                    \
-  extern "C" void attend_##suffix(const X* q, const char* const* table, long table_width, const long* lengths, long B,  \
+  extern "C" void attend_##suffix(const X* q, const char* const* table, long width, const long* lengths, long B,       \
                                   long H, long K, long C, long format, X* y) {                                         \
+    float* parts = scratch<float, 1>(parts_for(lengths, B, H, C));                                                     \
     with_format<X>(format, [&](auto held) {                                                                            \
-      attend<decltype(held)>(q, table, table_width, lengths, B, H, K, C, y);                                           \
+      _Pragma("omp parallel")                                                                                          \
+      attend<decltype(held)>(q, table, width, lengths, B, H, K, C, parts, y);                                          \
     });                                                                                                                \
   }                                                                                                                    \
   extern "C" void attend_causal_##suffix(const X* q, const X* k, const X* v, long N, const char* const* blocks,        \
@@ -232,11 +335,9 @@ void decode(const Layer& layer, float* h, long M, const float* rotation, const f
       attend_causal<decltype(held)>(q, k, v, N, blocks, past, H, K, C, y);                                             \
     });                                                                                                                \
   }                                                                                                                    \
-  extern "C" void decode_##suffix(const Layer* layer, float* h, long M, const float* rotation,                         \
-                                  const float* temperature, const long* lengths, char* const* table,                   \
-                                  long table_width, long format) {                                                     \
-    decode<X>(*layer, h, M, rotation, temperature, lengths, table, table_width, format);                                \
+  extern "C" void decode_##suffix(const Decoder* decoder, const Held* held, long step, const long* ids, long M,        \
+                                  X* logits) {                                                                         \
+    decode(*decoder, held, step, ids, M, logits);                                                                      \
   }
 ENTRIES(float, f)
 ENTRIES(bf16, b)
-

@@ -2,7 +2,8 @@
 // read once, in order, by all cores, and turned into floats in registers: that is all this file is about.
 //
 // Two layouts. "out x in", y = x W^T, is that of Linear and of all packed weights: an output is the dot product of x
-// with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs.
+// with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs. A team
+// multiplies; every thread of it may hand in a copy of x that is its own.
 //
 // Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block
 // becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane.
@@ -234,7 +235,7 @@ template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
-#pragma omp parallel for schedule(static) if (O * f.I > worth_threads)
+#pragma omp for schedule(static) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
@@ -274,40 +275,36 @@ void add_rows(const F& f, long i, long ahead, const float* x, float* sums) {
   }
 }
 
-// A format's rows are now inputs, of O numbers each: f.I is O.
+// A format's rows are now inputs, of O numbers each: f.I is O. Each thread adds up some of them, in its part of [threads,
+// M, O], then some outputs of all.
 template <class F, class X>
-void in_out(const F& f, const X* x, long M, long I, X* y) {
+void in_out(const F& f, const X* x, long M, long I, float* parts, X* y) {
   constexpr int R = 8, lanes = 16;
-  const long O = f.I, most = omp_get_max_threads();
-  float* all = scratch<float, 1>(most * M * O);
-#pragma omp parallel if (O * I > worth_threads)
-  {
-    const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float* sums = all + thread * M * O;
-    std::fill(sums, sums + M * O, 0.f);
-    for (long i = thread * I / threads, end = (thread + 1) * I / threads; i < end;) {
-      const int n = end - i >= R ? R : 1;
-      const long ahead = end - i >= 2 * R ? R : 0;
-      in_fours(M, [&](auto rows, long m) {
-        float factors[rows * R];
-        for (int k = 0; k < rows; k++)
-          for (int r = 0; r < n; r++) factors[k * n + r] = widened(x[(m + k) * I + i + r]);
-        if (n == R)
-          add_rows<F, R, rows>(f, i, ahead, factors, sums + m * O);
-        else
-          add_rows<F, 1, rows>(f, i, ahead, factors, sums + m * O);
-      });
-      i += n;
-    }
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (long begin = 0; begin < M * O; begin += F::inputs)
-      for (int plane = 0; plane < F::planes; plane++) {
-        f32 total{};
-        for (long t = 0; t < threads; t++) total += load<f32>(all + t * M * O + begin + lanes * plane);
-        for (int lane = 0; lane < lanes; lane++) assign(y[begin + F::place(plane, lane)], total[lane]);
-      }
+  const long O = f.I, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  float* sums = parts + thread * M * O;
+  std::fill(sums, sums + M * O, 0.f);
+  for (long i = thread * I / threads, end = (thread + 1) * I / threads; i < end;) {
+    const int n = end - i >= R ? R : 1;
+    const long ahead = end - i >= 2 * R ? R : 0;
+    in_fours(M, [&](auto rows, long m) {
+      float factors[rows * R];
+      for (int k = 0; k < rows; k++)
+        for (int r = 0; r < n; r++) factors[k * n + r] = widened(x[(m + k) * I + i + r]);
+      if (n == R)
+        add_rows<F, R, rows>(f, i, ahead, factors, sums + m * O);
+      else
+        add_rows<F, 1, rows>(f, i, ahead, factors, sums + m * O);
+    });
+    i += n;
   }
+  wait_for_team();
+#pragma omp for schedule(static) nowait
+  for (long begin = 0; begin < M * O; begin += F::inputs)
+    for (int plane = 0; plane < F::planes; plane++) {
+      f32 total{};
+      for (long t = 0; t < threads; t++) total += load<f32>(parts + t * M * O + begin + lanes * plane);
+      for (int lane = 0; lane < lanes; lane++) assign(y[begin + F::place(plane, lane)], total[lane]);
+    }
 }
 
 }  // namespace

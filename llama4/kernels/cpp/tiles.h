@@ -228,16 +228,4 @@ void linear_many(const F& f, const Word* x, long M, long O, Scales scales, const
   many(x, M, f.I, O, words, large_panel, pack, next, scales, row_scales, y);
 }
 
-// Rows in e4m3, as words, and the scale of each.
-template <class X>
-const Word* in_e4m3(const X* x, long M, long I, float* scales) {
-  Number<X>* to = scratch<Number<X>, 12>(M * I);
-#pragma omp parallel for schedule(static) if (M * I > worth_threads)
-  for (long m = 0; m < M; m++) {
-    scales[m] = e4m3_scale(x + m * I, I);
-    for (long i = 0; i < I; i += 16) keep(to + m * I + i, rounded_to_e4m3(floats(x + m * I + i) / scales[m]));
-  }
-  return (const Word*)to;
-}
-
 }  // namespace

@@ -219,18 +219,23 @@ f32 rounded_to_e4m3(f32 x) {
   return (f32)((u32)smaller(y, f32{} + 448.f) | (bits & 0x80000000u));
 }
 
-
-// What makes the largest of a row 448, the largest of e4m3.
-template <class X>
-float e4m3_scale(const X* x, long I) {
+// A row in e4m3, after division by what makes its largest 448, the largest of e4m3; -> that.
+template <class X, class To>
+float to_e4m3(const X* x, long I, To* to) {
   f32 most{};
   for (long i = 0; i < I; i += 16) {
     f32 v = floats(x + i);
     most = larger(most, larger(v, -v));
   }
-  float largest = 0;
-  for (int lane = 0; lane < 16; lane++) largest = std::max(largest, most[lane]);
-  return largest > 0 ? largest / 448 : 1;
+  const float scale = largest(most) > 0 ? largest(most) / 448 : 1;
+  for (long i = 0; i < I; i += 16) keep(to + i, rounded_to_e4m3(floats(x + i) / scale));
+  return scale;
+}
+
+// A team is all threads of a parallel region, who run a function together, each its share of it. None waits for the
+// others at the end: who wants to read what they wrote waits first. Outside of a region a team is one thread.
+void wait_for_team() {
+#pragma omp barrier
 }
 
 }  // namespace

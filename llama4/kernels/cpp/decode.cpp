@@ -26,6 +26,7 @@ struct For;
 template <>
 struct For<float> {
   using Dense = Float32;
+  using Rows = Float32Rows;
   using Codes8 = Int8;
   using E4M3 = Float8;
   template <int lanes>
@@ -33,6 +34,7 @@ struct For<float> {
 };
 template <>
 struct For<bf16> {
+  using Rows = Bfloat16Rows;
 #ifdef __AVX512BF16__
   using Dense = Bfloat16Pairs;
   template <int lanes>
@@ -50,8 +52,6 @@ struct For<bf16> {
   using E4M3 = Float8;
 #endif
 };
-template <class X>
-using InOut = std::conditional_t<std::is_same_v<X, float>, Float32, Bfloat16>;
 
 constexpr long few = 12;  // as in cpu.py
 
@@ -70,7 +70,7 @@ void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* 
   const Int4 four{codes, a.I, s, a.group};
   switch (a.kind) {
     case OUT_IN: return out_in(typename Of::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
-    case IN_OUT: return in_out(InOut<X>{(const X*)w, a.O}, x, M, a.I, parts, y);
+    case IN_OUT: return in_out<typename Of::Rows>((const X*)w, x, M, a.I, a.O, parts, y);
     case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, s, y);
     case FP8: {
       float* row_scales = scratch<float, 9>(M);

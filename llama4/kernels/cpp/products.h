@@ -244,67 +244,110 @@ void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const f
     });
 }
 
-// ---- in x out
+// ---- in x out: here a format reads a block of one row of W, or of `together` neighbours, whose products go to one sum
 
-// R rows of W, times M rows of x, added to sums [M, O]. Of bfloat16, sums of even and odd outputs lie apart by blocks.
-// Rows `ahead` of these are brought near: a processor that reads several at once does not do so by itself.
+struct Float32Rows {
+  using Number = float;
+  using Plane = f32;
+  using Factor = float;
+  static constexpr int planes = 1, outputs = 16, together = 1;
+  static void read(const float* a, const float*, Plane* out) { out[0] = load<f32>(a); }
+  static Factor factor(float a, float) { return a; }
+  static Plane all(Factor x) { return f32{} + x; }
+  static void keep_sums(float* y, const f32* sums) { store(y, sums[0]); }
+};
+
+#ifdef __AVX512BF16__
+struct Bfloat16Rows {
+  using Number = bf16;
+  using Plane = bf16s;
+  using Factor = uint32_t;
+  static constexpr int planes = 2, outputs = 32, together = 2;
+  static void read(const bf16* a, const bf16* b, Plane* out) {
+    __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    out[0].bits = _mm512_unpacklo_epi16(first, second), out[1].bits = _mm512_unpackhi_epi16(first, second);
+  }
+  static Factor factor(bf16 a, bf16 b) { return a | uint32_t(b) << 16; }
+  static Plane all(Factor x) { return {_mm512_set1_epi32(x)}; }
+  static void keep_sums(bf16* y, const f32* sums) {  // four outputs are in the one, the next four in the other
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)sums[1], (__m512)sums[0]);
+    _mm512_storeu_si512(y, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), both));
+  }
+};
+#else
+struct Bfloat16Rows {
+  using Number = bf16;
+  using Plane = f32;
+  using Factor = float;
+  static constexpr int planes = 2, outputs = 32, together = 1;
+  static void read(const bf16* a, const bf16*, Plane* out) { out[0] = floats(a), out[1] = floats(a + 16); }
+  static Factor factor(bf16 a, bf16) { return widened(a); }
+  static Plane all(Factor x) { return f32{} + x; }
+  static void keep_sums(bf16* y, const f32* sums) { keep(y, sums[0]), keep(y + 16, sums[1]); }
+};
+#endif
+
+// R rows of W, `apart` from each other, times M rows of factors, added to sums [M, O] in the order of the planes.
 template <class F, int R, int M>
-void add_rows(const F& f, long i, long ahead, const float* x, float* sums) {
-  for (long block = 0; block < f.I / F::inputs; block++) {
+void add_rows(const typename F::Number* w, long apart, long O, const typename F::Factor* x, float* sums) {
+  constexpr int steps = (R + F::together - 1) / F::together, soon = 2048 / sizeof(*w);
+  for (long o = 0; o < O; o += F::outputs) {
     f32 held[M][F::planes];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++)
-        held[m][plane] = load<f32>(sums + m * f.I + block * F::inputs + 16 * plane);
+      for (int plane = 0; plane < F::planes; plane++) held[m][plane] = load<f32>(sums + m * O + o + 16 * plane);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      __builtin_prefetch(f.w + (i + r + ahead) * f.I + block * F::inputs, 0, 2);
-      f32 w[F::planes];
-      f.read(i + r, block, w);
+    for (int step = 0; step < steps; step++) {
+      const auto *row = w + step * F::together * apart + o, *other = R == 1 ? row : row + apart;
+      __builtin_prefetch(row + soon, 0, 2);
+      if (F::together == 2) __builtin_prefetch(other + soon, 0, 2);
+      typename F::Plane planes[F::planes];
+      F::read(row, other, planes);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-        for (int plane = 0; plane < F::planes; plane++) held[m][plane] += w[plane] * x[m * R + r];
+        for (int plane = 0; plane < F::planes; plane++)
+          held[m][plane] = multiply_add(held[m][plane], planes[plane], F::all(x[m * steps + step]));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++)
-        store(sums + m * f.I + block * F::inputs + 16 * plane, held[m][plane]);
+      for (int plane = 0; plane < F::planes; plane++) store(sums + m * O + o + 16 * plane, held[m][plane]);
   }
 }
 
-// A format's rows are now inputs, of O numbers each: f.I is O. Each thread adds up some of them, in its part of [threads,
-// M, O], then some outputs of all.
+// y = x W. Each thread adds up some inputs, in its part of [threads, M, O], then some outputs of all. It reads its rows of
+// W in eight runs side by side: a processor foresees where each goes on.
 template <class F, class X>
-void in_out(const F& f, const X* x, long M, long I, float* parts, X* y) {
-  constexpr int R = 8, lanes = 16;
-  const long O = f.I, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) {
+  constexpr int R = 8;
+  const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const long begin = thread * I / threads, end = (thread + 1) * I / threads, run = (end - begin) / R;
   float* sums = parts + thread * M * O;
   std::fill(sums, sums + M * O, 0.f);
-  for (long i = thread * I / threads, end = (thread + 1) * I / threads; i < end;) {
-    const int n = end - i >= R ? R : 1;
-    const long ahead = end - i >= 2 * R ? R : 0;
+  const auto take = [&](auto width, long first) {  // so many rows of W, a run apart
+    constexpr int n = width, steps = (n + F::together - 1) / F::together;
     in_fours(M, [&](auto rows, long m) {
-      float factors[rows * R];
+      typename F::Factor factors[rows * steps];
       for (int k = 0; k < rows; k++)
-        for (int r = 0; r < n; r++) factors[k * n + r] = widened(x[(m + k) * I + i + r]);
-      if (n == R)
-        add_rows<F, R, rows>(f, i, ahead, factors, sums + m * O);
-      else
-        add_rows<F, 1, rows>(f, i, ahead, factors, sums + m * O);
+        for (int step = 0; step < steps; step++) {
+          const X* own = x + (m + k) * I + first + step * F::together * run;
+          factors[k * steps + step] = F::factor(own[0], n == 1 ? X(0) : own[run]);
+        }
+      add_rows<F, n, rows>(w + first * O, run * O, O, factors, sums + m * O);
     });
-    i += n;
-  }
+  };
+  for (long i = begin; i < begin + run; i++) take(std::integral_constant<int, R>(), i);
+  for (long i = begin + R * run; i < end; i++) take(std::integral_constant<int, 1>(), i);
   wait_for_team();
 #pragma omp for schedule(static) nowait
-  for (long begin = 0; begin < M * O; begin += F::inputs)
-    for (int plane = 0; plane < F::planes; plane++) {
-      f32 total{};
-      for (long t = 0; t < threads; t++) total += load<f32>(parts + t * M * O + begin + lanes * plane);
-      for (int lane = 0; lane < lanes; lane++) assign(y[begin + F::place(plane, lane)], total[lane]);
-    }
+  for (long o = 0; o < M * O; o += F::outputs) {
+    f32 totals[F::planes] = {};
+    for (long t = 0; t < threads; t++)
+      for (int plane = 0; plane < F::planes; plane++) totals[plane] += load<f32>(parts + t * M * O + o + 16 * plane);
+    F::keep_sums(y + o, totals);
+  }
 }
 
 }  // namespace

@@ -108,6 +108,7 @@ class Llama4:
         max_context: int | None = None,
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
+        memory_map: bool = True,
         progress: bool = True,
     ) -> Llama4:
         """Load a model.
@@ -130,6 +131,9 @@ class Llama4:
             cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
                 scale per head and token, or a dtype; "auto" is the model's.
             cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
+            memory_map: on a CPU, leave weights in the file, whose pages are read when they are used and can be dropped
+                when memory is short. False reads all of them into memory of their own, in large pages where the system
+                has such: loading takes longer, and decoding less where it keeps files in small ones.
             progress: show bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:
@@ -156,7 +160,15 @@ class Llama4:
         with torch.device("meta"):
             model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
         swap_modules(model, weights.plan)
-        load(model, weights, dtype=resolved_dtype, device=resolved_device, experts_device=resting, progress=progress)
+        load(
+            model,
+            weights,
+            dtype=resolved_dtype,
+            device=resolved_device,
+            experts_device=resting,
+            memory_map=memory_map,
+            progress=progress,
+        )
         if resting != resolved_device:
             keep_experts(model, resolved_device, room)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)

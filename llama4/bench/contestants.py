@@ -34,6 +34,7 @@ class Setting:
     threads: int
     quantization: str | None = None
     device: str = "cpu"
+    memory_map: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Ours:
             dtype=setting.dtype,
             device=setting.device,
             quantization=setting.quantization,
+            memory_map=setting.memory_map,
             progress=False,
         )
 

@@ -230,7 +230,7 @@ def contestants(
         parts += [chosen or compute] if chosen or len(options.dtype) > 1 or len(options.quantization) > 1 else []
         parts += [_threads(threads)] if len(options.threads) > 1 else []
         name = ", ".join(parts)
-        settings[name] = Setting(engine, str(directory), compute, threads, chosen, str(device))
+        settings[name] = Setting(engine, str(directory), compute, threads, chosen, str(device), options.memory_map)
         plans[name] = quantized(weights, chosen).plan if chosen else weights.plan
     return settings, plans
 
@@ -245,6 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    parser.add_argument(
+        "--no-memory-map",
+        dest="memory_map",
+        action="store_false",
+        help="read weights into memory of their own",
+    )
     parser.add_argument("--lengths", nargs="+", type=positive, default=[512, 2048], metavar="N", help="of prompts read")
     parser.add_argument("--reply", type=positive, default=64, metavar="N", help="tokens decoded (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="runs of everything (default: 5)")

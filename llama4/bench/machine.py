@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from llama4.weights import pages
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CPUINFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
 
@@ -72,8 +74,8 @@ class Rates:
 class Ceilings:
     """Measures the machine at its best, again and again, because it drifts.
 
-    Memory is read by summing far more numbers than the caches hold; the product is of 2048 rows with a matrix of that
-    many inputs and outputs, by the best way that torch has for a weight as it lies.
+    Memory is read by summing far more numbers than the caches hold, in large pages where there are such; the product is
+    of 2048 rows with a matrix of that many inputs and outputs, by the best way that torch has for a weight as it lies.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Ceilings:
         self._threads, self._flops, self._bytes = threads, 2 * size**3, read
         x, weight = torch.ones(2, size, size, dtype=dtype, device=device)
         numbers = torch.ones(read // 4, device=device)
+        if numbers.device.type == "cpu":
+            numbers = pages.copy_of(numbers)
         self._sum = lambda: numbers.sum().item()
         self._products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)[0, 0].item()]
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from llama4.errors import CheckpointError
 from llama4.quantization.packed import PackedWeight
-from llama4.weights.source import Source
+from llama4.weights import pages
+from llama4.weights.source import SafetensorsSource, Source
 
 
 def load(
@@ -18,13 +19,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     experts_device: torch.device | str | None = None,
+    memory_map: bool = True,
     progress: bool = False,
 ) -> None:
     """Fill a model that was built on the meta device.
 
     Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the
-    file), so loading is nearly free and bytes are read when first used. Otherwise tensors are converted one by one;
-    two copies of the model are never in memory.
+    file), so loading is nearly free and bytes are read when first used. Otherwise tensors are copied one by one, into
+    large pages, and two copies of the model are never in memory.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -32,6 +34,7 @@ def load(
         dtype: of the parameters; None keeps the checkpoint's.
         device: where they go.
         experts_device: where routed experts go, if elsewhere.
+        memory_map: false copies even what fits, which takes time now and may save some with every token.
         progress: show a bar, if stderr is a terminal.
 
     Raises:
@@ -44,7 +47,15 @@ def load(
         path, _, part = name.rpartition(".")
         is_packed = isinstance(model.get_submodule(path), PackedWeight) and part != "bias"
         is_elsewhere = experts_device is not None and ".experts." in name
-        tensor = source.tensor(key).to(experts_device if is_elsewhere else device, None if is_packed else dtype)
+        target = torch.device(experts_device if is_elsewhere and experts_device else device)
+        raw = source.tensor(key)
+        new_dtype = raw.dtype if is_packed or dtype is None else dtype
+        if target.type != "cpu" or (memory_map and new_dtype == raw.dtype):
+            tensor = raw.to(target, new_dtype)
+        else:
+            tensor = pages.copy_of(raw, new_dtype)
+            if isinstance(source, SafetensorsSource):
+                pages.let_go(raw)
         if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes
             tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
         filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_packed)

@@ -10,8 +10,9 @@ from torch import Tensor
 from llama4.errors import CheckpointError
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import PLAIN, Format, Plan, make_plan
+from llama4.weights import pages
 from llama4.weights.rules import MULTIMODAL, Names
-from llama4.weights.source import Source
+from llama4.weights.source import SafetensorsSource, Source
 
 
 class QuantizingSource:
@@ -67,14 +68,16 @@ class QuantizingSource:
 
     def _quantized(self, key: str) -> dict[str, Tensor]:
         format, tensor = self.plan[self._source.names.to_model(key) or key], self._source.tensor(key)
-        if tensor.ndim == 2:
-            return self.rounded(tensor, format)
         whole: dict[str, Tensor] = {}
-        for i, expert in enumerate(tensor):  # in x out
+        if tensor.ndim == 2:
+            whole = {part: pages.copy_of(values) for part, values in self.rounded(tensor, format).items()}
+        for i, expert in enumerate(tensor if tensor.ndim == 3 else ()):  # in x out
             for part, values in self.rounded(expert.mT, format).items():
                 if i == 0:
-                    whole[part] = values.new_empty(len(tensor), *values.shape)
+                    whole[part] = pages.empty((len(tensor), *values.shape), values.dtype)
                 whole[part][i] = values
+        if isinstance(self._source, SafetensorsSource):
+            pages.let_go(tensor)
         return whole
 
 

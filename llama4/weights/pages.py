@@ -1,0 +1,72 @@
+"""Memory for weights that are not a file's map. Decoding reads all of it for every token, and how fast depends on the
+system's pages: in those of 2 MB a processor looks up fewer addresses and reads on without a pause, up to 1.7 times as
+fast as in those of 4 KB.
+
+Only Linux can be asked for them, and may refuse; all else is plain memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+REGION = 64 << 20
+"""Bytes that are asked for at once; those that are never written to take no memory."""
+_PAGE = 2 << 20
+_LINE = 64
+
+
+class _Regions:
+    """Tensors lie one after the other in regions of large pages; a region is let go of with its last tensor."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._region: mmap.mmap | None = None
+        self._next = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        with self._lock:
+            if self._region is None or self._next + size > len(self._region):
+                self._region = mmap.mmap(-1, max(REGION, size) + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._region.madvise(mmap.MADV_HUGEPAGE)
+                self._next = -ctypes.addressof(ctypes.c_char.from_buffer(self._region)) % _PAGE
+            region, begin = self._region, self._next
+            self._next += size + -size % _LINE
+        return torch.frombuffer(region, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+_regions = _Regions()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU with nothing in it yet."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return _regions.empty(shape, dtype)
+
+
+def copy_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous."""
+    return empty(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
+
+
+def let_go(tensor: Tensor) -> None:
+    """Of a file's map, which nobody has written to: what has been read no longer counts as memory of this process, and
+    is read again if it is wanted again. What malloc keeps of freed blocks goes back to the system, too."""
+    if not sys.platform.startswith("linux"):
+        return
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    begin, end = begin + -begin % mmap.PAGESIZE, end - end % mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    if begin < end:
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -21,8 +21,10 @@ from llama4.kernels import gpu
 from llama4.kernels.dense import linear
 from llama4.quantization.schemes import Format
 
+NUMBERS = 1 << 20
+"""Weights that are quantised at once: bounds the memory beside them."""
 ROWS = 1024
-"""Outputs that are worked on at once where a matrix is quantised or dequantised: bounds the memory beside it."""
+"""Outputs that are dequantised at once."""
 
 
 class PackedWeight(nn.Module):
@@ -53,7 +55,7 @@ class PackedWeight(nn.Module):
     @classmethod
     def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         """The parts of a matrix in this format, contiguous; scales have its dtype. A few rows at a time."""
-        blocks = [cls.quantize_rows(rows, format) for rows in weight_OI.split(ROWS)]
+        blocks = [cls.quantize_rows(rows, format) for rows in weight_OI.split(max(1, NUMBERS // weight_OI.shape[1]))]
         return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in cls.parts}
 
     @classmethod

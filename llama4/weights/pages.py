@@ -20,6 +20,7 @@ REGION = 64 << 20
 """Bytes that are asked for at once; those that are never written to take no memory."""
 _PAGE = 2 << 20
 _LINE = 64
+_WORTH_TRIMMING = 8 << 20
 
 
 class _Regions:
@@ -60,7 +61,7 @@ def copy_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def let_go(tensor: Tensor) -> None:
     """Of a file's map, which nobody has written to: what has been read no longer counts as memory of this process, and
-    is read again if it is wanted again. What malloc keeps of freed blocks goes back to the system, too."""
+    is read again if it is wanted again. After a large one, what malloc keeps of freed blocks goes back, too."""
     if not sys.platform.startswith("linux"):
         return
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -68,5 +69,5 @@ def let_go(tensor: Tensor) -> None:
     libc = ctypes.CDLL(None)
     if begin < end:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-    if hasattr(libc, "malloc_trim"):
+    if tensor.nbytes >= _WORTH_TRIMMING and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -6,7 +6,8 @@
 // multiplies; every thread of it may hand in a copy of x that is its own.
 //
 // Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block
-// becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane.
+// becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane; so many, a run,
+// are neighbours there, too.
 
 #pragma once
 
@@ -19,7 +20,7 @@ namespace {
 template <class W>
 struct InOrder {  // sixteen at a time, one plane
   using Plane = f32;
-  static constexpr int planes = 1, inputs = 16;
+  static constexpr int planes = 1, inputs = 16, run = 16;
   static constexpr bool grouped = false;
   static int place(int, int lane) { return lane; }
   const W* w;
@@ -32,7 +33,7 @@ struct Float32 : InOrder<float> {
 
 struct Bfloat16 {
   using Plane = f32;
-  static constexpr int planes = 2, inputs = 32;
+  static constexpr int planes = 2, inputs = 32, run = 1;
   static constexpr bool grouped = false;
   static int place(int plane, int lane) { return 2 * lane + plane; }
   const bf16* w;
@@ -57,7 +58,7 @@ struct Float8 : InOrder<uint8_t> {
 
 struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or a multiple of 128
   using Plane = f32;
-  static constexpr int planes = 8, inputs = 128;
+  static constexpr int planes = 8, inputs = 128, run = 1;
   static constexpr bool grouped = true;
   static int place(int plane, int lane) { return 8 * lane + plane; }
   const uint8_t* w;
@@ -85,7 +86,7 @@ struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or
 #ifdef __AVX512BF16__
 struct Bfloat16Pairs : Bfloat16 {
   using Plane = bf16s;
-  static constexpr int planes = 1;
+  static constexpr int planes = 1, run = 32;
   static int place(int, int lane) { return lane; }
   void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(w + o * I + 32 * block); }
 };
@@ -126,7 +127,7 @@ struct Halves {
 
 struct BytePairs {  // a byte is a sign and what is looked up
   using Plane = bf16s;
-  static constexpr int planes = 2, inputs = 64;
+  static constexpr int planes = 2, inputs = 64, run = 8;
   static constexpr bool grouped = false;
   static int place(int plane, int lane) { return lane / 8 * 16 + 8 * plane + lane % 8; }
   const uint8_t* w;
@@ -163,27 +164,34 @@ struct Float8Pairs : BytePairs {
 
 // ---- out x in
 
-// x in the order of the planes, in their precision.
+// x in the order of the planes, in their precision; of four rows, or those that are left, block by block, so that what
+// is multiplied with one block of W lies together.
 template <class F, class X>
 const typename F::Plane* arranged(const X* x, long M, long I) {
   constexpr int lanes = F::inputs / F::planes;
   using To = std::conditional_t<lanes == 32, bf16, float>;
-  To* out = scratch<To, 0>(M * I);
-  for (long from = 0; from < M * I; from += F::inputs)
-    for (int plane = 0; plane < F::planes; plane++)
-      for (int lane = 0; lane < lanes; lane++)
-        if constexpr (std::is_same_v<X, To>)
-          out[from + plane * lanes + lane] = x[from + F::place(plane, lane)];
-        else
-          assign(out[from + plane * lanes + lane], widened(x[from + F::place(plane, lane)]));
-  return reinterpret_cast<const typename F::Plane*>(out);
+  To *first = scratch<To, 0>(M * I), *to = first;
+  in_fours(M, [&](auto rows, long m) {
+    for (long block = 0; block < I; block += F::inputs)
+      for (int row = 0; row < rows; row++)
+        for (int plane = 0; plane < F::planes; plane++)
+          for (int lane = 0; lane < lanes; lane += F::run, to += F::run) {
+            const X* from = x + (m + row) * I + block + F::place(plane, lane);
+            for (int i = 0; i < F::run; i++)
+              if constexpr (std::is_same_v<X, To>)
+                to[i] = from[i];
+              else
+                assign(to[i], widened(from[i]));
+          }
+  });
+  return reinterpret_cast<const typename F::Plane*>(first);
 }
 
 // U blocks of a row of W against M rows of x, each block into sums of its own: a core adds faster than it waits for the
 // last sum.
 template <class F, int M, int U>
-inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, long blocks,
-                                                      const typename F::Plane* x, f32 (*sums)[M]) {
+inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
+                                                      f32 (*sums)[M]) {
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     typename F::Plane w[F::planes];
@@ -192,7 +200,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
     if constexpr (F::grouped) scale = f.scale(o, block + u);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const typename F::Plane* inputs = x + (m * blocks + block + u) * F::planes;
+      const typename F::Plane* inputs = x + ((block + u) * M + m) * F::planes;
       f32 part = F::grouped ? f32{} : sums[u][m];
 #pragma GCC unroll 8
       for (int plane = 0; plane < F::planes; plane++) part = multiply_add(part, w[plane], inputs[plane]);
@@ -212,8 +220,8 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
     for (long i = 0; i < count; i++) {  // one row after the other: several at once are read at half the rate
       f32 parts[U][M] = {};
       long block = 0;
-      for (; block + U <= blocks; block += U) add_blocks<F, M, U>(f, first + i, block, blocks, x, parts);
-      for (; block < blocks; block++) add_blocks<F, M, 1>(f, first + i, block, blocks, x, parts);
+      for (; block + U <= blocks; block += U) add_blocks<F, M, U>(f, first + i, block, x, parts);
+      for (; block < blocks; block++) add_blocks<F, M, 1>(f, first + i, block, x, parts);
       for (int m = 0; m < M; m++) {
         lanes[m][i] = parts[0][m];
 #pragma GCC unroll 4
@@ -235,7 +243,7 @@ template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(guided) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
@@ -317,13 +325,12 @@ void add_rows(const typename F::Number* w, long apart, long O, const typename F:
   }
 }
 
-// y = x W. Each thread adds up some inputs, in its part of [threads, M, O], then some outputs of all. It reads its rows of
-// W in eight runs side by side: a processor foresees where each goes on.
+// y = x W. Each thread adds up some inputs, in its part of [threads, M, O], then some outputs of all. It reads rows of W
+// in eight runs side by side: a processor foresees where each goes on.
 template <class F, class X>
 void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) {
-  constexpr int R = 8;
+  constexpr long R = 8, run = 16;
   const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  const long begin = thread * I / threads, end = (thread + 1) * I / threads, run = (end - begin) / R;
   float* sums = parts + thread * M * O;
   std::fill(sums, sums + M * O, 0.f);
   const auto take = [&](auto width, long first) {  // so many rows of W, a run apart
@@ -338,8 +345,11 @@ void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) 
       add_rows<F, n, rows>(w + first * O, run * O, O, factors, sums + m * O);
     });
   };
-  for (long i = begin; i < begin + run; i++) take(std::integral_constant<int, R>(), i);
-  for (long i = begin + R * run; i < end; i++) take(std::integral_constant<int, 1>(), i);
+#pragma omp for schedule(guided) nowait
+  for (long begin = 0; begin < I / (R * run) * R * run; begin += R * run)
+    for (long i = begin; i < begin + run; i++) take(std::integral_constant<int, R>(), i);
+#pragma omp for schedule(static) nowait
+  for (long i = I / (R * run) * R * run; i < I; i++) take(std::integral_constant<int, 1>(), i);
   wait_for_team();
 #pragma omp for schedule(static) nowait
   for (long o = 0; o < M * O; o += F::outputs) {

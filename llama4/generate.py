@@ -185,23 +185,28 @@ def _generate(
 ) -> Iterator[Event]:
     generators = sampler.generators(len(rows))
     logits_BV = prefill(model, inputs, cache, progress)
-    while True:
-        ids_B, logprobs_B = sampler(logits_BV, generators)
-        live = []
-        for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
-            if math.isnan(logprob):
-                raise ValueError(f"the model's logits are not numbers in {model.dtype}; load it with dtype='float32'")
-            event = row.push(Token(id_, tokenizer.decode_bytes([id_]), logprob), id_ in stop_ids, id_ in silent_ids)
-            if event.finish_reason is None:
-                live.append(i)
-            yield event
-        if not live:
-            return
-        if len(live) < len(rows):
-            rows, generators = [rows[i] for i in live], [generators[i] for i in live]
-            ids_B = ids_B[live]
-            cache.keep(live)
-        logits_BV = step(model, ids_B, cache)
+    try:
+        while True:
+            ids_B, logprobs_B = sampler(logits_BV, generators)
+            live = []
+            for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
+                if math.isnan(logprob):
+                    raise ValueError(
+                        f"the model's logits are not numbers in {model.dtype}; load it with dtype='float32'"
+                    )
+                event = row.push(Token(id_, tokenizer.decode_bytes([id_]), logprob), id_ in stop_ids, id_ in silent_ids)
+                if event.finish_reason is None:
+                    live.append(i)
+                yield event
+            if not live:
+                return
+            if len(live) < len(rows):
+                rows, generators = [rows[i] for i in live], [generators[i] for i in live]
+                ids_B = ids_B[live]
+                cache.keep(live)
+            logits_BV = step(model, ids_B, cache)
+    finally:
+        cache.steps = None  # which keep the weights that they were made with
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -188,8 +189,8 @@ def test_any_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for inputs in (1, 7, 100):
-            x, weight = normal(2, inputs), normal(inputs, 64, seed=1)
+        for inputs, dtype in itertools.product((1, 7, 100, 300), DTYPES):
+            x, weight = normal(2, inputs).to(dtype), normal(inputs, 64, seed=1).to(dtype)
             assert close(cpu.project(x, weight), x.double() @ weight.double())
     finally:
         torch.set_num_threads(before)

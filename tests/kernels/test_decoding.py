@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama4 import decoding
 from llama4.api import Llama4
 from llama4.experts import GroupedExperts
+from llama4.generate import step
 from llama4.kernels import cpu
 from llama4.model import Llama4Model
 from llama4.quantization.schemes import SCHEMES
@@ -180,6 +181,79 @@ def test_gradients_go_the_ordinary_way(directory: Path, steps: list[int]) -> Non
     model(PROMPT[:1], cache=cache)
     assert model(PROMPT[:1, :1], cache=cache).requires_grad
     assert not steps
+
+
+def truth_of(model: Llama4Model, ids: list[int]) -> Tensor:
+    """Logits after all of these, in one go."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0, -1]
+
+
+def test_a_cache_that_others_use_too(directory: Path, steps: list[int]) -> None:
+    """Steps that were prepared do not outlive what they were prepared for: forks, what is cut off, what a forward adds,
+    and rows that leave."""
+    model, rest = load(directory, None, "float32"), [7, 8, 9, 10, 11, 12, 13]
+    prompt = PROMPT[0].tolist()
+    with torch.inference_mode():
+        cache = model.new_cache(1)
+        model(PROMPT[:1], cache=cache)
+        for id_ in rest[:2]:
+            step(model, torch.tensor([id_]), cache)
+        fork = cache.fork()
+        theirs = step(model, torch.tensor([100]), fork)
+        assert relative_error(theirs[0], truth_of(model, [*prompt, *rest[:2], 100])) < 1e-5
+        ours = step(model, torch.tensor([rest[2]]), cache)
+        assert relative_error(ours[0], truth_of(model, [*prompt, *rest[:3]])) < 1e-5
+        model(torch.tensor([rest[3:5]]), cache=cache)
+        ours = step(model, torch.tensor([rest[5]]), cache)
+        assert relative_error(ours[0], truth_of(model, [*prompt, *rest[:6]])) < 1e-5
+        left = cache.truncate(len(prompt))
+        assert left == len(prompt)
+        ours = step(model, torch.tensor([rest[6]]), cache)
+        assert relative_error(ours[0], truth_of(model, [*prompt, rest[6]])) < 1e-5
+    assert len(steps) == 6
+
+
+def test_within_a_reply_hooks_are_called(directory: Path, steps: list[int]) -> None:
+    model, seen = load(directory, None, "float32"), []
+    cache, id_ = model.new_cache(1), torch.tensor([5])
+    for _ in range(2):
+        step(model, id_, cache)
+    router = model.language_model.model.layers[1].feed_forward.router
+    handle = router.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        step(model, id_, cache)
+    handle.remove()
+    step(model, id_, cache)
+    assert len(seen) == 2
+    assert len(steps) == 3
+
+
+def test_within_a_reply_weights_stay(directory: Path) -> None:
+    """An exchanged weight counts when `cache.steps` is None; until then the old one is there to be read."""
+    model = load(directory, None, "float32")
+    cache, id_ = model.new_cache(1), torch.tensor([5])
+    step(model, id_, cache)
+    before = cache.fork()
+    old = step(model, id_, cache)
+    norm = model.language_model.model.norm
+    norm.weight = nn.Parameter(norm.weight * 2)
+    gc.collect()
+    cache.nexts[0] -= 1
+    cache.steps.nexts[0] -= 1
+    cache.steps.taken -= 1
+    assert torch.equal(step(model, id_, cache), old)
+    assert relative_error(step(model, id_, before), 2 * old) < 1e-6
+
+
+def test_ids_are_checked(directory: Path) -> None:
+    model = load(directory, None, "float32")
+    cache = model.new_cache(1)
+    for bad in (-1, 512):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 512"):
+            step(model, torch.tensor([bad]), cache)
+    with pytest.raises(ValueError, match="2 rows, but the cache was made for 1"):
+        step(model, torch.tensor([1, 2]), cache)
 
 
 def test_a_plan_does_not_keep_its_model(directory: Path) -> None:

@@ -12,16 +12,35 @@ namespace {
 
 // ---- one token per row
 
-// Q queries against n keys: sums of values [Q, C], weighted by e^(score - largest score), then that largest score and
-// the sum of the weights. Scores are [Q, n], n rounded up to 16.
+constexpr int most_queries = 5;  // that meet keys together: as many as the Llama 4 models have for a key head
+
+// Sixteen rows nearer, which the processor does too late.
+template <class F>
+void bring(const Head<F>& head, long s) {
+  const char* from = head.rows + s * head.bytes;
+  for (long line = 0; line < 16 * head.bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
+// Scores of n keys become weights e^(score - most), zero behind them up to a multiple of 16; -> most, and their sum.
+std::pair<float, float> weigh(float* scores, long n) {
+  const long width = (n + 15) / 16 * 16;
+  std::fill(scores + n, scores + width, -INFINITY);
+  f32 highest = load<f32>(scores), total{};
+  for (long s = 16; s < width; s += 16) highest = larger(highest, load<f32>(scores + s));
+  const float most = largest(highest);
+  for (long s = 0; s < width; s += 16) {
+    f32 weight = exponential(load<f32>(scores + s) - most);
+    total += weight;
+    store(scores + s, weight);
+  }
+  return {most, sum(total)};
+}
+
+// Q queries, divided by sqrt(C), against n keys: sums of values [Q, C], weighted by e^(score - most), then `most` and the
+// sum of the weights, `part` behind those of the query before. Room for scores is [Q, 256].
 template <int Q, class F>
 void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, long n, long C, float* scores, float* out,
                   long part) {
-  const long width = (n + 15) / 16 * 16;
-  const auto bring = [&](const Head<F>& head, long s) {  // sixteen rows nearer, which the processor does too late
-    const char* from = head.rows + s * head.bytes;
-    for (long line = 0; line < 16 * head.bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
-  };
   for (long s = 0; s < n; s += 16) {
     bring(keys, s + 32), bring(values, s);
     f32 dots[Q][16];
@@ -29,47 +48,107 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
       f32 own[Q] = {};
       for (long c = 0; c < C; c += 16) {
         f32 key = keys.read(s + t, c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Q; i++) own[i] += key * load<f32>(q + i * C + c);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; i++) dots[i][t] = own[i];
     }
     for (int i = 0; i < Q; i++) {
       f32 all = sums(dots[i]);
-      store(scores + i * width + s, F::scaled ? all * floats(keys.scales + s) : all);
+      store(scores + i * slots + s, F::scaled ? all * floats(keys.scales + s) : all);
     }
   }
   for (int i = 0; i < Q; i++) {
-    float* own = scores + i * width;
-    std::fill(own + n, own + width, -INFINITY);
-    f32 highest = load<f32>(own), total{};
-    for (long s = 16; s < width; s += 16) highest = larger(highest, load<f32>(own + s));
-    const float most = largest(highest);
-    for (long s = 0; s < width; s += 16) {
-      f32 weight = exponential(load<f32>(own + s) - most);
-      total += weight;
-      store(own + s, F::scaled ? weight * floats(values.scales + s) : weight);
-    }
+    float* own = scores + i * slots;
     std::fill(out + i * part, out + i * part + C, 0.f);
-    out[i * part + C] = most, out[i * part + C + 1] = sum(total);
+    std::tie(out[i * part + C], out[i * part + C + 1]) = weigh(own, n);
+    for (long s = 0; F::scaled && s < n; s += 16) store(own + s, load<f32>(own + s) * floats(values.scales + s));
   }
   for (long s = 0; s < n; s += 16) {
     bring(keys, slots + s);  // of the next head, whose turn it is next
     for (long c = 0; c < C; c += 16) {
       f32 sums[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; i++) sums[i] = load<f32>(out + i * part + c);
       for (long t = s; t < std::min(n, s + 16); t++) {
         f32 value = values.read(t, c);
-#pragma GCC unroll 4
-        for (int i = 0; i < Q; i++) sums[i] += value * scores[i * width + t];
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; i++) sums[i] += value * scores[i * slots + t];
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; i++) store(out + i * part + c, sums[i]);
     }
   }
 }
+
+#ifdef __AVX512BF16__
+// The same for queries, not yet divided, keys and values of bfloat16, two numbers to a sum: the weights are rounded, too.
+template <int Q>
+void attend_block(const bf16* q, const Head<AsIs<bf16>>& keys, const Head<AsIs<bf16>>& values, long n, long C,
+                  float* scores, float* out, long part) {
+  const float factor = 1 / __builtin_sqrtf(C);
+  for (long s = 0; s < n; s += 16) {
+    bring(keys, s + 32), bring(values, s);
+    f32 dots[Q][16];
+    for (long t = 0; t < 16; t++) {
+      const auto* key = (const bf16*)(keys.rows + (s + t) * keys.bytes);
+      f32 own[Q] = {};
+      for (long c = 0; c < C; c += 32) {
+        bf16s numbers{_mm512_loadu_si512(key + c)};
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; i++) own[i] = multiply_add(own[i], numbers, bf16s{_mm512_loadu_si512(q + i * C + c)});
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; i++) dots[i][t] = own[i];
+    }
+    for (int i = 0; i < Q; i++) store(scores + i * slots + s, sums(dots[i]) * factor);
+  }
+  const auto weights = [&](int i, long t) {  // two of them, in the place of the first scores of their query
+    uint32_t two;
+    __builtin_memcpy(&two, (bf16*)(scores + i * slots) + t, sizeof two);
+    return bf16s{_mm512_set1_epi32(two)};
+  };
+  for (int i = 0; i < Q; i++) {
+    float* own = scores + i * slots;
+    std::fill(out + i * part, out + i * part + C, 0.f);
+    std::tie(out[i * part + C], out[i * part + C + 1]) = weigh(own, n);
+    for (long s = 0; s < n; s += 16) keep((bf16*)own + s, load<f32>(own + s));
+  }
+  for (long s = 0; s < n; s += 16) {
+    bring(keys, slots + s);
+    for (long c = 0; c < C; c += 32) {
+      f32 sums[Q][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; i++)
+        for (int half = 0; half < 2; half++) sums[i][half] = load<f32>(out + i * part + c + 16 * half);
+      for (long t = s; t < std::min(n, s + 16); t += 2) {
+        const char* row = values.rows + t * values.bytes + 2 * c;
+        __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(t + 1 < n ? row + values.bytes : row);
+        bf16s low{_mm512_unpacklo_epi16(a, b)}, high{_mm512_unpackhi_epi16(a, b)};
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; i++) {
+          sums[i][0] = multiply_add(sums[i][0], low, weights(i, t));
+          sums[i][1] = multiply_add(sums[i][1], high, weights(i, t));
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; i++)
+        for (int half = 0; half < 2; half++) store(out + i * part + c + 16 * half, sums[i][half]);
+    }
+  }
+  for (int i = 0; i < Q; i++)  // four numbers are in the one, the next four in the other
+    for (long c = 0; c < C; c += 32) {
+      float* own = out + i * part + c;
+      __m512d low = _mm512_loadu_pd(own), high = _mm512_loadu_pd(own + 16);
+      _mm512_storeu_pd(own, _mm512_permutex2var_pd(low, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high));
+      _mm512_storeu_pd(own + 16, _mm512_permutex2var_pd(low, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), high));
+    }
+}
+constexpr bool attends_in_pairs = true;
+#else
+constexpr bool attends_in_pairs = false;
+#endif
 
 // Blocks of 256 tokens.
 long blocks_for(long tokens) { return (tokens + slots - 1) / slots; }
@@ -86,21 +165,26 @@ template <class F, class X>
 void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
             float* parts, X* y) {
   const long G = H / K, blocks = blocks_for(*std::max_element(lengths, lengths + B)), part = C + 16;
-  float* queries = scratch<float, 2>(4 * C);
-  float* scores = scratch<float, 3>(4 * slots);
-#pragma omp for schedule(dynamic) nowait
+  float* queries = scratch<float, 2>(most_queries * C);
+  float* scores = scratch<float, 3>(most_queries * slots);
+#pragma omp for schedule(guided) nowait
   for (long task = 0; task < B * blocks * K; task++) {
     const long b = task / K / blocks, block = task / K % blocks, k = task % K;
     const long n = std::min(lengths[b] - block * slots, slots);
     if (n <= 0) continue;
     const char* held = table[b * width + block];
     const Head<F> keys = head_of<F>(held, k, K, C), values = head_of<F>(held, K + k, K, C);
-    in_fours(G, [&](auto count, long first) {
+    const auto meet = [&](auto count, long first) {
       const long head = b * H + k * G + first;
+      float* out = parts + (head * blocks + block) * part;
+      if constexpr (attends_in_pairs && std::is_same_v<F, AsIs<bf16>> && std::is_same_v<X, bf16>) {
+        if (C % 32 == 0) return attend_block<count>(q + head * C, keys, values, n, C, scores, out, blocks * part);
+      }
       for (long i = 0; i < count * C; i += 16)
         store(queries + i, floats(q + head * C + i) * (1 / __builtin_sqrtf(C)));
-      attend_block<count>(queries, keys, values, n, C, scores, parts + (head * blocks + block) * part, blocks * part);
-    });
+      attend_block<count>(queries, keys, values, n, C, scores, out, blocks * part);
+    };
+    G == most_queries ? meet(std::integral_constant<int, most_queries>(), 0) : in_fours(G, meet);
   }
   wait_for_team();
 #pragma omp for schedule(static) nowait

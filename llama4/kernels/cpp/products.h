@@ -65,16 +65,17 @@ struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or
   long I;
   Scales scales;
   long group;
+  long groups = I / group;
   uint64_t per_block = (uint64_t(128) << 32) / group + 1;  // groups, times 2^32: a division for each takes too long
   void read(long o, long block, Plane* out) const {
-    u32 words = load<u32>(w + (o * I + 128 * block) / 2);
+    u32 words = load<u32>(w + o * (I / 2) + 64 * block);
 #pragma GCC unroll 8
     for (int plane = 0; plane < 8; plane++)
       out[plane] = __builtin_convertvector((i32)(words >> (4 * plane) & 15) - 8, f32);
   }
   template <int lanes>  // that share a scale
   f32 scale_of(long o, long block) const {
-    const long first = o * (I / group) + (block * per_block >> 32);
+    const long first = o * groups + (block * per_block >> 32);
     if constexpr (lanes == 16) return f32{} + scales[first];
     return repeated<lanes>(scales.four(first));
   }
@@ -102,7 +103,7 @@ struct Int4Pairs : Int4 {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
         0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
         0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    __m512i table = _mm512_load_si512(levels), words = _mm512_loadu_si512(w + (o * I + 128 * block) / 2);
+    __m512i table = _mm512_load_si512(levels), words = _mm512_loadu_si512(w + o * (I / 2) + 64 * block);
     out[0].bits = _mm512_permutexvar_epi16(words, table);
     out[1].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     out[2].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);

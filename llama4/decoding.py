@@ -9,7 +9,7 @@ put in the place of another, a gradient, goes the ordinary way.
 What does not change from step to step is found out once: a `Plan` says where a model's weights are, `Steps` what else
 some steps to come need.
 
-Shapes: B rows, V vocabulary, S steps.
+A model here is a `Llama4Model`, which this module comes before. Shapes: B rows, V vocabulary, S steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,6 @@ from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.packed import PackedWeight
-
-if TYPE_CHECKING:
-    from llama4.model import DecoderLayer, Llama4Model
 
 MOST_STEPS = 64
 """That are prepared at once."""
@@ -103,7 +100,7 @@ class Plan:
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
 
-    def holds(self, model: Llama4Model) -> bool:
+    def holds(self, model: Any) -> bool:
         """Whether every module is still in its place, and every parameter where it was."""
         return (
             model.language_model is self.modules[0]
@@ -114,11 +111,11 @@ class Plan:
             )
         )
 
-    def is_hooked(self, model: Llama4Model) -> bool:
+    def is_hooked(self, model: Any) -> bool:
         return any(module._forward_hooks or module._forward_pre_hooks for module in (model, *self.modules))
 
 
-_plans: weakref.WeakKeyDictionary[Llama4Model, Plan] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
 class Steps:
@@ -128,7 +125,7 @@ class Steps:
     whatever is put in their places.
     """
 
-    def __init__(self, model: Llama4Model, plan: Plan, cache: Cache) -> None:
+    def __init__(self, model: Any, plan: Plan, cache: Cache) -> None:
         assert plan.decoder is not None
         config, dtype = model.config.text, model.dtype
         packing = make_packing(cache.batch_size, 1, model.device, firsts=cache.firsts, nexts=cache.nexts)
@@ -143,9 +140,10 @@ class Steps:
             held.make_room(firsts[window])
         cache.firsts = list(packing.firsts)
 
-        self.plan, self.count, self.taken = plan, count, 0
+        self.plan = plan
         self.hooks = RemovableHandle.next_id
         self.nexts = list(packing.starts)
+        self.first, self.count = self.nexts[0], count
         self.tables = [held.table() for held in cache.layers]
         self._shape, self._dtype = (cache.batch_size, config.vocab_size), dtype
         self._ids = ctypes.c_int64 * cache.batch_size
@@ -154,8 +152,7 @@ class Steps:
         self._held = (Held * len(self.tables))()
         self._decode = cpu.function("decode", dtype, 6)
         self._pointers = ctypes.addressof(plan.decoder), ctypes.addressof(self._held)
-        layers: Any = model.language_model.model.layers
-        for i, (layer, table) in enumerate(zip(layers, self.tables, strict=True)):
+        for i, (layer, table) in enumerate(zip(model.language_model.model.layers, self.tables, strict=True)):
             attention, window = layer.self_attn, cache.windows[i]
             self._held[i] = Held(
                 rotations=turns.rotations[window].data_ptr() if attention.uses_rope else 0,
@@ -169,8 +166,8 @@ class Steps:
     def are_next(self, cache: Cache) -> bool:
         """Whether the cache is as the last step left it, and has room for one more."""
         return (
-            self.taken < self.count
-            and self.nexts == cache.nexts
+            self.nexts == cache.nexts
+            and self.nexts[0] < self.first + self.count
             and cache.is_whole
             and all(held.has(table) for held, table in zip(cache.layers, self.tables, strict=True))
         )
@@ -178,13 +175,14 @@ class Steps:
     def take(self, ids: list[int], cache: Cache) -> Tensor:
         """One more token in every row -> logits of the next, [B, V]."""
         given, logits_BV = self._ids(*ids), torch.empty(self._shape, dtype=self._dtype)
-        self._decode(*self._pointers, self.taken, ctypes.addressof(given), len(ids), logits_BV.data_ptr())
-        self.taken += 1
-        self.nexts = cache.nexts = [position + 1 for position in cache.nexts]
+        taken = self.nexts[0] - self.first
+        self._decode(*self._pointers, taken, ctypes.addressof(given), len(ids), logits_BV.data_ptr())
+        cache.nexts = [position + 1 for position in self.nexts]
+        self.nexts = list(cache.nexts)
         return logits_BV
 
 
-def step(model: Llama4Model, ids_B: Tensor, cache: Cache, *, is_as_before: bool = False) -> Tensor | None:
+def step(model: Any, ids_B: Tensor, cache: Cache, *, is_as_before: bool = False) -> Tensor | None:
     """One more token in every row -> logits of the next, [B, V]; None if that has to go the ordinary way.
 
     Args:
@@ -198,14 +196,16 @@ def step(model: Llama4Model, ids_B: Tensor, cache: Cache, *, is_as_before: bool 
         and steps.are_next(cache)
     ):
         steps = cache.steps = _next(model, cache)
-    ids = ids_B.tolist()
-    if steps is None or len(ids) != cache.batch_size or min(ids) < 0 or max(ids) >= model.config.text.vocab_size:
+    if steps is None:
         return None
-    return steps.take(ids, cache)
+    ids = ids_B.tolist()
+    is_right = len(ids) == cache.batch_size and min(ids) >= 0 and max(ids) < model.config.text.vocab_size
+    return steps.take(ids, cache) if is_right else None
 
 
-def _next(model: Llama4Model, cache: Cache) -> Steps | None:
-    norm: Any = model.language_model.model.norm
+def _next(model: Any, cache: Cache) -> Steps | None:
+    """Those that the cache has, if all is as it was, or new ones; None if there is what compiled code does not know."""
+    norm = model.language_model.model.norm
     dtype, head_dim = norm.weight.dtype, model.config.text.head_dim
     if torch.is_grad_enabled() or cache.batch_size > cpu.FEW or not cache.is_whole:
         return None
@@ -225,7 +225,7 @@ def _next(model: Llama4Model, cache: Cache) -> Steps | None:
     return steps
 
 
-def _make(model: Llama4Model) -> Plan:
+def _make(model: Any) -> Plan:
     modules = list(model.language_model.modules())
     places = [(parent, name, child) for parent in modules for name, child in parent._modules.items()]
     pointers = [
@@ -260,10 +260,9 @@ def _describe(language_model: Any) -> tuple[Decoder, ctypes.Array[Layer]]:
     return decoder, layers
 
 
-def _layer(layer: DecoderLayer, dtype: torch.dtype) -> Layer:
-    attention: Any = layer.self_attn
-    forward: Any = layer.feed_forward
-    norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
+def _layer(layer: Any, dtype: torch.dtype) -> Layer:
+    attention, forward = layer.self_attn, layer.feed_forward
+    norms = layer.input_layernorm, layer.post_attention_layernorm
     _check(norms[0].eps == norms[1].eps and all(norm.weight.dtype == dtype for norm in norms))
     D, C = norms[0].weight.shape[0], attention.head_dim
     _check(C % 16 == 0 and C <= cpu.MOST_HEAD_DIM and D % cpu.multiple_of(dtype) == 0)

@@ -326,15 +326,15 @@ void add_rows(const typename F::Number* w, long apart, long O, const typename F:
   }
 }
 
-// y = x W. Each thread adds up some inputs, in its part of [threads, M, O], then some outputs of all. It reads rows of W
-// in eight runs side by side: a processor foresees where each goes on.
+// y = x W. Each thread adds up its share of inputs, always the same one, so that sums are the same, in its part of
+// [threads, M, O]; then some outputs of all. It reads W in eight runs of rows side by side: a processor foresees each.
 template <class F, class X>
 void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) {
-  constexpr long R = 8, run = 16;
-  const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  constexpr long R = 8, longest = 16;
+  const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = (thread + 1) * I / threads;
   float* sums = parts + thread * M * O;
   std::fill(sums, sums + M * O, 0.f);
-  const auto take = [&](auto width, long first) {  // so many rows of W, a run apart
+  const auto take = [&](auto width, long first, long run) {  // so many rows of W, a run apart
     constexpr int n = width, steps = (n + F::together - 1) / F::together;
     in_fours(M, [&](auto rows, long m) {
       typename F::Factor factors[rows * steps];
@@ -346,11 +346,12 @@ void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) 
       add_rows<F, n, rows>(w + first * O, run * O, O, factors, sums + m * O);
     });
   };
-#pragma omp for schedule(guided) nowait
-  for (long begin = 0; begin < I / (R * run) * R * run; begin += R * run)
-    for (long i = begin; i < begin + run; i++) take(std::integral_constant<int, R>(), i);
-#pragma omp for schedule(static) nowait
-  for (long i = I / (R * run) * R * run; i < I; i++) take(std::integral_constant<int, 1>(), i);
+  for (long i = thread * I / threads; i < end;) {
+    const long run = std::min(longest, (end - i) / R);
+    for (long k = 0; k < run; k++) take(std::integral_constant<int, R>(), i + k, run);
+    for (long k = i; !run && k < end; k++) take(std::integral_constant<int, 1>(), k, 0);
+    i = run ? i + R * run : end;
+  }
   wait_for_team();
 #pragma omp for schedule(static) nowait
   for (long o = 0; o < M * O; o += F::outputs) {

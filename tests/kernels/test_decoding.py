@@ -100,6 +100,37 @@ def test_equals_the_ordinary_step(
         assert errors.median() < (0.2 if scheme == "fp8" else 2e-2)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Matrices that are worth more than one thread."""
+    text = {"hidden_size": 512, "intermediate_size": 512, "intermediate_size_mlp": 512, "num_hidden_layers": 3}
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    reference_model(reference_config(head_dim=64, **text), 4).bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("scheme", "dtype"), [(None, "float32"), (None, "bfloat16"), ("int4", "float32")])
+def test_by_a_team(
+    wide: Path, scheme: str | None, dtype: str, threads: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads give what one gives, and the same numbers every time, whichever of them is quicker."""
+    model, before = load(wide, scheme, dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ours = decoded(model)
+        assert all(torch.equal(decoded(model), ours) for _ in range(5))
+        torch.set_num_threads(1)
+        alone = decoded(model)
+    finally:
+        torch.set_num_threads(before)
+    assert len(steps) == 7 * 41
+    if dtype == "float32":
+        monkeypatch.setattr(cpu, "library", lambda: None)
+        assert relative_error(ours, alone) < 1e-5
+        assert relative_error(ours, decoded(model)) < 1e-5
+
+
 def hook(model: Llama4Model) -> None:
     model.language_model.model.layers[1].feed_forward.router.register_forward_hook(lambda *_: None)
 

@@ -149,16 +149,16 @@ def _add_reply_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     model.add_argument("--experts", default="auto", help="loop, grouped or megablocks (default: auto)")
     model.add_argument("--experts-device", metavar="DEVICE", help="where experts stay: cpu spares a GPU's memory")
+    model.add_argument("--experts-memory", metavar="SIZE", help="of the GPU for copies of experts in use, as 8GiB")
+    model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
+    model.add_argument(
+        "--cache-device", metavar="DEVICE", help="where what grows of them is held: cpu spares a GPU's memory"
+    )
     model.add_argument(
         "--no-memory-map",
         dest="memory_map",
         action="store_false",
         help="read all weights into memory of their own: slower to load, at times faster to decode with",
-    )
-    model.add_argument("--experts-memory", metavar="SIZE", help="of the GPU for copies of experts in use, as 8GiB")
-    model.add_argument("--cache-dtype", default="auto", help="of keys and values: fp8, int8, int4 (default: auto)")
-    model.add_argument(
-        "--cache-device", metavar="DEVICE", help="where what grows of them is held: cpu spares a GPU's memory"
     )
     model.add_argument("--max-context", type=int, metavar="N", help="most tokens of prompt and reply together")
     reply = parser.add_argument_group("reply")

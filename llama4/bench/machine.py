@@ -85,7 +85,7 @@ class Ceilings:
         x, weight = torch.ones(2, size, size, dtype=dtype, device=device)
         numbers = torch.ones(read // 4, device=device)
         if numbers.device.type == "cpu":
-            numbers = pages.copy_of(numbers)
+            numbers = pages.keep(numbers)
         self._sum = lambda: numbers.sum().item()
         self._products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)[0, 0].item()]
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:

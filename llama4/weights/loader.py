@@ -46,14 +46,13 @@ def load(
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
         path, _, part = name.rpartition(".")
         is_packed = isinstance(model.get_submodule(path), PackedWeight) and part != "bias"
-        is_elsewhere = experts_device is not None and ".experts." in name
-        target = torch.device(experts_device if is_elsewhere and experts_device else device)
+        target = torch.device(experts_device if experts_device is not None and ".experts." in name else device)
         raw = source.tensor(key)
         new_dtype = raw.dtype if is_packed or dtype is None else dtype
         if target.type != "cpu" or (memory_map and new_dtype == raw.dtype):
             tensor = raw.to(target, new_dtype)
         else:
-            tensor = pages.copy_of(raw, new_dtype)
+            tensor = pages.keep(raw, new_dtype)
             if isinstance(source, SafetensorsSource):
                 pages.let_go(raw)
         if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes

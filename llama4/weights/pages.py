@@ -12,6 +12,7 @@ import math
 import mmap
 import sys
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ class _Regions:
         self._lock = threading.Lock()
         self._region: mmap.mmap | None = None
         self._next = 0
+        self._begins: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+    def hold(self, tensor: Tensor) -> bool:
+        begin = tensor.data_ptr()
+        with self._lock:
+            return any(first <= begin < first + len(region) for region, first in self._begins.items())
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
@@ -38,7 +45,8 @@ class _Regions:
             if self._region is None or self._next + size > len(self._region):
                 self._region = mmap.mmap(-1, max(REGION, size) + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 self._region.madvise(mmap.MADV_HUGEPAGE)
-                self._next = -ctypes.addressof(ctypes.c_char.from_buffer(self._region)) % _PAGE
+                self._begins[self._region] = ctypes.addressof(ctypes.c_char.from_buffer(self._region))
+                self._next = -self._begins[self._region] % _PAGE
             region, begin = self._region, self._next
             self._next += size + -size % _LINE
         return torch.frombuffer(region, dtype=dtype, count=count, offset=begin).view(shape)
@@ -54,8 +62,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _regions.empty(shape, dtype)
 
 
-def copy_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous."""
+def keep(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy here, or the tensor itself if it is that already."""
+    if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.hold(tensor):
+        return tensor
     return empty(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
 
 

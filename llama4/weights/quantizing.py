@@ -70,7 +70,7 @@ class QuantizingSource:
         format, tensor = self.plan[self._source.names.to_model(key) or key], self._source.tensor(key)
         whole: dict[str, Tensor] = {}
         if tensor.ndim == 2:
-            whole = {part: pages.copy_of(values) for part, values in self.rounded(tensor, format).items()}
+            whole = {part: pages.keep(values) for part, values in self.rounded(tensor, format).items()}
         for i, expert in enumerate(tensor if tensor.ndim == 3 else ()):  # in x out
             for part, values in self.rounded(expert.mT, format).items():
                 if i == 0:

@@ -27,8 +27,16 @@ def test_tensors_do_not_overlap() -> None:
         assert bool((tensor == i).all())
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for")
+def test_what_lies_there_is_not_copied_again() -> None:
+    kept = pages.keep(torch.ones(3, 5))
+    assert pages.keep(kept) is kept
+    assert pages.keep(kept, torch.float64).dtype == torch.float64
+    assert pages.keep(kept.mT).data_ptr() != kept.data_ptr()
+
+
 def test_a_tensor_outlives_its_region() -> None:
-    kept = pages.copy_of(torch.arange(1000.0).view(10, 100).mT, torch.float64)
+    kept = pages.keep(torch.arange(1000.0).view(10, 100).mT, torch.float64)
     for _ in range(3):
         pages.empty((pages.REGION,), torch.uint8).fill_(255)
     gc.collect()

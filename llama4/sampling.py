@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama4.kernels import cpu
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -58,6 +60,8 @@ class Sampler:
             top_k.
         """
         assert len(generators) == len(logits_BV)
+        if self.temperature == 0 and cpu.chooses(logits_BV):
+            return cpu.likeliest(logits_BV)
         logits_BV = logits_BV.float()
         ids_B = logits_BV.argmax(dim=-1) if self.temperature == 0 else self._draw(logits_BV, generators)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from llama4.generate import prefill, step
 from llama4.kernels import cpu
 from llama4.moe import Router
 from llama4.processor import Inputs
+from llama4.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Engine(Protocol):
     def step(self, ids_B: Tensor, memory: Any) -> Tensor:
         """One more token in every row -> logits of the next, [B, V]."""
 
+    def choose(self, logits_BV: Tensor) -> list[int]:
+        """The likeliest token of each row."""
+
     def look(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         """A question about a picture -> logits of the reply's first token, and how many tokens and tiles were read."""
 
@@ -77,6 +82,8 @@ class Ours:
             memory_map=setting.memory_map,
             progress=False,
         )
+        self._sampler = Sampler(temperature=0)
+        self._generator = random.Random()
 
     def start(self, ids_BT: Tensor) -> tuple[Tensor, Any]:
         cache = self.llm.model.new_cache(len(ids_BT))
@@ -85,6 +92,10 @@ class Ours:
 
     def step(self, ids_B: Tensor, memory: Any) -> Tensor:
         return step(self.llm.model, ids_B, memory)
+
+    def choose(self, logits_BV: Tensor) -> list[int]:
+        ids: list[int] = self._sampler(logits_BV, [self._generator] * len(logits_BV))[0].tolist()
+        return ids
 
     def look(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         inputs = self.llm.processor([message(picture, question)])
@@ -161,12 +172,12 @@ class Contestant:
         ids_BT, new_BN = self._tokens(task)
         begin = time.perf_counter()
         logits_BV, memory = self.engine.start(ids_BT)
-        logits_BV.argmax(-1).tolist()
+        self.engine.choose(logits_BV)
         if task.kind == "prefill":
             return time.perf_counter() - begin
         begin = time.perf_counter()
         for ids_B in new_BN.unbind(1):
-            self.engine.step(ids_B, memory).argmax(-1).tolist()
+            self.engine.choose(self.engine.step(ids_B, memory))
         return (time.perf_counter() - begin) / task.new
 
     def experts_met(self, task: Task) -> float:
@@ -187,7 +198,7 @@ class Contestant:
         begin = time.perf_counter()
         picture = Image.open(io.BytesIO(self._picture)).convert("RGB")
         logits_BV, read = self.engine.look(picture, "What is in the picture?")
-        logits_BV.argmax(-1).tolist()
+        self.engine.choose(logits_BV)
         return time.perf_counter() - begin, read
 
     def _tokens(self, task: Task) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,10 @@ class Transformers:
         logits: Tensor = self.model(ids, past_key_values=memory, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]
 
+    def choose(self, logits_BV: Tensor) -> list[int]:
+        ids: list[int] = logits_BV.argmax(-1).tolist()
+        return ids
+
     @torch.inference_mode()
     def look(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         given = self.processor.apply_chat_template(

@@ -265,6 +265,21 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return y_NF
 
 
+def chooses(logits_BV: Tensor) -> bool:
+    """Whether the likeliest tokens can be found this way."""
+    return logits_BV.is_cpu and logits_BV.dtype in _SUFFIX and logits_BV.numel() >= WIDE and library() is not None
+
+
+def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of each row's largest, of equals the lowest, and its log_softmax in float32, [B] each."""
+    logits_BV = logits_BV.contiguous()
+    B, V = logits_BV.shape
+    ids_B = logits_BV.new_empty(B, dtype=torch.int64)
+    logprobs_B = logits_BV.new_empty(B, dtype=torch.float32)
+    _run("likeliest", logits_BV, logits_BV, B, V, ids_B, logprobs_B)
+    return ids_B, logprobs_B
+
+
 def reads(format: Format, dtype: torch.dtype, C: int) -> bool:
     """Whether kernels for a dtype read heads of C numbers in a format of the cache."""
     known = format.dtype == dtype if isinstance(format, AsIs) else not isinstance(format, Int4) or C % 32 == 0

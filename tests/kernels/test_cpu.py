@@ -183,6 +183,30 @@ class TestAttention:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestLikeliest:
+    @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 512), (3, 1000), (2, 32_007), (4, 202_048)])
+    def test_against_float64(self, rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+        """In bfloat16 many are equal; the largest may stand anywhere, behind the last sixteen too."""
+        logits = (5 * normal(rows, vocabulary)).to(dtype)
+        logits[-1, -1] = 40
+        ids, logprobs = cpu.likeliest(logits)
+        assert torch.equal(ids, logits.argmax(-1))
+        truth = logits.double().log_softmax(-1).amax(-1)
+        assert torch.allclose(logprobs.double(), truth, atol=2e-6, rtol=1e-6)
+
+    @pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("place", [0, 700, 999])
+    def test_what_is_no_number_shows(self, place: int, strange: float, dtype: torch.dtype) -> None:
+        logits = normal(2, 1000).to(dtype)
+        logits[0, place] = strange
+        ids, logprobs = cpu.likeliest(logits)
+        assert logprobs.isnan().tolist() == [True, False]
+        assert 0 <= ids[0] < 1000
+        assert ids[1] == logits[1].argmax()
+
+
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(threads: int) -> None:
     """In x out, threads share the inputs: seven of them are less than a block for each."""

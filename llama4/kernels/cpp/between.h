@@ -1,4 +1,4 @@
-// What stands between the products, for one row or head.
+// What stands between the products, and after the last, for one row or head.
 
 #pragma once
 
@@ -48,6 +48,39 @@ void swiglu(const X* gate, const X* up, long F, X* y) {
     f32 g = floats(gate + i);
     keep(y + i, g / (exponential(-g) + 1.f) * floats(up + i));
   }
+}
+
+// The largest of V logits, of equals the first, and the logarithm of its probability, log_softmax; that is not a number
+// if any logit is not, or the largest is infinite.
+template <class X>
+void likeliest(const X* logits, long V, long* index, float* logprob) {
+  constexpr long piece = 1024;  // float32 adds up so many well
+  const auto at = [&](long i) {
+    if (i + 16 <= V) return floats(logits + i);
+    f32 last = f32{} - INFINITY;
+    for (long k = i; k < V; k++) last[k - i] = widened(logits[k]);
+    return last;
+  };
+  f32 most = f32{} - INFINITY;
+  i32 where{}, strange{}, places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (long i = 0; i < V; i += 16) {
+    f32 v = at(i);
+    where = v > most ? places + int(i) : where, most = larger(v, most), strange |= v != v;
+  }
+  const float top = largest(most);
+  bool is_strange = false;
+  *index = V - 1;
+  for (int lane = 0; lane < 16; lane++) {
+    if (most[lane] == top) *index = std::min<long>(*index, where[lane]);
+    is_strange |= strange[lane] != 0;
+  }
+  double total = 0;
+  for (long begin = 0; begin < V; begin += piece) {
+    f32 part{};
+    for (long i = begin; i < std::min(V, begin + piece); i += 16) part += exponential(at(i) - top);
+    total += sum(part);
+  }
+  *logprob = is_strange ? NAN : (top - top) - std::log(total);
 }
 
 }  // namespace

@@ -290,7 +290,7 @@ void decode(const Decoder& d, const Held* held, long step, const long* ids, long
 // Calls part(row) for rows of so many numbers, on all cores if that is worth it.
 template <class Part>
 void for_each_row(long N, long numbers, const Part& part) {
-#pragma omp parallel for schedule(static) if (N * numbers > worth_threads)
+#pragma omp parallel for schedule(static) if (N > 1 && N * numbers > worth_threads)
   for (long n = 0; n < N; n++) part(n);
 }
 
@@ -320,6 +320,9 @@ void for_each_row(long N, long numbers, const Part& part) {
   }                                                                                                                    \
   extern "C" void swiglu_##suffix(const X* gate, const X* up, long N, long F, long stride, X* y) {                     \
     for_each_row(N, F, [&](long n) { swiglu(gate + n * stride, up + n * stride, F, y + n * F); });                     \
+  }                                                                                                                    \
+  extern "C" void likeliest_##suffix(const X* logits, long N, long V, long* indices, float* logprobs) {                \
+    for_each_row(N, V, [&](long n) { likeliest(logits + n * V, V, indices + n, logprobs + n); });                      \
   }                                                                                                                    \
   extern "C" void attend_##suffix(const X* q, const char* const* table, long width, const long* lengths, long B,       \
                                   long H, long K, long C, long format, X* y) {                                         \

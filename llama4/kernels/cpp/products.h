@@ -213,7 +213,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 template <class F, int M, class Y>
 void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
                   const float* row_scales, Y* y) {
-  constexpr int U = F::grouped ? 2 : 4;
+  constexpr int U = 4;
   const long blocks = f.I / F::inputs;
   for (long first = begin; first < end; first += 16) {
     const long count = std::min(end - first, 16l);
@@ -244,7 +244,7 @@ template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
   const auto* inputs = arranged<F>(x, M, f.I);
-#pragma omp for schedule(guided) nowait
+#pragma omp for schedule(static) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;

@@ -25,10 +25,11 @@ struct InOrder {  // sixteen at a time, one plane
   static int place(int, int lane) { return lane; }
   const W* w;
   long I;
+  const W* at(long o, long block) const { return w + o * I + 16 * block; }
 };
 
 struct Float32 : InOrder<float> {
-  void read(long o, long block, Plane* out) const { out[0] = load<f32>(w + o * I + 16 * block); }
+  void read(long o, long block, Plane* out) const { out[0] = load<f32>(at(o, block)); }
 };
 
 struct Bfloat16 {
@@ -38,8 +39,9 @@ struct Bfloat16 {
   static int place(int plane, int lane) { return 2 * lane + plane; }
   const bf16* w;
   long I;
+  const bf16* at(long o, long block) const { return w + o * I + 32 * block; }
   void read(long o, long block, Plane* out) const {
-    u32 pairs = load<u32>(w + o * I + 32 * block);
+    u32 pairs = load<u32>(at(o, block));
     out[0] = (f32)(pairs << 16);
     out[1] = (f32)(pairs & 0xffff0000u);
   }
@@ -47,13 +49,13 @@ struct Bfloat16 {
 
 struct Int8 : InOrder<uint8_t> {
   void read(long o, long block, Plane* out) const {
-    i32 codes = (i32)(bytes(w + o * I + 16 * block) << 24) >> 24;
+    i32 codes = (i32)(bytes(at(o, block)) << 24) >> 24;
     out[0] = __builtin_convertvector(codes, f32);
   }
 };
 
 struct Float8 : InOrder<uint8_t> {
-  void read(long o, long block, Plane* out) const { out[0] = from_e4m3(bytes(w + o * I + 16 * block)); }
+  void read(long o, long block, Plane* out) const { out[0] = from_e4m3(bytes(at(o, block))); }
 };
 
 struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or a multiple of 128
@@ -67,8 +69,9 @@ struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or
   long group;
   long groups = I / group;
   uint64_t per_block = (uint64_t(128) << 32) / group + 1;  // groups, times 2^32: a division for each takes too long
+  const uint8_t* at(long o, long block) const { return w + o * (I / 2) + 64 * block; }
   void read(long o, long block, Plane* out) const {
-    u32 words = load<u32>(w + o * (I / 2) + 64 * block);
+    u32 words = load<u32>(at(o, block));
 #pragma GCC unroll 8
     for (int plane = 0; plane < 8; plane++)
       out[plane] = __builtin_convertvector((i32)(words >> (4 * plane) & 15) - 8, f32);
@@ -89,7 +92,7 @@ struct Bfloat16Pairs : Bfloat16 {
   using Plane = bf16s;
   static constexpr int planes = 1, run = 32;
   static int place(int, int lane) { return lane; }
-  void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(w + o * I + 32 * block); }
+  void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(at(o, block)); }
 };
 
 template <int lanes>
@@ -103,7 +106,7 @@ struct Int4Pairs : Int4 {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
         0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
         0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    __m512i table = _mm512_load_si512(levels), words = _mm512_loadu_si512(w + o * (I / 2) + 64 * block);
+    __m512i table = _mm512_load_si512(levels), words = _mm512_loadu_si512(at(o, block));
     out[0].bits = _mm512_permutexvar_epi16(words, table);
     out[1].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     out[2].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
@@ -133,6 +136,7 @@ struct BytePairs {  // a byte is a sign and what is looked up
   static int place(int plane, int lane) { return lane / 8 * 16 + 8 * plane + lane % 8; }
   const uint8_t* w;
   long I;
+  const uint8_t* at(long o, long block) const { return w + o * I + 64 * block; }
   static __m512i look_up(const uint8_t* table, __m512i places) {
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), places, _mm512_load_si512(table + 64));
   }
@@ -147,7 +151,7 @@ struct BytePairs {  // a byte is a sign and what is looked up
 struct Int8Pairs : BytePairs {
   void read(long o, long block, Plane* out) const {
     static constexpr Halves whole([](int i) { return i; });
-    __m512i codes = _mm512_loadu_si512(w + o * I + 64 * block), magnitudes = _mm512_abs_epi8(codes);
+    __m512i codes = _mm512_loadu_si512(at(o, block)), magnitudes = _mm512_abs_epi8(codes);
     __m512i high = signed_as(look_up(whole.high, magnitudes), codes);
     high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitudes), _mm512_set1_epi8(0xc3));  // -128
     join(high, look_up(whole.low, magnitudes), out);
@@ -157,7 +161,7 @@ struct Int8Pairs : BytePairs {
 struct Float8Pairs : BytePairs {
   void read(long o, long block, Plane* out) const {
     static constexpr Halves e4m3([](int i) { return (i < 8 ? i : 8 + i % 8) * 0x1p-10 * (1 << std::max(i / 8, 1)); });
-    __m512i codes = _mm512_loadu_si512(w + o * I + 64 * block);
+    __m512i codes = _mm512_loadu_si512(at(o, block));
     join(signed_as(look_up(e4m3.high, codes), codes), look_up(e4m3.low, codes), out);
   }
 };
@@ -189,14 +193,15 @@ const typename F::Plane* arranged(const X* x, long M, long I) {
 }
 
 // U blocks of a row of W against M rows of x, each block into sums of its own: a core adds faster than it waits for the
-// last sum.
+// last sum. What will be wanted soon lies `ahead`, if that is known.
 template <class F, int M, int U>
 inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
-                                                      f32 (*sums)[M]) {
+                                                      long ahead, f32 (*sums)[M]) {
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     typename F::Plane w[F::planes];
     f.read(o, block + u, w);
+    if (ahead) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
     f32 scale{};
     if constexpr (F::grouped) scale = f.scale(o, block + u);
 #pragma GCC unroll 8
@@ -210,45 +215,59 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
   }
 }
 
+// Sixteen outputs at a time, whose rows of W are read one after the other, several at once being read at half the rate,
+// and in segments, so that the same part of x stays in the nearest cache. A processor that has more to do with a number
+// than to add it up once does not look far enough ahead by itself, and is told what comes some rows later.
 template <class F, int M, class Y>
-void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
+void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long last, long O, Scales scales,
                   const float* row_scales, Y* y) {
-  constexpr int U = 4;
-  const long blocks = f.I / F::inputs;
-  for (long first = begin; first < end; first += 16) {
-    const long count = std::min(end - first, 16l);
-    f32 lanes[M][16] = {};
-    for (long i = 0; i < count; i++) {  // one row after the other: several at once are read at half the rate
-      f32 parts[U][M] = {};
-      long block = 0;
-      for (; block + U <= blocks; block += U) add_blocks<F, M, U>(f, first + i, block, x, parts);
-      for (; block < blocks; block++) add_blocks<F, M, 1>(f, first + i, block, x, parts);
-      for (int m = 0; m < M; m++) {
-        lanes[m][i] = parts[0][m];
+  constexpr bool is_busy = M > 1 || F::planes > 1;
+  constexpr int U = is_busy ? 4 : 2;
+  constexpr long rows = 16, longest = 16384 / (M * F::planes * sizeof(*x)), far = 8192;
+  const long blocks = f.I / F::inputs, segment = std::min(blocks, longest);
+  const long later = far / ((const char*)f.at(0, segment) - (const char*)f.at(0, 0)) + 1;
+  for (long first = begin; first < end; first += rows) {
+    const long count = std::min(end - first, rows);
+    f32 lanes[M][rows] = {};
+    for (long from = 0; from < blocks; from += segment) {
+      const long until = std::min(blocks, from + segment);
+      for (long i = 0; i < count; i++) {
+        long ahead = 0;
+        if (is_busy) {
+          long row = i + later, start = from;
+          if (row >= rows) start = until < blocks ? until : 0, row -= until < blocks ? rows : 0;
+          ahead = (const char*)f.at(std::min(first + row, last), start) - (const char*)f.at(first + i, from);
+        }
+        f32 parts[U][M] = {};
+        long block = from;
+        for (; block + U <= until; block += U) add_blocks<F, M, U>(f, first + i, block, x, ahead, parts);
+        for (; block < until; block++) add_blocks<F, M, 1>(f, first + i, block, x, ahead, parts);
+        for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int u = 1; u < U; u++) lanes[m][i] += parts[u][m];
+          for (int u = 0; u < U; u++) lanes[m][i] += parts[u][m];
       }
     }
     for (int m = 0; m < M; m++) {
       f32 totals = sums(lanes[m]) * (row_scales ? row_scales[m] : 1);
       for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
       Y* to = y + m * O + first;
-      if (count == 16) keep(to, totals);
-      for (long i = 0; count < 16 && i < count; i++) assign(to[i], totals[i]);
+      if (count == rows) keep(to, totals);
+      for (long i = 0; count < rows && i < count; i++) assign(to[i], totals[i]);
     }
   }
 }
 
-// y = x W^T; outputs and rows may be multiplied by scales.
+// y = x W^T; outputs and rows may be multiplied by scales. Each thread has its share of outputs.
 template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
+  const long chunks = (O + chunk - 1) / chunk, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const long begin = thread * chunks / threads * chunk, end = std::min(O, (thread + 1) * chunks / threads * chunk);
   const auto* inputs = arranged<F>(x, M, f.I);
-#pragma omp for schedule(static) nowait
-  for (long c = 0; c < (O + chunk - 1) / chunk; c++)
-    in_fours(M, [&](auto rows, long m) {
+  for (long first = begin; first < end; first += chunk)
+    in_fours(M, [&](auto some, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
-      dot_products<F, rows>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O, scales,
+      dot_products<F, some>(f, from, first, std::min(end, first + chunk), end - 1, O, scales,
                             row_scales ? row_scales + m : nullptr, y + m * O);
     });
 }

@@ -235,7 +235,10 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
         long ahead = 0;
         if (is_busy) {
           long row = i + later, start = from;
-          if (row >= rows) start = until < blocks ? until : 0, row -= until < blocks ? rows : 0;
+          if (row >= count) {  // in the next segment of these rows, or the first of the next
+            start = until < blocks ? until : 0;
+            if (start) row -= count;
+          }
           ahead = (const char*)f.at(std::min(first + row, last), start) - (const char*)f.at(first + i, from);
         }
         f32 parts[U][M] = {};
@@ -257,17 +260,16 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
   }
 }
 
-// y = x W^T; outputs and rows may be multiplied by scales. Each thread has its share of outputs.
+// y = x W^T; outputs and rows may be multiplied by scales.
 template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
-  const long chunks = (O + chunk - 1) / chunk, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  const long begin = thread * chunks / threads * chunk, end = std::min(O, (thread + 1) * chunks / threads * chunk);
   const auto* inputs = arranged<F>(x, M, f.I);
-  for (long first = begin; first < end; first += chunk)
+#pragma omp for schedule(guided) nowait
+  for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto some, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
-      dot_products<F, some>(f, from, first, std::min(end, first + chunk), end - 1, O, scales,
+      dot_products<F, some>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O - 1, O, scales,
                             row_scales ? row_scales + m : nullptr, y + m * O);
     });
 }

@@ -79,6 +79,23 @@ class TestProducts:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("outputs", [7, 16, 51])
+def test_long_rows(outputs: int, rows: int, dtype: torch.dtype) -> None:
+    """8832 inputs are read in segments, of which the last is shorter, however few rows there are."""
+    x, weight = normal(rows, 8832).to(dtype), normal(outputs, 8832, seed=1).to(dtype)
+    assert close(cpu.linear(x, weight), x.double() @ weight.double().mT)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-128, 128, (outputs, 8832), dtype=torch.int8, generator=generator)
+    scale = normal(outputs, 1).bfloat16()
+    assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
+    codes, scale = codes.clamp(-8, 7), normal(outputs, 69).bfloat16()
+    weight = (codes.double().unflatten(1, (69, 128)) * scale.double()[..., None]).flatten(1)
+    assert close(cpu.linear_int4(x, pack(codes), scale, 128), x.double() @ weight.mT)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [32, 128, 1024])
 def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
     """As `quantize_groups` does, but for ties and the order of sums."""

@@ -216,13 +216,13 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 }
 
 // Sixteen outputs at a time, whose rows of W are read one after the other, several at once being read at half the rate,
-// and in segments, so that the same part of x stays in the nearest cache. A processor that has more to do with a number
-// than to add it up once does not look far enough ahead by itself, and is told what comes some rows later.
+// and in segments, so that the same part of x stays in the nearest cache. A processor that has much to do with a number
+// does not look far enough ahead by itself, and is told what comes 8 KiB later: less far, it is the slower for it.
 template <class F, int M, class Y>
 void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long last, long O, Scales scales,
                   const float* row_scales, Y* y) {
-  constexpr bool is_busy = M > 1 || F::planes > 1;
-  constexpr int U = is_busy ? 4 : 2;
+  constexpr bool is_busy = M > 1 || F::planes > 2;
+  constexpr int U = M * F::planes > 1 ? 4 : 2;
   constexpr long rows = 16, longest = 16384 / (M * F::planes * sizeof(*x)), far = 8192;
   const long blocks = f.I / F::inputs, segment = std::min(blocks, longest);
   const long later = far / ((const char*)f.at(0, segment) - (const char*)f.at(0, 0)) + 1;

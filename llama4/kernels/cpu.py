@@ -271,7 +271,8 @@ def chooses(logits_BV: Tensor) -> bool:
 
 
 def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each row's largest, of equals the lowest, and its log_softmax in float32, [B] each."""
+    """The index of each row's largest, of equals the lowest, and its log_softmax in float32, [B] each; torch takes
+    six times as long for the index alone, in bfloat16."""
     logits_BV = logits_BV.contiguous()
     B, V = logits_BV.shape
     ids_B = logits_BV.new_empty(B, dtype=torch.int64)

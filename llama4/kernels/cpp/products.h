@@ -219,12 +219,12 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 // and in segments, so that the same part of x stays in the nearest cache. A processor that has much to do with a number
 // does not look far enough ahead by itself, and is told what comes 8 KiB later: less far, it is the slower for it.
 template <class F, int M, class Y>
-void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long last, long O, Scales scales,
+void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
                   const float* row_scales, Y* y) {
   constexpr bool is_busy = M > 1 || F::planes > 2;
   constexpr int U = M * F::planes > 1 ? 4 : 2;
   constexpr long rows = 16, longest = 16384 / (M * F::planes * sizeof(*x)), far = 8192;
-  const long blocks = f.I / F::inputs, segment = std::min(blocks, longest);
+  const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, longest);
   const long later = far / ((const char*)f.at(0, segment) - (const char*)f.at(0, 0)) + 1;
   for (long first = begin; first < end; first += rows) {
     const long count = std::min(end - first, rows);
@@ -239,7 +239,7 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
             start = until < blocks ? until : 0;
             if (start) row -= count;
           }
-          ahead = (const char*)f.at(std::min(first + row, last), start) - (const char*)f.at(first + i, from);
+          ahead = (const char*)f.at(std::min(first + row, O - 1), start) - (const char*)f.at(first + i, from);
         }
         f32 parts[U][M] = {};
         long block = from;
@@ -267,9 +267,9 @@ void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const f
   const auto* inputs = arranged<F>(x, M, f.I);
 #pragma omp for schedule(guided) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
-    in_fours(M, [&](auto some, long m) {
+    in_fours(M, [&](auto rows, long m) {
       const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
-      dot_products<F, some>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O - 1, O, scales,
+      dot_products<F, rows>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O, scales,
                             row_scales ? row_scales + m : nullptr, y + m * O);
     });
 }

@@ -3,9 +3,9 @@
 `llama4 bench generate PATH [--vs transformers] [--quantization none int8 int4] [--threads N] [--json | --markdown]`
 
 Every contestant lives in a process of its own and does the same tasks with the same tokens. They take turns, in several
-rounds, and before each task the machine's own ceilings are measured, because machines drift: a share of the floor is
-that of a run beside the ceiling of its minute. Figures are medians of runs that are warm; loading is timed in fresh
-processes, with the files in the system's cache.
+rounds, and just before and after each task of each the machine's own ceilings are measured, because machines drift: a
+run during which the ceiling that counts has moved is done again. Figures are medians of runs that are warm; loading is
+timed in fresh processes, with the files in the system's cache.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from llama4.weights.params import is_meta
 from llama4.weights.quantizing import quantized
 
 LOAD, FIRST, PEAK = "load, s", "load to first token, s", "peak memory, MiB"
+UNSTEADY = 0.15
+"""Part by which a floor may move during a run."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Figure:
 @dataclass(frozen=True)
 class Tasks:
     """What is asked of all: lengths of prompts, tokens that are decoded, a picture or none, how often, and how often
-    again where other processes disturbed."""
+    again where other processes disturbed or the machine changed."""
 
     lengths: tuple[int, ...]
     new: int
@@ -74,6 +76,26 @@ class Tasks:
         tasks = [Task("prefill", prompt=length) for length in self.lengths]
         tasks += [Task("decode", rows=rows, new=self.new) for rows in (1, 4)]
         return [*tasks, Task("picture")] if self.picture else tasks
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task done once: its seconds, its floor by the ceilings just before and just after, these, and the part of the
+    cores that others took."""
+
+    seconds: float
+    floors: tuple[float, float]
+    rates: tuple[Rates, Rates]
+    others: float | None
+
+    @property
+    def is_steady(self) -> bool:
+        return max(self.floors) <= (1 + UNSTEADY) * min(self.floors) and (self.others or 0.0) < DISTURBED
+
+    @property
+    def share(self) -> float:
+        """Of the floor, that is on average of the two."""
+        return sum(self.floors) / 2 / self.seconds
 
 
 @dataclass
@@ -142,23 +164,29 @@ def measure(
         pictures = {name: w.call("picture_size") if tasks.picture else (0, 0) for name, w in workers.items()}
         least = Floors(config, experts)
         ceilings = {kind: Ceilings(DTYPES[kind[0]], *kind[1:]) for kind in dict.fromkeys(kinds.values())}
-        for _, task in shown([*product(range(tasks.rounds), todo)], lambda turn: f"round {turn[0] + 1}, {turn[1]}"):
+
+        def run(task: Task, name: str) -> Run:
+            ceiling, floor = ceilings[kinds[name]], least.of(task, plans[name], dtypes[name], pictures[name])
+            others.share(pids)
+            before = ceiling.measure()
+            seconds = workers[name].call("seconds", task)
+            around = before, ceiling.measure()
+            first, second = (floor.seconds(rate.gemm, rate.memory) for rate in around)
+            return Run(seconds, (first, second), around, others.share(pids))
+
+        turns = [*product(range(tasks.rounds), todo, workers)]
+        for _, task, name in shown(turns, lambda turn: f"round {turn[0] + 1}, {turn[1]}, {turn[2]}"):
             for _ in range(1 + tasks.patience):
-                others.share(pids)
-                now = {kind: ceiling.measure() for kind, ceiling in ceilings.items()}
-                spent = {name: worker.call("seconds", task) for name, worker in workers.items()}
-                busy = others.share(pids)
-                if busy is None or busy < DISTURBED:
+                done = run(task, name)
+                if done.is_steady:
                     break
-            disturbances.append(busy)
-            for kind, rate in now.items():
-                rates.setdefault(f"{kind[0]}, {_threads(kind[1])}", []).append(rate)
-            for name, sample in spent.items():
-                tokens = {"prefill": task.prompt, "decode": task.rows}.get(task.kind, 0)
-                figure = figures.setdefault((task, name), Figure(str(task), name, tokens))
-                floor, rate = least.of(task, plans[name], dtypes[name], pictures[name]), now[kinds[name]]
-                figure.samples.append(sample)
-                figure.shares.append(floor.seconds(rate.gemm, rate.memory) / sample)
+            disturbances.append(done.others)
+            kind, threads, _ = kinds[name]
+            rates.setdefault(f"{kind}, {_threads(threads)}", []).extend(done.rates)
+            tokens = {"prefill": task.prompt, "decode": task.rows}.get(task.kind, 0)
+            figure = figures.setdefault((task, name), Figure(str(task), name, tokens))
+            figure.samples.append(done.seconds)
+            figure.shares.append(done.share)
         peaks = [Figure(PEAK, name, samples=[w.call("peak_bytes") / 2**20]) for name, w in workers.items()]
     about = {"machine": describe(), "experts_met": {str(task): met for task, met in experts.items()}}
     cold = [loads[name][i] for i in (0, 1) for name in contestants]
@@ -255,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reply", type=positive, default=64, metavar="N", help="tokens decoded (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="runs of everything (default: 5)")
     parser.add_argument(
-        "--patience", type=int, default=2, metavar="N", help="times to repeat what other processes disturb (default: 2)"
+        "--patience", type=int, default=2, metavar="N", help="times to repeat what others disturb (default: 2)"
     )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file, besides what is printed")
     add_output_options(parser)

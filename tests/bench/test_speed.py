@@ -16,7 +16,7 @@ from PIL import Image
 from llama4 import Llama4
 from llama4.api import EMBEDDED
 from llama4.bench import __main__ as bench
-from llama4.bench import floors, growth, moe, profile
+from llama4.bench import floors, generate, growth, moe, profile
 from llama4.bench.contestants import ENGINES, Contestant, Setting, Task, photo_bytes
 from llama4.bench.growth import Point
 from llama4.bench.machine import Ceilings, Rates
@@ -163,6 +163,37 @@ def test_settings_are_told_apart(capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["bench", *arguments, "--rounds", "1", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "| prefill, 512 tokens, tokens/s | 512, " in out
+
+
+def test_a_run_during_which_the_machine_changed_is_done_again(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the ceiling that counts matters: what reads does not care for the rate of products."""
+    measured: list[Rates] = []
+
+    def drifting(self: Ceilings, repeats: int = 3) -> Rates:
+        slow = len(measured) == 2  # before the second of three tasks, the first that reads
+        measured.append(Rates(memory=RATES.memory / (2 if slow else 1), gemm=RATES.gemm * (1 + len(measured))))
+        return measured[-1]
+
+    monkeypatch.setattr("llama4.bench.generate.Worker", InProcess)
+    monkeypatch.setattr(Ceilings, "measure", drifting)
+    monkeypatch.setattr("llama4.bench.generate.DISTURBED", 2.0)
+    monkeypatch.setattr(generate.Tasks, "all", lambda self: [Task("decode", rows=rows, new=2) for rows in (1, 2, 3)])
+    arguments = ["generate", directory, "--rounds", "1", "--patience"]
+    report = run(capsys, *arguments, "3")
+    assert len(measured) == 2 * 4, "one of three was done twice"
+    kept = next(rates for kind, rates in report["ceilings"].items() if "float32" in kind)
+    assert {rate["memory"] for rate in kept} == {RATES.memory}
+    measured.clear()
+    report = run(capsys, *arguments, "0")
+    assert len(measured) == 2 * 3
+    sample = next(f for f in report["figures"] if f["task"] == "decode, batch 2")
+    least = floors.decode(
+        small_model.config().text, {}, torch.float32, [129] * 2, report["experts_met"][sample["task"]]
+    )
+    steady = least.seconds(RATES.gemm, RATES.memory) / sample["samples"][0]
+    assert sample["share_of_floor"] == pytest.approx(1.5 * steady), "the floor is between that before and that after"
 
 
 def test_profile_accounts_for_all_of_the_floor_and_the_time(

@@ -29,7 +29,6 @@ struct For<float> {
   using Rows = Float32Rows;
   using Codes8 = Int8;
   using E4M3 = Float8;
-  template <int lanes>
   using Codes4 = Int4;
 };
 template <>
@@ -37,11 +36,9 @@ struct For<bf16> {
   using Rows = Bfloat16Rows;
 #ifdef __AVX512BF16__
   using Dense = Bfloat16Pairs;
-  template <int lanes>
-  using Codes4 = Int4Pairs<lanes>;
+  using Codes4 = Int4Pairs;
 #else
   using Dense = Bfloat16;
-  template <int lanes>
   using Codes4 = Int4;
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -79,9 +76,9 @@ void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* 
       return out_in(typename Of::E4M3{codes, a.I}, rows, M, a.O, s, y, row_scales);
     }
     case INT4:
-      if (a.group >= 128) return out_in(typename Of::template Codes4<16>{four}, x, M, a.O, Scales{}, y);
-      if (a.group == 64) return out_in(typename Of::template Codes4<8>{four}, x, M, a.O, Scales{}, y);
-      return out_in(typename Of::template Codes4<4>{four}, x, M, a.O, Scales{}, y);
+      if (a.group >= 128) return out_in(Grouped<typename Of::Codes4, 16>{four}, x, M, a.O, Scales{}, y);
+      if (a.group == 64) return out_in(Grouped<typename Of::Codes4, 8>{four}, x, M, a.O, Scales{}, y);
+      return out_in(Grouped<typename Of::Codes4, 4>{four}, x, M, a.O, Scales{}, y);
   }
 }
 

@@ -62,6 +62,7 @@ struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or
   using Plane = f32;
   static constexpr int planes = 8, inputs = 128, run = 1;
   static constexpr bool grouped = true;
+  static constexpr float excess = 0;  // by which numbers are read too large
   static int place(int plane, int lane) { return 8 * lane + plane; }
   const uint8_t* w;
   long I;
@@ -95,24 +96,18 @@ struct Bfloat16Pairs : Bfloat16 {
   void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(at(o, block)); }
 };
 
-template <int lanes>
 struct Int4Pairs : Int4 {
   using Plane = bf16s;
   static constexpr int planes = 4;
+  static constexpr float excess = 136;  // 0 to 15 become 128 to 143, whose mantissas they are
   static int place(int plane, int lane) { return 4 * lane + plane; }
   void read(long o, long block, Plane* out) const {
-    // -8 to 7 in bfloat16, twice: the index is five bits wide, of which the fifth belongs to the next code
-    alignas(64) static constexpr bf16 levels[32] = {
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-        0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-        0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    __m512i table = _mm512_load_si512(levels), words = _mm512_loadu_si512(at(o, block));
-    out[0].bits = _mm512_permutexvar_epi16(words, table);
-    out[1].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-    out[2].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-    out[3].bits = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+    __m512i words = _mm512_loadu_si512(at(o, block)), mantissa = _mm512_set1_epi16(15), one = _mm512_set1_epi16(0x4300);
+    asm("" : "+v"(words));  // GCC would load them four times
+#pragma GCC unroll 4
+    for (int plane = 0; plane < 4; plane++)
+      out[plane].bits = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4 * plane), mantissa, one, 0xea);  // a & b | c
   }
-  f32 scale(long o, long block) const { return scale_of<lanes>(o, block); }
 };
 #endif
 
@@ -167,6 +162,35 @@ struct Float8Pairs : BytePairs {
 };
 #endif
 
+// Codes in blocks of `lanes` neighbouring lanes with a scale each; a block has one at least.
+template <class Codes, int lanes>
+struct Grouped : Codes {
+  static constexpr int scales_per_block = 16 / lanes, inputs_per_scale = Codes::inputs / scales_per_block;
+  // Calls part(i, scales) for each sixteen of the scales of a row's blocks, zeros behind the last.
+  template <class Part>
+  void scales_of(long o, long from, long until, const Part& part) const {
+    for (long i = from * scales_per_block, end = until * scales_per_block; i < end; i += 16) {
+      const long count = std::min(16l, end - i);
+      f32 v{};
+      if (this->group == inputs_per_scale)
+        v = this->scales.some(o * this->groups + i, count);
+      else
+        for (long k = 0; k < count; k++) v[k] = this->scales[o * this->groups + (i + k) * inputs_per_scale / this->group];
+      part(i, v);
+    }
+  }
+  static f32 spread(const float* scales) {
+    if constexpr (lanes == 16) return scales[0] - f32{};
+    return repeated<lanes>(load<f32x4>(scales));
+  }
+};
+
+template <class F>
+constexpr int scales_per_block() {
+  if constexpr (F::grouped) return F::scales_per_block;
+  return 0;
+}
+
 // ---- out x in
 
 // x in the order of the planes, in their precision; of four rows, or those that are left, block by block, so that what
@@ -192,37 +216,62 @@ const typename F::Plane* arranged(const X* x, long M, long I) {
   return reinterpret_cast<const typename F::Plane*>(first);
 }
 
+// What rows of x add up to over each scale of a row of W, and sixteen zeros, times the excess of a format: [M, scales].
+template <class F, class X>
+const float* excess_of(const X* x, long M, long I) {
+  const long count = I / F::inputs_per_scale, width = count + 16;
+  float* to = scratch<float, 17>(M * width);
+  std::fill(to, to + M * width, 0.f);
+  for (long i = 0; i < M * count; i++) {
+    const X* from = x + i * F::inputs_per_scale;
+    f32 total{};
+    for (long k = 0; k < F::inputs_per_scale; k += 16) total += floats(from + k);
+    to[i / count * width + i % count] = F::excess * sum(total);
+  }
+  return to;
+}
+
+// Whether a core has so much to do with a number that it does not look far enough ahead by itself.
+template <class F, int M>
+constexpr bool is_busy = M > 1 || F::planes > 2;
+
 // U blocks of a row of W against M rows of x, each block into sums of its own: a core adds faster than it waits for the
-// last sum. What will be wanted soon lies `ahead`, if that is known.
-template <class F, int M, int U>
+// last sum. What will be wanted soon lies `ahead`.
+template <int U, class F, int M>
 inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
-                                                      long ahead, f32 (*sums)[M]) {
+                                                      const float* scales, long ahead, f32 (*sums)[M]) {
+  typename F::Plane w[U][F::planes];
+  f32 parts[U][M];
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
-    typename F::Plane w[F::planes];
-    f.read(o, block + u, w);
-    if (ahead) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
+    f.read(o, block + u, w[u]);
+    if (is_busy<F, M>) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) parts[u][m] = F::grouped ? f32{} : sums[u][m];
+  }
+#pragma GCC unroll 8
+  for (int plane = 0; plane < F::planes; plane++)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+        parts[u][m] = multiply_add(parts[u][m], w[u][plane], x + ((block + u) * M + m) * F::planes + plane);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++) {
     f32 scale{};
-    if constexpr (F::grouped) scale = f.scale(o, block + u);
+    if constexpr (F::grouped) scale = F::spread(scales + u * F::scales_per_block);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const typename F::Plane* inputs = x + ((block + u) * M + m) * F::planes;
-      f32 part = F::grouped ? f32{} : sums[u][m];
-#pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++) part = multiply_add(part, w[plane], inputs[plane]);
-      sums[u][m] = F::grouped ? sums[u][m] + part * scale : part;
-    }
+    for (int m = 0; m < M; m++) sums[u][m] = F::grouped ? sums[u][m] + parts[u][m] * scale : parts[u][m];
   }
 }
 
 // Sixteen outputs at a time, whose rows of W are read one after the other, several at once being read at half the rate,
-// and in segments, so that the same part of x stays in the nearest cache. A processor that has much to do with a number
-// does not look far enough ahead by itself, and is told what comes 8 KiB later: less far, it is the slower for it.
+// and in segments, so that the same part of x stays in the nearest cache. A processor that is busy is told what comes
+// 8 KiB later: less far, it is the slower for it.
 template <class F, int M, class Y>
-void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
-                  const float* row_scales, Y* y) {
-  constexpr bool is_busy = M > 1 || F::planes > 2;
-  constexpr int U = M * F::planes > 1 ? 4 : 2;
+void dot_products(const F& f, const typename F::Plane* x, const float* excess, long begin, long end, long O,
+                  Scales scales, const float* row_scales, Y* y) {
+  constexpr int U = M * F::planes == 1 ? 2 : F::grouped ? std::max(4 / M, 1) : 4, per_block = scales_per_block<F>();
   constexpr long rows = 16, longest = 16384 / (M * F::planes * sizeof(*x)), far = 8192;
   const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, longest);
   const long later = far / ((const char*)f.at(0, segment) - (const char*)f.at(0, 0)) + 1;
@@ -232,19 +281,29 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
     for (long from = 0; from < blocks; from += segment) {
       const long until = std::min(blocks, from + segment);
       for (long i = 0; i < count; i++) {
+        const long o = first + i;
         long ahead = 0;
-        if (is_busy) {
+        if (is_busy<F, M>) {
           long row = i + later, start = from;
           if (row >= count) {  // in the next segment of these rows, or the first of the next
             start = until < blocks ? until : 0;
             if (start) row -= count;
           }
-          ahead = (const char*)f.at(std::min(first + row, O - 1), start) - (const char*)f.at(first + i, from);
+          ahead = (const char*)f.at(std::min(first + row, O - 1), start) - (const char*)f.at(o, from);
         }
         f32 parts[U][M] = {};
+        float own[longest * per_block + 16];  // scales
+        if constexpr (F::grouped)
+          f.scales_of(o, from, until, [&](long k, f32 v) {
+            store(own + k - from * per_block, v);
+            for (int m = 0; m < M && F::excess; m++)
+              parts[0][m] -= v * load<f32>(excess + m * (blocks * per_block + 16) + k);
+          });
         long block = from;
-        for (; block + U <= until; block += U) add_blocks<F, M, U>(f, first + i, block, x, ahead, parts);
-        for (; block < until; block++) add_blocks<F, M, 1>(f, first + i, block, x, ahead, parts);
+        for (; block + U <= until; block += U)
+          add_blocks<U, F, M>(f, o, block, x, own + (block - from) * per_block, ahead, parts);
+        for (; block < until; block++)
+          add_blocks<1, F, M>(f, o, block, x, own + (block - from) * per_block, ahead, parts);
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
           for (int u = 0; u < U; u++) lanes[m][i] += parts[u][m];
@@ -264,13 +323,16 @@ void dot_products(const F& f, const typename F::Plane* x, long begin, long end, 
 template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
+  const long blocks = f.I / F::inputs;
   const auto* inputs = arranged<F>(x, M, f.I);
+  const float* excess = nullptr;
+  if constexpr (F::grouped) excess = F::excess != 0 ? excess_of<F>(x, M, f.I) : nullptr;
 #pragma omp for schedule(guided) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
-      const auto* from = inputs + m * (f.I / F::inputs) * F::planes;
-      dot_products<F, rows>(f, from, c * chunk, std::min(O, (c + 1) * chunk), O, scales,
-                            row_scales ? row_scales + m : nullptr, y + m * O);
+      dot_products<F, rows>(f, inputs + m * blocks * F::planes, excess + m * (blocks * scales_per_block<F>() + 16),
+                            c * chunk, std::min(O, (c + 1) * chunk), O, scales, row_scales ? row_scales + m : nullptr,
+                            y + m * O);
     });
 }
 

@@ -50,6 +50,7 @@ struct Scales {  // in bfloat16 or float32
     if (wide) return load<f32x4>(static_cast<const float*>(numbers) + i);
     return (f32x4)(__builtin_convertvector(load<u16x4>(static_cast<const bf16*>(numbers) + i), u32x4) << 16);
   }
+  f32 some(long i, long count) const;
   explicit operator bool() const { return numbers != nullptr; }
 };
 
@@ -68,12 +69,17 @@ float sum(f32 v) {
 }
 
 f32 multiply_add(f32 sums, f32 a, f32 b) { return sums + a * b; }
+f32 multiply_add(f32 sums, f32 a, const f32* b) { return sums + a * *b; }
 #ifdef __AVX512BF16__
 struct bf16s {
   __m512i bits;
 };
 f32 multiply_add(f32 sums, bf16s a, bf16s b) {  // two neighbours to a sum
   return (f32)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a.bits, (__m512bh)b.bits);
+}
+f32 multiply_add(f32 sums, bf16s a, const bf16s* b) {  // GCC would load b into a register first
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a.bits), "m"(*b));
+  return sums;
 }
 #endif
 
@@ -94,6 +100,20 @@ void keep(bf16* to, f32 values) {
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)values));
 #else
   for (int i = 0; i < 16; i++) assign(to[i], values[i]);
+#endif
+}
+
+// So many scales from i on, up to sixteen, and zeros.
+f32 Scales::some(long i, long count) const {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t wanted = (1u << count) - 1;
+  if (wide) return (f32)_mm512_maskz_loadu_ps(wanted, static_cast<const float*>(numbers) + i);
+  __m256i narrow = _mm256_maskz_loadu_epi16(wanted, static_cast<const bf16*>(numbers) + i);
+  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#else
+  f32 v{};
+  for (long k = 0; k < count; k++) v[k] = (*this)[i + k];
+  return v;
 #endif
 }
 

@@ -271,7 +271,6 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
         input_norm=norms[0].weight.data_ptr(),
         post_norm=norms[1].weight.data_ptr(),
         C=C,
-        chosen=1,
         eps=norms[0].eps,
         qk_eps=-1.0 if attention.qk_norm_eps is None else attention.qk_norm_eps,
     )

@@ -57,7 +57,7 @@ long numbers(const Matrix& a) { return a.I * a.O; }
 // Floats that a product wants.
 long parts_for(const Matrix& a, long M) { return a.kind == IN_OUT ? omp_get_max_threads() * M * a.O : 0; }
 
-// A few rows, by a team.
+// A few rows, by a team; in x out only the parts, which `total` adds up after a wait.
 template <class X>
 void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* y) {
   using Of = For<X>;
@@ -67,7 +67,7 @@ void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* 
   const Int4 four{codes, a.I, s, a.group};
   switch (a.kind) {
     case OUT_IN: return out_in(typename Of::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
-    case IN_OUT: return in_out<typename Of::Rows>((const X*)w, x, M, a.I, a.O, parts, y);
+    case IN_OUT: return in_out<typename Of::Rows>((const X*)w, x, M, a.I, a.O, parts);
     case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, s, y);
     case FP8: {
       float* row_scales = scratch<float, 9>(M);
@@ -109,7 +109,10 @@ void linear(const Matrix& a, const X* x, long M, X* y) {
   if (M > most && a.kind != OUT_IN) return product_of_many(a, x, M, y);
   float* parts = scratch<float, 1>(parts_for(a, M));
 #pragma omp parallel if (numbers(a) > worth_threads)
-  product(a, 0, x, M, parts, y);
+  {
+    product(a, 0, x, M, parts, y);
+    if (a.kind == IN_OUT) wait_for_team(), total<typename For<X>::Rows>(parts, M, a.O, y);
+  }
 }
 
 // ---- a step of decoding
@@ -118,7 +121,7 @@ struct Layer {
   Matrix q, k, v, o, gate_up, down;
   Matrix gate, up, shared_down;                 // of the shared expert, or of the dense MLP
   const void *input_norm, *post_norm, *router;  // router: nullptr in a dense layer
-  int64_t H, K, C, E, chosen;                   // chosen: experts per token
+  int64_t H, K, C, E, chosen;                   // chosen: experts per token, none in a dense layer
   double eps, qk_eps;                           // qk_eps: negative without QK-norm
 };
 
@@ -154,27 +157,28 @@ void choose(const float* logits, long E, long k, long* experts, float* scores) {
   }
 }
 
-// What the threads of a team share: each buffer is written by all and read by all, with a wait between.
+// What the threads of a team share: each buffer is written by all and read by all, with a wait between. Rows of experts
+// come first, those of the shared expert behind them.
 template <class X>
 struct Shared {
-  X *q, *k, *v, *heads, *wide, *other, *inner, *out;
+  X *q, *k, *v, *heads, *wide, *inner, *out;
   float *logits, *parts;
 
   Shared(const Decoder& d, const Held* held, long step, long M) {
-    long queries = 0, keys = 0, width = 0, experts = 0, most = 0;
-    const auto want = [&](const Matrix& a) {
-      width = std::max(width, a.O), most = std::max(most, parts_for(a, M));
-    };
+    const long D = d.head.I;
+    long queries = 0, keys = 0, width = 0, depth = 0, rows = 0, experts = 0, most = 0;
     for (long i = 0; i < d.count; i++) {
       const Layer& l = d.layers[i];
+      const long R = M * l.chosen;
       queries = std::max(queries, l.H * l.C), keys = std::max(keys, l.K * l.C), experts = std::max(experts, l.E);
-      want(l.gate), want(l.gate_up), want(l.down);
+      width = std::max(width, R * l.gate_up.O + 2 * M * l.gate.O), depth = std::max(depth, R * l.down.I + M * l.gate.O);
+      rows = std::max(rows, R + M);
+      most = std::max({most, parts_for(l.gate_up, R), parts_for(l.down, R)});
       most = std::max(most, parts_for(held[i].lengths + step * M, M, l.H, l.C));
     }
-    const long D = d.head.I;
-    q = scratch<X, 7>(M * (2 * queries + 2 * keys + 3 * width + D));
-    heads = q + M * queries, k = heads + M * queries, v = k + M * keys, wide = v + M * keys, other = wide + M * width;
-    inner = other + M * width, out = inner + M * width;
+    q = scratch<X, 7>(M * (2 * queries + 2 * keys) + width + depth + rows * D);
+    heads = q + M * queries, k = heads + M * queries, v = k + M * keys, wide = v + M * keys, inner = wide + width;
+    out = inner + depth;
     logits = scratch<float, 8>(M * experts), parts = scratch<float, 1>(most);
   }
 };
@@ -221,45 +225,70 @@ void attention(const Layer& l, const Held& held, long step, long M, long D, cons
   add(h, s.out, M * D);
 }
 
+// The experts that rows are sent to, and rows times their scores, by expert.
 template <class X>
-void experts(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
-  const long k = l.chosen, R = M * k, F = l.gate_up.O / 2;
-  out_in(typename For<X>::Dense{(const X*)l.router, D}, x, M, l.E, Scales{}, s.logits);
-  wait_for_team();
-  long* chosen = scratch<long, 13>(R);
-  float* scores = scratch<float, 14>(R);
-  X* rows = scratch<X, 15>(R * D);
-  for (long m = 0; m < M; m++) choose(s.logits + m * l.E, l.E, k, chosen + m * k, scores + m * k);
-  for (long e = 0; e < l.E; e++) {
-    long count = 0;
-    for (long i = 0; i < R; i++)
-      if (chosen[i] == e) {
-        for (long d = 0; d < D; d += 16) keep(rows + count * D + d, floats(x + i / k * D + d) * scores[i]);
-        count++;
-      }
-    if (!count) continue;
-    product(l.gate_up, e, rows, count, s.parts, s.wide);
-    wait_for_team();
-    swiglu(s.wide, s.wide + F, count, F, 2 * F, s.inner);
-    wait_for_team();
-    product(l.down, e, s.inner, count, s.parts, s.out);
-    wait_for_team();
-    for (long i = 0, row = 0; i < R; i++)
-      if (chosen[i] == e) add(h + i / k * D, s.out + row++ * D, D);
-  }
-}
+struct Routed {
+  long R, *chosen, *order;  // R choices; which of them stand where
+  X* rows;
 
+  Routed(const Layer& l, long M, long D, const X* x, const float* logits) : R(M * l.chosen) {
+    chosen = scratch<long, 13>(2 * R), order = chosen + R, rows = scratch<X, 15>(R * D);
+    float* scores = scratch<float, 14>(R);
+    for (long m = 0; m < M; m++) choose(logits + m * l.E, l.E, l.chosen, chosen + m * l.chosen, scores + m * l.chosen);
+    for (long i = 0; i < R; i++) order[i] = i;
+    std::sort(order, order + R, [&](long i, long j) { return std::pair(chosen[i], i) < std::pair(chosen[j], j); });
+    for (long i = 0; i < R; i++)
+      for (long d = 0; d < D; d += 16)
+        keep(rows + i * D + d, floats(x + order[i] / l.chosen * D + d) * scores[order[i]]);
+  }
+
+  // Calls part(expert, first row, rows) for each expert.
+  template <class Part>
+  void each(const Part& part) const {
+    for (long i = 0, count; i < R; i += count) {
+      for (count = 1; i + count < R && chosen[order[i + count]] == chosen[order[i]];) count++;
+      part(chosen[order[i]], i, count);
+    }
+  }
+};
+
+// Experts, if there are such, and the shared one beside them, or the dense MLP. Shares of experts in x out are fixed, so
+// what comes after in any shares evens out who is late.
 template <class X>
-void dense(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
-  const long F = l.gate.O;
-  product(l.gate, 0, x, M, s.parts, s.wide);
-  product(l.up, 0, x, M, s.parts, s.other);
+void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
+  if (l.router) {
+    out_in(typename For<X>::Dense{(const X*)l.router, D}, x, M, l.E, Scales{}, s.logits);
+    wait_for_team();
+  }
+  const Routed<X> routed(l, M, D, x, s.logits);
+  const long R = routed.R, N = l.down.I, F = l.gate.O;
+  X *gate = s.wide + R * 2 * N, *up = gate + M * F, *inner = s.inner + R * N, *out = s.out + R * D;
+  const auto multiply = [&](const Matrix& a, const X* rows, X* y) {
+    routed.each([&](long e, long i, long count) {
+      product(a, e, rows + i * a.I, count, s.parts + parts_for(a, i), y + i * a.O);
+    });
+  };
+  const auto add_up = [&](const Matrix& a, X* y) {
+    if (!R || a.kind != IN_OUT) return;
+    routed.each([&](long, long i, long count) {
+      total<typename For<X>::Rows>(s.parts + parts_for(a, i), count, a.O, y + i * a.O);
+    });
+    wait_for_team();
+  };
+  multiply(l.gate_up, routed.rows, s.wide);
+  product(l.gate, 0, x, M, s.parts, gate);
+  product(l.up, 0, x, M, s.parts, up);
   wait_for_team();
-  swiglu(s.wide, s.other, M, F, F, s.inner);
+  add_up(l.gate_up, s.wide);
+  swiglu(s.wide, s.wide + N, R, N, 2 * N, s.inner);
+  swiglu(gate, up, M, F, F, inner);
   wait_for_team();
-  product(l.shared_down, 0, s.inner, M, s.parts, s.out);
+  multiply(l.down, s.inner, s.out);
+  product(l.shared_down, 0, inner, M, s.parts, out);
   wait_for_team();
-  add(h, s.out, M * D);
+  add_up(l.down, s.out);
+  for (long i = 0; i < R; i++) add(h + routed.order[i] / l.chosen * D, s.out + i * D, D);
+  add(h, out, M * D);
 }
 
 template <class X>
@@ -276,8 +305,7 @@ void decode(const Decoder& d, const Held* held, long step, const long* ids, long
       const Layer& l = d.layers[i];
       attention(l, held[i], step, M, D, shared, x, h);
       for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.post_norm, l.eps, x + m * D);
-      if (l.router) experts(l, M, D, shared, x, h);
-      dense(l, M, D, shared, x, h);
+      feed_forward(l, M, D, shared, x, h);
     }
     for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)d.norm, d.eps, x + m * D);
     product(d.head, 0, x, M, shared.parts, logits);

@@ -282,8 +282,8 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
       const long until = std::min(blocks, from + segment);
       for (long i = 0; i < count; i++) {
         const long o = first + i;
-        long ahead = 0;
-        if (is_busy<F, M>) {
+        long ahead = far;
+        if (is_busy<F, M> && segment < blocks) {
           long row = i + later, start = from;
           if (row >= count) {  // in the next segment of these rows, or the first of the next
             start = until < blocks ? until : 0;
@@ -409,10 +409,10 @@ void add_rows(const typename F::Number* w, long apart, long O, const typename F:
   }
 }
 
-// y = x W. Each thread adds up its share of inputs, always the same one, so that sums are the same, in its part of
-// [threads, M, O]; then some outputs of all. It reads W in eight runs of rows side by side: a processor foresees each.
+// y = x W, of which each thread adds up its share of inputs, always the same one, so that sums are the same, in its part
+// of [threads, M, O]. It reads W in eight runs of rows side by side: a processor foresees each.
 template <class F, class X>
-void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) {
+void in_out(const X* w, const X* x, long M, long I, long O, float* parts) {
   constexpr long R = 8, longest = 16;
   const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = (thread + 1) * I / threads;
   float* sums = parts + thread * M * O;
@@ -435,7 +435,12 @@ void in_out(const X* w, const X* x, long M, long I, long O, float* parts, X* y) 
     for (long k = i; !run && k < end; k++) take(std::integral_constant<int, 1>(), k, 0);
     i = run ? i + R * run : end;
   }
-  wait_for_team();
+}
+
+// The sums of all threads' parts, some outputs by each.
+template <class F, class X>
+void total(const float* parts, long M, long O, X* y) {
+  const long threads = omp_get_num_threads();
 #pragma omp for schedule(static) nowait
   for (long o = 0; o < M * O; o += F::outputs) {
     f32 totals[F::planes] = {};

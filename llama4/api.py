@@ -27,6 +27,7 @@ from llama4.replies import Draft, Reply, Stream
 from llama4.sampling import Sampler
 from llama4.tokenizer import Tokenizer
 from llama4.units import parse_bytes
+from llama4.weights import pages
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.loader import load
 from llama4.weights.quantizing import quantized
@@ -91,6 +92,7 @@ class Llama4:
         self.progress = progress
         self._tokenizer = tokenizer
         self._processor = _make_processor(model.config, tokenizer) if tokenizer is not None else None
+        pages.reuse_freed()
 
     @classmethod
     def from_pretrained(

@@ -32,6 +32,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES, Plan
 from llama4.units import bytes_text, time_text
+from llama4.weights import pages
 
 PROBE_PARAMETERS = 1 << 30
 MOST_PARAMETERS = 1 << 31
@@ -51,6 +52,7 @@ def measure_rates(setup: Setup) -> Rates:
     """
     config, dtype, cache_dtype = setup.config, setup.dtype, setup.cache_dtype
     text, probe_plan = probe(config.text, setup.plan)
+    pages.reuse_freed()
     model = build(replace(config, text=text, vision=None, image_token_index=-1, dtype=dtype), probe_plan)
     share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
     piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))

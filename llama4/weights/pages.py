@@ -1,8 +1,8 @@
 """Memory for weights that are not a file's map. Decoding reads all of it for every token, and how fast depends on the
 system's pages: in those of 2 MB a processor looks up fewer addresses and reads on without a pause, up to 1.7 times as
-fast as in those of 4 KB.
+fast as in those of 4 KB. And memory for what is computed, which malloc is asked to keep.
 
-Only Linux can be asked for them, and may refuse; all else is plain memory.
+Only Linux can be asked, and may refuse; all else is plain memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import sys
 import threading
 import weakref
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ REGION = 64 << 20
 _PAGE = 2 << 20
 _LINE = 64
 _WORTH_TRIMMING = 8 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Regions:
@@ -81,3 +84,19 @@ def let_go(tensor: Tensor) -> None:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
     if tensor.nbytes >= _WORTH_TRIMMING and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@cache
+def reuse_freed(kept: int = 512 << 20, largest: int = 256 << 20) -> None:
+    """Let malloc keep what this process frees, up to so many bytes, for what it wants next, if not larger than that.
+
+    Otherwise blocks of megabytes go back to the system at once, and new ones come from it page by page, emptied first:
+    a fifth of the time that a prompt takes in float32. It holds for the whole process from now on, and not where the
+    environment has settings for malloc of its own.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # of glibc
+        libc.mallopt(_M_TRIM_THRESHOLD, kept)
+        libc.mallopt(_M_MMAP_THRESHOLD, largest)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -103,3 +106,31 @@ def test_no_map_is_left(directory: Path) -> None:
     mapped = Llama4.from_pretrained(directory, dtype="bfloat16", progress=False)
     assert str(directory) in Path("/proc/self/maps").read_text()
     assert llm.model.config.text == mapped.model.config.text
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+@pytest.mark.parametrize("settings", [{}, {"MALLOC_ARENA_MAX": "8"}])
+def test_freed_memory_is_used_again(settings: dict[str, str]) -> None:
+    """Pages of tensors that come and go are taken from the system once; settings of the user's own are left alone."""
+    script = """
+import resource, torch
+from llama4.weights import pages
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(60 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = faults()
+pages.reuse_freed()
+for _ in range(4):  # until holes of the right size are there
+    faults()
+print(fresh, faults())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, env=environment | settings, capture_output=True, text=True, check=True)
+    fresh, later = map(int, done.stdout.split())
+    assert fresh >= 4 * (60 << 20) // (2 << 20), "even where all pages are large ones"
+    assert later >= fresh / 2 if settings else later < fresh / 10

@@ -104,8 +104,8 @@ void product_of_many(const Matrix& a, const X* x, long M, X* y) {
 
 template <class X>
 void linear(const Matrix& a, const X* x, long M, X* y) {
-  const bool in_pairs = numbers_per_word<X> == 2 && a.I % 2 == 0 && a.O % strip == 0;
-  const long most = a.kind == IN_OUT && in_pairs ? rows_at_once - 1 : few;  // many in pairs are twice as fast
+  const bool in_tiles = a.kind == IN_OUT && a.I % numbers_per_word<X> == 0 && a.O % strip == 0;
+  const long most = in_tiles ? rows_at_once : few;
   if (M > most && a.kind != OUT_IN) return product_of_many(a, x, M, y);
   float* parts = scratch<float, 1>(parts_for(a, M));
 #pragma omp parallel if (numbers(a) > worth_threads)

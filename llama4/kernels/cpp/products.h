@@ -187,8 +187,10 @@ struct Grouped : Codes {
 
 template <class F>
 constexpr int scales_per_block() {
-  if constexpr (F::grouped) return F::scales_per_block;
-  return 0;
+  if constexpr (F::grouped)
+    return F::scales_per_block;
+  else
+    return 0;
 }
 
 // ---- out x in
@@ -323,16 +325,16 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
 template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
-  const long blocks = f.I / F::inputs;
+  const long blocks = f.I / F::inputs, width = blocks * scales_per_block<F>() + 16;
   const auto* inputs = arranged<F>(x, M, f.I);
   const float* excess = nullptr;
-  if constexpr (F::grouped) excess = F::excess != 0 ? excess_of<F>(x, M, f.I) : nullptr;
+  if constexpr (F::grouped)
+    if (F::excess) excess = excess_of<F>(x, M, f.I);
 #pragma omp for schedule(guided) nowait
   for (long c = 0; c < (O + chunk - 1) / chunk; c++)
     in_fours(M, [&](auto rows, long m) {
-      dot_products<F, rows>(f, inputs + m * blocks * F::planes, excess + m * (blocks * scales_per_block<F>() + 16),
-                            c * chunk, std::min(O, (c + 1) * chunk), O, scales, row_scales ? row_scales + m : nullptr,
-                            y + m * O);
+      dot_products<F, rows>(f, inputs + m * blocks * F::planes, excess ? excess + m * width : nullptr, c * chunk,
+                            std::min(O, (c + 1) * chunk), O, scales, row_scales ? row_scales + m : nullptr, y + m * O);
     });
 }
 

@@ -24,6 +24,7 @@ REGION = 64 << 20
 _PAGE = 2 << 20
 _LINE = 64
 _WORTH_TRIMMING = 8 << 20
+_KEPT, _LARGEST_KEPT = 512 << 20, 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -87,16 +88,16 @@ def let_go(tensor: Tensor) -> None:
 
 
 @cache
-def reuse_freed(kept: int = 512 << 20, largest: int = 256 << 20) -> None:
-    """Let malloc keep what this process frees, up to so many bytes, for what it wants next, if not larger than that.
+def reuse_freed() -> None:
+    """Let malloc keep what this process frees for what it wants next: 512 MiB in all, in blocks of up to 256 MiB.
 
     Otherwise blocks of megabytes go back to the system at once, and new ones come from it page by page, emptied first:
-    a fifth of the time that a prompt takes in float32. It holds for the whole process from now on, and not where the
-    environment has settings for malloc of its own.
+    up to a fifth of the time that a prompt takes in float32. It holds for the whole process from now on, and not where
+    the environment has settings for malloc of its own.
     """
     if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # of glibc
-        libc.mallopt(_M_TRIM_THRESHOLD, kept)
-        libc.mallopt(_M_MMAP_THRESHOLD, largest)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)

@@ -172,7 +172,7 @@ def test_a_run_during_which_the_machine_changed_is_done_again(
     measured: list[Rates] = []
 
     def drifting(self: Ceilings, repeats: int = 3) -> Rates:
-        slow = len(measured) == 2  # before the second of three tasks, the first that reads
+        slow = len(measured) == 2  # just before the second of three tasks
         measured.append(Rates(memory=RATES.memory / (2 if slow else 1), gemm=RATES.gemm * (1 + len(measured))))
         return measured[-1]
 

@@ -218,10 +218,16 @@ const typename F::Plane* arranged(const X* x, long M, long I) {
   return reinterpret_cast<const typename F::Plane*>(first);
 }
 
-// What rows of x add up to over each scale of a row of W, and sixteen zeros, times the excess of a format: [M, scales].
+// A row of what `excess_of` gives: a number for each scale of a row of W, and zeros, as many as a register reads.
+template <class F>
+long excess_width(long I) {
+  return I / F::inputs * scales_per_block<F>() + 16;
+}
+
+// What rows of x add up to over each scale of a row of W, times the excess of a format: [M, width].
 template <class F, class X>
 const float* excess_of(const X* x, long M, long I) {
-  const long count = I / F::inputs_per_scale, width = count + 16;
+  const long count = I / F::inputs_per_scale, width = excess_width<F>(I);
   float* to = scratch<float, 17>(M * width);
   std::fill(to, to + M * width, 0.f);
   for (long i = 0; i < M * count; i++) {
@@ -269,7 +275,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 
 // Sixteen outputs at a time, whose rows of W are read one after the other, several at once being read at half the rate,
 // and in segments, so that the same part of x stays in the nearest cache. A processor that is busy is told what comes
-// 8 KiB later: less far, it is the slower for it.
+// 8 KiB later: less far, it is the slower for it. What it is told of behind the matrix is not read.
 template <class F, int M, class Y>
 void dot_products(const F& f, const typename F::Plane* x, const float* excess, long begin, long end, long O,
                   Scales scales, const float* row_scales, Y* y) {
@@ -299,7 +305,7 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
           f.scales_of(o, from, until, [&](long k, f32 v) {
             store(own + k - from * per_block, v);
             for (int m = 0; m < M && F::excess; m++)
-              parts[0][m] -= v * load<f32>(excess + m * (blocks * per_block + 16) + k);
+              parts[0][m] -= v * load<f32>(excess + m * excess_width<F>(f.I) + k);
           });
         long block = from;
         for (; block + U <= until; block += U)
@@ -325,7 +331,7 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
 template <class F, class X, class Y>
 void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
   constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
-  const long blocks = f.I / F::inputs, width = blocks * scales_per_block<F>() + 16;
+  const long blocks = f.I / F::inputs, width = excess_width<F>(f.I);
   const auto* inputs = arranged<F>(x, M, f.I);
   const float* excess = nullptr;
   if constexpr (F::grouped)

@@ -166,17 +166,18 @@ struct Float8Pairs : BytePairs {
 template <class Codes, int lanes>
 struct Grouped : Codes {
   static constexpr int scales_per_block = 16 / lanes, inputs_per_scale = Codes::inputs / scales_per_block;
-  // Calls part(i, scales) for each sixteen of the scales of a row's blocks, zeros behind the last.
-  template <class Part>
-  void scales_of(long o, long from, long until, const Part& part) const {
-    for (long i = from * scales_per_block, end = until * scales_per_block; i < end; i += 16) {
-      const long count = std::min(16l, end - i);
-      f32 v{};
-      if (this->group == inputs_per_scale)
-        v = this->scales.some(o * this->groups + i, count);
-      else
-        for (long k = 0; k < count; k++) v[k] = this->scales[o * this->groups + (i + k) * inputs_per_scale / this->group];
-      part(i, v);
+  // The scales of some blocks of some rows, row by row; behind the last, up to fifteen numbers more are written.
+  void scales_of(long first, long count, long from, long until, float* to) const {
+    const long start = from * scales_per_block, width = until * scales_per_block - start;
+    if (this->group == inputs_per_scale) {
+      const bool is_one_run = width == this->groups;
+      const long length = is_one_run ? count * width : width;
+      for (long row = 0; row < count; row += is_one_run ? count : 1)
+        for (long i = 0; i < length; i += 16)
+          store(to + row * width + i, this->scales.some((first + row) * this->groups + start + i, std::min(16l, length - i)));
+    } else {
+      for (long i = 0; i < count * width; i++)
+        to[i] = this->scales[(first + i / width) * this->groups + (start + i % width) * inputs_per_scale / this->group];
     }
   }
   static f32 spread(const float* scales) {
@@ -243,6 +244,12 @@ const float* excess_of(const X* x, long M, long I) {
 template <class F, int M>
 constexpr bool is_busy = M > 1 || F::planes > 2;
 
+// Blocks that are multiplied side by side, and the most of a row whose inputs stay in the nearest cache: whole sixteens.
+template <class F, int M>
+constexpr int blocks_at_once = M * F::planes == 1 || F::grouped ? 1 : 4;
+template <class F, int M>
+constexpr long most_blocks = std::max<long>(1024 / (M * F::planes * sizeof(typename F::Plane)), 1) * 16;
+
 // U blocks of a row of W against M rows of x, each block into sums of its own: a core adds faster than it waits for the
 // last sum. What will be wanted soon lies `ahead`.
 template <int U, class F, int M>
@@ -262,62 +269,79 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++)
-        parts[u][m] = multiply_add(parts[u][m], w[u][plane], x + ((block + u) * M + m) * F::planes + plane);
+      for (int m = 0; m < M; m++) {
+        const auto* inputs = x + ((block + u) * M + m) * F::planes + plane;
+        if constexpr (M * F::planes == 1)
+          parts[u][m] = multiply_add(parts[u][m], w[u][plane], *inputs);
+        else
+          parts[u][m] = multiply_add(parts[u][m], w[u][plane], inputs);
+      }
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     f32 scale{};
     if constexpr (F::grouped) scale = F::spread(scales + u * F::scales_per_block);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums[u][m] = F::grouped ? sums[u][m] + parts[u][m] * scale : parts[u][m];
+    for (int m = 0; m < M; m++)
+      if (F::grouped)
+        sums[0][m] += parts[u][m] * scale;
+      else
+        sums[u][m] = parts[u][m];
   }
 }
 
-// Sixteen outputs at a time, whose rows of W are read one after the other, several at once being read at half the rate,
-// and in segments, so that the same part of x stays in the nearest cache. A processor that is busy is told what comes
-// 8 KiB later: less far, it is the slower for it. What it is told of behind the matrix is not read.
+// Sixteen rows of W or fewer, some blocks of each, against M rows of x. They are read one after the other: several at once
+// would be read at half the rate. A core looks ahead for what it will read only so many instructions, so nothing stands
+// between two rows that can stand before them.
+template <class F, int M>
+__attribute__((noinline)) void add_rows(const F f, long first, long count, long from, long until,
+                                        const typename F::Plane* x, const float* excess, long ahead, f32 (*lanes)[16]) {
+  constexpr int U = blocks_at_once<F, M>, per_block = scales_per_block<F>();
+  float scales[16 * most_blocks<F, M> * per_block + 16];
+  if constexpr (F::grouped) f.scales_of(first, count, from, until, scales);
+  for (long i = 0; i < count; i++) {
+    const float* own = scales + i * (until - from) * per_block;
+    f32 sums[U][M] = {};
+    if constexpr (F::grouped)
+      for (long k = 0; F::excess && k < (until - from) * per_block; k += 16)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+          sums[0][m] -= load<f32>(own + k) * load<f32>(excess + m * excess_width<F>(f.I) + from * per_block + k);
+    long block = from;
+    for (; block + U <= until; block += U)
+      add_blocks<U, F, M>(f, first + i, block, x, own + (block - from) * per_block, ahead, sums);
+    for (; U > 1 && block < until; block++)
+      add_blocks<1, F, M>(f, first + i, block, x, own + (block - from) * per_block, ahead, sums);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      f32 total = sums[0][m];
+#pragma GCC unroll 4
+      for (int u = 1; u < U && !F::grouped; u++) total += sums[u][m];
+      lanes[m][i] = total;
+    }
+  }
+}
+
+// Sixteen outputs at a time, and their rows in segments, so that the same part of x stays in the nearest cache. A processor
+// that is busy is told what comes 8 KiB later: less far, it is the slower for it. With segments that is the next of the same
+// row, or the first of the one sixteen rows later. What it is told of behind the matrix is not read.
 template <class F, int M, class Y>
 void dot_products(const F& f, const typename F::Plane* x, const float* excess, long begin, long end, long O,
                   Scales scales, const float* row_scales, Y* y) {
-  constexpr int U = M * F::planes == 1 ? 2 : F::grouped ? std::max(4 / M, 1) : 4, per_block = scales_per_block<F>();
-  constexpr long rows = 16, longest = 16384 / (M * F::planes * sizeof(*x)), far = 8192;
-  const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, longest);
-  const long later = far / ((const char*)f.at(0, segment) - (const char*)f.at(0, 0)) + 1;
+  constexpr long rows = 16, far = 8192;
+  const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, most_blocks<F, M>);
+  const long row = (const char*)f.at(1, 0) - (const char*)f.at(0, 0), part = segment * row / blocks;
   for (long first = begin; first < end; first += rows) {
     const long count = std::min(end - first, rows);
-    f32 lanes[M][rows] = {};
+    f32 lanes[M][rows], more[M][rows];
     for (long from = 0; from < blocks; from += segment) {
       const long until = std::min(blocks, from + segment);
-      for (long i = 0; i < count; i++) {
-        const long o = first + i;
-        long ahead = far;
-        if (is_busy<F, M> && segment < blocks) {
-          long row = i + later, start = from;
-          if (row >= count) {  // in the next segment of these rows, or the first of the next
-            start = until < blocks ? until : 0;
-            if (start) row -= count;
-          }
-          ahead = (const char*)f.at(std::min(first + row, O - 1), start) - (const char*)f.at(o, from);
-        }
-        f32 parts[U][M] = {};
-        float own[longest * per_block + 16];  // scales
-        if constexpr (F::grouped)
-          f.scales_of(o, from, until, [&](long k, f32 v) {
-            store(own + k - from * per_block, v);
-            for (int m = 0; m < M && F::excess; m++)
-              parts[0][m] -= v * load<f32>(excess + m * excess_width<F>(f.I) + k);
-          });
-        long block = from;
-        for (; block + U <= until; block += U)
-          add_blocks<U, F, M>(f, o, block, x, own + (block - from) * per_block, ahead, parts);
-        for (; block < until; block++)
-          add_blocks<1, F, M>(f, o, block, x, own + (block - from) * per_block, ahead, parts);
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-          for (int u = 0; u < U; u++) lanes[m][i] += parts[u][m];
-      }
+      const long ahead = segment == blocks ? far : until < blocks ? part : rows * row - from / segment * part;
+      add_rows<F, M>(f, first, count, from, until, x, excess, ahead, from ? more : lanes);
+      for (int m = 0; m < M && from; m++)
+        for (long i = 0; i < count; i++) lanes[m][i] += more[m][i];
     }
     for (int m = 0; m < M; m++) {
+      for (long i = count; i < rows; i++) lanes[m][i] = f32{};
       f32 totals = sums(lanes[m]) * (row_scales ? row_scales[m] : 1);
       for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
       Y* to = y + m * O + first;

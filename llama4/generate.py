@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,12 +185,11 @@ def _generate(
     progress: bool,
 ) -> Iterator[Event]:
     generators = sampler.generators(len(rows))
-    logits_BV = prefill(model, inputs, cache, progress)
+    ids, logprobs = _chosen(sampler, prefill(model, inputs, cache, progress), generators)
     try:
         while True:
-            ids_B, logprobs_B = sampler(logits_BV, generators)
             live = []
-            for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
+            for i, (row, id_, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
                 if math.isnan(logprob):
                     raise ValueError(
                         f"the model's logits are not numbers in {model.dtype}; load it with dtype='float32'"
@@ -202,9 +202,9 @@ def _generate(
                 return
             if len(live) < len(rows):
                 rows, generators = [rows[i] for i in live], [generators[i] for i in live]
-                ids_B = ids_B[live]
+                ids = [ids[i] for i in live]
                 cache.keep(live)
-            logits_BV = step(model, ids_B, cache)
+            ids, logprobs = advance(model, ids, cache, sampler, generators)
     finally:
         cache.steps = None  # which keep the weights that they were made with
 
@@ -310,11 +310,28 @@ def free_memory(device: torch.device) -> int:
         return 1 << 40
 
 
+def advance(
+    model: Llama4Model, ids: Sequence[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
+) -> tuple[list[int], list[float]]:
+    """One token more in every row, as by `step`; -> what the sampler chooses after it, ids and log-probabilities."""
+    steps = decoding.again(model, ids, cache)
+    if steps is not None and sampler.temperature == 0:
+        return steps.likeliest()
+    logits_BV = step(model, torch.tensor(ids), cache) if steps is None else steps.logits_BV
+    return _chosen(sampler, logits_BV, generators)
+
+
+def _chosen(sampler: Sampler, logits_BV: Tensor, generators: Sequence[random.Random]) -> tuple[list[int], list[float]]:
+    ids_B, logprobs_B = sampler(logits_BV, generators)
+    return ids_B.tolist(), logprobs_B.tolist()
+
+
 @torch.inference_mode()
 def step(model: Llama4Model, ids_B: Tensor, cache: Cache) -> Tensor:
     """One token more in every row; -> logits of the next, [B, V]. Weights and modules are those of the step before: who
     exchanges one sets `cache.steps` to None."""
-    if (logits_BV := decoding.step(model, ids_B, cache, is_as_before=True)) is not None:
-        return logits_BV
+    steps = decoding.again(model, ids_B.tolist(), cache)
+    if steps is not None:
+        return steps.logits_BV.clone()
     logits_B1V: Tensor = model(ids_B[:, None], cache=cache, last_only=True)
     return logits_B1V[:, 0]

@@ -169,9 +169,9 @@ class Llama4Model(nn.Module):
         if cache is not None and cache.batch_size != batch_size:
             raise ValueError(f"input_ids have {batch_size} rows, but the cache was made for {cache.batch_size}")
         extras = (positions, pixel_values, image_features, attention_mask)
-        is_step = columns == 1 and all(given is None for given in extras)
-        if is_step and cache is not None and (logits_BV := decoding.step(self, input_ids[:, 0], cache)) is not None:
-            return logits_BV[:, None]
+        is_step = columns == 1 and input_ids.is_cpu and all(given is None for given in extras)
+        if is_step and cache is not None and (steps := decoding.step(self, input_ids[:, 0].tolist(), cache)):
+            return steps.logits_BV[:, None].clone()
         packing = make_packing(
             batch_size,
             columns,

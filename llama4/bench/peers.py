@@ -49,6 +49,9 @@ class Transformers:
         ids: list[int] = logits_BV.argmax(-1).tolist()
         return ids
 
+    def advance(self, ids: list[int], memory: Any) -> list[int]:
+        return self.choose(self.step(torch.tensor(ids), memory))
+
     @torch.inference_mode()
     def look(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         given = self.processor.apply_chat_template(

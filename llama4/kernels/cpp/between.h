@@ -50,37 +50,71 @@ void swiglu(const X* gate, const X* up, long F, X* y) {
   }
 }
 
-// The largest of V logits, of equals the first, and the logarithm of its probability, log_softmax; that is not a number
-// if any logit is not, or the largest is infinite.
+// Of some logits: the largest, the place of the first such, and the sum of e^(x - largest). It is not a number if any logit
+// is not, or the largest is infinite.
+struct Largest {
+  float value = -INFINITY;
+  long place = 0;
+  double total = 0;
+
+  float logprob() const { return (value - value) - std::log(total); }
+
+  void add(const Largest& later) {
+    const double factor = value == later.value ? 1 : std::exp(-std::abs(value - later.value));
+    if (later.value > value)
+      *this = {later.value, later.place, total * factor + later.total};
+    else
+      total += later.total * factor;
+  }
+};
+
 template <class X>
-void likeliest(const X* logits, long V, long* index, float* logprob) {
+Largest largest(const X* logits, long begin, long end) {
   constexpr long piece = 1024;  // float32 adds up so many well
   const auto at = [&](long i) {
-    if (i + 16 <= V) return floats(logits + i);
+    if (i + 16 <= end) return floats(logits + i);
     f32 last = f32{} - INFINITY;
-    for (long k = i; k < V; k++) last[k - i] = widened(logits[k]);
+    for (long k = i; k < end; k++) last[k - i] = widened(logits[k]);
     return last;
   };
   f32 most = f32{} - INFINITY;
   i32 where{}, strange{}, places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (long i = 0; i < V; i += 16) {
+  for (long i = begin; i < end; i += 16) {
     f32 v = at(i);
     where = v > most ? places + int(i) : where, most = larger(v, most), strange |= v != v;
   }
-  const float top = largest(most);
+  Largest found{largest(most), end - 1};
   bool is_strange = false;
-  *index = V - 1;
   for (int lane = 0; lane < 16; lane++) {
-    if (most[lane] == top) *index = std::min<long>(*index, where[lane]);
+    if (most[lane] == found.value) found.place = std::min<long>(found.place, where[lane]);
     is_strange |= strange[lane] != 0;
   }
-  double total = 0;
-  for (long begin = 0; begin < V; begin += piece) {
+  for (long i = begin; i < end && found.value > -INFINITY;) {
     f32 part{};
-    for (long i = begin; i < std::min(V, begin + piece); i += 16) part += exponential(at(i) - top);
-    total += sum(part);
+    for (const long stop = std::min(end, i + piece); i < stop; i += 16) part += exponential(at(i) - found.value);
+    found.total += sum(part);
   }
-  *logprob = is_strange ? NAN : (top - top) - std::log(total);
+  if (is_strange) found.total = NAN;
+  return found;
+}
+
+// The likeliest token of M rows of V logits, of equals the first, and its log_softmax, by a team. Each row falls into
+// pieces, whose largest are kept in [M, pieces].
+constexpr long pieces = 16;
+
+template <class X>
+void likeliest(const X* logits, long M, long V, Largest* parts, long* ids, float* logprobs) {
+#pragma omp for schedule(static)
+  for (long i = 0; i < M * pieces; i++) {
+    const long piece = i % pieces;
+    parts[i] = largest(logits + i / pieces * V, piece * V / pieces, (piece + 1) * V / pieces);
+  }
+#pragma omp for schedule(static) nowait
+  for (long m = 0; m < M; m++) {
+    Largest all;
+    for (long piece = 0; piece < pieces; piece++) all.add(parts[m * pieces + piece]);
+    ids[m] = all.place, logprobs[m] = all.logprob();
+  }
 }
 
 }  // namespace

@@ -291,9 +291,12 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
   add(h, out, M * D);
 }
 
+// A token in every row -> logits of the next, the likeliest of these, and its log_softmax.
 template <class X>
-void decode(const Decoder& d, const Held* held, long step, const long* ids, long M, X* logits) {
+void decode(const Decoder& d, const Held* held, long step, const long* ids, long M, X* logits, long* next,
+            float* logprobs) {
   const Shared<X> shared(d, held, step, M);
+  Largest* largest = scratch<Largest, 18>(M * pieces);
   const long D = d.head.I;
 #pragma omp parallel if (numbers(d.layers[0].gate) > worth_threads)
   {
@@ -309,6 +312,8 @@ void decode(const Decoder& d, const Held* held, long step, const long* ids, long
     }
     for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)d.norm, d.eps, x + m * D);
     product(d.head, 0, x, M, shared.parts, logits);
+    wait_for_team();
+    likeliest(logits, M, d.head.O, largest, next, logprobs);
   }
 }
 
@@ -347,7 +352,9 @@ void for_each_row(long N, long numbers, const Part& part) {
     for_each_row(N, F, [&](long n) { swiglu(gate + n * stride, up + n * stride, F, y + n * F); });                     \
   }                                                                                                                    \
   extern "C" void likeliest_##suffix(const X* logits, long N, long V, long* indices, float* logprobs) {                \
-    for_each_row(N, V, [&](long n) { likeliest(logits + n * V, V, indices + n, logprobs + n); });                      \
+    Largest* largest = scratch<Largest, 18>(N * pieces);                                                               \
+    _Pragma("omp parallel if (N * V > worth_threads)")                                                                 \
+    likeliest(logits, N, V, largest, indices, logprobs);                                                               \
   }                                                                                                                    \
   extern "C" void attend_##suffix(const X* q, const char* const* table, long width, const long* lengths, long B,       \
                                   long H, long K, long C, long format, X* y) {                                         \
@@ -364,8 +371,8 @@ void for_each_row(long N, long numbers, const Part& part) {
     });                                                                                                                \
   }                                                                                                                    \
   extern "C" void decode_##suffix(const Decoder* decoder, const Held* held, long step, const long* ids, long M,        \
-                                  X* logits) {                                                                         \
-    decode(*decoder, held, step, ids, M, logits);                                                                      \
+                                  X* logits, long* next, float* logprobs) {                                            \
+    decode(*decoder, held, step, ids, M, logits, next, logprobs);                                                      \
   }
 ENTRIES(float, f)
 ENTRIES(bf16, b)

@@ -222,6 +222,14 @@ class TestLikeliest:
         assert 0 <= ids[0] < 1000
         assert ids[1] == logits[1].argmax()
 
+    @pytest.mark.parametrize("allowed", [slice(0, 1), slice(300, 310), slice(999, 1000)])
+    def test_what_is_forbidden_does_not_count(self, allowed: slice, dtype: torch.dtype) -> None:
+        logits = torch.full((2, 1000), -torch.inf, dtype=dtype)
+        logits[:, allowed] = normal(2, 1000).to(dtype)[:, allowed]
+        ids, logprobs = cpu.likeliest(logits)
+        assert torch.equal(ids, logits.argmax(-1))
+        assert torch.allclose(logprobs.double(), logits.double().log_softmax(-1).amax(-1), atol=2e-6, rtol=1e-6)
+
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from llama4 import decoding
 from llama4.api import Llama4
 from llama4.experts import GroupedExperts
-from llama4.generate import step
+from llama4.generate import advance, step
 from llama4.kernels import cpu
 from llama4.model import Llama4Model
 from llama4.quantization.schemes import SCHEMES
+from llama4.sampling import Sampler
 from tests.parity.references import reference_config, reference_model, relative_error
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -301,3 +303,25 @@ def test_a_router_in_another_dtype_is_not_misread(directory: Path, steps: list[i
     model.language_model.model.layers[1].feed_forward.router.float()
     decoded(model, steps=1)
     assert not steps
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@torch.inference_mode()
+def test_advancing_is_a_step_and_a_choice(directory: Path, temperature: float, steps: list[int]) -> None:
+    model = load(directory, None, "float32")
+    cache, sampler = model.new_cache(3), Sampler(temperature=temperature)
+    ids = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1].argmax(-1).tolist()
+    fork, their_ids = cache.fork(), list(ids)
+    generators, others = sampler.generators(3), [random.Random(i) for i in range(3)]
+    for i, generator in enumerate(generators):
+        generator.seed(i)
+    kept = []
+    for _ in range(20):
+        ids, logprobs = advance(model, ids, cache, sampler, generators)
+        kept.append(step(model, torch.tensor(their_ids), fork))
+        ids_B, logprobs_B = sampler(kept[-1], others)
+        their_ids = ids_B.tolist()
+        assert ids == their_ids
+        assert logprobs == logprobs_B.tolist()
+    assert len(steps) == 40
+    assert len({row.sum().item() for row in kept}) == 20  # logits that were given stay as they are

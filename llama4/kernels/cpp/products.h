@@ -245,6 +245,7 @@ template <class F, int M>
 constexpr bool is_busy = M > 1 || F::planes > 2;
 
 // Blocks that are multiplied side by side, and the most of a row whose inputs stay in the nearest cache: whole sixteens.
+// Where a block is one product, one at a time: a core that asks for more lines ahead than it can wait for is the slower.
 template <class F, int M>
 constexpr int blocks_at_once = M * F::planes == 1 || F::grouped ? 1 : 4;
 template <class F, int M>
@@ -271,7 +272,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const auto* inputs = x + ((block + u) * M + m) * F::planes + plane;
-        if constexpr (M * F::planes == 1)
+        if constexpr (M * F::planes == 1)  // an instruction more, for the same reason as one block at a time
           parts[u][m] = multiply_add(parts[u][m], w[u][plane], *inputs);
         else
           parts[u][m] = multiply_add(parts[u][m], w[u][plane], inputs);
@@ -290,8 +291,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 }
 
 // Sixteen rows of W or fewer, some blocks of each, against M rows of x. They are read one after the other: several at once
-// would be read at half the rate. A core looks ahead for what it will read only so many instructions, so nothing stands
-// between two rows that can stand before them.
+// would be read at half the rate. Nothing stands between two rows that can stand before them: it would cost a tenth.
 template <class F, int M>
 __attribute__((noinline)) void add_rows(const F f, long first, long count, long from, long until,
                                         const typename F::Plane* x, const float* excess, long ahead, f32 (*lanes)[16]) {

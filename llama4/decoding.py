@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ class Steps:
             and all(held.has(table) for held, table in zip(cache.layers, self.tables, strict=True))
         )
 
-    def take(self, ids: Sequence[int], cache: Cache) -> None:
+    def take(self, ids: list[int], cache: Cache) -> None:
         """One more token in every row."""
         self._given[:] = list(ids)
         self._decode(*self._model, self.nexts[0] - self.first, *self._rows)
@@ -198,7 +198,7 @@ class Steps:
         return list(self._likeliest), list(self._logprobs)
 
 
-def again(model: Any, ids: Sequence[int], cache: Cache) -> Steps | None:
+def again(model: Any, ids: list[int], cache: Cache) -> Steps | None:
     """One more token in every row, if that is as it was the last time and no weight nor module was exchanged since; to
     see whether takes 0.3 ms."""
     steps: Steps | None = cache.steps
@@ -211,13 +211,13 @@ def again(model: Any, ids: Sequence[int], cache: Cache) -> Steps | None:
     return _taken(steps, model, ids, cache) if is_as_before else None
 
 
-def step(model: Any, ids: Sequence[int], cache: Cache) -> Steps | None:
+def step(model: Any, ids: list[int], cache: Cache) -> Steps | None:
     """One more token in every row; None if that has to go the ordinary way."""
     cache.steps = _next(model, cache)
     return _taken(cache.steps, model, ids, cache)
 
 
-def _taken(steps: Steps | None, model: Any, ids: Sequence[int], cache: Cache) -> Steps | None:
+def _taken(steps: Steps | None, model: Any, ids: list[int], cache: Cache) -> Steps | None:
     is_right = len(ids) == cache.batch_size and min(ids) >= 0 and max(ids) < model.config.text.vocab_size
     if steps is None or not is_right:
         return None

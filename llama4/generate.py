@@ -311,7 +311,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def advance(
-    model: Llama4Model, ids: Sequence[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
+    model: Llama4Model, ids: list[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
 ) -> tuple[list[int], list[float]]:
     """One token more in every row, as by `step`; -> what the sampler chooses after it, ids and log-probabilities."""
     steps = decoding.again(model, ids, cache)

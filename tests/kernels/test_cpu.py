@@ -95,6 +95,24 @@ def test_long_rows(outputs: int, rows: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_that_is_no_number_spoils_its_own_output_alone(dtype: torch.dtype, rows: int, group_size: int) -> None:
+    """Sixteen scales are read at once, of rows that have fewer."""
+    codes = torch.randint(-8, 8, (40, 384), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    scale = normal(40, 384 // group_size).bfloat16()
+    x, packed = normal(rows, 384).to(dtype), pack(codes)
+    truth = cpu.linear_int4(x, packed, scale, group_size)
+    spoilt = [0, 5, 16, 39]
+    scale[spoilt] = torch.inf
+    ours = cpu.linear_int4(x, packed, scale, group_size)
+    others = [i for i in range(40) if i not in spoilt]
+    assert torch.equal(ours[:, others], truth[:, others])
+    assert not ours[:, spoilt].isfinite().any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [32, 128, 1024])
 def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:

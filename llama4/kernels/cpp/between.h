@@ -99,20 +99,20 @@ Largest largest(const X* logits, long begin, long end) {
 }
 
 // The likeliest token of M rows of V logits, of equals the first, and its log_softmax, by a team. Each row falls into
-// pieces, whose largest are kept in [M, pieces].
-constexpr long pieces = 16;
+// pieces, whose largest are kept in [M, pieces_of_logits].
+constexpr long pieces_of_logits = 16;
 
 template <class X>
 void likeliest(const X* logits, long M, long V, Largest* parts, long* ids, float* logprobs) {
 #pragma omp for schedule(static)
-  for (long i = 0; i < M * pieces; i++) {
-    const long piece = i % pieces;
-    parts[i] = largest(logits + i / pieces * V, piece * V / pieces, (piece + 1) * V / pieces);
+  for (long i = 0; i < M * pieces_of_logits; i++) {
+    const long row = i / pieces_of_logits, piece = i % pieces_of_logits;
+    parts[i] = largest(logits + row * V, piece * V / pieces_of_logits, (piece + 1) * V / pieces_of_logits);
   }
 #pragma omp for schedule(static) nowait
   for (long m = 0; m < M; m++) {
     Largest all;
-    for (long piece = 0; piece < pieces; piece++) all.add(parts[m * pieces + piece]);
+    for (long piece = 0; piece < pieces_of_logits; piece++) all.add(parts[m * pieces_of_logits + piece]);
     ids[m] = all.place, logprobs[m] = all.logprob();
   }
 }

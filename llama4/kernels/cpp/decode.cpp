@@ -296,7 +296,7 @@ template <class X>
 void decode(const Decoder& d, const Held* held, long step, const long* ids, long M, X* logits, long* next,
             float* logprobs) {
   const Shared<X> shared(d, held, step, M);
-  Largest* largest = scratch<Largest, 18>(M * pieces);
+  Largest* largest = scratch<Largest, 18>(M * pieces_of_logits);
   const long D = d.head.I;
 #pragma omp parallel if (numbers(d.layers[0].gate) > worth_threads)
   {
@@ -352,7 +352,7 @@ void for_each_row(long N, long numbers, const Part& part) {
     for_each_row(N, F, [&](long n) { swiglu(gate + n * stride, up + n * stride, F, y + n * F); });                     \
   }                                                                                                                    \
   extern "C" void likeliest_##suffix(const X* logits, long N, long V, long* indices, float* logprobs) {                \
-    Largest* largest = scratch<Largest, 18>(N * pieces);                                                               \
+    Largest* largest = scratch<Largest, 18>(N * pieces_of_logits);                                                     \
     _Pragma("omp parallel if (N * V > worth_threads)")                                                                 \
     likeliest(logits, N, V, largest, indices, logprobs);                                                               \
   }                                                                                                                    \

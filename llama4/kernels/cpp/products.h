@@ -166,20 +166,19 @@ struct Float8Pairs : BytePairs {
 template <class Codes, int lanes>
 struct Grouped : Codes {
   static constexpr int scales_per_block = 16 / lanes, inputs_per_scale = Codes::inputs / scales_per_block;
-  // The scales of some blocks of some rows, each row filled up with zeros to `width`, a multiple of sixteen.
-  void scales_of(long first, long count, long from, long until, long width, float* to) const {
-    const long start = from * scales_per_block, wanted = until * scales_per_block - start;
-    for (long row = 0; row < count; row++, to += width)
-      for (long i = 0; i < width; i += 16) {
-        const long o = first + row, some = std::min(16l, wanted - i);
-        f32 v{};
-        if (this->group == inputs_per_scale)
-          v = this->scales.some(o * this->groups + start + i, some);
-        else
-          for (long k = 0; k < some; k++)
-            v[k] = this->scales[o * this->groups + (start + i + k) * inputs_per_scale / this->group];
-        store(to + i, v);
-      }
+  // The scales of some blocks of some rows, row by row; behind the last, up to fifteen numbers more are written.
+  void scales_of(long first, long count, long from, long until, float* to) const {
+    const long start = from * scales_per_block, width = until * scales_per_block - start;
+    if (this->group == inputs_per_scale) {
+      const bool is_one_run = width == this->groups;
+      const long length = is_one_run ? count * width : width;
+      for (long row = 0; row < count; row += is_one_run ? count : 1)
+        for (long i = 0; i < length; i += 16)
+          store(to + row * width + i, this->scales.some((first + row) * this->groups + start + i, std::min(16l, length - i)));
+    } else {
+      for (long i = 0; i < count * width; i++)
+        to[i] = this->scales[(first + i / width) * this->groups + (start + i % width) * inputs_per_scale / this->group];
+    }
   }
   static f32 spread(const float* scales) {
     if constexpr (lanes == 16) return scales[0] - f32{};
@@ -297,17 +296,19 @@ template <class F, int M>
 __attribute__((noinline)) void add_rows(const F f, long first, long count, long from, long until,
                                         const typename F::Plane* x, const float* excess, long ahead, f32 (*lanes)[16]) {
   constexpr int U = blocks_at_once<F, M>, per_block = scales_per_block<F>();
-  const long width = ((until - from) * per_block + 15) / 16 * 16;
-  float scales[16 * most_blocks<F, M> * per_block + 1];
-  if constexpr (F::grouped) f.scales_of(first, count, from, until, width, scales);
+  const long width = (until - from) * per_block;
+  float scales[16 * most_blocks<F, M> * per_block + 16];
+  if constexpr (F::grouped) f.scales_of(first, count, from, until, scales);
   for (long i = 0; i < count; i++) {
     const float* own = scales + i * width;
     f32 sums[U][M] = {};
     if constexpr (F::grouped)
-      for (long k = 0; F::excess && k < width; k += 16)
+      for (long k = 0; F::excess && k < width; k += 16) {
+        const f32 some = Scales{own, true}.some(k, std::min(16l, width - k));
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
-          sums[0][m] -= load<f32>(own + k) * load<f32>(excess + m * excess_width<F>(f.I) + from * per_block + k);
+          sums[0][m] -= some * load<f32>(excess + m * excess_width<F>(f.I) + from * per_block + k);
+      }
     long block = from;
     for (; block + U <= until; block += U)
       add_blocks<U, F, M>(f, first + i, block, x, own + (block - from) * per_block, ahead, sums);

@@ -29,7 +29,7 @@ from llama4.cache import Cache
 from llama4.config import CACHE_BLOCK
 from llama4.experts import LoopExperts
 from llama4.kernels import cpu
-from llama4.kernels.cpu import FP8, IN_OUT, INT4, INT8, OUT_IN
+from llama4.kernels.cpu import OUT_IN, Matrix
 from llama4.kernels.dense import Linear
 from llama4.layers import FeedForward, RMSNorm
 from llama4.moe import MixtureOfExperts, Router
@@ -43,20 +43,8 @@ from llama4.quantization.packed import PackedWeight
 MOST_STEPS = 64
 """That are prepared at once."""
 
-_KINDS: dict[type[nn.Module], tuple[int, str]] = {
-    Int8Weight: (INT8, "int8"),
-    Fp8Weight: (FP8, "fp8"),
-    Int4Weight: (INT4, "int4"),
-}
-_KNOWN = {*_KINDS, Attention, FeedForward, Linear, LoopExperts, MixtureOfExperts, PackedExperts, RMSNorm, Router}
-
-
-class Matrix(ctypes.Structure):
-    """As in decode.cpp."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("w", "scales", "wide", "kind", "group", "I", "O", "step", "scale_step")
-    ]
+_PACKED = {Int8Weight, Fp8Weight, Int4Weight}
+_KNOWN = {*_PACKED, Attention, FeedForward, Linear, LoopExperts, MixtureOfExperts, PackedExperts, RMSNorm, Router}
 
 
 class Layer(ctypes.Structure):
@@ -314,11 +302,9 @@ def _experts(experts: Any, dtype: torch.dtype) -> Iterator[Matrix]:
         weight = getattr(experts, part)
         if isinstance(weight, PackedWeight):
             yield _matrix(weight, dtype)
-            continue
-        _check(type(experts) is LoopExperts and weight.dtype == dtype and weight.is_contiguous())
-        _check(weight.shape[2] % cpu.multiple_of(dtype) == 0 and weight.shape[1] % 16 == 0)
-        step = weight.stride(0) * weight.element_size()
-        yield Matrix(w=weight.data_ptr(), kind=IN_OUT, I=weight.shape[1], O=weight.shape[2], step=step)
+        else:
+            _check(type(experts) is LoopExperts)
+            yield _known(cpu.in_out(weight, dtype))
 
 
 def _matrix(module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
@@ -327,25 +313,17 @@ def _matrix(module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> 
         _check(module.bias is None and weight.dtype == dtype and weight.is_contiguous())
         _check(weight.shape[1] % cpu.multiple_of(dtype) == 0 and (is_head or weight.shape[0] % 16 == 0))
         return Matrix(w=weight.data_ptr(), kind=OUT_IN, I=weight.shape[1], O=weight.shape[0])
-    _check(type(module) in _KINDS)
+    _check(type(module) in _PACKED)
     assert isinstance(module, PackedWeight)
-    kind, name = _KINDS[type(module)]
-    codes, scale, group_size = getattr(module, module.parts[0]), module.weight_scale, module.format.group_size or 0
-    outputs, inputs = module.shape[-2:]
-    _check(codes.is_contiguous() and scale.is_contiguous() and scale.dtype in (torch.bfloat16, torch.float32))
-    _check(inputs % cpu.multiple_of(name) == 0 and (is_head or outputs % 16 == 0))
-    _check(group_size in (32, 64) or group_size % 128 == 0 if kind == INT4 else not group_size)
-    return Matrix(
-        w=codes.data_ptr(),
-        scales=scale.data_ptr(),
-        wide=scale.dtype == torch.float32,
-        kind=kind,
-        group=group_size,
-        I=inputs,
-        O=outputs,
-        step=codes.stride(0) * codes.element_size() if codes.ndim == 3 else 0,
-        scale_step=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
-    )
+    matrix = _known(module.matrix())
+    _check(is_head or matrix.O % 16 == 0)
+    return matrix
+
+
+def _known(matrix: Matrix | None) -> Matrix:
+    _check(matrix is not None)
+    assert matrix is not None
+    return matrix
 
 
 def _check(known: bool) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
+from llama4.kernels import cpu
 from llama4.kernels.dense import project
 from llama4.layers import swiglu
 
@@ -60,14 +61,21 @@ class LoopExperts(Experts):
     name = "loop"
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        outputs, start = [], 0
-        for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
-            if count:
-                x_nD = x_ND[start : start + count]
-                hidden_nF = swiglu(*project(x_nD, self.gate_up_proj[expert]).chunk(2, dim=-1))
-                outputs.append(project(hidden_nF, self.down_proj[expert]))
-                start += count
-        return joined(outputs, x_ND)
+        matrices = cpu.in_out(self.gate_up_proj, x_ND.dtype), cpu.in_out(self.down_proj, x_ND.dtype)
+        if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
+            return y_ND
+        return one_by_one(self.expert, x_ND, num_tokens_per_expert_E)
+
+    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
+        """What one expert makes of its tokens."""
+        hidden_NF = swiglu(*project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))
+        return project(hidden_NF, self.down_proj[expert])
+
+
+def one_by_one(expert: Callable[[Tensor, int], Tensor], x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    """What experts make of their rows, which stand one expert's after the other's."""
+    parts = x_ND.split(num_tokens_per_expert_E.tolist())
+    return joined([expert(part, i) for i, part in enumerate(parts) if len(part)], x_ND)
 
 
 def joined(outputs: list[Tensor], x_ND: Tensor) -> Tensor:

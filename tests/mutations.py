@@ -47,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "gate and up are swapped",
         "llama4/experts.py",
-        "swiglu(*project(x_nD, self.gate_up_proj[expert]).chunk(2, dim=-1))",
-        "swiglu(*reversed(project(x_nD, self.gate_up_proj[expert]).chunk(2, dim=-1)))",
+        "swiglu(*project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))",
+        "swiglu(*reversed(project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1)))",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(

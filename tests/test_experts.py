@@ -15,6 +15,7 @@ from torch import Tensor
 from llama4 import experts as module
 from llama4.config import TextConfig
 from llama4.experts import BACKENDS, Experts, LoopExperts, MegaBlocksExperts, resolve_experts
+from llama4.kernels import cpu
 from llama4.moe import MixtureOfExperts
 
 CONFIG = TextConfig(hidden_size=64, intermediate_size=96, num_local_experts=5)
@@ -25,6 +26,7 @@ COUNTS = {
     "all to one": [0, 0, 0, 0, 40],
     "many": [40, 17, 0, 90, 33],
 }
+WIDE = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -37,7 +39,9 @@ def init(module: torch.nn.Module) -> None:
 def check(experts: Experts, device: torch.device, dtype: torch.dtype, counts: list[int]) -> None:
     init(experts)
     experts = experts.to(device, dtype)
-    x_ND = torch.randn(sum(counts), CONFIG.hidden_size, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    x_ND = torch.randn(sum(counts), experts.gate_up_proj.shape[1], generator=torch.Generator().manual_seed(1)).to(
+        device, dtype
+    )
     truth = []
     for rows, gate_up, down in zip(x_ND.double().split(counts), experts.gate_up_proj, experts.down_proj, strict=True):
         gate, up = (rows @ gate_up.double()).chunk(2, dim=-1)
@@ -57,6 +61,27 @@ def check(experts: Experts, device: torch.device, dtype: torch.dtype, counts: li
 @pytest.mark.parametrize("name", ["loop", "grouped"])
 def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
     check(BACKENDS[name](CONFIG), CPU, dtype, COUNTS[counts])
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if counts != "none":
+        monkeypatch.delattr("llama4.experts.one_by_one")
+    check(LoopExperts(WIDE), CPU, dtype, COUNTS[counts])
+
+
+def test_in_one_call_unless_they_are_trained() -> None:
+    experts, counts = LoopExperts(WIDE), torch.tensor([2, 0, 20, 1, 0])
+    init(experts)
+    x_ND = torch.randn(23, 512, generator=torch.Generator().manual_seed(1))
+    y_ND = experts(x_ND, counts)
+    y_ND.sum().backward()
+    assert experts.down_proj.grad is not None
+    assert experts.down_proj.grad[1].count_nonzero() == 0 < experts.down_proj.grad[2].count_nonzero()
+    with torch.no_grad():
+        assert torch.allclose(experts(x_ND, counts), y_ND, atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -49,12 +49,23 @@ STRIP = 32
 OUT_IN, IN_OUT, INT8, FP8, INT4 = range(5)
 """Kinds of matrices, as in cpp/decode.cpp."""
 
+KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
+"""Those of few bits, by the names of formats."""
+
 _INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
 """What each format takes at a time: rows of a matrix are multiples of it."""
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _lock = threading.Lock()
 _loaded: tuple[ctypes.CDLL | None] | None = None
+
+
+class Matrix(ctypes.Structure):
+    """As in cpp/decode.cpp: a matrix of any kind, or all of a layer's experts. It does not keep its tensors alive."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("w", "scales", "wide", "kind", "group", "I", "O", "step", "scale_step")
+    ]
 
 
 def library() -> ctypes.CDLL | None:
@@ -128,10 +139,17 @@ def takes_packed(x_NI: Tensor, format: str, scale: Tensor, outputs: int, group_s
     return (
         scale.dtype in _SUFFIX
         and scale.is_contiguous()
-        and (format != "int4" or group_size in (32, 64) or (group_size is not None and group_size % 128 == 0))
+        and _takes_groups(format, group_size or 0)
         and _takes(x_NI, format)
         and (x_NI.shape[0] <= FEW or outputs % STRIP == 0)
     )
+
+
+def _takes_groups(format: str, group_size: int) -> bool:
+    """Whether that many inputs may share a scale; 0: all of a row."""
+    if format != "int4":
+        return group_size == 0
+    return group_size in (32, 64) or (group_size > 0 and group_size % 128 == 0)
 
 
 def takes_dense(x_NI: Tensor, weight: Tensor, most: int | None = FEW) -> bool:
@@ -194,6 +212,53 @@ def _product(
     is_wide = scale is not None and scale.dtype == torch.float32
     _run("linear", x_NI, x_NI, rows, inputs, outputs, kind, weight, scale, int(is_wide), group_size, y_NO)
     return y_NO
+
+
+def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
+    """Experts in x out for rows of a dtype; None if these are not read this way."""
+    _, inputs, outputs = weight_EIO.shape
+    is_trained = torch.is_grad_enabled() and weight_EIO.requires_grad
+    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX or not weight_EIO.is_contiguous():
+        return None
+    if inputs % 16 or outputs % multiple_of(dtype):
+        return None
+    step = inputs * outputs * weight_EIO.element_size()
+    return Matrix(w=weight_EIO.data_ptr(), kind=IN_OUT, I=inputs, O=outputs, step=step)
+
+
+def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int, group_size: int) -> Matrix | None:
+    """A matrix of few bits, out x in, or several; None if it is not read this way."""
+    if scale.dtype not in _SUFFIX or not codes.is_contiguous() or not scale.is_contiguous():
+        return None
+    if inputs % multiple_of(format) or not _takes_groups(format, group_size):
+        return None
+    return Matrix(
+        w=codes.data_ptr(),
+        scales=scale.data_ptr(),
+        wide=scale.dtype == torch.float32,
+        kind=KINDS[format],
+        group=group_size,
+        I=inputs,
+        O=outputs,
+        step=codes.stride(0) * codes.element_size() if codes.ndim == 3 else 0,
+        scale_step=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
+    )
+
+
+def experts(
+    x_ND: Tensor, num_tokens_per_expert_E: Tensor, gate_up: Matrix | None, down: Matrix | None
+) -> Tensor | None:
+    """down(silu(gate(x)) * up(x)) of rows sorted by expert, [N, D]; None if this does not go this way."""
+    if gate_up is None or down is None or x_ND.dtype not in _SUFFIX or not _takes(x_ND, _FORMATS[x_ND.dtype]):
+        return None
+    if any(matrix.O % STRIP or matrix.I * matrix.O < WORTH for matrix in (gate_up, down)):
+        return None
+    x_ND, counts_E = x_ND.contiguous(), num_tokens_per_expert_E.contiguous()
+    assert counts_E.dtype == torch.int64 and counts_E.sum() == len(x_ND)
+    y_ND = torch.empty_like(x_ND)
+    matrices = ctypes.addressof(gate_up), ctypes.addressof(down)
+    _run("experts", x_ND, *matrices, counts_E, len(counts_E), x_ND, y_ND)
+    return y_ND
 
 
 def rounds(weight_OI: Tensor, group_size: int) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
-from llama4.experts import joined
+from llama4.experts import one_by_one
+from llama4.kernels import cpu
 from llama4.kernels.dense import Linear
 from llama4.layers import FeedForward, swiglu
 from llama4.quantization.fp8 import Fp8Weight
@@ -35,16 +36,14 @@ class PackedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
-        whole = self.matrices == PackedExperts.matrices
-        if whole and self.gate_up_proj.on_gpu(x_ND) and self.down_proj.on_gpu(x_ND):
-            gate_up_N2F = self.gate_up_proj.grouped(x_ND, num_tokens_per_expert_E)
-            return self.down_proj.grouped(swiglu(*gate_up_N2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
-        outputs, start = [], 0
-        for expert, count in enumerate(num_tokens_per_expert_E.tolist()):
-            if count:
-                outputs.append(self.expert(x_ND[start : start + count], expert))
-                start += count
-        return joined(outputs, x_ND)
+        if self.matrices == PackedExperts.matrices:
+            if self.gate_up_proj.on_gpu(x_ND) and self.down_proj.on_gpu(x_ND):
+                gate_up_N2F = self.gate_up_proj.grouped(x_ND, num_tokens_per_expert_E)
+                return self.down_proj.grouped(swiglu(*gate_up_N2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
+            matrices = self.gate_up_proj.matrix(), self.down_proj.matrix()
+            if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
+                return y_ND
+        return one_by_one(self.expert, x_ND, num_tokens_per_expert_E)
 
     def expert(self, x_ND: Tensor, expert: int) -> Tensor:
         """What one expert makes of its tokens."""

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import gpu
+from llama4.kernels import cpu, gpu
 from llama4.kernels.dense import linear
 from llama4.quantization.schemes import Format
 
@@ -74,6 +74,13 @@ class PackedWeight(nn.Module):
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x."""
         raise AssertionError("a format computes")
+
+    def matrix(self) -> cpu.Matrix | None:
+        """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it."""
+        if self.format.kind not in cpu.KINDS:
+            return None
+        codes, (outputs, inputs) = getattr(self, self.parts[0]), self.shape[-2:]
+        return cpu.packed(self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0)
 
     def on_gpu(self, x_RI: Tensor) -> bool:
         """Whether rows are for a kernel on a GPU."""

@@ -21,7 +21,8 @@ from vision.encoder import rotate
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 40, 75, 200]
-"""Few go through registers by fours, more than twelve (experts in bfloat16: seven) by eights, and 192 otherwise."""
+"""Few go through registers by fours, more than twelve (in x out: eight) by eights, from 192 on with other panels; in
+float32, in x out, up to 40 go by ten to 24."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -75,6 +76,15 @@ class TestProducts:
         codes = torch.randint(-8, 8, (outputs, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
         assert close(cpu.linear_int4(x, pack(codes), scale, group_size), x.double() @ weight.mT)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "outputs"), [(648, 992), (2048, 128), (16, 20_000)])
+def test_several_rows(inputs: int, outputs: int) -> None:
+    """Tiles of ten to 24 rows of float32, and one or two of them; inputs and columns that end within a panel."""
+    for rows in range(9, 43):
+        x, weight = normal(rows, inputs), normal(inputs, outputs, seed=1)
+        assert close(cpu.project(x, weight), x.double() @ weight.double())
 
 
 @needs_kernels

@@ -18,6 +18,13 @@ struct Matrix {
   const char* w;
   Scales scales;
   int64_t kind, group, I, O, step, scale_step;
+
+  Matrix of(long expert) const {
+    Matrix own = *this;
+    own.w += expert * step;
+    if (scales) own.scales.numbers = static_cast<const char*>(scales.numbers) + expert * scale_step;
+    return own;
+  }
 };
 
 // The formats for rows of a dtype.
@@ -59,21 +66,19 @@ long parts_for(const Matrix& a, long M) { return a.kind == IN_OUT ? omp_get_max_
 
 // A few rows, by a team; in x out only the parts, which `total` adds up after a wait.
 template <class X>
-void product(const Matrix& a, long expert, const X* x, long M, float* parts, X* y) {
+void product(const Matrix& a, const X* x, long M, float* parts, X* y) {
   using Of = For<X>;
-  const char* w = a.w + expert * a.step;
-  const auto* codes = (const uint8_t*)w;
-  const Scales s{static_cast<const char*>(a.scales.numbers) + expert * a.scale_step, a.scales.wide};
-  const Int4 four{codes, a.I, s, a.group};
+  const auto* codes = (const uint8_t*)a.w;
+  const Int4 four{codes, a.I, a.scales, a.group};
   switch (a.kind) {
-    case OUT_IN: return out_in(typename Of::Dense{(const X*)w, a.I}, x, M, a.O, Scales{}, y);
-    case IN_OUT: return in_out<typename Of::Rows>((const X*)w, x, M, a.I, a.O, parts);
-    case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, s, y);
+    case OUT_IN: return out_in(typename Of::Dense{(const X*)a.w, a.I}, x, M, a.O, Scales{}, y);
+    case IN_OUT: return in_out<typename Of::Rows>((const X*)a.w, x, M, a.I, a.O, parts);
+    case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, a.scales, y);
     case FP8: {
       float* row_scales = scratch<float, 9>(M);
       auto* rows = scratch<Number<X>, 12>(M * a.I);
       for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
-      return out_in(typename Of::E4M3{codes, a.I}, rows, M, a.O, s, y, row_scales);
+      return out_in(typename Of::E4M3{codes, a.I}, rows, M, a.O, a.scales, y, row_scales);
     }
     case INT4:
       if (a.group >= 128) return out_in(Grouped<typename Of::Codes4, 16>{four}, x, M, a.O, Scales{}, y);
@@ -87,7 +92,10 @@ template <class X>
 void product_of_many(const Matrix& a, const X* x, long M, X* y) {
   const auto* codes = (const uint8_t*)a.w;
   switch (a.kind) {
-    case IN_OUT: return project_many(x, M, a.I, a.O, (const X*)a.w, y);
+    case IN_OUT:
+      if constexpr (std::is_same_v<X, float>)
+        if (M <= several) return project_several(x, M, a.I, a.O, (const float*)a.w, y);
+      return project_many(x, M, a.I, a.O, (const X*)a.w, y);
     case INT8: return linear_many(Int8{codes, a.I}, in_words<Int8>(x, M * a.I), M, a.O, a.scales, nullptr, y);
     case FP8: {
       float* row_scales = scratch<float, 9>(M);
@@ -110,7 +118,7 @@ void linear(const Matrix& a, const X* x, long M, X* y) {
   float* parts = scratch<float, 1>(parts_for(a, M));
 #pragma omp parallel if (numbers(a) > worth_threads)
   {
-    product(a, 0, x, M, parts, y);
+    product(a, x, M, parts, y);
     if (a.kind == IN_OUT) wait_for_team(), total<typename For<X>::Rows>(parts, M, a.O, y);
   }
 }
@@ -198,9 +206,9 @@ template <class X>
 void attention(const Layer& l, const Held& held, long step, long M, long D, const Shared<X>& s, X* x, float* h) {
   const long H = l.H, K = l.K, C = l.C, *lengths = held.lengths + step * M;
   for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.input_norm, l.eps, x + m * D);
-  product(l.q, 0, x, M, s.parts, s.q);
-  product(l.k, 0, x, M, s.parts, s.k);
-  product(l.v, 0, x, M, s.parts, s.v);
+  product(l.q, x, M, s.parts, s.q);
+  product(l.k, x, M, s.parts, s.k);
+  product(l.v, x, M, s.parts, s.v);
   wait_for_team();
   with_format<X>(held.format, [&](auto format) {
     using F = decltype(format);
@@ -220,7 +228,7 @@ void attention(const Layer& l, const Held& held, long step, long M, long D, cons
     attend<F>(s.q, held.table, held.width, lengths, M, H, K, C, s.parts, s.heads);
   });
   wait_for_team();
-  product(l.o, 0, s.heads, M, s.parts, s.out);
+  product(l.o, s.heads, M, s.parts, s.out);
   wait_for_team();
   add(h, s.out, M * D);
 }
@@ -265,7 +273,7 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
   X *gate = s.wide + R * 2 * N, *up = gate + M * F, *inner = s.inner + R * N, *out = s.out + R * D;
   const auto multiply = [&](const Matrix& a, const X* rows, X* y) {
     routed.each([&](long e, long i, long count) {
-      product(a, e, rows + i * a.I, count, s.parts + parts_for(a, i), y + i * a.O);
+      product(a.of(e), rows + i * a.I, count, s.parts + parts_for(a, i), y + i * a.O);
     });
   };
   const auto add_up = [&](const Matrix& a, X* y) {
@@ -276,15 +284,15 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
     wait_for_team();
   };
   multiply(l.gate_up, routed.rows, s.wide);
-  product(l.gate, 0, x, M, s.parts, gate);
-  product(l.up, 0, x, M, s.parts, up);
+  product(l.gate, x, M, s.parts, gate);
+  product(l.up, x, M, s.parts, up);
   wait_for_team();
   add_up(l.gate_up, s.wide);
   swiglu(s.wide, s.wide + N, R, N, 2 * N, s.inner);
   swiglu(gate, up, M, F, F, inner);
   wait_for_team();
   multiply(l.down, s.inner, s.out);
-  product(l.shared_down, 0, inner, M, s.parts, out);
+  product(l.shared_down, inner, M, s.parts, out);
   wait_for_team();
   add_up(l.down, s.out);
   for (long i = 0; i < R; i++) add(h + routed.order[i] / l.chosen * D, s.out + i * D, D);
@@ -311,7 +319,7 @@ void decode(const Decoder& d, const Held* held, long step, const long* ids, long
       feed_forward(l, M, D, shared, x, h);
     }
     for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)d.norm, d.eps, x + m * D);
-    product(d.head, 0, x, M, shared.parts, logits);
+    product(d.head, x, M, shared.parts, logits);
     wait_for_team();
     likeliest(logits, M, d.head.O, largest, next, logprobs);
   }
@@ -324,6 +332,19 @@ void for_each_row(long N, long numbers, const Part& part) {
   for (long n = 0; n < N; n++) part(n);
 }
 
+// What experts make of rows, so many for each, one after the other: down(silu(gate(x)) * up(x)).
+template <class X>
+void experts(const Matrix& gate_up, const Matrix& down, const long* counts, long E, const X* x, X* y) {
+  const long D = gate_up.I, F = down.I, most = *std::max_element(counts, counts + E);
+  X *wide = scratch<X, 19>(most * 3 * F), *inner = wide + most * 2 * F;
+  for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
+    if (!counts[e]) continue;
+    linear(gate_up.of(e), x, counts[e], wide);
+    for_each_row(counts[e], F, [&](long i) { swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
+    linear(down.of(e), inner, counts[e], y);
+  }
+}
+
 }  // namespace
 
 // ---- what Python calls, once per dtype of x and y: f for float32, b for bfloat16
@@ -332,6 +353,10 @@ void for_each_row(long N, long numbers, const Part& part) {
   extern "C" void linear_##suffix(const X* x, long M, long I, long O, long kind, const char* w, const void* s,         \
                                   long wide, long group, X* y) {                                                       \
     linear(Matrix{w, {s, wide}, kind, group, I, O}, x, M, y);                                                          \
+  }                                                                                                                    \
+  extern "C" void experts_##suffix(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x,  \
+                                   X* y) {                                                                             \
+    experts(*gate_up, *down, counts, E, x, y);                                                                         \
   }                                                                                                                    \
   extern "C" void quantize_int4_##suffix(const X* weights, long groups, long size, const float* ranges, long count,    \
                                          uint32_t* words, X* scales) {                                                 \

@@ -380,7 +380,7 @@ struct Float32Rows {
   static constexpr int planes = 1, outputs = 16, together = 1;
   static void read(const float* a, const float*, Plane* out) { out[0] = load<f32>(a); }
   static Factor factor(float a, float) { return a; }
-  static Plane all(Factor x) { return f32{} + x; }
+  static Plane all(Factor x) { return x - f32{}; }
   static void keep_sums(float* y, const f32* sums) { store(y, sums[0]); }
 };
 
@@ -409,7 +409,7 @@ struct Bfloat16Rows {
   static constexpr int planes = 2, outputs = 32, together = 1;
   static void read(const bf16* a, const bf16*, Plane* out) { out[0] = floats(a), out[1] = floats(a + 16); }
   static Factor factor(bf16 a, bf16) { return widened(a); }
-  static Plane all(Factor x) { return f32{} + x; }
+  static Plane all(Factor x) { return x - f32{}; }
   static void keep_sums(bf16* y, const f32* sums) { keep(y, sums[0]), keep(y + 16, sums[1]); }
 };
 #endif

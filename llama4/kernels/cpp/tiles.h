@@ -228,4 +228,63 @@ void linear_many(const F& f, const Word* x, long M, long O, Scales scales, const
   many(x, M, f.I, O, words, large_panel, pack, next, scales, row_scales, y);
 }
 
+// ---- several rows of float32: packing a matrix would take as long as using it, so it is read as it lies, once
+
+constexpr long several = 40;
+
+// Adds R rows of x, whose numbers lie side by side per input, times `count` rows of W, sixteen outputs of each, to sums
+// [R, 16]. Every so many rows, from one of the first on, it brings near what comes.
+template <int R>
+void add_column(const float* x, const float* w, long O, long count, float* sums, const char* ahead, long first,
+                long every) {
+  f32 held[R];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++) held[r] = load<f32>(sums + 16 * r);
+  for (long i = 0; i < count; i++) {
+    if (i == first) __builtin_prefetch(ahead + i * O * long(sizeof(*w)), 0, 2), first += every;
+    f32 weights = load<f32>(w + i * O);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; r++) held[r] += x[i * R + r] * weights;
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++) store(sums + 16 * r, held[r]);
+}
+
+// y = x W in tiles of R rows, the fewest that are enough, of at most 24: their sums, sixteen outputs each, fill the
+// registers. W is read in panels of columns, some rows after the other, and the sums of a panel wait in the cache.
+template <int R = rows_at_once + 2>
+void project_several(const float* x, long M, long I, long O, const float* w, float* y) {
+  constexpr long most = 24, depth = 32, width = 16;
+  const long tiles = (M + most - 1) / most, columns = O / 16;
+  if constexpr (R < most)
+    if (M > tiles * R) return project_several<R + 2>(x, M, I, O, w, y);
+  const long wide = std::clamp(columns / omp_get_max_threads(), 1l, width);
+  float* rows = scratch<float, 12>(tiles * I * R);  // [tiles, I, R], zeros behind the last
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (long begin = 0; begin < I; begin += depth)
+      for (long m = 0; m < tiles * R; m++)
+        for (long i = begin; i < std::min(I, begin + depth); i++)
+          rows[(m / R * I + i) * R + m % R] = m < M ? x[m * I + i] : 0;
+    float* sums = scratch<float, 11>(wide * tiles * R * 16);
+#pragma omp for schedule(static) nowait
+    for (long begin = 0; begin < columns; begin += wide) {
+      const long count = std::min(wide, columns - begin);
+      std::fill(sums, sums + count * tiles * R * 16, 0.f);
+      for (long i = 0; i < I; i += depth)
+        for (long n = 0; n < count; n++)
+          for (long tile = 0; tile < tiles; tile++) {
+            const float* own = w + i * O + (begin + n) * 16;
+            const float* next = i + depth < I ? own + depth * O : own + wide * 16 - i * O;  // and the end of its line
+            const bool is_last = i + depth >= I && begin + wide >= columns;
+            add_column<R>(rows + (tile * I + i) * R, own, O, std::min(depth, I - i), sums + (n * tiles + tile) * R * 16,
+                          (const char*)next + 63, is_last ? -1 : tile, tiles);
+          }
+      for (long n = 0; n < count; n++)
+        for (long m = 0; m < M; m++) store(y + m * O + (begin + n) * 16, load<f32>(sums + (n * tiles * R + m) * 16));
+    }
+  }
+}
+
 }  // namespace

@@ -218,7 +218,9 @@ def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     """Experts in x out for rows of a dtype; None if these are not read this way."""
     _, inputs, outputs = weight_EIO.shape
     is_trained = torch.is_grad_enabled() and weight_EIO.requires_grad
-    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX or not weight_EIO.is_contiguous():
+    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX:
+        return None
+    if not weight_EIO.is_cpu or not weight_EIO.is_contiguous():
         return None
     if inputs % 16 or outputs % multiple_of(dtype):
         return None
@@ -228,7 +230,7 @@ def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
 
 def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int, group_size: int) -> Matrix | None:
     """A matrix of few bits, out x in, or several; None if it is not read this way."""
-    if scale.dtype not in _SUFFIX or not codes.is_contiguous() or not scale.is_contiguous():
+    if scale.dtype not in _SUFFIX or not all(part.is_cpu and part.is_contiguous() for part in (codes, scale)):
         return None
     if inputs % multiple_of(format) or not _takes_groups(format, group_size):
         return None
@@ -254,6 +256,7 @@ def experts(
     if any(matrix.O % STRIP or matrix.I * matrix.O < WORTH for matrix in (gate_up, down)):
         return None
     x_ND, counts_E = x_ND.contiguous(), num_tokens_per_expert_E.contiguous()
+    assert x_ND.shape[1] == gate_up.I == down.O and gate_up.O == 2 * down.I
     assert counts_E.dtype == torch.int64 and counts_E.sum() == len(x_ND)
     y_ND = torch.empty_like(x_ND)
     matrices = ctypes.addressof(gate_up), ctypes.addressof(down)

@@ -76,8 +76,9 @@ class PackedWeight(nn.Module):
         raise AssertionError("a format computes")
 
     def matrix(self) -> cpu.Matrix | None:
-        """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it."""
-        if self.format.kind not in cpu.KINDS:
+        """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it, or would
+        leave out its bias."""
+        if self.format.kind not in cpu.KINDS or self.bias is not None:
             return None
         codes, (outputs, inputs) = getattr(self, self.parts[0]), self.shape[-2:]
         return cpu.packed(self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0)

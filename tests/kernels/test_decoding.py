@@ -305,6 +305,17 @@ def test_a_router_in_another_dtype_is_not_misread(directory: Path, steps: list[i
     assert not steps
 
 
+@torch.inference_mode()
+def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(directory, "int8", "float32")
+    attention = model.language_model.model.layers[1].self_attn
+    attention.q_proj.bias = nn.Parameter(torch.linspace(-3, 3, attention.q_proj.shape[0]))
+    ours = decoded(model)
+    assert not steps
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert relative_error(ours, decoded(model)) < 1e-5
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @torch.inference_mode()
 def test_advancing_is_a_step_and_a_choice(directory: Path, temperature: float, steps: list[int]) -> None:

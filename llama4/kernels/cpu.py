@@ -218,9 +218,7 @@ def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     """Experts in x out for rows of a dtype; None if these are not read this way."""
     _, inputs, outputs = weight_EIO.shape
     is_trained = torch.is_grad_enabled() and weight_EIO.requires_grad
-    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX:
-        return None
-    if not weight_EIO.is_cpu or not weight_EIO.is_contiguous():
+    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX or not _have_addresses(weight_EIO):
         return None
     if inputs % 16 or outputs % multiple_of(dtype):
         return None
@@ -230,7 +228,7 @@ def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
 
 def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int, group_size: int) -> Matrix | None:
     """A matrix of few bits, out x in, or several; None if it is not read this way."""
-    if scale.dtype not in _SUFFIX or not all(part.is_cpu and part.is_contiguous() for part in (codes, scale)):
+    if scale.dtype not in _SUFFIX or not _have_addresses(codes, scale):
         return None
     if inputs % multiple_of(format) or not _takes_groups(format, group_size):
         return None
@@ -245,6 +243,11 @@ def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int,
         step=codes.stride(0) * codes.element_size() if codes.ndim == 3 else 0,
         scale_step=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
     )
+
+
+def _have_addresses(*parts: Tensor) -> bool:
+    """Whether tensors can be described by where they begin."""
+    return not torch.compiler.is_compiling() and all(part.is_cpu and part.is_contiguous() for part in parts)
 
 
 def experts(

@@ -137,8 +137,9 @@ class Llama4:
                 scale per head and token, or a dtype; "auto" is the model's.
             cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
             memory_map: on a CPU, leave weights in the file, whose pages are read when they are used and can be dropped
-                when memory is short. False reads all of them into memory of their own, in large pages where the system
-                has such: loading takes longer, and decoding less where it keeps files in small ones.
+                when memory is short; of a quantised model that is little more than embeddings and images. False reads
+                all of them into memory of their own, in large pages where the system has such: loading takes longer,
+                and decoding less where it keeps files in small ones.
             progress: show bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from llama4.experts import joined
 from llama4.model import Llama4Model
 from llama4.quantization.modules import SeparateExperts
+from llama4.quantization.packed import PackedWeight
 from llama4.units import bytes_text
 
 
@@ -114,6 +115,9 @@ def keep_experts(model: Llama4Model, device: torch.device, memory: int | None = 
                 raise ValueError(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
         hot = HotExperts(experts, device, min(room, count * len(paths)))
         for path in paths:
+            for module in model.get_submodule(path).modules():
+                if isinstance(module, PackedWeight) and device.type != "cpu":
+                    module.as_stored()
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, OffloadedExperts(model.get_submodule(path), hot))
 

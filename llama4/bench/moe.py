@@ -92,7 +92,8 @@ def make_backends(
             stacks = [packed.quantize(expert.mT, plan[part]) for expert in weight]
             for key in packed.parts:
                 whole = torch.stack([stack[key] for stack in stacks])
-                setattr(module, key, nn.Parameter(whole, requires_grad=False))
+                lying = module.for_cpu(key, whole).reshape(whole.shape)
+                setattr(module, key, nn.Parameter(lying, requires_grad=False))
             setattr(experts, part, module)
         found[name] = experts, plan
     return found

@@ -43,6 +43,8 @@ MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
 
+SIXTEEN = 16
+"""Outputs that matrices of four bits have side by side."""
 STRIP = 32
 """Outputs that a product of many rows works on at a time."""
 
@@ -199,8 +201,28 @@ def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
 
 
 def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
-    """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128."""
+    """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128, both in
+    sixteens."""
     return _product(INT4, x_NI, packed, packed.shape[0], scale_OG, group_size)
+
+
+def reads_in_sixteens(outputs: int, inputs: int, group_size: int) -> bool:
+    """Whether a matrix of four bits can be had in the order in which it is read fastest."""
+    fits = outputs % SIXTEEN == 0 and inputs % _INPUTS["int4"] == 0
+    return fits and _takes_groups("int4", group_size) and library() is not None
+
+
+def in_sixteens(part: Tensor, together: int) -> Tensor:
+    """Rows [..., O, n], so many numbers of a row together: of sixteen rows the first, of the same the next, ..., a view
+    [..., O / 16, n / together, 16, together]. Of packed int4 words four go together; of scales each is alone."""
+    return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, SIXTEEN)).transpose(-3, -2)
+
+
+def out_of_sixteens(part: Tensor, together: int) -> Tensor:
+    """The inverse, of what lies in this order as [..., O, n]; a copy."""
+    *rows, outputs, count = part.shape
+    lying = part.view(*rows, outputs // SIXTEEN, count // together, SIXTEEN, together)
+    return lying.transpose(-3, -2).reshape(part.shape)
 
 
 def _product(

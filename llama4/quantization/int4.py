@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,11 +51,20 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).view(torch.int8) - 8
 
 
+_TOGETHER = {"weight_packed": 4, "weight_scale": 1}
+"""Numbers of a row that stay together in sixteens: 32 codes; a scale."""
+
+
 class Int4Weight(PackedWeight):
-    """Eight weights in an int32, a scale for every 128 or 32 of a row."""
+    """Eight weights in an int32, a scale for every 128 or 32 of a row.
+
+    Attributes:
+        in_sixteens: whether parts lie as the kernels of a CPU read them; else as in a checkpoint.
+    """
 
     weight_packed: nn.Parameter
     parts = ("weight_packed", "weight_scale")
+    in_sixteens = False
 
     @classmethod
     def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -72,9 +84,27 @@ class Int4Weight(PackedWeight):
         codes, scale = quantize_groups(weight_OI.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
         return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
 
+    def for_cpu(self, part: str, values: Tensor) -> Tensor:
+        assert self.format.group_size is not None
+        outputs, inputs = self.shape[-2:]
+        self.in_sixteens = cpu.reads_in_sixteens(outputs, inputs, self.format.group_size)
+        return cpu.in_sixteens(values, _TOGETHER[part]) if self.in_sixteens else values
+
+    def portable(self, part: str) -> Tensor:
+        return self._stored(part, super().portable(part))
+
+    def as_stored(self) -> None:
+        for part in self.parts:
+            self.register_parameter(part, nn.Parameter(self.portable(part), requires_grad=False))
+        self.in_sixteens = False
+
+    def matrix(self) -> cpu.Matrix | None:
+        return super().matrix() if self.in_sixteens else None
+
     def dequantize(self, expert: int | None = None) -> Tensor:
-        scale = self._of(self.weight_scale, expert)
-        return _dequantized(self._of(self.weight_packed, expert), scale, scale.dtype)
+        packed = self._stored("weight_packed", self._of(self.weight_packed, expert))
+        scale = self._stored("weight_scale", self._of(self.weight_scale, expert))
+        return _dequantized(packed, scale, scale.dtype)
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         if self.on_gpu(x_NI):
@@ -82,10 +112,45 @@ class Int4Weight(PackedWeight):
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
         group_size = self.format.group_size
         assert group_size is not None
-        if cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
+        if self.in_sixteens and cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
             return cpu.linear_int4(x_NI, packed, scale, group_size)
         dtype = torch.promote_types(x_NI.dtype, scale.dtype)
-        return in_blocks(lambda rows: _dequantized(packed[rows], scale[rows], dtype), packed.shape[0], x_NI)
+
+        def some(rows: slice) -> Tensor:
+            codes, scales = self._stored("weight_packed", packed[rows]), self._stored("weight_scale", scale[rows])
+            return _dequantized(codes, scales, dtype)
+
+        return in_blocks(some, packed.shape[0], x_NI)
+
+    def _stored(self, part: str, values: Tensor) -> Tensor:
+        """Whole sixteens of rows of a part, as a checkpoint has them."""
+        return cpu.out_of_sixteens(values, _TOGETHER[part]) if self.in_sixteens else values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """In sixteens on a CPU, as stored elsewhere."""
+        was_on_cpu = self.weight_packed.is_cpu
+        super()._apply(fn, recurse)
+        if self.in_sixteens and not self.weight_packed.is_cpu:
+            self.as_stored()
+        elif self.weight_packed.is_cpu and not was_on_cpu:
+            for part in self.parts:
+                stored = getattr(self, part)
+                values = self.for_cpu(part, stored.detach()).contiguous().view(stored.shape)
+                self.register_parameter(part, nn.Parameter(values, requires_grad=False))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_sixteens:
+            destination.update({prefix + part: self.portable(part) for part in self.parts})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.in_sixteens:
+            given = {part: state_dict[prefix + part] for part in self.parts if prefix + part in state_dict}
+            fitting = {part: v for part, v in given.items() if v.shape == getattr(self, part).shape}
+            ordered = {prefix + part: self.for_cpu(part, v).reshape(v.shape) for part, v in fitting.items()}
+            state_dict = {**state_dict, **ordered}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _dequantized(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

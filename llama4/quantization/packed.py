@@ -2,9 +2,9 @@
 
 A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
 Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
-loads from and saves to any checkpoint of its format, to the bit. A kernel that wants its own arrangement of the bits
-gets it once, after loading. On a GPU the kernels of `gpu` multiply; elsewhere, and where those do not run, `product`
-says how.
+loads from and saves to any checkpoint of its format, to the bit. Where a kernel wants an order of its own they lie in
+that, from loading on, and `portable` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply; elsewhere,
+and where those do not run, `product` says how.
 
 Shapes: N tokens, O outputs, I inputs, E experts, R rows sorted by expert.
 """
@@ -66,6 +66,14 @@ class PackedWeight(nn.Module):
         """A part as a checkpoint has it."""
         parameter: nn.Parameter = getattr(self, part)
         return parameter.detach()
+
+    def for_cpu(self, part: str, values: Tensor) -> Tensor:
+        """A part of a checkpoint as this module wants it to compute on a CPU: the same, or its numbers in another
+        order, in a view of any shape."""
+        return values
+
+    def as_stored(self) -> None:
+        """Let parts lie as in a checkpoint again, for who computes elsewhere with them."""
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""

@@ -7,8 +7,10 @@ from torch import nn
 from tqdm import tqdm
 
 from llama4.errors import CheckpointError
+from llama4.kernels.dense import Linear
 from llama4.quantization.packed import PackedWeight
 from llama4.weights import pages
+from llama4.weights.quantizing import QuantizingSource
 from llama4.weights.source import SafetensorsSource, Source
 
 
@@ -26,7 +28,8 @@ def load(
 
     Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the
     file), so loading is nearly free and bytes are read when first used. Otherwise tensors are copied one by one, into
-    large pages, and two copies of the model are never in memory.
+    large pages, and two copies of the model are never in memory. So are those that a quantised model has in another
+    order than a checkpoint, and what it uses for every token though it is not quantised, such as its head.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -43,24 +46,32 @@ def load(
     """
     owners = _owners(model)
     keys = match(model, source)
+    computes_on = torch.device(device).type
+    is_quantised = any(isinstance(module, PackedWeight) for module in model.modules())
     for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
         path, _, part = name.rpartition(".")
-        is_packed = isinstance(model.get_submodule(path), PackedWeight) and part != "bias"
+        module = model.get_submodule(path)
+        packed = module if isinstance(module, PackedWeight) and part != "bias" else None
         target = torch.device(experts_device if experts_device is not None and ".experts." in name else device)
         raw = source.tensor(key)
-        new_dtype = raw.dtype if is_packed or dtype is None else dtype
-        if target.type != "cpu" or (memory_map and new_dtype == raw.dtype):
+        new_dtype = raw.dtype if packed is not None or dtype is None else dtype
+        values = packed.for_cpu(part, raw) if packed is not None and target.type == computes_on == "cpu" else raw
+        is_map = isinstance(source, SafetensorsSource | QuantizingSource) and source.is_map(key)
+        is_new = isinstance(source, QuantizingSource) and not is_map
+        is_used_always = is_quantised and isinstance(module, Linear)
+        fits = new_dtype == raw.dtype and values is raw
+        if target.type != "cpu" or (memory_map and fits and not is_new and not is_used_always):
             tensor = raw.to(target, new_dtype)
         else:
-            tensor = pages.keep(raw, new_dtype)
-            if isinstance(source, SafetensorsSource):
+            tensor = pages.keep(values, new_dtype).view(raw.shape)
+            if is_map:
                 pages.let_go(raw)
-        if is_packed:  # as kernels read it: one row after the other, e4m3 as bytes
+        if packed is not None:  # as kernels read it: nothing between two rows, e4m3 as bytes
             tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
-        filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_packed)
+        filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and packed is None)
         for alias in owners[name]:
-            module, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(module), leaf, filled)
+            path, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(path), leaf, filled)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 

@@ -62,6 +62,11 @@ class QuantizingSource:
             self._last = (old, self._quantized(old))
         return self._last[1][part]
 
+    def is_map(self, key: str) -> bool:
+        """Whether a tensor is a part of a file's memory map."""
+        old, part = self._keys[key]
+        return part is None and isinstance(self._source, SafetensorsSource) and self._source.is_map(old)
+
     def rounded(self, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         """The parts of a matrix."""
         return PACKED[format.kind].quantize(weight_OI, format)
@@ -70,11 +75,11 @@ class QuantizingSource:
         format, tensor = self.plan[self._source.names.to_model(key) or key], self._source.tensor(key)
         whole: dict[str, Tensor] = {}
         if tensor.ndim == 2:
-            whole = {part: pages.keep(values) for part, values in self.rounded(tensor, format).items()}
+            whole = self.rounded(tensor, format)
         for i, expert in enumerate(tensor if tensor.ndim == 3 else ()):  # in x out
             for part, values in self.rounded(expert.mT, format).items():
                 if i == 0:
-                    whole[part] = pages.empty((len(tensor), *values.shape), values.dtype)
+                    whole[part] = values.new_empty(len(tensor), *values.shape)
                 whole[part][i] = values
         if isinstance(self._source, SafetensorsSource):
             pages.let_go(tensor)

@@ -51,13 +51,13 @@ class ModelSource:
         return self._tensors.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key not in self._parts:
-            return tuple(self._tensors[key].shape)
-        module, part = self._parts[key]
-        return tuple(module.portable(part).shape)
+        return tuple(self._tensors[key].shape)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self.tensor(key).dtype
+        module, part = self._parts.get(key, (None, ""))
+        if module is None or part != module.parts[0]:
+            return self._tensors[key].dtype
+        return module.part_shapes(module.format, module.shape)[part][1]
 
     def tensor(self, key: str) -> Tensor:
         if key not in self._parts:

@@ -107,6 +107,10 @@ class SafetensorsSource:
         tensor: Tensor = self._open(self._files[key]).get_tensor(key)
         return tensor
 
+    def is_map(self, key: str) -> bool:
+        """Whether a tensor is a part of a file's memory map."""
+        return key in self._files
+
 
 def open_source(directory: str | Path) -> SafetensorsSource:
     """The weights in a directory of Hugging Face's layout: one `model.safetensors`, or an index and its shards.

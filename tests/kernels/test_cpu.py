@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +37,18 @@ def close(ours: Tensor, truth: Tensor) -> bool:
     assert truth.dtype == torch.float64
     error = (ours.double() - truth).abs().max() / truth.abs().max()
     return bool(error < (2e-6 if ours.dtype == torch.float32 else 6e-3))
+
+
+def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    parts = (cpu.in_sixteens(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1)))
+    return cpu.linear_int4(x, *parts, group_size)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(os.environ.get(cpu.SWITCH, "").lower() == "off", reason="switched off")
+def test_they_are_built_where_there_is_a_compiler() -> None:
+    """Otherwise all tests that need them would be left out, and none would fail."""
+    assert cpu.library() is not None
 
 
 @needs_kernels
@@ -72,10 +86,12 @@ class TestProducts:
 
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
     def test_int4(self, rows: int, dtype: torch.dtype, group_size: int, outputs: int) -> None:
+        outputs += -outputs % 16
         x, scale = normal(rows, 768).to(dtype), normal(outputs, 768 // group_size).bfloat16()
         codes = torch.randint(-8, 8, (outputs, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
-        assert close(cpu.linear_int4(x, pack(codes), scale, group_size), x.double() @ weight.mT)
+        for scales in (scale, scale.float()):
+            assert close(linear_int4(x, codes, scales, group_size), x.double() @ weight.mT)
 
 
 @needs_kernels
@@ -99,9 +115,9 @@ def test_long_rows(outputs: int, rows: int, dtype: torch.dtype) -> None:
     codes = torch.randint(-128, 128, (outputs, 8832), dtype=torch.int8, generator=generator)
     scale = normal(outputs, 1).bfloat16()
     assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
-    codes, scale = codes.clamp(-8, 7), normal(outputs, 69).bfloat16()
+    codes, scale = codes.clamp(-8, 7).repeat_interleave(16, 0), normal(16 * outputs, 69).bfloat16()
     weight = (codes.double().unflatten(1, (69, 128)) * scale.double()[..., None]).flatten(1)
-    assert close(cpu.linear_int4(x, pack(codes), scale, 128), x.double() @ weight.mT)
+    assert close(linear_int4(x, codes, scale, 128), x.double() @ weight.mT)
 
 
 @needs_kernels
@@ -109,15 +125,14 @@ def test_long_rows(outputs: int, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_scale_that_is_no_number_spoils_its_own_output_alone(dtype: torch.dtype, rows: int, group_size: int) -> None:
-    """Sixteen scales are read at once, of rows that have fewer."""
-    codes = torch.randint(-8, 8, (40, 384), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
-    scale = normal(40, 384 // group_size).bfloat16()
-    x, packed = normal(rows, 384).to(dtype), pack(codes)
-    truth = cpu.linear_int4(x, packed, scale, group_size)
+    """Those of sixteen outputs are read at once."""
+    codes = torch.randint(-8, 8, (48, 384), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    x, scale = normal(rows, 384).to(dtype), normal(48, 384 // group_size).bfloat16()
+    truth = linear_int4(x, codes, scale, group_size)
     spoilt = [0, 5, 16, 39]
     scale[spoilt] = torch.inf
-    ours = cpu.linear_int4(x, packed, scale, group_size)
-    others = [i for i in range(40) if i not in spoilt]
+    ours = linear_int4(x, codes, scale, group_size)
+    others = [i for i in range(48) if i not in spoilt]
     assert torch.equal(ours[:, others], truth[:, others])
     assert not ours[:, spoilt].isfinite().any()
 

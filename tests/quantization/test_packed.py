@@ -40,6 +40,7 @@ def packed(weight: Tensor, format: Format) -> PackedWeight:
         shape, _ = cls.part_shapes(format, tuple(weight.shape))[part]
         values = torch.stack([row[part] for row in rows]).view(shape)
         values = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+        values = module.for_cpu(part, values).reshape(shape)
         setattr(module, part, nn.Parameter(values, requires_grad=False))
     return module
 
@@ -139,6 +140,39 @@ def test_parts_move_with_their_module(format: Format) -> None:
         assert module.portable(part).shape == shape
         assert module.portable(part).dtype == dtype
         assert module.portable(part).device.type == "meta"
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+@pytest.mark.parametrize("shape", [(64, 256), (3, 48, 256)], ids=str)
+@pytest.mark.parametrize("format", FORMATS[:2], ids=name_of)
+def test_the_order_of_the_kernels_stays_inside(format: Format, shape: tuple[int, ...]) -> None:
+    """A checkpoint, a state dict and another device get four bits as they are stored."""
+    weight, x, expert = normal(*shape).bfloat16(), normal(3, shape[-1], seed=4), 1 if len(shape) == 3 else None
+    module = packed(weight, format)
+    assert isinstance(module, int4.Int4Weight)
+    assert module.in_sixteens
+    matrices = [int4.Int4Weight.quantize(matrix, format) for matrix in weight.view(-1, *shape[-2:])]
+    stored = {part: torch.stack([matrix[part] for matrix in matrices]) for part in module.parts}
+    stored = {part: values.view_as(module.portable(part)) for part, values in stored.items()}
+    for part, values in stored.items():
+        assert torch.equal(module.portable(part), values)
+        assert torch.equal(module.state_dict()[part], values)
+        assert not torch.equal(getattr(module, part), values)
+    other = packed(torch.zeros_like(weight), format)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.product(x, expert), module.product(x, expert))
+    assert not copy.deepcopy(module).to("meta").get_parameter("weight_packed").is_cpu
+    as_it_was, matrix = module.product(x, expert), module.dequantize(expert)
+    module.as_stored()
+    assert all(torch.equal(getattr(module, part), values) for part, values in stored.items())
+    assert torch.equal(module.dequantize(expert), matrix)
+    assert relative(module.product(x, expert), as_it_was) < 1e-6
+
+
+def test_outputs_that_are_not_sixteens() -> None:
+    module, x = packed(normal(40, 128), Format("int4", 32)), normal(3, 128, seed=4)
+    assert relative(module(x), x.double() @ module.dequantize().double().mT) < 1e-6
+    assert module.matrix() is None
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)

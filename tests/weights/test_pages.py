@@ -108,6 +108,15 @@ def test_no_map_is_left(directory: Path) -> None:
     assert llm.model.config.text == mapped.model.config.text
 
 
+def test_what_a_quantised_model_multiplies_with_is_copied(directory: Path) -> None:
+    """The head, too, which is not quantised; of embeddings a token reads one row."""
+    llm = Llama4.from_pretrained(directory, quantization="int8", dtype="bfloat16", progress=False)
+    held = {name: pages._regions.hold(p) for name, p in llm.model.named_parameters()}
+    assert held["language_model.lm_head.weight"]
+    assert held["language_model.model.layers.0.self_attn.q_proj.weight"]
+    assert not held["language_model.model.embed_tokens.weight"]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
 @pytest.mark.parametrize("settings", [{}, {"MALLOC_ARENA_MAX": "8"}])
 def test_freed_memory_is_used_again(settings: dict[str, str]) -> None:

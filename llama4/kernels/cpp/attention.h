@@ -21,6 +21,48 @@ void bring(const Head<F>& head, long s) {
   for (long line = 0; line < 16 * head.bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
+// Products of Q queries with sixteen keys, [Q] registers of sixteen; `step` numbers of either are read at a time. Four
+// keys go together, so that what is read of a query serves four, and sums of lanes need not wait in memory.
+template <int Q, int step, class Key, class Query>
+void dot_sixteen(long C, const Key& key, const Query& query, f32* dots) {
+  f32 fours[Q][4];
+  for (int t = 0; t < 4; t++) {
+    f32 own[Q][4] = {};
+    for (long c = 0; c < C; c += step) {
+      const decltype(key(0, 0)) keys[4] = {key(t, c), key(t + 4, c), key(t + 8, c), key(t + 12, c)};
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; i++) {
+        const auto numbers = query(i, c);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) own[i][k] = multiply_add(own[i][k], keys[k], numbers);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++)
+      fours[i][t] = merged<4>(merged<8>(own[i][0], own[i][2]), merged<8>(own[i][1], own[i][3]));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Q; i++) dots[i] = sums<2>(fours[i]);
+}
+
+// Adds n values, `together` of them at a time, times the weights of Q queries to sums: planes(t, to) reads some of their
+// numbers. The first time it brings near the keys of the next head, whose turn it is next.
+template <int Q, int together, class Plane, int wide, class F, class Planes, class Weight>
+void add_values(long n, const Head<F>& keys, bool is_first, const Planes& planes, const Weight& weight,
+                f32 (&sums)[Q][wide]) {
+  for (long t = 0; t < n; t += together) {
+    if (is_first && t % 16 == 0) bring(keys, slots + t);
+    Plane values[wide];
+    planes(t, values);
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++) {
+      const Plane own = weight(i, t);
+#pragma GCC unroll 4
+      for (int j = 0; j < wide; j++) sums[i][j] = multiply_add(sums[i][j], values[j], own);
+    }
+  }
+}
+
 // Scores of n keys become weights e^(score - most), zero behind them up to a multiple of 16; -> most, and their sum.
 std::pair<float, float> weigh(float* scores, long n) {
   const long width = (n + 15) / 16 * 16;
@@ -43,43 +85,31 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
                   long part) {
   for (long s = 0; s < n; s += 16) {
     bring(keys, s + 32), bring(values, s);
-    f32 dots[Q][16];
-    for (long t = 0; t < 16; t++) {  // the last of a block may have no number yet, and their scores go
-      f32 own[Q] = {};
-      for (long c = 0; c < C; c += 16) {
-        f32 key = keys.read(s + t, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) own[i] += key * load<f32>(q + i * C + c);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++) dots[i][t] = own[i];
-    }
-    for (int i = 0; i < Q; i++) {
-      f32 all = sums(dots[i]);
-      store(scores + i * slots + s, F::scaled ? all * floats(keys.scales + s) : all);
-    }
+    f32 dots[Q];  // the last of a block may have no number yet, and their scores go
+    const auto key = [&](long t, long c) { return keys.read(s + t, c); };
+    const auto query = [&](long i, long c) { return load<f32>(q + i * C + c); };
+    dot_sixteen<Q, 16>(C, key, query, dots);
+    for (int i = 0; i < Q; i++) store(scores + i * slots + s, F::scaled ? dots[i] * floats(keys.scales + s) : dots[i]);
   }
   for (int i = 0; i < Q; i++) {
     float* own = scores + i * slots;
-    std::fill(out + i * part, out + i * part + C, 0.f);
     std::tie(out[i * part + C], out[i * part + C + 1]) = weigh(own, n);
     for (long s = 0; F::scaled && s < n; s += 16) store(own + s, load<f32>(own + s) * floats(values.scales + s));
   }
-  for (long s = 0; s < n; s += 16) {
-    bring(keys, slots + s);  // of the next head, whose turn it is next
-    for (long c = 0; c < C; c += 16) {
-      f32 sums[Q];
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++) sums[i] = load<f32>(out + i * part + c);
-      for (long t = s; t < std::min(n, s + 16); t++) {
-        f32 value = values.read(t, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) sums[i] += value * scores[i * slots + t];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++) store(out + i * part + c, sums[i]);
-    }
-  }
+  const auto add = [&](auto wide, long c) {
+    const auto planes = [&](long t, f32* to) {
+#pragma GCC unroll 4
+      for (int j = 0; j < wide; j++) to[j] = values.read(t, c + 16 * j);
+    };
+    const auto weight = [&](int i, long t) { return scores[i * slots + t] - f32{}; };
+    f32 sums[Q][wide] = {};
+    add_values<Q, 1, f32>(n, keys, c == 0, planes, weight, sums);
+    for (int i = 0; i < Q; i++)
+      for (int j = 0; j < wide; j++) store(out + i * part + c + 16 * j, sums[i][j]);
+  };
+  long c = 0;
+  for (; c + 64 <= C; c += 64) add(std::integral_constant<int, 4>(), c);
+  for (; c < C; c += 16) add(std::integral_constant<int, 1>(), c);
 }
 
 #ifdef __AVX512BF16__
@@ -90,60 +120,44 @@ void attend_block(const bf16* q, const Head<AsIs<bf16>>& keys, const Head<AsIs<b
   const float factor = 1 / __builtin_sqrtf(C);
   for (long s = 0; s < n; s += 16) {
     bring(keys, s + 32), bring(values, s);
-    f32 dots[Q][16];
-    for (long t = 0; t < 16; t++) {
-      const auto* key = (const bf16*)(keys.rows + (s + t) * keys.bytes);
-      f32 own[Q] = {};
-      for (long c = 0; c < C; c += 32) {
-        bf16s numbers{_mm512_loadu_si512(key + c)};
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) own[i] = multiply_add(own[i], numbers, bf16s{_mm512_loadu_si512(q + i * C + c)});
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++) dots[i][t] = own[i];
-    }
-    for (int i = 0; i < Q; i++) store(scores + i * slots + s, sums(dots[i]) * factor);
+    f32 dots[Q];
+    const auto key = [&](long t, long c) { return bf16s{_mm512_loadu_si512(keys.rows + (s + t) * keys.bytes + 2 * c)}; };
+    const auto query = [&](long i, long c) { return bf16s{_mm512_loadu_si512(q + i * C + c)}; };
+    dot_sixteen<Q, 32>(C, key, query, dots);
+    for (int i = 0; i < Q; i++) store(scores + i * slots + s, dots[i] * factor);
   }
-  const auto weights = [&](int i, long t) {  // two of them, in the place of the first scores of their query
+  const auto weight = [&](int i, long t) {  // two of them, in the place of the first scores of their query
     uint32_t two;
     __builtin_memcpy(&two, (bf16*)(scores + i * slots) + t, sizeof two);
     return bf16s{_mm512_set1_epi32(two)};
   };
   for (int i = 0; i < Q; i++) {
     float* own = scores + i * slots;
-    std::fill(out + i * part, out + i * part + C, 0.f);
     std::tie(out[i * part + C], out[i * part + C + 1]) = weigh(own, n);
     for (long s = 0; s < n; s += 16) keep((bf16*)own + s, load<f32>(own + s));
   }
-  for (long s = 0; s < n; s += 16) {
-    bring(keys, slots + s);
-    for (long c = 0; c < C; c += 32) {
-      f32 sums[Q][2];
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++)
-        for (int half = 0; half < 2; half++) sums[i][half] = load<f32>(out + i * part + c + 16 * half);
-      for (long t = s; t < std::min(n, s + 16); t += 2) {
-        const char* row = values.rows + t * values.bytes + 2 * c;
+  const auto add = [&](auto wide, long c) {
+    const auto planes = [&](long t, bf16s* to) {
+#pragma GCC unroll 2
+      for (int j = 0; j < wide; j += 2) {
+        const char* row = values.rows + t * values.bytes + 2 * c + 32 * j;
         __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(t + 1 < n ? row + values.bytes : row);
-        bf16s low{_mm512_unpacklo_epi16(a, b)}, high{_mm512_unpackhi_epi16(a, b)};
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) {
-          sums[i][0] = multiply_add(sums[i][0], low, weights(i, t));
-          sums[i][1] = multiply_add(sums[i][1], high, weights(i, t));
-        }
+        to[j].bits = _mm512_unpacklo_epi16(a, b), to[j + 1].bits = _mm512_unpackhi_epi16(a, b);
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < Q; i++)
-        for (int half = 0; half < 2; half++) store(out + i * part + c + 16 * half, sums[i][half]);
-    }
-  }
-  for (int i = 0; i < Q; i++)  // four numbers are in the one, the next four in the other
-    for (long c = 0; c < C; c += 32) {
-      float* own = out + i * part + c;
-      __m512d low = _mm512_loadu_pd(own), high = _mm512_loadu_pd(own + 16);
-      _mm512_storeu_pd(own, _mm512_permutex2var_pd(low, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high));
-      _mm512_storeu_pd(own + 16, _mm512_permutex2var_pd(low, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), high));
-    }
+    };
+    f32 sums[Q][wide] = {};
+    add_values<Q, 2, bf16s>(n, keys, c == 0, planes, weight, sums);
+    for (int i = 0; i < Q; i++)
+      for (int j = 0; j < wide; j += 2) {  // four numbers are in the one, the next four in the other
+        __m512d low = (__m512d)sums[i][j], high = (__m512d)sums[i][j + 1];
+        float* own = out + i * part + c + 16 * j;
+        _mm512_storeu_pd(own, _mm512_permutex2var_pd(low, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high));
+        _mm512_storeu_pd(own + 16, _mm512_permutex2var_pd(low, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), high));
+      }
+  };
+  long c = 0;
+  for (; c + 64 <= C; c += 64) add(std::integral_constant<int, 4>(), c);
+  for (; c < C; c += 32) add(std::integral_constant<int, 2>(), c);
 }
 constexpr bool attends_in_pairs = true;
 #else
@@ -159,8 +173,9 @@ long parts_for(const long* lengths, long B, long H, long C) {
 }
 
 // softmax(q K^T / sqrt(C)) V for one query of every row and head, [B, H, C], by a team. Row b sees the first lengths[b]
-// tokens of the blocks that table[b * width] and what follows point to. A task is a block and a key head; what it leaves
-// in `parts` is put together with the other blocks' when all are done.
+// tokens of the blocks that table[b * width] and what follows point to. A task is a block and a key head, those of the last
+// block, which may be short, in the first and largest share of tasks; what it leaves in `parts` is put together with the
+// other blocks' when all are done.
 template <class F, class X>
 void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
             float* parts, X* y) {
@@ -169,7 +184,7 @@ void attend(const X* q, const char* const* table, long width, const long* length
   float* scores = scratch<float, 3>(most_queries * slots);
 #pragma omp for schedule(guided) nowait
   for (long task = 0; task < B * blocks * K; task++) {
-    const long b = task / K / blocks, block = task / K % blocks, k = task % K;
+    const long b = task / K / blocks, block = blocks - 1 - task / K % blocks, k = task % K;
     const long n = std::min(lengths[b] - block * slots, slots);
     if (n <= 0) continue;
     const char* held = table[b * width + block];

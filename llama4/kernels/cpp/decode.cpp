@@ -36,17 +36,17 @@ struct For<float> {
   using Rows = Float32Rows;
   using Codes8 = Int8;
   using E4M3 = Float8;
-  using Codes4 = Int4;
+  using Codes4 = Codes;
 };
 template <>
 struct For<bf16> {
   using Rows = Bfloat16Rows;
 #ifdef __AVX512BF16__
   using Dense = Bfloat16Pairs;
-  using Codes4 = Int4Pairs;
+  using Codes4 = CodePairs;
 #else
   using Dense = Bfloat16;
-  using Codes4 = Int4;
+  using Codes4 = Codes;
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
   using Codes8 = Int8Pairs;
@@ -64,27 +64,61 @@ long numbers(const Matrix& a) { return a.I * a.O; }
 // Floats that a product wants.
 long parts_for(const Matrix& a, long M) { return a.kind == IN_OUT ? omp_get_max_threads() * M * a.O : 0; }
 
-// A few rows, by a team; in x out only the parts, which `total` adds up after a wait.
+template <class X>
+struct Product {
+  const Matrix& matrix;
+  X* y;
+  bool goes_with(const Product& b) const {
+    return matrix.kind == b.matrix.kind && matrix.group == b.matrix.group && matrix.kind != IN_OUT;
+  }
+};
+
+// Products of a few rows, by a team, those side by side that go with each other; in x out only the parts, which `total`
+// adds up after a wait.
+template <class X>
+void products(std::initializer_list<Product<X>> all, const X* x, long M, float* parts) {
+  using Of = For<X>;
+  for (auto first = all.begin(), end = first; first != all.end(); first = end) {
+    while (end != all.end() && first->goes_with(*end)) end++;
+    if (end == first) end++;
+    const Matrix& a = first->matrix;
+    const auto outputs = [&](auto format) {  // in a format, given a matrix
+      std::vector<Outputs<decltype(format(a)), X>> some;
+      for (auto p = first; p != end; p++) some.push_back({format(p->matrix), p->matrix.O, p->matrix.scales, p->y});
+      return some;
+    };
+    const long count = end - first;
+    switch (a.kind) {
+      case OUT_IN: {
+        const auto dense = [](const Matrix& b) { return typename Of::Dense{(const X*)b.w, b.I}; };
+        out_in(outputs(dense).data(), count, x, M);
+        break;
+      }
+      case IN_OUT: in_out<typename Of::Rows>((const X*)a.w, x, M, a.I, a.O, parts); break;
+      case INT8: {
+        const auto codes = [](const Matrix& b) { return typename Of::Codes8{(const uint8_t*)b.w, b.I}; };
+        out_in(outputs(codes).data(), count, x, M);
+        break;
+      }
+      case FP8: {
+        const auto codes = [](const Matrix& b) { return typename Of::E4M3{(const uint8_t*)b.w, b.I}; };
+        float* row_scales = scratch<float, 9>(M);
+        auto* rows = scratch<Number<X>, 12>(M * a.I);
+        for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
+        out_in(outputs(codes).data(), count, rows, M, row_scales);
+        break;
+      }
+      case INT4: {
+        const auto codes = [](const Matrix& b) { return Int4{(const uint8_t*)b.w, b.I, b.scales, b.group}; };
+        in_sixteens<typename Of::Codes4>(outputs(codes).data(), count, x, M);
+      }
+    }
+  }
+}
+
 template <class X>
 void product(const Matrix& a, const X* x, long M, float* parts, X* y) {
-  using Of = For<X>;
-  const auto* codes = (const uint8_t*)a.w;
-  const Int4 four{codes, a.I, a.scales, a.group};
-  switch (a.kind) {
-    case OUT_IN: return out_in(typename Of::Dense{(const X*)a.w, a.I}, x, M, a.O, Scales{}, y);
-    case IN_OUT: return in_out<typename Of::Rows>((const X*)a.w, x, M, a.I, a.O, parts);
-    case INT8: return out_in(typename Of::Codes8{codes, a.I}, x, M, a.O, a.scales, y);
-    case FP8: {
-      float* row_scales = scratch<float, 9>(M);
-      auto* rows = scratch<Number<X>, 12>(M * a.I);
-      for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
-      return out_in(typename Of::E4M3{codes, a.I}, rows, M, a.O, a.scales, y, row_scales);
-    }
-    case INT4:
-      if (a.group >= 128) return out_in(Grouped<typename Of::Codes4, 16>{four}, x, M, a.O, Scales{}, y);
-      if (a.group == 64) return out_in(Grouped<typename Of::Codes4, 8>{four}, x, M, a.O, Scales{}, y);
-      return out_in(Grouped<typename Of::Codes4, 4>{four}, x, M, a.O, Scales{}, y);
-  }
+  products({Product<X>{a, y}}, x, M, parts);
 }
 
 // Many rows.
@@ -206,9 +240,7 @@ template <class X>
 void attention(const Layer& l, const Held& held, long step, long M, long D, const Shared<X>& s, X* x, float* h) {
   const long H = l.H, K = l.K, C = l.C, *lengths = held.lengths + step * M;
   for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.input_norm, l.eps, x + m * D);
-  product(l.q, x, M, s.parts, s.q);
-  product(l.k, x, M, s.parts, s.k);
-  product(l.v, x, M, s.parts, s.v);
+  products({{l.q, s.q}, {l.k, s.k}, {l.v, s.v}}, x, M, s.parts);
   wait_for_team();
   with_format<X>(held.format, [&](auto format) {
     using F = decltype(format);
@@ -265,7 +297,8 @@ struct Routed {
 template <class X>
 void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
   if (l.router) {
-    out_in(typename For<X>::Dense{(const X*)l.router, D}, x, M, l.E, Scales{}, s.logits);
+    const Outputs<typename For<X>::Dense, float> router{{(const X*)l.router, D}, l.E, Scales{}, s.logits};
+    out_in(&router, 1, x, M);
     wait_for_team();
   }
   const Routed<X> routed(l, M, D, x, s.logits);
@@ -284,8 +317,7 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
     wait_for_team();
   };
   multiply(l.gate_up, routed.rows, s.wide);
-  product(l.gate, x, M, s.parts, gate);
-  product(l.up, x, M, s.parts, up);
+  products({{l.gate, gate}, {l.up, up}}, x, M, s.parts);
   wait_for_team();
   add_up(l.gate_up, s.wide);
   swiglu(s.wide, s.wide + N, R, N, 2 * N, s.inner);

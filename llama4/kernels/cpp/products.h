@@ -1,9 +1,10 @@
 // Products of few rows with a matrix. They take as long as reading the matrix does, provided that every byte of it is
 // read once, in order, by all cores, and turned into floats in registers: that is all this file is about.
 //
-// Two layouts. "out x in", y = x W^T, is that of Linear and of all packed weights: an output is the dot product of x
-// with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs. A team
-// multiplies; every thread of it may hand in a copy of x that is its own.
+// Three layouts. "out x in", y = x W^T, is that of Linear and of all packed weights: an output is the dot product of x
+// with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs. And four
+// bits are "in sixteens", an order of their own. A team multiplies; every thread of it may hand in a copy of x that is its
+// own.
 //
 // Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block
 // becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane; so many, a run,
@@ -15,7 +16,7 @@
 
 namespace {
 
-// ---- formats of a matrix [O, I]; a grouped one has scales for the lanes of each block, others at most one per output
+// ---- formats of a matrix [O, I], which may have a scale per output; one that is grouped, a scale for every so many inputs
 
 template <class W>
 struct InOrder {  // sixteen at a time, one plane
@@ -58,33 +59,35 @@ struct Float8 : InOrder<uint8_t> {
   void read(long o, long block, Plane* out) const { out[0] = from_e4m3(bytes(at(o, block))); }
 };
 
-struct Int4 {  // eight to a word, the first lowest; a scale for every 32, 64 or a multiple of 128
+// Of sixteen words the codes of that number, from -8 to 7.
+f32 four_bits(u32 words, int number) {
+  return __builtin_convertvector((i32)(words >> (4 * number) & 15) - 8, f32);
+}
+
+// Eight to a word, the first lowest; a scale for every 32, 64 or a multiple of 128. Sixteen outputs lie together: sixteen
+// bytes of each, 32 inputs, then the next sixteen of each; and a scale of each, then the next.
+struct Int4 {
   using Plane = f32;
   static constexpr int planes = 8, inputs = 128, run = 1;
   static constexpr bool grouped = true;
-  static constexpr float excess = 0;  // by which numbers are read too large
   static int place(int plane, int lane) { return 8 * lane + plane; }
   const uint8_t* w;
   long I;
   Scales scales;
   long group;
-  long groups = I / group;
-  uint64_t per_block = (uint64_t(128) << 32) / group + 1;  // groups, times 2^32: a division for each takes too long
-  const uint8_t* at(long o, long block) const { return w + o * (I / 2) + 64 * block; }
+  const uint8_t* at(long o, long step) const { return w + (o / 16 * (I / 32) + step) * 256 + o % 16 * 16; }
+  long scale_at(long o, long number) const { return (o / 16 * (I / group) + number) * 16 + o % 16; }
   void read(long o, long block, Plane* out) const {
-    u32 words = load<u32>(at(o, block));
+    const auto* from = reinterpret_cast<const u32x4*>(at(o, 4 * block));
+    const u32 words = joined(from[0], from[16], from[32], from[48]);
 #pragma GCC unroll 8
-    for (int plane = 0; plane < 8; plane++)
-      out[plane] = __builtin_convertvector((i32)(words >> (4 * plane) & 15) - 8, f32);
-  }
-  template <int lanes>  // that share a scale
-  f32 scale_of(long o, long block) const {
-    const long first = o * groups + (block * per_block >> 32);
-    if constexpr (lanes == 16) return f32{} + scales[first];
-    return repeated<lanes>(scales.four(first));
+    for (int plane = 0; plane < 8; plane++) out[plane] = four_bits(words, plane);
   }
   f32 scale(long o, long block) const {
-    return group >= 128 ? scale_of<16>(o, block) : group == 64 ? scale_of<8>(o, block) : scale_of<4>(o, block);
+    if (group >= 128) return scales[scale_at(o, block * 128 / group)] - f32{};
+    f32x4 four;
+    for (int i = 0; i < 4; i++) four[i] = scales[scale_at(o, (block * 128 + i * 32) / group)];
+    return repeated<4>(four);
   }
 };
 
@@ -94,20 +97,6 @@ struct Bfloat16Pairs : Bfloat16 {
   static constexpr int planes = 1, run = 32;
   static int place(int, int lane) { return lane; }
   void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(at(o, block)); }
-};
-
-struct Int4Pairs : Int4 {
-  using Plane = bf16s;
-  static constexpr int planes = 4;
-  static constexpr float excess = 136;  // 0 to 15 become 128 to 143, whose mantissas they are
-  static int place(int plane, int lane) { return 4 * lane + plane; }
-  void read(long o, long block, Plane* out) const {
-    __m512i words = _mm512_loadu_si512(at(o, block)), mantissa = _mm512_set1_epi16(15), one = _mm512_set1_epi16(0x4300);
-    asm("" : "+v"(words));  // GCC would load them four times
-#pragma GCC unroll 4
-    for (int plane = 0; plane < 4; plane++)
-      out[plane].bits = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4 * plane), mantissa, one, 0xea);  // a & b | c
-  }
 };
 #endif
 
@@ -162,38 +151,6 @@ struct Float8Pairs : BytePairs {
 };
 #endif
 
-// Codes in blocks of `lanes` neighbouring lanes with a scale each; a block has one at least.
-template <class Codes, int lanes>
-struct Grouped : Codes {
-  static constexpr int scales_per_block = 16 / lanes, inputs_per_scale = Codes::inputs / scales_per_block;
-  // The scales of some blocks of some rows, row by row; behind the last, up to fifteen numbers more are written.
-  void scales_of(long first, long count, long from, long until, float* to) const {
-    const long start = from * scales_per_block, width = until * scales_per_block - start;
-    if (this->group == inputs_per_scale) {
-      const bool is_one_run = width == this->groups;
-      const long length = is_one_run ? count * width : width;
-      for (long row = 0; row < count; row += is_one_run ? count : 1)
-        for (long i = 0; i < length; i += 16)
-          store(to + row * width + i, this->scales.some((first + row) * this->groups + start + i, std::min(16l, length - i)));
-    } else {
-      for (long i = 0; i < count * width; i++)
-        to[i] = this->scales[(first + i / width) * this->groups + (start + i % width) * inputs_per_scale / this->group];
-    }
-  }
-  static f32 spread(const float* scales) {
-    if constexpr (lanes == 16) return scales[0] - f32{};
-    return repeated<lanes>(load<f32x4>(scales));
-  }
-};
-
-template <class F>
-constexpr int scales_per_block() {
-  if constexpr (F::grouped)
-    return F::scales_per_block;
-  else
-    return 0;
-}
-
 // ---- out x in
 
 // x in the order of the planes, in their precision; of four rows, or those that are left, block by block, so that what
@@ -219,26 +176,8 @@ const typename F::Plane* arranged(const X* x, long M, long I) {
   return reinterpret_cast<const typename F::Plane*>(first);
 }
 
-// A row of what `excess_of` gives: a number for each scale of a row of W, and zeros, as many as a register reads.
-template <class F>
-long excess_width(long I) {
-  return I / F::inputs * scales_per_block<F>() + 16;
-}
-
-// What rows of x add up to over each scale of a row of W, times the excess of a format: [M, width].
-template <class F, class X>
-const float* excess_of(const X* x, long M, long I) {
-  const long count = I / F::inputs_per_scale, width = excess_width<F>(I);
-  float* to = scratch<float, 17>(M * width);
-  std::fill(to, to + M * width, 0.f);
-  for (long i = 0; i < M * count; i++) {
-    const X* from = x + i * F::inputs_per_scale;
-    f32 total{};
-    for (long k = 0; k < F::inputs_per_scale; k += 16) total += floats(from + k);
-    to[i / count * width + i % count] = F::excess * sum(total);
-  }
-  return to;
-}
+constexpr long far = 8192;  // bytes ahead
+constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
 
 // Whether a core has so much to do with a number that it does not look far enough ahead by itself.
 template <class F, int M>
@@ -247,23 +186,20 @@ constexpr bool is_busy = M > 1 || F::planes > 2;
 // Blocks that are multiplied side by side, and the most of a row whose inputs stay in the nearest cache: whole sixteens.
 // Where a block is one product, one at a time: a core that asks for more lines ahead than it can wait for is the slower.
 template <class F, int M>
-constexpr int blocks_at_once = M * F::planes == 1 || F::grouped ? 1 : 4;
+constexpr int blocks_at_once = M * F::planes == 1 ? 1 : 4;
 template <class F, int M>
 constexpr long most_blocks = std::max<long>(1024 / (M * F::planes * sizeof(typename F::Plane)), 1) * 16;
 
-// U blocks of a row of W against M rows of x, each block into sums of its own, unless it has scales: a core adds faster
-// than it waits for the last sum. What will be wanted soon lies `ahead`.
+// U blocks of a row of W against M rows of x, each block into sums of its own: a core adds faster than it waits for the
+// last sum. What will be wanted soon lies `ahead`.
 template <int U, class F, int M>
 inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
-                                                      const float* scales, long ahead, f32 (*sums)[M]) {
+                                                      long ahead, f32 (*sums)[M]) {
   typename F::Plane w[U][F::planes];
-  f32 parts[U][M];
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     f.read(o, block + u, w[u]);
     if (is_busy<F, M>) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) parts[u][m] = F::grouped ? f32{} : sums[u][m];
   }
 #pragma GCC unroll 8
   for (int plane = 0; plane < F::planes; plane++)
@@ -273,52 +209,28 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
       for (int m = 0; m < M; m++) {
         const auto* inputs = x + ((block + u) * M + m) * F::planes + plane;
         if constexpr (M * F::planes == 1)  // an instruction more, for the same reason as one block at a time
-          parts[u][m] = multiply_add(parts[u][m], w[u][plane], *inputs);
+          sums[u][m] = multiply_add(sums[u][m], w[u][plane], *inputs);
         else
-          parts[u][m] = multiply_add(parts[u][m], w[u][plane], inputs);
+          sums[u][m] = multiply_add(sums[u][m], w[u][plane], inputs);
       }
-#pragma GCC unroll 8
-  for (int u = 0; u < U; u++) {
-    f32 scale{};
-    if constexpr (F::grouped) scale = F::spread(scales + u * F::scales_per_block);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-      if (F::grouped)
-        sums[0][m] += parts[u][m] * scale;
-      else
-        sums[u][m] = parts[u][m];
-  }
 }
 
 // Sixteen rows of W or fewer, some blocks of each, against M rows of x. They are read one after the other: several at once
 // would be read at half the rate. Nothing stands between two rows that can stand before them: it would cost a tenth.
 template <class F, int M>
 __attribute__((noinline)) void add_rows(const F f, long first, long count, long from, long until,
-                                        const typename F::Plane* x, const float* excess, long ahead, f32 (*lanes)[16]) {
-  constexpr int U = blocks_at_once<F, M>, per_block = scales_per_block<F>();
-  const long width = (until - from) * per_block;
-  float scales[16 * most_blocks<F, M> * per_block + 16];
-  if constexpr (F::grouped) f.scales_of(first, count, from, until, scales);
+                                        const typename F::Plane* x, long ahead, f32 (*lanes)[16]) {
+  constexpr int U = blocks_at_once<F, M>;
   for (long i = 0; i < count; i++) {
-    const float* own = scales + i * width;
     f32 sums[U][M] = {};
-    if constexpr (F::grouped)
-      for (long k = 0; F::excess && k < width; k += 16) {
-        const f32 some = Scales{own, true}.some(k, std::min(16l, width - k));
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
-          sums[0][m] -= some * load<f32>(excess + m * excess_width<F>(f.I) + from * per_block + k);
-      }
     long block = from;
-    for (; block + U <= until; block += U)
-      add_blocks<U, F, M>(f, first + i, block, x, own + (block - from) * per_block, ahead, sums);
-    for (; U > 1 && block < until; block++)
-      add_blocks<1, F, M>(f, first + i, block, x, own + (block - from) * per_block, ahead, sums);
+    for (; block + U <= until; block += U) add_blocks<U, F, M>(f, first + i, block, x, ahead, sums);
+    for (; U > 1 && block < until; block++) add_blocks<1, F, M>(f, first + i, block, x, ahead, sums);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       f32 total = sums[0][m];
 #pragma GCC unroll 4
-      for (int u = 1; u < U && !F::grouped; u++) total += sums[u][m];
+      for (int u = 1; u < U; u++) total += sums[u][m];
       lanes[m][i] = total;
     }
   }
@@ -328,9 +240,9 @@ __attribute__((noinline)) void add_rows(const F f, long first, long count, long 
 // that is busy is told what comes 8 KiB later: less far, it is the slower for it. With segments that is the next of the same
 // row, or the first of the one sixteen rows later. What it is told of behind the matrix is not read.
 template <class F, int M, class Y>
-void dot_products(const F& f, const typename F::Plane* x, const float* excess, long begin, long end, long O,
-                  Scales scales, const float* row_scales, Y* y) {
-  constexpr long rows = 16, far = 8192;
+void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
+                  const float* row_scales, Y* y) {
+  constexpr long rows = 16;
   const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, most_blocks<F, M>);
   const long row = (const char*)f.at(1, 0) - (const char*)f.at(0, 0), part = segment * row / blocks;
   for (long first = begin; first < end; first += rows) {
@@ -339,7 +251,7 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
     for (long from = 0; from < blocks; from += segment) {
       const long until = std::min(blocks, from + segment);
       const long ahead = segment == blocks ? far : until < blocks ? part : rows * row - from / segment * part;
-      add_rows<F, M>(f, first, count, from, until, x, excess, ahead, from ? more : lanes);
+      add_rows<F, M>(f, first, count, from, until, x, ahead, from ? more : lanes);
       for (int m = 0; m < M && from; m++)
         for (long i = 0; i < count; i++) lanes[m][i] += more[m][i];
     }
@@ -354,21 +266,173 @@ void dot_products(const F& f, const typename F::Plane* x, const float* excess, l
   }
 }
 
-// y = x W^T; outputs and rows may be multiplied by scales.
-template <class F, class X, class Y>
-void out_in(const F& f, const X* x, long M, long O, Scales scales, Y* y, const float* row_scales = nullptr) {
-  constexpr long chunk = 32;  // rows of W, to be read from memory once and from the cache for further rows of x
-  const long blocks = f.I / F::inputs, width = excess_width<F>(f.I);
-  const auto* inputs = arranged<F>(x, M, f.I);
-  const float* excess = nullptr;
-  if constexpr (F::grouped)
-    if (F::excess) excess = excess_of<F>(x, M, f.I);
+// A matrix, and where its products [M, O] go; outputs may be multiplied by scales.
+template <class F, class Y>
+struct Outputs {
+  F f;
+  long O;
+  Scales scales;
+  Y* y;
+};
+
+// Calls part(matrix, outputs from, until) for all outputs of several matrices, as if they were one.
+template <class F, class Y, class Part>
+void each_chunk(const Outputs<F, Y>* all, long count, const Part& part) {
+  const auto chunks = [&](long i) { return (all[i].O + chunk - 1) / chunk; };
+  long total = 0;
+  for (long i = 0; i < count; i++) total += chunks(i);
 #pragma omp for schedule(guided) nowait
-  for (long c = 0; c < (O + chunk - 1) / chunk; c++)
+  for (long c = 0; c < total; c++) {
+    long i = 0, own = c;
+    while (own >= chunks(i)) own -= chunks(i++);
+    part(all[i], own * chunk, std::min(all[i].O, (own + 1) * chunk));
+  }
+}
+
+// y = x W^T for matrices of one format and as many inputs; rows, too, may be multiplied by scales.
+template <class F, class X, class Y>
+void out_in(const Outputs<F, Y>* all, long count, const X* x, long M, const float* row_scales = nullptr) {
+  const long blocks = all->f.I / F::inputs;
+  const auto* inputs = arranged<F>(x, M, all->f.I);
+  each_chunk(all, count, [&](const Outputs<F, Y>& own, long begin, long end) {
     in_fours(M, [&](auto rows, long m) {
-      dot_products<F, rows>(f, inputs + m * blocks * F::planes, excess ? excess + m * width : nullptr, c * chunk,
-                            std::min(O, (c + 1) * chunk), O, scales, row_scales ? row_scales + m : nullptr, y + m * O);
+      dot_products<F, rows>(own.f, inputs + m * blocks * F::planes, begin, end, own.O, own.scales,
+                            row_scales ? row_scales + m : nullptr, own.y + m * own.O);
     });
+  });
+}
+
+// ---- four bits, in sixteens: a register has sixteen bytes of each of four outputs, and what is read of x serves four
+// registers. A core reads memory the slower the more it reads beside it, however near that is.
+
+struct Codes {
+  using Plane = f32;
+  using Number = float;
+  static constexpr int planes = 8, numbers = 4;
+  static constexpr float excess = 0;
+  static Plane plane_of(const Number* x) { return four_times<f32>(x); }
+  static Plane read(u32 words, int plane) { return four_bits(words, plane); }
+};
+
+#ifdef __AVX512BF16__
+// Codes become mantissas of 128, and numbers too large by `excess`.
+struct CodePairs {
+  using Plane = bf16s;
+  using Number = bf16;
+  static constexpr int planes = 4, numbers = 8;
+  static constexpr float excess = 136;
+  static Plane plane_of(const Number* x) { return {four_times<__m512i>(x)}; }
+  static Plane read(u32 words, int plane) {
+    const __m512i mantissa = _mm512_set1_epi16(15), one = _mm512_set1_epi16(0x4300);
+    return {_mm512_ternarylogic_epi64(_mm512_srli_epi16((__m512i)words, 4 * plane), mantissa, one, 0xea)};  // a & b | c
+  }
+};
+#endif
+
+constexpr long inputs_per_step = 32, step_bytes = 16 * inputs_per_step / 2;
+
+// x in the order of the planes: of four rows, or those that are left, step by step, a plane of each row.
+template <class C, class X>
+const typename C::Number* in_steps(const X* x, long M, long I) {
+  auto *first = scratch<typename C::Number, 0>(M * I), *to = first;
+  in_fours(M, [&](auto rows, long m) {
+    for (long i = 0; i < I; i += inputs_per_step)
+      for (int plane = 0; plane < C::planes; plane++)
+        for (int row = 0; row < rows; row++, to += C::numbers)
+          for (int k = 0; k < C::numbers; k++) {
+            const X* from = x + (m + row) * I + i + k * C::planes + plane;
+            if constexpr (std::is_same_v<X, typename C::Number>)
+              to[k] = *from;
+            else
+              to[k] = widened(*from);
+          }
+  });
+  return first;
+}
+
+// What sums begin with, so that no number is too large: of four rows, or those that are left, group by group, four lanes
+// of each row.
+template <class C, class X>
+const f32x4* beginnings(const X* x, long M, long I, long group) {
+  auto* to = reinterpret_cast<f32x4*>(scratch<float, 17>(M * I / group * 4));
+  if (C::excess == 0) return std::fill_n(to, M * I / group, f32x4{}) - M * I / group;
+  in_fours(M, [&](auto rows, long m) {
+    for (long i = 0; i < I; i += group)
+      for (int row = 0; row < rows; row++, to++) {
+        const X* from = x + (m + row) * I + i;
+        f32 low{}, high{};
+        for (long k = 0; k < group; k += inputs_per_step) low += floats(from + k), high += floats(from + k + 16);
+        *to = f32x4{};
+        for (int k = 0; k < 16; k++) (*to)[k / 8] -= C::excess * low[k], (*to)[2 + k / 8] -= C::excess * high[k];
+      }
+  });
+  return to - M * I / group;
+}
+
+// The sums of four lanes each, of four registers: of the first quarters, then of the second, ...
+f32 sums_of_fours(const f32* v) {
+  const f32 all = merged<2>(merged<1>(v[0], v[1]), merged<1>(v[2], v[3]));
+  return __builtin_shufflevector(all, all, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+
+// Sixteen outputs of M rows, from output o on.
+template <class C, int M, class Y>
+void sixteen_outputs(const Int4& f, long o, const typename C::Number* x, const f32x4* begin, long O, Y* y) {
+  const uint8_t* w = f.at(o, 0);
+  f32 totals[M][4] = {};
+  for (long g = 0; g < f.I / f.group; g++, begin += M) {
+    f32 sums[M][4];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sums[m][j] = four_times<f32>(begin + m);
+    for (long i = 0; i < f.group; i += inputs_per_step, w += step_bytes, x += M * inputs_per_step) {
+      u32 words[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        words[j] = load<u32>(w + 64 * j);
+        __builtin_prefetch(w + 64 * j + far, 0, 2);
+#ifdef __AVX512F__
+        asm("" : "+v"(words[j]));  // GCC would load them for each plane
+#endif
+      }
+#pragma GCC unroll 8
+      for (int plane = 0; plane < C::planes; plane++) {
+        typename C::Plane inputs[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) inputs[m] = C::plane_of(x + (plane * M + m) * C::numbers);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const auto numbers = C::read(words[j], plane);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; m++) sums[m][j] = multiply_add(sums[m][j], numbers, inputs[m]);
+        }
+      }
+    }
+    float scales[16];
+    store(scales, f.scales.sixteen(f.scale_at(o, g)));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const f32 own = repeated<4>(load<f32x4>(scales + 4 * j));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) totals[m][j] += sums[m][j] * own;
+    }
+  }
+  for (int m = 0; m < M; m++) keep(y + m * O + o, sums_of_fours(totals[m]));
+}
+
+// y = x W^T for matrices with as many inputs, also to a scale.
+template <class C, class X>
+void in_sixteens(const Outputs<Int4, X>* all, long count, const X* x, long M) {
+  const long I = all->f.I, group = all->f.group;
+  const auto* inputs = in_steps<C>(x, M, I);
+  const auto* beginning = beginnings<C>(x, M, I, group);
+  each_chunk(all, count, [&](const Outputs<Int4, X>& own, long begin, long end) {
+    in_fours(M, [&](auto rows, long m) {
+      for (long o = begin; o < end; o += 16)
+        sixteen_outputs<C, rows>(own.f, o, inputs + m * I, beginning + m * (I / group), own.O, own.y + m * own.O);
+    });
+  });
 }
 
 // ---- in x out: here a format reads a block of one row of W, or of `together` neighbours, whose products go to one sum

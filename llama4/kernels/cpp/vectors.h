@@ -24,6 +24,7 @@ using f32 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using i32 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using u32 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using f32x4 = float __attribute__((vector_size(16), aligned(4), may_alias));
+using u32x4 = uint32_t __attribute__((vector_size(16), aligned(4), may_alias));
 using bf16 = uint16_t;  // its bits
 
 template <class V>
@@ -44,13 +45,7 @@ struct Scales {  // in bfloat16 or float32
   float operator[](long i) const {
     return wide ? static_cast<const float*>(numbers)[i] : widened(static_cast<const bf16*>(numbers)[i]);
   }
-  f32x4 four(long i) const {
-    using u16x4 = uint16_t __attribute__((vector_size(8), aligned(2), may_alias));
-    using u32x4 = uint32_t __attribute__((vector_size(16)));
-    if (wide) return load<f32x4>(static_cast<const float*>(numbers) + i);
-    return (f32x4)(__builtin_convertvector(load<u16x4>(static_cast<const bf16*>(numbers) + i), u32x4) << 16);
-  }
-  f32 some(long i, long count) const;
+  f32 sixteen(long i) const;
   explicit operator bool() const { return numbers != nullptr; }
 };
 
@@ -103,18 +98,8 @@ void keep(bf16* to, f32 values) {
 #endif
 }
 
-// So many scales from i on, up to sixteen, and zeros.
-f32 Scales::some(long i, long count) const {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const uint32_t wanted = (1u << count) - 1;
-  if (wide) return (f32)_mm512_maskz_loadu_ps(wanted, static_cast<const float*>(numbers) + i);
-  __m256i narrow = _mm256_maskz_loadu_epi16(wanted, static_cast<const bf16*>(numbers) + i);
-  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-#else
-  f32 v{};
-  for (long k = 0; k < count; k++) v[k] = (*this)[i + k];
-  return v;
-#endif
+f32 Scales::sixteen(long i) const {
+  return wide ? floats(static_cast<const float*>(numbers) + i) : floats(static_cast<const bf16*>(numbers) + i);
 }
 
 u32 bytes(const uint8_t* from) {
@@ -162,11 +147,17 @@ V upper(V a, V b, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(a, b, (i & s ? 16 + i : i ^ s)...);
 }
 
+// Two vectors become one, in which each has half of the lanes: what two of its lanes add up to.
+template <int s>
+f32 merged(f32 a, f32 b) {
+  return lower<s>(a, b, Lanes()) + upper<s>(a, b, Lanes());
+}
+
 // The sums of sixteen vectors, as one.
 template <int s = 8>
 f32 sums(f32* v) {
 #pragma GCC unroll 8
-  for (int i = 0; i < s; i++) v[i] = lower<s>(v[i], v[i + s], Lanes()) + upper<s>(v[i], v[i + s], Lanes());
+  for (int i = 0; i < s; i++) v[i] = merged<s>(v[i], v[i + s]);
   if constexpr (s > 1) return sums<s / 2>(v);
   return v[0];
 }
@@ -181,6 +172,22 @@ void transpose(u32* rows) {
       rows[i] = lower<s>(a, b, Lanes()), rows[i + s] = upper<s>(a, b, Lanes());
     }
   if constexpr (s > 1) transpose<s / 2>(rows);
+}
+
+// Four words, four times; and sixteen from four places.
+template <class V>
+V four_times(const void* from) {
+#ifdef __AVX512F__
+  return (V)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
+#else
+  const u32x4 v = load<u32x4>(from);
+  return (V)__builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+#endif
+}
+u32 joined(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
+  const auto low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 // Each of the first numbers in so many lanes.

@@ -134,8 +134,8 @@ class Int4Weight(PackedWeight):
             self.as_stored()
         elif self.weight_packed.is_cpu and not was_on_cpu:
             for part in self.parts:
-                stored = getattr(self, part)
-                values = self.for_cpu(part, stored.detach()).contiguous().view(stored.shape)
+                stored = getattr(self, part).detach()
+                values = self.for_cpu(part, stored).reshape(stored.shape)
                 self.register_parameter(part, nn.Parameter(values, requires_grad=False))
         return self
 

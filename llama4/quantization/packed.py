@@ -69,7 +69,7 @@ class PackedWeight(nn.Module):
 
     def for_cpu(self, part: str, values: Tensor) -> Tensor:
         """A part of a checkpoint as this module wants it to compute on a CPU: the same, or its numbers in another
-        order, in a view of any shape."""
+        order, in a view of any shape. From then on it takes all its parts to lie so."""
         return values
 
     def as_stored(self) -> None:

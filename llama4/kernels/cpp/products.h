@@ -1,10 +1,10 @@
 // Products of few rows with a matrix. They take as long as reading the matrix does, provided that every byte of it is
 // read once, in order, by all cores, and turned into floats in registers: that is all this file is about.
 //
-// Three layouts. "out x in", y = x W^T, is that of Linear and of all packed weights: an output is the dot product of x
-// with a row of W. "in x out", y = x W, is that of experts: a row of W, times one input, is added to all outputs. And four
-// bits are "in sixteens", an order of their own. A team multiplies; every thread of it may hand in a copy of x that is its
-// own.
+// Three layouts. "out x in", y = x W^T, is that of Linear and of packed weights: an output is the dot product of x with a
+// row of W. Of those in four bits sixteen rows lie "in sixteens", piece by piece side by side. "in x out", y = x W, is that
+// of experts: a row of W, times one input, is added to all outputs. A team multiplies; every thread of it may hand in a copy
+// of x that is its own.
 //
 // Shapes: M rows of x, I inputs, O outputs. A block is 64 bytes or fewer of a row of W; a format says how a block
 // becomes planes, registers of 16 floats or 32 bfloat16, and which input stands at which place of a plane; so many, a run,
@@ -87,7 +87,7 @@ struct Int4 {
     if (group >= 128) return scales[scale_at(o, block * 128 / group)] - f32{};
     f32x4 four;
     for (int i = 0; i < 4; i++) four[i] = scales[scale_at(o, (block * 128 + i * 32) / group)];
-    return repeated<4>(four);
+    return each_four_times(four);
   }
 };
 
@@ -413,7 +413,7 @@ void sixteen_outputs(const Int4& f, long o, const typename C::Number* x, const f
     store(scales, f.scales.sixteen(f.scale_at(o, g)));
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      const f32 own = repeated<4>(load<f32x4>(scales + 4 * j));
+      const f32 own = each_four_times(load<f32x4>(scales + 4 * j));
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) totals[m][j] += sums[m][j] * own;
     }

@@ -190,16 +190,13 @@ u32 joined(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
-// Each of the first numbers in so many lanes.
-template <int each>
-f32 repeated(f32x4 v) {
+// Each of four numbers in four lanes.
+f32 each_four_times(f32x4 v) {
 #ifdef __AVX512F__
-  i32 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return (f32)_mm512_permutexvar_ps((__m512i)(places / each), _mm512_castps128_ps512((__m128)v));
+  const i32 places = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  return (f32)_mm512_permutexvar_ps((__m512i)places, _mm512_castps128_ps512((__m128)v));
 #else
-  f32 all;
-  for (int i = 0; i < 16; i++) all[i] = v[i / each];
-  return all;
+  return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
 #endif
 }
 

@@ -109,10 +109,6 @@ class LayerCache:
             self._table = torch.tensor(addresses, dtype=torch.long)
         return self._table
 
-    def has(self, table: Tensor) -> bool:
-        """Whether the blocks are still those of a `table`."""
-        return self._table is table
-
     def addresses(self, row: int) -> Tensor:
         """Of the blocks of one row."""
         return torch.tensor([block.data_ptr() for block in self.rows[row]], dtype=torch.long)
@@ -139,7 +135,7 @@ class Cache:
 
     Attributes:
         firsts: position of the first token of each row.
-        nexts: position that the next token of each row will have.
+        nexts: position that the next token of each row will have; another tuple after every change.
         layers: one `LayerCache` per decoder layer.
         is_whole: false while a forward is adding tokens, and for good if that was broken off.
         answer: where a prompt of the only row ended and the logits there, for the same prompt to get the same reply.
@@ -157,8 +153,8 @@ class Cache:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"a cache needs at least one row, not batch_size={batch_size}")
-        self.firsts = [0] * batch_size
-        self.nexts = [0] * batch_size
+        self.firsts: tuple[int, ...] = (0,) * batch_size
+        self.nexts: tuple[int, ...] = (0,) * batch_size
         self.is_whole = True
         self.answer: tuple[int, Tensor] | None = None
         self.steps: Any = None
@@ -189,13 +185,13 @@ class Cache:
 
     def advance(self, packing: Packing) -> None:
         """Count the new tokens, once all layers have them."""
-        self.firsts = list(packing.firsts)
-        self.nexts = [start + length for start, length in zip(packing.starts, packing.lengths, strict=True)]
+        self.firsts = tuple(packing.firsts)
+        self.nexts = tuple(start + length for start, length in zip(packing.starts, packing.lengths, strict=True))
         self.is_whole = True
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
-        self.firsts, self.nexts = ([values[row] for row in rows] for values in (self.firsts, self.nexts))
+        self.firsts, self.nexts = (tuple(values[row] for row in rows) for values in (self.firsts, self.nexts))
         for layer in self.layers:
             layer.rows = [layer.rows[row] for row in rows]
             layer._table = None
@@ -206,7 +202,7 @@ class Cache:
         rows = range(self.batch_size) if rows is None else rows
         other = copy.copy(self)
         other.steps = None
-        other.firsts, other.nexts = ([values[row] for row in rows] for values in (self.firsts, self.nexts))
+        other.firsts, other.nexts = (tuple(values[row] for row in rows) for values in (self.firsts, self.nexts))
         other.layers = [
             layer.fork(rows, [self.held(row, self.nexts[row], window) for row in rows])
             for layer, window in zip(self.layers, self.windows, strict=True)
@@ -227,7 +223,7 @@ class Cache:
                 position = max(first, position // chunk * chunk)
         for layer, window in zip(self.layers, self.windows, strict=True):
             layer.cut(0, 0 if window and position % window == 0 else self.held(0, position, window))
-        self.nexts = [position]
+        self.nexts = (position,)
         return position - first
 
     def held(self, row: int, end: int, window: int | None) -> int:

@@ -113,7 +113,8 @@ class Steps:
     whatever is put in their places.
 
     What stands between two steps costs ten times what it seems to: the weights have pushed Python and torch out of the
-    processor's caches. So results stay where they are, and not a tensor is made.
+    processor's caches. So results stay where they are, not a tensor is made, and little is asked: whoever else changes
+    a cache gives it another `nexts`.
 
     Attributes:
         logits_BV: what comes after the tokens of the last step, until the next one.
@@ -132,19 +133,19 @@ class Steps:
         lengths_SB = {window: first.lengths_B + ahead_S1 for window, first in firsts.items()}
         for held, window in zip(cache.layers, cache.windows, strict=True):
             held.make_room(firsts[window])
-        cache.firsts = list(packing.firsts)
+        cache.firsts = tuple(packing.firsts)
 
         self.plan = plan
         self.hooks = RemovableHandle.next_id
-        self.nexts = list(packing.starts)
-        self.first, self.count = self.nexts[0], count
-        self.tables = [held.table() for held in cache.layers]
+        self.nexts = cache.nexts = tuple(packing.starts)
+        self.step, self.count, self.vocabulary = 0, count, config.vocab_size
         self.logits_BV = torch.empty(cache.batch_size, config.vocab_size, dtype=dtype)
         self._given, self._likeliest = ((ctypes.c_int64 * cache.batch_size)() for _ in range(2))
         self._logprobs = (ctypes.c_float * cache.batch_size)()
         weights = [module._parameters[name] for module, name, _ in plan.parameters]
-        self._kept = turns, lengths_SB, [weight.detach() for weight in weights if weight is not None]
-        self._held = (Held * len(self.tables))()
+        tables = [held.table() for held in cache.layers]
+        self._kept = turns, lengths_SB, tables, [weight.detach() for weight in weights if weight is not None]
+        self._held = (Held * len(tables))()
         self._decode = cpu.function("decode", dtype, 8)
         self._model = ctypes.addressof(plan.decoder), ctypes.addressof(self._held)
         self._rows = (
@@ -154,7 +155,7 @@ class Steps:
             ctypes.addressof(self._likeliest),
             ctypes.addressof(self._logprobs),
         )
-        for i, (layer, table) in enumerate(zip(model.language_model.model.layers, self.tables, strict=True)):
+        for i, (layer, table) in enumerate(zip(model.language_model.model.layers, tables, strict=True)):
             attention, window = layer.self_attn, cache.windows[i]
             self._held[i] = Held(
                 rotations=turns.rotations[window].data_ptr() if attention.uses_rope else 0,
@@ -167,50 +168,37 @@ class Steps:
 
     def are_next(self, cache: Cache) -> bool:
         """Whether the cache is as the last step left it, and has room for one more."""
-        return (
-            self.nexts == cache.nexts
-            and self.nexts[0] < self.first + self.count
-            and cache.is_whole
-            and all(held.has(table) for held, table in zip(cache.layers, self.tables, strict=True))
-        )
+        return self.nexts is cache.nexts and self.step < self.count and cache.is_whole
 
-    def take(self, ids: list[int], cache: Cache) -> None:
-        """One more token in every row."""
+    def take(self, ids: list[int], cache: Cache) -> bool:
+        """One more token in every row, if the ids are such."""
+        if len(ids) != len(self.nexts) or min(ids) < 0 or max(ids) >= self.vocabulary:
+            return False
         self._given[:] = list(ids)
-        self._decode(*self._model, self.nexts[0] - self.first, *self._rows)
-        cache.nexts = [position + 1 for position in self.nexts]
-        self.nexts = list(cache.nexts)
+        self._decode(*self._model, self.step, *self._rows)
+        self.step += 1
+        self.nexts = cache.nexts = tuple([position + 1 for position in self.nexts])
+        return True
 
     def likeliest(self) -> tuple[list[int], list[float]]:
         """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
-        return list(self._likeliest), list(self._logprobs)
+        return self._likeliest[:], self._logprobs[:]
 
 
 def again(model: Any, ids: list[int], cache: Cache) -> Steps | None:
     """One more token in every row, if that is as it was the last time and no weight nor module was exchanged since; to
     see whether takes 0.3 ms."""
     steps: Steps | None = cache.steps
-    is_as_before = (
-        steps is not None
-        and steps.hooks == RemovableHandle.next_id
-        and steps.plan is _plans.get(model)
-        and steps.are_next(cache)
-    )
-    return _taken(steps, model, ids, cache) if is_as_before else None
+    if steps is None or not steps.are_next(cache):
+        return None
+    is_as_before = steps.hooks == RemovableHandle.next_id and steps.plan is _plans.get(model)
+    return steps if is_as_before and steps.take(ids, cache) else None
 
 
 def step(model: Any, ids: list[int], cache: Cache) -> Steps | None:
     """One more token in every row; None if that has to go the ordinary way."""
-    cache.steps = _next(model, cache)
-    return _taken(cache.steps, model, ids, cache)
-
-
-def _taken(steps: Steps | None, model: Any, ids: list[int], cache: Cache) -> Steps | None:
-    is_right = len(ids) == cache.batch_size and min(ids) >= 0 and max(ids) < model.config.text.vocab_size
-    if steps is None or not is_right:
-        return None
-    steps.take(ids, cache)
-    return steps
+    cache.steps = steps = _next(model, cache)
+    return steps if steps is not None and steps.take(ids, cache) else None
 
 
 def _next(model: Any, cache: Cache) -> Steps | None:

@@ -149,8 +149,8 @@ class PromptCache:
                         "load the model with the same cache_dtype, or read the prompt again"
                     )
                 tokens = file.get_tensor(_TOKENS)
-                cache.firsts = [int(about["first"])]
-                cache.nexts = [cache.firsts[0] + len(tokens)]
+                cache.firsts = (int(about["first"]),)
+                cache.nexts = (cache.firsts[0] + len(tokens),)
                 for i, (layer, window) in enumerate(zip(cache.layers, cache.windows, strict=True)):
                     count = layer.blocks_for(cache.held(0, cache.nexts[0], window))
                     if missing := [f"{i}.{j}" for j in range(count) if f"{i}.{j}" not in keys]:

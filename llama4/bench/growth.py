@@ -169,7 +169,7 @@ def fill(cache: Cache, length: int, text: TextConfig, dtype: torch.dtype) -> Non
         for start in range(past, held, SPAN):
             shape = (min(SPAN, held - start), text.num_key_value_heads, text.head_dim)
             layer.keep(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
-    cache.nexts = [length]
+    cache.nexts = (length,)
 
 
 def _random_ids(llm: Llama4) -> Callable[[int], torch.Tensor]:

@@ -29,7 +29,17 @@ from llama4.config import CACHE_BLOCK
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("vectors.h", "products.h", "tiles.h", "between.h", "blocks.h", "rounding.h", "attention.h", "decode.cpp")
+SOURCES = (
+    "team.h",
+    "vectors.h",
+    "products.h",
+    "tiles.h",
+    "between.h",
+    "blocks.h",
+    "rounding.h",
+    "attention.h",
+    "decode.cpp",
+)
 FEW = 12
 """Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 WORTH = 1 << 18

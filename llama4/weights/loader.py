@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llama4.counts import HEAD
 from llama4.errors import CheckpointError
 from llama4.kernels.dense import Linear
 from llama4.quantization.packed import PackedWeight
@@ -29,7 +30,8 @@ def load(
     Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the
     file), so loading is nearly free and bytes are read when first used. Otherwise tensors are copied one by one, into
     large pages, and two copies of the model are never in memory. So are those that a quantised model has in another
-    order than a checkpoint, and what it uses for every token though it is not quantised, such as its head.
+    order than a checkpoint, and what it uses for every token though it is not quantised. And so is the head of any
+    model: every token reads all of it, and first in a file, as it often is, it lies in the smallest pages.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -58,9 +60,9 @@ def load(
         values = packed.for_cpu(part, raw) if packed is not None and target.type == computes_on == "cpu" else raw
         is_map = isinstance(source, SafetensorsSource | QuantizingSource) and source.is_map(key)
         is_new = isinstance(source, QuantizingSource) and not is_map
-        is_used_always = is_quantised and isinstance(module, Linear)
+        is_read_always = name == HEAD or (is_quantised and isinstance(module, Linear))
         fits = new_dtype == raw.dtype and values is raw
-        if target.type != "cpu" or (memory_map and fits and not is_new and not is_used_always):
+        if target.type != "cpu" or (memory_map and fits and not is_new and not is_read_always):
             tensor = raw.to(target, new_dtype)
         else:
             tensor = pages.keep(values, new_dtype).view(raw.shape)

@@ -76,7 +76,7 @@ struct Product {
 // Products of a few rows, by a team, those side by side that go with each other; in x out only the parts, which `total`
 // adds up after a wait.
 template <class X>
-void products(std::initializer_list<Product<X>> all, const X* x, long M, float* parts) {
+void products(Shares& shares, std::initializer_list<Product<X>> all, const X* x, long M, float* parts) {
   using Of = For<X>;
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     while (end != all.end() && first->goes_with(*end)) end++;
@@ -91,13 +91,13 @@ void products(std::initializer_list<Product<X>> all, const X* x, long M, float* 
     switch (a.kind) {
       case OUT_IN: {
         const auto dense = [](const Matrix& b) { return typename Of::Dense{(const X*)b.w, b.I}; };
-        out_in(outputs(dense).data(), count, x, M);
+        out_in(shares, outputs(dense).data(), count, x, M);
         break;
       }
       case IN_OUT: in_out<typename Of::Rows>((const X*)a.w, x, M, a.I, a.O, parts); break;
       case INT8: {
         const auto codes = [](const Matrix& b) { return typename Of::Codes8{(const uint8_t*)b.w, b.I}; };
-        out_in(outputs(codes).data(), count, x, M);
+        out_in(shares, outputs(codes).data(), count, x, M);
         break;
       }
       case FP8: {
@@ -105,20 +105,20 @@ void products(std::initializer_list<Product<X>> all, const X* x, long M, float* 
         float* row_scales = scratch<float, 9>(M);
         auto* rows = scratch<Number<X>, 12>(M * a.I);
         for (long m = 0; m < M; m++) row_scales[m] = to_e4m3(x + m * a.I, a.I, rows + m * a.I);
-        out_in(outputs(codes).data(), count, rows, M, row_scales);
+        out_in(shares, outputs(codes).data(), count, rows, M, row_scales);
         break;
       }
       case INT4: {
         const auto codes = [](const Matrix& b) { return Int4{(const uint8_t*)b.w, b.I, b.scales, b.group}; };
-        in_sixteens<typename Of::Codes4>(outputs(codes).data(), count, x, M);
+        in_sixteens<typename Of::Codes4>(shares, outputs(codes).data(), count, x, M);
       }
     }
   }
 }
 
 template <class X>
-void product(const Matrix& a, const X* x, long M, float* parts, X* y) {
-  products({Product<X>{a, y}}, x, M, parts);
+void product(Shares& shares, const Matrix& a, const X* x, long M, float* parts, X* y) {
+  products(shares, {Product<X>{a, y}}, x, M, parts);
 }
 
 // Many rows.
@@ -150,9 +150,10 @@ void linear(const Matrix& a, const X* x, long M, X* y) {
   const long most = in_tiles ? rows_at_once : few;
   if (M > most && a.kind != OUT_IN) return product_of_many(a, x, M, y);
   float* parts = scratch<float, 1>(parts_for(a, M));
+  Shares shares;
 #pragma omp parallel if (numbers(a) > worth_threads)
   {
-    product(a, x, M, parts, y);
+    product(shares, a, x, M, parts, y);
     if (a.kind == IN_OUT) wait_for_team(), total<typename For<X>::Rows>(parts, M, a.O, y);
   }
 }
@@ -205,8 +206,9 @@ template <class X>
 struct Shared {
   X *q, *k, *v, *heads, *wide, *inner, *out;
   float *logits, *parts;
+  Shares& shares;
 
-  Shared(const Decoder& d, const Held* held, long step, long M) {
+  Shared(const Decoder& d, const Held* held, long step, long M, Shares& shares) : shares(shares) {
     const long D = d.head.I;
     long queries = 0, keys = 0, width = 0, depth = 0, rows = 0, experts = 0, most = 0;
     for (long i = 0; i < d.count; i++) {
@@ -240,7 +242,7 @@ template <class X>
 void attention(const Layer& l, const Held& held, long step, long M, long D, const Shared<X>& s, X* x, float* h) {
   const long H = l.H, K = l.K, C = l.C, *lengths = held.lengths + step * M;
   for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)l.input_norm, l.eps, x + m * D);
-  products({{l.q, s.q}, {l.k, s.k}, {l.v, s.v}}, x, M, s.parts);
+  products(s.shares, {{l.q, s.q}, {l.k, s.k}, {l.v, s.v}}, x, M, s.parts);
   wait_for_team();
   with_format<X>(held.format, [&](auto format) {
     using F = decltype(format);
@@ -260,7 +262,7 @@ void attention(const Layer& l, const Held& held, long step, long M, long D, cons
     attend<F>(s.q, held.table, held.width, lengths, M, H, K, C, s.parts, s.heads);
   });
   wait_for_team();
-  product(l.o, s.heads, M, s.parts, s.out);
+  product(s.shares, l.o, s.heads, M, s.parts, s.out);
   wait_for_team();
   add(h, s.out, M * D);
 }
@@ -298,7 +300,7 @@ template <class X>
 void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x, float* h) {
   if (l.router) {
     const Outputs<typename For<X>::Dense, float> router{{(const X*)l.router, D}, l.E, Scales{}, s.logits};
-    out_in(&router, 1, x, M);
+    out_in(s.shares, &router, 1, x, M);
     wait_for_team();
   }
   const Routed<X> routed(l, M, D, x, s.logits);
@@ -306,7 +308,7 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
   X *gate = s.wide + R * 2 * N, *up = gate + M * F, *inner = s.inner + R * N, *out = s.out + R * D;
   const auto multiply = [&](const Matrix& a, const X* rows, X* y) {
     routed.each([&](long e, long i, long count) {
-      product(a.of(e), rows + i * a.I, count, s.parts + parts_for(a, i), y + i * a.O);
+      product(s.shares, a.of(e), rows + i * a.I, count, s.parts + parts_for(a, i), y + i * a.O);
     });
   };
   const auto add_up = [&](const Matrix& a, X* y) {
@@ -317,14 +319,14 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
     wait_for_team();
   };
   multiply(l.gate_up, routed.rows, s.wide);
-  products({{l.gate, gate}, {l.up, up}}, x, M, s.parts);
+  products(s.shares, {{l.gate, gate}, {l.up, up}}, x, M, s.parts);
   wait_for_team();
   add_up(l.gate_up, s.wide);
   swiglu(s.wide, s.wide + N, R, N, 2 * N, s.inner);
   swiglu(gate, up, M, F, F, inner);
   wait_for_team();
   multiply(l.down, s.inner, s.out);
-  product(l.shared_down, inner, M, s.parts, out);
+  product(s.shares, l.shared_down, inner, M, s.parts, out);
   wait_for_team();
   add_up(l.down, s.out);
   for (long i = 0; i < R; i++) add(h + routed.order[i] / l.chosen * D, s.out + i * D, D);
@@ -335,7 +337,8 @@ void feed_forward(const Layer& l, long M, long D, const Shared<X>& s, const X* x
 template <class X>
 void decode(const Decoder& d, const Held* held, long step, const long* ids, long M, X* logits, long* next,
             float* logprobs) {
-  const Shared<X> shared(d, held, step, M);
+  Shares shares;
+  const Shared<X> shared(d, held, step, M, shares);
   Largest* largest = scratch<Largest, 18>(M * pieces_of_logits);
   const long D = d.head.I;
 #pragma omp parallel if (numbers(d.layers[0].gate) > worth_threads)
@@ -351,7 +354,7 @@ void decode(const Decoder& d, const Held* held, long step, const long* ids, long
       feed_forward(l, M, D, shared, x, h);
     }
     for (long m = 0; m < M; m++) rms_norm(h + m * D, D, (const X*)d.norm, d.eps, x + m * D);
-    product(d.head, x, M, shared.parts, logits);
+    product(shares, d.head, x, M, shared.parts, logits);
     wait_for_team();
     likeliest(logits, M, d.head.O, largest, next, logprobs);
   }

@@ -277,24 +277,24 @@ struct Outputs {
 
 // Calls part(matrix, outputs from, until) for all outputs of several matrices, as if they were one.
 template <class F, class Y, class Part>
-void each_chunk(const Outputs<F, Y>* all, long count, const Part& part) {
+void each_chunk(Shares& shares, const Outputs<F, Y>* all, long count, const Part& part) {
   const auto chunks = [&](long i) { return (all[i].O + chunk - 1) / chunk; };
   long total = 0;
   for (long i = 0; i < count; i++) total += chunks(i);
-#pragma omp for schedule(guided) nowait
-  for (long c = 0; c < total; c++) {
-    long i = 0, own = c;
+  shares.each(total, [&](long own) {
+    long i = 0;
     while (own >= chunks(i)) own -= chunks(i++);
     part(all[i], own * chunk, std::min(all[i].O, (own + 1) * chunk));
-  }
+  });
 }
 
 // y = x W^T for matrices of one format and as many inputs; rows, too, may be multiplied by scales.
 template <class F, class X, class Y>
-void out_in(const Outputs<F, Y>* all, long count, const X* x, long M, const float* row_scales = nullptr) {
+void out_in(Shares& shares, const Outputs<F, Y>* all, long count, const X* x, long M,
+            const float* row_scales = nullptr) {
   const long blocks = all->f.I / F::inputs;
   const auto* inputs = arranged<F>(x, M, all->f.I);
-  each_chunk(all, count, [&](const Outputs<F, Y>& own, long begin, long end) {
+  each_chunk(shares, all, count, [&](const Outputs<F, Y>& own, long begin, long end) {
     in_fours(M, [&](auto rows, long m) {
       dot_products<F, rows>(own.f, inputs + m * blocks * F::planes, begin, end, own.O, own.scales,
                             row_scales ? row_scales + m : nullptr, own.y + m * own.O);
@@ -423,11 +423,11 @@ void sixteen_outputs(const Int4& f, long o, const typename C::Number* x, const f
 
 // y = x W^T for matrices with as many inputs, also to a scale.
 template <class C, class X>
-void in_sixteens(const Outputs<Int4, X>* all, long count, const X* x, long M) {
+void in_sixteens(Shares& shares, const Outputs<Int4, X>* all, long count, const X* x, long M) {
   const long I = all->f.I, group = all->f.group;
   const auto* inputs = in_steps<C>(x, M, I);
   const auto* beginning = beginnings<C>(x, M, I, group);
-  each_chunk(all, count, [&](const Outputs<Int4, X>& own, long begin, long end) {
+  each_chunk(shares, all, count, [&](const Outputs<Int4, X>& own, long begin, long end) {
     in_fours(M, [&](auto rows, long m) {
       for (long o = begin; o < end; o += 16)
         sixteen_outputs<C, rows>(own.f, o, inputs + m * I, beginning + m * (I / group), own.O, own.y + m * own.O);

@@ -10,15 +10,13 @@
 #include <utility>
 #include <vector>
 
-#include <omp.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-namespace {
+#include "team.h"
 
-// Numbers to read from which a second thread pays for being woken, and for waiting on others where cores are shared.
-constexpr long worth_threads = 1 << 16;
+namespace {
 
 using f32 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using i32 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
@@ -255,12 +253,6 @@ float to_e4m3(const X* x, long I, To* to) {
   const float scale = largest(most) > 0 ? largest(most) / 448 : 1;
   for (long i = 0; i < I; i += 16) keep(to + i, rounded_to_e4m3(floats(x + i) / scale));
   return scale;
-}
-
-// A team is all threads of a parallel region, who run a function together, each its share of it. None waits for the
-// others at the end: who wants to read what they wrote waits first. Outside of a region a team is one thread.
-void wait_for_team() {
-#pragma omp barrier
 }
 
 }  // namespace

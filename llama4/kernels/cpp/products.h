@@ -166,11 +166,10 @@ const typename F::Plane* arranged(const X* x, long M, long I) {
         for (int plane = 0; plane < F::planes; plane++)
           for (int lane = 0; lane < lanes; lane += F::run, to += F::run) {
             const X* from = x + (m + row) * I + block + F::place(plane, lane);
-            for (int i = 0; i < F::run; i++)
-              if constexpr (std::is_same_v<X, To>)
-                to[i] = from[i];
-              else
-                assign(to[i], widened(from[i]));
+            if constexpr (std::is_same_v<X, To>)
+              __builtin_memcpy(to, from, F::run * sizeof(To));
+            else
+              for (int i = 0; i < F::run; i++) assign(to[i], widened(from[i]));
           }
   });
   return reinterpret_cast<const typename F::Plane*>(first);
@@ -236,23 +235,26 @@ __attribute__((noinline)) void add_rows(const F f, long first, long count, long 
   }
 }
 
-// Sixteen outputs at a time, and their rows in segments, so that the same part of x stays in the nearest cache. A processor
-// that is busy is told what comes 8 KiB later: less far, it is the slower for it. With segments that is the next of the same
-// row, or the first of the one sixteen rows later. What it is told of behind the matrix is not read.
+// Sixteen outputs at a time, and their rows in segments as long as each other, so that the same part of x stays in the
+// nearest cache: to and fro, as it is there already. A processor that is busy is told what comes 8 KiB later: less far, it
+// is the slower for it. With segments that is the next of the same row, or the same of the one sixteen rows later. What it
+// is told of behind the matrix is not read.
 template <class F, int M, class Y>
 void dot_products(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
                   const float* row_scales, Y* y) {
-  constexpr long rows = 16;
-  const long blocks = f.I / F::inputs, segment = std::clamp(blocks, 1l, most_blocks<F, M>);
-  const long row = (const char*)f.at(1, 0) - (const char*)f.at(0, 0), part = segment * row / blocks;
+  constexpr long rows = 16, most = most_blocks<F, M>, U = blocks_at_once<F, M>;
+  const long blocks = f.I / F::inputs, segments = std::max((blocks + most - 1) / most, 1l);
+  const long segment = (blocks + segments * U - 1) / (segments * U) * U;
+  const long row = (const char*)f.at(1, 0) - (const char*)f.at(0, 0), part = blocks ? segment * row / blocks : 0;
   for (long first = begin; first < end; first += rows) {
     const long count = std::min(end - first, rows);
+    const bool back = first / rows % 2;
     f32 lanes[M][rows], more[M][rows];
-    for (long from = 0; from < blocks; from += segment) {
-      const long until = std::min(blocks, from + segment);
-      const long ahead = segment == blocks ? far : until < blocks ? part : rows * row - from / segment * part;
-      add_rows<F, M>(f, first, count, from, until, x, ahead, from ? more : lanes);
-      for (int m = 0; m < M && from; m++)
+    for (long n = 0; n < segments; n++) {
+      const long from = (back ? segments - 1 - n : n) * segment, until = std::min(blocks, from + segment);
+      const long ahead = segments == 1 ? far : n + 1 == segments ? rows * row : back ? -part : part;
+      add_rows<F, M>(f, first, count, from, until, x, ahead, n ? more : lanes);
+      for (int m = 0; m < M && n; m++)
         for (long i = 0; i < count; i++) lanes[m][i] += more[m][i];
     }
     for (int m = 0; m < M; m++) {

@@ -275,15 +275,20 @@ class TestLikeliest:
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int) -> None:
-    """In x out, threads share the inputs: seven of them are less than a block for each."""
+    """In x out, threads share the inputs: seven of them are less than a block for each. Out x in, they share the outputs
+    by 32, and help each other: with 72 there are three pieces, fewer than threads."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for inputs, dtype in itertools.product((1, 7, 100, 300), DTYPES):
             x, weight = normal(2, inputs).to(dtype), normal(inputs, 64, seed=1).to(dtype)
             assert close(cpu.project(x, weight), x.double() @ weight.double())
+        for outputs, dtype in itertools.product((72, 1000, 4096), DTYPES):
+            x, weight = normal(2, 1024).to(dtype), normal(outputs, 1024, seed=1).to(dtype)
+            for _ in range(10):
+                assert close(cpu.linear(x, weight), x.double() @ weight.double().mT)
     finally:
         torch.set_num_threads(before)
 

@@ -277,8 +277,8 @@ class TestLikeliest:
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int) -> None:
-    """In x out, threads share the inputs: seven of them are less than a block for each. Out x in, they share the outputs
-    by 32, and help each other: with 72 there are three pieces, fewer than threads."""
+    """In x out, threads share the inputs: seven of them are less than a block for each. Out x in, they share outputs,
+    32 at a time, and help each other: 72 are three pieces, fewer than threads."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

@@ -136,8 +136,8 @@ class Llama4:
             cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
                 scale per head and token, or a dtype; "auto" is the model's.
             cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
-            memory_map: on a CPU, leave weights in the file, whose pages are read when they are used and can be dropped
-                when memory is short; of a quantised model that is little more than embeddings and images. False reads
+            memory_map: on a CPU, leave weights but the head in the file, whose pages are read when they are used and can
+                be dropped when memory is short; of a quantised model that is little more than embeddings and images. False reads
                 all of them into memory of their own, in large pages where the system has such: loading takes longer,
                 and decoding less where it keeps files in small ones.
             progress: show bars on a terminal while downloading, loading and reading long prompts.

@@ -108,12 +108,13 @@ def test_no_map_is_left(directory: Path) -> None:
     assert llm.model.config.text == mapped.model.config.text
 
 
-def test_what_a_quantised_model_multiplies_with_is_copied(directory: Path) -> None:
-    """The head, too, which is not quantised; of embeddings a token reads one row."""
-    llm = Llama4.from_pretrained(directory, quantization="int8", dtype="bfloat16", progress=False)
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_what_is_copied_though_it_could_be_mapped(directory: Path, scheme: str | None) -> None:
+    """The head, and all that a quantised model multiplies with; of embeddings a token reads one row."""
+    llm = Llama4.from_pretrained(directory, quantization=scheme, dtype="bfloat16", progress=False)
     held = {name: pages._regions.hold(p) for name, p in llm.model.named_parameters()}
     assert held["language_model.lm_head.weight"]
-    assert held["language_model.model.layers.0.self_attn.q_proj.weight"]
+    assert held["language_model.model.layers.0.self_attn.q_proj.weight"] == (scheme is not None)
     assert not held["language_model.model.embed_tokens.weight"]
 
 

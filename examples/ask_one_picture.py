@@ -6,7 +6,7 @@ python examples/ask_one_picture.py [PICTURE] [QUESTION]
 import sys
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 DRAWING = Scene(300, 200, shapes=(Shape("circle", "red", (80, 100), 70), Shape("square", "blue", (210, 100), 60)))
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL.Image import Image
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 stars = draw(Scene(200, 200, shapes=tuple(Shape("star", "orange", (50 + 50 * i, 100), 40) for i in range(3))))
 heart = draw(Scene(120, 90, shapes=(Shape("heart", "red", (60, 45), 50),)))

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
-from llama4.moe import Router
+from llama4.model.moe import Router
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 llm = Llama4.from_pretrained("tiny")
 picture = draw(Scene(220, 160, shapes=(Shape("circle", "blue", (60, 80), 60), Shape("star", "red", (160, 80), 60))))

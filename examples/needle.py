@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama4.cache import Cache
+from llama4.cache.sequence import Cache
 from llama4.config import Llama4Config, TextConfig
-from llama4.layers import rms_normalise
-from llama4.model import Llama4Model
+from llama4.model.layers import rms_normalise
+from llama4.model.multimodal import Llama4Model
 
 WORDS = 128
 MARK, ASK = WORDS, WORDS + 1

@@ -4,7 +4,7 @@ python examples/several_pictures.py
 """
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 one = Scene(240, 240, shapes=(Shape("star", "yellow", (70, 70), 60), Shape("cross", "green", (170, 160), 60)))
 other = Scene(320, 160, shapes=(Shape("heart", "red", (160, 80), 70),))

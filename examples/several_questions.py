@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 picture = Scene(900, 600, shapes=(Shape("star", "yellow", (200, 300), 150), Shape("cross", "green", (600, 250), 120)))
 image = {"type": "image", "image": draw(picture)}

@@ -6,7 +6,7 @@ python examples/streamed_chat.py
 from typing import Any
 
 from llama4 import Llama4
-from llama4.drawings import Scene, Shape, draw
+from llama4.tiny.shapes_dataset import Scene, Shape, draw
 
 scene = Scene(320, 200, shapes=(Shape("triangle", "green", (80, 100), 80), Shape("circle", "purple", (230, 100), 70)))
 

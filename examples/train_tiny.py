@@ -35,21 +35,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from llama4.vision.tiling import best_canvas, fit_within, tile_image
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llama4 import drawings
-from llama4.chat import render
 from llama4.config import Llama4Config, tiny
-from llama4.experts import GroupedExperts, LoopExperts
-from llama4.layers import rms_normalise
-from llama4.model import Llama4Model
-from llama4.moe import Router
-from llama4.tokenizer import PATTERN, Tokenizer
-from vision.tiling import best_canvas, fit_within, tile_image
+from llama4.model.experts import GroupedExperts, LoopExperts
+from llama4.model.layers import rms_normalise
+from llama4.model.moe import Router
+from llama4.model.multimodal import Llama4Model
+from llama4.text.prompt import render
+from llama4.text.tokenizer import PATTERN, Tokenizer
+from llama4.tiny import shapes_dataset
 
 SPECIAL_TOKENS = 128
 LONGEST_SIDE = 448
@@ -67,7 +67,7 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainable
 
-    from llama4.tokenizer import byte_alphabet
+    from llama4.text.tokenizer import byte_alphabet
 
     alphabet = byte_alphabet()
     words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
@@ -77,7 +77,7 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
     trainable.pre_tokenizer = pre_tokenizers.Sequence([words, capitals, as_bytes])
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(alphabet.values()), show_progress=False)
     frame = ["user\n\n", "assistant\n\n", "system\n\n", "You are a helpful assistant."] * 2000
-    trainable.train_from_iterator(chain(frame, drawings.corpus(random.Random(seed), 20_000)), trainer)
+    trainable.train_from_iterator(chain(frame, shapes_dataset.corpus(random.Random(seed), 20_000)), trainer)
     to_byte = {character: byte for byte, character in alphabet.items()}
     tokens = sorted(trainable.get_vocab().items(), key=lambda item: item[1])
     ranked = [bytes(to_byte[character] for character in token) for token, _ in tokens]
@@ -142,38 +142,46 @@ class Conversations(Dataset[Sample]):
         rng = random.Random(f"{self.seed}/{step}/{index}")
         if step < self.see_steps:
             sides = (60, 112) if rng.random() < 0.85 else (60, 1200)
-            return self.sample([drawings.random_scene(rng, sides=sides)], [], rng)
+            return self.sample([shapes_dataset.random_scene(rng, sides=sides)], [], rng)
         lesson = lesson_at((step - self.see_steps) / (self.steps - self.see_steps), rng)
         return self.sample(*self._topic(rng, lesson), rng)
 
-    def _topic(self, rng: random.Random, lesson: Lesson) -> tuple[list[drawings.Scene], list[drawings.Question]]:
-        def scene() -> drawings.Scene:
+    def _topic(
+        self, rng: random.Random, lesson: Lesson
+    ) -> tuple[list[shapes_dataset.Scene], list[shapes_dataset.Question]]:
+        def scene() -> shapes_dataset.Scene:
             if lesson.most_shapes == 6 and rng.random() < lesson.alike_share:  # many alike are rare by themselves
                 kind = rng.choice(("count_shape", "count_colour"))
-                return drawings.fresh_question(rng, kind, sides=lesson.sides)[0][0]
+                return shapes_dataset.fresh_question(rng, kind, sides=lesson.sides)[0][0]
             with_text = rng.random() < lesson.text_share
-            return drawings.random_scene(rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes)
+            return shapes_dataset.random_scene(
+                rng, sides=lesson.sides, with_text=with_text, most_shapes=lesson.most_shapes
+            )
 
         share = rng.random()
         if share < 0.02:
-            makers = (drawings.ask_outside, drawings.ask_without_picture)
+            makers = (shapes_dataset.ask_outside, shapes_dataset.ask_without_picture)
             return [], [rng.choice(makers)(rng) for _ in range(rng.randint(1, 4))]
         if share < 0.02 + lesson.pair_share:
             scenes = [scene(), scene()]
-            return scenes, [drawings.ask_pair(scenes[0], scenes[1], rng) for _ in range(lesson.questions * 2 // 3)]
+            return scenes, [
+                shapes_dataset.ask_pair(scenes[0], scenes[1], rng) for _ in range(lesson.questions * 2 // 3)
+            ]
         one = scene()
-        questions = drawings.ask_many(one, rng, lesson.questions)
+        questions = shapes_dataset.ask_many(one, rng, lesson.questions)
         if one.shapes and rng.random() < lesson.caption_share:  # last, so that no answer can be copied from it
-            questions = [q for q in questions if q.kind != "caption"] + [drawings.ask(one, rng, "caption")]
+            questions = [q for q in questions if q.kind != "caption"] + [shapes_dataset.ask(one, rng, "caption")]
         return [one], questions
 
-    def sample(self, scenes: list[drawings.Scene], questions: list[drawings.Question], rng: random.Random) -> Sample:
+    def sample(
+        self, scenes: list[shapes_dataset.Scene], questions: list[shapes_dataset.Question], rng: random.Random
+    ) -> Sample:
         """Turn scenes and questions about them into one conversation."""
         vision = self.config.vision
         assert vision is not None
         tiles, grids, labels = [], [], []
         for scene in scenes:
-            picture = drawings.draw(scene, min(1.0, LONGEST_SIDE / max(scene.width, scene.height)))
+            picture = shapes_dataset.draw(scene, min(1.0, LONGEST_SIDE / max(scene.width, scene.height)))
             prepared = tile_image(picture, vision.image_size, vision.max_tiles)
             tiles.append(prepared.pixel_values)
             grids.append((prepared.rows, prepared.cols))
@@ -208,7 +216,7 @@ class Conversations(Dataset[Sample]):
         )
 
     def _named(
-        self, scene: drawings.Scene, questions: list[drawings.Question], ids: list[int]
+        self, scene: shapes_dataset.Scene, questions: list[shapes_dataset.Question], ids: list[int]
     ) -> tuple[list[int], list[list[float]]]:
         """Of all things that the questions name once the picture has been seen: the index of the last token in `ids`,
         and `bands`."""
@@ -225,27 +233,28 @@ class Conversations(Dataset[Sample]):
         return named, places
 
 
-THINGS = {noun: kind for kind in drawings.KINDS for noun in (kind, drawings.plural(kind))}
+THINGS = {noun: kind for kind in shapes_dataset.KINDS for noun in (kind, shapes_dataset.plural(kind))}
 """Singular and plural of every kind of shape -> the kind."""
 NAME = re.compile(
-    rf"\b(?:(?P<colour>{'|'.join(drawings.COLOURS)}) )?(?:(?P<thing>{'|'.join(THINGS)})|(?P<noun>\w+))\b", re.IGNORECASE
+    rf"\b(?:(?P<colour>{'|'.join(shapes_dataset.COLOURS)}) )?(?:(?P<thing>{'|'.join(THINGS)})|(?P<noun>\w+))\b",
+    re.IGNORECASE,
 )
-NOUNS = {noun for name in drawings.NOUNS for noun in (name, drawings.plural(name))}
+NOUNS = {noun for name in shapes_dataset.NOUNS for noun in (name, shapes_dataset.plural(name))}
 BANDS = 8
 """Columns, and rows, of a picture that the decoder tells apart."""
 
 
-def mentions(question: drawings.Question) -> Iterator[tuple[int, str | None, str | None]]:
+def mentions(question: shapes_dataset.Question) -> Iterator[tuple[int, str | None, str | None]]:
     """What a question names, in order: where the name ends in its text, and colour and kind if they are said."""
     for match in NAME.finditer(question.text):
         colour, thing, noun = (part and part.lower() for part in match.group("colour", "thing", "noun"))
-        if noun in drawings.COLOURS:
+        if noun in shapes_dataset.COLOURS:
             yield match.end(), noun, None
         elif thing or (noun in NOUNS and (colour or question.kind == "count")):
             yield match.end(), colour, THINGS[thing] if thing else None
 
 
-def bands(scene: drawings.Scene, colour: str | None, kind: str | None) -> list[float]:
+def bands(scene: shapes_dataset.Scene, colour: str | None, kind: str | None) -> list[float]:
     """How many shapes of that colour and kind stand in each column, and then in each row; one between two bands
     belongs to both in parts."""
     counts = [0.0] * (2 * BANDS)
@@ -260,7 +269,7 @@ def bands(scene: drawings.Scene, colour: str | None, kind: str | None) -> list[f
 
 
 def patch_labels(
-    scene: drawings.Scene, size: tuple[int, int], tile: int, patch: int, max_tiles: int
+    scene: shapes_dataset.Scene, size: tuple[int, int], tile: int, patch: int, max_tiles: int
 ) -> tuple[Tensor, Tensor]:
     """Colour and kind of the shape that covers most of each patch, [n, P] each, tile by tile as `tile_image` cuts them.
 
@@ -271,14 +280,16 @@ def patch_labels(
     box = min(max(height, tile), rows * tile), min(max(width, tile), cols * tile)
     fitted_height, fitted_width = fit_within(height, width, *box)
     canvas = torch.zeros(rows * tile, cols * tile, dtype=torch.uint8)
-    canvas[:fitted_height, :fitted_width] = torch.from_numpy(drawings.draw_labels(scene, fitted_width, fitted_height))
+    canvas[:fitted_height, :fitted_width] = torch.from_numpy(
+        shapes_dataset.draw_labels(scene, fitted_width, fitted_height)
+    )
     maps = canvas.view(rows, tile, cols, tile).transpose(1, 2).reshape(-1, tile, tile)
     if rows * cols > 1:
-        maps = torch.cat([maps, torch.from_numpy(drawings.draw_labels(scene, tile, tile))[None]])
+        maps = torch.cat([maps, torch.from_numpy(shapes_dataset.draw_labels(scene, tile, tile))[None]])
     patches = F.unfold(maps[:, None].float(), patch, stride=patch).long()  # [n, patch^2, P]
     covered = F.one_hot(patches, len(scene.shapes) + 1).sum(1)  # [n, P, shapes + 1]
     most, shape = covered[..., 1:].max(-1) if scene.shapes else (torch.zeros_like(covered[..., 0]),) * 2
-    names = list(drawings.COLOURS), list(drawings.KINDS)
+    names = list(shapes_dataset.COLOURS), list(shapes_dataset.KINDS)
     tables = (
         torch.tensor([1 + names[0].index(s.colour) for s in scene.shapes] or [0]),
         torch.tensor([1 + names[1].index(s.kind) for s in scene.shapes] or [0]),
@@ -406,8 +417,8 @@ class Learner(nn.Module):
         assert config.vision is not None
         self.model = Llama4Model(config, GroupedExperts if on_gpu else LoopExperts)
         width, self.merged = config.text.hidden_size, round(1 / config.vision.pixel_shuffle_ratio)
-        self.colour_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.COLOURS)))
-        self.kind_head = nn.Linear(width, self.merged**2 * (1 + len(drawings.KINDS)))
+        self.colour_head = nn.Linear(width, self.merged**2 * (1 + len(shapes_dataset.COLOURS)))
+        self.kind_head = nn.Linear(width, self.merged**2 * (1 + len(shapes_dataset.KINDS)))
         self.where_head = nn.Linear(width, config.vision.tokens_per_tile)
         self.places_head = nn.Linear(width, 2 * BANDS)
         self.midway: Tensor | None = None
@@ -493,11 +504,11 @@ def examine(learner: Learner, data: Conversations, per_kind: int, seed: int, dev
     decoding."""
     learner.eval()
     rng, shares = random.Random(f"examine/{seed}"), {}
-    for kind in drawings.KINDS_OF_QUESTION:
+    for kind in shapes_dataset.KINDS_OF_QUESTION:
         right = 0
         samples = []
         for _ in range(per_kind):
-            scenes, questions = drawings.fresh_question(rng, kind)
+            scenes, questions = shapes_dataset.fresh_question(rng, kind)
             samples.append(data.sample(scenes, questions, rng))
         batch = collate(samples).to(device)
         features = learner.model.encode_images(batch.tiles) if len(batch.tiles) else None
@@ -593,7 +604,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
 
 def finish(args: argparse.Namespace) -> None:
     """Write the model in Hugging Face's layout, in bfloat16."""
-    from llama4.weights.saver import save
+    from llama4.weights.save import save
 
     learner = Learner(tiny(), on_gpu=False)
     learner.load_state_dict(torch.load(args.out / "checkpoint.pt", weights_only=True, map_location="cpu")["learner"])

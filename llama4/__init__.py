@@ -9,36 +9,40 @@ Names are imported when they are first used, so that `import llama4` costs nothi
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
+    from llama4.engine.generate import Token
+    from llama4.engine.replies import Reply, Stream, Usage
+    from llama4.engine.sampling import Sampler
     from llama4.errors import CheckpointError, ConfigError, ContextLengthError, ImageError
-    from llama4.generate import Token
-    from llama4.model import Llama4Model
-    from llama4.processor import Inputs, Processor
-    from llama4.replies import Reply, Stream, Usage
-    from llama4.sampling import Sampler
-    from llama4.tokenizer import Tokenizer
-    from llama4.tool_calls import ToolCall
-    from vision.config import VisionConfig
-    from vision.images import load_image
+    from llama4.inputs import Inputs, Processor
+    from llama4.model.multimodal import Llama4Model
+    from llama4.text.tokenizer import Tokenizer
+    from llama4.text.tool_calls import ToolCall
+    from llama4.vision.config import VisionConfig
+    from llama4.vision.images import load_image
 
 __version__ = "0.1.0"
+
+if not os.path.isdir(os.path.join(__path__[0], "vision")):  # a checkout: vision/ stands beside llama4/, not inside
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {
     "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
     "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
-    "llama4.generate": ("Token",),
-    "llama4.model": ("Llama4Model",),
-    "llama4.processor": ("Inputs", "Processor"),
-    "llama4.replies": ("Reply", "Stream", "Usage"),
-    "llama4.sampling": ("Sampler",),
-    "llama4.tokenizer": ("Tokenizer",),
-    "llama4.tool_calls": ("ToolCall",),
+    "llama4.engine.generate": ("Token",),
+    "llama4.model.multimodal": ("Llama4Model",),
+    "llama4.inputs": ("Inputs", "Processor"),
+    "llama4.engine.replies": ("Reply", "Stream", "Usage"),
+    "llama4.engine.sampling": ("Sampler",),
+    "llama4.text.tokenizer": ("Tokenizer",),
+    "llama4.text.tool_calls": ("ToolCall",),
     "vision.config": ("VisionConfig",),
     "vision.images": ("load_image",),
 }

@@ -11,31 +11,30 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 
-from llama4 import hub
-from llama4.cache_formats import resolve_format
-from llama4.chat import Message
+from llama4.cache.formats import resolve_format
 from llama4.config import Llama4Config
-from llama4.experts import resolve_experts
-from llama4.generate import Event, generate
-from llama4.model import Llama4Model
-from llama4.offload import keep_experts
-from llama4.processor import Inputs, Processor
-from llama4.prompt_cache import PromptCache, identities
+from llama4.engine.generate import Event, generate
+from llama4.engine.offload import keep_experts
+from llama4.engine.prefix_cache import PromptCache, identities
+from llama4.engine.replies import Draft, Reply, Stream
+from llama4.engine.sampling import Sampler
+from llama4.inputs import Inputs, Processor
+from llama4.model.experts import resolve_experts
+from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
-from llama4.replies import Draft, Reply, Stream
-from llama4.sampling import Sampler
-from llama4.tokenizer import Tokenizer
+from llama4.text.prompt import Message
+from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
-from llama4.weights import pages
+from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.loader import load
+from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
-from llama4.weights.saver import save
+from llama4.weights.save import save
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 """Models inside this package, by name. A directory of the same name is reached as `./tiny`."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -95,7 +94,7 @@ class Llama4:
         self.progress = progress
         self._tokenizer = tokenizer
         self._processor = _make_processor(model.config, tokenizer) if tokenizer is not None else None
-        pages.reuse_freed()
+        memory.reuse_freed()
 
     @classmethod
     def from_pretrained(
@@ -136,10 +135,10 @@ class Llama4:
             cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
                 scale per head and token, or a dtype; "auto" is the model's.
             cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
-            memory_map: on a CPU, leave weights but the head in the file, whose pages are read when they are used and can
-                be dropped when memory is short; of a quantised model that is little more than embeddings and images. False reads
-                all of them into memory of their own, in large pages where the system has such: loading takes longer,
-                and decoding less where it keeps files in small ones.
+            memory_map: on a CPU, leave weights but the head in the file, whose pages are read when they are used and
+                can be dropped when memory is short; of a quantised model that is little more than embeddings and
+                images. False reads all of them into memory of their own, in large pages where the system has such:
+                loading takes longer, and decoding less where it keeps files in small ones.
             progress: show bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vision.images import ImageError
+from llama4.vision.images import ImageError
 
 __all__ = ["CheckpointError", "ConfigError", "ContextLengthError", "ImageError"]
 

@@ -16,8 +16,8 @@ from PIL import Image
 from llama4 import CheckpointError, ConfigError, ContextLengthError, ImageError, Llama4, Reply
 from llama4.api import EMBEDDED, resolve_device, resolve_dtype
 from llama4.config import scout
-from llama4.generate import Event, Token
-from llama4.replies import Draft
+from llama4.engine.generate import Event, Token
+from llama4.engine.replies import Draft
 from tests import small_model
 
 RED = Image.new("RGB", (50, 40), (255, 0, 0))
@@ -165,7 +165,7 @@ def test_pushing_uploads_what_saving_writes(llm: Llama4, tmp_path: Path, monkeyp
         shutil.copytree(directory, tmp_path / "pushed")
         return f"{repo_id} {token} {private}"
 
-    monkeypatch.setattr("llama4.hub.push", push)
+    monkeypatch.setattr("llama4.weights.hub.push", push)
     assert llm.push_to_hub("me/mine", token="t", private=True) == "me/mine t True"
     llm.save_pretrained(tmp_path / "saved")
     pushed, saved = ({path.name for path in (tmp_path / name).iterdir()} for name in ("pushed", "saved"))

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from llama4 import Llama4, __version__
-from llama4.cli import main
+from llama4.cli.main import main
 from tests import small_model
 
 LIMIT = ["--max-new-tokens", "12"]
@@ -235,7 +235,7 @@ def test_chat_goes_on_after_an_error(
 def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4
 ) -> None:
-    from llama4 import generate
+    from llama4.engine import generate
 
     steps = 0
     step = generate.step

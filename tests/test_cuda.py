@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from llama4 import Llama4
 from llama4.config import Llama4Config
-from llama4.kernels import gpu
-from llama4.model import Llama4Model
-from llama4.moe import MixtureOfExperts
+from llama4.kernels.triton import launch
+from llama4.model.moe import MixtureOfExperts
+from llama4.model.multimodal import Llama4Model
 from llama4.quantization import fp8
 from llama4.quantization.modules import PackedExperts, swap_modules
 from llama4.quantization.schemes import Format, make_plan
 from tests import small_model
-from tests.quantization.test_packed import name_of, packed
+from tests.quantization.test_weight import name_of, packed
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 FORMATS = [Format("int4", 32), Format("int4", 128), Format("int8"), Format("fp8")]
@@ -167,5 +167,5 @@ def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = packed_experts(Format("int4", 32), 4, 256, 128, torch.bfloat16).cuda()
     x, counts = torch.randn(20, 256, device="cuda").bfloat16(), torch.tensor([10, 0, 3, 7], device="cuda")
     ours = experts(x, counts)
-    monkeypatch.setattr(gpu, "unsupported_reason", lambda device, dtype: "switched off")
+    monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: "switched off")
     assert relative(ours, experts(x, counts)) < 1e-2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "needle.py"
 spec = importlib.util.spec_from_file_location("needle", SCRIPT)

@@ -7,9 +7,8 @@ decoder.
 from __future__ import annotations
 
 import torch.nn.functional as F
+from llama4.vision.config import VisionConfig
 from torch import Tensor, nn
-
-from vision.config import VisionConfig
 
 
 def pixel_shuffle(x_nPW: Tensor, ratio: float) -> Tensor:

@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 
-from llama4 import hub
 from llama4.api import DTYPES, EMBEDDED, resolve_device, resolve_dtype
-from llama4.bench import floors
-from llama4.bench.contestants import PEERS, Contestant, Setting, Task, version
+from llama4.bench import roofline
+from llama4.bench.engines import PEERS, Contestant, Setting, Task, version
 from llama4.bench.machine import Ceilings, Others, Rates, describe
 from llama4.bench.report import DISTURBED, Spread, add_output_options, number, positive, shown, table, warn_of_others
 from llama4.bench.workers import Worker
 from llama4.config import Llama4Config
 from llama4.quantization.schemes import SCHEMES, Plan
+from llama4.weights import hub
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.params import is_meta
+from llama4.weights.meta_params import is_meta
 from llama4.weights.quantizing import quantized
 
 LOAD, FIRST, PEAK = "load, s", "load to first token, s", "peak memory, MiB"
@@ -114,18 +114,18 @@ class Floors:
     def __init__(self, config: Llama4Config, experts_met: Mapping[Task, float]) -> None:
         self._config, self._experts_met = config, experts_met
 
-    def of(self, task: Task, plan: Plan, dtype: torch.dtype, picture: tuple[int, int]) -> floors.Work:
+    def of(self, task: Task, plan: Plan, dtype: torch.dtype, picture: tuple[int, int]) -> roofline.Work:
         """`picture`: tokens and tiles of the task with a picture. Of decoding, a step on average over the reply."""
         text, vision = self._config.text, self._config.vision
         if task.kind == "prefill":
-            return floors.prefill(text, plan, dtype, task.prompt)
+            return roofline.prefill(text, plan, dtype, task.prompt)
         if task.kind == "decode":
             middle = task.prompt + task.new // 2
-            return floors.decode(text, plan, dtype, [middle] * task.rows, self._experts_met[task])
+            return roofline.decode(text, plan, dtype, [middle] * task.rows, self._experts_met[task])
         tokens, tiles = picture
         assert vision is not None
-        tower = floors.vision(vision, tiles, text.hidden_size, dtype)
-        return tower + floors.prefill(text, plan, dtype, tokens)
+        tower = roofline.vision(vision, tiles, text.hidden_size, dtype)
+        return tower + roofline.prefill(text, plan, dtype, tokens)
 
 
 def measure(
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.about |= {
         "model": options.model,
         "parameters": config.num_parameters(),
-        "active": floors.active_numbers(config.text),
+        "active": roofline.active_numbers(config.text),
         "rounds": options.rounds,
         "contestants": {name: asdict(setting) for name, setting in settings.items()},
     }

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 
 import torch
 
+from llama4.analysis.info import read_config
 from llama4.api import DTYPES
-from llama4.bench import floors
-from llama4.bench.contestants import photo_bytes
+from llama4.bench import roofline
+from llama4.bench.engines import photo_bytes
 from llama4.bench.machine import Ceilings, Others, describe, timed
 from llama4.bench.report import Spread, add_output_options, add_threads, number, positive, table, warn_of_others
-from llama4.info import read_config
-from vision.config import VisionConfig
-from vision.encoder import VisionModel
-from vision.images import load_image
-from vision.tiling import tile_image
+from llama4.vision.config import VisionConfig
+from llama4.vision.encoder import VisionModel
+from llama4.vision.images import load_image
+from llama4.vision.tiling import tile_image
 
 
 def tower(
@@ -42,7 +42,7 @@ def tower(
         torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     pixels = torch.randn(tiles, config.num_channels, config.image_size, config.image_size, generator=generator)
     pixels = pixels.to(dtype)
-    work, ceilings = floors.vision(config, tiles, dtype=dtype), Ceilings(dtype, threads)
+    work, ceilings = roofline.vision(config, tiles, dtype=dtype), Ceilings(dtype, threads)
     with torch.inference_mode():
         model(pixels)
         samples, shares, rates = [], [], []
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples, shares, rates = tower(config, DTYPES[options.dtype], options.tiles, options.rounds, options.threads)
     decoding, tiling, size = preparation(config, options.megapixels, options.rounds)
     warn_of_others([others.share()])
-    flops = floors.vision(config, options.tiles).flops
+    flops = roofline.vision(config, options.tiles).flops
     machine = describe()
     if options.json:
         content = {

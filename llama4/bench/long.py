@@ -22,9 +22,9 @@ from torch import Tensor
 
 from llama4.api import DTYPES, Llama4
 from llama4.bench.machine import peak_bytes, reset_peak
-from llama4.generate import generate
-from llama4.processor import Inputs
-from llama4.sampling import Sampler
+from llama4.engine.generate import generate
+from llama4.engine.sampling import Sampler
+from llama4.inputs import Inputs
 from llama4.units import bytes_text, parse_tokens, time_text
 
 TRANSFORMERS = """

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llama4.weights import pages
+from llama4.weights import memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CPUINFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
@@ -85,7 +85,7 @@ class Ceilings:
         x, weight = torch.ones(2, size, size, dtype=dtype, device=device)
         numbers = torch.ones(read // 4, device=device)
         if numbers.device.type == "cpu":
-            numbers = pages.keep(numbers)
+            numbers = memory.keep(numbers)
         self._sum = lambda: numbers.sum().item()
         self._products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)[0, 0].item()]
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:

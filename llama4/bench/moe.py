@@ -19,8 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llama4.analysis.costs import stored_bytes
+from llama4.analysis.info import read_config
 from llama4.api import DTYPES
-from llama4.bench import floors
+from llama4.bench import roofline
 from llama4.bench.machine import Ceilings, Others, Rates, describe, timed
 from llama4.bench.report import (
     Spread,
@@ -33,9 +35,7 @@ from llama4.bench.report import (
     warn_of_others,
 )
 from llama4.config import TextConfig
-from llama4.counts import stored_bytes
-from llama4.experts import BACKENDS, backends_for
-from llama4.info import read_config
+from llama4.model.experts import BACKENDS, backends_for
 from llama4.quantization.modules import PACKED, PackedExperts
 from llama4.quantization.schemes import SCHEMES, Format, make_plan
 
@@ -99,12 +99,12 @@ def make_backends(
     return found
 
 
-def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: int, experts: int) -> floors.Work:
+def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: int, experts: int) -> roofline.Work:
     """The least for so many rows that meet so many experts."""
     E, D, F = text.num_local_experts, text.hidden_size, text.intermediate_size
     shapes = {"gate_up_proj": (E, D, 2 * F), "down_proj": (E, F, D)}
     read = sum(stored_bytes(shape, plan.get(part), dtype.itemsize) for part, shape in shapes.items())
-    return floors.Work(2 * rows * 3 * D * F, read * experts / E)
+    return roofline.Work(2 * rows * 3 * D * F, read * experts / E)
 
 
 def measure(

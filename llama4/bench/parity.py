@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama4 import hub
 from llama4.api import DTYPES, EMBEDDED, Llama4
-from llama4.drawings import draw, fresh_question
-from llama4.moe import Router
-from llama4.processor import Inputs
-from llama4.weights.params import is_meta
+from llama4.inputs import Inputs
+from llama4.model.moe import Router
+from llama4.tiny.shapes_dataset import draw, fresh_question
+from llama4.weights import hub
+from llama4.weights.meta_params import is_meta
 
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 """What the sums of a deep model in another order may differ by. transformers' RoPE is float32 even in float64."""

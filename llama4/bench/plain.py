@@ -12,7 +12,7 @@ from llama4.quantization.schemes import Format, make_plan
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.compressed import group_config
 from llama4.weights.quantizing import QuantizingSource
-from llama4.weights.saver import save
+from llama4.weights.save import save
 
 
 class PlainSource(QuantizingSource):

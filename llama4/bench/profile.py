@@ -28,17 +28,17 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from llama4.analysis.costs import HEAD, stored_bytes
 from llama4.api import DTYPES, Llama4
-from llama4.bench import floors
+from llama4.bench import roofline
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
-from llama4.counts import HEAD, stored_bytes
 from llama4.kernels import cpu
-from llama4.kernels.dense import project
-from llama4.moe import Router
+from llama4.model.moe import Router
+from llama4.ops.linear import project
 from llama4.quantization.modules import PackedExperts
-from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.weight import PackedWeight
 
 MARK = "part: "
 SMALL = 0.005
@@ -129,13 +129,13 @@ def watch(model: nn.Module, run: Callable[[], object], repeats: int) -> dict[tup
 def flops_by_part(llm: Llama4, tokens: int) -> dict[str, float]:
     """Of a prompt."""
     text, found = llm.config.text, defaultdict[str, float](float)
-    for name, shape in floors.matrices(text).items():
+    for name, shape in roofline.matrices(text).items():
         part = part_of(name.removesuffix(".weight"))
         if len(shape) == 3:
             found[part.rpartition(".")[0]] += 2 * tokens * text.num_experts_per_tok * shape[1] * shape[2]
         else:
             found[part] += 2 * (1 if name == HEAD else tokens) * shape[0] * shape[1]
-    found["self_attn"] = floors.attention_flops(text, range(tokens))
+    found["self_attn"] = roofline.attention_flops(text, range(tokens))
     return found
 
 
@@ -143,13 +143,13 @@ def bytes_by_part(llm: Llama4, position: int) -> dict[str, float]:
     """Of a step of one row."""
     text, dtype, found = llm.config.text, llm.model.dtype, defaultdict[str, float](float)
     plan = plan_of(llm.model)
-    for name, shape in floors.matrices(text).items():
+    for name, shape in roofline.matrices(text).items():
         part, size = part_of(name.removesuffix(".weight")), stored_bytes(shape, plan.get(name), dtype.itemsize)
         if len(shape) == 3:
             found[part.rpartition(".")[0]] += size * text.num_experts_per_tok / shape[0]
         else:
             found[part] += size
-    keys = sum(floors.keys_seen(text, layer, [position]) for layer in range(text.num_hidden_layers))
+    keys = sum(roofline.keys_seen(text, layer, [position]) for layer in range(text.num_hidden_layers))
     found["self_attn"] = 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize * keys
     return found
 
@@ -201,7 +201,7 @@ def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
             return partial(_product, row(width), linear.weight)
         return lambda: linear(row(width))
 
-    for name, shape in floors.matrices(llm.config.text).items():
+    for name, shape in roofline.matrices(llm.config.text).items():
         path, part = name.removesuffix(".weight"), part_of(name.removesuffix(".weight"))
         if len(shape) == 2:
             yield part, through(llm.model.get_submodule(path), shape[1])
@@ -266,7 +266,7 @@ def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[
     rates.append(ceilings.measure())
     most = _mean(*rates[-2:])
     least = {part: flops / most.gemm * 1e3 for part, flops in flops_by_part(llm, prompt).items()}
-    share = floors.prefill(text, plan, model.dtype, prompt).seconds(most.gemm, most.memory) * 1e3 / bare
+    share = roofline.prefill(text, plan, model.dtype, prompt).seconds(most.gemm, most.memory) * 1e3 / bare
     reading = Profile(f"prefill of {prompt} tokens", rows_of(found, least), bare, share)
 
     prefill()
@@ -277,7 +277,7 @@ def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[
     products_ms = sum(milliseconds for milliseconds, _ in found.values())
     found["all else: attention, norms, routing, Python", ""] = [max(bare - products_ms, 0.0), 1.0]
     least = {part: size / most.memory * 1e3 for part, size in bytes_by_part(llm, prompt).items()}
-    share = floors.decode(text, plan, model.dtype, [prompt], text.num_experts_per_tok).seconds(most.gemm, most.memory)
+    share = roofline.decode(text, plan, model.dtype, [prompt], text.num_experts_per_tok).seconds(most.gemm, most.memory)
     decoding = Profile(f"decode after {prompt} tokens", rows_of(found, least), bare, share * 1e3 / bare)
     return [reading, decoding], rates
 

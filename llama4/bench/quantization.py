@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4 import hub
 from llama4.api import EMBEDDED, Llama4
 from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes, seconds
 from llama4.bench.plain import round_plainly, write_plain
 from llama4.bench.vqa import evaluate, exam, wilson
-from llama4.convert import quantize
-from llama4.drawings import KINDS_OF_QUESTION
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import SCHEMES, Format
+from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
+from llama4.weights import hub
+from llama4.weights.convert import quantize
 
 REPEATS = 5
 BATCH = 16

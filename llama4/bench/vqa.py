@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama4.drawings import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
-from llama4.moe import Router
+from llama4.model.moe import Router
+from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
 
 Messages = list[dict[str, Any]]
 Answer = Callable[[list[Messages]], list[str]]

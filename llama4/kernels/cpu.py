@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama4.cache_formats import AsIs, Format, Int4
+from llama4.cache.formats import AsIs, Format, Int4
 from llama4.config import CACHE_BLOCK
 
 logger = logging.getLogger(__name__)

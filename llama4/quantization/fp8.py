@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu, gpu
-from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
+from llama4.kernels import cpu
+from llama4.kernels.triton import launch
 from llama4.quantization.schemes import Format
+from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -48,7 +49,7 @@ class Fp8Weight(PackedWeight):
     def grouped(self, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
         x_codes, x_scale = to_fp8(x_RI, torch.float32)
-        if counts_E is not None and len(x_RI) > gpu.FEW and torch_multiplies(x_RI, codes, grouped=True):
+        if counts_E is not None and len(x_RI) > launch.FEW and torch_multiplies(x_RI, codes, grouped=True):
             return torch._scaled_grouped_mm(
                 x_codes,
                 codes.view(E4M3).mT,
@@ -58,11 +59,11 @@ class Fp8Weight(PackedWeight):
                 out_dtype=x_RI.dtype,
             )
         scales = {"scales": scale, "x_scales_R": x_scale.squeeze(1)}
-        return gpu.product("fp8", x_codes.view(torch.uint8), codes, counts_E=counts_E, dtype=x_RI.dtype, **scales)
+        return launch.product("fp8", x_codes.view(torch.uint8), codes, counts_E=counts_E, dtype=x_RI.dtype, **scales)
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if self.on_gpu(x_NI) and (len(x_NI) <= gpu.FEW or not torch_multiplies(x_NI, codes)):
+        if self.on_gpu(x_NI) and (len(x_NI) <= launch.FEW or not torch_multiplies(x_NI, codes)):
             return self.grouped(x_NI, expert=expert)
         if scale.shape[1] == 1:
             return _product(x_NI, codes, scale)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels import cpu
-from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
+from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
 SHRINKS = (1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
 """Where the range of a group may end, in parts of its largest weight: clipping a few lets all others be finer."""

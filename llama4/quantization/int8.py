@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels import cpu
-from llama4.quantization.packed import PackedWeight, in_blocks, not_zero
 from llama4.quantization.schemes import Format
+from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
 
 class Int8Weight(PackedWeight):

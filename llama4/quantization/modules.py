@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
-from llama4.experts import one_by_one
 from llama4.kernels import cpu
-from llama4.kernels.dense import Linear
-from llama4.layers import FeedForward, swiglu
+from llama4.model.experts import one_by_one
+from llama4.model.layers import FeedForward, swiglu
+from llama4.ops.linear import Linear
 from llama4.quantization.fp8 import Fp8Weight
 from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
 from llama4.quantization.nf4 import KIND as NF4
 from llama4.quantization.nf4 import Nf4Weight
-from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import PLAIN, Format, Plan
+from llama4.quantization.weight import PackedWeight
 
 PACKED: dict[str, type[PackedWeight]] = {"int4": Int4Weight, "int8": Int8Weight, "fp8": Fp8Weight, NF4: Nf4Weight}
 """Kind of format -> module."""

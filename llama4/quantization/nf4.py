@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama4.quantization.packed import PackedWeight, in_blocks
 from llama4.quantization.schemes import Format
+from llama4.quantization.weight import PackedWeight, in_blocks
 
 KIND = "nf4"
 NESTED_BLOCK = 256

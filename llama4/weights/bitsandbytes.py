@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama4.errors import CheckpointError
 from llama4.quantization.nf4 import KIND, Nf4Format, Nf4Weight
 from llama4.quantization.schemes import PLAIN, Format
-from llama4.weights.rules import MULTIMODAL, AsTheyAre, Names
+from llama4.weights.names import MULTIMODAL, AsTheyAre, Names
 from llama4.weights.source import Source
 
 METHOD = "bitsandbytes"

@@ -9,7 +9,7 @@ from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.weights import bitsandbytes, compressed, fbgemm
 from llama4.weights.meta import MetaSource
-from llama4.weights.params import is_meta, read_params
+from llama4.weights.meta_params import is_meta, read_params
 from llama4.weights.source import Source, open_source
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Format
-from llama4.weights import pages
-from llama4.weights.rules import MULTIMODAL, AsTheyAre, Names
+from llama4.weights import memory
+from llama4.weights.names import MULTIMODAL, AsTheyAre, Names
 from llama4.weights.source import Source
 
 METHOD = "compressed-tensors"
@@ -179,7 +179,7 @@ class CompressedSource:
         if key in self._plain:
             return self._read(self._plain[key])
         stack = self._stacks[key]
-        whole = pages.empty(self.shape(key), self.dtype(key))
+        whole = memory.empty(self.shape(key), self.dtype(key))
         for expert, keys in zip(whole, stack.keys, strict=True):
             matrix = torch.cat([self._read(one) for one in keys])
             expert.copy_(matrix.mT if stack.in_out else matrix)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Format
-from llama4.weights.rules import MULTIMODAL, Names
+from llama4.weights.names import MULTIMODAL, Names
 from llama4.weights.source import Source
 
 METHOD = "fbgemm_fp8"

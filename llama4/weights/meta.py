@@ -24,7 +24,7 @@ from tqdm import tqdm
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Plan
-from llama4.weights import pages
+from llama4.weights import memory
 from llama4.weights.source import Source
 
 RANK_FILE = "consolidated.{:02d}.pth"
@@ -217,7 +217,7 @@ class MetaSource:
         table = [(piece, self._parts(key, piece)) for piece in self._table[key]]
         if len(table) == 1 and len(table[0][1]) == 1:
             return table[0][1][0]
-        whole = pages.empty(self.shape(key), self.dtype(key))
+        whole = memory.empty(self.shape(key), self.dtype(key))
         begin = 0
         for piece, parts in table:
             width = whole.shape[-1] // len(table)

@@ -10,8 +10,8 @@ from torch import Tensor
 from llama4.errors import CheckpointError
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import PLAIN, Format, Plan, make_plan
-from llama4.weights import pages
-from llama4.weights.rules import MULTIMODAL, Names
+from llama4.weights import memory
+from llama4.weights.names import MULTIMODAL, Names
 from llama4.weights.source import SafetensorsSource, Source
 
 
@@ -82,7 +82,7 @@ class QuantizingSource:
                     whole[part] = values.new_empty(len(tensor), *values.shape)
                 whole[part][i] = values
         if isinstance(self._source, SafetensorsSource):
-            pages.let_go(tensor)
+            memory.let_go(tensor)
         return whole
 
 

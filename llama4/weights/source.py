@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Plan
-from llama4.weights.rules import Names, table_for
+from llama4.weights.names import Names, table_for
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama4 import attention
 from llama4.bench import __main__ as bench
 from llama4.bench.parity import compare, first_difference, trace
-from llama4.moe import MixtureOfExperts
+from llama4.model import attention
+from llama4.model.moe import MixtureOfExperts
 from tests import small_model
 
 

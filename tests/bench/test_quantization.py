@@ -12,9 +12,9 @@ import torch
 from llama4.bench.__main__ import main
 from llama4.bench.plain import round_plainly
 from llama4.bench.quantization import Row, _answers, rounding_errors, table
-from llama4.drawings import KINDS_OF_QUESTION
 from llama4.quantization import int4
 from llama4.quantization.schemes import Format
+from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
 from tests.parity.references import reference_config, reference_model
 
 

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from llama4.vision.config import VisionConfig
 from PIL import Image
 
 from llama4 import Llama4
 from llama4.api import EMBEDDED
 from llama4.bench import __main__ as bench
-from llama4.bench import floors, generate, growth, moe, profile
-from llama4.bench.contestants import ENGINES, Contestant, Setting, Task, photo_bytes
-from llama4.bench.growth import Point
+from llama4.bench import context_scaling, generate, moe, profile, roofline
+from llama4.bench.context_scaling import Point
+from llama4.bench.engines import ENGINES, Contestant, Setting, Task, photo_bytes
 from llama4.bench.machine import Ceilings, Rates
-from llama4.cli import main
+from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig, tiny
 from llama4.quantization.schemes import make_plan
 from tests import small_model
-from vision.config import VisionConfig
 
 RATES = Rates(memory=1e9, gemm=1e11)
 
@@ -120,12 +120,12 @@ def test_generate(directory: str, capsys: pytest.CaptureFixture[str], monkeypatc
     assert 50 < figures["peak memory, MiB"]["median"] < 5000
     config = small_model.config()
     for name, tokens, work in (
-        ("prefill, 40 tokens", 40, floors.prefill(config.text, {}, torch.float32, 40)),
-        ("decode, batch 1", 1, floors.decode(config.text, {}, torch.float32, [129], 1)),
+        ("prefill, 40 tokens", 40, roofline.prefill(config.text, {}, torch.float32, 40)),
+        ("decode, batch 1", 1, roofline.decode(config.text, {}, torch.float32, [129], 1)),
         (
             "decode, batch 4",
             4,
-            floors.decode(config.text, {}, torch.float32, [129] * 4, report["experts_met"]["decode, batch 4"]),
+            roofline.decode(config.text, {}, torch.float32, [129] * 4, report["experts_met"]["decode, batch 4"]),
         ),
     ):
         figure = figures[name]
@@ -189,7 +189,7 @@ def test_a_run_during_which_the_machine_changed_is_done_again(
     report = run(capsys, *arguments, "0")
     assert len(measured) == 2 * 3
     sample = next(f for f in report["figures"] if f["task"] == "decode, batch 2")
-    least = floors.decode(
+    least = roofline.decode(
         small_model.config().text, {}, torch.float32, [129] * 2, report["experts_met"][sample["task"]]
     )
     steady = least.seconds(RATES.gemm, RATES.memory) / sample["samples"][0]
@@ -202,11 +202,11 @@ def test_profile_accounts_for_all_of_the_floor_and_the_time(
     monkeypatch.setattr(profile, "SMALL", 0.0)
     llm = Llama4.from_pretrained(directory)
     text = llm.config.text
-    assert sum(profile.flops_by_part(llm, 40).values()) == floors.prefill(text, {}, torch.float32, 40).flops
-    assert sum(profile.bytes_by_part(llm, 40).values()) == floors.decode(text, {}, torch.float32, [40], 1).bytes
+    assert sum(profile.flops_by_part(llm, 40).values()) == roofline.prefill(text, {}, torch.float32, 40).flops
+    assert sum(profile.bytes_by_part(llm, 40).values()) == roofline.decode(text, {}, torch.float32, [40], 1).bytes
     packed = Llama4.from_pretrained("tiny", quantization="int8")
     plan = profile.plan_of(packed.model)
-    assert plan == make_plan("int8", floors.matrices(packed.config.text))
+    assert plan == make_plan("int8", roofline.matrices(packed.config.text))
     report = run(capsys, "profile", directory, "--prompt", "40", "--rounds", "1")
     prefill, decode = report["profiles"]
     assert all(sum(row["share_of_time"] for row in each["rows"]) == pytest.approx(1) for each in (prefill, decode))
@@ -227,43 +227,43 @@ def test_products_are_those_of_a_step(quantization: str | None) -> None:
     llm = Llama4.from_pretrained("tiny", quantization=quantization)
     outputs = [call() for _, call in profile.products(llm)]
     text = llm.config.text
-    expected = [shape[-1] if len(shape) == 3 else shape[0] for shape in floors.matrices(text).values()]
+    expected = [shape[-1] if len(shape) == 3 else shape[0] for shape in roofline.matrices(text).values()]
     assert sorted(out.shape[-1] for out in outputs) == sorted(expected)
 
 
 def test_growth_is_fitted() -> None:
     """Points that were made with known rates give those back; where layers cannot be told apart none is claimed."""
     text = small_model.config().text  # chunks of 32; 3 layers in chunks, 1 that sees all
-    assert growth.keys_by_kind(text, 70, 2) == (3 * (7 + 8), 71 + 72)
+    assert context_scaling.keys_by_kind(text, 70, 2) == (3 * (7 + 8), 71 + 72)
 
     def keys(point: Point) -> tuple[int, int]:
-        return growth.keys_by_kind(text, point.position, point.tokens)
+        return context_scaling.keys_by_kind(text, point.position, point.tokens)
 
     points = []
     for position in range(0, 400, 10):
-        chunked, full = growth.keys_by_kind(text, position, 1)
+        chunked, full = context_scaling.keys_by_kind(text, position, 1)
         points.append(Point(position, 1, 0.5 + 100 * chunked / 2e4 + 100 * full / 8e4))
-    found = growth.fit(points, keys, per_key=100)
+    found = context_scaling.fit(points, keys, per_key=100)
     assert found is not None
     assert (found.constant, found.chunked_rate, found.full_rate) == pytest.approx((0.5, 2e4, 8e4))
     assert found.largest_error < 1e-9
     points[3].seconds *= 2
-    disturbed = growth.fit(points, keys, per_key=100)
+    disturbed = context_scaling.fit(points, keys, per_key=100)
     assert disturbed is not None
     assert disturbed.largest_error > 0.2
-    within_a_chunk = growth.fit(
+    within_a_chunk = context_scaling.fit(
         [Point(p, 1, 0.5 + 100 * 4 * (p + 1) / 2e4) for p in range(0, 30, 5)], keys, per_key=100
     )
     assert within_a_chunk is not None
     assert within_a_chunk.chunked_rate == within_a_chunk.full_rate == pytest.approx(2e4), "all layers saw the same"
-    at_borders = [Point(p, 1, 0.5 + 100 * growth.keys_by_kind(text, p, 1)[1] / 8e4) for p in range(0, 640, 32)]
-    found = growth.fit(at_borders, keys, per_key=100)
+    at_borders = [Point(p, 1, 0.5 + 100 * context_scaling.keys_by_kind(text, p, 1)[1] / 8e4) for p in range(0, 640, 32)]
+    found = context_scaling.fit(at_borders, keys, per_key=100)
     assert found is not None
     assert found.full_rate == pytest.approx(8e4), "chunked layers, which always saw one key, are part of the constant"
-    flat = growth.fit([Point(p, 1, 0.5) for p in range(0, 400, 10)], keys, per_key=100)
+    flat = context_scaling.fit([Point(p, 1, 0.5) for p in range(0, 400, 10)], keys, per_key=100)
     assert flat is not None
     assert flat.constant == pytest.approx(0.5)
-    assert growth.fit(points[:2], keys, per_key=100) is None
+    assert context_scaling.fit(points[:2], keys, per_key=100) is None
 
 
 def test_growth(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +289,7 @@ def test_a_filled_cache_is_as_long_as_a_read_one() -> None:
     model = small_model.model()
     filled, read = model.new_cache(), model.new_cache()
     for length in (10, 32, 600, 1000):
-        growth.fill(filled, length, model.config.text, torch.float32)
+        context_scaling.fill(filled, length, model.config.text, torch.float32)
         with torch.inference_mode():
             model(torch.zeros(1, length - read.nexts[0], dtype=torch.long), cache=read)
         assert filled.lengths == read.lengths
@@ -330,7 +330,7 @@ def test_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     report = run(capsys, "images", "tiny", *arguments)
     assert report["tower"]["layers"] == 2
     vision = dataclasses.replace(tiny().vision or VisionConfig(), num_hidden_layers=2)
-    least = floors.vision(vision, 3, dtype=torch.float32).seconds(RATES.gemm, RATES.memory)
+    least = roofline.vision(vision, 3, dtype=torch.float32).seconds(RATES.gemm, RATES.memory)
     shares = [least / seconds for seconds in report["tower"]["seconds"]]
     assert report["tower"]["share_of_floor"] == pytest.approx(shares)
     assert report["picture"]["size"] == [320, 240]

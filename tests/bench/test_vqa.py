@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llama4.bench.vqa import Messages, evaluate, table, wilson
-from llama4.drawings import KINDS_OF_QUESTION, Question
+from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, Question
 
 
 def test_wilson_equals_published_values() -> None:

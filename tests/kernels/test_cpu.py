@@ -11,14 +11,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from llama4.vision.encoder import rotate
 from torch import Tensor
 
-from llama4.cache import LayerCache
-from llama4.cache_formats import QUANTIZED, Format, resolve_format
+from llama4.cache.formats import QUANTIZED, Format, resolve_format
+from llama4.cache.sequence import LayerCache
 from llama4.config import TextConfig
-from llama4.kernels import cpu, dense
+from llama4.kernels import cpu
+from llama4.ops import linear
 from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
-from vision.encoder import rotate
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -300,7 +301,7 @@ def test_any_way_is_right(rows: int, dtype: torch.dtype) -> None:
     for outputs, inputs in ((40, 24), (1024, 512)):
         x, weight = normal(rows, inputs).to(dtype), normal(outputs, inputs, seed=1).to(dtype)
         truth = x.double() @ weight.double().mT
-        for out in (dense.linear(x, weight), dense.project(x, weight.mT.contiguous()), dense.project(x, weight.mT)):
+        for out in (linear.linear(x, weight), linear.project(x, weight.mT.contiguous()), linear.project(x, weight.mT)):
             assert out.dtype == dtype
             assert out.shape == truth.shape
             assert not rows or (out.double() - truth).abs().max() < 1e-2 * truth.abs().max()
@@ -308,11 +309,11 @@ def test_any_way_is_right(rows: int, dtype: torch.dtype) -> None:
 
 def test_gradients_go_through() -> None:
     x, weight = normal(2, 512).requires_grad_(), normal(1024, 512, seed=1).requires_grad_()
-    dense.linear(x, weight).sum().backward()
+    linear.linear(x, weight).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, weight.detach().sum(0).expand(2, -1), atol=1e-4)
     weight.grad = None
-    dense.project(x.detach(), weight.mT).sum().backward()
+    linear.project(x.detach(), weight.mT).sum().backward()
     assert weight.grad is not None
 
 
@@ -324,8 +325,8 @@ def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) ->
         from llama4.kernels import cpu, dense
         x, weight = torch.randn(2, 512), torch.randn(1024, 512)
         assert cpu.library() is None
-        assert torch.allclose(dense.linear(x, weight), x @ weight.mT, atol=1e-3)
-        assert torch.allclose(dense.project(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
+        assert torch.allclose(linear.linear(x, weight), x @ weight.mT, atol=1e-3)
+        assert torch.allclose(linear.project(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
         """
     cache = str(tmp_path_factory.mktemp("cache"))
     environment = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": cache}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama4.config import TextConfig
-from llama4.experts import GroupedExperts
-from llama4.kernels import gpu
+from llama4.kernels.triton import launch
+from llama4.model.experts import GroupedExperts
 from llama4.quantization import fp8
 from llama4.quantization.schemes import Format
 
@@ -21,29 +21,29 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    gpu.unsupported_reason.cache_clear()
-    gpu._failure.cache_clear()
+    launch.unsupported_reason.cache_clear()
+    launch._failure.cache_clear()
     yield
-    gpu.unsupported_reason.cache_clear()
-    gpu._failure.cache_clear()
+    launch.unsupported_reason.cache_clear()
+    launch._failure.cache_clear()
 
 
 def test_not_on_a_cpu() -> None:
-    assert gpu.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
-    assert not gpu.takes(torch.zeros(1, 64), "int4", 32)
+    assert launch.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
+    assert not launch.takes(torch.zeros(1, 64), "int4", 32)
 
 
 def test_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_failure", lambda device: None)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
-    assert gpu.unsupported_reason(CUDA, torch.bfloat16) is None
-    assert gpu.unsupported_reason(CUDA, torch.float64) == "they do not take torch.float64"
-    gpu.unsupported_reason.cache_clear()
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    assert gpu.unsupported_reason(CUDA, torch.bfloat16) == "the package triton is not installed"
-    gpu.unsupported_reason.cache_clear()
-    monkeypatch.setenv(gpu.SWITCH, "off")
-    assert gpu.unsupported_reason(CUDA, torch.bfloat16) == "LLAMA4_GPU_KERNELS is off"
+    monkeypatch.setattr(launch, "_failure", lambda device: None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    assert launch.unsupported_reason(CUDA, torch.bfloat16) is None
+    assert launch.unsupported_reason(CUDA, torch.float64) == "they do not take torch.float64"
+    launch.unsupported_reason.cache_clear()
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert launch.unsupported_reason(CUDA, torch.bfloat16) == "the package triton is not installed"
+    launch.unsupported_reason.cache_clear()
+    monkeypatch.setenv(launch.SWITCH, "off")
+    assert launch.unsupported_reason(CUDA, torch.bfloat16) == "LLAMA4_GPU_KERNELS is off"
 
 
 def test_what_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -52,21 +52,21 @@ def test_what_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("no compiler\nat line 7")
 
-    monkeypatch.setattr(gpu, "product", broken)
+    monkeypatch.setattr(launch, "product", broken)
     for _ in range(3):
-        assert gpu._failure(CPU) == "no compiler"
-    monkeypatch.setattr(gpu, "product", lambda *arguments: torch.full((1, 4), 15.0))
-    gpu._failure.cache_clear()
-    assert gpu._failure(CPU) == "a product gave 15.0 instead of 16"
-    monkeypatch.setattr(gpu, "product", lambda x, codes, *rest: torch.full((1, 4), 16.0))
-    gpu._failure.cache_clear()
-    assert gpu._failure(CPU) is None
+        assert launch._failure(CPU) == "no compiler"
+    monkeypatch.setattr(launch, "product", lambda *arguments: torch.full((1, 4), 15.0))
+    launch._failure.cache_clear()
+    assert launch._failure(CPU) == "a product gave 15.0 instead of 16"
+    monkeypatch.setattr(launch, "product", lambda x, codes, *rest: torch.full((1, 4), 16.0))
+    launch._failure.cache_clear()
+    assert launch._failure(CPU) is None
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert warnings[0] == "the Triton kernels do not run on cpu (no compiler); torch's own products are slower"
 
 
-@pytest.mark.parametrize("kind", gpu.KINDS)
+@pytest.mark.parametrize("kind", launch.KINDS)
 @pytest.mark.parametrize(("rows", "experts"), [(1, 1), (8, 16), (9, 16), (33, 4), (300, 16), (2048, 1), (2048, 128)])
 def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However rows are spread, there is a program for each tile of each expert; and blocks divide what they must."""
@@ -76,14 +76,14 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
         def __getitem__(self, grid: tuple[int, int]) -> object:
             return lambda *tensors, **sizes: launches.append((grid, sizes))
 
-    triton_packed = pytest.importorskip("llama4.kernels.triton_packed")
+    triton_packed = pytest.importorskip("llama4.kernels.triton.packed")
     monkeypatch.setattr(triton_packed, "few_rows", Kernel())
     monkeypatch.setattr(triton_packed, "many_rows", Kernel())
     group = 32 if kind == "int4" else 192
     x = torch.empty(rows, 192, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16)
     codes = torch.empty(experts, 100, 192, dtype=torch.int8).view(torch.int8 if kind == "int8" else torch.uint8)
     codes = codes[..., :96].contiguous().view(torch.int32) if kind == "int4" else codes
-    gpu.product(kind, x, codes, torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64))
+    launch.product(kind, x, codes, torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64))
     (tiles, blocks), sizes = launches[0]
     at_once = sizes.get("BLOCK_R", 1)
     generator = torch.Generator().manual_seed(0)

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import gpu
+from llama4.kernels.triton import launch
 from llama4.quantization import fp8, int4
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.schemes import Format
-from tests.quantization.test_packed import name_of, packed
+from tests.quantization.test_weight import name_of, packed
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,7 +113,7 @@ def random_matrices(kind: str, experts: int, outputs: int, group: int | None) ->
 
 
 def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -> None:
-    outputs = 20 if sum(counts) <= gpu.FEW else 140  # ends within a block
+    outputs = 20 if sum(counts) <= launch.FEW else 140  # ends within a block
     codes, scales, matrices = random_matrices(kind, len(counts), outputs, group)
     x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_scales = None
@@ -125,7 +125,7 @@ def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -
     truth = torch.cat([rows @ matrix.mT for rows, matrix in zip(exact.split(counts), matrices, strict=True)])
     there = [None if t is None else t.to(DEVICE) for t in (x, codes, scales, x_scales)]
     counts_there = torch.tensor(counts, device=DEVICE) if len(counts) > 1 else None
-    y = gpu.product(kind, *there[:3], counts_there, x_scales_R=there[3], dtype=torch.float32)
+    y = launch.product(kind, *there[:3], counts_there, x_scales_R=there[3], dtype=torch.float32)
     error = (y.cpu().double() - truth).abs().max() / truth.abs().max()
     assert error < 1e-5, "codes and inputs are exact, and sums of hundreds of products are rounded to float32"
 
@@ -133,7 +133,7 @@ def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -
 @on_a_device
 @pytest.mark.usefixtures("nothing_left_over")
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("kind", gpu.KINDS)
+@pytest.mark.parametrize("kind", launch.KINDS)
 def test_product(kind: str, counts: str) -> None:
     check(kind, torch.bfloat16, COUNTS[counts], 64 if kind == "int4" else None)
 
@@ -141,7 +141,7 @@ def test_product(kind: str, counts: str) -> None:
 @on_a_device
 @pytest.mark.parametrize("counts", ["one row", "some rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", gpu.KINDS)
+@pytest.mark.parametrize("kind", launch.KINDS)
 def test_other_dtypes(kind: str, dtype: torch.dtype, counts: str) -> None:
     check(kind, dtype, COUNTS[counts], 32 if kind == "int4" else None)
 
@@ -161,7 +161,7 @@ def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
     """Others would be right by chance, where their own program comes later: here the last rows have none."""
     codes, scales, _ = random_matrices("int8", 3, 20, None)
     x, counts = torch.ones(rows, INPUTS, device=DEVICE), torch.tensor([2, 0, 3], device=DEVICE)
-    y = gpu.product("int8", x, codes.to(DEVICE), scales.to(DEVICE), counts)
+    y = launch.product("int8", x, codes.to(DEVICE), scales.to(DEVICE), counts)
     assert y[:5].isfinite().all()
     assert y[5:].isnan().all()
 
@@ -179,10 +179,10 @@ def test_modules(format: Format, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     counts = torch.tensor([rows - rows // 3, 0, rows // 3])
     truths = linear(x), experts(x, counts)
 
-    product, calls = gpu.product, []
+    product, calls = launch.product, []
     if INTERPRETED:
-        monkeypatch.setattr(gpu, "takes", lambda x_RI, kind, inputs_per_scale: inputs_per_scale % 16 == 0)
-    monkeypatch.setattr(gpu, "product", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
+        monkeypatch.setattr(launch, "takes", lambda x_RI, kind, inputs_per_scale: inputs_per_scale % 16 == 0)
+    monkeypatch.setattr(launch, "product", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
     linear, experts = linear.to(DEVICE), experts.to(DEVICE)
     x, counts = x.to(DEVICE), counts.to(DEVICE)
     for y, truth in zip((linear(x), experts(x, counts)), truths, strict=True):
@@ -240,7 +240,7 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
     for rows in (4, 2048):
         x = torch.empty(rows, inputs, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16, device="meta")
         x_scales = torch.empty(rows, device="meta") if kind == "fp8" else None
-        gpu.product(kind, x, codes, scales, counts, x_scales_R=x_scales, dtype=torch.bfloat16)
+        launch.product(kind, x, codes, scales, counts, x_scales_R=x_scales, dtype=torch.bfloat16)
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 99 * 1024, "what the smallest of GPUs has"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
 from tests import small_model
 
 PATCH = small_model.config().image_token_index

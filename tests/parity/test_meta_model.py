@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llama4 import Llama4
-from llama4.convert import convert
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
+from llama4.weights.convert import convert
 from tests.parity.meta_model import MetaModel
 from tests.parity.references import CHUNK, PATCH, relative_error
 from tests.weights.test_meta import make_reference, params, write_meta

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
 
 from llama4.config import Llama4Config
-from llama4.model import Llama4Model
-from llama4.processor import Inputs, Processor
-from llama4.tokenizer import Tokenizer
+from llama4.inputs import Inputs, Processor
+from llama4.model.multimodal import Llama4Model
+from llama4.text.tokenizer import Tokenizer
 from tests.parity.references import CHUNK, ReferenceModel, reference_config, reference_model, relative_error
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.experts import GroupedExperts
-from llama4.model import Llama4Model
-from llama4.moe import Router
+from llama4.model.experts import GroupedExperts
+from llama4.model.moe import Router
+from llama4.model.multimodal import Llama4Model
 from tests.parity import plain
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.experts import BACKENDS, backends_for
-from llama4.model import Llama4Model
+from llama4.model.experts import BACKENDS, backends_for
+from llama4.model.multimodal import Llama4Model
 from tests.parity import plain
 from tests.parity.references import ReferenceConfig, reference_model, relative_error
 

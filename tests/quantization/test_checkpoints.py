@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llama4.api import Llama4
-from llama4.convert import convert, quantize
 from llama4.errors import CheckpointError
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
-from llama4.quantization.packed import PackedWeight
 from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.weight import PackedWeight
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.loader import load
-from llama4.weights.saver import ModelSource
+from llama4.weights.convert import convert, quantize
+from llama4.weights.load import load
+from llama4.weights.save import ModelSource
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error, write_large
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))

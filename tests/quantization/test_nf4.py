@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama4.api import Llama4
-from llama4.cli import main
-from llama4.convert import convert, quantize
+from llama4.cli.main import main
 from llama4.errors import CheckpointError
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SplitExperts
 from llama4.quantization.nf4 import Nf4Format, Nf4Weight
+from llama4.weights.convert import convert, quantize
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))
@@ -204,7 +204,7 @@ def test_numbers_are_those_of_bitsandbytes(
     dtype: torch.dtype, shape: tuple[int, ...], nested: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, whatever the rows, the blocks and the blocks of scales; and products are those of the matrix."""
-    monkeypatch.setattr("llama4.quantization.packed.ROWS", 64)
+    monkeypatch.setattr("llama4.quantization.weight.ROWS", 64)
     packed, truth = matrix(normal(*shape).to(dtype), nested=nested, block=block)
     for expert in range(shape[0]) if len(shape) == 3 else [None]:
         weight = truth if expert is None else truth[expert].mT

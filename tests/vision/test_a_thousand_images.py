@@ -10,16 +10,16 @@ from pathlib import Path
 import llama_models.llama4.tokenizer as meta
 import pytest
 import torch
+from llama4.vision.images import load_image
+from llama4.vision.tiling import best_canvas, tile_image
 from llama_models.llama4.preprocess import ResizeNormalizeImageTransform, VariableSizeImageTransform
 from PIL import Image, ImageOps
 from transformers import Llama4ImageProcessor
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 
-from llama4.chat import image_tokens
-from llama4.tokenizer import Tokenizer
+from llama4.text.prompt import image_tokens
+from llama4.text.tokenizer import Tokenizer
 from tests.meta_chat import TransformedImage, chat_format
-from vision.images import load_image
-from vision.tiling import best_canvas, tile_image
 
 MODES = ["RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1"]
 TILE, MAX_TILES = 28, 16

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama4.vision.images import ImageError, load_image
 from PIL import Image, ImageDraw, ImageFile, ImageOps
-
-import vision.images
-from vision.images import ImageError, load_image
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +248,6 @@ def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         load_image("http://127.0.0.1:1/a.png")
     with pytest.raises(ImageError, match="cannot download http:///"):
         load_image("http:///a.png")
-    monkeypatch.setattr(vision.images, "MAX_DOWNLOAD_BYTES", 2000)
+    monkeypatch.setattr(llama4.vision.images, "MAX_DOWNLOAD_BYTES", 2000)
     with pytest.raises(ImageError, match=r"large\.png is larger than"):
         load_image(f"{server}/large.png")

@@ -20,7 +20,7 @@ from llama_models.llama4.preprocess import (  # noqa: E402
 
 ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # Meta's module switches it on for the whole process
 
-from vision.tiling import best_canvas, tile_image, tokens_per_tile  # noqa: E402
+from llama4.vision.tiling import best_canvas, tile_image, tokens_per_tile  # noqa: E402
 
 SIZES = [
     (336, 336),

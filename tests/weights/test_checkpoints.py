@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Llama4ForCaus
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
-from llama4.model import Llama4Model
-from llama4.tokenizer import Tokenizer
-from llama4.weights.loader import load
-from llama4.weights.saver import save
+from llama4.model.multimodal import Llama4Model
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights.load import load
+from llama4.weights.save import save
 from llama4.weights.source import open_source
 from tests import small_model
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error

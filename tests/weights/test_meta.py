@@ -19,14 +19,14 @@ from llama_models.llama4 import tokenizer as meta_tokenizer
 from torch import Tensor
 
 from llama4 import Llama4
-from llama4.cli import main
+from llama4.cli.main import main
 from llama4.config import Llama4Config, guard4
-from llama4.convert import convert, write_tokenizer_model
 from llama4.errors import CheckpointError, ConfigError
-from llama4.model import Llama4Model
-from llama4.tokenizer import Tokenizer
+from llama4.model.multimodal import Llama4Model
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights.convert import convert, write_tokenizer_model
 from llama4.weights.meta import MetaSource, pieces
-from llama4.weights.params import read_params
+from llama4.weights.meta_params import read_params
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 FIRST_SPECIAL = PATCH - 92

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from llama4.config import Llama4Config, guard4, maverick, scout
-from llama4.model import Llama4Model
+from llama4.model.multimodal import Llama4Model
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.loader import match
-from llama4.weights.params import config_from_params, params_from_config
+from llama4.weights.load import match
+from llama4.weights.meta_params import config_from_params, params_from_config
 
 D, F, DENSE, V, W = 5120, 8192, 16384, 202048, 1408
 Shapes = dict[str, tuple[int, ...]]

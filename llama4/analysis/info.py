@@ -1,0 +1,161 @@
+"""What a model is, from its configuration, and of a quantised one the headers of its files: nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama4.config import CACHE_BITS, CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.quantization.schemes import PLAIN
+from llama4.units import bytes_text, count_text
+from llama4.weights import checkpoint, hub
+from llama4.weights.meta_params import PARAMS_FILE
+
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
+"""Of the bare weights; what a quantised model adds for its scales is not counted."""
+
+
+def read_config(name: str, revision: str | None = None, token: str | None = None) -> Llama4Config:
+    """The configuration of a preset ("scout", "maverick", ...), of a local directory, or of a model on the Hub.
+
+    Raises:
+        ValueError: no such model, or a configuration that is not of Llama 4.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, PARAMS_FILE, "tokenizer.model")
+    return checkpoint.read_config(hub.resolve(name, revision=revision, token=token, patterns=files))
+
+
+def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
+    """How the weights of a model are stored, if in few bits; what only the weights tell, if they are on this machine.
+
+    Raises:
+        CheckpointError: a format that this library does not run.
+    """
+    if config.quantization_config is None:
+        return None
+    content = config.quantization_config
+    facts = {"quant_method": content.get("quant_method"), "format": content.get("format")}
+    if not Path(name).is_dir():
+        return facts
+    _, source = checkpoint.open_checkpoint(name)
+    sizes = {key: math.prod(source.shape(key)) * source.dtype(key).itemsize for key in source.keys()}  # noqa: SIM118
+    plan = {name: format for name, format in source.plan.items() if format != PLAIN}
+    modules = tuple(name.removesuffix(".weight") + "." for name in plan)
+    packed = [key for key in sizes if key.startswith(modules) and not key.endswith(".bias")]
+    count = sum(math.prod(source.shape(key)) * _numbers(key, source.dtype(key)) for key in packed)
+    return facts | {
+        "formats": sorted({str(format) for format in plan.values()}),
+        "quantized_parameters": count,
+        "bits_per_weight": round(8 * sum(sizes[key] for key in packed) / count, 2),
+        "bytes": sum(sizes.values()),
+    }
+
+
+def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]:
+    """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens.
+
+    The cache is that of one sequence in bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers
+    are full. With a context there is `cache_at_context`: what a sequence of so many tokens holds, and the most it held
+    on the way, for each format of the layers that see every token.
+
+    Raises:
+        ValueError: a context beyond the window.
+    """
+    text, vision = config.text, config.vision
+    window, total = text.max_position_embeddings, config.num_parameters()
+    growing = (i for i in range(text.num_hidden_layers) if text.window(i) is None)
+    facts: dict[str, Any] = {
+        "layers": text.num_hidden_layers,
+        "layers_with_experts": len(text.moe_layers or ()),
+        "layers_without_rope": text.num_hidden_layers - sum(text.no_rope_layers or ()),
+        "hidden_size": text.hidden_size,
+        "attention_heads": text.num_attention_heads,
+        "key_value_heads": text.num_key_value_heads,
+        "experts": text.num_local_experts,
+        "experts_per_token": text.num_experts_per_tok if text.moe_layers else 0,
+        "vocabulary": text.vocab_size,
+        "parameters": total,
+        "active_parameters": config.num_active_parameters(),
+        "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
+        "window": window,
+        "attention_chunk": text.attention_chunk_size,
+        "cache_bytes_per_token": sum(map(text.cache_bytes_of_a_token, growing)),
+        "cache_bytes_full": text.cache_bytes(window),
+        "vision": None,
+        "dtype": config.dtype,
+        "note": config.note,
+    }
+    if context is not None:
+        if not 1 <= context <= window:
+            raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+        sizes = {
+            name: (text.cache_bytes(context, cache_dtype=name), text.peak_cache_bytes(context, cache_dtype=name))
+            for name in ("bfloat16", *CACHE_BITS)
+        }
+        facts["cache_at_context"] = {
+            "context": context,
+            "bytes": {name: held for name, (held, _) in sizes.items()},
+            "peak_bytes": {name: peak for name, (_, peak) in sizes.items()},
+        }
+    if vision is not None:
+        facts["vision"] = {
+            "layers": vision.num_hidden_layers,
+            "hidden_size": vision.hidden_size,
+            "tile": vision.image_size,
+            "max_tiles": vision.max_tiles,
+            "tokens_per_tile": vision.tokens_per_tile,
+        }
+    return facts
+
+
+def table(name: str, facts: dict[str, Any]) -> str:
+    """The facts as lines of text."""
+    lines = {
+        "layers": f"{facts['layers']}, {facts['layers_with_experts']} with experts, "
+        f"{facts['layers_without_rope']} without RoPE",
+        "width": f"{facts['hidden_size']}, {facts['attention_heads']} query and {facts['key_value_heads']} key heads",
+        "experts": f"{facts['experts']}, {facts['experts_per_token']} per token, and a shared one"
+        if facts["experts_per_token"]
+        else "none",
+        "vocabulary": f"{facts['vocabulary']:,}",
+        "parameters": f"{facts['parameters']:,} ({count_text(facts['parameters'])})",
+        "active": f"{facts['active_parameters']:,} ({count_text(facts['active_parameters'])}) per token",
+        "weights": ", ".join(f"{bytes_text(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
+        "window": f"{facts['window']:,} tokens"
+        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else ""),
+        "cache": f"{bytes_text(facts['cache_bytes_per_token'])} per token, {bytes_text(facts['cache_bytes_full'])} at "
+        "the full window, in bfloat16",
+    }
+    if cached := facts.get("cache_at_context"):
+        sizes = (f"{bytes_text(size)} in {name}" for name, size in cached["bytes"].items())
+        lines["at context"] = f"{cached['context']:,} tokens take {', '.join(sizes)}"
+        if cached["peak_bytes"] != cached["bytes"]:
+            lines["at context"] += f"; on the way at most {bytes_text(cached['peak_bytes']['bfloat16'])} in bfloat16"
+    if vision := facts["vision"]:
+        lines["vision"] = (
+            f"{vision['layers']} layers, width {vision['hidden_size']}, up to {vision['max_tiles']} tiles of "
+            f"{vision['tile']} pixels and a global one, {vision['tokens_per_tile']} tokens each"
+        )
+    else:
+        lines["vision"] = "none"
+    if stored := facts.get("quantization"):
+        lines["quantised"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
+        if "bytes" in stored:
+            lines["quantised"] += (
+                f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
+                f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"
+            )
+    if facts["note"]:
+        lines["note"] = facts["note"]
+    return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def _numbers(key: str, dtype: torch.dtype) -> int:
+    """Weights in each element of a tensor that is part of a packed one: two in a byte of NF4."""
+    part = key.rpartition(".")[2]
+    return {"weight_packed": 8, "weight": 2 if dtype == torch.uint8 else 1}.get(part, 0)

@@ -1,0 +1,359 @@
+"""What fits where, and how long it takes: memory per device, the largest context, time per token and for the prompt.
+
+Paper and pencil: configuration in, figures out, nothing is allocated. docs/planning.md has the formulae and their
+sources.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama4.analysis import costs
+from llama4.analysis.hardware import Rates
+from llama4.config import DTYPE_BYTES, Llama4Config
+from llama4.engine.generate import PREFILL_TOKENS
+from llama4.quantization.schemes import PLAIN, Plan
+from llama4.units import bytes_text, time_text
+from llama4.weights.checkpoint import open_checkpoint
+
+RESERVE = 0.05
+"""Part of a device's memory that is left to the runtime: context, workspaces, fragmentation."""
+MOST_DEVICES = 1 << 14
+"""As many are considered when more devices are looked for."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model on devices.
+
+    Attributes:
+        plan: of the parameters that are quantised, their formats.
+        weights: what to call that.
+        dtype: of everything else.
+        cache_dtype: of the layers that see every token; see `TextConfig.cache_bytes`.
+        tensor_parallel: devices that share every head, expert and dense layer between them. The others are context
+            parallel: each such group has all weights, and a part of what those layers have cached.
+        device_memory: bytes of one device.
+
+    Raises:
+        ValueError: devices that do not divide.
+    """
+
+    config: Llama4Config
+    plan: Plan
+    weights: str
+    dtype: str
+    cache_dtype: str
+    devices: int
+    tensor_parallel: int
+    device_memory: int
+
+    def __post_init__(self) -> None:
+        heads = self.config.text.num_key_value_heads
+        if self.devices < 1 or self.device_memory < 1:
+            raise ValueError(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
+        if self.tensor_parallel < 1 or heads % self.tensor_parallel or self.devices % self.tensor_parallel:
+            fitting = [t for t in range(1, heads + 1) if heads % t == self.devices % t == 0]
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}; it must divide the {heads} key heads and the "
+                f"{self.devices} devices: choose of {fitting}"
+            )
+
+    @property
+    def context_parallel(self) -> int:
+        return self.devices // self.tensor_parallel
+
+    def on(self, devices: int) -> Setup:
+        """The same on so many devices, of which as many as can share the heads."""
+        heads = self.config.text.num_key_value_heads
+        return replace(self, devices=devices, tensor_parallel=math.gcd(devices, heads))
+
+
+def make_setup(
+    name: str,
+    config: Llama4Config,
+    *,
+    weights: str = "auto",
+    dtype: str = "auto",
+    cache_dtype: str = "auto",
+    devices: int = 1,
+    tensor_parallel: int | None = None,
+    device_memory: int = 80 << 30,
+) -> Setup:
+    """A model on devices, from words.
+
+    Args:
+        name: of the model: if that is a directory and it is quantised, its headers tell how.
+        weights: "auto", which is as the model is stored, "bf16", or a scheme of `llama4.quantization`.
+        dtype: of everything else; "auto" is the checkpoint's.
+        tensor_parallel: by default as many of the devices as can share the key heads.
+
+    Raises:
+        ValueError: an unknown scheme, or a model that it is not for; devices that do not divide; a quantised model
+            whose headers are not here.
+    """
+    plan: Plan = {}
+    if weights == "auto" and config.quantization_config is not None:
+        if not Path(name).is_dir():
+            raise ValueError(f"{name} is quantised, and how is in its files, which are not here; say it with --weights")
+        stored = open_checkpoint(name)[1].plan
+        plan = {parameter: format for parameter, format in stored.items() if format != PLAIN}
+        weights = "the formats it is stored in"
+    elif weights not in ("auto", "bf16"):
+        plan = costs.quantization_plan(config.text, weights)
+    if dtype == "auto":
+        dtype = "bfloat16" if weights == "bf16" else config.dtype
+    cache_dtype = "bfloat16" if cache_dtype == "bf16" else cache_dtype
+    label = dtype if weights in ("auto", "bf16") else weights
+    whole = Setup(config, plan, label, dtype, cache_dtype, 1, 1, device_memory)
+    chosen = whole.on(devices)
+    return chosen if tensor_parallel is None else replace(chosen, tensor_parallel=tensor_parallel)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+        weights: with the scales of those that are quantised, and the vision tower.
+        full_cache: keys and values of the layers that see every token.
+        chunked_cache: of the others, when a chunk is full.
+        activations: of a piece of a prompt.
+    """
+
+    weights: float
+    full_cache: float
+    chunked_cache: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.full_cache + self.chunked_cache + self.activations
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds to decode one token behind a context, and to read the context as a prompt; each the sum of its two
+    parts."""
+
+    token_weights: float
+    token_cache: float
+    prompt_products: float
+    prompt_attention: float
+
+    @property
+    def token(self) -> float:
+        return self.token_weights + self.token_cache
+
+    @property
+    def prompt(self) -> float:
+        return self.prompt_products + self.prompt_attention
+
+
+def memory(setup: Setup, context: int) -> Memory:
+    """What a sequence of so many tokens needs on each device."""
+    text = setup.config.text
+    full = chunked = 0
+    for i in range(text.num_hidden_layers):
+        window = text.window(i)
+        held = text.layer_cache_bytes(i, min(context, window or context), setup.dtype, setup.cache_dtype)
+        full, chunked = (full + held, chunked) if window is None else (full, chunked + held)
+    return Memory(
+        weights=_per_device(setup, lambda name: 1.0) + costs.vision_bytes(setup.config, setup.dtype),
+        full_cache=full / setup.devices,
+        chunked_cache=chunked / setup.tensor_parallel,
+        activations=_activations(setup, context),
+    )
+
+
+def _per_device(setup: Setup, share: Callable[[str], float]) -> float:
+    """Bytes of the decoder's parameters on one device, each times a share. Matrices are split over the tensor parallel
+    devices; routers, norms and biases are on all."""
+    sizes = costs.parameter_bytes(setup.config.text, setup.plan, setup.dtype)
+    whole = ("router.weight", "norm.weight", ".bias")
+    return sum(
+        size * share(name) / (1 if name.endswith(whole) else setup.tensor_parallel) for name, size in sizes.items()
+    )
+
+
+def _activations(setup: Setup, context: int) -> float:
+    """Bytes beside weights and cache while a piece of a prompt goes through a layer.
+
+    The residual stream is float32, everything else has the model's dtype. At most there are, of each token: the stream
+    and its norm; and in attention queries and keys before and after they are turned, values and what attention gives;
+    or in the feed-forward gate, up and their product, inputs and outputs of the routed experts, and the sum of these
+    with the shared expert in float32.
+    """
+    text, size = setup.config.text, DTYPE_BYTES[setup.dtype]
+    D, K, T = text.hidden_size, text.num_experts_per_tok, setup.tensor_parallel
+    wide = max(4, size)
+    attention = size * (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * text.head_dim / T
+    dense = size * 3 * text.intermediate_size_mlp / T
+    experts = size * K * 3 * text.intermediate_size / T + size * 2 * K * D + wide * (1 + K) * D
+    layers = range(text.num_hidden_layers)
+    widest = max([attention, *(experts if text.uses_experts(i) else dense for i in layers)])
+    return min(context, PREFILL_TOKENS) * ((wide + size) * D + widest)
+
+
+def usable(setup: Setup) -> float:
+    """Bytes of a device that a model can have."""
+    return setup.device_memory * (1 - RESERVE)
+
+
+def fits(setup: Setup, context: int) -> bool:
+    return memory(setup, context).total <= usable(setup)
+
+
+def largest_context(setup: Setup) -> int:
+    """The most tokens that fit, up to the model's window; 0 if not even the weights do."""
+    low, high = 0, setup.config.text.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(setup, middle) else (low, middle - 1)
+    return low
+
+
+def times(setup: Setup, context: int, rates: Rates) -> Times:
+    """How long it takes; without what devices tell each other.
+
+    A token reads the weights that it needs and the keys and values that it sees. A prompt goes in pieces, on which
+    context parallel groups take turns: its products cost their FLOPs or, if that takes longer, the reading of the
+    weights for every piece; its attention costs FLOPs.
+    """
+    text = setup.config.text
+    cached = 0.0
+    token = _per_device(setup, lambda name: costs.share_per_token(text, name))
+    for i in range(text.num_hidden_layers):
+        seen = text.visible_tokens(i, context) * text.cache_bytes_of_a_token(i, setup.dtype, setup.cache_dtype)
+        cached += seen / (setup.devices if text.window(i) is None else setup.tensor_parallel)
+    piece = min(context, PREFILL_TOKENS)
+    pieces = context / max(piece, 1) / setup.context_parallel
+    read = _per_device(setup, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
+    attention = costs.attention_flops(text, context)
+    products = costs.prefill_flops(text, context) - attention
+    return Times(
+        token_weights=token / rates.memory,
+        token_cache=cached / rates.cache,
+        prompt_products=max(products / setup.devices / rates.products, pieces * read / rates.memory),
+        prompt_attention=attention / setup.devices / rates.attention,
+    )
+
+
+def fp8_share(setup: Setup) -> float:
+    """The part of the FLOPs of products that is done in fp8."""
+    flops = costs.parameter_flops(setup.config.text)
+    fp8 = {name for name, format in setup.plan.items() if format.kind == "fp8"}
+    return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
+
+
+def checked_context(setup: Setup, context: int | None) -> int:
+    """The context that was asked for, by default the model's window.
+
+    Raises:
+        ValueError: it is beyond that.
+    """
+    window = setup.config.text.max_position_embeddings
+    if context is not None and not 1 <= context <= window:
+        raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+    return context or window
+
+
+def remedies(setup: Setup, context: int) -> list[str]:
+    """What would make a context fit that does not: options of `llama4 plan`, each enough by itself, the least change
+    of its kind. Twice the devices, and so on, come last; with fewer bits only if nothing else is enough."""
+    caches = {"": setup} | {f"--cache {name}": replace(setup, cache_dtype=name) for name in ("fp8", "int4")}
+    same = list(caches.items())
+    fewer = [(f"--weights int4 {words}".strip(), _with_int4(changed)) for words, changed in same]
+    if setup.weights == "int4":
+        fewer = same
+    chosen = (next((words for words, changed in kind if fits(changed, context)), None) for kind in (same, fewer))
+    found = [words for words in chosen if words]
+    for words, changed in (same[0], fewer[-1]):
+        devices = setup.devices
+        while (devices := 2 * devices) <= MOST_DEVICES:
+            if fits(changed.on(devices), context):
+                return [*found, f"{words} --devices {devices}".strip()]
+        if found:
+            break
+    return found
+
+
+def _with_int4(setup: Setup) -> Setup:
+    try:
+        return replace(setup, plan=costs.quantization_plan(setup.config.text, "int4"), weights="int4")
+    except ValueError:  # not of a shape for it
+        return setup
+
+
+def describe(name: str, setup: Setup, context: int, rates: Rates) -> dict[str, Any]:
+    """The figures of `llama4 plan`, ready for JSON; bytes, tokens, seconds."""
+    need, spent = memory(setup, context), times(setup, context, rates)
+    it_fits = fits(setup, context)
+    windows = [setup.config.text.window(i) for i in range(setup.config.text.num_hidden_layers)]
+    return {
+        "model": name,
+        "context": context,
+        "window": setup.config.text.max_position_embeddings,
+        "weights": setup.weights,
+        "dtype": setup.dtype,
+        "cache": setup.cache_dtype,
+        "devices": setup.devices,
+        "tensor_parallel": setup.tensor_parallel,
+        "context_parallel": setup.context_parallel,
+        "device_memory": setup.device_memory,
+        "usable_memory": int(usable(setup)),
+        "full_layers": windows.count(None),
+        "chunked_layers": len(windows) - windows.count(None),
+        "bytes_per_device": {key: int(value) for key, value in asdict(need).items()} | {"total": int(need.total)},
+        "fits": it_fits,
+        "largest_context": largest_context(setup),
+        "remedies": [] if it_fits else remedies(setup, context),
+        "seconds_per_token": spent.token,
+        "seconds_for_prompt": spent.prompt,
+        "seconds": asdict(spent),
+        "rates": asdict(rates),
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    devices, need = facts["devices"], facts["bytes_per_device"]
+    on = f"{devices} devices" if devices > 1 else "one device"
+    heading = f"{facts['model']}, {facts['context']:,} tokens, weights in {facts['weights']}, "
+    heading += f"cache in {facts['dtype'] if facts['cache'] == 'auto' else facts['cache']}, on {on} of "
+    heading += bytes_text(facts["device_memory"])
+    if devices > 1:
+        heading += f" ({facts['tensor_parallel']} tensor parallel x {facts['context_parallel']} context parallel)"
+    rows = {
+        "weights": need["weights"],
+        f"cache of {facts['full_layers']} layers that see all": need["full_cache"],
+        f"cache of {facts['chunked_layers']} chunked layers": need["chunked_cache"],
+        "activations": need["activations"],
+        "together": need["total"],
+    }
+    lines = [heading, f"  {'':<34}{'per device':>12}{'in all':>12}"]
+    lines += [f"  {name:<34}{bytes_text(n):>12}{bytes_text(n * devices):>12}" for name, n in rows.items()]
+    lines.append(f"  {'fits' if facts['fits'] else 'DOES NOT FIT'} in {bytes_text(facts['usable_memory'])} per device")
+    largest = facts["largest_context"]
+    if not facts["fits"]:
+        smaller = [f"--context {largest}"] if largest else []
+        lines.append(f"  it would with     {', or '.join([*facts['remedies'], *smaller]) or 'nothing known here'}")
+    whole = ", the whole window" if largest == facts["window"] else ""
+    token, prompt = time_text(facts["seconds_per_token"]), time_text(facts["seconds_for_prompt"])
+    part = {name: time_text(value) for name, value in facts["seconds"].items()}
+    lines += [
+        f"  largest context   {largest:,} tokens{whole}",
+        f"  time per token    {token}: weights {part['token_weights']}, cache {part['token_cache']}",
+        f"  the whole prompt  {prompt}: products {part['prompt_products']}, attention {part['prompt_attention']}",
+    ]
+    lines += textwrap.wrap(
+        f"  rates             {facts['rates']['source']}", 110, subsequent_indent=" " * 20, break_on_hyphens=False
+    )
+    if devices > 1:
+        lines.append("  not counted       what the devices tell each other")
+    return "\n".join(lines)

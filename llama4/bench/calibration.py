@@ -1,0 +1,239 @@
+"""What this machine's CPU reaches with a model's shapes, and what the model itself takes: `llama4 plan --device cpu`.
+
+The rates are measured on a probe, a part of the model with random weights: as many of its last layers as have half a
+billion parameters, and as much of the head. So they hold for the formats of the weights and of the cache, and for the
+kernels that run here, and a plan only has to count.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4.analysis import costs
+from llama4.analysis.hardware import Rates
+from llama4.analysis.planner import Setup
+from llama4.api import DTYPES, Llama4, resolve_dtype
+from llama4.bench.machine import Others, peak_bytes, reset_peak, resident_bytes
+from llama4.cache.sequence import Cache
+from llama4.config import Llama4Config, TextConfig
+from llama4.engine.generate import PREFILL_TOKENS, prefill, step
+from llama4.inputs import Inputs
+from llama4.model.multimodal import Llama4Model
+from llama4.quantization.modules import swap_modules
+from llama4.quantization.schemes import SCHEMES, Plan
+from llama4.quantization.weight import PackedWeight
+from llama4.units import bytes_text, time_text
+from llama4.weights import memory
+
+PROBE_PARAMETERS = 1 << 30
+MOST_PARAMETERS = 1 << 31
+"""Of a probe of one layer, with fewer experts if need be."""
+STEPS, PIECES, PASSES = 16, 3, 2
+BUSY = 0.05
+"""Part of the cores that others may take before it is said."""
+NEAR = 16
+"""Tokens of the short context that steps are timed behind; the long one is `PIECES` pieces of a prompt."""
+
+
+def measure_rates(setup: Setup) -> Rates:
+    """What this CPU reaches; takes some twenty seconds.
+
+    Raises:
+        ValueError: a single layer is too large for that.
+    """
+    config, dtype, cache_dtype = setup.config, setup.dtype, setup.cache_dtype
+    text, probe_plan = probe(config.text, setup.plan)
+    memory.reuse_freed()
+    model = build(replace(config, text=text, vision=None, image_token_index=-1, dtype=dtype), probe_plan)
+    share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
+    piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))
+    others = Others()
+    passes = [_pass(model, piece, cache_dtype) for _ in range(PASSES + 1)][1:]
+    near, far, *pieces = (statistics.median(times) for times in zip(*passes, strict=True))
+    # The same weights are read behind both contexts: what the longer one takes more is reading of the cache.
+    contexts = (NEAR + STEPS // 2, piece * PIECES + STEPS // 2)
+    near_bytes, far_bytes = (costs.cache_bytes_per_token(text, n, dtype, cache_dtype) for n in contexts)
+    weights = costs.weight_bytes_per_token(text, probe_plan, dtype)
+    cache = (far_bytes - near_bytes) / (far - near) if far > near else weights / near
+    # And the same products are in every piece: what later ones take more is attention.
+    ends = [costs.attention_flops(text, piece * i) for i in range(PIECES + 1)]
+    spent = [after - before for before, after in pairwise(ends)]
+    flops = costs.parameter_flops(text)
+    products = piece * (sum(flops.values()) - flops.get(costs.HEAD, 0.0))
+    attention = (spent[-1] - spent[0]) / max(pieces[-1] - pieces[0], 1e-9)
+    rest = pieces[0] - spent[0] / attention
+    if spent[-1] <= spent[0] or rest <= 0:  # so short that attention does not show
+        attention = (products + spent[0]) / pieces[0]
+        rest = products / attention
+    return Rates(
+        memory=weights / max(near - near_bytes / cache, near / 2),
+        cache=cache,
+        products=products / rest,
+        attention=attention,
+        source=f"this CPU with {torch.get_num_threads()} threads, measured on {text.num_hidden_layers} of the model's "
+        f"{config.text.num_hidden_layers} layers with random weights{_said(others)}",
+    )
+
+
+def _said(others: Others) -> str:
+    share = others.share() or 0.0
+    return f", while other processes took {share:.0%} of its cores: measure again when not" if share > BUSY else ""
+
+
+def probe(text: TextConfig, plan: Plan) -> tuple[TextConfig, Plan]:
+    """The model's last layers, of `PROBE_PARAMETERS` or at least one of them, with as much of the vocabulary; and the
+    plan for it.
+
+    Raises:
+        ValueError: one layer is too large, with as many experts as a token needs.
+    """
+    total, kept = text.num_hidden_layers, text.num_hidden_layers
+    while kept > 1 and _last_layers(text, kept).num_parameters() > PROBE_PARAMETERS:
+        kept -= 1
+    small = _last_layers(text, kept)
+    while small.num_parameters() > MOST_PARAMETERS and small.num_local_experts > small.num_experts_per_tok:
+        small = replace(small, num_local_experts=max(small.num_local_experts // 2, small.num_experts_per_tok))
+    if small.num_parameters() > MOST_PARAMETERS:
+        raise ValueError("a layer of this model is too large to be measured here; give --memory-rate and --gemm-rate")
+
+    def renamed(match: re.Match[str]) -> str:
+        return f".layers.{int(match[1]) - total + kept}."
+
+    moved = {re.sub(r"\.layers\.(\d+)\.", renamed, name): format for name, format in plan.items()}
+    return small, {name: moved[name] for name in costs.parameter_shapes(small) if name in moved}
+
+
+def _last_layers(text: TextConfig, kept: int) -> TextConfig:
+    total = text.num_hidden_layers
+    assert text.layer_types is not None
+    assert text.no_rope_layers is not None
+    return replace(
+        text,
+        num_hidden_layers=kept,
+        vocab_size=-(-text.vocab_size * kept // total // 64) * 64,
+        moe_layers=tuple(i - total + kept for i in text.moe_layers or () if i >= total - kept),
+        layer_types=text.layer_types[total - kept :],
+        no_rope_layers=text.no_rope_layers[total - kept :],
+    )
+
+
+def build(config: Llama4Config, plan: Plan) -> Llama4Model:
+    """A model with random weights."""
+    with torch.device("meta"):
+        model = Llama4Model(config)
+    swap_modules(model, plan)
+    model = model.to(DTYPES[config.dtype]).to_empty(device="cpu").eval().requires_grad_(False)
+    noise = torch.randn(65521, generator=torch.Generator().manual_seed(0))
+    packed = {id(p) for module in model.modules() if isinstance(module, PackedWeight) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if name.endswith("norm.weight"):
+            flat.fill_(1)
+        elif name.endswith("weight_scale"):
+            flat.fill_(1e-4)
+        elif id(parameter) in packed:
+            codes = noise.mul(20).abs().clamp(max=126).to(torch.uint8)  # whatever they mean, none is no number
+            _tile(flat.view(torch.uint8), codes)
+        else:
+            _tile(flat, (noise * config.text.hidden_size**-0.5).to(flat.dtype))
+    return model
+
+
+def _tile(flat: Tensor, pattern: Tensor) -> None:
+    for begin in range(0, len(flat), len(pattern)):
+        part = flat[begin : begin + len(pattern)]
+        part.copy_(pattern[: len(part)])
+
+
+@torch.inference_mode()
+def _pass(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
+    """Seconds of a step behind a short context, of one behind a long one, and of each piece of that."""
+    ids = torch.randint(0, model.config.text.vocab_size, (1, piece), generator=torch.Generator().manual_seed(1))
+    cache = _new_cache(model, cache_dtype)
+    model(ids[:, :NEAR], cache=cache, last_only=True)
+    near = _steps(model, ids, cache)
+    cache = _new_cache(model, cache_dtype)
+    pieces = []
+    for _ in range(PIECES):
+        begin = time.perf_counter()
+        model(ids, cache=cache, last_only=True)
+        pieces.append(time.perf_counter() - begin)
+    return [near, _steps(model, ids, cache), *pieces]
+
+
+def _steps(model: Llama4Model, ids: Tensor, cache: Cache) -> float:
+    """Seconds of one step of several, in the middle."""
+    spent = []
+    for i in range(STEPS):
+        begin = time.perf_counter()
+        step(model, ids[:, i], cache)
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent)
+
+
+def _new_cache(model: Llama4Model, cache_dtype: str) -> Cache:
+    return model.new_cache(1, None if cache_dtype == "auto" else cache_dtype)
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def dtype_of(config: Llama4Config, weights: str) -> str:
+    """What this CPU computes a model in."""
+    asked = "bfloat16" if weights == "bf16" else "auto"
+    return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
+
+
+def measure_model(name: str, revision: str | None, setup: Setup, context: int) -> dict[str, float | None]:
+    """Load a model, read a prompt of random tokens, and decode a few: seconds, bytes of its cache, the most bytes that
+    this process grew by, and the part of the cores that others took meanwhile."""
+    before = resident_bytes()
+    reset_peak()
+    scheme = setup.weights if setup.weights in SCHEMES else None
+    llm = Llama4.from_pretrained(name, revision=revision, device="cpu", dtype=setup.dtype, quantization=scheme)
+    model, generator = llm.model, torch.Generator().manual_seed(0)
+    ids = torch.randint(0, llm.config.text.vocab_size, (1, max(context, STEPS)), generator=generator)
+    ids[ids == llm.config.image_token_index] = 0  # which would want an image
+    others = Others()
+    for tokens in (min(context, PREFILL_TOKENS), context):  # the first is to warm up
+        cache = _new_cache(model, setup.cache_dtype)
+        prompt = Inputs(ids[:, :tokens], torch.ones(1, tokens, dtype=torch.long), None)
+        begin = time.perf_counter()
+        prefill(model, prompt, cache, progress=True)
+        seconds = time.perf_counter() - begin
+    return {
+        "cache_bytes": cache.num_bytes,
+        "seconds_for_prompt": seconds,
+        "seconds_per_token": _steps(model, ids, cache),
+        "bytes": peak_bytes() - before,
+        "others": others.share(),
+    }
+
+
+def comparison(facts: dict[str, Any], setup: Setup) -> str:
+    """What was planned and what was measured, as lines of text."""
+    measured = facts["measured"]
+    rows = {
+        "cache": ("cache_bytes", setup.config.text.cache_bytes(facts["context"], setup.dtype, setup.cache_dtype)),
+        "memory": ("bytes", facts["bytes_per_device"]["total"]),
+        "time per token": ("seconds_per_token", facts["seconds_per_token"]),
+        "the whole prompt": ("seconds_for_prompt", facts["seconds_for_prompt"]),
+    }
+    lines = [f"  {'on this CPU':<18}{'planned':>12}{'measured':>12}{'planned / measured':>20}"]
+    for label, (key, planned) in rows.items():
+        text = bytes_text if "bytes" in key else time_text
+        lines.append(f"  {label:<18}{text(planned):>12}{text(measured[key]):>12}{planned / measured[key]:>20.2f}")
+    if (measured["others"] or 0.0) > BUSY:
+        lines.append(f"  Other processes took {measured['others']:.0%} of the cores: run it again when they do not.")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Routed experts that stay where memory is plenty: the device computes with copies of those that tokens chose.
+
+Of a mixture of experts most weights are routed experts, and a token needs few of them. `keep_experts` leaves them on
+the host, in the checkpoint's memory map or in memory, and gives the device room for some. Those used last are there
+(Eliseev and Mazur 2023, "Fast inference of mixture-of-experts language models with offloading").
+
+Shapes: N rows sorted by expert, D hidden size, E experts of a layer, S experts that there is room for.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llama4.model.experts import joined
+from llama4.model.multimodal import Llama4Model
+from llama4.quantization.modules import SeparateExperts
+from llama4.quantization.weight import PackedWeight
+from llama4.units import bytes_text
+
+
+class HotExperts:
+    """Room on a device for S experts, of any layers whose experts are alike; whichever was not used for longest goes.
+
+    Attributes:
+        hits: how often a chosen expert was there already.
+        misses: how often one was copied.
+    """
+
+    def __init__(self, experts: nn.Module, device: torch.device, room: int) -> None:
+        self.slots = {n: p.new_empty(room, *p.shape[1:], device=device) for n, p in experts.named_parameters()}
+        self.room = room
+        self.held: OrderedDict[tuple[nn.Module, int], int] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def bring(self, experts: nn.Module, chosen: Sequence[int]) -> list[int]:
+        """Copy those that are not there, and say in which slot each of the chosen is."""
+        assert len(chosen) <= self.room
+        keys = [(experts, expert) for expert in chosen]
+        missing = [key for key in keys if key not in self.held]
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        for key in keys:
+            if key in self.held:
+                self.held.move_to_end(key)
+        for key in missing:
+            slot = self.held.popitem(last=False)[1] if len(self.held) == self.room else len(self.held)
+            for name, parameter in experts.named_parameters():
+                self.slots[name][slot].copy_(parameter[key[1]])
+            self.held[key] = slot
+        return [self.held[key] for key in keys]
+
+
+class OffloadedExperts(nn.Module):
+    """A layer's experts, whose parameters it has under their own names; computed in the room of `hot`."""
+
+    def __init__(self, experts: nn.Module, hot: HotExperts) -> None:
+        super().__init__()
+        for name, parameter in experts.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        self.hot = hot
+        self._experts = (experts,)  # not a child: its parameters would have a second name
+
+    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """See `Experts.forward`. Waits for the device once, to know who was chosen."""
+        experts, counts = self._experts[0], num_tokens_per_expert_E.tolist()
+        rows = x_ND.split(counts)
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        out: dict[int, Tensor] = {}
+        for start in range(0, len(chosen), self.hot.room):
+            some = chosen[start : start + self.hot.room]
+            places = dict(sorted(zip(self.hot.bring(experts, some), some, strict=True)))
+            counts_S = torch.zeros(self.hot.room, dtype=torch.int64)
+            counts_S[[*places]] = torch.tensor([counts[expert] for expert in places.values()])
+            x_nD = torch.cat([rows[expert] for expert in places.values()])
+            y_nD = functional_call(experts, self.hot.slots, (x_nD, counts_S.to(x_ND.device)))
+            out |= zip(places.values(), y_nD.split([counts[expert] for expert in places.values()]), strict=True)
+        return joined([out[expert] for expert in chosen], x_ND)
+
+
+def keep_experts(model: Llama4Model, device: torch.device, memory: int | None = None) -> None:
+    """Leave a model's routed experts where they are, and compute them on a device.
+
+    Args:
+        model: whatever is not a routed expert is on the device.
+        device: that one.
+        memory: bytes on it for copies of experts; by default room for twice as many as one token uses, and for all of
+            one layer.
+
+    Raises:
+        ValueError: there is not even room for one expert; or each has tensors of its own, as NF4 checkpoints do.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            if isinstance(module, SeparateExperts):
+                raise ValueError(f"{path} has tensors for each expert, not of all: they cannot stay on another device")
+            kind = (type(module), *((name, part.shape, part.dtype) for name, part in module.named_parameters()))
+            alike.setdefault(kind, []).append(path)
+    sizes = {kind: _bytes(model.get_submodule(paths[0])) * len(paths) for kind, paths in alike.items()}
+    for kind, paths in alike.items():
+        experts = model.get_submodule(paths[0])
+        count = next(experts.parameters()).shape[0]
+        each = _bytes(experts) // count
+        room = max(count, 2 * len(paths) * model.config.text.num_experts_per_tok)
+        if memory is not None:
+            share = memory * sizes[kind] // sum(sizes.values())
+            room = share // each
+            if room < 1:
+                raise ValueError(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
+        hot = HotExperts(experts, device, min(room, count * len(paths)))
+        for path in paths:
+            for module in model.get_submodule(path).modules():
+                if isinstance(module, PackedWeight) and device.type != "cpu":
+                    module.as_stored()
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, OffloadedExperts(model.get_submodule(path), hot))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

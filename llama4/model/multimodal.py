@@ -1,0 +1,242 @@
+"""The model: embed, fuse image features, decoder layers, head.
+
+Module names are those of Hugging Face's checkpoints, so a parameter's name is its key on disk.
+
+Shapes: B rows, T columns, N packed tokens (see packing.py), D hidden size, V vocabulary, n tiles, Q tokens per tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llama4.cache.formats import resolve_format
+from llama4.cache.sequence import Cache, LayerCache
+from llama4.config import Llama4Config, TextConfig
+from llama4.engine import fused_cpu
+from llama4.model.attention import Attention, Turns
+from llama4.model.batch import Packing, make_packing
+from llama4.model.experts import Experts, LoopExperts
+from llama4.model.layers import FeedForward, RMSNorm, widened
+from llama4.model.moe import MixtureOfExperts
+from llama4.ops.linear import Linear
+from llama4.vision.encoder import VisionModel, recomputed
+from llama4.vision.projector import Projector
+
+
+class DecoderLayer(nn.Module):
+    """Residual pre-norm block: h = x + attn(norm(x)); out = h + ffn(norm(h))."""
+
+    def __init__(self, config: TextConfig, layer: int, experts: type[Experts]) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.feed_forward = (
+            MixtureOfExperts(config, experts)
+            if config.uses_experts(layer)
+            else FeedForward(config.hidden_size, config.intermediate_size_mlp)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_ND: Tensor, packing: Packing, turns: Turns, cache: LayerCache | None) -> Tensor:
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), packing, turns, cache)
+        out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm, over packed tokens."""
+
+    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
+
+    def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
+        turns = Turns(self.config, packing.positions_N, self.norm.weight.dtype)
+        x_ND = widened(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
+        for i, layer in enumerate(self.layers):
+            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
+            x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
+        out: Tensor = self.norm(x_ND)
+        return out
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head."""
+
+    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
+        super().__init__()
+        self.model = Decoder(config, experts)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+class Llama4Model(nn.Module):
+    """Llama 4: token ids and image tiles in, logits out.
+
+    Parameters are allocated and not initialised where that costs (experts, class and position embeddings): load a
+    checkpoint or call `init_weights`.
+    """
+
+    def __init__(self, config: Llama4Config, experts: type[Experts] = LoopExperts) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = LanguageModel(config.text, experts)
+        self.vision_model = VisionModel(config.vision) if config.vision is not None else None
+        self.multi_modal_projector = (
+            Projector(config.vision, config.text.hidden_size) if config.vision is not None else None
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.norm.weight.dtype
+
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        dtype: str | torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Cache:
+        """An empty key/value cache for `batch_size` sequences.
+
+        Args:
+            dtype: of the layers that see every token: "int8", "fp8", "int4", or a dtype; by default the model's.
+                Chunked layers, which hold one chunk at most, keep the model's.
+            device: of those layers; the model's by default. On the CPU a GPU's cache is in pinned memory.
+
+        Raises:
+            ValueError: no rows, or a dtype that a cache cannot have.
+        """
+        format = resolve_format(dtype, self.dtype)
+        return Cache(self.config.text, batch_size, self.device, self.dtype, format, device)
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
+        for a third more time, and the same gradients (Chen et al. 2016)."""
+        self.language_model.model.recompute = enable
+        if self.vision_model is not None:
+            self.vision_model.model.recompute = enable
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Tiles [n, 3, S, S], normalised -> image tokens [n * Q, D], in the order of the tiles."""
+        if self.vision_model is None or self.multi_modal_projector is None:
+            raise ValueError("this model is text-only: it has no vision tower to encode pixel_values with")
+        features: Tensor = self.multi_modal_projector(self.vision_model(pixel_values.to(self.device)))
+        return features.flatten(0, 1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token at every place.
+
+        Args:
+            input_ids: [B, T] int64.
+            positions: [B, T] or [T], consecutive in each row; by default what follows the cache, or 0.
+            pixel_values: [n, 3, S, S], the tiles of all rows in order.
+            image_features: [n * Q, D], in place of `pixel_values`: what `encode_images` gave, cut to the `<|patch|>`
+                tokens of this call. With it an image may be spread over several calls.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            attention_mask: [B, T], 1 at tokens and 0 at padding, on either side.
+            last_only: logits of each row's last token alone, [B, 1, V], zeros for a row that is all padding.
+
+        Returns:
+            [B, T, V], zeros at padding.
+
+        Raises:
+            ValueError: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>`
+                tokens that differ in number.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], not {list(input_ids.shape)}")
+        batch_size, columns = input_ids.shape
+        if cache is not None and cache.batch_size != batch_size:
+            raise ValueError(f"input_ids have {batch_size} rows, but the cache was made for {cache.batch_size}")
+        extras = (positions, pixel_values, image_features, attention_mask)
+        is_step = columns == 1 and input_ids.is_cpu and all(given is None for given in extras)
+        if is_step and cache is not None and (steps := fused_cpu.step(self, input_ids[:, 0].tolist(), cache)):
+            return steps.logits_BV[:, None].clone()
+        packing = make_packing(
+            batch_size,
+            columns,
+            self.device,
+            attention_mask,
+            positions,
+            cache.firsts if cache is not None else None,
+            cache.nexts if cache is not None else None,
+        )
+        ids_N = packing.pack(input_ids.to(self.device))
+        x_ND = self._embed(ids_N, pixel_values, image_features)
+        if cache is not None:
+            cache.is_whole = False
+        x_ND = self.language_model.model(x_ND, packing, cache)
+        if cache is not None:
+            cache.advance(packing)
+        head = self.language_model.lm_head
+        return packing.unpack_last(head(x_ND[packing.last_tokens()])) if last_only else packing.unpack(head(x_ND))
+
+    def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""
+        if ids_N.device.type == "cpu" and len(ids_N):
+            low, high = ids_N.aminmax()
+            if low < 0 or high >= self.config.text.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
+        x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
+        if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("give pixel_values or image_features, not both")
+            image_features = self.encode_images(pixel_values)
+        is_patch = ids_N == self.config.image_token_index
+        if image_features is None:
+            if ids_N.device.type == "cpu" and len(ids_N) > 1 and bool(is_patch.any()):
+                raise ValueError(
+                    f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
+                    "or image_features"
+                )
+            return x_ND
+        places = is_patch.nonzero().squeeze(1)
+        if len(places) != len(image_features):
+            raise ValueError(
+                f"the input holds {len(places)} <|patch|> tokens, but the images give {len(image_features)} features; "
+                "each tile needs as many <|patch|> tokens as it has features"
+            )
+        return x_ND.index_copy(0, places, image_features.to(x_ND.dtype))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights for training: normal with variance 1 / fan-in, so that image features and text embeddings
+        arrive at the same size whatever the width; norms at one, biases at zero, what adds to the residual stream
+        divided by sqrt(2 * layers)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(("gate_up_proj", "experts.down_proj")):
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith(("embed_tokens.weight", "class_embedding", "positional_embedding_vlm")):
+                parameter.normal_(0.0, 1.0 if name.endswith("embed_tokens.weight") else 0.1, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", "fc2.weight")):
+                vision = name.startswith("vision_model.model.")
+                if vision or name.startswith("language_model"):
+                    layers = self.config.vision.num_hidden_layers if vision and self.config.vision else 0
+                    parameter.div_((2 * (layers or self.config.text.num_hidden_layers)) ** 0.5)

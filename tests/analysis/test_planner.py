@@ -1,0 +1,176 @@
+"""What fits where, and how long it takes, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama4.analysis import costs
+from llama4.analysis.hardware import Rates, published_rates
+from llama4.analysis.planner import (
+    Setup,
+    checked_context,
+    describe,
+    fits,
+    fp8_share,
+    largest_context,
+    make_setup,
+    memory,
+    remedies,
+    table,
+    times,
+    usable,
+)
+from llama4.config import PRESETS, Llama4Config
+from llama4.weights.convert import quantize
+from tests import small_model
+
+TEN_MILLION, GIB = 10 * 2**20, 2**30
+
+
+def scout(devices: int = 8, **options: str) -> Setup:
+    return make_setup("scout", PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
+
+
+def test_ten_million_tokens_on_eight_devices() -> None:
+    """The window does not fit in bfloat16, 480 GiB of cache and 202 GiB of weights on 8 x 76; in fewer bits it does."""
+    need = memory(scout(), TEN_MILLION)
+    assert 8 * need.full_cache == 12 * 4096 * TEN_MILLION == 480 * GIB
+    assert 8 * need.chunked_cache == 36 * 4096 * 8192
+    small = sum(16 * 5120 + 2 * 5120 for _ in range(48)) + 5120
+    split = PRESETS["scout"]().text.num_parameters() - small
+    vision = PRESETS["scout"]().num_parameters() - PRESETS["scout"]().text.num_parameters()
+    assert need.weights == pytest.approx(2 * (split / 8 + small + vision), rel=1e-12)
+    assert not fits(scout(), TEN_MILLION)
+    assert fits(scout(weights="int4", cache_dtype="fp8"), TEN_MILLION)
+    assert largest_context(scout(weights="int4", cache_dtype="fp8")) == TEN_MILLION
+
+
+@pytest.mark.parametrize("devices", [4, 8, 12, 16])
+def test_the_largest_context_is_the_last_that_fits(devices: int) -> None:
+    setup = replace(scout(devices), device_memory=60 * GIB)
+    largest = largest_context(setup)
+    if devices == 4 or devices == 12:
+        assert memory(setup, 1).weights > 50 * GIB
+    assert 0 < largest < TEN_MILLION or devices == 16
+    assert largest == TEN_MILLION or memory(setup, largest).total <= usable(setup) < memory(setup, largest + 1).total
+
+
+def test_weights_alone_may_be_too_much() -> None:
+    assert largest_context(scout(1)) == 0
+
+
+def test_devices_share_heads_and_then_the_context() -> None:
+    """Eight key heads: with more devices each group has all weights and chunks, and a part of what grows."""
+    assert [(scout(n).tensor_parallel, scout(n).context_parallel) for n in (1, 6, 8, 16)] == [
+        (1, 1),
+        (2, 3),
+        (8, 1),
+        (8, 2),
+    ]
+    eight, sixteen = memory(scout(8), TEN_MILLION), memory(scout(16), TEN_MILLION)
+    assert sixteen.full_cache == eight.full_cache / 2
+    assert (sixteen.weights, sixteen.chunked_cache) == (eight.weights, eight.chunked_cache)
+    given = make_setup("scout", PRESETS["scout"](), devices=8, tensor_parallel=2)
+    assert memory(given, TEN_MILLION).full_cache == eight.full_cache
+    assert memory(given, TEN_MILLION).chunked_cache == 4 * eight.chunked_cache
+
+
+@pytest.mark.parametrize(("devices", "tensor_parallel"), [(8, 3), (8, 16), (4, 8), (8, 0), (0, 1), (-1, None)])
+def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -> None:
+    with pytest.raises(ValueError, match=r"it must divide|hold nothing"):
+        make_setup("scout", PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "weights"),
+    [
+        ("scout", 8, "auto"),
+        ("scout", 1, "auto"),
+        ("scout", 1, "int4"),
+        ("maverick", 8, "auto"),
+        ("behemoth", 1, "int4"),
+    ],
+)
+def test_every_remedy_is_one(name: str, devices: int, weights: str) -> None:
+    """Each, taken as options of the command, fits."""
+    setup = make_setup(name, PRESETS[name](), weights=weights, devices=devices)
+    context = setup.config.text.max_position_embeddings
+    found = remedies(setup, context)
+    assert found and not fits(setup, context)
+    for remedy in found:
+        words = remedy.split()
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        changed = make_setup(
+            name,
+            PRESETS[name](),
+            weights=options.pop("--weights", weights),
+            cache_dtype=options.pop("--cache", "auto"),
+            devices=int(options.pop("--devices", devices)),
+        )
+        assert fits(changed, context) and not options, remedy
+
+
+def test_times_by_hand() -> None:
+    """With rates of one for one thing and no end for the others, a time is a count."""
+    never = float("inf")
+    setup, text = scout(8), PRESETS["scout"]().text
+    products, attention = costs.prefill_flops(text, 2**20), costs.attention_flops(text, 2**20)
+    assert times(setup, 2**20, Rates(never, never, 1, never, "")).prompt == pytest.approx((products - attention) / 8)
+    assert times(setup, 2**20, Rates(never, never, never, 1, "")).prompt == pytest.approx(attention / 8)
+    cached = costs.cache_bytes_per_token(text, 2**20)
+    assert times(setup, 2**20, Rates(never, 1, never, never, "")).token == pytest.approx(cached / 8)
+    one = make_setup("scout", PRESETS["scout"]())
+    read = costs.weight_bytes_per_token(text)
+    assert times(one, 2**20, Rates(1, never, never, never, "")).token == pytest.approx(read)
+    # Reading all weights for every 2048 tokens takes the longer, where products cost nothing.
+    whole = costs.weight_bytes(PRESETS["scout"]()) - costs.vision_bytes(PRESETS["scout"]())
+    assert times(one, 2**20, Rates(1, 1, never, never, "")).prompt == pytest.approx(512 * whole, rel=0.02)
+
+
+def test_two_groups_halve_what_grows_and_no_more() -> None:
+    rates = published_rates("h100")
+    eight, sixteen = times(scout(8), TEN_MILLION, rates), times(scout(16), TEN_MILLION, rates)
+    assert sixteen.token_weights == eight.token_weights
+    assert eight.token_cache / 2 < sixteen.token_cache < 0.51 * eight.token_cache
+    assert sixteen.prompt == pytest.approx(eight.prompt / 2)
+
+
+def test_fp8_is_multiplied_in_fp8() -> None:
+    assert fp8_share(scout()) == fp8_share(scout(weights="int4")) == 0
+    assert 0.3 < fp8_share(scout(weights="fp8_mixed")) < fp8_share(scout(weights="fp8")) < 1
+
+
+def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
+    quantize(small_model.write(tmp_path / "in"), tmp_path / "out", "fp8_mixed", progress=False)
+    config = Llama4Config.from_directory(tmp_path / "out")
+    stored = make_setup(str(tmp_path / "out"), config)
+    assert stored.plan == make_setup("small", small_model.config(), weights="fp8_mixed").plan != {}
+    with pytest.raises(ValueError, match="say it with --weights"):
+        make_setup("somebody/elses", config)
+
+
+def test_a_context_beyond_the_window() -> None:
+    assert checked_context(scout(), None) == TEN_MILLION
+    for context in (0, TEN_MILLION + 1):
+        with pytest.raises(ValueError, match=f"a context of {context:,} tokens; this model takes from 1 to 10,485,760"):
+            checked_context(scout(), context)
+
+
+def test_a_model_that_int4_does_not_suit_gets_other_remedies() -> None:
+    setup = make_setup("small", small_model.config())
+    setup = replace(setup, device_memory=int(memory(setup, 512).total / 0.94))
+    assert fits(setup, 512) and not fits(setup, 4096)
+    assert not [remedy for remedy in remedies(setup, 4096) if "--weights" in remedy]
+
+
+def test_the_table_says_what_counts() -> None:
+    too_much = table(describe("scout", scout(), TEN_MILLION, published_rates("h100")))
+    for words in ("DOES NOT FIT", "--cache fp8", "--devices 16", "480 GiB", "8 tensor parallel", "datasheet"):
+        assert words in too_much
+    fitting = describe("scout", scout(weights="int4", cache_dtype="fp8"), TEN_MILLION, published_rates("h100"))
+    assert "fits in 76.0 GiB" in table(fitting) and "the whole window" in table(fitting)
+    assert fitting["fits"] and not fitting["remedies"]
+    assert fitting["bytes_per_device"]["total"] == pytest.approx(sum(fitting["bytes_per_device"].values()) / 2, abs=4)

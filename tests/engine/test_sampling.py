@@ -1,0 +1,135 @@
+"""Sampling against explicit computations in numpy and plain Python."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from llama4.engine.sampling import Sampler
+
+
+def reference_probabilities(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float
+) -> dict[int, float]:
+    """Token -> probability of those that are left, in order of id; the lower id is the likelier among equals."""
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))[:top_k]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        kept.append(i)
+        mass += weights[i] / total
+        if mass >= top_p:
+            break
+    total = sum(weights[i] for i in kept)
+    return {i: weights[i] / total for i in sorted(kept)}
+
+
+def reference_draw(probabilities: dict[int, float], uniform: float) -> int:
+    mass = 0.0
+    for token, probability in probabilities.items():
+        mass += probability
+        if uniform < mass:
+            return token
+    return token
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
+def test_draws_what_an_explicit_loop_draws(temperature: float, top_k: int | None, top_p: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (40, 300)).astype(np.float32)
+    seeds = range(40)
+    sampler = Sampler(temperature, top_p, top_k)
+    ids, logprobs = sampler(torch.from_numpy(logits), [random.Random(seed) for seed in seeds])
+    for row, seed in enumerate(seeds):
+        probabilities = reference_probabilities(logits[row], temperature, top_k, top_p)
+        assert ids[row] == reference_draw(probabilities, random.Random(seed).random())
+    full = logits.astype(np.float64)
+    expected = full - np.log(np.exp(full).sum(axis=1, keepdims=True))  # the model's own: not tempered, not cut
+    np.testing.assert_allclose(logprobs, expected[np.arange(40), ids.numpy()], atol=1e-5)
+
+
+def test_frequencies_match_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    n = 20_000
+    ids, _ = Sampler(0.8, top_p=0.95)(logits.expand(n, 4), [random.Random(i) for i in range(n)])
+    probabilities = reference_probabilities(logits.numpy(), 0.8, None, 0.95)
+    assert set(ids.tolist()) == set(probabilities)
+    for token, probability in probabilities.items():
+        deviation = math.sqrt(probability * (1 - probability) / n)
+        assert abs((ids == token).double().mean() - probability) < 5 * deviation  # 5 sigma: 1 in 2 million by chance
+
+
+def test_greedy_takes_the_largest_and_the_lowest_id_of_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, -1.0, 0.0, 5.0]])
+    sampler = Sampler(top_p=0.1, top_k=3, seed=1)
+    ids, logprobs = sampler(logits, sampler.generators(2))
+    assert ids.tolist() == [1, 0]
+    assert logprobs[1] == pytest.approx(5 - math.log(2 * math.exp(5) + math.exp(-1) + 1), abs=1e-6)
+
+
+def test_ties_at_the_border_of_top_k_keep_the_lowest_ids() -> None:
+    ids, _ = Sampler(1.0, top_k=2)(torch.zeros(500, 9), [random.Random(i) for i in range(500)])
+    assert set(ids.tolist()) == {0, 1}
+
+
+def test_a_row_draws_what_it_draws_alone() -> None:
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(1.3, seed=11)
+    together, _ = sampler(logits, sampler.generators(5))
+    alone = [sampler(row[None], sampler.generators(1))[0].item() for row in logits]
+    assert together.tolist() == alone
+
+
+def test_seeds_repeat_and_differ() -> None:
+    logits = torch.zeros(1, 1000)
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(1.0, seed=seed)
+        generators = sampler.generators(1)
+        return [int(sampler(logits, generators)[0]) for _ in range(5)]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-8, 1e8])
+def test_extreme_temperatures(temperature: float) -> None:
+    logits = torch.tensor([[1e4, 0.0, -1e4, float("-inf")]] * 50)
+    ids, logprobs = Sampler(temperature)(logits, [random.Random(i) for i in range(50)])
+    assert torch.isfinite(logprobs).all()
+    assert set(ids.tolist()) == ({0, 1, 2} if temperature > 1 else {0})
+
+
+def test_half_precision_logits() -> None:
+    logits = torch.randn(3, 50, dtype=torch.bfloat16)
+    ids, logprobs = Sampler()(logits, Sampler().generators(3))
+    assert logprobs.dtype == torch.float32
+    assert torch.equal(ids, logits.float().argmax(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "remedy"),
+    [
+        ({"temperature": -0.5}, "-0.5", "0 (greedy) or more"),
+        ({"temperature": float("nan")}, "nan", "0 (greedy) or more"),
+        ({"temperature": float("inf")}, "inf", "0 (greedy) or more"),
+        ({"top_p": 0.0}, "0.0", "above 0 and at most 1"),
+        ({"top_p": 1.5}, "1.5", "above 0 and at most 1"),
+        ({"top_p": float("nan")}, "nan", "above 0 and at most 1"),
+        ({"top_k": 0}, "0", "at least 1"),
+        ({"seed": -1}, "-1", "0 or more"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, float], value: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"is {re.escape(value)}; .*{re.escape(remedy)}"):
+        Sampler(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Batches of prompts and pictures against transformers' `Llama4Processor` and against each row alone."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import llama_models.llama4.tokenizer as meta
+import pytest
+import torch
+from llama4.vision.images import ImageError
+from PIL import Image
+from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
+
+from llama4.inputs import Processor
+from llama4.text.tokenizer import Tokenizer
+
+GENUINE = Path(meta.__file__).with_name("tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("small") / "tokenizer.model"
+    path.write_bytes(b"\n".join(GENUINE.read_bytes().splitlines()[:1000]))
+    return Tokenizer(path, num_special_tokens=128)
+
+
+@pytest.fixture
+def processor(small_tokenizer: Tokenizer) -> Processor:
+    return Processor(small_tokenizer, image_size=56, max_tiles=4)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def user(*parts: str | Image.Image | None) -> dict[str, Any]:
+    """A user's message; None is a placeholder for an image."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        if part
+        else {"type": "image"}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def test_a_batch_is_transformers(processor: Processor, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small_tokenizer.save(tmp_path)
+    theirs = Llama4Processor(
+        image_processor=Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+    )
+    images = [picture(30, 40), picture(130, 60), picture(300, 301)]
+    conversations = [
+        [user(images[0], "one"), {"role": "assistant", "content": "yes"}, user("two", images[1])],
+        [{"role": "system", "content": "Short."}, user("None here.")],
+        [user("What is", images[2], "this?")],
+    ]
+    ours = processor(conversations)
+    rows: list[Any] = [
+        theirs.apply_chat_template(
+            row, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        for row in conversations
+    ]
+    for i, row in enumerate(rows):
+        length = row["input_ids"].shape[1]
+        padding = ours.input_ids.shape[1] - length
+        assert ours.input_ids[i, padding:].tolist() == row["input_ids"][0].tolist()
+        assert ours.input_ids[i, :padding].eq(small_tokenizer.pad_id).all()
+        assert ours.attention_mask[i].tolist() == [0] * padding + [1] * length
+    pixel_values = torch.cat([row["pixel_values"].flatten(0, -4) for row in rows if "pixel_values" in row]).float()
+    assert ours.pixel_values is not None
+    # transformers normalises in bfloat16: half a level of 255, and the values lie between -1 and 1
+    torch.testing.assert_close(ours.pixel_values, pixel_values, atol=0.51 / 127.5, rtol=0)
+    assert ours.input_ids.dtype == ours.attention_mask.dtype == torch.int64
+
+
+def test_rows_are_what_they_are_alone(processor: Processor) -> None:
+    conversations = [[user("Hi")], [user(picture(60, 20), "A longer question about this."), user("x")]]
+    for side in ("left", "right"):
+        batch = processor(conversations, padding_side=side)
+        for i, row in enumerate(conversations):
+            alone = processor(row)
+            assert alone.attention_mask.all()
+            assert batch.input_ids[i][batch.attention_mask[i].bool()].tolist() == alone.input_ids[0].tolist()
+        assert batch.attention_mask[0, 0 if side == "left" else -1] == 0
+    assert processor(conversations[0]).pixel_values is None
+
+
+def test_every_patch_token_has_its_feature(processor: Processor, small_tokenizer: Tokenizer) -> None:
+    inputs = processor([[user(picture(500, 100), picture(10, 10), "?")], [user(picture(90, 400), "!")]])
+    assert inputs.pixel_values is not None
+    assert inputs.pixel_values.shape == (5 + 1 + 5, 3, 56, 56)
+    assert (inputs.input_ids == small_tokenizer.special("<|patch|>")).sum() == 11 * processor.tokens_per_tile == 11 * 4
+
+
+def test_special_strings_of_a_user_are_text(processor: Processor, small_tokenizer: Tokenizer) -> None:
+    inputs = processor([user("<|image|><|patch|><|eot|>")])
+    assert inputs.pixel_values is None
+    ids = inputs.input_ids[0].tolist()
+    assert small_tokenizer.special("<|image|>") not in ids
+    assert ids.count(small_tokenizer.special("<|eot|>")) == 1
+
+
+def test_placeholders_take_the_given_images_in_order(processor: Processor, tmp_path: Path) -> None:
+    one, two, three = picture(30, 30), picture(120, 50), picture(50, 120)
+    two.save(tmp_path / "two.png")
+    expected = processor([[user(one, "a", two)], [user(three, "b")]])
+    inputs = processor([[user(None, "a", two)], [user(None, "b")]], images=[one, three])
+    assert torch.equal(inputs.input_ids, expected.input_ids)
+    assert inputs.pixel_values is not None
+    assert expected.pixel_values is not None
+    assert torch.equal(inputs.pixel_values, expected.pixel_values)
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "two.png").read_bytes()).decode()
+    linked = processor([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert linked.pixel_values is not None
+    assert torch.equal(linked.pixel_values, processor([user(two)]).pixel_values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_more_or_fewer_images_than_placeholders(count: int, processor: Processor) -> None:
+    with pytest.raises(ValueError, match=rf"2 image parts without a picture, but images= holds {count}"):
+        processor([user(None, "and", None)], images=[picture(9, 9)] * count)
+
+
+def test_raw_text(processor: Processor, small_tokenizer: Tokenizer) -> None:
+    inputs = processor.complete("Once upon a time <|eot|>")
+    assert inputs.input_ids.tolist() == [[small_tokenizer.bos_id, *small_tokenizer.encode("Once upon a time <|eot|>")]]
+    assert inputs.pixel_values is None
+    batch = processor.complete(["a", "a b c"])
+    assert batch.attention_mask.sum(1).tolist() == [2, 1 + len(small_tokenizer.encode("a b c"))]
+    for empty in ("", [], ["a", ""]):
+        with pytest.raises(ValueError, match="prompt is empty"):
+            processor.complete(empty)
+
+
+def test_what_cannot_work_is_named(small_tokenizer: Tokenizer, processor: Processor) -> None:
+    with pytest.raises(ValueError, match="reads text alone"):
+        Processor(small_tokenizer, image_size=None)([user(picture(9, 9))])
+    assert Processor(small_tokenizer, image_size=None)([user("text")]).pixel_values is None
+    with pytest.raises(ValueError, match="patch side 14"):
+        Processor(small_tokenizer, image_size=100)
+    with pytest.raises(ValueError, match="max_tiles is 0"):
+        Processor(small_tokenizer, max_tiles=0)
+    with pytest.raises(ValueError, match="padding_side is 'middle'"):
+        processor([user("x")], padding_side="middle")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="list of messages is empty"):
+        processor([])
+    with pytest.raises(ValueError, match="list of messages is empty"):
+        processor([[user("x")], []])
+    with pytest.raises(ImageError, match=r"no such image file: nowhere\.png"):
+        processor([{"role": "user", "content": [{"type": "image", "path": "nowhere.png"}]}])

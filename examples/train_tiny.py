@@ -35,7 +35,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from llama4.vision.tiling import best_canvas, fit_within, tile_image
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.overrides import TorchFunctionMode
@@ -50,6 +49,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.text.prompt import render
 from llama4.text.tokenizer import PATTERN, Tokenizer
 from llama4.tiny import shapes_dataset
+from llama4.vision.tiling import best_canvas, fit_within, tile_image
 
 SPECIAL_TOKENS = 128
 LONGEST_SIDE = 448

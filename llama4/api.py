@@ -14,9 +14,9 @@ import torch
 from llama4.cache.formats import resolve_format
 from llama4.config import Llama4Config
 from llama4.engine.generate import Event, generate
-from llama4.engine.offload import keep_experts
+from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
-from llama4.engine.replies import Draft, Reply, Stream
+from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs, Processor
 from llama4.model.experts import resolve_experts
@@ -175,7 +175,7 @@ class Llama4:
             progress=progress,
         )
         if resting != resolved_device:
-            keep_experts(model, resolved_device, room)
+            offload_experts(model, resolved_device, room)
         logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
         return cls(
             model.eval(),
@@ -287,7 +287,7 @@ class Llama4:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> tuple[Iterator[Event], list[Draft]]:
+    ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
         tokenizer = self.tokenizer
         rows = identities(inputs, self.model)
         cache = self.cache.beginning(rows) if self.cache is not None else None
@@ -309,7 +309,7 @@ class Llama4:
             self.cache = PromptCache(self.model, cache, rows[0])
             events = self.cache.recorded(events)
         call_id = tokenizer.special_tokens.get("<|python_start|>")
-        return events, [Draft(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
+        return events, [ReplyBuilder(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
 
     def load_cache(self, path: str | Path) -> None:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.

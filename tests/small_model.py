@@ -9,11 +9,11 @@ import string
 from pathlib import Path
 
 import torch
-from llama4.vision.config import VisionConfig
 from safetensors.torch import save_file
 
 from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.model.multimodal import Llama4Model
+from llama4.vision.config import VisionConfig
 
 RANKS, SPECIAL = 896, 128
 

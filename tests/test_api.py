@@ -17,7 +17,7 @@ from llama4 import CheckpointError, ConfigError, ContextLengthError, ImageError,
 from llama4.api import EMBEDDED, resolve_device, resolve_dtype
 from llama4.config import scout
 from llama4.engine.generate import Event, Token
-from llama4.engine.replies import Draft
+from llama4.engine.replies import ReplyBuilder
 from tests import small_model
 
 RED = Image.new("RGB", (50, 40), (255, 0, 0))
@@ -127,7 +127,7 @@ def test_leaving_a_stream_leaves_the_model_usable(llm: Llama4) -> None:
 
 def made(llm: Llama4, text: str, **settings: object) -> Reply:
     """A reply of these words."""
-    draft = Draft(3, settings.get("tools"), llm.tokenizer.special("<|python_start|>"))  # type: ignore[arg-type]
+    draft = ReplyBuilder(3, settings.get("tools"), llm.tokenizer.special("<|python_start|>"))  # type: ignore[arg-type]
     for id_ in settings.get("before", []):  # type: ignore[attr-defined]
         draft.add(Event(0, Token(id_, b"", 0.0), "", None))
     draft.add(Event(0, Token(1, b"", 0.0), text, "stop"))

@@ -9,12 +9,12 @@ from typing import Any
 import llama_models.llama4.tokenizer as meta
 import pytest
 import torch
-from llama4.vision.images import ImageError
 from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
 
 from llama4.inputs import Processor
 from llama4.text.tokenizer import Tokenizer
+from llama4.vision.images import ImageError
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 

@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from llama4.vision.config import VisionConfig
-from llama4.vision.projector import VisionAdapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from llama4.vision.config import VisionConfig
+from llama4.vision.projector import VisionAdapter
 
 
 def rotation_2d(config: VisionConfig, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,9 @@ decoder.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from llama4.vision.config import VisionConfig
 from torch import Tensor, nn
+
+from llama4.vision.config import VisionConfig
 
 
 def pixel_shuffle(x_nPW: Tensor, ratio: float) -> Tensor:

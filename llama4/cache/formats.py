@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AsIs:
+class Unquantized:
     """Numbers of any dtype."""
 
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class Int4:
         return _unscaled(numbers, scales, dtype)
 
 
-Format = AsIs | Int8 | Fp8 | Int4
+Format = Unquantized | Int8 | Fp8 | Int4
 QUANTIZED: dict[str, Format] = {"int8": Int8(), "fp8": Fp8(), "int4": Int4()}
 
 
@@ -119,11 +119,11 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format
         ValueError: no such format.
     """
     if name is None or name in ("auto", dtype):
-        return AsIs(dtype)
+        return Unquantized(dtype)
     if isinstance(name, torch.dtype) or name in ("bf16", "bfloat16", "float16", "float32", "float64"):
         given = torch.bfloat16 if name == "bf16" else name if isinstance(name, torch.dtype) else getattr(torch, name)
         if given.is_floating_point and given.itemsize > 1:
-            return AsIs(given)
+            return Unquantized(given)
     elif name in QUANTIZED:
         return QUANTIZED[name]
     raise ValueError(f"cache_dtype={name!r} is not known; choose 'auto', 'bfloat16', {', '.join(map(repr, QUANTIZED))}")

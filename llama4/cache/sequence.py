@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4.cache.formats import AsIs, Format
+from llama4.cache.formats import Format, Unquantized
 from llama4.config import CACHE_BLOCK, TextConfig
-from llama4.model.batch import Packing, Step
+from llama4.model.batch import Batch, Step
 
 SPAN = 16 * CACHE_BLOCK
 """Tokens that are put together, and decoded, at once where attention wants them in one piece."""
@@ -137,7 +137,7 @@ class Cache:
         firsts: position of the first token of each row.
         nexts: position that the next token of each row will have; another tuple after every change.
         layers: one `LayerCache` per decoder layer.
-        is_whole: false while a forward is adding tokens, and for good if that was broken off.
+        is_consistent: false while a forward is adding tokens, and for good if that was broken off.
         answer: where a prompt of the only row ended and the logits there, for the same prompt to get the same reply.
         steps: what `decoding` has prepared for the next tokens; whoever sets it to None costs it a millisecond.
     """
@@ -155,16 +155,16 @@ class Cache:
             raise ValueError(f"a cache needs at least one row, not batch_size={batch_size}")
         self.firsts: tuple[int, ...] = (0,) * batch_size
         self.nexts: tuple[int, ...] = (0,) * batch_size
-        self.is_whole = True
+        self.is_consistent = True
         self.answer: tuple[int, Tensor] | None = None
         self.steps: Any = None
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         full_device = full_device or device
         pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
         self.layers = [
-            LayerCache(batch_size, config, format or AsIs(dtype), full_device, pinned)
+            LayerCache(batch_size, config, format or Unquantized(dtype), full_device, pinned)
             if window is None
-            else LayerCache(batch_size, config, AsIs(dtype), device)
+            else LayerCache(batch_size, config, Unquantized(dtype), device)
             for window in self.windows
         ]
 
@@ -183,11 +183,11 @@ class Cache:
         blocks = {id(b): b.numel() for layer in self.layers for blocks in layer.rows for b in blocks}
         return sum(blocks.values())
 
-    def advance(self, packing: Packing) -> None:
+    def advance(self, batch: Batch) -> None:
         """Count the new tokens, once all layers have them."""
-        self.firsts = tuple(packing.firsts)
-        self.nexts = tuple(start + length for start, length in zip(packing.starts, packing.lengths, strict=True))
-        self.is_whole = True
+        self.firsts = tuple(batch.firsts)
+        self.nexts = tuple(start + length for start, length in zip(batch.starts, batch.lengths, strict=True))
+        self.is_consistent = True
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""

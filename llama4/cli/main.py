@@ -105,9 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
     plan.add_argument("--tensor-parallel", type=int, metavar="T", help="as many share heads and experts")
-    plan.add_argument(
-        "--device", choices=("h100", "h200", "b200", "cpu"), help="h100 (default), or this CPU, measured"
-    )
+    plan.add_argument("--device", choices=("h100", "h200", "b200", "cpu"), help="h100 (default), or this CPU, measured")
     plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
     plan.add_argument("--memory-rate", metavar="RATE", help="that one reaches: 2.4TB/s")
     plan.add_argument("--gemm-rate", metavar="RATE", help="that one reaches: 400TFLOP/s")
@@ -378,7 +376,7 @@ def run_plan(options: argparse.Namespace) -> int:
     from llama4.analysis import planner
     from llama4.analysis.hardware import DEVICES, overridden, published_rates
     from llama4.analysis.info import read_config
-    from llama4.bench import rates as cpu
+    from llama4.bench import calibration as cpu
 
     on_cpu = options.measure or options.device == "cpu"
     if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):

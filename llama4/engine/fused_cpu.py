@@ -29,7 +29,7 @@ from llama4.config import CACHE_BLOCK
 from llama4.kernels import cpu
 from llama4.kernels.cpu import OUT_IN, Matrix
 from llama4.model.attention import Attention, Turns
-from llama4.model.batch import make_packing
+from llama4.model.batch import make_batch
 from llama4.model.experts import LoopExperts
 from llama4.model.layers import FeedForward, RMSNorm
 from llama4.model.moe import MixtureOfExperts, Router
@@ -123,21 +123,21 @@ class Steps:
     def __init__(self, model: Any, plan: Plan, cache: Cache) -> None:
         assert plan.decoder is not None
         config, dtype = model.config.text, model.dtype
-        packing = make_packing(cache.batch_size, 1, model.device, firsts=cache.firsts, nexts=cache.nexts)
-        firsts = {window: packing.step(window) for window in set(cache.windows)}
+        batch = make_batch(cache.batch_size, 1, model.device, firsts=cache.firsts, nexts=cache.nexts)
+        firsts = {window: batch.step(window) for window in set(cache.windows)}
         rooms = [CACHE_BLOCK - slot % CACHE_BLOCK for first in firsts.values() for slot in first.slots]
-        rooms += [window - start % window for window in firsts if window for start in packing.starts]
+        rooms += [window - start % window for window in firsts if window for start in batch.starts]
         count = min(MOST_STEPS, *rooms)
         ahead_S1 = torch.arange(count)[:, None]
-        turns = Turns(config, (packing.positions_N + ahead_S1).flatten(), dtype)
+        turns = Turns(config, (batch.positions_N + ahead_S1).flatten(), dtype)
         lengths_SB = {window: first.lengths_B + ahead_S1 for window, first in firsts.items()}
         for held, window in zip(cache.layers, cache.windows, strict=True):
             held.make_room(firsts[window])
-        cache.firsts = tuple(packing.firsts)
+        cache.firsts = tuple(batch.firsts)
 
         self.plan = plan
         self.hooks = RemovableHandle.next_id
-        self.nexts = cache.nexts = tuple(packing.starts)
+        self.nexts = cache.nexts = tuple(batch.starts)
         self.step, self.count, self.vocabulary = 0, count, config.vocab_size
         self.logits_BV = torch.empty(cache.batch_size, config.vocab_size, dtype=dtype)
         self._given, self._likeliest = ((ctypes.c_int64 * cache.batch_size)() for _ in range(2))
@@ -168,7 +168,7 @@ class Steps:
 
     def are_next(self, cache: Cache) -> bool:
         """Whether the cache is as the last step left it, and has room for one more."""
-        return self.nexts is cache.nexts and self.step < self.count and cache.is_whole
+        return self.nexts is cache.nexts and self.step < self.count and cache.is_consistent
 
     def take(self, ids: list[int], cache: Cache) -> bool:
         """One more token in every row, if the ids are such."""
@@ -205,7 +205,7 @@ def _next(model: Any, cache: Cache) -> Steps | None:
     """Those that the cache has, if all is as it was, or new ones; None if there is what compiled code does not know."""
     norm = model.language_model.model.norm
     dtype, head_dim = norm.weight.dtype, model.config.text.head_dim
-    if torch.is_grad_enabled() or cache.batch_size > cpu.FEW or not cache.is_whole:
+    if torch.is_grad_enabled() or cache.batch_size > cpu.MAX_GEMV_ROWS or not cache.is_consistent:
         return None
     if not cpu.usable(norm.weight.shape[0], norm.weight):
         return None

@@ -1,6 +1,6 @@
 """Routed experts that stay where memory is plenty: the device computes with copies of those that tokens chose.
 
-Of a mixture of experts most weights are routed experts, and a token needs few of them. `keep_experts` leaves them on
+Of a mixture of experts most weights are routed experts, and a token needs few of them. `offload_experts` leaves them on
 the host, in the checkpoint's memory map or in memory, and gives the device room for some. Those used last are there
 (Eliseev and Mazur 2023, "Fast inference of mixture-of-experts language models with offloading").
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama4.model.experts import joined
+from llama4.model.experts import concat_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SeparateExperts
 from llama4.quantization.weight import PackedWeight
 from llama4.units import bytes_text
 
 
-class HotExperts:
+class ExpertCache:
     """Room on a device for S experts, of any layers whose experts are alike; whichever was not used for longest goes.
 
     Attributes:
@@ -57,7 +57,7 @@ class HotExperts:
 class OffloadedExperts(nn.Module):
     """A layer's experts, whose parameters it has under their own names; computed in the room of `hot`."""
 
-    def __init__(self, experts: nn.Module, hot: HotExperts) -> None:
+    def __init__(self, experts: nn.Module, hot: ExpertCache) -> None:
         super().__init__()
         for name, parameter in experts.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
@@ -80,10 +80,10 @@ class OffloadedExperts(nn.Module):
             x_nD = torch.cat([rows[expert] for expert in places.values()])
             y_nD = functional_call(experts, self.hot.slots, (x_nD, counts_S.to(x_ND.device)))
             out |= zip(places.values(), y_nD.split([counts[expert] for expert in places.values()]), strict=True)
-        return joined([out[expert] for expert in chosen], x_ND)
+        return concat_experts([out[expert] for expert in chosen], x_ND)
 
 
-def keep_experts(model: Llama4Model, device: torch.device, memory: int | None = None) -> None:
+def offload_experts(model: Llama4Model, device: torch.device, memory: int | None = None) -> None:
     """Leave a model's routed experts where they are, and compute them on a device.
 
     Args:
@@ -113,7 +113,7 @@ def keep_experts(model: Llama4Model, device: torch.device, memory: int | None = 
             room = share // each
             if room < 1:
                 raise ValueError(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
-        hot = HotExperts(experts, device, min(room, count * len(paths)))
+        hot = ExpertCache(experts, device, min(room, count * len(paths)))
         for path in paths:
             for module in model.get_submodule(path).modules():
                 if isinstance(module, PackedWeight) and device.type != "cpu":

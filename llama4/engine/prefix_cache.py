@@ -73,7 +73,7 @@ class PromptCache:
         of a prompt that is read anew, so a few tokens are rather read again; a prompt that is the same from end to end
         gets the same reply, unless chunked layers have gone on to another chunk.
         """
-        if not self.cache.is_whole:
+        if not self.cache.is_consistent:
             return None
         own = torch.tensor(self.tokens[: len(self)])
         common = min(_agreement(own, row) for row in rows)
@@ -100,7 +100,7 @@ class PromptCache:
         Raises:
             ValueError: the file cannot be written, or a forward was broken off while it added to the cache.
         """
-        if not self.cache.is_whole:
+        if not self.cache.is_consistent:
             raise ValueError("this cache is of a prompt whose reading was broken off; read the prompt again")
         path = Path(path)
         blocks = {

@@ -42,7 +42,7 @@ class Reply:
 
 
 @dataclass
-class Draft:
+class ReplyBuilder:
     """A reply on its way."""
 
     prompt_tokens: int
@@ -72,7 +72,7 @@ class Stream(Iterator[str]):
     The pieces join to the reply's text, tool calls included as the model spelt them. It may be left at any point.
     """
 
-    def __init__(self, events: Iterator[Event], draft: Draft) -> None:
+    def __init__(self, events: Iterator[Event], draft: ReplyBuilder) -> None:
         self._events = events
         self._draft = draft
 

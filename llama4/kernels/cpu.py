@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama4.cache.formats import AsIs, Format, Int4
+from llama4.cache.formats import Format, Int4, Unquantized
 from llama4.config import CACHE_BLOCK
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ SOURCES = (
     "attention.h",
     "decode.cpp",
 )
-FEW = 12
+MAX_GEMV_ROWS = 12
 """Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
-WORTH = 1 << 18
+MIN_MATRIX = 1 << 18
 """Numbers from which a matrix is worth the call, and a model of such the building: smaller ones stay in the processor's
 cache."""
-WIDE = 512
+MIN_WIDTH = 512
 """Numbers of a token from which the small steps between products are worth the call."""
-WORTH_ATTENTION = 1 << 28
+MIN_ATTENTION = 1 << 28
 """Products of queries and keys from which attention is worth the call however narrow its heads."""
 MOST_HEAD_DIM = 1024
 SWITCH = "LLAMA4_CPU_KERNELS"
@@ -153,7 +153,7 @@ def takes_packed(x_NI: Tensor, format: str, scale: Tensor, outputs: int, group_s
         and scale.is_contiguous()
         and _takes_groups(format, group_size or 0)
         and _takes(x_NI, format)
-        and (x_NI.shape[0] <= FEW or outputs % STRIP == 0)
+        and (x_NI.shape[0] <= MAX_GEMV_ROWS or outputs % STRIP == 0)
     )
 
 
@@ -164,11 +164,11 @@ def _takes_groups(format: str, group_size: int) -> bool:
     return group_size in (32, 64) or (group_size > 0 and group_size % 128 == 0)
 
 
-def takes_dense(x_NI: Tensor, weight: Tensor, most: int | None = FEW) -> bool:
+def takes_dense(x_NI: Tensor, weight: Tensor, most: int | None = MAX_GEMV_ROWS) -> bool:
     """Whether rows, so many at most, go this way to a matrix of their own dtype, as it lies in memory."""
     return (
         x_NI.dtype == weight.dtype
-        and weight.numel() >= WORTH
+        and weight.numel() >= MIN_MATRIX
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and _takes(x_NI, _FORMATS.get(x_NI.dtype, ""))
@@ -216,19 +216,19 @@ def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int)
     return _product(INT4, x_NI, packed, packed.shape[0], scale_OG, group_size)
 
 
-def reads_in_sixteens(outputs: int, inputs: int, group_size: int) -> bool:
+def reads_interleaved16(outputs: int, inputs: int, group_size: int) -> bool:
     """Whether a matrix of four bits can be had in the order in which it is read fastest."""
     fits = outputs % SIXTEEN == 0 and inputs % _INPUTS["int4"] == 0
     return fits and _takes_groups("int4", group_size) and library() is not None
 
 
-def in_sixteens(part: Tensor, together: int) -> Tensor:
+def interleaved16(part: Tensor, together: int) -> Tensor:
     """Rows [..., O, n], so many numbers of a row together: of sixteen rows the first, of the same the next, ..., a view
     [..., O / 16, n / together, 16, together]. Of packed int4 words four go together; of scales each is alone."""
     return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, SIXTEEN)).transpose(-3, -2)
 
 
-def out_of_sixteens(part: Tensor, together: int) -> Tensor:
+def deinterleaved16(part: Tensor, together: int) -> Tensor:
     """The inverse, of what lies in this order as [..., O, n]; a copy."""
     *rows, outputs, count = part.shape
     lying = part.view(*rows, outputs // SIXTEEN, count // together, SIXTEEN, together)
@@ -288,7 +288,7 @@ def experts(
     """down(silu(gate(x)) * up(x)) of rows sorted by expert, [N, D]; None if this does not go this way."""
     if gate_up is None or down is None or x_ND.dtype not in _SUFFIX or not _takes(x_ND, _FORMATS[x_ND.dtype]):
         return None
-    if any(matrix.O % STRIP or matrix.I * matrix.O < WORTH for matrix in (gate_up, down)):
+    if any(matrix.O % STRIP or matrix.I * matrix.O < MIN_MATRIX for matrix in (gate_up, down)):
         return None
     x_ND, counts_E = x_ND.contiguous(), num_tokens_per_expert_E.contiguous()
     assert x_ND.shape[1] == gate_up.I == down.O and gate_up.O == 2 * down.I
@@ -302,7 +302,7 @@ def experts(
 def rounds(weight_OI: Tensor, group_size: int) -> bool:
     """Whether a matrix is rounded to four bits this way."""
     return (
-        weight_OI.numel() >= WORTH
+        weight_OI.numel() >= MIN_MATRIX
         and weight_OI.is_cpu
         and weight_OI.dtype in _SUFFIX
         and group_size % 16 == 0
@@ -326,7 +326,7 @@ def quantize_int4(weight_OI: Tensor, group_size: int, ranges: Sequence[float]) -
 def usable(width: int, *tensors: Tensor) -> bool:
     """Whether what stands between the products can go this way: tokens wide enough to be worth the call, all on a CPU,
     in one of its dtypes, in sixteens, without gradients."""
-    if width < WIDE or torch.compiler.is_compiling():
+    if width < MIN_WIDTH or torch.compiler.is_compiling():
         return False
     gradients = torch.is_grad_enabled()
     for t in tensors:
@@ -370,7 +370,7 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 def chooses(logits_BV: Tensor) -> bool:
     """Whether the likeliest tokens can be found this way."""
-    return logits_BV.is_cpu and logits_BV.dtype in _SUFFIX and logits_BV.numel() >= WIDE and library() is not None
+    return logits_BV.is_cpu and logits_BV.dtype in _SUFFIX and logits_BV.numel() >= MIN_WIDTH and library() is not None
 
 
 def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,15 +386,15 @@ def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 
 def reads(format: Format, dtype: torch.dtype, C: int) -> bool:
     """Whether kernels for a dtype read heads of C numbers in a format of the cache."""
-    known = format.dtype == dtype if isinstance(format, AsIs) else not isinstance(format, Int4) or C % 32 == 0
+    known = format.dtype == dtype if isinstance(format, Unquantized) else not isinstance(format, Int4) or C % 32 == 0
     return known and C % 16 == 0 and C <= MOST_HEAD_DIM
 
 
 def attention_usable(q_NHC: Tensor, keys: int, format: Format) -> bool:
     """Whether attention can go this way, over so many keys in a format."""
     N, H, C = q_NHC.shape
-    is_worth_it = max(N, CACHE_BLOCK) * keys * H * C >= WORTH_ATTENTION or H * C >= WIDE
-    return is_worth_it and reads(format, q_NHC.dtype, C) and usable(WIDE, q_NHC)
+    is_worth_it = max(N, CACHE_BLOCK) * keys * H * C >= MIN_ATTENTION or H * C >= MIN_WIDTH
+    return is_worth_it and reads(format, q_NHC.dtype, C) and usable(MIN_WIDTH, q_NHC)
 
 
 def attend(q_BHC: Tensor, table: Tensor, lengths_B: Tensor, heads: int, format: int) -> Tensor:

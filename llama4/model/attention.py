@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama4.cache.formats import AsIs
+from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import LayerCache
 from llama4.config import TextConfig
 from llama4.kernels import cpu
-from llama4.model.batch import Packing, Step
-from llama4.model.layers import attention_temperature, rope_rotation, turn, widened
+from llama4.model.batch import Batch, Step
+from llama4.model.layers import attention_temperature, rope_rotation, turn, upcast
 from llama4.ops.linear import Linear
 
 QUERIES = 256
@@ -45,12 +45,12 @@ def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool)
         return out_1HNC[0], lse_1HN[0]
     outs, lses = [], []
     for i, q in enumerate(q_HNC.split(QUERIES, dim=1)):
-        scores = widened(q) @ widened(k_HSC).mT * q.shape[2] ** -0.5
+        scores = upcast(q) @ upcast(k_HSC).mT * q.shape[2] ** -0.5
         if causal:
             ages = torch.arange(i * QUERIES, i * QUERIES + q.shape[1], device=q.device)[:, None]
             scores = scores.masked_fill(ages < torch.arange(k_HSC.shape[1], device=q.device), -torch.inf)
         lses.append(scores.logsumexp(-1))
-        outs.append(((scores - lses[-1][..., None]).exp() @ widened(v_HSC)).type_as(q))
+        outs.append(((scores - lses[-1][..., None]).exp() @ upcast(v_HSC)).type_as(q))
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
@@ -69,7 +69,7 @@ def merged(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     (out, lse), *rest = parts
     for other, other_lse in rest:
         both = torch.logaddexp(lse, other_lse)
-        out = widened(out) * (lse - both).exp()[..., None] + widened(other) * (other_lse - both).exp()[..., None]
+        out = upcast(out) * (lse - both).exp()[..., None] + upcast(other) * (other_lse - both).exp()[..., None]
         lse = both
     return out
 
@@ -81,7 +81,7 @@ def causal_attention(
 
     Scale is C^-0.5. There is no mask, and nothing of N x S, however long either is. -> [N, H, C].
     """
-    format = cache.format if cache is not None and past else AsIs(q_NHC.dtype)
+    format = cache.format if cache is not None and past else Unquantized(q_NHC.dtype)
     if cpu.attention_usable(q_NHC, past + len(q_NHC), format):
         blocks = cache.addresses(row) if cache is not None and past else None
         return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.number)
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_ND: Tensor, packing: Packing, turns: Turns, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_ND: Tensor, batch: Batch, turns: Turns, cache: LayerCache | None) -> Tensor:
         q_NHC, k_NKC, v_NKC = (
             projection(x_ND).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -132,19 +132,17 @@ class Attention(nn.Module):
         rotation = turns.rotations[self.window] if self.uses_rope else None
         temperature = turns.temperature if self.uses_temperature else None
         q_NHC, k_NKC = turn(q_NHC, k_NKC, rotation, self.qk_norm_eps, temperature)
-        out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, packing, cache).flatten(1))
+        out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, batch, cache).flatten(1))
         return out
 
-    def _attend(
-        self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, packing: Packing, cache: LayerCache | None
-    ) -> Tensor:
-        if cache is not None and packing.is_step:
-            step = packing.step(self.window)
+    def _attend(self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Batch, cache: LayerCache | None) -> Tensor:
+        if cache is not None and batch.is_step:
+            step = batch.step(self.window)
             for row, slot in enumerate(step.slots):
                 cache.keep(row, slot, k_NKC[row : row + 1], v_NKC[row : row + 1])
             return step_attention(q_NHC, cache, step)
         pieces = []
-        for segment in packing.segments(self.window):
+        for segment in batch.segments(self.window):
             new = slice(segment.start, segment.end)
             q, k, v = q_NHC[new], k_NKC[new], v_NKC[new]
             pieces.append(causal_attention(q, k, v, cache, segment.row, segment.past))

@@ -50,7 +50,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Batch:
     """Where each row's tokens stand in the packed run, and at which positions of their sequences.
 
     `firsts[b]` is the position of the first token of row b's sequence, that of the cache included; `starts[b]` the
@@ -132,7 +132,7 @@ class Packing:
         return self._steps[window]
 
 
-def make_packing(
+def make_batch(
     batch_size: int,
     columns: int,
     device: torch.device,
@@ -140,7 +140,7 @@ def make_packing(
     positions: Tensor | None = None,
     firsts: Sequence[int] | None = None,
     nexts: Sequence[int] | None = None,
-) -> Packing:
+) -> Batch:
     """Lay out a batch [B, T].
 
     Args:
@@ -176,7 +176,7 @@ def make_packing(
         begin = starts
     else:
         begin = [starts[b] if firsts[b] == nexts[b] else firsts[b] for b in range(batch_size)]
-    return Packing(
+    return Batch(
         firsts=tuple(begin),
         starts=tuple(starts),
         lengths=tuple(lengths),

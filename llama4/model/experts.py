@@ -64,7 +64,7 @@ class LoopExperts(Experts):
         matrices = cpu.in_out(self.gate_up_proj, x_ND.dtype), cpu.in_out(self.down_proj, x_ND.dtype)
         if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
             return y_ND
-        return one_by_one(self.expert, x_ND, num_tokens_per_expert_E)
+        return loop_over_experts(self.expert, x_ND, num_tokens_per_expert_E)
 
     def expert(self, x_ND: Tensor, expert: int) -> Tensor:
         """What one expert makes of its tokens."""
@@ -72,13 +72,13 @@ class LoopExperts(Experts):
         return project(hidden_NF, self.down_proj[expert])
 
 
-def one_by_one(expert: Callable[[Tensor, int], Tensor], x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+def loop_over_experts(expert: Callable[[Tensor, int], Tensor], x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
     """What experts make of their rows, which stand one expert's after the other's."""
     parts = x_ND.split(num_tokens_per_expert_E.tolist())
-    return joined([expert(part, i) for i, part in enumerate(parts) if len(part)], x_ND)
+    return concat_experts([expert(part, i) for i, part in enumerate(parts) if len(part)], x_ND)
 
 
-def joined(outputs: list[Tensor], x_ND: Tensor) -> Tensor:
+def concat_experts(outputs: list[Tensor], x_ND: Tensor) -> Tensor:
     """What the experts gave, in the order of the rows."""
     if len(outputs) == 1:
         return outputs[0]

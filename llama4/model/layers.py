@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32, or in its own dtype if that is better."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or better."""
-    x = widened(x)
+    x = upcast(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 

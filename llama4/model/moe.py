@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.model.experts import Experts
-from llama4.model.layers import FeedForward, widened
+from llama4.model.layers import FeedForward, upcast
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ class Router(nn.Linear):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """-> scores [N, K] and expert indices [N, K]. Computed in float32 or better: rounded logits tie, and a wrong
         expert costs more than all other rounding."""
-        logits, experts_NK = top_k(F.linear(widened(x_ND), widened(self.weight)), self.k)
+        logits, experts_NK = top_k(F.linear(upcast(x_ND), upcast(self.weight)), self.k)
         return torch.sigmoid(logits), experts_NK
 
 
@@ -60,5 +60,5 @@ class MixtureOfExperts(nn.Module):
         counts_E = (experts_NK.flatten() == every_E1).sum(1)  # the host would wait for bincount on a GPU
         scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)
         routed_RD = self.experts(scaled_RD, counts_E)
-        out_ND = widened(self.shared_expert(x_ND))
+        out_ND = upcast(self.shared_expert(x_ND))
         return out_ND.index_add(0, tokens_R, routed_RD.to(out_ND.dtype))

@@ -2,7 +2,7 @@
 
 Module names are those of Hugging Face's checkpoints, so a parameter's name is its key on disk.
 
-Shapes: B rows, T columns, N packed tokens (see packing.py), D hidden size, V vocabulary, n tiles, Q tokens per tile.
+Shapes: B rows, T columns, N packed tokens (see batch.py), D hidden size, V vocabulary, n tiles, Q tokens per tile.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from llama4.cache.sequence import Cache, LayerCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine import fused_cpu
 from llama4.model.attention import Attention, Turns
-from llama4.model.batch import Packing, make_packing
+from llama4.model.batch import Batch, make_batch
 from llama4.model.experts import Experts, LoopExperts
-from llama4.model.layers import FeedForward, RMSNorm, widened
+from llama4.model.layers import FeedForward, RMSNorm, upcast
 from llama4.model.moe import MixtureOfExperts
 from llama4.ops.linear import Linear
 from llama4.vision.encoder import VisionModel, recomputed
@@ -38,8 +38,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, packing: Packing, turns: Turns, cache: LayerCache | None) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), packing, turns, cache)
+    def forward(self, x_ND: Tensor, batch: Batch, turns: Turns, cache: LayerCache | None) -> Tensor:
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, turns, cache)
         out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
         return out
 
@@ -55,12 +55,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False
 
-    def forward(self, x_ND: Tensor, packing: Packing, cache: Cache | None) -> Tensor:
-        turns = Turns(self.config, packing.positions_N, self.norm.weight.dtype)
-        x_ND = widened(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
+    def forward(self, x_ND: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        turns = Turns(self.config, batch.positions_N, self.norm.weight.dtype)
+        x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(self.layers):
             run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
-            x_ND = run(x_ND, packing, turns, cache.layers[i] if cache is not None else None)
+            x_ND = run(x_ND, batch, turns, cache.layers[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out
 
@@ -172,7 +172,7 @@ class Llama4Model(nn.Module):
         is_step = columns == 1 and input_ids.is_cpu and all(given is None for given in extras)
         if is_step and cache is not None and (steps := fused_cpu.step(self, input_ids[:, 0].tolist(), cache)):
             return steps.logits_BV[:, None].clone()
-        packing = make_packing(
+        batch = make_batch(
             batch_size,
             columns,
             self.device,
@@ -181,15 +181,15 @@ class Llama4Model(nn.Module):
             cache.firsts if cache is not None else None,
             cache.nexts if cache is not None else None,
         )
-        ids_N = packing.pack(input_ids.to(self.device))
+        ids_N = batch.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)
         if cache is not None:
-            cache.is_whole = False
-        x_ND = self.language_model.model(x_ND, packing, cache)
+            cache.is_consistent = False
+        x_ND = self.language_model.model(x_ND, batch, cache)
         if cache is not None:
-            cache.advance(packing)
+            cache.advance(batch)
         head = self.language_model.lm_head
-        return packing.unpack_last(head(x_ND[packing.last_tokens()])) if last_only else packing.unpack(head(x_ND))
+        return batch.unpack_last(head(x_ND[batch.last_tokens()])) if last_only else batch.unpack(head(x_ND))
 
     def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""

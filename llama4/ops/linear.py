@@ -39,7 +39,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, for matrices that are stored in x out, as experts are."""
-    if cpu.takes_dense(x_NI, weight_IO, most=cpu.FEW if weight_IO.shape[1] % cpu.STRIP else None):
+    if cpu.takes_dense(x_NI, weight_IO, most=cpu.MAX_GEMV_ROWS if weight_IO.shape[1] % cpu.STRIP else None):
         return cpu.project(x_NI, weight_IO)
     if _is_for_onednn(x_NI, weight_IO):
         return _onednn(x_NI, weight_IO.mT)
@@ -52,7 +52,7 @@ def _is_for_onednn(x_NI: Tensor, weight: Tensor) -> bool:
     return (
         x_NI.dtype == weight.dtype == torch.float32
         and x_NI.is_cpu
-        and weight.numel() >= cpu.WORTH
+        and weight.numel() >= cpu.MIN_MATRIX
         and x_NI.shape[0] > 0
         and not (torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad))
         and torch.backends.mkldnn.is_available()

@@ -35,8 +35,8 @@ class Fp8Weight(PackedWeight):
         codes, scale = to_fp8(weight_OI, weight_OI.dtype)
         return {"weight": codes, "weight_scale": scale}
 
-    def portable(self, part: str) -> Tensor:
-        return super().portable(part).view(E4M3) if part == "weight" else super().portable(part)
+    def checkpoint_layout(self, part: str) -> Tensor:
+        return super().checkpoint_layout(part).view(E4M3) if part == "weight" else super().checkpoint_layout(part)
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         scale = self._of(self.weight_scale, expert)
@@ -49,7 +49,7 @@ class Fp8Weight(PackedWeight):
     def grouped(self, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
         x_codes, x_scale = to_fp8(x_RI, torch.float32)
-        if counts_E is not None and len(x_RI) > launch.FEW and torch_multiplies(x_RI, codes, grouped=True):
+        if counts_E is not None and len(x_RI) > launch.MAX_GEMV_ROWS and torch_multiplies(x_RI, codes, grouped=True):
             return torch._scaled_grouped_mm(
                 x_codes,
                 codes.view(E4M3).mT,
@@ -63,7 +63,7 @@ class Fp8Weight(PackedWeight):
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         codes, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if self.on_gpu(x_NI) and (len(x_NI) <= launch.FEW or not torch_multiplies(x_NI, codes)):
+        if self.on_gpu(x_NI) and (len(x_NI) <= launch.MAX_GEMV_ROWS or not torch_multiplies(x_NI, codes)):
             return self.grouped(x_NI, expert=expert)
         if scale.shape[1] == 1:
             return _product(x_NI, codes, scale)

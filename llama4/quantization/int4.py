@@ -59,12 +59,12 @@ class Int4Weight(PackedWeight):
     """Eight weights in an int32, a scale for every 128 or 32 of a row.
 
     Attributes:
-        in_sixteens: whether parts lie as the kernels of a CPU read them; else as in a checkpoint.
+        interleaved16: whether parts lie as the kernels of a CPU read them; else as in a checkpoint.
     """
 
     weight_packed: nn.Parameter
     parts = ("weight_packed", "weight_scale")
-    in_sixteens = False
+    interleaved16 = False
 
     @classmethod
     def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -87,19 +87,19 @@ class Int4Weight(PackedWeight):
     def for_cpu(self, part: str, values: Tensor) -> Tensor:
         assert self.format.group_size is not None
         outputs, inputs = self.shape[-2:]
-        self.in_sixteens = cpu.reads_in_sixteens(outputs, inputs, self.format.group_size)
-        return cpu.in_sixteens(values, _TOGETHER[part]) if self.in_sixteens else values
+        self.interleaved16 = cpu.reads_interleaved16(outputs, inputs, self.format.group_size)
+        return cpu.interleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
 
-    def portable(self, part: str) -> Tensor:
-        return self._stored(part, super().portable(part))
+    def checkpoint_layout(self, part: str) -> Tensor:
+        return self._stored(part, super().checkpoint_layout(part))
 
     def as_stored(self) -> None:
         for part in self.parts:
-            self.register_parameter(part, nn.Parameter(self.portable(part), requires_grad=False))
-        self.in_sixteens = False
+            self.register_parameter(part, nn.Parameter(self.checkpoint_layout(part), requires_grad=False))
+        self.interleaved16 = False
 
     def matrix(self) -> cpu.Matrix | None:
-        return super().matrix() if self.in_sixteens else None
+        return super().matrix() if self.interleaved16 else None
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         packed = self._stored("weight_packed", self._of(self.weight_packed, expert))
@@ -112,7 +112,7 @@ class Int4Weight(PackedWeight):
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
         group_size = self.format.group_size
         assert group_size is not None
-        if self.in_sixteens and cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
+        if self.interleaved16 and cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
             return cpu.linear_int4(x_NI, packed, scale, group_size)
         dtype = torch.promote_types(x_NI.dtype, scale.dtype)
 
@@ -124,13 +124,13 @@ class Int4Weight(PackedWeight):
 
     def _stored(self, part: str, values: Tensor) -> Tensor:
         """Whole sixteens of rows of a part, as a checkpoint has them."""
-        return cpu.out_of_sixteens(values, _TOGETHER[part]) if self.in_sixteens else values
+        return cpu.deinterleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """In sixteens on a CPU, as stored elsewhere."""
         was_on_cpu = self.weight_packed.is_cpu
         super()._apply(fn, recurse)
-        if self.in_sixteens and not self.weight_packed.is_cpu:
+        if self.interleaved16 and not self.weight_packed.is_cpu:
             self.as_stored()
         elif self.weight_packed.is_cpu and not was_on_cpu:
             for part in self.parts:
@@ -141,11 +141,11 @@ class Int4Weight(PackedWeight):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.in_sixteens:
-            destination.update({prefix + part: self.portable(part) for part in self.parts})
+        if self.interleaved16:
+            destination.update({prefix + part: self.checkpoint_layout(part) for part in self.parts})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.in_sixteens:
+        if self.interleaved16:
             given = {part: state_dict[prefix + part] for part in self.parts if prefix + part in state_dict}
             fitting = {part: v for part, v in given.items() if v.shape == getattr(self, part).shape}
             ordered = {prefix + part: self.for_cpu(part, v).reshape(v.shape) for part, v in fitting.items()}

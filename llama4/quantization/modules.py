@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
 from llama4.kernels import cpu
-from llama4.model.experts import one_by_one
+from llama4.model.experts import loop_over_experts
 from llama4.model.layers import FeedForward, swiglu
 from llama4.ops.linear import Linear
 from llama4.quantization.fp8 import Fp8Weight
@@ -43,7 +43,7 @@ class PackedExperts(nn.Module):
             matrices = self.gate_up_proj.matrix(), self.down_proj.matrix()
             if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
                 return y_ND
-        return one_by_one(self.expert, x_ND, num_tokens_per_expert_E)
+        return loop_over_experts(self.expert, x_ND, num_tokens_per_expert_E)
 
     def expert(self, x_ND: Tensor, expert: int) -> Tensor:
         """What one expert makes of its tokens."""

@@ -3,7 +3,7 @@
 A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
 Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
 loads from and saves to any checkpoint of its format, to the bit. Where a kernel wants an order of its own they lie in
-that, from loading on, and `portable` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply; elsewhere,
+that, from loading on, and `checkpoint_layout` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply; elsewhere,
 and where those do not run, `product` says how.
 
 Shapes: N tokens, O outputs, I inputs, E experts, R rows sorted by expert.
@@ -63,7 +63,7 @@ class PackedWeight(nn.Module):
     def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         raise AssertionError("a format computes")
 
-    def portable(self, part: str) -> Tensor:
+    def checkpoint_layout(self, part: str) -> Tensor:
         """A part as a checkpoint has it."""
         parameter: nn.Parameter = getattr(self, part)
         return parameter.detach()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama4.errors import CheckpointError
 from llama4.quantization.nf4 import KIND, Nf4Format, Nf4Weight
 from llama4.quantization.schemes import PLAIN, Format
-from llama4.weights.names import MULTIMODAL, AsTheyAre, Names
+from llama4.weights.names import MULTIMODAL, IdentityNames, Names
 from llama4.weights.source import Source
 
 METHOD = "bitsandbytes"
@@ -129,7 +129,7 @@ class BitsandbytesSource:
 class WrittenSource:
     """The way back: a model, or a checkpoint, in NF4 under the keys of bitsandbytes, with what that says of each."""
 
-    names: Names = AsTheyAre()
+    names: Names = IdentityNames()
 
     def __init__(self, source: Source) -> None:
         self._source = source

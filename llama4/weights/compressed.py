@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.errors import CheckpointError
 from llama4.quantization.schemes import Format
 from llama4.weights import memory
-from llama4.weights.names import MULTIMODAL, AsTheyAre, Names
+from llama4.weights.names import MULTIMODAL, IdentityNames, Names
 from llama4.weights.source import Source
 
 METHOD = "compressed-tensors"
@@ -221,7 +221,7 @@ class ExpandedSource:
         source: tensors of the model's names, with the parts of packed weights.
     """
 
-    names: Names = AsTheyAre()
+    names: Names = IdentityNames()
 
     def __init__(self, source: Source) -> None:
         self._source = source

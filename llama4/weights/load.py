@@ -67,7 +67,7 @@ def load(
         else:
             tensor = memory.keep(values, new_dtype).view(raw.shape)
             if is_map:
-                memory.let_go(raw)
+                memory.release(raw)
         if packed is not None:  # as kernels read it: nothing between two rows, e4m3 as bytes
             tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
         filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and packed is None)

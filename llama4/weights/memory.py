@@ -73,7 +73,7 @@ def keep(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return empty(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
 
 
-def let_go(tensor: Tensor) -> None:
+def release(tensor: Tensor) -> None:
     """Of a file's map, which nobody has written to: what has been read no longer counts as memory of this process, and
     is read again if it is wanted again. After a large one, what malloc keeps of freed blocks goes back, too."""
     if not sys.platform.startswith("linux"):

@@ -30,7 +30,7 @@ class NameTable:
         return _swap_prefix(name, tuple((ours, theirs) for theirs, ours in self.prefixes))
 
 
-class AsTheyAre:
+class IdentityNames:
     """Keys that are already those of a file for the whole model."""
 
     def to_model(self, key: str) -> str | None:

@@ -82,7 +82,7 @@ class QuantizingSource:
                     whole[part] = values.new_empty(len(tensor), *values.shape)
                 whole[part][i] = values
         if isinstance(self._source, SafetensorsSource):
-            memory.let_go(tensor)
+            memory.release(tensor)
         return whole
 
 

@@ -63,7 +63,7 @@ class ModelSource:
         if key not in self._parts:
             return self._tensors[key]
         module, part = self._parts[key]
-        return module.portable(part)
+        return module.checkpoint_layout(part)
 
 
 def save(

@@ -95,8 +95,8 @@ def test_by_hand() -> None:
 def test_a_prompt_costs_what_its_tokens_cost_but_for_the_head(config: TextConfig) -> None:
     head = 2 * config.vocab_size * config.hidden_size
     tokens = 3 * 32 + 5
-    one_by_one = sum(costs.flops_per_token(config, n) for n in range(1, tokens + 1))
-    assert costs.prefill_flops(config, tokens) == pytest.approx(one_by_one - (tokens - 1) * head, rel=1e-12)
+    loop_over_experts = sum(costs.flops_per_token(config, n) for n in range(1, tokens + 1))
+    assert costs.prefill_flops(config, tokens) == pytest.approx(loop_over_experts - (tokens - 1) * head, rel=1e-12)
 
 
 def test_bytes_of_a_cache_by_hand() -> None:

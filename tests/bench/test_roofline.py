@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from llama4.vision.config import VisionConfig
-from llama4.vision.encoder import VisionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama4 import Llama4
@@ -18,6 +16,8 @@ from llama4.model.experts import LoopExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.schemes import make_plan
 from llama4.quantization.weight import PackedWeight
+from llama4.vision.config import VisionConfig
+from llama4.vision.encoder import VisionModel
 from tests import small_model
 
 SMALL = TextConfig(

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from llama4.vision.config import VisionConfig
 from PIL import Image
 
 from llama4 import Llama4
@@ -24,6 +23,7 @@ from llama4.bench.machine import Ceilings, Rates
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig, tiny
 from llama4.quantization.schemes import make_plan
+from llama4.vision.config import VisionConfig
 from tests import small_model
 
 RATES = Rates(memory=1e9, gemm=1e11)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.cache.formats import QUANTIZED, AsIs, resolve_format
+from llama4.cache.formats import QUANTIZED, Unquantized, resolve_format
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
 from llama4.model.multimodal import Llama4Model
 
@@ -51,9 +51,11 @@ def test_formats_keep_what_their_bits_can(name: str) -> None:
 
 
 def test_formats_are_chosen_by_name_or_dtype() -> None:
-    assert resolve_format(None, torch.float32) == resolve_format("auto", torch.float32) == AsIs(torch.float32)
+    assert resolve_format(None, torch.float32) == resolve_format("auto", torch.float32) == Unquantized(torch.float32)
     assert (
-        resolve_format("bf16", torch.float32) == resolve_format(torch.bfloat16, torch.float32) == AsIs(torch.bfloat16)
+        resolve_format("bf16", torch.float32)
+        == resolve_format(torch.bfloat16, torch.float32)
+        == Unquantized(torch.bfloat16)
     )
     for bad in ("int3", torch.int8, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=r"int3|int8|float8.*is not known; choose"):
@@ -142,4 +144,4 @@ def test_a_forward_that_is_broken_off_marks_the_cache(model: Llama4Model) -> Non
     with pytest.raises(ZeroDivisionError):
         model(ids(10), cache=cache)
     handle.remove()
-    assert not cache.is_whole
+    assert not cache.is_consistent

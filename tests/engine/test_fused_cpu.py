@@ -32,8 +32,8 @@ MASK[1, :7] = MASK[2, :13] = False
 
 @pytest.fixture(autouse=True)
 def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "WIDE", 1)
-    monkeypatch.setattr(cpu, "WORTH", 1)
+    monkeypatch.setattr(cpu, "MIN_WIDTH", 1)
+    monkeypatch.setattr(cpu, "MIN_MATRIX", 1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llama4.api import Llama4
-from llama4.engine.offload import HotExperts, OffloadedExperts, keep_experts
+from llama4.engine.offload import ExpertCache, OffloadedExperts, offload_experts
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SeparateExperts
@@ -38,7 +38,7 @@ def loaded(directory: Path, **options: Any) -> Llama4:
     return Llama4.from_pretrained(directory, progress=False, **options)
 
 
-def hot(model: nn.Module) -> HotExperts:
+def hot(model: nn.Module) -> ExpertCache:
     (found,) = {module.hot for module in model.modules() if isinstance(module, OffloadedExperts)}
     return found
 
@@ -56,7 +56,7 @@ def outputs(model: Llama4Model, device: torch.device = CPU) -> torch.Tensor:
 def test_the_same_comes_out(directory: Path, experts: str, room: int | None) -> None:
     truth = outputs(loaded(directory, experts=experts).model)
     model = loaded(directory, experts=experts).model
-    keep_experts(model, CPU, None if room is None else room * ONE)
+    offload_experts(model, CPU, None if room is None else room * ONE)
     assert hot(model).room == {None: 8, 100: 32}.get(room, room)
     assert (outputs(model) - truth).abs().max() <= 1e-5 * truth.abs().max()
     if room == 100:
@@ -69,14 +69,14 @@ def test_packed_experts(tmp_path: Path, scheme: str) -> None:
     model.save_pretrained(tmp_path / "model")
     truth = outputs(loaded(tmp_path / "model", quantization=scheme, dtype="float32").model)
     ours = loaded(tmp_path / "model", quantization=scheme, dtype="float32").model
-    keep_experts(ours, CPU, 150_000)
+    offload_experts(ours, CPU, 150_000)
     assert (outputs(ours) - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
 def test_those_used_last_stay() -> None:
     experts = GroupedExperts(small_model.config().text)
     nn.init.normal_(experts.gate_up_proj), nn.init.normal_(experts.down_proj)
-    room = HotExperts(experts, CPU, 3)
+    room = ExpertCache(experts, CPU, 3)
     for chosen, misses in [([0, 1], 2), ([1, 2], 3), ([1], 3), ([5], 4), ([1, 2, 5], 4), ([0], 5), ([5], 5), ([1], 6)]:
         slots = room.bring(experts, chosen)
         assert room.misses == misses
@@ -89,7 +89,7 @@ def test_those_used_last_stay() -> None:
 def test_it_is_saved_as_it_was(directory: Path, tmp_path: Path) -> None:
     llm = loaded(directory)
     names = list(llm.model.state_dict())
-    keep_experts(llm.model, CPU)
+    offload_experts(llm.model, CPU)
     assert list(llm.model.state_dict()) == names
     llm.save_pretrained(tmp_path / "saved")
     assert torch.equal(outputs(loaded(tmp_path / "saved").model), outputs(loaded(directory).model))
@@ -97,11 +97,11 @@ def test_it_is_saved_as_it_was(directory: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"4\.5 KiB hold no expert: one takes 18\.0 KiB; give more"):
-        keep_experts(loaded(directory).model, CPU, ONE // 4)
+        offload_experts(loaded(directory).model, CPU, ONE // 4)
     model = loaded(directory).model
     model.get_submodule("language_model.model.layers.1.feed_forward").experts = SeparateExperts(8, 48, 32)
     with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.experts has tensors for each expert, not of all"):
-        keep_experts(model, CPU)
+        offload_experts(model, CPU)
     with pytest.raises(ValueError, match=r"experts_memory='8GiB' is for copies .* name experts_device, too"):
         loaded(directory, experts_memory="8GiB")
     with pytest.raises(ValueError, match=r"'much' is not a size"):

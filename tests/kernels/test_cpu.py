@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from llama4.vision.encoder import rotate
 from torch import Tensor
 
 from llama4.cache.formats import QUANTIZED, Format, resolve_format
@@ -20,6 +19,7 @@ from llama4.config import TextConfig
 from llama4.kernels import cpu
 from llama4.ops import linear
 from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
+from llama4.vision.encoder import rotate
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,7 +41,7 @@ def close(ours: Tensor, truth: Tensor) -> bool:
 
 
 def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    parts = (cpu.in_sixteens(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1)))
+    parts = (cpu.interleaved16(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1)))
     return cpu.linear_int4(x, *parts, group_size)
 
 
@@ -61,13 +61,13 @@ class TestProducts:
 
     @pytest.fixture
     def outputs(self, rows: int) -> int:
-        return 1000 if rows <= cpu.FEW else 1056
+        return 1000 if rows <= cpu.MAX_GEMV_ROWS else 1056
 
     def test_dense(self, rows: int, dtype: torch.dtype) -> None:
         x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
         assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
-        if rows <= cpu.FEW:
+        if rows <= cpu.MAX_GEMV_ROWS:
             x, weight_IO = normal(rows, 645, seed=1).to(dtype), normal(645, 1024, seed=2).to(dtype)
             assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
 
@@ -322,7 +322,8 @@ def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) ->
     """Everything runs, and is told once why it is slower, unless that was asked for."""
     script = """if True:
         import torch
-        from llama4.kernels import cpu, dense
+        from llama4.kernels import cpu
+        from llama4.ops import linear
         x, weight = torch.randn(2, 512), torch.randn(1024, 512)
         assert cpu.library() is None
         assert torch.allclose(linear.linear(x, weight), x @ weight.mT, atol=1e-3)

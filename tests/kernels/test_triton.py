@@ -113,7 +113,7 @@ def random_matrices(kind: str, experts: int, outputs: int, group: int | None) ->
 
 
 def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -> None:
-    outputs = 20 if sum(counts) <= launch.FEW else 140  # ends within a block
+    outputs = 20 if sum(counts) <= launch.MAX_GEMV_ROWS else 140  # ends within a block
     codes, scales, matrices = random_matrices(kind, len(counts), outputs, group)
     x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_scales = None

@@ -26,7 +26,7 @@ COUNTS = {
     "all to one": [0, 0, 0, 0, 40],
     "many": [40, 17, 0, 90, 33],
 }
-WIDE = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
+MIN_WIDTH = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -68,12 +68,12 @@ def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counts != "none":
-        monkeypatch.delattr("llama4.model.experts.one_by_one")
-    check(LoopExperts(WIDE), CPU, dtype, COUNTS[counts])
+        monkeypatch.delattr("llama4.model.experts.loop_over_experts")
+    check(LoopExperts(MIN_WIDTH), CPU, dtype, COUNTS[counts])
 
 
 def test_in_one_call_unless_they_are_trained() -> None:
-    experts, counts = LoopExperts(WIDE), torch.tensor([2, 0, 20, 1, 0])
+    experts, counts = LoopExperts(MIN_WIDTH), torch.tensor([2, 0, 20, 1, 0])
     init(experts)
     x_ND = torch.randn(23, 512, generator=torch.Generator().manual_seed(1))
     y_ND = experts(x_ND, counts)

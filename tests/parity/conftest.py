@@ -14,6 +14,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if name == "kernels":
         if cpu.library() is None:
             pytest.skip("the kernels cannot be built here: no C++ compiler")
-        monkeypatch.setattr(cpu, "WIDE", 1)
-        monkeypatch.setattr(cpu, "WORTH", 1)
+        monkeypatch.setattr(cpu, "MIN_WIDTH", 1)
+        monkeypatch.setattr(cpu, "MIN_MATRIX", 1)
     return name

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from llama4.vision.config import VisionConfig
 from torch import Tensor
 
 from llama4.config import Llama4Config, TextConfig
+from llama4.vision.config import VisionConfig
 
 Weights = dict[str, Tensor]
 

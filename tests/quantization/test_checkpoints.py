@@ -325,14 +325,14 @@ def test_several_formats_in_one_checkpoint(plain: Path, tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-import llama4.weights.saver as saver
+import llama4.weights.save as saver
 save = saver._save_shard
 def slow(shard, path):
     save(shard, path)
     print(path.name, flush=True)
     time.sleep(0.3)
 saver._save_shard = slow
-from llama4.convert import quantize
+from llama4.weights.convert import quantize
 quantize(sys.argv[1], sys.argv[2], "int4", max_shard_bytes=int(sys.argv[3]), progress=False)
 """
 
@@ -381,7 +381,7 @@ def test_what_was_begun_otherwise_is_begun_anew(plain: Path, tmp_path: Path) -> 
 LIMITED = """
 import resource, sys
 import torch
-from llama4.convert import quantize
+from llama4.weights.convert import quantize
 torch.set_num_threads(1)
 quantize(sys.argv[3], sys.argv[2] + ".warm", "int8", progress=False)  # imports and lazy initialisation
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024

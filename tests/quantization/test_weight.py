@@ -123,12 +123,12 @@ def test_packing_is_that_of_compressed_tensors() -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_casts_and_copies_keep_the_bits(format: Format) -> None:
     module = packed(normal(64, 128).bfloat16(), format)
-    before = {part: module.portable(part).clone() for part in module.parts}
+    before = {part: module.checkpoint_layout(part).clone() for part in module.parts}
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(module).float().half().to("cpu")]
     for other in copies:
         for part, values in before.items():
-            assert other.portable(part).dtype == values.dtype
-            assert torch.equal(other.portable(part).view(torch.uint8), values.view(torch.uint8))
+            assert other.checkpoint_layout(part).dtype == values.dtype
+            assert torch.equal(other.checkpoint_layout(part).view(torch.uint8), values.view(torch.uint8))
         x = normal(3, 128, seed=4)
         assert torch.equal(other(x), module(x))
 
@@ -137,9 +137,9 @@ def test_casts_and_copies_keep_the_bits(format: Format) -> None:
 def test_parts_move_with_their_module(format: Format) -> None:
     module = packed(normal(2, 64, 128).bfloat16(), format).to("meta")
     for part, (shape, dtype) in module.part_shapes(format, (2, 64, 128)).items():
-        assert module.portable(part).shape == shape
-        assert module.portable(part).dtype == dtype
-        assert module.portable(part).device.type == "meta"
+        assert module.checkpoint_layout(part).shape == shape
+        assert module.checkpoint_layout(part).dtype == dtype
+        assert module.checkpoint_layout(part).device.type == "meta"
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -150,12 +150,12 @@ def test_the_order_of_the_kernels_stays_inside(format: Format, shape: tuple[int,
     weight, x, expert = normal(*shape).bfloat16(), normal(3, shape[-1], seed=4), 1 if len(shape) == 3 else None
     module = packed(weight, format)
     assert isinstance(module, int4.Int4Weight)
-    assert module.in_sixteens
+    assert module.interleaved16
     matrices = [int4.Int4Weight.quantize(matrix, format) for matrix in weight.view(-1, *shape[-2:])]
     stored = {part: torch.stack([matrix[part] for matrix in matrices]) for part in module.parts}
-    stored = {part: values.view_as(module.portable(part)) for part, values in stored.items()}
+    stored = {part: values.view_as(module.checkpoint_layout(part)) for part, values in stored.items()}
     for part, values in stored.items():
-        assert torch.equal(module.portable(part), values)
+        assert torch.equal(module.checkpoint_layout(part), values)
         assert torch.equal(module.state_dict()[part], values)
         assert not torch.equal(getattr(module, part), values)
     other = packed(torch.zeros_like(weight), format)
@@ -197,7 +197,7 @@ def test_experts_are_those_of_the_dequantised_matrices(
         matrices = [getattr(experts, name).dequantize(i).mT for i in range(5)]
         setattr(plain, name, nn.Parameter(torch.stack(matrices)))
     if width == 512 and cpu.library() is not None:
-        monkeypatch.delattr("llama4.quantization.modules.one_by_one")
+        monkeypatch.delattr("llama4.quantization.modules.loop_over_experts")
     for counts_E in ([2, 0, 4, 0, 1], [0, 30, 11, 0, 70]):
         x, counts = normal(sum(counts_E), width, seed=6), torch.tensor(counts_E)
         assert relative(experts(x, counts), plain(x, counts)) < (0.06 if format.kind == "fp8" else 1e-5)

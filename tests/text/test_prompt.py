@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama4.vision.tiling import tile_image
 from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
 from llama_models.datatypes import ToolCall as MetaToolCall
 from PIL import Image
@@ -24,6 +23,7 @@ from transformers.models.llama4 import processing_llama4
 
 from llama4.text.prompt import ToolCall, image_sources, image_tokens, parse_reply, read_messages, render
 from llama4.text.tokenizer import Tokenizer
+from llama4.vision.tiling import tile_image
 from tests.meta_chat import chat_format
 
 WEATHER = {

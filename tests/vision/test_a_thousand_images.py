@@ -10,8 +10,6 @@ from pathlib import Path
 import llama_models.llama4.tokenizer as meta
 import pytest
 import torch
-from llama4.vision.images import load_image
-from llama4.vision.tiling import best_canvas, tile_image
 from llama_models.llama4.preprocess import ResizeNormalizeImageTransform, VariableSizeImageTransform
 from PIL import Image, ImageOps
 from transformers import Llama4ImageProcessor
@@ -19,6 +17,8 @@ from transformers.models.llama4.processing_llama4 import Llama4Processor
 
 from llama4.text.prompt import image_tokens
 from llama4.text.tokenizer import Tokenizer
+from llama4.vision.images import load_image
+from llama4.vision.tiling import best_canvas, tile_image
 from tests.meta_chat import TransformedImage, chat_format
 
 MODES = ["RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1"]

@@ -12,14 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw, ImageOps
+
+from llama4.vision import images
 from llama4.vision.images import ImageError, load_image
-from PIL import Image, ImageDraw, ImageFile, ImageOps
-
-
-@pytest.fixture(autouse=True)
-def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meta's preprocessing, once imported by another test, lets PIL accept truncated files."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def scene() -> Image.Image:
@@ -248,6 +244,6 @@ def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         load_image("http://127.0.0.1:1/a.png")
     with pytest.raises(ImageError, match="cannot download http:///"):
         load_image("http:///a.png")
-    monkeypatch.setattr(llama4.vision.images, "MAX_DOWNLOAD_BYTES", 2000)
+    monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 2000)
     with pytest.raises(ImageError, match=r"large\.png is larger than"):
         load_image(f"{server}/large.png")

@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 import resource, signal
 from llama4.errors import CheckpointError
 from llama4.weights.meta import write_ranks
-from llama4.weights.saver import ModelSource, complete_directory, save
+from llama4.weights.save import ModelSource, complete_directory, save
 from tests import small_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -281,7 +281,7 @@ def test_peak_memory_of_loading(tmp_path: Path, dtype: str) -> None:
 import re, torch
 from pathlib import Path
 from torch import nn
-from llama4.weights.loader import load
+from llama4.weights.load import load
 from llama4.weights.source import open_source
 with torch.device("meta"):
     model = nn.ModuleDict({{str(i): nn.Linear(2048, 2048, bias=False) for i in range(12)}})

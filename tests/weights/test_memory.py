@@ -71,7 +71,7 @@ def test_what_is_let_go_of_is_still_there(tmp_path: Path, offset: int) -> None:
         mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     tensor = torch.frombuffer(mapped, dtype=torch.uint8, offset=offset)
     assert bytes(tensor.tolist()) == data[offset:]
-    memory.let_go(tensor)
+    memory.release(tensor)
     assert bytes(tensor.tolist()) == data[offset:]
 
 

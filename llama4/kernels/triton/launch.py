@@ -18,7 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-FEW = 8
+MAX_GEMV_ROWS = 8
 """Most rows, of all experts together, that go through `few_rows`: each reads its expert's matrix anew, from the GPU's
 cache at best. A guess until it is measured, as are the sizes of tiles below."""
 KINDS = ("int4", "int8", "fp8")
@@ -97,7 +97,7 @@ def product(
         return y_RO
     E = 1 if counts_E is None else len(counts_E)
     group = inputs // groups if groups > 1 else 0
-    if rows <= FEW:
+    if rows <= MAX_GEMV_ROWS:
         kernel, tiles, blocks = packed.few_rows, rows, _blocks_for_few(kind, inputs, group)
     else:
         kernel, most = packed.many_rows, min(E, rows)

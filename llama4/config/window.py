@@ -1,0 +1,50 @@
+"""Chunked attention, the rule: which earlier tokens a token sees.
+
+A layer with a window cuts a sequence into chunks of `window` positions, [0, window), [window, 2 * window) and so on. A
+token sees the tokens of its own chunk up to and including itself, and nothing of the chunks before. A window of None
+means one endless chunk: a token sees every token before it. Chunks are counted from position 0, not from the sequence's
+first token: of a sequence that starts at position 5, the first chunk is only shorter.
+
+Source: Meta's `create_chunked_attention_mask` (llama_models/llama4/model.py) and transformers' `chunked_overlay`
+(masking_utils.py): query q and key k see each other if q // window == k // window and k <= q.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Position = TypeVar("Position", int, "Tensor")
+
+
+def chunk_start(position: int, window: int | None, start: int = 0) -> int:
+    """The first position that a token at `position` sees, in a sequence whose first token is at `start`."""
+    return start if window is None else max(start, position - position % window)
+
+
+def chunk_end(position: int, window: int | None) -> int | None:
+    """The first position after the chunk that `position` is in; None if that chunk has no end."""
+    return None if window is None else position - position % window + window
+
+
+def chunk_offset(position: Position, window: int | None) -> Position:
+    """Where in its chunk a position is, counted from 0; an integer or a tensor of them."""
+    return position if window is None else position % window
+
+
+def visible_tokens(position: int, window: int | None, start: int = 0) -> int:
+    """How many tokens a token at `position` sees, itself included, in a sequence whose first token is at `start`.
+
+    This is also how many keys a layer must keep once that token is in its cache.
+    """
+    return position + 1 - chunk_start(position, window, start)
+
+
+def visible_pairs(num_tokens: int, window: int | None) -> int:
+    """`visible_tokens` summed over the first `num_tokens` positions of a sequence: the scores that attention computes
+    for each head."""
+    window = window or max(num_tokens, 1)
+    chunks, rest = divmod(num_tokens, window)
+    return chunks * (window * (window + 1) // 2) + rest * (rest + 1) // 2

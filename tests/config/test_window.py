@@ -1,0 +1,51 @@
+"""The chunk rule against a loop over every pair of positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama4.config.window import chunk_end, chunk_offset, chunk_start, visible_pairs, visible_tokens
+
+WINDOWS = (None, 1, 2, 3, 7, 8)
+POSITIONS = range(25)
+
+
+def sees(query: int, key: int, window: int | None, start: int) -> bool:
+    """Meta's mask, for one pair: the same chunk, and not the future."""
+    same_chunk = window is None or query // window == key // window
+    return start <= key <= query and same_chunk
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("start", [0, 1, 5, 8])
+def test_a_token_sees_its_chunk_up_to_itself(window: int | None, start: int) -> None:
+    for position in POSITIONS[start:]:
+        visible = [key for key in POSITIONS if sees(position, key, window, start)]
+        assert list(range(chunk_start(position, window, start), position + 1)) == visible
+        assert visible_tokens(position, window, start) == len(visible)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_next_chunk_begins_where_a_chunk_ends(window: int | None) -> None:
+    for position in POSITIONS:
+        end = chunk_end(position, window)
+        if end is None:
+            assert window is None
+        else:
+            assert end > position
+            assert sees(end - 1, position, window, 0) and not sees(end, position, window, 0)
+            assert chunk_start(end, window) == end
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_offsets_count_from_the_first_visible_token_of_an_endless_sequence(window: int | None) -> None:
+    offsets = [visible_tokens(position, window) - 1 for position in POSITIONS]
+    assert [chunk_offset(position, window) for position in POSITIONS] == offsets
+    assert chunk_offset(torch.tensor(POSITIONS), window).tolist() == offsets
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_pairs_are_the_sum_over_tokens(window: int | None) -> None:
+    for length in (0, *POSITIONS):
+        assert visible_pairs(length, window) == sum(sees(q, k, window, 0) for q in range(length) for k in range(length))

@@ -22,7 +22,7 @@ from llama4.bench.machine import peak_bytes
 from llama4.engine.generate import advance, prefill, step
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
-from llama4.kernels import cpu
+from llama4.kernels import build
 from llama4.model.moe import Router
 
 
@@ -132,7 +132,7 @@ def message(picture: Image.Image, question: str) -> dict[str, Any]:
 
 
 def _ours() -> Callable[[Setting], Engine]:
-    cpu.library()  # compiled once, which is no part of loading
+    build.library()  # compiled once, which is no part of loading
     return Ours
 
 

@@ -33,7 +33,7 @@ from llama4.api import DTYPES, Llama4
 from llama4.bench import roofline
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
-from llama4.kernels import cpu
+from llama4.kernels import build, cpu
 from llama4.model.moe import Router
 from llama4.ops.linear import project
 from llama4.quantization.modules import PackedExperts
@@ -239,7 +239,7 @@ def _cost_of_a_call(llm: Llama4) -> float:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """By a kernel, however small the matrix is, if there is one."""
-    has_kernel = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and cpu.library() is not None
+    has_kernel = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and build.library() is not None
     return cpu.linear(x, weight) if has_kernel else torch.nn.functional.linear(x, weight)
 
 

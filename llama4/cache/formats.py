@@ -12,14 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llama4.kernels.abi import CacheFormat
+
 
 @dataclass(frozen=True)
 class Unquantized:
     """Numbers of any dtype."""
 
     dtype: torch.dtype
-    number: ClassVar[int] = 0
-    """By which `kernels/cpp/blocks.h` knows the format."""
+    number: ClassVar[int] = CacheFormat.UNQUANTIZED
+    """By which the compiled kernels know the format."""
     scaled: ClassVar[bool] = False
 
     def bytes(self, C: int) -> int:
@@ -43,7 +45,7 @@ class Unquantized:
 class Int8:
     """-127 to 127; the largest magnitude of a head is 127."""
 
-    number: ClassVar[int] = 1
+    number: ClassVar[int] = CacheFormat.INT8
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
@@ -64,7 +66,7 @@ class Int8:
 class Fp8:
     """e4m3; the largest magnitude of a head is 448, the largest there is."""
 
-    number: ClassVar[int] = 2
+    number: ClassVar[int] = CacheFormat.FP8
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
@@ -86,7 +88,7 @@ class Int4:
     """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen codes are of use. Byte i holds number
     i, low, and number i + C / 2, high."""
 
-    number: ClassVar[int] = 3
+    number: ClassVar[int] = CacheFormat.INT4
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:

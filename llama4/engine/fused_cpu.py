@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from llama4.cache.sequence import Cache
 from llama4.config import CACHE_BLOCK
-from llama4.kernels import cpu
-from llama4.kernels.cpu import OUT_IN, Matrix
+from llama4.kernels import build, cpu
+from llama4.kernels.abi import MAX_GEMV_ROWS, MAX_HEAD_DIM, Decoder, Layer, LayerStep, Layout, Matrix
 from llama4.model.attention import Attention, Turns
 from llama4.model.batch import make_batch
 from llama4.model.experts import LoopExperts
@@ -45,32 +45,6 @@ MOST_STEPS = 64
 
 _PACKED = {Int8Weight, Fp8Weight, Int4Weight}
 _KNOWN = {*_PACKED, Attention, FeedForward, Linear, LoopExperts, MixtureOfExperts, PackedExperts, RMSNorm, Router}
-
-
-class Layer(ctypes.Structure):
-    """As in decode.cpp."""
-
-    _fields_ = [
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate_up", "down", "gate", "up", "shared_down")),
-        *((name, ctypes.c_int64) for name in ("input_norm", "post_norm", "router", "H", "K", "C", "E", "chosen")),
-        *((name, ctypes.c_double) for name in ("eps", "qk_eps")),
-    ]
-
-
-class Decoder(ctypes.Structure):
-    """As in decode.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("layers", "count", "embedding", "norm")),
-        ("head", Matrix),
-        ("eps", ctypes.c_double),
-    ]
-
-
-class Held(ctypes.Structure):
-    """As in decode.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("rotations", "temperatures", "lengths", "table", "width", "format")]
 
 
 class _UnknownError(Exception):
@@ -140,24 +114,24 @@ class Steps:
         self.nexts = cache.nexts = tuple(batch.starts)
         self.step, self.count, self.vocabulary = 0, count, config.vocab_size
         self.logits_BV = torch.empty(cache.batch_size, config.vocab_size, dtype=dtype)
-        self._given, self._likeliest = ((ctypes.c_int64 * cache.batch_size)() for _ in range(2))
+        self._given, self._greedy_token = ((ctypes.c_int64 * cache.batch_size)() for _ in range(2))
         self._logprobs = (ctypes.c_float * cache.batch_size)()
         weights = [module._parameters[name] for module, name, _ in plan.parameters]
         tables = [held.table() for held in cache.layers]
         self._kept = turns, lengths_SB, tables, [weight.detach() for weight in weights if weight is not None]
-        self._held = (Held * len(tables))()
-        self._decode = cpu.function("decode", dtype, 8)
-        self._model = ctypes.addressof(plan.decoder), ctypes.addressof(self._held)
+        self._held = (LayerStep * len(tables))()
+        self._decode = build.function("decode", dtype)
+        self._model = plan.decoder, self._held
         self._rows = (
             ctypes.addressof(self._given),
             cache.batch_size,
             self.logits_BV.data_ptr(),
-            ctypes.addressof(self._likeliest),
+            ctypes.addressof(self._greedy_token),
             ctypes.addressof(self._logprobs),
         )
         for i, (layer, table) in enumerate(zip(model.language_model.model.layers, tables, strict=True)):
             attention, window = layer.self_attn, cache.windows[i]
-            self._held[i] = Held(
+            self._held[i] = LayerStep(
                 rotations=turns.rotations[window].data_ptr() if attention.uses_rope else 0,
                 temperatures=turns.temperature.data_ptr() if attention.uses_temperature else 0,
                 lengths=lengths_SB[window].data_ptr(),
@@ -180,9 +154,9 @@ class Steps:
         self.nexts = cache.nexts = tuple([position + 1 for position in self.nexts])
         return True
 
-    def likeliest(self) -> tuple[list[int], list[float]]:
+    def greedy_token(self) -> tuple[list[int], list[float]]:
         """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
-        return self._likeliest[:], self._logprobs[:]
+        return self._greedy_token[:], self._logprobs[:]
 
 
 def again(model: Any, ids: list[int], cache: Cache) -> Steps | None:
@@ -205,7 +179,7 @@ def _next(model: Any, cache: Cache) -> Steps | None:
     """Those that the cache has, if all is as it was, or new ones; None if there is what compiled code does not know."""
     norm = model.language_model.model.norm
     dtype, head_dim = norm.weight.dtype, model.config.text.head_dim
-    if torch.is_grad_enabled() or cache.batch_size > cpu.MAX_GEMV_ROWS or not cache.is_consistent:
+    if torch.is_grad_enabled() or cache.batch_size > MAX_GEMV_ROWS or not cache.is_consistent:
         return None
     if not cpu.usable(norm.weight.shape[0], norm.weight):
         return None
@@ -263,7 +237,7 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     norms = layer.input_layernorm, layer.post_attention_layernorm
     _check(norms[0].eps == norms[1].eps and all(norm.weight.dtype == dtype for norm in norms))
     D, C = norms[0].weight.shape[0], attention.head_dim
-    _check(C % 16 == 0 and C <= cpu.MOST_HEAD_DIM and D % cpu.multiple_of(dtype) == 0)
+    _check(C % 16 == 0 and C <= MAX_HEAD_DIM and D % cpu.multiple_of(dtype) == 0)
     described = Layer(
         **{part: _matrix(getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"},
         input_norm=norms[0].weight.data_ptr(),
@@ -300,7 +274,7 @@ def _matrix(module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> 
         weight = module.weight
         _check(module.bias is None and weight.dtype == dtype and weight.is_contiguous())
         _check(weight.shape[1] % cpu.multiple_of(dtype) == 0 and (is_head or weight.shape[0] % 16 == 0))
-        return Matrix(w=weight.data_ptr(), kind=OUT_IN, I=weight.shape[1], O=weight.shape[0])
+        return Matrix(w=weight.data_ptr(), kind=Layout.OUT_IN, I=weight.shape[1], O=weight.shape[0])
     _check(type(module) in _PACKED)
     assert isinstance(module, PackedWeight)
     matrix = _known(module.matrix())

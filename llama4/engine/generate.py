@@ -316,7 +316,7 @@ def advance(
     """One token more in every row, as by `step`; -> what the sampler chooses after it, ids and log-probabilities."""
     steps = fused_cpu.again(model, ids, cache)
     if steps is not None and sampler.temperature == 0:
-        return steps.likeliest()
+        return steps.greedy_token()
     logits_BV = step(model, torch.tensor(ids), cache) if steps is None else steps.logits_BV
     return _chosen(sampler, logits_BV, generators)
 

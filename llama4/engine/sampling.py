@@ -61,7 +61,7 @@ class Sampler:
         """
         assert len(generators) == len(logits_BV)
         if self.temperature == 0 and cpu.chooses(logits_BV):
-            return cpu.likeliest(logits_BV)
+            return cpu.greedy_token(logits_BV)
         logits_BV = logits_BV.float()
         ids_B = logits_BV.argmax(dim=-1) if self.temperature == 0 else self._draw(logits_BV, generators)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)

@@ -1,47 +1,23 @@
-"""Kernels for a CPU, chiefly for decoding: the files of `cpp/`, compiled when they are first wanted.
+"""The compiled kernels as functions of tensors, and what each of them takes.
 
 torch reads a matrix at half of the memory's rate or less where one row is multiplied with it, which is what decoding
-consists of, and every small step between two products costs it microseconds. The compiler is found and told what to do
-by torch's inductor; what it made is kept in the user's cache. Without a compiler everything runs through torch, slower.
+consists of, and every small step between two products costs it microseconds.
 
 Shapes: N rows, I inputs, O outputs; H heads, C head_dim, B rows of a batch, K key heads, S slots.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import sys
-import threading
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama4.cache.formats import Format, Int4, Unquantized
 from llama4.config import CACHE_BLOCK
+from llama4.kernels import abi, build
+from llama4.kernels.abi import INTERLEAVE, MAX_GEMV_ROWS, MAX_HEAD_DIM, STRIP, Layout, Matrix
 
-logger = logging.getLogger(__name__)
-
-SOURCES = (
-    "team.h",
-    "vectors.h",
-    "products.h",
-    "tiles.h",
-    "between.h",
-    "blocks.h",
-    "rounding.h",
-    "attention.h",
-    "decode.cpp",
-)
-MAX_GEMV_ROWS = 12
-"""Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 MIN_MATRIX = 1 << 18
 """Numbers from which a matrix is worth the call, and a model of such the building: smaller ones stay in the processor's
 cache."""
@@ -49,107 +25,12 @@ MIN_WIDTH = 512
 """Numbers of a token from which the small steps between products are worth the call."""
 MIN_ATTENTION = 1 << 28
 """Products of queries and keys from which attention is worth the call however narrow its heads."""
-MOST_HEAD_DIM = 1024
-SWITCH = "LLAMA4_CPU_KERNELS"
-"""Environment variable; "off" keeps to torch."""
-
-SIXTEEN = 16
-"""Outputs that matrices of four bits have side by side."""
-STRIP = 32
-"""Outputs that a product of many rows works on at a time."""
-
-OUT_IN, IN_OUT, INT8, FP8, INT4 = range(5)
-"""Kinds of matrices, as in cpp/decode.cpp."""
-
-KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
-"""Those of few bits, by the names of formats."""
-
-_INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
-"""What each format takes at a time: rows of a matrix are multiples of it."""
-_SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
-_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_lock = threading.Lock()
-_loaded: tuple[ctypes.CDLL | None] | None = None
-
-
-class Matrix(ctypes.Structure):
-    """As in cpp/decode.cpp: a matrix of any kind, or all of a layer's experts. It does not keep its tensors alive."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("w", "scales", "wide", "kind", "group", "I", "O", "step", "scale_step")
-    ]
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
-    global _loaded
-    if not _loaded:
-        with _lock:
-            _loaded = _loaded or (_load(),)
-    return _loaded[0]
-
-
-def _load() -> ctypes.CDLL | None:
-    if os.environ.get(SWITCH, "").lower() == "off" or sys.byteorder != "little":
-        return None
-    source = "".join(map(_text, SOURCES))
-    path = _cache_directory() / f"cpu-{_fingerprint(source)}.so"
-    try:
-        return ctypes.CDLL(str(path if path.exists() else _build(source, path)))
-    except Exception as error:  # whatever goes wrong, torch is there
-        logger.warning(
-            "the CPU kernels cannot be built (%s); decoding is slower without them. They need a C++ compiler "
-            "such as g++; %s=off silences this",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
-            SWITCH,
-        )
-        return None
-
-
-def _text(name: str) -> str:
-    """A file without its includes of others: one after the other they are one file."""
-    lines = (Path(__file__).parent / "cpp" / name).read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith(('#include "', "#pragma once")))
-
-
-def _build(source: str, path: Path) -> Path:
-    from torch._inductor.codecache import CppCodeCache  # takes a second to import
-
-    if sys.stderr.isatty():
-        print("compiling the CPU kernels, once; this takes some seconds", file=sys.stderr)
-    chatty = logging.getLogger("torch.utils.cpp_extension")  # which misses a GPU here
-    level = chatty.level
-    chatty.setLevel(logging.ERROR)
-    try:
-        built = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize", "-w"))
-    finally:
-        chatty.setLevel(level)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    shutil.copyfile(built._name, unfinished)
-    unfinished.replace(path)
-    return path
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4"
-
-
-@cache
-def _fingerprint(source: str) -> str:
-    """Of all that the compiled file depends on; a home directory may be shared by different machines."""
-    machine = [platform.machine(), platform.system(), torch.__version__]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        machine += sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})
-    return hashlib.sha256("\n".join([source, *machine]).encode()).hexdigest()[:16]
 
 
 def takes_packed(x_NI: Tensor, format: str, scale: Tensor, outputs: int, group_size: int | None = None) -> bool:
     """Whether rows, in any number, go this way to a matrix of few bits."""
     return (
-        scale.dtype in _SUFFIX
+        scale.dtype in abi.SUFFIXES
         and scale.is_contiguous()
         and _takes_groups(format, group_size or 0)
         and _takes(x_NI, format)
@@ -171,7 +52,7 @@ def takes_dense(x_NI: Tensor, weight: Tensor, most: int | None = MAX_GEMV_ROWS) 
         and weight.numel() >= MIN_MATRIX
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and weight.requires_grad)
-        and _takes(x_NI, _FORMATS.get(x_NI.dtype, ""))
+        and _takes(x_NI, abi.DTYPES.get(x_NI.dtype, ""))
         and weight.shape[1] % multiple_of(x_NI.dtype) == 0
         and (most is None or x_NI.shape[0] <= most)
     )
@@ -182,56 +63,56 @@ def _takes(x_NI: Tensor, format: str) -> bool:
     return (
         x_NI.shape[0] > 0
         and x_NI.is_cpu
-        and x_NI.dtype in _SUFFIX
-        and x_NI.shape[1] % _INPUTS[format] == 0
+        and x_NI.dtype in abi.SUFFIXES
+        and x_NI.shape[1] % abi.INPUTS[format] == 0
         and not (x_NI.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and build.library() is not None
     )
 
 
 def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T, [N, O]."""
-    return _product(OUT_IN, x_NI, weight_OI, weight_OI.shape[0])
+    return _product(Layout.OUT_IN, x_NI, weight_OI, weight_OI.shape[0])
 
 
 def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O]."""
-    return _product(IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
+    return _product(Layout.IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
 
 
 def linear_int8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T, with int8 codes."""
-    return _product(INT8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
+    return _product(Layout.INT8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
 
 
 def linear_fp8(x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T, with bytes of e4m3; x is rounded to e4m3, too, with a scale per row."""
-    return _product(FP8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
+    return _product(Layout.FP8, x_NI, codes_OI, codes_OI.shape[0], scale_O1)
 
 
 def linear_int4(x_NI: Tensor, packed: Tensor, scale_OG: Tensor, group_size: int) -> Tensor:
     """x W^T, with eight codes to an int32, [O, I / 8], and scales for groups of 32, 64 or multiples of 128, both in
     sixteens."""
-    return _product(INT4, x_NI, packed, packed.shape[0], scale_OG, group_size)
+    return _product(Layout.INT4, x_NI, packed, packed.shape[0], scale_OG, group_size)
 
 
 def reads_interleaved16(outputs: int, inputs: int, group_size: int) -> bool:
     """Whether a matrix of four bits can be had in the order in which it is read fastest."""
-    fits = outputs % SIXTEEN == 0 and inputs % _INPUTS["int4"] == 0
-    return fits and _takes_groups("int4", group_size) and library() is not None
+    fits = outputs % INTERLEAVE == 0 and inputs % abi.INPUTS["int4"] == 0
+    return fits and _takes_groups("int4", group_size) and build.library() is not None
 
 
 def interleaved16(part: Tensor, together: int) -> Tensor:
     """Rows [..., O, n], so many numbers of a row together: of sixteen rows the first, of the same the next, ..., a view
     [..., O / 16, n / together, 16, together]. Of packed int4 words four go together; of scales each is alone."""
-    return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, SIXTEEN)).transpose(-3, -2)
+    return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, INTERLEAVE)).transpose(-3, -2)
 
 
 def deinterleaved16(part: Tensor, together: int) -> Tensor:
     """The inverse, of what lies in this order as [..., O, n]; a copy."""
     *rows, outputs, count = part.shape
-    lying = part.view(*rows, outputs // SIXTEEN, count // together, SIXTEEN, together)
+    lying = part.view(*rows, outputs // INTERLEAVE, count // together, INTERLEAVE, together)
     return lying.transpose(-3, -2).reshape(part.shape)
 
 
@@ -250,17 +131,17 @@ def in_out(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     """Experts in x out for rows of a dtype; None if these are not read this way."""
     _, inputs, outputs = weight_EIO.shape
     is_trained = torch.is_grad_enabled() and weight_EIO.requires_grad
-    if is_trained or weight_EIO.dtype != dtype or dtype not in _SUFFIX or not _have_addresses(weight_EIO):
+    if is_trained or weight_EIO.dtype != dtype or dtype not in abi.SUFFIXES or not _have_addresses(weight_EIO):
         return None
     if inputs % 16 or outputs % multiple_of(dtype):
         return None
     step = inputs * outputs * weight_EIO.element_size()
-    return Matrix(w=weight_EIO.data_ptr(), kind=IN_OUT, I=inputs, O=outputs, step=step)
+    return Matrix(w=weight_EIO.data_ptr(), kind=Layout.IN_OUT, I=inputs, O=outputs, step=step)
 
 
 def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int, group_size: int) -> Matrix | None:
     """A matrix of few bits, out x in, or several; None if it is not read this way."""
-    if scale.dtype not in _SUFFIX or not _have_addresses(codes, scale):
+    if scale.dtype not in abi.SUFFIXES or not _have_addresses(codes, scale):
         return None
     if inputs % multiple_of(format) or not _takes_groups(format, group_size):
         return None
@@ -268,7 +149,7 @@ def packed(format: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int,
         w=codes.data_ptr(),
         scales=scale.data_ptr(),
         wide=scale.dtype == torch.float32,
-        kind=KINDS[format],
+        kind=abi.QUANTIZED[format],
         group=group_size,
         I=inputs,
         O=outputs,
@@ -286,7 +167,7 @@ def experts(
     x_ND: Tensor, num_tokens_per_expert_E: Tensor, gate_up: Matrix | None, down: Matrix | None
 ) -> Tensor | None:
     """down(silu(gate(x)) * up(x)) of rows sorted by expert, [N, D]; None if this does not go this way."""
-    if gate_up is None or down is None or x_ND.dtype not in _SUFFIX or not _takes(x_ND, _FORMATS[x_ND.dtype]):
+    if gate_up is None or down is None or x_ND.dtype not in abi.SUFFIXES or not _takes(x_ND, abi.DTYPES[x_ND.dtype]):
         return None
     if any(matrix.O % STRIP or matrix.I * matrix.O < MIN_MATRIX for matrix in (gate_up, down)):
         return None
@@ -294,8 +175,7 @@ def experts(
     assert x_ND.shape[1] == gate_up.I == down.O and gate_up.O == 2 * down.I
     assert counts_E.dtype == torch.int64 and counts_E.sum() == len(x_ND)
     y_ND = torch.empty_like(x_ND)
-    matrices = ctypes.addressof(gate_up), ctypes.addressof(down)
-    _run("experts", x_ND, *matrices, counts_E, len(counts_E), x_ND, y_ND)
+    _run("experts", x_ND, gate_up, down, counts_E, len(counts_E), x_ND, y_ND)
     return y_ND
 
 
@@ -304,10 +184,10 @@ def rounds(weight_OI: Tensor, group_size: int) -> bool:
     return (
         weight_OI.numel() >= MIN_MATRIX
         and weight_OI.is_cpu
-        and weight_OI.dtype in _SUFFIX
+        and weight_OI.dtype in abi.SUFFIXES
         and group_size % 16 == 0
         and weight_OI.shape[-1] % group_size == 0
-        and library() is not None
+        and build.library() is not None
     )
 
 
@@ -330,32 +210,32 @@ def usable(width: int, *tensors: Tensor) -> bool:
         return False
     gradients = torch.is_grad_enabled()
     for t in tensors:
-        if not t.is_cpu or t.dtype not in _SUFFIX or t.shape[-1] % 16 or (gradients and t.requires_grad):
+        if not t.is_cpu or t.dtype not in abi.SUFFIXES or t.shape[-1] % 16 or (gradients and t.requires_grad):
             return False
-    return library() is not None
+    return build.library() is not None
 
 
 def heads_usable(q_NHC: Tensor, *others: Tensor) -> bool:
     """The same for heads: a kernel keeps one of them in 4 KiB."""
-    return q_NHC.shape[2] <= MOST_HEAD_DIM and usable(q_NHC.shape[1] * q_NHC.shape[2], q_NHC, *others)
+    return q_NHC.shape[2] <= MAX_HEAD_DIM and usable(q_NHC.shape[1] * q_NHC.shape[2], q_NHC, *others)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, from float32 to the dtype of the weight."""
     x, D = x.contiguous(), x.shape[-1]
     y = torch.empty_like(x, dtype=weight_D.dtype)
-    _run("rms_norm", weight_D, x, x.numel() // D, D, weight_D, _pointer(eps), y)
+    _run("rms_norm", weight_D, x, x.numel() // D, D, weight_D, eps, y)
     return y
 
 
-def turn(x_NHC: Tensor, rotation_NC: Tensor | None, eps: float | None, factors_N: Tensor | None) -> Tensor:
+def apply_rope(x_NHC: Tensor, rotation_NC: Tensor | None, eps: float | None, factors_N: Tensor | None) -> Tensor:
     """Heads, turned by unit complex numbers, normalised, multiplied by factors; each if given."""
     N, H, C = x_NHC.shape
     if x_NHC.stride()[1:] != (C, 1):
         x_NHC = x_NHC.contiguous()
     y_NHC = x_NHC.new_empty(N, H, C)
-    rest = rotation_NC, _pointer(-1.0 if eps is None else eps), factors_N, y_NHC
-    _run("turn", x_NHC, x_NHC, x_NHC.stride(0), N, H, C, *rest)
+    rest = rotation_NC, -1.0 if eps is None else eps, factors_N, y_NHC
+    _run("apply_rope", x_NHC, x_NHC, x_NHC.stride(0), N, H, C, *rest)
     return y_NHC
 
 
@@ -369,25 +249,30 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def chooses(logits_BV: Tensor) -> bool:
-    """Whether the likeliest tokens can be found this way."""
-    return logits_BV.is_cpu and logits_BV.dtype in _SUFFIX and logits_BV.numel() >= MIN_WIDTH and library() is not None
+    """Whether the greedy tokens can be found this way."""
+    return (
+        logits_BV.is_cpu
+        and logits_BV.dtype in abi.SUFFIXES
+        and logits_BV.numel() >= MIN_WIDTH
+        and build.library() is not None
+    )
 
 
-def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """The index of each row's largest, of equals the lowest, and its log_softmax in float32, [B] each; torch takes
     six times as long for the index alone, in bfloat16."""
     logits_BV = logits_BV.contiguous()
     B, V = logits_BV.shape
     ids_B = logits_BV.new_empty(B, dtype=torch.int64)
     logprobs_B = logits_BV.new_empty(B, dtype=torch.float32)
-    _run("likeliest", logits_BV, logits_BV, B, V, ids_B, logprobs_B)
+    _run("greedy_token", logits_BV, logits_BV, B, V, ids_B, logprobs_B)
     return ids_B, logprobs_B
 
 
 def reads(format: Format, dtype: torch.dtype, C: int) -> bool:
     """Whether kernels for a dtype read heads of C numbers in a format of the cache."""
     known = format.dtype == dtype if isinstance(format, Unquantized) else not isinstance(format, Int4) or C % 32 == 0
-    return known and C % 16 == 0 and C <= MOST_HEAD_DIM
+    return known and C % 16 == 0 and C <= MAX_HEAD_DIM
 
 
 def attention_usable(q_NHC: Tensor, keys: int, format: Format) -> bool:
@@ -416,27 +301,11 @@ def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | 
     return y_NHC
 
 
-def _run(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
-    given = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
-    function(name, like.dtype, len(given))(*given)
-
-
-@cache
-def _pointer(value: float) -> Tensor:
-    """A float for a kernel whose arguments are all 64 bits wide."""
-    return torch.tensor(value, dtype=torch.float32)
+def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | float | None) -> None:
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    build.function(name, like.dtype)(*given)
 
 
 def multiple_of(format: str | torch.dtype) -> int:
     """Of what the length of a matrix's rows must be a multiple, for a kernel to read it."""
-    return _INPUTS[_FORMATS[format] if isinstance(format, torch.dtype) else format]
-
-
-@cache
-def function(name: str, dtype: torch.dtype, arguments: int):  # type: ignore[no-untyped-def]
-    """A kernel for rows of a dtype; pointers and sizes are 64 bits alike."""
-    kernels = library()
-    assert kernels is not None
-    function = kernels[f"{name}_{_SUFFIX[dtype]}"]
-    function.argtypes, function.restype = [ctypes.c_int64] * arguments, None
-    return function
+    return abi.INPUTS[abi.DTYPES[format] if isinstance(format, torch.dtype) else format]

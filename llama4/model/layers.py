@@ -127,7 +127,7 @@ def turn(
     if rotation is None and eps is None and temperature_N is None:
         return q_NHC, k_NKC
     if cpu.heads_usable(q_NHC, k_NKC):
-        return cpu.turn(q_NHC, rotation, eps, temperature_N), cpu.turn(k_NKC, rotation, eps, None)
+        return cpu.apply_rope(q_NHC, rotation, eps, temperature_N), cpu.apply_rope(k_NKC, rotation, eps, None)
     q, k = q_NHC, k_NKC
     if rotation is not None:
         q, k = rotate(q, rotation[:, None]), rotate(k, rotation[:, None])

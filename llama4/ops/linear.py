@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
+from llama4.kernels import abi, cpu
 
 
 class Linear(nn.Linear):
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, for matrices that are stored in x out, as experts are."""
-    if cpu.takes_dense(x_NI, weight_IO, most=cpu.MAX_GEMV_ROWS if weight_IO.shape[1] % cpu.STRIP else None):
+    if cpu.takes_dense(x_NI, weight_IO, most=abi.MAX_GEMV_ROWS if weight_IO.shape[1] % abi.STRIP else None):
         return cpu.project(x_NI, weight_IO)
     if _is_for_onednn(x_NI, weight_IO):
         return _onednn(x_NI, weight_IO.mT)

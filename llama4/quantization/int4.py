@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
+from llama4.kernels import abi, cpu
 from llama4.quantization.schemes import Format
 from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
@@ -98,7 +98,7 @@ class Int4Weight(PackedWeight):
             self.register_parameter(part, nn.Parameter(self.checkpoint_layout(part), requires_grad=False))
         self.interleaved16 = False
 
-    def matrix(self) -> cpu.Matrix | None:
+    def matrix(self) -> abi.Matrix | None:
         return super().matrix() if self.interleaved16 else None
 
     def dequantize(self, expert: int | None = None) -> Tensor:

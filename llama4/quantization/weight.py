@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
+from llama4.kernels import abi, cpu
 from llama4.kernels.triton import launch
 from llama4.ops.linear import linear
 from llama4.quantization.schemes import Format
@@ -84,10 +84,10 @@ class PackedWeight(nn.Module):
         """x W^T, [N, O], in the dtype of x."""
         raise AssertionError("a format computes")
 
-    def matrix(self) -> cpu.Matrix | None:
+    def matrix(self) -> abi.Matrix | None:
         """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it, or would
         leave out its bias."""
-        if self.format.kind not in cpu.KINDS or self.bias is not None:
+        if self.format.kind not in abi.QUANTIZED or self.bias is not None:
             return None
         codes, (outputs, inputs) = getattr(self, self.parts[0]), self.shape[-2:]
         return cpu.packed(self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0)

@@ -16,12 +16,12 @@ from torch import Tensor
 from llama4.cache.formats import QUANTIZED, Format, resolve_format
 from llama4.cache.sequence import LayerCache
 from llama4.config import TextConfig
-from llama4.kernels import cpu
+from llama4.kernels import abi, build, cpu
 from llama4.ops import linear
 from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
 from llama4.vision.encoder import rotate
 
-needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 40, 75, 200]
 """Few go through registers by fours, more than twelve (in x out: eight) by eights, from 192 on with other panels; in
@@ -46,10 +46,10 @@ def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Ten
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.skipif(os.environ.get(cpu.SWITCH, "").lower() == "off", reason="switched off")
+@pytest.mark.skipif(os.environ.get(build.SWITCH, "").lower() == "off", reason="switched off")
 def test_they_are_built_where_there_is_a_compiler() -> None:
     """Otherwise all tests that need them would be left out, and none would fail."""
-    assert cpu.library() is not None
+    assert build.library() is not None
 
 
 @needs_kernels
@@ -61,13 +61,13 @@ class TestProducts:
 
     @pytest.fixture
     def outputs(self, rows: int) -> int:
-        return 1000 if rows <= cpu.MAX_GEMV_ROWS else 1056
+        return 1000 if rows <= abi.MAX_GEMV_ROWS else 1056
 
     def test_dense(self, rows: int, dtype: torch.dtype) -> None:
         x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
         assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
-        if rows <= cpu.MAX_GEMV_ROWS:
+        if rows <= abi.MAX_GEMV_ROWS:
             x, weight_IO = normal(rows, 645, seed=1).to(dtype), normal(645, 1024, seed=2).to(dtype)
             assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
 
@@ -186,7 +186,7 @@ class TestBetween:
             truth = truth * torch.rsqrt(truth.square().mean(-1, keepdim=True) + eps)
         if warm:
             truth = truth * factors.double()[:, None, None]
-        assert close(cpu.turn(x, rotation if turned else None, eps, factors if warm else None), truth)
+        assert close(cpu.apply_rope(x, rotation if turned else None, eps, factors if warm else None), truth)
 
     def test_swiglu(self, rows: int, dtype: torch.dtype) -> None:
         gate, up = (100 * normal(rows, 2048)).to(dtype).chunk(2, dim=-1)  # to both ends of the exponential
@@ -245,13 +245,13 @@ class TestAttention:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-class TestLikeliest:
+class TestGreedyToken:
     @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 512), (3, 1000), (2, 32_007), (4, 202_048)])
     def test_against_float64(self, rows: int, vocabulary: int, dtype: torch.dtype) -> None:
         """In bfloat16 many are equal; the largest may stand anywhere, behind the last sixteen too."""
         logits = (5 * normal(rows, vocabulary)).to(dtype)
         logits[-1, -1] = 40
-        ids, logprobs = cpu.likeliest(logits)
+        ids, logprobs = cpu.greedy_token(logits)
         assert torch.equal(ids, logits.argmax(-1))
         truth = logits.double().log_softmax(-1).amax(-1)
         assert torch.allclose(logprobs.double(), truth, atol=2e-6, rtol=1e-6)
@@ -261,7 +261,7 @@ class TestLikeliest:
     def test_what_is_no_number_shows(self, place: int, strange: float, dtype: torch.dtype) -> None:
         logits = normal(2, 1000).to(dtype)
         logits[0, place] = strange
-        ids, logprobs = cpu.likeliest(logits)
+        ids, logprobs = cpu.greedy_token(logits)
         assert logprobs.isnan().tolist() == [True, False]
         assert 0 <= ids[0] < 1000
         assert ids[1] == logits[1].argmax()
@@ -270,7 +270,7 @@ class TestLikeliest:
     def test_what_is_forbidden_does_not_count(self, allowed: slice, dtype: torch.dtype) -> None:
         logits = torch.full((2, 1000), -torch.inf, dtype=dtype)
         logits[:, allowed] = normal(2, 1000).to(dtype)[:, allowed]
-        ids, logprobs = cpu.likeliest(logits)
+        ids, logprobs = cpu.greedy_token(logits)
         assert torch.equal(ids, logits.argmax(-1))
         assert torch.allclose(logprobs.double(), logits.double().log_softmax(-1).amax(-1), atol=2e-6, rtol=1e-6)
 
@@ -322,10 +322,10 @@ def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) ->
     """Everything runs, and is told once why it is slower, unless that was asked for."""
     script = """if True:
         import torch
-        from llama4.kernels import cpu
+        from llama4.kernels import build
         from llama4.ops import linear
         x, weight = torch.randn(2, 512), torch.randn(1024, 512)
-        assert cpu.library() is None
+        assert build.library() is None
         assert torch.allclose(linear.linear(x, weight), x @ weight.mT, atol=1e-3)
         assert torch.allclose(linear.project(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
         """

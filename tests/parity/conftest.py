@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from llama4.kernels import cpu
+from llama4.kernels import build, cpu
 
 
 @pytest.fixture(params=["torch", "kernels"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name == "kernels":
-        if cpu.library() is None:
+        if build.library() is None:
             pytest.skip("the kernels cannot be built here: no C++ compiler")
         monkeypatch.setattr(cpu, "MIN_WIDTH", 1)
         monkeypatch.setattr(cpu, "MIN_MATRIX", 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
-from llama4.kernels import cpu
+from llama4.kernels import build
 from llama4.model.experts import LoopExperts
 from llama4.quantization import fp8, int4
 from llama4.quantization.modules import PACKED, PackedExperts, swap_modules
@@ -86,10 +86,10 @@ def test_product_is_that_of_the_dequantised_matrix(
 ) -> None:
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
     if way in ("torch", "scaled_mm"):
-        monkeypatch.setattr(cpu, "library", lambda: None)
+        monkeypatch.setattr(build, "library", lambda: None)
         monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: way == "scaled_mm")
         monkeypatch.setattr("llama4.quantization.weight.ROWS", 40)
-    elif cpu.library() is None:
+    elif build.library() is None:
         pytest.skip("the kernels cannot be built here: no C++ compiler")
     module = packed(normal(160, 256).to(dtype), format)
     rows = 5 if way == "few" else 9
@@ -142,7 +142,7 @@ def test_parts_move_with_their_module(format: Format) -> None:
         assert module.checkpoint_layout(part).device.type == "meta"
 
 
-@pytest.mark.skipif(cpu.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+@pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 @pytest.mark.parametrize("shape", [(64, 256), (3, 48, 256)], ids=str)
 @pytest.mark.parametrize("format", FORMATS[:2], ids=name_of)
 def test_the_order_of_the_kernels_stays_inside(format: Format, shape: tuple[int, ...]) -> None:
@@ -196,7 +196,7 @@ def test_experts_are_those_of_the_dequantised_matrices(
     for name in ("gate_up_proj", "down_proj"):
         matrices = [getattr(experts, name).dequantize(i).mT for i in range(5)]
         setattr(plain, name, nn.Parameter(torch.stack(matrices)))
-    if width == 512 and cpu.library() is not None:
+    if width == 512 and build.library() is not None:
         monkeypatch.delattr("llama4.quantization.modules.loop_over_experts")
     for counts_E in ([2, 0, 4, 0, 1], [0, 30, 11, 0, 70]):
         x, counts = normal(sum(counts_E), width, seed=6), torch.tensor(counts_E)

@@ -397,21 +397,21 @@ void experts(const Matrix& gate_up, const Matrix& down, const long* counts, long
                                          uint32_t* words, X* scales) {                                                 \
     quantize_int4(weights, groups, size, ranges, count, words, scales);                                                \
   }                                                                                                                    \
-  extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, const float* eps, X* y) {         \
-    for_each_row(N, D, [&](long n) { rms_norm(x + n * D, D, weight, *eps, y + n * D); });                              \
+  extern "C" void rms_norm_##suffix(const float* x, long N, long D, const X* weight, float eps, X* y) {                \
+    for_each_row(N, D, [&](long n) { rms_norm(x + n * D, D, weight, eps, y + n * D); });                              \
   }                                                                                                                    \
-  extern "C" void turn_##suffix(const X* x, long stride, long N, long H, long C, const float* rotation,                \
-                                const float* eps, const float* factors, X* y) {                                        \
+  extern "C" void apply_rope_##suffix(const X* x, long stride, long N, long H, long C, const float* rotation,                \
+                                float eps, const float* factors, X* y) {                                               \
     for_each_row(N, H* C, [&](long n) {                                                                                \
       const float* own = rotation ? rotation + n * C : nullptr;                                                        \
       const float factor = factors ? factors[n] : 1;                                                                   \
-      for (long h = 0; h < H; h++) turn(x + n * stride + h * C, C, own, *eps, factor, y + (n * H + h) * C);            \
+      for (long h = 0; h < H; h++) turn(x + n * stride + h * C, C, own, eps, factor, y + (n * H + h) * C);            \
     });                                                                                                                \
   }                                                                                                                    \
   extern "C" void swiglu_##suffix(const X* gate, const X* up, long N, long F, long stride, X* y) {                     \
     for_each_row(N, F, [&](long n) { swiglu(gate + n * stride, up + n * stride, F, y + n * F); });                     \
   }                                                                                                                    \
-  extern "C" void likeliest_##suffix(const X* logits, long N, long V, long* indices, float* logprobs) {                \
+  extern "C" void greedy_token_##suffix(const X* logits, long N, long V, long* indices, float* logprobs) {                \
     Largest* largest = scratch<Largest, 18>(N * pieces_of_logits);                                                     \
     _Pragma("omp parallel if (N * V > worth_threads)")                                                                 \
     likeliest(logits, N, V, largest, indices, logprobs);                                                               \

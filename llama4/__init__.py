@@ -43,8 +43,8 @@ _HOMES = {
     "llama4.engine.sampling": ("Sampler",),
     "llama4.text.tokenizer": ("Tokenizer",),
     "llama4.text.tool_calls": ("ToolCall",),
-    "vision.config": ("VisionConfig",),
-    "vision.images": ("load_image",),
+    "llama4.vision.config": ("VisionConfig",),
+    "llama4.vision.images": ("load_image",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from llama4.vision.images import ImageError
-
-__all__ = ["CheckpointError", "ConfigError", "ContextLengthError", "ImageError"]
-
 
 class ConfigError(ValueError):
     """A configuration that describes no model this library can run."""
 
 
 class ContextLengthError(ValueError):
-    """A prompt, or a prompt and its reply, that does not fit into the model's window."""
+    """A prompt, or a prompt and its reply, that is longer than the context the model takes."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names it and says what to do."""
 
 
 class CheckpointError(ValueError):

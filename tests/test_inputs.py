@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
 
+from llama4.errors import ImageError
 from llama4.inputs import Processor
 from llama4.text.tokenizer import Tokenizer
-from llama4.vision.images import ImageError
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 

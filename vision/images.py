@@ -16,6 +16,8 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
+from llama4.errors import ImageError
+
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_SECONDS = 30.0
 
@@ -23,10 +25,6 @@ DOWNLOAD_SECONDS = 30.0
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read; the message names it and says what to do."""
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its configuration: bytes of its weights, bytes read and FLOPs for a token.
+"""What a model costs, counted from its configuration: bytes of its weights and its cache, bytes read, FLOPs.
 
 Pure functions; nothing is allocated. A multiplication and an addition are two FLOPs. Counted are the matrix products
 and attention; norms, RoPE, softmax and the like are left out: together below 1% of the FLOPs at the released widths.
@@ -12,7 +12,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from llama4.config import DTYPE_BYTES, Llama4Config, TextConfig
+import torch
+
+from llama4.cache.formats import resolve_format
+from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
+from llama4.config.window import visible_pairs
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import Format, Plan, make_plan
 
@@ -61,7 +65,7 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
 
 def parameter_bytes(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> dict[str, int]:
     """Bytes of each parameter of the decoder; of one that is quantised codes and scales together."""
-    plan, size = plan or {}, DTYPE_BYTES[dtype]
+    plan, size = plan or {}, getattr(torch, dtype).itemsize
     return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
 
 
@@ -77,7 +81,7 @@ def stored_bytes(shape: tuple[int, ...], format: Format | None, size: int) -> in
 
 def vision_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
     """Bytes of the vision tower and of the projection into the decoder, which no scheme quantises."""
-    return (config.num_parameters() - config.text.num_parameters()) * DTYPE_BYTES[dtype]
+    return (config.num_parameters() - config.text.num_parameters()) * getattr(torch, dtype).itemsize
 
 
 def weight_bytes(config: Llama4Config, plan: Plan | None = None, dtype: str = "bfloat16") -> int:
@@ -95,16 +99,57 @@ def share_per_token(config: TextConfig, name: str) -> float:
     return 1.0
 
 
-def weight_bytes_per_token(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> float:
+def weight_bytes_read(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> float:
     """Bytes of weights that are read to decode one token of one sequence."""
     sizes = parameter_bytes(config, plan, dtype)
     return sum(size * share_per_token(config, name) for name, size in sizes.items())
 
 
-def cache_bytes_per_token(config: TextConfig, context: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+def cache_bytes(config: TextConfig, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+    """Bytes of the key/value cache of one sequence of `num_tokens` tokens.
+
+    Layers that see the whole context keep every token; chunked layers keep those of the last token's chunk. Memory is
+    taken in blocks of `CACHE_BLOCK` tokens.
+
+    Args:
+        dtype: of the model.
+        cache_dtype: of the layers that see the whole context: "auto" (the model's), a dtype, or a quantized format
+            ("int8", "fp8", "int4"). Chunked layers have the model's.
+
+    Raises:
+        ValueError: an unknown cache_dtype.
+    """
+    return sum(layer_cache_bytes(config, i, num_tokens, dtype, cache_dtype) for i in range(config.num_hidden_layers))
+
+
+def peak_cache_bytes(config: TextConfig, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+    """The most bytes of that cache while the sequence grows: chunked layers once kept a whole chunk, if one was
+    filled."""
+    layers = range(config.num_hidden_layers)
+    kept = [min(num_tokens, config.window(i) or num_tokens) for i in layers]
+    return sum(layer_cache_bytes(config, i, kept[i], dtype, cache_dtype) for i in layers)
+
+
+def layer_cache_bytes(
+    config: TextConfig, layer: int, num_tokens: int, dtype: str = "bfloat16", cache_dtype: str = "auto"
+) -> int:
+    """The bytes of `cache_bytes` that one layer has."""
+    blocks = math.ceil(config.visible_tokens(layer, num_tokens) / CACHE_BLOCK)
+    return blocks * CACHE_BLOCK * key_value_bytes(config, layer, dtype, cache_dtype)
+
+
+def key_value_bytes(config: TextConfig, layer: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
+    """Bytes of one token's keys and values in one layer."""
+    wanted = cache_dtype if config.window(layer) is None else "auto"
+    format = resolve_format(wanted, getattr(torch, dtype))
+    scale = torch.bfloat16.itemsize if format.scaled else 0
+    return 2 * config.num_key_value_heads * (format.bytes(config.head_dim) + scale)
+
+
+def cache_bytes_read(config: TextConfig, context: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
     """Bytes of keys and values that are read to decode token number `context` of a sequence."""
     return sum(
-        config.visible_tokens(i, context) * config.cache_bytes_of_a_token(i, dtype, cache_dtype)
+        config.visible_tokens(i, context) * key_value_bytes(config, i, dtype, cache_dtype)
         for i in range(config.num_hidden_layers)
     )
 
@@ -121,16 +166,9 @@ def parameter_flops(config: TextConfig) -> dict[str, float]:
 
 
 def attention_flops(config: TextConfig, tokens: int) -> int:
-    """FLOPs of attention over a whole prompt: 4 C per query head, token and token that it sees."""
-    return _attention_flops(config, (_pairs(tokens, config.window(i)) for i in range(config.num_hidden_layers)))
-
-
-def _pairs(tokens: int, window: int | None) -> int:
-    """How often a token sees a token, itself included."""
-    if window is None:
-        return tokens * (tokens + 1) // 2
-    chunks, rest = divmod(tokens, window)
-    return chunks * (window * (window + 1) // 2) + rest * (rest + 1) // 2
+    """FLOPs of attention over a whole prompt: 4 C for every query head and every pair of a token and one it sees."""
+    windows = (config.window(i) for i in range(config.num_hidden_layers))
+    return _attention_flops(config, (visible_pairs(tokens, window) for window in windows))
 
 
 def _attention_flops(config: TextConfig, pairs: Iterable[int]) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from llama4.config import CACHE_BITS, CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.analysis import costs
+from llama4.cache.formats import QUANTIZED
+from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
 from llama4.quantization.schemes import PLAIN
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
@@ -84,8 +86,8 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
         "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
         "window": window,
         "attention_chunk": text.attention_chunk_size,
-        "cache_bytes_per_token": sum(map(text.cache_bytes_of_a_token, growing)),
-        "cache_bytes_full": text.cache_bytes(window),
+        "cache_bytes_per_token": sum(costs.key_value_bytes(text, i) for i in growing),
+        "cache_bytes_full": costs.cache_bytes(text, window),
         "vision": None,
         "dtype": config.dtype,
         "note": config.note,
@@ -93,14 +95,11 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     if context is not None:
         if not 1 <= context <= window:
             raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
-        sizes = {
-            name: (text.cache_bytes(context, cache_dtype=name), text.peak_cache_bytes(context, cache_dtype=name))
-            for name in ("bfloat16", *CACHE_BITS)
-        }
+        names = ("bfloat16", *QUANTIZED)
         facts["cache_at_context"] = {
             "context": context,
-            "bytes": {name: held for name, (held, _) in sizes.items()},
-            "peak_bytes": {name: peak for name, (_, peak) in sizes.items()},
+            "bytes": {name: costs.cache_bytes(text, context, cache_dtype=name) for name in names},
+            "peak_bytes": {name: costs.peak_cache_bytes(text, context, cache_dtype=name) for name in names},
         }
     if vision is not None:
         facts["vision"] = {

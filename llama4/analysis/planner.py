@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.config import DTYPE_BYTES, Llama4Config
+from llama4.config import Llama4Config
 from llama4.engine.generate import PREFILL_TOKENS
 from llama4.quantization.schemes import PLAIN, Plan
 from llama4.units import bytes_text, time_text
@@ -28,14 +30,14 @@ MOST_DEVICES = 1 << 14
 
 
 @dataclass(frozen=True)
-class Setup:
+class Placement:
     """A model on devices.
 
     Attributes:
         plan: of the parameters that are quantised, their formats.
         weights: what to call that.
         dtype: of everything else.
-        cache_dtype: of the layers that see every token; see `TextConfig.cache_bytes`.
+        cache_dtype: of the layers that see every token; see `costs.cache_bytes`.
         tensor_parallel: devices that share every head, expert and dense layer between them. The others are context
             parallel: each such group has all weights, and a part of what those layers have cached.
         device_memory: bytes of one device.
@@ -68,13 +70,13 @@ class Setup:
     def context_parallel(self) -> int:
         return self.devices // self.tensor_parallel
 
-    def on(self, devices: int) -> Setup:
+    def on(self, devices: int) -> Placement:
         """The same on so many devices, of which as many as can share the heads."""
         heads = self.config.text.num_key_value_heads
         return replace(self, devices=devices, tensor_parallel=math.gcd(devices, heads))
 
 
-def make_setup(
+def make_placement(
     name: str,
     config: Llama4Config,
     *,
@@ -84,7 +86,7 @@ def make_setup(
     devices: int = 1,
     tensor_parallel: int | None = None,
     device_memory: int = 80 << 30,
-) -> Setup:
+) -> Placement:
     """A model on devices, from words.
 
     Args:
@@ -110,7 +112,7 @@ def make_setup(
         dtype = "bfloat16" if weights == "bf16" else config.dtype
     cache_dtype = "bfloat16" if cache_dtype == "bf16" else cache_dtype
     label = dtype if weights in ("auto", "bf16") else weights
-    whole = Setup(config, plan, label, dtype, cache_dtype, 1, 1, device_memory)
+    whole = Placement(config, plan, label, dtype, cache_dtype, 1, 1, device_memory)
     chosen = whole.on(devices)
     return chosen if tensor_parallel is None else replace(chosen, tensor_parallel=tensor_parallel)
 
@@ -155,33 +157,33 @@ class Times:
         return self.prompt_products + self.prompt_attention
 
 
-def memory(setup: Setup, context: int) -> Memory:
+def memory(placement: Placement, context: int) -> Memory:
     """What a sequence of so many tokens needs on each device."""
-    text = setup.config.text
+    text = placement.config.text
     full = chunked = 0
     for i in range(text.num_hidden_layers):
         window = text.window(i)
-        held = text.layer_cache_bytes(i, min(context, window or context), setup.dtype, setup.cache_dtype)
+        held = costs.layer_cache_bytes(text, i, min(context, window or context), placement.dtype, placement.cache_dtype)
         full, chunked = (full + held, chunked) if window is None else (full, chunked + held)
     return Memory(
-        weights=_per_device(setup, lambda name: 1.0) + costs.vision_bytes(setup.config, setup.dtype),
-        full_cache=full / setup.devices,
-        chunked_cache=chunked / setup.tensor_parallel,
-        activations=_activations(setup, context),
+        weights=_per_device(placement, lambda name: 1.0) + costs.vision_bytes(placement.config, placement.dtype),
+        full_cache=full / placement.devices,
+        chunked_cache=chunked / placement.tensor_parallel,
+        activations=_activations(placement, context),
     )
 
 
-def _per_device(setup: Setup, share: Callable[[str], float]) -> float:
+def _per_device(placement: Placement, share: Callable[[str], float]) -> float:
     """Bytes of the decoder's parameters on one device, each times a share. Matrices are split over the tensor parallel
     devices; routers, norms and biases are on all."""
-    sizes = costs.parameter_bytes(setup.config.text, setup.plan, setup.dtype)
+    sizes = costs.parameter_bytes(placement.config.text, placement.plan, placement.dtype)
     whole = ("router.weight", "norm.weight", ".bias")
     return sum(
-        size * share(name) / (1 if name.endswith(whole) else setup.tensor_parallel) for name, size in sizes.items()
+        size * share(name) / (1 if name.endswith(whole) else placement.tensor_parallel) for name, size in sizes.items()
     )
 
 
-def _activations(setup: Setup, context: int) -> float:
+def _activations(placement: Placement, context: int) -> float:
     """Bytes beside weights and cache while a piece of a prompt goes through a layer.
 
     The residual stream is float32, everything else has the model's dtype. At most there are, of each token: the stream
@@ -189,8 +191,8 @@ def _activations(setup: Setup, context: int) -> float:
     or in the feed-forward gate, up and their product, inputs and outputs of the routed experts, and the sum of these
     with the shared expert in float32.
     """
-    text, size = setup.config.text, DTYPE_BYTES[setup.dtype]
-    D, K, T = text.hidden_size, text.num_experts_per_tok, setup.tensor_parallel
+    text, size = placement.config.text, getattr(torch, placement.dtype).itemsize
+    D, K, T = text.hidden_size, text.num_experts_per_tok, placement.tensor_parallel
     wide = max(4, size)
     attention = size * (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * text.head_dim / T
     dense = size * 3 * text.intermediate_size_mlp / T
@@ -200,81 +202,81 @@ def _activations(setup: Setup, context: int) -> float:
     return min(context, PREFILL_TOKENS) * ((wide + size) * D + widest)
 
 
-def usable(setup: Setup) -> float:
+def usable(placement: Placement) -> float:
     """Bytes of a device that a model can have."""
-    return setup.device_memory * (1 - RESERVE)
+    return placement.device_memory * (1 - RESERVE)
 
 
-def fits(setup: Setup, context: int) -> bool:
-    return memory(setup, context).total <= usable(setup)
+def fits(placement: Placement, context: int) -> bool:
+    return memory(placement, context).total <= usable(placement)
 
 
-def largest_context(setup: Setup) -> int:
+def largest_context(placement: Placement) -> int:
     """The most tokens that fit, up to the model's window; 0 if not even the weights do."""
-    low, high = 0, setup.config.text.max_position_embeddings
+    low, high = 0, placement.config.text.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(setup, middle) else (low, middle - 1)
+        low, high = (middle, high) if fits(placement, middle) else (low, middle - 1)
     return low
 
 
-def times(setup: Setup, context: int, rates: Rates) -> Times:
+def times(placement: Placement, context: int, rates: Rates) -> Times:
     """How long it takes; without what devices tell each other.
 
     A token reads the weights that it needs and the keys and values that it sees. A prompt goes in pieces, on which
     context parallel groups take turns: its products cost their FLOPs or, if that takes longer, the reading of the
     weights for every piece; its attention costs FLOPs.
     """
-    text = setup.config.text
+    text = placement.config.text
     cached = 0.0
-    token = _per_device(setup, lambda name: costs.share_per_token(text, name))
+    token = _per_device(placement, lambda name: costs.share_per_token(text, name))
     for i in range(text.num_hidden_layers):
-        seen = text.visible_tokens(i, context) * text.cache_bytes_of_a_token(i, setup.dtype, setup.cache_dtype)
-        cached += seen / (setup.devices if text.window(i) is None else setup.tensor_parallel)
+        seen = text.visible_tokens(i, context) * costs.key_value_bytes(text, i, placement.dtype, placement.cache_dtype)
+        cached += seen / (placement.devices if text.window(i) is None else placement.tensor_parallel)
     piece = min(context, PREFILL_TOKENS)
-    pieces = context / max(piece, 1) / setup.context_parallel
-    read = _per_device(setup, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
+    pieces = context / max(piece, 1) / placement.context_parallel
+    read = _per_device(placement, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
     attention = costs.attention_flops(text, context)
     products = costs.prefill_flops(text, context) - attention
     return Times(
         token_weights=token / rates.memory,
         token_cache=cached / rates.cache,
-        prompt_products=max(products / setup.devices / rates.products, pieces * read / rates.memory),
-        prompt_attention=attention / setup.devices / rates.attention,
+        prompt_products=max(products / placement.devices / rates.products, pieces * read / rates.memory),
+        prompt_attention=attention / placement.devices / rates.attention,
     )
 
 
-def fp8_share(setup: Setup) -> float:
+def fp8_share(placement: Placement) -> float:
     """The part of the FLOPs of products that is done in fp8."""
-    flops = costs.parameter_flops(setup.config.text)
-    fp8 = {name for name, format in setup.plan.items() if format.kind == "fp8"}
+    flops = costs.parameter_flops(placement.config.text)
+    fp8 = {name for name, format in placement.plan.items() if format.kind == "fp8"}
     return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
 
 
-def checked_context(setup: Setup, context: int | None) -> int:
+def checked_context(placement: Placement, context: int | None) -> int:
     """The context that was asked for, by default the model's window.
 
     Raises:
         ValueError: it is beyond that.
     """
-    window = setup.config.text.max_position_embeddings
+    window = placement.config.text.max_position_embeddings
     if context is not None and not 1 <= context <= window:
         raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
     return context or window
 
 
-def remedies(setup: Setup, context: int) -> list[str]:
+def remedies(placement: Placement, context: int) -> list[str]:
     """What would make a context fit that does not: options of `llama4 plan`, each enough by itself, the least change
     of its kind. Twice the devices, and so on, come last; with fewer bits only if nothing else is enough."""
-    caches = {"": setup} | {f"--cache {name}": replace(setup, cache_dtype=name) for name in ("fp8", "int4")}
+    caches = {"": placement} | {f"--cache {name}": replace(placement, cache_dtype=name) for name in ("fp8", "int4")}
     same = list(caches.items())
     fewer = [(f"--weights int4 {words}".strip(), _with_int4(changed)) for words, changed in same]
-    if setup.weights == "int4":
+    if placement.weights == "int4":
         fewer = same
     chosen = (next((words for words, changed in kind if fits(changed, context)), None) for kind in (same, fewer))
     found = [words for words in chosen if words]
     for words, changed in (same[0], fewer[-1]):
-        devices = setup.devices
+        devices = placement.devices
         while (devices := 2 * devices) <= MOST_DEVICES:
             if fits(changed.on(devices), context):
                 return [*found, f"{words} --devices {devices}".strip()]
@@ -283,36 +285,36 @@ def remedies(setup: Setup, context: int) -> list[str]:
     return found
 
 
-def _with_int4(setup: Setup) -> Setup:
+def _with_int4(placement: Placement) -> Placement:
     try:
-        return replace(setup, plan=costs.quantization_plan(setup.config.text, "int4"), weights="int4")
+        return replace(placement, plan=costs.quantization_plan(placement.config.text, "int4"), weights="int4")
     except ValueError:  # not of a shape for it
-        return setup
+        return placement
 
 
-def describe(name: str, setup: Setup, context: int, rates: Rates) -> dict[str, Any]:
+def describe(name: str, placement: Placement, context: int, rates: Rates) -> dict[str, Any]:
     """The figures of `llama4 plan`, ready for JSON; bytes, tokens, seconds."""
-    need, spent = memory(setup, context), times(setup, context, rates)
-    it_fits = fits(setup, context)
-    windows = [setup.config.text.window(i) for i in range(setup.config.text.num_hidden_layers)]
+    need, spent = memory(placement, context), times(placement, context, rates)
+    it_fits = fits(placement, context)
+    windows = [placement.config.text.window(i) for i in range(placement.config.text.num_hidden_layers)]
     return {
         "model": name,
         "context": context,
-        "window": setup.config.text.max_position_embeddings,
-        "weights": setup.weights,
-        "dtype": setup.dtype,
-        "cache": setup.cache_dtype,
-        "devices": setup.devices,
-        "tensor_parallel": setup.tensor_parallel,
-        "context_parallel": setup.context_parallel,
-        "device_memory": setup.device_memory,
-        "usable_memory": int(usable(setup)),
+        "window": placement.config.text.max_position_embeddings,
+        "weights": placement.weights,
+        "dtype": placement.dtype,
+        "cache": placement.cache_dtype,
+        "devices": placement.devices,
+        "tensor_parallel": placement.tensor_parallel,
+        "context_parallel": placement.context_parallel,
+        "device_memory": placement.device_memory,
+        "usable_memory": int(usable(placement)),
         "full_layers": windows.count(None),
         "chunked_layers": len(windows) - windows.count(None),
         "bytes_per_device": {key: int(value) for key, value in asdict(need).items()} | {"total": int(need.total)},
         "fits": it_fits,
-        "largest_context": largest_context(setup),
-        "remedies": [] if it_fits else remedies(setup, context),
+        "largest_context": largest_context(placement),
+        "remedies": [] if it_fits else remedies(placement, context),
         "seconds_per_token": spent.token,
         "seconds_for_prompt": spent.prompt,
         "seconds": asdict(spent),

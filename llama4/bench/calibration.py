@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import Setup
+from llama4.analysis.planner import Placement
 from llama4.api import DTYPES, Llama4, resolve_dtype
 from llama4.bench.machine import Others, peak_bytes, reset_peak, resident_bytes
 from llama4.cache.sequence import Cache
@@ -44,7 +44,7 @@ NEAR = 16
 """Tokens of the short context that steps are timed behind; the long one is `PIECES` pieces of a prompt."""
 
 
-def measure_rates(setup: Setup) -> Rates:
+def measure_rates(setup: Placement) -> Rates:
     """What this CPU reaches; takes some twenty seconds.
 
     Raises:
@@ -61,8 +61,8 @@ def measure_rates(setup: Setup) -> Rates:
     near, far, *pieces = (statistics.median(times) for times in zip(*passes, strict=True))
     # The same weights are read behind both contexts: what the longer one takes more is reading of the cache.
     contexts = (NEAR + STEPS // 2, piece * PIECES + STEPS // 2)
-    near_bytes, far_bytes = (costs.cache_bytes_per_token(text, n, dtype, cache_dtype) for n in contexts)
-    weights = costs.weight_bytes_per_token(text, probe_plan, dtype)
+    near_bytes, far_bytes = (costs.cache_bytes_read(text, n, dtype, cache_dtype) for n in contexts)
+    weights = costs.weight_bytes_read(text, probe_plan, dtype)
     cache = (far_bytes - near_bytes) / (far - near) if far > near else weights / near
     # And the same products are in every piece: what later ones take more is attention.
     ends = [costs.attention_flops(text, piece * i) for i in range(PIECES + 1)]
@@ -195,7 +195,7 @@ def dtype_of(config: Llama4Config, weights: str) -> str:
     return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
 
 
-def measure_model(name: str, revision: str | None, setup: Setup, context: int) -> dict[str, float | None]:
+def measure_model(name: str, revision: str | None, setup: Placement, context: int) -> dict[str, float | None]:
     """Load a model, read a prompt of random tokens, and decode a few: seconds, bytes of its cache, the most bytes that
     this process grew by, and the part of the cores that others took meanwhile."""
     before = resident_bytes()
@@ -221,11 +221,14 @@ def measure_model(name: str, revision: str | None, setup: Setup, context: int) -
     }
 
 
-def comparison(facts: dict[str, Any], setup: Setup) -> str:
+def comparison(facts: dict[str, Any], setup: Placement) -> str:
     """What was planned and what was measured, as lines of text."""
     measured = facts["measured"]
     rows = {
-        "cache": ("cache_bytes", setup.config.text.cache_bytes(facts["context"], setup.dtype, setup.cache_dtype)),
+        "cache": (
+            "cache_bytes",
+            costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype),
+        ),
         "memory": ("bytes", facts["bytes_per_device"]["total"]),
         "time per token": ("seconds_per_token", facts["seconds_per_token"]),
         "the whole prompt": ("seconds_for_prompt", facts["seconds_for_prompt"]),

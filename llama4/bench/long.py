@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4.analysis import costs
 from llama4.api import DTYPES, Llama4
 from llama4.bench.machine import peak_bytes, reset_peak
 from llama4.engine.generate import generate
@@ -87,7 +88,7 @@ def measure(llm: Llama4, tokens: int, new_tokens: int, progress: bool = True) ->
         "new_tokens": rest + 1,
         "seconds_per_new_token": step,
         "cache_bytes": cache.num_bytes,
-        "cache_bytes_by_formula": llm.config.text.cache_bytes(cache.lengths[0], dtype, str(llm.cache_dtype)),
+        "cache_bytes_by_formula": costs.cache_bytes(llm.config.text, cache.lengths[0], dtype, str(llm.cache_dtype)),
         "peak_bytes": peak_bytes(),
     }
 

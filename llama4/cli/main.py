@@ -385,7 +385,7 @@ def run_plan(options: argparse.Namespace) -> int:
     device = "h100" if on_cpu else options.device or "h100"
     memory = units.parse_bytes(options.device_memory) if options.device_memory else None
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
-    setup = planner.make_setup(
+    setup = planner.make_placement(
         options.model,
         config,
         weights=options.weights,

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from llama4.analysis import costs
 from llama4.api import EMBEDDED
-from llama4.config import CACHE_BITS, CACHE_BLOCK, PRESETS, Llama4Config, TextConfig
+from llama4.cache.formats import QUANTIZED
+from llama4.config import CACHE_BLOCK, PRESETS, Llama4Config, TextConfig
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
@@ -78,7 +79,7 @@ def test_by_hand() -> None:
     two norms; eight of these, a norm, the head, and a row of the embeddings."""
     matrices = 1024 * (1024 + 256 + 256 + 1024) + 1024 * 16 + 2 * 3 * 1024 * 2048
     read = 8 * (matrices + 2 * 1024) + 1024 + 32000 * 1024 + 1024
-    assert costs.weight_bytes_per_token(SMALL) == pytest.approx(2 * read, rel=1e-12)
+    assert costs.weight_bytes_read(SMALL) == pytest.approx(2 * read, rel=1e-12)
     assert read / 1e6 == pytest.approx(154.6, abs=0.05)
     head = 2 * 32000 * 1024
     for tokens, mega in ((512, 252), (2048, 277)):
@@ -86,7 +87,7 @@ def test_by_hand() -> None:
         flops = 2 * 8 * matrices * tokens + head + 8 * 4 * 1024 * pairs
         assert costs.prefill_flops(SMALL, tokens) == pytest.approx(flops, rel=1e-12)
         assert flops / tokens / 1e6 == pytest.approx(mega, abs=0.5)
-    per_token = costs.weight_bytes_per_token(SMALL, costs.quantization_plan(SMALL, "int4"))
+    per_token = costs.weight_bytes_read(SMALL, costs.quantization_plan(SMALL, "int4"))
     packed = 8 * 1024 * (1024 + 256 + 256 + 1024 + 2 * 3 * 2048)
     assert per_token == pytest.approx(2 * (read - packed) + packed * (0.5 + 2 / 128), rel=1e-12)
 
@@ -104,18 +105,18 @@ def test_bytes_of_a_cache_by_hand() -> None:
     scout = PRESETS["scout"]().text
     token = {"auto": 2 * 8 * 128 * 2, "int8": 2 * 8 * (128 + 2), "fp8": 2 * 8 * (128 + 2), "int4": 2 * 8 * (64 + 2)}
     for name, size in token.items():
-        assert scout.cache_bytes(2**20, cache_dtype=name) == 12 * size * 2**20 + 36 * 4096 * 8192
-        assert scout.cache_bytes(1, cache_dtype=name) == 256 * (12 * size + 36 * 4096), "a block is taken whole"
+        assert costs.cache_bytes(scout, 2**20, cache_dtype=name) == 12 * size * 2**20 + 36 * 4096 * 8192
+        assert costs.cache_bytes(scout, 1, cache_dtype=name) == 256 * (12 * size + 36 * 4096), "a block is taken whole"
         # A new chunk has begun, and the last one is gone.
-        assert scout.cache_bytes(8193, cache_dtype=name) == 12 * size * (8192 + 256) + 36 * 4096 * 256
-        assert scout.peak_cache_bytes(8193, cache_dtype=name) == 12 * size * (8192 + 256) + 36 * 4096 * 8192
-    assert costs.cache_bytes_per_token(scout, 8193, cache_dtype="int4") == 12 * 8193 * token["int4"] + 36 * 4096
-    assert scout.cache_bytes(0) == scout.peak_cache_bytes(0) == 0
+        assert costs.cache_bytes(scout, 8193, cache_dtype=name) == 12 * size * (8192 + 256) + 36 * 4096 * 256
+        assert costs.peak_cache_bytes(scout, 8193, cache_dtype=name) == 12 * size * (8192 + 256) + 36 * 4096 * 8192
+    assert costs.cache_bytes_read(scout, 8193, cache_dtype="int4") == 12 * 8193 * token["int4"] + 36 * 4096
+    assert costs.cache_bytes(scout, 0) == costs.peak_cache_bytes(scout, 0) == 0
     with pytest.raises(ValueError, match="cache_dtype='int3' is not known"):
-        scout.cache_bytes(1, cache_dtype="int3")
+        costs.cache_bytes(scout, 1, cache_dtype="int3")
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16", *CACHE_BITS])
+@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16", *QUANTIZED])
 @torch.inference_mode()
 def test_bytes_of_a_cache_are_what_it_holds(cache_dtype: str) -> None:
     """At every length up to some, over chunk borders and blocks, in pieces and token by token."""
@@ -124,4 +125,4 @@ def test_bytes_of_a_cache_are_what_it_holds(cache_dtype: str) -> None:
     ids = torch.ones(1, 200, dtype=torch.long)
     for piece in (1, 30, 1, 1, 200, CACHE_BLOCK - 233, 1, 90):
         model(ids[:, :piece], cache=cache, last_only=True)
-        assert cache.num_bytes == model.config.text.cache_bytes(cache.lengths[0], "float32", cache_dtype)
+        assert cache.num_bytes == costs.cache_bytes(model.config.text, cache.lengths[0], "float32", cache_dtype)

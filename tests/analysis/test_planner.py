@@ -10,13 +10,13 @@ import pytest
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates, published_rates
 from llama4.analysis.planner import (
-    Setup,
+    Placement,
     checked_context,
     describe,
     fits,
     fp8_share,
     largest_context,
-    make_setup,
+    make_placement,
     memory,
     remedies,
     table,
@@ -30,8 +30,8 @@ from tests import small_model
 TEN_MILLION, GIB = 10 * 2**20, 2**30
 
 
-def scout(devices: int = 8, **options: str) -> Setup:
-    return make_setup("scout", PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
+def scout(devices: int = 8, **options: str) -> Placement:
+    return make_placement("scout", PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
 
 
 def test_ten_million_tokens_on_eight_devices() -> None:
@@ -73,7 +73,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
     eight, sixteen = memory(scout(8), TEN_MILLION), memory(scout(16), TEN_MILLION)
     assert sixteen.full_cache == eight.full_cache / 2
     assert (sixteen.weights, sixteen.chunked_cache) == (eight.weights, eight.chunked_cache)
-    given = make_setup("scout", PRESETS["scout"](), devices=8, tensor_parallel=2)
+    given = make_placement("scout", PRESETS["scout"](), devices=8, tensor_parallel=2)
     assert memory(given, TEN_MILLION).full_cache == eight.full_cache
     assert memory(given, TEN_MILLION).chunked_cache == 4 * eight.chunked_cache
 
@@ -81,7 +81,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
 @pytest.mark.parametrize(("devices", "tensor_parallel"), [(8, 3), (8, 16), (4, 8), (8, 0), (0, 1), (-1, None)])
 def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -> None:
     with pytest.raises(ValueError, match=r"it must divide|hold nothing"):
-        make_setup("scout", PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
+        make_placement("scout", PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -
 )
 def test_every_remedy_is_one(name: str, devices: int, weights: str) -> None:
     """Each, taken as options of the command, fits."""
-    setup = make_setup(name, PRESETS[name](), weights=weights, devices=devices)
+    setup = make_placement(name, PRESETS[name](), weights=weights, devices=devices)
     context = setup.config.text.max_position_embeddings
     found = remedies(setup, context)
     assert found and not fits(setup, context)
     for remedy in found:
         words = remedy.split()
         options = dict(zip(words[::2], words[1::2], strict=True))
-        changed = make_setup(
+        changed = make_placement(
             name,
             PRESETS[name](),
             weights=options.pop("--weights", weights),
@@ -120,10 +120,10 @@ def test_times_by_hand() -> None:
     products, attention = costs.prefill_flops(text, 2**20), costs.attention_flops(text, 2**20)
     assert times(setup, 2**20, Rates(never, never, 1, never, "")).prompt == pytest.approx((products - attention) / 8)
     assert times(setup, 2**20, Rates(never, never, never, 1, "")).prompt == pytest.approx(attention / 8)
-    cached = costs.cache_bytes_per_token(text, 2**20)
+    cached = costs.cache_bytes_read(text, 2**20)
     assert times(setup, 2**20, Rates(never, 1, never, never, "")).token == pytest.approx(cached / 8)
-    one = make_setup("scout", PRESETS["scout"]())
-    read = costs.weight_bytes_per_token(text)
+    one = make_placement("scout", PRESETS["scout"]())
+    read = costs.weight_bytes_read(text)
     assert times(one, 2**20, Rates(1, never, never, never, "")).token == pytest.approx(read)
     # Reading all weights for every 2048 tokens takes the longer, where products cost nothing.
     whole = costs.weight_bytes(PRESETS["scout"]()) - costs.vision_bytes(PRESETS["scout"]())
@@ -146,10 +146,10 @@ def test_fp8_is_multiplied_in_fp8() -> None:
 def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
     quantize(small_model.write(tmp_path / "in"), tmp_path / "out", "fp8_mixed", progress=False)
     config = Llama4Config.from_directory(tmp_path / "out")
-    stored = make_setup(str(tmp_path / "out"), config)
-    assert stored.plan == make_setup("small", small_model.config(), weights="fp8_mixed").plan != {}
+    stored = make_placement(str(tmp_path / "out"), config)
+    assert stored.plan == make_placement("small", small_model.config(), weights="fp8_mixed").plan != {}
     with pytest.raises(ValueError, match="say it with --weights"):
-        make_setup("somebody/elses", config)
+        make_placement("somebody/elses", config)
 
 
 def test_a_context_beyond_the_window() -> None:
@@ -160,7 +160,7 @@ def test_a_context_beyond_the_window() -> None:
 
 
 def test_a_model_that_int4_does_not_suit_gets_other_remedies() -> None:
-    setup = make_setup("small", small_model.config())
+    setup = make_placement("small", small_model.config())
     setup = replace(setup, device_memory=int(memory(setup, 512).total / 0.94))
     assert fits(setup, 512) and not fits(setup, 4096)
     assert not [remedy for remedy in remedies(setup, 4096) if "--weights" in remedy]

@@ -13,7 +13,7 @@ import torch
 
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import make_setup
+from llama4.analysis.planner import make_placement
 from llama4.bench import calibration
 from llama4.bench.calibration import NEAR, PIECES, STEPS, build, measure_rates, probe
 from llama4.cli.main import main
@@ -30,9 +30,9 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
 
     def seconds(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
         text, plan = probed
-        weight = costs.weight_bytes_per_token(text, plan) / truth.memory
+        weight = costs.weight_bytes_read(text, plan) / truth.memory
         cached = [
-            costs.cache_bytes_per_token(text, n + STEPS // 2, "bfloat16", cache_dtype) / truth.cache
+            costs.cache_bytes_read(text, n + STEPS // 2, "bfloat16", cache_dtype) / truth.cache
             for n in (NEAR, piece * PIECES)
         ]
         flops = costs.parameter_flops(text)
@@ -41,7 +41,7 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
         pieces = [products + after - before for before, after in pairwise(ends)]
         return [weight + cached[0], weight + cached[1], *pieces]
 
-    setup = make_setup(name, PRESETS[name](), weights=weights, cache_dtype="int8")
+    setup = make_placement(name, PRESETS[name](), weights=weights, cache_dtype="int8")
     probed = probe(setup.config.text, setup.plan)
     monkeypatch.setattr(calibration, "build", lambda config, plan: None)
     monkeypatch.setattr(calibration, "_pass", seconds)
@@ -64,7 +64,7 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
 )
 def test_a_probe_is_the_end_of_a_model(name: str, weights: str) -> None:
     """Its layers have the kinds and formats of the last ones, and it is no larger than it should be."""
-    setup = make_setup(name, PRESETS[name](), weights=weights)
+    setup = make_placement(name, PRESETS[name](), weights=weights)
     whole, (small, plan) = setup.config.text, probe(setup.config.text, setup.plan)
     shift = whole.num_hidden_layers - small.num_hidden_layers
     assert small.num_parameters() <= (
@@ -87,7 +87,7 @@ def test_a_layer_that_is_too_large_to_try() -> None:
 @torch.inference_mode()
 def test_a_probe_computes_with_numbers(weights: str) -> None:
     """Random weights of any format give logits that are numbers, and tokens go to several experts."""
-    setup = make_setup("tiny", PRESETS["tiny"](), weights=weights)
+    setup = make_placement("tiny", PRESETS["tiny"](), weights=weights)
     model = build(setup.config, setup.plan)
     sent: list[int] = []
     experts = model.language_model.model.layers[0].feed_forward.experts  # type: ignore[union-attr]
@@ -102,7 +102,7 @@ def test_a_plan_beside_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
     directory, text = small_model.write(tmp_path / "model"), small_model.config().text
     assert main(["plan", str(directory), "--context", "300", "--cache", "int8", "--measure", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["measured"]["cache_bytes"] == text.cache_bytes(300, "float32", "int8")
+    assert facts["measured"]["cache_bytes"] == costs.cache_bytes(text, 300, "float32", "int8")
     assert all(facts["measured"][key] > 0 for key in ("bytes", "seconds_per_token", "seconds_for_prompt"))
     assert all(0 < facts["rates"][key] < math.inf for key in ("memory", "cache", "products", "attention"))
     assert "measured" in facts["rates"]["source"]

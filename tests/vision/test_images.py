@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
+from llama4.errors import ImageError
 from llama4.vision import images
-from llama4.vision.images import ImageError, load_image
+from llama4.vision.images import load_image
 
 
 def scene() -> Image.Image:

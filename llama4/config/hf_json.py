@@ -1,0 +1,176 @@
+"""Hugging Face's config.json and preprocessor_config.json <-> the fields of `Llama4Config`.
+
+Fields are passed as a dictionary, `{"text": TextConfig, "vision": VisionConfig or None, "dtype": "bfloat16", ...}`, and
+`Llama4Config(**fields)` makes the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama4.config.text import RopeScaling, TextConfig
+from llama4.errors import ConfigError
+from llama4.vision.config import VisionConfig
+
+CONFIG_FILE = "config.json"
+IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
+IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
+IMAGE_FIELDS = {"max_tiles": "max_patches", "image_mean": "image_mean", "image_std": "image_std"}
+"""Fields of `VisionConfig` that preprocessor_config.json has, and their names there."""
+
+
+def read_directory(directory: Path) -> dict[str, Any]:
+    """The fields that the files of a model directory give.
+
+    Raises:
+        ConfigError: no config.json, a file that is not JSON, or a configuration that is not of a Llama 4 model.
+    """
+    fields = read_config(_load_json(directory / CONFIG_FILE))
+    if fields["vision"] is not None:
+        paths = (directory / name for name in IMAGE_CONFIG_FILES)
+        found = (_read_image_config(_load_json(path)) for path in paths if path.is_file())
+        fields["vision"] = dataclasses.replace(fields["vision"], **next(filter(None, found), {}))
+    return fields
+
+
+def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the content of config.json gives, for a multimodal or a text-only model.
+
+    Raises:
+        ConfigError: the configuration is not of a Llama 4 model, or has a value that cannot be.
+    """
+    model_type = content.get("model_type", "llama4")
+    if model_type not in ("llama4", "llama4_text"):
+        raise ConfigError(f"model_type {model_type!r} is not Llama 4; this library runs 'llama4' and 'llama4_text'")
+    try:
+        return _read_config(content, text_only=model_type == "llama4_text" or "text_config" not in content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the configuration has a value of the wrong kind, or lacks one: {error}") from error
+
+
+def _read_config(content: Mapping[str, Any], text_only: bool) -> dict[str, Any]:
+    text = dict(content if text_only else content["text_config"])
+    vision = None if text_only else content.get("vision_config")
+    if content.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+    dtypes = (part.get(name) for part in (content, text) for name in ("dtype", "torch_dtype"))
+    return {
+        "text": _read_text(text),
+        "vision": _read_vision(vision) if vision is not None else None,
+        "dtype": str(next(filter(None, dtypes), "bfloat16")),
+        "quantization_config": content.get("quantization_config"),
+        **{name: content[name] for name in IMAGE_TOKENS if name in content},
+    }
+
+
+def _read_text(content: Mapping[str, Any]) -> TextConfig:
+    _check_activation(content, "silu", "experts use")
+    fields = _known_fields(TextConfig, content)
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    fields["rope_theta"] = float(rope.get("rope_theta", content.get("rope_theta", 500000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = _known_fields(RopeScaling, rope) | {"rope_type": kind}
+    fields["rope_scaling"] = None if kind == "default" else RopeScaling(**scaling)
+    eos = fields.get("eos_token_id")
+    if not isinstance(eos, tuple):
+        fields["eos_token_id"] = () if eos is None else (eos,)
+    if "head_dim" in fields and fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    return TextConfig(**fields)
+
+
+def _read_vision(content: Mapping[str, Any]) -> VisionConfig:
+    _check_activation(content, "gelu", "vision tower uses")
+    fields = _known_fields(VisionConfig, content)
+    rope = content.get("rope_parameters") or {}
+    fields["rope_theta"] = float(rope.get("rope_theta", content.get("rope_theta", 10000.0)))
+    try:
+        return VisionConfig(**fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read_image_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `VisionConfig` from preprocessor_config.json; processor_config.json has the same one level down."""
+    content = content.get("image_processor", content)
+    return {ours: _freeze(content[name]) for ours, name in IMAGE_FIELDS.items() if content.get(name) is not None}
+
+
+def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json, which transformers reads back as the same model."""
+    dtype, vision = fields["dtype"], fields["vision"]
+    if vision is None:
+        content = _write_text(fields["text"], dtype) | {"architectures": ["Llama4ForCausalLM"]}
+    else:
+        content = {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            **{name: fields[name] for name in IMAGE_TOKENS},
+            "tie_word_embeddings": fields["text"].tie_word_embeddings,
+            "dtype": dtype,
+            "text_config": _write_text(fields["text"], dtype),
+            "vision_config": _write_vision(vision, dtype),
+        }
+    if fields["quantization_config"] is not None:
+        content["quantization_config"] = dict(fields["quantization_config"])
+    return content
+
+
+def _write_text(text: TextConfig, dtype: str) -> dict[str, Any]:
+    content = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(text).items()}
+    scaling, theta = content.pop("rope_scaling"), content.pop("rope_theta")
+    content["rope_parameters"] = {"rope_type": "default", "rope_theta": theta} | (scaling or {})
+    return content | {"model_type": "llama4_text", "hidden_act": "silu", "dtype": dtype}
+
+
+def _write_vision(vision: VisionConfig, dtype: str) -> dict[str, Any]:
+    content = {key: value for key, value in dataclasses.asdict(vision).items() if key not in IMAGE_FIELDS}
+    content["rope_parameters"] = {"rope_type": "default", "rope_theta": content.pop("rope_theta")}
+    return content | {"model_type": "llama4_vision_model", "hidden_act": "gelu", "dtype": dtype}
+
+
+def write_image_config(vision: VisionConfig) -> dict[str, Any]:
+    """The content of preprocessor_config.json, for transformers' Llama4ImageProcessor."""
+    return {
+        "image_processor_type": "Llama4ImageProcessorFast",
+        "processor_class": "Llama4Processor",
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "max_patches": vision.max_tiles,
+        "resize_to_max_canvas": False,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: a model directory in Hugging Face's layout holds {path.name} beside its weights"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _check_activation(content: Mapping[str, Any], name: str, users: str) -> None:
+    if content.get("hidden_act", name) != name:
+        raise ConfigError(f"hidden_act {content['hidden_act']!r} is not supported; Llama 4's {users} {name!r}")
+
+
+def _known_fields(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {key: _freeze(value) for key, value in content.items() if key in names}
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,166 @@
+"""The shape of the decoder, in Hugging Face's field names, and what it must satisfy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama4.config.window import visible_tokens
+from llama4.errors import ConfigError
+
+CACHE_BLOCK = 256
+"""Tokens in a block of the key/value cache; memory is taken a block at a time."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are lowered for long contexts: `linear` divides all of them by `factor`, `llama3` only the
+    low ones (see ops/rope.py)."""
+
+    rope_type: str = "llama3"
+    factor: float = 16.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("llama3", "linear"):
+            raise ConfigError(
+                f"rope_type {self.rope_type!r} is not known; Llama 4 models use 'llama3', 'linear' or none"
+            )
+        if self.factor < 1 or not 0 < self.low_freq_factor <= self.high_freq_factor:
+            raise ConfigError(
+                f"RoPE scaling needs factor >= 1 and 0 < low_freq_factor <= high_freq_factor, not {self.factor}, "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. The defaults are Llama 4 Scout's.
+
+    `no_rope_layers[i]` is 1 where layer i USES RoPE (the name is Hugging Face's); `moe_layers` lists the layers with
+    experts; `layer_types[i]` is "chunked_attention" or "full_attention". Where they are None, the first two follow from
+    their intervals and the third from the first (layers with RoPE are chunked). After construction they are tuples.
+
+    Raises:
+        ConfigError: shapes that do not fit together.
+    """
+
+    vocab_size: int = 202048
+    hidden_size: int = 5120
+    intermediate_size: int = 8192
+    """Width of every expert's MLP, the shared expert's included."""
+    intermediate_size_mlp: int = 16384
+    """Width of the MLP in layers without experts."""
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 40
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 10485760
+    """The longest context, prompt and reply together, in tokens."""
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    num_experts_per_tok: int = 1
+    num_local_experts: int = 16
+    moe_layers: tuple[int, ...] | None = None
+    interleave_moe_layer_step: int = 1
+    use_qk_norm: bool = True
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    no_rope_layers: tuple[int, ...] | None = None
+    no_rope_layer_interval: int = 4
+    attention_chunk_size: int | None = 8192
+    layer_types: tuple[str, ...] | None = None
+    attn_temperature_tuning: bool = True
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
+    bos_token_id: int | None = 200000
+    eos_token_id: tuple[int, ...] = (200001, 200007, 200008)
+    pad_token_id: int | None = 200018
+
+    def __post_init__(self) -> None:
+        layers, interval = self.num_hidden_layers, self.no_rope_layer_interval
+        if self.num_local_experts == 0:
+            moe: tuple[int, ...] = ()
+        elif self.moe_layers is None:
+            moe = tuple(range(self.interleave_moe_layer_step - 1, layers, self.interleave_moe_layer_step))
+        else:
+            moe = tuple(self.moe_layers)
+        rope = tuple(self.no_rope_layers or (int((i + 1) % interval != 0) for i in range(layers)))[:layers]
+        kinds = self.layer_types or ("chunked_attention" if uses_rope else "full_attention" for uses_rope in rope)
+        set_field = object.__setattr__
+        set_field(self, "moe_layers", moe)
+        set_field(self, "no_rope_layers", rope)
+        set_field(self, "layer_types", tuple(kinds))
+        set_field(self, "attn_temperature_tuning", bool(self.attn_temperature_tuning))
+        self._check()
+
+    def _check(self) -> None:
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (*positive, "head_dim", "intermediate_size", "max_position_embeddings", "num_experts_per_tok"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even (RoPE rotates pairs), not {self.head_dim}")
+        if self.moe_layers and self.num_experts_per_tok > self.num_local_experts:
+            raise ConfigError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}"
+            )
+        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
+            raise ConfigError(f"attention_chunk_size must be at least 1 or null, not {self.attention_chunk_size}")
+        for name, values in (("no_rope_layers", self.no_rope_layers), ("layer_types", self.layer_types)):
+            if values is None or len(values) != self.num_hidden_layers:
+                raise ConfigError(f"{name} must name all {self.num_hidden_layers} layers, not {values}")
+        if unknown := set(self.layer_types or ()) - {"chunked_attention", "full_attention"}:
+            raise ConfigError(f"layer_types may hold chunked_attention and full_attention, not {sorted(unknown)}")
+        if any(not 0 <= i < self.num_hidden_layers for i in self.moe_layers or ()):
+            raise ConfigError(
+                f"moe_layers {self.moe_layers} names layers beyond the {self.num_hidden_layers} there are"
+            )
+
+    def uses_rope(self, layer: int) -> bool:
+        assert self.no_rope_layers is not None
+        return bool(self.no_rope_layers[layer])
+
+    def uses_experts(self, layer: int) -> bool:
+        assert self.moe_layers is not None
+        return layer in self.moe_layers
+
+    def window(self, layer: int) -> int | None:
+        """Tokens in a chunk of a layer's attention, or None where a token sees every token before it: see window.py."""
+        assert self.layer_types is not None
+        return self.attention_chunk_size if self.layer_types[layer] == "chunked_attention" else None
+
+    def visible_tokens(self, layer: int, num_tokens: int) -> int:
+        """How many tokens the last of `num_tokens` sees in a layer, itself included."""
+        return visible_tokens(num_tokens - 1, self.window(layer)) if num_tokens else 0
+
+    def num_parameters(self) -> int:
+        return self._count(self.num_local_experts)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all but the routed experts it is not sent to."""
+        return self._count(self.num_experts_per_tok)
+
+    def _count(self, experts: int) -> int:
+        """Parameters with so many routed experts in each layer that has any."""
+        width = self.hidden_size
+        expert = 3 * width * self.intermediate_size
+        moe = (experts + 1) * expert + width * self.num_local_experts
+        dense = 3 * width * self.intermediate_size_mlp
+        mlps = sum(moe if self.uses_experts(i) else dense for i in range(self.num_hidden_layers))
+        norms = (2 * self.num_hidden_layers + 1) * width
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * self._attention_parameters() + mlps + norms
+
+    def _attention_parameters(self) -> int:
+        width, queries = self.hidden_size, self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        bias = (queries + 2 * keys + width) if self.attention_bias else 0
+        return width * (2 * queries + 2 * keys) + bias

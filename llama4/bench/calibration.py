@@ -224,11 +224,9 @@ def measure_model(name: str, revision: str | None, setup: Placement, context: in
 def comparison(facts: dict[str, Any], setup: Placement) -> str:
     """What was planned and what was measured, as lines of text."""
     measured = facts["measured"]
+    cached = costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype)
     rows = {
-        "cache": (
-            "cache_bytes",
-            costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype),
-        ),
+        "cache": ("cache_bytes", cached),
         "memory": ("bytes", facts["bytes_per_device"]["total"]),
         "time per token": ("seconds_per_token", facts["seconds_per_token"]),
         "the whole prompt": ("seconds_for_prompt", facts["seconds_for_prompt"]),

@@ -47,7 +47,8 @@ from llama4.model.layers import rms_normalise
 from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
 from llama4.text.prompt import render
-from llama4.text.tokenizer import PATTERN, Tokenizer
+from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import PATTERN
 from llama4.tiny import shapes_dataset
 from llama4.vision.tiling import best_canvas, fit_within, tile_image
 
@@ -67,7 +68,7 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainable
 
-    from llama4.text.tokenizer import byte_alphabet
+    from llama4.text.tokenizer_files import byte_alphabet
 
     alphabet = byte_alphabet()
     words = pre_tokenizers.Split(Regex(PATTERN), "isolated")

@@ -23,7 +23,7 @@ from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
-from llama4.text.prompt import Message
+from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory

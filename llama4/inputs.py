@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama4.text.prompt import Message, Rendered, Turn, image_sources, read_messages, render
+from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
+from llama4.text.prompt import Rendered, render
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
@@ -76,7 +77,7 @@ class Processor:
         """One conversation, or a list of them, as one batch.
 
         Args:
-            messages: dictionaries with "role" and "content"; see `llama4.chat`.
+            messages: dictionaries with "role" and "content"; see text/messages.py.
             images: pictures for the parts `{"type": "image"}` that name none, those of all conversations in order.
             tools: function schemas in OpenAI's form.
             add_generation_prompt: whether to end with the assistant's header.
@@ -85,8 +86,8 @@ class Processor:
             ValueError: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
                 parts without one.
         """
-        conversations = [read_messages(row) for row in _as_batch(messages)]
-        placeholders = sum(source is None for turns in conversations for source in image_sources(turns))
+        conversations = [read_messages(conversation) for conversation in _as_batch(messages)]
+        placeholders = sum(source is None for row in conversations for source in image_sources(row))
         if placeholders != len(images or ()):
             raise ValueError(
                 f"the messages have {placeholders} image parts without a picture, but images= holds "
@@ -95,10 +96,10 @@ class Processor:
         given = iter(images or ())
         rows: list[list[int]] = []
         tiles: list[Tiles] = []
-        for turns in conversations:
-            sources = [next(given) if source is None else source for source in image_sources(turns)]
+        for row in conversations:
+            sources = [next(given) if source is None else source for source in image_sources(row)]
             row_tiles = [self.tile(source) for source in sources]
-            rows.append(self.render(turns, row_tiles, tools=tools, add_generation_prompt=add_generation_prompt).ids)
+            rows.append(self.render(row, row_tiles, tools=tools, add_generation_prompt=add_generation_prompt).ids)
             tiles += row_tiles
         pixel_values = torch.cat([image.pixel_values for image in tiles]) if tiles else None
         return self._pad(rows, pixel_values, padding_side)
@@ -128,7 +129,7 @@ class Processor:
 
     def render(
         self,
-        messages: Sequence[Message | Turn],
+        messages: Sequence[Message | ParsedMessage],
         tiles: Sequence[Tiles] = (),
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,

@@ -121,7 +121,9 @@ def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_text(text: TextConfig, dtype: str) -> dict[str, Any]:
-    content = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(text).items()}
+    content: dict[str, Any] = {
+        key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(text).items()
+    }
     scaling, theta = content.pop("rope_scaling"), content.pop("rope_theta")
     content["rope_parameters"] = {"rope_type": "default", "rope_theta": theta} | (scaling or {})
     return content | {"model_type": "llama4_text", "hidden_act": "silu", "dtype": dtype}

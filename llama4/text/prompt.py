@@ -1,35 +1,19 @@
 """Llama 4's prompt format: messages -> token ids.
 
-Messages come in the form of Hugging Face and OpenAI. The tokens are those of Meta's `ChatFormat`; the wording that
-announces tools is that of Meta's chat template for Llama 4, as Hugging Face publishes it.
+The tokens are those of Meta's `ChatFormat`; the wording that announces tools is that of Meta's chat template for
+Llama 4, as Hugging Face publishes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
+from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import ToolCall, function_name, parse_reply, read_call, short
-
-__all__ = [
-    "ImagePart",
-    "Message",
-    "Rendered",
-    "ToolCall",
-    "Turn",
-    "image_sources",
-    "image_tokens",
-    "parse_reply",
-    "read_messages",
-    "render",
-]
-
-Message: TypeAlias = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool", "ipython")
+from llama4.text.tool_calls import function_name
 
 _TOOLS_INTRODUCTION = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
@@ -37,22 +21,6 @@ _TOOLS_INTRODUCTION = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
-
-
-@dataclass(frozen=True)
-class ImagePart:
-    """An image in a message: where it comes from, or None for one that is handed over separately."""
-
-    source: Any
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message that has been checked: its role in the prompt, its parts in order, and its tool calls."""
-
-    role: str
-    parts: tuple[str | ImagePart, ...]
-    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +32,7 @@ class Rendered:
 
 
 def render(
-    messages: Sequence[Message | Turn],
+    messages: Sequence[Message | ParsedMessage],
     tokenizer: Tokenizer,
     *,
     grids: Sequence[tuple[int, int]] = (),
@@ -82,18 +50,18 @@ def render(
         grids: (rows, cols) of tiles for each image, in the order in which the images come.
         tokens_per_tile: `<|patch|>` tokens per tile.
         tools: function schemas in OpenAI's form; they are announced at the start of the first user message.
-        add_generation_prompt: whether to end with the assistant's header, for the model to go on from.
+        add_generation_prompt: whether to end with the assistant's header, for the model to continue.
     Raises:
         ValueError: a message is not well formed, or there are more or fewer grids than images.
     """
-    turns = read_messages(messages)
-    wanted = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
+    parsed = read_messages(messages)
+    wanted = sum(isinstance(part, ImagePart) for message in parsed for part in message.parts)
     if wanted != len(grids):
         raise ValueError(
             f"the messages have places for {wanted} images, but {len(grids)} images were given; make them agree"
         )
     if tools:
-        turns = _announce(tools, turns)
+        parsed = _announce(tools, parsed)
     remaining = iter(grids)
     ids = [tokenizer.special("<|begin_of_text|>")]
     is_reply = [False]
@@ -102,18 +70,18 @@ def render(
         ids.extend(tokens)
         is_reply.extend([reply] * len(tokens))
 
-    for turn in turns:
-        reply = turn.role == "assistant"
-        write(_header(turn.role, tokenizer), False)
-        for part in turn.parts:
+    for message in parsed:
+        reply = message.role == "assistant"
+        write(_header(message.role, tokenizer), False)
+        for part in message.parts:
             if isinstance(part, ImagePart):
                 write(image_tokens(*next(remaining), tokens_per_tile, tokenizer), reply)
             else:
                 write(tokenizer.encode(part), reply)
-        for call in turn.tool_calls:
+        for call in message.tool_calls:
             spelt = {"type": "function", "name": call.name, "parameters": call.arguments}
             write(tokenizer.encode(json.dumps(spelt)), reply)
-        end = "<|eom|>" if turn.tool_calls or turn.role == "ipython" else "<|eot|>"
+        end = "<|eom|>" if message.tool_calls or message.role == "ipython" else "<|eot|>"
         write([tokenizer.special(end)], reply)
     if add_generation_prompt:
         write(_header("assistant", tokenizer), False)
@@ -121,7 +89,7 @@ def render(
 
 
 def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that hold an image's place: its tiles row by row if there are several, then the image as a whole."""
+    """The tokens an image stands for: its tiles row by row if there are several, then the global tile."""
     tile = [tokenizer.special("<|patch|>")] * tokens_per_tile
     ids = [tokenizer.special("<|image_start|>")]
     if rows * cols > 1:
@@ -130,108 +98,27 @@ def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenize
     return [*ids, tokenizer.special("<|image|>"), *tile, tokenizer.special("<|image_end|>")]
 
 
-def read_messages(messages: Sequence[Message | Turn]) -> list[Turn]:
-    """Check messages and bring them into one form; what is in it already stays.
-
-    Raises:
-        ValueError: with the number of the message and what is wrong with it.
-    """
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(
-            f"messages is a {type(messages).__name__}; it must be a list of messages, such as "
-            '[{"role": "user", "content": "Hello"}]'
-        )
-    if not messages:
-        raise ValueError("the list of messages is empty; give at least one user message")
-    return [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
-
-
-def image_sources(turns: Iterable[Turn]) -> list[Any]:
-    """The sources of all images, in order; None for a placeholder."""
-    return [part.source for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-
-
-def _read_message(message: Message | Turn, where: str) -> Turn:
-    if isinstance(message, Turn):
-        return message
-    if not isinstance(message, Mapping):
-        raise ValueError(f'{where} is a {type(message).__name__}; it must be a dictionary with "role" and "content"')
-    role = message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
-    role = "ipython" if role == "tool" else role
-    calls = message.get("tool_calls") or []
-    if calls and role != "assistant":
-        raise ValueError(f"{where} of role {role!r} has tool_calls; only the assistant calls tools")
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise ValueError(f"the tool_calls of {where} are {short(calls)}; they must be a list")
-    try:
-        tool_calls = tuple(read_call(call) for call in calls)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-    content = message.get("content")
-    if content is None:
-        content = [] if tool_calls else content
-    elif role == "ipython" and isinstance(content, Mapping):
-        content = json.dumps(content)
-    if isinstance(content, str):
-        parts: tuple[str | ImagePart, ...] = (content,)
-    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
-        parts = tuple(_read_part(part, f"part {i} of {where}") for i, part in enumerate(content))
-    else:
-        raise ValueError(f"{where} has the content {short(content)}; it must be a string or a list of parts")
-    if role == "user" and not any(isinstance(part, ImagePart) or part.strip() for part in parts):
-        raise ValueError(f"{where} is empty; write a question, or add an image")
-    return Turn(role, parts, tool_calls)
-
-
-def _read_part(part: Any, where: str) -> str | ImagePart:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
-        if isinstance(part.get("text"), str):
-            return str(part["text"])
-        raise ValueError(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')
-    if kind == "image":
-        for key in ("image", "url", "path", "data"):
-            if part.get(key) is not None:
-                return ImagePart(part[key])
-        if isinstance(part.get("base64"), str):
-            return ImagePart(f"data:;base64,{part['base64']}")
-        return ImagePart(None)
-    if kind == "image_url":
-        link = part.get("image_url")
-        url = link.get("url") if isinstance(link, Mapping) else link
-        if isinstance(url, str):
-            return ImagePart(url)
-        raise ValueError(f'{where} has the image_url {short(link)}; it must be {{"url": "https://..."}}')
-    raise ValueError(
-        f'{where} is {short(part)}; a part is {{"type": "text", "text": ...}}, {{"type": "image", "image": ...}} '
-        'or {"type": "image_url", "image_url": {"url": ...}}'
-    )
-
-
-def _announce(tools: Sequence[Mapping[str, Any]], turns: list[Turn]) -> list[Turn]:
+def _announce(tools: Sequence[Mapping[str, Any]], messages: list[ParsedMessage]) -> list[ParsedMessage]:
     """Put the functions before the first user message, and say in a leading system message that there are tools."""
     for tool in tools:
-        function_name(tool)  # or an error
+        function_name(tool)  # raises if it is no schema
     listing = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
     text = _TOOLS_INTRODUCTION + listing
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if first is None:
         raise ValueError("tools are announced in the first user message, but no message is a user's; add one")
-    turns = list(turns)
-    turns[first] = _prefixed(text, turns[first])
-    if turns[0].role == "system":
-        turns[0] = _prefixed("Environment: ipython\n", turns[0])
-    return turns
+    messages = list(messages)
+    messages[first] = _prefixed(text, messages[first])
+    if messages[0].role == "system":
+        messages[0] = _prefixed("Environment: ipython\n", messages[0])
+    return messages
 
 
-def _prefixed(text: str, turn: Turn) -> Turn:
-    """The turn with `text` before its content, as one text with it if that begins with text."""
-    head, *rest = turn.parts or ("",)
-    parts = (text + head, *rest) if isinstance(head, str) else (text, *turn.parts)
-    return Turn(turn.role, parts, turn.tool_calls)
+def _prefixed(text: str, message: ParsedMessage) -> ParsedMessage:
+    """The message with `text` before its content, as one text with it if that begins with text."""
+    head, *rest = message.parts or ("",)
+    parts = (text + head, *rest) if isinstance(head, str) else (text, *message.parts)
+    return ParsedMessage(message.role, parts, message.tool_calls)
 
 
 def _header(role: str, tokenizer: Tokenizer) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.errors import CheckpointError, ConfigError
-from llama4.text.tokenizer import NUM_SPECIAL_TOKENS
+from llama4.text.vocabulary import NUM_SPECIAL_TOKENS
 from llama4.vision.config import VisionConfig
 
 PARAMS_FILE = "params.json"

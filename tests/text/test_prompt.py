@@ -21,8 +21,10 @@ from llama_models.datatypes import ToolCall as MetaToolCall
 from PIL import Image
 from transformers.models.llama4 import processing_llama4
 
-from llama4.text.prompt import ToolCall, image_sources, image_tokens, parse_reply, read_messages, render
+from llama4.text.messages import image_sources, read_messages
+from llama4.text.prompt import image_tokens, render
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tool_calls import ToolCall, parse_reply
 from llama4.vision.tiling import tile_image
 from tests.meta_chat import chat_format
 

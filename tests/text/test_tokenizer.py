@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama4.text.tokenizer import PATTERN, Tokenizer, special_token_names
+from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import PATTERN, special_token_names
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 TEXTS = [

@@ -1,0 +1,112 @@
+"""Messages in the form of Hugging Face and OpenAI, checked and brought into one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from llama4.text.tool_calls import ToolCall, read_call, short
+
+Message: TypeAlias = Mapping[str, Any]
+"""A message as users write it: "role", "content", perhaps "tool_calls"."""
+
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image in a message: where it comes from, or None for one that is handed over separately."""
+
+    source: Any
+
+
+@dataclass(frozen=True)
+class ParsedMessage:
+    """A message that has been checked: its role in the prompt, its parts in order, and its tool calls."""
+
+    role: str
+    parts: tuple[str | ImagePart, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+def read_messages(messages: Sequence[Message | ParsedMessage]) -> list[ParsedMessage]:
+    """Check messages and bring them into one form; what is in it already stays.
+
+    Raises:
+        ValueError: with the number of the message and what is wrong with it.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(
+            f"messages is a {type(messages).__name__}; it must be a list of messages, such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
+    if not messages:
+        raise ValueError("the list of messages is empty; give at least one user message")
+    return [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
+
+
+def image_sources(messages: Iterable[ParsedMessage]) -> list[Any]:
+    """The sources of all images, in order; None for a placeholder."""
+    return [part.source for message in messages for part in message.parts if isinstance(part, ImagePart)]
+
+
+def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage:
+    if isinstance(message, ParsedMessage):
+        return message
+    if not isinstance(message, Mapping):
+        raise ValueError(f'{where} is a {type(message).__name__}; it must be a dictionary with "role" and "content"')
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
+    role = "ipython" if role == "tool" else role
+    calls = message.get("tool_calls") or []
+    if calls and role != "assistant":
+        raise ValueError(f"{where} of role {role!r} has tool_calls; only the assistant calls tools")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ValueError(f"the tool_calls of {where} are {short(calls)}; they must be a list")
+    try:
+        tool_calls = tuple(read_call(call) for call in calls)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+    content = message.get("content")
+    if content is None:
+        content = [] if tool_calls else content
+    elif role == "ipython" and isinstance(content, Mapping):
+        content = json.dumps(content)
+    if isinstance(content, str):
+        parts: tuple[str | ImagePart, ...] = (content,)
+    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
+        parts = tuple(_read_part(part, f"part {i} of {where}") for i, part in enumerate(content))
+    else:
+        raise ValueError(f"{where} has the content {short(content)}; it must be a string or a list of parts")
+    if role == "user" and not any(isinstance(part, ImagePart) or part.strip() for part in parts):
+        raise ValueError(f"{where} is empty; write a question, or add an image")
+    return ParsedMessage(role, parts, tool_calls)
+
+
+def _read_part(part: Any, where: str) -> str | ImagePart:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        if isinstance(part.get("text"), str):
+            return str(part["text"])
+        raise ValueError(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')
+    if kind == "image":
+        for key in ("image", "url", "path", "data"):
+            if part.get(key) is not None:
+                return ImagePart(part[key])
+        if isinstance(part.get("base64"), str):
+            return ImagePart(f"data:;base64,{part['base64']}")
+        return ImagePart(None)
+    if kind == "image_url":
+        link = part.get("image_url")
+        url = link.get("url") if isinstance(link, Mapping) else link
+        if isinstance(url, str):
+            return ImagePart(url)
+        raise ValueError(f'{where} has the image_url {short(link)}; it must be {{"url": "https://..."}}')
+    raise ValueError(
+        f'{where} is {short(part)}; a part is {{"type": "text", "text": ...}}, {{"type": "image", "image": ...}} '
+        'or {"type": "image_url", "image_url": {"url": ...}}'
+    )

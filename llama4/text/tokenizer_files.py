@@ -1,0 +1,150 @@
+"""The two files a byte-level BPE tokenizer is published in: tiktoken's tokenizer.model, Hugging Face's tokenizer.json.
+
+In both, the rank of a token, which is its id, is also its priority when bytes are merged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def find_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {path}; copy the model's there")
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}; give a tokenizer.model, a tokenizer.json or their directory")
+    return path
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """tiktoken's format: on each line a token in base64 and its rank."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"line {number} of {path} is {line[:40]!r}, not a token in base64 and its rank; is it tiktoken's "
+                "tokenizer.model, whole?"
+            ) from None
+    if not ranks:
+        raise ValueError(f"{path} holds no tokens; fetch the tokenizer again")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once; fetch the tokenizer again")
+    return ranks
+
+
+def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
+    """Hugging Face's format -> ranks of the byte strings, special tokens, and the pattern that cuts the text."""
+    try:
+        data = json.loads(path.read_bytes())
+        model: dict[str, Any] = data["model"]
+        added = {str(token["content"]): int(token["id"]) for token in data.get("added_tokens") or []}
+        vocabulary: dict[str, int] = model["vocab"]
+        kind = model.get("type", "BPE")
+        merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a Hugging Face tokenizer.json ({error!r}); fetch the tokenizer again"
+        ) from None
+    if kind != "BPE" or not _mentions(data, "ByteLevel") or model.get("byte_fallback"):
+        raise ValueError(
+            f"{path} holds a {kind} tokenizer that is not a byte-level BPE; Llama 4's is one: use the tokenizer that "
+            "belongs to the model"
+        )
+    if data.get("normalizer"):
+        raise ValueError(f"{path} normalises text before it encodes it, which Llama 4's tokenizer does not")
+    byte_of = {character: byte for byte, character in byte_alphabet().items()}
+    try:
+        ranks = {
+            bytes(byte_of[character] for character in token): int(rank)
+            for token, rank in vocabulary.items()
+            if token not in added
+        }
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
+    merged = [vocabulary.get(token, -1) for token in merges]
+    if merged != sorted(merged):
+        raise ValueError(f"{path} merges in another order than its ids, which tiktoken's ranks cannot express")
+    pattern = _split_pattern(data.get("pre_tokenizer"))
+    if pattern is None:
+        raise ValueError(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
+    return ranks, added, pattern
+
+
+def _split_pattern(node: Any) -> str | None:
+    """The regular expression of the first `Split` in a pre-tokenizer, if there is one."""
+    if not isinstance(node, dict):
+        return None
+    if node.get("type") == "Split" and isinstance(node.get("pattern"), dict):
+        pattern = node["pattern"].get("Regex")
+        return pattern if isinstance(pattern, str) else None
+    found = (_split_pattern(child) for child in node.get("pretokenizers", []))
+    return next((pattern for pattern in found if pattern), None)
+
+
+def _mentions(data: dict[str, Any], kind: str) -> bool:
+    """Whether the pre-tokenizer or the decoder is, or contains, one of this type."""
+    nodes = [data.get("pre_tokenizer"), data.get("decoder")]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            if node.get("type") == kind:
+                return True
+            nodes += [*node.get("pretokenizers", []), *node.get("decoders", [])]
+    return False
+
+
+def byte_alphabet() -> dict[int, str]:
+    """The printable characters that stand for the 256 bytes in a tokenizer.json: visible Latin-1 for itself, the rest
+    from U+0100 on, in order."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
+
+
+def to_json(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pattern: str) -> dict[str, Any]:
+    """The content of a Hugging Face tokenizer.json. Any two tokens that make up a third may merge into it."""
+    alphabet = byte_alphabet()
+    vocabulary = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
+        merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name} | flags for name, i in special_tokens.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }

@@ -1,14 +1,50 @@
-"""Workers share the cores: threads of several processes that wait for each other on one core take ten times as long."""
+"""Tests run what is installed, on as many workers as the machine has room for, beside references of known versions."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))  # before torch is imported
+import sys
+from pathlib import Path
 
 import pytest
-from PIL import ImageFile
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+
+
+def _test_what_is_installed() -> None:
+    """`python -m pytest` puts the checkout on `sys.path`. It stays there only where llama4 is nowhere else, or where
+    PYTHONPATH names it. Processes that tests start do the same."""
+    chosen = str(ROOT) in map(os.path.realpath, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = list(sys.path)
+    if not chosen:
+        sys.path[:] = [entry for entry in path if os.path.realpath(entry) != str(ROOT)]
+    elif editable := [finder for finder in sys.meta_path if type(finder).__module__.startswith("_editable_")]:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in editable]  # which would come first
+    if importlib.util.find_spec("llama4") is None:
+        if sys.path == path:
+            raise pytest.UsageError("llama4 is not installed: pip install '.[test]', or PYTHONPATH=. for the checkout")
+        sys.path[:] = path
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONSAFEPATH"] = "1"  # `python -c` and `-m` in the checkout do not see it
+
+
+_test_what_is_installed()
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported. Threads of several processes that wait for each other on one core take ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+from PIL import ImageFile  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a worker per core, 3 GiB of memory each, and no more than eight, as each has torch to import."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * GIB
+    count = min(cores, memory // (3 * GIB), 8)
+    return count if count > 1 else 0
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ other, and runs the test of each. It ends with 1 if a mistake goes unnoticed.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,8 @@ def check(mutation: Mutation) -> bool:
         file = copy / mutation.file
         file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", mutation.test]
-        run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(copy)}  # the copy is tested, not what is installed
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout
 
 

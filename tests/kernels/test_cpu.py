@@ -334,7 +334,7 @@ def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) ->
     if off:
         environment["LLAMA4_CPU_KERNELS"] = "off"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-P", "-c", script],
         env=environment | {"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,

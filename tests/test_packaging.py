@@ -1,0 +1,140 @@
+"""What is installed, in every way of installing it, beside a user's own files. Builds as pip does, offline."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BUILDS = importlib.util.find_spec("scikit_build_core") is not None
+pytestmark = pytest.mark.skipif(not BUILDS, reason="scikit-build-core is not installed")
+
+ANSWER = """
+import sys
+import llama4
+import llama4.vision.images
+from llama4 import Llama4, VisionConfig, load_image
+from llama4.vision import VisionConfig as same
+assert VisionConfig is same and load_image is llama4.vision.images.load_image
+llm = Llama4.from_pretrained("tiny", progress=False)
+picture = {"type": "image", "image": sys.argv[1]}
+question = {"type": "text", "text": "What colour is the circle?"}
+print(llm.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8).text)
+"""
+GLOBAL = """
+import importlib.util
+import llama4.vision
+print([name for name in ("vision", "tests", "examples", "docs", "scripts", "bench") if importlib.util.find_spec(name)])
+"""
+
+
+def build(kind: str, directory: Path, source: Path = ROOT) -> Path:
+    """The file that the build backend makes, called as pip calls it."""
+    script = f"import sys; from scikit_build_core import build; print(build.build_{kind}(sys.argv[1]))"
+    done = python("-c", script, directory, cwd=source)
+    return directory / done.split()[-1]
+
+
+def python(*arguments: str | Path, cwd: Path, path: Path | None = None) -> str:
+    """Its output. Only `path` comes before what is installed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def unpack(wheel: Path, directory: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
+    return directory
+
+
+def names(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A user's, with files of the names that rooms of ours have."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in ("vision", "bench", "tests", "config", "text", "model", "cache", "ops"):
+        (folder / f"{name}.py").write_text("raise AssertionError('somebody imports a file of the user')\n")
+    (folder / "answer.py").write_text(ANSWER)
+    return folder
+
+
+def test_the_wheel_answers_beside_files_of_a_user(wheel: Path, folder: Path, tmp_path: Path) -> None:
+    installed = unpack(wheel, tmp_path / "installed")
+    answer = python("answer.py", ROOT / "examples" / "shapes.png", cwd=folder, path=installed)
+    assert answer == "Red.\n"
+
+
+def test_the_wheel_has_one_name_and_all_it_needs(wheel: Path) -> None:
+    files = names(wheel)
+    info = next(file.split("/")[0] for file in files if file.endswith("/METADATA"))
+    assert {file.split("/")[0] for file in files} == {"llama4", info}
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", "llama4/py.typed"} <= set(files)
+    assert {file for file in files if file.startswith("llama4/") and file.endswith(".py")} == {
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "llama4").rglob("*.py")),
+        *(f"llama4/{path.relative_to(ROOT)}" for path in (ROOT / "vision").rglob("*.py")),
+    }
+    for folder in ("kernels/cpp", "tiny/checkpoint"):
+        there = {path.name for path in (ROOT / "llama4" / folder).iterdir() if path.is_file()}
+        assert there
+        assert {f"llama4/{folder}/{name}" for name in there} <= set(files)
+    assert not [file for file in files if "__pycache__" in file or file.endswith(".pyc")]
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    there = {path.name for path in source.iterdir()}
+    assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml", "tests", "llama4", "vision"} <= there
+    assert not there & {"build", "dist", ".venv", ".git", "shared"}
+    assert names(build("wheel", tmp_path, source)) == names(wheel)
+
+
+def test_an_editable_install_claims_no_global_name(folder: Path, tmp_path: Path) -> None:
+    installed = unpack(build("editable", tmp_path), tmp_path / "installed")
+    start = f"import site; site.addsitedir({str(installed)!r})\n"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert python("-c", start + GLOBAL, cwd=empty) == "[]\n"
+    (folder / "answer.py").write_text(start + ANSWER)
+    assert python("answer.py", ROOT / "examples" / "shapes.png", cwd=folder) == "Red.\n"
+
+
+def test_a_checkout_needs_no_installation(tmp_path: Path) -> None:
+    where = "import llama4.vision.images as i, llama4; print(i.__file__, llama4.__file__, sep='\\n')"
+    files = [str(ROOT / "vision" / "images.py"), str(ROOT / "llama4" / "__init__.py")]
+    assert python("-c", where, cwd=ROOT).split("\n")[:2] == files  # started in its root
+    assert python("-c", where, cwd=tmp_path, path=ROOT).split("\n")[:2] == files
+
+
+def test_tests_run_what_is_installed() -> None:
+    """Unless PYTHONPATH names the checkout, or llama4 is nowhere else."""
+    import llama4
+
+    editable = any(type(finder).__module__.startswith("_editable_") for finder in sys.meta_path)
+    chosen = str(ROOT) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    inside = Path(llama4.__file__).is_relative_to(ROOT / "llama4")
+    assert inside == (editable or chosen)

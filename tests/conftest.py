@@ -16,7 +16,8 @@ GIB = 1 << 30
 def _test_what_is_installed() -> None:
     """`python -m pytest` puts the checkout on `sys.path`. It stays there only where llama4 is nowhere else, or where
     PYTHONPATH names it. Processes that tests start do the same."""
-    chosen = str(ROOT) in map(os.path.realpath, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    named = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    chosen = str(ROOT) in map(os.path.realpath, named)
     path = list(sys.path)
     if not chosen:
         sys.path[:] = [entry for entry in path if os.path.realpath(entry) != str(ROOT)]
@@ -26,14 +27,14 @@ def _test_what_is_installed() -> None:
         if sys.path == path:
             raise pytest.UsageError("llama4 is not installed: pip install '.[test]', or PYTHONPATH=. for the checkout")
         sys.path[:] = path
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *named])
     os.environ["PYTHONSAFEPATH"] = "1"  # `python -c` and `-m` in the checkout do not see it
 
 
 _test_what_is_installed()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # Before torch is imported. Threads of several processes that wait for each other on one core take ten times as long.
+    # Before torch is imported: threads of several processes that wait for each other on one core are ten times slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 from PIL import ImageFile  # noqa: E402

@@ -135,6 +135,6 @@ def test_tests_run_what_is_installed() -> None:
     import llama4
 
     editable = any(type(finder).__module__.startswith("_editable_") for finder in sys.meta_path)
-    chosen = str(ROOT) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    chosen = str(ROOT) in map(os.path.realpath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     inside = Path(llama4.__file__).is_relative_to(ROOT / "llama4")
     assert inside == (editable or chosen)

@@ -19,12 +19,13 @@ from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs, Processor
+from llama4.model.device import resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.text.messages import Message
-from llama4.text.tokenizer import Tokenizer
+from llama4.text.tokenizer import Tokenizer, load_tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint
@@ -33,13 +34,6 @@ from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
-"""Models inside this package, by name. A directory of the same name is reached as `./tiny`."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-SMALL_MODEL = 100_000_000
-"""Parameters below which a CPU computes in float32 unless told: at such widths that is faster than bfloat16."""
 
 Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
@@ -93,7 +87,7 @@ class Llama4:
         self.cache: PromptCache | None = None
         self.progress = progress
         self._tokenizer = tokenizer
-        self._processor = _make_processor(model.config, tokenizer) if tokenizer is not None else None
+        self._processor = Processor.from_config(tokenizer, model.config) if tokenizer is not None else None
         memory.reuse_freed()
 
     @classmethod
@@ -152,7 +146,7 @@ class Llama4:
                 f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
                 "experts_device, too"
             )
-        directory = EMBEDDED.get(str(name)) or hub.resolve(name, revision=revision, token=token, progress=progress)
+        directory = hub.resolve(name, revision=revision, token=token, progress=progress)
         config, weights = open_checkpoint(directory)
         if quantization is not None:
             weights = quantized(weights, quantization)
@@ -201,7 +195,7 @@ class Llama4:
     @property
     def processor(self) -> Processor:
         if self._processor is None:
-            return _make_processor(self.config, self.tokenizer)  # which says what is missing
+            return Processor.from_config(self.tokenizer, self.config)  # which says what is missing
         return self._processor
 
     def chat(
@@ -337,78 +331,3 @@ class Llama4:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(Path(directory) / "model")
             return hub.push(Path(directory) / "model", repo_id, token=token, private=private)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to use.
-
-    Raises:
-        ValueError: torch knows no such device, or has none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.device) -> torch.dtype:
-    """The dtype to compute in.
-
-    Raises:
-        ValueError: a dtype that models are not computed in.
-    """
-    if dtype == "auto":
-        small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
-        dtype = "float32" if small else config.dtype
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
-    """The tokenizer in a model's directory, checked against the model; None if there is none.
-
-    Raises:
-        ValueError: a tokenizer that is unreadable or of another model.
-    """
-    try:
-        tokenizer = Tokenizer(directory)
-    except FileNotFoundError:
-        return None
-    # A tokenizer.model does not say how many special tokens follow it; the embeddings do.
-    excess = tokenizer.vocab_size - config.text.vocab_size
-    if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
-        tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
-            f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
-        )
-    patch = tokenizer.special_tokens.get("<|patch|>")
-    if config.vision is not None and patch != config.image_token_index:
-        raise ValueError(
-            f"<|patch|> is {patch} in {tokenizer.path}, but the model's image_token_index is "
-            f"{config.image_token_index}; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
-
-
-def _make_processor(config: Llama4Config, tokenizer: Tokenizer) -> Processor:
-    vision = config.vision
-    if vision is None:
-        return Processor(tokenizer, image_size=None)
-    return Processor(
-        tokenizer,
-        vision.image_size,
-        vision.patch_size,
-        vision.pixel_shuffle_ratio,
-        vision.max_tiles,
-        vision.image_mean,
-        vision.image_std,
-    )

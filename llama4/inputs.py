@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llama4.config import Llama4Config
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import Rendered, render
 from llama4.text.tokenizer import Tokenizer
@@ -64,6 +65,22 @@ class Processor:
         self.max_tiles = max_tiles
         self.mean, self.std = mean, std
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
+
+    @classmethod
+    def from_config(cls, tokenizer: Tokenizer, config: Llama4Config) -> Processor:
+        """The processor of a model with this configuration."""
+        vision = config.vision
+        if vision is None:
+            return cls(tokenizer, image_size=None)
+        return cls(
+            tokenizer,
+            vision.image_size,
+            vision.patch_size,
+            vision.pixel_shuffle_ratio,
+            vision.max_tiles,
+            vision.image_mean,
+            vision.image_std,
+        )
 
     def __call__(
         self,

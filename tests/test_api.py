@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from llama4 import CheckpointError, ConfigError, ContextLengthError, ImageError, Llama4, Reply
-from llama4.api import EMBEDDED, resolve_device, resolve_dtype
 from llama4.config import scout
 from llama4.engine.generate import Event, Token
 from llama4.engine.replies import ReplyBuilder
+from llama4.model.device import resolve_device, resolve_dtype
+from llama4.tiny import EMBEDDED
 from tests import small_model
 
 RED = Image.new("RGB", (50, 40), (255, 0, 0))

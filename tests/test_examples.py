@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llama4 import api
+from llama4 import Llama4
+from llama4.tiny import EMBEDDED
 from tests import small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -19,8 +20,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in
 @pytest.fixture(autouse=True)
 def somewhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    if not (api.EMBEDDED["tiny"] / "config.json").is_file():
-        monkeypatch.setitem(api.EMBEDDED, "tiny", small_model.write(tmp_path / "tiny"))
+    if not (EMBEDDED["tiny"] / "config.json").is_file():
+        monkeypatch.setitem(EMBEDDED, "tiny", small_model.write(tmp_path / "tiny"))
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -51,7 +52,7 @@ def test_a_picture_of_ones_own(
 
 def test_look_inside_draws_a_row_per_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run("look_inside", monkeypatch, "out.png")
-    llm = api.Llama4.from_pretrained("tiny")
+    llm = Llama4.from_pretrained("tiny")
     with Image.open(tmp_path / "out.png") as image:
         assert image.height == 24 * llm.config.text.num_hidden_layers
         assert image.width > 4 * 20

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llama4.api import DTYPES
 from llama4.bench.engines import Setting, message
+from llama4.model.device import DTYPES
 from llama4.weights.checkpoint import read_config
 
 try:

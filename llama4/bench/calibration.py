@@ -21,12 +21,13 @@ from torch import Tensor
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import Placement
-from llama4.api import DTYPES, Llama4, resolve_dtype
+from llama4.api import Llama4
 from llama4.bench.machine import Others, peak_bytes, reset_peak, resident_bytes
 from llama4.cache.sequence import Cache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.generate import PREFILL_TOKENS, prefill, step
 from llama4.inputs import Inputs
+from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES, Plan

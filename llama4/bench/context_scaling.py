@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from llama4.api import DTYPES, Llama4
+from llama4.api import Llama4
 from llama4.bench import roofline
 from llama4.bench.long import plain_words
 from llama4.bench.machine import Ceilings, Others, Rates, describe, timed
@@ -39,6 +39,7 @@ from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SPAN, Cache
 from llama4.config import TextConfig
 from llama4.engine.generate import PREFILL_TOKENS, step
+from llama4.model.device import DTYPES
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens

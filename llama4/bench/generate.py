@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from llama4.api import DTYPES, EMBEDDED, resolve_device, resolve_dtype
 from llama4.bench import roofline
 from llama4.bench.engines import PEERS, Contestant, Setting, Task, version
 from llama4.bench.machine import Ceilings, Others, Rates, describe
 from llama4.bench.report import DISTURBED, Spread, add_output_options, number, positive, shown, table, warn_of_others
 from llama4.bench.workers import Worker
 from llama4.config import Llama4Config
+from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.schemes import SCHEMES, Plan
 from llama4.weights import hub
 from llama4.weights.checkpoint import open_checkpoint
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     options = parser.parse_args(arguments)
 
-    directory = EMBEDDED.get(options.model) or hub.resolve(options.model)
+    directory = hub.resolve(options.model)
     config, _ = open_checkpoint(directory)
     if options.vs and is_meta(directory):
         raise ValueError(

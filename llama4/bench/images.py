@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 
 from llama4.analysis.info import read_config
-from llama4.api import DTYPES
 from llama4.bench import roofline
 from llama4.bench.engines import photo_bytes
 from llama4.bench.machine import Ceilings, Others, describe, timed
 from llama4.bench.report import Spread, add_output_options, add_threads, number, positive, table, warn_of_others
+from llama4.model.device import DTYPES
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from llama4.vision.images import load_image

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from llama4.analysis import costs
-from llama4.api import DTYPES, Llama4
+from llama4.api import Llama4
 from llama4.bench.machine import peak_bytes, reset_peak
 from llama4.engine.generate import generate
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
+from llama4.model.device import DTYPES
 from llama4.units import bytes_text, parse_tokens, time_text
 
 TRANSFORMERS = """

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from llama4.analysis.costs import stored_bytes
 from llama4.analysis.info import read_config
-from llama4.api import DTYPES
 from llama4.bench import roofline
 from llama4.bench.machine import Ceilings, Others, Rates, describe, timed
 from llama4.bench.report import (
@@ -35,6 +34,7 @@ from llama4.bench.report import (
     warn_of_others,
 )
 from llama4.config import TextConfig
+from llama4.model.device import DTYPES
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.quantization.modules import PACKED, PackedExperts
 from llama4.quantization.schemes import SCHEMES, Format, make_plan

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama4.api import DTYPES, EMBEDDED, Llama4
+from llama4.api import Llama4
 from llama4.inputs import Inputs
+from llama4.model.device import DTYPES
 from llama4.model.moe import Router
 from llama4.tiny.shapes_dataset import draw, fresh_question
 from llama4.weights import hub
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     try:
-        directory = EMBEDDED.get(options.model) or hub.resolve(options.model)
+        directory = hub.resolve(options.model)
         if is_meta(directory):
             raise ValueError(
                 f"{options.model} is in Meta's layout, which transformers does not read; compare what "

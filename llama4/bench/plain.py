@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama4.api import load_tokenizer
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import Format, make_plan
+from llama4.text.tokenizer import load_tokenizer
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.compressed import group_config
 from llama4.weights.quantizing import QuantizingSource

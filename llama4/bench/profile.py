@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from llama4.analysis.costs import HEAD, stored_bytes
-from llama4.api import DTYPES, Llama4
+from llama4.api import Llama4
 from llama4.bench import roofline
 from llama4.bench.machine import Ceilings, Others, Rates, describe, seconds, timed
 from llama4.bench.report import add_output_options, add_threads, number, positive, table, warn_of_others
 from llama4.kernels import build, cpu
+from llama4.model.device import DTYPES
 from llama4.model.moe import Router
 from llama4.ops.linear import project
 from llama4.quantization.modules import PackedExperts

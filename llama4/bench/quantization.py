@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.api import EMBEDDED, Llama4
+from llama4.api import Llama4
 from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes, seconds
 from llama4.bench.plain import round_plainly, write_plain
 from llama4.bench.vqa import evaluate, exam, wilson
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import SCHEMES, Format
+from llama4.tiny import EMBEDDED
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
 from llama4.weights import hub
 from llama4.weights.convert import quantize
@@ -139,7 +140,7 @@ def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) 
     Raises:
         ValueError: no such model, or one that a scheme is not for; or plain rounding without its package.
     """
-    source = EMBEDDED.get(name) or hub.resolve(name)
+    source = hub.resolve(name)
     rows: list[Row] = []
     truth: Tensor | None = None
     spawn = multiprocessing.get_context("spawn")

@@ -336,25 +336,23 @@ def _exchange(llm: Llama4, messages: list[dict[str, Any]], settings: Options) ->
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    from llama4.api import EMBEDDED
     from llama4.weights import hub
     from llama4.weights.convert import convert
 
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
-    source = EMBEDDED.get(options.source) or hub.resolve(options.source, revision=options.revision)
+    source = hub.resolve(options.source, revision=options.revision)
     convert(source, options.target, options.to, ranks=options.ranks)
     return 0
 
 
 def run_quantize(options: argparse.Namespace) -> int:
-    from llama4.api import EMBEDDED
     from llama4.weights import hub
     from llama4.weights.convert import quantize
 
     if not options.shard_gb > 0:
         options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
-    source = EMBEDDED.get(options.source) or hub.resolve(options.source, revision=options.revision)
+    source = hub.resolve(options.source, revision=options.revision)
     shard_bytes = int(options.shard_gb * 1e9)
     quantize(source, options.target, options.scheme, head=options.head, max_shard_bytes=shard_bytes)
     return 0

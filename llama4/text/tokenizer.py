@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
+from llama4.config import Llama4Config
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA4, Vocabulary
 
@@ -169,3 +170,31 @@ class Tokenizer:
         except (KeyError, OverflowError):
             return False
         return True
+
+
+def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
+    """The tokenizer in a model's directory, checked against the model; None if there is none.
+
+    Raises:
+        ValueError: a tokenizer that is unreadable or of another model.
+    """
+    try:
+        tokenizer = Tokenizer(directory)
+    except FileNotFoundError:
+        return None
+    # A tokenizer.model does not say how many special tokens follow it; the embeddings do.
+    excess = tokenizer.vocab_size - config.text.vocab_size
+    if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
+        tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
+            f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    patch = tokenizer.special_tokens.get("<|patch|>")
+    if config.vision is not None and patch != config.image_token_index:
+        raise ValueError(
+            f"<|patch|> is {patch} in {tokenizer.path}, but the model's image_token_index is "
+            f"{config.image_token_index}; use the tokenizer that belongs to the model"
+        )
+    return tokenizer

@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from llama4.tiny import EMBEDDED
+
 NEEDED = (
     "config.json",
     "generation_config.json",
@@ -50,13 +52,13 @@ def resolve(
     patterns: Sequence[str] = NEEDED,
     progress: bool = True,
 ) -> Path:
-    """The directory of a model: `name` itself if it is one, else the Hub's repository of that id in the local cache.
+    """The directory of a model: that of an embedded model, `name` itself, or the Hub's repository in the local cache.
 
     Without a network, what the cache holds is used. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are
     honoured.
 
     Args:
-        name: a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
+        name: an embedded model, a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
         revision: branch, tag or commit on the Hub.
         token: for private and gated repositories; by default the one you logged in with.
         patterns: files to fetch.
@@ -65,6 +67,8 @@ def resolve(
     Raises:
         ValueError: no such directory or repository, no access to it, or no way to reach it; the message says which.
     """
+    if str(name) in EMBEDDED:
+        return EMBEDDED[str(name)]
     path = Path(name).expanduser()
     if path.is_dir():
         return path

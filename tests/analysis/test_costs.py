@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 
 from llama4.analysis import costs
-from llama4.api import EMBEDDED
 from llama4.cache.formats import QUANTIZED
 from llama4.config import CACHE_BLOCK, PRESETS, Llama4Config, TextConfig
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
+from llama4.tiny import EMBEDDED
 from llama4.weights.convert import quantize
 from tests import small_model
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from llama4 import Llama4
-from llama4.api import EMBEDDED
 from llama4.bench import __main__ as bench
 from llama4.bench import context_scaling, generate, moe, profile, roofline
 from llama4.bench.context_scaling import Point
@@ -23,6 +22,7 @@ from llama4.bench.machine import Ceilings, Rates
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig, tiny
 from llama4.quantization.schemes import make_plan
+from llama4.tiny import EMBEDDED
 from llama4.vision.config import VisionConfig
 from tests import small_model
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4.api import load_tokenizer
 from llama4.engine.generate import Event, TextAssembler, generate, prefill
 from llama4.engine.sampling import Sampler
 from llama4.errors import ContextLengthError
 from llama4.inputs import Inputs, Processor
 from llama4.model.multimodal import Llama4Model
-from llama4.text.tokenizer import Tokenizer
+from llama4.text.tokenizer import Tokenizer, load_tokenizer
 from tests import small_model
 
 LONG = "the quick brown fox jumps over the lazy dog " * 4

@@ -246,7 +246,7 @@ def test_offline_and_not_in_the_cache(server: LocalHub, tmp_path: Path) -> None:
 
 
 RESOLVE = """
-from llama4 import hub
+from llama4.weights import hub
 print(hub.resolve("org/model"))
 """
 
@@ -274,7 +274,7 @@ def test_a_download_that_fails_can_be_tried_again(server: LocalHub, tmp_path: Pa
 
 
 PUSH = """
-from llama4 import hub
+from llama4.weights import hub
 print(hub.push({directory!r}, "org/new", token={token!r}, private=True))
 """
 

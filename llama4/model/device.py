@@ -1,0 +1,43 @@
+"""Where a model is computed, and in which dtype: what users write -> torch's device and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from llama4.config import Llama4Config
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+SMALL_MODEL = 100_000_000
+"""Below so many parameters "auto" is float32 on a CPU: at such widths that is faster than bfloat16."""
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to use.
+
+    Raises:
+        ValueError: torch knows no such device, or has none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    Raises:
+        ValueError: a dtype that models are not computed in.
+    """
+    if dtype == "auto":
+        small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
+        dtype = "float32" if small else config.dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -54,16 +54,16 @@ class Options(TypedDict, total=False):
 class Llama4:
     """A Llama 4 model that chats about text and images.
 
-    Use `from_pretrained`. The parts are there to be used alone: `model` (a torch module), `config`, `tokenizer` and
+    Make one with `from_pretrained`. Its parts can be used alone: `model` (a torch module), `config`, `tokenizer` and
     `processor`.
 
-    On Linux one tells malloc to keep up to 512 MiB of what this process frees, where the environment does not set it up
-    otherwise (`MALLOC_...`): prompts are read faster for it.
+    On Linux, unless the environment sets malloc up (`MALLOC_...`), malloc is told to keep up to 512 MiB of freed memory
+    for this process, which makes reading prompts faster.
 
     Attributes:
-        cache: what was read and said in the last conversation. A prompt that begins alike, the next turn or another
-            question on the same document, is read from where it differs, images included. Keep it and put it back to go
-            on from there; set it to None to free its memory.
+        cache: keys and values of the last conversation. Of a prompt with the same beginning (the next turn, another
+            question on the same document, the same images) only what differs is read. Keep it and put it back to
+            continue from there; set it to None to free its memory.
     """
 
     def __init__(
@@ -112,65 +112,59 @@ class Llama4:
         """Load a model.
 
         Args:
-            name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, or a Hub id
+            name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, or a Hub id such as
                 "meta-llama/Llama-4-Scout-17B-16E-Instruct".
             revision: branch, tag or commit on the Hub.
-            token: for the Hub, where a model wants one; by default the one you logged in with.
+            token: access token for the Hub; by default the one you logged in with.
             device: "auto" is CUDA if there is one, else the CPU.
-            dtype: "auto" is the checkpoint's, except that a CPU computes models below 100M parameters in float32.
+            dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantise the weights
                 while loading, one at a time. None takes them as they are, quantised or not.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
-            experts_device: where routed experts stay; "cpu" runs a model on a GPU with less memory than it takes, which
-                then gets copies of the experts that tokens choose.
+            experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
+                than the model takes; the GPU gets copies of the experts that tokens are routed to.
             experts_memory: bytes of the device for such copies, or "8GiB"; by default what two tokens use.
-            max_context: most tokens of prompt and reply together, where less than the model's window is wanted.
-            cache_dtype: how layers that see the whole context hold keys and values: "fp8", "int8" or "int4" with a
-                scale per head and token, or a dtype; "auto" is the model's.
-            cache_device: where they hold them; "cpu" keeps a long context out of a GPU's memory.
-            memory_map: on a CPU, leave weights but the head in the file, whose pages are read when they are used and
-                can be dropped when memory is short; of a quantised model that is little more than embeddings and
-                images. False reads all of them into memory of their own, in large pages where the system has such:
-                loading takes longer, and decoding less where it keeps files in small ones.
-            progress: show bars on a terminal while downloading, loading and reading long prompts.
+            max_context: most tokens of prompt and reply together, if less than the model's window.
+            cache_dtype: of keys and values in layers that see the whole context: "fp8", "int8" or "int4" with a scale
+                per head and token, or a dtype; "auto" is the model's.
+            cache_device: where these are stored; "cpu" keeps a long context out of a GPU's memory.
+            memory_map: on a CPU, map weights other than the head from the file: their pages are read at first use, and
+                the system can drop them when memory is short. Of a quantised model only embeddings and vision tower
+                are mapped. False copies all weights into memory, in huge pages where the system has them: loading
+                takes longer, decoding may be faster.
+            progress: show progress bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:
-            ValueError: no such model, a bad argument; or one of its classes `ConfigError` and `CheckpointError`, where
-                the files are at fault.
+            ValueError: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
+                that are at fault.
         """
-        if quantization is not None and quantization not in SCHEMES:
-            raise ValueError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
-        if experts_memory is not None and experts_device is None:
-            raise ValueError(
-                f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
-                "experts_device, too"
-            )
+        _check_arguments(quantization, experts_device, experts_memory)
         directory = hub.resolve(name, revision=revision, token=token, progress=progress)
-        config, weights = open_checkpoint(directory)
+        config, source = open_checkpoint(directory)
         if quantization is not None:
-            weights = quantized(weights, quantization)
-        resolved_device = resolve_device(device)
-        resolved_dtype = resolve_dtype(dtype, config, resolved_device)
-        tokenizer = load_tokenizer(directory, config)
-        backend = resolve_experts(experts, resolved_device, resolved_dtype)
+            source = quantized(source, quantization)
+        target = resolve_device(device)
+        home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
-        resting = resolve_device(experts_device) if experts_device is not None else resolved_device
+        compute = resolve_dtype(dtype, config, target)
+        tokenizer = load_tokenizer(directory, config)
         with torch.device("meta"):
-            model = Llama4Model(replace(config, dtype=str(resolved_dtype).removeprefix("torch.")), backend)
-        swap_modules(model, weights.plan)
+            built = replace(config, dtype=str(compute).removeprefix("torch."))
+            model = Llama4Model(built, resolve_experts(experts, target, compute))
+        swap_modules(model, source.plan)
         load(
             model,
-            weights,
-            dtype=resolved_dtype,
-            device=resolved_device,
-            experts_device=resting,
+            source,
+            dtype=compute,
+            device=target,
+            experts_device=home,
             memory_map=memory_map,
             progress=progress,
         )
-        if resting != resolved_device:
-            offload_experts(model, resolved_device, room)
-        logger.info("%s: %s on %s", name, resolved_dtype, resolved_device)
+        if home != target:
+            offload_experts(model, target, room)
+        logger.info("%s: %s on %s", name, compute, target)
         return cls(
             model.eval(),
             tokenizer,
@@ -195,7 +189,7 @@ class Llama4:
     @property
     def processor(self) -> Processor:
         if self._processor is None:
-            return Processor.from_config(self.tokenizer, self.config)  # which says what is missing
+            return Processor.from_config(self.tokenizer, self.config)  # raises: there is no tokenizer
         return self._processor
 
     def chat(
@@ -217,14 +211,14 @@ class Llama4:
                 bytes, a base64 data URL or a PIL image.
             max_new_tokens: most tokens of the reply.
             temperature: 0 always takes the most likely token; higher is more varied.
-            top_p: draw from the fewest most likely tokens whose probabilities sum to this.
-            top_k: draw from this many most likely tokens.
-            seed: makes a reply with a temperature repeatable.
+            top_p: sample from the fewest most likely tokens whose probabilities sum to this.
+            top_k: sample from this many most likely tokens.
+            seed: makes sampling repeatable.
             stop: strings that end the reply and are not part of it.
             tools: functions the model may call, as JSON schemas in OpenAI's form.
 
         Raises:
-            ValueError: a malformed message or argument, or one of its classes: `ImageError` for an image that cannot be
+            ValueError: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
                 read, `ContextLengthError` for a prompt beyond the window.
         """
         stream = self.stream(
@@ -242,29 +236,29 @@ class Llama4:
         return stream.reply
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
-        """Answer a conversation piece by piece; arguments and errors are those of `chat`, and come at once."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if not isinstance(messages, Inputs):
-            messages = self.processor(messages, tools=options.get("tools"))
-        if len(messages.input_ids) != 1:
-            raise ValueError(f"these are {len(messages.input_ids)} conversations; use chat_batch for more than one")
-        events, drafts = self._start(messages, **options)
-        return Stream(events, drafts[0])
+        """Answer a conversation piece by piece. Arguments and errors are those of `chat`; errors come at once."""
+        inputs = messages
+        if not isinstance(inputs, Inputs):
+            inputs = self.processor(_conversation(inputs), tools=options.get("tools"))
+        if len(inputs.input_ids) != 1:
+            raise ValueError(f"these are {len(inputs.input_ids)} conversations; use chat_batch for more than one")
+        events, builders = self._start(inputs, **options)
+        return Stream(events, builders[0])
 
     def chat_batch(
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
-        if not isinstance(conversations, Inputs):
-            rows = [[{"role": "user", "content": row}] if isinstance(row, str) else list(row) for row in conversations]
+        inputs = conversations
+        if not isinstance(inputs, Inputs):
+            rows = [list(_conversation(row)) for row in inputs]
             if not rows:
                 return []
-            conversations = self.processor(rows, tools=options.get("tools"))
-        events, drafts = self._start(conversations, **options)
+            inputs = self.processor(rows, tools=options.get("tools"))
+        events, builders = self._start(inputs, **options)
         for event in events:
-            drafts[event.row].add(event)
-        return [draft.reply() for draft in drafts]
+            builders[event.row].add(event)
+        return [builder.reply() for builder in builders]
 
     def complete(self, text: str, **options: Unpack[Options]) -> Reply:
         """Continue a raw text, without the format of a chat; the arguments are those of `chat`."""
@@ -314,7 +308,7 @@ class Llama4:
         self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model in Hugging Face's layout, tokenizer included, for this library or transformers to read.
+        """Write the model with its tokenizer in Hugging Face's layout, for this library or transformers to read.
 
         Raises:
             ValueError: the directory cannot be written.
@@ -327,7 +321,25 @@ class Llama4:
         )
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-        """Upload the model to the Hugging Face Hub, as `save_pretrained` writes it; returns its address."""
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns its address."""
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(Path(directory) / "model")
             return hub.push(Path(directory) / "model", repo_id, token=token, private=private)
+
+
+def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
+    """A string is one question."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _check_arguments(
+    quantization: str | None, experts_device: str | torch.device | None, experts_memory: int | str | None
+) -> None:
+    """What can be known to be wrong before anything is fetched."""
+    if quantization is not None and quantization not in SCHEMES:
+        raise ValueError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+    if experts_memory is not None and experts_device is None:
+        raise ValueError(
+            f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
+            "experts_device, too"
+        )

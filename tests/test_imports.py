@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,9 @@ def test_nothing_at_run_time_needs_transformers() -> None:
         if module in ("llama4.bench.parity", "llama4.bench.baselines"):  # which compare with it
             continue
         assert "transformers" not in {imported.split(".")[0] for imported in imports(module, path)}, module
+
+
+def test_no_circles() -> None:
+    """Not even through imports inside functions."""
+    graph = {module: set(imports(module, path)) & set(modules()) for module, path in modules().items()}
+    tuple(TopologicalSorter({module: found - FREE - {module} for module, found in graph.items()}).static_order())

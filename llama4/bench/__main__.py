@@ -9,35 +9,34 @@ from collections.abc import Sequence
 from importlib import import_module
 
 BENCHES = {
-    "generate": "speed and memory of a model, beside other engines and the machine's own limits",
-    "profile": "where the time of prefill and decoding goes",
-    "growth": "time per token against the length of what came before",
-    "moe": "the experts' backends over tokens per expert",
-    "images": "the vision tower, and the preparation of a picture",
-    "quantization": "what fewer bits cost and keep",
-    "vqa": "right answers about fresh drawings",
-    "long": "one long prompt: time, memory, and the tokens after it",
-    "parity": "logits against transformers, layer by layer",
+    "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
+    "profile": ("profile", "where the time of prefill and decoding goes"),
+    "growth": ("context_scaling", "time per token against the length of the context"),
+    "moe": ("moe", "the experts' backends over tokens per expert"),
+    "images": ("images", "the vision tower, and the preprocessing of a picture"),
+    "quantization": ("quantization", "size, memory, speed and accuracy of the quantization schemes"),
+    "vqa": ("vqa", "accuracy on questions about fresh drawings"),
+    "long": ("long", "one long prompt: time, memory, and the tokens after it"),
+    "parity": ("parity", "logits against transformers, layer by layer"),
 }
-"""Name of a benchmark and what it measures."""
-_MODULES = {"growth": "context_scaling"}
-"""Those whose module, with its `main`, has another name."""
+"""Name of a benchmark -> its module, which has `main(arguments) -> exit code`, and what it measures."""
 
 
 def usage() -> str:
-    return "\n".join(f"{name:<14}{about}" for name, about in BENCHES.items())
+    return "\n".join(f"{name:<14}{about}" for name, (_, about) in BENCHES.items())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one; returns its exit code. What a user can cause ends in one line on stderr."""
+    """Run one benchmark; returns its exit code. A user's mistake ends in one line on stderr."""
     if not arguments or arguments[0] not in BENCHES:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(f"usage: llama4 bench NAME [options]\n\n{usage()}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     name, *options = arguments
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler chats on stderr; it asks when torch is imported
+    module, _ = BENCHES[name]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported: its profiler writes to stderr
     try:
-        code: int = import_module(f"llama4.bench.{_MODULES.get(name, name)}").main(options)
+        code: int = import_module(f"llama4.bench.{module}").main(options)
         return code
     except (ValueError, OSError) as error:
         if "--json" in options:

@@ -1,8 +1,8 @@
-"""What this machine's CPU reaches with a model's shapes, and what the model itself takes: `llama4 plan --device cpu`.
+"""The rates that this CPU reaches with a model's shapes, and the model itself measured: `llama4 plan --device cpu`.
 
-The rates are measured on a probe, a part of the model with random weights: as many of its last layers as have half a
-billion parameters, and as much of the head. So they hold for the formats of the weights and of the cache, and for the
-kernels that run here, and a plan only has to count.
+The rates are measured on a probe, a part of the model with random weights: as many of its last layers as have a billion
+parameters, and the same part of the head. So they include the formats of the weights and of the cache, and the kernels
+that run here; a plan only has to count bytes and FLOP.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import Placement
 from llama4.api import Llama4
-from llama4.bench.machine import Others, peak_bytes, reset_peak, resident_bytes
+from llama4.bench.machine import OtherProcesses
+from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
+from llama4.bench.report import DISTURBED
 from llama4.cache.sequence import Cache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.generate import PREFILL_TOKENS, prefill, step
@@ -37,16 +39,14 @@ from llama4.weights import memory
 
 PROBE_PARAMETERS = 1 << 30
 MOST_PARAMETERS = 1 << 31
-"""Of a probe of one layer, with fewer experts if need be."""
+"""Of a probe of one layer, which then has fewer experts."""
 STEPS, PIECES, PASSES = 16, 3, 2
-BUSY = 0.05
-"""Part of the cores that others may take before it is said."""
 NEAR = 16
-"""Tokens of the short context that steps are timed behind; the long one is `PIECES` pieces of a prompt."""
+"""Tokens of the short context after which steps are timed; the long one is `PIECES` pieces of a prompt."""
 
 
 def measure_rates(setup: Placement) -> Rates:
-    """What this CPU reaches; takes some twenty seconds.
+    """The rates of this CPU; takes some twenty seconds.
 
     Raises:
         ValueError: a single layer is too large for that.
@@ -57,22 +57,22 @@ def measure_rates(setup: Placement) -> Rates:
     model = build(replace(config, text=text, vision=None, image_token_index=-1, dtype=dtype), probe_plan)
     share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
     piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))
-    others = Others()
+    others = OtherProcesses()
     passes = [_pass(model, piece, cache_dtype) for _ in range(PASSES + 1)][1:]
     near, far, *pieces = (statistics.median(times) for times in zip(*passes, strict=True))
-    # The same weights are read behind both contexts: what the longer one takes more is reading of the cache.
+    # Both contexts read the same weights: the difference is reading the cache.
     contexts = (NEAR + STEPS // 2, piece * PIECES + STEPS // 2)
     near_bytes, far_bytes = (costs.cache_bytes_read(text, n, dtype, cache_dtype) for n in contexts)
     weights = costs.weight_bytes_read(text, probe_plan, dtype)
     cache = (far_bytes - near_bytes) / (far - near) if far > near else weights / near
-    # And the same products are in every piece: what later ones take more is attention.
+    # All pieces have the same matrix products: the difference is attention.
     ends = [costs.attention_flops(text, piece * i) for i in range(PIECES + 1)]
     spent = [after - before for before, after in pairwise(ends)]
     flops = costs.parameter_flops(text)
     products = piece * (sum(flops.values()) - flops.get(costs.HEAD, 0.0))
     attention = (spent[-1] - spent[0]) / max(pieces[-1] - pieces[0], 1e-9)
     rest = pieces[0] - spent[0] / attention
-    if spent[-1] <= spent[0] or rest <= 0:  # so short that attention does not show
+    if spent[-1] <= spent[0] or rest <= 0:  # too short for attention to show
         attention = (products + spent[0]) / pieces[0]
         rest = products / attention
     return Rates(
@@ -81,18 +81,22 @@ def measure_rates(setup: Placement) -> Rates:
         products=products / rest,
         attention=attention,
         source=f"this CPU with {torch.get_num_threads()} threads, measured on {text.num_hidden_layers} of the model's "
-        f"{config.text.num_hidden_layers} layers with random weights{_said(others)}",
+        f"{config.text.num_hidden_layers} layers with random weights{_disturbance(others)}",
     )
 
 
-def _said(others: Others) -> str:
+def _disturbance(others: OtherProcesses) -> str:
     share = others.share() or 0.0
-    return f", while other processes took {share:.0%} of its cores: measure again when not" if share > BUSY else ""
+    return (
+        f", while other processes used {share:.0%} of its cores: measure again without them"
+        if share >= DISTURBED
+        else ""
+    )
 
 
 def probe(text: TextConfig, plan: Plan) -> tuple[TextConfig, Plan]:
-    """The model's last layers, of `PROBE_PARAMETERS` or at least one of them, with as much of the vocabulary; and the
-    plan for it.
+    """The model's last layers, up to `PROBE_PARAMETERS` but at least one, with the same part of the vocabulary; and
+    their plan.
 
     Raises:
         ValueError: one layer is too large, with as many experts as a token needs.
@@ -142,8 +146,8 @@ def build(config: Llama4Config, plan: Plan) -> Llama4Model:
         elif name.endswith("weight_scale"):
             flat.fill_(1e-4)
         elif id(parameter) in packed:
-            codes = noise.mul(20).abs().clamp(max=126).to(torch.uint8)  # whatever they mean, none is no number
-            _tile(flat.view(torch.uint8), codes)
+            values = noise.mul(20).abs().clamp(max=126).to(torch.uint8)  # a finite number in every format
+            _tile(flat.view(torch.uint8), values)
         else:
             _tile(flat, (noise * config.text.hidden_size**-0.5).to(flat.dtype))
     return model
@@ -157,7 +161,7 @@ def _tile(flat: Tensor, pattern: Tensor) -> None:
 
 @torch.inference_mode()
 def _pass(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
-    """Seconds of a step behind a short context, of one behind a long one, and of each piece of that."""
+    """Seconds of a decoding step after a short context, after a long one, and of each piece of the long one."""
     ids = torch.randint(0, model.config.text.vocab_size, (1, piece), generator=torch.Generator().manual_seed(1))
     cache = _new_cache(model, cache_dtype)
     model(ids[:, :NEAR], cache=cache, last_only=True)
@@ -172,7 +176,7 @@ def _pass(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
 
 
 def _steps(model: Llama4Model, ids: Tensor, cache: Cache) -> float:
-    """Seconds of one step of several, in the middle."""
+    """Median seconds of a decoding step."""
     spent = []
     for i in range(STEPS):
         begin = time.perf_counter()
@@ -186,28 +190,28 @@ def _new_cache(model: Llama4Model, cache_dtype: str) -> Cache:
 
 
 def memory_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def dtype_of(config: Llama4Config, weights: str) -> str:
-    """What this CPU computes a model in."""
+    """The dtype that this CPU computes a model in."""
     asked = "bfloat16" if weights == "bf16" else "auto"
     return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
 
 
 def measure_model(name: str, revision: str | None, setup: Placement, context: int) -> dict[str, float | None]:
-    """Load a model, read a prompt of random tokens, and decode a few: seconds, bytes of its cache, the most bytes that
-    this process grew by, and the part of the cores that others took meanwhile."""
+    """Load a model, prefill random tokens, and decode a few: seconds, bytes of the cache, the peak growth of this
+    process in bytes, and the share of the cores that other processes used."""
     before = resident_bytes()
     reset_peak()
     scheme = setup.weights if setup.weights in SCHEMES else None
     llm = Llama4.from_pretrained(name, revision=revision, device="cpu", dtype=setup.dtype, quantization=scheme)
     model, generator = llm.model, torch.Generator().manual_seed(0)
     ids = torch.randint(0, llm.config.text.vocab_size, (1, max(context, STEPS)), generator=generator)
-    ids[ids == llm.config.image_token_index] = 0  # which would want an image
-    others = Others()
-    for tokens in (min(context, PREFILL_TOKENS), context):  # the first is to warm up
+    ids[ids == llm.config.image_token_index] = 0  # it would need an image
+    others = OtherProcesses()
+    for tokens in (min(context, PREFILL_TOKENS), context):  # the first warms up
         cache = _new_cache(model, setup.cache_dtype)
         prompt = Inputs(ids[:, :tokens], torch.ones(1, tokens, dtype=torch.long), None)
         begin = time.perf_counter()
@@ -223,7 +227,7 @@ def measure_model(name: str, revision: str | None, setup: Placement, context: in
 
 
 def comparison(facts: dict[str, Any], setup: Placement) -> str:
-    """What was planned and what was measured, as lines of text."""
+    """Planned and measured values, as lines of text."""
     measured = facts["measured"]
     cached = costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype)
     rows = {
@@ -236,6 +240,6 @@ def comparison(facts: dict[str, Any], setup: Placement) -> str:
     for label, (key, planned) in rows.items():
         text = bytes_text if "bytes" in key else time_text
         lines.append(f"  {label:<18}{text(planned):>12}{text(measured[key]):>12}{planned / measured[key]:>20.2f}")
-    if (measured["others"] or 0.0) > BUSY:
-        lines.append(f"  Other processes took {measured['others']:.0%} of the cores: run it again when they do not.")
+    if (measured["others"] or 0.0) >= DISTURBED:
+        lines.append(f"  Other processes used {measured['others']:.0%} of the cores: measure again without them.")
     return "\n".join(lines)

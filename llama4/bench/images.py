@@ -1,10 +1,10 @@
-"""The vision tower beside the machine's ceiling, and the preparation of a picture.
+"""The vision tower beside the machine's roofline, and the preprocessing of a picture.
 
 `llama4 bench images [MODEL] [--layers 4] [--tiles 17] [--megapixels 12] [--json | --markdown]`
 
-The tower has random weights and the shape of MODEL's (by default Scout's), cut to a few layers. The picture is a JPEG
-like a photograph's, decoded and cut into tiles for the same model. Medians of runs that are warm, in turns with the
-ceiling.
+The tower has random weights and the shapes of MODEL's (by default Scout's), with fewer layers. The picture is a JPEG of
+a photograph's size, decoded and tiled for the same model. Figures are medians of warm runs; the machine's peak rates
+are measured before each run of the tower.
 """
 
 from __future__ import annotations
@@ -14,15 +14,28 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from llama4.analysis.info import read_config
 from llama4.bench import roofline
-from llama4.bench.engines import photo_bytes
-from llama4.bench.machine import Ceilings, Others, describe, timed
-from llama4.bench.report import Spread, add_output_options, add_threads, number, positive, table, warn_of_others
+from llama4.bench.machine import OtherProcesses, describe
+from llama4.bench.peak_rates import PeakProbe, PeakRates, timed
+from llama4.bench.report import (
+    Spread,
+    add_output_options,
+    add_threads,
+    machine_line,
+    number,
+    positive,
+    rates_json,
+    summary,
+    table,
+    warn_of_other_processes,
+)
+from llama4.bench.tasks import photo_bytes
 from llama4.model.device import DTYPES
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
@@ -30,11 +43,9 @@ from llama4.vision.images import load_image
 from llama4.vision.tiling import tile_image
 
 
-def tower(
-    config: VisionConfig, dtype: torch.dtype, tiles: int, rounds: int, threads: int
-) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of the tower with its adapter over so many tiles, shares of the floor, and the ceiling's rates."""
-    generator = torch.Generator().manual_seed(0)
+def tower(config: VisionConfig, dtype_name: str, tiles: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds of the tower with its adapter over `tiles` tiles, and its share of the roofline."""
+    dtype, generator = DTYPES[dtype_name], torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = VisionModel(config)
     model = model.to_empty(device="cpu").to(dtype).eval()
@@ -42,20 +53,28 @@ def tower(
         torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     pixels = torch.randn(tiles, config.num_channels, config.image_size, config.image_size, generator=generator)
     pixels = pixels.to(dtype)
-    work, ceilings = roofline.vision(config, tiles, dtype=dtype), Ceilings(dtype, threads)
+    work, probe = roofline.vision(config, tiles, dtype=dtype), PeakProbe(dtype, threads)
+    samples, shares, rates = list[float](), list[float](), list[PeakRates]()
     with torch.inference_mode():
         model(pixels)
-        samples, shares, rates = [], [], []
         for _ in range(rounds):
-            rate = ceilings.measure()
+            rates.append(probe.measure())
             samples.append(timed(lambda: model(pixels)))
-            shares.append(work.seconds(rate.gemm, rate.memory) / samples[-1])
-            rates.append(rate.gemm)
-    return samples, shares, rates
+            shares.append(work.seconds(rates[-1]) / samples[-1])
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "tiles": tiles,
+        "dtype": dtype_name,
+        "flops": work.flops,
+        "seconds": summary(samples),
+        "roofline_share": Spread.of(shares).median,
+        "peak_rates": rates_json(rates),
+    }
 
 
-def preparation(config: VisionConfig, megapixels: float, rounds: int) -> tuple[list[float], list[float], list[int]]:
-    """Seconds of decoding a JPEG of 4 : 3 and of tiling it, and its width and height."""
+def preprocessing(config: VisionConfig, megapixels: float, rounds: int) -> dict[str, Any]:
+    """Seconds of decoding and of tiling a JPEG of 4 : 3, and its width and height."""
     height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
     width = round(height * 4 / 3)
     data = photo_bytes(width, height)
@@ -68,7 +87,31 @@ def preparation(config: VisionConfig, megapixels: float, rounds: int) -> tuple[l
         if turn >= 0:
             decoding.append(middle - begin)
             tiling.append(time.perf_counter() - middle)
-    return decoding, tiling, [width, height]
+    return {
+        "size": [width, height],
+        "decoding_seconds": summary(decoding),
+        "tiling_seconds": summary(tiling),
+        "total_seconds": summary([a + b for a, b in zip(decoding, tiling, strict=True)]),
+    }
+
+
+def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
+    tower, picture = report["tower"], report["picture"]
+    width, height = picture["size"]
+    head = (
+        f"{tower['layers']} layers of width {tower['hidden_size']}, {tower['dtype']}; "
+        f"{machine_line(report['machine'])}; median (lowest-highest) of {report['rounds']} rounds"
+    )
+    rows = [
+        [f"tower and adapter over {tower['tiles']} tiles, s", str(Spread.from_json(tower["seconds"]))],
+        ["  GFLOP/s", number(tower["flops"] / tower["seconds"]["median"] / 1e9)],
+        ["  share of the roofline", f"{tower['roofline_share']:.0%}"],
+        ["  measured peak, GFLOP/s", str(Spread.from_json(tower["peak_rates"]["gemm"], 1e-9))],
+        [f"a JPEG of {width} x {height}: decoded and tiled, ms", str(Spread.from_json(picture["total_seconds"], 1e3))],
+        ["  decoded", str(Spread.from_json(picture["decoding_seconds"], 1e3))],
+        ["  tiled", str(Spread.from_json(picture["tiling_seconds"], 1e3))],
+    ]
+    return "\n\n".join([head, table(["", ""], rows, markdown)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,49 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if config is None:
         raise ValueError(f"{options.model} has no vision tower; take one that has")
     config = dataclasses.replace(config, num_hidden_layers=min(options.layers, config.num_hidden_layers))
-    others = Others()
-    samples, shares, rates = tower(config, DTYPES[options.dtype], options.tiles, options.rounds, options.threads)
-    decoding, tiling, size = preparation(config, options.megapixels, options.rounds)
-    warn_of_others([others.share()])
-    flops = roofline.vision(config, options.tiles).flops
-    machine = describe()
-    if options.json:
-        content = {
-            "machine": machine,
-            "tower": {
-                "layers": config.num_hidden_layers,
-                "hidden_size": config.hidden_size,
-                "tiles": options.tiles,
-                "dtype": options.dtype,
-                "flops": flops,
-                "seconds": samples,
-                "share_of_floor": shares,
-                "ceiling_flops_per_second": rates,
-            },
-            "picture": {"size": size, "decoding_seconds": decoding, "tiling_seconds": tiling},
-        }
-        print(json.dumps(content, indent=2))
-        return 0
-    spread, both = Spread.of(samples), Spread.of([a + b for a, b in zip(decoding, tiling, strict=True)])
-    print(
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {options.dtype}; {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}; median (lowest-highest) of {options.rounds} rounds\n"
-    )
-    rows = [
-        [f"tower and adapter over {options.tiles} tiles, s", str(spread)],
-        ["  GFLOP/s", number(flops / spread.median / 1e9)],
-        ["  share of the ceiling", f"{Spread.of(shares).median:.0%}"],
-        ["  ceiling, GFLOP/s", str(Spread.of([rate / 1e9 for rate in rates]))],
-        [f"a JPEG of {size[0]} x {size[1]}: decoded and tiled, ms", str(_milliseconds(both))],
-        ["  decoded", str(_milliseconds(Spread.of(decoding)))],
-        ["  tiled", str(_milliseconds(Spread.of(tiling)))],
-    ]
-    print(table(["", ""], rows, options.markdown))
+    others = OtherProcesses()
+    report = {
+        "machine": describe(),
+        "rounds": options.rounds,
+        "tower": tower(config, options.dtype, options.tiles, options.rounds, options.threads),
+        "picture": preprocessing(config, options.megapixels, options.rounds),
+    }
+    warn_of_other_processes([others.share()])
+    print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
-
-
-def _milliseconds(spread: Spread) -> Spread:
-    return Spread(spread.median * 1e3, spread.low * 1e3, spread.high * 1e3)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The experts' backends over tokens per expert, beside what the machine can do at most.
+"""The experts' backends over tokens per expert, beside the machine's roofline.
 
 `llama4 bench moe [MODEL] [--dtype bfloat16] [--tokens 1 4 16 64 256] [--json | --markdown]`
 
 One layer's routed experts with random weights, of the sizes of MODEL or of those given. Tokens are spread evenly, or
-all sent to one expert, another one in every run, so that its weights come from memory as they do in a model. All
-backends take turns; medians of runs that are warm.
+all routed to one expert, another one in every run, so that its weights come from memory as they do in a model. The
+backends take turns; figures are medians of warm runs.
+
+Shapes: N tokens, D hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +25,21 @@ from torch import Tensor, nn
 from llama4.analysis.costs import stored_bytes
 from llama4.analysis.info import read_config
 from llama4.bench import roofline
-from llama4.bench.machine import Ceilings, Others, Rates, describe, timed
+from llama4.bench.machine import OtherProcesses, describe
+from llama4.bench.peak_rates import PeakProbe, PeakRates, timed
 from llama4.bench.report import (
     Spread,
     add_output_options,
     add_threads,
+    machine_line,
     number,
     positive,
+    rates_json,
+    rates_line,
     shown,
+    summary,
     table,
-    warn_of_others,
+    warn_of_other_processes,
 )
 from llama4.config import TextConfig
 from llama4.model.device import DTYPES
@@ -44,22 +52,26 @@ EVEN, ONE = "evenly", "all to one"
 
 @dataclass
 class Figure:
-    """Milliseconds of one backend, and shares of the floor, for so many tokens per expert on average."""
+    """Milliseconds of one backend, and shares of the roofline, for so many tokens per expert on average."""
 
     backend: str
-    spread: str
+    routing: str
     tokens_per_expert: int
     samples: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        content = {"backend": self.backend, "routing": self.routing, "tokens_per_expert": self.tokens_per_expert}
+        return content | summary(self.samples) | {"roofline_share": Spread.of(self.shares).median}
 
 
 def make_backends(
     text: TextConfig, dtype: torch.dtype, names: Sequence[str]
 ) -> dict[str, tuple[nn.Module, dict[str, Format]]]:
-    """Name -> experts with the same random weights, and the formats of the packed ones.
+    """Name -> experts with the same random weights, and the formats of the quantised ones.
 
     Raises:
-        ValueError: a backend cannot run in this dtype, or a format cannot hold these sizes.
+        ValueError: a backend cannot run in this dtype, or a format does not fit these sizes.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -100,7 +112,7 @@ def make_backends(
 
 
 def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: int, experts: int) -> roofline.Work:
-    """The least for so many rows that meet so many experts."""
+    """The least work of `rows` rows that are routed to `experts` different experts."""
     E, D, F = text.num_local_experts, text.hidden_size, text.intermediate_size
     shapes = {"gate_up_proj": (E, D, 2 * F), "down_proj": (E, F, D)}
     read = sum(stored_bytes(shape, plan.get(part), dtype.itemsize) for part, shape in shapes.items())
@@ -109,25 +121,26 @@ def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: in
 
 def measure(
     text: TextConfig, dtype: torch.dtype, names: Sequence[str], tokens: Sequence[int], rounds: int, threads: int
-) -> tuple[list[Figure], list[Rates]]:
+) -> tuple[list[Figure], list[PeakRates]]:
+    """Every backend at every case, in turns."""
     backends = make_backends(text, dtype, names)
     E, generator = text.num_local_experts, torch.Generator().manual_seed(1)
-    ceilings, rates, figures = Ceilings(dtype, threads), list[Rates](), list[Figure]()
-    cases = [(spread, per_expert) for spread in (EVEN, ONE) for per_expert in tokens]
-    for spread, per_expert in shown(cases, lambda case: f"{case[1]} tokens per expert, {case[0]}"):
+    probe, rates, figures = PeakProbe(dtype, threads), list[PeakRates](), list[Figure]()
+    cases = [(routing, per_expert) for routing in (EVEN, ONE) for per_expert in tokens]
+    for routing, per_expert in shown(cases, lambda case: f"{case[1]} tokens per expert, {case[0]}"):
         rows = per_expert * E
         x_ND = torch.randn(rows, text.hidden_size, generator=generator).to(dtype)
-        own = {name: Figure(name, spread, per_expert) for name in backends}
+        own = {name: Figure(name, routing, per_expert) for name in backends}
         for turn in range(-1, rounds):
-            counts_E = torch.full((E,), per_expert) if spread == EVEN else _all_to(turn % E, rows, E)
-            rates.append(ceilings.measure())
+            counts_E = torch.full((E,), per_expert) if routing == EVEN else _all_to(turn % E, rows, E)
+            rates.append(probe.measure())
             for name, (experts, plan) in backends.items():
                 milliseconds = 1e3 * timed(partial(_run, experts, x_ND, counts_E))
                 if turn < 0:
                     continue
-                floor = work(text, plan, dtype, rows, E if spread == EVEN else 1)
+                least = work(text, plan, dtype, rows, E if routing == EVEN else 1)
                 own[name].samples.append(milliseconds)
-                own[name].shares.append(1e3 * floor.seconds(rates[-1].gemm, rates[-1].memory) / milliseconds)
+                own[name].shares.append(1e3 * least.seconds(rates[-1]) / milliseconds)
         figures += own.values()
     return figures, rates
 
@@ -143,18 +156,22 @@ def _run(experts: nn.Module, x_ND: Tensor, counts_E: Tensor) -> None:
     experts(x_ND, counts_E)
 
 
-def tables(figures: Sequence[Figure], rates: Sequence[Rates], about: str, markdown: bool) -> str:
-    names = list(dict.fromkeys(figure.backend for figure in figures))
-    blocks = [about]
-    for spread in (EVEN, ONE):
+def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
+    figures, D, F = report["figures"], report["hidden_size"], report["width"]
+    backends = list(dict.fromkeys(figure["backend"] for figure in figures))
+    blocks = [
+        f"{report['experts']} experts of {D} x {F} ({number(3 * D * F / 1e6)} M parameters each), {report['dtype']}; "
+        f"{machine_line(report['machine'])}"
+    ]
+    for routing in (EVEN, ONE):
         rows = []
-        for per_expert in dict.fromkeys(figure.tokens_per_expert for figure in figures):
-            own = {f.backend: f for f in figures if (f.spread, f.tokens_per_expert) == (spread, per_expert)}
-            cells = (f"{Spread.of(own[n].samples)}, {Spread.of(own[n].shares).median:.0%}" for n in names)
-            rows.append([str(per_expert), *cells])
-        blocks.append(table([f"tokens per expert, {spread}; ms, share of the floor", *names], rows, markdown))
-    memory, gemm = (Spread.of([getattr(r, kind) / 1e9 for r in rates]) for kind in ("memory", "gemm"))
-    return "\n\n".join([*blocks, f"ceilings: memory read {memory} GB/s, product {gemm} GFLOP/s"])
+        for count in dict.fromkeys(figure["tokens_per_expert"] for figure in figures):
+            own = {f["backend"]: f for f in figures if (f["routing"], f["tokens_per_expert"]) == (routing, count)}
+            cells = (f"{Spread.from_json(own[name])}, {own[name]['roofline_share']:.0%}" for name in backends)
+            rows.append([str(count), *cells])
+        heads = [f"tokens per expert, {routing}; ms, share of the roofline", *backends]
+        blocks.append(table(heads, rows, markdown))
+    return "\n\n".join([*blocks, rates_line(report["peak_rates"])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,23 +201,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{options.model} has no routed experts; take one that has, or --experts, --width and so on"
             )
-    others = Others()
+    others = OtherProcesses()
     figures, rates = measure(
         text, DTYPES[options.dtype], options.backends, options.tokens, options.rounds, options.threads
     )
-    warn_of_others([others.share()])
-    sizes = {"experts": text.num_local_experts, "hidden_size": text.hidden_size, "width": text.intermediate_size}
-    machine = describe()
-    if options.json:
-        about = {"machine": machine, **sizes, "dtype": options.dtype, "ceilings": [asdict(rate) for rate in rates]}
-        print(json.dumps(about | {"figures": [asdict(figure) for figure in figures]}, indent=2))
-        return 0
-    told = (
-        f"{sizes['experts']} experts of {sizes['hidden_size']} x {sizes['width']} "
-        f"({number(3 * text.hidden_size * text.intermediate_size / 1e6)} M numbers each), {options.dtype}; "
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-    )
-    print(tables(figures, rates, told, options.markdown))
+    warn_of_other_processes([others.share()])
+    report = {
+        "machine": describe(),
+        "experts": text.num_local_experts,
+        "hidden_size": text.hidden_size,
+        "width": text.intermediate_size,
+        "dtype": options.dtype,
+        "peak_rates": rates_json(rates),
+        "figures": [figure.to_json() for figure in figures],
+    }
+    print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
 
 

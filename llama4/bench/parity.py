@@ -1,8 +1,10 @@
-"""Holds a checkpoint to transformers, layer by layer: where the two first differ, and by how much.
+"""Compares a checkpoint with transformers, layer by layer: where the two first differ, and by how much.
 
 `python -m llama4.bench parity PATH [--against transformers] [--dtype float32] [--prompt TEXT] [--image FILE] [--json]`
 
-The models run one after the other, so one at a time is in memory.
+The models run one after the other, so only one at a time is in memory.
+
+Shapes: N tokens, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from llama4.weights import hub
 from llama4.weights.meta_params import is_meta
 
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
-"""What the sums of a deep model in another order may differ by. transformers' RoPE is float32 even in float64."""
+"""Allowed for a deep model whose sums have another order. transformers' RoPE is float32 even in float64."""
 
 _STAGES = re.compile(
     r"vision_model\.(patch_embedding|layernorm_pre|model\.layers\.\d+(\.self_attn|\.mlp)?|layernorm_post|vision_adapter)"
@@ -42,62 +44,64 @@ _FIRST_LAYER = "language_model.model.layers.0"
 _FUSED = "embeddings with image features"
 
 Trace = dict[str, Tensor]
-"""Stage -> what came out of it, [rows, width], on the CPU, in the order of computing."""
+"""Stage -> its output, [rows, width], on the CPU, in the order of computing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """How far one module's output is from the reference's: the largest difference over the largest value."""
+    """The error of one module's output: the largest difference from the reference over its largest value."""
 
     name: str
     error: float
     rerouted: float = 0.0
-    """Of a router: the share of tokens that it sends to other experts."""
+    """Of a router: the share of tokens routed to other experts than the reference's."""
 
 
 def trace(model: nn.Module, run: Callable[[], object], prefix: str = "") -> Trace:
-    """Run, and keep the output of every module whose name (after `prefix`) is a stage; a router's as scores [N, E],
+    """Run, and record the output of every module whose name (after `prefix`) is a stage; a router's as scores [N, E],
     zero where an expert was not chosen."""
-    kept: Trace = {}
+    outputs: Trace = {}
 
-    def keep(name: str, module: nn.Module, arguments: object, output: Any) -> None:
+    def record(name: str, module: nn.Module, arguments: object, output: Any) -> None:
         if isinstance(module, Router):
-            scores_NK, experts_NK = output
-            output = scores_NK.new_zeros(len(scores_NK), module.out_features).scatter(1, experts_NK, scores_NK)
+            scores_Nk, experts_Nk = output
+            output = scores_Nk.new_zeros(len(scores_Nk), module.out_features).scatter(1, experts_Nk, scores_Nk)
         tensor = output[0] if isinstance(output, tuple) else output
-        kept[name] = tensor.detach().flatten(0, -2).cpu().clone()  # transformers adds to some of them in place
+        outputs[name] = tensor.detach().flatten(0, -2).cpu().clone()  # transformers adds to some of them in place
 
-    def keep_input(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def record_input(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         hidden = arguments[0] if arguments else named["hidden_states"]
-        kept[_FUSED] = hidden.detach().flatten(0, -2).cpu().clone()
+        outputs[_FUSED] = hidden.detach().flatten(0, -2).cpu().clone()
 
     with ExitStack() as hooks, torch.inference_mode():
         for name, module in model.named_modules():
             if _STAGES.fullmatch(prefix + name):
-                hooks.enter_context(module.register_forward_hook(partial(keep, prefix + name)))
+                hooks.enter_context(module.register_forward_hook(partial(record, prefix + name)))
             if prefix + name == _FIRST_LAYER:
-                hooks.enter_context(module.register_forward_pre_hook(keep_input, with_kwargs=True))
+                hooks.enter_context(module.register_forward_pre_hook(record_input, with_kwargs=True))
         run()
-    return kept
+    return outputs
 
 
-def compare(ours: Trace, theirs: Trace) -> list[Stage]:
+def compare(ours: Trace, reference: Trace) -> list[Stage]:
     """One `Stage` for each that ours has, in the order of computing.
 
     Raises:
         ValueError: the reference lacks a stage, or it has another shape there.
     """
     stages = []
-    for name, mine in ours.items():
-        other = theirs.get(name)
-        if other is None or other.shape != mine.shape:
-            shape = None if other is None else list(other.shape)
-            raise ValueError(f"{name} gives {list(mine.shape)} here and {shape} in the reference; they are two models")
-        mine, other = mine.double(), other.double()
-        error = ((mine - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
+    for name, output in ours.items():
+        expected = reference.get(name)
+        if expected is None or expected.shape != output.shape:
+            shape = None if expected is None else list(expected.shape)
+            raise ValueError(
+                f"{name} gives {list(output.shape)} here and {shape} in the reference; the models are different"
+            )
+        output, expected = output.double(), expected.double()
+        error = ((output - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
         rerouted = 0.0
         if name.endswith(".router"):
-            rerouted = ((mine > 0) != (other > 0)).any(-1).double().mean().item()
+            rerouted = ((output > 0) != (expected > 0)).any(-1).double().mean().item()
         stages.append(Stage(name, error, rerouted))
     return stages
 
@@ -113,22 +117,15 @@ def trace_transformers(directory: str, inputs: Inputs, dtype: torch.dtype, text_
     Raises:
         ValueError: transformers is not installed, or cannot run this checkpoint.
     """
+    from llama4.bench.baselines import FAILURES, load_transformers, transformers_error
+
+    model = load_transformers(directory, dtype, "eager")
+    pixels = {} if inputs.pixel_values is None else {"pixel_values": inputs.pixel_values.to(dtype)}
+    prefix = "language_model." if text_only else ""
     try:
-        from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError:
-        raise ValueError("transformers is not installed; pip install transformers") from None
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    kind: Any = Llama4ForCausalLM if text_only else Llama4ForConditionalGeneration
-    try:
-        model = kind.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
-        pixels = {} if inputs.pixel_values is None else {"pixel_values": inputs.pixel_values.to(dtype)}
-        return trace(
-            model, lambda: model(inputs.input_ids, use_cache=False, **pixels), "language_model." if text_only else ""
-        )
-    except (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"transformers cannot run {directory}: {type(error).__name__}: {error}") from error
+        return trace(model, lambda: model(inputs.input_ids, use_cache=False, **pixels), prefix)
+    except FAILURES as error:
+        raise transformers_error(directory, error) from error
 
 
 def table(stages: Sequence[Stage], tolerance: float) -> str:
@@ -136,7 +133,7 @@ def table(stages: Sequence[Stage], tolerance: float) -> str:
     width = max(len(stage.name) for stage in stages)
     lines = [f"{'stage':<{width}}   error"]
     for stage in stages:
-        note = f"   {stage.rerouted:.1%} of tokens go to other experts" if stage.rerouted else ""
+        note = f"   {stage.rerouted:.1%} of tokens routed to other experts" if stage.rerouted else ""
         lines.append(f"{stage.name:<{width}}   {stage.error:.1e}{note}")
     first = first_difference(stages, tolerance)
     verdict = (
@@ -178,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory = hub.resolve(options.model)
         if is_meta(directory):
             raise ValueError(
-                f"{options.model} is in Meta's layout, which transformers does not read; compare what "
-                f"`llama4 convert {options.model} DST --to hf` makes of it, bit by bit the same"
+                f"{options.model} is in Meta's layout, which transformers does not read; convert it first, bit by bit: "
+                f"`llama4 convert {options.model} DST --to hf`"
             )
         llm = Llama4.from_pretrained(directory, device="cpu", dtype=options.dtype, experts=options.experts)
         inputs, text_only = _inputs(llm, options.prompt, options.image), llm.config.vision is None

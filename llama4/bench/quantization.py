@@ -1,11 +1,11 @@
-"""What quantisation schemes cost and keep: bytes, memory, speed, and how far the model is from what it was.
+"""Quantisation schemes compared: size, memory, speed, divergence from the unquantised model, and accuracy.
 
 `python -m llama4.bench quantization [--model tiny] [--schemes int4 int8 fp8 ...] [--plain] [--pictures N] [--json]`
 
-Every scheme is written to disk, and loaded and measured in a process of its own, one after the other; medians of runs
-that are warm. The divergence is over the answers to questions about drawings, for a model that knows them
-(`--pictures`), else over random tokens. `--plain` shows what plain rounding, by the package compressed-tensors, gives
-in the same format, and how far single matrices of several distributions are from what they were.
+Every scheme is written to disk, then loaded and measured in a process of its own, one after the other. Speeds are
+medians of warm runs. The KL divergence is over the answers to questions about drawings, for a model that knows them
+(`--pictures`), else over random tokens. `--plain` adds plain rounding by the package compressed-tensors in the same
+format, and the rounding errors of single matrices.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.api import Llama4
-from llama4.bench.machine import peak_bytes, reset_peak, resident_bytes, seconds
-from llama4.bench.plain import round_plainly, write_plain
+from llama4.bench import rounding_errors
+from llama4.bench.peak_rates import median_seconds
+from llama4.bench.plain_rounding import write_plain
+from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
 from llama4.bench.vqa import evaluate, exam, wilson
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import SCHEMES, Format
+from llama4.quantization.schemes import SCHEMES
 from llama4.tiny import EMBEDDED
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
 from llama4.weights import hub
@@ -43,7 +44,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure a checkpoint by: tokens of a prompt and of a reply, questions per kind."""
+    """Tokens of a prompt and of a reply, questions per kind, threads."""
 
     prompt: int
     reply: int
@@ -53,7 +54,7 @@ class Task:
 
 @dataclass
 class Row:
-    """A scheme's figures: bytes of the files, MiB, tokens per second, nats per token, and right answers."""
+    """A scheme's figures: bytes of the files, MiB, tokens per second, KL in nats per token, and right answers."""
 
     scheme: str
     bytes_on_disk: int
@@ -68,7 +69,7 @@ class Row:
 
 
 def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
-    """In a fresh process: the figures, and the log-probabilities [N, V] that schemes are compared by."""
+    """Called in a fresh process: the figures, and the log-probabilities [N, V] for the KL divergence."""
     torch.set_num_threads(task.threads)
     before = resident_bytes()
     reset_peak()
@@ -89,7 +90,7 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
 
     spent: list[float] = []
     with torch.inference_mode():
-        prefill_seconds = seconds(prefill, REPEATS)
+        prefill_seconds = median_seconds(prefill, REPEATS)
         for _ in range(REPEATS + 1):
             decode()
         peak = peak_bytes() - before
@@ -118,7 +119,7 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
 
 def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
     """Logits at every token of the right answers to fresh questions, and those tokens."""
-    kept = list[tuple[Tensor, Tensor]]()
+    pairs = list[tuple[Tensor, Tensor]]()
     for kind in KINDS_OF_QUESTION:
         questions = list(exam(kind, pictures, seed=1))
         for start in range(0, pictures, BATCH):
@@ -129,16 +130,16 @@ def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
             lengths = whole.attention_mask.sum(1) - llm.processor(asked).attention_mask.sum(1)
             logits = llm.model(whole.input_ids, pixel_values=whole.pixel_values, attention_mask=whole.attention_mask)
             for row, ids, length in zip(logits, whole.input_ids, lengths.tolist(), strict=True):
-                kept.append((row[-length - 1 : -1].clone(), ids[-length:]))
-    logits, targets = zip(*kept, strict=True)
+                pairs.append((row[-length - 1 : -1].clone(), ids[-length:]))
+    logits, targets = zip(*pairs, strict=True)
     return torch.cat(logits), torch.cat(targets)
 
 
 def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) -> list[Row]:
-    """The unquantised model first, then every scheme, each followed by plain rounding if that is wanted.
+    """The unquantised model first, then every scheme, each followed by plain rounding if `plain`.
 
     Raises:
-        ValueError: no such model, or one that a scheme is not for; or plain rounding without its package.
+        ValueError: no such model, one that a scheme does not support, or plain rounding without its package.
     """
     source = hub.resolve(name)
     rows: list[Row] = []
@@ -157,48 +158,6 @@ def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) 
         row.divergence = F.kl_div(log_probabilities, truth, log_target=True, reduction="batchmean").item()
         rows.append(row)
     return rows
-
-
-def distributions(outputs: int = 512, inputs: int = 1024) -> dict[str, Tensor]:
-    """Matrices [O, I] like those of trained models, in bfloat16; the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(outputs, inputs, generator=generator)
-    chi_squared = torch.randn(4, outputs, inputs, generator=generator).square().sum(0)
-    outlier = torch.rand(outputs, inputs, generator=generator) < 1 / 256
-    wide_row = torch.rand(outputs, 1, generator=generator) < 1 / 16
-    matrices = {
-        "normal": normal,
-        "Student's t, 4 degrees": normal / (chi_squared / 4).sqrt(),
-        "normal, 1 of 256 ten times": normal * torch.where(outlier, 10, 1),
-        "the same in 1 row of 16": normal * torch.where(outlier & wide_row, 10, 1),
-    }
-    return {name: matrix.bfloat16() for name, matrix in matrices.items()}
-
-
-def rounding_errors() -> dict[str, dict[str, tuple[float, float]]]:
-    """Distribution -> format -> norm of the error over that of the matrix: ours, plain."""
-    formats = {
-        "int4, 128": Format("int4", 128),
-        "int4, 32": Format("int4", 32),
-        "int8": Format("int8"),
-        "fp8": Format("fp8"),
-    }
-    return {
-        name: {
-            label: (_error(matrix, format, plain=False), _error(matrix, format, plain=True))
-            for label, format in formats.items()
-        }
-        for name, matrix in distributions().items()
-    }
-
-
-def _error(weight_OI: Tensor, format: Format, plain: bool) -> float:
-    cls = PACKED[format.kind]
-    module = cls(format, tuple(weight_OI.shape))
-    for part, values in (round_plainly(weight_OI, format) if plain else cls.quantize(weight_OI, format)).items():
-        as_held = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
-        setattr(module, part, torch.nn.Parameter(as_held, requires_grad=False))
-    return ((module.dequantize().float() - weight_OI.float()).norm() / weight_OI.float().norm()).item()
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -221,20 +180,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def table_of_errors(errors: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """The errors of matrices as lines of text."""
-    formats = next(iter(errors.values()))
-    lines = [f"{'error of weights':<28}" + "".join(f"{name:>12}{'plain':>9}" for name in formats)]
-    for name, row in errors.items():
-        lines.append(f"{name:<28}" + "".join(f"{ours:>12.2%}{plain:>9.2%}" for ours, plain in row.values()))
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llama4.bench quantization", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="SCHEME")
-    parser.add_argument("--plain", action="store_true", help="beside each, plain rounding (by compressed-tensors)")
+    parser.add_argument("--plain", action="store_true", help="plain rounding beside each (by compressed-tensors)")
     parser.add_argument("--pictures", type=int, default=None, metavar="N", help="questions per kind; 0: random tokens")
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt that is timed")
     parser.add_argument("--reply", type=int, default=32, metavar="N", help="tokens that are decoded")
@@ -246,14 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--prompt must be at least 64 and --reply, --reply and --threads at least 1, --pictures 0 or more")
     task = Task(options.prompt, options.reply, pictures, options.threads)
     try:
-        errors = rounding_errors() if options.plain else None
+        errors = rounding_errors.measure() if options.plain else None
         rows = compare(options.model, options.schemes, task, options.plain)
     except ValueError as error:
         parser.error(str(error))
     if options.json:
         print(json.dumps({"schemes": [asdict(row) for row in rows], "errors": errors}, indent=2))
     else:
-        print(table(rows), *([table_of_errors(errors)] if errors else []), sep="\n\n")
+        print(table(rows), *([rounding_errors.table(errors)] if errors else []), sep="\n\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Samples -> medians with their spread, and tables for a terminal or a page."""
+"""Samples -> medians with their range, tables for a terminal or a page, and the options that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from llama4.bench.peak_rates import PeakRates
+
 T = TypeVar("T")
 DISTURBED = 0.05
-"""Share of the cores in other hands from which figures suffer."""
+"""Share of the cores used by other processes from which measurements suffer."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several samples the median, the lowest and the highest."""
+    """The median of several samples, the lowest and the highest."""
 
     median: float
     low: float
@@ -30,13 +32,40 @@ class Spread:
     def of(cls, samples: Sequence[float]) -> Spread:
         return cls(statistics.median(samples), min(samples), max(samples))
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], scale: float = 1.0) -> Spread:
+        """What `summary` gave, in other units."""
+        return cls(content["median"] * scale, content["low"] * scale, content["high"] * scale)
+
     def __str__(self) -> str:
         middle, low, high = number(self.median), number(self.low), number(self.high)
         return middle if low == high else f"{middle} ({low}-{high})"
 
 
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """The samples and their spread, ready for JSON."""
+    return {"samples": list(samples), **asdict(Spread.of(samples))}
+
+
+def rates_json(rates: Sequence[PeakRates]) -> dict[str, Any]:
+    """Peak rates that were measured, ready for JSON: bytes and FLOP per second."""
+    return {"memory": summary([rate.memory for rate in rates]), "gemm": summary([rate.gemm for rate in rates])}
+
+
+def rates_line(rates: Mapping[str, Any]) -> str:
+    """`rates_json` as a line of text."""
+    memory, gemm = (Spread.from_json(rates[kind], 1e-9) for kind in ("memory", "gemm"))
+    return f"measured peak: memory read {memory} GB/s, matrix product {gemm} GFLOP/s"
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """`machine.describe` as a piece of a line."""
+    threads = machine["threads"]
+    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}, torch {machine['torch']}"
+
+
 def number(value: float) -> str:
-    """Three digits that count, and no exponent."""
+    """Three significant digits, without an exponent."""
     rounded = float(f"{value:.3g}")
     digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
     return f"{value:,.{max(digits, 0)}f}"
@@ -55,7 +84,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = 
 
 
 def shown(items: Sequence[T], name: Callable[[T], object] = str) -> Iterator[T]:
-    """The items, with a bar on a terminal that says which one is at work."""
+    """The items, with a progress bar on a terminal that names the current one."""
     with tqdm(total=len(items), leave=False, disable=not sys.stderr.isatty()) as bar:
         for item in items:
             bar.set_description(str(name(item)))
@@ -67,11 +96,11 @@ def warn(text: str) -> None:
     print(f"llama4: {text}", file=sys.stderr)
 
 
-def warn_of_others(shares: Sequence[float | None]) -> None:
-    """Says if others have taken so much that figures suffer."""
+def warn_of_other_processes(shares: Sequence[float | None]) -> None:
+    """A warning if other processes used so much that measurements suffer."""
     known = [share for share in shares if share is not None]
     if known and (worst := max(known)) >= DISTURBED:
-        warn(f"other processes took up to {worst:.0%} of the cores meanwhile; the figures are lower for it")
+        warn(f"other processes used up to {worst:.0%} of the cores meanwhile, which makes the figures worse")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

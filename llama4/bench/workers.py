@@ -1,4 +1,4 @@
-"""A process of its own for each that is measured: what one loads, keeps or spoils is no matter to the others."""
+"""Fresh processes to measure in, so that what one loads or leaves in memory does not affect the others."""
 
 from __future__ import annotations
 
@@ -15,16 +15,26 @@ from typing import Any
 
 
 class Worker:
-    """A fresh process that makes a thing and calls its methods when told to; it ends with this one."""
+    """A process that constructs an object and calls its methods on request. It ends with this process.
 
-    def __init__(self, make: Callable[..., object], *arguments: object) -> None:
+    Raises:
+        ValueError: the constructor failed, or the process died.
+        TimeoutError: no reply within `timeout` seconds.
+    """
+
+    def __init__(self, make: Callable[..., object], *arguments: object, timeout: float | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        self._timeout = timeout
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with _deaf():
+        with _without_interrupts():
             self._process.start()
         theirs.close()
-        self._answer()
+        try:
+            self._reply()
+        except BaseException:
+            self.close(patience=0)
+            raise
 
     @property
     def pid(self) -> int:
@@ -32,29 +42,32 @@ class Worker:
         return self._process.pid
 
     def call(self, method: str, *arguments: object) -> Any:
-        """What the thing's method gives.
+        """The result of the object's method.
 
         Raises:
-            ValueError: what it raised, or that the process has died.
+            ValueError: the method failed, or the process died.
+            TimeoutError: no reply within the worker's timeout.
         """
         self._pipe.send((method, arguments))
-        return self._answer()
+        return self._reply()
 
-    def _answer(self) -> Any:
+    def _reply(self) -> Any:
+        if self._timeout is not None and not self._pipe.poll(self._timeout):
+            raise TimeoutError(f"no reply within {self._timeout} seconds")
         try:
             error, result = self._pipe.recv()
         except EOFError:
             self._process.join()
             raise ValueError(
-                f"a measuring process ended with code {self._process.exitcode}; if that is -9, it wanted more memory "
-                "than there is"
+                f"a measuring process ended with code {self._process.exitcode}; -9 usually means that it needed more "
+                "memory than there is"
             ) from None
         if error is not None:
             raise error
         return result
 
     def close(self, patience: float = 10.0) -> None:
-        """Let it end by itself; after so many seconds it has to."""
+        """End the process: wait `patience` seconds, then terminate it."""
         self._pipe.close()
         self._process.join(patience)
         if self._process.is_alive():
@@ -71,8 +84,8 @@ class Worker:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes started here do not hear Ctrl-C, which is for the one that started them."""
+def _without_interrupts() -> Iterator[None]:
+    """Processes started within ignore Ctrl-C, which is for their parent."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -86,21 +99,21 @@ def _deaf() -> Iterator[None]:
 def _serve(pipe: Connection, make: Callable[..., object], arguments: tuple[object, ...]) -> None:
     os.dup2(2, 1)  # stdout is for the report
     made: list[object] = []
-    method, told = "", arguments
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the one that started this process is gone
+    method, given = "", arguments
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while True:
-            pipe.send(_outcome(made, make, method, told))
-            method, told = pipe.recv()
+            pipe.send(_outcome(made, make, method, given))
+            method, given = pipe.recv()
 
 
 def _outcome(
-    made: list[object], make: Callable[..., object], method: str, told: tuple[object, ...]
+    made: list[object], make: Callable[..., object], method: str, given: tuple[object, ...]
 ) -> tuple[ValueError | None, object]:
-    """An error or None, and what a call gave; the first call makes the thing."""
+    """An error or None, and a call's result; the first call constructs the object."""
     try:
         if made:
-            return None, getattr(made[0], method)(*told)
-        made.append(make(*told))
+            return None, getattr(made[0], method)(*given)
+        made.append(make(*given))
         return None, None
     except (ValueError, OSError) as error:
         return ValueError(str(error)), None

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama4.bench import rounding_errors
 from llama4.bench.__main__ import main
-from llama4.bench.plain import round_plainly
-from llama4.bench.quantization import Row, _answers, rounding_errors, table
+from llama4.bench.plain_rounding import round_plainly
+from llama4.bench.quantization import Row, _answers, table
 from llama4.quantization import int4
 from llama4.quantization.schemes import Format
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
@@ -32,7 +33,7 @@ def test_schemes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ours["bytes_on_disk"] == plain["bytes_on_disk"] < none["bytes_on_disk"]
     assert 0 < ours["divergence"] < plain["divergence"]
     assert all(row["prefill"] > 0 and row["decode"] > 0 and row["perplexity"] > 1 for row in printed["schemes"])
-    assert printed["errors"].keys() == rounding_errors().keys()
+    assert printed["errors"].keys() == rounding_errors.measure().keys()
     with pytest.raises(SystemExit):
         main([*arguments, "--reply", "0"])
 
@@ -49,7 +50,7 @@ def test_plain_rounding_is_to_the_largest_weight() -> None:
 
 
 def test_ours_is_closer_than_plain_whatever_the_distribution() -> None:
-    for name, errors in rounding_errors().items():
+    for name, errors in rounding_errors.measure().items():
         for format, (ours, plain) in errors.items():
             assert ours < (0.89 if "int4" in format else 1.001) * plain, (name, format)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llama4.bench import machine, report
-from llama4.bench.machine import Ceilings, Others
+from llama4.bench.machine import OtherProcesses
+from llama4.bench.peak_rates import PeakProbe
 from llama4.bench.report import Spread, number, table
 
 
@@ -38,29 +39,29 @@ def test_tables() -> None:
     assert table(["", "x"], rows, markdown=True) == "|  | x |\n| --- | --: |\n| a | 1 |\n| long name | 20 |"
 
 
-def test_others_are_those_who_are_not_mine(
+def test_own_processes_do_not_count_as_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stat = tmp_path / "stat"
     monkeypatch.setattr(machine, "STAT", stat)
     stat.write_text("cpu  1000 0 500 8000 100 0 0 0 0 0\ncpu0 1 2 3\n")
-    others = Others()
+    others = OtherProcesses()
     stat.write_text("cpu  2500 0 1000 10000 100 0 0 0 0 0\n")
     share = others.share()
     assert share == pytest.approx(0.5, abs=0.05), "2000 ticks of 4000, less the few of this process"
-    report.warn_of_others([0.01, share])
-    assert "other processes took up to 5" in capsys.readouterr().err
-    report.warn_of_others([None, 0.01])
+    report.warn_of_other_processes([0.01, share])
+    assert "other processes used up to 5" in capsys.readouterr().err
+    report.warn_of_other_processes([None, 0.01])
     assert not capsys.readouterr().err
     stat.unlink()
     assert others.share() is None
 
 
-def test_ceilings_run_on_the_threads_that_were_asked_for() -> None:
+def test_peak_rates_run_on_the_threads_that_were_asked_for() -> None:
     before, seen = torch.get_num_threads(), []
-    ceilings = Ceilings(torch.float32, before + 1, size=64, read=4096)
-    ceilings._products.append(lambda: seen.append(torch.get_num_threads()))
-    rates = ceilings.measure(repeats=1)
+    probe = PeakProbe(torch.float32, before + 1, size=64, read=4096)
+    probe._products.append(lambda: seen.append(torch.get_num_threads()))
+    rates = probe.measure(repeats=1)
     assert rates.memory > 0
     assert rates.gemm > 0
     assert set(seen) == {before + 1}

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama4 import Llama4
 from llama4.analysis import costs
 from llama4.bench import roofline
+from llama4.bench.peak_rates import PeakRates
 from llama4.config import PRESETS, TextConfig
 from llama4.model.experts import LoopExperts
 from llama4.model.multimodal import Llama4Model
@@ -44,7 +45,7 @@ def test_a_decoded_token_by_hand() -> None:
     cache = 8 * 101 * 2 * 4 * 64 * 2
     assert work.bytes == 2 * 154_533_888 + cache
     assert work.flops == 2 * 154_533_888 + 8 * 101 * 4 * 16 * 64
-    assert work.seconds(gemm=1e15, memory=48e9) == pytest.approx(1 / 155, rel=0.01)
+    assert work.seconds(PeakRates(gemm=1e15, memory=48e9)) == pytest.approx(1 / 155, rel=0.01)
 
 
 def test_four_rows_share_all_but_their_experts() -> None:

@@ -1,4 +1,5 @@
-"""Plain rounding, for comparison: a range ends at its largest weight, as the package compressed-tensors has it."""
+"""Plain rounding, for comparison: scales from the largest weight (absmax), as the package compressed-tensors computes
+them."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from llama4.weights.save import save
 
 
 class PlainSource(QuantizingSource):
-    """An unquantised checkpoint in the same formats, with every code and scale computed by compressed-tensors."""
+    """An unquantised checkpoint in the same formats, with all values and scales computed by compressed-tensors."""
 
     def rounded(self, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         return round_plainly(weight_OI, format)
 
 
 def round_plainly(weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-    """What `PackedWeight.quantize` gives, by compressed-tensors' own scales and codes.
+    """What `PackedWeight.quantize` gives, with compressed-tensors' own scales and quantised values.
 
     Raises:
         ValueError: the package is not installed.
@@ -46,7 +47,7 @@ def round_plainly(weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
 
 
 def write_plain(source: Path, target: Path, scheme: str) -> None:
-    """`llama4.convert.quantize`, plainly."""
+    """`llama4.weights.convert.quantize`, with plain rounding."""
     config, weights = open_checkpoint(source)
     shapes = {weights.names.to_model(key) or key: weights.shape(key) for key in weights.keys()}  # noqa: SIM118
     tokenizer = load_tokenizer(source, config)

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {"llama4": measure(llm, options.tokens, options.new)}
     del llm
     if options.vs:
-        directory = strhub.resolve(options.model)
+        directory = str(hub.resolve(options.model))
         config = EngineConfig(options.vs, directory, dtype, torch.get_num_threads())
         results[options.vs] = measure_baseline(config, options.tokens, vocabulary, options.limit)
     if options.json:

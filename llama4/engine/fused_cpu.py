@@ -26,14 +26,18 @@ from torch.utils.hooks import RemovableHandle
 
 from llama4.cache.sequence import Cache
 from llama4.config import CACHE_BLOCK
-from llama4.kernels import build, cpu
-from llama4.kernels.abi import MAX_GEMV_ROWS, MAX_HEAD_DIM, Decoder, Layer, LayerStep, Layout, Matrix
-from llama4.model.attention import Attention, Turns
+from llama4.kernels import build
+from llama4.kernels.abi import MAX_GEMV_ROWS, MAX_HEAD_DIM, Decoder, Layer, LayerStep, Matrix
+from llama4.model.attention import Attention
 from llama4.model.batch import make_batch
 from llama4.model.experts import LoopExperts
-from llama4.model.layers import FeedForward, RMSNorm
+from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts, Router
-from llama4.ops.linear import Linear
+from llama4.model.norm import RMSNorm
+from llama4.model.positions import PositionFactors
+from llama4.ops import cpu_kernels
+from llama4.ops.attention import format_unsupported_reason
+from llama4.ops.linear import Linear, in_out_matrix, out_in_matrix
 from llama4.quantization.fp8 import Fp8Weight
 from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
@@ -103,7 +107,7 @@ class Steps:
         rooms += [window - start % window for window in firsts if window for start in batch.starts]
         count = min(MOST_STEPS, *rooms)
         ahead_S1 = torch.arange(count)[:, None]
-        turns = Turns(config, (batch.positions_N + ahead_S1).flatten(), dtype)
+        factors = PositionFactors(config, (batch.positions_N + ahead_S1).flatten(), dtype)
         lengths_SB = {window: first.lengths_B + ahead_S1 for window, first in firsts.items()}
         for held, window in zip(cache.layers, cache.windows, strict=True):
             held.make_room(firsts[window])
@@ -118,7 +122,7 @@ class Steps:
         self._logprobs = (ctypes.c_float * cache.batch_size)()
         weights = [module._parameters[name] for module, name, _ in plan.parameters]
         tables = [held.table() for held in cache.layers]
-        self._kept = turns, lengths_SB, tables, [weight.detach() for weight in weights if weight is not None]
+        self._kept = factors, lengths_SB, tables, [weight.detach() for weight in weights if weight is not None]
         self._held = (LayerStep * len(tables))()
         self._decode = build.function("decode", dtype)
         self._model = plan.decoder, self._held
@@ -132,8 +136,8 @@ class Steps:
         for i, (layer, table) in enumerate(zip(model.language_model.model.layers, tables, strict=True)):
             attention, window = layer.self_attn, cache.windows[i]
             self._held[i] = LayerStep(
-                rotations=turns.rotations[window].data_ptr() if attention.uses_rope else 0,
-                temperatures=turns.temperature.data_ptr() if attention.uses_temperature else 0,
+                rotations=factors.rotations[window].data_ptr() if attention.uses_rope else 0,
+                temperatures=factors.temperature_N.data_ptr() if attention.uses_temperature else 0,
                 lengths=lengths_SB[window].data_ptr(),
                 table=table.data_ptr(),
                 width=table.shape[1],
@@ -181,10 +185,11 @@ def _next(model: Any, cache: Cache) -> Steps | None:
     dtype, head_dim = norm.weight.dtype, model.config.text.head_dim
     if torch.is_grad_enabled() or cache.batch_size > MAX_GEMV_ROWS or not cache.is_consistent:
         return None
-    if not cpu.usable(norm.weight.shape[0], norm.weight):
+    if cpu_kernels.elementwise_unsupported_reason(norm.weight.shape[0], norm.weight):
         return None
-    if not all(held.device.type == "cpu" and cpu.reads(held.format, dtype, head_dim) for held in cache.layers):
-        return None
+    for held in cache.layers:
+        if held.device.type != "cpu" or format_unsupported_reason(held.format, dtype, head_dim):
+            return None
     plan = _plans.get(model)
     if plan is None or not plan.holds(model):
         plan = _plans[model] = _make(model)
@@ -236,8 +241,8 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     attention, forward = layer.self_attn, layer.feed_forward
     norms = layer.input_layernorm, layer.post_attention_layernorm
     _check(norms[0].eps == norms[1].eps and all(norm.weight.dtype == dtype for norm in norms))
-    D, C = norms[0].weight.shape[0], attention.head_dim
-    _check(C % 16 == 0 and C <= MAX_HEAD_DIM and D % cpu.multiple_of(dtype) == 0)
+    C = attention.head_dim
+    _check(C % 16 == 0 and C <= MAX_HEAD_DIM)
     described = Layer(
         **{part: _matrix(getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"},
         input_norm=norms[0].weight.data_ptr(),
@@ -266,18 +271,17 @@ def _experts(experts: Any, dtype: torch.dtype) -> Iterator[Matrix]:
             yield _matrix(weight, dtype)
         else:
             _check(type(experts) is LoopExperts)
-            yield _known(cpu.in_out(weight, dtype))
+            yield _known(in_out_matrix(weight, dtype))
 
 
 def _matrix(module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
     if type(module) is Linear:
-        weight = module.weight
-        _check(module.bias is None and weight.dtype == dtype and weight.is_contiguous())
-        _check(weight.shape[1] % cpu.multiple_of(dtype) == 0 and (is_head or weight.shape[0] % 16 == 0))
-        return Matrix(w=weight.data_ptr(), kind=Layout.OUT_IN, I=weight.shape[1], O=weight.shape[0])
-    _check(type(module) in _PACKED)
-    assert isinstance(module, PackedWeight)
-    matrix = _known(module.matrix())
+        _check(module.bias is None)
+        matrix = _known(out_in_matrix(module.weight, dtype))
+    else:
+        _check(type(module) in _PACKED)
+        assert isinstance(module, PackedWeight)
+        matrix = _known(module.matrix())
     _check(is_head or matrix.O % 16 == 0)
     return matrix
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama4.model.experts import concat_experts
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.experts import concat_experts
 from llama4.quantization.modules import SeparateExperts
 from llama4.quantization.weight import PackedWeight
 from llama4.units import bytes_text

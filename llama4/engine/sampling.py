@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama4.kernels import cpu
+from llama4.ops.sampling import greedy_token
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Sampler:
             top_k.
         """
         assert len(generators) == len(logits_BV)
-        if self.temperature == 0 and cpu.chooses(logits_BV):
-            return cpu.greedy_token(logits_BV)
+        if self.temperature == 0:
+            return greedy_token(logits_BV)
         logits_BV = logits_BV.float()
-        ids_B = logits_BV.argmax(dim=-1) if self.temperature == 0 else self._draw(logits_BV, generators)
+        ids_B = self._draw(logits_BV, generators)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
     def _draw(self, logits_BV: Tensor, generators: Sequence[random.Random]) -> Tensor:

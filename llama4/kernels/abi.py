@@ -15,6 +15,8 @@ import torch
 MAX_GEMV_ROWS = 12
 """Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 MAX_HEAD_DIM = 1024
+LANES = 16
+"""Elements that are computed together: the last dimension of what is no matrix is a multiple of it."""
 INTERLEAVE = 16
 """Outputs that matrices of four bits have side by side."""
 STRIP = 32

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
-from llama4.kernels import cpu
-from llama4.model.layers import swiglu
-from llama4.ops.linear import project
+from llama4.ops.experts import swiglu_experts
+from llama4.ops.linear import in_out_matrix, linear_in_out
+from llama4.ops.swiglu import swiglu
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +61,13 @@ class LoopExperts(Experts):
     name = "loop"
 
     def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        matrices = cpu.in_out(self.gate_up_proj, x_ND.dtype), cpu.in_out(self.down_proj, x_ND.dtype)
-        if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
-            return y_ND
-        return loop_over_experts(self.expert, x_ND, num_tokens_per_expert_E)
+        matrices = in_out_matrix(self.gate_up_proj, x_ND.dtype), in_out_matrix(self.down_proj, x_ND.dtype)
+        return swiglu_experts(self.expert, x_ND, num_tokens_per_expert_E, *matrices)
 
     def expert(self, x_ND: Tensor, expert: int) -> Tensor:
         """What one expert makes of its tokens."""
-        hidden_NF = swiglu(*project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))
-        return project(hidden_NF, self.down_proj[expert])
-
-
-def loop_over_experts(expert: Callable[[Tensor, int], Tensor], x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-    """What experts make of their rows, which stand one expert's after the other's."""
-    parts = x_ND.split(num_tokens_per_expert_E.tolist())
-    return concat_experts([expert(part, i) for i, part in enumerate(parts) if len(part)], x_ND)
-
-
-def concat_experts(outputs: list[Tensor], x_ND: Tensor) -> Tensor:
-    """What the experts gave, in the order of the rows."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs) if outputs else x_ND
+        hidden_NF = swiglu(*linear_in_out(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))
+        return linear_in_out(hidden_NF, self.down_proj[expert])
 
 
 class GroupedExperts(Experts):

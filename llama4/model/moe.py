@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.model.experts import Experts
-from llama4.model.layers import FeedForward, upcast
+from llama4.model.feed_forward import FeedForward
+from llama4.ops.precision import upcast
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:

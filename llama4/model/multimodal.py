@@ -14,12 +14,15 @@ from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import Cache, LayerCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine import fused_cpu
-from llama4.model.attention import Attention, Turns
+from llama4.model.attention import Attention
 from llama4.model.batch import Batch, make_batch
 from llama4.model.experts import Experts, LoopExperts
-from llama4.model.layers import FeedForward, RMSNorm, upcast
+from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts
+from llama4.model.norm import RMSNorm
+from llama4.model.positions import PositionFactors
 from llama4.ops.linear import Linear
+from llama4.ops.precision import upcast
 from llama4.vision.encoder import VisionModel, recomputed
 from llama4.vision.projector import Projector
 
@@ -38,8 +41,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, batch: Batch, turns: Turns, cache: LayerCache | None) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, turns, cache)
+    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerCache | None) -> Tensor:
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
         out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
         return out
 
@@ -56,11 +59,11 @@ class Decoder(nn.Module):
         self.recompute = False
 
     def forward(self, x_ND: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
-        turns = Turns(self.config, batch.positions_N, self.norm.weight.dtype)
+        factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(self.layers):
             run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
-            x_ND = run(x_ND, batch, turns, cache.layers[i] if cache is not None else None)
+            x_ND = run(x_ND, batch, factors, cache.layers[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out
 

@@ -1,14 +1,15 @@
-"""Products with a matrix in a float dtype, each by the fastest right way for its device, dtype and number of rows.
+"""Products with a matrix in a float dtype, each by the fastest exact way for its device, dtype and number of rows.
 
-| on a CPU, matrices of 2^18 numbers or more | few rows | more |
+| on a CPU, matrices of 2^18 elements or more | up to 12 rows | more |
 |---|---|---|
-| out x in, float32 | `cpu` | oneDNN |
-| out x in, bfloat16 | `cpu` | torch, which is oneDNN |
-| in x out, as experts are | `cpu` | `cpu`: 1.3 to 2 times oneDNN with tens of rows, equal with hundreds |
+| out x in, float32 | compiled kernel | oneDNN |
+| out x in, bfloat16 | compiled kernel | torch, which is oneDNN |
+| in x out, as experts are | compiled kernel | compiled kernel |
 
-Everything else (smaller matrices, other devices and dtypes, gradients, compiling) is torch's own product.
+In x out, the kernel is 1.3 to 2 times as fast as oneDNN with tens of rows, and equal with hundreds.
+Everything else (smaller matrices, other devices and dtypes, gradients, torch.compile) is torch's own product.
 
-Shapes: N rows, I inputs, O outputs.
+Shapes: N rows, I inputs, O outputs, E experts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.kernels import abi, cpu
+from llama4.kernels.abi import Layout, Matrix
+from llama4.ops import cpu_kernels
 
 
 class Linear(nn.Linear):
@@ -29,35 +32,85 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias, [..., I] -> [..., O]."""
-    if bias_O is None and x.ndim == 2:
-        if cpu.takes_dense(x, weight_OI):
-            return cpu.linear(x, weight_OI)
-        if _is_for_onednn(x, weight_OI):
-            return _onednn(x, weight_OI)
-    return F.linear(x, weight_OI, bias_O)
+    if bias_O is not None or x.ndim != 2:
+        return F.linear(x, weight_OI, bias_O)
+    if len(x) <= abi.MAX_GEMV_ROWS and not unsupported_reason(x, weight_OI):
+        return cpu.linear(x, weight_OI)
+    if not onednn_unsupported_reason(x, weight_OI):
+        return _onednn(x, weight_OI)
+    return F.linear(x, weight_OI)
 
 
-def project(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
-    """x W, for matrices that are stored in x out, as experts are."""
-    if cpu.takes_dense(x_NI, weight_IO, most=abi.MAX_GEMV_ROWS if weight_IO.shape[1] % abi.STRIP else None):
-        return cpu.project(x_NI, weight_IO)
-    if _is_for_onednn(x_NI, weight_IO):
+def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
+    """x W, [N, O], for matrices that are stored in x out, as experts are."""
+    is_whole_strips = weight_IO.shape[1] % abi.STRIP == 0  # what more rows than a few are computed in
+    if (len(x_NI) <= abi.MAX_GEMV_ROWS or is_whole_strips) and not unsupported_reason(x_NI, weight_IO):
+        return cpu.linear_in_out(x_NI, weight_IO)
+    if not onednn_unsupported_reason(x_NI, weight_IO):
         return _onednn(x_NI, weight_IO.mT)
     return x_NI @ weight_IO
 
 
-def _is_for_onednn(x_NI: Tensor, weight: Tensor) -> bool:
-    """torch sends float32 to MKL unless a global switch says otherwise; oneDNN is a fifth faster with many rows and
-    twice as fast with tens of them, at the same precision."""
-    return (
-        x_NI.dtype == weight.dtype == torch.float32
-        and x_NI.is_cpu
-        and weight.numel() >= cpu.MIN_MATRIX
-        and x_NI.shape[0] > 0
-        and not (torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad))
-        and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
-    )
+def unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:
+    """Why the compiled kernels do not multiply these, in either layout; None if they do."""
+    if weight.numel() < cpu_kernels.MIN_MATRIX:
+        return "the matrix is too small for a call to pay"
+    if not len(x_NI):
+        return "there are no rows"
+    if reason := cpu_kernels.unsupported_reason(x_NI):
+        return reason
+    if x_NI.shape[1] % _row_multiple(x_NI.dtype):
+        return f"the inputs are no multiple of {_row_multiple(x_NI.dtype)}"
+    return matrix_unsupported_reason(weight, x_NI.dtype)
+
+
+def matrix_unsupported_reason(weight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernels do not read a matrix, or those of several experts, for rows of a dtype; None if they
+    do."""
+    if weight.dtype != dtype:
+        return "the matrix has another dtype than the rows"
+    if not weight.is_contiguous():
+        return "the matrix is not contiguous"
+    if weight.shape[-1] % _row_multiple(dtype):
+        return f"rows of the matrix are no multiple of {_row_multiple(dtype)}"
+    return cpu_kernels.unsupported_reason(weight)
+
+
+def _row_multiple(dtype: torch.dtype) -> int:
+    return abi.INPUTS[abi.DTYPES[dtype]]
+
+
+def out_in_matrix(weight_OI: Tensor, dtype: torch.dtype) -> Matrix | None:
+    """The description of a matrix for kernels that take several of them; None if they do not read it."""
+    if matrix_unsupported_reason(weight_OI, dtype):
+        return None
+    outputs, inputs = weight_OI.shape
+    return Matrix(w=weight_OI.data_ptr(), kind=Layout.OUT_IN, I=inputs, O=outputs)
+
+
+def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
+    """The same of a layer's experts, in x out."""
+    _, inputs, outputs = weight_EIO.shape
+    if inputs % abi.LANES or matrix_unsupported_reason(weight_EIO, dtype):
+        return None
+    step = inputs * outputs * weight_EIO.element_size()
+    return Matrix(w=weight_EIO.data_ptr(), kind=Layout.IN_OUT, I=inputs, O=outputs, step=step)
+
+
+def onednn_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:
+    """Why a product is not for oneDNN; None if it is. torch sends float32 to MKL unless a global switch says
+    otherwise; oneDNN is a fifth faster with many rows and twice as fast with tens of them, at the same precision."""
+    if not x_NI.dtype == weight.dtype == torch.float32:
+        return "only float32 is slower elsewhere"
+    if not (x_NI.is_cpu and torch.backends.mkldnn.is_available()):
+        return "it is not there"
+    if not len(x_NI) or weight.numel() < cpu_kernels.MIN_MATRIX:
+        return "the product is too small for it to pay"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces this call"
+    if torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad):
+        return "a tensor needs a gradient"
+    return None
 
 
 def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:

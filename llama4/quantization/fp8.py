@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
 from llama4.kernels.triton import launch
+from llama4.ops import quantized
 from llama4.quantization.schemes import Format
 from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
@@ -77,8 +77,8 @@ def _product(x_NI: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x W^T, where each row of x and of W has one scale."""
     if not x_NI.shape[0]:
         return x_NI.new_zeros(0, codes.shape[0])
-    if codes.is_contiguous() and cpu.takes_packed(x_NI, "fp8", scale, codes.shape[0]):
-        return cpu.linear_fp8(x_NI, codes, scale)
+    if not quantized.unsupported_reason("fp8", x_NI, codes, scale):
+        return quantized.linear("fp8", x_NI, codes, scale)
     x_codes, x_scale = to_fp8(x_NI, torch.float32)
     if torch_multiplies(x_NI, codes):
         scale_b = scale.mT.float().contiguous()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import abi, cpu
+from llama4.kernels.abi import Matrix
+from llama4.ops import quantized
 from llama4.quantization.schemes import Format
 from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
@@ -78,8 +79,8 @@ class Int4Weight(PackedWeight):
     @classmethod
     def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
         assert format.group_size is not None
-        if cpu.rounds(weight_OI, format.group_size):
-            packed, scale = cpu.quantize_int4(weight_OI, format.group_size, SHRINKS)
+        if not quantized.quantize_unsupported_reason(weight_OI, format.group_size):
+            packed, scale = quantized.quantize_int4(weight_OI, format.group_size, SHRINKS)
             return {"weight_packed": packed, "weight_scale": scale}
         codes, scale = quantize_groups(weight_OI.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
         return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
@@ -87,8 +88,9 @@ class Int4Weight(PackedWeight):
     def for_cpu(self, part: str, values: Tensor) -> Tensor:
         assert self.format.group_size is not None
         outputs, inputs = self.shape[-2:]
-        self.interleaved16 = cpu.reads_interleaved16(outputs, inputs, self.format.group_size)
-        return cpu.interleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
+        reason = quantized.interleave_unsupported_reason(outputs, inputs, self.format.group_size)
+        self.interleaved16 = reason is None
+        return quantized.interleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
 
     def checkpoint_layout(self, part: str) -> Tensor:
         return self._stored(part, super().checkpoint_layout(part))
@@ -98,7 +100,7 @@ class Int4Weight(PackedWeight):
             self.register_parameter(part, nn.Parameter(self.checkpoint_layout(part), requires_grad=False))
         self.interleaved16 = False
 
-    def matrix(self) -> abi.Matrix | None:
+    def matrix(self) -> Matrix | None:
         return super().matrix() if self.interleaved16 else None
 
     def dequantize(self, expert: int | None = None) -> Tensor:
@@ -112,8 +114,8 @@ class Int4Weight(PackedWeight):
         packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
         group_size = self.format.group_size
         assert group_size is not None
-        if self.interleaved16 and cpu.takes_packed(x_NI, "int4", scale, packed.shape[0], group_size):
-            return cpu.linear_int4(x_NI, packed, scale, group_size)
+        if self.interleaved16 and not quantized.unsupported_reason("int4", x_NI, packed, scale, group_size):
+            return quantized.linear("int4", x_NI, packed, scale, group_size)
         dtype = torch.promote_types(x_NI.dtype, scale.dtype)
 
         def some(rows: slice) -> Tensor:
@@ -124,7 +126,7 @@ class Int4Weight(PackedWeight):
 
     def _stored(self, part: str, values: Tensor) -> Tensor:
         """Whole sixteens of rows of a part, as a checkpoint has them."""
-        return cpu.deinterleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
+        return quantized.deinterleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """In sixteens on a CPU, as stored elsewhere."""

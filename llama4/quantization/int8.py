@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import cpu
+from llama4.ops import quantized
 from llama4.quantization.schemes import Format
 from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
 
@@ -34,8 +34,8 @@ class Int8Weight(PackedWeight):
         if self.on_gpu(x_NI):
             return self.grouped(x_NI, expert=expert)
         weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if cpu.takes_packed(x_NI, "int8", scale, weight.shape[0]):
-            return cpu.linear_int8(x_NI, weight, scale)
+        if not quantized.unsupported_reason("int8", x_NI, weight, scale):
+            return quantized.linear("int8", x_NI, weight, scale)
         dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
         sums = in_blocks(lambda rows: weight[rows].to(dtype), len(weight), x_NI.to(dtype))
         return (sums * scale.mT).to(x_NI.dtype)

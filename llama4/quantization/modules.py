@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
-from llama4.kernels import cpu
-from llama4.model.experts import loop_over_experts
-from llama4.model.layers import FeedForward, swiglu
+from llama4.model.feed_forward import FeedForward
+from llama4.ops.experts import loop_over_experts, swiglu_experts
 from llama4.ops.linear import Linear
+from llama4.ops.swiglu import swiglu
 from llama4.quantization.fp8 import Fp8Weight
 from llama4.quantization.int4 import Int4Weight
 from llama4.quantization.int8 import Int8Weight
@@ -41,8 +41,7 @@ class PackedExperts(nn.Module):
                 gate_up_N2F = self.gate_up_proj.grouped(x_ND, num_tokens_per_expert_E)
                 return self.down_proj.grouped(swiglu(*gate_up_N2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
             matrices = self.gate_up_proj.matrix(), self.down_proj.matrix()
-            if (y_ND := cpu.experts(x_ND, num_tokens_per_expert_E, *matrices)) is not None:
-                return y_ND
+            return swiglu_experts(self.expert, x_ND, num_tokens_per_expert_E, *matrices)
         return loop_over_experts(self.expert, x_ND, num_tokens_per_expert_E)
 
     def expert(self, x_ND: Tensor, expert: int) -> Tensor:

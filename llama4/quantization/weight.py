@@ -3,8 +3,8 @@
 A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
 Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
 loads from and saves to any checkpoint of its format, to the bit. Where a kernel wants an order of its own they lie in
-that, from loading on, and `checkpoint_layout` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply; elsewhere,
-and where those do not run, `product` says how.
+that, from loading on, and `checkpoint_layout` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply;
+elsewhere, and where those do not run, `product` says how.
 
 Shapes: N tokens, O outputs, I inputs, E experts, R rows sorted by expert.
 """
@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llama4.kernels import abi, cpu
+from llama4.kernels.abi import Matrix
 from llama4.kernels.triton import launch
+from llama4.ops import quantized
 from llama4.ops.linear import linear
 from llama4.quantization.schemes import Format
 
@@ -84,13 +85,15 @@ class PackedWeight(nn.Module):
         """x W^T, [N, O], in the dtype of x."""
         raise AssertionError("a format computes")
 
-    def matrix(self) -> abi.Matrix | None:
+    def matrix(self) -> Matrix | None:
         """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it, or would
         leave out its bias."""
-        if self.format.kind not in abi.QUANTIZED or self.bias is not None:
+        if self.format.kind not in quantized.KINDS or self.bias is not None:
             return None
         codes, (outputs, inputs) = getattr(self, self.parts[0]), self.shape[-2:]
-        return cpu.packed(self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0)
+        return quantized.matrix(
+            self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0
+        )
 
     def on_gpu(self, x_RI: Tensor) -> bool:
         """Whether rows are for a kernel on a GPU."""

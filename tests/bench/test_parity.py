@@ -11,7 +11,7 @@ import torch
 
 from llama4.bench import __main__ as bench
 from llama4.bench.parity import compare, first_difference, trace
-from llama4.model import attention
+from llama4.model import positions
 from llama4.model.moe import MixtureOfExperts
 from tests import small_model
 
@@ -43,7 +43,7 @@ def test_names_the_first_layer_that_differs(
     directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer 3 is the one without RoPE: without its temperature, all before it still agrees."""
-    monkeypatch.setattr(attention, "attention_temperature", lambda config, positions, dtype: torch.ones(len(positions)))
+    monkeypatch.setattr(positions, "attention_temperature", lambda config, places, dtype: torch.ones(len(places)))
     code, report = run(capsys, directory)
     assert code == 1
     assert report["first"]["name"] == "language_model.model.layers.3.self_attn"

@@ -18,9 +18,10 @@ from llama4.api import Llama4
 from llama4.engine import fused_cpu
 from llama4.engine.generate import advance, step
 from llama4.engine.sampling import Sampler
-from llama4.kernels import build, cpu
+from llama4.kernels import build
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
+from llama4.ops import cpu_kernels
 from llama4.quantization.schemes import SCHEMES
 from tests.parity.references import reference_config, reference_model, relative_error
 
@@ -32,8 +33,8 @@ MASK[1, :7] = MASK[2, :13] = False
 
 @pytest.fixture(autouse=True)
 def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MIN_WIDTH", 1)
-    monkeypatch.setattr(cpu, "MIN_MATRIX", 1)
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDTH", 1)
+    monkeypatch.setattr(cpu_kernels, "MIN_MATRIX", 1)
 
 
 @pytest.fixture(scope="module")

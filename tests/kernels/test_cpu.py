@@ -17,7 +17,7 @@ from llama4.cache.formats import QUANTIZED, Format, resolve_format
 from llama4.cache.sequence import LayerCache
 from llama4.config import TextConfig
 from llama4.kernels import abi, build, cpu
-from llama4.ops import linear
+from llama4.ops import linear, quantized
 from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
 from llama4.vision.encoder import rotate
 
@@ -41,8 +41,10 @@ def close(ours: Tensor, truth: Tensor) -> bool:
 
 
 def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    parts = (cpu.interleaved16(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1)))
-    return cpu.linear_int4(x, *parts, group_size)
+    parts = (
+        quantized.interleaved16(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1))
+    )
+    return cpu.linear_quantized("int4", x, *parts, group_size)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -66,15 +68,15 @@ class TestProducts:
     def test_dense(self, rows: int, dtype: torch.dtype) -> None:
         x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
-        assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
+        assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double())
         if rows <= abi.MAX_GEMV_ROWS:
             x, weight_IO = normal(rows, 645, seed=1).to(dtype), normal(645, 1024, seed=2).to(dtype)
-            assert close(cpu.project(x, weight_IO), x.double() @ weight_IO.double())
+            assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double())
 
     def test_int8(self, rows: int, dtype: torch.dtype, outputs: int) -> None:
         x, scale = normal(rows, 640).to(dtype), normal(outputs, 1).bfloat16()
         codes = torch.randint(-128, 128, (outputs, 640), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-        assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
+        assert close(cpu.linear_quantized("int8", x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
 
     def test_fp8(self, rows: int, dtype: torch.dtype, outputs: int) -> None:
         x, scale = normal(rows, 512).to(dtype), normal(outputs, 1).bfloat16()
@@ -83,7 +85,7 @@ class TestProducts:
         weight = codes.view(torch.float8_e4m3fn).double() * scale.double()
         x_scale = x.float().abs().amax(1, keepdim=True) / 448
         rounded = (x.float() / x_scale).to(torch.float8_e4m3fn).double() * x_scale.double()
-        assert close(cpu.linear_fp8(x, codes, scale), rounded @ weight.mT)
+        assert close(cpu.linear_quantized("fp8", x, codes, scale), rounded @ weight.mT)
 
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
     def test_int4(self, rows: int, dtype: torch.dtype, group_size: int, outputs: int) -> None:
@@ -101,7 +103,7 @@ def test_several_rows(inputs: int, outputs: int) -> None:
     """Tiles of ten to 24 rows of float32, and one or two of them; inputs and columns that end within a panel."""
     for rows in range(9, 43):
         x, weight = normal(rows, inputs), normal(inputs, outputs, seed=1)
-        assert close(cpu.project(x, weight), x.double() @ weight.double())
+        assert close(cpu.linear_in_out(x, weight), x.double() @ weight.double())
 
 
 @needs_kernels
@@ -115,7 +117,7 @@ def test_long_rows(outputs: int, rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(-128, 128, (outputs, 8832), dtype=torch.int8, generator=generator)
     scale = normal(outputs, 1).bfloat16()
-    assert close(cpu.linear_int8(x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
+    assert close(cpu.linear_quantized("int8", x, codes, scale), x.double() @ (codes.double() * scale.double()).mT)
     codes, scale = codes.clamp(-8, 7).repeat_interleave(16, 0), normal(16 * outputs, 69).bfloat16()
     weight = (codes.double().unflatten(1, (69, 128)) * scale.double()[..., None]).flatten(1)
     assert close(linear_int4(x, codes, scale, 128), x.double() @ weight.mT)
@@ -146,7 +148,7 @@ def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
     weight = normal(512, 1024)
     weight[0], weight[1, 5], weight[2, 7] = 0, 30, -30
     weight = weight.to(dtype)
-    assert cpu.rounds(weight, group_size)
+    assert not quantized.quantize_unsupported_reason(weight, group_size)
     groups = weight.unflatten(1, (-1, group_size))
     codes, scale = quantize_groups(groups, dtype)
     packed, own_scale = cpu.quantize_int4(weight, group_size, SHRINKS)
@@ -159,7 +161,7 @@ def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
     assert torch.allclose(errors[0].sum(), errors[1].sum(), rtol=1e-5)
     assert (errors[0] <= 1.01 * errors[1]).double().mean() > 0.999
     assert not own_codes[0].any()
-    assert not cpu.rounds(weight[:, :1000], group_size), "not whole groups"
+    assert "whole groups" in (quantized.quantize_unsupported_reason(weight[:, :1000], group_size) or "")
 
 
 @needs_kernels
@@ -285,7 +287,7 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(threads)
         for inputs, dtype in itertools.product((1, 7, 100, 300), DTYPES):
             x, weight = normal(2, inputs).to(dtype), normal(inputs, 64, seed=1).to(dtype)
-            assert close(cpu.project(x, weight), x.double() @ weight.double())
+            assert close(cpu.linear_in_out(x, weight), x.double() @ weight.double())
         for outputs, dtype in itertools.product((72, 1000, 4096), DTYPES):
             x, weight = normal(2, 1024).to(dtype), normal(outputs, 1024, seed=1).to(dtype)
             for _ in range(10):
@@ -301,7 +303,11 @@ def test_any_way_is_right(rows: int, dtype: torch.dtype) -> None:
     for outputs, inputs in ((40, 24), (1024, 512)):
         x, weight = normal(rows, inputs).to(dtype), normal(outputs, inputs, seed=1).to(dtype)
         truth = x.double() @ weight.double().mT
-        for out in (linear.linear(x, weight), linear.project(x, weight.mT.contiguous()), linear.project(x, weight.mT)):
+        for out in (
+            linear.linear(x, weight),
+            linear.linear_in_out(x, weight.mT.contiguous()),
+            linear.linear_in_out(x, weight.mT),
+        ):
             assert out.dtype == dtype
             assert out.shape == truth.shape
             assert not rows or (out.double() - truth).abs().max() < 1e-2 * truth.abs().max()
@@ -313,7 +319,7 @@ def test_gradients_go_through() -> None:
     assert x.grad is not None
     assert torch.allclose(x.grad, weight.detach().sum(0).expand(2, -1), atol=1e-4)
     weight.grad = None
-    linear.project(x.detach(), weight.mT).sum().backward()
+    linear.linear_in_out(x.detach(), weight.mT).sum().backward()
     assert weight.grad is not None
 
 
@@ -327,7 +333,7 @@ def test_without_kernels(off: bool, tmp_path_factory: pytest.TempPathFactory) ->
         x, weight = torch.randn(2, 512), torch.randn(1024, 512)
         assert build.library() is None
         assert torch.allclose(linear.linear(x, weight), x @ weight.mT, atol=1e-3)
-        assert torch.allclose(linear.project(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
+        assert torch.allclose(linear.linear_in_out(x, weight.mT.contiguous()), x @ weight.mT, atol=1e-3)
         """
     cache = str(tmp_path_factory.mktemp("cache"))
     environment = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": cache}

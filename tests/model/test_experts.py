@@ -68,7 +68,7 @@ def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counts != "none":
-        monkeypatch.delattr("llama4.model.experts.loop_over_experts")
+        monkeypatch.delattr("llama4.ops.experts.loop_over_experts")
     check(LoopExperts(MIN_WIDTH), CPU, dtype, COUNTS[counts])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from llama4.kernels import build, cpu
+from llama4.kernels import build
+from llama4.ops import cpu_kernels
 
 
 @pytest.fixture(params=["torch", "kernels"], autouse=True)
@@ -14,6 +15,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if name == "kernels":
         if build.library() is None:
             pytest.skip("the kernels cannot be built here: no C++ compiler")
-        monkeypatch.setattr(cpu, "MIN_WIDTH", 1)
-        monkeypatch.setattr(cpu, "MIN_MATRIX", 1)
+        monkeypatch.setattr(cpu_kernels, "MIN_WIDTH", 1)
+        monkeypatch.setattr(cpu_kernels, "MIN_MATRIX", 1)
     return name

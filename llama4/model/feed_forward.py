@@ -1,0 +1,26 @@
+"""The MLP of a dense layer, and the shared expert of a mixture.
+
+Shapes: N packed tokens, D hidden size, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llama4.ops.linear import Linear
+from llama4.ops.swiglu import swiglu
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, D], in the dtype of x."""
+        out_ND: Tensor = self.down_proj(swiglu(self.gate_proj(x_ND), self.up_proj(x_ND)))
+        return out_ND

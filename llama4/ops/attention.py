@@ -1,0 +1,153 @@
+"""Grouped-query attention without a mask: parts of it, merged by their log-sum-exp.
+
+Nothing here is of size N x S, however long either is.
+
+Shapes: N new tokens of one sequence, B sequences, H query heads, K key/value heads, C head_dim, S keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4.cache.formats import Format, Int4, Unquantized
+from llama4.config import CACHE_BLOCK
+from llama4.kernels import abi, cpu
+from llama4.ops import cpu_kernels
+from llama4.ops.precision import upcast
+
+QUERIES = 256
+"""Queries that meet a past at once where that is done in plain torch: bounds the memory of the scores."""
+
+
+class KeyValueBlocks(Protocol):
+    """The keys and values of one layer, in blocks, as a cache holds them."""
+
+    format: Format
+    heads: int
+
+    def spans(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `slots` tokens of a row, some thousands at a time: keys and values, each [K, S, C]."""
+
+    def table(self) -> Tensor:
+        """Addresses of the blocks of every row, [B, blocks], zeros behind the last."""
+
+    def addresses(self, row: int) -> Tensor:
+        """Addresses of the blocks of one row."""
+
+
+def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q K^T / sqrt(C)) V, [H, N, C], and the logarithm of the softmax's denominator, [H, N].
+
+    Causal: query i sees keys 0 to i.
+    """
+    group = q_HNC.shape[0] // k_KSC.shape[0]
+    k_HSC, v_HSC = (x.repeat_interleave(group, dim=0) for x in (k_KSC, v_KSC))
+    if not flash_unsupported_reason(q_HNC):
+        flash = _FLASH[q_HNC.device.type]
+        out_1HNC, lse_1HN = flash(q_HNC[None], k_HSC[None], v_HSC[None], 0.0, causal)[:2]
+        return out_1HNC[0], lse_1HN[0]
+    outs, lses = [], []
+    for i, q in enumerate(q_HNC.split(QUERIES, dim=1)):
+        scores = upcast(q) @ upcast(k_HSC).mT * q.shape[2] ** -0.5
+        if causal:
+            query_N1 = torch.arange(i * QUERIES, i * QUERIES + q.shape[1], device=q.device)[:, None]
+            scores = scores.masked_fill(query_N1 < torch.arange(k_HSC.shape[1], device=q.device), -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append(((scores - lses[-1][..., None]).exp() @ upcast(v_HSC)).type_as(q))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+def flash_unsupported_reason(q_HNC: Tensor) -> str | None:
+    """Why torch's flash attention does not take queries; None if it does."""
+    if q_HNC.dtype not in _FLASH_DTYPES.get(q_HNC.device.type, ()):
+        return f"there is none for {q_HNC.dtype} on {q_HNC.device.type}"
+    return "its operator below autograd has no gradient" if torch.is_grad_enabled() else None
+
+
+_FLASH: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
+}
+_FLASH_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+def merge(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over the union of several sets of keys, from the attention over each as `softmax_attention` returns it:
+    the average of the outputs, weighted by the denominators."""
+    (out, lse), *rest = parts
+    for other, other_lse in rest:
+        both = torch.logaddexp(lse, other_lse)
+        out = upcast(out) * (lse - both).exp()[..., None] + upcast(other) * (other_lse - both).exp()[..., None]
+        lse = both
+    return out
+
+
+def causal_attention(
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cache: KeyValueBlocks | None = None, row: int = 0, past: int = 0
+) -> Tensor:
+    """New tokens of one sequence see each other causally, and all of the first `past` tokens of a row of the cache.
+
+    Returns:
+        [N, H, C]; the softmax scale is C^-0.5.
+    """
+    if not past:
+        cache = None
+    format = cache.format if cache is not None else Unquantized(q_NHC.dtype)
+    if not unsupported_reason(q_NHC, past + len(q_NHC), format):
+        blocks = cache.addresses(row) if cache is not None else None
+        return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.number)
+    q_HNC, k_KNC, v_KNC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
+    if cache is None:
+        q, k, v = q_HNC[None], k_KNC[None], v_KNC[None]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    new = softmax_attention(q_HNC, k_KNC, v_KNC, causal=True)
+    spans = cache.spans(row, past, q_HNC.dtype, q_HNC.device)
+    old = (softmax_attention(q_HNC, k, v, causal=False) for k, v in spans)
+    return merge(itertools.chain([new], old)).type_as(q_NHC).transpose(0, 1)
+
+
+def step_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int], lengths_B: Tensor) -> Tensor:
+    """One query per sequence against the first `lengths` tokens of its row of the cache, its own key included.
+
+    Args:
+        lengths: on the host.
+        lengths_B: the same, int64, on the device.
+
+    Returns:
+        [B, H, C]; the softmax scale is C^-0.5.
+    """
+    if not unsupported_reason(q_BHC, max(lengths), cache.format):
+        return cpu.attend(q_BHC, cache.table(), lengths_B, cache.heads, cache.format.number)
+    outs = []
+    for row, (q_HC, length) in enumerate(zip(q_BHC, lengths, strict=True)):
+        spans = cache.spans(row, length, q_HC.dtype, q_HC.device)
+        outs.append(merge(softmax_attention(q_HC[:, None], k, v, causal=False) for k, v in spans)[:, 0])
+    return torch.stack(outs).type_as(q_BHC)
+
+
+def unsupported_reason(q_NHC: Tensor, keys: int, format: Format) -> str | None:
+    """Why the compiled kernels do not take these queries, over so many keys in a format; None if they do."""
+    N, H, C = q_NHC.shape
+    if H * C < cpu_kernels.MIN_WIDTH and max(N, CACHE_BLOCK) * keys * H * C < cpu_kernels.MIN_ATTENTION:
+        return "there is too little to compute for a call to pay"
+    return format_unsupported_reason(format, q_NHC.dtype, C) or cpu_kernels.unsupported_reason(q_NHC)
+
+
+def format_unsupported_reason(format: Format, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the compiled kernels for a dtype do not read a cache's format; None if they do."""
+    if head_dim > abi.MAX_HEAD_DIM:
+        return f"heads are larger than {abi.MAX_HEAD_DIM}"
+    if head_dim % (32 if isinstance(format, Int4) else abi.LANES):
+        return "the head dimension is no multiple of 16 (int4: 32)"
+    if isinstance(format, Unquantized) and format.dtype != dtype:
+        return f"the cache is in {format.dtype}, the model in {dtype}"
+    return None

@@ -1,0 +1,47 @@
+"""What every compiled CPU kernel asks of its tensors, and the sizes from which calling one pays.
+
+The files of the operations add what is particular to theirs. A compiled kernel has no gradient, so nothing that is
+trained goes this way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama4.kernels import abi, build
+
+MIN_MATRIX = 1 << 18
+"""Elements from which a matrix is worth the call: a smaller one stays in the processor's caches, where torch is as
+fast."""
+MIN_WIDTH = 512
+"""Elements of a token from which the small operations between matrix products are worth the call."""
+MIN_ATTENTION = 1 << 28
+"""Multiplications of queries with keys from which attention is worth the call, however narrow the heads are."""
+
+
+def unsupported_reason(*tensors: Tensor) -> str | None:
+    """Why the kernels do not take these tensors, whatever the operation; None if they do."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces this call"
+    is_training = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return "a tensor is not on the CPU"
+        if tensor.dtype not in abi.DTYPES:
+            return "a tensor is neither float32 nor bfloat16"
+        if is_training and tensor.requires_grad:
+            return "a tensor needs a gradient"
+    if build.library() is None:
+        return "the CPU kernels are switched off or could not be built"
+    return None
+
+
+def elementwise_unsupported_reason(width: int, *tensors: Tensor) -> str | None:
+    """The same for the operations between matrix products, on tokens of `width` elements."""
+    if width < MIN_WIDTH:
+        return "tokens are too narrow for a call to pay"
+    for tensor in tensors:
+        if tensor.shape[-1] % abi.LANES:
+            return "the last dimension is no multiple of 16"
+    return unsupported_reason(*tensors)

@@ -1,0 +1,64 @@
+"""The routed experts of a layer, each applied to its own rows and to no others.
+
+Shapes: R routed rows sorted by expert, D hidden size, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llama4.kernels import abi, cpu
+from llama4.kernels.abi import Matrix
+from llama4.ops import cpu_kernels
+
+
+def loop_over_experts(expert: Callable[[Tensor, int], Tensor], x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    """`expert(rows, i)` of every expert i that has rows, [R, D], in the order of the rows."""
+    parts = x_RD.split(num_tokens_per_expert_E.tolist())
+    return concat_experts([expert(part, i) for i, part in enumerate(parts) if len(part)], x_RD)
+
+
+def concat_experts(outputs: list[Tensor], x_RD: Tensor) -> Tensor:
+    """The outputs of the experts that had rows, in the order of the rows."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs) if outputs else x_RD
+
+
+def swiglu_experts(
+    expert: Callable[[Tensor, int], Tensor],
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_up: Matrix | None,
+    down: Matrix | None,
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of every expert's rows, [R, D]: expert by expert, or on a CPU in one call.
+
+    Args:
+        expert: what expert i makes of its rows.
+        x_RD: rows sorted by expert.
+        num_tokens_per_expert_E: int64; they sum to R.
+        gate_up: for the one call, the matrices D -> 2F of all experts, gate first, as `linear.in_out_matrix` or
+            `quantized.matrix` describes them; None if it does not read them.
+        down: the same of the matrices F -> D.
+    """
+    if gate_up is None or down is None or unsupported_reason(x_RD, gate_up, down):
+        return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
+    assert x_RD.shape[1] == gate_up.I == down.O and gate_up.O == 2 * down.I
+    assert num_tokens_per_expert_E.dtype == torch.int64 and num_tokens_per_expert_E.sum() == len(x_RD)
+    return cpu.experts(x_RD, num_tokens_per_expert_E, gate_up, down)
+
+
+def unsupported_reason(x_RD: Tensor, *matrices: Matrix) -> str | None:
+    """Why the compiled kernel does not take these; None if it does."""
+    if not len(x_RD):
+        return "there are no rows"
+    for matrix in matrices:
+        if matrix.I * matrix.O < cpu_kernels.MIN_MATRIX:
+            return "the matrices are too small for a call to pay"
+        if matrix.O % abi.STRIP:
+            return f"the outputs are no multiple of {abi.STRIP}, in which many rows are computed"
+    return cpu_kernels.unsupported_reason(x_RD)

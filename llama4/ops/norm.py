@@ -1,0 +1,33 @@
+"""Root-mean-square normalisation (Zhang & Sennrich 2019).
+
+Shapes: D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama4.kernels import cpu
+from llama4.ops import cpu_kernels
+from llama4.ops.precision import upcast
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or better."""
+    x = upcast(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`rms_normalise(x) * weight`, [..., D]. Takes any dtype, returns that of the weight."""
+    if unsupported_reason(x, weight_D):
+        return (rms_normalise(x, eps) * weight_D).type_as(weight_D)
+    return cpu.rms_norm(x, weight_D, eps)
+
+
+def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
+    """Why the compiled kernel does not take these; None if it does."""
+    if x.dtype != torch.float32:
+        return "x is not float32, as the residual stream is"
+    return cpu_kernels.elementwise_unsupported_reason(len(weight_D), x, weight_D)

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from llama4.cache.sequence import Cache
 from llama4.config import Llama4Config, TextConfig
-from llama4.model.layers import rms_normalise
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.norm import rms_normalise
 
 WORDS = 128
 MARK, ASK = WORDS, WORDS + 1

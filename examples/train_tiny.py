@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from llama4.config import Llama4Config, tiny
 from llama4.model.experts import GroupedExperts, LoopExperts
-from llama4.model.layers import rms_normalise
 from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.norm import rms_normalise
 from llama4.text.prompt import render
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import PATTERN

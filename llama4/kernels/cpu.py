@@ -29,8 +29,8 @@ def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def linear_quantized(kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor, group_size: int = 0) -> Tensor:
-    """x W^T, [N, O], with a matrix of a kind of `abi.QUANTIZED`: [O, I] int8; or bytes of e4m3, for which x is rounded as
-    well; or [O, I / 8] packed int4 and scales of groups, both interleaved."""
+    """x W^T, [N, O], with a matrix of a kind of `abi.QUANTIZED`: [O, I] int8; or bytes of e4m3, for which x is
+    rounded as well; or [O, I / 8] packed int4 and scales of groups, both interleaved."""
     return _product(abi.QUANTIZED[kind], x_NI, values, values.shape[0], scale_OG, group_size)
 
 

@@ -71,9 +71,11 @@ def matrix_unsupported_reason(weight: Tensor, dtype: torch.dtype) -> str | None:
         return "the matrix has another dtype than the rows"
     if not weight.is_contiguous():
         return "the matrix is not contiguous"
+    if reason := cpu_kernels.unsupported_reason(weight):
+        return reason
     if weight.shape[-1] % _row_multiple(dtype):
         return f"rows of the matrix are no multiple of {_row_multiple(dtype)}"
-    return cpu_kernels.unsupported_reason(weight)
+    return None
 
 
 def _row_multiple(dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ from llama4.bench.model_parts import part_of
 from llama4.bench.peak_rates import timed
 from llama4.kernels import build, cpu
 from llama4.model.moe import Router
-from llama4.ops.linear import project
+from llama4.ops.linear import linear_in_out
 from llama4.quantization.weight import PackedWeight
 
 PartTimes = dict[tuple[str, str], list[float]]
@@ -122,7 +122,7 @@ def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
         weight: Any = getattr(llm.model.get_submodule(owner), leaf)
         for expert in range(llm.config.text.num_experts_per_tok):
             call = partial(weight.product, row(shape[1]), expert) if isinstance(weight, PackedWeight) else None
-            yield part.rpartition(".")[0], call or partial(project, row(shape[1]), weight[expert])
+            yield part.rpartition(".")[0], call or partial(linear_in_out, row(shape[1]), weight[expert])
 
 
 def _call_overhead(llm: Llama4) -> float:

@@ -31,6 +31,7 @@ from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES
 from llama4.units import bytes_text, parse_tokens, time_text
+from llama4.weights import hub
 
 
 def random_ids(count: int, vocabulary: int) -> Tensor:

@@ -68,5 +68,5 @@ def test_an_unknown_name() -> None:
 
 
 def test_importing_and_asking_for_help_load_no_torch() -> None:
-    code = "import sys, llama4, llama4.cli; print('torch' in sys.modules)"
+    code = "import sys, llama4, llama4.cli.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

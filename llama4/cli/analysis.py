@@ -1,0 +1,97 @@
+"""`llama4 info` and `llama4 plan`: what a model is, and where it fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from llama4.cli.options import REVISION
+from llama4.quantization.schemes import SCHEMES
+
+MODEL = {"help": "scout, maverick, guard4, behemoth, tiny, a directory or a Hub id"}
+CACHES = ("auto", "bf16", "fp8", "int8", "int4")
+"""As cache/formats.py has them, which is not imported here because it imports torch."""
+DEVICES = ("h100", "h200", "b200", "cpu")
+
+
+def add_parsers(commands: Any) -> None:
+    info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
+    info.add_argument("model", **MODEL)
+    info.add_argument("--revision", **REVISION)
+    info.add_argument("--context", metavar="N", help="what the cache takes at so many tokens: 131072, 128K, 10M")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
+
+    about = "Say what fits where and how long it takes, before any of it is bought or downloaded."
+    plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
+    plan.add_argument("model", **MODEL)
+    plan.add_argument("--revision", **REVISION)
+    plan.add_argument("--context", metavar="N", help="tokens: 131072, 128K, 10M (default: the model's window)")
+    plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as they are")
+    plan.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="auto",
+        help="of layers that see every token (default: the model's dtype)",
+    )
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
+    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="as many share heads and experts")
+    plan.add_argument("--device", choices=DEVICES, help="h100 (default), or this CPU, measured")
+    plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
+    plan.add_argument("--memory-rate", metavar="RATE", help="that one reaches: 2.4TB/s")
+    plan.add_argument("--gemm-rate", metavar="RATE", help="that one reaches: 400TFLOP/s")
+    plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan, parser=plan)
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from llama4.analysis.info import describe, describe_quantization, read_config, table
+    from llama4.units import parse_tokens
+
+    config = read_config(options.model, options.revision)
+    context = parse_tokens(options.context) if options.context is not None else None
+    facts = describe(config, context) | {"quantization": describe_quantization(options.model, config)}
+    print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    from llama4 import units
+    from llama4.analysis import hardware, planner
+    from llama4.analysis.info import read_config
+    from llama4.bench import calibration as cpu
+
+    on_cpu = options.measure or options.device == "cpu"
+    if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):
+        options.parser.error("--measure and --device cpu are for this one CPU")
+    config = read_config(options.model, options.revision)
+    device = "h100" if on_cpu else options.device or "h100"
+    memory = units.parse_bytes(options.device_memory) if options.device_memory else None
+    rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
+    placement = planner.make_placement(
+        options.model,
+        config,
+        weights=options.weights,
+        dtype=cpu.dtype_of(config, options.weights) if on_cpu else "auto",
+        cache_dtype=options.cache,
+        devices=options.devices,
+        tensor_parallel=options.tensor_parallel,
+        device_memory=memory or (cpu.memory_bytes() if on_cpu else hardware.DEVICES[device].memory),
+    )
+    context = planner.checked_context(placement, units.parse_tokens(options.context) if options.context else None)
+    if on_cpu and None in rates:
+        reached = cpu.measure_rates(placement)
+    else:
+        reached = hardware.published_rates(device, planner.fp8_share(placement))
+    facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
+    if options.measure:
+        facts["measured"] = cpu.measure_model(options.model, options.revision, placement, context)
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(planner.table(facts))
+    if options.measure:
+        print(cpu.comparison(facts, placement))
+    return 0

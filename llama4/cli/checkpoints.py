@@ -1,0 +1,59 @@
+"""`llama4 convert` and `llama4 quantize`: one checkpoint -> another."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from llama4.cli.options import REVISION
+from llama4.quantization.schemes import SCHEMES
+
+LAYOUTS = ("hf", "meta")
+"""As weights/convert.py has them, which is not imported here because it imports torch."""
+
+
+def add_parsers(commands: Any) -> None:
+    about = "Write a checkpoint in another layout, bit by bit."
+    convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
+    _add_paths(convert)
+    convert.add_argument("--to", required=True, choices=LAYOUTS, help="hf: safetensors; meta: consolidated.NN.pth")
+    convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
+    convert.add_argument("--revision", **REVISION)
+    convert.set_defaults(run=run_convert, parser=convert)
+
+    about = "Write a checkpoint in few bits, in the compressed-tensors format. Interrupted, it goes on when run again."
+    quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
+    _add_paths(quantize)
+    quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")
+    quantize.add_argument("--head", action="store_true", help="the head, too")
+    quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    quantize.add_argument("--revision", **REVISION)
+    quantize.set_defaults(run=run_quantize, parser=quantize)
+
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, or a Hub id")
+    parser.add_argument("target", metavar="DST", help="the directory to make")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from llama4.weights import hub
+    from llama4.weights.convert import convert
+
+    if options.to == "hf" and options.ranks != 1:
+        options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
+    source = hub.resolve(options.source, revision=options.revision)
+    convert(source, options.target, options.to, ranks=options.ranks)
+    return 0
+
+
+def run_quantize(options: argparse.Namespace) -> int:
+    from llama4.weights import hub
+    from llama4.weights.convert import quantize
+
+    if not options.shard_gb > 0:
+        options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
+    source = hub.resolve(options.source, revision=options.revision)
+    shard_bytes = int(options.shard_gb * 1e9)
+    quantize(source, options.target, options.scheme, head=options.head, max_shard_bytes=shard_bytes)
+    return 0

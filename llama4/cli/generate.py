@@ -1,0 +1,68 @@
+"""`llama4 generate`: answer one question."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llama4.cli.options import add_chat_options, chat_options, load_model, opening
+
+if TYPE_CHECKING:
+    from llama4.engine.replies import Reply
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="answer one question", description="Answer one question.")
+    parser.add_argument("question", help="what to ask; - reads it from stdin")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the format of a chat")
+    add_chat_options(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.raw and (options.image or options.system):
+        options.parser.error("--raw continues a text; it takes neither --image nor --system")
+    question = read_stdin() if options.question == "-" else options.question
+    content = [*({"type": "image", "image": image} for image in options.image), {"type": "text", "text": question}]
+    llm = load_model(options)
+    messages = [*opening(options), {"role": "user", "content": content}]
+    stream = llm.stream(llm.processor.complete(question) if options.raw else messages, **chat_options(options))
+    for piece in stream:
+        if not options.json:
+            print(piece, end="", flush=True)
+    print(json.dumps(as_json(stream.reply), ensure_ascii=False) if options.json else "")
+    return 0
+
+
+def read_stdin() -> str:
+    """All of stdin, without the line break at its end.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin is not UTF-8: byte {data[error.start]:#04x} at {error.start}; convert it first, for instance with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def as_json(reply: Reply) -> dict[str, Any]:
+    """A reply as `--json` prints it."""
+    return {
+        "text": reply.text,
+        "tool_calls": [call.to_openai() for call in reply.tool_calls],
+        "finish_reason": reply.finish_reason,
+        "usage": dataclasses.asdict(reply.usage),
+        "logprobs": [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in reply.logprobs],
+    }

@@ -1,0 +1,77 @@
+"""Options that several commands have. Each is spelled once here, under the name of the argument that it sets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, cast
+
+from llama4.quantization.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from llama4.api import Llama4, Options
+
+REVISION = {"help": "branch, tag or commit on the Hub"}
+
+FROM_PRETRAINED: dict[str, dict[str, Any]] = {
+    "revision": REVISION,
+    "dtype": {"default": "auto", "help": "bfloat16, float16, float32, float64 (default: auto)"},
+    "quantization": {"metavar": "SCHEME", "help": f"while loading: {', '.join(SCHEMES)}"},
+    "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
+    "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},
+    "experts_device": {"metavar": "DEVICE", "help": "where experts stay: cpu spares a GPU's memory"},
+    "experts_memory": {"metavar": "SIZE", "help": "of the GPU for copies of experts in use, as 8GiB"},
+    "cache_dtype": {"default": "auto", "help": "of keys and values: fp8, int8, int4 (default: auto)"},
+    "cache_device": {"metavar": "DEVICE", "help": "where what grows of them is held: cpu spares a GPU's memory"},
+    "no_memory_map": {
+        "dest": "memory_map",
+        "action": "store_false",
+        "help": "read all weights into memory of their own: slower to load, at times faster to decode with",
+    },
+    "max_context": {"type": int, "metavar": "N", "help": "most tokens of prompt and reply together"},
+}
+"""Arguments of `Llama4.from_pretrained` -> what argparse must know of their options."""
+
+CHAT: dict[str, dict[str, Any]] = {
+    "max_new_tokens": {"type": int, "default": 256, "metavar": "N", "help": "most tokens of a reply (default: 256)"},
+    "temperature": {"type": float, "default": 0.0, "metavar": "T", "help": "0 is greedy (default), higher varies"},
+    "top_p": {"type": float, "default": 1.0, "metavar": "P", "help": "draw from the likeliest tokens that sum to P"},
+    "top_k": {"type": int, "metavar": "K", "help": "draw from the K likeliest tokens"},
+    "seed": {"type": int, "metavar": "N", "help": "makes a reply with a temperature repeatable"},
+    "stop": {"action": "append", "metavar": "TEXT", "help": "end the reply before this text; repeatable"},
+}
+"""Arguments of `Llama4.chat`, likewise."""
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that loads a model and makes it answer."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    _add(model, FROM_PRETRAINED)
+    reply = parser.add_argument_group("reply")
+    reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
+    _add(reply, CHAT)
+
+
+def _add(group: argparse._ArgumentGroup, table: dict[str, dict[str, Any]]) -> None:
+    for name, settings in table.items():
+        group.add_argument("--" + name.replace("_", "-"), **settings)
+
+
+def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    names = (settings.get("dest", name) for name, settings in table.items())
+    return {name: getattr(options, name) for name in names}
+
+
+def load_model(options: argparse.Namespace) -> Llama4:
+    from llama4.api import Llama4
+
+    return Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
+
+
+def chat_options(options: argparse.Namespace) -> Options:
+    return cast("Options", _arguments(options, CHAT))
+
+
+def opening(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The conversation before its first question."""
+    return [{"role": "system", "content": options.system}] if options.system else []

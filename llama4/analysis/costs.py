@@ -1,16 +1,14 @@
 """What a model costs, counted from its configuration: bytes of its weights and its cache, bytes read, FLOPs.
 
-Pure functions; nothing is allocated. A multiplication and an addition are two FLOPs. Counted are the matrix products
-and attention; norms, RoPE, softmax and the like are left out: together below 1% of the FLOPs at the released widths.
-
-Letters: D hidden size, F expert width, E experts, V vocabulary, H query heads, C head_dim.
+Pure functions; nothing is allocated. A multiplication and an addition are two FLOPs. Matrix products and attention are
+counted; norms, RoPE, softmax and the like are not: together they are below 1% of the FLOPs at the released widths.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
@@ -20,15 +18,13 @@ from llama4.config.window import visible_pairs
 from llama4.quantization.modules import PACKED
 from llama4.quantization.schemes import Format, Plan, make_plan
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """The decoder's parameters as the model names them: Linear weights [out, in], experts [E, in, out]."""
+    """The decoder's parameters as the model names them: Linear weights [O, I], experts [E, I, O]."""
     D, C = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * C, config.num_key_value_heads * C
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
@@ -55,7 +51,7 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
-    """What a scheme does to this model.
+    """The format of each parameter that a scheme quantises.
 
     Raises:
         ValueError: see `make_plan`.
@@ -64,13 +60,13 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
 
 
 def parameter_bytes(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> dict[str, int]:
-    """Bytes of each parameter of the decoder; of one that is quantised codes and scales together."""
+    """Bytes of each parameter of the decoder; of a quantised one, quantized values and scales together."""
     plan, size = plan or {}, getattr(torch, dtype).itemsize
     return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
 
 
 def stored_bytes(shape: tuple[int, ...], format: Format | None, size: int) -> int:
-    """Of a parameter whose numbers take `size` bytes each, or of one in a format, with scales of that size."""
+    """Bytes of a parameter whose elements take `size` bytes each, or of one in a format, with scales of that size."""
     if format is None:
         return math.prod(shape) * size
     out_in = (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
@@ -90,8 +86,8 @@ def weight_bytes(config: Llama4Config, plan: Plan | None = None, dtype: str = "b
 
 
 def share_per_token(config: TextConfig, name: str) -> float:
-    """The part of a parameter that one token needs: of the experts those it is routed to, of the embeddings its own, of
-    everything else all."""
+    """The share of a parameter that one token reads: the experts it is routed to, one row of the embeddings, all of
+    everything else."""
     if re.search(r"\.experts\.\w+$", name):
         return config.num_experts_per_tok / config.num_local_experts
     if name == EMBEDDING and not config.tie_word_embeddings:
@@ -155,7 +151,7 @@ def cache_bytes_read(config: TextConfig, context: int, dtype: str = "bfloat16", 
 
 
 def parameter_flops(config: TextConfig) -> dict[str, float]:
-    """FLOPs that one token costs in each matrix; the head's are spent only where logits are wanted."""
+    """FLOPs of one token in each matrix; the head's are spent only where logits are wanted."""
     shapes = parameter_shapes(config)
     unused = set() if config.tie_word_embeddings else {EMBEDDING}
     return {

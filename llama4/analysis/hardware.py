@@ -1,4 +1,4 @@
-"""What devices reach: published figures, each with its source, and the part of them that programs get."""
+"""What devices reach: published peaks, each with its source, and the share of them that programs reach."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The part of a published peak that programs reach, and who reached it."""
+    """The share of a published peak that a program reached, and which program."""
 
     share: float
     source: str
@@ -44,10 +44,10 @@ class Rates:
     """What one device reaches.
 
     Attributes:
-        memory: bytes per second of weights, while decoding.
-        cache: bytes per second of keys and values, while decoding.
-        products: FLOPs per second of products with weights, in a prompt.
-        attention: FLOPs per second of attention, in a prompt.
+        memory: bytes of weights read per second while decoding.
+        cache: bytes of keys and values read per second while decoding.
+        products: FLOPs per second of matrix products while reading a prompt.
+        attention: FLOPs per second of attention while reading a prompt.
         source: where these figures are from.
     """
 
@@ -59,11 +59,11 @@ class Rates:
 
 
 def published_rates(name: str, fp8_share: float = 0.0) -> Rates:
-    """What a published device is expected to reach.
+    """What a device of `DEVICES` is expected to reach.
 
     Args:
         name: a key of `DEVICES`.
-        fp8_share: the part of the FLOPs of products that is done in fp8; the rest is done in bf16.
+        fp8_share: share of the FLOPs of matrix products that is done in fp8; the rest is done in bf16.
     """
     device = DEVICES[name]
     return Rates(
@@ -79,11 +79,12 @@ def published_rates(name: str, fp8_share: float = 0.0) -> Rates:
 
 
 def overridden(rates: Rates, memory: float | None, products: float | None) -> Rates:
-    """The same but for what was given: a rate for weights and cache, a rate for products and attention."""
-    told = [f"{rate / 1e9:,.5g} {unit}" for rate, unit in ((memory, "GB/s"), (products, "GFLOP/s")) if rate]
-    if not told:
+    """The rates with what the user gave in their place: `memory` for weights and cache, `products` for products and
+    attention."""
+    given = [f"{rate / 1e9:,.5g} {unit}" for rate, unit in ((memory, "GB/s"), (products, "GFLOP/s")) if rate]
+    if not given:
         return rates
-    source = f"{' and '.join(told)}, as given" + ("" if len(told) == 2 else f"; else {rates.source}")
+    source = f"{' and '.join(given)}, as given" + ("" if len(given) == 2 else f"; else {rates.source}")
     return Rates(
         memory or rates.memory, memory or rates.cache, products or rates.products, products or rates.attention, source
     )

@@ -1,4 +1,4 @@
-"""What a model is, from its configuration, and of a quantised one the headers of its files: nothing is allocated."""
+"""What a model is, from its configuration and, if it is quantised, the headers of its files. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama4.weights import checkpoint, hub
 from llama4.weights.meta_params import PARAMS_FILE
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
-"""Of the bare weights; what a quantised model adds for its scales is not counted."""
+"""Of the weights alone; the scales of a quantised model are not counted."""
 
 
 def read_config(name: str, revision: str | None = None, token: str | None = None) -> Llama4Config:
@@ -33,7 +33,8 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
 
 
 def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
-    """How the weights of a model are stored, if in few bits; what only the weights tell, if they are on this machine.
+    """How a quantised model's weights are stored; None if it is not quantised. Formats and sizes are read from the
+    headers of its files, for a directory on this machine.
 
     Raises:
         CheckpointError: a format that this library does not run.
@@ -62,11 +63,11 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens.
 
     The cache is that of one sequence in bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers
-    are full. With a context there is `cache_at_context`: what a sequence of so many tokens holds, and the most it held
-    on the way, for each format of the layers that see every token.
+    are full. With a context there is `cache_at_context`: the bytes of a cache of so many tokens, and the most it had
+    while it grew, for each format of the layers that see the whole context.
 
     Raises:
-        ValueError: a context beyond the window.
+        ValueError: a context longer than the model takes.
     """
     text, vision = config.text, config.vision
     window, total = text.max_position_embeddings, config.num_parameters()

@@ -1,7 +1,6 @@
 """What fits where, and how long it takes: memory per device, the largest context, time per token and for the prompt.
 
-Paper and pencil: configuration in, figures out, nothing is allocated. docs/planning.md has the formulae and their
-sources.
+Calculated from the configuration; nothing is allocated. docs/planning.md has the formulae and their sources.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint
 
 RESERVE = 0.05
-"""Part of a device's memory that is left to the runtime: context, workspaces, fragmentation."""
+"""Share of a device's memory left to the runtime: its context, workspaces, fragmentation."""
 MOST_DEVICES = 1 << 14
-"""As many are considered when more devices are looked for."""
+"""The most devices that `remedies` proposes."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,17 @@ class Placement:
     """A model on devices.
 
     Attributes:
-        plan: of the parameters that are quantised, their formats.
-        weights: what to call that.
-        dtype: of everything else.
-        cache_dtype: of the layers that see every token; see `costs.cache_bytes`.
-        tensor_parallel: devices that share every head, expert and dense layer between them. The others are context
-            parallel: each such group has all weights, and a part of what those layers have cached.
+        plan: quantised parameters -> their formats.
+        weights: a name for that.
+        dtype: of all other parameters, and of activations.
+        cache_dtype: of the layers that see the whole context; see `costs.cache_bytes`.
+        devices: how many.
+        tensor_parallel: size of a group of devices that split every head, expert and dense layer. Groups are context
+            parallel: each has all weights, and a share of what the layers that see the whole context have cached.
         device_memory: bytes of one device.
 
     Raises:
-        ValueError: devices that do not divide.
+        ValueError: a number of devices that cannot be divided so.
     """
 
     config: Llama4Config
@@ -71,7 +71,7 @@ class Placement:
         return self.devices // self.tensor_parallel
 
     def on(self, devices: int) -> Placement:
-        """The same on so many devices, of which as many as can share the heads."""
+        """The same on so many devices, tensor parallel over as many of them as the key heads allow."""
         heads = self.config.text.num_key_value_heads
         return replace(self, devices=devices, tensor_parallel=math.gcd(devices, heads))
 
@@ -87,17 +87,17 @@ def make_placement(
     tensor_parallel: int | None = None,
     device_memory: int = 80 << 30,
 ) -> Placement:
-    """A model on devices, from words.
+    """A model on devices, from the options of `llama4 plan`.
 
     Args:
-        name: of the model: if that is a directory and it is quantised, its headers tell how.
-        weights: "auto", which is as the model is stored, "bf16", or a scheme of `llama4.quantization`.
-        dtype: of everything else; "auto" is the checkpoint's.
-        tensor_parallel: by default as many of the devices as can share the key heads.
+        name: of the model. If it is the directory of a quantised model, the headers of its files give the formats.
+        weights: "auto" (as stored), "bf16", or a scheme of quantization/schemes.py.
+        dtype: of all other parameters; "auto" is the checkpoint's.
+        tensor_parallel: by default over as many devices as the key heads allow.
 
     Raises:
-        ValueError: an unknown scheme, or a model that it is not for; devices that do not divide; a quantised model
-            whose headers are not here.
+        ValueError: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
+            quantised model whose files are not on this machine.
     """
     plan: Plan = {}
     if weights == "auto" and config.quantization_config is not None:
@@ -122,10 +122,10 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-        weights: with the scales of those that are quantised, and the vision tower.
-        full_cache: keys and values of the layers that see every token.
-        chunked_cache: of the others, when a chunk is full.
-        activations: of a piece of a prompt.
+        weights: scales of quantised parameters and the vision tower included.
+        full_cache: keys and values of the layers that see the whole context.
+        chunked_cache: of the chunked layers, when a chunk is full.
+        activations: of one piece of a prompt.
     """
 
     weights: float
@@ -140,8 +140,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds to decode one token behind a context, and to read the context as a prompt; each the sum of its two
-    parts."""
+    """Seconds to decode one token after a context, and to read that context as a prompt; each the sum of two parts."""
 
     token_weights: float
     token_cache: float
@@ -158,7 +157,7 @@ class Times:
 
 
 def memory(placement: Placement, context: int) -> Memory:
-    """What a sequence of so many tokens needs on each device."""
+    """The memory that a sequence of `context` tokens needs on each device."""
     text = placement.config.text
     full = chunked = 0
     for i in range(text.num_hidden_layers):
@@ -174,36 +173,37 @@ def memory(placement: Placement, context: int) -> Memory:
 
 
 def _per_device(placement: Placement, share: Callable[[str], float]) -> float:
-    """Bytes of the decoder's parameters on one device, each times a share. Matrices are split over the tensor parallel
-    devices; routers, norms and biases are on all."""
+    """Bytes of the decoder's parameters on one device, each multiplied by `share(name)`. Matrices are split over the
+    tensor parallel devices; routers, norms and biases are replicated."""
     sizes = costs.parameter_bytes(placement.config.text, placement.plan, placement.dtype)
-    whole = ("router.weight", "norm.weight", ".bias")
+    replicated = ("router.weight", "norm.weight", ".bias")
     return sum(
-        size * share(name) / (1 if name.endswith(whole) else placement.tensor_parallel) for name, size in sizes.items()
+        size * share(name) / (1 if name.endswith(replicated) else placement.tensor_parallel)
+        for name, size in sizes.items()
     )
 
 
 def _activations(placement: Placement, context: int) -> float:
     """Bytes beside weights and cache while a piece of a prompt goes through a layer.
 
-    The residual stream is float32, everything else has the model's dtype. At most there are, of each token: the stream
-    and its norm; and in attention queries and keys before and after they are turned, values and what attention gives;
-    or in the feed-forward gate, up and their product, inputs and outputs of the routed experts, and the sum of these
-    with the shared expert in float32.
+    The residual stream is float32, everything else has the model's dtype. Each token has at most: the residual stream
+    and its norm; in attention, queries and keys before and after RoPE, values, and the output; or in the feed-forward
+    layer, gate, up and their product, inputs and outputs of the routed experts, and their sum with the shared expert in
+    float32.
     """
     text, size = placement.config.text, getattr(torch, placement.dtype).itemsize
-    D, K, T = text.hidden_size, text.num_experts_per_tok, placement.tensor_parallel
-    wide = max(4, size)
-    attention = size * (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * text.head_dim / T
-    dense = size * 3 * text.intermediate_size_mlp / T
-    experts = size * K * 3 * text.intermediate_size / T + size * 2 * K * D + wide * (1 + K) * D
+    D, k, ranks = text.hidden_size, text.num_experts_per_tok, placement.tensor_parallel
+    residual = max(4, size)
+    attention = size * (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * text.head_dim / ranks
+    dense = size * 3 * text.intermediate_size_mlp / ranks
+    experts = size * k * 3 * text.intermediate_size / ranks + size * 2 * k * D + residual * (1 + k) * D
     layers = range(text.num_hidden_layers)
     widest = max([attention, *(experts if text.uses_experts(i) else dense for i in layers)])
-    return min(context, PREFILL_TOKENS) * ((wide + size) * D + widest)
+    return min(context, PREFILL_TOKENS) * ((residual + size) * D + widest)
 
 
 def usable(placement: Placement) -> float:
-    """Bytes of a device that a model can have."""
+    """Bytes of a device that a model can use."""
     return placement.device_memory * (1 - RESERVE)
 
 
@@ -212,7 +212,7 @@ def fits(placement: Placement, context: int) -> bool:
 
 
 def largest_context(placement: Placement) -> int:
-    """The most tokens that fit, up to the model's window; 0 if not even the weights do."""
+    """The most tokens that fit, up to the model's context window; 0 if the weights alone do not."""
     low, high = 0, placement.config.text.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
@@ -221,11 +221,11 @@ def largest_context(placement: Placement) -> int:
 
 
 def times(placement: Placement, context: int, rates: Rates) -> Times:
-    """How long it takes; without what devices tell each other.
+    """How long it takes, communication between devices not counted.
 
-    A token reads the weights that it needs and the keys and values that it sees. A prompt goes in pieces, on which
-    context parallel groups take turns: its products cost their FLOPs or, if that takes longer, the reading of the
-    weights for every piece; its attention costs FLOPs.
+    A token reads the weights it needs and the keys and values it sees. A prompt is read in pieces, divided among the
+    context parallel groups: its matrix products take the time of their FLOPs or of reading the weights for every piece,
+    whichever is longer; its attention takes the time of its FLOPs.
     """
     text = placement.config.text
     cached = 0.0
@@ -247,17 +247,17 @@ def times(placement: Placement, context: int, rates: Rates) -> Times:
 
 
 def fp8_share(placement: Placement) -> float:
-    """The part of the FLOPs of products that is done in fp8."""
+    """The share of the FLOPs of matrix products that is done in fp8."""
     flops = costs.parameter_flops(placement.config.text)
     fp8 = {name for name, format in placement.plan.items() if format.kind == "fp8"}
     return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
 
 
 def checked_context(placement: Placement, context: int | None) -> int:
-    """The context that was asked for, by default the model's window.
+    """The context that was asked for, by default the model's whole context window.
 
     Raises:
-        ValueError: it is beyond that.
+        ValueError: a longer context than the model takes.
     """
     window = placement.config.text.max_position_embeddings
     if context is not None and not 1 <= context <= window:
@@ -266,8 +266,9 @@ def checked_context(placement: Placement, context: int | None) -> int:
 
 
 def remedies(placement: Placement, context: int) -> list[str]:
-    """What would make a context fit that does not: options of `llama4 plan`, each enough by itself, the least change
-    of its kind. Twice the devices, and so on, come last; with fewer bits only if nothing else is enough."""
+    """What makes a context fit that does not: options of `llama4 plan`, each sufficient by itself and the smallest
+    change of its kind. More devices (doubled until it fits) come last, with fewer bits only if nothing else suffices.
+    """
     caches = {"": placement} | {f"--cache {name}": replace(placement, cache_dtype=name) for name in ("fp8", "int4")}
     same = list(caches.items())
     fewer = [(f"--weights int4 {words}".strip(), _with_int4(changed)) for words, changed in same]
@@ -288,7 +289,7 @@ def remedies(placement: Placement, context: int) -> list[str]:
 def _with_int4(placement: Placement) -> Placement:
     try:
         return replace(placement, plan=costs.quantization_plan(placement.config.text, "int4"), weights="int4")
-    except ValueError:  # not of a shape for it
+    except ValueError:  # int4 does not suit this model's shapes
         return placement
 
 

@@ -39,6 +39,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from PIL import ImageFile  # noqa: E402
 
+from tests.oracles import skip_what_reaches_a_stranger  # noqa: E402
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: a worker per core, 3 GiB of memory each, and no more than eight, as each has torch to import."""
@@ -52,3 +54,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta's preprocessing, once imported by another test, lets PIL accept truncated files."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_what_reaches_a_stranger(items)

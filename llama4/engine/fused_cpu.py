@@ -256,7 +256,11 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     if isinstance(forward, MixtureOfExperts):
         router = forward.router
         _check(router.weight.dtype == dtype and router.weight.is_contiguous())
-        described.router, described.E, described.chosen = router.weight.data_ptr(), forward.num_experts, router.k
+        described.router, described.E, described.chosen = (
+            router.weight.data_ptr(),
+            forward.dispatcher.num_experts,
+            router.k,
+        )
         described.gate_up, described.down = _experts(forward.experts, dtype)
         dense = forward.shared_expert
     described.gate, described.up = _matrix(dense.gate_proj, dtype), _matrix(dense.up_proj, dtype)

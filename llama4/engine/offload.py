@@ -4,7 +4,7 @@ Of a mixture of experts most weights are routed experts, and a token needs few o
 the host, in the checkpoint's memory map or in memory, and gives the device room for some. Those used last are there
 (Eliseev and Mazur 2023, "Fast inference of mixture-of-experts language models with offloading").
 
-Shapes: N rows sorted by expert, D hidden size, E experts of a layer, S experts that there is room for.
+Shapes: R routed rows sorted by expert, D hidden size, E experts of a layer, S experts that there is room for.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class OffloadedExperts(nn.Module):
         self.hot = hot
         self._experts = (experts,)  # not a child: its parameters would have a second name
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`. Waits for the device once, to know who was chosen."""
         experts, counts = self._experts[0], num_tokens_per_expert_E.tolist()
-        rows = x_ND.split(counts)
+        rows = x_RD.split(counts)
         chosen = [expert for expert, count in enumerate(counts) if count]
         out: dict[int, Tensor] = {}
         for start in range(0, len(chosen), self.hot.room):
@@ -78,9 +78,9 @@ class OffloadedExperts(nn.Module):
             counts_S = torch.zeros(self.hot.room, dtype=torch.int64)
             counts_S[[*places]] = torch.tensor([counts[expert] for expert in places.values()])
             x_nD = torch.cat([rows[expert] for expert in places.values()])
-            y_nD = functional_call(experts, self.hot.slots, (x_nD, counts_S.to(x_ND.device)))
+            y_nD = functional_call(experts, self.hot.slots, (x_nD, counts_S.to(x_RD.device)))
             out |= zip(places.values(), y_nD.split([counts[expert] for expert in places.values()]), strict=True)
-        return concat_experts([out[expert] for expert in chosen], x_ND)
+        return concat_experts([out[expert] for expert in chosen], x_RD)
 
 
 def offload_experts(model: Llama4Model, device: torch.device, memory: int | None = None) -> None:

@@ -1,10 +1,10 @@
-"""The routed experts of a layer: SwiGLU MLPs, each applied to the tokens that were sent to it and to no others.
+"""The routed experts of a layer: SwiGLU MLPs, each applied to the rows that were dispatched to it and to no others.
 
-Every class here holds the same two parameters under Hugging Face's names, gate_up_proj [E, D, 2F] (gate first) and
-down_proj [E, F, D], both "in x out", and has the same forward. `resolve_experts` turns a name into a class, once, at
-build.
+Every class here has the same two parameters under Hugging Face's names, gate_up_proj [E, D, 2F] (gate first) and
+down_proj [E, F, D], both in x out, and the same forward. `resolve_experts` turns a name into a class once, when the
+model is built. A new backend is a class of this file and a place in `BACKENDS`.
 
-Shapes: N rows sorted by expert, D hidden size, E experts, F expert width.
+Shapes: R routed rows sorted by expert, D hidden size, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class Experts(nn.Module):
-    """Base of the backends: the parameters. A backend says where it cannot run, and computes."""
+    """Base of the backends: the parameters. A backend adds `forward`, and where it cannot run.
+
+    Attributes:
+        name: what users choose it by.
+    """
 
     name = ""
 
@@ -42,36 +46,36 @@ class Experts(nn.Module):
         """Why this backend cannot run there; None if it can."""
         return None
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """expert(x) = (silu(x @ gate) * (x @ up)) @ down, row by row.
 
         Args:
-            x_ND: rows sorted by expert, already multiplied by their router scores.
-            num_tokens_per_expert_E: int64, sums to N; zeros are welcome.
+            x_RD: rows sorted by expert, already multiplied by their router scores.
+            num_tokens_per_expert_E: int64, on the device of the rows; they sum to R, and any may be 0.
 
         Returns:
-            [N, D], in the order of the rows.
+            [R, D], in the order of the rows.
         """
         raise AssertionError("a backend computes")
 
 
 class LoopExperts(Experts):
-    """The readable reference: one expert after the other, those that nobody chose are not touched. Runs everywhere."""
+    """The readable reference: one expert after the other. Those without rows are not read. Runs everywhere."""
 
     name = "loop"
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        matrices = in_out_matrix(self.gate_up_proj, x_ND.dtype), in_out_matrix(self.down_proj, x_ND.dtype)
-        return swiglu_experts(self.expert, x_ND, num_tokens_per_expert_E, *matrices)
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        matrices = in_out_matrix(self.gate_up_proj, x_RD.dtype), in_out_matrix(self.down_proj, x_RD.dtype)
+        return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *matrices)
 
-    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
-        """What one expert makes of its tokens."""
-        hidden_NF = swiglu(*linear_in_out(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))
-        return linear_in_out(hidden_NF, self.down_proj[expert])
+    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
+        """One expert, applied to its rows."""
+        hidden_RF = swiglu(*linear_in_out(x_RD, self.gate_up_proj[expert]).chunk(2, dim=-1))
+        return linear_in_out(hidden_RF, self.down_proj[expert])
 
 
 class GroupedExperts(Experts):
-    """All experts in two grouped matrix products, `torch.nn.functional.grouped_mm`; no host round trip."""
+    """All experts in two grouped matrix products, `torch.nn.functional.grouped_mm`. The host never waits."""
 
     name = "grouped"
 
@@ -83,20 +87,20 @@ class GroupedExperts(Experts):
             return f"torch's grouped_mm does not take {dtype}"
         return None
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
-        hidden_NF = swiglu(*F.grouped_mm(x_ND, self.gate_up_proj, offs=ends).chunk(2, dim=-1))
-        return F.grouped_mm(hidden_NF, self.down_proj, offs=ends)
+        hidden_RF = swiglu(*F.grouped_mm(x_RD, self.gate_up_proj, offs=ends).chunk(2, dim=-1))
+        return F.grouped_mm(hidden_RF, self.down_proj, offs=ends)
 
 
 class MegaBlocksExperts(Experts):
-    """The grouped products of MegaBlocks (Gale et al. 2023): no expert has a capacity, so no token is dropped."""
+    """The grouped products of MegaBlocks (Gale et al. 2023). Experts have no capacity limit: no token is dropped."""
 
     name = "megablocks"
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
-        megablocks_product()  # says what is missing before anything is loaded
+        megablocks_product()  # fails here, before anything is loaded
 
     @staticmethod
     def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -108,12 +112,12 @@ class MegaBlocksExperts(Experts):
             return f"MegaBlocks is not installed: {_INSTALL}"
         return None
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        if not len(x_ND):
-            return x_ND
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        if not len(x_RD):
+            return x_RD
         product, counts_E = megablocks_product(), num_tokens_per_expert_E.cpu()
-        hidden_NF = swiglu(*product(x_ND.contiguous(), self.gate_up_proj, counts_E).chunk(2, dim=-1))
-        return product(hidden_NF.contiguous(), self.down_proj, counts_E)
+        hidden_RF = swiglu(*product(x_RD.contiguous(), self.gate_up_proj, counts_E).chunk(2, dim=-1))
+        return product(hidden_RF.contiguous(), self.down_proj, counts_E)
 
 
 _HUB_BUILD = "kernels-community/megablocks"
@@ -122,14 +126,14 @@ _INSTALL = "pip install kernels, or build megablocks for your torch as docs/gpu.
 
 @cache
 def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """MegaBlocks' product of rows [N, I] with matrices [E, I, O], all contiguous and bfloat16, given the rows of each
-    expert, int64 on the host -> [N, O].
+    """MegaBlocks' grouped product: rows [R, I], matrices [E, I, O], both contiguous and bfloat16, and the number of rows
+    of each expert, int64 on the host -> [R, O].
 
-    It is that of the package `megablocks`. Where that is not installed, it is the build of it that Hugging Face keeps,
-    compiled code that the package `kernels` fetches and runs. Only those who name this backend get here.
+    It comes from the package `megablocks`. Where that is not installed, it is the build that Hugging Face keeps:
+    compiled code, which the package `kernels` downloads and runs. So nothing but this backend's own name leads here.
 
     Raises:
-        ValueError: neither can be had, and why.
+        ValueError: neither is available, and why.
     """
     reasons = []
     if find_spec("megablocks"):
@@ -139,7 +143,7 @@ def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             if grouped_gemm_util.grouped_gemm_is_available():
                 return grouped_gemm_util.ops.gmm
             reasons.append("the package megablocks has no grouped_gemm beside it")
-        except Exception as error:  # of a package that was built for another torch, anything
+        except Exception as error:  # a package built for another torch may raise anything
             reasons.append(f"the package megablocks does not load ({error})")
     if find_spec("kernels"):
         try:
@@ -148,12 +152,13 @@ def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             product: Callable[[Tensor, Tensor, Tensor], Tensor] = get_kernel(_HUB_BUILD, version=1).gg_ops.gmm
             logger.info("experts: MegaBlocks as built at %s", _HUB_BUILD)
             return product
-        except Exception as error:  # of the network, of the Hub, of a torch it was not built for
+        except Exception as error:  # the network, the Hub, a torch it was not built for
             reasons.append(f"{_HUB_BUILD} does not load ({error})")
-    raise ValueError(f"MegaBlocks cannot be had: {'; '.join(reasons) or 'it is not installed'}; {_INSTALL}")
+    raise ValueError(f"MegaBlocks is not available: {'; '.join(reasons) or 'it is not installed'}; {_INSTALL}")
 
 
 BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts, MegaBlocksExperts)}
+"""By the name that users give."""
 
 
 def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -171,7 +176,7 @@ def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type
         ValueError: an unknown name, or a backend that cannot run there, with its reason.
     """
     if name == "auto":
-        # On a CPU the loop is as fast as a grouped product and reads only the experts that were chosen.
+        # On a CPU the loop is as fast as a grouped product, and it reads only the experts that were chosen.
         preferred = GroupedExperts if device.type == "cuda" else LoopExperts
         chosen: type[Experts] = LoopExperts if preferred.unsupported_reason(device, dtype) else preferred
         logger.info("experts: %s on %s in %s", chosen.name, device, dtype)

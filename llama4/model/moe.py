@@ -1,6 +1,6 @@
 """Mixture of experts: route, dispatch, compute, combine.
 
-Shapes: N tokens, D hidden size, E experts, K experts per token, R = N * K routed rows.
+Shapes: N packed tokens, D hidden size, E experts, k experts per token, R = N * k routed rows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
+from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
 from llama4.ops.precision import upcast
@@ -19,10 +20,10 @@ def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row and their indices, [N, k]; of equals the lowest index first (torch.topk promises no
     order)."""
     if k == 1:
-        values, indices = logits_NE.max(dim=-1, keepdim=True)
-        return values, indices
-    values, indices = logits_NE.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k], indices[:, :k]
+        values_N1, indices_N1 = logits_NE.max(dim=-1, keepdim=True)
+        return values_N1, indices_N1
+    values_NE, indices_NE = logits_NE.sort(dim=-1, descending=True, stable=True)
+    return values_NE[:, :k], indices_NE[:, :k]
 
 
 class Router(nn.Linear):
@@ -33,17 +34,17 @@ class Router(nn.Linear):
         self.k = config.num_experts_per_tok
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """-> scores [N, K] and expert indices [N, K]. Computed in float32 or better: rounded logits tie, and a wrong
+        """-> scores [N, k] and expert indices [N, k]. Computed in float32 or better: rounded logits tie, and a wrong
         expert costs more than all other rounding."""
-        logits, experts_NK = top_k(F.linear(upcast(x_ND), upcast(self.weight)), self.k)
-        return torch.sigmoid(logits), experts_NK
+        logits_Nk, experts_Nk = top_k(F.linear(upcast(x_ND), upcast(self.weight)), self.k)
+        return torch.sigmoid(logits_Nk), experts_Nk
 
 
 class MixtureOfExperts(nn.Module):
     """shared_expert(x) + the sum over a token's chosen experts of expert(score * x).
 
-    The score multiplies the INPUT of the expert; SwiGLU is not linear, so that is another model than one that scales
-    the output.
+    Attributes:
+        dispatcher: how rows reach their experts; that of expert parallelism takes its place.
     """
 
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
@@ -51,15 +52,11 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config)
         self.experts = experts(config)
         self.shared_expert = FeedForward(config.hidden_size, config.intermediate_size)
-        self.num_experts = config.num_local_experts
+        self.dispatcher = LocalDispatcher(config.num_local_experts)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        scores_NK, experts_NK = self.router(x_ND)
-        order_R = experts_NK.flatten().argsort(stable=True)
-        tokens_R = order_R // experts_NK.shape[1]
-        every_E1 = torch.arange(self.num_experts, device=x_ND.device)[:, None]
-        counts_E = (experts_NK.flatten() == every_E1).sum(1)  # the host would wait for bincount on a GPU
-        scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)
-        routed_RD = self.experts(scaled_RD, counts_E)
-        out_ND = upcast(self.shared_expert(x_ND))
-        return out_ND.index_add(0, tokens_R, routed_RD.to(out_ND.dtype))
+        """[N, D] -> [N, D] in float32 or better, as the residual stream is."""
+        scores_Nk, experts_Nk = self.router(x_ND)
+        routed = self.dispatcher.dispatch(x_ND, scores_Nk, experts_Nk)
+        routed_RD = self.experts(routed.x_RD, routed.num_tokens_per_expert_E)
+        return self.dispatcher.combine(routed_RD, routed, self.shared_expert(x_ND))

@@ -26,7 +26,7 @@ COUNTS = {
     "all to one": [0, 0, 0, 0, 40],
     "many": [40, 17, 0, 90, 33],
 }
-MIN_WIDTH = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
+WIDE = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -39,20 +39,20 @@ def init(module: torch.nn.Module) -> None:
 def check(experts: Experts, device: torch.device, dtype: torch.dtype, counts: list[int]) -> None:
     init(experts)
     experts = experts.to(device, dtype)
-    x_ND = torch.randn(sum(counts), experts.gate_up_proj.shape[1], generator=torch.Generator().manual_seed(1)).to(
+    x_RD = torch.randn(sum(counts), experts.gate_up_proj.shape[1], generator=torch.Generator().manual_seed(1)).to(
         device, dtype
     )
     truth = []
-    for rows, gate_up, down in zip(x_ND.double().split(counts), experts.gate_up_proj, experts.down_proj, strict=True):
+    for rows, gate_up, down in zip(x_RD.double().split(counts), experts.gate_up_proj, experts.down_proj, strict=True):
         gate, up = (rows @ gate_up.double()).chunk(2, dim=-1)
         truth.append((F.silu(gate) * up) @ down.double())
-    truth_ND = torch.cat(truth)
+    truth_RD = torch.cat(truth)
     with torch.no_grad():
-        y_ND = experts(x_ND, torch.tensor(counts, device=device))
-    assert y_ND.shape == x_ND.shape
-    assert y_ND.dtype == dtype
-    if len(x_ND):
-        error = ((y_ND.double() - truth_ND).norm() / truth_ND.norm()).item()
+        y_RD = experts(x_RD, torch.tensor(counts, device=device))
+    assert y_RD.shape == x_RD.shape
+    assert y_RD.dtype == dtype
+    if len(x_RD):
+        error = ((y_RD.double() - truth_RD).norm() / truth_RD.norm()).item()
         assert error < (1e-6 if dtype == torch.float32 else 1e-2), "bfloat16 rounds three times, by up to 2^-9 each"
 
 
@@ -69,19 +69,19 @@ def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
 def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counts != "none":
         monkeypatch.delattr("llama4.ops.experts.loop_over_experts")
-    check(LoopExperts(MIN_WIDTH), CPU, dtype, COUNTS[counts])
+    check(LoopExperts(WIDE), CPU, dtype, COUNTS[counts])
 
 
 def test_in_one_call_unless_they_are_trained() -> None:
-    experts, counts = LoopExperts(MIN_WIDTH), torch.tensor([2, 0, 20, 1, 0])
+    experts, counts = LoopExperts(WIDE), torch.tensor([2, 0, 20, 1, 0])
     init(experts)
-    x_ND = torch.randn(23, 512, generator=torch.Generator().manual_seed(1))
-    y_ND = experts(x_ND, counts)
-    y_ND.sum().backward()
+    x_RD = torch.randn(23, 512, generator=torch.Generator().manual_seed(1))
+    y_RD = experts(x_RD, counts)
+    y_RD.sum().backward()
     assert experts.down_proj.grad is not None
     assert experts.down_proj.grad[1].count_nonzero() == 0 < experts.down_proj.grad[2].count_nonzero()
     with torch.no_grad():
-        assert torch.allclose(experts(x_ND, counts), y_ND, atol=1e-5)
+        assert torch.allclose(experts(x_RD, counts), y_RD, atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower, adapter and image preparation of one Llama 4 model. The defaults are those of every released model.
+    """Vision tower, adapter and image preparation of a Llama 4 model. The defaults are those of every released model.
 
     `max_tiles`, `image_mean` and `image_std` come from `preprocessor_config.json` (there `max_patches`), all else from
     the `vision_config` of `config.json`.
@@ -39,7 +39,7 @@ class VisionConfig:
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "
-                "that is a multiple of 4 (two coordinates, each turned in pairs)"
+                "that is a multiple of 4 (two coordinates, each rotated in pairs)"
             )
         if self.image_size % self.patch_size or not (self.grid_size * self.pixel_shuffle_ratio).is_integer():
             raise ValueError(

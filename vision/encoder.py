@@ -1,7 +1,6 @@
 """The vision tower: a tile of pixels -> features of its patches, merged by the adapter.
 
-Shapes: n tiles, S side of a tile in pixels, P patches of a tile, L = P + 1 with the class token, W width of the tower,
-H heads, C = W / H.
+Shapes: n tiles, S side of a tile in pixels, P patches of a tile, L = P + 1 with the class token, W width of the tower.
 """
 
 from __future__ import annotations
@@ -16,43 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from llama4.vision.config import VisionConfig
 from llama4.vision.projector import VisionAdapter
-
-
-def rotation_2d(config: VisionConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The turns of 2-D RoPE as unit complex numbers, [L, C / 2].
-
-    The first half of the pairs turns with the patch's column + 1, the second with its row + 1, both at frequencies
-    theta^(-2i / (C / 2)). The class token, last, is not turned. Computed in float64 on every call, so that no cast of
-    the module can round it.
-    """
-    side, half = config.grid_size, config.head_dim // 2
-    frequencies = config.rope_theta ** (-torch.arange(0, half, 2, device=device, dtype=torch.float64) / half)
-    steps = torch.arange(1, side + 1, device=device, dtype=torch.float64)
-    columns = steps.repeat(side)[:, None] * frequencies
-    rows = steps.repeat_interleave(side)[:, None] * frequencies
-    angles = F.pad(torch.cat([columns, rows], dim=-1), (0, 0, 0, 1))
-    return unit_numbers(angles, dtype)
-
-
-def unit_numbers(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos + i sin of angles, in the complex twin of `dtype`."""
-    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn consecutive pairs (2i, 2i + 1) of the last dimension by unit complex numbers, in the rotation's precision,
-    which the result keeps.
-
-    Args:
-        x: [..., C], any floating dtype.
-        rotation: complex, broadcastable to [..., C / 2].
-    """
-    pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+from llama4.vision.rope import rotate, rotation_2d
 
 
 def recomputed(layer: nn.Module) -> Callable[..., Tensor]:
-    """The layer, with what it computes inside thrown away and computed again for the gradient."""
+    """The layer with activation checkpointing: activations inside it are not kept but computed again in the backward
+    pass."""
     return partial(checkpoint, layer, use_reentrant=False)
 
 
@@ -84,8 +52,8 @@ class VisionAttention(nn.Module):
         v = self.v_proj(x_nLW).unflatten(-1, heads)
         q = rotate(self.q_proj(x_nLW).unflatten(-1, heads), rotation).type_as(v)
         k = rotate(self.k_proj(x_nLW).unflatten(-1, heads), rotation).type_as(v)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out
 
 
@@ -119,7 +87,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of blocks."""
+    """The stack of transformer blocks."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Anything that holds a picture -> an RGB image."""
+"""Reading an image from a path, a URL, bytes or PIL -> an upright RGB image."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Read a picture as RGB, upright.
+    """Read an image as RGB, upright.
 
     The orientation in its EXIF data is applied. Transparency is composited on white. Greyscale, palette, CMYK and
-    16-bit pictures are converted (16 bits are scaled down to 8). Of an animation the first frame is taken.
+    16-bit images are converted (16 bits are scaled down to 8). Of an animation the first frame is taken.
 
     Args:
         source: a path, an http(s) URL, a `data:` URL in base64, the bytes of an image file, or a PIL image.
+
     Raises:
         ImageError: there is no such file, it is not an image or only part of one, it has no pixels or more than
             `PIL.Image.MAX_IMAGE_PIXELS`, or a download failed.

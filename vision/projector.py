@@ -1,6 +1,6 @@
 """From the tower's patches to tokens of the decoder: pixel shuffle, adapter, projection.
 
-Shapes: n tiles, P patches of a tile, Q = P * ratio^2 image tokens of a tile, W width of the tower, D width of the
+Shapes: n tiles, P patches of a tile, Q = P * ratio^2 image tokens of a tile, W width of the tower, D hidden size of the
 decoder.
 """
 
@@ -51,7 +51,7 @@ class VisionAdapter(nn.Module):
 
 
 class Projector(nn.Module):
-    """Image features into the decoder's width, without bias: [..., vision_output_dim] -> [..., D]."""
+    """Image features -> embeddings of the decoder, without bias: [..., vision_output_dim] -> [..., D]."""
 
     def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
 """An image of any size -> square tiles that the vision encoder reads.
 
-Letters in shapes: n tiles, S pixels along a tile's side. The rules are those of Meta's Llama 4 image preparation, which
-Hugging Face's `Llama4ImageProcessor` reproduces. Both resize in 8 bits, bilinear with antialiasing, and so do we, with
-the latter's kernel; the former's (PIL's) rounds some pixels to the neighbouring level.
+The rules are those of Meta's Llama 4 image preparation, which Hugging Face's `Llama4ImageProcessor` reproduces. Both
+resize in 8 bits, bilinear with antialiasing. So does this module, with the kernel of the latter (torch's); that of the
+former (PIL's) rounds some pixels to the neighbouring level.
+
+Shapes: n tiles, S side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ def tokens_per_tile(tile: int, patch: int, pixel_shuffle_ratio: float = 0.5) -> 
 
 
 def best_canvas(height: int, width: int, tile: int = 336, max_tiles: int = 16) -> tuple[int, int]:
-    """The grid (rows, cols) of at most `max_tiles` tiles that suits an image of `height` x `width` pixels best.
+    """The grid (rows, cols) of at most `max_tiles` tiles that an image of `height` x `width` pixels is resized into.
 
     With scale = min(rows * tile / height, cols * tile / width): the smallest scale >= 1 if there is one, else the
-    largest; among equals the fewest tiles. Scales are compared in float32, as the references do: in large images two
-    fractions that differ by less than its precision count as equal.
+    largest; among equal scales the fewest tiles. Scales are compared in float32, as the references do: in large images
+    two fractions that differ by less than its precision are equal.
+
+    Raises:
+        ValueError: an image without pixels, or a size below 1.
     """
     if height < 1 or width < 1:
         raise ValueError(f"an image of {width} x {height} pixels has no canvas; both sides must be at least 1")
@@ -64,7 +69,7 @@ def best_canvas(height: int, width: int, tile: int = 336, max_tiles: int = 16) -
 
 
 def fit_within(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
-    """The largest (height, width) of the same proportions inside the given box, each side at least 1 pixel."""
+    """The largest (height, width) of the same aspect ratio inside the given box, each side at least 1 pixel."""
     by_width, by_height = max_width / width, max_height / height
     if by_width < by_height:
         return max(min(int(height * by_width), max_height), 1), max_width
@@ -78,16 +83,17 @@ def tile_image(
     mean: float | tuple[float, float, float] = 0.5,
     std: float | tuple[float, float, float] = 0.5,
 ) -> Tiles:
-    """Resize without distortion, pad right and below with black, normalise, and cut into tiles.
+    """Resize with the aspect ratio kept, pad right and below with black, normalise, and cut into tiles.
 
-    Enlarging stops where a side reaches one tile's. If there is more than one tile, a global one comes last: the whole
-    image squashed to a tile.
+    An image is enlarged at most until its longer side is a tile's. If there is more than one tile, a global tile comes
+    last: the whole image resized to one tile, its aspect ratio not kept.
 
     Args:
-        image: an RGB image (see `vision.images.load_image`).
+        image: an RGB image (see `load_image`).
         tile: side of a tile in pixels, S.
-        max_tiles: most tiles in the grid, not counting the global one.
+        max_tiles: most tiles in the grid, not counting the global tile.
         mean, std: of the normalisation (x / 255 - mean) / std, for all channels or one each.
+
     Raises:
         ValueError: the image is not RGB or has no pixels, or an argument is out of range.
     """

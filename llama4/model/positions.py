@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.config.window import chunk_offset
-from llama4.vision.encoder import unit_numbers
+from llama4.vision.rope import unit_numbers
 
 
 class PositionFactors:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama4.kernels import abi, cpu
 from llama4.ops import cpu_kernels
 from llama4.ops.norm import rms_normalise
-from llama4.vision.encoder import rotate
+from llama4.vision.rope import rotate
 
 
 def apply_rope(

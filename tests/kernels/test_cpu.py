@@ -19,7 +19,7 @@ from llama4.config import TextConfig
 from llama4.kernels import abi, build, cpu
 from llama4.ops import linear, quantized
 from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
-from llama4.vision.encoder import rotate
+from llama4.vision.rope import rotate
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]

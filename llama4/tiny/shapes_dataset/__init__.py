@@ -1,8 +1,8 @@
-"""The world of the embedded model: drawings of coloured shapes and short texts, and questions about them."""
+"""The embedded model's data set: generated pictures of coloured shapes and short texts, with questions and answers."""
 
-from .answers import CORE_KINDS, KINDS_OF_QUESTION, Question, describe, is_right, normalise
-from .pictures import COLOURS, KINDS, Ground, Scene, Shape, Text, draw, draw_labels
-from .questions import (
+from llama4.tiny.shapes_dataset.answers import CORE_KINDS, KINDS_OF_QUESTION, Question, describe, is_right, normalise
+from llama4.tiny.shapes_dataset.pictures import COLOURS, KINDS, Ground, Scene, Shape, Text, draw, draw_labels
+from llama4.tiny.shapes_dataset.questions import (
     ask,
     ask_follow_up,
     ask_many,
@@ -12,8 +12,8 @@ from .questions import (
     corpus,
     fresh_question,
 )
-from .scenes import random_scene
-from .wordings import NOUNS, plural
+from llama4.tiny.shapes_dataset.scenes import random_scene
+from llama4.tiny.shapes_dataset.wordings import NOUNS, plural
 
 __all__ = [
     "COLOURS",

@@ -1,4 +1,4 @@
-"""What is true of a scene, and whether an answer says it."""
+"""What is true of a scene, and whether an answer is right."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from .pictures import Scene, Shape
-from .wordings import NOUNS, an, join, plural
+from llama4.tiny.shapes_dataset.pictures import Scene, Shape
+from llama4.tiny.shapes_dataset.wordings import NOUNS, an, join, plural
 
 CORE_KINDS = ("colour", "shape", "count", "count_shape", "count_colour", "exists", "relation")
 KINDS_OF_QUESTION = (*CORE_KINDS, "text", "caption", "pair", "follow_up", "outside")
@@ -25,7 +25,13 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`answer` is canonical; `accepts` are other right answers; `about` is what a follow-up question may rely on."""
+    """A question and its answer.
+
+    Attributes:
+        answer: in its canonical form.
+        accepts: other right answers.
+        about: the shape that a follow-up question may refer to.
+    """
 
     kind: str
     text: str
@@ -42,7 +48,7 @@ def normalise(answer: str) -> str:
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether the answer says what the canonical one says, up to case, points, articles and order of enumeration."""
+    """Whether an answer means what the canonical one means; case, punctuation, articles and order do not matter."""
     if question.kind == "text" and question.answer != NO_TEXT:
         return re.sub(r"[^A-Z0-9]", "", answer.upper()) == question.answer
     if question.kind == "caption":
@@ -71,7 +77,7 @@ def describe(scene: Scene) -> str:
 
 
 def count(scene: Scene, *, kind: str | None = None, colour: str | None = None) -> int:
-    """How many shapes are of that kind and colour."""
+    """How many shapes have that kind and that colour."""
     return sum(kind in (None, s.kind) and colour in (None, s.colour) for s in scene.shapes)
 
 
@@ -86,7 +92,7 @@ def unique_colours(scene: Scene) -> list[Shape]:
 
 
 def left_to_right(scene: Scene) -> list[Shape]:
-    """The shapes by their centres."""
+    """The shapes, sorted by their centres."""
     return sorted(scene.shapes, key=lambda s: s.centre[0])
 
 
@@ -106,7 +112,7 @@ def name_of(scene: Scene, shape: Shape, rng: random.Random) -> str:
 
 
 def is_towards(a: Shape, b: Shape, direction: str) -> bool:
-    """Whether a's centre lies on that side of b's, if only by a little."""
+    """Whether a's centre lies on that side of b's, however little."""
     dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
     return {"left": dx < 0, "right": dx > 0, "above": dy < 0, "below": dy > 0}[direction]
 
@@ -122,5 +128,5 @@ def direction_from(a: Shape, b: Shape) -> str | None:
 
 
 def orders(names: Sequence[str]) -> tuple[str, ...]:
-    """An enumeration in every order."""
+    """The enumeration of the names in every order."""
     return tuple(join(list(order)) for order in permutations(names))

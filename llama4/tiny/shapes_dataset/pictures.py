@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes and short texts: how they are made up, and how they are drawn.
+"""Scenes of coloured shapes and short texts: their description, and how they are drawn.
 
 A `Scene` is plain data in pixels, so the same scene yields its picture at any scale (`draw`), a map of which pixel
 belongs to which shape (`draw_labels`), and the true answers to questions (`questions.py`). Every shape is a polygon.
@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "heart")
 
-#: What people mean by a colour's name: the pure value first, then common variants (CSS, matplotlib, Material).
+# The values that a colour's name may mean: the pure value first, then common variants (CSS, matplotlib, Material).
 COLOURS: dict[str, tuple[RGB, ...]] = {
     "red": ((255, 0, 0), (214, 39, 40), (220, 20, 60), (229, 57, 53), (200, 0, 0)),
     "green": ((0, 128, 0), (0, 255, 0), (44, 160, 44), (34, 139, 34), (76, 175, 80), (0, 200, 0)),
@@ -62,13 +62,13 @@ class Shape:
 
     @property
     def fill(self) -> RGB:
-        """The colour it is filled with."""
+        """The colour that the shape is filled with."""
         return self.rgb or COLOURS[self.colour][0]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A short line of capitals and digits: `height` of the ink in pixels, `slant` as a shear (0.2 leans right)."""
+    """A short line of capitals and digits. `height` is that of the ink in pixels, `slant` a shear (0.2 leans right)."""
 
     characters: str
     centre: tuple[float, float]
@@ -82,9 +82,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A plain ground, or a linear gradient from `rgb` to `to` at `angle` degrees; `noise` is a standard deviation.
+    """The background: one colour, or a linear gradient from `rgb` to `to` at `angle` degrees.
 
-    The noise is drawn anew from `seed`, in colour or `grey`, below the shapes or also over them (`grain`).
+    `noise` is the standard deviation of normal noise from `seed`, in colour or `grey`, below the shapes or, as `grain`,
+    over them too.
     """
 
     rgb: RGB = (255, 255, 255)
@@ -122,7 +123,7 @@ class Scene:
 
 
 def mix(a: RGB, b: RGB, t: float) -> RGB:
-    """The colour a share t of the way from a to b."""
+    """The colour at a share t of the way from a to b."""
     red, green, blue = (round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
@@ -161,20 +162,20 @@ def outline(shape: Shape) -> NDArray[np.float64]:
     corners = _unit_outline(shape.kind, shape.detail, shape.points)
     squeeze = np.array([min(1.0, shape.aspect), min(1.0, 1.0 / shape.aspect)]) * shape.size
     angle = math.radians(shape.rotation)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    turned: NDArray[np.float64] = (corners * squeeze) @ turn + np.array(shape.centre)
-    return turned
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    rotated: NDArray[np.float64] = (corners * squeeze) @ rotation + np.array(shape.centre)
+    return rotated
 
 
 def shape_box(shape: Shape) -> Box:
-    """The upright box around the shape as it stands, rotation included."""
+    """The axis-parallel bounding box of the shape, rotation included."""
     corners = outline(shape)
     (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
     return float(left), float(top), float(right), float(bottom)
 
 
 def text_box(text: Text) -> Box:
-    """The box around the text's ink."""
+    """The bounding box of the text's ink."""
     width = text.height * text_aspect(text)
     x, y = text.centre
     return x - width / 2, y - text.height / 2, x + width / 2, y + text.height / 2
@@ -274,7 +275,7 @@ def _to_image(pixels: NDArray[np.float32]) -> Image.Image:
 
 
 FONTS = ("aileron", "courier")
-"""The two faces that come inside Pillow: scenes must not depend on what else is installed."""
+"""The two fonts that Pillow contains: scenes must not depend on what else is installed."""
 
 
 @lru_cache(maxsize=32)

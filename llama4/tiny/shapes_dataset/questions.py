@@ -1,6 +1,6 @@
-"""Questions about drawings and their true answers, in many wordings: what the embedded model learns and is judged on.
+"""Questions about scenes, in many wordings, and their answers: what the embedded model is trained and evaluated on.
 
-Every answer has one canonical form, short enough to be learnt ("Red.", "A circle.", "Three.", "Yes.", "To the left.");
+Every answer has one canonical form, short enough to learn ("Red.", "A circle.", "Three.", "Yes.", "To the left.");
 `is_right` also accepts the other forms a person would.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
-from .answers import (
+from llama4.tiny.shapes_dataset.answers import (
     CORE_KINDS,
     DIRECTIONS,
     KINDS_OF_QUESTION,
@@ -32,9 +32,9 @@ from .answers import (
     unique_colours,
     unique_kinds,
 )
-from .pictures import COLOURS, KINDS, Scene, Shape
-from .scenes import random_scene
-from .wordings import (
+from llama4.tiny.shapes_dataset.pictures import COLOURS, KINDS, Scene, Shape
+from llama4.tiny.shapes_dataset.scenes import random_scene
+from llama4.tiny.shapes_dataset.wordings import (
     A_COLOURED,
     CAPTION,
     COLOUR_OF,
@@ -66,9 +66,10 @@ from .wordings import (
 
 
 def ask(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
-    """A random question about the scene, of one of the kinds asked about a single picture.
+    """A random question about the scene, of one of the kinds that are asked about a single picture.
 
-    Raises ValueError where the scene has no clear answer to any question of that kind (a lone shape has no relation).
+    Raises:
+        ValueError: the scene has no clear answer to any question of that kind (a single shape has no relation).
     """
     if kind is not None and kind not in _MAKERS:
         raise ValueError(f"cannot ask {kind!r} about one picture; use one of {', '.join(_MAKERS)}")
@@ -85,7 +86,10 @@ def fresh_question(
 ) -> tuple[list[Scene], list[Question]]:
     """New scenes and a question of `kind` about them.
 
-    "pair" comes with two scenes, "outside" with one or none, and before a "follow_up" comes the question it relies on.
+    A "pair" has two scenes, "outside" one or none; a "follow_up" comes after the question that it refers to.
+
+    Raises:
+        ValueError: an unknown kind.
     """
     if kind not in KINDS_OF_QUESTION:
         raise ValueError(f"unknown kind of question {kind!r}; use one of {', '.join(KINDS_OF_QUESTION)}")
@@ -110,7 +114,7 @@ def fresh_question(
 
 
 def ask_many(scene: Scene, rng: random.Random, n: int) -> list[Question]:
-    """Up to n different questions about one picture, in random order; a follow-up comes after what it relies on."""
+    """Up to n different questions about one picture in random order, a follow-up after the question it refers to."""
     weights = dict(_WEIGHTS, text=3.0 if scene.text else 0.15)
     asked: list[Question] = []
     seen: set[tuple[str, str]] = set()
@@ -152,7 +156,7 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> Question:
         noun = rng.choice(NOUNS)
         things.append((f"{colour} {plural(noun)}", count(first, colour=colour), count(second, colour=colour)))
     rng.shuffle(things)
-    things.sort(key=lambda t: t[1] + t[2] == 0)  # what neither shows comes last
+    things.sort(key=lambda t: t[1] + t[2] == 0)  # what neither picture shows comes last
     thing, a, b = next((t for t in things if (t[1] > t[2]) - (t[1] < t[2]) == wanted and t[1] + t[2]), things[0])
     text = say(rng, PAIR_MORE, things=thing)
     if a == b:
@@ -164,18 +168,18 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> Question:
 
 
 def ask_outside(rng: random.Random) -> Question:
-    """A question this world has no answer to, with or without a picture; the answer says so."""
+    """A question that is not about pictures of shapes, asked with or without one; the answer says so."""
     return Question("outside", say(rng, OUTSIDE), REFUSAL)
 
 
 def ask_without_picture(rng: random.Random) -> Question:
-    """A question about a picture, to be put without one."""
+    """A question about a picture, to be asked without one."""
     _, questions = fresh_question(rng, rng.choice((*CORE_KINDS, "caption", "text")), sides=(300, 400))
     return Question("no_picture", questions[-1].text, NO_PICTURE)
 
 
 def corpus(rng: random.Random, n: int) -> Iterator[str]:
-    """2n strings, questions and answers by turns, of every kind: the text to train the byte-pair vocabulary on.
+    """2n strings, questions and answers in turn, of every kind: the text on which the vocabulary is trained.
 
     Texts found in pictures are spelt in capitals and digits ("K7Q"), to be read character by character: the vocabulary
     should have no merge of two capitals or of two digits, i.e. no entry that matches [A-Z0-9]{2,} as a whole.
@@ -286,7 +290,7 @@ def _count_answer(kind: str, text: str, n: int, about: Shape | None = None) -> Q
 
 
 def _pick_count(rng: random.Random, counts: dict[str, int]) -> tuple[str, int]:
-    """A name and its count; the rarer a count is among random scenes, the rather it is chosen."""
+    """A name and its count; counts that are rare among random scenes are preferred."""
     absent = [name for name, n in counts.items() if n == 0]
     names = [name for name, n in counts.items() if n] + ([rng.choice(absent)] if absent else [])
     name = rng.choices(names, [(0.35, 0.25, 1.0, 3.0, 8.0, 12.0, 16.0)[min(6, counts[n])] for n in names])[0]
@@ -294,7 +298,7 @@ def _pick_count(rng: random.Random, counts: dict[str, int]) -> tuple[str, int]:
 
 
 def _exists(scene: Scene, rng: random.Random) -> Question | None:
-    """Yes and no equally often; most often no to something of which the colour and the shape each are there."""
+    """Yes and no are equally frequent; most things that are not there have a colour and a shape that are."""
     if not scene.shapes:
         return None
     yes = rng.random() < 0.5
@@ -448,5 +452,5 @@ def ask_follow_up(scene: Scene, before: Question, rng: random.Random) -> Questio
 
 
 def _core(text: str) -> str:
-    """A question's words without case and points, to tell repeated questions."""
+    """A question in lower case without punctuation, to recognise repeated questions."""
     return re.sub(r"[^a-z ]", "", text.lower())

@@ -1,4 +1,4 @@
-"""Random scenes: varied as people's own drawings are, with nothing hidden, cut off, too pale or too small to see."""
+"""Random scenes, in which nothing overlaps, is cut off, or is too pale or too small to see."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import math
 import random
 from dataclasses import replace
 
-from .pictures import COLOURS, FONTS, KINDS, RGB, Box, Ground, Scene, Shape, Text, mix, shape_box, text_aspect, text_box
+from llama4.tiny.shapes_dataset.pictures import (
+    COLOURS,
+    FONTS,
+    KINDS,
+    RGB,
+    Box,
+    Ground,
+    Scene,
+    Shape,
+    Text,
+    mix,
+    shape_box,
+    text_aspect,
+    text_box,
+)
 
 _JITTER = 8  # per channel; keeps gold yellow and (255, 165, 0) orange
 _CONTRAST = 110.0  # least distance in RGB between a shape and any point of the ground
@@ -22,10 +36,13 @@ def random_scene(
     with_text: bool = False,
     most_shapes: int = 6,
 ) -> Scene:
-    """A scene made up from `rng`, with sides in pixels within `sides` and aspect ratios up to 20:1.
+    """A random scene, with sides of `sides` pixels (least, most) and aspect ratios up to 20:1.
 
-    `num_shapes` defaults to 1 ... `most_shapes`, or to 0 ... 2 beside a text. Nothing overlaps or leaves the picture,
-    and everything contrasts with the ground and stays large enough for the embedded model to see.
+    `num_shapes` is by default 1 to `most_shapes`, or 0 to 2 beside a text. Shapes and text contrast with the background
+    and are large enough for the embedded model to see.
+
+    Raises:
+        ValueError: sides that are not in ascending order, or more than 12 shapes.
     """
     if not 0 < sides[0] <= sides[1]:
         raise ValueError(f"sides must be two pixel counts in ascending order, got {sides}")
@@ -44,7 +61,7 @@ def random_scene(
 
 
 def _random_size(rng: random.Random, low: int, high: int) -> tuple[int, int]:
-    """Log-uniform sides; three in four pictures no longer than 2:1."""
+    """Log-uniform sides; three of four pictures have an aspect ratio below 2:1."""
     longest = rng.choices((2.0, 5.0, 20.0), (15, 4, 1))[0]
     a = math.exp(rng.uniform(math.log(low), math.log(high)))
     ratio = math.exp(rng.uniform(0, math.log(longest)))
@@ -79,7 +96,7 @@ def _random_ground_rgb(rng: random.Random) -> RGB:
 
 
 def _random_ground(rng: random.Random) -> tuple[Ground, dict[str, list[RGB]], list[RGB]]:
-    """A ground, the shape colours (name -> variants) that stand out from it, and the text colours that do."""
+    """A background, and the colours that contrast with it: of shapes (name -> variants) and of text."""
     while True:
         style = rng.choices(("plain", "noisy", "gradient"), (50, 25, 25))[0]
         rgb = _random_ground_rgb(rng)
@@ -105,7 +122,7 @@ def _random_ground(rng: random.Random) -> tuple[Ground, dict[str, list[RGB]], li
 
 
 def _with_repeats(rng: random.Random, names: tuple[str, ...], n: int) -> list[str]:
-    """n names: often all alike in distribution, often with one that returns (so that there is something to count)."""
+    """n names: drawn independently, or all different, or with one that is frequent (so that there is something to count)."""
     if rng.random() < 0.45:
         return [rng.choice(names) for _ in range(n)]
     if rng.random() < 0.4:
@@ -119,7 +136,7 @@ def _least_size(width: int, height: int) -> float:
 
 
 def _random_sizes(rng: random.Random, width: int, height: int, n: int) -> list[float]:
-    """Sizes of one picture's shapes, which differ by at most 2.5 times."""
+    """Sizes of the shapes of one picture; the largest is at most 2.5 times the smallest."""
     short = min(width, height)
     low = min(_least_size(width, height), 0.8 * short)
     high = max(low, min(0.8 * short, math.sqrt(0.4 * width * height / max(1, n))))
@@ -160,11 +177,11 @@ def _random_shape(rng: random.Random, kind: str, colour: str, variants: list[RGB
 
 
 def _random_text(rng: random.Random, width: int, height: int, inks: list[RGB], *, alone: bool) -> Text:
-    """1 to 6 characters, as many as can be read at this width."""
+    """1 to 6 characters, as many as are legible at this width."""
     letters, digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
     alphabet = rng.choices((letters, digits, letters + digits), (5, 3, 4))[0]
     wanted = rng.randint(1, 6)
-    if wanted == 1 or alphabet == letters + digits:  # nothing tells O from 0, or I from 1
+    if wanted == 1 or alphabet == letters + digits:  # O and 0, or I and 1, cannot be told apart
         alphabet = "".join(c for c in alphabet if c not in "OI01")
     characters = "".join(rng.choice(alphabet) for _ in range(wanted))
     style = Text(
@@ -179,7 +196,7 @@ def _random_text(rng: random.Random, width: int, height: int, inks: list[RGB], *
     )
     low = max(8.0, _LEAST_SEEN / seen_scale(width, height))
     room = (0.92 * width, (0.8 if alone else 0.45) * height)
-    if style.font == "courier":  # its few dots blur when enlarged
+    if style.font == "courier":  # a small bitmap, which blurs when enlarged
         room = (room[0], min(room[1], 24.0 / seen_scale(width, height)))
     high = min(room[1], room[0] / text_aspect(style))
     while high < low and len(style.characters) > 1:
@@ -192,7 +209,7 @@ def _random_text(rng: random.Random, width: int, height: int, inks: list[RGB], *
 def _place(
     rng: random.Random, width: int, height: int, shapes: list[Shape], text: Text | None
 ) -> tuple[tuple[Shape, ...], Text | None]:
-    """Put everything somewhere free, shrinking it all a little whenever that fails."""
+    """Place everything without overlap; whenever that fails, make everything a little smaller and try again."""
     gap = max(2.0, 3.0 / seen_scale(width, height))
     while True:
         taken: list[Box] = []
@@ -219,7 +236,7 @@ def _place(
 def _free_spot(
     rng: random.Random, width: int, height: int, box: Box, taken: list[Box], gap: float
 ) -> tuple[tuple[float, float], Box] | None:
-    """A centre for a thing whose `box` is relative to it, and the box there; None if 25 tries find no room."""
+    """A free position for a thing with this `box` around its centre, and the box there; None after 25 failed tries."""
     left, top, right, bottom = box
     edge = 1.0
     if right - left > width - 2 * edge or bottom - top > height - 2 * edge:
@@ -236,7 +253,7 @@ def _free_spot(
 
 
 def seen_scale(width: int, height: int, tile: int = 112, max_tiles: int = 4) -> float:
-    """By how much the embedded model's image preparation scales such a picture (see `vision.tiling`)."""
+    """The factor by which the embedded model's image preparation resizes such a picture (see vision/tiling.py)."""
     grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles // i + 1)]
     fit = max(min(i * tile / width, j * tile / height) for i, j in grids)
     return min(fit, max(1.0, tile / max(width, height)))

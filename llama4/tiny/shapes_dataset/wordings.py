@@ -1,4 +1,4 @@
-"""How people ask: several wordings of every question, in any case, with or without question mark."""
+"""Several wordings of every question, in upper or lower case, with or without a question mark."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ _OPENINGS = ("Please tell me: ", "Look at the picture. ", "Hey, ", "A question: 
 
 
 def say(rng: random.Random, wordings: Sequence[str], **slots: str) -> str:
-    """One of the wordings, filled in, in the spelling, case and punctuation of one person or another."""
+    """One of the wordings, filled in, with random spelling (colour, color), case and punctuation."""
     text = rng.choice(wordings).format(**slots)
     for vowel in "aeiou":
         text = text.replace(f" a {vowel}", f" an {vowel}")

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from llama4.cache.sequence import Cache
 from llama4.config import CACHE_BLOCK
 from llama4.kernels import build
-from llama4.kernels.abi import MAX_GEMV_ROWS, MAX_HEAD_DIM, Decoder, Layer, LayerStep, Matrix
+from llama4.kernels.abi import MAX_GEMV_ROWS, MAX_HEAD_DIM, Decoder, Layer, LayerStep, Matrix, Tokens
 from llama4.model.attention import Attention
 from llama4.model.batch import make_batch
 from llama4.model.experts import LoopExperts
@@ -126,12 +126,13 @@ class Steps:
         self._held = (LayerStep * len(tables))()
         self._decode = build.function("decode", dtype)
         self._model = plan.decoder, self._held
-        self._rows = (
-            ctypes.addressof(self._given),
-            cache.batch_size,
-            self.logits_BV.data_ptr(),
-            ctypes.addressof(self._greedy_token),
-            ctypes.addressof(self._logprobs),
+        self._tokens = Tokens(
+            ids=ctypes.addressof(self._given),
+            B=cache.batch_size,
+            num_outputs=cache.batch_size,
+            logits=self.logits_BV.data_ptr(),
+            greedy=ctypes.addressof(self._greedy_token),
+            logprobs=ctypes.addressof(self._logprobs),
         )
         for i, (layer, table) in enumerate(zip(model.language_model.model.layers, tables, strict=True)):
             attention, window = layer.self_attn, cache.windows[i]
@@ -153,7 +154,7 @@ class Steps:
         if len(ids) != len(self.nexts) or min(ids) < 0 or max(ids) >= self.vocabulary:
             return False
         self._given[:] = list(ids)
-        self._decode(*self._model, self.step, *self._rows)
+        self._decode(*self._model, self.step, self._tokens)
         self.step += 1
         self.nexts = cache.nexts = tuple([position + 1 for position in self.nexts])
         return True
@@ -228,7 +229,7 @@ def _describe(language_model: Any) -> tuple[Decoder, ctypes.Array[Layer]]:
     layers = (Layer * len(inner.layers))(*(_layer(layer, dtype) for layer in inner.layers))
     decoder = Decoder(
         layers=ctypes.addressof(layers),
-        count=len(layers),
+        num_layers=len(layers),
         embedding=embedding.weight.data_ptr(),
         norm=norm.weight.data_ptr(),
         head=_matrix(head, dtype, is_head=True),
@@ -256,7 +257,7 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     if isinstance(forward, MixtureOfExperts):
         router = forward.router
         _check(router.weight.dtype == dtype and router.weight.is_contiguous())
-        described.router, described.E, described.chosen = (
+        described.router, described.E, described.experts_per_token = (
             router.weight.data_ptr(),
             forward.dispatcher.num_experts,
             router.k,

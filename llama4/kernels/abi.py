@@ -1,36 +1,41 @@
-"""What Python and the compiled kernels agree on: constants, structures, signatures.
+"""What Python and the compiled kernels must agree on: constants, structures, signatures.
 
-Shapes: N rows, I inputs, O outputs.
+The library exports what its own C++ says of each (`kernels/cpp/api.cpp`). `bind` compares all of it with what stands
+here, and refuses a library that differs.
+
+Shapes: N rows or tokens, I inputs, O outputs, B sequences.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
+from collections.abc import Callable, Mapping
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int64, c_long, c_void_p
 from enum import IntEnum
 from typing import Any
 
 import torch
 
+from llama4.config import CACHE_BLOCK
+
 MAX_GEMV_ROWS = 12
 """Most rows of a product that takes as long as reading its matrix does: with more it computes for longer."""
 MAX_HEAD_DIM = 1024
 LANES = 16
-"""Elements that are computed together: the last dimension of what is no matrix is a multiple of it."""
+"""Numbers in a vector: whatever is no matrix has a last dimension that is a multiple of it."""
 INTERLEAVE = 16
-"""Outputs that matrices of four bits have side by side."""
+"""Outputs of an int4 matrix that are stored interleaved."""
 STRIP = 32
-"""Outputs that a product of many rows works on at a time."""
+"""Outputs that a product of more rows than MAX_GEMV_ROWS computes at a time."""
 INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
-"""Inputs that are read at a time, by format: rows of a matrix are multiples of it."""
+"""By format, what the inputs of a matrix must be a multiple of."""
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""Those of rows; a kernel for each."""
-SUFFIXES = {torch.float32: "f", torch.bfloat16: "b"}
+"""Dtypes of rows that have kernels."""
 
 
 class Layout(IntEnum):
-    """Of a matrix: dense, [O, I] or [I, O], or of quantized values, [O, I]."""
+    """Of a matrix: dense, [O, I] or [I, O], or quantized, [O, I]."""
 
     OUT_IN = 0
     IN_OUT = 1
@@ -53,37 +58,84 @@ class CacheFormat(IntEnum):
 
 
 class Matrix(ctypes.Structure):
-    """A matrix of any layout, or all of a layer's experts, `step` bytes apart, and their scales, `scale_step`. It does
-    not keep its tensors alive."""
+    """A matrix, or all of a layer's experts. It does not keep its tensors alive.
 
-    _fields_ = [(name, c_int64) for name in ("w", "scales", "wide", "kind", "group", "I", "O", "step", "scale_step")]
+    Fields:
+        w: address.
+        scales: address, 0 without; `float32_scales` 1 for float32, 0 for bfloat16.
+        layout: a `Layout`.
+        group_size: inputs that share a scale, 0 for all.
+        stride, scale_stride: bytes from one expert to the next.
+    """
+
+    _fields_ = [
+        (name, c_int64)
+        for name in ("w", "scales", "float32_scales", "layout", "group_size", "I", "O", "stride", "scale_stride")
+    ]
 
 
 class Layer(ctypes.Structure):
-    """A decoder layer. The head dimension is C, the heads are H and K; `chosen` experts of E per token, none in a dense
-    layer; qk_eps: negative without QK-norm."""
+    """A decoder layer: H query heads and K key/value heads of dimension C.
+
+    Fields:
+        gate_up, down: experts.
+        gate, up, shared_down: the shared expert, or the MLP of a dense layer.
+        input_norm, post_norm, router: addresses of weights; the router's is 0 in a dense layer.
+        E, experts_per_token: 0 in a dense layer.
+        qk_eps: negative without QK-norm.
+    """
 
     _fields_ = [
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate_up", "down", "gate", "up", "shared_down")),
-        *((name, c_int64) for name in ("input_norm", "post_norm", "router", "H", "K", "C", "E", "chosen")),
+        *((name, c_int64) for name in ("input_norm", "post_norm", "router", "H", "K", "C", "E", "experts_per_token")),
         *((name, c_double) for name in ("eps", "qk_eps")),
     ]
 
 
 class Decoder(ctypes.Structure):
-    """A model of `count` layers."""
+    """A model. `layers` is the address of an array of `Layer`, `embedding` and `norm` are those of weights."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("layers", "count", "embedding", "norm")),
+        *((name, c_int64) for name in ("layers", "num_layers", "embedding", "norm")),
         ("head", Matrix),
         ("eps", c_double),
     ]
 
 
 class LayerStep(ctypes.Structure):
-    """What a layer needs to know of the tokens of a step, and of where their keys and values are."""
+    """What a layer needs for some steps of N tokens of B sequences.
+
+    Fields:
+        rotations: address of [steps, N, C / 2] complex64, 0 without RoPE.
+        temperatures: address of [steps, N] float32, 0 without.
+        lengths: address of [steps, N] int64: how many tokens of its sequence, or of its chunk in a chunked layer, each
+            token sees, itself included.
+        table: address of [B, width] int64: the addresses of the blocks of each sequence, or of its chunk.
+        format: a `CacheFormat`.
+    """
 
     _fields_ = [(name, c_int64) for name in ("rotations", "temperatures", "lengths", "table", "width", "format")]
+
+
+class Tokens(ctypes.Structure):
+    """The tokens of a step, and what is wanted of them.
+
+    Those of a sequence are consecutive and see each other causally; in chunked layers all of them must be in the same
+    chunk. Their keys and values are written to the cache, and read from there by all of them.
+
+    Fields:
+        ids: address of [N] int64.
+        starts: address of [B + 1] int64: the tokens of sequence b are starts[b] to starts[b + 1] - 1; 0 where each
+            sequence has one.
+        outputs: address of [num_outputs] int64: tokens whose logits are wanted; 0 for the first `num_outputs`.
+        logits: address of [num_outputs, V] in the dtype of the model.
+        greedy: address of [num_outputs] int64: the index of each largest logit, of equals the lowest.
+        logprobs: address of [num_outputs] float32: its log_softmax.
+    """
+
+    _fields_ = [
+        (name, c_int64) for name in ("ids", "starts", "outputs", "B", "num_outputs", "logits", "greedy", "logprobs")
+    ]
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -95,31 +147,101 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "quantize_int4": (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
     # x, N, D, weight, eps, y
     "rms_norm": (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p),
-    # x, stride of rows, N, heads, head dim, rotation or None, eps, negative for no norm, factors or None, y
-    "apply_rope": (
-        *(c_void_p, c_int64, c_int64, c_int64, c_int64),
-        *(c_void_p, c_float, c_void_p, c_void_p),
-    ),
+    # x, stride of rows, N, heads, C, rotation or None, eps, negative without norm, factors or None, y
+    "apply_rope": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p),
     # gate, up, N, F, stride of rows, y
     "swiglu": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     # logits, N, V, ids, log-probabilities
     "greedy_token": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
-    # q, addresses of blocks, blocks per row, lengths, B, H, K, C, format, y
+    # q, addresses of blocks, blocks per sequence, lengths, B, H, K, C, format, y
     "attend": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p),
     # q, k, v, N, addresses of blocks or None, past, H, K, C, format, y
-    "attend_causal": (
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
-        *(c_int64, c_int64, c_int64, c_int64, c_void_p),
-    ),
-    # model, what each layer needs, step, ids, rows, logits, greedy tokens, their log-probabilities
-    "decode": (POINTER(Decoder), POINTER(LayerStep), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    "attend_causal": (c_void_p, c_void_p, c_void_p, *(c_int64, c_void_p), *(c_int64,) * 5, c_void_p),
+    # model, what each layer needs, which of its steps, tokens
+    "decode": (POINTER(Decoder), POINTER(LayerStep), c_int64, POINTER(Tokens)),
 }
-"""Arguments of each kernel; there is one for each of `SUFFIXES`. Tensors go by their addresses."""
+"""Arguments of each kernel; there is one for each of `DTYPES`. Tensors go by their addresses."""
+
+Kernels = Mapping[tuple[str, torch.dtype], Callable[..., None]]
+"""Kernels by name and dtype of their rows."""
 
 
-def declare(library: ctypes.CDLL) -> None:
-    """Give every function its signature."""
-    for name, arguments in SIGNATURES.items():
-        for suffix in SUFFIXES.values():
-            function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
+class AbiError(RuntimeError):
+    """The library and this file disagree."""
+
+
+class _Function(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("dtype", c_char_p), ("arguments", c_char_p), ("address", c_void_p)]
+
+
+class _Constant(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("value", c_int64)]
+
+
+def bind(library: ctypes.CDLL) -> Kernels:
+    """The kernels of a library.
+
+    Raises:
+        AbiError: it does not agree with this file, with a list of what differs.
+    """
+    constants = {entry.name.decode(): entry.value for entry in _table(library.llama4_constants, _Constant)}
+    functions = {
+        (entry.name.decode(), entry.dtype.decode()): entry for entry in _table(library.llama4_functions, _Function)
+    }
+    arguments = {name: entry.arguments.decode() for name, entry in functions.items()}
+    differences = [*_differences(expected_constants(), constants), *_differences(expected_arguments(), arguments)]
+    if differences:
+        raise AbiError(f"kernels/abi.py and kernels/cpp/api.cpp disagree: {'; '.join(differences)}")
+    return {
+        (name, dtype): ctypes.CFUNCTYPE(None, *types)(functions[name, DTYPES[dtype]].address)
+        for name, types in SIGNATURES.items()
+        for dtype in DTYPES
+    }
+
+
+def expected_constants() -> dict[str, int]:
+    """Sizes of structures, offsets of their fields, members of enums and other constants, by the names in api.cpp."""
+    structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens)}
+    return {
+        **{name: ctypes.sizeof(kind) for name, kind in structures.items()},
+        **{
+            f"{name}.{field[0]}": getattr(kind, field[0]).offset
+            for name, kind in structures.items()
+            for field in kind._fields_
+        },
+        **{f"{kind.__name__}.{member.name}": member.value for kind in (Layout, CacheFormat) for member in kind},
+        **{f"{format}_inputs": count for format, count in INPUTS.items()},
+        "max_gemv_rows": MAX_GEMV_ROWS,
+        "max_head_dim": MAX_HEAD_DIM,
+        "lanes": LANES,
+        "interleave": INTERLEAVE,
+        "strip": STRIP,
+        "block_slots": CACHE_BLOCK,
+    }
+
+
+def expected_arguments() -> dict[tuple[str, str], str]:
+    """The types of the arguments of each kernel, a letter each, as api.cpp derives them."""
+    letters = {c_int64: "q", c_float: "f"}
+    return {
+        (name, dtype): "".join(letters.get(type_, "p") for type_ in types)
+        for name, types in SIGNATURES.items()
+        for dtype in DTYPES.values()
+    }
+
+
+def _table(function: Any, kind: type[Any]) -> list[Any]:
+    """A table that the library exports."""
+    function.argtypes, function.restype = (POINTER(c_long),), POINTER(kind)
+    count = c_long()
+    entries = function(ctypes.byref(count))
+    return [entries[i] for i in range(count.value)]
+
+
+def _differences(python: Mapping[Any, Any], compiled: Mapping[Any, Any]) -> list[str]:
+    names = [*python, *(name for name in compiled if name not in python)]
+    return [
+        f"{name} is {python.get(name)} in Python and {compiled.get(name)} in C++"
+        for name in names
+        if python.get(name) != compiled.get(name)
+    ]

@@ -14,9 +14,9 @@ import platform
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,25 +29,33 @@ SWITCH = "LLAMA4_CPU_KERNELS"
 
 DIRECTORY = Path(__file__).parent / "cpp"
 SOURCES = (
-    "team.h",
-    "vectors.h",
-    "products.h",
-    "tiles.h",
-    "between.h",
-    "blocks.h",
-    "rounding.h",
+    "threads.h",
+    "simd.h",
+    "formats.h",
+    "gemv.h",
+    "gemv_int4.h",
+    "gemv_in_out.h",
+    "gemm.h",
+    "gemm_unpacked.h",
+    "matrix.h",
+    "elementwise.h",
+    "greedy_token.h",
+    "kv_cache.h",
     "attention.h",
-    "decode.cpp",
+    "flash_attention.h",
+    "quantize.h",
+    "decoder.h",
+    "api.cpp",
 )
 """Files of `DIRECTORY`, each behind those that it includes."""
 
-FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-w")
+FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize")
 
 _lock = threading.Lock()
-_loaded: tuple[ctypes.CDLL | None] | None = None
+_loaded: tuple[abi.Kernels | None] | None = None
 
 
-def library() -> ctypes.CDLL | None:
+def library() -> abi.Kernels | None:
     """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
     global _loaded
     if not _loaded:
@@ -56,20 +64,23 @@ def library() -> ctypes.CDLL | None:
     return _loaded[0]
 
 
-def function(name: str, dtype: torch.dtype) -> Any:
+def function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The kernel of that name, one of `abi.SIGNATURES`, for rows of a dtype."""
-    return getattr(library(), f"{name}_{abi.SUFFIXES[dtype]}")
+    kernels = library()
+    assert kernels is not None
+    return kernels[name, dtype]
 
 
-def _load() -> ctypes.CDLL | None:
+def _load() -> abi.Kernels | None:
     if os.environ.get(SWITCH, "").lower() == "off" or sys.byteorder != "little":
         return None
     text = source()
     path = _cache_directory() / f"cpu-{_fingerprint(text)}.so"
     try:
-        loaded = ctypes.CDLL(str(path if path.exists() else _build(text, path)))
-        abi.declare(loaded)
-        return loaded
+        return abi.bind(ctypes.CDLL(str(path if path.exists() else _build(text, path))))
+    except abi.AbiError as error:
+        logger.error("the CPU kernels are not used: %s", error)
+        return None
     except Exception as error:  # whatever goes wrong, torch is there
         logger.warning(
             "the CPU kernels cannot be built (%s); decoding is slower without them. They need a C++ compiler "

@@ -87,7 +87,7 @@ def out_in_matrix(weight_OI: Tensor, dtype: torch.dtype) -> Matrix | None:
     if matrix_unsupported_reason(weight_OI, dtype):
         return None
     outputs, inputs = weight_OI.shape
-    return Matrix(w=weight_OI.data_ptr(), kind=Layout.OUT_IN, I=inputs, O=outputs)
+    return Matrix(w=weight_OI.data_ptr(), layout=Layout.OUT_IN, I=inputs, O=outputs)
 
 
 def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
@@ -95,8 +95,8 @@ def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     _, inputs, outputs = weight_EIO.shape
     if inputs % abi.LANES or matrix_unsupported_reason(weight_EIO, dtype):
         return None
-    step = inputs * outputs * weight_EIO.element_size()
-    return Matrix(w=weight_EIO.data_ptr(), kind=Layout.IN_OUT, I=inputs, O=outputs, step=step)
+    stride = inputs * outputs * weight_EIO.element_size()
+    return Matrix(w=weight_EIO.data_ptr(), layout=Layout.IN_OUT, I=inputs, O=outputs, stride=stride)
 
 
 def onednn_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:

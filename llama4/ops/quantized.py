@@ -53,13 +53,13 @@ def matrix(kind: str, values: Tensor, scale: Tensor, outputs: int, inputs: int, 
     return Matrix(
         w=values.data_ptr(),
         scales=scale.data_ptr(),
-        wide=scale.dtype == torch.float32,
-        kind=abi.QUANTIZED[kind],
-        group=group_size,
+        float32_scales=scale.dtype == torch.float32,
+        layout=abi.QUANTIZED[kind],
+        group_size=group_size,
         I=inputs,
         O=outputs,
-        step=values.stride(0) * values.element_size() if values.ndim == 3 else 0,
-        scale_step=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
+        stride=values.stride(0) * values.element_size() if values.ndim == 3 else 0,
+        scale_stride=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
     )
 
 

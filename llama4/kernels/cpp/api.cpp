@@ -1,0 +1,223 @@
+// What Python calls (llama4/kernels/abi.py): functions by name and dtype of their rows, with the types of their arguments; and
+// the numbers on which both sides must agree. Python compares all of them when it loads the library.
+
+#include <cstddef>
+#include <iterator>
+
+#include "attention.h"
+#include "decoder.h"
+#include "elementwise.h"
+#include "flash_attention.h"
+#include "greedy_token.h"
+#include "matrix.h"
+#include "quantize.h"
+
+namespace {
+namespace api {
+
+// Calls run(n) for N rows of so many numbers, by all cores if that pays off.
+template <class Run>
+void for_each_row(long N, long numbers, const Run& run) {
+#pragma omp parallel for schedule(static) if (N > 1 && N * numbers > min_parallel)
+  for (long n = 0; n < N; n++) run(n);
+}
+
+template <class X>
+void linear(const X* x, long N, long I, long O, long layout, const char* w, const void* scales, long float32_scales,
+            long group_size, X* y) {
+  ::linear(Matrix{w, {scales, float32_scales}, layout, group_size, I, O, 0, 0}, x, N, y);
+}
+
+// down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
+template <class X>
+void experts(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
+  const long D = gate_up->I, F = down->I, most = *std::max_element(counts, counts + E);
+  X *wide = scratch<X, Use::expert_activations>(most * 3 * F), *inner = wide + most * 2 * F;
+  for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
+    if (!counts[e]) continue;
+    ::linear(gate_up->expert(e), x, counts[e], wide);
+    for_each_row(counts[e], F, [&](long i) { ::swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
+    ::linear(down->expert(e), inner, counts[e], y);
+  }
+}
+
+template <class X>
+void quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
+                   X* scales) {
+  ::quantize_int4(weights, groups, size, ranges, count, words, scales);
+}
+
+template <class X>
+void rms_norm(const float* x, long N, long D, const X* weight, float eps, X* y) {
+  for_each_row(N, D, [&](long n) { ::rms_norm(x + n * D, D, weight, eps, y + n * D); });
+}
+
+template <class X>
+void apply_rope(const X* x, long stride, long N, long H, long C, const float* rotation, float eps, const float* factors,
+                X* y) {
+  for_each_row(N, H * C, [&](long n) {
+    const float* own = rotation ? rotation + n * C : nullptr;
+    const float factor = factors ? factors[n] : 1;
+    for (long h = 0; h < H; h++) ::apply_rope(x + n * stride + h * C, C, own, eps, factor, y + (n * H + h) * C);
+  });
+}
+
+template <class X>
+void swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
+  for_each_row(N, F, [&](long n) { ::swiglu(gate + n * stride, up + n * stride, F, y + n * F); });
+}
+
+template <class X>
+void greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
+  auto* parts = scratch<LargestLogit, Use::greedy_parts>(N * greedy_parts);
+#pragma omp parallel if (N * V > min_parallel)
+  ::greedy_token(logits, N, V, parts, ids, logprobs);
+}
+
+// One query per sequence.
+template <class X>
+void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
+            long format, X* y) {
+  float* parts = scratch<float, Use::partial_results>(attention_floats(lengths, B, H, C));
+  with_format<X>(format, [&](auto cache) {
+#pragma omp parallel
+    ::attend<decltype(cache)>(q, table, width, lengths, Sequences{nullptr, B}, H, K, C, parts, y);
+  });
+}
+
+template <class X>
+void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
+                   long C, long format, X* y) {
+  with_format<X>(format, [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
+}
+
+template <class X>
+void decode(const Decoder* decoder, const LayerStep* layer_steps, long step, const Tokens* tokens) {
+  ::decode<X>(*decoder, layer_steps, step, *tokens);
+}
+
+// ---- the tables
+
+struct Function {
+  const char *name, *dtype, *arguments;  // arguments: p for a pointer, q for 64 bits, f for a float
+  const void* address;
+};
+
+template <class T>
+constexpr char code_of() {
+  if (std::is_pointer_v<T>) return 'p';
+  static_assert(std::is_pointer_v<T> || std::is_same_v<T, float> || std::is_same_v<T, long>);
+  return std::is_same_v<T, float> ? 'f' : 'q';
+}
+template <class... Arguments>
+constexpr char codes_of[] = {code_of<Arguments>()..., '\0'};
+
+template <class... Arguments>
+Function function(const char* name, const char* dtype, void (*f)(Arguments...)) {
+  return {name, dtype, codes_of<Arguments...>, reinterpret_cast<const void*>(f)};
+}
+
+#define BOTH_DTYPES(name) function(#name, "float32", name<float>), function(#name, "bfloat16", name<bf16>)
+const Function functions[] = {
+    BOTH_DTYPES(linear),       BOTH_DTYPES(experts),       BOTH_DTYPES(quantize_int4), BOTH_DTYPES(rms_norm),
+    BOTH_DTYPES(apply_rope),   BOTH_DTYPES(swiglu),        BOTH_DTYPES(greedy_token),  BOTH_DTYPES(attend),
+    BOTH_DTYPES(attend_causal), BOTH_DTYPES(decode),
+};
+
+struct Constant {
+  const char* name;
+  int64_t value;
+};
+
+#define SIZE(type) {#type, sizeof(type)}
+#define FIELD(type, name) {#type "." #name, offsetof(type, name)}
+#define MEMBER(type, name, value) {#type "." #name, value}
+#define NUMBER(name) {#name, name}
+const Constant constants[] = {
+    SIZE(Matrix),
+    FIELD(Matrix, w),
+    FIELD(Matrix, scales),
+    {"Matrix.float32_scales", offsetof(Matrix, scales) + offsetof(Scales, is_float32)},
+    FIELD(Matrix, layout),
+    FIELD(Matrix, group_size),
+    FIELD(Matrix, I),
+    FIELD(Matrix, O),
+    FIELD(Matrix, stride),
+    FIELD(Matrix, scale_stride),
+    SIZE(Layer),
+    FIELD(Layer, q),
+    FIELD(Layer, k),
+    FIELD(Layer, v),
+    FIELD(Layer, o),
+    FIELD(Layer, gate_up),
+    FIELD(Layer, down),
+    FIELD(Layer, gate),
+    FIELD(Layer, up),
+    FIELD(Layer, shared_down),
+    FIELD(Layer, input_norm),
+    FIELD(Layer, post_norm),
+    FIELD(Layer, router),
+    FIELD(Layer, H),
+    FIELD(Layer, K),
+    FIELD(Layer, C),
+    FIELD(Layer, E),
+    FIELD(Layer, experts_per_token),
+    FIELD(Layer, eps),
+    FIELD(Layer, qk_eps),
+    SIZE(Decoder),
+    FIELD(Decoder, layers),
+    FIELD(Decoder, num_layers),
+    FIELD(Decoder, embedding),
+    FIELD(Decoder, norm),
+    FIELD(Decoder, head),
+    FIELD(Decoder, eps),
+    SIZE(LayerStep),
+    FIELD(LayerStep, rotations),
+    FIELD(LayerStep, temperatures),
+    FIELD(LayerStep, lengths),
+    FIELD(LayerStep, table),
+    FIELD(LayerStep, width),
+    FIELD(LayerStep, format),
+    SIZE(Tokens),
+    FIELD(Tokens, ids),
+    FIELD(Tokens, starts),
+    FIELD(Tokens, outputs),
+    FIELD(Tokens, B),
+    FIELD(Tokens, num_outputs),
+    FIELD(Tokens, logits),
+    FIELD(Tokens, greedy),
+    FIELD(Tokens, logprobs),
+    MEMBER(Layout, OUT_IN, OUT_IN),
+    MEMBER(Layout, IN_OUT, IN_OUT),
+    MEMBER(Layout, INT8, INT8),
+    MEMBER(Layout, FP8, FP8),
+    MEMBER(Layout, INT4, INT4),
+    MEMBER(CacheFormat, UNQUANTIZED, CACHE_UNQUANTIZED),
+    MEMBER(CacheFormat, INT8, CACHE_INT8),
+    MEMBER(CacheFormat, FP8, CACHE_FP8),
+    MEMBER(CacheFormat, INT4, CACHE_INT4),
+    NUMBER(max_gemv_rows),
+    NUMBER(max_head_dim),
+    NUMBER(lanes),
+    NUMBER(block_slots),
+    NUMBER(strip),
+    {"interleave", Int4::interleave},
+    NUMBER(float32_inputs),
+    NUMBER(bfloat16_inputs),
+    NUMBER(int8_inputs),
+    NUMBER(fp8_inputs),
+    NUMBER(int4_inputs),
+};
+
+}  // namespace api
+}  // namespace
+
+extern "C" const api::Function* llama4_functions(long* count) {
+  *count = std::size(api::functions);
+  return api::functions;
+}
+
+extern "C" const api::Constant* llama4_constants(long* count) {
+  *count = std::size(api::constants);
+  return api::constants;
+}

@@ -1,0 +1,178 @@
+// Formats of a matrix W [O, I] whose rows are read in order: how a block of a row becomes vectors ("planes").
+//
+// A block is 64 bytes or fewer of a row, `inputs` numbers. read(o, block, planes) gives them as `planes` vectors of 16 floats
+// or 32 bfloat16. Input place(plane, lane) of the block stands in that lane of that plane; `run` inputs are neighbours
+// there, too. Where a format is `grouped`, its scales are for groups of inputs, and it applies them itself.
+
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// 16 numbers to a block, one plane, in order.
+template <class W>
+struct InOrder {
+  using Plane = f32x16;
+  static constexpr int planes = 1, inputs = 16, run = 16;
+  static constexpr bool grouped = false;
+  static int place(int, int lane) { return lane; }
+  const W* w;
+  long I;
+  const W* at(long o, long block) const { return w + o * I + 16 * block; }
+};
+
+struct Float32 : InOrder<float> {
+  void read(long o, long block, Plane* out) const { out[0] = load<f32x16>(at(o, block)); }
+};
+
+struct Bfloat16 {
+  using Plane = f32x16;
+  static constexpr int planes = 2, inputs = 32, run = 1;
+  static constexpr bool grouped = false;
+  static int place(int plane, int lane) { return 2 * lane + plane; }
+  const bf16* w;
+  long I;
+  const bf16* at(long o, long block) const { return w + o * I + 32 * block; }
+  void read(long o, long block, Plane* out) const {
+    u32x16 pairs = load<u32x16>(at(o, block));
+    out[0] = (f32x16)(pairs << 16);
+    out[1] = (f32x16)(pairs & 0xffff0000u);
+  }
+};
+
+struct Int8 : InOrder<uint8_t> {
+  void read(long o, long block, Plane* out) const {
+    i32x16 values = (i32x16)(load_bytes(at(o, block)) << 24) >> 24;
+    out[0] = __builtin_convertvector(values, f32x16);
+  }
+};
+
+struct Fp8 : InOrder<uint8_t> {
+  void read(long o, long block, Plane* out) const { out[0] = from_e4m3(load_bytes(at(o, block))); }
+};
+
+// Value number `place` of the eight in each of 16 words, -8 to 7; the first is in the lowest bits.
+inline f32x16 read_int4(u32x16 words, int place) {
+  return __builtin_convertvector((i32x16)(words >> (4 * place) & 15) - 8, f32x16);
+}
+
+// Eight to a word, and a scale for every 32, 64 or a multiple of 128 inputs. 16 outputs are interleaved: 32 inputs (16 bytes)
+// of each, then the next 32 of each; and a scale of each, then the next.
+struct Int4 {
+  using Plane = f32x16;
+  static constexpr int planes = 8, inputs = 128, run = 1;
+  static constexpr bool grouped = true;
+  static constexpr int interleave = 16, step_inputs = 32, row_bytes = step_inputs / 2;
+  static constexpr int step_bytes = interleave * row_bytes;
+  static int place(int plane, int lane) { return 8 * lane + plane; }
+  const uint8_t* w;
+  long I;
+  Scales scales;
+  long group;
+  const uint8_t* at(long o, long step) const {
+    return w + (o / interleave * (I / step_inputs) + step) * step_bytes + o % interleave * row_bytes;
+  }
+  long scale_at(long o, long g) const { return (o / interleave * (I / group) + g) * interleave + o % interleave; }
+  void read(long o, long block, Plane* out) const {
+    const uint8_t* from = at(o, 4 * block);
+    const auto words_at = [&](int step) { return load<u32x4>(from + step * step_bytes); };
+    const u32x16 words = concat(words_at(0), words_at(1), words_at(2), words_at(3));
+#pragma GCC unroll 8
+    for (int plane = 0; plane < planes; plane++) out[plane] = read_int4(words, plane);
+  }
+  f32x16 scale(long o, long block) const {  // of each lane
+    if (group >= inputs) return scales[scale_at(o, block * inputs / group)] - f32x16{};
+    f32x4 four;
+    for (int i = 0; i < 4; i++) four[i] = scales[scale_at(o, (block * inputs + i * step_inputs) / group)];
+    return repeat_each_four(four);
+  }
+};
+
+// ---- the same for products of bfloat16, where the machine has them
+
+#ifdef __AVX512BF16__
+struct Bfloat16Pairs : Bfloat16 {
+  using Plane = bf16x32;
+  static constexpr int planes = 1, run = 32;
+  static int place(int, int lane) { return lane; }
+  void read(long o, long block, Plane* out) const { out[0].bits = _mm512_loadu_si512(at(o, block)); }
+};
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// The bfloat16 of 128 numbers, as tables of their high and of their low bytes.
+struct ByteTables {
+  alignas(64) uint8_t high[128], low[128];
+  template <class Number>
+  constexpr ByteTables(Number number) : high(), low() {
+    for (int i = 0; i < 128; i++) {
+      const auto bits = __builtin_bit_cast(uint32_t, float(number(i)));
+      high[i] = bits >> 24, low[i] = bits >> 16;
+    }
+  }
+};
+
+struct BytePairs {  // a byte is a sign and an index into tables
+  using Plane = bf16x32;
+  static constexpr int planes = 2, inputs = 64, run = 8;
+  static constexpr bool grouped = false;
+  static int place(int plane, int lane) { return lane / 8 * 16 + 8 * plane + lane % 8; }
+  const uint8_t* w;
+  long I;
+  const uint8_t* at(long o, long block) const { return w + o * I + 64 * block; }
+  static __m512i look_up(const uint8_t* table, __m512i indices) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), indices, _mm512_load_si512(table + 64));
+  }
+  static __m512i with_sign_of(__m512i high, __m512i values) {
+    return _mm512_ternarylogic_epi64(high, values, _mm512_set1_epi8(-128), 0xf8);
+  }
+  static void join(__m512i high, __m512i low, Plane* out) {
+    out[0].bits = _mm512_unpacklo_epi8(low, high), out[1].bits = _mm512_unpackhi_epi8(low, high);
+  }
+};
+
+struct Int8Pairs : BytePairs {
+  void read(long o, long block, Plane* out) const {
+    static constexpr ByteTables integers([](int i) { return i; });
+    __m512i values = _mm512_loadu_si512(at(o, block)), magnitudes = _mm512_abs_epi8(values);
+    __m512i high = with_sign_of(look_up(integers.high, magnitudes), values);
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitudes), _mm512_set1_epi8(0xc3));  // -128
+    join(high, look_up(integers.low, magnitudes), out);
+  }
+};
+
+struct Fp8Pairs : BytePairs {
+  void read(long o, long block, Plane* out) const {
+    static constexpr ByteTables e4m3(
+        [](int i) { return (i < 8 ? i : 8 + i % 8) * 0x1p-10 * (1 << std::max(i / 8, 1)); });
+    __m512i values = _mm512_loadu_si512(at(o, block));
+    join(with_sign_of(look_up(e4m3.high, values), values), look_up(e4m3.low, values), out);
+  }
+};
+#endif
+
+// The fastest formats for rows of a dtype.
+template <class X>
+struct FormatsFor {
+  using Dense = Float32;
+  using Int8 = ::Int8;
+  using Fp8 = ::Fp8;
+};
+template <>
+struct FormatsFor<bf16> {
+#ifdef __AVX512BF16__
+  using Dense = Bfloat16Pairs;
+#else
+  using Dense = Bfloat16;
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  using Int8 = Int8Pairs;
+  using Fp8 = Fp8Pairs;
+#else
+  using Int8 = ::Int8;
+  using Fp8 = ::Fp8;
+#endif
+};
+
+}  // namespace

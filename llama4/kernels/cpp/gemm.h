@@ -1,0 +1,254 @@
+// Products of many rows, x [N, I] with W: sums of a tile of 8 rows by 32 outputs stay in registers, W is packed in panels.
+//
+// Operands are words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 that are neighbours along
+// the inputs and whose products go to the same sum.
+
+#pragma once
+
+#include "formats.h"
+
+namespace {
+
+using Word = uint32_t;
+template <class X>
+constexpr int numbers_per_word =
+#ifdef __AVX512BF16__
+    std::is_same_v<X, bf16> ? 2 : 1;
+#else
+    1;
+#endif
+
+// What words consist of, for rows of a dtype.
+template <class X>
+using WordNumber = std::conditional_t<numbers_per_word<X> == 2, bf16, float>;
+
+template <int per_word>
+f32x16 multiply_add_words(f32x16 sums, Word a, const Word* b) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2)
+    return multiply_add(sums, bf16x32{_mm512_set1_epi32(a)}, bf16x32{_mm512_loadu_si512(b)});
+#endif
+  return sums + __builtin_bit_cast(float, a) * load<f32x16>(b);
+}
+
+template <int per_word>
+u32x16 words_of(const f32x16* planes) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) return (u32x16)_mm512_cvtne2ps_pbh((__m512)planes[1], (__m512)planes[0]);
+#endif
+  return (u32x16)planes[0];
+}
+
+// 16 words of consecutive numbers.
+template <class X>
+u32x16 load_words(const X* numbers) {
+  if constexpr (sizeof(X) * numbers_per_word<X> == sizeof(Word)) return load<u32x16>(numbers);
+  return (u32x16)load_floats(numbers);
+}
+
+// ---- tiles
+
+constexpr int tile_rows = 8;
+
+// Memory to prefetch during a tile: `each` lines per word, each line `row` bytes behind the last.
+struct Prefetch {
+  const char* line = nullptr;
+  long row = 0, each = 0;
+};
+
+// sums += a b, for rows of a and `vectors` times 16 columns of b, over `count` words.
+template <int per_word, int vectors, int rows = tile_rows>
+inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
+                                                    float* sums, long sums_row, Prefetch ahead = {}) {
+  f32x16 registers[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) registers[r][j] = load<f32x16>(sums + r * sums_row + 16 * j);
+  for (long i = 0; i < count; i++) {
+    for (long k = 0; k < ahead.each; k++) __builtin_prefetch(ahead.line + (i * ahead.each + k) * ahead.row, 0, 2);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; j++)
+        registers[r][j] = multiply_add_words<per_word>(registers[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) store(sums + r * sums_row + 16 * j, registers[r][j]);
+}
+
+// The same for n columns, a multiple of 16.
+template <int per_word>
+void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
+  for (long j = 0; j < n; j += 32)
+    if (j + 16 < n)
+      add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    else
+      add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+}
+
+// ---- packing: a strip is 32 outputs of W, as [I, 32] in words along the inputs
+
+constexpr long strip = 32;
+
+// One word row of several strips, from one row of W [I, O], or from two.
+template <class X>
+void pack_row(const X* row, long O, long strips, long words, Word* to) {
+  for (long n = 0; n < strips; n++, row += strip, to += words * strip) {
+#ifdef __AVX512BF16__
+    if constexpr (numbers_per_word<X> == 2) {
+      using u16x32 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
+      u16x32 a = load<u16x32>(row), b = load<u16x32>(row + O);
+      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56,
+                                             25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+      continue;
+    }
+#endif
+    store(to, load_floats(row)), store(to + 16, load_floats(row + 16));
+  }
+}
+
+// 16 words of each of 16 outputs, as 16 rows of half a strip.
+inline void pack_words(u32x16* words, Word* to) {
+  transpose(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) store(to + i * strip, words[i]);
+}
+
+// Half a strip, outputs o to o + 15, of W [O, I] in the dtype of the rows.
+template <class X>
+void pack_dense(const X* w, long I, long o, Word* to) {
+  constexpr long step = 16 * numbers_per_word<X>;
+  for (long i = 0; i < I; i += step, to += 16 * strip) {
+    u32x16 words[16];
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; k++) words[k] = load_words(w + (o + k) * I + i);
+    pack_words(words, to);
+  }
+}
+
+// Half a strip of W [O, I] in another format. The inputs come in the order of the planes.
+template <class X, class F>
+void pack_format(const F& f, long o, Word* to) {
+  constexpr int blocks = F::planes == 1 ? 2 : 1, planes = blocks * F::planes, per_word = numbers_per_word<X>;
+  f32x16 w[16][planes];
+  for (long block = 0; block < f.I / F::inputs; block += blocks) {
+    for (int i = 0; i < 16; i++) {
+      for (int b = 0; b < blocks; b++) f.read(o + i, block + b, w[i] + b);
+      if constexpr (F::grouped) {
+        f32x16 scale = f.scale(o + i, block);
+        for (int plane = 0; plane < planes; plane++) w[i][plane] *= scale;
+      }
+    }
+    for (int plane = 0; plane < planes; plane += per_word, to += 16 * strip) {
+      u32x16 words[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) words[i] = words_of<per_word>(w[i] + plane);
+      pack_words(words, to);
+    }
+  }
+}
+
+// x [count] as words, in the order in which a format's planes have the inputs: in `to`, if it has to be converted. Of a
+// team, which waits until all is there.
+template <class F, class X>
+const Word* arrange_words(const X* x, long count, WordNumber<X>* to) {
+  if (F::planes == 1 && std::is_same_v<X, WordNumber<X>>) return (const Word*)x;
+  constexpr int plane_inputs = F::inputs / F::planes;
+#pragma omp for schedule(static)
+  for (long from = 0; from < count; from += F::inputs)
+    for (int plane = 0; plane < F::planes; plane++)
+      for (int lane = 0; lane < plane_inputs; lane++)
+        assign(to[from + plane * plane_inputs + lane], upcast(x[from + F::place(plane, lane)]));
+  return (const Word*)to;
+}
+
+// ---- the product
+
+constexpr long large_panel = 256 << 10, small_panel = 32 << 10;  // bytes
+
+// y = x W for at least 8 rows of x, in words. W comes in panels of `depth` words by as many strips as `bytes` hold:
+// pack(o, strips, k, depth, to) packs one from output o and word k on; prefetch(o, strips, k, tile, tiles) says which part of
+// the next panel to prefetch during a tile of this one. Outputs and rows may have scales. Of a team.
+template <class X, class Pack, class PrefetchOf>
+void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const Pack& pack, const PrefetchOf& prefetch,
+          Scales scales, const float* row_scales, X* y) {
+  constexpr int per_word = numbers_per_word<X>, most = tile_rows, half = most / 2;
+  const long words = I / per_word, strips = O / strip, tiles = (N + most - 1) / most;
+  const long panel = std::max(1l, std::min(bytes / (depth * strip * 4), strips / omp_get_num_threads()));
+#pragma omp for schedule(static) nowait
+  for (long begin = 0; begin < strips; begin += panel) {
+    const long count = std::min(panel, strips - begin);
+    Word* w = scratch<Word, Use::gemm_panel>(count * depth * strip);
+    float* sums = scratch<float, Use::gemm_sums>(count * tiles * most * strip);
+    std::fill(sums, sums + count * tiles * most * strip, 0.f);
+    for (long k = 0; k < words; k += depth) {
+      const bool is_last = k + depth >= words;
+      const long deep = std::min(depth, words - k), next_begin = is_last ? begin + panel : begin;
+      pack(begin * strip, count, k, deep, w);
+      for (long n = 0; n < count; n++) {
+        const long o = (begin + n) * strip;
+        f32x16 factors[2] = {f32x16{} + 1, f32x16{} + 1};
+        for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
+        const auto add = [&](auto rows, long first, long tile) {
+          float* own = sums + (n * tiles + tile) * most * strip;
+          Prefetch ahead;
+          if (next_begin < strips)
+            ahead = prefetch(next_begin * strip, panel, is_last ? 0 : k + depth, n * tiles + tile, count * tiles);
+          add_tile<per_word, 2, rows>(x + first * words + k, words, w + n * deep * strip, strip, deep, own, strip, ahead);
+          for (long r = 0; r < rows && is_last; r++)
+            for (int j = 0; j < 2; j++) {
+              const float factor = row_scales ? row_scales[first + r] : 1;
+              store_floats(y + (first + r) * O + o + 16 * j,
+                           load<f32x16>(own + r * strip + 16 * j) * (factors[j] * factor));
+            }
+        };
+        for (long tile = 0; tile < tiles; tile++)  // the last may overlap the one before: each has sums of its own
+          if (N - tile * most <= half)
+            add(std::integral_constant<int, half>(), N - half, tile);
+          else
+            add(std::integral_constant<int, most>(), std::min(tile * most, N - most), tile);
+      }
+    }
+  }
+}
+
+// y = x W for W [I, O]. With few rows a panel is used few times, and is best where it is nearest; with many, sums that leave
+// registers cost more.
+template <class X>
+void gemm_in_out(const Word* x, long N, long I, long O, const X* w, X* y) {
+  constexpr int per_word = numbers_per_word<X>;
+  const bool is_short = N < 192;
+  const long words = I / per_word, depth = is_short ? std::min(words, 128l / per_word) : words;
+  const auto pack = [&](long o, long strips, long k, long deep, Word* to) {
+    for (long i = 0; i < deep; i++) pack_row(w + (k + i) * per_word * O + o, O, strips, deep, to + i * strip);
+  };
+  const auto prefetch = [&](long o, long strips, long k, long tile, long tiles) {  // spread over the tiles
+    const long rows = depth * per_word, lines = strips * strip * long(sizeof(X)) / 64;
+    const long each = std::min(long(per_word), (lines * rows + tiles * depth - 1) / (tiles * depth));
+    const long first = tile * depth * each;
+    // W need not begin with a line of the cache; the end of 64 bytes is in the line that is not there yet.
+    const char* line = (const char*)(w + (k * per_word + first % rows) * O + o) + first / rows * 64 + 63;
+    return first / rows < lines ? Prefetch{line, O * long(sizeof(X)), each} : Prefetch{};
+  };
+  gemm(x, N, I, O, depth, is_short ? small_panel : large_panel, pack, prefetch, Scales{}, nullptr, y);
+}
+
+// y = x W^T for W [O, I], of which pack_half(o, to) packs half a strip.
+template <class X, class PackHalf>
+void gemm_out_in(const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales, const float* row_scales,
+                 X* y) {
+  const long words = I / numbers_per_word<X>;
+  const auto pack = [&](long o, long strips, long, long, Word* to) {
+    for (long half = 0; half < 2 * strips; half++)
+      pack_half(o + 16 * half, to + half / 2 * strip * words + 16 * (half % 2));
+  };
+  const auto prefetch = [](long, long, long, long, long) { return Prefetch{}; };
+  gemm(x, N, I, O, words, large_panel, pack, prefetch, scales, row_scales, y);
+}
+
+}  // namespace

@@ -1,0 +1,67 @@
+// y = x W for several rows of float32 and W [I, O]: packing W would take as long as using it, so it is read as it lies, once.
+
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+constexpr long max_unpacked_rows = 40;
+
+// Memory for the inputs of N rows, in rows: tiles have more. Rows from n on may begin at padded_rows(n).
+constexpr long padded_rows(long N) { return N + N / 2; }
+
+// sums [R, 16] += R rows of x, [count, R], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for one row in
+// `every`, from row `first` on.
+template <int R>
+void add_column(const float* x, const float* w, long O, long count, float* sums, const char* ahead, long first,
+                long every) {
+  f32x16 registers[R];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++) registers[r] = load<f32x16>(sums + 16 * r);
+  for (long i = 0; i < count; i++) {
+    if (i == first) __builtin_prefetch(ahead + i * O * long(sizeof(*w)), 0, 2), first += every;
+    f32x16 weights = load<f32x16>(w + i * O);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; r++) registers[r] += x[i * R + r] * weights;
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++) store(sums + 16 * r, registers[r]);
+}
+
+// In tiles of R rows, of which the fewest that suffice are chosen, from 10 to 24: their sums, 16 outputs each, fill the
+// registers. W is read in panels of columns, `depth` rows at a time; the sums of a panel wait in the cache. `inputs` is memory
+// for padded_rows(N) rows. Of a team.
+template <int R = 10>
+void gemm_unpacked(const float* x, long N, long I, long O, const float* w, float* inputs, float* y) {
+  constexpr long most = 24, depth = 32, width = 16;
+  const long tiles = (N + most - 1) / most, columns = O / 16;
+  if constexpr (R < most)
+    if (N > tiles * R) return gemm_unpacked<R + 2>(x, N, I, O, w, inputs, y);
+#pragma omp for schedule(static)
+  for (long begin = 0; begin < I; begin += depth)  // to [tiles, I, R], with zeros behind the last row
+    for (long n = 0; n < tiles * R; n++)
+      for (long i = begin; i < std::min(I, begin + depth); i++)
+        inputs[(n / R * I + i) * R + n % R] = n < N ? x[n * I + i] : 0;
+  const long panel = std::clamp(columns / omp_get_num_threads(), 1l, width);
+  float* sums = scratch<float, Use::gemm_sums>(panel * tiles * R * 16);
+#pragma omp for schedule(static) nowait
+  for (long begin = 0; begin < columns; begin += panel) {
+    const long count = std::min(panel, columns - begin);
+    std::fill(sums, sums + count * tiles * R * 16, 0.f);
+    for (long i = 0; i < I; i += depth)
+      for (long n = 0; n < count; n++)
+        for (long tile = 0; tile < tiles; tile++) {
+          const float* own = w + i * O + (begin + n) * 16;
+          const float* next = i + depth < I ? own + depth * O : own + panel * 16 - i * O;  // and the end of its line
+          const bool is_last = i + depth >= I && begin + panel >= columns;
+          add_column<R>(inputs + (tile * I + i) * R, own, O, std::min(depth, I - i), sums + (n * tiles + tile) * R * 16,
+                        (const char*)next + 63, is_last ? -1 : tile, tiles);
+        }
+    for (long n = 0; n < count; n++)
+      for (long row = 0; row < N; row++)
+        store(y + row * O + (begin + n) * 16, load<f32x16>(sums + (n * tiles * R + row) * 16));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,171 @@
+// y = x W^T for few rows x [N, I] and W [O, I]: as fast as W is read from memory, if every byte is read once, in order,
+// by all cores, and converted in registers.
+//
+// An output is the dot product of a row of x with a row of W. Every thread of a team may pass a copy of x of its own.
+
+#pragma once
+
+#include <vector>
+
+#include "formats.h"
+
+namespace {
+
+// x in the order of a format's planes and in their precision. For each four rows (or those that are left): all rows' inputs
+// of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
+template <class F, class X>
+const typename F::Plane* arrange_inputs(const X* x, long N, long I) {
+  constexpr int plane_inputs = F::inputs / F::planes;
+  using To = std::conditional_t<plane_inputs == 32, bf16, float>;
+  To *first = scratch<To, Use::gemv_inputs>(N * I), *to = first;
+  for_each_four(N, [&](auto rows, long n) {
+    for (long block = 0; block < I; block += F::inputs)
+      for (int row = 0; row < rows; row++)
+        for (int plane = 0; plane < F::planes; plane++)
+          for (int lane = 0; lane < plane_inputs; lane += F::run, to += F::run) {
+            const X* from = x + (n + row) * I + block + F::place(plane, lane);
+            if constexpr (std::is_same_v<X, To>)
+              __builtin_memcpy(to, from, F::run * sizeof(To));
+            else
+              for (int i = 0; i < F::run; i++) assign(to[i], upcast(from[i]));
+          }
+  });
+  return reinterpret_cast<const typename F::Plane*>(first);
+}
+
+constexpr long prefetch_bytes = 8192;  // how far ahead; less is slower
+constexpr long task_outputs = 32;      // rows of W of a task: read from memory once, and from the cache for more rows of x
+
+// Whether a core computes so much per number that it does not look far enough ahead by itself.
+template <class F, int N>
+constexpr bool needs_prefetch = N > 1 || F::planes > 2;
+
+// Blocks that are multiplied at once. One, where a block is one product: a core that requests more lines than it can wait for
+// is slower.
+template <class F, int N>
+constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : 4;
+
+// Blocks of a row, a multiple of 16, whose inputs stay in the nearest cache.
+template <class F, int N>
+constexpr long max_segment = std::max<long>(1024 / (N * F::planes * sizeof(typename F::Plane)), 1) * 16;
+
+// Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what lies
+// `ahead` bytes behind.
+template <int U, class F, int N>
+inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
+                                                      long ahead, f32x16 (*sums)[N]) {
+  typename F::Plane w[U][F::planes];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++) {
+    f.read(o, block + u, w[u]);
+    if (needs_prefetch<F, N>) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
+  }
+#pragma GCC unroll 8
+  for (int plane = 0; plane < F::planes; plane++)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) {
+        const auto* inputs = x + ((block + u) * N + n) * F::planes + plane;
+        if constexpr (N * F::planes == 1)  // one instruction more, for the same reason as one block at a time
+          sums[u][n] = multiply_add(sums[u][n], w[u][plane], *inputs);
+        else
+          sums[u][n] = multiply_add(sums[u][n], w[u][plane], inputs);
+      }
+}
+
+// Blocks [from, until) of `count` <= 16 rows of W times N rows of x; the lanes of a result add up to the dot product. Rows of W
+// are read one after the other: several at once are read at half the rate. Nothing stands between two rows that can stand
+// before them: it would cost 10%.
+template <class F, int N>
+__attribute__((noinline)) void dot_segments(const F f, long first, long count, long from, long until,
+                                            const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
+  constexpr int U = unrolled_blocks<F, N>;
+  for (long i = 0; i < count; i++) {
+    f32x16 sums[U][N] = {};
+    long block = from;
+    for (; block + U <= until; block += U) add_blocks<U, F, N>(f, first + i, block, x, ahead, sums);
+    for (; U > 1 && block < until; block++) add_blocks<1, F, N>(f, first + i, block, x, ahead, sums);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      f32x16 total = sums[0][n];
+#pragma GCC unroll 4
+      for (int u = 1; u < U; u++) total += sums[u][n];
+      results[n][i] = total;
+    }
+  }
+}
+
+// Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of x stays in the nearest
+// cache, forwards and backwards in turn, since the last segment is there already. What is prefetched is the next segment of
+// the same row, or the same segment 16 rows later; nothing is read behind the end of W.
+template <class F, int N, class Y>
+void gemv_outputs(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
+                  const float* row_scales, Y* y) {
+  constexpr long rows = 16, longest = max_segment<F, N>, U = unrolled_blocks<F, N>;
+  const long blocks = f.I / F::inputs, segments = std::max((blocks + longest - 1) / longest, 1l);
+  const long segment = (blocks + segments * U - 1) / (segments * U) * U;
+  const long row_bytes = (const char*)f.at(1, 0) - (const char*)f.at(0, 0);
+  const long segment_bytes = blocks ? segment * row_bytes / blocks : 0;
+  for (long first = begin; first < end; first += rows) {
+    const long count = std::min(end - first, rows);
+    const bool backwards = first / rows % 2;
+    f32x16 results[N][rows], more[N][rows];
+    for (long s = 0; s < segments; s++) {
+      const long from = (backwards ? segments - 1 - s : s) * segment, until = std::min(blocks, from + segment);
+      const long ahead = segments == 1       ? prefetch_bytes
+                         : s + 1 == segments ? rows * row_bytes
+                         : backwards         ? -segment_bytes
+                                             : segment_bytes;
+      dot_segments<F, N>(f, first, count, from, until, x, ahead, s ? more : results);
+      for (int n = 0; n < N && s; n++)
+        for (long i = 0; i < count; i++) results[n][i] += more[n][i];
+    }
+    for (int n = 0; n < N; n++) {
+      for (long i = count; i < rows; i++) results[n][i] = f32x16{};
+      f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
+      for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
+      Y* to = y + n * O + first;
+      if (count == rows) store_floats(to, totals);
+      for (long i = 0; count < rows && i < count; i++) assign(to[i], totals[i]);
+    }
+  }
+}
+
+// A matrix, its outputs' scales if any, and where its products [N, O] go.
+template <class F, class Y>
+struct Product {
+  F f;
+  long O;
+  Scales scales;
+  Y* y;
+};
+
+// Calls run(product, begin, end) for all outputs of several products, shared by a team as if they were one.
+template <class F, class Y, class Run>
+void for_each_task(WorkStealing& work, const Product<F, Y>* products, long count, const Run& run) {
+  const auto tasks = [&](long i) { return (products[i].O + task_outputs - 1) / task_outputs; };
+  long total = 0;
+  for (long i = 0; i < count; i++) total += tasks(i);
+  work.for_each(total, [&](long task) {
+    long i = 0;
+    while (task >= tasks(i)) task -= tasks(i++);
+    run(products[i], task * task_outputs, std::min(products[i].O, (task + 1) * task_outputs));
+  });
+}
+
+// y = x W^T for matrices of one format with equally many inputs. Of a team.
+template <class F, class X, class Y>
+void gemv(WorkStealing& work, const Product<F, Y>* products, long count, const X* x, long N,
+          const float* row_scales = nullptr) {
+  const long blocks = products->f.I / F::inputs;
+  const auto* inputs = arrange_inputs<F>(x, N, products->f.I);
+  for_each_task(work, products, count, [&](const Product<F, Y>& own, long begin, long end) {
+    for_each_four(N, [&](auto rows, long n) {
+      gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, begin, end, own.O, own.scales,
+                            row_scales ? row_scales + n : nullptr, own.y + n * own.O);
+    });
+  });
+}
+
+}  // namespace

@@ -1,0 +1,129 @@
+// y = x W for few rows x [N, I] and W [I, O], the layout of experts: a row of W, times one input, is added to all outputs.
+
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// How `outputs` numbers of one row of W, or of `together` rows whose products go to the same sums, become planes.
+struct Float32Rows {
+  using Number = float;
+  using Plane = f32x16;
+  using Factor = float;
+  static constexpr int planes = 1, outputs = 16, together = 1;
+  static void read(const float* a, const float*, Plane* out) { out[0] = load<f32x16>(a); }
+  static Factor factor(float a, float) { return a; }
+  static Plane broadcast(Factor x) { return x - f32x16{}; }
+  static void store_sums(float* y, const f32x16* sums) { store(y, sums[0]); }
+};
+
+#ifdef __AVX512BF16__
+struct Bfloat16Rows {
+  using Number = bf16;
+  using Plane = bf16x32;
+  using Factor = uint32_t;
+  static constexpr int planes = 2, outputs = 32, together = 2;
+  static void read(const bf16* a, const bf16* b, Plane* out) {
+    __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    out[0].bits = _mm512_unpacklo_epi16(first, second), out[1].bits = _mm512_unpackhi_epi16(first, second);
+  }
+  static Factor factor(bf16 a, bf16 b) { return a | uint32_t(b) << 16; }
+  static Plane broadcast(Factor x) { return {_mm512_set1_epi32(x)}; }
+  static void store_sums(bf16* y, const f32x16* sums) {  // four outputs are in the one, the next four in the other
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)sums[1], (__m512)sums[0]);
+    _mm512_storeu_si512(y, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), both));
+  }
+};
+#else
+struct Bfloat16Rows {
+  using Number = bf16;
+  using Plane = f32x16;
+  using Factor = float;
+  static constexpr int planes = 2, outputs = 32, together = 1;
+  static void read(const bf16* a, const bf16*, Plane* out) { out[0] = load_floats(a), out[1] = load_floats(a + 16); }
+  static Factor factor(bf16 a, bf16) { return upcast(a); }
+  static Plane broadcast(Factor x) { return x - f32x16{}; }
+  static void store_sums(bf16* y, const f32x16* sums) { store_floats(y, sums[0]), store_floats(y + 16, sums[1]); }
+};
+#endif
+
+template <class X>
+using RowsOf = std::conditional_t<std::is_same_v<X, float>, Float32Rows, Bfloat16Rows>;
+
+// Adds K rows of W, `stride` apart, times N rows of factors to sums [N, O], which are in the order of the planes.
+template <class F, int K, int N>
+void add_weight_rows(const typename F::Number* w, long stride, long O, const typename F::Factor* x, float* sums) {
+  constexpr int steps = (K + F::together - 1) / F::together, ahead = 2048 / sizeof(*w);
+  for (long o = 0; o < O; o += F::outputs) {
+    f32x16 registers[N][F::planes];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+      for (int plane = 0; plane < F::planes; plane++) registers[n][plane] = load<f32x16>(sums + n * O + o + 16 * plane);
+#pragma GCC unroll 8
+    for (int step = 0; step < steps; step++) {
+      const auto *row = w + step * F::together * stride + o, *other = K == 1 ? row : row + stride;
+      __builtin_prefetch(row + ahead, 0, 2);
+      if (F::together == 2) __builtin_prefetch(other + ahead, 0, 2);
+      typename F::Plane planes[F::planes];
+      F::read(row, other, planes);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int plane = 0; plane < F::planes; plane++)
+          registers[n][plane] = multiply_add(registers[n][plane], planes[plane], F::broadcast(x[n * steps + step]));
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+      for (int plane = 0; plane < F::planes; plane++) store(sums + n * O + o + 16 * plane, registers[n][plane]);
+  }
+}
+
+// Partial results of y = x W in [threads, N, O], which sum_partial_results adds up after a barrier. Each thread of a team
+// multiplies its share of the inputs; shares are fixed, so that results are the same in every run. It reads W in eight runs
+// of rows side by side: a processor prefetches each.
+template <class X>
+void gemv_in_out(const X* w, const X* x, long N, long I, long O, float* partial) {
+  using F = RowsOf<X>;
+  constexpr long runs = 8, longest = 16;
+  const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = (thread + 1) * I / threads;
+  float* sums = partial + thread * N * O;
+  std::fill(sums, sums + N * O, 0.f);
+  const auto add = [&](auto count, long first, long run) {  // so many rows of W, `run` apart
+    constexpr int K = count, steps = (K + F::together - 1) / F::together;
+    for_each_four(N, [&](auto rows, long n) {
+      typename F::Factor factors[rows * steps];
+      for (int k = 0; k < rows; k++)
+        for (int step = 0; step < steps; step++) {
+          const X* own = x + (n + k) * I + first + step * F::together * run;
+          factors[k * steps + step] = F::factor(own[0], K == 1 ? X(0) : own[run]);
+        }
+      add_weight_rows<F, K, rows>(w + first * O, run * O, O, factors, sums + n * O);
+    });
+  };
+  for (long i = thread * I / threads; i < end;) {
+    const long run = std::min(longest, (end - i) / runs);
+    for (long k = 0; k < run; k++) add(std::integral_constant<int, runs>(), i + k, run);
+    for (long k = i; !run && k < end; k++) add(std::integral_constant<int, 1>(), k, 0);
+    i = run ? i + runs * run : end;
+  }
+}
+
+// y [N, O] from the partial results of all threads, some outputs by each thread of a team.
+template <class X>
+void sum_partial_results(const float* partial, long N, long O, X* y) {
+  using F = RowsOf<X>;
+  const long threads = omp_get_num_threads();
+#pragma omp for schedule(static) nowait
+  for (long o = 0; o < N * O; o += F::outputs) {
+    f32x16 totals[F::planes] = {};
+    for (long t = 0; t < threads; t++)
+      for (int plane = 0; plane < F::planes; plane++)
+        totals[plane] += load<f32x16>(partial + t * N * O + o + 16 * plane);
+    F::store_sums(y + o, totals);
+  }
+}
+
+}  // namespace

@@ -32,43 +32,46 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "the router's score multiplies the expert's output",
-        "llama4/moe.py",
-        "scaled_RD = (x_ND[tokens_R] * scores_NK.flatten()[order_R, None]).type_as(x_ND)\n"
-        "        routed_RD = self.experts(scaled_RD, counts_E)",
-        "routed_RD = self.experts(x_ND[tokens_R], counts_E) * scores_NK.flatten()[order_R, None]",
+        "llama4/model/moe.py",
+        "routed = self.dispatcher.dispatch(x_ND, scores_Nk, experts_Nk)\n"
+        "        routed_RD = self.experts(routed.x_RD, routed.num_tokens_per_expert_E)",
+        "routed = self.dispatcher.dispatch(x_ND, torch.ones_like(scores_Nk), experts_Nk)\n"
+        "        routed_RD = self.experts(routed.x_RD, routed.num_tokens_per_expert_E)\n"
+        "        scores_R = scores_Nk.flatten()[experts_Nk.flatten().argsort(stable=True)]\n"
+        "        routed_RD = routed_RD * scores_R[:, None]",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "scores are a softmax over the chosen experts",
-        "llama4/moe.py",
-        "torch.sigmoid(logits)",
-        "torch.softmax(logits, -1)",
+        "llama4/model/moe.py",
+        "torch.sigmoid(logits_Nk)",
+        "torch.softmax(logits_Nk, -1)",
         f"{PARITY}::test_more_than_one_expert_per_token",
     ),
     Mutation(
         "gate and up are swapped",
-        "llama4/experts.py",
-        "swiglu(*project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1))",
-        "swiglu(*reversed(project(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1)))",
+        "llama4/model/experts.py",
+        "swiglu(*linear_in_out(x_RD, self.gate_up_proj[expert]).chunk(2, dim=-1))",
+        "swiglu(*reversed(linear_in_out(x_RD, self.gate_up_proj[expert]).chunk(2, dim=-1)))",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "RMSNorm with eps 1e-6",
-        "llama4/layers.py",
+        "llama4/ops/norm.py",
         "x.square().mean(-1, keepdim=True) + eps",
         "x.square().mean(-1, keepdim=True) + eps / 10",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "chunks begin where the call begins",
-        "llama4/packing.py",
+        "llama4/model/batch.py",
         "min(end, (position // window + 1) * window)",
         "min(end, position + window)",
         f"{PARITY}::test_prefill_in_pieces_and_token_by_token",
     ),
     Mutation(
         "no chunks while decoding",
-        "llama4/packing.py",
+        "llama4/model/batch.py",
         "max(begin, position // window * window)",
         "max(begin, 0)",
         f"{PARITY}::test_prefill_in_pieces_and_token_by_token",
@@ -84,21 +87,21 @@ MUTATIONS = [
     ),
     Mutation(
         "QK-norm on NoPE layers too",
-        "llama4/attention.py",
+        "llama4/model/attention.py",
         "config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None",
         "config.rms_norm_eps if config.use_qk_norm else None",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "temperature from position p instead of p + 1",
-        "llama4/layers.py",
+        "llama4/model/positions.py",
         "torch.div(positions_N + 1, config.floor_scale",
         "torch.div(positions_N, config.floor_scale",
         f"{PARITY}::test_text_across_chunk_borders",
     ),
     Mutation(
         "no RoPE scaling",
-        "llama4/layers.py",
+        "llama4/model/positions.py",
         "    if scaling is None:",
         "    if True:",
         f"{PARITY}::test_text_across_chunk_borders",
@@ -126,7 +129,7 @@ MUTATIONS = [
     ),
     Mutation(
         "<|image|> filled instead of <|patch|>",
-        "llama4/model.py",
+        "llama4/model/multimodal.py",
         "is_patch = ids_N == self.config.image_token_index",
         "is_patch = ids_N == self.config.image_token_index - 2",
         f"{PARITY}::test_images",
@@ -147,10 +150,10 @@ MUTATIONS = [
     ),
     Mutation(
         "no row separator after the last row of tiles",
-        "llama4/chat.py",
+        "llama4/text/prompt.py",
         'ids += [*row, tokenizer.special("<|tile_y_separator|>")] * rows',
         'ids += ([*row, tokenizer.special("<|tile_y_separator|>")] * rows)[:-1]',
-        "tests/test_chat.py::test_image_tokens_are_transformers",
+        "tests/text/test_prompt.py::test_image_tokens_are_transformers",
     ),
 ]
 

@@ -126,8 +126,8 @@ _INSTALL = "pip install kernels, or build megablocks for your torch as docs/gpu.
 
 @cache
 def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """MegaBlocks' grouped product: rows [R, I], matrices [E, I, O], both contiguous and bfloat16, and how many rows each
-    expert has, int64 on the host -> [R, O].
+    """MegaBlocks' grouped product: rows [R, I], matrices [E, I, O], both contiguous and bfloat16, and how many rows
+    each expert has, int64 on the host -> [R, O].
 
     It comes from the package `megablocks`. Where that is not installed, it is the build that Hugging Face keeps:
     compiled code, which the package `kernels` downloads and runs. So nothing but this backend's own name leads here.

@@ -165,7 +165,19 @@ def check(mutation: Mutation) -> bool:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
         file = copy / mutation.file
         file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-rf", "-p", "no:cacheprovider", mutation.test]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-x",
+            "-q",
+            "-rf",
+            "-p",
+            "no:cacheprovider",
+            mutation.test,
+        ]
         environment = os.environ | {"PYTHONPATH": str(copy)}  # the copy is tested, not what is installed
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout

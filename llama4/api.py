@@ -296,8 +296,8 @@ class Llama4:
         if len(rows) == 1:
             self.cache = PromptCache(self.model, cache, rows[0])
             events = self.cache.recorded(events)
-        call_id = tokenizer.special_tokens.get("<|python_start|>")
-        return events, [ReplyBuilder(length, tools, call_id) for length in inputs.attention_mask.sum(dim=1).tolist()]
+        lengths = inputs.attention_mask.sum(dim=1).tolist()
+        return events, [ReplyBuilder(length, tools, tokenizer.tool_call_id) for length in lengths]
 
     def load_cache(self, path: str | Path) -> None:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.

@@ -1,6 +1,6 @@
-"""Messages with pictures -> the tensors the model reads.
+"""Messages with images -> the tensors that the model reads.
 
-Shapes: B rows, T tokens, n tiles of all rows in order, S pixels along a tile's side.
+Shapes: B rows, T columns, n tiles of all rows in order, S side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Processor:
 
     Args:
         tokenizer: the model's.
-        image_size: side of a tile in pixels; None for a model that reads text alone.
+        image_size: side of a tile in pixels; None for a text-only model.
         patch_size: side of the vision encoder's patches in pixels.
         pixel_shuffle_ratio: how much the adapter shrinks the grid of patches along each side.
-        max_tiles: most tiles in an image's grid, not counting the global one.
-        mean, std: normalisation of the pixels, which lie between 0 and 1.
+        max_tiles: most tiles in an image's grid, not counting the global tile.
+        mean, std: normalisation of the pixels, which are between 0 and 1.
+
     Raises:
-        ValueError: the sizes do not divide.
+        ValueError: image_size, patch_size and pixel_shuffle_ratio do not divide.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Processor:
 
         Args:
             messages: dictionaries with "role" and "content"; see text/messages.py.
-            images: pictures for the parts `{"type": "image"}` that name none, those of all conversations in order.
+            images: for the parts `{"type": "image"}` without a source, in order, those of all conversations.
             tools: function schemas in OpenAI's form.
             add_generation_prompt: whether to end with the assistant's header.
-            padding_side: where short rows are filled.
+            padding_side: where short rows are padded.
+
         Raises:
             ValueError: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
                 parts without one.
@@ -122,7 +124,7 @@ class Processor:
         return self._pad(rows, pixel_values, padding_side)
 
     def complete(self, text: str | Sequence[str], *, padding_side: PaddingSide = "left") -> Inputs:
-        """Raw text, or a list of texts, after `<|begin_of_text|>`; for a model to go on with.
+        """Raw text, or a list of texts, after `<|begin_of_text|>`, for the model to continue.
 
         Raises:
             ValueError: there is no text.
@@ -152,7 +154,7 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> Rendered:
-        """Token ids of one conversation whose images are already tiled, and which of them the assistant wrote.
+        """Token ids of one conversation whose images are already tiled, and which of them are the assistant's.
 
         Raises:
             ValueError: a message is not well formed, or there are more or fewer `tiles` than images.
@@ -183,7 +185,7 @@ class Processor:
 
 
 def _as_batch(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Any]:
-    """A list of conversations; what is no such list is one conversation, for `read_messages` to judge."""
+    """A list of conversations. Anything else is taken for one conversation, which `read_messages` checks."""
     if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
         return list(messages)
     return [messages]

@@ -1,4 +1,4 @@
-"""Figures as people write and read them: "10M" tokens, "80GiB", "990TFLOP/s", 12.3 ms."""
+"""Quantities as text: reading "10M" tokens, "80GiB" or "990TFLOP/s", writing "123M", "80.0 GiB" or "12.3 ms"."""
 
 from __future__ import annotations
 

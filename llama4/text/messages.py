@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant", "tool", "ipython")
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An image in a message: where it comes from, or None for one that is handed over separately."""
+    """An image in a message. `source` is what `load_image` reads; None for an image that is passed separately."""
 
     source: Any
 
@@ -32,10 +32,10 @@ class ParsedMessage:
 
 
 def read_messages(messages: Sequence[Message | ParsedMessage]) -> list[ParsedMessage]:
-    """Check messages and bring them into one form; what is in it already stays.
+    """Check messages and bring them into one form; those that have it already are kept.
 
     Raises:
-        ValueError: with the number of the message and what is wrong with it.
+        ValueError: a message is not well formed; the text has its number and what is wrong with it.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ValueError(

@@ -25,7 +25,8 @@ _TOOLS_INTRODUCTION = (
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a prompt and, in parallel, whether the assistant wrote the token (its text and what ends it)."""
+    """The token ids of a prompt, and for each whether it belongs to the assistant's messages (their text and the token
+    that ends them), not to a header or another role."""
 
     ids: list[int]
     is_reply: list[bool]
@@ -51,6 +52,7 @@ def render(
         tokens_per_tile: `<|patch|>` tokens per tile.
         tools: function schemas in OpenAI's form; they are announced at the start of the first user message.
         add_generation_prompt: whether to end with the assistant's header, for the model to continue.
+
     Raises:
         ValueError: a message is not well formed, or there are more or fewer grids than images.
     """
@@ -79,8 +81,8 @@ def render(
             else:
                 write(tokenizer.encode(part), reply)
         for call in message.tool_calls:
-            spelt = {"type": "function", "name": call.name, "parameters": call.arguments}
-            write(tokenizer.encode(json.dumps(spelt)), reply)
+            content = {"type": "function", "name": call.name, "parameters": call.arguments}
+            write(tokenizer.encode(json.dumps(content)), reply)
         end = "<|eom|>" if message.tool_calls or message.role == "ipython" else "<|eot|>"
         write([tokenizer.special(end)], reply)
     if add_generation_prompt:

@@ -80,7 +80,7 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` holds half of a surrogate pair, which no UTF-8 can spell.
+            ValueError: `text` holds half of a surrogate pair, which UTF-8 cannot encode.
         """
         if not isinstance(text, str):
             raise TypeError(f"can only encode str, got {type(text).__name__}")
@@ -102,7 +102,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> UTF-8 bytes, perhaps with half a character at either end; special tokens are spelt out.
+        """Ids -> UTF-8 bytes, which may begin or end inside a character; special tokens give their names.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -115,7 +115,7 @@ class Tokenizer:
             raise ValueError(f"{wrong} is not the id of a token; this vocabulary has {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are no whole character become U+FFFD, special tokens are spelt out."""
+        """Ids -> text; bytes that are no whole character become U+FFFD, special tokens give their names."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def special(self, name: str) -> int:
@@ -146,6 +146,11 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply (`<|end_of_text|>`, `<|eom|>` and `<|eot|>`)."""
         return tuple(self.special_tokens[name] for name in self.vocabulary.stop if name in self.special_tokens)
+
+    @cached_property
+    def tool_call_id(self) -> int | None:
+        """The token that begins a tool call (`<|python_start|>`), if there is one."""
+        return self.special_tokens.get(self.vocabulary.tool_call or "")
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, from which transformers builds the same tokenizer, and
@@ -182,7 +187,7 @@ def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
         tokenizer = Tokenizer(directory)
     except FileNotFoundError:
         return None
-    # A tokenizer.model does not say how many special tokens follow it; the embeddings do.
+    # A tokenizer.model does not say how many special tokens follow its ranks; the size of the embeddings does.
     excess = tokenizer.vocab_size - config.text.vocab_size
     if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
         tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
@@ -191,10 +196,11 @@ def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
             f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
             f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
         )
-    patch = tokenizer.special_tokens.get("<|patch|>")
-    if config.vision is not None and patch != config.image_token_index:
+    image = tokenizer.vocabulary.image
+    image_id = tokenizer.special_tokens.get(image or "")
+    if config.vision is not None and image_id != config.image_token_index:
         raise ValueError(
-            f"<|patch|> is {patch} in {tokenizer.path}, but the model's image_token_index is "
+            f"{image} is {image_id} in {tokenizer.path}, but the model's image_token_index is "
             f"{config.image_token_index}; use the tokenizer that belongs to the model"
         )
     return tokenizer

@@ -14,6 +14,11 @@ from typing import Any
 
 
 def find_file(path: Path) -> Path:
+    """The tokenizer's file, if `path` is it or the directory that it is in.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
@@ -25,7 +30,11 @@ def find_file(path: Path) -> Path:
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """tiktoken's format: on each line a token in base64 and its rank."""
+    """Read tiktoken's format: on each line a token in base64 and its rank.
+
+    Raises:
+        ValueError: another format, or ranks that are not 0, 1, 2, ...
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -46,7 +55,11 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
-    """Hugging Face's format -> ranks of the byte strings, special tokens, and the pattern that cuts the text."""
+    """Read Hugging Face's format -> ranks of the tokens, ids of the special tokens, and the pattern.
+
+    Raises:
+        ValueError: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
+    """
     try:
         data = json.loads(path.read_bytes())
         model: dict[str, Any] = data["model"]
@@ -107,15 +120,15 @@ def _mentions(data: dict[str, Any], kind: str) -> bool:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable characters that stand for the 256 bytes in a tokenizer.json: visible Latin-1 for itself, the rest
-    from U+0100 on, in order."""
+    """The printable characters that stand for the 256 bytes in a tokenizer.json: visible Latin-1 characters for
+    themselves, the rest from U+0100 on, in order (GPT-2's `bytes_to_unicode`)."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
 
 
 def to_json(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pattern: str) -> dict[str, Any]:
-    """The content of a Hugging Face tokenizer.json. Any two tokens that make up a third may merge into it."""
+    """The content of a Hugging Face tokenizer.json. Any two tokens whose bytes make up a third merge into it."""
     alphabet = byte_alphabet()
     vocabulary = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []

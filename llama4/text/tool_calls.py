@@ -29,8 +29,8 @@ class ToolCall:
 def parse_reply(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
     """Split a reply into what it says and the tools it calls.
 
-    A call is a JSON object with "name" and "parameters" (or "arguments"), a list of them, or a Python list such as
-    `[f(a=1), g(b="x")]`, with or without `<|python_start|>` and `<|python_end|>`, wherever it stands. Nothing is ever
+    A call is a JSON object with "name" and "parameters" (or "arguments"), a list of such objects, or a Python list such
+    as `[f(a=1), g(b="x")]`, anywhere in the text, with or without `<|python_start|>` and `<|python_end|>`. Nothing is
     evaluated. What does not parse as a call stays text.
 
     Args:

@@ -1,6 +1,6 @@
-"""What a family's vocabulary has beside the ranks in its tokenizer.model: a pattern and special tokens.
+"""What a tokenizer.model does not say of a vocabulary: the pattern that splits text, and the special tokens.
 
-Another family's vocabulary is another `Vocabulary`.
+`LLAMA4` is that of Llama 4; another family's is another `Vocabulary`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Attributes:
-    pattern: the regular expression that cuts a text into the pieces inside which bytes are merged.
-    special_token_names: count -> the names of so many special tokens, in order of id; the first id follows the last
-        rank.
-    num_special_tokens: how many of them a released tokenizer has.
-    bos, eos, pad: names of the first token of a prompt, of the last of a message, and of padding.
-    stop: names of the tokens that end a reply.
+    """Pattern and special tokens.
+
+    Attributes:
+        pattern: the regular expression that splits a text into pieces; bytes are merged inside a piece only.
+        special_token_names: count -> the names of the first `count` special tokens in order of id. Their ids follow the
+            highest rank.
+        num_special_tokens: how many of them a released tokenizer has.
+        bos, eos, pad: names of the first token of a prompt, of the last token of a message, and of padding.
+        stop: names of the tokens that end a reply.
+        image: name of the token whose embeddings are replaced by image features; None if there is none.
+        tool_call: name of the token that begins a tool call; None if there is none.
     """
 
     pattern: str
@@ -27,6 +31,8 @@ class Vocabulary:
     eos: str
     pad: str
     stop: tuple[str, ...]
+    image: str | None = None
+    tool_call: str | None = None
 
 
 PATTERN = "|".join(
@@ -40,7 +46,7 @@ PATTERN = "|".join(
         r"\s+",
     )
 )
-"""How text is cut before byte pairs are merged, as o200k does it."""
+"""How text is split before byte pairs are merged: the pattern of o200k."""
 
 NUM_SPECIAL_TOKENS = 2048
 
@@ -83,4 +89,6 @@ LLAMA4 = Vocabulary(
     eos="<|eot|>",
     pad="<|finetune_right_pad|>",
     stop=("<|end_of_text|>", "<|eom|>", "<|eot|>"),
+    image="<|patch|>",
+    tool_call="<|python_start|>",
 )

@@ -122,7 +122,7 @@ def _random_ground(rng: random.Random) -> tuple[Ground, dict[str, list[RGB]], li
 
 
 def _with_repeats(rng: random.Random, names: tuple[str, ...], n: int) -> list[str]:
-    """n names: drawn independently, or all different, or with one that is frequent (so that there is something to count)."""
+    """n names: independent, or all different, or one of them frequent, so that there is something to count."""
     if rng.random() < 0.45:
         return [rng.choice(names) for _ in range(n)]
     if rng.random() < 0.4:

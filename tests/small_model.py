@@ -7,6 +7,7 @@ import itertools
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,11 @@ from llama4.model.multimodal import Llama4Model
 from llama4.vision.config import VisionConfig
 
 RANKS, SPECIAL = 896, 128
+
+
+def layers(model: Llama4Model) -> list[Any]:
+    """Of the decoder; typed as anything, for tests that reach into them."""
+    return list(model.language_model.model.layers)
 
 
 def config() -> Llama4Config:

@@ -36,6 +36,7 @@ def config() -> Llama4Config:
     """The small model, with sizes that every format holds."""
     small = small_model.config()
     text = replace(small.text, hidden_size=128, intermediate_size=64, head_dim=32)
+    assert small.vision is not None
     vision = replace(small.vision, projector_output_dim=24)
     return replace(small, text=text, vision=vision)
 

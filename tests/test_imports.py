@@ -56,7 +56,8 @@ def line_of(module: str) -> int:
 @functools.cache
 def imports(module: str) -> frozenset[str]:
     """All modules that one imports, anywhere in its code."""
-    path, found = modules()[module], set()
+    path = modules()[module]
+    found: set[str] = set()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -90,8 +90,8 @@ def test_a_probe_computes_with_numbers(weights: str) -> None:
     setup = make_placement("tiny", PRESETS["tiny"](), weights=weights)
     model = build(setup.config, setup.plan)
     sent: list[int] = []
-    experts = model.language_model.model.layers[0].feed_forward.experts  # type: ignore[union-attr]
-    experts.register_forward_pre_hook(lambda _, inputs: sent.extend(inputs[1].tolist()))  # type: ignore[operator, union-attr]
+    experts = small_model.layers(model)[0].feed_forward.experts
+    experts.register_forward_pre_hook(lambda _, inputs: sent.extend(inputs[1].tolist()))
     logits = model(torch.arange(256)[None])
     assert logits.isfinite().all() and logits.std() > 0
     assert sum(count > 0 for count in sent) >= 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_model.write(tmp_path_factory.mktemp("models") / "small"))
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object]]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     capsys.readouterr()
     code = bench.main(["parity", *arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)

@@ -244,7 +244,7 @@ def test_profile_accounts_for_all_work_and_time(
 def test_products_are_those_of_a_step(quantization: str | None) -> None:
     """Each matrix of a step once, of experts one: together they read what the roofline counts."""
     llm = Llama4.from_pretrained("tiny", quantization=quantization)
-    outputs = [call() for _, call in part_times.products(llm)]
+    outputs: list[Any] = [call() for _, call in part_times.products(llm)]
     text = llm.config.text
     expected = [shape[-1] if len(shape) == 3 else shape[0] for shape in roofline.matrices(text).values()]
     assert sorted(out.shape[-1] for out in outputs) == sorted(expected)

@@ -41,10 +41,10 @@ def close(ours: Tensor, truth: Tensor) -> bool:
 
 
 def linear_int4(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    parts = (
+    weight, scale = (
         quantized.interleaved16(part, together).reshape(part.shape) for part, together in ((pack(codes), 4), (scale, 1))
     )
-    return cpu.linear_quantized("int4", x, *parts, group_size)
+    return cpu.linear_quantized("int4", x, weight, scale, group_size)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -202,5 +202,5 @@ def vision_attention(w: Weights, config: VisionConfig, name: str, x: Tensor, pla
             turn = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
             for heads in (q, k):
                 heads[p, :, 2 * pair : 2 * pair + 2] = heads[p, :, 2 * pair : 2 * pair + 2] @ turn.T
-    heads = [(q[:, h] @ k[:, h].T / math.sqrt(C)).softmax(-1) @ v[:, h] for h in range(H)]
-    return project("o", torch.cat(heads, dim=-1))
+    outputs = [(q[:, h] @ k[:, h].T / math.sqrt(C)).softmax(-1) @ v[:, h] for h in range(H)]
+    return project("o", torch.cat(outputs, dim=-1))

@@ -9,6 +9,8 @@ import torch
 from transformers import Llama4Config as ReferenceConfig
 from transformers import Llama4ForConditionalGeneration as ReferenceModel
 
+__all__ = ["ReferenceConfig", "ReferenceModel"]
+
 PATCH = 509
 VOCABULARY = 512
 CHUNK = 32

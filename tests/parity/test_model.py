@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from llama4.config import CACHE_BLOCK, Llama4Config
 from llama4.model.experts import Experts, GroupedExperts, LoopExperts
 from llama4.model.moe import top_k
 from llama4.model.multimodal import Llama4Model
+from tests import small_model
 from tests.parity.references import CHUNK, PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 TOLERANCE = 1e-5
@@ -180,7 +182,12 @@ def test_explicit_positions(pair: Pair) -> None:
 
 def test_llama_guard_4_has_no_experts_and_no_chunks() -> None:
     """transformers cannot run a null chunk size; a chunk longer than the prompt is the same."""
-    text = {"num_local_experts": 0, "moe_layers": [], "no_rope_layers": [1] * 4, "attn_temperature_tuning": False}
+    text: dict[str, Any] = {
+        "num_local_experts": 0,
+        "moe_layers": [],
+        "no_rope_layers": [1] * 4,
+        "attn_temperature_tuning": False,
+    }
     config = reference_config(**text | {"attention_chunk_size": 4096, "num_local_experts": 1})
     theirs = reference_model(config)
     content = config.to_dict()
@@ -199,6 +206,11 @@ def rounded(model: Llama4Model, dtype: torch.dtype) -> Llama4Model:
     return model
 
 
+def compiled(model: Llama4Model) -> Llama4Model:
+    module: Any = torch.compile(copy.deepcopy(model), backend="eager")
+    return module
+
+
 COPIES: dict[str, Callable[[Llama4Model], Llama4Model]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
@@ -206,7 +218,7 @@ COPIES: dict[str, Callable[[Llama4Model], Llama4Model]] = {
     "bfloat16 and float": lambda model: copy.deepcopy(model).bfloat16().float(),
     "half and float": lambda model: copy.deepcopy(model).half().float(),
     "to": lambda model: copy.deepcopy(model).to(torch.bfloat16).to("cpu", torch.float32),
-    "compile": lambda model: torch.compile(copy.deepcopy(model), backend="eager"),
+    "compile": compiled,
 }
 
 
@@ -233,7 +245,7 @@ def test_a_cast_breaks_transformers_vision() -> None:
     theirs.load_state_dict(ours.state_dict())
     truth = ours(ids, pixel_values=pixels)
     assert relative_error(theirs(ids, pixel_values=pixels).logits, truth) < TOLERANCE
-    assert relative_error(theirs.to(torch.bfloat16).float()(ids, pixel_values=pixels).logits, truth) > 1e-3
+    assert relative_error(theirs.bfloat16().float()(ids, pixel_values=pixels).logits, truth) > 1e-3
     assert relative_error(ours.to(torch.bfloat16).float()(ids, pixel_values=pixels), truth) < TOLERANCE
 
 
@@ -260,11 +272,11 @@ def test_only_routed_experts_are_computed() -> None:
     ids = random_ids(1, 5)
     truth, poisoned = pair.ours(ids), copy.deepcopy(pair.ours)
     chosen: dict[int, Tensor] = {}
-    for i, layer in enumerate(poisoned.language_model.model.layers):
+    for i, layer in enumerate(small_model.layers(poisoned)):
         layer.feed_forward.router.register_forward_hook(lambda m, a, out, i=i: chosen.update({i: out[1]}))
     poisoned(ids)
     idle = 0
-    for i, layer in enumerate(poisoned.language_model.model.layers):
+    for i, layer in enumerate(small_model.layers(poisoned)):
         for expert in set(range(4)) - set(chosen[i].flatten().tolist()):
             layer.feed_forward.experts.gate_up_proj.data[expert] = torch.nan
             idle += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.parity import plain
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 
 POSITIONS = [8191, 8192, 8193, 16384, 1_048_576, 10_485_759]
-SCOUT = {"attention_chunk_size": 8192, "floor_scale": 8192, "max_position_embeddings": 10_485_760}
+SCOUT: dict[str, Any] = {"attention_chunk_size": 8192, "floor_scale": 8192, "max_position_embeddings": 10_485_760}
 
 
 def ours_of(theirs: ReferenceModel, dtype: torch.dtype = torch.float32) -> Llama4Model:

@@ -80,7 +80,8 @@ def test_on_load_on_disk_and_saved_are_the_same(plain: Path, tmp_path: Path, sch
 def assert_equal(ours: Llama4Model, other: ReferenceModel) -> None:
     """Where inputs are rounded to e4m3, a sum in another order rounds one of them the other way now and then."""
     for module in other.modules():
-        if getattr(module, "quantization_scheme", None) is not None and module.quantization_scheme.input_activations:
+        scheme: Any = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.input_activations:
             module.register_forward_pre_hook(per_token)
             module.register_forward_hook(lambda _, inputs, out: out[0] if out.ndim == 3 and len(out) == 1 else out)
     rows = IDS.view(-1, 8).split(1)

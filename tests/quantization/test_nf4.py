@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,8 +224,10 @@ def test_casts_and_copies_keep_the_bits_and_cast_the_bias() -> None:
     assert torch.allclose(packed(x), x @ truth.float().mT + normal(64), atol=1e-6)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed).double().to("cpu")):
         assert torch.equal(other.dequantize(), truth)
-    assert copy.deepcopy(packed).half().bias.dtype == torch.float16
-    assert copy.deepcopy(packed).half()(x.half()).dtype == torch.float16
+    half = copy.deepcopy(packed).half()
+    assert half.bias is not None
+    assert half.bias.dtype == torch.float16
+    assert half(x.half()).dtype == torch.float16
 
 
 def test_an_expert_that_no_token_chose_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +281,7 @@ def without(tensors: Tensors, key: str) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name != key}
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no scales": (
         lambda t: without(t, f"{QUERIES}.absmax"),
         r"do not fit together.*\n  missing: .*q_proj.weight.absmax",

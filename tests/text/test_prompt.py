@@ -147,7 +147,7 @@ def test_images_at_any_place_are_metas() -> None:
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (3, 4)])
 def test_image_tokens_are_transformers(grid: tuple[int, int]) -> None:
     processor = processing_llama4.Llama4Processor.__new__(processing_llama4.Llama4Processor)
-    expected = processor._prompt_split_image(grid, 3)  # type: ignore[no-untyped-call]
+    expected = processor._prompt_split_image(grid, 3)
     assert tokenizer().decode(image_tokens(*grid, 3, tokenizer())) == expected
 
 

@@ -55,7 +55,7 @@ def test_tokens_of_both_references() -> None:
     assert len(grids) > 40
     for rows, cols in grids:
         ours = image_tokens(rows, cols, 144, genuine)
-        text = processor._prompt_split_image((rows, cols), 144)  # type: ignore[no-untyped-call]
+        text = processor._prompt_split_image((rows, cols), 144)
         assert [genuine.special_tokens[name] for name in text.replace("><", "> <").split()] == ours
         tiles = torch.zeros(rows * cols + (rows * cols > 1), 3, 336, 336)
         assert chat_format()._encode_image(TransformedImage(tiles, (rows, cols))) == ours

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Llama4ForCausalLM
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
@@ -26,6 +27,12 @@ from tests import small_model
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 
 IDS = torch.arange(40)[None]
+
+
+def text_config(**text: Any) -> Llama4TextConfig:
+    config = reference_config(**text).text_config
+    assert isinstance(config, Llama4TextConfig)
+    return config
 
 
 def load_ours(directory: Path, dtype: torch.dtype | None = None) -> Llama4Model:
@@ -58,7 +65,7 @@ def test_loads_shards(tmp_path: Path, reference: ReferenceModel) -> None:
 
 
 def test_loads_a_text_only_checkpoint(tmp_path: Path) -> None:
-    theirs = Llama4ForCausalLM(reference_config().text_config).eval()
+    theirs = Llama4ForCausalLM(text_config()).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_ours(tmp_path)
     assert ours.vision_model is None
@@ -68,7 +75,7 @@ def test_loads_a_text_only_checkpoint(tmp_path: Path) -> None:
 
 
 def test_loads_tied_embeddings(tmp_path: Path) -> None:
-    theirs = Llama4ForCausalLM(reference_config(tie_word_embeddings=True).text_config).eval()
+    theirs = Llama4ForCausalLM(text_config(tie_word_embeddings=True)).eval()
     theirs.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     ours = load_ours(tmp_path)
@@ -159,7 +166,7 @@ def test_every_wrong_key_is_listed(checkpoint: Path) -> None:
 
 def test_every_wrong_key_of_a_text_only_checkpoint_is_listed(tmp_path: Path) -> None:
     """One stray key does not make it a multimodal one, of which every key would be wrong."""
-    Llama4ForCausalLM(reference_config().text_config).save_pretrained(tmp_path)
+    Llama4ForCausalLM(text_config()).save_pretrained(tmp_path)
     tampered = Tampered(tmp_path)
     del tampered.tensors["model.norm.weight"]
     tampered.tensors["extra"] = torch.zeros(1)

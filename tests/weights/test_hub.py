@@ -113,8 +113,10 @@ class Handler(BaseHTTPRequestHandler):
         if is_api:
             files = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
             if rest[:1] == ["tree"]:
-                body = [{"type": "file", "path": f, "size": (directory / f).stat().st_size, "oid": "0"} for f in files]
-                return self.reply(json.dumps(body).encode(), {"Content-Type": "application/json"}, with_body)
+                listing = [
+                    {"type": "file", "path": f, "size": (directory / f).stat().st_size, "oid": "0"} for f in files
+                ]
+                return self.reply(json.dumps(listing).encode(), {"Content-Type": "application/json"}, with_body)
             content = {
                 "_id": "1",
                 "id": name,

@@ -27,6 +27,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.weights.convert import convert, write_tokenizer_model
 from llama4.weights.meta import MetaSource, pieces
 from llama4.weights.meta_params import read_params
+from tests import small_model
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
 FIRST_SPECIAL = PATCH - 92
@@ -36,7 +37,8 @@ VISION = "vision_embeddings.vision_encoder"
 def make_reference(is_maverick: bool) -> ReferenceModel:
     """Eight heads of each kind, so that up to eight ranks can share them; head_dim is D / H, as Meta's code has it."""
     config = reference_config(is_maverick, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
-    config.vision_config.num_attention_heads = 8
+    vision: Any = config.vision_config
+    vision.num_attention_heads = 8
     return reference_model(config, seed=3)
 
 
@@ -95,7 +97,7 @@ def rank_of(weights: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tens
     def row(name: str) -> Tensor:
         return share(weights[name], rank, ranks, 1)
 
-    state = {
+    state: dict[str, Any] = {
         "tok_embeddings.weight": col("language_model.model.embed_tokens.weight"),
         "norm.weight": weights["language_model.model.norm.weight"],
         "output.weight": col("language_model.lm_head.weight"),
@@ -303,7 +305,7 @@ def test_experts_in_fp8(tmp_path: Path, kind: bool, reference: ReferenceModel, r
     """Each rank rounds its inputs and multiplies with its share of an expert; what they give is added up."""
     directory = in_fp8(write_meta(tmp_path / "meta", reference, params(kind), ranks), ranks)
     llm = Llama4.from_pretrained(directory, dtype="float32", progress=False)
-    layers = [layer.feed_forward for layer in llm.model.language_model.model.layers]
+    layers = [layer.feed_forward for layer in small_model.layers(llm.model)]
     quantised = [i for i, layer in enumerate(layers) if "Packed" in type(getattr(layer, "experts", None)).__name__]
     assert quantised == ([1] if kind else [1, 2])
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(4))

@@ -1,56 +1,72 @@
-"""Runs the commands that stand in docs/performance.md, and puts what they print below each.
+"""Runs the benchmarks and stores their reports in docs/performance.json: `python docs/measure.py DIRECTORY [RUN ...]`.
 
-    python docs/measure.py DIRECTORY [WORD ...]
-
-DIRECTORY holds the models, by the names that the commands have. With words, only commands that have one of them run.
+DIRECTORY holds the models, by the names that the commands have. Without names of runs, all are run, which takes about
+an hour. All pages are rendered afterwards (figures.py).
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import draw_performance
+import figures
 
-PAGE = Path(__file__).with_name("performance.md")
-BLOCK = re.compile(
-    r"```\nllama4 (?P<command>bench [^\n]*)\n```\n\n<!-- measured -->\n(?P<output>.*?)<!-- end -->", re.DOTALL
-)
+RUNS = {
+    "small": "bench generate small --quantization none int8 int4 --vs transformers --rounds 3",
+    "small-float32": "bench generate small --dtype float32 --rounds 3",
+    "mav": "bench generate mav --vs transformers --rounds 3",
+    "small-threads": "bench generate small --threads 1 2 --rounds 3",
+    "profile": "bench profile small",
+    "profile-2048": "bench profile small --prompt 2048",
+    "profile-float32": "bench profile small --dtype float32",
+    "context": "bench growth small --context 65536",
+    "context-filled": "bench growth tiny --dtype bfloat16 --filled --context 1M",
+    "experts": "bench moe",
+    "images": "bench images",
+}
+"""Name -> command, as it is typed after `llama4`."""
 
 
-def run(command: str, directory: str) -> str:
-    """What a command prints; it sees the models, and this checkout."""
-    arguments = shlex.split(command.replace("performance.json", str(draw_performance.RESULTS)))
-    environment = {**os.environ, "PYTHONPATH": str(PAGE.parents[1])}
+def run(command: str, directory: str) -> dict[str, Any]:
+    """The report of a benchmark, run in the directory of the models with this checkout's code."""
     print(f"llama4 {command}", file=sys.stderr)
     done = subprocess.run(
-        [sys.executable, "-m", "llama4", *arguments],
+        [sys.executable, "-m", "llama4", *shlex.split(command), "--json"],
         cwd=directory,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(figures.ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return done.stdout
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
-def main(directory: str, words: Sequence[str] = ()) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for block in BLOCK.finditer(page):
-        command = block["command"]
-        if not words or set(words) & set(shlex.split(command)):
-            new = block[0].replace(
-                f"<!-- measured -->\n{block['output']}", f"<!-- measured -->\n{run(command, directory)}"
-            )
-            page = page.replace(block[0], new)
-            PAGE.write_text(page, encoding="utf-8")
-    if draw_performance.RESULTS.exists():
-        draw_performance.main()
+def dump(results: dict[str, Any]) -> str:
+    """JSON with numbers of six digits, and a line for each innermost object or list."""
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
+    text = json.dumps(rounded, indent=1)
+    for innermost in (r"\[[^\[\]{}]*\]", r"\{[^{}]*\}"):
+        text = re.sub(innermost, lambda match: " ".join(match[0].split()), text)
+    return text + "\n"
+
+
+def main(directory: str, names: Sequence[str] = ()) -> None:
+    if unknown := set(names) - set(RUNS):
+        raise SystemExit(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+    for name in names or RUNS:
+        report = run(RUNS[name], directory)
+        results = figures.load()  # read anew: a long series can be interrupted and resumed
+        results[name] = {"command": f"llama4 {RUNS[name]}", "date": str(datetime.date.today()), "report": report}
+        figures.RESULTS.write_text(dump(results), encoding="utf-8")
+    figures.main()
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def time_products(llm: Llama4, repeats: int) -> PartTimes:
     return {(part, ""): [statistics.median(spent), calls[part]] for part, spent in samples.items()}
 
 
-def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
+def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The matrix products of a decoding step of one row, in order: the part, and a call that computes it. Of routed
     experts the first ones."""
     rows: dict[int, Tensor] = {}
@@ -108,7 +108,7 @@ def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], object]]]:
             rows[width] = torch.randn(1, width).to(llm.model.device, llm.model.dtype)
         return rows[width]
 
-    def through(linear: nn.Module, width: int) -> Callable[[], object]:
+    def through(linear: nn.Module, width: int) -> Callable[[], Tensor]:
         if isinstance(linear, Router):  # its own forward casts the weights to float32; a decoding step does not
             return partial(_product, row(width), linear.weight)
         return lambda: linear(row(width))

@@ -1,11 +1,10 @@
-"""docs/performance.md and its picture: the commands are such that run, and what they print gets to its place."""
+"""The pages and the picture show what docs/performance.json has, and the JSON comes from the commands that it names."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from llama4.bench.__main__ import BENCHES
+from llama4.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,73 +20,99 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(DOCS))
-    spec = importlib.util.spec_from_file_location("measure", DOCS / "measure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.delitem(sys.modules, "draw_performance")
-    return module
+    return importlib.import_module("measure")
 
 
-def test_the_picture_shows_the_results(measure: ModuleType) -> None:
-    """A bar for all that is counted in tokens, as long beside its outline as the share of the floor."""
+@pytest.fixture
+def figures(measure: ModuleType) -> ModuleType:
+    return measure.figures
 
-    def figure(contestant: str, tokens: int, median: float, share: float) -> dict[str, Any]:
-        return {
-            "task": "decode, batch 1",
-            "contestant": contestant,
-            "tokens": tokens,
-            "median": median,
-            "share_of_floor": share,
-        }
 
-    shown = [figure("llama4", 1, 80.0, 0.8), figure("llama4, int4", 1, 200.0, 0.5), figure("other <1>", 1, 12.0, 0.1)]
+def test_pages_and_picture_show_the_results(figures: ModuleType) -> None:
+    results, found = figures.load(), []
+    for path in figures.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert figures.render(page, results) == page, f"{path.name} differs: python docs/figures.py renders it"
+        found += [match["name"] for match in figures.BLOCK.finditer(page)]
+    assert figures.bars.draw(results["small"]["report"]) == figures.PICTURE.read_text(encoding="utf-8")
+    assert set(found) == {"speed", *results}, "every run is shown"
+    assert len(found) == len(set(found)), "once"
+
+
+def test_results_are_of_the_commands(measure: ModuleType, figures: ModuleType) -> None:
+    results = figures.load()
+    assert list(results) == list(measure.RUNS)
+    for name, run in results.items():
+        assert run["command"] == f"llama4 {measure.RUNS[name]}"
+        assert run["command"].split()[2] in BENCHES
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
+        assert run["report"]["machine"]["cores"] > 0
+
+
+def test_a_page_follows_the_results(figures: ModuleType) -> None:
+    """A changed figure changes the page and nothing outside the markers."""
+    results = figures.load()
+    page = "# A\n\n<!-- figures: speed -->\nold\n<!-- end -->\n\nmiddle\n\n<!-- figures: mav -->\n<!-- end -->\n"
+    first = figures.render(page, results)
+    for run in ("small", "mav"):
+        figure = next(f for f in results[run]["report"]["figures"] if f["task"] == "decode, batch 1")
+        figure["median"] = 123456.0
+    second = figures.render(first, results)
+    assert second.count("123,456") == 2
+    assert "123,456" not in first
+    assert "old" not in first
+    assert re.sub(r"((?:speed|mav) -->\n).*?(<!-- end)", r"\1\2", second, flags=re.DOTALL) == page.replace("old\n", "")
+
+
+def test_a_measured_report_is_stored_and_rendered(
+    measure: ModuleType,
+    figures: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From a benchmark's JSON to the page."""
+    command = "bench moe --hidden-size 64 --width 64 --experts 2 --tokens 1 --rounds 1 --backends loop --dtype float32"
+    capsys.readouterr()
+    assert main([*command.split(), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    results.write_text(measure.dump(figures.load()))
+    page.write_text("<!-- figures: experts -->\n<!-- end -->\n")
+    monkeypatch.setitem(measure.RUNS, "experts", command)
+    monkeypatch.setattr(measure, "run", lambda command, directory: report)
+    monkeypatch.setattr(figures, "RESULTS", results)
+    monkeypatch.setattr(figures, "PAGES", [page])
+    monkeypatch.setattr(figures, "PICTURE", tmp_path / "picture.svg")
+    measure.main(".", ["experts"])
+    assert f"```\nllama4 {command}\n```" in page.read_text()
+    assert "2 experts of 64 x 64" in page.read_text()
+    assert (tmp_path / "picture.svg").read_text() == figures.bars.draw(figures.load()["small"]["report"])
+    with pytest.raises(SystemExit, match="no such run: nothing"):
+        measure.main(".", ["nothing"])
+
+
+def test_json_keeps_six_digits(measure: ModuleType) -> None:
+    text = measure.dump({"a": {"samples": [1.23456789, 2], "name": "x [1,\n 2]"}, "b": None})
+    assert json.loads(text) == {"a": {"samples": [1.23457, 2], "name": "x [1,\n 2]"}, "b": None}
+    assert '{ "samples": [ 1.23457, 2 ],' in text
+
+
+def test_a_bar_is_as_long_as_its_share_of_the_bound(figures: ModuleType) -> None:
+    def figure(engine: str, unit: str, median: float, share: float) -> dict[str, Any]:
+        return {"task": "decode", "engine": engine, "unit": unit, "median": median, "roofline_share": share}
+
+    shown = [
+        figure("llama4", "tokens/s", 80.0, 0.8),
+        figure("llama4, int4", "tokens/s", 200.0, 0.5),
+        figure("other <1>", "tokens/s", 12.0, 0.1),
+    ]
     machine = {"cpu": "A & B", "cores": 2, "torch": "2.15.0+cpu"}
-    results = {"figures": [*shown, figure("llama4", 0, 1.0, 1.0)], "machine": machine, "parameters": 9e8, "rounds": 3}
-    drawn = measure.draw_performance.draw(results)
+    report = {"figures": [*shown, figure("llama4", "s", 1.0, 1.0)], "machine": machine, "parameters": 9e8, "rounds": 3}
+    drawn = figures.bars.draw(report)
     assert "A &amp; B" in drawn
     assert "other &lt;1&gt;" in drawn
     bars = dict(re.findall(r'class="(?:ours|other)" x="\d+" y="(\d+)" width="([\d.]+)"', drawn))
-    floors = dict(re.findall(r'class="floor" x="\d+" y="(\d+)" width="([\d.]+)"', drawn))
-    shares = [float(bars[y]) / float(floors[y]) for y in bars]
-    assert shares == pytest.approx([each["share_of_floor"] for each in shown], rel=0.02)
-
-
-def test_the_picture_is_of_the_results_beside_it(measure: ModuleType) -> None:
-    if (DOCS / "performance.json").exists():
-        drawn = measure.draw_performance.draw(json.loads((DOCS / "performance.json").read_text(encoding="utf-8")))
-        assert drawn == (DOCS / "performance.svg").read_text(encoding="utf-8"), (
-            "python docs/draw_performance.py draws it"
-        )
-
-
-def test_output_takes_the_place_of_the_old(
-    measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page, done = tmp_path / "page.md", list[str]()
-
-    def run(command: str, directory: str) -> str:
-        done.append(command)
-        return f"| {command} |\n"
-
-    old = "before\n\n```\nllama4 bench moe --markdown\n```\n\n<!-- measured -->\n| old\n1 |\n<!-- end -->\n\n"
-    page.write_text(old + old.replace("moe", "images") + "after\n")
-    monkeypatch.setattr(measure, "PAGE", page)
-    monkeypatch.setattr(measure, "run", run)
-    monkeypatch.setattr(measure.draw_performance, "main", lambda: None)
-    measure.main(".", ["images"])
-    assert done == ["bench images --markdown"]
-    assert (
-        page.read_text()
-        == old + old.replace("moe", "images").replace("| old\n1 |", "| bench images --markdown |") + "after\n"
-    )
-
-
-def test_commands_of_the_page_are_known(measure: ModuleType) -> None:
-    commands: list[Any] = [
-        block["command"].split() for block in measure.BLOCK.finditer(measure.PAGE.read_text("utf-8"))
-    ]
-    assert len(commands) > 8
-    assert {command[1] for command in commands} == {"generate", "profile", "growth", "moe", "images"} <= set(BENCHES)
-    assert all("--markdown" in command for command in commands)
+    bounds = dict(re.findall(r'class="bound" x="\d+" y="(\d+)" width="([\d.]+)"', drawn))
+    shares = [float(bars[y]) / float(bounds[y]) for y in bars]
+    assert shares == pytest.approx([each["roofline_share"] for each in shown], rel=0.02)

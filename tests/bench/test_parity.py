@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama4.bench import __main__ as bench
+from llama4.bench import baselines
 from llama4.bench.parity import compare, first_difference, trace
 from llama4.model import positions
 from llama4.model.moe import MixtureOfExperts
@@ -86,3 +87,28 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert f"llama4 convert {tmp_path} DST --to hf" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench.main(["parity", "tiny", "--against", "nobody"])
+
+
+def test_what_transformers_raises_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its version, and those that work."""
+    directory = small_model.write(tmp_path / "model")
+
+    def broken(*arguments: object, **named: object) -> None:
+        raise AttributeError("no attribute 'image_outputs'")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.Llama4ForConditionalGeneration.forward", broken)
+        assert bench.main(["parity", str(directory)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"llama4: error: transformers 5\.\d+\.\d+ cannot run .*image_outputs.*tested\n", error)
+
+
+def test_a_missing_field_of_transformers_5_24_is_added() -> None:
+    class Output:
+        image_outputs: object
+
+    lacking, complete = Output(), Output()
+    complete.image_outputs = "kept"
+    for output in (lacking, complete):
+        baselines._add_image_outputs(torch.nn.Identity(), (), output)
+    assert (lacking.image_outputs, complete.image_outputs) == (None, "kept")

@@ -1,0 +1,87 @@
+"""Renders docs/performance.json into the pages and the picture: `python docs/figures.py`.
+
+A page has `<!-- figures: NAME -->` and `<!-- end -->`; what stands between is the run NAME with its command, date and
+tables, or the summary "speed". docs/measure.py writes the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import bars
+
+from llama4.bench.__main__ import BENCHES
+from llama4.bench.report import number, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PICTURE = ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.svg"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+SUMMARY = {
+    "prefill, 512 tokens": "prompt of 512 tokens, tokens/s",
+    "decode, batch 1": "decoding, tokens/s",
+    "decode, batch 4": "decoding 4 sequences, tokens/s",
+    "peak memory, MiB": "peak memory, MiB",
+}
+"""Task -> its column in the summary."""
+
+
+def load() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return results
+
+
+def render_run(run: dict[str, Any]) -> str:
+    """A run's command, date and tables, in Markdown."""
+    module, _ = BENCHES[run["command"].split()[2]]
+    tables = import_module(f"llama4.bench.{module}").tables(run["report"], markdown=True)
+    return f"```\n{run['command']}\n```\n\nMeasured on {run['date']}:\n\n{tables}\n"
+
+
+def render_summary(run: dict[str, Any]) -> str:
+    """The main figures of a run of `bench generate`, a row per engine, speeds with their ratio to the last engine's."""
+    report = run["report"]
+    figures = {(figure["task"], figure["engine"]): figure for figure in report["figures"]}
+    engines = list(dict.fromkeys(figure["engine"] for figure in report["figures"]))
+
+    def cell(task: str, engine: str) -> str:
+        figure, baseline = figures[task, engine], figures[task, engines[-1]]
+        ratio = f" ({figure['median'] / baseline['median']:.1f}x)" if figure["unit"] == "tokens/s" else ""
+        return f"{number(figure['median'])}{ratio if engine != engines[-1] else ''}"
+
+    rows = [[engine, *(cell(task, engine) for task in SUMMARY)] for engine in engines]
+    machine = report["machine"]
+    below = (
+        f"{number(report['parameters'] / 1e6)} million parameters, {number(report['active'] / 1e6)} million active per "
+        f"token; {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}; medians of {report['rounds']} "
+        f"rounds, {run['date']}; in brackets the ratio to {engines[-1].split()[0]}."
+    )
+    return f"{table(['', *SUMMARY.values()], rows, markdown=True)}\n\n{below}\n"
+
+
+def render(page: str, results: dict[str, Any]) -> str:
+    """The page with every block as the results give it."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        text = render_summary(results["small"]) if name == "speed" else render_run(results[name])
+        return f"{match['begin']}{text}{match['end']}"
+
+    return BLOCK.sub(block, page)
+
+
+def main() -> None:
+    results = load()
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if (rendered := render(page, results)) != page:
+            path.write_text(rendered, encoding="utf-8")
+    PICTURE.write_text(bars.draw(results["small"]["report"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,8 @@ from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
 from llama4.bench.report import DISTURBED
 from llama4.cache.sequence import Cache
 from llama4.config import Llama4Config, TextConfig
-from llama4.engine.generate import PREFILL_TOKENS, prefill, step
+from llama4.engine.generate import PREFILL_TOKENS, prefill
+from llama4.engine.runner import ModelRunner
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
@@ -163,24 +164,24 @@ def _tile(flat: Tensor, pattern: Tensor) -> None:
 def _pass(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
     """Seconds of a decoding step after a short context, after a long one, and of each piece of the long one."""
     ids = torch.randint(0, model.config.text.vocab_size, (1, piece), generator=torch.Generator().manual_seed(1))
-    cache = _new_cache(model, cache_dtype)
+    cache, runner = _new_cache(model, cache_dtype), ModelRunner(model)
     model(ids[:, :NEAR], cache=cache, last_only=True)
-    near = _steps(model, ids, cache)
+    near = _steps(runner, ids, cache)
     cache = _new_cache(model, cache_dtype)
     pieces = []
     for _ in range(PIECES):
         begin = time.perf_counter()
         model(ids, cache=cache, last_only=True)
         pieces.append(time.perf_counter() - begin)
-    return [near, _steps(model, ids, cache), *pieces]
+    return [near, _steps(runner, ids, cache), *pieces]
 
 
-def _steps(model: Llama4Model, ids: Tensor, cache: Cache) -> float:
+def _steps(runner: ModelRunner, ids: Tensor, cache: Cache) -> float:
     """Median seconds of a decoding step."""
     spent = []
     for i in range(STEPS):
         begin = time.perf_counter()
-        step(model, ids[:, i], cache)
+        runner.step(ids[:, i], cache)
         spent.append(time.perf_counter() - begin)
     return statistics.median(spent)
 
@@ -220,7 +221,7 @@ def measure_model(name: str, revision: str | None, setup: Placement, context: in
     return {
         "cache_bytes": cache.num_bytes,
         "seconds_for_prompt": seconds,
-        "seconds_per_token": _steps(model, ids, cache),
+        "seconds_per_token": _steps(llm.runner, ids, cache),
         "bytes": peak_bytes() - before,
         "others": others.share(),
     }

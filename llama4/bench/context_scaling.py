@@ -40,9 +40,8 @@ from llama4.bench.scaling_fit import Fit, Point, fit, keys_by_kind
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SPAN, Cache
 from llama4.config import TextConfig
-from llama4.engine.generate import PREFILL_TOKENS, step
+from llama4.engine.generate import PREFILL_TOKENS
 from llama4.model.device import DTYPES
-from llama4.model.multimodal import Llama4Model
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens
 
@@ -74,7 +73,7 @@ def measure(llm: Llama4, context: int, every: int, threads: int) -> Scaling:
     cache = model.new_cache(1, llm.cache_dtype)
     warm = model.new_cache()
     model(ids(min(context, PREFILL_TOKENS)), cache=warm, last_only=True)
-    step(model, ids(1)[0], warm)
+    llm.runner.step(ids(1)[0], warm)
     del warm
     pieces = [
         (start, min(PREFILL_TOKENS, block + every - start, context - start))
@@ -84,12 +83,12 @@ def measure(llm: Llama4, context: int, every: int, threads: int) -> Scaling:
     for start, tokens in shown(pieces, lambda piece: f"{piece[0]:,} tokens"):
         if start % every == 0 and cache.nexts[0]:
             scaling.rates.append(probe.measure())
-            scaling.decode.append(_decode(model, ids, cache))
+            scaling.decode.append(_decode(llm, ids, cache))
         position, begin = cache.nexts[0], time.perf_counter()
         model(ids(tokens), cache=cache, last_only=True).argmax().item()
         scaling.prefill.append(Point(position, tokens, time.perf_counter() - begin))
     scaling.rates.append(probe.measure())
-    scaling.decode.append(_decode(model, ids, cache))
+    scaling.decode.append(_decode(llm, ids, cache))
     scaling.decode_fit = _decode_fit(llm, scaling)
     per_key_flops = 4 * text.num_attention_heads * text.head_dim
     whole = [point for point in scaling.prefill if point.tokens == scaling.prefill[0].tokens]
@@ -108,7 +107,7 @@ def measure_filled(llm: Llama4, context: int, threads: int) -> Scaling:
     for length in shown(lengths, lambda length: f"{length:,} tokens"):
         fill(cache, length, llm.config.text, llm.model.dtype)
         scaling.rates.append(probe.measure())
-        scaling.decode.append(_decode(llm.model, _random_ids(llm), cache))
+        scaling.decode.append(_decode(llm, _random_ids(llm), cache))
     scaling.decode_fit = _decode_fit(llm, scaling)
     return scaling
 
@@ -134,10 +133,10 @@ def _decode_fit(llm: Llama4, scaling: Scaling) -> Fit | None:
     return fit(scaling.decode, lambda p: keys_by_kind(text, p.position + STEPS // 2, 1), per_key)
 
 
-def _decode(model: Llama4Model, ids: Callable[[int], torch.Tensor], cache: Cache) -> Point:
+def _decode(llm: Llama4, ids: Callable[[int], torch.Tensor], cache: Cache) -> Point:
     position = cache.nexts[0]
-    step(model, ids(1)[0], cache)  # makes the block tables
-    seconds = [timed(lambda: step(model, ids(1)[0], cache).argmax().item()) for _ in range(STEPS - 1)]
+    llm.runner.step(ids(1)[0], cache)  # makes the block tables
+    seconds = [timed(lambda: llm.runner.step(ids(1)[0], cache).argmax().item()) for _ in range(STEPS - 1)]
     return Point(position, 1, Spread.of(seconds).median)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama4.api import Llama4
 from llama4.bench.engine import Engine, EngineConfig, image_message
-from llama4.engine.generate import advance, prefill, step
+from llama4.engine.generate import prefill
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
 from llama4.kernels import build
@@ -44,14 +44,14 @@ class Llama4Engine:
         return prefill(self.llm.model, inputs, cache), cache
 
     def decode(self, ids_B: Tensor, cache: Any) -> Tensor:
-        return step(self.llm.model, ids_B, cache)
+        return self.llm.runner.step(ids_B, cache)
 
     def greedy(self, logits_BV: Tensor) -> list[int]:
         ids: list[int] = self._sampler(logits_BV, [self._generator] * len(logits_BV))[0].tolist()
         return ids
 
     def decode_greedy(self, ids: list[int], cache: Any) -> list[int]:
-        return advance(self.llm.model, ids, cache, self._sampler, [self._generator] * len(ids))[0]
+        return self.llm.runner.advance(ids, cache, self._sampler, [self._generator] * len(ids))[0]
 
     def prefill_image(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         inputs = self.llm.processor([image_message(picture, question)])

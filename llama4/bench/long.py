@@ -58,7 +58,7 @@ def measure(llm: Llama4, tokens: int, new_tokens: int, progress: bool = True) ->
     cache = llm.model.new_cache(1, llm.cache_dtype, llm.cache_device)
     inputs = Inputs(ids, torch.ones_like(ids), None)
     events = generate(
-        llm.model,
+        llm.runner,
         _NoTokenizer(),
         inputs,
         sampler=Sampler(),

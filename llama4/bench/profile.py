@@ -104,7 +104,7 @@ def measure(llm: Llama4, prompt: int, threads: int, repeats: int) -> tuple[list[
 
     @torch.inference_mode()
     def step() -> None:
-        model(ids[:, :1], cache=cache, last_only=True)
+        llm.runner.step(ids[:, 0], cache)
 
     probe, plan = PeakProbe(model.dtype, threads, str(model.device)), plan_of(model)
     rates = [probe.measure()]

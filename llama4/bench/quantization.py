@@ -85,7 +85,7 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
         model(ids[:, :64], cache=cache, last_only=True)
         begin = time.perf_counter()
         for i in range(task.reply):
-            model(ids[:, i : i + 1], cache=cache, last_only=True)
+            llm.runner.step(ids[:, i], cache)
         spent.append(time.perf_counter() - begin)
 
     spent: list[float] = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import math
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4.cache.sequence import Cache
-from llama4.engine import fused_cpu
+from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.errors import ContextLengthError
 from llama4.inputs import Inputs
@@ -105,7 +104,7 @@ class TextAssembler:
 
 
 def generate(
-    model: Llama4Model,
+    runner: ModelRunner,
     tokenizer: SupportsDecode,
     inputs: Inputs,
     *,
@@ -144,6 +143,7 @@ def generate(
     if "" in stops:
         raise ValueError("a stop string is empty; every text holds that, so give at least one character or none at all")
     lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()
+    model = runner.model
     window = model.config.text.max_position_embeddings if max_context is None else max_context
     if max(lengths) >= window:
         raise ContextLengthError(
@@ -154,7 +154,7 @@ def generate(
     silent = frozenset(tokenizer.special_tokens.values())
     rows = [_Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
     cache = cache or model.new_cache(len(rows))
-    return _generate(model, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
+    return _generate(runner, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
 
 
 @dataclass
@@ -174,7 +174,7 @@ class _Row:
 
 
 def _generate(
-    model: Llama4Model,
+    runner: ModelRunner,
     tokenizer: SupportsDecode,
     inputs: Inputs,
     sampler: Sampler,
@@ -185,14 +185,15 @@ def _generate(
     progress: bool,
 ) -> Iterator[Event]:
     generators = sampler.generators(len(rows))
-    ids, logprobs = _chosen(sampler, prefill(model, inputs, cache, progress), generators)
+    ids_B, logprobs_B = sampler(prefill(runner.model, inputs, cache, progress), generators)
+    ids, logprobs = ids_B.tolist(), logprobs_B.tolist()
     try:
         while True:
             live = []
             for i, (row, id_, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
                 if math.isnan(logprob):
                     raise ValueError(
-                        f"the model's logits are not numbers in {model.dtype}; load it with dtype='float32'"
+                        f"the model's logits are not numbers in {runner.model.dtype}; load it with dtype='float32'"
                     )
                 event = row.push(Token(id_, tokenizer.decode_bytes([id_]), logprob), id_ in stop_ids, id_ in silent_ids)
                 if event.finish_reason is None:
@@ -204,9 +205,9 @@ def _generate(
                 rows, generators = [rows[i] for i in live], [generators[i] for i in live]
                 ids = [ids[i] for i in live]
                 cache.keep(live)
-            ids, logprobs = advance(model, ids, cache, sampler, generators)
+            ids, logprobs = runner.advance(ids, cache, sampler, generators)
     finally:
-        cache.steps = None  # which keep the weights that they were made with
+        runner.release(cache)
 
 
 @torch.inference_mode()
@@ -308,30 +309,3 @@ def free_memory(device: torch.device) -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 1 << 40
-
-
-def advance(
-    model: Llama4Model, ids: list[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
-) -> tuple[list[int], list[float]]:
-    """One token more in every row, as by `step`; -> what the sampler chooses after it, ids and log-probabilities."""
-    steps = fused_cpu.again(model, ids, cache)
-    if steps is not None and sampler.temperature == 0:
-        return steps.greedy_token()
-    logits_BV = step(model, torch.tensor(ids), cache) if steps is None else steps.logits_BV
-    return _chosen(sampler, logits_BV, generators)
-
-
-def _chosen(sampler: Sampler, logits_BV: Tensor, generators: Sequence[random.Random]) -> tuple[list[int], list[float]]:
-    ids_B, logprobs_B = sampler(logits_BV, generators)
-    return ids_B.tolist(), logprobs_B.tolist()
-
-
-@torch.inference_mode()
-def step(model: Llama4Model, ids_B: Tensor, cache: Cache) -> Tensor:
-    """One token more in every row; -> logits of the next, [B, V]. Weights and modules are those of the step before: who
-    exchanges one sets `cache.steps` to None."""
-    steps = fused_cpu.again(model, ids_B.tolist(), cache)
-    if steps is not None:
-        return steps.logits_BV.clone()
-    logits_B1V: Tensor = model(ids_B[:, None], cache=cache, last_only=True)
-    return logits_B1V[:, 0]

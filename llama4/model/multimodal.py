@@ -11,72 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from llama4.cache.formats import resolve_format
-from llama4.cache.sequence import Cache, LayerCache
-from llama4.config import Llama4Config, TextConfig
-from llama4.engine import fused_cpu
-from llama4.model.attention import Attention
-from llama4.model.batch import Batch, make_batch
+from llama4.cache.sequence import Cache
+from llama4.config import Llama4Config
+from llama4.model.batch import make_batch
+from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
-from llama4.model.feed_forward import FeedForward
-from llama4.model.moe import MixtureOfExperts
-from llama4.model.norm import RMSNorm
-from llama4.model.positions import PositionFactors
-from llama4.ops.linear import Linear
-from llama4.ops.precision import upcast
-from llama4.vision.encoder import VisionModel, recomputed
+from llama4.vision.encoder import VisionModel
 from llama4.vision.projector import Projector
 
 
-class DecoderLayer(nn.Module):
-    """Residual pre-norm block: h = x + attn(norm(x)); out = h + ffn(norm(h))."""
-
-    def __init__(self, config: TextConfig, layer: int, experts: type[Experts]) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.feed_forward = (
-            MixtureOfExperts(config, experts)
-            if config.uses_experts(layer)
-            else FeedForward(config.hidden_size, config.intermediate_size_mlp)
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerCache | None) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
-        out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
-        return out
+def check_rows(rows: int, cache: Cache) -> None:
+    """Raises ValueError where a cache was made for another number of rows."""
+    if rows != cache.batch_size:
+        raise ValueError(f"input_ids have {rows} rows, but the cache was made for {cache.batch_size}")
 
 
-class Decoder(nn.Module):
-    """Embeddings, layers and final norm, over packed tokens."""
-
-    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False
-
-    def forward(self, x_ND: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
-        factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
-        x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
-        for i, layer in enumerate(self.layers):
-            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
-            x_ND = run(x_ND, batch, factors, cache.layers[i] if cache is not None else None)
-        out: Tensor = self.norm(x_ND)
-        return out
-
-
-class LanguageModel(nn.Module):
-    """The decoder and its head."""
-
-    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
-        super().__init__()
-        self.model = Decoder(config, experts)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+def check_ids(lowest: int, highest: int, vocab_size: int) -> None:
+    """Raises ValueError where a token id is outside the vocabulary."""
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}")
 
 
 class Llama4Model(nn.Module):
@@ -169,12 +123,8 @@ class Llama4Model(nn.Module):
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], not {list(input_ids.shape)}")
         batch_size, columns = input_ids.shape
-        if cache is not None and cache.batch_size != batch_size:
-            raise ValueError(f"input_ids have {batch_size} rows, but the cache was made for {cache.batch_size}")
-        extras = (positions, pixel_values, image_features, attention_mask)
-        is_step = columns == 1 and input_ids.is_cpu and all(given is None for given in extras)
-        if is_step and cache is not None and (steps := fused_cpu.step(self, input_ids[:, 0].tolist(), cache)):
-            return steps.logits_BV[:, None].clone()
+        if cache is not None:
+            check_rows(batch_size, cache)
         batch = make_batch(
             batch_size,
             columns,
@@ -188,6 +138,7 @@ class Llama4Model(nn.Module):
         x_ND = self._embed(ids_N, pixel_values, image_features)
         if cache is not None:
             cache.is_consistent = False
+            cache.version += 1
         x_ND = self.language_model.model(x_ND, batch, cache)
         if cache is not None:
             cache.advance(batch)
@@ -198,9 +149,7 @@ class Llama4Model(nn.Module):
         """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""
         if ids_N.device.type == "cpu" and len(ids_N):
             low, high = ids_N.aminmax()
-            if low < 0 or high >= self.config.text.vocab_size:
-                bad = int(low if low < 0 else high)
-                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
+            check_ids(int(low), int(high), self.config.text.vocab_size)
         x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
         if pixel_values is not None:
             if image_features is not None:

@@ -1,4 +1,4 @@
-"""The compiled step of decoding against the ordinary one."""
+"""The compiled step of decoding against the eager one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llama4.api import Llama4
 from llama4.engine import fused_cpu
-from llama4.engine.generate import advance, step
+from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.kernels import build
 from llama4.model.experts import GroupedExperts
@@ -60,32 +60,31 @@ def load(directory: Path, scheme: str | None, dtype: str, experts: str = "auto")
 @torch.inference_mode()
 def decoded(model: Llama4Model, steps: int = 40) -> Tensor:
     """Logits of steps over several chunk borders, of rows of unequal length, the last for fewer rows."""
-    cache = model.new_cache(3)
+    cache, runner = model.new_cache(3), ModelRunner(model)
     model(PROMPT, cache=cache, attention_mask=MASK)
     ids = torch.randint(0, 490, (3, steps), generator=torch.Generator().manual_seed(9))
-    logits = [model(ids[:, i : i + 1], cache=cache) for i in range(steps)]
+    logits = [runner.step(ids[:, i], cache) for i in range(steps)]
     cache.keep([0, 2])
-    return torch.cat([*(row.flatten() for row in logits), model(ids[:2, :1], cache=cache).flatten()])
+    return torch.cat([*(row.flatten() for row in logits), runner.step(ids[:2, 0], cache).flatten()])
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by each compiled step."""
     taken: list[int] = []
-    take = fused_cpu.Steps.take
+    run = fused_cpu.Session.run
 
-    def counted(*arguments: Any) -> bool:
-        is_taken = take(*arguments)
-        taken.extend([1] * is_taken)
-        return is_taken
+    def counted(*arguments: Any) -> None:
+        run(*arguments)
+        taken.append(1)
 
-    monkeypatch.setattr(fused_cpu.Steps, "take", counted)
+    monkeypatch.setattr(fused_cpu.Session, "run", counted)
     return taken
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
-def test_equals_the_ordinary_step(
+def test_equals_the_eager_step(
     directory: Path, scheme: str | None, dtype: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 but for the order of sums. In bfloat16, and where e4m3 rounds inputs, a sum in another order is
@@ -210,14 +209,6 @@ def test_chosen_experts_stay_chosen(directory: Path, steps: list[int]) -> None:
     assert not steps
 
 
-def test_gradients_go_the_ordinary_way(directory: Path, steps: list[int]) -> None:
-    model = load(directory, None, "float32")
-    cache = model.new_cache(1)
-    model(PROMPT[:1], cache=cache)
-    assert model(PROMPT[:1, :1], cache=cache).requires_grad
-    assert not steps
-
-
 def truth_of(model: Llama4Model, ids: list[int]) -> Tensor:
     """Logits after all of these, in one go."""
     with torch.inference_mode():
@@ -228,68 +219,71 @@ def test_a_cache_that_others_use_too(directory: Path, steps: list[int]) -> None:
     """Steps that were prepared do not outlive what they were prepared for: forks, what is cut off, what a forward adds,
     and rows that leave."""
     model, rest = load(directory, None, "float32"), [7, 8, 9, 10, 11, 12, 13]
+    runner = ModelRunner(model)
     prompt = PROMPT[0].tolist()
     with torch.inference_mode():
         cache = model.new_cache(1)
         model(PROMPT[:1], cache=cache)
         for id_ in rest[:2]:
-            step(model, torch.tensor([id_]), cache)
+            runner.step(torch.tensor([id_]), cache)
         fork = cache.fork()
-        theirs = step(model, torch.tensor([100]), fork)
+        theirs = runner.step(torch.tensor([100]), fork)
         assert relative_error(theirs[0], truth_of(model, [*prompt, *rest[:2], 100])) < 1e-5
-        ours = step(model, torch.tensor([rest[2]]), cache)
+        ours = runner.step(torch.tensor([rest[2]]), cache)
         assert relative_error(ours[0], truth_of(model, [*prompt, *rest[:3]])) < 1e-5
         model(torch.tensor([rest[3:5]]), cache=cache)
-        ours = step(model, torch.tensor([rest[5]]), cache)
+        ours = runner.step(torch.tensor([rest[5]]), cache)
         assert relative_error(ours[0], truth_of(model, [*prompt, *rest[:6]])) < 1e-5
         left = cache.truncate(len(prompt))
         assert left == len(prompt)
-        ours = step(model, torch.tensor([rest[6]]), cache)
+        ours = runner.step(torch.tensor([rest[6]]), cache)
         assert relative_error(ours[0], truth_of(model, [*prompt, rest[6]])) < 1e-5
     assert len(steps) == 6
 
 
 def test_within_a_reply_hooks_are_called(directory: Path, steps: list[int]) -> None:
     model, seen = load(directory, None, "float32"), []
-    cache, id_ = model.new_cache(1), torch.tensor([5])
+    cache, id_, runner = model.new_cache(1), torch.tensor([5]), ModelRunner(model)
     for _ in range(2):
-        step(model, id_, cache)
+        runner.step(id_, cache)
     router = model.language_model.model.layers[1].feed_forward.router
     handle = router.register_forward_hook(lambda *_: seen.append(1))
     for _ in range(2):
-        step(model, id_, cache)
+        runner.step(id_, cache)
     handle.remove()
-    step(model, id_, cache)
+    runner.step(id_, cache)
     assert len(seen) == 2
     assert len(steps) == 3
 
 
-def test_within_a_reply_weights_stay(directory: Path) -> None:
-    """An exchanged weight counts when `cache.steps` is None; until then the old one is there to be read."""
+@torch.inference_mode()
+def test_within_a_session_weights_stay(directory: Path) -> None:
+    """Another weight counts once the cache is released; until then the old one stays in memory."""
     model = load(directory, None, "float32")
-    cache, id_ = model.new_cache(1), torch.tensor([5])
-    step(model, id_, cache)
-    before = cache.fork()
-    old = step(model, id_, cache)
+    before, id_ = copy.deepcopy(model), torch.tensor([5])
+    old_runner, old_cache = EagerRunner(before), before.new_cache(1)
+    old = [old_runner.run([5], old_cache).logits_BV for _ in range(3)]
+    cache, runner = model.new_cache(1), ModelRunner(model)
+    runner.step(id_, cache)
     norm = model.language_model.model.norm
     norm.weight = nn.Parameter(norm.weight * 2)
     gc.collect()
-    cache.steps.step -= 1
-    assert torch.equal(step(model, id_, cache), old)
-    assert relative_error(step(model, id_, before), 2 * old) < 1e-6
+    assert relative_error(runner.step(id_, cache), old[1]) < 1e-5
+    runner.release(cache)
+    assert relative_error(runner.step(id_, cache), 2 * old[2]) < 1e-5
 
 
 def test_ids_are_checked(directory: Path) -> None:
     model = load(directory, None, "float32")
-    cache = model.new_cache(1)
+    cache, runner = model.new_cache(1), ModelRunner(model)
     for bad in (-1, 512):
         with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 512"):
-            step(model, torch.tensor([bad]), cache)
+            runner.step(torch.tensor([bad]), cache)
     with pytest.raises(ValueError, match="2 rows, but the cache was made for 1"):
-        step(model, torch.tensor([1, 2]), cache)
+        runner.step(torch.tensor([1, 2]), cache)
 
 
-def test_a_plan_does_not_keep_its_model(directory: Path) -> None:
+def test_no_copy_of_the_model_stays_behind(directory: Path) -> None:
     model = load(directory, None, "float32")
     decoded(model, steps=2)
     seen = weakref.ref(model.language_model.model.layers[0].self_attn.q_proj.weight)
@@ -321,7 +315,7 @@ def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monk
 @torch.inference_mode()
 def test_advancing_is_a_step_and_a_choice(directory: Path, temperature: float, steps: list[int]) -> None:
     model = load(directory, None, "float32")
-    cache, sampler = model.new_cache(3), Sampler(temperature=temperature)
+    cache, sampler, runner = model.new_cache(3), Sampler(temperature=temperature), ModelRunner(model)
     ids = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1].argmax(-1).tolist()
     fork, their_ids = cache.fork(), list(ids)
     generators, others = sampler.generators(3), [random.Random(i) for i in range(3)]
@@ -329,8 +323,8 @@ def test_advancing_is_a_step_and_a_choice(directory: Path, temperature: float, s
         generator.seed(i)
     kept = []
     for _ in range(20):
-        ids, logprobs = advance(model, ids, cache, sampler, generators)
-        kept.append(step(model, torch.tensor(their_ids), fork))
+        ids, logprobs = runner.advance(ids, cache, sampler, generators)
+        kept.append(runner.step(torch.tensor(their_ids), fork))
         ids_B, logprobs_B = sampler(kept[-1], others)
         their_ids = ids_B.tolist()
         assert ids == their_ids

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from llama4.engine.generate import Event, TextAssembler, generate, prefill
+from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.errors import ContextLengthError
 from llama4.inputs import Inputs, Processor
@@ -64,7 +65,7 @@ def run(model: Llama4Model, tokenizer: Tokenizer, inputs: Inputs, **settings: ob
     """Events by row."""
     sampler = Sampler(**{key: settings.pop(key) for key in ("temperature", "top_p", "seed") if key in settings})  # type: ignore[arg-type]
     rows: list[list[Event]] = [[] for _ in inputs.input_ids]
-    for event in generate(model, tokenizer, inputs, sampler=sampler, **settings):  # type: ignore[arg-type]
+    for event in generate(ModelRunner(model), tokenizer, inputs, sampler=sampler, **settings):  # type: ignore[arg-type]
         rows[event.row].append(event)
     return rows
 
@@ -284,7 +285,7 @@ def test_bad_arguments_are_refused_at_the_call(
     model: Llama4Model, tokenizer: Tokenizer, processor: Processor, settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(model, tokenizer, processor.complete("x"), sampler=Sampler(), **settings)  # type: ignore[arg-type]
+        generate(ModelRunner(model), tokenizer, processor.complete("x"), sampler=Sampler(), **settings)  # type: ignore[arg-type]
 
 
 def test_logits_that_are_not_numbers(tokenizer: Tokenizer, processor: Processor) -> None:
@@ -306,7 +307,7 @@ def test_features_and_patches_must_agree(model: Llama4Model, tokenizer: Tokenize
 def test_leaving_in_the_middle_leaves_no_trace(model: Llama4Model, tokenizer: Tokenizer, processor: Processor) -> None:
     inputs = processor(question("hello"))
     expected = run(model, tokenizer, inputs, max_new_tokens=6)
-    events = generate(model, tokenizer, inputs, sampler=Sampler(), max_new_tokens=6)
+    events = generate(ModelRunner(model), tokenizer, inputs, sampler=Sampler(), max_new_tokens=6)
     next(events)
     assert not torch.is_inference_mode_enabled()  # the caller's own code in between can still train
     assert torch.is_grad_enabled()

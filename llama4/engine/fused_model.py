@@ -1,0 +1,204 @@
+"""A model described for the compiled step: where its weights are, and what keeps it from being described.
+
+The description holds addresses. It says when they are no longer those of the model.
+
+Shapes: D hidden size, C head_dim, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from llama4.kernels.abi import LANES, MAX_HEAD_DIM, Decoder, Layer, Matrix
+from llama4.model.attention import Attention
+from llama4.model.decoder import DecoderLayer, LanguageModel
+from llama4.model.experts import LoopExperts
+from llama4.model.feed_forward import FeedForward
+from llama4.model.moe import MixtureOfExperts, Router
+from llama4.model.multimodal import Llama4Model
+from llama4.model.norm import RMSNorm
+from llama4.ops.linear import Linear, in_out_matrix, matrix_unsupported_reason, out_in_matrix
+from llama4.quantization.fp8 import Fp8Weight
+from llama4.quantization.int4 import Int4Weight
+from llama4.quantization.int8 import Int8Weight
+from llama4.quantization.modules import PackedExperts
+from llama4.quantization.weight import PackedWeight
+
+_MODULES = {
+    *(Attention, DecoderLayer, FeedForward, Linear, LoopExperts, MixtureOfExperts, RMSNorm, Router),
+    *(PackedExperts, Int8Weight, Fp8Weight, Int4Weight),
+}
+"""Modules whose forward the compiled step computes; a subclass may compute something else."""
+
+
+class UnsupportedError(Exception):
+    """What the compiled step cannot compute."""
+
+
+@dataclass
+class Description:
+    """A model as the compiled step reads it, and what this was read from. It does not keep the model alive.
+
+    Attributes:
+        decoder: the description; None if the step cannot compute this model.
+        unsupported_reason: why.
+        modules: those of the language model, by name.
+        children: (parent, name, child) of each module.
+        parameters: (module, name, address) of each parameter.
+    """
+
+    decoder: Decoder | None
+    unsupported_reason: str | None
+    modules: dict[str, nn.Module]
+    children: list[tuple[nn.Module, str, nn.Module]]
+    parameters: list[tuple[nn.Module, str, int]]
+    _layers: ctypes.Array[Layer] | None = field(repr=False, default=None)
+
+    @classmethod
+    def of(cls, model: Llama4Model) -> Description:
+        modules = dict(model.language_model.named_modules())
+        children = [
+            (parent, name, child)
+            for parent in modules.values()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
+        parameters = [
+            (module, name, parameter.data_ptr())
+            for module in modules.values()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        try:
+            decoder, layers = _describe(model.language_model)
+        except UnsupportedError as error:
+            return cls(None, str(error), modules, children, parameters)
+        return cls(decoder, None, modules, children, parameters, layers)
+
+    def is_current(self, model: Llama4Model) -> bool:
+        """Whether every module is still in its place, and every parameter at its address."""
+        return (
+            model.language_model is self.modules[""]
+            and all(parent._modules.get(name) is child for parent, name, child in self.children)
+            and all(
+                (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
+                for module, name, address in self.parameters
+            )
+        )
+
+    def hooked(self, model: Llama4Model) -> str | None:
+        """The name of a module whose call does more than its class says, by a hook or a forward of its own."""
+        if _has_hook(model):
+            return "the model"
+        for name, module in self.modules.items():
+            if _has_hook(module):
+                return f"language_model.{name}".rstrip(".")
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return "every module"
+        return None
+
+    def weights(self) -> list[torch.Tensor]:
+        """The parameters, to be kept in memory while their addresses are in use."""
+        found = [module._parameters[name] for module, name, _ in self.parameters]
+        return [weight.detach() for weight in found if weight is not None]
+
+
+def _has_hook(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Layer]]:
+    inner, head = language_model.model, language_model.lm_head
+    embedding, norm, dtype = inner.embed_tokens, inner.norm, inner.norm.weight.dtype
+    for name, module in inner.layers.named_modules():
+        if name and type(module) not in _MODULES:
+            kind = f"{module.format.kind} weights" if isinstance(module, PackedWeight) else type(module).__name__
+            raise UnsupportedError(f"layers.{name} is {kind}, which it does not compute")
+    _check(type(embedding) is nn.Embedding and embedding.max_norm is None, "embed_tokens was replaced")
+    _check(type(norm) is RMSNorm, "the last norm was replaced")
+    _check(embedding.weight.dtype == dtype, f"embeddings are {embedding.weight.dtype} in a model of {dtype}")
+    _check(embedding.weight.is_contiguous(), "embeddings are not contiguous")
+    layers = (Layer * len(inner.layers))(*(_layer(f"layers.{i}", x, dtype) for i, x in enumerate(inner.layers)))
+    decoder = Decoder(
+        layers=ctypes.addressof(layers),
+        num_layers=len(layers),
+        embedding=embedding.weight.data_ptr(),
+        norm=norm.weight.data_ptr(),
+        head=_matrix("lm_head", head, dtype, is_head=True),
+        eps=norm.eps,
+    )
+    return decoder, layers
+
+
+def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
+    assert isinstance(layer, DecoderLayer)
+    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    _check(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
+    _check(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
+    C = attention.head_dim
+    _check(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
+    described = Layer(
+        **{
+            part: _matrix(f"{name}.self_attn.{part}_proj", getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"
+        },
+        input_norm=norms[0].weight.data_ptr(),
+        post_norm=norms[1].weight.data_ptr(),
+        C=C,
+        eps=norms[0].eps,
+        qk_eps=-1.0 if attention.qk_norm_eps is None else attention.qk_norm_eps,
+    )
+    described.H, described.K = described.q.O // C, described.k.O // C
+    dense, path = layer.feed_forward, f"{name}.feed_forward"
+    if isinstance(dense, MixtureOfExperts):
+        router = dense.router
+        _check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
+        described.router, described.E, described.experts_per_token = (
+            router.weight.data_ptr(),
+            dense.dispatcher.num_experts,
+            router.k,
+        )
+        described.gate_up, described.down = _experts(f"{path}.experts", dense.experts, dtype)
+        dense, path = dense.shared_expert, f"{path}.shared_expert"
+    parts = {part: _matrix(f"{path}.{part}_proj", getattr(dense, f"{part}_proj"), dtype) for part in ("gate", "up")}
+    described.gate, described.up = parts["gate"], parts["up"]
+    described.shared_down = _matrix(f"{path}.down_proj", dense.down_proj, dtype)
+    return described
+
+
+def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[Matrix]:
+    for part in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, part)
+        if isinstance(weight, PackedWeight):
+            yield _matrix(f"{name}.{part}", weight, dtype)
+        else:
+            yield _known(f"{name}.{part}", in_out_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
+
+
+def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
+    _check(getattr(module, "bias", None) is None, f"{name} has a bias")
+    if type(module) is Linear:
+        weight = module.weight
+        matrix = _known(name, out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
+    else:
+        _check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
+        assert isinstance(module, PackedWeight)
+        matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
+    _check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
+    return matrix
+
+
+def _known(name: str, matrix: Matrix | None, reason: str | None) -> Matrix:
+    if matrix is None:
+        raise UnsupportedError(f"{name}: {reason or 'its inputs are no multiple of 16'}")
+    return matrix
+
+
+def _check(condition: bool, reason: str) -> None:
+    if not condition:
+        raise UnsupportedError(reason)

@@ -1,0 +1,154 @@
+"""Who computes a step of decoding, one more token in every row of a cache.
+
+`Llama4Model.forward` is the readable way and knows no other. A runner stands above it: `EagerRunner` calls it,
+`FusedCpuRunner` computes the same in one call of compiled code. `ModelRunner`, which is `llm.runner`, takes the first
+that can for each step. Everything that decodes calls a runner: generation, the benchmarks, the prefix cache.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llama4.cache.sequence import Cache
+from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.engine.sampling import Sampler
+from llama4.model.multimodal import Llama4Model
+from llama4.ops.sampling import greedy_token
+
+logger = logging.getLogger("llama4.engine")
+
+
+class StepOutput(Protocol):
+    """What a step computes; valid until the next step of the same cache."""
+
+    @property
+    def logits_BV(self) -> Tensor: ...
+
+    def greedy_token(self) -> tuple[list[int], list[float]]:
+        """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
+
+
+class Runner(Protocol):
+    """One way to compute steps of a model."""
+
+    name: str
+
+    def is_worthwhile(self) -> bool:
+        """Whether this way is meant for the model: it has a kernel on its device, and the model is large enough to
+        gain."""
+
+    def unsupported_reason(self, cache: Cache) -> str | None:
+        """Why the next step of a cache cannot be computed this way; None if it can."""
+
+    def run(self, ids: list[int], cache: Cache) -> StepOutput:
+        """One more token in every row. There must be no `unsupported_reason`.
+
+        Raises:
+            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
+        """
+
+    def release(self, cache: Cache) -> None:
+        """Forget what was prepared for a cache."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The output of an eager step."""
+
+    logits_BV: Tensor
+
+    def greedy_token(self) -> tuple[list[int], list[float]]:
+        ids_B, logprobs_B = greedy_token(self.logits_BV)
+        return ids_B.tolist(), logprobs_B.tolist()
+
+
+class EagerRunner:
+    """Steps by `Llama4Model.forward`: any model, any device."""
+
+    name = "eager"
+
+    def __init__(self, model: Llama4Model) -> None:
+        self.model = model
+
+    def is_worthwhile(self) -> bool:
+        return True
+
+    def unsupported_reason(self, cache: Cache) -> str | None:
+        return None
+
+    def run(self, ids: list[int], cache: Cache) -> Logits:
+        logits_B1V: Tensor = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)
+        return Logits(logits_B1V[:, 0])
+
+    def release(self, cache: Cache) -> None:
+        pass
+
+
+class ModelRunner:
+    """The fast way to run a model: for each step the first of its runners that can compute it.
+
+    Steps compute no gradients. What keeps a model from a faster runner, such as a hook or an adapter, is logged once
+    for each reason, as a warning. That a model is on another device, or too small to gain, is no loss, and is only
+    logged at DEBUG.
+
+    Args:
+        model: the model; runners see what is changed in it, from one reply to the next.
+        runners: the fastest first; the last must support everything.
+    """
+
+    def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
+        self.model = model
+        self.runners = tuple(runners or (FusedCpuRunner(model), EagerRunner(model)))
+        self._logged: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)  # a copy of what was prepared would point into the original's weights
+
+    def choose(self, cache: Cache) -> Runner:
+        """The runner of the next step of a cache."""
+        for runner in self.runners:
+            reason = runner.unsupported_reason(cache)
+            if reason is None:
+                return runner
+            if reason not in self._logged:
+                self._logged.add(reason)
+                level = logging.WARNING if runner.is_worthwhile() else logging.DEBUG
+                logger.log(level, "decoding without the %s runner, which is faster: %s", runner.name, reason)
+        raise AssertionError("the last runner supports everything")
+
+    @torch.inference_mode()
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        """One more token in every row -> logits of the next, [B, V].
+
+        A change of weights or modules between two steps of one cache takes effect after `release(cache)`, or after some
+        steps; a new hook takes effect at once.
+
+        Raises:
+            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
+        """
+        return self.choose(cache).run(ids_B.tolist(), cache).logits_BV.clone()
+
+    def advance(
+        self, ids: list[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
+    ) -> tuple[list[int], list[float]]:
+        """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
+        with torch.inference_mode():
+            output = self.choose(cache).run(ids, cache)
+            if sampler.temperature == 0:
+                return output.greedy_token()
+            ids_B, logprobs_B = sampler(output.logits_BV, generators)
+            return ids_B.tolist(), logprobs_B.tolist()
+
+    def release(self, cache: Cache) -> None:
+        """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""
+        for runner in self.runners:
+            runner.release(cache)

@@ -1,0 +1,76 @@
+"""The decoder: layers of attention and feed-forward blocks over packed tokens, and the language model's head.
+
+Module names are those of Hugging Face's checkpoints, so a parameter's name is its key on disk.
+
+Shapes: N packed tokens (see batch.py), D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llama4.cache.sequence import Cache, LayerCache
+from llama4.config import TextConfig
+from llama4.model.attention import Attention
+from llama4.model.batch import Batch
+from llama4.model.experts import Experts
+from llama4.model.feed_forward import FeedForward
+from llama4.model.moe import MixtureOfExperts
+from llama4.model.norm import RMSNorm
+from llama4.model.positions import PositionFactors
+from llama4.ops.linear import Linear
+from llama4.ops.precision import upcast
+from llama4.vision.encoder import recomputed
+
+
+class DecoderLayer(nn.Module):
+    """Residual pre-norm block: h = x + attn(norm(x)); out = h + ffn(norm(h))."""
+
+    def __init__(self, config: TextConfig, layer: int, experts: type[Experts]) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.feed_forward = (
+            MixtureOfExperts(config, experts)
+            if config.uses_experts(layer)
+            else FeedForward(config.hidden_size, config.intermediate_size_mlp)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerCache | None) -> Tensor:
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
+        out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm, over packed tokens."""
+
+    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
+
+    def forward(self, x_ND: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
+        x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
+        for i, layer in enumerate(self.layers):
+            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
+            x_ND = run(x_ND, batch, factors, cache.layers[i] if cache is not None else None)
+        out: Tensor = self.norm(x_ND)
+        return out
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head."""
+
+    def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
+        super().__init__()
+        self.model = Decoder(config, experts)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight

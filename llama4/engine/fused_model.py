@@ -158,11 +158,8 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     if isinstance(dense, MixtureOfExperts):
         router = dense.router
         _check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
-        described.router, described.E, described.experts_per_token = (
-            router.weight.data_ptr(),
-            dense.dispatcher.num_experts,
-            router.k,
-        )
+        described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
+        described.experts_per_token = router.k
         described.gate_up, described.down = _experts(f"{path}.experts", dense.experts, dtype)
         dense, path = dense.shared_expert, f"{path}.shared_expert"
     parts = {part: _matrix(f"{path}.{part}_proj", getattr(dense, f"{part}_proj"), dtype) for part in ("gate", "up")}

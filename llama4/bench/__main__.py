@@ -18,6 +18,7 @@ BENCHES = {
     "vqa": ("vqa", "accuracy on questions about fresh drawings"),
     "long": ("long", "one long prompt: time, memory, and the tokens after it"),
     "parity": ("parity", "logits against transformers, layer by layer"),
+    "device": ("device.command", "what only a GPU can show: checks, speed and memory within minutes"),
 }
 """Name of a benchmark -> its module, which has `main(arguments) -> exit code`, and what it measures."""
 

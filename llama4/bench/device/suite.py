@@ -1,0 +1,75 @@
+"""The tests that are marked `cuda`, if pytest is there."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama4.bench.device.machine import ROOT
+from llama4.bench.device.record import Figures, Record, Skip
+
+SLOW = "scouts_size"
+"""Names of tests that prepare much on the host; they come last."""
+
+
+class Outcomes:
+    """A plugin of pytest that counts."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+        if report.outcome == "failed":
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.outcome == "failed":
+            self.counts["failed"] += 1
+            self.failed.append(f"{report.nodeid} (not collected)")
+
+
+def run(record: Record) -> None:
+    files = _files()[:1] if record.dry else _files()
+    for file in files:
+        record.case(str(file.relative_to(ROOT)), partial(_pytest, file, f"not {SLOW}"))
+    for file in files:
+        if SLOW in file.read_text(encoding="utf-8"):
+            record.case(f"{file.relative_to(ROOT)}: {SLOW}", partial(_pytest, file, SLOW))
+    if not files:
+        record.case("tests", partial(_skip, f"no tests stand beside the library in {ROOT}"))
+    if find_spec("llama4.train") is None:
+        record.case("a step of fine-tuning", partial(_skip, "llama4.train is not there"))
+
+
+def _files() -> list[Path]:
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [path for path in paths if "mark.cuda" in path.read_text(encoding="utf-8")]
+
+
+def _skip(reason: str) -> Figures:
+    raise Skip(reason)
+
+
+def _pytest(file: Path, names: str) -> Figures:
+    try:
+        import pytest
+    except ImportError:
+        raise Skip("pytest is not installed") from None
+    outcomes = Outcomes()
+    os.chdir(ROOT)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
+    options = ["-m", "cuda", "-k", names, "-v", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    with torch.inference_mode(False):
+        pytest.main([*options, str(file)], plugins=[outcomes])
+    if outcomes.failed:
+        raise ValueError(f"{outcomes.counts}: {'; '.join(dict.fromkeys(outcomes.failed))}")
+    return outcomes.counts

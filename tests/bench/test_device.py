@@ -1,0 +1,129 @@
+"""`llama4 bench device` without a device: every step runs on a CPU, and one that goes wrong leaves the others alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama4.bench.device import report
+from llama4.bench.device.plan import PLAN, Step
+from llama4.bench.device.runner import Result, Runner
+
+ROOT = Path(__file__).parents[2]
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))["steps"]
+    return content
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """Every step, on small shapes, from a directory without anything."""
+    command = [sys.executable, "-m", "llama4.bench", "device", "--dry-run", "--minutes", "5", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    steps = results_of(tmp_path)
+    failed = [(name, case) for name, step in steps.items() for case in step["cases"] if case["state"] == "failed"]
+    assert (done.returncode, failed, done.stderr) == (0, [], "")
+    assert [*steps] == [step.name for step in PLAN]
+    for name, step in steps.items():
+        assert step["state"] == "done", name
+        assert any(case["state"] == "done" for case in step["cases"]), name
+        assert not step["restarts"]
+    assert {name for name, step in steps.items() if step["profiles"]} == {"scout-4", "scout-48", "experts", "vision"}
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") + "\n" == done.stdout
+    assert "## scout-4: int4: decode, batch 1" in (tmp_path / "profiles.md").read_text(encoding="utf-8")
+    layers = json.loads((tmp_path / "experts.json").read_text(encoding="utf-8"))["layers"]
+    assert [layer["experts"] for layer in layers] == [4, 32]
+    for layer in layers:
+        assert {*layer["milliseconds"]} == {"loop", "grouped", "int4", "int8", "fp8"}
+        assert {*layer["fastest"]} == {"1", "4", "32"}
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 8, "some machines give no more files back"
+
+
+def run(out: Path, *names: str, seconds: float = 30, case_seconds: float = 2, minutes: float = 1) -> dict[str, Any]:
+    """Steps of device_faults."""
+    steps = [Step(name, f"tests.bench.device_faults:{name}", name, seconds, case_seconds) for name in names]
+    told = report.Report(out, {})
+    Runner(steps, device="cpu", minutes=minutes, dry=True, log=out / "log.txt", out=out, report=told).run()
+    return results_of(out)
+
+
+def cases(step: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {case["case"]: (case["state"], case.get("reason", "")) for case in step["cases"]}
+
+
+def test_what_goes_wrong_leaves_the_rest_alone(tmp_path: Path) -> None:
+    names = "failing", "hanging", "crashing", "losing_the_device", "broken_outside_of_cases", "fine"
+    steps = run(tmp_path, *names)
+    assert cases(steps["failing"]) == {
+        "broken": ("failed", "RuntimeError: out of luck"),
+        "absent": ("skipped", "is not there"),
+        "behind": ("done", ""),
+    }
+    assert cases(steps["hanging"]) == {
+        "before": ("done", ""),
+        "hangs": ("failed", "ended after 2 s"),
+        "behind": ("done", ""),
+    }
+    assert cases(steps["crashing"])["crashes"] == ("failed", "the process ended with code -11")
+    assert cases(steps["losing_the_device"])["illegal"][0] == "failed"
+    for name in ("failing", "hanging", "crashing", "losing_the_device"):
+        assert steps[name]["state"] == "done"
+        assert cases(steps[name])["behind"] == ("done", "")
+        assert steps[name]["restarts"] == (name != "failing")
+    assert steps["broken_outside_of_cases"]["state"] == "ended early"
+    assert steps["fine"]["state"] == "done"
+    assert not is_running(int((tmp_path / "child").read_text())), "what hangs ends with all that it started"
+    assert "RuntimeError: no case" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+
+
+def test_limits_of_a_step_and_of_everything(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    steps = run(tmp_path, "fine", "slow", seconds=6)
+    assert steps["slow"]["state"] == "ended early"
+    assert 2 <= sum(state == "done" for state, _ in cases(steps["slow"]).values()) < 20
+    assert time.monotonic() - begin < 40
+    steps = run(tmp_path, "slow", "fine", minutes=0.15)
+    assert (steps["slow"]["state"], steps["fine"]["state"]) == ("ended early", "skipped")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    told = report.Report(tmp_path, {})
+    runner = Runner([], device="meta", minutes=1, dry=True, log=tmp_path / "log.txt", out=tmp_path, report=told)
+    with pytest.raises(ValueError, match=r"meta cannot be used here: .*; see .*log\.txt"):
+        runner.run()
+
+
+def test_report() -> None:
+    """Targets that were seen, cases with the same figures in one table, reasons for what is missing."""
+    result = Result(next(step for step in PLAN if step.name == "vision"), "done", seconds=12.3)
+    lines: Sequence[dict[str, Any]] = [
+        {"case": "tower", "state": "begun"},
+        {"case": "tower", "state": "done", "figures": {"ms": 12.345, "share_of_gemm": 0.456}, "peak_bytes": 2**31},
+        {"case": "b", "state": "done", "figures": {"other_ms": 1}},
+        {"case": "c", "state": "done", "figures": {"ms": 20000.0, "share_of_gemm": None}},
+        {"case": "d", "state": "failed", "reason": "why"},
+        {"case": "profile: tower", "state": "profile", "kernels": [{"kernel": "k", "ms": 1, "share": 0.5, "calls": 3}]},
+    ]
+    for line in lines:
+        result.read(json.dumps(line))
+    text = report.markdown({"card": "none"}, [result])
+    assert "| vision | done | 12 | 3 done, 1 failed |  |" in text
+    assert "| vision: tower: share of gemm | 50% | 46% |" in text
+    assert "| tower | 12.3 | 46% | 2.00 |\n| c | 20,000 |  |  |" in text
+    assert "- d: failed: why" in text
+    assert "| k | 1.000 | 50.0% | 3 |" in report.profiles([result])

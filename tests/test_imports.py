@@ -47,6 +47,9 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
+COMPARE_WITH_TRANSFORMERS = ("llama4.bench.parity", "llama4.bench.baselines", "llama4.bench.device.transformers_peer")
+
+
 def line_of(module: str) -> int:
     """That of the longest listed prefix."""
     parts = module.split(".")
@@ -116,5 +119,5 @@ def test_weights_do_not_know_the_model(module: str) -> None:
 def test_references_are_not_needed_at_run_time(module: str) -> None:
     if not is_in(module, "llama4.bench"):
         assert not {imported.split(".")[0] for imported in imports(module)} & set(ORACLES)
-    elif not is_in(module, "llama4.bench.parity", "llama4.bench.baselines"):
+    elif not is_in(module, *COMPARE_WITH_TRANSFORMERS):
         assert not {imported for imported in imports(module) if is_in(imported, "transformers")}

@@ -15,7 +15,7 @@ Keys are numbers of tokens. "fastest" is among the backends of bfloat16, which h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import BACKENDS
+from llama4.model.moe import MixtureOfExperts
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
 DRY_TOKENS = (1, 4, 32)
@@ -98,17 +99,17 @@ class Table:
 
 def _unquantised(record: Record, text: TextConfig, tokens: tuple[int, ...], table: Table) -> None:
     E, device = text.num_local_experts, record.device
-    made: dict[str, nn.Module] = {}
+    made: list[MixtureOfExperts] = []
+
+    def layer() -> MixtureOfExperts:
+        if not made:
+            made.append(workload.moe_layer(text, device))
+        return made[0]
 
     def module(name: str) -> nn.Module:
-        if "loop" not in made:
-            made["layer"] = workload.moe_layer(text, device)
-            made["loop"] = made["layer"].get_submodule("experts")
-        if name not in made:
-            if reason := BACKENDS[name].unsupported_reason(device, torch.bfloat16):
-                raise Skip(reason)
-            made[name] = workload.with_backend(made["layer"], text, name)  # type: ignore[arg-type]
-        return made[name]
+        if reason := BACKENDS[name].unsupported_reason(device, torch.bfloat16):
+            raise Skip(reason)
+        return workload.with_backend(layer(), text, name)
 
     for name in BACKENDS:
         if reason := BACKENDS[name].unsupported_reason(device, torch.bfloat16):
@@ -116,7 +117,7 @@ def _unquantised(record: Record, text: TextConfig, tokens: tuple[int, ...], tabl
             continue
         for count in tokens:
             case = f"{name}, {E} experts, {count} tokens"
-            figures = record.case(case, lambda name=name, count=count: _time(record, text, module(name), count, None))
+            figures = record.case(case, partial(_time, record, text, partial(module, name), count, None))
             if figures is not None:
                 table.put(name, count, figures["ms"])
     record.profile(
@@ -127,7 +128,7 @@ def _unquantised(record: Record, text: TextConfig, tokens: tuple[int, ...], tabl
         if count * E <= DENSE_ROWS:
             record.case(
                 f"whole layer, {E} experts, {count} tokens",
-                lambda count=count: _beside_transformers(record, text, module("grouped"), made["layer"], count),
+                partial(_beside_transformers, record, text, layer, partial(module, "grouped"), count),
             )
     made.clear()
     timing.release(device)
@@ -148,12 +149,12 @@ def _packed(record: Record, text: TextConfig, scheme: str, tokens: tuple[int, ..
 
     for count in tokens:
         case = f"{scheme}, {E} experts, {count} tokens"
-        figures = record.case(case, lambda count=count: _time(record, text, module(), count, scheme))
+        figures = record.case(case, partial(_time, record, text, module, count, scheme))
         if figures is not None:
             table.put(scheme, count, figures["ms"])
     for count in DRY_TOKENS if record.dry else GEMV_TOKENS:
         case = f"{scheme}, {E} experts, {count} tokens: kernel for few rows or for many"
-        figures = record.case(case, lambda count=count: _gemv(record, text, module(), count))
+        figures = record.case(case, partial(_gemv, record, text, module, count))
         if figures is not None:
             table.put_gemv(scheme, count, figures["few_rows_ms"], figures["many_rows_ms"])
     record.profile(f"{scheme}, {E} experts, 1 token", lambda: partial(module(), *_inputs(text, 1, device)))
@@ -166,8 +167,9 @@ def _inputs(text: TextConfig, tokens: int, device: torch.device) -> tuple[Tensor
     return x_RD, workload.spread(tokens, text.num_local_experts, device)
 
 
-def _time(record: Record, text: TextConfig, experts: nn.Module, tokens: int, scheme: str | None) -> Figures:
+def _time(record: Record, text: TextConfig, made: Callable[[], nn.Module], tokens: int, scheme: str | None) -> Figures:
     """Eagerly and, where the host does not wait, in a CUDA graph."""
+    experts = made()
     x_RD, counts_E = _inputs(text, tokens, record.device)
     run = partial(experts, x_RD, counts_E)
     spent = record.time(run, 0.1)
@@ -188,11 +190,11 @@ def expert_work(text: TextConfig, experts: nn.Module, rows: int, met: int) -> ro
     return roofline.Work(flops, stored * met / text.num_local_experts)
 
 
-def _gemv(record: Record, text: TextConfig, experts: nn.Module, tokens: int) -> Figures:
+def _gemv(record: Record, text: TextConfig, made: Callable[[], nn.Module], tokens: int) -> Figures:
     """The same rows by either Triton kernel."""
     if record.device.type != "cuda":
         raise Skip("not a GPU")
-    run = partial(experts, *_inputs(text, tokens, record.device))
+    run = partial(made(), *_inputs(text, tokens, record.device))
     spent = []
     for most in (1 << 20, 0):
         with most_gemv_rows(most):
@@ -212,16 +214,21 @@ def most_gemv_rows(rows: int) -> Iterator[None]:
 
 
 def _beside_transformers(
-    record: Record, text: TextConfig, grouped: nn.Module, layer: nn.Module, tokens: int
+    record: Record,
+    text: TextConfig,
+    made: Callable[[], MixtureOfExperts],
+    made_grouped: Callable[[], nn.Module],
+    tokens: int,
 ) -> Figures:
     """Router, experts and shared expert, ours with the grouped product, and transformers', which computes every expert
     for every token."""
     from llama4.bench.device import transformers_peer
 
     x_ND = torch.randn(tokens, text.hidden_size, device=record.device).bfloat16()
+    layer = made()
     theirs = transformers_peer.moe_layer(layer, text)
-    loop = layer.get_submodule("experts")
-    layer.experts = grouped
+    loop = layer.experts
+    layer.experts = made_grouped()  # type: ignore[assignment]
     try:
         ours = record.time(partial(layer, x_ND), 0.1)
         error = workload.relative(layer(x_ND), theirs(x_ND)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from llama4.bench.device import timing, workload
@@ -14,7 +16,7 @@ STEPS = 8
 
 def run(record: Record) -> None:
     for scheme in (None, "int4"):
-        record.case(f"{scheme or 'bfloat16'}, 4 layers", lambda scheme=scheme: _decode(record, scheme))
+        record.case(f"{scheme or 'bfloat16'}, 4 layers", partial(_decode, record, scheme))
         timing.release(record.device)
 
 

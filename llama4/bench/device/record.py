@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from llama4.bench.device import timing
 
-Figures = Mapping[str, Any]
+Figures = dict[str, Any]
 
 
 class Skip(Exception):  # noqa: N818  # not an error

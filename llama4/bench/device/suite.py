@@ -65,11 +65,10 @@ def _pytest(file: Path, names: str) -> Figures:
         raise Skip("pytest is not installed") from None
     outcomes = Outcomes()
     os.chdir(ROOT)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
     options = ["-m", "cuda", "-k", names, "-v", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     with torch.inference_mode(False):
-        pytest.main([*options, str(file)], plugins=[outcomes])
-    if outcomes.failed:
-        raise ValueError(f"{outcomes.counts}: {'; '.join(dict.fromkeys(outcomes.failed))}")
+        code = pytest.main([*options, str(file)], plugins=[outcomes])
+    if outcomes.failed or code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise ValueError(f"code {int(code)}, {outcomes.counts}: {'; '.join(dict.fromkeys(outcomes.failed))}")
     return outcomes.counts

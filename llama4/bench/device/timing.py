@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity
 
 TOP = 20
@@ -75,7 +76,7 @@ def graph(run: Callable[[], object], device: torch.device) -> Callable[[], None]
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         run()
-    return captured.replay  # type: ignore[no-any-return]
+    return captured.replay
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def profile(
         wall = once(run, device)
     found: list[tuple[float, int, str]] = []
     for event in watched.key_averages():
-        is_kernel = event.device_type != torch.autograd.DeviceType.CPU
+        is_kernel = event.device_type != DeviceType.CPU
         if is_kernel or not on_gpu:
             spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             found.append((float(spent), int(event.count), str(event.key)))

@@ -34,7 +34,7 @@ class Peer:
 
     def __init__(self, model: Llama4Model) -> None:
         with torch.device("meta"):
-            self._model: Any = Llama4ForCausalLM(_config(model.config.text)).to(model.dtype)
+            self._model: Any = nn.Module.to(Llama4ForCausalLM(_config(model.config.text)), model.dtype)
         weights = {name.removeprefix(_PREFIX): value for name, value in model.state_dict().items()}
         self._model.load_state_dict(weights, assign=True)
         for name, buffer in list(self._model.named_buffers()):  # of RoPE; not in a state dict

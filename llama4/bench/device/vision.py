@@ -10,7 +10,7 @@ from torch import Tensor
 from llama4.bench import roofline
 from llama4.bench.device import timing, workload
 from llama4.bench.device.record import Figures, Record
-from llama4.bench.engines import photo_bytes
+from llama4.bench.tasks import photo_bytes
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from llama4.vision.images import load_image

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from llama4.bench.device import timing, workload
-from llama4.bench.device.record import Figures, Record, Skip
+from llama4.bench.device.record import NO_TIME, Figures, Record, Skip
 from llama4.bench.device.scout import Subject
 
 PIECE = 2048
@@ -35,7 +35,7 @@ class Reading:
             spent += timing.once(run, self.record.device)
             self.read += piece_BT.shape[1]
         if self.read == begin:
-            raise Skip("no time left")
+            raise Skip(NO_TIME)
         other = self.cache.fork()
         token_B1 = self.ids_BT[:, :1]
         self.model(token_B1, cache=other, last_only=True)

@@ -18,6 +18,7 @@ import torch
 from llama4.bench.device import timing
 
 Figures = dict[str, Any]
+NO_TIME = "no time left"
 
 
 class Skip(Exception):  # noqa: N818  # not an error
@@ -67,7 +68,7 @@ class Record:
         if name in self._over:
             return None
         if self.seconds_left < least_seconds:
-            self._write(name, "skipped", reason="no time left")
+            self._write(name, "skipped", reason=NO_TIME)
             return None
         self._write(name, "begun")
         self._forget_peak()

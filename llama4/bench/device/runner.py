@@ -17,6 +17,7 @@ from typing import Any
 
 from llama4.bench.device.child import DEVICE_LOST, PRELOAD, Task, main
 from llama4.bench.device.plan import Step
+from llama4.bench.device.record import NO_TIME
 
 POLL_SECONDS = 0.1
 RESERVED_SECONDS = 3.0
@@ -97,7 +98,7 @@ class Runner:
             for result in self.results:
                 self._report(self.results)
                 if self._seconds_left < LEAST_SECONDS:
-                    result.state, result.reason = "skipped", "no time left"
+                    result.state, result.reason = "skipped", NO_TIME
                     continue
                 self._run_step(result)
             self._report(self.results)
@@ -130,7 +131,8 @@ class Runner:
             if culprit is not None:
                 culprit |= {"state": "failed", "reason": reason or f"the process ended with code {code}"}
             if code == 0:
-                result.state = "done"
+                cut = any(case.get("reason") == NO_TIME for case in result.cases.values())
+                result.state = "ended early" if cut else "done"
                 return
             result.reason = reason or result.reason or f"a process ended with code {code}"
             if (culprit is None and code != DEVICE_LOST) or end - time.monotonic() < LEAST_SECONDS:
@@ -166,7 +168,7 @@ class Runner:
             if result.begun is not case:
                 case, case_end = result.begun, now + result.step.case_seconds
             if now > end:
-                reason = "no time left"
+                reason = NO_TIME
             elif case is not None and now > case_end:
                 reason = f"ended after {result.step.case_seconds:g} s"
         if reason:

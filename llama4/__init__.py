@@ -4,7 +4,7 @@
     llm = Llama4.from_pretrained("tiny")
     print(llm.chat("What can you do?"))
 
-Names are imported when they are first used, so that `import llama4` costs nothing.
+Names are imported when they are first used, so that `import llama4` does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-if not os.path.isdir(os.path.join(__path__[0], "vision")):  # a checkout: vision/ stands beside llama4/, not inside
+# `llama4.vision` is the folder vision/ at the top of the repository. An installed package has it inside llama4/ (see
+# pyproject.toml), a checkout or an editable installation beside llama4/. There submodules are looked up in the folder
+# that holds both, too: appended, not put first, so that nothing in it can hide a module of llama4/.
+if not os.path.isdir(os.path.join(__path__[0], "vision")):
     __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {
@@ -37,8 +40,8 @@ _HOMES = {
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
     "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
     "llama4.engine.generate": ("Token",),
-    "llama4.model.multimodal": ("Llama4Model",),
     "llama4.inputs": ("Inputs", "Processor"),
+    "llama4.model.multimodal": ("Llama4Model",),
     "llama4.engine.replies": ("Reply", "Stream", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
     "llama4.text.tokenizer": ("Tokenizer",),

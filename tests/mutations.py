@@ -78,7 +78,7 @@ MUTATIONS = [
     ),
     Mutation(
         "RoPE pairs the first half with the second",
-        "vision/encoder.py",
+        "vision/rope.py",
         "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())\n"
         "    return torch.view_as_real(pairs * rotation).flatten(-2)",
         "pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (2, -1)).mT.contiguous())\n"
@@ -122,7 +122,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2-D RoPE with rows first",
-        "vision/encoder.py",
+        "vision/rope.py",
         "torch.cat([columns, rows], dim=-1)",
         "torch.cat([rows, columns], dim=-1)",
         f"{PARITY}::test_images",

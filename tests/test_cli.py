@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from llama4 import Llama4, __version__
 from llama4.cli.main import main
+from llama4.engine.runner import ModelRunner
 from tests import small_model
 
 LIMIT = ["--max-new-tokens", "12"]
@@ -235,19 +237,17 @@ def test_chat_goes_on_after_an_error(
 def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4
 ) -> None:
-    from llama4.engine import generate
-
     steps = 0
-    step = generate.step
+    advance = ModelRunner.advance
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(runner: ModelRunner, *arguments: Any) -> tuple[list[int], list[float]]:
         nonlocal steps
         steps += 1
         if steps == 4:
             raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
+        return advance(runner, *arguments)
 
-    monkeypatch.setattr(generate, "step", interrupted)
+    monkeypatch.setattr(ModelRunner, "advance", interrupted)
     code, out, _ = talk(monkeypatch, capsys, directory, "hi", "go on")
     begun = llm.chat("hi", max_new_tokens=4).text
     messages = [("user", "hi"), ("assistant", begun), ("user", "go on")]

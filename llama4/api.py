@@ -19,6 +19,7 @@ from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
+from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
@@ -26,7 +27,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.text.messages import Message
-from llama4.text.tokenizer import Tokenizer, load_tokenizer
+from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint
@@ -144,16 +145,17 @@ class Llama4:
         _check_arguments(quantization, experts_device, experts_memory)
         directory = hub.resolve(name, revision=revision, token=token, progress=progress)
         config, source = open_checkpoint(directory)
+        family = family_of(config)
         if quantization is not None:
-            source = quantized(source, quantization)
+            source = quantized(source, quantization, parts=family.quantizable)
         target = resolve_device(device)
         home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
         compute = resolve_dtype(dtype, config, target)
-        tokenizer = load_tokenizer(directory, config)
+        tokenizer = family.load_tokenizer(directory, config)
         with torch.device("meta"):
             built = replace(config, dtype=str(compute).removeprefix("torch."))
-            model = Llama4Model(built, resolve_experts(experts, target, compute))
+            model = family.build(built, resolve_experts(experts, target, compute))
         swap_modules(model, source.plan)
         load(
             model,

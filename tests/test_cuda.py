@@ -17,13 +17,17 @@ from llama4.kernels.triton import launch
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization import fp8
+from llama4.quantization.fp8 import Fp8
+from llama4.quantization.int4 import Int4
+from llama4.quantization.int8 import Int8
 from llama4.quantization.modules import PackedExperts, swap_modules
-from llama4.quantization.schemes import Format, make_plan
+from llama4.quantization.plan import make_plan
+from llama4.quantization.weight import WeightFormat
 from tests import small_model
 from tests.quantization.test_weight import name_of, packed
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-FORMATS = [Format("int4", 32), Format("int4", 128), Format("int8"), Format("fp8")]
+FORMATS = [Int4(32), Int4(128), Int8(), Fp8()]
 SCHEMES = [None, "int4", "int8", "fp8"]
 IDS = torch.randint(0, small_model.RANKS, (2, 50), generator=torch.Generator().manual_seed(0))
 
@@ -57,7 +61,7 @@ def quantized_model(scheme: str | None) -> Llama4Model:
     return model
 
 
-def packed_experts(format: Format, E: int, D: int, F: int, dtype: torch.dtype) -> PackedExperts:
+def packed_experts(format: WeightFormat, E: int, D: int, F: int, dtype: torch.dtype) -> PackedExperts:
     experts = PackedExperts()
     generator = torch.Generator().manual_seed(0)
     experts.gate_up_proj = packed((torch.randn(E, 2 * F, D, generator=generator) * D**-0.5).to(dtype), format)
@@ -105,7 +109,7 @@ def test_a_reply(scheme: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 100, 600])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_experts_of_scouts_size(format: Format, rows: int) -> None:
+def test_experts_of_scouts_size(format: WeightFormat, rows: int) -> None:
     experts = packed_experts(format, 4, 5120, 8192, torch.bfloat16)
     matrices = [(experts.gate_up_proj.dequantize(i).cuda(), experts.down_proj.dequantize(i).cuda()) for i in range(4)]
     experts = experts.cuda()
@@ -121,7 +125,7 @@ def test_experts_of_scouts_size(format: Format, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_the_host_does_not_wait(format: Format, rows: int) -> None:
+def test_the_host_does_not_wait(format: WeightFormat, rows: int) -> None:
     layer = MixtureOfExperts(config().text, lambda text: packed_experts(format, 8, 128, 128, torch.bfloat16))  # type: ignore[arg-type]
     layer = layer.cuda().bfloat16()
     x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
@@ -134,7 +138,7 @@ def test_the_host_does_not_wait(format: Format, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [4, 48])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_a_launch_is_replayed_for_other_counts(format: Format, rows: int) -> None:
+def test_a_launch_is_replayed_for_other_counts(format: WeightFormat, rows: int) -> None:
     """In a CUDA graph: nothing about the counts is in the launch."""
     experts = packed_experts(format, 4, 256, 128, torch.bfloat16).cuda()
     x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
@@ -155,7 +159,7 @@ def test_a_launch_is_replayed_for_other_counts(format: Format, rows: int) -> Non
 def test_fp8_by_torch_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     if not fp8.has_fp8_matmul(torch.device("cuda"), grouped=True):
         pytest.skip("torch has no grouped product of e4m3 for this GPU")
-    experts = packed_experts(Format("fp8"), 4, 256, 128, torch.bfloat16).cuda()
+    experts = packed_experts(Fp8(), 4, 256, 128, torch.bfloat16).cuda()
     x = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16)
     counts = torch.tensor([50, 0, 9, 41], device="cuda")
     by_torch = experts(x, counts)
@@ -165,7 +169,7 @@ def test_fp8_by_torch_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own products give the same."""
-    experts = packed_experts(Format("int4", 32), 4, 256, 128, torch.bfloat16).cuda()
+    experts = packed_experts(Int4(32), 4, 256, 128, torch.bfloat16).cuda()
     x, counts = torch.randn(20, 256, device="cuda").bfloat16(), torch.tensor([10, 0, 3, 7], device="cuda")
     ours = experts(x, counts)
     monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: "switched off")

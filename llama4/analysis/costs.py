@@ -15,8 +15,8 @@ import torch
 from llama4.cache.formats import resolve_format
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
 from llama4.config.window import visible_pairs
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import Format, Plan, make_plan
+from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
+from llama4.quantization.weight import WeightFormat
 
 _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -50,7 +50,7 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
+def quantization_plan(config: TextConfig, scheme: str) -> dict[str, WeightFormat]:
     """The format of each parameter that a scheme quantises.
 
     Raises:
@@ -59,20 +59,20 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, Format]:
     return make_plan(scheme, parameter_shapes(config))
 
 
-def parameter_bytes(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> dict[str, int]:
+def parameter_bytes(
+    config: TextConfig, plan: QuantizationPlan | None = None, dtype: str = "bfloat16"
+) -> dict[str, int]:
     """Bytes of each parameter of the decoder; of a quantised one, quantized values and scales together."""
     plan, size = plan or {}, getattr(torch, dtype).itemsize
     return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
 
 
-def stored_bytes(shape: tuple[int, ...], format: Format | None, size: int) -> int:
+def stored_bytes(shape: tuple[int, ...], format: WeightFormat | None, size: int) -> int:
     """Bytes of a parameter whose elements take `size` bytes each, or of one in a format, with scales of that size."""
     if format is None:
         return math.prod(shape) * size
-    out_in = (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
-    parts = PACKED[format.kind].part_shapes(format, out_in)
-    sizes = {part: size if part == "weight_scale" else dtype.itemsize for part, (_, dtype) in parts.items()}
-    return sum(math.prod(part_shape) * sizes[part] for part, (part_shape, _) in parts.items())
+    parts = format.part_specs(out_in(shape))
+    return sum(math.prod(spec.shape) * size if part == "weight_scale" else spec.nbytes for part, spec in parts.items())
 
 
 def vision_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
@@ -80,7 +80,7 @@ def vision_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
     return (config.num_parameters() - config.text.num_parameters()) * getattr(torch, dtype).itemsize
 
 
-def weight_bytes(config: Llama4Config, plan: Plan | None = None, dtype: str = "bfloat16") -> int:
+def weight_bytes(config: Llama4Config, plan: QuantizationPlan | None = None, dtype: str = "bfloat16") -> int:
     """Bytes of all weights."""
     return sum(parameter_bytes(config.text, plan, dtype).values()) + vision_bytes(config, dtype)
 
@@ -95,7 +95,7 @@ def share_per_token(config: TextConfig, name: str) -> float:
     return 1.0
 
 
-def weight_bytes_read(config: TextConfig, plan: Plan | None = None, dtype: str = "bfloat16") -> float:
+def weight_bytes_read(config: TextConfig, plan: QuantizationPlan | None = None, dtype: str = "bfloat16") -> float:
     """Bytes of weights that are read to decode one token of one sequence."""
     sizes = parameter_bytes(config, plan, dtype)
     return sum(size * share_per_token(config, name) for name, size in sizes.items())

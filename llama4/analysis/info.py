@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
-from llama4.quantization.schemes import PLAIN
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
-from llama4.weights.meta_params import PARAMS_FILE
+from llama4.weights.meta.params import PARAMS_FILE
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the weights alone; the scales of a quantised model are not counted."""
@@ -46,15 +42,18 @@ def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | N
     if not Path(name).is_dir():
         return facts
     _, source = checkpoint.open_checkpoint(name)
-    sizes = {key: math.prod(source.shape(key)) * source.dtype(key).itemsize for key in source.keys()}  # noqa: SIM118
-    plan = {name: format for name, format in source.plan.items() if format != PLAIN}
-    modules = tuple(name.removesuffix(".weight") + "." for name in plan)
-    packed = [key for key in sizes if key.startswith(modules) and not key.endswith(".bias")]
-    count = sum(math.prod(source.shape(key)) * _numbers(key, source.dtype(key)) for key in packed)
+    sizes = {name: source.spec(name).nbytes for name in source.names()}
+    modules = {name.removesuffix(".weight"): format for name, format in source.plan.items() if format is not None}
+    packed, count = 0, 0
+    for name, size in sizes.items():
+        module, _, part = name.rpartition(".")
+        if module in modules and part != "bias":
+            packed += size
+            count += modules[module].weights_in(part, source.spec(name))
     return facts | {
-        "formats": sorted({str(format) for format in plan.values()}),
+        "formats": sorted({str(format) for format in modules.values()}),
         "quantized_parameters": count,
-        "bits_per_weight": round(8 * sum(sizes[key] for key in packed) / count, 2),
+        "bits_per_weight": round(8 * packed / count, 2),
         "bytes": sum(sizes.values()),
     }
 
@@ -153,9 +152,3 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
-
-
-def _numbers(key: str, dtype: torch.dtype) -> int:
-    """Weights in each element of a tensor that is part of a packed one: two in a byte of NF4."""
-    part = key.rpartition(".")[2]
-    return {"weight_packed": 8, "weight": 2 if dtype == torch.uint8 else 1}.get(part, 0)

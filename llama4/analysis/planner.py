@@ -18,7 +18,7 @@ from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
 from llama4.engine.generate import PREFILL_TOKENS
-from llama4.quantization.schemes import PLAIN, Plan
+from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint
 
@@ -47,7 +47,7 @@ class Placement:
     """
 
     config: Llama4Config
-    plan: Plan
+    plan: QuantizationPlan
     weights: str
     dtype: str
     cache_dtype: str
@@ -99,12 +99,12 @@ def make_placement(
         ValueError: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
             quantised model whose files are not on this machine.
     """
-    plan: Plan = {}
+    plan: QuantizationPlan = {}
     if weights == "auto" and config.quantization_config is not None:
         if not Path(name).is_dir():
             raise ValueError(f"{name} is quantised, and how is in its files, which are not here; say it with --weights")
         stored = open_checkpoint(name)[1].plan
-        plan = {parameter: format for parameter, format in stored.items() if format != PLAIN}
+        plan = {parameter: format for parameter, format in stored.items() if format is not None}
         weights = "the formats it is stored in"
     elif weights not in ("auto", "bf16"):
         plan = costs.quantization_plan(config.text, weights)
@@ -249,7 +249,7 @@ def times(placement: Placement, context: int, rates: Rates) -> Times:
 def fp8_share(placement: Placement) -> float:
     """The share of the FLOPs of matrix products that is done in fp8."""
     flops = costs.parameter_flops(placement.config.text)
-    fp8 = {name for name, format in placement.plan.items() if format.kind == "fp8"}
+    fp8 = {name for name, format in placement.plan.items() if format is not None and format.rounds_inputs}
     return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
 
 

@@ -33,7 +33,8 @@ from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
-from llama4.quantization.schemes import SCHEMES, Plan
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import PackedWeight
 from llama4.units import bytes_text, time_text
 from llama4.weights import memory
@@ -95,7 +96,7 @@ def _disturbance(others: OtherProcesses) -> str:
     )
 
 
-def probe(text: TextConfig, plan: Plan) -> tuple[TextConfig, Plan]:
+def probe(text: TextConfig, plan: QuantizationPlan) -> tuple[TextConfig, QuantizationPlan]:
     """The model's last layers, up to `PROBE_PARAMETERS` but at least one, with the same part of the vocabulary; and
     their plan.
 
@@ -132,7 +133,7 @@ def _last_layers(text: TextConfig, kept: int) -> TextConfig:
     )
 
 
-def build(config: Llama4Config, plan: Plan) -> Llama4Model:
+def build(config: Llama4Config, plan: QuantizationPlan) -> Llama4Model:
     """A model with random weights."""
     with torch.device("meta"):
         model = Llama4Model(config)

@@ -34,10 +34,10 @@ from llama4.bench.tasks import Task
 from llama4.bench.throughput import TaskList, measure, thread_count
 from llama4.config import Llama4Config
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
-from llama4.quantization.schemes import SCHEMES, Plan
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.schemes import SCHEMES
 from llama4.weights import hub
-from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.meta_params import is_meta
+from llama4.weights.checkpoint import layout_of, open_checkpoint
 from llama4.weights.quantizing import quantized
 
 
@@ -76,7 +76,7 @@ def _cell(figure: Mapping[str, Any]) -> str:
 
 def engine_configs(
     directory: Path, config: Llama4Config, options: argparse.Namespace
-) -> tuple[dict[str, EngineConfig], dict[str, Plan]]:
+) -> tuple[dict[str, EngineConfig], dict[str, QuantizationPlan]]:
     """Name in the report -> the engine's configuration, and its weights' formats. A name leaves out what is the same
     for all.
 
@@ -85,7 +85,7 @@ def engine_configs(
     """
     device = resolve_device(options.device)
     configs: dict[str, EngineConfig] = {}
-    plans: dict[str, Plan] = {}
+    plans: dict[str, QuantizationPlan] = {}
     _, weights = open_checkpoint(directory)
     engines = ["llama4", *dict.fromkeys(options.vs)]
     for engine, dtype, threads, scheme in product(engines, options.dtype, options.threads, options.quantization):
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     directory = hub.resolve(options.model)
     config, _ = open_checkpoint(directory)
-    if options.vs and is_meta(directory):
+    if options.vs and layout_of(directory).name == "meta":
         raise ValueError(
             f"{options.model} is in Meta's layout, which {options.vs[0]} does not read; convert it first: "
             f"`llama4 convert {options.model} DST --to hf`"

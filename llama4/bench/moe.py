@@ -44,8 +44,11 @@ from llama4.bench.report import (
 from llama4.config import TextConfig
 from llama4.model.device import DTYPES
 from llama4.model.experts import BACKENDS, backends_for
-from llama4.quantization.modules import PACKED, PackedExperts
-from llama4.quantization.schemes import SCHEMES, Format, make_plan
+from llama4.quantization.formats import FORMATS
+from llama4.quantization.modules import PackedExperts
+from llama4.quantization.plan import make_plan
+from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.weight import PackedWeight, WeightFormat
 
 EVEN, ONE = "evenly", "all to one"
 
@@ -67,7 +70,7 @@ class Figure:
 
 def make_backends(
     text: TextConfig, dtype: torch.dtype, names: Sequence[str]
-) -> dict[str, tuple[nn.Module, dict[str, Format]]]:
+) -> dict[str, tuple[nn.Module, dict[str, WeightFormat]]]:
     """Name -> experts with the same random weights, and the formats of the quantised ones.
 
     Raises:
@@ -79,7 +82,7 @@ def make_backends(
     weights = {
         name: torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).to(dtype) for name, shape in shapes.items()
     }
-    found: dict[str, tuple[nn.Module, dict[str, Format]]] = {}
+    found: dict[str, tuple[nn.Module, dict[str, WeightFormat]]] = {}
     for name in names:
         if name in BACKENDS:
             if reason := BACKENDS[name].unsupported_reason(torch.device("cpu"), dtype):
@@ -97,21 +100,12 @@ def make_backends(
         }
         experts = PackedExperts()
         for part, weight in weights.items():
-            packed = PACKED[plan[part].kind]
-            shape = (weight.shape[0], weight.shape[2], weight.shape[1])
-            with torch.device("meta"):
-                module = packed(plan[part], shape)
-            stacks = [packed.quantize(expert.mT, plan[part]) for expert in weight]
-            for key in packed.parts:
-                whole = torch.stack([stack[key] for stack in stacks])
-                lying = module.for_cpu(key, whole).reshape(whole.shape)
-                setattr(module, key, nn.Parameter(lying, requires_grad=False))
-            setattr(experts, part, module)
+            setattr(experts, part, PackedWeight.of(weight.mT, plan[part]))
         found[name] = experts, plan
     return found
 
 
-def work(text: TextConfig, plan: dict[str, Format], dtype: torch.dtype, rows: int, experts: int) -> roofline.Work:
+def work(text: TextConfig, plan: dict[str, WeightFormat], dtype: torch.dtype, rows: int, experts: int) -> roofline.Work:
     """The least work of `rows` rows that are routed to `experts` different experts."""
     E, D, F = text.num_local_experts, text.hidden_size, text.intermediate_size
     shapes = {"gate_up_proj": (E, D, 2 * F), "down_proj": (E, F, D)}
@@ -175,7 +169,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    packed = [kind for kind in PACKED if kind in SCHEMES]
+    packed = [kind for kind in FORMATS if kind in SCHEMES]
     backends = [*backends_for(torch.device("cpu"), torch.bfloat16), *packed]
     parser = argparse.ArgumentParser(prog="llama4 bench moe", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="whose sizes to take: scout, maverick, tiny, a directory or a Hub id")

@@ -29,7 +29,7 @@ from llama4.model.device import DTYPES
 from llama4.model.moe import Router
 from llama4.tiny.shapes_dataset import draw, fresh_question
 from llama4.weights import hub
-from llama4.weights.meta_params import is_meta
+from llama4.weights.checkpoint import layout_of
 
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 """Allowed for a deep model whose sums have another order. transformers' RoPE is float32 even in float64."""
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     try:
         directory = hub.resolve(options.model)
-        if is_meta(directory):
+        if layout_of(directory).name == "meta":
             raise ValueError(
                 f"{options.model} is in Meta's layout, which transformers does not read; convert it first, bit by bit: "
                 f"`llama4 convert {options.model} DST --to hf`"

@@ -51,7 +51,7 @@ class PeakProbe:
         x, weight = torch.ones(2, size, size, dtype=dtype, device=device)
         numbers = torch.ones(read // 4, device=device)
         if numbers.device.type == "cpu":
-            numbers = memory.keep(numbers)
+            numbers = memory.in_large_pages(numbers)
         self._sum = lambda: numbers.sum().item()
         self._products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)[0, 0].item()]
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:

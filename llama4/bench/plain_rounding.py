@@ -7,24 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import Format, make_plan
-from llama4.text.tokenizer import load_tokenizer
+from llama4.families import family_of
+from llama4.quantization.plan import make_plan
+from llama4.quantization.weight import WeightFormat
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.compressed import group_config
 from llama4.weights.quantizing import QuantizingSource
 from llama4.weights.save import save
 
 
-class PlainSource(QuantizingSource):
-    """An unquantised checkpoint in the same formats, with all values and scales computed by compressed-tensors."""
-
-    def rounded(self, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        return round_plainly(weight_OI, format)
-
-
-def round_plainly(weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-    """What `PackedWeight.quantize` gives, with compressed-tensors' own scales and quantised values.
+def round_plainly(weight_OI: Tensor, format: WeightFormat) -> dict[str, Tensor]:
+    """What `WeightFormat.quantize` gives, with compressed-tensors' own scales and quantised values.
 
     Raises:
         ValueError: the package is not installed.
@@ -43,13 +36,13 @@ def round_plainly(weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
     compressor = BaseCompressor.get_value_from_registry(content["format"])
     parts = compressor.compress({"weight": weight_OI, "weight_scale": scale.to(weight_OI.dtype)}, scheme)
-    return {part: parts[part].contiguous() for part in PACKED[format.kind].parts}
+    return {part: parts[part].contiguous() for part in format.parts}
 
 
 def write_plain(source: Path, target: Path, scheme: str) -> None:
     """`llama4.weights.convert.quantize`, with plain rounding."""
     config, weights = open_checkpoint(source)
-    shapes = {weights.names.to_model(key) or key: weights.shape(key) for key in weights.keys()}  # noqa: SIM118
-    tokenizer = load_tokenizer(source, config)
-    plain = PlainSource(weights, make_plan(scheme, shapes))
+    shapes = {name: weights.spec(name).shape for name in weights.names()}
+    tokenizer = family_of(config).load_tokenizer(source, config)
+    plain = QuantizingSource(weights, make_plan(scheme, shapes), round_plainly)
     save(plain, config, target, write_extra=tokenizer.save if tokenizer is not None else None)

@@ -16,7 +16,7 @@ import torch
 from llama4.analysis.costs import EMBEDDING, HEAD, parameter_shapes, stored_bytes
 from llama4.bench.peak_rates import PeakRates
 from llama4.config import TextConfig
-from llama4.quantization.schemes import Plan
+from llama4.quantization.plan import QuantizationPlan
 from llama4.vision.config import VisionConfig
 
 Shape = tuple[int, ...]
@@ -54,7 +54,7 @@ def active_numbers(text: TextConfig, *, head: bool = True) -> int:
     )
 
 
-def weight_bytes(text: TextConfig, plan: Plan, dtype: torch.dtype, experts: float) -> float:
+def weight_bytes(text: TextConfig, plan: QuantizationPlan, dtype: torch.dtype, experts: float) -> float:
     """Bytes of all matrices, with `experts` of each layer's experts."""
     total = 0.0
     for name, shape in matrices(text).items():
@@ -75,7 +75,7 @@ def attention_flops(text: TextConfig, positions: Iterable[int]) -> int:
     return per_key * sum(keys_seen(text, layer, positions) for layer in range(text.num_hidden_layers))
 
 
-def prefill(text: TextConfig, plan: Plan, dtype: torch.dtype, tokens: int, past: int = 0) -> Work:
+def prefill(text: TextConfig, plan: QuantizationPlan, dtype: torch.dtype, tokens: int, past: int = 0) -> Work:
     """A prompt, or a piece of one, up to the logits of its last token. Counted as read are the weights, with as few
     experts as possible."""
     flops = 2 * tokens * active_numbers(text, head=False) + 2 * math.prod(matrices(text)[HEAD])
@@ -83,7 +83,9 @@ def prefill(text: TextConfig, plan: Plan, dtype: torch.dtype, tokens: int, past:
     return Work(flops, weight_bytes(text, plan, dtype, text.num_experts_per_tok))
 
 
-def decode(text: TextConfig, plan: Plan, dtype: torch.dtype, positions: Sequence[int], experts: float) -> Work:
+def decode(
+    text: TextConfig, plan: QuantizationPlan, dtype: torch.dtype, positions: Sequence[int], experts: float
+) -> Work:
     """One step: a token in every row, at these positions of their sequences. `experts` is the number of different
     experts of a layer that the rows are routed to, on average."""
     flops = 2 * len(positions) * active_numbers(text) + attention_flops(text, positions)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from llama4.bench.plain_rounding import round_plainly
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import Format
+from llama4.quantization.fp8 import Fp8
+from llama4.quantization.int4 import Int4
+from llama4.quantization.int8 import Int8
+from llama4.quantization.weight import PackedWeight, WeightFormat
 
 Errors = dict[str, dict[str, tuple[float, float]]]
 """Distribution -> format -> norm of the error over norm of the matrix: of this library, of plain rounding."""
@@ -31,10 +33,10 @@ def distributions(outputs: int = 512, inputs: int = 1024) -> dict[str, Tensor]:
 
 def measure() -> Errors:
     formats = {
-        "int4, 128": Format("int4", 128),
-        "int4, 32": Format("int4", 32),
-        "int8": Format("int8"),
-        "fp8": Format("fp8"),
+        "int4, 128": Int4(128),
+        "int4, 32": Int4(32),
+        "int8": Int8(),
+        "fp8": Fp8(),
     }
     return {
         name: {
@@ -45,12 +47,10 @@ def measure() -> Errors:
     }
 
 
-def _error(weight_OI: Tensor, format: Format, plain: bool) -> float:
-    cls = PACKED[format.kind]
-    module = cls(format, tuple(weight_OI.shape))
-    for part, values in (round_plainly(weight_OI, format) if plain else cls.quantize(weight_OI, format)).items():
-        stored = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
-        setattr(module, part, torch.nn.Parameter(stored, requires_grad=False))
+def _error(weight_OI: Tensor, format: WeightFormat, plain: bool) -> float:
+    module = PackedWeight.of(weight_OI, format)
+    if plain:
+        module.set_parts(round_plainly(weight_OI, format))
     return ((module.dequantize().float() - weight_OI.float()).norm() / weight_OI.float().norm()).item()
 
 

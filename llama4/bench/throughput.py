@@ -25,7 +25,7 @@ from llama4.bench.tasks import Task, TimedEngine
 from llama4.bench.workers import Worker
 from llama4.config import Llama4Config
 from llama4.model.device import DTYPES
-from llama4.quantization.schemes import Plan
+from llama4.quantization.plan import QuantizationPlan
 
 LOAD, FIRST, PEAK = "load, s", "load to first token, s", "peak memory, MiB"
 UNSTEADY = 0.15
@@ -89,7 +89,12 @@ class Sample:
 
 
 def work_of(
-    task: Task, config: Llama4Config, plan: Plan, dtype: torch.dtype, experts: float, picture: tuple[int, int]
+    task: Task,
+    config: Llama4Config,
+    plan: QuantizationPlan,
+    dtype: torch.dtype,
+    experts: float,
+    picture: tuple[int, int],
 ) -> roofline.Work:
     """The least work of a task; of decoding, of a step in the middle of the reply.
 
@@ -108,7 +113,7 @@ def work_of(
 
 
 def measure(
-    config: Llama4Config, engines: Mapping[str, EngineConfig], plans: Mapping[str, Plan], tasks: TaskList
+    config: Llama4Config, engines: Mapping[str, EngineConfig], plans: Mapping[str, QuantizationPlan], tasks: TaskList
 ) -> dict[str, Any]:
     """Every task by every engine, in turns; a report ready for JSON. The first engine is this library.
 
@@ -162,7 +167,7 @@ class _Session:
         stack: ExitStack,
         config: Llama4Config,
         engines: Mapping[str, EngineConfig],
-        plans: Mapping[str, Plan],
+        plans: Mapping[str, QuantizationPlan],
         tasks: list[Task],
         vocabulary: int,
     ) -> None:

@@ -8,15 +8,12 @@ from typing import Any
 from llama4.cli.options import REVISION
 from llama4.quantization.schemes import SCHEMES
 
-LAYOUTS = ("hf", "meta")
-"""As weights/convert.py has them, which is not imported here because it imports torch."""
-
 
 def add_parsers(commands: Any) -> None:
     about = "Write a checkpoint in another layout, bit by bit."
     convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
     _add_paths(convert)
-    convert.add_argument("--to", required=True, choices=LAYOUTS, help="hf: safetensors; meta: consolidated.NN.pth")
+    convert.add_argument("--to", required=True, metavar="LAYOUT", help="hf: safetensors; meta: consolidated.NN.pth")
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
     convert.add_argument("--revision", **REVISION)
     convert.set_defaults(run=run_convert, parser=convert)
@@ -38,8 +35,11 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(options: argparse.Namespace) -> int:
     from llama4.weights import hub
+    from llama4.weights.checkpoint import LAYOUTS
     from llama4.weights.convert import convert
 
+    if options.to not in LAYOUTS:
+        options.parser.error(f"--to {options.to}: choose one of {', '.join(LAYOUTS)}")
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = hub.resolve(options.source, revision=options.revision)

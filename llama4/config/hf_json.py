@@ -29,10 +29,10 @@ def read_directory(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no config.json, a file that is not JSON, or a configuration that is not of a Llama 4 model.
     """
-    fields = read_config(_load_json(directory / CONFIG_FILE))
+    fields = read_config(load_json(directory / CONFIG_FILE))
     if fields["vision"] is not None:
         paths = (directory / name for name in IMAGE_CONFIG_FILES)
-        found = (_read_image_config(_load_json(path)) for path in paths if path.is_file())
+        found = (_read_image_config(load_json(path)) for path in paths if path.is_file())
         fields["vision"] = dataclasses.replace(fields["vision"], **next(filter(None, found), {}))
     return fields
 
@@ -150,7 +150,10 @@ def write_image_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """Raises:
+    ConfigError: no such file, or no JSON object in it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -25,6 +25,8 @@ class Llama4Config:
     dtype: str = "bfloat16"
     """The dtype that the checkpoint was saved in."""
     quantization_config: Mapping[str, Any] | None = None
+    family: str = "llama4"
+    """Key of `llama4.families.FAMILIES`."""
     note: str = ""
     """Shown by `llama4 info`; says for instance which numbers of a preset are guessed."""
 

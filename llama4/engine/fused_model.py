@@ -24,15 +24,12 @@ from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.ops.linear import Linear, in_out_matrix, matrix_unsupported_reason, out_in_matrix
-from llama4.quantization.fp8 import Fp8Weight
-from llama4.quantization.int4 import Int4Weight
-from llama4.quantization.int8 import Int8Weight
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.weight import PackedWeight
 
 _MODULES = {
     *(Attention, DecoderLayer, FeedForward, Linear, LoopExperts, MixtureOfExperts, RMSNorm, Router),
-    *(PackedExperts, Int8Weight, Fp8Weight, Int4Weight),
+    *(PackedExperts, PackedWeight),
 }
 """Modules whose forward the compiled step computes; a subclass may compute something else."""
 
@@ -117,9 +114,10 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
     inner, head = language_model.model, language_model.lm_head
     embedding, norm, dtype = inner.embed_tokens, inner.norm, inner.norm.weight.dtype
     for name, module in inner.layers.named_modules():
+        if isinstance(module, PackedWeight) and not module.format.has_cpu_kernels:
+            raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
-            kind = f"{module.format.kind} weights" if isinstance(module, PackedWeight) else type(module).__name__
-            raise UnsupportedError(f"layers.{name} is {kind}, which it does not compute")
+            raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
     _check(type(embedding) is nn.Embedding and embedding.max_norm is None, "embed_tokens was replaced")
     _check(type(norm) is RMSNorm, "the last norm was replaced")
     _check(embedding.weight.dtype == dtype, f"embeddings are {embedding.weight.dtype} in a model of {dtype}")

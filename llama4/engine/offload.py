@@ -117,7 +117,7 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
         for path in paths:
             for module in model.get_submodule(path).modules():
                 if isinstance(module, PackedWeight) and device.type != "cpu":
-                    module.as_stored()
+                    module.change_layout(device)
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, OffloadedExperts(model.get_submodule(path), hot))
 

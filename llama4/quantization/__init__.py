@@ -1,1 +1,1 @@
-"""Weights in few bits: which, in what format, and the modules that multiply with them."""
+"""Quantized weights: their formats, the schemes that choose among them, and the modules that multiply with them."""

@@ -1,48 +1,135 @@
-"""Sixteen levels per weight, a scale per group of inputs."""
+"""Int4: sixteen levels per weight, a scale per group of inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama4.kernels.abi import Matrix
 from llama4.ops import quantized
-from llama4.quantization.schemes import Format
-from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks, not_zero
 
-SHRINKS = (1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
-"""Where the range of a group may end, in parts of its largest weight: clipping a few lets all others be finer."""
+GROUP_SIZES = (32, 64, 128, 256)
+"""That are read; 128 and 32 are written."""
+RANGES = (1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
+"""Candidates for the largest representable value of a group, relative to its largest weight: clipping a few weights
+makes the steps between all others smaller."""
+_INTERLEAVED = {"weight_packed": 4, "weight_scale": 1}
+"""Elements of a row that stay together when sixteen rows are interleaved: 32 quantized values; one scale."""
+
+
+@dataclass(frozen=True)
+class Int4(WeightFormat):
+    """Eight weights in an int32, a scale per 32 to 256 weights of a row; inputs are not rounded. The CPU kernels read
+    sixteen rows interleaved."""
+
+    kind = "int4"
+    bits = 4
+    parts = ("weight_packed", "weight_scale")
+    compressed_name = "pack-quantized"
+    compressed_about = "int4 (symmetric groups of 32 to 256) for weights alone"
+
+    group_size: int = 128
+
+    @classmethod
+    def for_matrices(cls, shapes: Mapping[str, Shape]) -> Self:
+        """Groups of 128, or of 32 where 128 does not divide all rows: one size for the model, as engines expect."""
+        for name, (*_, outputs, inputs) in shapes.items():
+            if inputs % 32 or outputs % 16:
+                raise ValueError(
+                    f"{name} has {inputs} inputs and {outputs} outputs; int4 takes multiples of 32 and of 16: choose "
+                    "int8 or fp8"
+                )
+        return cls(128 if all(shape[-1] % 128 == 0 for shape in shapes.values()) else 32)
+
+    def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
+        *rows, inputs = shape
+        return {
+            "weight_packed": TensorSpec((*rows, inputs // 8), torch.int32),
+            "weight_scale": TensorSpec((*rows, inputs // self.group_size), torch.bfloat16),
+        }
+
+    def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        if not quantized.quantize_unsupported_reason(weight_OI, self.group_size):
+            packed, scale = quantized.quantize_int4(weight_OI, self.group_size, RANGES)
+            return {"weight_packed": packed, "weight_scale": scale}
+        values, scale = quantize_groups(weight_OI.unflatten(-1, (-1, self.group_size)), weight_OI.dtype)
+        return {"weight_packed": pack(values.flatten(-2)), "weight_scale": scale.squeeze(-1)}
+
+    @classmethod
+    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        found = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
+        size = weights.get("group_size")
+        return cls(size) if found == ("int", 4, "group") and inputs is None and size in GROUP_SIZES else None
+
+    def to_compressed(self) -> dict[str, Any]:
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": self.group_size}
+        return {"weights": weights | {"dynamic": False}, "input_activations": None}
+
+    def has_kernel_layout(self, shape: Shape) -> bool:
+        outputs, inputs = shape[-2:]
+        return quantized.interleave_unsupported_reason(outputs, inputs, self.group_size) is None
+
+    def to_kernel_layout(self, part: str, values: Tensor) -> Tensor:
+        return quantized.interleaved16(values, _INTERLEAVED[part])
+
+    def from_kernel_layout(self, part: str, values: Tensor) -> Tensor:
+        return quantized.deinterleaved16(values, _INTERLEAVED[part])
+
+    def matrix(self, weight: PackedWeight) -> Matrix | None:
+        return super().matrix(weight) if weight.in_kernel_layout else None
+
+    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+        packed, scale = (weight.to_checkpoint_layout(part, weight.part(part, expert)) for part in self.parts)
+        return _dequantize(packed, scale, scale.dtype)
+
+    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        if self.has_gpu_kernel(x_NI):
+            return self.grouped_product(weight, x_NI, expert=expert)
+        packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
+        if weight.in_kernel_layout and not quantized.unsupported_reason(
+            self.kind, x_NI, packed, scale, self.group_size
+        ):
+            return quantized.linear(self.kind, x_NI, packed, scale, self.group_size)
+        dtype = torch.promote_types(x_NI.dtype, scale.dtype)
+
+        def rows_of(rows: slice) -> Tensor:
+            values = weight.to_checkpoint_layout("weight_packed", packed[rows])
+            return _dequantize(values, weight.to_checkpoint_layout("weight_scale", scale[rows]), dtype)
+
+        return in_blocks(rows_of, len(packed), x_NI)
 
 
 def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes [..., g] from -8 to 7, int8, and the scales [..., 1] that, once rounded to their dtype, leave the least
-    squared error: of a few ranges, each refitted to the codes it gives by least squares.
+    """Quantized values [..., g] from -8 to 7, int8, and scales [..., 1] with the least squared error among `RANGES`.
 
-    There is one code more below zero than above, and the largest weight gets it: a scale is negative where that weight
-    is positive.
+    Each candidate range gives a scale, which is then refitted to its quantized values by least squares; errors are
+    those after rounding the scale to its dtype. As there is one value more below zero than above, the largest weight
+    becomes -8: the scale is negative where that weight is positive.
     """
     groups = groups.float()
     highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     largest = torch.where(highest > -lowest, highest, lowest)
     best_scale, best_error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    for shrink in SHRINKS:
-        scale = not_zero((largest * (shrink / -8)).to(scale_dtype).float())
+    for part_of_largest in RANGES:
+        scale = not_zero((largest * (part_of_largest / -8)).to(scale_dtype).float())
         for _ in range(2):
-            codes = (groups / scale).round_().clamp_(-8, 7)
-            error = (codes * scale).sub_(groups).square_().sum(-1, keepdim=True)
+            values = (groups / scale).round_().clamp_(-8, 7)
+            error = (values * scale).sub_(groups).square_().sum(-1, keepdim=True)
             better = error < best_error
             best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-            fitted = (codes * groups).sum(-1, keepdim=True) / codes.square_().sum(-1, keepdim=True).clamp_(min=1e-9)
+            fitted = (values * groups).sum(-1, keepdim=True) / values.square_().sum(-1, keepdim=True).clamp_(min=1e-9)
             scale = not_zero(fitted.to(scale_dtype).float())
     return (groups / best_scale).round_().clamp_(-8, 7).to(torch.int8), best_scale.to(scale_dtype)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Codes from -8 to 7 [..., I], int8 -> [..., I / 8], int32: eight of four bits each, the first lowest."""
-    nibbles = (codes + 8).view(torch.uint8)
+def pack(values: Tensor) -> Tensor:
+    """Quantized values from -8 to 7 [..., I], int8 -> [..., I / 8], int32: eight of four bits, the first lowest."""
+    nibbles = (values + 8).view(torch.uint8)
     return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).contiguous().view(torch.int32)
 
 
@@ -52,109 +139,6 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).view(torch.int8) - 8
 
 
-_TOGETHER = {"weight_packed": 4, "weight_scale": 1}
-"""Numbers of a row that stay together in sixteens: 32 codes; a scale."""
-
-
-class Int4Weight(PackedWeight):
-    """Eight weights in an int32, a scale for every 128 or 32 of a row.
-
-    Attributes:
-        interleaved16: whether parts lie as the kernels of a CPU read them; else as in a checkpoint.
-    """
-
-    weight_packed: nn.Parameter
-    parts = ("weight_packed", "weight_scale")
-    interleaved16 = False
-
-    @classmethod
-    def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        *rows, inputs = shape
-        assert format.group_size is not None
-        return {
-            "weight_packed": ((*rows, inputs // 8), torch.int32),
-            "weight_scale": ((*rows, inputs // format.group_size), torch.bfloat16),
-        }
-
-    @classmethod
-    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        assert format.group_size is not None
-        if not quantized.quantize_unsupported_reason(weight_OI, format.group_size):
-            packed, scale = quantized.quantize_int4(weight_OI, format.group_size, SHRINKS)
-            return {"weight_packed": packed, "weight_scale": scale}
-        codes, scale = quantize_groups(weight_OI.unflatten(-1, (-1, format.group_size)), weight_OI.dtype)
-        return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
-
-    def for_cpu(self, part: str, values: Tensor) -> Tensor:
-        assert self.format.group_size is not None
-        outputs, inputs = self.shape[-2:]
-        reason = quantized.interleave_unsupported_reason(outputs, inputs, self.format.group_size)
-        self.interleaved16 = reason is None
-        return quantized.interleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
-
-    def checkpoint_layout(self, part: str) -> Tensor:
-        return self._stored(part, super().checkpoint_layout(part))
-
-    def as_stored(self) -> None:
-        for part in self.parts:
-            self.register_parameter(part, nn.Parameter(self.checkpoint_layout(part), requires_grad=False))
-        self.interleaved16 = False
-
-    def matrix(self) -> Matrix | None:
-        return super().matrix() if self.interleaved16 else None
-
-    def dequantize(self, expert: int | None = None) -> Tensor:
-        packed = self._stored("weight_packed", self._of(self.weight_packed, expert))
-        scale = self._stored("weight_scale", self._of(self.weight_scale, expert))
-        return _dequantized(packed, scale, scale.dtype)
-
-    def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        if self.on_gpu(x_NI):
-            return self.grouped(x_NI, expert=expert)
-        packed, scale = self._of(self.weight_packed, expert), self._of(self.weight_scale, expert)
-        group_size = self.format.group_size
-        assert group_size is not None
-        if self.interleaved16 and not quantized.unsupported_reason("int4", x_NI, packed, scale, group_size):
-            return quantized.linear("int4", x_NI, packed, scale, group_size)
-        dtype = torch.promote_types(x_NI.dtype, scale.dtype)
-
-        def some(rows: slice) -> Tensor:
-            codes, scales = self._stored("weight_packed", packed[rows]), self._stored("weight_scale", scale[rows])
-            return _dequantized(codes, scales, dtype)
-
-        return in_blocks(some, packed.shape[0], x_NI)
-
-    def _stored(self, part: str, values: Tensor) -> Tensor:
-        """Whole sixteens of rows of a part, as a checkpoint has them."""
-        return quantized.deinterleaved16(values, _TOGETHER[part]) if self.interleaved16 else values
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """In sixteens on a CPU, as stored elsewhere."""
-        was_on_cpu = self.weight_packed.is_cpu
-        super()._apply(fn, recurse)
-        if self.interleaved16 and not self.weight_packed.is_cpu:
-            self.as_stored()
-        elif self.weight_packed.is_cpu and not was_on_cpu:
-            for part in self.parts:
-                stored = getattr(self, part).detach()
-                values = self.for_cpu(part, stored).reshape(stored.shape)
-                self.register_parameter(part, nn.Parameter(values, requires_grad=False))
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.interleaved16:
-            destination.update({prefix + part: self.checkpoint_layout(part) for part in self.parts})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.interleaved16:
-            given = {part: state_dict[prefix + part] for part in self.parts if prefix + part in state_dict}
-            fitting = {part: v for part, v in given.items() if v.shape == getattr(self, part).shape}
-            ordered = {prefix + part: self.for_cpu(part, v).reshape(v.shape) for part, v in fitting.items()}
-            state_dict = {**state_dict, **ordered}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _dequantized(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     groups = unpack(packed).unflatten(-1, (scale.shape[-1], -1)).to(dtype)
     return (groups * scale[..., None].to(dtype)).flatten(-2)

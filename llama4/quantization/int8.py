@@ -1,41 +1,58 @@
-"""A signed byte per weight, a scale per output."""
+"""Int8: a signed byte per weight, a scale per output."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama4.ops import quantized
-from llama4.quantization.schemes import Format
-from llama4.quantization.weight import PackedWeight, in_blocks, not_zero
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks, not_zero
 
 
-class Int8Weight(PackedWeight):
-    """A signed byte per weight, a scale per output."""
+@dataclass(frozen=True)
+class Int8(WeightFormat):
+    """A signed byte per weight, a scale per output; inputs are not rounded."""
 
-    weight: nn.Parameter
+    kind = "int8"
+    bits = 8
+    compressed_name = "int-quantized"
+    compressed_about = "int8 (per channel) for weights alone"
 
-    @classmethod
-    def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"weight": (shape, torch.int8), "weight_scale": ((*shape[:-1], 1), torch.bfloat16)}
+    def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec(shape, torch.int8),
+            "weight_scale": TensorSpec((*shape[:-1], 1), torch.bfloat16),
+        }
 
-    @classmethod
-    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
+    def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         wide = weight_OI.float()
         scale = not_zero(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
-        codes = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
-        return {"weight": codes, "weight_scale": scale}
+        values = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
+        return {"weight": values, "weight_scale": scale}
 
-    def dequantize(self, expert: int | None = None) -> Tensor:
-        scale = self._of(self.weight_scale, expert)
-        return self._of(self.weight, expert).to(scale.dtype) * scale
+    @classmethod
+    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        found = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
+        return cls() if found == ("int", 8, "channel") and inputs is None else None
 
-    def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        if self.on_gpu(x_NI):
-            return self.grouped(x_NI, expert=expert)
-        weight, scale = self._of(self.weight, expert), self._of(self.weight_scale, expert)
-        if not quantized.unsupported_reason("int8", x_NI, weight, scale):
-            return quantized.linear("int8", x_NI, weight, scale)
+    def to_compressed(self) -> dict[str, Any]:
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+        return {"weights": weights | {"dynamic": False}, "input_activations": None}
+
+    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+        scale = weight.part("weight_scale", expert)
+        return weight.part("weight", expert).to(scale.dtype) * scale
+
+    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        if self.has_gpu_kernel(x_NI):
+            return self.grouped_product(weight, x_NI, expert=expert)
+        values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
+        if not quantized.unsupported_reason(self.kind, x_NI, values, scale):
+            return quantized.linear(self.kind, x_NI, values, scale)
         dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
-        sums = in_blocks(lambda rows: weight[rows].to(dtype), len(weight), x_NI.to(dtype))
+        sums = in_blocks(lambda rows: values[rows].to(dtype), len(values), x_NI.to(dtype))
         return (sums * scale.mT).to(x_NI.dtype)

@@ -1,4 +1,4 @@
-"""Packed weights in the place of a model's own."""
+"""Putting packed weights in the places of a model's own."""
 
 from __future__ import annotations
 
@@ -12,58 +12,51 @@ from llama4.model.feed_forward import FeedForward
 from llama4.ops.experts import loop_over_experts, swiglu_experts
 from llama4.ops.linear import Linear
 from llama4.ops.swiglu import swiglu
-from llama4.quantization.fp8 import Fp8Weight
-from llama4.quantization.int4 import Int4Weight
-from llama4.quantization.int8 import Int8Weight
-from llama4.quantization.nf4 import KIND as NF4
-from llama4.quantization.nf4 import Nf4Weight
-from llama4.quantization.schemes import PLAIN, Format, Plan
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.weight import PackedWeight, Shape, WeightFormat
 
-PACKED: dict[str, type[PackedWeight]] = {"int4": Int4Weight, "int8": Int8Weight, "fp8": Fp8Weight, NF4: Nf4Weight}
-"""Kind of format -> module."""
 _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
 class PackedExperts(nn.Module):
-    """The routed experts over packed weights. All at once on a GPU; elsewhere one after the other. Those that nobody
-    chose are not touched."""
+    """The routed experts over packed weights: all of them at once on a GPU, elsewhere one after the other. Experts that
+    no token chose are not read."""
 
     matrices: tuple[str, ...] = ("gate_up_proj", "down_proj")
     gate_up_proj: PackedWeight
     down_proj: PackedWeight
 
-    def forward(self, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
         if self.matrices == PackedExperts.matrices:
-            if self.gate_up_proj.on_gpu(x_ND) and self.down_proj.on_gpu(x_ND):
-                gate_up_N2F = self.gate_up_proj.grouped(x_ND, num_tokens_per_expert_E)
-                return self.down_proj.grouped(swiglu(*gate_up_N2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
+            if self.gate_up_proj.has_gpu_kernel(x_RD) and self.down_proj.has_gpu_kernel(x_RD):
+                gate_up_R2F = self.gate_up_proj.grouped_product(x_RD, num_tokens_per_expert_E)
+                return self.down_proj.grouped_product(swiglu(*gate_up_R2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
             matrices = self.gate_up_proj.matrix(), self.down_proj.matrix()
-            return swiglu_experts(self.expert, x_ND, num_tokens_per_expert_E, *matrices)
-        return loop_over_experts(self.expert, x_ND, num_tokens_per_expert_E)
+            return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *matrices)
+        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
-    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
-        """What one expert makes of its tokens."""
-        gate_up_N2F = self.gate_up_proj.product(x_ND, expert)
-        return self.down_proj.product(swiglu(*gate_up_N2F.chunk(2, dim=-1)), expert)
+    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
+        """The output of one expert for its tokens."""
+        gate_up_R2F = self.gate_up_proj.product(x_RD, expert)
+        return self.down_proj.product(swiglu(*gate_up_R2F.chunk(2, dim=-1)), expert)
 
 
 class SplitExperts(PackedExperts):
-    """With gate and up in a matrix each."""
+    """With gate and up in a stack each, as NF4 checkpoints may have them."""
 
     matrices = ("gate_proj", "up_proj", "down_proj")
     gate_proj: PackedWeight
     up_proj: PackedWeight
 
-    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
-        hidden_NF = swiglu(self.gate_proj.product(x_ND, expert), self.up_proj.product(x_ND, expert))
-        return self.down_proj.product(hidden_NF, expert)
+    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
+        hidden_RF = swiglu(self.gate_proj.product(x_RD, expert), self.up_proj.product(x_RD, expert))
+        return self.down_proj.product(hidden_RF, expert)
 
 
 class SeparateExperts(PackedExperts):
-    """With three Linears per expert, named 0, 1, ..., to be packed or left as they are."""
+    """With three Linears per expert, named 0, 1, ..., each packed or not, as NF4 checkpoints may have them."""
 
     matrices = ()
 
@@ -72,20 +65,20 @@ class SeparateExperts(PackedExperts):
         for i in range(count):
             self.add_module(str(i), FeedForward(hidden_size, intermediate_size))
 
-    def expert(self, x_ND: Tensor, expert: int) -> Tensor:
-        out: Tensor = self.get_submodule(str(expert))(x_ND)
+    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
+        out: Tensor = self.get_submodule(str(expert))(x_RD)
         return out
 
 
-def swap_modules(model: nn.Module, plan: Plan) -> None:
-    """Put packed weights, not filled yet, where a plan wants them; the model is on the meta device.
+def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Put packed weights, without values yet, where a plan wants them; the model is on the meta device.
 
-    Experts are `gate_up_proj` and `down_proj` in it, or `gate_proj`, `up_proj` and `down_proj`, or, each on its own,
-    `7.gate_proj.weight` and so on.
+    Experts appear in a plan as `gate_up_proj` and `down_proj`, or as `gate_proj`, `up_proj` and `down_proj`, or, as a
+    Linear each, as `7.gate_proj.weight` and so on.
 
     Raises:
-        ValueError: one of the matrices of a layer's experts is to be quantised and another is not; or, as
-            `CheckpointError`, a matrix that is not run in few bits, or is of another shape than its format says.
+        ValueError: one of the matrices of a layer's experts is quantised and another is not; or, as `CheckpointError`,
+            a matrix that this library does not run quantised, or whose shape is not that of its format.
     """
     with torch.device("meta"):
         for path in dict.fromkeys(match["path"] for name in plan if (match := _EXPERT.fullmatch(name))):
@@ -94,7 +87,7 @@ def swap_modules(model: nn.Module, plan: Plan) -> None:
         for path in dict.fromkeys(match["path"] for name in plan if (match := _EXPERTS.fullmatch(name))):
             _pack_experts(model, path, plan)
         for name, format in plan.items():
-            if _EXPERTS.fullmatch(name) or format == PLAIN:
+            if _EXPERTS.fullmatch(name) or format is None:
                 continue
             path = name.removesuffix(".weight")
             linear = model.get_submodule(path)
@@ -105,28 +98,31 @@ def swap_modules(model: nn.Module, plan: Plan) -> None:
             _put(model, path, _packed(name, format, shape, bias=linear.bias is not None))
 
 
-def _pack_experts(model: nn.Module, path: str, plan: Plan) -> None:
+def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
     E, D, F_ = _sizes(model, path)
     shapes = {"gate_up": (E, 2 * F_, D), "gate": (E, F_, D), "up": (E, F_, D), "down": (E, D, F_)}
     found = [name for name in plan if name.startswith(f"{path}.")]
     experts = SplitExperts() if {f"{path}.gate_proj", f"{path}.up_proj"} & {*found} else PackedExperts()
     if missing := [matrix for matrix in experts.matrices if f"{path}.{matrix}" not in found]:
-        raise ValueError(f"{found[0]} is quantised and {path}.{missing[0]} is not; experts are whole or not at all")
+        raise ValueError(
+            f"{found[0]} is quantised and {path}.{missing[0]} is not; all matrices of the experts must be, or none"
+        )
     for matrix in experts.matrices:
         format = plan[f"{path}.{matrix}"]
+        assert format is not None
         setattr(experts, matrix, _packed(f"{path}.{matrix}", format, shapes[matrix.removesuffix("_proj")]))
     _put(model, path, experts)
 
 
-def _packed(name: str, format: Format, shape: tuple[int, ...], bias: bool = False) -> PackedWeight:
+def _packed(name: str, format: WeightFormat, shape: Shape, bias: bool = False) -> PackedWeight:
     try:
-        return PACKED[format.kind](format, shape, bias=bias)
+        return PackedWeight(format, shape, bias=bias)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from None
 
 
 def _sizes(model: nn.Module, path: str) -> tuple[int, int, int]:
-    """Experts, hidden size, width."""
+    """E, D, F of a layer's experts."""
     E, F_, D = model.get_parameter(f"{path}.down_proj").shape
     return E, D, F_
 

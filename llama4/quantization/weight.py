@@ -1,137 +1,328 @@
-"""Matrices in few bits, as modules that multiply with them.
+"""Quantized matrices: what a format of weights says and computes (`WeightFormat`), and the module that holds a matrix,
+or those of all experts of a layer, in such a format (`PackedWeight`).
 
-A packed weight stands where a Linear stood, or, as E matrices, inside `PackedExperts`; the model around does not know.
-Its parameters are those of the format on disk, most often compressed-tensors, with experts stacked: a packed weight
-loads from and saves to any checkpoint of its format, to the bit. Where a kernel wants an order of its own they lie in
-that, from loading on, and `checkpoint_layout` gives what a checkpoint has. On a GPU the kernels of `gpu` multiply;
-elsewhere, and where those do not run, `product` says how.
+A packed weight takes the place of a Linear or, with E matrices, stands inside `PackedExperts`; the model around it does
+not know. Its parameters are the tensors of a checkpoint in that format, most often compressed-tensors, with experts
+stacked, so that a packed weight loads from and saves to any such checkpoint bit by bit. Where a CPU kernel reads them
+in another order, they have that order from loading on, and `checkpoint_layout` gives a checkpoint's.
 
-Shapes: N tokens, O outputs, I inputs, E experts, R rows sorted by expert.
+Shapes: N tokens, R routed rows sorted by expert, O outputs, I inputs, E experts, G groups that share a scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from llama4.kernels.abi import Matrix
-from llama4.kernels.triton import launch
-from llama4.ops import quantized
+from llama4.ops import quantized, quantized_gpu
 from llama4.ops.linear import linear
-from llama4.quantization.schemes import Format
 
-NUMBERS = 1 << 20
-"""Weights that are quantised at once: bounds the memory beside them."""
+MAX_QUANTIZED_AT_ONCE = 1 << 20
+"""Weights that are quantised at a time: bounds the temporary memory."""
 ROWS = 1024
-"""Outputs that are dequantised at once."""
+"""Outputs that are dequantised at a time."""
+
+Shape = tuple[int, ...]
+
+
+class TensorSpec(NamedTuple):
+    """What can be known of a tensor without reading it."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WeightFormat(ABC):
+    """How the weights of a matrix [O, I] are stored, and how to multiply with them.
+
+    A new format is a subclass, and a line in `formats.FORMATS`. What has a `part` in its name is about one of the
+    tensors that store a matrix: quantized values, scales and so on.
+
+    Attributes:
+        group_size: neighbours along I that share a scale; None: all of a row.
+    """
+
+    kind: ClassVar[str]
+    """Name in schemes, and in the kernels."""
+    bits: ClassVar[int]
+    """Of a quantized value."""
+    parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    """Names of the tensors that store a matrix, the quantized values first; those of compressed-tensors, if that has
+    the format."""
+    rounds_inputs: ClassVar[bool] = False
+    """Whether inputs are rounded, too, while the model runs."""
+    compressed_name: ClassVar[str | None] = None
+    """What compressed-tensors calls the format on disk; None if it has no such format."""
+    compressed_about: ClassVar[str] = ""
+    """What `from_compressed` reads, in words."""
+
+    group_size: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}, a scale per {f'{self.group_size} weights' if self.group_size else 'output'}"
+
+    # -- what is stored ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_matrices(cls, shapes: Mapping[str, Shape]) -> Self:
+        """This kind of format with options that suit a model's matrices.
+
+        Args:
+            shapes: matrices [O, I] and stacks of experts [E, O, I], by name.
+
+        Raises:
+            ValueError: a matrix that it cannot store.
+        """
+        return cls()
+
+    def check(self, shape: Shape) -> None:  # noqa: B027 (most formats can be of any shape)
+        """Raises:
+        ValueError: a matrix [O, I], or a stack [E, O, I], that this format cannot be of; with the reason.
+        """
+
+    @abstractmethod
+    def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
+        """The tensors that store a matrix [O, I] or a stack [E, O, I]; scales may come in another float dtype."""
+
+    def quantize(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """The parts of a matrix, contiguous; scales have its dtype. Works on a few rows at a time."""
+        rows = max(1, MAX_QUANTIZED_AT_ONCE // weight_OI.shape[1])
+        blocks = [self._quantize_rows(block) for block in weight_OI.split(rows)]
+        return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in self.parts}
+
+    def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        raise AssertionError(f"{self.kind} is read, not written")
+
+    def weights_in(self, part: str, spec: TensorSpec) -> int:
+        """How many weights are stored in a part."""
+        return math.prod(spec.shape) * spec.dtype.itemsize * 8 // self.bits if part == self.parts[0] else 0
+
+    # -- how compressed-tensors describes it ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        """The format that a group of a compressed-tensors configuration means, if it is of this kind.
+
+        Args:
+            weights: `weights` of the group, known to be symmetric and static, without activation order.
+            inputs: `input_activations` of the group.
+        """
+        return None
+
+    def to_compressed(self) -> dict[str, Any]:
+        """`weights` and `input_activations` of a group in a compressed-tensors configuration."""
+        raise AssertionError(f"compressed-tensors has no {self.kind}")
+
+    # -- what is computed ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+        """The matrix [O, I] in the dtype of its scales."""
+
+    @abstractmethod
+    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        """x W^T, [N, O], in the dtype of x."""
+
+    def has_gpu_kernel(self, x_RI: Tensor) -> bool:
+        """Whether a Triton kernel multiplies these rows with a matrix in this format."""
+        return quantized_gpu.is_supported(self.kind, x_RI, self.group_size)
+
+    def grouped_product(
+        self, weight: PackedWeight, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None
+    ) -> Tensor:
+        """x W^T by a Triton kernel, [R, O]. The host does not wait for the device.
+
+        Args:
+            counts_E: rows of each expert, which are sorted by expert; None: all are for one matrix.
+            expert: which matrix, if there are several and no counts.
+        """
+        values, scale = weight.part(self.parts[0], expert), weight.part("weight_scale", expert)
+        return quantized_gpu.product(self.kind, x_RI, values, scale, counts_E)
+
+    # -- how CPU kernels read it ---------------------------------------------------------------------------------------
+
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether there are compiled kernels for this kind of format."""
+        return self.kind in quantized.KINDS
+
+    def has_kernel_layout(self, shape: Shape) -> bool:
+        """Whether the CPU kernels of this machine read such a matrix in an order of their own."""
+        return False
+
+    def to_kernel_layout(self, part: str, values: Tensor) -> Tensor:
+        """A part in that order, as a view of any shape; only if `has_kernel_layout`."""
+        return values
+
+    def from_kernel_layout(self, part: str, values: Tensor) -> Tensor:
+        """A part, or a whole number of kernel tiles of its rows, in a checkpoint's order."""
+        return values
+
+    def matrix(self, weight: PackedWeight) -> Matrix | None:
+        """What the fused CPU kernels need to know of a matrix, valid as long as its parameters stay where they are;
+        None if they cannot read it."""
+        if not self.has_cpu_kernels:
+            return None
+        outputs, inputs = weight.shape[-2:]
+        values = weight.part(self.parts[0])
+        return quantized.matrix(self.kind, values, weight.part("weight_scale"), outputs, inputs, self.group_size or 0)
 
 
 class PackedWeight(nn.Module):
-    """y = x W^T, with W [O, I], or E of them, in a format of few bits.
+    """y = x W^T + b, with W [O, I], or E of them without b, in a quantized format.
 
     Args:
-        format: of the numbers.
+        format: of W; the bias is not quantised.
         shape: (O, I) or (E, O, I).
-        bias: add a bias, which is not packed.
+        bias: whether to add one.
+
+    Attributes:
+        in_kernel_layout: whether the parts are in the order of the CPU kernels; else in a checkpoint's.
+
+    Raises:
+        ValueError: a shape that the format cannot have.
     """
 
-    weight_scale: nn.Parameter
-    parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
-    """Parameters that hold the numbers; by default under the names of the compressed-tensors format."""
-
-    def __init__(self, format: Format, shape: tuple[int, ...], *, bias: bool = False) -> None:
+    def __init__(self, format: WeightFormat, shape: Shape, *, bias: bool = False) -> None:
         super().__init__()
-        self.format, self.shape = format, shape
-        for name, (part_shape, dtype) in self.part_shapes(format, shape).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(part_shape, dtype=dtype), requires_grad=False))
+        format.check(shape)
+        self.format, self.shape, self.in_kernel_layout = format, shape, False
+        self.specs = format.part_specs(shape)
+        for name, spec in self.specs.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False))
         self.bias = nn.Parameter(torch.empty(shape[-2])) if bias else None
 
     @classmethod
-    def part_shapes(cls, format: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each part of a matrix, or of several; scales may come in another float."""
-        raise AssertionError("a format says")
+    def of(cls, weight: Tensor, format: WeightFormat) -> PackedWeight:
+        """A matrix [O, I], or a stack [E, O, I], quantised."""
+        matrices = [format.quantize(matrix) for matrix in weight.reshape(-1, *weight.shape[-2:])]
+        with torch.device("meta"):
+            packed = cls(format, tuple(weight.shape))
+        parts = {part: torch.stack([matrix[part] for matrix in matrices]) for part in format.parts}
+        packed.set_parts({part: values.view(*weight.shape[:-1], -1) for part, values in parts.items()})
+        return packed
 
-    @classmethod
-    def quantize(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        """The parts of a matrix in this format, contiguous; scales have its dtype. A few rows at a time."""
-        blocks = [cls.quantize_rows(rows, format) for rows in weight_OI.split(max(1, NUMBERS // weight_OI.shape[1]))]
-        return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in cls.parts}
+    # -- parts ---------------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def quantize_rows(cls, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        raise AssertionError("a format computes")
+    def part(self, name: str, expert: int | None = None) -> Tensor:
+        """A part as it lies in memory, of all experts or of one."""
+        values: Tensor = getattr(self, name)
+        return values if expert is None else values[expert]
 
-    def checkpoint_layout(self, part: str) -> Tensor:
+    def set_part(self, name: str, values: Tensor) -> None:
+        """Make a part these values, which are in the order that `in_kernel_layout` says."""
+        if values.dtype == torch.float8_e4m3fn:
+            values = values.view(torch.uint8)  # torch cannot pickle e4m3
+        self.register_parameter(name, nn.Parameter(values.contiguous(), requires_grad=False))
+
+    def checkpoint_layout(self, name: str) -> Tensor:
         """A part as a checkpoint has it."""
-        parameter: nn.Parameter = getattr(self, part)
-        return parameter.detach()
+        values = self.to_checkpoint_layout(name, self.part(name).detach())
+        return values.view(self.specs[name].dtype) if values.dtype == torch.uint8 else values
 
-    def for_cpu(self, part: str, values: Tensor) -> Tensor:
-        """A part of a checkpoint as this module wants it to compute on a CPU: the same, or its numbers in another
-        order, in a view of any shape. From then on it takes all its parts to lie so."""
-        return values
+    def to_checkpoint_layout(self, name: str, values: Tensor) -> Tensor:
+        """A part, or a multiple of 16 of its rows, from this module's order to a checkpoint's."""
+        return self.format.from_kernel_layout(name, values) if self.in_kernel_layout else values
 
-    def as_stored(self) -> None:
-        """Let parts lie as in a checkpoint again, for who computes elsewhere with them."""
+    def from_checkpoint_layout(self, name: str, values: Tensor) -> Tensor:
+        """A part from a checkpoint's order to this module's: the same, or a view of another shape."""
+        return self.format.to_kernel_layout(name, values) if self.in_kernel_layout else values
 
-    def dequantize(self, expert: int | None = None) -> Tensor:
-        """The matrix [O, I] in the dtype of its scales."""
-        raise AssertionError("a format computes")
+    def choose_layout(self, device: torch.device) -> None:
+        """Before the parts are set: expect them in the order that is read on a device."""
+        self.in_kernel_layout = device.type == "cpu" and self.format.has_kernel_layout(self.shape)
 
-    def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        """x W^T, [N, O], in the dtype of x."""
-        raise AssertionError("a format computes")
+    def set_parts(self, parts: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        """Set all parts as a checkpoint has them, to compute on a device: by default on the one they are on."""
+        self.choose_layout(device or next(iter(parts.values())).device)
+        for name, values in parts.items():
+            self.set_part(name, self.from_checkpoint_layout(name, values).reshape(values.shape))
 
-    def matrix(self) -> Matrix | None:
-        """For kernels of a CPU, as long as the parameters stay where they are; None if they do not read it, or would
-        leave out its bias."""
-        if self.format.kind not in quantized.KINDS or self.bias is not None:
-            return None
-        codes, (outputs, inputs) = getattr(self, self.parts[0]), self.shape[-2:]
-        return quantized.matrix(
-            self.format.kind, codes, self.weight_scale, outputs, inputs, self.format.group_size or 0
-        )
+    def change_layout(self, device: torch.device) -> None:
+        """Bring the parts into the order that is read on a device, wherever they are."""
+        self.set_parts({name: self.checkpoint_layout(name) for name in self.specs}, device)
 
-    def on_gpu(self, x_RI: Tensor) -> bool:
-        """Whether rows are for a kernel on a GPU."""
-        return launch.takes(x_RI, self.format.kind, self.format.group_size or self.shape[-1])
-
-    def grouped(self, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None) -> Tensor:
-        """x W^T by a kernel on a GPU, [R, O]: of one matrix, or of all experts, for so many rows each, one after the
-        other. The host does not wait."""
-        codes = self._of(getattr(self, self.parts[0]), expert)
-        return launch.product(self.format.kind, x_RI, codes, self._of(self.weight_scale, expert), counts_E)
+    # -- products ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """As a Linear: [..., I] -> [..., O]."""
         y = self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[-2])
         return y if self.bias is None else y + self.bias
 
+    def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        """x W^T, [N, O], in the dtype of x, with one matrix."""
+        return self.format.product(self, x_NI, expert)
+
+    def has_gpu_kernel(self, x_RI: Tensor) -> bool:
+        """Whether `grouped_product` takes these rows."""
+        return self.format.has_gpu_kernel(x_RI)
+
+    def grouped_product(self, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+        """x W^T, [R, O], of rows sorted by expert with the matrix of each; `counts_E` rows each."""
+        return self.format.grouped_product(self, x_RI, counts_E)
+
+    def dequantize(self, expert: int | None = None) -> Tensor:
+        """The matrix [O, I] in the dtype of its scales."""
+        return self.format.dequantize(self, expert)
+
+    def matrix(self) -> Matrix | None:
+        """What the fused CPU kernels need to know, see `WeightFormat.matrix`; None if they would be wrong: a bias is
+        not theirs."""
+        return None if self.bias is not None else self.format.matrix(self)
+
+    # -- as a torch module ---------------------------------------------------------------------------------------------
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """Moves go through; casts reach the bias alone: the bits are what they are, and the scales belong to them."""
+        """Moves reach all parameters, casts the bias alone: quantized values and their scales belong together. On a CPU
+        parts have the order of its kernels, elsewhere a checkpoint's."""
+        first = self.format.parts[0]
+        was_on_cpu = self.part(first).is_cpu
         for name, parameter in self.named_parameters(recurse=False):
             moved = fn(parameter.data)
             kept = moved if moved.dtype == parameter.dtype or name == "bias" else parameter.data.to(moved.device)
             self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        device = self.part(first).device
+        if (device.type == "cpu") != was_on_cpu:
+            self.change_layout(device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_kernel_layout:
+            destination.update({prefix + name: self.checkpoint_layout(name) for name in self.specs})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.in_kernel_layout:
+            given = {name: state_dict[prefix + name] for name in self.specs if prefix + name in state_dict}
+            fitting = {name: values for name, values in given.items() if values.shape == self.part(name).shape}
+            state_dict = state_dict | {
+                prefix + name: self.from_checkpoint_layout(name, values).reshape(values.shape)
+                for name, values in fitting.items()
+            }
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.format.kind}, {list(self.shape)}, group_size={self.format.group_size}"
 
-    @staticmethod
-    def _of(part: Tensor, expert: int | None) -> Tensor:
-        return part if expert is None else part[expert]
 
-
-def in_blocks(weight: Callable[[slice], Tensor], rows: int, x_NI: Tensor) -> Tensor:
-    """x W^T where `weight` makes a few rows of W at a time: never a whole matrix."""
-    blocks = [linear(x_NI, weight(slice(start, start + ROWS)).to(x_NI.dtype)) for start in range(0, rows, ROWS)]
+def in_blocks(rows_of: Callable[[slice], Tensor], outputs: int, x_NI: Tensor) -> Tensor:
+    """x W^T, [N, O], where `rows_of` dequantises some rows of W: never a whole matrix at once."""
+    blocks = [linear(x_NI, rows_of(slice(at, at + ROWS)).to(x_NI.dtype)) for at in range(0, outputs, ROWS)]
     return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]
 
 
 def not_zero(scale: Tensor) -> Tensor:
-    """1 where all is zero, so that codes are zero and not undefined."""
+    """1 in place of 0, so that the quantized values of a group of zeros are zero and not NaN."""
     return torch.where(scale == 0, 1.0, scale)

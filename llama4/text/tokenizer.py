@@ -15,7 +15,6 @@ from pathlib import Path
 
 import tiktoken
 
-from llama4.config import Llama4Config
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA4, Vocabulary
 
@@ -175,32 +174,3 @@ class Tokenizer:
         except (KeyError, OverflowError):
             return False
         return True
-
-
-def load_tokenizer(directory: Path, config: Llama4Config) -> Tokenizer | None:
-    """The tokenizer in a model's directory, checked against the model; None if there is none.
-
-    Raises:
-        ValueError: a tokenizer that is unreadable or of another model.
-    """
-    try:
-        tokenizer = Tokenizer(directory)
-    except FileNotFoundError:
-        return None
-    # A tokenizer.model does not say how many special tokens follow its ranks; the size of the embeddings does.
-    excess = tokenizer.vocab_size - config.text.vocab_size
-    if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
-        tokenizer = Tokenizer(directory, num_special_tokens=len(tokenizer.special_tokens) - excess)
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
-            f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
-        )
-    image = tokenizer.vocabulary.image
-    image_id = tokenizer.special_tokens.get(image or "")
-    if config.vision is not None and image_id != config.image_token_index:
-        raise ValueError(
-            f"{image} is {image_id} in {tokenizer.path}, but the model's image_token_index is "
-            f"{config.image_token_index}; use the tokenizer that belongs to the model"
-        )
-    return tokenizer

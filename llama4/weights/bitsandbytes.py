@@ -1,52 +1,64 @@
 """Checkpoints that bitsandbytes quantised to four bits, NF4, and the way back.
 
-Beside `q_proj.weight` there stand `q_proj.weight.absmax`, `.quant_map` and others, and what bitsandbytes says of it as
-JSON in bytes, `.quant_state.bitsandbytes__nf4`. Experts are seen in three forms: three Linears each,
+Beside `q_proj.weight` there are `q_proj.weight.absmax`, `.quant_map` and others, and bitsandbytes' description of the
+matrix, JSON in bytes, `.quant_state.bitsandbytes__nf4`. Experts are seen in three forms: three Linears each,
 `experts.7.gate_proj.weight`, out x in, as transformers has them; those of a layer one below the other, in x out,
-`experts.gate_proj.weight`; and as the model has them, `experts.gate_up_proj`. Each stays as it is, on disk and in the
+`experts.gate_proj.weight`; and as the model has them, `experts.gate_up_proj`. Each keeps its form, on disk and in the
 model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.quantization.nf4 import KIND, Nf4Format, Nf4Weight
-from llama4.quantization.schemes import PLAIN, Format
-from llama4.weights.names import MULTIMODAL, IdentityNames, Names
-from llama4.weights.source import Source
+from llama4.families.names import NameTable
+from llama4.quantization.nf4 import Nf4
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat
+from llama4.weights.quant_method import QuantMethod
+from llama4.weights.source import Origin, Source
 
-METHOD = "bitsandbytes"
 _STATE = ".quant_state.bitsandbytes__"
 _ROUTER = ".router.weight"
 _STACK = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
 
-def check_method(content: Mapping[str, Any]) -> None:
-    """See that a `quantization_config` is of a kind that is run.
+class Bitsandbytes(QuantMethod):
+    """NF4, with scales quantised again or not."""
 
-    Raises:
-        CheckpointError: it is not; with its name.
-    """
-    is_int8 = content.get("load_in_8bit") or content.get("_load_in_8bit")
-    kind = "LLM.int8" if is_int8 else content.get("bnb_4bit_quant_type", "fp4")  # as bitsandbytes has it by default
-    storage = content.get("bnb_4bit_quant_storage", "uint8")
-    if kind != KIND or storage != "uint8":
-        raise CheckpointError(
-            f"the checkpoint is quantised by bitsandbytes as {kind!r}, stored in {storage}, which this library does "
-            f"not run; take one in {KIND!r}, stored in uint8, or in bf16"
-        )
+    name = "bitsandbytes"
+
+    def check(self, content: Mapping[str, Any]) -> None:
+        is_int8 = content.get("load_in_8bit") or content.get("_load_in_8bit")
+        kind = "LLM.int8" if is_int8 else content.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+        storage = content.get("bnb_4bit_quant_storage", "uint8")
+        if kind != Nf4.kind or storage != "uint8":
+            raise CheckpointError(
+                f"the checkpoint is quantised by bitsandbytes as {kind!r}, stored in {storage}, which this library "
+                f"does not run; take one in {Nf4.kind!r}, stored in uint8, or in bf16"
+            )
+
+    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+        return BitsandbytesSource(source)
+
+    def writes(self, plan: QuantizationPlan) -> bool:
+        return all(format is None or isinstance(format, Nf4) for format in plan.values())
+
+    def encode(
+        self, source: Source, content: Mapping[str, Any] | None, table: NameTable
+    ) -> tuple[Source, Mapping[str, Any] | None]:
+        return WrittenSource(source), content
 
 
 class BitsandbytesSource:
-    """Such a checkpoint under the model's names. Which weights are quantised, the keys say.
+    """Such a checkpoint as parts of packed weights. Which weights are quantised, the keys say.
 
     A router that is quantised, as older versions of transformers did, is dequantised.
 
@@ -54,48 +66,49 @@ class BitsandbytesSource:
         CheckpointError: a kind that is not run, or parts that are missing, of another shape or of another dtype.
     """
 
-    names: Names = MULTIMODAL
-
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._keys: dict[str, str] = {}
-        self._routers: dict[str, tuple[str, Nf4Format]] = {}
-        self.plan: dict[str, Format] = {}
-        named = {source.names.to_model(key) or key: key for key in source.keys()}  # noqa: SIM118 (a Source is no dict)
-        formats = {name.partition(_STATE)[0]: self._format(key) for name, key in named.items() if _STATE in name}
-        self._check_parts(named, formats)
-        for name, key in named.items():
+        self._names: dict[str, str] = {}
+        self._routers: dict[str, Nf4] = {}
+        self.plan: dict[str, WeightFormat | None] = {}
+        names = source.names()
+        formats = {name.partition(_STATE)[0]: self._format(name) for name in names if _STATE in name}
+        self._check_parts(formats)
+        for name in names:
             weight, part = (name, "weight") if name in formats else name.rpartition(".")[::2]
             if _STATE in name:
                 continue
             if weight not in formats:
-                self._keys[name] = key
+                self._names[name] = name
                 if _EXPERT.fullmatch(name):
-                    self.plan[name] = PLAIN
+                    self.plan[name] = None
             elif weight.endswith(_ROUTER):
-                self._routers[weight] = named[weight], formats[weight]
+                self._routers[weight] = formats[weight]
             else:
                 path = weight.removesuffix(".weight")
-                self._keys[f"{path}.{part}"] = key
+                self._names[f"{path}.{part}"] = name
                 self.plan[path if _STACK.fullmatch(path) else weight] = formats[weight]
 
-    def _format(self, key: str) -> Nf4Format:
+    def _format(self, name: str) -> Nf4:
         try:
-            return Nf4Format.read(bytes(self._source.tensor(key).tolist()).decode())
+            return Nf4.read(bytes(self._source.read(name).tolist()).decode())
         except ValueError as error:
-            raise CheckpointError(f"{key.partition(_STATE)[0]} cannot be loaded: {error}") from error
+            key = self._source.origin(name).key.partition(_STATE)[0]
+            raise CheckpointError(f"{key} cannot be loaded: {error}") from error
 
-    def _check_parts(self, named: Mapping[str, str], formats: Mapping[str, Nf4Format]) -> None:
-        missing, mismatched, unexpected = list[str](), list[tuple[str, tuple[int, ...], tuple[int, ...]]](), list[str]()
+    def _check_parts(self, formats: Mapping[str, Nf4]) -> None:
+        present = set(self._source.names())
+        missing, mismatched, unexpected = list[str](), list[tuple[str, Shape, Shape]](), list[str]()
         for weight, format in formats.items():
-            for part, (shape, dtype) in Nf4Weight.part_shapes(format, format.stored).items():
+            for part, wanted in format.part_specs(format.stored).items():
                 name = weight if part == "weight" else f"{weight}.{part}"
-                if name not in named:
-                    missing.append(self._source.names.to_file(name) or name)
-                elif (found := self._source.shape(named[name])) != shape:
-                    mismatched.append((named[name], found, shape))
-                elif (other := self._source.dtype(named[name])) != dtype:
-                    unexpected.append(f"{named[name]} in {other}, wanted {dtype}")
+                key = self._source.origin(name).key
+                if name not in present:
+                    missing.append(key)
+                elif (found := self._source.spec(name)).shape != wanted.shape:
+                    mismatched.append((key, found.shape, wanted.shape))
+                elif found.dtype != wanted.dtype:
+                    unexpected.append(f"{key} in {found.dtype}, wanted {wanted.dtype}")
         if missing or mismatched or unexpected:
             raise CheckpointError(
                 "the parts of what bitsandbytes quantised do not fit together; fetch the checkpoint again",
@@ -104,58 +117,63 @@ class BitsandbytesSource:
                 mismatched,
             )
 
-    def _dequantised(self, key: str, format: Nf4Format) -> Tensor:
-        matrix = Nf4Weight(format, format.stored)
-        for part in Nf4Weight.part_shapes(format, format.stored):
-            values = self._source.tensor(key if part == "weight" else f"{key}.{part}")
-            setattr(matrix, part, nn.Parameter(values, requires_grad=False))
+    def names(self) -> Collection[str]:
+        return [*self._names, *self._routers]
+
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._routers:
+            return TensorSpec(self._routers[name].stored, self._routers[name].dtype)
+        return self._source.spec(self._names[name])
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._routers:
+            return self._source.read(self._names[name])
+        format = self._routers[name]
+        with torch.device("meta"):
+            matrix = PackedWeight(format, format.stored)
+        names = {part: name if part == "weight" else f"{name}.{part}" for part in matrix.specs}
+        matrix.set_parts({part: self._source.read(key) for part, key in names.items()})
         return matrix.dequantize()
 
-    def keys(self) -> Iterable[str]:
-        return [*self._keys, *self._routers]
+    def is_mapped(self, name: str) -> bool:
+        return name not in self._routers and self._source.is_mapped(self._names[name])
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._routers[key][1].stored if key in self._routers else self._source.shape(self._keys[key])
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._routers[key][1].dtype if key in self._routers else self._source.dtype(self._keys[key])
-
-    def tensor(self, key: str) -> Tensor:
-        if key in self._routers:
-            return self._dequantised(*self._routers[key])
-        return self._source.tensor(self._keys[key])
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._names.get(name, name))
 
 
 class WrittenSource:
-    """The way back: a model, or a checkpoint, in NF4 under the keys of bitsandbytes, with what that says of each."""
-
-    names: Names = IdentityNames()
+    """The way back: NF4 under the keys of bitsandbytes, with its description of each matrix."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.plan = source.plan
-        self._keys: dict[str, str] = {}
+        self._names: dict[str, str] = {}
         self._states: dict[str, Tensor] = {}
         formats = {name.removesuffix(".weight"): format for name, format in source.plan.items()}
-        for key in source.keys():  # noqa: SIM118 (a Source is no dict)
-            name = source.names.to_model(key) or key
+        for name in source.names():
             path, _, part = name.rpartition(".")
             format = formats.get(path)
-            if not isinstance(format, Nf4Format) or part == "bias":
-                self._keys[name] = key
+            if not isinstance(format, Nf4) or part == "bias":
+                self._names[name] = name
                 continue
             weight = path if len(format.stored) == 3 else f"{path}.weight"
-            self._keys[weight if part == "weight" else f"{weight}.{part}"] = key
-            self._states[f"{weight}{_STATE}{KIND}"] = torch.tensor(list(format.state.encode()), dtype=torch.uint8)
+            self._names[weight if part == "weight" else f"{weight}.{part}"] = name
+            self._states[f"{weight}{_STATE}{Nf4.kind}"] = torch.tensor(list(format.state.encode()), dtype=torch.uint8)
 
-    def keys(self) -> Iterable[str]:
-        return [*self._keys, *self._states]
+    def names(self) -> Collection[str]:
+        return [*self._names, *self._states]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._states[key].shape) if key in self._states else self._source.shape(self._keys[key])
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._states:
+            return TensorSpec(tuple(self._states[name].shape), torch.uint8)
+        return self._source.spec(self._names[name])
 
-    def dtype(self, key: str) -> torch.dtype:
-        return torch.uint8 if key in self._states else self._source.dtype(self._keys[key])
+    def read(self, name: str) -> Tensor:
+        return self._states[name] if name in self._states else self._source.read(self._names[name])
 
-    def tensor(self, key: str) -> Tensor:
-        return self._states[key] if key in self._states else self._source.tensor(self._keys[key])
+    def is_mapped(self, name: str) -> bool:
+        return name in self._names and self._source.is_mapped(self._names[name])
+
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._names.get(name, name))

@@ -1,54 +1,37 @@
-"""A directory -> its configuration and weights, whichever layout it is in."""
+"""A directory -> its configuration and weights, in whichever layout it is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from llama4.config import Llama4Config
-from llama4.errors import CheckpointError
-from llama4.weights import bitsandbytes, compressed, fbgemm
-from llama4.weights.meta import MetaSource
-from llama4.weights.meta_params import is_meta, read_params
-from llama4.weights.source import Source, open_source
+from llama4.weights.huggingface import HuggingFaceLayout
+from llama4.weights.layout import Layout
+from llama4.weights.meta.layout import MetaLayout
+from llama4.weights.source import Source
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
+
+
+def layout_of(directory: str | Path) -> Layout:
+    """The layout of a directory; Hugging Face's, which says what is missing, if it is in none."""
+    return next((layout for layout in LAYOUTS.values() if layout.recognises(Path(directory))), LAYOUTS["hf"])
 
 
 def read_config(directory: str | Path) -> Llama4Config:
-    """The configuration in a directory of Hugging Face's or Meta's layout.
+    """The configuration in a directory.
 
     Raises:
         ConfigError: none there, or one that is damaged or of another model.
     """
-    return read_params(directory) if is_meta(directory) else Llama4Config.from_directory(directory)
+    return layout_of(directory).read_config(Path(directory))
 
 
 def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
-    """Configuration and weights; of the weights nothing is read yet.
+    """Configuration and weights, of which nothing is read yet.
 
     Raises:
         ConfigError: see `read_config`.
         CheckpointError: weights that are damaged or incomplete, or quantised in a way that is not run.
     """
-    config = read_config(directory)
-    if (quantization := config.quantization_config) is not None:
-        method = quantization.get("quant_method", "unknown")
-        if method == fbgemm.METHOD:
-            return config, fbgemm.FbgemmSource(open_source(directory))
-        if method == bitsandbytes.METHOD:
-            bitsandbytes.check_method(quantization)  # refuses before anything is opened
-            return config, bitsandbytes.BitsandbytesSource(open_source(directory))
-        if method == compressed.METHOD:
-            compressed.read_groups(quantization)
-            return config, compressed.CompressedSource(open_source(directory), quantization)
-        methods = ", ".join(repr(known.METHOD) for known in (compressed, fbgemm, bitsandbytes))
-        raise CheckpointError(
-            f"{directory} is quantised by {method!r}, which this library does not read; take one in the format of "
-            f"{methods}, or in bf16"
-        )
-    if not is_meta(directory):
-        return config, open_source(directory)
-    source = MetaSource(directory, config)
-    norm = "language_model.model.norm.weight"
-    if norm in source.keys():  # noqa: SIM118 (a Source is no dict)
-        config = replace(config, dtype=str(source.dtype(norm)).removeprefix("torch."))  # params.json does not say
-    return config, fbgemm.FbgemmSource(source) if source.is_quantised else source
+    return layout_of(directory).open(Path(directory))

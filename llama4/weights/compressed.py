@@ -1,14 +1,13 @@
-"""The compressed-tensors format: what llm-compressor writes, and vLLM and transformers read.
+"""The compressed-tensors format, which llm-compressor writes and vLLM and transformers read.
 
-There every expert is three Linears of its own, `experts.7.gate_proj.weight_packed`, ..., out x in. In the model the
-experts of a layer are stacked, gate over up. `CompressedSource` reads the one as the other; `ExpandedSource` is the way
-back.
+In its files every expert is three Linears, `experts.7.gate_proj.weight_packed` and so on, out x in. In the model the
+experts of a layer are stacked, gate over up. `CompressedSource` stacks them, `ExpandedSource` takes them apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +15,51 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.quantization.schemes import Format
+from llama4.families.names import HEAD, NameTable
+from llama4.quantization.formats import FORMATS
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
 from llama4.weights import memory
-from llama4.weights.names import MULTIMODAL, IdentityNames, Names
-from llama4.weights.source import Source
+from llama4.weights.quant_method import QuantMethod
+from llama4.weights.source import Origin, Source
 
-METHOD = "compressed-tensors"
 _EXPERT = re.compile(
     r"(?P<path>.*\.feed_forward\.experts)\.(?P<index>\d+)\.(?P<matrix>gate|up|down)_proj\.(?P<part>\w+)"
 )
 _STACK = re.compile(r"(?P<path>.*\.feed_forward\.experts)\.(?P<matrix>gate_up|down)_proj(\.(?P<part>\w+))?")
+_TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
 _EXTRAS = ("weight_zero_point", "weight_g_idx")
 
+Group = tuple[list[str], WeightFormat]
+"""Targets, and their format."""
 
-# -- reading -------------------------------------------------------------------------------------------------------
+
+class CompressedTensors(QuantMethod):
+    """Formats that compressed-tensors has a name for."""
+
+    name = "compressed-tensors"
+
+    def check(self, content: Mapping[str, Any]) -> None:
+        read_groups(content)
+
+    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+        return CompressedSource(source, read_groups(content))
+
+    def writes(self, plan: QuantizationPlan) -> bool:
+        return all(format is not None and format.compressed_name is not None for format in plan.values())
+
+    def encode(
+        self, source: Source, content: Mapping[str, Any] | None, table: NameTable
+    ) -> tuple[Source, Mapping[str, Any]]:
+        expanded = ExpandedSource(source)
+        return expanded, quantization_config(expanded, table)
 
 
-def read_groups(content: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
-    """The groups of a `quantization_config`: which modules each is for, and its format.
+# -- configuration -------------------------------------------------------------------------------------------------
+
+
+def read_groups(content: Mapping[str, Any]) -> list[Group]:
+    """The groups of a `quantization_config`: modules, or patterns of them, in the files' names, and their format.
 
     Raises:
         CheckpointError: a format that this library does not run, with the fields that say so.
@@ -44,289 +70,308 @@ def read_groups(content: Mapping[str, Any]) -> list[tuple[list[str], Format]]:
     return [(list(group.get("targets") or ["Linear"]), _read_format(name, group)) for name, group in groups.items()]
 
 
-def _read_format(name: str, group: Mapping[str, Any]) -> Format:
+def _read_format(name: str, group: Mapping[str, Any]) -> WeightFormat:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
-    size = weights.get("group_size") if strategy == "group" else None
-    per_token = inputs is not None and inputs.get("type") == "float" and inputs.get("dynamic") is True
-    per_token = per_token and inputs is not None and inputs.get("strategy") == "token"
-    plain = weights.get("symmetric", True) and not weights.get("dynamic") and group.get("output_activations") is None
-    plain = plain and weights.get("actorder") not in ("group", "dynamic", True)
-    match kind, bits, strategy:
-        case "float", 8, "channel" | "group" if plain and per_token:
-            return Format("fp8", size)
-        case "int", 8, "channel" if plain and inputs is None:
-            return Format("int8")
-        case "int", 4, "group" if plain and inputs is None and size in (32, 64, 128, 256):
-            return Format("int4", size)
-    found = {"type": kind, "num_bits": bits, "strategy": strategy, "group_size": weights.get("group_size")}
+    is_static = weights.get("symmetric", True) and not weights.get("dynamic")
+    is_static = is_static and weights.get("actorder") not in ("group", "dynamic", True)
+    if is_static and group.get("output_activations") is None:
+        for cls in FORMATS.values():
+            if (format := cls.from_compressed(weights, inputs)) is not None:
+                return format
+    found = {key: weights.get(key) for key in ("type", "num_bits", "strategy", "group_size")}
     found |= {key: weights[key] for key in ("symmetric", "dynamic", "actorder") if weights.get(key) is not None}
+    known = [cls.compressed_about for cls in FORMATS.values() if cls.compressed_about]
     raise CheckpointError(
         f"the checkpoint is quantised in a way that this library does not run: weights of {name} are {found}, inputs "
-        f"{'quantised' if inputs is not None else 'not'}. It runs int4 (symmetric groups of 32 to 256) and int8 (per "
-        "channel) for weights alone, and fp8 (per channel) with inputs quantised per token; take one of those, or bf16"
+        f"{'quantised' if inputs is not None else 'not'}. It runs {', '.join(known[:-1])} and {known[-1]}; take one of "
+        "those, or bf16"
     )
+
+
+def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, Any]:
+    """What such a checkpoint says of itself in `config.json`, in the names of its files."""
+    groups: dict[WeightFormat, list[str]] = {}
+    for module, format in source.formats.items():
+        groups.setdefault(format, []).append(module)
+    ignored = {HEAD.removesuffix(".weight")} - source.formats.keys()  # tied to the embeddings it has no key
+    for name in source.names():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and module not in source.formats and len(source.spec(name).shape) == 2:
+            ignored.add(module)
+    is_one = len(groups) == 1
+    return {
+        "quant_method": CompressedTensors.name,
+        "format": next(iter(groups)).compressed_name if is_one else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": group_config(format, ["Linear"] if is_one else sorted(_in_file(modules, table)))
+            for i, (format, modules) in enumerate(groups.items())
+        },
+        "ignore": sorted({_TOWER.sub(r"re:.*\1.*", module) for module in _in_file(ignored, table)}),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _in_file(modules: Collection[str], table: NameTable) -> list[str]:
+    return [table.to_file(module) or module for module in modules]
+
+
+def group_config(format: WeightFormat, targets: list[str]) -> dict[str, Any]:
+    """One of the `config_groups`."""
+    return {
+        "targets": targets,
+        **format.to_compressed(),
+        "output_activations": None,
+        "format": format.compressed_name,
+    }
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """Keys in the file: expert by expert, and of each what lies one below the other."""
+    """Names in the file: of each expert those of the matrices that lie one below the other."""
 
-    keys: tuple[tuple[str, ...], ...]
+    names: tuple[tuple[str, ...], ...]
     in_out: bool
-    """Whether the model has the experts in x out: those that are not quantised."""
+    """Whether the model stores the experts in x out: those that are not quantised."""
 
 
 class CompressedSource:
-    """A checkpoint of the compressed-tensors format under the model's names: experts stacked, one tensor at a time.
+    """A checkpoint in the compressed-tensors format with experts stacked, one tensor at a time.
 
-    Which weights are quantised the keys say; how, the groups of the configuration.
+    Which weights are quantised the keys say; in which format, the groups of the configuration.
 
     Args:
-        source: the files.
-        content: `quantization_config` of the configuration.
+        source: the files, under the model's names.
+        groups: see `read_groups`.
 
     Raises:
-        CheckpointError: a format that cannot be run, or experts that are not whole or not of one format.
+        CheckpointError: experts of which matrices are missing, or that are not all of one format.
     """
 
-    names: Names = MULTIMODAL
-
-    def __init__(self, source: Source, content: Mapping[str, Any]) -> None:
+    def __init__(self, source: Source, groups: list[Group]) -> None:
         self._source = source
-        self._groups = read_groups(content)
-        self.plan: dict[str, Format] = {}
-        self._plain: dict[str, str] = {}
+        self._groups = groups
+        self.plan: dict[str, WeightFormat] = {}
+        self._single: dict[str, str] = {}
         self._stacks: dict[str, _Stack] = {}
-        self._bytes: set[str] = set()
-        named = {source.names.to_model(key) or key: key for key in source.keys()}  # noqa: SIM118 (a Source is no dict)
-        if extras := [key for name, key in named.items() if name.endswith(_EXTRAS)]:
+        self._bytes_in_int32: set[str] = set()
+        names = source.names()
+        if extras := [source.origin(name).key for name in names if name.endswith(_EXTRAS)]:
             raise CheckpointError(
                 "the checkpoint has zero points or reordered groups, which this library does not run; take a symmetric "
                 "one without activation order, or bf16",
                 unexpected=extras,
             )
+        modules = [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
+        formats = {module: self._format_of(module) for module in modules}
         experts: dict[str, dict[tuple[str, str], dict[int, str]]] = {}
-        formats = {m: self._format_of(m) for name in named if (m := name.removesuffix(".weight_scale")) != name}
-        for name, key in named.items():
+        for name in names:
             module, _, part = name.rpartition(".")
             if part == "weight_shape":
                 continue
-            if part == "weight_packed" and module in formats and formats[module].kind == "int8":
-                self._bytes.add(key)
+            if part == "weight_packed" and module in formats and part not in formats[module].parts:
+                self._bytes_in_int32.add(name)
                 part = "weight"
             if match := _EXPERT.fullmatch(f"{module}.{part}"):
-                experts.setdefault(match["path"], {}).setdefault((match["matrix"], part), {})[int(match["index"])] = key
+                matrix = experts.setdefault(match["path"], {}).setdefault((match["matrix"], part), {})
+                matrix[int(match["index"])] = name
                 continue
-            self._plain[f"{module}.{part}"] = key
+            self._single[f"{module}.{part}"] = name
             if module in formats:
                 self.plan[f"{module}.weight"] = formats[module]
         for path, matrices in experts.items():
             self._stack(path, matrices, formats)
 
-    def _format_of(self, module: str) -> Format:
-        """That of the group which names the module, else of the one for all Linears."""
+    def _format_of(self, module: str) -> WeightFormat:
+        """That of the group which names the module, else of the one for all Linears.
+
+        Targets are written in the names of the files; those of older versions of this library are in the model's.
+        """
+        in_file = self._source.origin(f"{module}.weight_scale").key.removesuffix(".weight_scale")
         for targets, format in sorted(self._groups, key=lambda group: "Linear" in group[0]):
             for target in targets:
-                pattern = re.compile(target.removeprefix("re:")) if target.startswith("re:") else None
-                if target in ("Linear", module) or (pattern is not None and pattern.match(module)):
+                if target in ("Linear", in_file, module):
                     return format
-        raise CheckpointError(f"{module} is quantised, but no group of quantization_config is for it; fetch both again")
+                pattern = target.removeprefix("re:")
+                if pattern != target and (re.match(pattern, in_file) or re.match(pattern, module)):
+                    return format
+        raise CheckpointError(
+            f"{in_file} is quantised, but no group of quantization_config is for it; fetch both again"
+        )
 
-    def _stack(self, path: str, matrices: dict[tuple[str, str], dict[int, str]], formats: Mapping[str, Format]) -> None:
-        count = 1 + max(index for keys in matrices.values() for index in keys)
+    def _stack(
+        self, path: str, matrices: dict[tuple[str, str], dict[int, str]], formats: Mapping[str, WeightFormat]
+    ) -> None:
+        count = 1 + max(index for names in matrices.values() for index in names)
         parts = sorted({part for _, part in matrices})
         wanted = [(i, matrix, part) for i in range(count) for matrix in ("gate", "up", "down") for part in parts]
-        if missing := [f"{path}.{i}.{m}_proj.{part}" for i, m, part in wanted if i not in matrices.get((m, part), {})]:
+        if missing := [
+            self._source.origin(f"{path}.{i}.{matrix}_proj.{part}").key
+            for i, matrix, part in wanted
+            if i not in matrices.get((matrix, part), {})
+        ]:
             raise CheckpointError(f"of the {count} experts of {path} some parts are missing; fetch them again", missing)
         gate_up_formats, down_formats = (
-            {formats.get(f"{path}.{i}.{matrix}_proj") for i in range(count) for matrix in matrices_of}
-            for matrices_of in (("gate", "up"), ("down",))
+            {formats.get(f"{path}.{i}.{matrix}_proj") for i in range(count) for matrix in stacked}
+            for stacked in (("gate", "up"), ("down",))
         )
-        both_formats = gate_up_formats | down_formats
-        if len(gate_up_formats) > 1 or len(down_formats) > 1 or len({of and of.kind for of in both_formats}) > 1:
+        both = gate_up_formats | down_formats
+        if len(gate_up_formats) > 1 or len(down_formats) > 1 or len({format and format.kind for format in both}) > 1:
             raise CheckpointError(
-                f"the experts of {path} are in several formats, {both_formats}; those of a layer must share one"
+                f"the experts of {path} are in several formats, {both}; those of a layer must share one"
             )
         (gate_up_format,), (down_format,) = gate_up_formats, down_formats
+        in_out = gate_up_format is None
         for part in parts:
-            suffix = f".{part}" if gate_up_format is not None else ""
+            suffix = "" if in_out else f".{part}"
             gate, up, down = (matrices[matrix, part] for matrix in ("gate", "up", "down"))
-            both = tuple((gate[i], up[i]) for i in range(count))
-            self._stacks[f"{path}.gate_up_proj{suffix}"] = _Stack(both, gate_up_format is None)
-            self._stacks[f"{path}.down_proj{suffix}"] = _Stack(
-                tuple((down[i],) for i in range(count)), gate_up_format is None
-            )
+            gate_up = tuple((gate[i], up[i]) for i in range(count))
+            self._stacks[f"{path}.gate_up_proj{suffix}"] = _Stack(gate_up, in_out)
+            self._stacks[f"{path}.down_proj{suffix}"] = _Stack(tuple((down[i],) for i in range(count)), in_out)
         if gate_up_format is not None and down_format is not None:
             self.plan |= {f"{path}.gate_up_proj": gate_up_format, f"{path}.down_proj": down_format}
 
-    def keys(self) -> Iterable[str]:
-        return [*self._plain, *self._stacks]
+    def names(self) -> Collection[str]:
+        return [*self._single, *self._stacks]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        if key in self._plain:
-            return self._shape(self._plain[key])
-        stack = self._stacks[key]
-        shapes = [self._shape(one) for one in stack.keys[0]]
-        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        return (len(stack.keys), *((columns, rows) if stack.in_out else (rows, columns)))
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._single:
+            return self._spec(self._single[name])
+        stack = self._stacks[name]
+        specs = [self._spec(matrix) for matrix in stack.names[0]]
+        rows, columns = sum(spec.shape[0] for spec in specs), specs[0].shape[1]
+        shape = (len(stack.names), columns, rows) if stack.in_out else (len(stack.names), rows, columns)
+        return TensorSpec(shape, specs[0].dtype)
 
-    def dtype(self, key: str) -> torch.dtype:
-        first = self._plain[key] if key in self._plain else self._stacks[key].keys[0][0]
-        return torch.int8 if first in self._bytes else self._source.dtype(first)
-
-    def tensor(self, key: str) -> Tensor:
-        if key in self._plain:
-            return self._read(self._plain[key])
-        stack = self._stacks[key]
-        whole = memory.empty(self.shape(key), self.dtype(key))
-        for expert, keys in zip(whole, stack.keys, strict=True):
-            matrix = torch.cat([self._read(one) for one in keys])
+    def read(self, name: str) -> Tensor:
+        if name in self._single:
+            return self._read(self._single[name])
+        stack = self._stacks[name]
+        whole = memory.empty(*self.spec(name))
+        for expert, names in zip(whole, stack.names, strict=True):
+            matrix = torch.cat([self._read(one) for one in names])
             expert.copy_(matrix.mT if stack.in_out else matrix)
         return whole
 
-    def _shape(self, key: str) -> tuple[int, ...]:
-        *rows, columns = self._source.shape(key)
-        return (*rows, columns * 4) if key in self._bytes else (*rows, columns)
+    def is_mapped(self, name: str) -> bool:
+        file_name = self._single.get(name)
+        return file_name is not None and file_name not in self._bytes_in_int32 and self._source.is_mapped(file_name)
 
-    def _read(self, key: str) -> Tensor:
-        tensor = self._source.tensor(key)
-        if key not in self._bytes:  # eight bits, each 128 more than it is, four in an int32
+    def origin(self, name: str) -> Origin:
+        file_name = self._stacks[name].names[0][0] if name in self._stacks else self._single.get(name, name)
+        return self._source.origin(file_name)
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self._source.spec(name)
+        if name not in self._bytes_in_int32:
+            return spec
+        *rows, columns = spec.shape
+        return TensorSpec((*rows, columns * 4), torch.int8)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        if name not in self._bytes_in_int32:
             return tensor
-        return (tensor.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
+        return (tensor.contiguous().view(torch.uint8) ^ 128).view(torch.int8)  # each is stored 128 larger
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A part of a stacked tensor: of one expert, some rows of an equal division."""
+class _Slice:
+    """Part of a stacked tensor: of one expert, some of the rows."""
 
     name: str
     expert: int
-    share: tuple[int, int] = (0, 1)
-    in_out: bool = False
+    index: int
+    count: int
+    """The rows are number `index` of `count` equal runs."""
+    in_out: bool
 
-    def of(self, tensor: Tensor) -> Tensor:
-        matrix = tensor[self.expert].mT if self.in_out else tensor[self.expert]
-        index, count = self.share
-        return matrix.chunk(count)[index]
+    def shape(self, stacked: Shape) -> Shape:
+        rows, columns = (stacked[2], stacked[1]) if self.in_out else stacked[1:]
+        return rows // self.count, columns
+
+    def of(self, stacked: Tensor) -> Tensor:
+        matrix = stacked[self.expert].mT if self.in_out else stacked[self.expert]
+        return matrix.chunk(self.count)[self.index]
 
 
 class ExpandedSource:
-    """What `CompressedSource` puts together, taken apart: every expert's matrices, and the shapes of packed ones.
+    """What `CompressedSource` stacks, taken apart: each expert's matrices, and the shapes of those that are packed.
 
     Args:
-        source: tensors of the model's names, with the parts of packed weights.
-    """
+        source: tensors of the model, with the parts of packed weights.
 
-    names: Names = IdentityNames()
+    Attributes:
+        formats: quantised module -> its format.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.plan = source.plan
-        self._whole: dict[str, str] = {}
-        self._cuts: dict[str, _Cut] = {}
+        self.formats: dict[str, WeightFormat] = {}
+        self._single: dict[str, None] = {}
+        self._slices: dict[str, _Slice] = {}
         self._shapes: dict[str, Tensor] = {}
         self._last: tuple[str, Tensor | None] = ("", None)
-        for key in source.keys():  # noqa: SIM118 (a Source is no dict)
-            name, shape = source.names.to_model(key) or key, source.shape(key)
+        for name in source.names():
             match = _STACK.fullmatch(name)
             if match is None:
-                self._whole[name] = key
-                self._note_shape(name, shape)
+                self._single[name] = None
+                module = name.rpartition(".")[0]
+                self._note(name, source.spec(name), self.plan.get(f"{module}.weight"))
                 continue
-            path, part = match["path"], match["part"] or "weight"
+            path, part, in_out = match["path"], match["part"] or "weight", match["part"] is None
             halves = ("gate", "up") if match["matrix"] == "gate_up" else ("down",)
-            for i in range(shape[0]):
+            spec, format = source.spec(name), self.plan.get(f"{path}.{match['matrix']}_proj")
+            for i in range(spec.shape[0]):
                 for k, half in enumerate(halves):
-                    cut = _Cut(key, i, (k, len(halves)), in_out=match["part"] is None)
-                    self._cuts[f"{path}.{i}.{half}_proj.{part}"] = cut
-                    self._note_shape(f"{path}.{i}.{half}_proj.{part}", (shape[1] // len(halves), shape[2]))
+                    new, piece = f"{path}.{i}.{half}_proj.{part}", _Slice(name, i, k, len(halves), in_out)
+                    self._slices[new] = piece
+                    self._note(new, spec._replace(shape=piece.shape(spec.shape)), format)
 
-    def _note_shape(self, name: str, packed: tuple[int, ...]) -> None:
-        if name.endswith(".weight_packed"):
-            self._shapes[name.removesuffix("packed") + "shape"] = torch.tensor([packed[0], packed[1] * 8])
+    def _note(self, name: str, spec: TensorSpec, format: WeightFormat | None) -> None:
+        """The format of a quantised module, and the shape that its packed values stand for."""
+        module, _, part = name.rpartition(".")
+        if format is None or part not in format.parts:
+            return
+        self.formats[module] = format
+        if part == "weight_packed":
+            values_in_one = spec.dtype.itemsize * 8 // format.bits
+            self._shapes[f"{module}.weight_shape"] = torch.tensor([spec.shape[0], spec.shape[1] * values_in_one])
 
-    def keys(self) -> Iterable[str]:
-        return [*self._whole, *self._cuts, *self._shapes]
+    def names(self) -> Collection[str]:
+        return [*self._single, *self._slices, *self._shapes]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        if key in self._whole:
-            return self._source.shape(self._whole[key])
-        if key in self._shapes:
-            return (2,)
-        cut = self._cuts[key]
-        _, rows, columns = self._source.shape(cut.name)
-        rows, columns = (columns, rows) if cut.in_out else (rows, columns)
-        return (rows // cut.share[1], columns)
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._single:
+            return self._source.spec(name)
+        if name in self._shapes:
+            return TensorSpec((2,), torch.int64)
+        piece = self._slices[name]
+        spec = self._source.spec(piece.name)
+        return spec._replace(shape=piece.shape(spec.shape))
 
-    def dtype(self, key: str) -> torch.dtype:
-        if key in self._shapes:
-            return torch.int64
-        return self._source.dtype(self._whole[key] if key in self._whole else self._cuts[key].name)
-
-    def tensor(self, key: str) -> Tensor:
-        if key in self._whole:
-            return self._source.tensor(self._whole[key])
-        if key in self._shapes:
-            return self._shapes[key]
-        cut = self._cuts[key]
-        if self._last[0] != cut.name:
+    def read(self, name: str) -> Tensor:
+        if name in self._single:
+            return self._source.read(name)
+        if name in self._shapes:
+            return self._shapes[name]
+        piece = self._slices[name]
+        if self._last[0] != piece.name:
             self._last = ("", None)
-            self._last = (cut.name, self._source.tensor(cut.name))
+            self._last = (piece.name, self._source.read(piece.name))
         assert self._last[1] is not None
-        return cut.of(self._last[1])
+        return piece.of(self._last[1])
 
+    def is_mapped(self, name: str) -> bool:
+        return name in self._single and self._source.is_mapped(name)
 
-_ON_DISK = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
-_TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
-
-
-def quantization_config(source: ExpandedSource) -> dict[str, Any]:
-    """What such a checkpoint says of itself in `config.json`."""
-    groups: dict[Format, list[str]] = {}
-    ignored = set[str]()
-    keys = set(source.keys())
-    for key in source.keys():  # noqa: SIM118 (a Source is no dict)
-        module, _, part = key.rpartition(".")
-        if part == "weight_scale":
-            match = _EXPERT.fullmatch(key)
-            stack = "down" if match and match["matrix"] == "down" else "gate_up"
-            format = source.plan[f"{match['path']}.{stack}_proj" if match else f"{module}.weight"]
-            groups.setdefault(format, []).append(module)
-        elif part == "weight" and f"{key}_scale" not in keys and len(source.shape(key)) == 2:
-            ignored.add(_TOWER.sub(r"re:.*\1.*", module))
-    only = len(groups) == 1
-    return {
-        "quant_method": METHOD,
-        "format": _ON_DISK[next(iter(groups)).kind] if only else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{i}": group_config(format, ["Linear"] if only else sorted(modules))
-            for i, (format, modules) in enumerate(groups.items())
-        },
-        "ignore": sorted(ignored),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def group_config(format: Format, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": 4 if format.kind == "int4" else 8,
-        "type": "float" if format.kind == "fp8" else "int",
-        "symmetric": True,
-        "strategy": "group" if format.group_size else "channel",
-        "group_size": format.group_size,
-        "dynamic": False,
-    }
-    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": inputs if format.kind == "fp8" else None,
-        "output_activations": None,
-        "format": _ON_DISK[format.kind],
-    }
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._slices[name].name if name in self._slices else name)

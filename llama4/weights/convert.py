@@ -1,38 +1,34 @@
-"""Checkpoints from one layout to another, or into fewer bits, without a model: tensor by tensor."""
+"""Checkpoints from one layout to another, or quantised, without a model: tensor by tensor."""
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llama4 import __version__
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
-from llama4.model.multimodal import Llama4Model
+from llama4.families import family_of
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
-from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.load import match
-from llama4.weights.meta import write_ranks
-from llama4.weights.meta_params import PARAMS_FILE, config_from_params, params_from_config
+from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
+from llama4.weights.directory import complete_directory
+from llama4.weights.layout import MAX_SHARD_BYTES
+from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
-from llama4.weights.save import complete_directory, save, write_json
+from llama4.weights.save import save
 from llama4.weights.source import Source
-
-LAYOUTS = ("hf", "meta")
 
 
 def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int = 1, progress: bool = True) -> None:
     """Write a checkpoint in another layout.
 
     Args:
-        source: a directory in Hugging Face's or Meta's layout.
+        source: a directory in any layout.
         target: appears complete, under its name, when all is done; it must not hold anything yet.
-        layout: "hf" (one shard at a time is in memory) or "meta" (one rank at a time).
+        layout: a key of `checkpoint.LAYOUTS`: "hf" (one shard at a time is in memory) or "meta" (one rank at a time).
         ranks: files of Meta's layout, one per GPU of Meta's runtime.
         progress: show a bar, if stderr is a terminal.
 
@@ -44,20 +40,8 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
     config, weights, tokenizer = _open(source, target)
-    if layout == "hf":
-        write_extra = tokenizer.save if tokenizer is not None else None
-        save(weights, config, target, write_extra=write_extra, progress=progress)
-        return
-    if weights.plan:
-        raise CheckpointError(f"{source} is quantised, for which Meta's layout has no form; convert its bf16 original")
-    params = params_from_config(config)
-    if tokenizer is not None:
-        _check_tokenizer(tokenizer, config, params)
     with complete_directory(target) as partial:
-        write_json(partial / PARAMS_FILE, params)
-        write_ranks(weights, config, partial, ranks, progress=progress)
-        if tokenizer is not None:
-            write_tokenizer_model(tokenizer, partial / "tokenizer.model")
+        LAYOUTS[layout].write(weights, config, tokenizer, partial, ranks=ranks, progress=progress)
 
 
 def quantize(
@@ -66,16 +50,16 @@ def quantize(
     scheme: str,
     *,
     head: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Write a checkpoint in few bits, in the compressed-tensors format, which vLLM and transformers read as well.
+    """Write a quantised checkpoint in the compressed-tensors format, which vLLM and transformers read as well.
 
-    One shard and one tensor are in memory at a time. Interrupted, even killed, it goes on behind the last shard that
-    was done when called again, and the result is the same to the bit.
+    One shard and one tensor are in memory at a time. Interrupted, even killed, it continues after the last complete
+    shard when called again, and the result is the same, bit by bit.
 
     Args:
-        source: a directory in Hugging Face's or Meta's layout, not quantised.
+        source: a directory in any layout, not quantised.
         target: appears complete, under its name, when all is done; it must not hold anything yet.
         scheme: a key of `llama4.quantization.schemes.SCHEMES`.
         head: quantise the head, too.
@@ -95,7 +79,7 @@ def quantize(
         "source": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     }
     save(
-        quantized(weights, scheme, head=head),
+        quantized(weights, scheme, head=head, parts=family_of(config).quantizable),
         config,
         target,
         write_extra=tokenizer.save if tokenizer is not None else None,
@@ -106,37 +90,18 @@ def quantize(
 
 
 def _open(source: Path, target: Path) -> tuple[Llama4Config, Source, Tokenizer | None]:
-    """A checkpoint that is whole, to be written to a directory that is free."""
+    """A complete checkpoint, to be written to a directory that is free."""
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the source itself; choose a new directory")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose a new directory, or remove that one first")
     config, weights = open_checkpoint(source)
+    family = family_of(config)
     with torch.device("meta"):
-        model = Llama4Model(config)
+        model = family.build(config)
     swap_modules(model, weights.plan)
-    match(model, weights)
+    match_names(model, weights)
     try:
-        return config, weights, Tokenizer(source)
+        return config, weights, Tokenizer(source, vocabulary=family.vocabulary)
     except FileNotFoundError:
         return config, weights, None
-
-
-def _check_tokenizer(tokenizer: Tokenizer, config: Llama4Config, params: dict[str, Any]) -> None:
-    """In Meta's layout special tokens have no ids of their own: they follow the ranks, in a fixed order.
-
-    Raises:
-        CheckpointError: the model takes another token for a picture's patches.
-    """
-    patch = config_from_params(params, len(tokenizer.ranks)).image_token_index
-    if config.vision is not None and config.image_token_index != patch:
-        raise CheckpointError(
-            f"image_token_index is {config.image_token_index}, but Meta's layout makes it {patch}, since the tokenizer "
-            f"has {len(tokenizer.ranks)} ranks; keep Hugging Face's layout"
-        )
-
-
-def write_tokenizer_model(tokenizer: Tokenizer, path: Path) -> None:
-    """The ranks in tiktoken's format; which special tokens follow them is fixed in the code of all who read it."""
-    ranked = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % tokenizer.ranks[token] for token in ranked))

@@ -21,23 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from llama4.tiny import EMBEDDED
-
-NEEDED = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
-"""Patterns of the files that this library reads of a repository in Hugging Face's layout."""
-NEEDED_OF_META = ("params.json", "consolidated.*.pth", "tokenizer.model")
-"""The same for one in Meta's layout, which has no config.json."""
+from llama4.weights.checkpoint import LAYOUTS
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -49,7 +33,7 @@ def resolve(
     *,
     revision: str | None = None,
     token: str | None = None,
-    patterns: Sequence[str] = NEEDED,
+    patterns: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """The directory of a model: that of an embedded model, `name` itself, or the Hub's repository in the local cache.
@@ -61,7 +45,7 @@ def resolve(
         name: an embedded model, a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
         revision: branch, tag or commit on the Hub.
         token: for private and gated repositories; by default the one you logged in with.
-        patterns: files to fetch.
+        patterns: files to fetch; by default those of the model's layout.
         progress: show the client's bars, if stderr is a terminal.
 
     Raises:
@@ -81,9 +65,10 @@ def resolve(
         )
     try:
         with _bars(progress):
-            found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
-            if patterns is NEEDED and not (found / "config.json").is_file():
-                snapshot_download(name, revision=revision, token=token, allow_patterns=list(NEEDED_OF_META))
+            for files in [patterns] if patterns is not None else [layout.files for layout in LAYOUTS.values()]:
+                found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(files)))
+                if any(layout.recognises(found) for layout in LAYOUTS.values()):
+                    break
             return found
     except GatedRepoError as error:
         raise ValueError(

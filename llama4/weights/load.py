@@ -1,18 +1,24 @@
-"""Checkpoint -> model: strict, one tensor at a time, each read once."""
+"""Checkpoint -> model: strict, one tensor at a time, each read once.
+
+What is decided for every tensor, each in a function of its own: which parameter it is (`match_names`), on which device
+the parameter goes, its dtype, whether it stays in the file's memory map or is copied, and in which order a quantised
+one is laid out (`PackedWeight`).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama4.analysis.costs import HEAD
 from llama4.errors import CheckpointError
+from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
 from llama4.quantization.weight import PackedWeight
 from llama4.weights import memory
-from llama4.weights.quantizing import QuantizingSource
-from llama4.weights.source import SafetensorsSource, Source
+from llama4.weights.source import Source
 
 
 def load(
@@ -27,86 +33,109 @@ def load(
 ) -> None:
     """Fill a model that was built on the meta device.
 
-    Where dtype and device already fit, a parameter IS the file's memory map (private: changing it never touches the
-    file), so loading is nearly free and bytes are read when first used. Otherwise tensors are copied one by one, into
-    large pages, and two copies of the model are never in memory. So are those that a quantised model has in another
-    order than a checkpoint, and what it uses for every token though it is not quantised. And so is the head of any
-    model: every token reads all of it, and first in a file, as it often is, it lies in the smallest pages.
+    On a CPU, a parameter whose dtype and order are the checkpoint's IS the file's memory map (private: changing it
+    never touches the file), so that loading is nearly free and bytes are read when they are first used. All others are
+    copied one by one, in large pages, and there are never two copies of the model in memory. So are some that could be
+    mapped but that every token reads whole, as a file's pages are small: the head, and the Linears of a quantised model
+    that are not quantised.
 
     Args:
         model: its `named_parameters()` say what is wanted.
         source: the checkpoint.
         dtype: of the parameters; None keeps the checkpoint's.
-        device: where they go.
+        device: where they go, and where the model computes.
         experts_device: where routed experts go, if elsewhere.
-        memory_map: false copies even what fits, which takes time now and may save some with every token.
+        memory_map: false copies even what could be mapped, which takes time now and may save some with every token.
         progress: show a bar, if stderr is a terminal.
 
     Raises:
         CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; nothing is loaded
             then.
     """
-    owners = _owners(model)
-    keys = match(model, source)
-    computes_on = torch.device(device).type
-    is_quantised = any(isinstance(module, PackedWeight) for module in model.modules())
-    for name, key in tqdm(keys.items(), "loading", unit="tensor", disable=None if progress else True, leave=False):
-        path, _, part = name.rpartition(".")
+    names, aliases = match_names(model, source), _aliases(model)
+    device = torch.device(device)
+    placement = _Placement(
+        source,
+        dtype=dtype,
+        device=device,
+        experts_device=torch.device(experts_device) if experts_device is not None else device,
+        memory_map=memory_map,
+        is_quantised=any(isinstance(module, PackedWeight) for module in model.modules()),
+    )
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.choose_layout(device)
+    for name in tqdm(names, "loading", unit="tensor", disable=None if progress else True, leave=False):
+        path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        packed = module if isinstance(module, PackedWeight) and part != "bias" else None
-        target = torch.device(experts_device if experts_device is not None and ".experts." in name else device)
-        raw = source.tensor(key)
-        new_dtype = raw.dtype if packed is not None or dtype is None else dtype
-        values = packed.for_cpu(part, raw) if packed is not None and target.type == computes_on == "cpu" else raw
-        is_map = isinstance(source, SafetensorsSource | QuantizingSource) and source.is_map(key)
-        is_new = isinstance(source, QuantizingSource) and not is_map
-        is_read_always = name == HEAD or (is_quantised and isinstance(module, Linear))
-        fits = new_dtype == raw.dtype and values is raw
-        if target.type != "cpu" or (memory_map and fits and not is_new and not is_read_always):
-            tensor = raw.to(target, new_dtype)
-        else:
-            tensor = memory.keep(values, new_dtype).view(raw.shape)
-            if is_map:
-                memory.release(raw)
-        if packed is not None:  # as kernels read it: nothing between two rows, e4m3 as bytes
-            tensor = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.float8_e4m3fn else tensor.dtype)
-        filled = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and packed is None)
-        for alias in owners[name]:
+        if isinstance(module, PackedWeight) and leaf in module.specs:
+            module.set_part(leaf, placement.part(name, module, leaf))
+            continue
+        values = placement.parameter(name, module)
+        parameter = nn.Parameter(values, requires_grad=values.is_floating_point())
+        for alias in aliases[name]:
             path, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(path), leaf, filled)
+            setattr(model.get_submodule(path), leaf, parameter)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 
-def _owners(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter -> all its names (tied embeddings have two)."""
-    owners: dict[str, list[str]] = {}
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(first.setdefault(id(parameter), name), []).append(name)
-    return owners
+@dataclass(frozen=True)
+class _Placement:
+    """Where the parameters of a model go, and in which dtype and order; see `load`."""
+
+    source: Source
+    dtype: torch.dtype | None
+    device: torch.device
+    experts_device: torch.device
+    memory_map: bool
+    is_quantised: bool
+
+    def parameter(self, name: str, module: nn.Module) -> Tensor:
+        """The values of a parameter that is not quantised."""
+        raw = self.source.read(name)
+        is_read_by_every_token = name == HEAD or (self.is_quantised and isinstance(module, Linear))
+        return self._place(name, raw, raw, self.dtype or raw.dtype, may_stay=not is_read_by_every_token)
+
+    def part(self, name: str, weight: PackedWeight, part: str) -> Tensor:
+        """The values of a part of a quantised one."""
+        raw = self.source.read(name)
+        return self._place(name, raw, weight.from_checkpoint_layout(part, raw), raw.dtype, may_stay=True)
+
+    def _place(self, name: str, raw: Tensor, ordered: Tensor, dtype: torch.dtype, *, may_stay: bool) -> Tensor:
+        """A tensor as the model has it.
+
+        Args:
+            raw: as it was read.
+            ordered: the same, or a view of it in another order.
+            may_stay: whether it is well placed in a file's memory map.
+        """
+        device = self.experts_device if ".experts." in name else self.device
+        if device.type != "cpu":
+            return ordered.to(device, dtype)
+        is_mapped = self.source.is_mapped(name)
+        if is_mapped and self.memory_map and may_stay and ordered is raw and dtype == raw.dtype:
+            return raw
+        copied = memory.in_large_pages(ordered, dtype).view(raw.shape)
+        if is_mapped:
+            memory.release(raw)
+        return copied
 
 
-def match(model: nn.Module, source: Source) -> dict[str, str]:
-    """Parameter -> key, for every parameter of the model; further names of a tied one may be there and are not used.
+def match_names(model: nn.Module, source: Source) -> list[str]:
+    """The names that a model's parameters have in a source; further names of a tied one may be there, and are not used.
 
     Raises:
         CheckpointError: the two sides do not correspond one to one.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    aliases = {alias for name, others in _owners(model).items() for alias in others if alias != name}
-    names, unexpected = source.names, list[str]()
-    found: dict[str, str] = {}
-    for key in sorted(source.keys()):
-        name = names.to_model(key)
-        if name in shapes:
-            found[name] = key
-        elif name not in aliases:
-            unexpected.append(key)
-    missing = [names.to_file(name) or name for name in shapes if name not in found]
+    tied = {alias for name, aliases in _aliases(model).items() for alias in aliases if alias != name}
+    present = set(source.names())
+    missing = [source.origin(name).key for name in shapes if name not in present]
+    unexpected = [source.origin(name).key for name in sorted(present - shapes.keys() - tied)]
     mismatched = [
-        (names.to_file(name) or key, source.shape(key), shapes[name])
-        for name, key in found.items()
-        if source.shape(key) != shapes[name]
+        (source.origin(name).key, source.spec(name).shape, shape)
+        for name, shape in shapes.items()
+        if name in present and source.spec(name).shape != shape
     ]
     if missing or unexpected or mismatched:
         raise CheckpointError(
@@ -116,4 +145,13 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
             unexpected,
             mismatched,
         )
-    return {name: found[name] for name in shapes}
+    return list(shapes)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all its names (tied embeddings have two)."""
+    names: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return names

@@ -1,8 +1,8 @@
-"""Memory for weights that are not a file's map. Decoding reads all of it for every token, and how fast depends on the
-system's pages: in those of 2 MB a processor looks up fewer addresses and reads on without a pause, up to 1.7 times as
-fast as in those of 4 KB. And memory for what is computed, which malloc is asked to keep.
+"""Memory for weights that are copied, in large pages, and what is said to the system about memory.
 
-Only Linux can be asked, and may refuse; all else is plain memory.
+Decoding reads all weights for every token. In pages of 2 MB a processor looks up fewer addresses, and its prefetching
+does not stop at every 4 KB: up to 1.7 times as fast. Only Linux is asked, and may refuse; elsewhere this is ordinary
+memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 REGION = 64 << 20
-"""Bytes that are asked for at once; those that are never written to take no memory."""
+"""Bytes that are reserved at once; pages that are never written to take no memory."""
 _PAGE = 2 << 20
-_LINE = 64
-_WORTH_TRIMMING = 8 << 20
-_KEPT, _LARGEST_KEPT = 512 << 20, 256 << 20
+_CACHE_LINE = 64
+_MIN_TRIM = 8 << 20
+"""Size of a tensor after which malloc is asked to return freed memory."""
+_MAX_FREE, _MAX_REUSED_BLOCK = 512 << 20, 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Regions:
-    """Tensors lie one after the other in regions of large pages; a region is let go of with its last tensor."""
+    """Tensors one after the other in regions of large pages; a region is unmapped when its last tensor is freed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,7 +38,7 @@ class _Regions:
         self._next = 0
         self._begins: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
-    def hold(self, tensor: Tensor) -> bool:
+    def contains(self, tensor: Tensor) -> bool:
         begin = tensor.data_ptr()
         with self._lock:
             return any(first <= begin < first + len(region) for region, first in self._begins.items())
@@ -52,7 +53,7 @@ class _Regions:
                 self._begins[self._region] = ctypes.addressof(ctypes.c_char.from_buffer(self._region))
                 self._next = -self._begins[self._region] % _PAGE
             region, begin = self._region, self._next
-            self._next += size + -size % _LINE
+            self._next += size + -size % _CACHE_LINE
         return torch.frombuffer(region, dtype=dtype, count=count, offset=begin).view(shape)
 
 
@@ -60,22 +61,22 @@ _regions = _Regions()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU with nothing in it yet."""
+    """An uninitialised tensor on the CPU, in large pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
     return _regions.empty(shape, dtype)
 
 
-def keep(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy here, or the tensor itself if it is that already."""
-    if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.hold(tensor):
+def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy in large pages, or the tensor itself if it is that already."""
+    if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.contains(tensor):
         return tensor
     return empty(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
 
 
 def release(tensor: Tensor) -> None:
-    """Of a file's map, which nobody has written to: what has been read no longer counts as memory of this process, and
-    is read again if it is wanted again. After a large one, what malloc keeps of freed blocks goes back, too."""
+    """Drop the pages of a tensor in a file's memory map from this process's memory. Nobody may have written to it; they
+    are read again if they are used again. After a large tensor, malloc returns what it keeps of freed blocks, too."""
     if not sys.platform.startswith("linux"):
         return
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -83,21 +84,21 @@ def release(tensor: Tensor) -> None:
     libc = ctypes.CDLL(None)
     if begin < end:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-    if tensor.nbytes >= _WORTH_TRIMMING and hasattr(libc, "malloc_trim"):
+    if tensor.nbytes >= _MIN_TRIM and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 @cache
 def reuse_freed() -> None:
-    """Let malloc keep what this process frees for what it wants next: 512 MiB in all, in blocks of up to 256 MiB.
+    """Let malloc keep 512 MiB of freed memory for the next allocations, in blocks of up to 256 MiB.
 
-    Otherwise blocks of megabytes go back to the system at once, and new ones come from it page by page, emptied first:
-    up to a fifth of the time that a prompt takes in float32. It holds for the whole process from now on, and not where
-    the environment has settings for malloc of its own.
+    By default blocks of megabytes go back to the system at once, and new ones come from it page by page, zeroed: up to
+    a fifth of the time that a prompt takes in float32. This holds for the whole process from now on. Where the
+    environment has settings for malloc, those are left alone.
     """
     if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # of glibc
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, _MAX_FREE)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_REUSED_BLOCK)

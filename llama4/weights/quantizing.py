@@ -1,92 +1,88 @@
-"""A checkpoint seen through a plan: the same weights, in few bits, each computed when it is asked for."""
+"""Quantisation of a checkpoint while it is read: each matrix when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.quantization.modules import PACKED
-from llama4.quantization.schemes import PLAIN, Format, Plan, make_plan
+from llama4.quantization.plan import PARTS, make_plan, out_in
+from llama4.quantization.weight import TensorSpec, WeightFormat
 from llama4.weights import memory
-from llama4.weights.names import MULTIMODAL, Names
-from llama4.weights.source import SafetensorsSource, Source
+from llama4.weights.source import Origin, Source
+
+Quantizer: TypeAlias = Callable[[Tensor, WeightFormat], dict[str, Tensor]]
 
 
 class QuantizingSource:
     """An unquantised checkpoint, with the parts of packed weights in place of what a plan quantises.
 
-    Keys are the model's names; the parts of `name.weight` are `name.weight_packed`, ..., those of experts
-    `experts.gate_up_proj.weight_packed`, ... One matrix is worked on at a time; nothing is kept but the parts of the
-    last one.
+    The parts of `q_proj.weight` are `q_proj.weight_packed`, ..., those of `experts.gate_up_proj` are
+    `experts.gate_up_proj.weight_packed`, ... Only the parts of the matrix that was read last are kept.
+
+    Args:
+        source: the checkpoint.
+        plan: the formats of what is quantised.
+        quantizer: computes the parts of a matrix [O, I]; by default as its format does.
     """
 
-    names: Names = MULTIMODAL
-
-    def __init__(self, source: Source, plan: Plan) -> None:
+    def __init__(self, source: Source, plan: Mapping[str, WeightFormat], quantizer: Quantizer | None = None) -> None:
         self._source = source
         self.plan = plan
+        self._quantize = quantizer or (lambda weight_OI, format: format.quantize(weight_OI))
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
-        self._keys: dict[str, tuple[str, str | None]] = {}  # name -> key in the source, part
-        self._parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for key in source.keys():  # noqa: SIM118 (a Source is no dict)
-            name = source.names.to_model(key) or key
+        self._tensors: dict[str, tuple[str, str | None, TensorSpec]] = {}  # name -> parameter, part
+        for name in source.names():
+            spec = source.spec(name)
             if name not in plan:
-                self._keys[name] = (key, None)
+                self._tensors[name] = name, None, spec
                 continue
-            shape = source.shape(key)
-            out_in = (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
-            parts = PACKED[plan[name].kind].part_shapes(plan[name], out_in)
-            for part, (part_shape, dtype) in parts.items():
-                stored = f"{name.removesuffix('.weight')}.{part}"
-                self._keys[stored] = (key, part)
-                self._parts[stored] = part_shape, source.dtype(key) if part == "weight_scale" else dtype
+            for part, part_spec in plan[name].part_specs(out_in(spec.shape)).items():
+                dtype = spec.dtype if part == "weight_scale" else part_spec.dtype
+                self._tensors[f"{name.removesuffix('.weight')}.{part}"] = name, part, TensorSpec(part_spec.shape, dtype)
 
-    def keys(self) -> Iterable[str]:
-        return self._keys.keys()
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._parts[key][0] if key in self._parts else self._source.shape(self._keys[key][0])
+    def spec(self, name: str) -> TensorSpec:
+        return self._tensors[name][2]
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._parts[key][1] if key in self._parts else self._source.dtype(self._keys[key][0])
-
-    def tensor(self, key: str) -> Tensor:
-        old, part = self._keys[key]
+    def read(self, name: str) -> Tensor:
+        parameter, part, _ = self._tensors[name]
         if part is None:
-            return self._source.tensor(old)
-        if self._last[0] != old:
+            return self._source.read(parameter)
+        if self._last[0] != parameter:
             self._last = ("", {})
-            self._last = (old, self._quantized(old))
+            self._last = (parameter, self._quantized(parameter))
         return self._last[1][part]
 
-    def is_map(self, key: str) -> bool:
-        """Whether a tensor is a part of a file's memory map."""
-        old, part = self._keys[key]
-        return part is None and isinstance(self._source, SafetensorsSource) and self._source.is_map(old)
+    def is_mapped(self, name: str) -> bool:
+        parameter, part, _ = self._tensors[name]
+        return part is None and self._source.is_mapped(parameter)
 
-    def rounded(self, weight_OI: Tensor, format: Format) -> dict[str, Tensor]:
-        """The parts of a matrix."""
-        return PACKED[format.kind].quantize(weight_OI, format)
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._tensors[name][0] if name in self._tensors else name)
 
-    def _quantized(self, key: str) -> dict[str, Tensor]:
-        format, tensor = self.plan[self._source.names.to_model(key) or key], self._source.tensor(key)
-        whole: dict[str, Tensor] = {}
+    def _quantized(self, name: str) -> dict[str, Tensor]:
+        format, tensor = self.plan[name], self._source.read(name)
+        assert format is not None
         if tensor.ndim == 2:
-            whole = self.rounded(tensor, format)
-        for i, expert in enumerate(tensor if tensor.ndim == 3 else ()):  # in x out
-            for part, values in self.rounded(expert.mT, format).items():
-                if i == 0:
-                    whole[part] = values.new_empty(len(tensor), *values.shape)
-                whole[part][i] = values
-        if isinstance(self._source, SafetensorsSource):
+            parts = self._quantize(tensor, format)
+        else:
+            parts = {}
+            for i, expert_IO in enumerate(tensor):
+                for part, values in self._quantize(expert_IO.mT, format).items():
+                    if i == 0:
+                        parts[part] = values.new_empty(len(tensor), *values.shape)
+                    parts[part][i] = values
+        if self._source.is_mapped(name):
             memory.release(tensor)
-        return whole
+        return parts
 
 
-def quantized(source: Source, scheme: str, *, head: bool = False) -> QuantizingSource:
+def quantized(source: Source, scheme: str, *, head: bool = False, parts: Mapping[str, str] = PARTS) -> QuantizingSource:
     """A checkpoint through the plan of a scheme.
 
     Raises:
@@ -94,10 +90,10 @@ def quantized(source: Source, scheme: str, *, head: bool = False) -> QuantizingS
         CheckpointError: it is quantised already.
     """
     if source.plan:
-        kinds = sorted({format.kind for format in source.plan.values()} - {PLAIN.kind})
+        kinds = sorted({format.kind for format in source.plan.values() if format is not None})
         raise CheckpointError(
             f"the checkpoint is quantised already ({', '.join(kinds)}); load it without quantization={scheme!r}, or "
             "quantise its bf16 original"
         )
-    shapes = {source.names.to_model(key) or key: source.shape(key) for key in source.keys()}  # noqa: SIM118
-    return QuantizingSource(source, make_plan(scheme, shapes, head=head))
+    shapes = {name: source.spec(name).shape for name in source.names()}
+    return QuantizingSource(source, make_plan(scheme, shapes, head=head, parts=parts))

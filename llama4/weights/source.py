@@ -1,138 +1,131 @@
-"""Lazy containers of tensors: what is in a checkpoint can be asked without reading it."""
+"""`Source`: a checkpoint as named tensors, which can be asked about without reading them, in the names of the model."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.quantization.schemes import Plan
-from llama4.weights.names import Names, table_for
+from llama4.families.names import NameTable
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.weight import TensorSpec
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor comes from, for error messages.
+
+    Attributes:
+        key: its name in the file; of one that is made of several, the first or all of them.
+        file: the file; None if the tensor is not there, or is of no file.
+    """
+
+    key: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.key} in {self.file}" if self.file is not None else self.key
 
 
 class Source(Protocol):
-    """Named tensors, read when they are asked for; `names` says which parameters of the model they are, and `plan`
-    which of its matrices are stored in few bits."""
+    """Named tensors, read when they are asked for.
+
+    Sources are views of each other: one reads files, the next renames, another stacks experts or quantises. Whoever
+    uses a source sees the names of the model alone, and tensors in its shapes. A tensor that the model has no place for
+    has its key for a name.
+    """
 
     @property
-    def names(self) -> Names: ...
+    def plan(self) -> QuantizationPlan:
+        """Which parameters of the model are stored quantised: their parts are here, `q_proj.weight_scale` and so on."""
 
-    @property
-    def plan(self) -> Plan: ...
+    def names(self) -> Collection[str]: ...
 
-    def keys(self) -> Iterable[str]: ...
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype, without reading the tensor."""
 
-    def shape(self, key: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
 
-    def dtype(self, key: str) -> torch.dtype: ...
+    def is_mapped(self, name: str) -> bool:
+        """Whether `read` returns part of a file's memory map: no copy, and pages that are read when they are used."""
 
-    def tensor(self, key: str) -> Tensor: ...
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    def origin(self, name: str) -> Origin:
+        """Where a tensor comes from; of a name that is not here, what its key would be."""
 
 
-class SafetensorsSource:
-    """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used, and a file is mapped
-    only while its tensors are, so that a checkpoint may be larger than the memory a process may have.
+class View:
+    """Base of sources that show another one under other names, one tensor for one.
 
     Args:
-        files: file -> keys that it must hold; None for all that it has.
-
-    Raises:
-        CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index
-            promises.
+        source: what is shown.
+        names: name here -> name there.
+        plan: see `Source.plan`.
     """
 
-    def __init__(self, files: dict[Path, set[str] | None]) -> None:
-        if missing := sorted(path.name for path in files if not path.is_file()):
-            folder = next(iter(files)).parent
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
-            )
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._open = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
-        for path, promised in files.items():
-            try:
-                handle = self._open(path)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
-            held = set(handle.keys())
-            if promised is not None and promised - held:
-                raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", sorted(promised - held))
-            for key in sorted(held):
-                header = handle.get_slice(key)
-                if (dtype := header.get_dtype()) not in _DTYPES:
-                    raise CheckpointError(f"{path} holds {key} in {dtype}, which this library does not read")
-                self._files[key] = path
-                self._shapes[key], self._dtypes[key] = tuple(header.get_shape()), _DTYPES[dtype]
-        self.names = table_for(self._files)
-        self.plan: Plan = {}
+    def __init__(self, source: Source, names: dict[str, str], plan: QuantizationPlan) -> None:
+        self._source = source
+        self._names = names
+        self.plan = plan
 
-    def keys(self) -> Iterable[str]:
-        return self._files.keys()
+    def names(self) -> Collection[str]:
+        return self._names.keys()
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes[key]
+    def spec(self, name: str) -> TensorSpec:
+        return self._source.spec(self._names[name])
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._dtypes[key]
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._names[name])
 
-    def tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self._open(self._files[key]).get_tensor(key)
-        return tensor
+    def is_mapped(self, name: str) -> bool:
+        return self._source.is_mapped(self._names[name])
 
-    def is_map(self, key: str) -> bool:
-        """Whether a tensor is a part of a file's memory map."""
-        return key in self._files
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._names.get(name, name))
 
 
-def open_source(directory: str | Path) -> SafetensorsSource:
-    """The weights in a directory of Hugging Face's layout: one `model.safetensors`, or an index and its shards.
+class ModelNames(View):
+    """Files of a family under the names of the model.
 
     Raises:
-        CheckpointError: no weights, or weights that are damaged or incomplete.
+        CheckpointError: two keys that are the same tensor of the model.
     """
-    directory = Path(directory)
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-        return SafetensorsSource({directory / SINGLE_FILE: None})
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[Path, set[str] | None] = {directory / name: set() for name in sorted(set(places.values()))}
-        for key, name in places.items():
-            keys = files[directory / name]
-            assert keys is not None
-            keys.add(key)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
-    if outside := sorted(path.name for path in files if path.parent != directory or ".." in path.parts):
-        raise CheckpointError(f"{index} names files outside its directory, which are not opened", outside)
-    return SafetensorsSource(files)
+
+    def __init__(self, files: Source, table: NameTable) -> None:
+        names: dict[str, str] = {}
+        twice = []
+        for key in files.names():
+            name = table.to_model(key) or key
+            if names.setdefault(name, key) != key:
+                twice += [names[name], key]
+        if twice:
+            raise CheckpointError("the checkpoint names the same tensor of the model twice", unexpected=twice)
+        super().__init__(files, names, files.plan)
+        self._table = table
+
+    def read(self, name: str) -> Tensor:
+        transform, tensor = self._table.transform(name), super().read(name)
+        return tensor if transform is None else transform.to_model(tensor)
+
+    def is_mapped(self, name: str) -> bool:
+        return self._table.transform(name) is None and super().is_mapped(name)
+
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._names.get(name) or self._table.to_file(name) or name)
+
+
+class FileNames(View):
+    """The way back: tensors of the model under the names, and in the order of rows, of a family's files."""
+
+    def __init__(self, source: Source, table: NameTable) -> None:
+        super().__init__(source, {table.to_file(name) or name: name for name in source.names()}, source.plan)
+        self._table = table
+
+    def read(self, name: str) -> Tensor:
+        transform, tensor = self._table.transform(self._names[name]), super().read(name)
+        return tensor if transform is None else transform.to_file(tensor)
+
+    def is_mapped(self, name: str) -> bool:
+        return self._table.transform(self._names[name]) is None and super().is_mapped(name)

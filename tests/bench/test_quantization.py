@@ -14,7 +14,6 @@ from llama4.bench.__main__ import main
 from llama4.bench.plain_rounding import round_plainly
 from llama4.bench.quantization import Row, _answers, table
 from llama4.quantization import int4
-from llama4.quantization.schemes import Format
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
 from tests.parity.references import reference_config, reference_model
 
@@ -41,7 +40,7 @@ def test_schemes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_plain_rounding_is_to_the_largest_weight() -> None:
     """By compressed-tensors, and by its rule; in float32 both give the same codes and scales."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    parts = round_plainly(weight, Format("int4", 32))
+    parts = round_plainly(weight, int4.Int4(32))
     groups = weight.unflatten(-1, (-1, 32))
     scale = groups.abs().amax(-1, keepdim=True) / 7.5
     codes = (groups / scale).round().clamp(-8, 7).flatten(-2).to(torch.int8)

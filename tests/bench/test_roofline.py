@@ -15,7 +15,7 @@ from llama4.bench.peak_rates import PeakRates
 from llama4.config import PRESETS, TextConfig
 from llama4.model.experts import LoopExperts
 from llama4.model.multimodal import Llama4Model
-from llama4.quantization.schemes import make_plan
+from llama4.quantization.plan import make_plan
 from llama4.quantization.weight import PackedWeight
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel

@@ -33,7 +33,7 @@ from llama4.bench.scaling_fit import Point
 from llama4.bench.tasks import Task, TimedEngine, photo_bytes
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig, tiny
-from llama4.quantization.schemes import make_plan
+from llama4.quantization.plan import make_plan
 from llama4.tiny import EMBEDDED
 from llama4.vision.config import VisionConfig
 from tests import small_model

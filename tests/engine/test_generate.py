@@ -15,9 +15,10 @@ from llama4.engine.generate import Event, TextAssembler, generate, prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.errors import ContextLengthError
+from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
 from llama4.model.multimodal import Llama4Model
-from llama4.text.tokenizer import Tokenizer, load_tokenizer
+from llama4.text.tokenizer import Tokenizer
 from tests import small_model
 
 LONG = "the quick brown fox jumps over the lazy dog " * 4
@@ -31,7 +32,7 @@ def model() -> Llama4Model:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = small_model.write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
-    tokenizer = load_tokenizer(path.parent, small_model.config())
+    tokenizer = family_of(small_model.config()).load_tokenizer(path.parent, small_model.config())
     assert tokenizer is not None
     return tokenizer
 

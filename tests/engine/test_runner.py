@@ -20,7 +20,8 @@ from llama4.kernels import build
 from llama4.kernels.abi import MAX_GEMV_ROWS
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
-from llama4.quantization.nf4 import Nf4Format, Nf4Weight
+from llama4.quantization.nf4 import Nf4
+from llama4.quantization.weight import PackedWeight
 from tests.parity.references import reference_config, reference_model, relative_error
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -151,7 +152,7 @@ def test_an_attention_bias(model: Llama4Model) -> None:
 def test_nf4(model: Llama4Model) -> None:
     attention = model.language_model.model.layers[1].self_attn
     shape = tuple(attention.k_proj.weight.shape)
-    attention.k_proj = Nf4Weight(Nf4Format("nf4", 64, stored=shape), shape)
+    attention.k_proj = PackedWeight(Nf4(64, stored=shape), shape)
     with torch.inference_mode():
         assert "k_proj is nf4 weights" in str(FusedCpuRunner(model).unsupported_reason(model.new_cache()))
 

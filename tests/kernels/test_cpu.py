@@ -18,7 +18,7 @@ from llama4.cache.sequence import LayerCache
 from llama4.config import TextConfig
 from llama4.kernels import abi, build, cpu
 from llama4.ops import linear, quantized
-from llama4.quantization.int4 import SHRINKS, pack, quantize_groups, unpack
+from llama4.quantization.int4 import RANGES, pack, quantize_groups, unpack
 from llama4.vision.rope import rotate
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -151,7 +151,7 @@ def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
     assert not quantized.quantize_unsupported_reason(weight, group_size)
     groups = weight.unflatten(1, (-1, group_size))
     codes, scale = quantize_groups(groups, dtype)
-    packed, own_scale = cpu.quantize_int4(weight, group_size, SHRINKS)
+    packed, own_scale = cpu.quantize_int4(weight, group_size, RANGES)
     own_codes = unpack(packed).unflatten(1, (-1, group_size))
     assert (own_codes == codes).double().mean() > 0.99
     errors = [

@@ -14,7 +14,7 @@ from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import GroupedExperts
 from llama4.quantization import fp8
-from llama4.quantization.schemes import Format
+from llama4.quantization.weight import PackedWeight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -104,7 +104,7 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: True)
     with FakeTensorMode(), torch.device("cuda"):
         x, counts = torch.randn(20, 32, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
-        y = fp8.Fp8Weight(Format("fp8"), (4, 48, 32)).grouped(x, counts)
+        y = PackedWeight(fp8.Fp8(), (4, 48, 32)).grouped_product(x, counts)
         assert (y.shape, y.dtype, y.device.type) == ((20, 48), torch.bfloat16, "cuda")
         y = fp8._product(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
         assert (y.shape, y.dtype) == ((20, 48), torch.bfloat16)

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from llama4.kernels.triton import launch
 from llama4.quantization import fp8, int4
+from llama4.quantization.fp8 import Fp8
+from llama4.quantization.int4 import Int4
+from llama4.quantization.int8 import Int8
 from llama4.quantization.modules import PackedExperts
-from llama4.quantization.schemes import Format
+from llama4.quantization.weight import WeightFormat
 from tests.quantization.test_weight import name_of, packed
 
 triton = pytest.importorskip("triton")
@@ -169,8 +172,8 @@ def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
 
 @on_a_device
 @pytest.mark.parametrize("rows", [0, 3, 20])
-@pytest.mark.parametrize("format", [Format("int4", 32), Format("int8"), Format("fp8")], ids=name_of)
-def test_modules(format: Format, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", [Int4(32), Int8(), Fp8()], ids=name_of)
+def test_modules(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed Linear and packed experts give by the kernels what they give without, to the precision of the dtype."""
     experts = PackedExperts()
     experts.gate_up_proj = packed(torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0)), format)

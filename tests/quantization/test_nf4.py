@@ -24,7 +24,8 @@ from llama4.cli.main import main
 from llama4.errors import CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SplitExperts
-from llama4.quantization.nf4 import Nf4Format, Nf4Weight
+from llama4.quantization.nf4 import Nf4
+from llama4.quantization.weight import PackedWeight
 from llama4.weights.convert import convert, quantize
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
@@ -119,7 +120,7 @@ def test_read_computed_and_written(plain: Path, tmp_path: Path, form: str, neste
     other = ReferenceModel(reference_config(head_dim=32)).eval()
     other.load_state_dict({name: tensor.float() for name, tensor in truth.items()})
     ours = loaded(directory)
-    packed = [module for module in ours.modules() if isinstance(module, Nf4Weight)]
+    packed = [module for module in ours.modules() if isinstance(module, PackedWeight)]
     assert len(packed) == sum("quant_state" in key for key in written)
     ids, pixels = IDS.clone(), torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     ids[0, 5:9] = PATCH
@@ -173,12 +174,12 @@ def test_a_router_that_is_quantised_is_dequantised(plain: Path, tmp_path: Path) 
 
 def matrix(
     weight: Tensor, *, nested: bool = True, block: int = 64, bias: Tensor | None = None
-) -> tuple[Nf4Weight, Tensor]:
+) -> tuple[PackedWeight, Tensor]:
     """Packed, and what it stands for; of three dimensions, experts in x out."""
     parts, truth = encoded(weight, nested=nested, block=block)
     state = parts.pop(".quant_state.bitsandbytes__nf4")
     shape = tuple(weight.shape) if weight.ndim == 2 else (weight.shape[0], weight.shape[2], weight.shape[1])
-    packed = Nf4Weight(Nf4Format.read(bytes(state.tolist()).decode()), shape, bias=bias is not None)
+    packed = PackedWeight(Nf4.read(bytes(state.tolist()).decode()), shape, bias=bias is not None)
     for name, value in parts.items():
         getattr(packed, name.removeprefix(".") or "weight").data = value
     if bias is not None and packed.bias is not None:
@@ -234,13 +235,13 @@ def test_an_expert_that_no_token_chose_is_not_touched(monkeypatch: pytest.Monkey
     experts, used = SplitExperts(), []
     for name in experts.matrices:
         setattr(experts, name, matrix(normal(4, 64, 64).bfloat16())[0])
-    product = Nf4Weight.product
+    product = PackedWeight.product
 
-    def watched(self: Nf4Weight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def watched(self: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         used.append(expert)
         return product(self, x_NI, expert)
 
-    monkeypatch.setattr(Nf4Weight, "product", watched)
+    monkeypatch.setattr(PackedWeight, "product", watched)
     experts(normal(5, 64), torch.tensor([0, 4, 0, 1]))
     assert used == [1, 1, 1, 3, 3, 3]
 

@@ -13,17 +13,21 @@ from llama4.config import TextConfig
 from llama4.kernels import build
 from llama4.model.experts import LoopExperts
 from llama4.quantization import fp8, int4
-from llama4.quantization.modules import PACKED, PackedExperts, swap_modules
-from llama4.quantization.schemes import SCHEMES, Format, make_plan
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.fp8 import Fp8
+from llama4.quantization.int4 import Int4
+from llama4.quantization.int8 import Int8
+from llama4.quantization.modules import PackedExperts, swap_modules
+from llama4.quantization.plan import make_plan
+from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.weight import PackedWeight, WeightFormat
 
-FORMATS = [Format("int4", 32), Format("int4", 128), Format("int8"), Format("fp8")]
+FORMATS = [Int4(32), Int4(128), Int8(), Fp8()]
 BOUNDS = {"int4": 0.11, "int8": 0.008, "fp8": 0.03}
 """Largest relative error of normal weights: a step of 1/7.5 of the largest of a group, of 1/127 of a row; 3 bits of
 mantissa."""
 
 
-def name_of(format: Format) -> str:
+def name_of(format: WeightFormat) -> str:
     return f"{format.kind}-{format.group_size}" if format.group_size else format.kind
 
 
@@ -31,18 +35,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-def packed(weight: Tensor, format: Format) -> PackedWeight:
+def packed(weight: Tensor, format: WeightFormat) -> PackedWeight:
     """A module that holds a matrix [O, I], or several."""
-    cls = PACKED[format.kind]
-    module = cls(format, tuple(weight.shape))
-    rows = [cls.quantize(matrix, format) for matrix in weight.reshape(-1, *weight.shape[-2:])]
-    for part in cls.parts:
-        shape, _ = cls.part_shapes(format, tuple(weight.shape))[part]
-        values = torch.stack([row[part] for row in rows]).view(shape)
-        values = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
-        values = module.for_cpu(part, values).reshape(shape)
-        setattr(module, part, nn.Parameter(values, requires_grad=False))
-    return module
+    return PackedWeight.of(weight, format)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -51,7 +46,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_of_the_weights_is_that_of_their_bits(format: Format, dtype: torch.dtype) -> None:
+def test_error_of_the_weights_is_that_of_their_bits(format: WeightFormat, dtype: torch.dtype) -> None:
     weight = normal(96, 256).to(dtype)
     error = relative(packed(weight, format).dequantize(), weight)
     assert BOUNDS[format.kind] / 4 < error < BOUNDS[format.kind]
@@ -65,7 +60,7 @@ def test_int4_is_closer_than_plain_rounding() -> None:
         groups = weight.unflatten(-1, (-1, 32))
         scale = groups.abs().amax(-1, keepdim=True) / 7.5
         plain = ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
-        assert relative(packed(weight, Format("int4", 32)).dequantize(), weight) < 0.95 * relative(plain, weight)
+        assert relative(packed(weight, Int4(32)).dequantize(), weight) < 0.95 * relative(plain, weight)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
@@ -73,7 +68,7 @@ def test_what_is_zero_stays_zero(kind: str) -> None:
     weight = normal(32, 64)
     weight[3] = 0
     weight[:, :32] = 0
-    module = packed(weight, Format(kind, 32 if kind == "int4" else None))
+    module = packed(weight, {"int4": Int4(32), "int8": Int8(), "fp8": Fp8()}[kind])
     assert torch.equal(module.dequantize()[weight == 0], torch.zeros_like(weight[weight == 0]))
     assert module(torch.zeros(2, 64)).abs().max() == 0
 
@@ -82,7 +77,7 @@ def test_what_is_zero_stays_zero(kind: str) -> None:
 @pytest.mark.parametrize("way", ["few", "many", "torch", "scaled_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_product_is_that_of_the_dequantised_matrix(
-    format: Format, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    format: WeightFormat, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
     if way in ("torch", "scaled_mm"):
@@ -121,9 +116,9 @@ def test_packing_is_that_of_compressed_tensors() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_casts_and_copies_keep_the_bits(format: Format) -> None:
+def test_casts_and_copies_keep_the_bits(format: WeightFormat) -> None:
     module = packed(normal(64, 128).bfloat16(), format)
-    before = {part: module.checkpoint_layout(part).clone() for part in module.parts}
+    before = {part: module.checkpoint_layout(part).clone() for part in module.specs}
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(module).float().half().to("cpu")]
     for other in copies:
         for part, values in before.items():
@@ -134,9 +129,9 @@ def test_casts_and_copies_keep_the_bits(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_parts_move_with_their_module(format: Format) -> None:
+def test_parts_move_with_their_module(format: WeightFormat) -> None:
     module = packed(normal(2, 64, 128).bfloat16(), format).to("meta")
-    for part, (shape, dtype) in module.part_shapes(format, (2, 64, 128)).items():
+    for part, (shape, dtype) in format.part_specs((2, 64, 128)).items():
         assert module.checkpoint_layout(part).shape == shape
         assert module.checkpoint_layout(part).dtype == dtype
         assert module.checkpoint_layout(part).device.type == "meta"
@@ -145,14 +140,13 @@ def test_parts_move_with_their_module(format: Format) -> None:
 @pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 @pytest.mark.parametrize("shape", [(64, 256), (3, 48, 256)], ids=str)
 @pytest.mark.parametrize("format", FORMATS[:2], ids=name_of)
-def test_the_order_of_the_kernels_stays_inside(format: Format, shape: tuple[int, ...]) -> None:
+def test_the_order_of_the_kernels_stays_inside(format: WeightFormat, shape: tuple[int, ...]) -> None:
     """A checkpoint, a state dict and another device get four bits as they are stored."""
     weight, x, expert = normal(*shape).bfloat16(), normal(3, shape[-1], seed=4), 1 if len(shape) == 3 else None
     module = packed(weight, format)
-    assert isinstance(module, int4.Int4Weight)
-    assert module.interleaved16
-    matrices = [int4.Int4Weight.quantize(matrix, format) for matrix in weight.view(-1, *shape[-2:])]
-    stored = {part: torch.stack([matrix[part] for matrix in matrices]) for part in module.parts}
+    assert module.in_kernel_layout
+    matrices = [format.quantize(matrix) for matrix in weight.view(-1, *shape[-2:])]
+    stored = {part: torch.stack([matrix[part] for matrix in matrices]) for part in module.specs}
     stored = {part: values.view_as(module.checkpoint_layout(part)) for part, values in stored.items()}
     for part, values in stored.items():
         assert torch.equal(module.checkpoint_layout(part), values)
@@ -163,30 +157,30 @@ def test_the_order_of_the_kernels_stays_inside(format: Format, shape: tuple[int,
     assert torch.equal(other.product(x, expert), module.product(x, expert))
     assert not copy.deepcopy(module).to("meta").get_parameter("weight_packed").is_cpu
     as_it_was, matrix = module.product(x, expert), module.dequantize(expert)
-    module.as_stored()
+    module.change_layout(torch.device("meta"))
     assert all(torch.equal(getattr(module, part), values) for part, values in stored.items())
     assert torch.equal(module.dequantize(expert), matrix)
     assert relative(module.product(x, expert), as_it_was) < 1e-6
 
 
 def test_outputs_that_are_not_sixteens() -> None:
-    module, x = packed(normal(40, 128), Format("int4", 32)), normal(3, 128, seed=4)
+    module, x = packed(normal(40, 128), Int4(32)), normal(3, 128, seed=4)
     assert relative(module(x), x.double() @ module.dequantize().double().mT) < 1e-6
     assert module.matrix() is None
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_a_matrix_is_quantised_a_few_rows_at_a_time(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = PACKED[format.kind].quantize(normal(112, 128), format)
-    monkeypatch.setattr("llama4.quantization.weight.ROWS", 32)
-    for part, values in PACKED[format.kind].quantize(normal(112, 128), format).items():
+def test_a_matrix_is_quantised_a_few_rows_at_a_time(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = format.quantize(normal(112, 128))
+    monkeypatch.setattr("llama4.quantization.weight.MAX_QUANTIZED_AT_ONCE", 32 * 128)
+    for part, values in format.quantize(normal(112, 128)).items():
         assert torch.equal(values.view(torch.uint8), whole[part].view(torch.uint8))
 
 
 @pytest.mark.parametrize("width", [128, 512])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_experts_are_those_of_the_dequantised_matrices(
-    format: Format, width: int, monkeypatch: pytest.MonkeyPatch
+    format: WeightFormat, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wide are computed in one call, if there is a compiler."""
     plain = LoopExperts(TextConfig(hidden_size=width, intermediate_size=width, num_local_experts=5))
@@ -209,16 +203,16 @@ def test_experts_are_those_of_the_dequantised_matrices(
 
 def test_an_expert_that_no_token_chose_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = PackedExperts()
-    experts.gate_up_proj = packed(normal(4, 64, 32), Format("int4", 32))
-    experts.down_proj = packed(normal(4, 32, 32), Format("int4", 32))
+    experts.gate_up_proj = packed(normal(4, 64, 32), Int4(32))
+    experts.down_proj = packed(normal(4, 32, 32), Int4(32))
     used = []
-    product = int4.Int4Weight.product
+    product = PackedWeight.product
 
-    def watched(self: int4.Int4Weight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def watched(self: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         used.append(expert)
         return product(self, x_NI, expert)
 
-    monkeypatch.setattr(int4.Int4Weight, "product", watched)
+    monkeypatch.setattr(PackedWeight, "product", watched)
     experts(normal(5, 32), torch.tensor([0, 4, 0, 1]))
     assert used == [1, 1, 3, 3]
 
@@ -240,7 +234,7 @@ SHAPES = {
 }
 
 
-def short(plan: dict[str, Format]) -> set[str]:
+def short(plan: dict[str, WeightFormat]) -> set[str]:
     return {name.removeprefix("language_model.").removeprefix("model.layers.").removesuffix(".weight") for name in plan}
 
 
@@ -257,7 +251,7 @@ def test_which_weights_a_scheme_takes(scheme: str) -> None:
     }
     assert short(make_plan(scheme, SHAPES)) == every
     assert short(make_plan(scheme, SHAPES, head=True)) == every | {"lm_head"}
-    assert set(make_plan(scheme, SHAPES).values()) == {Format(scheme, 128 if scheme == "int4" else None)}
+    assert set(make_plan(scheme, SHAPES).values()) == {{"int4": Int4(128), "int8": Int8(), "fp8": Fp8()}[scheme]}
 
 
 def test_metas_mixes() -> None:
@@ -276,7 +270,7 @@ def test_a_plan_that_cannot_be() -> None:
         make_plan("int4", odd)
     with pytest.raises(ValueError, match=r"'fp8_mixed' is for experts, of which this model has none"):
         make_plan("fp8_mixed", odd)
-    assert make_plan("int4", {next(iter(odd)): (64, 160)}) == {next(iter(odd)): Format("int4", 32)}
+    assert make_plan("int4", {next(iter(odd)): (64, 160)}) == {next(iter(odd)): Int4(32)}
     assert set(SCHEMES) == {"int4", "int8", "fp8", "int4_mixed", "fp8_mixed"}
 
 
@@ -284,4 +278,4 @@ def test_experts_are_packed_whole_or_not_at_all() -> None:
     model = nn.Module()
     model.experts = LoopExperts(TextConfig(hidden_size=64, intermediate_size=64, num_local_experts=2))
     with pytest.raises(ValueError, match=r"experts.gate_up_proj is quantised and experts.down_proj is not"):
-        swap_modules(model, {"experts.gate_up_proj": Format("int8")})
+        swap_modules(model, {"experts.gate_up_proj": Int8()})

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 
-from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.text.tokenizer import Tokenizer
+from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.load import load
+from llama4.weights.safetensors import open_safetensors
 from llama4.weights.save import save
-from llama4.weights.source import open_source
 from tests import small_model
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 
@@ -36,9 +36,10 @@ def text_config(**text: Any) -> Llama4TextConfig:
 
 
 def load_ours(directory: Path, dtype: torch.dtype | None = None) -> Llama4Model:
+    config, source = open_checkpoint(directory)
     with torch.device("meta"):
-        model = Llama4Model(Llama4Config.from_directory(directory))
-    load(model, open_source(directory), dtype=dtype)
+        model = Llama4Model(config)
+    load(model, source, dtype=dtype)
     return model.eval()
 
 
@@ -206,12 +207,12 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, reference: ReferenceMode
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="outside its directory"):
-        open_source(tmp_path / "bad")
+        open_safetensors(tmp_path / "bad")
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
-        open_source(tmp_path)
+        open_safetensors(tmp_path)
 
 
 def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -241,8 +242,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     script = f"""
 import resource, signal
 from llama4.errors import CheckpointError
-from llama4.weights.meta import write_ranks
-from llama4.weights.save import ModelSource, complete_directory, save
+from llama4.weights.directory import complete_directory
+from llama4.weights.meta.write import write_ranks
+from llama4.weights.save import ModelSource, save
 from tests import small_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -289,7 +291,7 @@ import re, torch
 from pathlib import Path
 from torch import nn
 from llama4.weights.load import load
-from llama4.weights.source import open_source
+from llama4.weights.safetensors import open_safetensors
 with torch.device("meta"):
     model = nn.ModuleDict({{str(i): nn.Linear(2048, 2048, bias=False) for i in range(12)}})
 def peak():
@@ -297,7 +299,7 @@ def peak():
 torch.ones(1).bfloat16().float()
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
 before = peak()
-load(model, open_source({str(tmp_path)!r}), dtype=torch.{dtype})
+load(model, open_safetensors({str(tmp_path)!r}), dtype=torch.{dtype})
 print(peak() - before)
 """
     grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)

@@ -32,14 +32,14 @@ def test_tensors_do_not_overlap() -> None:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for")
 def test_what_lies_there_is_not_copied_again() -> None:
-    kept = memory.keep(torch.ones(3, 5))
-    assert memory.keep(kept) is kept
-    assert memory.keep(kept, torch.float64).dtype == torch.float64
-    assert memory.keep(kept.mT).data_ptr() != kept.data_ptr()
+    kept = memory.in_large_pages(torch.ones(3, 5))
+    assert memory.in_large_pages(kept) is kept
+    assert memory.in_large_pages(kept, torch.float64).dtype == torch.float64
+    assert memory.in_large_pages(kept.mT).data_ptr() != kept.data_ptr()
 
 
 def test_a_tensor_outlives_its_region() -> None:
-    kept = memory.keep(torch.arange(1000.0).view(10, 100).mT, torch.float64)
+    kept = memory.in_large_pages(torch.arange(1000.0).view(10, 100).mT, torch.float64)
     for _ in range(3):
         memory.empty((memory.REGION,), torch.uint8).fill_(255)
     gc.collect()
@@ -62,9 +62,9 @@ def test_regions_go_back_to_the_system() -> None:
     assert before - held() > 5 * memory.REGION
 
 
-@pytest.mark.skipif(not IS_LINUX, reason="elsewhere nothing is let go of")
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere nothing is released")
 @pytest.mark.parametrize("offset", [0, 1, 4095])
-def test_what_is_let_go_of_is_still_there(tmp_path: Path, offset: int) -> None:
+def test_what_is_released_is_still_there(tmp_path: Path, offset: int) -> None:
     data = bytes(range(256)) * 1000
     (tmp_path / "file").write_bytes(data)
     with (tmp_path / "file").open("rb") as file:
@@ -112,7 +112,7 @@ def test_no_map_is_left(directory: Path) -> None:
 def test_what_is_copied_though_it_could_be_mapped(directory: Path, scheme: str | None) -> None:
     """The head, and all that a quantised model multiplies with; of embeddings a token reads one row."""
     llm = Llama4.from_pretrained(directory, quantization=scheme, dtype="bfloat16", progress=False)
-    held = {name: memory._regions.hold(p) for name, p in llm.model.named_parameters()}
+    held = {name: memory._regions.contains(p) for name, p in llm.model.named_parameters()}
     assert held["language_model.lm_head.weight"]
     assert held["language_model.model.layers.0.self_attn.q_proj.weight"] == (scheme is not None)
     assert not held["language_model.model.embed_tokens.weight"]
@@ -124,7 +124,7 @@ def test_freed_memory_is_used_again(settings: dict[str, str]) -> None:
     """Pages of tensors that come and go are taken from the system once; settings of the user's own are left alone."""
     script = """
 import resource, torch
-from llama4.weights import pages
+from llama4.weights import memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

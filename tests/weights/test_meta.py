@@ -24,9 +24,11 @@ from llama4.config import Llama4Config, guard4
 from llama4.errors import CheckpointError, ConfigError
 from llama4.model.multimodal import Llama4Model
 from llama4.text.tokenizer import Tokenizer
-from llama4.weights.convert import convert, write_tokenizer_model
-from llama4.weights.meta import MetaSource, pieces
-from llama4.weights.meta_params import read_params
+from llama4.weights.convert import convert
+from llama4.weights.meta.layout import write_tokenizer_model
+from llama4.weights.meta.names import pieces
+from llama4.weights.meta.params import read_params
+from llama4.weights.meta.source import MetaSource
 from tests import small_model
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
@@ -246,7 +248,7 @@ def test_peak_memory_of_loading(tmp_path: Path) -> None:
 import re, threading, time, torch
 from pathlib import Path
 from llama4.config import Llama4Config, TextConfig
-from llama4.weights.meta import MetaSource
+from llama4.weights.meta.source import MetaSource
 config = Llama4Config(TextConfig(num_hidden_layers={tensors}), None)
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -261,7 +263,7 @@ before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
 source = MetaSource({str(tmp_path)!r}, config)
-model = [source.tensor(f"language_model.model.layers.{{i}}.self_attn.o_proj.weight") for i in range({tensors})]
+model = [source.read(f"language_model.model.layers.{{i}}.self_attn.o_proj.weight") for i in range({tensors})]
 done = True
 thread.join()
 assert all(tensor.shape == (1024, 8192) and tensor.eq(1).all() for tensor in model)
@@ -506,5 +508,5 @@ def test_one_rank_is_mapped_not_copied(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "meta", make_reference(True), params(True), 1)
     source = MetaSource(directory, read_params(directory))
     name = "language_model.model.layers.0.self_attn.k_proj.weight"
-    first, again = source.tensor(name), source.tensor(name)
+    first, again = source.read(name), source.read(name)
     assert first.data_ptr() == again.data_ptr()

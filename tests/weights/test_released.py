@@ -14,8 +14,8 @@ import torch
 from llama4.config import Llama4Config, guard4, maverick, scout
 from llama4.model.multimodal import Llama4Model
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.load import match
-from llama4.weights.meta_params import config_from_params, params_from_config
+from llama4.weights.load import match_names
+from llama4.weights.meta.params import config_from_params, params_from_config
 
 D, F, DENSE, V, W = 5120, 8192, 16384, 202048, 1408
 Shapes = dict[str, tuple[int, ...]]
@@ -161,7 +161,7 @@ def test_metas_keys_and_shapes(preset: Llama4Config, experts: int, step: int, tm
     config, source = open_checkpoint(tmp_path)
     with torch.device("meta"):
         model = Llama4Model(config)
-    assert sorted(match(model, source)) == sorted(source.keys()) == sorted(hugging_face(experts, step))
+    assert sorted(match_names(model, source)) == sorted(source.names()) == sorted(hugging_face(experts, step))
     assert config == replace(preset, dtype="bfloat16", note="")
 
 

@@ -20,8 +20,8 @@ from llama4.bench.vqa import exam
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import BACKENDS
-from llama4.quantization.modules import PACKED, PackedExperts
-from llama4.quantization.schemes import Format
+from llama4.quantization.formats import FORMATS
+from llama4.quantization.modules import PackedExperts
 from llama4.quantization.weight import PackedWeight
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, is_right
 
@@ -80,8 +80,8 @@ def _kernel(record: Record, kind: str, rows: int) -> Figures:
     y = launch.product(
         kind,
         x,
-        getattr(module, module.parts[0]),
-        module.weight_scale,
+        module.part(module.format.parts[0]),
+        module.part("weight_scale"),
         torch.tensor(counts, device=device),
         x_scales_R=x_scales,
         dtype=torch.float32,
@@ -92,7 +92,7 @@ def _kernel(record: Record, kind: str, rows: int) -> Figures:
 
 def _packed_matrices(kind: str, E: int, O: int, I: int, device: torch.device) -> PackedWeight:  # noqa: E741
     with torch.device("meta"):
-        module = PACKED[kind](Format(kind, 64 if kind == "int4" else None), (E, O, I))
+        module = PackedWeight(FORMATS[kind](64 if kind == "int4" else None), (E, O, I))
     workload.fill(module, lambda name: device)
     return module
 

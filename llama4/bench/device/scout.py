@@ -19,7 +19,7 @@ from llama4.bench.device.record import Figures, Record
 from llama4.cache.sequence import Cache
 from llama4.config import TextConfig
 from llama4.model.multimodal import Llama4Model
-from llama4.quantization.schemes import Plan
+from llama4.quantization.plan import QuantizationPlan
 
 BATCHES = (1, 4, 16)
 
@@ -36,9 +36,9 @@ class Subject:
         self.name = scheme or "bfloat16"
         self.kind = "fp8" if scheme == "fp8" else "bf16"
         self.vision = vision
-        self._made: tuple[Llama4Model, Plan] | None = None
+        self._made: tuple[Llama4Model, QuantizationPlan] | None = None
 
-    def get(self) -> tuple[Llama4Model, Plan]:
+    def get(self) -> tuple[Llama4Model, QuantizationPlan]:
         if self._made is None:
             torch.manual_seed(0)
             config = workload.config(self.text, vision=self.vision, dry=self.record.dry)

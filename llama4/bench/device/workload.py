@@ -22,7 +22,7 @@ from llama4.model.experts import BACKENDS
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
-from llama4.quantization.schemes import Plan, make_plan
+from llama4.quantization.plan import QuantizationPlan, make_plan
 from llama4.quantization.weight import PackedWeight
 from llama4.vision.config import VisionConfig
 
@@ -72,7 +72,7 @@ def config(text: TextConfig, *, vision: bool = False, dry: bool = False) -> Llam
     return Llama4Config(text=text, vision=tower, image_token_index=text.vocab_size - 1)
 
 
-def plan_for(scheme: str | None, model: nn.Module) -> Plan:
+def plan_for(scheme: str | None, model: nn.Module) -> QuantizationPlan:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return make_plan(scheme, shapes) if scheme is not None else {}
 
@@ -83,7 +83,7 @@ def build(
     scheme: str | None = None,
     experts: str = "auto",
     place: Callable[[str], torch.device] | None = None,
-) -> tuple[Llama4Model, Plan]:
+) -> tuple[Llama4Model, QuantizationPlan]:
     """A model in bfloat16 with random weights, and which of them are quantised.
 
     Args:

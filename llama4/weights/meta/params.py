@@ -16,19 +16,12 @@ from llama4.vision.config import VisionConfig
 PARAMS_FILE = "params.json"
 
 
-def is_meta(directory: str | Path) -> bool:
-    """Whether a directory is in Meta's layout, and not also in Hugging Face's."""
-    directory = Path(directory)
-    return (directory / PARAMS_FILE).is_file() and not (directory / "config.json").is_file()
-
-
-def read_params(directory: str | Path) -> Llama4Config:
+def read_params(directory: Path) -> Llama4Config:
     """The configuration in a directory of Meta's layout; special tokens come after the ranks of its tokenizer.model.
 
     Raises:
         ConfigError: a `params.json` that is damaged or of another model.
     """
-    directory = Path(directory)
     path = directory / PARAMS_FILE
     ranks = directory / "tokenizer.model"
     first = sum(1 for line in ranks.read_bytes().splitlines() if line) if ranks.is_file() else 200000

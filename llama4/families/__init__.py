@@ -1,0 +1,33 @@
+"""Families of models, by name. Reading, writing and prompting a model ask its family for what is particular to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama4.config import Llama4Config
+from llama4.errors import ConfigError
+from llama4.families.base import Family
+from llama4.families.llama4 import Llama4Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llama4Family(),)}
+
+
+def family_of(config: Llama4Config) -> Family:
+    return FAMILIES[config.family]
+
+
+def family_of_type(model_type: Any) -> Family:
+    """The family whose config.json has this `model_type`; files without one are Llama 4's.
+
+    Raises:
+        ConfigError: no family has it.
+    """
+    known = {name: family for family in FAMILIES.values() for name in family.model_types}
+    if model_type is None:
+        return FAMILIES["llama4"]
+    if model_type not in known:
+        titles = " or ".join(family.title for family in FAMILIES.values())
+        raise ConfigError(
+            f"model_type {model_type!r} is not {titles}; this library runs {' and '.join(map(repr, known))}"
+        )
+    return known[model_type]

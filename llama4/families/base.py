@@ -1,0 +1,94 @@
+"""What a family of models is: everything that differs between Llama 4 and others, for those who read, write and prompt
+a model. A new family is one file with a subclass of `Family`, registered in `llama4.families`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from llama4.config import Llama4Config
+from llama4.families.names import NameTable
+from llama4.model.experts import Experts
+from llama4.model.multimodal import Llama4Model
+from llama4.quantization.plan import PARTS
+from llama4.text import prompt
+from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import Vocabulary
+
+
+class Family(ABC):
+    """A family that this library's decoder runs: its configuration is a `Llama4Config`, whatever its files are like."""
+
+    name: ClassVar[str]
+    """`Llama4Config.family` of its models."""
+    title: ClassVar[str]
+    """What people call it."""
+    model_types: ClassVar[tuple[str, ...]]
+    """`model_type` in its config.json, the first of which is written."""
+    presets: ClassVar[Mapping[str, Callable[[], Llama4Config]]] = {}
+    """Known models by name."""
+    vocabulary: ClassVar[Vocabulary]
+    """How its tokenizer.model cuts text, and the special tokens behind its ranks."""
+    quantizable: ClassVar[Mapping[str, str]] = PARTS
+    """Parts of the model that can be quantised, as patterns of parameter names."""
+    render = staticmethod(prompt.render)
+    """The prompt format: messages -> token ids."""
+
+    @abstractmethod
+    def read_config(self, directory: Path) -> Llama4Config:
+        """The configuration in a directory of Hugging Face's layout.
+
+        Raises:
+            ConfigError: a file that is missing or damaged, or a model that cannot be run.
+        """
+
+    @abstractmethod
+    def names(self, keys: Collection[str]) -> NameTable:
+        """The table that a checkpoint with these keys follows, also where some of them are wrong."""
+
+    @abstractmethod
+    def names_of(self, config: Llama4Config) -> NameTable:
+        """The table by which a model with this configuration is written."""
+
+    def build(self, config: Llama4Config, experts: type[Experts] | None = None) -> Llama4Model:
+        """The model, with parameters on the current device (mostly meta) and without values."""
+        return Llama4Model(config) if experts is None else Llama4Model(config, experts)
+
+    def load_tokenizer(self, directory: Path, config: Llama4Config) -> Tokenizer | None:
+        """The tokenizer in a model's directory, checked against the model; None if there is none.
+
+        Raises:
+            ValueError: a tokenizer that is unreadable or of another model.
+        """
+        try:
+            tokenizer = Tokenizer(directory, vocabulary=self.vocabulary)
+        except FileNotFoundError:
+            return None
+        # A tokenizer.model does not say how many special tokens follow its ranks; the size of the embeddings does.
+        excess = tokenizer.vocab_size - config.text.vocab_size
+        if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
+            count = len(tokenizer.special_tokens) - excess
+            tokenizer = Tokenizer(directory, num_special_tokens=count, vocabulary=self.vocabulary)
+        self.check_tokenizer(tokenizer, config)
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer, config: Llama4Config) -> None:
+        """See that a tokenizer is the model's.
+
+        Raises:
+            ValueError: it is of another model; with what disagrees.
+        """
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise ValueError(
+                f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
+                f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
+            )
+        image = self.vocabulary.image
+        image_id = tokenizer.special_tokens.get(image or "")
+        if config.vision is not None and image_id != config.image_token_index:
+            raise ValueError(
+                f"{image} is {image_id} in {tokenizer.path}, but the model's image_token_index is "
+                f"{config.image_token_index}; use the tokenizer that belongs to the model"
+            )

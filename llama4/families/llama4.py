@@ -1,0 +1,35 @@
+"""Llama 4: Scout, Maverick, Guard 4, and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from llama4.config import PRESETS, Llama4Config
+from llama4.families.base import Family
+from llama4.families.names import NameTable
+from llama4.text.vocabulary import LLAMA4
+
+MULTIMODAL = NameTable((("*", "*"),))
+"""Llama4ForConditionalGeneration: the model's own names."""
+TEXT_ONLY = NameTable((("model", "language_model.model"), ("lm_head", "language_model.lm_head")))
+"""Llama4ForCausalLM: the decoder without a prefix."""
+
+
+class Llama4Family(Family):
+    """With a vision tower, or the decoder alone."""
+
+    name = "llama4"
+    title = "Llama 4"
+    model_types = ("llama4", "llama4_text")
+    presets = PRESETS
+    vocabulary = LLAMA4
+
+    def read_config(self, directory: Path) -> Llama4Config:
+        return Llama4Config.from_directory(directory)
+
+    def names(self, keys: Collection[str]) -> NameTable:
+        return TEXT_ONLY if any(key.startswith("model.layers.") for key in keys) else MULTIMODAL
+
+    def names_of(self, config: Llama4Config) -> NameTable:
+        return TEXT_ONLY if config.vision is None else MULTIMODAL

@@ -1,0 +1,128 @@
+"""Hugging Face's layout: config.json, safetensors, and the tokenizer's and image processor's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, Llama4Config
+from llama4.config.hf_json import load_json
+from llama4.errors import CheckpointError
+from llama4.families import family_of, family_of_type
+from llama4.quantization.plan import QuantizationPlan
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights.bitsandbytes import Bitsandbytes
+from llama4.weights.compressed import CompressedTensors
+from llama4.weights.directory import write_json
+from llama4.weights.fbgemm import FbgemmFp8
+from llama4.weights.layout import MAX_SHARD_BYTES, Layout
+from llama4.weights.quant_method import QuantMethod
+from llama4.weights.safetensors import open_safetensors, write_safetensors
+from llama4.weights.source import FileNames, ModelNames, Source
+
+QUANT_METHODS: dict[str, QuantMethod] = {
+    method.name: method for method in (CompressedTensors(), FbgemmFp8(), Bitsandbytes())
+}
+"""By `quant_method`; the first that writes a model's formats does."""
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class HuggingFaceLayout(Layout):
+    """What transformers reads and writes, and this library natively."""
+
+    name = "hf"
+    title = "Hugging Face's"
+    files = (
+        CONFIG_FILE,
+        "generation_config.json",
+        *IMAGE_CONFIG_FILES,
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-*-of-*.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
+
+    def recognises(self, directory: Path) -> bool:
+        return (directory / CONFIG_FILE).is_file()
+
+    def read_config(self, directory: Path) -> Llama4Config:
+        return family_of_type(load_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
+
+    def open(self, directory: Path) -> tuple[Llama4Config, Source]:
+        config = self.read_config(directory)
+        method, content = _method(directory, config), config.quantization_config
+        if method is not None and content is not None:
+            method.check(content)  # before anything is opened
+        files = open_safetensors(directory)
+        source: Source = ModelNames(files, family_of(config).names(files.names()))
+        if method is not None and content is not None:
+            source = method.open(source, content)
+        return config, source
+
+    def write(
+        self,
+        source: Source,
+        config: Llama4Config,
+        tokenizer: Tokenizer | None,
+        directory: Path,
+        *,
+        ranks: int = 1,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: bool = False,
+    ) -> None:
+        table, content = family_of(config).names_of(config), None
+        if source.plan:
+            source, content = _writer(source.plan).encode(source, config.quantization_config, table)
+        _write_configs(dataclasses.replace(config, dtype=_dtype(source), quantization_config=content), directory)
+        write_safetensors(FileNames(source, table), directory, max_shard_bytes, progress=progress)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+
+
+def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
+    """What a checkpoint is quantised by; None if it is not."""
+    if config.quantization_config is None:
+        return None
+    name = config.quantization_config.get("quant_method", "unknown")
+    if name not in QUANT_METHODS:
+        raise CheckpointError(
+            f"{directory} is quantised by {name!r}, which this library does not read; take one in the format of "
+            f"{', '.join(map(repr, QUANT_METHODS))}, or in bf16"
+        )
+    return QUANT_METHODS[name]
+
+
+def _writer(plan: QuantizationPlan) -> QuantMethod:
+    found = next((method for method in QUANT_METHODS.values() if method.writes(plan)), None)
+    if found is None:
+        formats = sorted({format.kind for format in plan.values() if format is not None})
+        raise CheckpointError(
+            f"no checkpoint has weights in {' and '.join(formats)} together; quantise with one scheme"
+        )
+    return found
+
+
+def _dtype(source: Source) -> str:
+    """The float dtype of most tensors; how NF4 stores its scales does not count."""
+    names = [name for name in source.names() if not name.endswith(("absmax", "quant_map"))]
+    dtypes = [str(dtype).removeprefix("torch.") for name in names if (dtype := source.spec(name).dtype) in _FLOATS]
+    return max(dtypes, key=dtypes.count)
+
+
+def _write_configs(config: Llama4Config, directory: Path) -> None:
+    text = config.text
+    write_json(directory / CONFIG_FILE, config.to_dict())
+    generation = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": list(text.eos_token_id),
+        "pad_token_id": text.pad_token_id,
+    }
+    write_json(directory / "generation_config.json", generation)
+    if config.vision is not None:
+        write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())

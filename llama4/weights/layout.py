@@ -1,0 +1,67 @@
+"""What a layout of checkpoints is: how a directory is recognised, read and written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from llama4.config import Llama4Config
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights.source import Source
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class Layout(ABC):
+    """A new one is a subclass, registered in `checkpoint.LAYOUTS`."""
+
+    name: ClassVar[str]
+    """What `llama4 convert --to` calls it."""
+    title: ClassVar[str]
+    """What people call it."""
+    files: ClassVar[tuple[str, ...]]
+    """Patterns of the files that are read, those that tell of the layout first; what is fetched from the Hub."""
+
+    @abstractmethod
+    def recognises(self, directory: Path) -> bool:
+        """Whether a directory holds a model in this layout."""
+
+    @abstractmethod
+    def read_config(self, directory: Path) -> Llama4Config:
+        """Raises:
+        ConfigError: no configuration, or one that is damaged or of another model.
+        """
+
+    @abstractmethod
+    def open(self, directory: Path) -> tuple[Llama4Config, Source]:
+        """Configuration and weights, of which nothing is read yet.
+
+        Raises:
+            ConfigError: see `read_config`.
+            CheckpointError: weights that are damaged or incomplete, or quantised in a way that is not run.
+        """
+
+    @abstractmethod
+    def write(
+        self,
+        source: Source,
+        config: Llama4Config,
+        tokenizer: Tokenizer | None,
+        directory: Path,
+        *,
+        ranks: int = 1,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: bool = False,
+    ) -> None:
+        """Write a checkpoint into a directory that takes its final name afterwards.
+
+        Args:
+            source: complete, see `load.match_names`.
+            ranks: files of Meta's layout, one per GPU.
+            max_shard_bytes: most bytes of a file in Hugging Face's layout.
+            progress: show a bar, if stderr is a terminal.
+
+        Raises:
+            CheckpointError: a model that the layout has no form for.
+        """

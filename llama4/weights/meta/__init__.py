@@ -1,0 +1,1 @@
+"""Meta's own layout: `params.json` and one `consolidated.NN.pth` per model-parallel rank."""

@@ -1,0 +1,115 @@
+"""Meta's names: where each parameter of the model is in the files of the ranks. They appear in this file alone.
+
+A rank holds a slice of most tensors, under names and in shapes of its own. Reading and writing both follow `pieces`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llama4.config import Llama4Config
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one of our tensors, or an equal part of its last dimension, lies.
+
+    Attributes:
+        key: Meta's name.
+        join: our dimension that the ranks divide among them; None if each has all of it.
+        share: begin, end and whole of the rows that belong to us; others of the same key hold the rest.
+        experts: E where Meta flattens [E, a, b] to [E * a, b].
+        transpose: whether Meta has it the other way round.
+    """
+
+    key: str
+    join: int | None = None
+    share: tuple[int, int, int] = (0, 1, 1)
+    experts: int | None = None
+    transpose: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Our part of what a rank holds, as a view."""
+        if self.experts is not None:
+            tensor = tensor.unflatten(0, (self.experts, -1))
+        begin, end, whole = self.share
+        if whole > 1:
+            rows = tensor.shape[0] // whole
+            tensor = tensor[begin * rows : end * rows]
+        return tensor.mT if self.transpose else tensor
+
+    def slice(self, ours: Tensor, rank: int, ranks: int) -> Tensor:
+        """What a rank gets of our tensor, in Meta's shape: the inverse of `of` and of joining."""
+        if self.join is not None:
+            ours = ours.chunk(ranks, dim=self.join)[rank]
+        ours = ours.mT if self.transpose else ours
+        return ours.flatten(0, 1) if self.experts is not None else ours
+
+
+def pieces(config: Llama4Config) -> dict[str, tuple[Piece, ...]]:
+    """Every parameter of ours -> its pieces, one behind the other along the last dimension."""
+    text, vision = config.text, config.vision
+    H, K, E = text.num_attention_heads, text.num_key_value_heads, text.num_local_experts
+    table: dict[str, tuple[Piece, ...]] = {
+        "language_model.model.embed_tokens.weight": (Piece("tok_embeddings.weight", 0),),
+        "language_model.model.norm.weight": (Piece("norm.weight"),),
+        "language_model.lm_head.weight": (Piece("output.weight", 0),),
+    }
+    for i in range(text.num_hidden_layers):
+        ours, theirs = f"language_model.model.layers.{i}", f"layers.{i}"
+        attention, ffn = f"{theirs}.attention", f"{theirs}.feed_forward"
+        table |= {
+            f"{ours}.self_attn.q_proj.weight": (Piece(f"{attention}.wqkv.weight", 0, (0, H, H + 2 * K)),),
+            f"{ours}.self_attn.k_proj.weight": (Piece(f"{attention}.wqkv.weight", 0, (H, H + K, H + 2 * K)),),
+            f"{ours}.self_attn.v_proj.weight": (Piece(f"{attention}.wqkv.weight", 0, (H + K, H + 2 * K, H + 2 * K)),),
+            f"{ours}.self_attn.o_proj.weight": (Piece(f"{attention}.wo.weight", 1),),
+            f"{ours}.input_layernorm.weight": (Piece(f"{attention}.wqkv.layer_norm_weight"),),
+        }
+        if text.uses_experts(i):
+            table |= {
+                f"{ours}.post_attention_layernorm.weight": (Piece(f"{ffn}.norm.weight"),),
+                f"{ours}.feed_forward.router.weight": (Piece(f"{ffn}.router_DE", transpose=True),),
+                f"{ours}.feed_forward.experts.gate_up_proj": (
+                    Piece(f"{ffn}.experts.moe_w_in_eD_F", 2, experts=E),
+                    Piece(f"{ffn}.experts.moe_w_swiglu_eD_F", 2, experts=E),
+                ),
+                f"{ours}.feed_forward.experts.down_proj": (Piece(f"{ffn}.experts.moe_w_out_eF_D", 1, experts=E),),
+                f"{ours}.feed_forward.shared_expert.gate_proj.weight": (Piece(f"{ffn}.w_in_shared_FD.weight", 0),),
+                f"{ours}.feed_forward.shared_expert.up_proj.weight": (Piece(f"{ffn}.w_swiglu_FD.weight", 0),),
+                f"{ours}.feed_forward.shared_expert.down_proj.weight": (Piece(f"{ffn}.w_out_shared_DF.weight", 1),),
+            }
+        else:
+            table |= {
+                f"{ours}.post_attention_layernorm.weight": (Piece(f"{ffn}.mlp.layer_norm_weight"),),
+                f"{ours}.feed_forward.gate_proj.weight": (Piece(f"{ffn}.mlp.fc1_weight", 0, (0, 1, 2)),),
+                f"{ours}.feed_forward.up_proj.weight": (Piece(f"{ffn}.mlp.fc1_weight", 0, (1, 2, 2)),),
+                f"{ours}.feed_forward.down_proj.weight": (Piece(f"{ffn}.mlp.fc2_weight", 1),),
+            }
+    return table | (_vision_pieces(vision.num_hidden_layers) if vision is not None else {})
+
+
+def _vision_pieces(layers: int) -> dict[str, tuple[Piece, ...]]:
+    encoder = "vision_embeddings.vision_encoder"
+    joins: list[tuple[str, str, int | None]] = [  # ours, Meta's, joined along
+        ("vision_model.class_embedding", f"{encoder}.class_embedding", None),
+        ("vision_model.positional_embedding_vlm", f"{encoder}.positional_embedding_vlm", None),
+        ("vision_model.patch_embedding.linear.weight", f"{encoder}.conv1._linear.weight", 0),
+        ("vision_model.vision_adapter.mlp.fc1.weight", "vision_embeddings.vision_adapter.mlp.c_fc.weight", 0),
+        ("vision_model.vision_adapter.mlp.fc2.weight", "vision_embeddings.vision_adapter.mlp.c_proj.weight", 1),
+        ("multi_modal_projector.linear_1.weight", "vision_projection.weight", 0),
+    ]
+    for kind in ("weight", "bias"):
+        joins += [(f"vision_model.layernorm_{at}.{kind}", f"{encoder}.ln_{at}.{kind}", None) for at in ("pre", "post")]
+        for i in range(layers):
+            ours, theirs = f"vision_model.model.layers.{i}", f"{encoder}.transformer.resblocks.{i}"
+            joins += [
+                (f"{ours}.input_layernorm.{kind}", f"{theirs}.ln_1.{kind}", None),
+                (f"{ours}.post_attention_layernorm.{kind}", f"{theirs}.ln_2.{kind}", None),
+                *((f"{ours}.self_attn.{x}_proj.{kind}", f"{theirs}.attn.w{x}.{kind}", 0) for x in "qkv"),
+                (f"{ours}.self_attn.o_proj.{kind}", f"{theirs}.attn.wo.{kind}", 1 if kind == "weight" else None),
+                (f"{ours}.mlp.fc1.{kind}", f"{theirs}.mlp.c_fc.{kind}", 0),
+                (f"{ours}.mlp.fc2.{kind}", f"{theirs}.mlp.c_proj.{kind}", 1 if kind == "weight" else None),
+            ]
+    return {ours: (Piece(theirs, join),) for ours, theirs, join in joins}

@@ -1,0 +1,49 @@
+"""The ways in which checkpoints in Hugging Face's layout are quantised, by `quant_method` of their configuration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from llama4.families.names import NameTable
+from llama4.quantization.plan import QuantizationPlan
+from llama4.weights.source import Source
+
+
+class QuantMethod(ABC):
+    """What a package for quantisation writes. A new one is a subclass, registered in `huggingface.QUANT_METHODS`."""
+
+    name: ClassVar[str]
+    """`quant_method` in the `quantization_config` of config.json."""
+
+    def check(self, content: Mapping[str, Any]) -> None:  # noqa: B027 (some have but one kind)
+        """See, before any weights are opened, that a `quantization_config` is of a kind that can be run.
+
+        Raises:
+            CheckpointError: it is not; with what the configuration says.
+        """
+
+    @abstractmethod
+    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+        """A checkpoint's tensors, under the model's names, as parts of packed weights.
+
+        Raises:
+            CheckpointError: tensors that are missing, or do not fit together.
+        """
+
+    def writes(self, plan: QuantizationPlan) -> bool:
+        """Whether `encode` writes what is quantised so."""
+        return False
+
+    def encode(
+        self, source: Source, content: Mapping[str, Any] | None, table: NameTable
+    ) -> tuple[Source, Mapping[str, Any] | None]:
+        """The way back: parts of packed weights -> the tensors of a checkpoint, still under the model's names, and its
+        `quantization_config`.
+
+        Args:
+            content: the `quantization_config` that was read, if the model was loaded quantised.
+            table: gives names in the files, which are those in a configuration.
+        """
+        raise AssertionError(f"{self.name} is read, not written")

@@ -1,0 +1,158 @@
+"""safetensors files: the container of checkpoints in Hugging Face's layout. Names here are the files' keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llama4.errors import CheckpointError
+from llama4.quantization.plan import QuantizationPlan
+from llama4.quantization.weight import TensorSpec
+from llama4.weights.source import Origin, Source
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsFiles:
+    """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used, and a file is mapped
+    only while its tensors are, so that a checkpoint may be larger than the memory a process may have.
+
+    Args:
+        files: file -> keys that it must hold; None for all that it has.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index
+            promises.
+    """
+
+    def __init__(self, files: Mapping[Path, set[str] | None]) -> None:
+        if missing := sorted(path.name for path in files if not path.is_file()):
+            folder = next(iter(files)).parent
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
+            )
+        self.plan: QuantizationPlan = {}
+        self._files: dict[str, Path] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        self._open = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
+        for path, promised in files.items():
+            try:
+                handle = self._open(path)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+            found = set(handle.keys())
+            if promised is not None and promised - found:
+                raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", sorted(promised - found))
+            for key in sorted(found):
+                header = handle.get_slice(key)
+                if (dtype := header.get_dtype()) not in _DTYPES:
+                    raise CheckpointError(f"{path} holds {key} in {dtype}, which this library does not read")
+                self._files[key] = path
+                self._specs[key] = TensorSpec(tuple(header.get_shape()), _DTYPES[dtype])
+
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._open(self._files[name]).get_tensor(name)
+        return tensor
+
+    def is_mapped(self, name: str) -> bool:
+        return True
+
+    def origin(self, name: str) -> Origin:
+        return Origin(name, self._files[name].name if name in self._files else None)
+
+
+def open_safetensors(directory: str | Path) -> SafetensorsFiles:
+    """The weights in a directory of Hugging Face's layout: one `model.safetensors`, or an index and its shards.
+
+    Raises:
+        CheckpointError: no weights, or weights that are damaged or incomplete.
+    """
+    directory = Path(directory)
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        if not (directory / SINGLE_FILE).is_file():
+            raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+        return SafetensorsFiles({directory / SINGLE_FILE: None})
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, set[str]] = {directory / name: set() for name in sorted(set(places.values()))}
+        for key, name in places.items():
+            files[directory / name].add(key)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
+    if outside := sorted(path.name for path in files if path.parent != directory or ".." in path.parts):
+        raise CheckpointError(f"{index} names files outside its directory, which are not opened", outside)
+    return SafetensorsFiles(dict(files))
+
+
+def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, progress: bool = False) -> None:
+    """Write tensors under their names, in shards of at most so many bytes and an index if one file is not enough.
+
+    Shards that are there already are of a run that was interrupted, and are left. One shard at a time is in memory.
+    """
+    sizes = {key: files.spec(key).nbytes for key in files.names()}
+    shards = list(_shards(sizes, max_shard_bytes))
+    places: dict[str, str] = {}
+    with tqdm(total=len(sizes), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:
+        for i, shard in enumerate(shards):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            if not (directory / name).exists():
+                _save_shard({key: files.read(key) for key in shard}, directory / name)
+            places |= dict.fromkeys(shard, name)
+            bar.update(len(shard))
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Keys, cut into runs of at most `max_bytes` or of a single tensor."""
+    shard, used = list[str](), 0
+    for key, size in sizes.items():
+        if shard and used + size > max_bytes:
+            yield shard
+            shard, used = [], 0
+        shard.append(key)
+        used += size
+    yield shard
+
+
+def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, unfinished, metadata={"format": "pt"})
+    except Exception as error:  # safetensors wraps the system's error in one of its own
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path.name}: {error}") from error
+    unfinished.chmod(0o644)
+    unfinished.replace(path)

@@ -16,6 +16,7 @@ import torch
 from llama4.analysis.costs import EMBEDDING, HEAD, parameter_shapes, stored_bytes
 from llama4.bench.peak_rates import PeakRates
 from llama4.config import TextConfig
+from llama4.config.window import visible_tokens
 from llama4.quantization.plan import QuantizationPlan
 from llama4.vision.config import VisionConfig
 
@@ -66,7 +67,7 @@ def weight_bytes(text: TextConfig, plan: QuantizationPlan, dtype: torch.dtype, e
 def keys_seen(text: TextConfig, layer: int, positions: Iterable[int]) -> int:
     """Keys that the queries at these positions see in a layer, summed: of their chunk, or of the sequence."""
     window = text.window(layer)
-    return sum(position + 1 if window is None else position % window + 1 for position in positions)
+    return sum(visible_tokens(position, window) for position in positions)
 
 
 def attention_flops(text: TextConfig, positions: Iterable[int]) -> int:

@@ -19,28 +19,28 @@ def add_parsers(commands: Any) -> None:
     info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
     info.add_argument("model", **MODEL)
     info.add_argument("--revision", **REVISION)
-    info.add_argument("--context", metavar="N", help="what the cache takes at so many tokens: 131072, 128K, 10M")
+    info.add_argument("--context", metavar="N", help="also the size of a cache of so many tokens: 131072, 128K, 10M")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
 
-    about = "Say what fits where and how long it takes, before any of it is bought or downloaded."
+    about = "Calculate what fits where and how fast it is, before anything is bought or downloaded."
     plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
     plan.add_argument("model", **MODEL)
     plan.add_argument("--revision", **REVISION)
     plan.add_argument("--context", metavar="N", help="tokens: 131072, 128K, 10M (default: the model's window)")
-    plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as they are")
+    plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as stored")
     plan.add_argument(
         "--cache",
         choices=CACHES,
         default="auto",
-        help="of layers that see every token (default: the model's dtype)",
+        help="of layers that see the whole context (default: the model's dtype)",
     )
     plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
-    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="as many share heads and experts")
+    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="how many of them split heads and experts")
     plan.add_argument("--device", choices=DEVICES, help="h100 (default), or this CPU, measured")
     plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
-    plan.add_argument("--memory-rate", metavar="RATE", help="that one reaches: 2.4TB/s")
-    plan.add_argument("--gemm-rate", metavar="RATE", help="that one reaches: 400TFLOP/s")
+    plan.add_argument("--memory-rate", metavar="RATE", help="that one device reaches: 2.4TB/s")
+    plan.add_argument("--gemm-rate", metavar="RATE", help="that one device reaches: 400TFLOP/s")
     plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=run_plan, parser=plan)

@@ -10,7 +10,7 @@ from llama4.quantization.schemes import SCHEMES
 
 
 def add_parsers(commands: Any) -> None:
-    about = "Write a checkpoint in another layout, bit by bit."
+    about = "Write a checkpoint in another layout; the bits of the weights do not change."
     convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
     _add_paths(convert)
     convert.add_argument("--to", required=True, metavar="LAYOUT", help="hf: safetensors; meta: consolidated.NN.pth")
@@ -18,11 +18,11 @@ def add_parsers(commands: Any) -> None:
     convert.add_argument("--revision", **REVISION)
     convert.set_defaults(run=run_convert, parser=convert)
 
-    about = "Write a checkpoint in few bits, in the compressed-tensors format. Interrupted, it goes on when run again."
+    about = "Quantise a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
     _add_paths(quantize)
     quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")
-    quantize.add_argument("--head", action="store_true", help="the head, too")
+    quantize.add_argument("--head", action="store_true", help="also the output head")
     quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     quantize.add_argument("--revision", **REVISION)
     quantize.set_defaults(run=run_quantize, parser=quantize)

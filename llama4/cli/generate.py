@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         "--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the format of a chat")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
     add_chat_options(parser)
     parser.set_defaults(run=run, parser=parser)
 

@@ -18,25 +18,33 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     "quantization": {"metavar": "SCHEME", "help": f"while loading: {', '.join(SCHEMES)}"},
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
     "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},
-    "experts_device": {"metavar": "DEVICE", "help": "where experts stay: cpu spares a GPU's memory"},
-    "experts_memory": {"metavar": "SIZE", "help": "of the GPU for copies of experts in use, as 8GiB"},
-    "cache_dtype": {"default": "auto", "help": "of keys and values: fp8, int8, int4 (default: auto)"},
-    "cache_device": {"metavar": "DEVICE", "help": "where what grows of them is held: cpu spares a GPU's memory"},
+    "experts_device": {"metavar": "DEVICE", "help": "where the weights of experts stay: cpu saves GPU memory"},
+    "experts_memory": {"metavar": "SIZE", "help": "GPU memory for copies of experts in use, such as 8GiB"},
+    "cache_dtype": {
+        "default": "auto",
+        "help": "of keys and values of the whole context: fp8, int8, int4 (default: auto)",
+    },
+    "cache_device": {"metavar": "DEVICE", "help": "where these are stored: cpu saves GPU memory"},
     "no_memory_map": {
         "dest": "memory_map",
         "action": "store_false",
-        "help": "read all weights into memory of their own: slower to load, at times faster to decode with",
+        "help": "copy all weights into memory: slower to load, sometimes faster to decode",
     },
     "max_context": {"type": int, "metavar": "N", "help": "most tokens of prompt and reply together"},
 }
-"""Arguments of `Llama4.from_pretrained` -> what argparse must know of their options."""
+"""Arguments of `Llama4.from_pretrained` -> the settings of their options for argparse."""
 
 CHAT: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"type": int, "default": 256, "metavar": "N", "help": "most tokens of a reply (default: 256)"},
     "temperature": {"type": float, "default": 0.0, "metavar": "T", "help": "0 is greedy (default), higher varies"},
-    "top_p": {"type": float, "default": 1.0, "metavar": "P", "help": "draw from the likeliest tokens that sum to P"},
-    "top_k": {"type": int, "metavar": "K", "help": "draw from the K likeliest tokens"},
-    "seed": {"type": int, "metavar": "N", "help": "makes a reply with a temperature repeatable"},
+    "top_p": {
+        "type": float,
+        "default": 1.0,
+        "metavar": "P",
+        "help": "sample from the most likely tokens that sum to P",
+    },
+    "top_k": {"type": int, "metavar": "K", "help": "sample from the K most likely tokens"},
+    "seed": {"type": int, "metavar": "N", "help": "makes sampling repeatable"},
     "stop": {"action": "append", "metavar": "TEXT", "help": "end the reply before this text; repeatable"},
 }
 """Arguments of `Llama4.chat`, likewise."""

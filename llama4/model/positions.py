@@ -6,6 +6,7 @@ Shapes: N packed tokens, C head_dim.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class PositionFactors:
         windows = {config.window(i) for i in range(config.num_hidden_layers) if config.uses_rope(i)}
         self.rotations = {w: rope_rotation(config, positions_N, w, precision) for w in windows}
         self.temperature_N = attention_temperature(config, positions_N, precision)
+
+
+@lru_cache
+def _frequencies_on(config: TextConfig, device: torch.device) -> Tensor:
+    """`rope_frequencies`, copied to a device once: the host would wait for a copy in every forward."""
+    return rope_frequencies(config).to(device)
 
 
 def rope_frequencies(config: TextConfig) -> Tensor:
@@ -64,7 +71,7 @@ def rope_rotation(config: TextConfig, positions_N: Tensor, window: int | None, d
     module could round.
     """
     offsets_N = chunk_offset(positions_N, window).to(torch.float64)
-    return unit_numbers(offsets_N[:, None] * rope_frequencies(config).to(positions_N.device), dtype)
+    return unit_numbers(offsets_N[:, None] * _frequencies_on(config, positions_N.device), dtype)
 
 
 def attention_temperature(config: TextConfig, positions_N: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Scout: cut to four layers in several formats beside transformers, and whole in int4.
 
 A prompt is read in pieces, as generation does. A step of decoding is one token in every row, from ids on the device to
-logits on the device. `eager` is the model as it is called today; the steps of `graph` are replayed from a CUDA graph.
+logits on the device: by the model as it is called today, in static buffers ("static"), and in static buffers from a CUDA
+graph ("graph"). Those two are not yet what generation uses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llama4.bench.device import timing, workload
 from llama4.bench.device.record import Figures, Record
 from llama4.cache.sequence import Cache
 from llama4.config import TextConfig
+from llama4.engine.static_decoder import StaticDecoder
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import QuantizationPlan
 
@@ -105,6 +107,25 @@ class Subject:
         waits = timing.host_waits(partial(model, ids_SB1[0], cache=cache, last_only=True), device)
         return self._step_figures(spent, batch, context) | {"host_waits": waits}
 
+    def decode_static(self, batch: int, capture: bool) -> Figures:
+        """Milliseconds of a step in static buffers, run operation by operation or replayed from a CUDA graph; and how far
+        its logits are from those of an eager step."""
+        model, _ = self.get()
+        device, context = self.record.device, self.context
+        cache = self._filled(model, batch, context)
+        ids_SB = workload.ids(self.text, self.steps, batch, device)
+        decoder = StaticDecoder(model, cache, 2 * self.steps + 2, capture=capture)
+        error = workload.relative(decoder.step(ids_SB[0]), model(ids_SB[0][:, None], cache=cache, last_only=True)[:, 0])
+        waits = timing.host_waits(partial(decoder.step, ids_SB[1]), device)
+
+        def steps() -> None:
+            for ids_B in ids_SB:
+                decoder.step(ids_B)
+
+        steps()
+        spent = timing.once(steps, device) / self.steps
+        return self._step_figures(spent, batch, context) | {"host_waits": waits, "difference": error}
+
     def _step_figures(self, spent: float, batch: int, context: int) -> dict[str, float]:
         _, plan = self.get()
         met = roofline.expected_experts(self.text, batch)
@@ -123,6 +144,12 @@ class Subject:
         model, _ = self.get()
         ids_BT = workload.ids(self.text, 1, tokens, self.record.device)
         return lambda: workload.read(model, ids_BT, model.new_cache())
+
+    def one_static_step(self, batch: int) -> Callable[[], object]:
+        """For a profile; from a graph."""
+        model, _ = self.get()
+        decoder = StaticDecoder(model, self._filled(model, batch, self.context), 8)
+        return partial(decoder.step, workload.ids(self.text, 1, batch, self.record.device)[0])
 
     def one_step(self, batch: int) -> Callable[[], object]:
         """For a profile."""
@@ -146,6 +173,7 @@ def four_layers(record: Record) -> None:
                 milliseconds[subject.name, tokens] = figures["prompt_ms"]
         for batch in BATCHES:
             record.case(f"{subject.name}: decode, batch {batch}", partial(subject.decode, batch))
+            _static(record, subject, batch, f"{subject.name}: ")
         record.profile(f"{subject.name}: prompt of {prompts[0]}", partial(subject.one_prompt, prompts[0]))
         record.profile(f"{subject.name}: decode, batch 1", partial(subject.one_step, 1))
         if scheme is None:
@@ -198,17 +226,25 @@ def _transformers(record: Record, subject: Subject, tokens: int, milliseconds: d
     made.clear()
 
 
+def _static(record: Record, subject: Subject, batch: int, prefix: str = "") -> None:
+    record.case(f"{prefix}decode, batch {batch}, static", partial(subject.decode_static, batch, False))
+    record.case(f"{prefix}decode, batch {batch}, graph", partial(subject.decode_static, batch, True))
+
+
 def all_layers(record: Record) -> None:
     text = workload.text_config("scout", dry=record.dry)
     subject = Subject(record, text, "int4", vision=True)
     record.case("built", subject.built)
     record.case("decode, batch 1", partial(subject.decode, 1))
+    _static(record, subject, 1)
     prompts = (96, 200) if record.dry else (2048, 16384)
     record.case(f"prompt of {prompts[0]}", partial(subject.prompt, prompts[0]))
     for batch in BATCHES[1:]:
         record.case(f"decode, batch {batch}", partial(subject.decode, batch))
+        _static(record, subject, batch)
     record.case("a picture of 17 tiles and a question: first token", partial(_picture, subject))
     record.profile("decode, batch 1", partial(subject.one_step, 1))
+    record.profile("decode, batch 1, graph", partial(subject.one_static_step, 1))
     record.profile(f"prompt of {prompts[0]}", partial(subject.one_prompt, prompts[0]))
     record.case(f"prompt of {prompts[1]}", partial(subject.prompt, prompts[1]))
 

@@ -32,7 +32,9 @@ def _step(name: str, about: str, seconds: float, case_seconds: float = 30.0, fun
 PLAN = (
     _step("machine", "Copy bandwidth, GEMM rates, launch latency: what shares are shares of", 45),
     _step("checks", "Kernels and expert backends against float64; a small model and tiny against the CPU", 90),
-    _step("scout-4", "Scout cut to 4 layers, bfloat16, int4 and fp8, beside transformers", 90, function="four_layers"),
+    _step(
+        "scout-4", "Scout cut to 4 layers, bfloat16, int4 and fp8, beside transformers", 110, 60, function="four_layers"
+    ),
     _step("scout-48", "All of Scout in int4: prompts, decoding, a picture", 120, 60, function="all_layers"),
     _step("experts", "One layer of experts over 1 to 16,384 tokens: the table for experts='auto'", 100),
     _step("vision", "The vision tower over 17 tiles, and the preparation of a picture", 30),

@@ -1,8 +1,8 @@
 """Scout: cut to four layers in several formats beside transformers, and whole in int4.
 
 A prompt is read in pieces, as generation does. A step of decoding is one token in every row, from ids on the device to
-logits on the device: by the model as it is called today, in static buffers ("static"), and in static buffers from a CUDA
-graph ("graph"). Those two are not yet what generation uses.
+logits on the device: by the model as it is called today, in static buffers ("static"), and in static buffers from a
+CUDA graph ("graph"). Those two are not yet what generation uses.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Subject:
         return self._step_figures(spent, batch, context) | {"host_waits": waits}
 
     def decode_static(self, batch: int, capture: bool) -> Figures:
-        """Milliseconds of a step in static buffers, run operation by operation or replayed from a CUDA graph; and how far
-        its logits are from those of an eager step."""
+        """Milliseconds of a step in static buffers, run operation by operation or replayed from a CUDA graph; and how
+        far its logits are from those of an eager step."""
         model, _ = self.get()
         device, context = self.record.device, self.context
         cache = self._filled(model, batch, context)

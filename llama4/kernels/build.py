@@ -49,7 +49,8 @@ SOURCES = (
 )
 """Files of `DIRECTORY`, each behind those that it includes."""
 
-FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize")
+FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-Wno-psabi")
+"""Beside those for optimisation. No vector is an argument of what the library exports, which -Wpsabi is about."""
 
 _lock = threading.Lock()
 _loaded: tuple[abi.Kernels | None] | None = None

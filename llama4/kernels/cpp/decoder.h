@@ -194,7 +194,7 @@ class DecoderStep {
   void feed_forward(const Layer& l, const X* x, float* h) {
     const StepMemory<X>& m = memory;
     if (l.router) {
-      const Product<typename FormatsFor<X>::Dense, float> router{{{(const X*)l.router, D}}, l.E, Scales{}, m.logits};
+      const Product<typename FormatsFor<X>::Dense, float> router{{(const X*)l.router, D}, l.E, Scales{}, m.logits};
       gemv(work, &router, 1, x, N);
       barrier();
     }

@@ -95,7 +95,7 @@ constexpr long strip = 32;
 
 // One word row of several strips, from one row of W [I, O], or from two.
 template <class X>
-void pack_row(const X* row, long O, long strips, long words, Word* to) {
+void pack_row(const X* row, [[maybe_unused]] long O, long strips, long words, Word* to) {
   for (long n = 0; n < strips; n++, row += strip, to += words * strip) {
 #ifdef __AVX512BF16__
     if constexpr (numbers_per_word<X> == 2) {

@@ -104,16 +104,16 @@ void multiply_gemv(WorkStealing& work, const MatrixProduct<X>* begin, const Matr
   const long count = end - begin;
   switch (a.layout) {
     case OUT_IN: {
-      const auto dense = [](const Matrix& b) { return typename Formats::Dense{{(const X*)b.w, b.I}}; };
+      const auto dense = [](const Matrix& b) { return typename Formats::Dense{(const X*)b.w, b.I}; };
       return gemv(work, in_format(dense).data(), count, x, N);
     }
     case IN_OUT: return gemv_in_out((const X*)a.w, x, N, a.I, a.O, partial);
     case INT8: {
-      const auto int8 = [](const Matrix& b) { return typename Formats::Int8{{(const uint8_t*)b.w, b.I}}; };
+      const auto int8 = [](const Matrix& b) { return typename Formats::Int8{(const uint8_t*)b.w, b.I}; };
       return gemv(work, in_format(int8).data(), count, x, N);
     }
     case FP8: {
-      const auto fp8 = [](const Matrix& b) { return typename Formats::Fp8{{(const uint8_t*)b.w, b.I}}; };
+      const auto fp8 = [](const Matrix& b) { return typename Formats::Fp8{(const uint8_t*)b.w, b.I}; };
       float* row_scales = scratch<float, Use::gemv_row_scales>(N);
       auto* rows = scratch<WordNumber<X>, Use::gemv_fp8_rows>(N * a.I);
       for (long n = 0; n < N; n++) row_scales[n] = quantize_row_e4m3(x + n * a.I, a.I, rows + n * a.I);
@@ -160,8 +160,8 @@ void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, c
     switch (layout) {
       case OUT_IN: linear([&](long o, Word* to) { pack_dense((const X*)a.w, I, o, to); }, Scales{}, nullptr); break;
       case IN_OUT: gemm_in_out(words, N, I, a.O, (const X*)a.w, p->y); break;
-      case INT8: linear(packer(Int8{{values, I}}), a.scales, nullptr); break;
-      case FP8: linear(packer(Fp8{{values, I}}), a.scales, workspace.row_scales); break;
+      case INT8: linear(packer(Int8{values, I}), a.scales, nullptr); break;
+      case FP8: linear(packer(Fp8{values, I}), a.scales, workspace.row_scales); break;
       case INT4: linear(packer(Int4{values, I, a.scales, a.group_size}), Scales{}, nullptr);
     }
   }

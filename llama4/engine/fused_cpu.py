@@ -5,8 +5,8 @@ when the weights that were just read have evicted them from the processor's cach
 with four-bit weights. `decode` in `kernels/cpp/decode.cpp` computes what `Llama4Model.forward` computes, in the same
 order and precision; tests compare the two.
 
-What stays the same from step to step is found out once: a `Description` says where a model's weights are, a `Session`
-what else some steps of one cache need.
+What stays the same from step to step is found out once: a `Description` says where a model's weights are, a
+`FusedSession` what else some steps of one cache need.
 
 Shapes: B rows, V vocabulary, S steps.
 """
@@ -14,7 +14,6 @@ Shapes: B rows, V vocabulary, S steps.
 from __future__ import annotations
 
 import ctypes
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -24,7 +23,7 @@ from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
-from llama4.kernels.abi import MAX_GEMV_ROWS, LayerStep, Tokens
+from llama4.kernels.abi import LayerStep, Tokens
 from llama4.model.batch import make_batch
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
@@ -36,7 +35,7 @@ MAX_STEPS = 64
 """Steps that are prepared at once."""
 
 
-class Session:
+class FusedSession:
     """The next steps of one cache, prepared: as many as stay within its last block and its current chunk.
 
     It is current as long as nothing but its own steps changes the cache. It keeps the weights that it was made with in
@@ -64,6 +63,7 @@ class Session:
             layer.make_room(first[window])
         cache.firsts, cache.nexts = batch.firsts, batch.starts
 
+        self.description = description
         self.step, self.version, self.hooks = 0, cache.version, RemovableHandle.next_id
         self.vocab_size = config.vocab_size
         self.logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype)
@@ -72,7 +72,7 @@ class Session:
         tables = [layer.table() for layer in cache.layers]
         attentions = [block.self_attn for block in model.language_model.model.layers if isinstance(block, DecoderLayer)]
         self._layers = (LayerStep * len(tables))()
-        self._alive = description, factors, lengths_SB, tables, description.weights()
+        self._alive = factors, lengths_SB, tables, description.weights()
         self._decode = build.function("decode", dtype)
         self._model = description.decoder, self._layers
         self._tokens = Tokens(
@@ -96,7 +96,12 @@ class Session:
 
     def is_current(self, cache: Cache) -> bool:
         """Whether the cache is as the last step left it, a step is left, and no hook was added anywhere."""
-        return self.version == cache.version and self.step < self.count and self.hooks == RemovableHandle.next_id
+        return (
+            self.version == cache.version
+            and self.step < self.count
+            and self.hooks == RemovableHandle.next_id
+            and not self.description.is_outdated
+        )
 
     def run(self, ids: list[int], cache: Cache) -> None:
         """One more token in every row."""
@@ -122,7 +127,6 @@ class FusedCpuRunner:
     def __init__(self, model: Llama4Model) -> None:
         self.model = model
         self._description: Description | None = None
-        self._sessions: WeakKeyDictionary[Cache, Session] = WeakKeyDictionary()
 
     def is_worthwhile(self) -> bool:
         """Whether the model is on a CPU, there are kernels for it, and its tokens are wide enough to gain."""
@@ -130,9 +134,6 @@ class FusedCpuRunner:
         return weight.is_cpu and len(weight) >= cpu_kernels.MIN_WIDTH and build.library() is not None
 
     def unsupported_reason(self, cache: Cache) -> str | None:
-        session = self._sessions.get(cache)
-        if session is not None and session.is_current(cache):
-            return None
         model, head_dim = self.model, self.model.config.text.head_dim
         if not self.is_worthwhile():
             return f"the model is on {model.device}, too small to gain, or there are no kernels"
@@ -142,8 +143,6 @@ class FusedCpuRunner:
             return "gradients are being recorded; decode inside torch.inference_mode()"
         if model.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32 and bfloat16, not in {model.dtype}"
-        if cache.batch_size > MAX_GEMV_ROWS:
-            return f"it takes {MAX_GEMV_ROWS} rows at most, not {cache.batch_size}"
         if not cache.is_consistent:
             return "a forward that was adding tokens to the cache broke off"
         for layer in cache.layers:
@@ -152,19 +151,13 @@ class FusedCpuRunner:
             if (unread := format_unsupported_reason(layer.format, model.dtype, head_dim)) is not None:
                 return unread
         if self._description is None or not self._description.is_current(model):
+            if self._description is not None:
+                self._description.is_outdated = True
             self._description = Description.of(model)
-            self._sessions.clear()
         if (hooked := self._description.hooked(model)) is not None:
             return f"{hooked} has a hook, or a forward of its own"
         return self._description.unsupported_reason
 
-    def run(self, ids: list[int], cache: Cache) -> Session:
-        session = self._sessions.get(cache)
-        if session is None or not session.is_current(cache):
-            assert self._description is not None, "unsupported_reason comes first"
-            session = self._sessions[cache] = Session(self.model, self._description, cache)
-        session.run(ids, cache)
-        return session
-
-    def release(self, cache: Cache) -> None:
-        self._sessions.pop(cache, None)
+    def open(self, cache: Cache) -> FusedSession:
+        assert self._description is not None, "unsupported_reason comes first"
+        return FusedSession(self.model, self._description, cache)

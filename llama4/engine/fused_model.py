@@ -48,6 +48,7 @@ class Description:
         modules: those of the language model, by name.
         children: (parent, name, child) of each module.
         parameters: (module, name, address) of each parameter.
+        is_outdated: whether another description has taken its place.
     """
 
     decoder: Decoder | None
@@ -55,6 +56,7 @@ class Description:
     modules: dict[str, nn.Module]
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
+    is_outdated: bool = False
     _layers: ctypes.Array[Layer] | None = field(repr=False, default=None)
 
     @classmethod
@@ -76,7 +78,7 @@ class Description:
             decoder, layers = _describe(model.language_model)
         except UnsupportedError as error:
             return cls(None, str(error), modules, children, parameters)
-        return cls(decoder, None, modules, children, parameters, layers)
+        return cls(decoder, None, modules, children, parameters, _layers=layers)
 
     def is_current(self, model: Llama4Model) -> bool:
         """Whether every module is still in its place, and every parameter at its address."""

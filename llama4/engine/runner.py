@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import random
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,22 @@ from llama4.ops.sampling import greedy_token
 logger = logging.getLogger("llama4.engine")
 
 
-class StepOutput(Protocol):
-    """What a step computes; valid until the next step of the same cache."""
+class Session(Protocol):
+    """The next steps of one cache, prepared."""
 
     @property
-    def logits_BV(self) -> Tensor: ...
+    def logits_BV(self) -> Tensor:
+        """Logits after the last step, valid until the next."""
+
+    def is_current(self, cache: Cache) -> bool:
+        """Whether the next step can be run without asking the runners anew."""
+
+    def run(self, ids: list[int], cache: Cache) -> None:
+        """One more token in every row.
+
+        Raises:
+            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
+        """
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
         """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
@@ -49,22 +60,25 @@ class Runner(Protocol):
     def unsupported_reason(self, cache: Cache) -> str | None:
         """Why the next step of a cache cannot be computed this way; None if it can."""
 
-    def run(self, ids: list[int], cache: Cache) -> StepOutput:
-        """One more token in every row. There must be no `unsupported_reason`.
-
-        Raises:
-            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
-        """
-
-    def release(self, cache: Cache) -> None:
-        """Forget what was prepared for a cache."""
+    def open(self, cache: Cache) -> Session:
+        """Prepare the next steps of a cache. There must be no `unsupported_reason`. The session does not keep the cache
+        in memory."""
 
 
-@dataclass(frozen=True)
-class Logits:
-    """The output of an eager step."""
+class EagerSession:
+    """One step by `Llama4Model.forward`. It is never current: the next step may go a faster way."""
 
     logits_BV: Tensor
+
+    def __init__(self, model: Llama4Model) -> None:
+        self.model = model
+
+    def is_current(self, cache: Cache) -> bool:
+        return False
+
+    @torch.inference_mode()
+    def run(self, ids: list[int], cache: Cache) -> None:
+        self.logits_BV = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)[:, 0]
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
         ids_B, logprobs_B = greedy_token(self.logits_BV)
@@ -85,16 +99,12 @@ class EagerRunner:
     def unsupported_reason(self, cache: Cache) -> str | None:
         return None
 
-    def run(self, ids: list[int], cache: Cache) -> Logits:
-        logits_B1V: Tensor = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)
-        return Logits(logits_B1V[:, 0])
-
-    def release(self, cache: Cache) -> None:
-        pass
+    def open(self, cache: Cache) -> EagerSession:
+        return EagerSession(self.model)
 
 
 class ModelRunner:
-    """The fast way to run a model: for each step the first of its runners that can compute it.
+    """The fast way to decode: for each step the first of its runners that can compute it.
 
     Steps compute no gradients. What keeps a model from a faster runner, such as a hook or an adapter, is logged once
     for each reason, as a warning. That a model is on another device, or too small to gain, is no loss, and is only
@@ -108,6 +118,7 @@ class ModelRunner:
     def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
         self.model = model
         self.runners = tuple(runners or (FusedCpuRunner(model), EagerRunner(model)))
+        self._sessions: dict[int, tuple[Session, weakref.ref[Cache]]] = {}
         self._logged: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,20 +146,31 @@ class ModelRunner:
         Raises:
             ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
         """
-        return self.choose(cache).run(ids_B.tolist(), cache).logits_BV.clone()
+        return self._run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(
         self, ids: list[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
-        with torch.inference_mode():
-            output = self.choose(cache).run(ids, cache)
-            if sampler.temperature == 0:
-                return output.greedy_token()
-            ids_B, logprobs_B = sampler(output.logits_BV, generators)
-            return ids_B.tolist(), logprobs_B.tolist()
+        session = self._run(ids, cache)
+        if sampler.temperature == 0:
+            return session.greedy_token()
+        ids_B, logprobs_B = sampler(session.logits_BV, generators)
+        return ids_B.tolist(), logprobs_B.tolist()
 
     def release(self, cache: Cache) -> None:
         """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""
-        for runner in self.runners:
-            runner.release(cache)
+        self._sessions.pop(id(cache), None)
+
+    def _run(self, ids: list[int], cache: Cache) -> Session:
+        # A line of Python between two steps costs ten times what it seems to: weights have evicted it from the caches.
+        found = self._sessions.get(id(cache))
+        session = found[0] if found is not None and found[0].is_current(cache) else self._open(cache)
+        session.run(ids, cache)
+        return session
+
+    @torch.inference_mode()
+    def _open(self, cache: Cache) -> Session:
+        session, key, sessions = self.choose(cache).open(cache), id(cache), self._sessions
+        sessions[key] = session, weakref.ref(cache, lambda _: sessions.pop(key, None))
+        return session

@@ -72,13 +72,13 @@ def decoded(model: Llama4Model, steps: int = 40) -> Tensor:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by each compiled step."""
     taken: list[int] = []
-    run = fused_cpu.Session.run
+    run = fused_cpu.FusedSession.run
 
     def counted(*arguments: Any) -> None:
         run(*arguments)
         taken.append(1)
 
-    monkeypatch.setattr(fused_cpu.Session, "run", counted)
+    monkeypatch.setattr(fused_cpu.FusedSession, "run", counted)
     return taken
 
 
@@ -261,8 +261,8 @@ def test_within_a_session_weights_stay(directory: Path) -> None:
     """Another weight counts once the cache is released; until then the old one stays in memory."""
     model = load(directory, None, "float32")
     before, id_ = copy.deepcopy(model), torch.tensor([5])
-    old_runner, old_cache = EagerRunner(before), before.new_cache(1)
-    old = [old_runner.run([5], old_cache).logits_BV for _ in range(3)]
+    old_runner, old_cache = ModelRunner(before, [EagerRunner(before)]), before.new_cache(1)
+    old = [old_runner.step(id_, old_cache) for _ in range(3)]
     cache, runner = model.new_cache(1), ModelRunner(model)
     runner.step(id_, cache)
     norm = model.language_model.model.norm

@@ -17,7 +17,6 @@ from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.kernels import build
-from llama4.kernels.abi import MAX_GEMV_ROWS
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.nf4 import Nf4
@@ -187,11 +186,6 @@ def test_a_cache_in_another_dtype(model: Llama4Model) -> None:
     assert "the cache is in torch.bfloat16, the model in torch.float32" in str(reason(model, dtype="bfloat16"))
 
 
-def test_too_many_rows(model: Llama4Model) -> None:
-    assert reason(model, MAX_GEMV_ROWS) is None
-    assert f"{MAX_GEMV_ROWS} rows at most" in str(reason(model, MAX_GEMV_ROWS + 1))
-
-
 def test_a_forward_that_broke_off(model: Llama4Model) -> None:
     cache = model.new_cache(2)
     handle = model.language_model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
@@ -278,6 +272,21 @@ def test_changes_are_seen(model: Llama4Model, change: Callable[[Llama4Model], No
         assert relative_error(ours, truth) < 1e-5
     else:
         assert relative_error(ours, truth) < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 12, 13, 50])
+def test_any_number_of_rows(model: Llama4Model, rows: int) -> None:
+    lengths = torch.arange(rows) % 30 + 1
+    prompts = torch.randint(0, 490, (rows, 30), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(30) >= 30 - lengths[:, None]
+    outputs = []
+    with torch.inference_mode():
+        for runner in (ModelRunner(model), eager(model)):
+            cache = model.new_cache(rows)
+            model(prompts, cache=cache, attention_mask=mask)
+            outputs.append(torch.stack([runner.step(prompts[:, i], cache) for i in range(10)]))
+        assert isinstance(ModelRunner(model).choose(cache), FusedCpuRunner)
+    assert relative_error(*outputs) < 1e-5
 
 
 @torch.inference_mode()

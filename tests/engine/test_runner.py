@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256, "num_hidden_layers": 4}
-    config = reference_config(head_dim=32, num_experts_per_tok=2, interleave_moe_layer_step=2, **text)
+    text: dict[str, Any] = {"intermediate_size": 128, "intermediate_size_mlp": 256, "num_hidden_layers": 4}
+    config = reference_config(head_dim=32, hidden_size=128, num_experts_per_tok=2, interleave_moe_layer_step=2, **text)
     path = tmp_path_factory.mktemp("checkpoint") / "model"
     reference_model(config, 3).bfloat16().save_pretrained(path)
     return path
@@ -46,6 +47,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(directory: Path) -> Llama4Model:
     return Llama4.from_pretrained(directory, dtype="float32", progress=False).model
+
+
+def part(model: Llama4Model, path: str) -> Any:
+    """A module of the decoder."""
+    return model.language_model.model.get_submodule(path)
 
 
 def eager(model: Llama4Model) -> ModelRunner:
@@ -98,8 +104,8 @@ def test_a_hook_on_every_module(model: Llama4Model) -> None:
 
 def test_a_forward_of_its_own(model: Llama4Model) -> None:
     """As accelerate puts it in a module's place."""
-    norm = model.language_model.model.layers[2].input_layernorm
-    norm.forward = norm.forward  # type: ignore[method-assign]
+    norm = part(model, "layers.2.input_layernorm")
+    norm.forward = norm.forward
     assert "layers.2.input_layernorm has a hook, or a forward of its own" in str(reason(model))
 
 
@@ -122,7 +128,7 @@ class Adapter(nn.Module):
 
 
 def adapt(model: Llama4Model) -> None:
-    attention = model.language_model.model.layers[2].self_attn
+    attention = part(model, "layers.2.self_attn")
     attention.v_proj = Adapter(attention.v_proj)
 
 
@@ -132,24 +138,24 @@ def test_an_adapter(model: Llama4Model) -> None:
 
 
 def test_a_replaced_head(model: Llama4Model) -> None:
-    model.language_model.lm_head = Adapter(model.language_model.lm_head)
+    model.language_model.add_module("lm_head", Adapter(model.language_model.lm_head))
     assert "lm_head is Adapter" in str(reason(model))
 
 
 def test_a_subclass(model: Llama4Model) -> None:
-    attention = model.language_model.model.layers[0].self_attn
+    attention = part(model, "layers.0.self_attn")
     attention.__class__ = type("OtherAttention", (type(attention),), {})
     assert "layers.0.self_attn is OtherAttention" in str(reason(model))
 
 
 def test_an_attention_bias(model: Llama4Model) -> None:
-    attention = model.language_model.model.layers[1].self_attn
+    attention = part(model, "layers.1.self_attn")
     attention.q_proj.bias = nn.Parameter(torch.ones(attention.q_proj.out_features))
     assert "layers.1.self_attn.q_proj has a bias" in str(reason(model))
 
 
 def test_nf4(model: Llama4Model) -> None:
-    attention = model.language_model.model.layers[1].self_attn
+    attention = part(model, "layers.1.self_attn")
     shape = tuple(attention.k_proj.weight.shape)
     attention.k_proj = PackedWeight(Nf4(64, stored=shape), shape)
     with torch.inference_mode():
@@ -178,7 +184,7 @@ def test_another_dtype(model: Llama4Model) -> None:
 
 @torch.no_grad()
 def test_a_part_in_another_dtype(model: Llama4Model) -> None:
-    model.language_model.model.layers[1].feed_forward.router.bfloat16()
+    part(model, "layers.1.feed_forward.router").bfloat16()
     assert "layers.1.feed_forward.router is not torch.float32" in str(reason(model))
 
 
@@ -188,7 +194,7 @@ def test_a_cache_in_another_dtype(model: Llama4Model) -> None:
 
 def test_a_forward_that_broke_off(model: Llama4Model) -> None:
     cache = model.new_cache(2)
-    handle = model.language_model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+    handle = part(model, "layers.2").register_forward_hook(lambda *_: 1 / 0)
     with torch.inference_mode():
         with pytest.raises(ZeroDivisionError):
             model(PROMPT, cache=cache)
@@ -243,7 +249,7 @@ def test_a_chat_says_nothing(directory: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def hook(model: Llama4Model) -> None:
-    model.language_model.model.layers[3].self_attn.o_proj.register_forward_hook(lambda _module, _given, out: 1.5 * out)
+    part(model, "layers.3.self_attn.o_proj").register_forward_hook(lambda _module, _given, out: 1.5 * out)
 
 
 def swap_layers(model: Llama4Model) -> None:
@@ -252,7 +258,7 @@ def swap_layers(model: Llama4Model) -> None:
 
 
 def scale_a_weight(model: Llama4Model) -> None:
-    weight = model.language_model.model.layers[0].feed_forward.down_proj.weight
+    weight = part(model, "layers.0.feed_forward.down_proj").weight
     weight.data = 2 * weight.data
 
 

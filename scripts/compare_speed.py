@@ -3,10 +3,10 @@
     python scripts/compare_speed.py OLD_CHECKOUT NEW_CHECKOUT MODEL_DIR --formats bf16 int8 int4 float32 --pairs 9
 
 For each pair and format both checkouts load the model in a process of their own. Then they take turns, sample by
-sample, at a prompt of 512 tokens and at decoding with batch 1 and 4; the order within a turn alternates. A pair's figure
-is the ratio of the two medians. Each pair also times `import llama4` and `llama4 generate` on the embedded model in fresh
-processes. Printed are the median ratio over the pairs, above 1 if the new code is faster, and its 95% interval by order
-statistics. The exit code is 1 if an interval lies below 0.97.
+sample, at a prompt of 512 tokens and at decoding with batch 1 and 4; the order within a turn alternates. A pair's
+figure is the ratio of the two medians. Each pair also times `import llama4` and `llama4 generate` on the embedded
+model in fresh processes. Printed are the median ratio over the pairs, above 1 if the new code is faster, and its 95%
+interval by order statistics. The exit code is 1 if an interval lies below 0.97.
 
 Only the public API is used, which both checkouts must have: `Llama4.from_pretrained`, `chat`, `chat_batch`.
 """

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llama4.config import Llama4Config
 from llama4.families.names import NameTable
@@ -45,12 +45,13 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def names(self, keys: Collection[str]) -> NameTable:
-        """The table that a checkpoint with these keys follows, also where some of them are wrong."""
+    def write_config(self, config: Llama4Config) -> dict[str, Any]:
+        """The content of config.json, from which `read_config` makes the same configuration."""
 
     @abstractmethod
-    def names_of(self, config: Llama4Config) -> NameTable:
-        """The table by which a model with this configuration is written."""
+    def names(self, config: Llama4Config, keys: Collection[str] | None = None) -> NameTable:
+        """The table that a checkpoint with these keys follows, even if some are wrong; without keys, the table by which
+        a model is written."""
 
     def build(self, config: Llama4Config, experts: type[Experts] | None = None) -> Llama4Model:
         """The model, with parameters on the current device (mostly meta) and without values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from llama4.config import PRESETS, Llama4Config
 from llama4.families.base import Family
@@ -28,8 +29,10 @@ class Llama4Family(Family):
     def read_config(self, directory: Path) -> Llama4Config:
         return Llama4Config.from_directory(directory)
 
-    def names(self, keys: Collection[str]) -> NameTable:
-        return TEXT_ONLY if any(key.startswith("model.layers.") for key in keys) else MULTIMODAL
+    def write_config(self, config: Llama4Config) -> dict[str, Any]:
+        return config.to_dict()
 
-    def names_of(self, config: Llama4Config) -> NameTable:
-        return TEXT_ONLY if config.vision is None else MULTIMODAL
+    def names(self, config: Llama4Config, keys: Collection[str] | None = None) -> NameTable:
+        if keys is None:
+            return TEXT_ONLY if config.vision is None else MULTIMODAL
+        return TEXT_ONLY if any(key.startswith("model.layers.") for key in keys) else MULTIMODAL

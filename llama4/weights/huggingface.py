@@ -60,7 +60,7 @@ class HuggingFaceLayout(Layout):
         if method is not None and content is not None:
             method.check(content)  # before anything is opened
         files = open_safetensors(directory)
-        source: Source = ModelNames(files, family_of(config).names(files.names()))
+        source: Source = ModelNames(files, family_of(config).names(config, files.names()))
         if method is not None and content is not None:
             source = method.open(source, content)
         return config, source
@@ -76,7 +76,7 @@ class HuggingFaceLayout(Layout):
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
     ) -> None:
-        table, content = family_of(config).names_of(config), None
+        table, content = family_of(config).names(config), None
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
         _write_configs(dataclasses.replace(config, dtype=_dtype(source), quantization_config=content), directory)
@@ -117,7 +117,7 @@ def _dtype(source: Source) -> str:
 
 def _write_configs(config: Llama4Config, directory: Path) -> None:
     text = config.text
-    write_json(directory / CONFIG_FILE, config.to_dict())
+    write_json(directory / CONFIG_FILE, family_of(config).write_config(config))
     generation = {
         "bos_token_id": text.bos_token_id,
         "eos_token_id": list(text.eos_token_id),

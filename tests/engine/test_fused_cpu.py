@@ -23,6 +23,7 @@ from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.schemes import SCHEMES
+from tests import small_model
 from tests.parity.references import reference_config, reference_model, relative_error
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -40,7 +41,7 @@ def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts per token, one dense layer in two, RoPE with and without; of widths that four bits take."""
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 128,
         "intermediate_size_mlp": 256,
@@ -106,7 +107,8 @@ def test_equals_the_eager_step(
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Matrices that are worth more than one thread."""
-    text = {"hidden_size": 512, "intermediate_size": 512, "intermediate_size_mlp": 512, "num_hidden_layers": 3}
+    text: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 512, "intermediate_size_mlp": 512}
+    text["num_hidden_layers"] = 3
     path = tmp_path_factory.mktemp("checkpoint") / "model"
     reference_model(reference_config(head_dim=64, **text), 4).bfloat16().save_pretrained(path)
     return path
@@ -135,7 +137,7 @@ def test_by_a_team(
 
 
 def hook(model: Llama4Model) -> None:
-    model.language_model.model.layers[1].feed_forward.router.register_forward_hook(lambda *_: None)
+    small_model.layers(model)[1].feed_forward.router.register_forward_hook(lambda *_: None)
 
 
 class Doubled(nn.Module):
@@ -151,24 +153,24 @@ class Doubled(nn.Module):
 
 
 def replace(model: Llama4Model) -> None:
-    attention = model.language_model.model.layers[2].self_attn
+    attention = small_model.layers(model)[2].self_attn
     attention.v_proj = Doubled(attention.v_proj)
 
 
 @torch.no_grad()
 def change(model: Llama4Model) -> None:
-    model.language_model.model.layers[0].self_attn.o_proj.weight.mul_(2)
+    small_model.layers(model)[0].self_attn.o_proj.weight.mul_(2)
 
 
 @torch.no_grad()
 def exchange(model: Llama4Model) -> None:
-    weight = model.language_model.model.layers[3].feed_forward.experts.down_proj
+    weight = small_model.layers(model)[3].feed_forward.experts.down_proj
     weight.data = weight.data * 2
 
 
 @torch.no_grad()
 def new_parameter(model: Llama4Model) -> None:
-    norm = model.language_model.model.layers[3].input_layernorm
+    norm = small_model.layers(model)[3].input_layernorm
     norm.weight = nn.Parameter(norm.weight * 2)
 
 
@@ -192,7 +194,7 @@ def test_what_changes_is_seen(directory: Path, how: Callable[[Llama4Model], None
 
 def test_hooks_are_called(directory: Path, steps: list[int]) -> None:
     model, seen = load(directory, None, "float32"), []
-    handle = model.language_model.model.layers[1].feed_forward.router.register_forward_hook(lambda *_: seen.append(1))
+    handle = small_model.layers(model)[1].feed_forward.router.register_forward_hook(lambda *_: seen.append(1))
     decoded(model, steps=3)
     assert len(seen) == 5
     assert not steps
@@ -246,7 +248,7 @@ def test_within_a_reply_hooks_are_called(directory: Path, steps: list[int]) -> N
     cache, id_, runner = model.new_cache(1), torch.tensor([5]), ModelRunner(model)
     for _ in range(2):
         runner.step(id_, cache)
-    router = model.language_model.model.layers[1].feed_forward.router
+    router = small_model.layers(model)[1].feed_forward.router
     handle = router.register_forward_hook(lambda *_: seen.append(1))
     for _ in range(2):
         runner.step(id_, cache)
@@ -286,7 +288,7 @@ def test_ids_are_checked(directory: Path) -> None:
 def test_no_copy_of_the_model_stays_behind(directory: Path) -> None:
     model = load(directory, None, "float32")
     decoded(model, steps=2)
-    seen = weakref.ref(model.language_model.model.layers[0].self_attn.q_proj.weight)
+    seen = weakref.ref(small_model.layers(model)[0].self_attn.q_proj.weight)
     del model
     gc.collect()
     assert seen() is None
@@ -295,7 +297,7 @@ def test_no_copy_of_the_model_stays_behind(directory: Path) -> None:
 @torch.no_grad()
 def test_a_router_in_another_dtype_is_not_misread(directory: Path, steps: list[int]) -> None:
     model = load(directory, None, "bfloat16")
-    model.language_model.model.layers[1].feed_forward.router.float()
+    small_model.layers(model)[1].feed_forward.router.float()
     decoded(model, steps=1)
     assert not steps
 
@@ -303,7 +305,7 @@ def test_a_router_in_another_dtype_is_not_misread(directory: Path, steps: list[i
 @torch.inference_mode()
 def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(directory, "int8", "float32")
-    attention = model.language_model.model.layers[1].self_attn
+    attention = small_model.layers(model)[1].self_attn
     attention.q_proj.bias = nn.Parameter(torch.linspace(-3, 3, attention.q_proj.shape[0]))
     ours = decoded(model)
     assert not steps

@@ -59,6 +59,9 @@ class NoWaiting(TorchDispatchMode):
 
     reading = ("_local_scalar_dense", "item", "nonzero", "bincount", "equal", "is_nonzero", "unique", "masked_select")
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         assert name not in self.reading, f"{name} reads a value"

@@ -20,9 +20,9 @@ from llama4.api import Llama4
 from llama4.bench import roofline
 from llama4.bench.model_parts import part_of
 from llama4.bench.peak_rates import timed
-from llama4.kernels import build, cpu
 from llama4.model.moe import Router
-from llama4.ops.linear import linear_in_out
+from llama4.ops import cpu_kernels
+from llama4.ops.linear import linear, linear_in_out
 from llama4.quantization.weight import PackedWeight
 
 PartTimes = dict[tuple[str, str], list[float]]
@@ -134,5 +134,5 @@ def _call_overhead(llm: Llama4) -> float:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """By the CPU kernel where there is one, however small the matrix is."""
-    has_kernel = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and build.library() is not None
-    return cpu.linear(x, weight) if has_kernel else torch.nn.functional.linear(x, weight)
+    with cpu_kernels.any_size():
+        return linear(x, weight)

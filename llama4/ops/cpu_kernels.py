@@ -6,6 +6,9 @@ trained goes this way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,19 @@ MIN_WIDTH = 512
 """Elements of a token from which the small operations between matrix products are worth the call."""
 MIN_ATTENTION = 1 << 28
 """Multiplications of queries with keys from which attention is worth the call, however narrow the heads are."""
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Inside, nothing is too small for the kernels: for tests of small models, and to measure the kernels. Not for
+    several threads at once."""
+    global MIN_MATRIX, MIN_WIDTH, MIN_ATTENTION
+    before = MIN_MATRIX, MIN_WIDTH, MIN_ATTENTION
+    MIN_MATRIX = MIN_WIDTH = MIN_ATTENTION = 1
+    try:
+        yield
+    finally:
+        MIN_MATRIX, MIN_WIDTH, MIN_ATTENTION = before
 
 
 def unsupported_reason(*tensors: Tensor) -> str | None:

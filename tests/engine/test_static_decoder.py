@@ -60,7 +60,7 @@ class NoWaiting(TorchDispatchMode):
     reading = ("_local_scalar_dense", "item", "nonzero", "bincount", "equal", "is_nonzero", "unique", "masked_select")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")

@@ -5,7 +5,7 @@ Shapes: B rows, T columns, n tiles of all rows in order, S side of a tile in pix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
+from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import Rendered, render
 from llama4.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Processor:
         pixel_shuffle_ratio: how much the adapter shrinks the grid of patches along each side.
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
+        render_prompt: the family's prompt format.
 
     Raises:
         ValueError: image_size, patch_size and pixel_shuffle_ratio do not divide.
@@ -58,6 +60,7 @@ class Processor:
         max_tiles: int = 16,
         mean: float | tuple[float, float, float] = 0.5,
         std: float | tuple[float, float, float] = 0.5,
+        render_prompt: Callable[..., Rendered] = render,
     ) -> None:
         if max_tiles < 1:
             raise ValueError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
@@ -65,14 +68,15 @@ class Processor:
         self.image_size = image_size
         self.max_tiles = max_tiles
         self.mean, self.std = mean, std
+        self._render_prompt = render_prompt
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
 
     @classmethod
     def from_config(cls, tokenizer: Tokenizer, config: Llama4Config) -> Processor:
         """The processor of a model with this configuration."""
-        vision = config.vision
+        vision, render_prompt = config.vision, family_of(config).render
         if vision is None:
-            return cls(tokenizer, image_size=None)
+            return cls(tokenizer, image_size=None, render_prompt=render_prompt)
         return cls(
             tokenizer,
             vision.image_size,
@@ -81,6 +85,7 @@ class Processor:
             vision.max_tiles,
             vision.image_mean,
             vision.image_std,
+            render_prompt,
         )
 
     def __call__(
@@ -159,7 +164,7 @@ class Processor:
         Raises:
             ValueError: a message is not well formed, or there are more or fewer `tiles` than images.
         """
-        return render(
+        return self._render_prompt(
             messages,
             self.tokenizer,
             grids=[(image.rows, image.cols) for image in tiles],

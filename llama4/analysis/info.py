@@ -7,10 +7,10 @@ from typing import Any
 
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
-from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, PRESETS, Llama4Config
+from llama4.config import Llama4Config
+from llama4.families import PRESETS
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
-from llama4.weights.meta.params import PARAMS_FILE
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the weights alone; the scales of a quantised model are not counted."""
@@ -24,7 +24,7 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
     """
     if name in PRESETS:
         return PRESETS[name]()
-    files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, PARAMS_FILE, "tokenizer.model")
+    files = [pattern for layout in checkpoint.LAYOUTS.values() for pattern in layout.config_files]
     return checkpoint.read_config(hub.resolve(name, revision=revision, token=token, patterns=files))
 
 

@@ -10,6 +10,7 @@ from llama4.families.base import Family
 from llama4.families.llama4 import Llama4Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Llama4Family(),)}
+PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 
 def family_of(config: Llama4Config) -> Family:

@@ -72,7 +72,7 @@ def quantize(
     """
     source, target = Path(source), Path(target)
     config, weights, tokenizer = _open(source, target)
-    files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".pth", ".json"))
+    files = sorted(path for path in source.iterdir() if path.is_file())
     stamp = {
         "llama4": __version__,
         "scheme": [scheme, head, max_shard_bytes],

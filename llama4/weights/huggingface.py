@@ -35,10 +35,10 @@ class HuggingFaceLayout(Layout):
 
     name = "hf"
     title = "Hugging Face's"
+    config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES)
     files = (
-        CONFIG_FILE,
+        *config_files,
         "generation_config.json",
-        *IMAGE_CONFIG_FILES,
         "model.safetensors",
         "model.safetensors.index.json",
         "model-*-of-*.safetensors",

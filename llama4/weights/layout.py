@@ -20,8 +20,10 @@ class Layout(ABC):
     """What `llama4 convert --to` calls it."""
     title: ClassVar[str]
     """What people call it."""
+    config_files: ClassVar[tuple[str, ...]]
+    """Patterns of the files that `read_config` reads."""
     files: ClassVar[tuple[str, ...]]
-    """Patterns of the files that are read, those that tell of the layout first; what is fetched from the Hub."""
+    """Patterns of all files that are read: what is fetched from the Hub."""
 
     @abstractmethod
     def recognises(self, directory: Path) -> bool:

@@ -27,7 +27,8 @@ class MetaLayout(Layout):
 
     name = "meta"
     title = "Meta's"
-    files = (PARAMS_FILE, "consolidated.*.pth", "tokenizer.model")
+    config_files = (PARAMS_FILE, "tokenizer.model")  # special tokens follow its ranks
+    files = (*config_files, "consolidated.*.pth")
 
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).is_file()

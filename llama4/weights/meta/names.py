@@ -14,14 +14,14 @@ from llama4.config import Llama4Config
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one of our tensors, or an equal part of its last dimension, lies.
+    """Where a parameter, or an equal part of its last dimension, is in the files.
 
     Attributes:
         key: Meta's name.
-        join: our dimension that the ranks divide among them; None if each has all of it.
-        share: begin, end and whole of the rows that belong to us; others of the same key hold the rest.
-        experts: E where Meta flattens [E, a, b] to [E * a, b].
-        transpose: whether Meta has it the other way round.
+        join: the parameter's dimension that is divided among the ranks; None if each rank has all of it.
+        share: (begin, end, count): which rows of the tensor are the parameter's, if it is cut into `count` equal runs.
+        experts: E, where Meta flattens [E, a, b] to [E * a, b].
+        transpose: whether Meta has the matrix transposed.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Piece:
     transpose: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Our part of what a rank holds, as a view."""
+        """The part of a rank's tensor that is the parameter's, as a view."""
         if self.experts is not None:
             tensor = tensor.unflatten(0, (self.experts, -1))
         begin, end, whole = self.share
@@ -40,16 +40,16 @@ class Piece:
             tensor = tensor[begin * rows : end * rows]
         return tensor.mT if self.transpose else tensor
 
-    def slice(self, ours: Tensor, rank: int, ranks: int) -> Tensor:
-        """What a rank gets of our tensor, in Meta's shape: the inverse of `of` and of joining."""
+    def slice(self, parameter: Tensor, rank: int, ranks: int) -> Tensor:
+        """A rank's slice of the parameter, in Meta's shape: the inverse of `of` and of joining."""
         if self.join is not None:
-            ours = ours.chunk(ranks, dim=self.join)[rank]
-        ours = ours.mT if self.transpose else ours
-        return ours.flatten(0, 1) if self.experts is not None else ours
+            parameter = parameter.chunk(ranks, dim=self.join)[rank]
+        parameter = parameter.mT if self.transpose else parameter
+        return parameter.flatten(0, 1) if self.experts is not None else parameter
 
 
 def pieces(config: Llama4Config) -> dict[str, tuple[Piece, ...]]:
-    """Every parameter of ours -> its pieces, one behind the other along the last dimension."""
+    """Parameter -> its pieces, concatenated along the last dimension."""
     text, vision = config.text, config.vision
     H, K, E = text.num_attention_heads, text.num_key_value_heads, text.num_local_experts
     table: dict[str, tuple[Piece, ...]] = {

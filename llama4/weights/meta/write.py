@@ -40,9 +40,8 @@ def write_ranks(
             for key, owners in parts.items():
                 slices = []
                 for _, name, at in sorted(owners):
-                    ours = source.read(tied.get(name, name))
-                    ours = ours.chunk(len(table[name]), dim=-1)[at]
-                    slices.append(table[name][at].slice(ours, rank, ranks))
+                    parameter = source.read(tied.get(name, name)).chunk(len(table[name]), dim=-1)[at]
+                    slices.append(table[name][at].slice(parameter, rank, ranks))
                 state[key] = (
                     torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
                 )

@@ -1,8 +1,8 @@
 """Tokens to the experts that were chosen for them, and their results back.
 
-What computes experts wants rows sorted by expert; how they get there and back is a dispatcher's matter. Here all
-experts are on this device. Where each device has some of them, a subclass exchanges rows with the others after sorting,
-and back before adding up.
+Experts compute with rows sorted by expert. A dispatcher sorts the tokens, and returns the results to their places. Here
+all experts are on one device. For expert parallelism, a subclass exchanges rows between devices after sorting, and
+exchanges them back before adding up.
 
 Shapes: N packed tokens, D hidden size, E experts, k experts per token, R = N * k routed rows.
 """

@@ -1,7 +1,7 @@
 """What every compiled CPU kernel asks of its tensors, and the sizes from which calling one pays.
 
 The files of the operations add what is particular to theirs. A compiled kernel has no gradient, so nothing that is
-trained goes this way.
+trained uses one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Products with quantized matrices on the compiled CPU kernels, and rounding a matrix to int4 there.
 
-The readable ways in torch belong to the formats and stand in `llama4.quantization`. A format that has kernels is a key
-of `KINDS`.
+The readable ways in torch belong to the formats, in `llama4.quantization`. A format that has kernels is in `KINDS`.
 
 Shapes: N rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """

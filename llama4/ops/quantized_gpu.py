@@ -11,10 +11,20 @@ from torch import Tensor
 from llama4.kernels.triton import launch
 
 
-def is_supported(kind: str, x_RI: Tensor, group_size: int | None) -> bool:
-    """Whether a kernel multiplies these rows with a matrix in a format, `group_size` inputs to a scale; why none runs
-    on a device is logged once."""
-    return launch.takes(x_RI, kind, group_size or x_RI.shape[1])
+def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
+    """Why no kernel multiplies these rows with a matrix of a format, `group_size` inputs to a scale; None if one does.
+    That the kernels do not run on a GPU is logged once."""
+    if not x_RI.is_cuda:
+        return "the rows are not on a GPU"
+    if kind not in launch.KINDS:
+        return f"there are no kernels for {kind}"
+    if (group_size or x_RI.shape[1]) % 16:
+        return "the inputs of a scale are no multiple of 16"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces this call"
+    if x_RI.requires_grad and torch.is_grad_enabled():
+        return "a tensor needs a gradient"
+    return launch.unsupported_reason(x_RI.device, x_RI.dtype)
 
 
 def is_gemv(x_RI: Tensor) -> bool:
@@ -32,7 +42,7 @@ def product(
     x_scale_R: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x W^T, [R, O], where `is_supported`; the host does not wait for the device.
+    """x W^T, [R, O], where `unsupported_reason` is None; the host does not wait for the device.
 
     Args:
         x_RI: rows; of "fp8" bytes of e4m3.

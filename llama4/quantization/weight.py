@@ -137,7 +137,7 @@ class WeightFormat(ABC):
 
     def has_gpu_kernel(self, x_RI: Tensor) -> bool:
         """Whether a Triton kernel multiplies these rows with a matrix in this format."""
-        return quantized_gpu.is_supported(self.kind, x_RI, self.group_size)
+        return quantized_gpu.unsupported_reason(self.kind, x_RI, self.group_size) is None
 
     def grouped_product(
         self, weight: PackedWeight, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None

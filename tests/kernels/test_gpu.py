@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import GroupedExperts
+from llama4.ops import quantized_gpu
 from llama4.quantization import fp8
 from llama4.quantization.weight import PackedWeight
 
@@ -30,7 +31,7 @@ def forget() -> Iterator[None]:
 
 def test_not_on_a_cpu() -> None:
     assert launch.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
-    assert not launch.takes(torch.zeros(1, 64), "int4", 32)
+    assert quantized_gpu.unsupported_reason("int4", torch.zeros(1, 64), 32) == "the rows are not on a GPU"
 
 
 def test_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Llama 4 in float64, one token, head and expert at a time: slow, and meant to be read as the specification.
 
 Nothing here is shared with the library but the names of parameters and of configuration fields. A token's position is
-absolute, RoPE turns by its full angle, masks are written out, images are walked patch by patch.
+absolute, RoPE rotates by its full angle, masks are written out, images are walked patch by patch.
 
 Shapes: T tokens, D hidden size, H heads, C head_dim, n tiles, P patches of a tile, W width of the vision tower.
 """
@@ -39,7 +39,7 @@ def run(
     *,
     first_position: int = 0,
 ) -> Plain:
-    """Logits of one sequence whose first token stands at `first_position`."""
+    """Logits of one sequence whose first token is at `first_position`."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = w["language_model.model.embed_tokens.weight"][ids]
     if tiles is not None:
@@ -109,8 +109,8 @@ def attention(w: Weights, config: TextConfig, i: int, x_TD: Tensor, positions: l
 
 
 def rope(x_C: Tensor, position: int, config: TextConfig) -> Tensor:
-    """Consecutive pairs are complex numbers, turned by position times frequency."""
-    C, turned = len(x_C), x_C.clone()
+    """Consecutive pairs are complex numbers, rotated by position times frequency."""
+    C, rotated = len(x_C), x_C.clone()
     for pair in range(C // 2):
         frequency = config.rope_theta ** (-2 * pair / C)
         if (scaling := config.rope_scaling) is not None:
@@ -124,8 +124,8 @@ def rope(x_C: Tensor, position: int, config: TextConfig) -> Tensor:
                 frequency = (1 - kept) * frequency / scaling.factor + kept * frequency
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         real, imaginary = x_C[2 * pair], x_C[2 * pair + 1]
-        turned[2 * pair], turned[2 * pair + 1] = real * cos - imaginary * sin, real * sin + imaginary * cos
-    return turned
+        rotated[2 * pair], rotated[2 * pair + 1] = real * cos - imaginary * sin, real * sin + imaginary * cos
+    return rotated
 
 
 def swiglu(w: Weights, name: str, x_D: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def layer_norm(w: Weights, name: str, x: Tensor, eps: float) -> Tensor:
 
 
 def image_tokens(w: Weights, config: VisionConfig, tile_3SS: Tensor) -> Tensor:
-    """One tile -> what stands in place of its `<|patch|>` tokens."""
+    """One tile -> what replaces the embeddings of its `<|patch|>` tokens."""
     side, patch, eps = config.image_size // config.patch_size, config.patch_size, config.norm_eps
     places = [(row, column) for row in range(side) for column in range(side)]
     cut = [tile_3SS[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].flatten() for r, c in places]
@@ -199,8 +199,8 @@ def vision_attention(w: Weights, config: VisionConfig, name: str, x: Tensor, pla
             at = pair % (C // 4)
             angle = (column + 1 if pair < C // 4 else row + 1) * config.rope_theta ** (-4 * at / C)
             cos, sin = math.cos(angle), math.sin(angle)
-            turn = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+            rotation = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
             for heads in (q, k):
-                heads[p, :, 2 * pair : 2 * pair + 2] = heads[p, :, 2 * pair : 2 * pair + 2] @ turn.T
+                heads[p, :, 2 * pair : 2 * pair + 2] = heads[p, :, 2 * pair : 2 * pair + 2] @ rotation.T
     outputs = [(q[:, h] @ k[:, h].T / math.sqrt(C)).softmax(-1) @ v[:, h] for h in range(H)]
     return project("o", torch.cat(outputs, dim=-1))

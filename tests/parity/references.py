@@ -1,4 +1,4 @@
-"""Small random models built with transformers, the truth that ours is held to."""
+"""Small random models built with transformers, the reference for ours."""
 
 from __future__ import annotations
 

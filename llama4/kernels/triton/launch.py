@@ -55,18 +55,6 @@ def _failure(device: torch.device) -> str | None:
     return reason
 
 
-def takes(x_RI: Tensor, kind: str, inputs_per_scale: int) -> bool:
-    """Whether rows go this way, to a matrix of some kind with so many inputs to a scale."""
-    return (
-        x_RI.is_cuda
-        and kind in KINDS
-        and inputs_per_scale % 16 == 0
-        and not (x_RI.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-        and unsupported_reason(x_RI.device, x_RI.dtype) is None
-    )
-
-
 def product(
     kind: str,
     x_RI: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
 
 from llama4.errors import ImageError
+from llama4.families import FAMILIES
+from llama4.families.llama4 import Llama4Family
 from llama4.inputs import Processor
+from llama4.text.prompt import Rendered
 from llama4.text.tokenizer import Tokenizer
+from tests import small_model
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 
@@ -155,3 +160,16 @@ def test_what_cannot_work_is_named(small_tokenizer: Tokenizer, processor: Proces
         processor([[user("x")], []])
     with pytest.raises(ImageError, match=r"no such image file: nowhere\.png"):
         processor([{"role": "user", "content": [{"type": "image", "path": "nowhere.png"}]}])
+
+
+def test_the_family_gives_the_prompt_format(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Upside(Llama4Family):
+        @staticmethod
+        def render(messages: Any, tokenizer: Tokenizer, **rest: Any) -> Rendered:
+            ids = [i for message in reversed(messages) for part in message.parts for i in tokenizer.encode(part)]
+            return Rendered(ids, [False] * len(ids))
+
+    monkeypatch.setitem(FAMILIES, "upside", Upside())
+    processor = Processor.from_config(small_tokenizer, replace(small_model.config(), family="upside"))
+    ids = processor([user("first"), user("second")]).input_ids
+    assert small_tokenizer.decode(ids[0].tolist()) == "secondfirst"

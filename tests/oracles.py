@@ -19,14 +19,19 @@ OURS = ("tests", "llama4.bench")
 """Code that reaches a reference."""
 
 
+def named() -> dict[str, str]:
+    """The exact version of each package of the extra `test`, by its module's name; empty where none is named."""
+    extra = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]["test"]
+    return {name.replace("-", "_"): exact for name, _, exact in (entry.partition("==") for entry in extra)}
+
+
 def strangers() -> dict[str, str]:
     """Modules whose installed version is not the one named, each with a sentence about it."""
-    extra = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]["test"]
-    named = {name.replace("-", "_"): exact for name, _, exact in (entry.partition("==") for entry in extra)}
+    exact = named()
     return {
-        module: f"{module} {version(module)} is installed; the reference is {named[module]}"
+        module: f"{module} {version(module)} is installed; the reference is {exact[module]}"
         for module in ORACLES
-        if version(module) != named[module]
+        if version(module) != exact[module]
     }
 
 

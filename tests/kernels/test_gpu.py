@@ -22,11 +22,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    launch.unsupported_reason.cache_clear()
-    launch._failure.cache_clear()
+    caches = launch.unsupported_reason, launch._failure  # a test may replace them
+    for function in caches:
+        function.cache_clear()
     yield
-    launch.unsupported_reason.cache_clear()
-    launch._failure.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 def test_not_on_a_cpu() -> None:

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.norm import rms_normalise
@@ -259,7 +259,7 @@ def train(design: str, args: argparse.Namespace) -> Llama4Model:
 
 @torch.inference_mode()
 def answers(
-    model: Llama4Model, length: int, seed: int, new_cache: Callable[[], Cache] | None = None
+    model: Llama4Model, length: int, seed: int, new_cache: Callable[[], SequenceCache] | None = None
 ) -> tuple[Tensor, Haystack, Tensor]:
     """One haystack of `length` tokens with `PER_DEPTH` needles at every depth, and a question for each.
 
@@ -283,7 +283,7 @@ def answers(
 
 
 def ask(
-    model: Llama4Model, length: int, seed: int, new_cache: Callable[[], Cache] | None = None
+    model: Llama4Model, length: int, seed: int, new_cache: Callable[[], SequenceCache] | None = None
 ) -> list[dict[str, float]]:
     """What `answers` gives, needle by needle: its depth, whether the likeliest next token was its value (0 or 1), the
     natural logarithm of the probability of that value, and whether a chunk border cuts the needle."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
-    from llama4.engine.generate import Token
     from llama4.engine.replies import Reply, Stream, Usage
     from llama4.engine.sampling import Sampler
+    from llama4.engine.tokens import Token
     from llama4.errors import CheckpointError, ConfigError, ContextLengthError, ImageError
     from llama4.inputs import Inputs, Processor
     from llama4.model.multimodal import Llama4Model
@@ -39,7 +39,7 @@ _HOMES = {
     "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
     "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
-    "llama4.engine.generate": ("Token",),
+    "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
     "llama4.model.multimodal": ("Llama4Model",),
     "llama4.engine.replies": ("Reply", "Stream", "Usage"),

@@ -13,12 +13,13 @@ import torch
 
 from llama4.cache.formats import resolve_format
 from llama4.config import Llama4Config
-from llama4.engine.generate import Event, generate
+from llama4.engine.generate import generate
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
+from llama4.engine.tokens import Event
 from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import resolve_device, resolve_dtype

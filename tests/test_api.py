@@ -15,8 +15,8 @@ from PIL import Image
 
 from llama4 import CheckpointError, ConfigError, ContextLengthError, ImageError, Llama4, Reply
 from llama4.config import scout
-from llama4.engine.generate import Event, Token
 from llama4.engine.replies import ReplyBuilder
+from llama4.engine.tokens import Event, Token
 from llama4.model.device import resolve_device, resolve_dtype
 from llama4.tiny import EMBEDDED
 from tests import small_model

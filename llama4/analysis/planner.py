@@ -17,7 +17,7 @@ import torch
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
-from llama4.engine.generate import PREFILL_TOKENS
+from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint

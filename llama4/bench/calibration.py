@@ -25,9 +25,9 @@ from llama4.api import Llama4
 from llama4.bench.machine import OtherProcesses
 from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
 from llama4.bench.report import DISTURBED
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.config import Llama4Config, TextConfig
-from llama4.engine.generate import PREFILL_TOKENS, prefill
+from llama4.engine.prefill import PREFILL_TOKENS, prefill
 from llama4.engine.runner import ModelRunner
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
@@ -177,7 +177,7 @@ def _pass(model: Llama4Model, piece: int, cache_dtype: str) -> list[float]:
     return [near, _steps(runner, ids, cache), *pieces]
 
 
-def _steps(runner: ModelRunner, ids: Tensor, cache: Cache) -> float:
+def _steps(runner: ModelRunner, ids: Tensor, cache: SequenceCache) -> float:
     """Median seconds of a decoding step."""
     spent = []
     for i in range(STEPS):
@@ -187,7 +187,7 @@ def _steps(runner: ModelRunner, ids: Tensor, cache: Cache) -> float:
     return statistics.median(spent)
 
 
-def _new_cache(model: Llama4Model, cache_dtype: str) -> Cache:
+def _new_cache(model: Llama4Model, cache_dtype: str) -> SequenceCache:
     return model.new_cache(1, None if cache_dtype == "auto" else cache_dtype)
 
 

@@ -38,9 +38,10 @@ from llama4.bench.report import (
 )
 from llama4.bench.scaling_fit import Fit, Point, fit, keys_by_kind
 from llama4.cache.formats import resolve_format
-from llama4.cache.sequence import SPAN, Cache
+from llama4.cache.layer import READ_SLOTS
+from llama4.cache.sequence import SequenceCache
 from llama4.config import TextConfig
-from llama4.engine.generate import PREFILL_TOKENS
+from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens
@@ -81,10 +82,10 @@ def measure(llm: Llama4, context: int, every: int, threads: int) -> Scaling:
         for start in range(block, min(block + every, context), PREFILL_TOKENS)
     ]
     for start, tokens in shown(pieces, lambda piece: f"{piece[0]:,} tokens"):
-        if start % every == 0 and cache.nexts[0]:
+        if start % every == 0 and cache.next_position[0]:
             scaling.rates.append(probe.measure())
             scaling.decode.append(_decode(llm, ids, cache))
-        position, begin = cache.nexts[0], time.perf_counter()
+        position, begin = cache.next_position[0], time.perf_counter()
         model(ids(tokens), cache=cache, last_only=True).argmax().item()
         scaling.prefill.append(Point(position, tokens, time.perf_counter() - begin))
     scaling.rates.append(probe.measure())
@@ -112,14 +113,17 @@ def measure_filled(llm: Llama4, context: int, threads: int) -> Scaling:
     return scaling
 
 
-def fill(cache: Cache, length: int, text: TextConfig, dtype: torch.dtype) -> None:
+def fill(cache: SequenceCache, length: int, text: TextConfig, dtype: torch.dtype) -> None:
     """Put random keys and values into the only row until it has `length` tokens, in each layer those that it keeps."""
     for layer, window in zip(cache.layers, cache.windows, strict=True):
-        held, past = cache.held(0, length, window), 0 if window else cache.held(0, cache.nexts[0], None)
-        for start in range(past, held, SPAN):
-            shape = (min(SPAN, held - start), text.num_key_value_heads, text.head_dim)
-            layer.keep(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
-    cache.nexts = (length,)
+        held, past = (
+            cache.cached_tokens(0, length, window),
+            0 if window else cache.cached_tokens(0, cache.next_position[0], None),
+        )
+        for start in range(past, held, READ_SLOTS):
+            shape = (min(READ_SLOTS, held - start), text.num_key_value_heads, text.head_dim)
+            layer.write(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
+    cache.commit(cache.start, (length,))
 
 
 def _random_ids(llm: Llama4) -> Callable[[int], torch.Tensor]:
@@ -133,8 +137,8 @@ def _decode_fit(llm: Llama4, scaling: Scaling) -> Fit | None:
     return fit(scaling.decode, lambda p: keys_by_kind(text, p.position + STEPS // 2, 1), per_key)
 
 
-def _decode(llm: Llama4, ids: Callable[[int], torch.Tensor], cache: Cache) -> Point:
-    position = cache.nexts[0]
+def _decode(llm: Llama4, ids: Callable[[int], torch.Tensor], cache: SequenceCache) -> Point:
+    position = cache.next_position[0]
     llm.runner.step(ids(1)[0], cache)  # makes the block tables
     seconds = [timed(lambda: llm.runner.step(ids(1)[0], cache).argmax().item()) for _ in range(STEPS - 1)]
     return Point(position, 1, Spread.of(seconds).median)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama4.api import Llama4
 from llama4.bench.engine import Engine, EngineConfig, image_message
-from llama4.engine.generate import prefill
+from llama4.engine.prefill import prefill
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
 from llama4.kernels import build

@@ -18,7 +18,8 @@ import ctypes
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
+from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
@@ -48,20 +49,19 @@ class FusedSession:
         logits_BV: of the last step, overwritten by the next.
     """
 
-    def __init__(self, model: Llama4Model, description: Description, cache: Cache) -> None:
+    def __init__(self, model: Llama4Model, description: Description, cache: SequenceCache) -> None:
         assert description.decoder is not None
         config, dtype, rows = model.config.text, model.dtype, cache.batch_size
-        batch = make_batch(rows, 1, model.device, firsts=cache.firsts, nexts=cache.nexts)
-        first = {window: batch.step(window) for window in set(cache.windows)}
-        room = [CACHE_BLOCK - slot % CACHE_BLOCK for step in first.values() for slot in step.slots]
-        room += [end - p for window in first for p in batch.starts if (end := chunk_end(p, window)) is not None]
+        batch = make_batch(rows, 1, model.device, start=cache.start, next_position=cache.next_position)
+        windows = set(cache.windows)
+        room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
+        room += [end - p for window in windows for p in batch.query_start if (end := chunk_end(p, window)) is not None]
         self.count = min(MAX_STEPS, *room)
         ahead_S1 = torch.arange(self.count)[:, None]
         factors = PositionFactors(config, (batch.positions_N + ahead_S1).flatten(), dtype)
-        lengths_SB = {window: step.lengths_B + ahead_S1 for window, step in first.items()}
-        for layer, window in zip(cache.layers, cache.windows, strict=True):
-            layer.make_room(first[window])
-        cache.firsts, cache.nexts = batch.firsts, batch.starts
+        lengths_SB = {window: batch.key_lengths(window) + ahead_S1 for window in windows}
+        tables = [layer.reserve() for layer in CacheView(cache, batch).layers]
+        cache.commit(batch.start, batch.query_start)
 
         self.description = description
         self.step, self.version, self.hooks = 0, cache.version, RemovableHandle.next_id
@@ -69,7 +69,6 @@ class FusedSession:
         self.logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype)
         self._ids, self._greedy = ((ctypes.c_int64 * rows)() for _ in range(2))
         self._logprobs = (ctypes.c_float * rows)()
-        tables = [layer.table() for layer in cache.layers]
         attentions = [block.self_attn for block in model.language_model.model.layers if isinstance(block, DecoderLayer)]
         self._layers = (LayerStep * len(tables))()
         self._alive = factors, lengths_SB, tables, description.weights()
@@ -94,7 +93,7 @@ class FusedSession:
                 format=cache.layers[i].format.number,
             )
 
-    def is_current(self, cache: Cache) -> bool:
+    def is_current(self, cache: SequenceCache) -> bool:
         """Whether the cache is as the last step left it, a step is left, and no hook was added anywhere."""
         return (
             self.version == cache.version
@@ -103,7 +102,7 @@ class FusedSession:
             and not self.description.is_outdated
         )
 
-    def run(self, ids: list[int], cache: Cache) -> None:
+    def run(self, ids: list[int], cache: SequenceCache) -> None:
         """One more token in every row."""
         if len(ids) != len(self._ids):
             check_rows(len(ids), cache)
@@ -112,7 +111,7 @@ class FusedSession:
         self._ids[:] = list(ids)
         self._decode(*self._model, self.step, self._tokens)
         self.step += 1
-        self.version = cache.count_step()
+        self.version = cache.commit_step()
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
         """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
@@ -133,7 +132,7 @@ class FusedCpuRunner:
         weight = self.model.language_model.model.norm.weight
         return weight.is_cpu and len(weight) >= cpu_kernels.MIN_WIDTH and build.library() is not None
 
-    def unsupported_reason(self, cache: Cache) -> str | None:
+    def unsupported_reason(self, cache: SequenceCache) -> str | None:
         model, head_dim = self.model, self.model.config.text.head_dim
         if not self.is_worthwhile():
             return f"the model is on {model.device}, too small to gain, or there are no kernels"
@@ -158,6 +157,6 @@ class FusedCpuRunner:
             return f"{hooked} has a hook, or a forward of its own"
         return self._description.unsupported_reason
 
-    def open(self, cache: Cache) -> FusedSession:
+    def open(self, cache: SequenceCache) -> FusedSession:
         assert self._description is not None, "unsupported_reason comes first"
         return FusedSession(self.model, self._description, cache)

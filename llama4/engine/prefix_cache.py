@@ -1,29 +1,25 @@
-"""What a model has read: the tokens of a conversation, images among them, and the keys and values that it made of them.
+"""The tokens of a conversation, images among them, with the keys and values that the model computed for them.
 
-The next prompt that begins alike is read from where it differs.
+The next prompt with the same beginning is computed from where it differs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama4.cache.sequence import Cache
-from llama4.engine.generate import Event
+from llama4.cache.saved import load_cache, save_cache
+from llama4.cache.sequence import SequenceCache
+from llama4.engine.tokens import Event
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
 
-WORTH_SHARING = 64
-"""Tokens from which a common beginning is not read again."""
-_TOKENS = "tokens"
+MIN_SHARED = 64
+"""Tokens from which a common beginning is not computed again."""
 
 
 def identities(inputs: Inputs, model: Llama4Model) -> list[Tensor]:
@@ -52,7 +48,7 @@ class PromptCache:
         tokens: identities of what was read, and perhaps of a last token that was not.
     """
 
-    def __init__(self, model: Llama4Model, cache: Cache, tokens: Tensor) -> None:
+    def __init__(self, model: Llama4Model, cache: SequenceCache, tokens: Tensor) -> None:
         self.model = model
         self.cache = cache
         self.tokens = [int(token) for token in tokens]
@@ -66,7 +62,7 @@ class PromptCache:
         """Memory that the keys and values take; other caches may share it."""
         return self.cache.num_bytes
 
-    def beginning(self, rows: Sequence[Tensor]) -> Cache | None:
+    def beginning(self, rows: Sequence[Tensor]) -> SequenceCache | None:
         """A cache with what all rows begin with; None if that is not worth it.
 
         It shares memory with this one, which stays as it is. Its keys and values may differ in the last bit from those
@@ -78,10 +74,10 @@ class PromptCache:
         own = torch.tensor(self.tokens[: len(self)])
         common = min(_agreement(own, row) for row in rows)
         shortest = min(map(len, rows))
-        is_answered = len(rows) == 1 and self.cache.answer is not None and self.cache.answer[0] == shortest
+        is_answered = len(rows) == 1 and self.cache.last_logits is not None and self.cache.last_logits[0] == shortest
         if common == shortest and not is_answered:
             common -= 1
-        if common < WORTH_SHARING and not (is_answered and common == shortest):
+        if common < MIN_SHARED and not (is_answered and common == shortest):
             return None
         cut = self.cache.fork()
         if not cut.truncate(common):
@@ -102,23 +98,7 @@ class PromptCache:
         """
         if not self.cache.is_consistent:
             raise ValueError("this cache is of a prompt whose reading was broken off; read the prompt again")
-        path = Path(path)
-        blocks = {
-            f"{i}.{j}": block for i, layer in enumerate(self.cache.layers) for j, block in enumerate(layer.rows[0])
-        }
-        tensors = {_TOKENS: torch.tensor(self.tokens[: len(self)])} | {k: b.cpu() for k, b in blocks.items()}
-        about = {"model": fingerprint(self.model), "formats": _formats(self.cache), "first": str(self.cache.firsts[0])}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            _write(partial, tensors, about)
-            partial.replace(path)
-        except OSError as error:
-            raise ValueError(
-                f"could not write the cache to {path}: {error.strerror or error}; free {self.num_bytes:,} bytes or "
-                "choose another place"
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        save_cache(Path(path), self.cache, torch.tensor(self.tokens[: len(self)]), fingerprint(self.model))
 
     @classmethod
     def load(
@@ -138,27 +118,7 @@ class PromptCache:
             ValueError: no such file, a damaged one, or the cache of another model or dtype.
         """
         cache = model.new_cache(1, dtype, device)
-        try:
-            with safe_open(path, framework="pt") as file:
-                about, keys = file.metadata() or {}, set(file.keys())
-                if about.get("model") != fingerprint(model):
-                    raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
-                if about["formats"] != _formats(cache):
-                    raise ValueError(
-                        f"{path} holds {about['formats']}, but the cache of this model is {_formats(cache)}; "
-                        "load the model with the same cache_dtype, or read the prompt again"
-                    )
-                tokens = file.get_tensor(_TOKENS)
-                cache.firsts = (int(about["first"]),)
-                cache.nexts = (cache.firsts[0] + len(tokens),)
-                for i, (layer, window) in enumerate(zip(cache.layers, cache.windows, strict=True)):
-                    count = layer.blocks_for(cache.held(0, cache.nexts[0], window))
-                    if missing := [f"{i}.{j}" for j in range(count) if f"{i}.{j}" not in keys]:
-                        raise ValueError(f"{path} lacks {', '.join(missing)}; it is damaged, read the prompt again")
-                    layer.rows[0] = [file.get_tensor(f"{i}.{j}").to(layer.device, copy=True) for j in range(count)]
-        except (SafetensorError, KeyError, FileNotFoundError, IsADirectoryError) as error:
-            raise ValueError(f"{path} cannot be read as a saved cache: {error}") from error
-        return cls(model, cache, tokens)
+        return cls(model, cache, load_cache(path, cache, fingerprint(model)))
 
 
 def fingerprint(model: Llama4Model) -> str:
@@ -176,23 +136,3 @@ def _agreement(ours: Tensor, theirs: Tensor) -> int:
     length = min(len(ours), len(theirs))
     differs = (ours[:length] != theirs[:length]).nonzero()
     return int(differs[0]) if len(differs) else length
-
-
-def _formats(cache: Cache) -> str:
-    return ", ".join(dict.fromkeys(str(layer.format) for layer in cache.layers))
-
-
-def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """A safetensors file, tensor after tensor: the package's own function first makes a copy of them all."""
-    names = {torch.int64: "I64", torch.uint8: "U8"}
-    header: dict[str, object] = {"__metadata__": about}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + math.prod(tensor.shape) * tensor.itemsize
-        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy().data)

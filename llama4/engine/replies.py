@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama4.engine.generate import Event, FinishReason, Token
+from llama4.engine.tokens import Event, FinishReason, Token
 from llama4.text.tool_calls import ToolCall, parse_reply
 
 

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.sampling import Sampler
-from llama4.model.multimodal import Llama4Model
+from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
 
 logger = logging.getLogger("llama4.engine")
@@ -34,10 +34,10 @@ class Session(Protocol):
     def logits_BV(self) -> Tensor:
         """Logits after the last step, valid until the next."""
 
-    def is_current(self, cache: Cache) -> bool:
+    def is_current(self, cache: SequenceCache) -> bool:
         """Whether the next step can be run without asking the runners anew."""
 
-    def run(self, ids: list[int], cache: Cache) -> None:
+    def run(self, ids: list[int], cache: SequenceCache) -> None:
         """One more token in every row.
 
         Raises:
@@ -57,10 +57,10 @@ class Runner(Protocol):
         """Whether this way is meant for the model: it has a kernel on its device, and the model is large enough to
         gain."""
 
-    def unsupported_reason(self, cache: Cache) -> str | None:
+    def unsupported_reason(self, cache: SequenceCache) -> str | None:
         """Why the next step of a cache cannot be computed this way; None if it can."""
 
-    def open(self, cache: Cache) -> Session:
+    def open(self, cache: SequenceCache) -> Session:
         """Prepare the next steps of a cache. There must be no `unsupported_reason`. The session does not keep the cache
         in memory."""
 
@@ -73,11 +73,11 @@ class EagerSession:
     def __init__(self, model: Llama4Model) -> None:
         self.model = model
 
-    def is_current(self, cache: Cache) -> bool:
+    def is_current(self, cache: SequenceCache) -> bool:
         return False
 
     @torch.inference_mode()
-    def run(self, ids: list[int], cache: Cache) -> None:
+    def run(self, ids: list[int], cache: SequenceCache) -> None:
         self.logits_BV = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)[:, 0]
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
@@ -96,10 +96,10 @@ class EagerRunner:
     def is_worthwhile(self) -> bool:
         return True
 
-    def unsupported_reason(self, cache: Cache) -> str | None:
+    def unsupported_reason(self, cache: SequenceCache) -> str | None:
         return None
 
-    def open(self, cache: Cache) -> EagerSession:
+    def open(self, cache: SequenceCache) -> EagerSession:
         return EagerSession(self.model)
 
 
@@ -118,13 +118,13 @@ class ModelRunner:
     def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
         self.model = model
         self.runners = tuple(runners or (FusedCpuRunner(model), EagerRunner(model)))
-        self._sessions: dict[int, tuple[Session, weakref.ref[Cache]]] = {}
+        self._sessions: dict[int, tuple[Session, weakref.ref[SequenceCache]]] = {}
         self._logged: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model,)  # a copy of what was prepared would point into the original's weights
 
-    def choose(self, cache: Cache) -> Runner:
+    def choose(self, cache: SequenceCache) -> Runner:
         """The runner of the next step of a cache."""
         for runner in self.runners:
             reason = runner.unsupported_reason(cache)
@@ -137,7 +137,7 @@ class ModelRunner:
         raise AssertionError("the last runner supports everything")
 
     @torch.inference_mode()
-    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+    def step(self, ids_B: Tensor, cache: SequenceCache) -> Tensor:
         """One more token in every row -> logits of the next, [B, V].
 
         A change of weights or modules between two steps of one cache takes effect after `release(cache)`, or after some
@@ -149,7 +149,7 @@ class ModelRunner:
         return self._run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(
-        self, ids: list[int], cache: Cache, sampler: Sampler, generators: Sequence[random.Random]
+        self, ids: list[int], cache: SequenceCache, sampler: Sampler, generators: Sequence[random.Random]
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
         session = self._run(ids, cache)
@@ -158,19 +158,21 @@ class ModelRunner:
         ids_B, logprobs_B = sampler(session.logits_BV, generators)
         return ids_B.tolist(), logprobs_B.tolist()
 
-    def release(self, cache: Cache) -> None:
+    def release(self, cache: SequenceCache) -> None:
         """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""
         self._sessions.pop(id(cache), None)
 
-    def _run(self, ids: list[int], cache: Cache) -> Session:
+    def _run(self, ids: list[int], cache: SequenceCache) -> Session:
         # A line of Python between two steps costs ten times what it seems to: weights have evicted it from the caches.
         found = self._sessions.get(id(cache))
-        session = found[0] if found is not None and found[0].is_current(cache) else self._open(cache)
+        session = found[0] if found is not None and found[0].is_current(cache) else self._open(ids, cache)
         session.run(ids, cache)
         return session
 
     @torch.inference_mode()
-    def _open(self, cache: Cache) -> Session:
+    def _open(self, ids: list[int], cache: SequenceCache) -> Session:
+        check_rows(len(ids), cache)
+        check_ids(min(ids), max(ids), self.model.config.text.vocab_size)
         session, key, sessions = self.choose(cache).open(cache), id(cache), self._sessions
         sessions[key] = session, weakref.ref(cache, lambda _: sessions.pop(key, None))
         return session

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.config.window import chunk_start
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
@@ -43,12 +43,12 @@ class StaticDecoder:
         logits_BV: of the last step, until the next one.
     """
 
-    def __init__(self, model: Llama4Model, cache: Cache, room: int, *, capture: bool = True) -> None:
+    def __init__(self, model: Llama4Model, cache: SequenceCache, room: int, *, capture: bool = True) -> None:
         text, device = model.config.text, model.device
         self.model = model
         self.room = room
         self.captures = capture and device.type == "cuda"
-        self._first, self._next = list(cache.firsts), list(cache.nexts)
+        self._first, self._next = list(cache.start), list(cache.next_position)
         self._windows = [*cache.windows]
         B = cache.batch_size
         self._ids_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ class StaticDecoder:
         for layer, window, buffer in zip(cache.layers, self._windows, self._keys_values, strict=True):
             for row in range(B):
                 begin = 0
-                for keys_KSC, values_KSC in layer.spans(row, self._seen(row, window), model.dtype, device):
+                for keys_KSC, values_KSC in layer.read(row, self._seen(row, window), model.dtype, device):
                     end = begin + keys_KSC.shape[1]
                     buffer[0, row, :, begin:end], buffer[1, row, :, begin:end] = keys_KSC, values_KSC
                     begin = end

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama4.cache.sequence import LayerCache
+from llama4.cache.view import LayerView
 from llama4.config import TextConfig
 from llama4.model.batch import Batch
 from llama4.model.positions import PositionFactors
-from llama4.ops.attention import causal_attention, step_attention
+from llama4.ops.attention import causal_attention, decode_attention
 from llama4.ops.linear import Linear
 from llama4.ops.rope import apply_rope
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerView | None) -> Tensor:
         q_NHC, k_NKC, v_NKC = (
             projection(x_ND).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -44,17 +44,17 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(self._attend(q_NHC, k_NKC, v_NKC, batch, cache).flatten(1))
         return out
 
-    def _attend(self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Batch, cache: LayerCache | None) -> Tensor:
-        if cache is not None and batch.is_step:
-            step = batch.step(self.window)
-            for row, slot in enumerate(step.slots):
-                cache.keep(row, slot, k_NKC[row : row + 1], v_NKC[row : row + 1])
-            return step_attention(q_NHC, cache, [slot + 1 for slot in step.slots], step.lengths_B)
-        pieces = []
-        for segment in batch.segments(self.window):
-            new = slice(segment.start, segment.end)
-            q, k, v = q_NHC[new], k_NKC[new], v_NKC[new]
-            pieces.append(causal_attention(q, k, v, cache, segment.row, segment.past))
-            if cache is not None and segment.last:  # else nobody will ask for this chunk again
-                cache.keep(segment.row, segment.past, k, v)
-        return torch.cat(pieces) if pieces else q_NHC
+    def _attend(self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Batch, cache: LayerView | None) -> Tensor:
+        spans = batch.spans(self.window)
+        if cache is not None and batch.is_decode:
+            cache.write(k_NKC, v_NKC)
+            lengths = [span.past + 1 for span in spans]
+            return decode_attention(q_NHC, cache.blocks, lengths, batch.key_lengths(self.window))
+        outputs = []
+        for span in spans:
+            new = slice(span.begin, span.end)
+            blocks = cache.blocks if cache is not None else None
+            outputs.append(causal_attention(q_NHC[new], k_NKC[new], v_NKC[new], blocks, span.row, span.past))
+        if cache is not None:
+            cache.write(k_NKC, v_NKC)
+        return torch.cat(outputs) if outputs else q_NHC

@@ -1,75 +1,70 @@
-"""Rows of a batch -> one run of tokens without padding, and back.
+"""A batch as packed tokens: the tokens of all rows one after the other, without padding.
 
-Every layer but attention treats tokens alone, so the decoder works on N packed tokens and padding costs nothing,
-reaches no expert and moves no position. What attention must know, which tokens see each other, is a list of
-`Segment`s, computed once per forward on the host and shared by all layers.
+Every layer but attention computes each token alone, so the decoder runs over N packed tokens: padding costs nothing,
+reaches no expert and moves no position. What attention must know, which tokens see each other, is a list of `Span`s,
+computed once per forward on the host and shared by all layers with the same window.
 
 Shapes: B rows, T columns with padding, N packed tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from llama4.config.window import chunk_end, chunk_start
+
 
 @dataclass(frozen=True)
-class Segment:
-    """New tokens [start, end) of the packed run, of one row, that see each other causally and `past` cached tokens
-    before.
+class Span:
+    """Packed tokens [begin, end): new tokens of one row and one chunk. They see each other causally, and all of the
+    first `past` slots of the row in the cache of a layer with this window, behind which they go.
 
-    `past` is also where the first of them goes in the cache of a layer with this window. `last` says that later tokens
-    of the row will need them: of a row that crosses chunk borders only its last chunk is kept.
+    `is_last` says that the row's next token may see them: of a row that crosses chunk borders only the last chunk is
+    kept.
     """
 
     row: int
-    start: int
+    begin: int
     end: int
     past: int
-    last: bool
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token in every row: its slot in the cache of a layer, and how many keys it sees there, with its own."""
-
-    slots: list[int]
-    lengths_B: Tensor
-
-    @property
-    def longest(self) -> int:
-        return max(self.slots) + 1
-
-    @property
-    def is_ragged(self) -> bool:
-        return min(self.slots) + 1 != self.longest
+    is_last: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Where each row's tokens stand in the packed run, and at which positions of their sequences.
+    """Where each row's tokens are in the packed run, and at which positions of their sequences.
 
-    `firsts[b]` is the position of the first token of row b's sequence, that of the cache included; `starts[b]` the
-    position of its first new token; `lengths[b]` how many new ones there are.
+    Attributes:
+        start: position of the first token of each row's sequence, that of the cache included.
+        query_start: position of each row's first new token.
+        lengths: new tokens of each row.
+        columns: T.
+        positions_N: position of each packed token.
+        index_N: flat places b * T + t of the packed tokens; None if nothing is padded.
     """
 
-    firsts: tuple[int, ...]
-    starts: tuple[int, ...]
+    start: tuple[int, ...]
+    query_start: tuple[int, ...]
     lengths: tuple[int, ...]
     columns: int
     positions_N: Tensor
     index_N: Tensor | None
-    """Flat places b * T + t of the packed tokens; None if nothing is padded."""
-    _segments: dict[int | None, list[Segment]] = field(default_factory=dict)
-    _steps: dict[int | None, Step] = field(default_factory=dict)
+    _spans: dict[int | None, list[Span]] = field(default_factory=dict)
+    _key_lengths: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
-    def is_step(self) -> bool:
-        """One new token in every row: a step of decoding."""
+    def next_position(self) -> tuple[int, ...]:
+        """Position behind the last new token of each row."""
+        return tuple(start + length for start, length in zip(self.query_start, self.lengths, strict=True))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether there is one new token in every row: a step of decoding."""
         return all(length == 1 for length in self.lengths)
 
     def pack(self, x_BT: Tensor) -> Tensor:
@@ -98,38 +93,30 @@ class Batch:
         full = x_R.new_zeros(len(self.lengths), *x_R.shape[1:])
         return full.index_copy(0, torch.tensor(rows, dtype=torch.long, device=x_R.device), x_R)[:, None]
 
-    def _slot(self, row: int, position: int, window: int | None) -> int:
-        """How many earlier tokens of its row a token at `position` can see: those since the row's first, or its
-        chunk's."""
-        begin = self.firsts[row]
-        return position - (begin if window is None else max(begin, position // window * window))
+    def spans(self, window: int | None) -> list[Span]:
+        """The new tokens cut at chunk borders, for layers with this window."""
+        if window not in self._spans:
+            self._spans[window] = list(self._cut(window))
+        return self._spans[window]
 
-    def segments(self, window: int | None) -> list[Segment]:
-        """The new tokens cut at chunk borders, for layers with chunks of `window` tokens (None: never cut)."""
-        if window not in self._segments:
-            self._segments[window] = list(self._cut(window))
-        return self._segments[window]
-
-    def _cut(self, window: int | None) -> list[Segment]:
-        segments, offset = [], 0
-        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            position, end = start, start + length
+    def _cut(self, window: int | None) -> Iterator[Span]:
+        offset = 0
+        for row, (first, length) in enumerate(zip(self.query_start, self.lengths, strict=True)):
+            position, end = first, first + length
             while position < end:
-                border = end if window is None else min(end, (position // window + 1) * window)
-                at = offset + position - start
-                past = self._slot(row, position, window)
-                segments.append(Segment(row, at, at + border - position, past, last=border == end))
+                border = min(end, chunk_end(position, window) or end)
+                begin, past = offset + position - first, position - chunk_start(position, window, self.start[row])
+                yield Span(row, begin, begin + border - position, past, is_last=border == end)
                 position = border
             offset += length
-        return segments
 
-    def step(self, window: int | None) -> Step:
-        """Where a step's tokens go in layers with chunks of `window` tokens."""
-        if window not in self._steps:
-            slots = [self._slot(row, start, window) for row, start in enumerate(self.starts)]
-            lengths = torch.tensor([slot + 1 for slot in slots], device=self.positions_N.device)
-            self._steps[window] = Step(slots, lengths)
-        return self._steps[window]
+    def key_lengths(self, window: int | None) -> Tensor:
+        """In a step of decoding: how many keys each row's token sees in layers with this window, its own included, [B]
+        int64."""
+        if window not in self._key_lengths:
+            lengths = [span.past + 1 for span in self.spans(window)]
+            self._key_lengths[window] = torch.tensor(lengths, device=self.positions_N.device)
+        return self._key_lengths[window]
 
 
 def make_batch(
@@ -138,15 +125,16 @@ def make_batch(
     device: torch.device,
     attention_mask: Tensor | None = None,
     positions: Tensor | None = None,
-    firsts: Sequence[int] | None = None,
-    nexts: Sequence[int] | None = None,
+    start: Sequence[int] | None = None,
+    next_position: Sequence[int] | None = None,
 ) -> Batch:
     """Lay out a batch [B, T].
 
     Args:
         attention_mask: [B, T], true or 1 at tokens, false or 0 at padding, on either side.
         positions: [B, T] or [T]; of each row the tokens' positions must be consecutive. Default: what follows the
-        cache, or 0. firsts, nexts: of the cache, each row's first and next position; None without a cache.
+            cache, or 0.
+        start, next_position: of the cache; None without one.
 
     Raises:
         ValueError: a mask or positions of another shape, padding inside a row, positions with gaps or that do not
@@ -166,19 +154,21 @@ def make_batch(
                 raise ValueError(
                     "attention_mask has padding between a row's tokens; it may stand before or after them only"
                 )
-    starts = list(nexts) if nexts is not None else [0] * batch_size
+    query_start = list(next_position) if next_position is not None else [0] * batch_size
     if positions is not None:
-        starts = _given_starts(positions.expand(batch_size, columns), lengths, offsets, starts, firsts, nexts)
+        query_start = _given_positions(
+            positions.expand(batch_size, columns), lengths, offsets, query_start, start, next_position
+        )
     packed_positions = [
-        torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)
+        torch.arange(first, first + length, device=device) for first, length in zip(query_start, lengths, strict=True)
     ]
-    if firsts is None or nexts is None:
-        begin = starts
+    if start is None or next_position is None:
+        begin = query_start
     else:
-        begin = [starts[b] if firsts[b] == nexts[b] else firsts[b] for b in range(batch_size)]
+        begin = [query_start[b] if start[b] == next_position[b] else start[b] for b in range(batch_size)]
     return Batch(
-        firsts=tuple(begin),
-        starts=tuple(starts),
+        start=tuple(begin),
+        query_start=tuple(query_start),
         lengths=tuple(lengths),
         columns=columns,
         positions_N=torch.cat(packed_positions)
@@ -188,23 +178,28 @@ def make_batch(
     )
 
 
-def _given_starts(
+def _given_positions(
     positions_BT: Tensor,
     lengths: Sequence[int],
     offsets: Sequence[int],
-    starts: Sequence[int],
-    firsts: Sequence[int] | None,
-    nexts: Sequence[int] | None,
+    query_start: Sequence[int],
+    start: Sequence[int] | None,
+    next_position: Sequence[int] | None,
 ) -> list[int]:
     """The first position of each row of explicit `positions`, checked to be consecutive and to follow the cache."""
-    result = list(starts)
+    result = list(query_start)
     for b, row in enumerate(positions_BT.tolist()):
         own = row[offsets[b] : offsets[b] + lengths[b]]
         if not own:
             continue
         if own[0] < 0 or own != list(range(own[0], own[0] + len(own))):
             raise ValueError(f"positions of row {b} must be consecutive and not negative, not {own[:8]}...")
-        if firsts is not None and nexts is not None and firsts[b] != nexts[b] and own[0] != nexts[b]:
-            raise ValueError(f"positions of row {b} start at {own[0]}, but the cache goes on at {nexts[b]}")
+        if (
+            start is not None
+            and next_position is not None
+            and start[b] != next_position[b]
+            and own[0] != next_position[b]
+        ):
+            raise ValueError(f"positions of row {b} start at {own[0]}, but the cache goes on at {next_position[b]}")
         result[b] = own[0]
     return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama4.cache.sequence import Cache, LayerCache
+from llama4.cache.view import CacheView, LayerView
 from llama4.config import TextConfig
 from llama4.model.attention import Attention
 from llama4.model.batch import Batch
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerView | None) -> Tensor:
         x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
         out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
         return out
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False
 
-    def forward(self, x_ND: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    def forward(self, x_ND: Tensor, batch: Batch, cache: CacheView | None) -> Tensor:
         factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(self.layers):

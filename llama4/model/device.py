@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from llama4.config import Llama4Config
@@ -41,3 +43,14 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that could be allocated now; 1 TiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 40

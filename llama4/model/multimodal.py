@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llama4.cache.formats import resolve_format
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
+from llama4.cache.view import CacheView
 from llama4.config import Llama4Config
 from llama4.model.batch import make_batch
 from llama4.model.decoder import LanguageModel
@@ -20,7 +21,7 @@ from llama4.vision.encoder import VisionModel
 from llama4.vision.projector import Projector
 
 
-def check_rows(rows: int, cache: Cache) -> None:
+def check_rows(rows: int, cache: SequenceCache) -> None:
     """Raises ValueError where a cache was made for another number of rows."""
     if rows != cache.batch_size:
         raise ValueError(f"input_ids have {rows} rows, but the cache was made for {cache.batch_size}")
@@ -62,7 +63,7 @@ class Llama4Model(nn.Module):
         batch_size: int = 1,
         dtype: str | torch.dtype | None = None,
         device: torch.device | None = None,
-    ) -> Cache:
+    ) -> SequenceCache:
         """An empty key/value cache for `batch_size` sequences.
 
         Args:
@@ -74,7 +75,7 @@ class Llama4Model(nn.Module):
             ValueError: no rows, or a dtype that a cache cannot have.
         """
         format = resolve_format(dtype, self.dtype)
-        return Cache(self.config.text, batch_size, self.device, self.dtype, format, device)
+        return SequenceCache(self.config.text, batch_size, self.device, self.dtype, format, device)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
@@ -97,7 +98,7 @@ class Llama4Model(nn.Module):
         positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: SequenceCache | None = None,
         attention_mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -131,17 +132,15 @@ class Llama4Model(nn.Module):
             self.device,
             attention_mask,
             positions,
-            cache.firsts if cache is not None else None,
-            cache.nexts if cache is not None else None,
+            cache.start if cache is not None else None,
+            cache.next_position if cache is not None else None,
         )
         ids_N = batch.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)
-        if cache is not None:
-            cache.is_consistent = False
-            cache.version += 1
-        x_ND = self.language_model.model(x_ND, batch, cache)
-        if cache is not None:
-            cache.advance(batch)
+        view = CacheView(cache, batch) if cache is not None else None
+        x_ND = self.language_model.model(x_ND, batch, view)
+        if view is not None:
+            view.commit()
         head = self.language_model.lm_head
         return batch.unpack_last(head(x_ND[batch.last_tokens()])) if last_only else batch.unpack(head(x_ND))
 

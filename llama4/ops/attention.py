@@ -31,13 +31,13 @@ class KeyValueBlocks(Protocol):
     format: Format
     heads: int
 
-    def spans(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first `slots` tokens of a row, some thousands at a time: keys and values, each [K, S, C]."""
+    def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `slots` slots of a row, some thousands at a time: keys and values, each [K, S, C]."""
 
-    def table(self) -> Tensor:
+    def block_table(self) -> Tensor:
         """Addresses of the blocks of every row, [B, blocks], zeros behind the last."""
 
-    def addresses(self, row: int) -> Tensor:
+    def block_addresses(self, row: int) -> Tensor:
         """Addresses of the blocks of one row."""
 
 
@@ -103,19 +103,19 @@ def causal_attention(
         cache = None
     format = cache.format if cache is not None else Unquantized(q_NHC.dtype)
     if not unsupported_reason(q_NHC, past + len(q_NHC), format):
-        blocks = cache.addresses(row) if cache is not None else None
+        blocks = cache.block_addresses(row) if cache is not None else None
         return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.number)
     q_HNC, k_KNC, v_KNC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
     if cache is None:
         q, k, v = q_HNC[None], k_KNC[None], v_KNC[None]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
     new = softmax_attention(q_HNC, k_KNC, v_KNC, causal=True)
-    spans = cache.spans(row, past, q_HNC.dtype, q_HNC.device)
+    spans = cache.read(row, past, q_HNC.dtype, q_HNC.device)
     old = (softmax_attention(q_HNC, k, v, causal=False) for k, v in spans)
     return merge(itertools.chain([new], old)).type_as(q_NHC).transpose(0, 1)
 
 
-def step_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int], lengths_B: Tensor) -> Tensor:
+def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int], lengths_B: Tensor) -> Tensor:
     """One query per sequence against the first `lengths` tokens of its row of the cache, its own key included.
 
     Args:
@@ -126,10 +126,10 @@ def step_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int],
         [B, H, C]; the softmax scale is C^-0.5.
     """
     if not unsupported_reason(q_BHC, max(lengths), cache.format):
-        return cpu.attend(q_BHC, cache.table(), lengths_B, cache.heads, cache.format.number)
+        return cpu.attend(q_BHC, cache.block_table(), lengths_B, cache.heads, cache.format.number)
     outs = []
     for row, (q_HC, length) in enumerate(zip(q_BHC, lengths, strict=True)):
-        spans = cache.spans(row, length, q_HC.dtype, q_HC.device)
+        spans = cache.read(row, length, q_HC.dtype, q_HC.device)
         outs.append(merge(softmax_attention(q_HC[:, None], k, v, causal=False) for k, v in spans)[:, 0])
     return torch.stack(outs).type_as(q_BHC)
 

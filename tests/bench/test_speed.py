@@ -310,7 +310,7 @@ def test_a_filled_cache_is_as_long_as_a_read_one() -> None:
     for length in (10, 32, 600, 1000):
         context_scaling.fill(filled, length, model.config.text, torch.float32)
         with torch.inference_mode():
-            model(torch.zeros(1, length - read.nexts[0], dtype=torch.long), cache=read)
+            model(torch.zeros(1, length - read.next_position[0], dtype=torch.long), cache=read)
         assert filled.lengths == read.lengths
         assert [len(layer.rows[0]) for layer in filled.layers] == [len(layer.rows[0]) for layer in read.layers]
         assert filled.num_bytes == read.num_bytes

@@ -65,7 +65,7 @@ def decoded(model: Llama4Model, steps: int = 40) -> Tensor:
     model(PROMPT, cache=cache, attention_mask=MASK)
     ids = torch.randint(0, 490, (3, steps), generator=torch.Generator().manual_seed(9))
     logits = [runner.step(ids[:, i], cache) for i in range(steps)]
-    cache.keep([0, 2])
+    cache.select_rows([0, 2])
     return torch.cat([*(row.flatten() for row in logits), runner.step(ids[:2, 0], cache).flatten()])
 
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4.engine.generate import Event, TextAssembler, generate, prefill
+from llama4.engine.generate import generate
+from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
+from llama4.engine.tokens import Event
 from llama4.errors import ContextLengthError
 from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
 from llama4.model.multimodal import Llama4Model
+from llama4.text.detokenizer import TextAssembler
 from llama4.text.tokenizer import Tokenizer
 from tests import small_model
 
@@ -117,8 +120,8 @@ def test_rows_of_a_batch_equal_rows_alone(
         for each in conversations()
     ]
     assert len({len(events) for events in alone}) > 1
-    monkeypatch.setattr("llama4.engine.generate.PREFILL_TOKENS", size)
-    monkeypatch.setattr("llama4.engine.generate.VISION_TILES", 2)
+    monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", size)
+    monkeypatch.setattr("llama4.engine.prefill.VISION_TILES", 2)
     together = run(model, tokenizer, processor(conversations()), max_new_tokens=24, stop_ids=stop_ids, **settings)
     for events, expected in zip(together, alone, strict=True):
         assert ids(events) == ids(expected)
@@ -153,7 +156,7 @@ def test_prefill_in_pieces_fills_the_cache_as_one_piece_does(
 ) -> None:
     inputs = processor(conversations())
     whole = prefill(model, inputs, model.new_cache(4))
-    monkeypatch.setattr("llama4.engine.generate.PREFILL_TOKENS", 20)
+    monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", 20)
     torch.testing.assert_close(prefill(model, inputs, model.new_cache(4)), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -319,7 +322,7 @@ def test_leaving_in_the_middle_leaves_no_trace(model: Llama4Model, tokenizer: To
 def test_long_prompts_show_progress_on_a_terminal_only(
     model: Llama4Model, processor: Processor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llama4.engine.generate.PREFILL_TOKENS", 20)
+    monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", 20)
     prefill(model, processor(question(LONG)), model.new_cache(1), progress=True)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

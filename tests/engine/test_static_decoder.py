@@ -30,9 +30,9 @@ def compare(model: Llama4Model, prompt: int, padding: list[int], steps: int, dty
     mask = torch.arange(prompt) >= torch.tensor(padding)[:, None]
     cache = model.new_cache(3, dtype)
     model(IDS[:, :prompt], cache=cache, attention_mask=mask)
-    before = cache.nexts
+    before = cache.next_position
     decoder = StaticDecoder(model, cache, steps)
-    assert cache.nexts == before
+    assert cache.next_position == before
     for ids_B in IDS[:, prompt : prompt + steps].unbind(1):
         eager = model(ids_B[:, None], cache=cache)[:, 0]
         static = decoder.step(ids_B)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.cache.formats import QUANTIZED, Format, resolve_format
-from llama4.cache.sequence import LayerCache
+from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
 from llama4.kernels import abi, build, cpu
 from llama4.ops import linear, quantized
@@ -202,9 +202,9 @@ def layer_cache(rows: int, lengths: list[int], format: Format, dtype: torch.dtyp
     for row, length in enumerate(lengths):
         new = [normal(length, 2, 64, seed=seed + row).to(dtype) for seed in (1, 50)]
         half = length // 2
-        cache.keep(row, 0, *(x[:half] for x in new))
-        cache.keep(row, half, *(x[half:] for x in new))
-        for keys, values in cache.spans(row, length, torch.float64, torch.device("cpu")):
+        cache.write(row, 0, *(x[:half] for x in new))
+        cache.write(row, half, *(x[half:] for x in new))
+        for keys, values in cache.read(row, length, torch.float64, torch.device("cpu")):
             held[:, row, :, :length] = torch.stack((keys, values))
     return cache, *held
 
@@ -231,7 +231,7 @@ class TestAttention:
         if format is None:
             cache.parts(cache.rows[0][-1])[0][:, :, 1199 % 256 :] = torch.nan
         q = 3 * normal(rows, 2 * group, 64).to(dtype)
-        ours = cpu.attend(q, cache.table(), torch.tensor(lengths), 2, cache.format.number)
+        ours = cpu.attend(q, cache.block_table(), torch.tensor(lengths), 2, cache.format.number)
         for row, length in enumerate(lengths):
             truth = attention(q[row : row + 1], keys[row, :, :length], values[row, :, :length])
             assert close(ours[row : row + 1], truth)
@@ -240,7 +240,7 @@ class TestAttention:
     def test_many_tokens(self, new: int, past: int, group: int, format: str | None, dtype: torch.dtype) -> None:
         cache, keys, values = layer_cache(1, [max(past, 1)], resolve_format(format, dtype), dtype)
         q, k, v = (normal(new, heads, 64, seed=heads + 7).to(dtype) for heads in (2 * group, 2, 2))
-        ours = cpu.attend_causal(3 * q, k, v, cache.addresses(0), past, cache.format.number)
+        ours = cpu.attend_causal(3 * q, k, v, cache.block_addresses(0), past, cache.format.number)
         whole = (torch.cat((old[0, :, :past], x.transpose(0, 1)), dim=1) for old, x in ((keys, k), (values, v)))
         assert close(ours, attention(3 * q, *whole))
 

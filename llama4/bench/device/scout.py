@@ -17,7 +17,7 @@ from torch import Tensor
 from llama4.bench import roofline
 from llama4.bench.device import timing, workload
 from llama4.bench.device.record import Figures, Record
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.config import TextConfig
 from llama4.engine.static_decoder import StaticDecoder
 from llama4.model.multimodal import Llama4Model
@@ -134,7 +134,7 @@ class Subject:
         held.pop("share_of_gemm", None)
         return {"step_ms": spent * 1e3, "tokens_per_s": batch / spent, **held}
 
-    def _filled(self, model: Llama4Model, batch: int, context: int) -> Cache:
+    def _filled(self, model: Llama4Model, batch: int, context: int) -> SequenceCache:
         cache = model.new_cache(batch)
         workload.read(model, workload.ids(self.text, batch, context, self.record.device), cache)
         return cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.bench import roofline
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.config import PRESETS, Llama4Config, TextConfig
 from llama4.model.experts import BACKENDS
 from llama4.model.moe import MixtureOfExperts
@@ -176,7 +176,7 @@ def ids(text: TextConfig, rows: int, tokens: int, device: torch.device) -> Tenso
     return drawn.to(device)
 
 
-def read(model: Llama4Model, ids_BT: Tensor, cache: Cache, piece: int = 2048) -> Tensor:
+def read(model: Llama4Model, ids_BT: Tensor, cache: SequenceCache, piece: int = 2048) -> Tensor:
     """Read prompts into a cache, some tokens at a time, as generation does; -> logits of the last tokens, [B, V]."""
     logits_B1V = torch.empty(0)
     for part_BT in ids_BT.split(max(1, piece // len(ids_BT)), dim=1):

@@ -1,0 +1,125 @@
+"""The keys and values of one layer, in blocks.
+
+Memory is taken in blocks of 256 slots: growing copies nothing, and rows that begin alike share the blocks of what they
+have in common.
+
+Shapes: B rows, K key/value heads, S slots, C head_dim, N new tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llama4.cache.formats import Format
+from llama4.config import CACHE_BLOCK, TextConfig
+
+READ_SLOTS = 16 * CACHE_BLOCK
+"""Slots that are concatenated, and dequantised, at once where attention reads keys and values as one tensor."""
+
+
+class LayerCache:
+    """Keys and values of one layer. A block is a tensor of bytes: first the values of keys and values in the layer's
+    format, [2, K, BLOCK, ...], then, if the format is scaled, their scales, [2, K, BLOCK].
+
+    Keys of a row are in slots that count from the first token that the row's last token sees: of its chunk, or of its
+    sequence. Only full blocks are shared by rows, and those are never written to.
+
+    Attributes:
+        rows: the blocks of each row.
+    """
+
+    def __init__(
+        self, batch_size: int, config: TextConfig, format: Format, device: torch.device, pinned: bool = False
+    ) -> None:
+        self.format = format
+        self.pinned = pinned
+        self.heads = config.num_key_value_heads
+        self.device = device
+        self.rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
+        self._shape = (2, self.heads, CACHE_BLOCK)
+        self._bytes = format.bytes(config.head_dim)
+        self._block_table: Tensor | None = None
+
+    def parts(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A block as values [2, K, BLOCK, ...] and scales [2, K, BLOCK]."""
+        size = 2 * self.heads * CACHE_BLOCK * self._bytes
+        values = self.format.view(block[:size].view(*self._shape, self._bytes))
+        return values, block[size:].view(torch.bfloat16).view(self._shape) if self.format.scaled else None
+
+    @staticmethod
+    def num_blocks(slots: int) -> int:
+        """Blocks that so many slots take."""
+        return -(-slots // CACHE_BLOCK)
+
+    def reserve(self, row: int, past: int, new: int) -> None:
+        """Keep the first `past` slots of a row, free the blocks behind them, and take blocks for `new` more slots."""
+        blocks, num_heads = self.rows[row], 2 * self.heads * CACHE_BLOCK
+        kept, wanted = self.num_blocks(past), self.num_blocks(past + new)
+        if kept < len(blocks) or wanted > len(blocks):
+            self._block_table = None
+        del blocks[kept:]
+        size = num_heads * (self._bytes + (2 if self.format.scaled else 0))
+        while len(blocks) < wanted:
+            blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
+
+    def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+        """Write new tokens behind the first `past` slots of a row; what was there is lost."""
+        end = past + len(keys_NKC)
+        self.reserve(row, past, len(keys_NKC))
+        new = self.format.encode(torch.stack((keys_NKC.detach(), values_NKC.detach())).transpose(1, 2))
+        begin = past
+        while begin < end:
+            slot, stop = begin % CACHE_BLOCK, min(end, begin - begin % CACHE_BLOCK + CACHE_BLOCK)
+            for stored, given in zip(self.parts(self.rows[row][begin // CACHE_BLOCK]), new, strict=True):
+                if stored is not None and given is not None:
+                    stored[:, :, slot : slot + stop - begin] = given[:, :, begin - past : stop - past]
+            begin = stop
+
+    def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `slots` slots of a row, some thousands at a time: keys and values, each [K, S, C]."""
+        for begin in range(0, slots, READ_SLOTS):
+            end = min(slots, begin + READ_SLOTS)
+            blocks = self.rows[row][begin // CACHE_BLOCK : self.num_blocks(end)]
+            parts = [self.parts(block.to(device, non_blocking=self.pinned)) for block in blocks]
+            stored = torch.cat([values for values, _ in parts], dim=2)[:, :, : end - begin]
+            scales = torch.cat([s for _, s in parts if s is not None], dim=2) if self.format.scaled else None
+            scales = scales[:, :, : end - begin] if scales is not None else None
+            keys, values = self.format.decode(stored, scales, dtype)
+            yield keys, values
+
+    def block_table(self) -> Tensor:
+        """Addresses of the blocks of every row, [B, blocks], zeros behind the last."""
+        if self._block_table is None:
+            width = max(map(len, self.rows))
+            addresses = [[b.data_ptr() for b in blocks] + [0] * (width - len(blocks)) for blocks in self.rows]
+            self._block_table = torch.tensor(addresses, dtype=torch.long)
+        return self._block_table
+
+    def block_addresses(self, row: int) -> Tensor:
+        """Addresses of the blocks of one row."""
+        return torch.tensor([block.data_ptr() for block in self.rows[row]], dtype=torch.long)
+
+    def truncate(self, row: int, slots: int) -> None:
+        """Forget all but the first `slots` slots of a row."""
+        blocks = self.rows[row]
+        del blocks[self.num_blocks(slots) :]
+        if slots % CACHE_BLOCK:
+            blocks[-1] = blocks[-1].clone()  # it may have been full, and shared
+        self._block_table = None
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        self.rows = [self.rows[row] for row in rows]
+        self._block_table = None
+
+    def fork(self, rows: Sequence[int], slots: Sequence[int]) -> LayerCache:
+        """Another cache, of the first `slots` slots of each of these rows; a row may be named more than once."""
+        other = copy.copy(self)
+        other.rows = [list(self.rows[row]) for row in rows]
+        for row, count in enumerate(slots):
+            other.truncate(row, count)
+        return other

@@ -1,0 +1,91 @@
+"""A cache of one sequence as a file: safetensors, with a tensor of bytes per layer and block."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llama4.cache.sequence import SequenceCache
+
+_TOKENS = "tokens"
+_DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
+
+
+def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> None:
+    """Write a cache of one row, complete or not at all.
+
+    Args:
+        tokens: what it holds, [S] int64.
+        model: a fingerprint of the model that computed it.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    blocks = {f"{i}.{j}": block for i, layer in enumerate(cache.layers) for j, block in enumerate(layer.rows[0])}
+    tensors = {_TOKENS: tokens} | {key: block.cpu() for key, block in blocks.items()}
+    metadata = {"model": model, "formats": _formats(cache), "first": str(cache.start[0])}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(partial, tensors, metadata)
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"could not write the cache to {path}: {error.strerror or error}; free {cache.num_bytes:,} bytes or "
+            "choose another place"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
+    """Read what `save_cache` wrote into an empty cache; -> the tokens that it holds.
+
+    Raises:
+        ValueError: no such file, a damaged one, or the cache of another model or dtype.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, keys = file.metadata() or {}, set(file.keys())
+            if metadata.get("model") != model:
+                raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
+            if metadata["formats"] != _formats(cache):
+                raise ValueError(
+                    f"{path} holds {metadata['formats']}, but the cache of this model is {_formats(cache)}; "
+                    "load the model with the same cache_dtype, or read the prompt again"
+                )
+            tokens: Tensor = file.get_tensor(_TOKENS)
+            start = int(metadata["first"])
+            cache.commit((start,), (start + len(tokens),))
+            for i, (layer, window) in enumerate(zip(cache.layers, cache.windows, strict=True)):
+                count = layer.num_blocks(cache.cached_tokens(0, cache.next_position[0], window))
+                if missing := [f"{i}.{j}" for j in range(count) if f"{i}.{j}" not in keys]:
+                    raise ValueError(f"{path} lacks {', '.join(missing)}; it is damaged, read the prompt again")
+                layer.rows[0] = [file.get_tensor(f"{i}.{j}").to(layer.device, copy=True) for j in range(count)]
+    except (SafetensorError, KeyError, FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} cannot be read as a saved cache: {error}") from error
+    return tokens
+
+
+def _formats(cache: SequenceCache) -> str:
+    return ", ".join(dict.fromkeys(str(layer.format) for layer in cache.layers))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, tensor after tensor: the package's own function first copies them all."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + math.prod(tensor.shape) * tensor.itemsize
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().data)

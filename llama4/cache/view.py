@@ -1,0 +1,50 @@
+"""What one forward of one batch sees of a cache: which slots its tokens read, and where their own keys and values go.
+
+Shapes: N packed tokens, K key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llama4.cache.layer import LayerCache
+from llama4.cache.sequence import SequenceCache
+from llama4.model.batch import Batch
+
+
+class LayerView:
+    """One layer of a cache, for the tokens of one batch. It is the only writer of new tokens.
+
+    Attributes:
+        blocks: what attention reads.
+    """
+
+    def __init__(self, cache: SequenceCache, layer: int, batch: Batch) -> None:
+        self._cache = cache
+        self.blocks: LayerCache = cache.layers[layer]
+        self._spans = [span for span in batch.spans(cache.windows[layer]) if span.is_last]
+
+    def write(self, k_NKC: Tensor, v_NKC: Tensor) -> None:
+        """Write the keys and values of the batch. Of a row that crosses chunk borders only the last chunk is kept: no
+        token will see the others again."""
+        self._cache.begin_write()
+        for span in self._spans:
+            self.blocks.write(span.row, span.past, k_NKC[span.begin : span.end], v_NKC[span.begin : span.end])
+
+    def reserve(self) -> Tensor:
+        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table."""
+        for span in self._spans:
+            self.blocks.reserve(span.row, span.past, span.end - span.begin)
+        return self.blocks.block_table()
+
+
+class CacheView:
+    """A cache for the tokens of one batch. `commit` comes after all layers are written."""
+
+    def __init__(self, cache: SequenceCache, batch: Batch) -> None:
+        self.cache, self.batch = cache, batch
+        self.layers = [LayerView(cache, i, batch) for i in range(len(cache.layers))]
+
+    def commit(self) -> None:
+        """Count the batch's tokens."""
+        self.cache.commit(self.batch.start, self.batch.next_position)

@@ -1,0 +1,112 @@
+"""Prompts -> a filled cache and the logits of their last tokens, in pieces of bounded size.
+
+Shapes: B rows, T columns of the prompts, V vocabulary, D hidden size, n tiles, Q tokens per tile.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama4.cache.sequence import SequenceCache
+from llama4.inputs import Inputs
+from llama4.model.device import free_memory
+from llama4.model.multimodal import Llama4Model
+
+PREFILL_TOKENS = 2048
+"""Most tokens of all rows together that go through the model at once: bounds the memory a long prompt takes."""
+VISION_TILES = 16
+"""Tiles that go through the vision tower at once."""
+
+
+@torch.inference_mode()
+def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: bool = False) -> Tensor:
+    """Read the prompts into the cache in pieces of bounded size; -> logits of their last tokens, [B, V].
+
+    Prompts are padded on the left. What the cache holds of them, the same number of tokens of each, is left out. Images
+    are encoded once, and their features cut along with the tokens.
+    """
+    ids_BT, mask_BT = inputs.input_ids, inputs.attention_mask.bool()
+    assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
+    (past,) = set(cache.lengths)
+    is_patch_BT = (ids_BT == model.config.image_token_index) & mask_BT
+    if cache.last_logits is not None and cache.last_logits[0] == past == int(mask_BT.sum()):
+        return cache.last_logits[1]
+    mask_BT = mask_BT & (mask_BT.cumsum(1) > past)
+    images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT)
+    batch_size, columns = ids_BT.shape
+    size = max(piece_size(model) // batch_size, 1)
+    first = int(mask_BT.any(0).int().argmax())
+    starts = range(first, columns, size)
+    quiet = not progress or len(starts) < 2 or not sys.stderr.isatty()
+    logits_B1V = torch.empty(0)
+    with tqdm(total=int(mask_BT.sum()), unit="token", desc="reading", leave=False, disable=quiet) as bar:
+        for start in starts:
+            piece = slice(start, start + size)
+            mask = mask_BT[:, piece]
+            logits_B1V = model(
+                ids_BT[:, piece],
+                image_features=images.of(piece),
+                cache=cache,
+                attention_mask=mask,
+                last_only=True,
+            )
+            bar.update(int(mask.sum()))
+    if batch_size == 1:
+        cache.last_logits = cache.lengths[0], logits_B1V[:, -1]
+    return logits_B1V[:, -1]
+
+
+class ImageFeatures:
+    """Image tokens for the pieces of a prompt, [n * Q, D] in all; only tiles that are still to be read are encoded.
+
+    Args:
+        pixel_values: [n, 3, S, S], None if there is no image.
+        is_patch_BT: where the prompts have `<|patch|>`; is_new_BT: those among them that the cache does not hold.
+
+    Raises:
+        ValueError: the prompts have more or fewer patches than the tiles give.
+    """
+
+    def __init__(self, model: Llama4Model, pixel_values: Tensor | None, is_patch_BT: Tensor, is_new_BT: Tensor) -> None:
+        self.is_new_BT = is_new_BT
+        self.features_ND = None
+        if pixel_values is None:
+            return
+        vision, count = model.config.vision, int(is_patch_BT.sum())
+        per_tile = vision.tokens_per_tile if vision is not None else 0
+        if count != len(pixel_values) * per_tile:
+            raise ValueError(
+                f"the prompt holds {count} <|patch|> tokens, but its images give {len(pixel_values) * per_tile} "
+                "features; let the processor of this model prepare both"
+            )
+        places_BT = (is_patch_BT.flatten().cumsum(0) - 1).view_as(is_patch_BT)
+        tiles, inverse = torch.unique(places_BT[is_new_BT] // max(per_tile, 1), return_inverse=True)
+        places_BT[is_new_BT] = inverse * per_tile + places_BT[is_new_BT] % max(per_tile, 1)
+        self.places_BT = places_BT
+        self.features_ND = encode_tiles(model, pixel_values[tiles]) if len(tiles) else None
+
+    def of(self, columns: slice) -> Tensor | None:
+        """Those of some columns of the prompts, None if the prompts have none."""
+        if self.features_ND is None:
+            return None
+        places = self.places_BT[:, columns][self.is_new_BT[:, columns]]
+        return self.features_ND[places.to(self.features_ND.device)]
+
+
+def encode_tiles(model: Llama4Model, pixel_values: Tensor) -> Tensor:
+    """Tiles [n, 3, S, S] -> image tokens [n * Q, D], a few tiles at a time."""
+    return torch.cat([model.encode_images(tiles) for tiles in torch.split(pixel_values, VISION_TILES)])
+
+
+def piece_size(model: Llama4Model) -> int:
+    """Tokens that go through the model at once: 2,048, or fewer where their activations would take more than a quarter
+    of the memory that is free."""
+    text = model.config.text
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    widest = max(text.intermediate_size_mlp, 3 * text.intermediate_size, heads * text.head_dim)
+    per_token = 4 * (4 * text.hidden_size + 3 * widest)  # the residual and what is added to it; what is between
+    return max(64, min(PREFILL_TOKENS, free_memory(model.device) // 4 // per_token))

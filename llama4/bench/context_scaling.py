@@ -116,12 +116,10 @@ def measure_filled(llm: Llama4, context: int, threads: int) -> Scaling:
 def fill(cache: SequenceCache, length: int, text: TextConfig, dtype: torch.dtype) -> None:
     """Put random keys and values into the only row until it has `length` tokens, in each layer those that it keeps."""
     for layer, window in zip(cache.layers, cache.windows, strict=True):
-        held, past = (
-            cache.cached_tokens(0, length, window),
-            0 if window else cache.cached_tokens(0, cache.next_position[0], None),
-        )
-        for start in range(past, held, READ_SLOTS):
-            shape = (min(READ_SLOTS, held - start), text.num_key_value_heads, text.head_dim)
+        past = 0 if window else cache.cached_tokens(0, cache.next_position[0], None)
+        slots = cache.cached_tokens(0, length, window)
+        for start in range(past, slots, READ_SLOTS):
+            shape = (min(READ_SLOTS, slots - start), text.num_key_value_heads, text.head_dim)
             layer.write(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
     cache.commit(cache.start, (length,))
 

@@ -156,9 +156,8 @@ def make_batch(
                 )
     query_start = list(next_position) if next_position is not None else [0] * batch_size
     if positions is not None:
-        query_start = _given_positions(
-            positions.expand(batch_size, columns), lengths, offsets, query_start, start, next_position
-        )
+        given_BT = positions.expand(batch_size, columns)
+        query_start = _given_positions(given_BT, lengths, offsets, query_start, start, next_position)
     packed_positions = [
         torch.arange(first, first + length, device=device) for first, length in zip(query_start, lengths, strict=True)
     ]
@@ -182,24 +181,19 @@ def _given_positions(
     positions_BT: Tensor,
     lengths: Sequence[int],
     offsets: Sequence[int],
-    query_start: Sequence[int],
+    default: Sequence[int],
     start: Sequence[int] | None,
     next_position: Sequence[int] | None,
 ) -> list[int]:
     """The first position of each row of explicit `positions`, checked to be consecutive and to follow the cache."""
-    result = list(query_start)
+    result = list(default)
     for b, row in enumerate(positions_BT.tolist()):
         own = row[offsets[b] : offsets[b] + lengths[b]]
         if not own:
             continue
         if own[0] < 0 or own != list(range(own[0], own[0] + len(own))):
             raise ValueError(f"positions of row {b} must be consecutive and not negative, not {own[:8]}...")
-        if (
-            start is not None
-            and next_position is not None
-            and start[b] != next_position[b]
-            and own[0] != next_position[b]
-        ):
+        if start is not None and next_position is not None and start[b] != next_position[b] != own[0]:
             raise ValueError(f"positions of row {b} start at {own[0]}, but the cache goes on at {next_position[b]}")
         result[b] = own[0]
     return result

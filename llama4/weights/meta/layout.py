@@ -28,7 +28,7 @@ class MetaLayout(Layout):
     name = "meta"
     title = "Meta's"
     config_files = (PARAMS_FILE, "tokenizer.model")  # special tokens follow its ranks
-    files = (*config_files, "consolidated.*.pth")
+    files = (*config_files, "consolidated.*.pth", "fp8_scales_*.pt")
 
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).is_file()

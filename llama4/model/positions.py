@@ -71,7 +71,9 @@ def rope_rotation(config: TextConfig, positions_N: Tensor, window: int | None, d
     module could round.
     """
     offsets_N = chunk_offset(positions_N, window).to(torch.float64)
-    return unit_numbers(offsets_N[:, None] * _frequencies_on(config, positions_N.device), dtype)
+    device = positions_N.device
+    frequencies = rope_frequencies(config) if device.type == "cpu" else _frequencies_on(config, device)
+    return unit_numbers(offsets_N[:, None] * frequencies, dtype)
 
 
 def attention_temperature(config: TextConfig, positions_N: Tensor, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,8 @@ class TestProducts:
         x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
         assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double())
+        weight_OI = weight_IO.mT.contiguous()  # whole strips
+        assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
         if rows <= abi.MAX_GEMV_ROWS:
             x, weight_IO = normal(rows, 645, seed=1).to(dtype), normal(645, 1024, seed=2).to(dtype)
             assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double())

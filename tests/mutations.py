@@ -16,17 +16,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/parity/test_model.py"
+CPP = "llama4/kernels/cpp"
+KERNELS = "tests/kernels/test_cpu.py"
+STEP = "tests/kernels/test_decoder.py::test_equals_token_by_token"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`right`, which stands once in `file`, becomes `wrong`; `test` must fail then."""
+    """`right`, which stands once in `file`, becomes `wrong`, and so does a second pair if given; `test` must fail then.
+    A mistake in C++ is compiled by the copy."""
 
     name: str
     file: str
     right: str
     wrong: str
     test: str
+    second: tuple[str, str] | None = None
 
 
 MUTATIONS = [
@@ -171,6 +176,106 @@ MUTATIONS = [
     ),
 ]
 
+COMPILED = [
+    Mutation(
+        "compiled: the router's score multiplies the expert's output",
+        f"{CPP}/decoder.h",
+        "load_floats(from + d) * routes.scores[choice]);",
+        "load_floats(from + d));",
+        STEP,
+        (
+            "    multiply_experts(l.down, m.inner, m.out);",
+            "    for_rows(R, [&](long i) {\n"
+            "      for (long f = 0; f < F_expert; f++)\n"
+            "        assign(m.inner[i * F_expert + f],\n"
+            "               upcast(m.inner[i * F_expert + f]) * routes.scores[routes.choices[i]]);\n"
+            "    });\n"
+            "    multiply_experts(l.down, m.inner, m.out);",
+        ),
+    ),
+    Mutation(
+        "compiled: eps of a norm", f"{CPP}/elementwise.h", "squares / count + eps", "squares / count + eps / 10", STEP
+    ),
+    Mutation(
+        "compiled: a token is written one slot too late",
+        f"{CPP}/decoder.h",
+        "const long slot = lengths[n] - 1;",
+        "const long slot = lengths[n] % block_slots;",
+        STEP,
+    ),
+    Mutation(
+        "compiled: a token does not see itself",
+        f"{CPP}/attention.h",
+        "std::min(lengths[token] - block * block_slots, block_slots)",
+        "std::min(std::max(lengths[token] - 1, 1l) - block * block_slots, block_slots)",
+        STEP,
+    ),
+    Mutation(
+        "compiled: tokens of a draft see those behind them",
+        f"{CPP}/attention.h",
+        "std::min(lengths[token] - block * block_slots, block_slots)",
+        "std::min(lengths[sequences.end(b) - 1] - block * block_slots, block_slots)",
+        STEP,
+    ),
+    Mutation(
+        "compiled: keys and values go to the first sequence",
+        f"{CPP}/decoder.h",
+        "sequences.end(b), b);",
+        "sequences.end(b), 0);",
+        STEP,
+    ),
+    Mutation(
+        "compiled: no temperature",
+        f"{CPP}/decoder.h",
+        "k < 0 ? s.temperatures[step * N + n] : 1;",
+        "k < 0 ? 1 : 1;",
+        STEP,
+    ),
+    Mutation(
+        "compiled: RoPE turns backwards",
+        f"{CPP}/elementwise.h",
+        "v = v * re + other * im",
+        "v = v * re - other * im",
+        STEP,
+    ),
+    Mutation(
+        "compiled: an output too few at the end of a gemv",
+        f"{CPP}/gemv.h",
+        "count < rows && i < count; i++) assign",
+        "count < rows && i < count - 1; i++) assign",
+        f"{KERNELS}::TestProducts::test_dense",
+    ),
+    Mutation(
+        "compiled: a block too few at the end of a row of a gemv",
+        f"{CPP}/gemv.h",
+        "for (; U > 1 && block < until; block++)",
+        "for (; U > 1 && block < until - 1; block++)",
+        f"{KERNELS}::TestProducts::test_dense",
+    ),
+    Mutation(
+        "compiled: every group of int4 has the scale of the first",
+        f"{CPP}/gemv_int4.h",
+        "f.scales.load(f.scale_at(o, g))",
+        "f.scales.load(f.scale_at(o, 0))",
+        f"{KERNELS}::TestProducts::test_int4",
+    ),
+    Mutation(
+        "compiled: the last of equal logits is the greedy token",
+        f"{CPP}/greedy_token.h",
+        "where = v > most ?",
+        "where = v >= most ?",
+        f"{KERNELS}::TestGreedyToken::test_against_float64",
+    ),
+    Mutation(
+        "compiled: another limit of gemv than in Python",
+        f"{CPP}/matrix.h",
+        "max_gemv_rows = 12;",
+        "max_gemv_rows = 13;",
+        f"{KERNELS}::test_they_are_built_where_there_is_a_compiler",
+    ),
+]
+"""Mistakes in C++."""
+
 
 def check(mutation: Mutation) -> bool:
     """Whether the test fails, as it should, on a copy with the mistake in it."""
@@ -178,7 +283,11 @@ def check(mutation: Mutation) -> bool:
         copy = Path(directory) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
         file = copy / mutation.file
-        file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
+        text = file.read_text()
+        for right, wrong in filter(None, [(mutation.right, mutation.wrong), mutation.second]):
+            assert text.count(right) == 1, f"{mutation.name}: {right!r} must stand once in {mutation.file}"
+            text = text.replace(right, wrong)
+        file.write_text(text)
         command = [
             sys.executable,
             "-m",
@@ -193,13 +302,15 @@ def check(mutation: Mutation) -> bool:
             mutation.test,
         ]
         environment = os.environ | {"PYTHONPATH": str(copy)}  # the copy is tested, not what is installed
+        if mutation in COMPILED:  # and what it compiles goes with it
+            environment |= {"XDG_CACHE_HOME": directory, "TORCHINDUCTOR_CACHE_DIR": directory}
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout
 
 
 def main(words: list[str]) -> int:
     unnoticed = 0
-    for mutation in MUTATIONS:
+    for mutation in [*MUTATIONS, *COMPILED]:
         if words and not any(word in mutation.name for word in words):
             continue
         noticed = check(mutation)

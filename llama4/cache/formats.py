@@ -1,7 +1,7 @@
-"""How keys and values are held: as they are, or in eight or four bits with a scale per token and head.
+"""How keys and values are stored: unquantized, or in eight or four bits with a scale per token and head.
 
-Shapes: C head_dim; the dimensions before it may be any. Scales are bfloat16, one for each run of C numbers, and codes
-are of the number divided by the scale as it was rounded.
+Shapes: C head_dim; the dimensions before it may be any. Scales are bfloat16, one for each run of C numbers;
+quantized values are of the number divided by the rounded scale.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Unquantized:
     scaled: ClassVar[bool] = False
 
     def bytes(self, C: int) -> int:
-        """Of the codes of one token and head, keys or values."""
+        """Of the values of one token and head, keys or values."""
         return C * self.dtype.itemsize
 
     def view(self, data: Tensor) -> Tensor:
-        """Bytes [..., bytes(C)] as codes."""
+        """Bytes [..., bytes(C)] as values."""
         return data.view(self.dtype)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., C] -> codes and, if scaled, scales [...]."""
+        """[..., C] -> values and, if scaled, scales [...]."""
         return x.to(self.dtype), None
 
-    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         """-> [..., C] of a dtype."""
-        return codes.to(dtype)
+        return values.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Int8:
         x, scales = _scaled(x, x.abs().amax(-1) / 127)
         return x.round().clamp(-127, 127).to(torch.int8), scales
 
-    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _unscaled(codes, scales, dtype)
+    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _unscaled(values, scales, dtype)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Fp8:
         x, scales = _scaled(x, x.abs().amax(-1) / 448)
         return x.clamp(-448, 448).to(torch.float8_e4m3fn), scales
 
-    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _unscaled(codes, scales, dtype)
+    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _unscaled(values, scales, dtype)
 
 
 @dataclass(frozen=True)
 class Int4:
-    """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen codes are of use. Byte i holds number
+    """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen values are of use. Byte i holds number
     i, low, and number i + C / 2, high."""
 
     number: ClassVar[int] = CacheFormat.INT4
@@ -105,8 +105,8 @@ class Int4:
         low, high = (x.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
         return low | high << 4, scales
 
-    def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        numbers = torch.cat((codes & 15, codes >> 4), dim=-1).to(torch.int8) - 8
+    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        numbers = torch.cat((values & 15, values >> 4), dim=-1).to(torch.int8) - 8
         return _unscaled(numbers, scales, dtype)
 
 
@@ -136,6 +136,6 @@ def _scaled(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return x.float() / scales.float()[..., None], scales
 
 
-def _unscaled(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _unscaled(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     assert scales is not None
-    return (codes.float() * scales.float()[..., None]).to(dtype)
+    return (values.float() * scales.float()[..., None]).to(dtype)

@@ -1,6 +1,6 @@
-"""Prefill and decode: a batch of prompts -> tokens and text, one event per token.
+"""The loop of generation: a batch of prompts -> tokens and text, one event per token.
 
-Shapes: B rows still at work, T columns of the prompts, V vocabulary, D hidden size, n tiles.
+Shapes: B unfinished rows.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def generate(
 ) -> Iterator[Event]:
     """Continue every prompt of a batch until it stops by itself, at a stop string, or at a limit.
 
-    A row gives what it would give alone, and costs nothing once it is finished. Closing the iterator, or Ctrl-C, leaves
-    the model as it was.
+    Each row's result is that of the row alone, and a finished row costs nothing. Closing the iterator, or Ctrl-C,
+    leaves the model as it was.
 
     Args:
         inputs: prompts as the processor makes them, padded on the left.
@@ -52,7 +52,7 @@ def generate(
         stop: strings that end a reply and are not part of it.
         max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
             ends with finish_reason "length".
-        cache: what is known of the prompts already: the same number of tokens of each. It goes on to take the rest.
+        cache: keys and values of the beginnings of the prompts, the same number of tokens of each; the rest is added.
         progress: show a bar on a terminal while a long prompt is read.
 
     Returns:
@@ -84,7 +84,7 @@ def generate(
 
 @dataclass
 class _Row:
-    """A reply on its way."""
+    """An unfinished reply."""
 
     index: int
     budget: int

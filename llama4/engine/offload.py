@@ -1,8 +1,8 @@
-"""Routed experts that stay where memory is plenty: the device computes with copies of those that tokens chose.
+"""Routed experts that stay on the host: the device computes with copies of those that tokens chose.
 
 Of a mixture of experts most weights are routed experts, and a token needs few of them. `offload_experts` leaves them on
-the host, in the checkpoint's memory map or in memory, and gives the device room for some. Those used last are there
-(Eliseev and Mazur 2023, "Fast inference of mixture-of-experts language models with offloading").
+the host, in the checkpoint's memory map or in memory, and gives the device a cache for some. The least recently used
+are replaced (Eliseev and Mazur 2023, "Fast inference of mixture-of-experts language models with offloading").
 
 Shapes: R routed rows sorted by expert, D hidden size, E experts of a layer, S experts that there is room for.
 """
@@ -24,38 +24,39 @@ from llama4.units import bytes_text
 
 
 class ExpertCache:
-    """Room on a device for S experts, of any layers whose experts are alike; whichever was not used for longest goes.
+    """Slots on a device for S experts of any layers whose experts are alike; the least recently used is replaced.
 
     Attributes:
-        hits: how often a chosen expert was there already.
+        slots: the copies, by the names of the experts' parameters.
+        hits: how often a chosen expert was in a slot already.
         misses: how often one was copied.
     """
 
     def __init__(self, experts: nn.Module, device: torch.device, room: int) -> None:
         self.slots = {n: p.new_empty(room, *p.shape[1:], device=device) for n, p in experts.named_parameters()}
         self.room = room
-        self.held: OrderedDict[tuple[nn.Module, int], int] = OrderedDict()
+        self._slot_of: OrderedDict[tuple[nn.Module, int], int] = OrderedDict()
         self.hits = self.misses = 0
 
     def bring(self, experts: nn.Module, chosen: Sequence[int]) -> list[int]:
-        """Copy those that are not there, and say in which slot each of the chosen is."""
+        """Copy the chosen experts that are not in a slot; -> the slot of each."""
         assert len(chosen) <= self.room
         keys = [(experts, expert) for expert in chosen]
-        missing = [key for key in keys if key not in self.held]
+        missing = [key for key in keys if key not in self._slot_of]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         for key in keys:
-            if key in self.held:
-                self.held.move_to_end(key)
+            if key in self._slot_of:
+                self._slot_of.move_to_end(key)
         for key in missing:
-            slot = self.held.popitem(last=False)[1] if len(self.held) == self.room else len(self.held)
+            slot = self._slot_of.popitem(last=False)[1] if len(self._slot_of) == self.room else len(self._slot_of)
             for name, parameter in experts.named_parameters():
                 self.slots[name][slot].copy_(parameter[key[1]])
-            self.held[key] = slot
-        return [self.held[key] for key in keys]
+            self._slot_of[key] = slot
+        return [self._slot_of[key] for key in keys]
 
 
 class OffloadedExperts(nn.Module):
-    """A layer's experts, whose parameters it has under their own names; computed in the room of `hot`."""
+    """A layer's experts, with their parameters under their own names, computed in the slots of a cache."""
 
     def __init__(self, experts: nn.Module, hot: ExpertCache) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class OffloadedExperts(nn.Module):
         self._experts = (experts,)  # not a child: its parameters would have a second name
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        """See `Experts.forward`. Waits for the device once, to know who was chosen."""
+        """See `Experts.forward`. The host waits for the device once, to know which experts were chosen."""
         experts, counts = self._experts[0], num_tokens_per_expert_E.tolist()
         rows = x_RD.split(counts)
         chosen = [expert for expert, count in enumerate(counts) if count]
@@ -87,8 +88,8 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
     """Leave a model's routed experts where they are, and compute them on a device.
 
     Args:
-        model: whatever is not a routed expert is on the device.
-        device: that one.
+        model: all but its routed experts is on the device.
+        device: the device that computes.
         memory: bytes on it for copies of experts; by default room for twice as many as one token uses, and for all of
             one layer.
 

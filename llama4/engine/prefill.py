@@ -24,10 +24,10 @@ VISION_TILES = 16
 
 @torch.inference_mode()
 def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: bool = False) -> Tensor:
-    """Read the prompts into the cache in pieces of bounded size; -> logits of their last tokens, [B, V].
+    """Compute the prompts into the cache in pieces of bounded size; -> logits of their last tokens, [B, V].
 
-    Prompts are padded on the left. What the cache holds of them, the same number of tokens of each, is left out. Images
-    are encoded once, and their features cut along with the tokens.
+    Prompts are padded on the left. Tokens that the cache holds, the same number of each prompt, are skipped. Images are
+    encoded once, and their features cut with the tokens.
     """
     ids_BT, mask_BT = inputs.input_ids, inputs.attention_mask.bool()
     assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
@@ -61,7 +61,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
 
 
 class ImageFeatures:
-    """Image tokens for the pieces of a prompt, [n * Q, D] in all; only tiles that are still to be read are encoded.
+    """Image features for the pieces of a prompt, [n * Q, D] in all; tiles whose tokens are all cached are not encoded.
 
     Args:
         pixel_values: [n, 3, S, S], None if there is no image.

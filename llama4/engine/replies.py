@@ -1,4 +1,4 @@
-"""What comes back from a model: replies, whole or piece by piece."""
+"""Replies of a model, whole or streamed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Reply:
 
 @dataclass
 class ReplyBuilder:
-    """A reply on its way."""
+    """A reply, event by event."""
 
     prompt_tokens: int
     tools: Sequence[Mapping[str, Any]] | None
     call_id: int | None
-    """Id of `<|python_start|>`, which announces a tool call even where no tools were given."""
+    """Id of `<|python_start|>`, which begins a tool call even where no tools were given."""
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -67,18 +67,18 @@ class ReplyBuilder:
 
 
 class Stream(Iterator[str]):
-    """A reply as it comes: an iterator of pieces of text, none of them empty or with half a character.
+    """A streamed reply: an iterator of pieces of text, none of them empty or with half a character.
 
-    The pieces join to the reply's text, tool calls included as the model spelt them. It may be left at any point.
+    The pieces join to the reply's text, with tool calls as the model wrote them. Iteration may stop at any point.
     """
 
-    def __init__(self, events: Iterator[Event], draft: ReplyBuilder) -> None:
+    def __init__(self, events: Iterator[Event], builder: ReplyBuilder) -> None:
         self._events = events
-        self._draft = draft
+        self._builder = builder
 
     def __next__(self) -> str:
         for event in self._events:
-            self._draft.add(event)
+            self._builder.add(event)
             if event.text:
                 return event.text
         raise StopIteration
@@ -86,4 +86,4 @@ class Stream(Iterator[str]):
     @property
     def reply(self) -> Reply:
         """What has come so far; once the iterator has ended, the whole reply."""
-        return self._draft.reply()
+        return self._builder.reply()

@@ -20,7 +20,6 @@ from llama4.errors import ContextLengthError
 from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
 from llama4.model.multimodal import Llama4Model
-from llama4.text.detokenizer import TextAssembler
 from llama4.text.tokenizer import Tokenizer
 from tests import small_model
 
@@ -210,56 +209,6 @@ def test_a_stop_string_ends_the_reply_before_it(
     assert "".join(event.text for event in events) == whole[: whole.index(stop)]
     assert events[-1].finish_reason == "stop"
     assert len(events) < len(free)
-
-
-# -- text from tokens ----------------------------------------------------------------------------------------------
-
-
-def assemble(data: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    assembler, pieces = TextAssembler(stop), []
-    for each in data:
-        pieces.append(assembler.push(each))
-        if assembler.stopped:
-            break
-    return [*pieces, assembler.finish()], assembler.stopped
-
-
-def test_characters_come_whole() -> None:
-    text = "naïve 東京 🦙👩‍👩‍👧 ğ"
-    pieces, _ = assemble([bytes([byte]) for byte in text.encode()])
-    assert "".join(pieces) == text
-    assert "\ufffd" not in "".join(pieces)
-
-
-def test_invalid_bytes_are_replaced_and_a_cut_character_is_left_out() -> None:
-    assert "".join(assemble([b"a\xff", b"b", "é".encode()[:1]])[0]) == "a\ufffdb"
-
-
-@pytest.mark.parametrize("stop", [("END",), ("\n\n",), ("ND", "END"), ("aab",), ("é!",), ("zzz",), ("b", "abc")])
-@pytest.mark.parametrize("text", ["say END now", "a\n\nb", "EEND", "aaaab", "oui é! non", "EN", "aabaab", "abc"])
-def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stop: tuple[str, ...]) -> None:
-    """The reference looks at every beginning of the text, character by character."""
-    ends = [
-        (end, text[:end].index(s))
-        for end in range(len(text) + 1)
-        for s in sorted(stop, key=len)
-        if text[:end].endswith(s)
-    ]
-    end = min((end for end, _ in ends), default=None)
-    expected = text if end is None else text[: min(at for e, at in ends if e == end)]
-    data = text.encode()
-    rng = random.Random(0)
-    for _ in range(30):
-        cuts = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(6)))
-        pieces, stopped = assemble([data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)], stop)
-        assert "".join(pieces) == expected
-        assert stopped == (end is not None)
-
-
-def test_text_is_held_back_only_while_a_stop_string_may_come() -> None:
-    assembler = TextAssembler(["<end>"])
-    assert [assembler.push(piece) for piece in (b"a<e", b"n", b"x<", b"<end", b">")] == ["a", "", "<enx", "<", ""]
-    assert assembler.stopped
 
 
 # -- limits and errors ---------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def _step(name: str, about: str, seconds: float, case_seconds: float = 30.0, fun
 
 PLAN = (
     _step("machine", "Copy bandwidth, GEMM rates, launch latency: what shares are shares of", 45),
+    _step("kernels", "Triton kernels, compiled ahead for the steps below", 45, 45),
     _step("checks", "Kernels and expert backends against float64; a small model and tiny against the CPU", 90),
     _step(
         "scout-4", "Scout cut to 4 layers, bfloat16, int4 and fp8, beside transformers", 110, 60, function="four_layers"

@@ -28,6 +28,7 @@ from llama4.vision.config import VisionConfig
 
 CODES_STD = {"int4": 4.6, "int8": 74.0, "fp8": 64.0}
 """Standard deviation of the quantised values that `fill` draws."""
+CODES_DTYPE = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.uint8}
 SMALL_VISION = VisionConfig(
     hidden_size=64,
     num_hidden_layers=2,
@@ -109,9 +110,11 @@ def fill(model: nn.Module, place: Callable[[str], torch.device]) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(full))
-            if isinstance(module, PackedWeight):
-                _fill_packed(module, values)
-            elif "norm" in full:
+            if isinstance(module, PackedWeight) and name != "bias":
+                _fill_packed(module, name, values)
+                module.set_part(name, values)
+                continue
+            if "norm" in full:
                 values.fill_(1)
             elif name == "bias":
                 values.zero_()
@@ -124,8 +127,8 @@ def fill(model: nn.Module, place: Callable[[str], torch.device]) -> None:
             setattr(module, name, nn.Parameter(values, requires_grad=False))
 
 
-def _fill_packed(module: PackedWeight, values: Tensor) -> None:
-    if values.dtype.is_floating_point:  # scales: powers of two, by which quantised values are multiplied exactly
+def _fill_packed(module: PackedWeight, part: str, values: Tensor) -> None:
+    if part == "weight_scale":  # powers of two, by which quantised values are multiplied exactly
         middle = -math.log2(CODES_STD[module.format.kind] * module.shape[-1] ** 0.5)
         powers = torch.randint(-1, 2, values.shape, device=values.device) + round(middle)
         values.copy_(torch.exp2(powers.float()))
@@ -134,10 +137,9 @@ def _fill_packed(module: PackedWeight, values: Tensor) -> None:
     elif values.dtype == torch.int8:
         values.random_(-127, 128)
     else:  # bytes of e4m3
-        flat = values.view(-1)
-        for part in flat.split(1 << 26):
-            numbers = torch.randn(len(part), device=part.device).mul_(CODES_STD["fp8"]).clamp_(-448, 448)
-            part.copy_(numbers.to(torch.float8_e4m3fn).view(torch.uint8))
+        for some in values.view(torch.uint8).view(-1).split(1 << 26):
+            numbers = torch.randn(len(some), device=some.device).mul_(CODES_STD["fp8"]).clamp_(-448, 448)
+            some.copy_(numbers.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 def moe_layer(text: TextConfig, device: torch.device, scheme: str | None = None) -> MixtureOfExperts:

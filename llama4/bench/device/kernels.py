@@ -1,0 +1,153 @@
+"""Compiles the Triton kernels of the steps to come, many at once, into Triton's cache on disk.
+
+A compilation takes seconds on one core and needs no GPU; one after the other, they would take most of the time. Each is
+asked for as the steps will ask, with tensors that have no data.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama4.bench.device import experts, machine, workload
+from llama4.bench.device.record import Figures, Record, Skip
+from llama4.config import TextConfig
+from llama4.kernels.triton import launch
+
+WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows times a matrix [O, I], or, sorted, times E of them."""
+
+    kind: str
+    rows: int
+    outputs: int
+    inputs: int
+    experts: int | None = None
+    group: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+def run(record: Record) -> None:
+    record.case("compiled ahead", lambda: _compile(record))
+
+
+def _compile(record: Record) -> Figures:
+    if reason := machine.triton_missing(record.device):
+        raise Skip(reason)
+    if record.device.type != "cuda":
+        raise Skip("not a GPU")
+    with multiprocessing.get_context("fork").Pool(min(WORKERS, os.cpu_count() or 1)) as pool:  # before CUDA starts here
+        capability = torch.cuda.get_device_capability(record.device)
+        wanted = list(products())
+        tasks = [(product, 10 * capability[0] + capability[1]) for product in wanted]
+        begin = time.perf_counter()
+        reasons = [reason for reason in pool.imap_unordered(compile_one, tasks) if reason]
+        spent = time.perf_counter() - begin
+    return {"products": len(wanted), "compile_s": spent, "failed": len(reasons), "why": reasons[0] if reasons else ""}
+
+
+def products() -> Iterator[Product]:
+    """Those of the steps, the most needed first; each once."""
+    yield from dict.fromkeys(_all_products())
+
+
+def _all_products() -> Iterator[Product]:
+    text = workload.text_config("scout", layers=4)
+    for kind, most in (("int4", 1 << 30), ("fp8", launch.MAX_GEMV_ROWS)):  # more rows of fp8 are torch's
+        for rows in (1, 2048, 4, 16):
+            if rows <= most:
+                yield from _layer(kind, text, rows)
+    for kind in ("int4", "int8", "fp8"):
+        for rows in (1, 8, 9, 100):
+            yield Product(kind, rows, 2064, 5120, 4, 64 if kind == "int4" else None, torch.float32)
+        for rows in (1, 3, 5, 40, 600, 4, 48):
+            yield from _experts(kind, TextConfig(hidden_size=1024, intermediate_size=2048, num_local_experts=16), rows)
+    for preset in ("scout", "maverick"):
+        sizes = workload.text_config(preset, layers=4)
+        for kind in ("int4", "int8", "fp8"):
+            for rows in (*experts.TOKENS, *experts.GEMV_TOKENS):
+                yield from _experts(kind, sizes, rows)
+
+
+def _layer(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
+    D, F, C = text.hidden_size, text.intermediate_size, text.head_dim
+    group = 128 if kind == "int4" else None
+    yield from _experts(kind, text, rows)
+    queries, keys = text.num_attention_heads * C, text.num_key_value_heads * C
+    for outputs, inputs in ((queries, D), (keys, D), (D, queries), (F, D), (D, F)):
+        yield Product(kind, rows, outputs, inputs, None, group)
+
+
+def _experts(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
+    D, F, E = text.hidden_size, text.intermediate_size, text.num_local_experts
+    for outputs, inputs in ((2 * F, D), (D, F)):
+        yield Product(kind, rows, outputs, inputs, E, 128 if kind == "int4" else None)
+
+
+def compile_one(task: tuple[Product, int]) -> str | None:
+    """In a process of its own, for a GPU of a compute capability, such as 90; -> why it failed, if it did."""
+    product, capability = task
+    try:
+        _prepare(capability)
+        _ask_for(product)
+    except Exception as error:
+        return f"{product}: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def _ask_for(product: Product) -> None:
+    """Compile the kernel that this product would launch."""
+    kind, O, I = product.kind, product.outputs, product.inputs  # noqa: E741
+    leading = (product.experts,) if product.experts else ()
+    row = I // 8 if kind == "int4" else I
+    codes = torch.empty(*leading, O, row, dtype=workload.CODES_DTYPE[kind], device="meta")
+    scales = torch.empty(*leading, O, I // product.group if product.group else 1, dtype=torch.bfloat16, device="meta")
+    is_fp8 = kind == "fp8"
+    launch.product(
+        kind,
+        torch.empty(product.rows, I, dtype=torch.uint8 if is_fp8 else product.dtype, device="meta"),
+        codes,
+        scales,
+        torch.empty(product.experts, dtype=torch.int64, device="meta") if product.experts else None,
+        x_scales_R=torch.empty(product.rows, device="meta") if is_fp8 else None,
+        dtype=product.dtype,
+    )
+
+
+class Target:
+    """In the place of a GPU's driver: kernels are compiled for it, and not run."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _prepare(capability: int) -> None:
+    """From here on this process compiles and launches nothing."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    if isinstance(triton.runtime.driver._active, Target):
+        return
+    launched = JITFunction.run
+    triton.runtime.driver._active = Target(capability)
+    JITFunction.run = lambda *args, **kwargs: launched(*args, **kwargs | {"warmup": True})

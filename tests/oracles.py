@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -28,11 +28,22 @@ def named() -> dict[str, str]:
 def strangers() -> dict[str, str]:
     """Modules whose installed version is not the one named, each with a sentence about it."""
     exact = named()
+    found = {module: installed(module) for module in ORACLES}
     return {
-        module: f"{module} {version(module)} is installed; the reference is {exact[module]}"
+        module: f"{module} {found[module]} is installed; the reference is {exact[module]}"
+        if found[module]
+        else f"{module} is not installed"
         for module in ORACLES
-        if version(module) != exact[module]
+        if found[module] != exact[module]
     }
+
+
+def installed(module: str) -> str | None:
+    """Its version; None where it is not there."""
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return None
 
 
 def reached(item: pytest.Function) -> set[str]:

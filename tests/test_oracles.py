@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 
 from tests import oracles, small_model
@@ -39,3 +41,15 @@ def test_another_version_has_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None
     assert oracles.strangers() == {
         "tokenizers": f"tokenizers 0.0.1 is installed; the reference is {named['tokenizers']}"
     }
+
+
+def test_one_that_is_not_installed_has_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tests which need none of them run on a machine without."""
+
+    def version(module: str) -> str:
+        if module == "bitsandbytes":
+            raise PackageNotFoundError(module)
+        return oracles.named()[module]
+
+    monkeypatch.setattr(oracles, "version", version)
+    assert oracles.strangers() == {"bitsandbytes": "bitsandbytes is not installed"}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from llama4.api import Llama4
-from llama4.cache.sequence import Cache
+from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
 from llama4.kernels.abi import LayerStep, Tokens
@@ -53,7 +54,7 @@ def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of four experts per token, one dense layer in two, RoPE with and without."""
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 128,
         "intermediate_size_mlp": 256,
@@ -77,7 +78,7 @@ def ids_of(sequence: int, start: int, count: int) -> Tensor:
     return torch.randint(0, 490, (start + count,), generator=generator)[start:]
 
 
-def filled(model: Llama4Model, step: list[tuple[int, int]], cache_dtype: str | None) -> Cache:
+def filled(model: Llama4Model, step: list[tuple[int, int]], cache_dtype: str | None) -> SequenceCache:
     """A cache of the sequences before the step."""
     cache, columns = model.new_cache(len(step), cache_dtype), max(past for past, _ in step)
     if columns:
@@ -87,7 +88,7 @@ def filled(model: Llama4Model, step: list[tuple[int, int]], cache_dtype: str | N
     return cache
 
 
-def one_by_one(model: Llama4Model, step: list[tuple[int, int]], cache: Cache) -> Tensor:
+def one_by_one(model: Llama4Model, step: list[tuple[int, int]], cache: SequenceCache) -> Tensor:
     """Logits after each token of the step, [N, V], by torch alone."""
     logits = []
     with pytest.MonkeyPatch.context() as patch:
@@ -99,25 +100,27 @@ def one_by_one(model: Llama4Model, step: list[tuple[int, int]], cache: Cache) ->
 
 
 def fused(
-    model: Llama4Model, step: list[tuple[int, int]], cache: Cache, outputs: list[int] | None = None
+    model: Llama4Model, step: list[tuple[int, int]], cache: SequenceCache, outputs: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call: logits of the tokens that are wanted, the greedy tokens after them, and their log-probabilities."""
     news, columns = [new for _, new in step], max(new for _, new in step)
     mask = torch.tensor([[t < new for t in range(columns)] for new in news])
-    batch = make_batch(len(step), columns, torch.device("cpu"), mask, firsts=cache.firsts, nexts=cache.nexts)
+    batch = make_batch(
+        len(step), columns, torch.device("cpu"), mask, start=cache.start, next_position=cache.next_position
+    )
     ids = torch.cat([ids_of(b, past, new) for b, (past, new) in enumerate(step)])
     model(batch.unpack(ids), cache=cache, attention_mask=mask)  # which makes room for the new keys and values
     factors = PositionFactors(model.config.text, batch.positions_N, model.dtype)
     layers = [layer for layer in model.language_model.model.layers if isinstance(layer, DecoderLayer)]
     layer_steps, kept = (LayerStep * len(layers))(), []
     for i, (layer, held, window) in enumerate(zip(layers, cache.layers, cache.windows, strict=True)):
-        segments = batch.segments(window)
-        assert len(segments) == len(step), "a step must not cross the border of a chunk"
-        lengths = torch.cat([torch.arange(s.past + 1, s.past + 1 + s.end - s.start) for s in segments])
-        for segment in segments:
-            for slot in range(segment.past, segment.past + segment.end - segment.start):
-                held.parts(held.rows[segment.row][slot // 256])[0][:, :, slot % 256] = 0  # the step writes them again
-        table = held.table()
+        spans = batch.spans(window)
+        assert len(spans) == len(step), "a step must not cross the border of a chunk"
+        lengths = torch.cat([torch.arange(s.past + 1, s.past + 1 + s.end - s.begin) for s in spans])
+        for span in spans:
+            for slot in range(span.past, span.past + span.end - span.begin):
+                held.parts(held.rows[span.row][slot // 256])[0][:, :, slot % 256] = 0  # the step writes them again
+        table = held.block_table()
         kept += [lengths, table]
         layer_steps[i] = LayerStep(
             rotations=factors.rotations[window].data_ptr() if layer.self_attn.uses_rope else 0,

@@ -26,6 +26,12 @@ from llama4.ops import quantized_gpu
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _children_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed llama4 stays the first."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+
+
 def results_of(out: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))["steps"]
     return content

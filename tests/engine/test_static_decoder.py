@@ -84,14 +84,14 @@ def test_the_host_waits_for_nothing() -> None:
         decoder = StaticDecoder(model, cache, 4, capture=False)
         ids_B = torch.zeros(2, dtype=torch.int64)
         decoder.step(ids_B)  # what is computed once for the device
-        with NoWaiting():  # type: ignore[no-untyped-call]
+        with NoWaiting():
             logits_BV = decoder.step(ids_B)
         assert logits_BV.shape == (2, small_model.config().text.vocab_size)
-        with pytest.raises(AssertionError, match="copies between devices"), NoWaiting():  # type: ignore[no-untyped-call]
+        with pytest.raises(AssertionError, match="copies between devices"), NoWaiting():
             ids_B.cpu()
-        with pytest.raises(AssertionError, match="reads a value"), NoWaiting():  # type: ignore[no-untyped-call]
+        with pytest.raises(AssertionError, match="reads a value"), NoWaiting():
             ids_B[0].item()
-        with pytest.raises(AssertionError, match="copies between devices"), NoWaiting():  # type: ignore[no-untyped-call]
+        with pytest.raises(AssertionError, match="copies between devices"), NoWaiting():
             model(ids_B[:, None], cache=cache)
 
 

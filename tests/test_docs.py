@@ -1,22 +1,35 @@
-"""CONTRIBUTING names files and tests; they are there."""
+"""What the pages say of the code is so: files and tests that they name exist, and the order of calls is as described."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import llama4
+import llama4.vision
+from llama4 import Llama4
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_files_of_the_tour_exist() -> None:
-    files = re.findall(r"^\| `((?:llama4|vision)/[\w/]+\.py)`", TEXT, re.MULTILINE)
-    assert len(files) > 12
-    assert all((ROOT / file).is_file() for file in files)
+    files = re.findall(r"`((?:llama4|vision|tests|scripts|docs|examples)/[\w/]+\.\w+)`", page("CONTRIBUTING.md"))
+    assert len(files) > 20
+    assert all((ROOT / file).is_file() for file in files), [file for file in files if not (ROOT / file).is_file()]
 
 
 def test_tests_of_every_line_exist() -> None:
-    rows = [line for line in TEXT.splitlines() if line.startswith("|") and "test_" in line]
+    rows = [line for line in page("docs/fidelity.md").splitlines() if line.startswith("|") and "test_" in line]
     assert len(rows) > 25
     for row in rows:
         file = ""
@@ -26,3 +39,33 @@ def test_tests_of_every_line_exist() -> None:
             assert path.is_file(), row
             if cited[1]:
                 assert re.search(rf"^ *(def|class) {cited[1]}\b", path.read_text(), re.MULTILINE), cited
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_the_way_of_a_picture_and_a_token() -> None:
+    """The walk of docs/architecture.md, against the order in which a chat first calls each function."""
+    steps = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", page("docs/architecture.md"), re.MULTILINE)
+    assert len({file for file, _ in steps}) == len(steps) > 25, "a file is visited twice"
+    llm = Llama4.from_pretrained("tiny", progress=False)
+    homes = {"llama4": Path(llama4.__file__).parent, "vision": Path(llama4.vision.__file__).parent}
+    files = {str(homes[file.partition("/")[0]] / file.partition("/")[2]): file for file, _ in steps}
+    seen: list[tuple[str, str]] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        file = files.get(frame.f_code.co_filename)
+        if event == "call" and (step := (file or "", frame.f_code.co_name)) in steps and step not in seen:
+            seen.append(step)
+
+    picture = {"type": "image", "image": ROOT / "examples/shapes.png"}
+    sys.setprofile(note)
+    try:
+        llm.chat([{"role": "user", "content": [picture, {"type": "text", "text": "How many?"}]}], max_new_tokens=3)
+    finally:
+        sys.setprofile(None)
+    assert seen == steps

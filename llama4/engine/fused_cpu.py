@@ -2,7 +2,7 @@
 
 Between two products of a single token stand dozens of small operations. Each costs torch and Python microseconds, more
 when the weights that were just read have evicted them from the processor's caches: a third of a step, and half of one
-with four-bit weights. `decode` in `kernels/cpp/decode.cpp` computes what `Llama4Model.forward` computes, in the same
+with four-bit weights. `decode` in `kernels/cpp/decoder.h` computes what `Llama4Model.forward` computes, in the same
 order and precision; tests compare the two.
 
 What stays the same from step to step is found out once: a `Description` says where a model's weights are, a

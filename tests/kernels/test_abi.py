@@ -61,7 +61,7 @@ def test_other_structures_are_refused(compiled: ctypes.CDLL, monkeypatch: pytest
 @needs_kernels
 def test_another_signature_is_refused(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(abi.SIGNATURES, "swiglu", abi.SIGNATURES["swiglu"][:-1])
-    with pytest.raises(abi.AbiError, match="'swiglu', 'float32'.* is ppqqq in Python and ppqqqp in C"):
+    with pytest.raises(abi.AbiError, match=r"'swiglu', 'float32'.* is ppqqq in Python and ppqqqp in C"):
         abi.bind(compiled)
 
 

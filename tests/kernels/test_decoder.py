@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama4.api import Llama4
 from llama4.cache.sequence import SequenceCache
+from llama4.cache.view import CacheView
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
 from llama4.kernels.abi import LayerStep, Tokens
@@ -109,26 +110,22 @@ def fused(
         len(step), columns, torch.device("cpu"), mask, start=cache.start, next_position=cache.next_position
     )
     ids = torch.cat([ids_of(b, past, new) for b, (past, new) in enumerate(step)])
-    model(batch.unpack(ids), cache=cache, attention_mask=mask)  # which makes room for the new keys and values
+    tables = [layer.reserve() for layer in CacheView(cache, batch).layers]
     factors = PositionFactors(model.config.text, batch.positions_N, model.dtype)
     layers = [layer for layer in model.language_model.model.layers if isinstance(layer, DecoderLayer)]
-    layer_steps, kept = (LayerStep * len(layers))(), []
-    for i, (layer, held, window) in enumerate(zip(layers, cache.layers, cache.windows, strict=True)):
+    layer_steps, lengths_N = (LayerStep * len(layers))(), {}
+    for window in set(cache.windows):
         spans = batch.spans(window)
         assert len(spans) == len(step), "a step must not cross the border of a chunk"
-        lengths = torch.cat([torch.arange(s.past + 1, s.past + 1 + s.end - s.begin) for s in spans])
-        for span in spans:
-            for slot in range(span.past, span.past + span.end - span.begin):
-                held.parts(held.rows[span.row][slot // 256])[0][:, :, slot % 256] = 0  # the step writes them again
-        table = held.block_table()
-        kept += [lengths, table]
+        lengths_N[window] = torch.cat([torch.arange(s.past, s.past + s.end - s.begin) + 1 for s in spans])
+    for i, (layer, table, window) in enumerate(zip(layers, tables, cache.windows, strict=True)):
         layer_steps[i] = LayerStep(
             rotations=factors.rotations[window].data_ptr() if layer.self_attn.uses_rope else 0,
             temperatures=factors.temperature_N.data_ptr() if layer.self_attn.uses_temperature else 0,
-            lengths=lengths.data_ptr(),
+            lengths=lengths_N[window].data_ptr(),
             table=table.data_ptr(),
             width=table.shape[1],
-            format=held.format.number,
+            format=cache.layers[i].format.number,
         )
     starts = torch.tensor([0, *itertools.accumulate(news)])
     wanted = torch.tensor(outputs if outputs is not None else range(len(ids)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -98,6 +97,26 @@ def test_what_goes_wrong_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert "RuntimeError: no case" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
+def test_nothing_survives_the_command(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tests.bench.test_device import run
+if __name__ == "__main__":
+    run(Path({str(tmp_path)!r}), "hanging", seconds=60, case_seconds=60)
+"""
+    (tmp_path / "main.py").write_text(code, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment) as process:
+        while not (child := tmp_path / "child").exists() or not child.read_text(encoding="utf-8"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    end = time.monotonic() + 20
+    while is_running(int(child.read_text(encoding="utf-8"))):
+        assert time.monotonic() < end, "the step goes on"
+        time.sleep(0.1)
+
+
 def is_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
@@ -147,14 +166,16 @@ def test_kernels_are_compiled_as_they_are_launched(kind: str, monkeypatch: pytes
     assert len({*kernels.products()}) == len([*kernels.products()]) > 100
 
 
-def test_kernels_compile_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    """In a process of its own, which launches nothing afterwards."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    wanted = kernels.Product("int8", 3, 64, 128, 4), kernels.Product("no kind", 3, 64, 128)
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
-        reasons = pool.map(kernels.compile_one, [(product, 90) for product in wanted])
-    assert reasons[0] is None
-    assert "no kind" in str(reasons[1])
+    code = """
+from llama4.bench.device.kernels import Product, compile_one
+print(*(compile_one((product, 90)) for product in (Product("int8", 3, 64, 128, 4), Product("no kind", 3, 64, 128))))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("None Product(kind='no kind'")
     assert [path.stem for path in tmp_path.rglob("*.cubin")] == ["few_rows"]
 
 

@@ -3,9 +3,12 @@ touch the device before the fork."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
+import signal
 import sys
+import threading
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +45,8 @@ class Task:
 
 
 def main(task: Task) -> None:
-    os.setsid()  # its own children end with it
+    os.setpgid(0, 0)  # its own children end with it
+    threading.Thread(target=_end_with_runner, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -65,3 +69,11 @@ def main(task: Task) -> None:
     except DeviceLostError as error:
         print(f"the device is lost to this process: {error}", file=sys.stderr, flush=True)
         os._exit(DEVICE_LOST)  # ending in order would want the device
+
+
+def _end_with_runner() -> None:
+    """The process that started this one may be killed: then nothing of it goes on, and holds the device."""
+    runner = multiprocessing.parent_process()
+    assert runner is not None
+    runner.join()
+    os.killpg(0, signal.SIGKILL)

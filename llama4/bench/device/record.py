@@ -111,7 +111,7 @@ class Record:
             torch.cuda.synchronize(self.device)
 
     def _forget_peak(self) -> None:
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():  # a case may want to fork processes before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -106,7 +106,7 @@ def host_waits(run: Callable[[], object], device: torch.device) -> int:
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def profile(

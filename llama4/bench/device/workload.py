@@ -114,17 +114,26 @@ def fill(model: nn.Module, place: Callable[[str], torch.device]) -> None:
                 _fill_packed(module, name, values)
                 module.set_part(name, values)
                 continue
-            if "norm" in full:
-                values.fill_(1)
-            elif name == "bias":
+            if name == "bias":
                 values.zero_()
+            elif "norm" in full:
+                values.fill_(1)
             elif full.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                values.normal_(0, values.shape[1] ** -0.5)
-            elif full.endswith("embed_tokens.weight"):
-                values.normal_(0, 1)
+                _normal(values, values.shape[1] ** -0.5)
             else:
-                values.normal_(0, values.shape[-1] ** -0.5)
+                _normal(values, 1 if full.endswith("embed_tokens.weight") else values.shape[-1] ** -0.5)
             setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
+def _normal(values: Tensor, std: float) -> None:
+    """On a CPU, which draws slowly, large tensors repeat what was drawn."""
+    if not values.is_cpu:
+        values.normal_(0, std)
+        return
+    parts = values.view(-1).split(1 << 24)
+    parts[0].normal_(0, std)
+    for part in parts[1:]:
+        part.copy_(parts[0][: len(part)])
 
 
 def _fill_packed(module: PackedWeight, part: str, values: Tensor) -> None:

@@ -264,7 +264,7 @@ COMPILED = [
         f"{CPP}/greedy_token.h",
         "where = v > most ?",
         "where = v >= most ?",
-        f"{KERNELS}::TestGreedyToken::test_against_float64",
+        f"{KERNELS}::TestGreedyToken::test_of_equals_the_first",
     ),
     Mutation(
         "compiled: another limit of gemv than in Python",

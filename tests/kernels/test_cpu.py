@@ -58,7 +58,7 @@ def test_they_are_built_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 class TestProducts:
-    """640 inputs are five registers of 128, of which four go together; 1000 outputs end within a chunk of few rows'
+    """Four blocks of inputs go together, and 640 or 672 leave one or two; 1000 outputs end within a task of few rows'
     products, and 1056 are 33 strips of many rows'."""
 
     @pytest.fixture
@@ -66,7 +66,7 @@ class TestProducts:
         return 1000 if rows <= abi.MAX_GEMV_ROWS else 1056
 
     def test_dense(self, rows: int, dtype: torch.dtype) -> None:
-        x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 640), (1000, 640), (640, 1056)))
+        x, weight_OI, weight_IO = (normal(*s).to(dtype) for s in ((rows, 672), (1000, 672), (672, 1056)))
         assert close(cpu.linear(x, weight_OI), x.double() @ weight_OI.double().mT)
         assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double())
         weight_OI = weight_IO.mT.contiguous()  # whole strips
@@ -259,6 +259,11 @@ class TestGreedyToken:
         assert torch.equal(ids, logits.argmax(-1))
         truth = logits.double().log_softmax(-1).amax(-1)
         assert torch.allclose(logprobs.double(), truth, atol=2e-6, rtol=1e-6)
+
+    def test_of_equals_the_first(self, dtype: torch.dtype) -> None:
+        logits = normal(4, 1000).clamp(max=0.5).to(dtype)
+        ids, _ = cpu.greedy_token(logits)
+        assert ids.tolist() == [(row == 0.5).nonzero()[0].item() for row in logits]
 
     @pytest.mark.parametrize("strange", [torch.nan, torch.inf])
     @pytest.mark.parametrize("place", [0, 700, 999])

@@ -41,7 +41,7 @@ def run(steps: Sequence[Step], out: Path, *, device: str, minutes: float, dry: b
     log = out / "log.txt"
     log.write_text("", encoding="utf-8")
     os.environ.update(ENVIRONMENT | (DRY_ENVIRONMENT if dry else {}))  # the steps' processes inherit it
-    report = Report(out, {"minutes": minutes, "dry run": dry} | machine.about())
+    report = Report(out, {"minutes": minutes, "dry run": dry, "CPU kernels": "off"} | machine.about())
     runner = Runner(steps, device=device, minutes=minutes, dry=dry, log=log, out=out, report=report)
     runner.run()
     good = [

@@ -105,7 +105,7 @@ if __name__ == "__main__":
     run(Path({str(tmp_path)!r}), "hanging", seconds=60, case_seconds=60)
 """
     (tmp_path / "main.py").write_text(code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment) as process:
         while not (child := tmp_path / "child").exists() or not child.read_text(encoding="utf-8"):
             assert process.poll() is None

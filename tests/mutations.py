@@ -218,11 +218,11 @@ COMPILED = [
         STEP,
     ),
     Mutation(
-        "compiled: keys and values go to the first sequence",
+        "compiled: logits of the first token that is wanted",
         f"{CPP}/decoder.h",
-        "sequences.end(b), b);",
-        "sequences.end(b), 0);",
-        STEP,
+        "tokens.outputs ? tokens.outputs[i] : i, i)",
+        "tokens.outputs ? tokens.outputs[0] : i, i)",
+        "tests/kernels/test_decoder.py::test_logits_of_some_tokens",
     ),
     Mutation(
         "compiled: no temperature",

@@ -1,4 +1,4 @@
-"""What the pages say of the code is so: files and tests that they name exist, and the order of calls is as described."""
+"""The pages are true of the code: files and tests that they name exist, and calls come in the order that they describe."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_rounding_to_four_bits(dtype: torch.dtype, group_size: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 50])
-class TestBetween:
+class TestElementwise:
     def test_rms_norm(self, rows: int, dtype: torch.dtype) -> None:
         x, weight = normal(rows, 528), normal(528, seed=1).to(dtype)
         out = cpu.rms_norm(x, weight, 1e-2)

@@ -79,8 +79,8 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
             return lambda *tensors, **sizes: launches.append((grid, sizes))
 
     triton_packed = pytest.importorskip("llama4.kernels.triton.packed")
-    monkeypatch.setattr(triton_packed, "few_rows", Kernel())
-    monkeypatch.setattr(triton_packed, "many_rows", Kernel())
+    monkeypatch.setattr(triton_packed, "gemv", Kernel())
+    monkeypatch.setattr(triton_packed, "grouped_gemm", Kernel())
     group = 32 if kind == "int4" else 192
     x = torch.empty(rows, 192, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16)
     codes = torch.empty(experts, 100, 192, dtype=torch.int8).view(torch.int8 if kind == "int8" else torch.uint8)

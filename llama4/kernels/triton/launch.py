@@ -1,7 +1,7 @@
-"""Products with matrices of few bits on a GPU: when, and by which of the kernels in `triton_packed`.
+"""Launches the kernels of `packed` for products with quantized matrices on a GPU.
 
-Triton comes with torch's builds for CUDA. It is imported when a tensor on a GPU first wants it; where it cannot run,
-everything goes through torch.
+Triton comes with torch's builds for CUDA. It is imported at the first product; where it cannot run, torch's own
+operations serve.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MAX_GEMV_ROWS = 8
-"""Most rows, of all experts together, that go through `few_rows`: each reads its expert's matrix anew, from the GPU's
-cache at best. A guess until it is measured, as are the sizes of tiles below."""
+"""Most rows, of all experts together, for `gemv`, which reads an expert's matrix once per row. Not measured yet, like
+the sizes of blocks below."""
 KINDS = ("int4", "int8", "fp8")
 SWITCH = "LLAMA4_GPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
@@ -42,10 +42,10 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _failure(device: torch.device) -> str | None:
-    """What goes wrong with a product whose result is known, which is logged once; whatever it is, torch is there."""
+    """What is wrong with a product whose result is known; logged once."""
     try:
-        x, codes = torch.ones(1, 32, device=device), torch.ones(4, 32, dtype=torch.int8, device=device)
-        y = product("int8", x, codes, torch.full((4, 1), 0.5, device=device))
+        x, values = torch.ones(1, 32, device=device), torch.ones(4, 32, dtype=torch.int8, device=device)
+        y = product("int8", x, values, torch.full((4, 1), 0.5, device=device))
         if y.eq(16).all():
             return None
         reason = f"a product gave {y[0, 0].item()} instead of 16"
@@ -58,7 +58,7 @@ def _failure(device: torch.device) -> str | None:
 def product(
     kind: str,
     x_RI: Tensor,
-    codes: Tensor,
+    values: Tensor,
     scales: Tensor,
     counts_E: Tensor | None = None,
     *,
@@ -70,7 +70,7 @@ def product(
     Args:
         kind: "int4", "int8" or "fp8".
         x_RI: rows, sorted by expert; bytes of e4m3 for "fp8".
-        codes: [E, O, I] or [O, I], int8 or bytes of e4m3; of "int4" [.., I / 8], int32.
+        values: [E, O, I] or [O, I], int8 or bytes of e4m3; of "int4" [.., I / 8], int32.
         scales: [E, O, G] or [O, G], any float.
         counts_E: rows of each expert, on the device of the rows; they sum to R. None: there is one matrix.
         x_scales_R: float32, for "fp8".
@@ -78,7 +78,7 @@ def product(
     """
     from llama4.kernels.triton import packed
 
-    x_RI, codes, scales = x_RI.contiguous(), codes.contiguous(), scales.contiguous()
+    x_RI, values, scales = x_RI.contiguous(), values.contiguous(), scales.contiguous()
     (rows, inputs), (outputs, groups) = x_RI.shape, scales.shape[-2:]
     y_RO = torch.empty(rows, outputs, dtype=dtype or x_RI.dtype, device=x_RI.device)
     if not rows:
@@ -86,26 +86,26 @@ def product(
     E = 1 if counts_E is None else len(counts_E)
     group = inputs // groups if groups > 1 else 0
     if rows <= MAX_GEMV_ROWS:
-        kernel, tiles, blocks = packed.few_rows, rows, _blocks_for_few(kind, inputs, group)
+        kernel, tiles, blocks = packed.gemv, rows, _gemv_blocks(kind, inputs, group)
     else:
-        kernel, most = packed.many_rows, min(E, rows)
-        blocks = _blocks_for_many(x_RI.dtype, -(-rows // E), inputs, group)
+        kernel, most = packed.grouped_gemm, min(E, rows)
+        blocks = _gemm_blocks(x_RI.dtype, -(-rows // E), inputs, group)
         tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     grid = tiles, -(-outputs // blocks["BLOCK_O"])
-    codes = codes if kind == "int8" else codes.view(torch.uint8)
-    tensors = x_RI, codes, scales, x_scales_R, counts_E, y_RO
+    values = values if kind == "int8" else values.view(torch.uint8)
+    tensors = x_RI, values, scales, x_scales_R, counts_E, y_RO
     with torch.cuda.device_of(x_RI):
         kernel[grid](*tensors, rows, outputs, inputs, E=E, kind=kind, group=group, enable_fp_fusion=True, **blocks)
     return y_RO
 
 
-def _blocks_for_few(kind: str, inputs: int, group: int) -> dict[str, int]:
+def _gemv_blocks(kind: str, inputs: int, group: int) -> dict[str, int]:
     """Eight or sixteen bytes for each thread of a warp, side by side, and a few such loads under way."""
     block = min(_power_in(inputs), 1024 if kind == "int4" else 512)
     return {"BLOCK_O": 8, "BLOCK_I": block, "STEP": min(_power_in(group or inputs), block)}
 
 
-def _blocks_for_many(dtype: torch.dtype, rows: int, inputs: int, group: int) -> dict[str, int]:
+def _gemm_blocks(dtype: torch.dtype, rows: int, inputs: int, group: int) -> dict[str, int]:
     """As many rows at once as an expert has on average. All fit into the registers, and into the 99 KiB of shared
     memory that the smallest of GPUs has."""
     at_once = min(max(1 << (rows - 1).bit_length(), 16), 128)

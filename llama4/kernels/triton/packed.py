@@ -1,18 +1,19 @@
-"""The two Triton kernels behind `gpu`: y = x W^T, where W is one of E matrices of few bits, and rows are sorted by E.
+"""Two Triton kernels for y = x W^T, where W is one of E quantized matrices and the rows of x are sorted by expert.
 
-Both read codes as they lie in a checkpoint, turn them into numbers in registers and add up in float32. Codes are whole
-numbers or e4m3, exact in every float that a product is computed in; scales are applied to sums and round no weight.
+Both read quantized values as a checkpoint stores them, convert them in registers and accumulate in float32. The values
+are integers or e4m3, exact in every dtype that a product is computed in; scales are applied to sums, so no weight is
+rounded.
 
-- `few_rows` is for decoding, where each byte of a matrix is read for one row and nothing else counts. A program owns a
-  few outputs of one row; neighbouring threads read neighbouring bytes; there is no use for tensor cores.
-- `many_rows` is for prompts, where a matrix is read once for a tile of rows and arithmetic counts. A program owns a
-  tile of outputs x rows of one expert, and tensor cores multiply. It computes (W x^T)^T: the weights are then the left
-  operand, which Hopper's tensor cores take from registers, where the codes were unpacked.
+- `gemv` is for decoding, where each byte of a matrix is read for one row and memory bandwidth is the limit. A program
+  computes a few outputs of one row; neighbouring threads read neighbouring bytes; tensor cores are not used.
+- `grouped_gemm` is for prompts, where a matrix is read once per tile of rows and arithmetic is the limit. A program
+  computes a tile of outputs x rows of one expert on tensor cores. It computes (W x^T)^T: the weights are then the left
+  operand, which Hopper's tensor cores take from registers, where the values were converted.
 
-How many rows an expert has is known on the device alone. So the grid is as large as the worst case wants it, each
-program finds its expert by adding up the counts, and those that find none stop. Nothing waits for the device, and a
-launch can be replayed for other counts. What is beyond the last output or row is read as if it were the last, and not
-stored; inputs come in whole blocks.
+Only the device knows how many rows an expert has. So the grid has the size of the worst case, each program finds its
+expert by summing the counts, and programs without one return. Nothing waits for the device, and a launch can be
+replayed with other counts. Past the last output or row, the last one is read and nothing is stored; inputs come in
+whole blocks.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """
@@ -26,8 +27,8 @@ import triton.language as tl
 
 @triton.jit
 def find_tile(counts_E, tile, rows, E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """-> expert of a tile of up to BLOCK_R rows, its first row, and where the expert's rows end. A tile too many begins
-    at that end, or behind it."""
+    """-> expert of a tile of up to BLOCK_R rows, its first row, and the end of the expert's rows. A tile without rows
+    begins at that end or behind it."""
     if counts_E is None:
         return tile * 0, tile * BLOCK_R, rows
     else:
@@ -41,40 +42,40 @@ def find_tile(counts_E, tile, rows, E: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def numbers(codes, kind: tl.constexpr, dtype: tl.constexpr):
-    """Codes as numbers of a float dtype. Of int4 a byte holds two, the first in its lower half: the result is twice as
-    wide. Of fp8 the numbers are 2^-8 of what they stand for."""
+def convert(values, kind: tl.constexpr, dtype: tl.constexpr):
+    """Quantized values in a float dtype. A byte of int4 holds two values, the first in its lower half: the result is
+    twice as wide. Those of fp8 are multiplied by 2^-8."""
     if kind == "int4":
-        return tl.interleave(from_nibble(codes & 15, dtype), from_nibble(codes >> 4, dtype))
+        return tl.interleave(from_nibble(values & 15, dtype), from_nibble(values >> 4, dtype))
     elif kind == "fp8":
-        return from_e4m3(codes).to(dtype)
+        return from_e4m3(values).to(dtype)
     else:
-        return codes.to(dtype)
+        return values.to(dtype)
 
 
 @triton.jit
-def from_nibble(codes, dtype: tl.constexpr):
-    """0 to 15 -> -8 to 7. Written into the lowest bits of a power of two whose last bit is worth one, codes of 16 bits
-    need no conversion, which is slower than arithmetic."""
+def from_nibble(values, dtype: tl.constexpr):
+    """0 to 15 -> -8 to 7. Placed in the lowest bits of a power of two whose last bit has the value 1, they need no
+    conversion from integers, which is slower than arithmetic."""
     if dtype == tl.bfloat16:
-        return (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136  # 2^7 + 8
+        return (values.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136  # 2^7 + 8
     elif dtype == tl.float16:
-        return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032  # 2^10 + 8
+        return (values.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032  # 2^10 + 8
     else:
-        return codes.to(tl.float32) - 8
+        return values.to(tl.float32) - 8
 
 
 @triton.jit
-def from_e4m3(codes):
+def from_e4m3(values):
     """Bytes of e4m3 as float16, times 2^-8: the exponent moves into a field of one bit more, whose bias is 15 and not
     7. Exact, also for subnormal numbers, and on GPUs that know no e4m3."""
-    return ((codes.to(tl.int16) << 8 >> 1) & ~0x4000).to(tl.float16, bitcast=True)
+    return ((values.to(tl.int16) << 8 >> 1) & ~0x4000).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def few_rows(
+def gemv(
     x_RI,
-    codes_EOI,
+    values_EOI,
     scales_EOG,
     x_scales_R,
     counts_E,
@@ -98,10 +99,10 @@ def few_rows(
     row = row.to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     matrix_row = expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1)
-    codes = codes_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
+    values = values_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
     sums = tl.zeros([BLOCK_O, BLOCK_I // STEP], tl.float32)
     for start in range(0, inputs, BLOCK_I):
-        weights = numbers(tl.load(codes + start // PACK), kind, tl.float32)
+        weights = convert(tl.load(values + start // PACK), kind, tl.float32)
         x = tl.load(x_RI + row * inputs + start + tl.arange(0, BLOCK_I))
         x = from_e4m3(x).to(tl.float32) if kind == "fp8" else x.to(tl.float32)
         part = tl.sum(tl.reshape(weights * x[None, :], [BLOCK_O, BLOCK_I // STEP, STEP]), 2)
@@ -118,9 +119,9 @@ def few_rows(
 
 
 @triton.jit
-def many_rows(
+def grouped_gemm(
     x_RI,
-    codes_EOI,
+    values_EOI,
     scales_EOG,
     x_scales_R,
     counts_E,
@@ -146,11 +147,11 @@ def many_rows(
     real_row = tl.minimum(row, end - 1).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     matrix_row = expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1)
-    codes = codes_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
+    values = values_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
     x_columns = x_RI + (real_row * inputs)[None, :] + tl.arange(0, BLOCK_I)[:, None]
     sums = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
     for start in range(0, inputs, BLOCK_I):
-        weights = numbers(tl.load(codes + start // PACK), kind, dtype)
+        weights = convert(tl.load(values + start // PACK), kind, dtype)
         x = tl.load(x_columns + start)
         x = from_e4m3(x) if kind == "fp8" else x
         if group:

@@ -1,4 +1,4 @@
-"""The pages are true of the code: files and tests that they name exist, and calls come in the order that they describe."""
+"""The pages are true of the code: the files and tests that they name exist, and calls come in the described order."""
 
 from __future__ import annotations
 

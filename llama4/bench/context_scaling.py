@@ -40,8 +40,10 @@ from llama4.bench.scaling_fit import Fit, Point, fit, keys_by_kind
 from llama4.cache.formats import resolve_format
 from llama4.cache.layer import READ_SLOTS
 from llama4.cache.sequence import SequenceCache
+from llama4.cache.view import CacheView
 from llama4.config import TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.model.batch import make_batch
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens
@@ -114,14 +116,16 @@ def measure_filled(llm: Llama4, context: int, threads: int) -> Scaling:
 
 
 def fill(cache: SequenceCache, length: int, text: TextConfig, dtype: torch.dtype) -> None:
-    """Put random keys and values into the only row until it has `length` tokens, in each layer those that it keeps."""
-    for layer, window in zip(cache.layers, cache.windows, strict=True):
-        past = 0 if window else cache.cached_tokens(0, cache.next_position[0], None)
-        slots = cache.cached_tokens(0, length, window)
-        for start in range(past, slots, READ_SLOTS):
-            shape = (min(READ_SLOTS, slots - start), text.num_key_value_heads, text.head_dim)
-            layer.write(0, start, *(torch.randn(shape, device=layer.device).to(dtype) for _ in range(2)))
-    cache.commit(cache.start, (length,))
+    """Put random keys and values, the same in every layer, into the only row until it has `length` tokens."""
+    while (past := cache.next_position[0]) < length:
+        columns = min(READ_SLOTS, length - past)
+        device = torch.device("cpu")
+        batch = make_batch(1, columns, device, start=cache.start, next_position=cache.next_position)
+        view, shape = CacheView(cache, batch), (columns, text.num_key_value_heads, text.head_dim)
+        keys_NKC, values_NKC = (torch.randn(shape).to(dtype) for _ in range(2))
+        for layer in view.layers:
+            layer.write(keys_NKC, values_NKC)
+        view.commit()
 
 
 def _random_ids(llm: Llama4) -> Callable[[int], torch.Tensor]:

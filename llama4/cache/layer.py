@@ -28,6 +28,9 @@ class LayerCache:
     Keys of a row are in slots that count from the first token that the row's last token sees: of its chunk, or of its
     sequence. Only full blocks are shared by rows, and those are never written to.
 
+    Only this folder writes: `rows`, `write`, `reserve`, `restore` and what else changes a layer are for `SequenceCache`
+    and `LayerView`, which keep the count of tokens right. Others read.
+
     Attributes:
         rows: the blocks of each row.
     """
@@ -55,16 +58,27 @@ class LayerCache:
         """Blocks that so many slots take."""
         return -(-slots // CACHE_BLOCK)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return 2 * self.heads * CACHE_BLOCK * (self._bytes + (2 if self.format.scaled else 0))
+
+    def restore(self, row: int, blocks: Sequence[Tensor]) -> None:
+        """Replace the blocks of a row by copies of these."""
+        self.reserve(row, 0, 0)
+        self.reserve(row, 0, len(blocks) * CACHE_BLOCK)
+        for own, given in zip(self.rows[row], blocks, strict=True):
+            own.copy_(given)
+
     def reserve(self, row: int, past: int, new: int) -> None:
         """Keep the first `past` slots of a row, free the blocks behind them, and take blocks for `new` more slots."""
-        blocks, num_heads = self.rows[row], 2 * self.heads * CACHE_BLOCK
+        blocks = self.rows[row]
         kept, wanted = self.num_blocks(past), self.num_blocks(past + new)
         if kept < len(blocks) or wanted > len(blocks):
             self._block_table = None
         del blocks[kept:]
-        size = num_heads * (self._bytes + (2 if self.format.scaled else 0))
         while len(blocks) < wanted:
-            blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
+            blocks.append(torch.empty(self.block_bytes, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
 
     def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens behind the first `past` slots of a row; what was there is lost."""

@@ -27,7 +27,12 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
     Raises:
         ValueError: the file cannot be written.
     """
-    blocks = {f"{i}.{j}": block for i, layer in enumerate(cache.layers) for j, block in enumerate(layer.rows[0])}
+    counts = cache.num_blocks(cache.start[0], cache.next_position[0])
+    blocks = {
+        f"{i}.{j}": block
+        for i, (layer, count) in enumerate(zip(cache.layers, counts, strict=True))
+        for j, block in enumerate(layer.rows[0][:count])  # there may be one more, for the next token
+    }
     tensors = {_TOKENS: tokens} | {key: block.cpu() for key, block in blocks.items()}
     metadata = {"model": model, "formats": _formats(cache), "first": str(cache.start[0])}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -44,7 +49,7 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
 
 
 def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
-    """Read what `save_cache` wrote into an empty cache; -> the tokens that it holds.
+    """Read what `save_cache` wrote into a cache of one row, which stays as it is if that fails; -> the tokens of it.
 
     Raises:
         ValueError: no such file, a damaged one, or the cache of another model or dtype.
@@ -61,12 +66,17 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
                 )
             tokens: Tensor = file.get_tensor(_TOKENS)
             start = int(metadata["first"])
-            cache.commit((start,), (start + len(tokens),))
-            for i, (layer, window) in enumerate(zip(cache.layers, cache.windows, strict=True)):
-                count = layer.num_blocks(cache.cached_tokens(0, cache.next_position[0], window))
-                if missing := [f"{i}.{j}" for j in range(count) if f"{i}.{j}" not in keys]:
-                    raise ValueError(f"{path} lacks {', '.join(missing)}; it is damaged, read the prompt again")
-                layer.rows[0] = [file.get_tensor(f"{i}.{j}").to(layer.device, copy=True) for j in range(count)]
+            names = [
+                [f"{i}.{j}" for j in range(count)]
+                for i, count in enumerate(cache.num_blocks(start, start + len(tokens)))
+            ]
+            if missing := [name for layer in names for name in layer if name not in keys]:
+                raise ValueError(f"{path} lacks {', '.join(missing)}; it is damaged, read the prompt again")
+            blocks = [[file.get_tensor(name) for name in layer] for layer in names]
+            try:
+                cache.restore(start, start + len(tokens), blocks)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}; read the prompt again") from error
     except (SafetensorError, KeyError, FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} cannot be read as a saved cache: {error}") from error
     return tokens

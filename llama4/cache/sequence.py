@@ -85,6 +85,40 @@ class SequenceCache:
         self.is_consistent = False
         self.version += 1
 
+    def num_blocks(self, start: int, next_position: int) -> list[int]:
+        """Blocks of each layer that hold what a row from `start` to `next_position` keeps."""
+        end = next_position - 1
+        slots = [visible_tokens(end, window, start) if end >= start else 0 for window in self.windows]
+        return [layer.num_blocks(count) for layer, count in zip(self.layers, slots, strict=True)]
+
+    def restore(self, start: int, next_position: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Replace what the only row holds by copies of the blocks of another cache. Nothing changes if they do not fit.
+
+        Args:
+            start, next_position: of the other cache.
+            blocks: of each layer, as many as `num_blocks` says, uint8.
+
+        Raises:
+            ValueError: positions that cannot be; blocks of another number, size or dtype.
+        """
+        assert self.batch_size == 1
+        if not 0 <= start <= next_position:
+            raise ValueError(f"a sequence cannot begin at position {start} and go on at {next_position}")
+        wanted = self.num_blocks(start, next_position)
+        if (counts := [len(given) for given in blocks]) != wanted:
+            raise ValueError(f"its layers have {counts} blocks, but must have {wanted}")
+        for i, (layer, given) in enumerate(zip(self.layers, blocks, strict=True)):
+            for block in given:
+                if block.dtype != torch.uint8 or block.shape != (layer.block_bytes,):
+                    raise ValueError(
+                        f"a block of layer {i} is {list(block.shape)} {block.dtype}, but must be "
+                        f"[{layer.block_bytes}] {torch.uint8}"
+                    )
+        self.begin_write()
+        for layer, given in zip(self.layers, blocks, strict=True):
+            layer.restore(0, given)
+        self.commit((start,), (next_position,))
+
     def commit(self, start: tuple[int, ...], next_position: tuple[int, ...]) -> None:
         """Count new tokens, once all layers have them."""
         self.start, self.next_position = start, next_position

@@ -13,7 +13,8 @@ from llama4.model.batch import Batch
 
 
 class LayerView:
-    """One layer of a cache, for the tokens of one batch. It is the only writer of new tokens.
+    """One layer of a cache, for the tokens of one batch. New tokens are written here alone, or by a kernel into the
+    blocks that `CacheView.reserve_step` took.
 
     Attributes:
         blocks: what attention reads.
@@ -39,7 +40,8 @@ class LayerView:
 
 
 class CacheView:
-    """A cache for the tokens of one batch. `commit` comes after all layers are written."""
+    """A cache for the tokens of one batch. `commit` comes after all layers are written, or a kernel that writes does
+    both: after `reserve_step`, `SequenceCache.commit_step` counts what it wrote."""
 
     def __init__(self, cache: SequenceCache, batch: Batch) -> None:
         self.cache, self.batch = cache, batch
@@ -48,3 +50,12 @@ class CacheView:
     def commit(self) -> None:
         """Count the batch's tokens."""
         self.cache.commit(self.batch.start, self.batch.next_position)
+
+    def reserve_step(self) -> list[Tensor]:
+        """Take the blocks that the batch's tokens go to, for a kernel that writes them; -> each layer's block table.
+
+        No token is counted yet, but the cache has another version: what others prepared for its next steps is void.
+        """
+        tables = [layer.reserve() for layer in self.layers]
+        self.cache.commit(self.batch.start, self.batch.query_start)
+        return tables

@@ -60,8 +60,7 @@ class FusedSession:
         ahead_S1 = torch.arange(self.count)[:, None]
         factors = PositionFactors(config, (batch.positions_N + ahead_S1).flatten(), dtype)
         lengths_SB = {window: batch.key_lengths(window) + ahead_S1 for window in windows}
-        tables = [layer.reserve() for layer in CacheView(cache, batch).layers]
-        cache.commit(batch.start, batch.query_start)
+        tables = CacheView(cache, batch).reserve_step()
 
         self.description = description
         self.step, self.version, self.hooks = 0, cache.version, RemovableHandle.next_id

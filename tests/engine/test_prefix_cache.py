@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llama4 import Llama4
+from llama4.cache.saved import load_cache
 from tests import small_model
 
 RED, BLUE = (Image.new("RGB", (50, 40), color) for color in ((255, 0, 0), (0, 0, 255)))
@@ -157,6 +160,29 @@ def test_saved_and_loaded(directory: Path, tmp_path: Path, cache_dtype: str) -> 
     messages = [user(DOCUMENT + "Who?", RED)]
     replies = [model.chat(messages, max_new_tokens=6) for model in (llm, other)]
     assert replies[0].logprobs == replies[1].logprobs
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "dtype", "start"])
+def test_a_damaged_file_leaves_the_cache_as_it_was(llm: Llama4, tmp_path: Path, damage: str) -> None:
+    llm.chat([user(DOCUMENT)], max_new_tokens=1)
+    assert llm.cache is not None
+    llm.cache.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    last = max(tensors.keys() - {"tokens"})
+    if damage == "missing":
+        del tensors[last]
+    elif damage == "short":
+        tensors[last] = tensors[last][:-2].clone()
+    elif damage == "dtype":
+        tensors[last] = tensors[last].view(torch.int8)
+    else:
+        metadata["first"] = "-5"
+    save_file(tensors, tmp_path / "damaged", metadata)
+    cache = llm.model.new_cache()
+    with pytest.raises(ValueError, match=r"damaged.*read the prompt again"):
+        load_cache(tmp_path / "damaged", cache, metadata["model"])
+    assert (cache.lengths, cache.num_bytes, cache.version, cache.is_consistent) == ([0], 0, 0, True)
 
 
 def test_what_does_not_fit_is_refused(llm: Llama4, directory: Path, tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ class SequenceCache:
         next_position: position that the next token of each row will have.
         version: a number that grows with every change.
         is_consistent: false while a forward is adding tokens, and for good if that broke off.
-        last_logits: where the prompt of the only row ended and the logits there, for the same prompt to get the same
-            reply.
         windows: the window of each layer.
         layers: the keys and values of each layer.
     """
@@ -44,13 +42,23 @@ class SequenceCache:
         format: Format | None = None,
         full_device: torch.device | None = None,
     ) -> None:
+        """An empty cache.
+
+        Args:
+            device, dtype: of the keys and values.
+            format, full_device: of layers that see every token, where these differ: what `resolve_format` gave, and
+                the CPU for a model on a GPU.
+
+        Raises:
+            ValueError: no rows, or a `head_dim` that the format cannot store.
+        """
         if batch_size < 1:
             raise ValueError(f"a cache needs at least one row, not batch_size={batch_size}")
         self.start: tuple[int, ...] = (0,) * batch_size
         self.next_position: tuple[int, ...] = (0,) * batch_size
         self.version = 0
         self.is_consistent = True
-        self.last_logits: tuple[int, Tensor] | None = None
+        self._last_logits: tuple[int, Tensor] | None = None
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         full_device = full_device or device
         pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
@@ -115,6 +123,7 @@ class SequenceCache:
                         f"[{layer.block_bytes}] {torch.uint8}"
                     )
         self.begin_write()
+        self._last_logits = None
         for layer, given in zip(self.layers, blocks, strict=True):
             layer.restore(0, given)
         self.commit((start,), (next_position,))
@@ -131,6 +140,16 @@ class SequenceCache:
         self.version += 1
         return self.version
 
+    def remember_logits(self, logits_1V: Tensor) -> None:
+        """Keep the logits behind the tokens of the only row, for the same prompt to get the same reply. They stay while
+        these tokens do: more may be added, and a fork of the row has them too."""
+        assert self.batch_size == 1
+        self._last_logits = self.lengths[0], logits_1V
+
+    def logits_after(self, length: int) -> Tensor | None:
+        """The remembered logits [1, V], if they are those behind the first `length` tokens of the only row."""
+        return self._last_logits[1] if self._last_logits is not None and self._last_logits[0] == length else None
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
         self.start, self.next_position = (
@@ -138,11 +157,12 @@ class SequenceCache:
         )
         for layer in self.layers:
             layer.select_rows(rows)
+        self._last_logits = self._last_logits if len(rows) == 1 else None
         self.version += 1
 
     def fork(self, rows: Sequence[int] | None = None) -> SequenceCache:
         """A cache that begins with what this one holds, or some rows of it, and goes its own way from there. Full
-        blocks are shared, so this takes neither time nor memory."""
+        blocks are shared; of each row and layer the last block is copied if it is only partly filled."""
         rows = range(self.batch_size) if rows is None else rows
         other = copy.copy(self)
         other.start, other.next_position = (
@@ -152,6 +172,7 @@ class SequenceCache:
             layer.fork(rows, [self.cached_tokens(row, self.next_position[row], window) for row in rows])
             for layer, window in zip(self.layers, self.windows, strict=True)
         ]
+        other._last_logits = self._last_logits if len(rows) == 1 else None
         return other
 
     def truncate(self, length: int) -> int:
@@ -171,5 +192,7 @@ class SequenceCache:
             begins_chunk = chunk_offset(position, window) == 0
             layer.truncate(0, 0 if begins_chunk else self.cached_tokens(0, position, window))
         self.next_position = (position,)
+        if self._last_logits is not None and self._last_logits[0] > position - start:
+            self._last_logits = None
         self.version += 1
         return position - start

@@ -33,8 +33,8 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
     assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
     (past,) = set(cache.lengths)
     is_patch_BT = (ids_BT == model.config.image_token_index) & mask_BT
-    if cache.last_logits is not None and cache.last_logits[0] == past == int(mask_BT.sum()):
-        return cache.last_logits[1]
+    if past == int(mask_BT.sum()) and (remembered := cache.logits_after(past)) is not None:
+        return remembered
     mask_BT = mask_BT & (mask_BT.cumsum(1) > past)
     images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT)
     batch_size, columns = ids_BT.shape
@@ -56,7 +56,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
             )
             bar.update(int(mask.sum()))
     if batch_size == 1:
-        cache.last_logits = cache.lengths[0], logits_B1V[:, -1]
+        cache.remember_logits(logits_B1V[:, -1])
     return logits_B1V[:, -1]
 
 

@@ -40,12 +40,12 @@ def identities(inputs: Inputs, model: Llama4Model) -> list[Tensor]:
 
 
 class PromptCache:
-    """One conversation as far as the model has read it. `Llama4.cache` is the last one; an older one can be put there
-    again, for its beginnings to be read no second time.
+    """The tokens of one conversation that the model has computed. `Llama4.cache` is the last one. An older one can be
+    assigned to it again; prompts that begin like that one then skip what they have in common.
 
     Attributes:
         cache: keys and values.
-        tokens: identities of what was read, and perhaps of a last token that was not.
+        tokens: identities of the computed tokens, and perhaps of a last token that is not computed yet.
     """
 
     def __init__(self, model: Llama4Model, cache: SequenceCache, tokens: Tensor) -> None:
@@ -54,7 +54,7 @@ class PromptCache:
         self.tokens = [int(token) for token in tokens]
 
     def __len__(self) -> int:
-        """Tokens read."""
+        """Tokens computed."""
         return self.cache.lengths[0]
 
     @property
@@ -63,18 +63,18 @@ class PromptCache:
         return self.cache.num_bytes
 
     def beginning(self, rows: Sequence[Tensor]) -> SequenceCache | None:
-        """A cache with what all rows begin with; None if that is not worth it.
+        """A cache of the tokens that all rows begin with; None if there are fewer than `MIN_SHARED`.
 
-        It shares memory with this one, which stays as it is. Its keys and values may differ in the last bit from those
-        of a prompt that is read anew, so a few tokens are rather read again; a prompt that is the same from end to end
-        gets the same reply, unless chunked layers have gone on to another chunk.
+        It shares memory with this one, which does not change. Its keys and values may differ in the last bit from those
+        of a whole prompt computed at once, so a short common beginning is computed again. A prompt that is the same
+        from end to end gets the same reply, unless chunked layers have gone on to another chunk.
         """
         if not self.cache.is_consistent:
             return None
         own = torch.tensor(self.tokens[: len(self)])
         common = min(_agreement(own, row) for row in rows)
         shortest = min(map(len, rows))
-        is_answered = len(rows) == 1 and self.cache.last_logits is not None and self.cache.last_logits[0] == shortest
+        is_answered = len(rows) == 1 and self.cache.logits_after(shortest) is not None
         if common == shortest and not is_answered:
             common -= 1
         if common < MIN_SHARED and not (is_answered and common == shortest):
@@ -85,13 +85,13 @@ class PromptCache:
         return cut if len(rows) == 1 else cut.fork([0] * len(rows))
 
     def recorded(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Pass on a reply's events, and take its tokens, which the model reads one by one."""
+        """Pass on a reply's events, and add its tokens, which the model computes one by one."""
         for event in events:
             self.tokens.append(event.token.id)
             yield event
 
     def save(self, path: str | Path) -> None:
-        """Write it as one safetensors file, complete or not at all; `Llama4.load_cache` reads it again.
+        """Write it as one safetensors file, complete or not at all, for `Llama4.load_cache`.
 
         Raises:
             ValueError: the file cannot be written, or a forward was broken off while it added to the cache.

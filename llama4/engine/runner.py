@@ -2,7 +2,7 @@
 
 `Llama4Model.forward` is the readable way and knows no other. A runner stands above it: `EagerRunner` calls it,
 `FusedCpuRunner` computes the same in one call of compiled code. `ModelRunner`, which is `llm.runner`, takes the first
-that can for each step. Everything that decodes calls a runner: generation, the benchmarks, the prefix cache.
+that can for each step. Everything that decodes calls a runner: generation and the benchmarks.
 
 Shapes: B rows, V vocabulary.
 """

@@ -124,6 +124,35 @@ def test_a_cache_cut_back_goes_on_from_there(model: Llama4Model, length: int, ke
     torch.testing.assert_close(model(after, cache=untouched), truth, atol=1e-4, rtol=1e-4)
 
 
+def test_logits_are_remembered_while_their_tokens_stay(model: Llama4Model) -> None:
+    cache = model.new_cache()
+    logits = model(ids(100), cache=cache, last_only=True)[:, -1]
+    cache.remember_logits(logits)
+    model(ids(5), cache=cache)
+    cut, shorter = cache.fork(), cache.fork([0])
+    assert cut.truncate(100) == 100
+    for same in (cache, cut, shorter):
+        assert same.logits_after(100) is logits
+        assert same.logits_after(105) is None
+    shorter.truncate(99)
+    model(ids(1), cache=shorter)
+    assert shorter.lengths == [100]
+    assert shorter.logits_after(100) is None
+    assert cache.fork([0, 0]).logits_after(100) is None
+    assert cache.logits_after(100) is logits
+    cache.select_rows([0, 0])
+    assert cache.logits_after(100) is None
+
+
+def test_restoring_forgets_the_logits(model: Llama4Model) -> None:
+    cache, other = model.new_cache(), model.new_cache()
+    for each, seed in ((cache, 0), (other, 1)):
+        each.remember_logits(model(ids(300, seed), cache=each, last_only=True)[:, -1])
+    cache.restore(0, 300, [layer.rows[0] for layer in other.layers])
+    assert cache.logits_after(300) is None
+    torch.testing.assert_close(model(ids(9), cache=cache), model(ids(9), cache=other), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantised_cache_is_near_the_exact_one(model: Llama4Model, name: str) -> None:
     """Between pieces, and token by token; int4 keeps three significant bits of 1/8 of the largest number of a head."""

@@ -13,6 +13,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llama4.version import __version__
+
 if TYPE_CHECKING:
     from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from llama4.text.tool_calls import ToolCall
     from llama4.vision.config import VisionConfig
     from llama4.vision.images import load_image
-
-__version__ = "0.1.0"
 
 # `llama4.vision` is the folder vision/ at the top of the repository. An installed package has it inside llama4/ (see
 # pyproject.toml), a checkout or an editable installation beside llama4/. There submodules are looked up in the folder

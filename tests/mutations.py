@@ -69,14 +69,14 @@ MUTATIONS = [
     ),
     Mutation(
         "chunks begin where the call begins",
-        "llama4/model/batch.py",
+        "llama4/cache/batch.py",
         "chunk_end(position, window) or end",
         "position + (window or end)",
         f"{PARITY}::test_prefill_in_pieces_and_token_by_token",
     ),
     Mutation(
         "no chunks while decoding",
-        "llama4/model/batch.py",
+        "llama4/cache/batch.py",
         "chunk_start(position, window, self.start[row])",
         "self.start[row]",
         f"{PARITY}::test_prefill_in_pieces_and_token_by_token",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,11 @@ def test_public_names() -> None:
         "__version__",
         "load_image",
     }
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert llama4.__version__ == pyproject["project"]["version"]
 
 
 def test_the_signature_of_chat() -> None:

@@ -37,13 +37,13 @@ from llama4.bench.report import (
     warn_of_other_processes,
 )
 from llama4.bench.scaling_fit import Fit, Point, fit, keys_by_kind
+from llama4.cache.batch import make_batch
 from llama4.cache.formats import resolve_format
 from llama4.cache.layer import READ_SLOTS
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS
-from llama4.model.batch import make_batch
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens

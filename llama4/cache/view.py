@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llama4.cache.batch import Batch
 from llama4.cache.layer import LayerCache
 from llama4.cache.sequence import SequenceCache
-from llama4.model.batch import Batch
 
 
 class LayerView:

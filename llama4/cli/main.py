@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llama4 import __version__
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
 from llama4.cli import analysis, chat, checkpoints, generate
+from llama4.version import __version__
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell's commands that end by SIGINT and SIGPIPE."""

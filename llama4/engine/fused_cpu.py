@@ -18,6 +18,7 @@ import ctypes
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
@@ -25,7 +26,6 @@ from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
 from llama4.kernels.abi import LayerStep, Tokens
-from llama4.model.batch import make_batch
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.model.positions import PositionFactors

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.cache.batch import Batch
 from llama4.cache.view import LayerView
 from llama4.config import TextConfig
-from llama4.model.batch import Batch
 from llama4.model.positions import PositionFactors
 from llama4.ops.attention import causal_attention, decode_attention
 from llama4.ops.linear import Linear

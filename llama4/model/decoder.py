@@ -2,7 +2,7 @@
 
 Module names are those of Hugging Face's checkpoints, so a parameter's name is its key on disk.
 
-Shapes: N packed tokens (see batch.py), D hidden size.
+Shapes: N packed tokens (see cache/batch.py), D hidden size.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.cache.batch import Batch
 from llama4.cache.view import CacheView, LayerView
 from llama4.config import TextConfig
 from llama4.model.attention import Attention
-from llama4.model.batch import Batch
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts

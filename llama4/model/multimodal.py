@@ -2,7 +2,7 @@
 
 Module names are those of Hugging Face's checkpoints, so a parameter's name is its key on disk.
 
-Shapes: B rows, T columns, N packed tokens (see batch.py), D hidden size, V vocabulary, n tiles, Q tokens per tile.
+Shapes: B rows, T columns, N packed tokens (cache/batch.py), D hidden size, V vocabulary, n tiles, Q tokens per tile.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.cache.batch import make_batch
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import Llama4Config
-from llama4.model.batch import make_batch
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
 from llama4.vision.encoder import VisionModel

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from llama4 import __version__
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families import family_of
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
+from llama4.version import __version__
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
 from llama4.weights.directory import complete_directory
 from llama4.weights.layout import MAX_SHARD_BYTES

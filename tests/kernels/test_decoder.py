@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from llama4.api import Llama4
+from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
 from llama4.kernels.abi import LayerStep, Tokens
-from llama4.model.batch import make_batch
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors

@@ -79,6 +79,16 @@ class Llama4:
         cache_device: str | torch.device | None = None,
         progress: bool = True,
     ) -> None:
+        """Put a loaded model together with its tokenizer.
+
+        Args:
+            model: on its device and in its dtype, with weights.
+            tokenizer: the model's; None for a model that only computes logits.
+            max_context, cache_dtype, cache_device, progress: see `from_pretrained`.
+
+        Raises:
+            ValueError: `max_context` beyond the window; a `cache_dtype` or `cache_device` that is not known.
+        """
         window = model.config.text.max_position_embeddings
         if max_context is not None and not 1 < max_context <= window:
             raise ValueError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
@@ -192,6 +202,11 @@ class Llama4:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """Text <-> token ids.
+
+        Raises:
+            ValueError: the model came without one.
+        """
         if self._tokenizer is None:
             raise ValueError(
                 "this model came without a tokenizer; put its tokenizer.json or tokenizer.model beside the weights"
@@ -200,6 +215,11 @@ class Llama4:
 
     @property
     def processor(self) -> Processor:
+        """Messages and pictures -> `Inputs`.
+
+        Raises:
+            ValueError: the model came without a tokenizer.
+        """
         if self._processor is None:
             return Processor.from_config(self.tokenizer, self.config)  # raises: there is no tokenizer
         return self._processor
@@ -333,7 +353,19 @@ class Llama4:
         )
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns its address."""
+        """Upload what `save_pretrained` writes to the Hugging Face Hub, as one commit.
+
+        Args:
+            repo_id: "user/name" or "organisation/name"; it is created if it does not exist.
+            token: access token for the Hub; by default the one you logged in with.
+            private: of a repository that is created.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: the model cannot be written, no permission, or the Hub cannot be reached.
+        """
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(Path(directory) / "model")
             return hub.push(Path(directory) / "model", repo_id, token=token, private=private)

@@ -129,6 +129,17 @@ class VisionModel(nn.Module):
         return out
 
     def forward(self, pixels_n3SS: Tensor) -> Tensor:
+        """Features of tiles.
+
+        Args:
+            pixels_n3SS: [n, 3, S, S], normalised, of any floating-point dtype; S is `config.image_size`.
+
+        Returns:
+            [n, tokens_per_tile, vision_output_dim], of the tower's dtype.
+
+        Raises:
+            ValueError: tiles of another shape.
+        """
         side = self.config.image_size
         if pixels_n3SS.ndim != 4 or pixels_n3SS.shape[1:] != (self.config.num_channels, side, side):
             raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3SS.shape)}")

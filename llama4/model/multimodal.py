@@ -85,7 +85,18 @@ class Llama4Model(nn.Module):
             self.vision_model.model.recompute = enable
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Tiles [n, 3, S, S], normalised -> image tokens [n * Q, D], in the order of the tiles."""
+        """Tiles -> image tokens, in the order of the tiles.
+
+        Args:
+            pixel_values: [n, 3, S, S], normalised, of any floating-point dtype and on any device; S is
+                `config.vision.image_size`.
+
+        Returns:
+            [n * Q, D], of the model's dtype and on its device.
+
+        Raises:
+            ValueError: a text-only model, or tiles of another shape.
+        """
         if self.vision_model is None or self.multi_modal_projector is None:
             raise ValueError("this model is text-only: it has no vision tower to encode pixel_values with")
         features: Tensor = self.multi_modal_projector(self.vision_model(pixel_values.to(self.device)))

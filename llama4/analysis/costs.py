@@ -15,12 +15,12 @@ import torch
 from llama4.cache.formats import resolve_format
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
 from llama4.config.window import visible_pairs
+from llama4.families.names import HEAD
 from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
 from llama4.quantization.weight import WeightFormat
 
 _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS, prefill
 from llama4.engine.runner import ModelRunner
+from llama4.families.names import HEAD
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
@@ -71,7 +72,7 @@ def measure_rates(setup: Placement) -> Rates:
     ends = [costs.attention_flops(text, piece * i) for i in range(PIECES + 1)]
     spent = [after - before for before, after in pairwise(ends)]
     flops = costs.parameter_flops(text)
-    products = piece * (sum(flops.values()) - flops.get(costs.HEAD, 0.0))
+    products = piece * (sum(flops.values()) - flops.get(HEAD, 0.0))
     attention = (spent[-1] - spent[0]) / max(pieces[-1] - pieces[0], 1e-9)
     rest = pieces[0] - spent[0] / attention
     if spent[-1] <= spent[0] or rest <= 0:  # too short for attention to show

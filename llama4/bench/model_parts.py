@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from llama4.analysis.costs import HEAD, stored_bytes
+from llama4.analysis.costs import stored_bytes
 from llama4.api import Llama4
 from llama4.bench import roofline
+from llama4.families.names import HEAD
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.weight import PackedWeight
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from llama4.errors import ConfigError
 from llama4.vision.config import VisionConfig
 
 CONFIG_FILE = "config.json"
+MODEL_TYPES = ("llama4", "llama4_text")
+"""`model_type` of what is read here: a multimodal model, or the decoder alone."""
 IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
 IMAGE_FIELDS = {"max_tiles": "max_patches", "image_mean": "image_mean", "image_std": "image_std"}
@@ -44,8 +46,7 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: the configuration is not of a Llama 4 model, or has a value that cannot be.
     """
     model_type = content.get("model_type", "llama4")
-    if model_type not in ("llama4", "llama4_text"):
-        raise ConfigError(f"model_type {model_type!r} is not Llama 4; this library runs 'llama4' and 'llama4_text'")
+    check_model_type(model_type)
     try:
         return _read_config(content, text_only=model_type == "llama4_text" or "text_config" not in content)
     except (TypeError, KeyError, AttributeError) as error:
@@ -148,6 +149,16 @@ def write_image_config(vision: VisionConfig) -> dict[str, Any]:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
+
+
+def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title: str = "Llama 4") -> None:
+    """Raises:
+    ConfigError: a `model_type` that is not known.
+    """
+    if model_type not in known:
+        raise ConfigError(
+            f"model_type {model_type!r} is not {title}; this library runs {' and '.join(map(repr, known))}"
+        )
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama4.config import Llama4Config
-from llama4.errors import ConfigError
+from llama4.config.hf_json import check_model_type
 from llama4.families.base import Family
 from llama4.families.llama4 import Llama4Family
 
@@ -26,9 +26,5 @@ def family_of_type(model_type: Any) -> Family:
     known = {name: family for family in FAMILIES.values() for name in family.model_types}
     if model_type is None:
         return FAMILIES["llama4"]
-    if model_type not in known:
-        titles = " or ".join(family.title for family in FAMILIES.values())
-        raise ConfigError(
-            f"model_type {model_type!r} is not {titles}; this library runs {' and '.join(map(repr, known))}"
-        )
+    check_model_type(model_type, tuple(known), " or ".join(family.title for family in FAMILIES.values()))
     return known[model_type]

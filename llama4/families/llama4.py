@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config import PRESETS, Llama4Config
+from llama4.config.hf_json import MODEL_TYPES
 from llama4.families.base import Family
 from llama4.families.names import NameTable
 from llama4.text.vocabulary import LLAMA4
@@ -22,7 +23,7 @@ class Llama4Family(Family):
 
     name = "llama4"
     title = "Llama 4"
-    model_types = ("llama4", "llama4_text")
+    model_types = MODEL_TYPES
     presets = PRESETS
     vocabulary = LLAMA4
 

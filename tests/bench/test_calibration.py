@@ -18,6 +18,7 @@ from llama4.bench import calibration
 from llama4.bench.calibration import NEAR, PIECES, STEPS, build, measure_rates, probe
 from llama4.cli.main import main
 from llama4.config import PRESETS
+from llama4.families.names import HEAD
 from llama4.model.multimodal import Llama4Model
 from tests import small_model
 
@@ -36,7 +37,7 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
             for n in (NEAR, piece * PIECES)
         ]
         flops = costs.parameter_flops(text)
-        products = piece * (sum(flops.values()) - flops[costs.HEAD]) / truth.products
+        products = piece * (sum(flops.values()) - flops[HEAD]) / truth.products
         ends = [costs.attention_flops(text, piece * i) / truth.attention for i in range(PIECES + 1)]
         pieces = [products + after - before for before, after in pairwise(ends)]
         return [weight + cached[0], weight + cached[1], *pieces]

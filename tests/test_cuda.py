@@ -16,7 +16,7 @@ from llama4.config import Llama4Config
 from llama4.kernels.triton import launch
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
-from llama4.quantization import fp8
+from llama4.ops import fp8
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -107,6 +108,26 @@ def test_kernels_are_known_to_few(module: str) -> None:
         known = {imported for imported in imports(module) if is_in(imported, "llama4.kernels")}
         formats = is_in(module, "llama4.cache.formats", "llama4.quantization")
         assert known <= ({"llama4.kernels.abi"} if formats else set())
+
+
+PREDICATE = re.compile(r"\w*unsupported_reason|has_\w+_kernel\w*")
+"""What is asked before a faster way is taken."""
+ASK = ("llama4.kernels", "llama4.ops", "llama4.bench", "llama4.engine.fused_cpu", "llama4.engine.fused_model")
+RESOLVE = {
+    "llama4.model.experts": {"backend", "preferred", "BACKENDS[name]"},  # a backend is chosen when a model is built
+    "llama4.engine.runner": {"runner"},  # and a runner when some steps begin
+}
+"""Whose `unsupported_reason` is asked there."""
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_ways_are_chosen_in_ops(module: str) -> None:
+    """What is above asks for an operation, and for no kernel's opinion."""
+    if not is_in(module, *ASK):
+        tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+        functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        asked = [name.rpartition(".") for name in functions if PREDICATE.fullmatch(name.rpartition(".")[2])]
+        assert {owner for owner, _, _ in asked} <= RESOLVE.get(module, set()), asked
 
 
 @pytest.mark.parametrize("module", [module for module in modules() if is_in(module, "llama4.weights")])

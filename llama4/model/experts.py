@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.ops.experts import swiglu_experts
-from llama4.ops.linear import in_out_matrix, linear_in_out
+from llama4.ops.linear import linear_in_out
 from llama4.ops.swiglu import swiglu
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ class LoopExperts(Experts):
     name = "loop"
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        matrices = in_out_matrix(self.gate_up_proj, x_RD.dtype), in_out_matrix(self.down_proj, x_RD.dtype)
-        return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *matrices)
+        return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, self.gate_up_proj, self.down_proj)
 
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         """One expert, applied to its rows."""

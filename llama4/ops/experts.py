@@ -13,6 +13,7 @@ from torch import Tensor
 from llama4.kernels import abi, cpu
 from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels
+from llama4.ops.linear import in_out_matrix
 
 
 def loop_over_experts(expert: Callable[[Tensor, int], Tensor], x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
@@ -32,8 +33,8 @@ def swiglu_experts(
     expert: Callable[[Tensor, int], Tensor],
     x_RD: Tensor,
     num_tokens_per_expert_E: Tensor,
-    gate_up: Matrix | None,
-    down: Matrix | None,
+    gate_up_EIO: Tensor,
+    down_EIO: Tensor,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) of every expert's rows, [R, D]: expert by expert, or on a CPU in one call.
 
@@ -41,10 +42,21 @@ def swiglu_experts(
         expert: what expert i makes of its rows.
         x_RD: rows sorted by expert.
         num_tokens_per_expert_E: int64; they sum to R.
-        gate_up: for the one call, the matrices D -> 2F of all experts, gate first, as `linear.in_out_matrix` or
-            `quantized.matrix` describes them; None if it does not read them.
-        down: the same of the matrices F -> D.
+        gate_up_EIO: for the one call, the matrices of all experts, [E, D, 2F], gate first.
+        down_EIO: [E, F, D].
     """
+    gate_up, down = in_out_matrix(gate_up_EIO, x_RD.dtype), in_out_matrix(down_EIO, x_RD.dtype)
+    return swiglu_matrices(expert, x_RD, num_tokens_per_expert_E, gate_up, down)
+
+
+def swiglu_matrices(
+    expert: Callable[[Tensor, int], Tensor],
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_up: Matrix | None,
+    down: Matrix | None,
+) -> Tensor:
+    """The same for matrices in any layout, as they are described for the one call; None if it does not read them."""
     if gate_up is None or down is None or unsupported_reason(x_RD, gate_up, down):
         return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
     assert x_RD.shape[1] == gate_up.I == down.O and gate_up.O == 2 * down.I

@@ -1,76 +1,130 @@
-"""Products with quantized matrices on the compiled CPU kernels, and rounding a matrix to int4 there.
+"""Products with quantized matrices on the kernels of a GPU or a CPU, and rounding a matrix to int4.
 
-The readable ways in torch belong to the formats, in `llama4.quantization`. A format that has kernels is in `KINDS`.
+The readable ways in torch belong to the formats, in `llama4.quantization`, which give them as callables. A format that
+has kernels is in `KINDS`.
 
-Shapes: N rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
+Shapes: N rows, R rows sorted by expert, I inputs, O outputs, E experts, D hidden size, F expert width, G groups of
+inputs that share a scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama4.kernels import abi, build, cpu
 from llama4.kernels.abi import Matrix
-from llama4.ops import cpu_kernels
+from llama4.ops import cpu_kernels, experts, quantized_gpu
+from llama4.ops.swiglu import swiglu
 
 KINDS = frozenset(abi.QUANTIZED)
 """Formats that the kernels read, by name."""
 
 
-def linear(kind: str, x_NI: Tensor, values: Tensor, scale: Tensor, group_size: int = 0) -> Tensor:
-    """x W^T, [N, O], in the dtype of x, where `unsupported_reason` is None.
+class Parts(NamedTuple):
+    """The tensors of a quantized matrix, or with a first dimension E of those of all experts.
+
+    Attributes:
+        kind: one of `KINDS`.
+        values: [O, I] int8, or bytes of e4m3; "int4": [O, I / 8] int32, eight values each.
+        scale: [O, 1]; "int4": [O, G].
+        group_size: of "int4", inputs per scale.
+        is_interleaved: whether they are `interleaved16`, which the CPU kernels want of "int4", and those of a GPU of
+            nothing.
+    """
+
+    kind: str
+    values: Tensor
+    scale: Tensor
+    group_size: int = 0
+    is_interleaved: bool = False
+
+    @property
+    def inputs(self) -> int:
+        return self.values.shape[-1] * (8 if self.kind == "int4" else 1)
+
+
+def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor]) -> Tensor:
+    """x W^T, [N, O], in the dtype of x: by a kernel that reads the matrix as it is stored, else `readable()`.
 
     Args:
-        kind: one of `KINDS`. "fp8" rounds x to e4m3 as well, with a scale per row.
-        x_NI: float32 or bfloat16.
-        values: [O, I] int8, or bytes of e4m3; "int4": [O, I / 8] int32, eight values each, `interleaved16`.
-        scale: [O, 1]; "int4": [O, G], `interleaved16`.
-        group_size: of "int4", inputs per scale.
+        parts: the matrix; None: no kernel reads its format. "fp8" rounds x to e4m3 as well, with a scale per row.
     """
-    return cpu.linear_quantized(kind, x_NI, values, scale, group_size)
+    if parts is None:
+        return readable()
+    kind, values, scale, group_size, _ = parts
+    if not quantized_gpu.unsupported_reason(kind, x_NI, group_size):
+        return quantized_gpu.linear(kind, x_NI, values, scale)
+    if not unsupported_reason(x_NI, parts):
+        return cpu.linear_quantized(kind, x_NI, values, scale, group_size)
+    return readable()
 
 
-def unsupported_reason(kind: str, x_NI: Tensor, values: Tensor, scale: Tensor, group_size: int = 0) -> str | None:
-    """Why the kernels do not multiply rows with a quantized matrix; None if they do."""
+def swiglu_experts(
+    expert: Callable[[Tensor, int], Tensor],
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_up: Parts | None,
+    down: Parts | None,
+) -> Tensor:
+    """`experts.swiglu_experts` with quantized matrices of all experts: on a GPU in two grouped products.
+
+    Args:
+        gate_up: D -> 2F, gate first; None: no kernel reads its format.
+        down: F -> D.
+    """
+    if gate_up is None or down is None:
+        return experts.loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
+    if not any(quantized_gpu.unsupported_reason(stack.kind, x_RD, stack.group_size) for stack in (gate_up, down)):
+        counts_E = num_tokens_per_expert_E
+        gate_up_R2F = quantized_gpu.linear(gate_up.kind, x_RD, gate_up.values, gate_up.scale, counts_E)
+        return quantized_gpu.linear(down.kind, swiglu(*gate_up_R2F.chunk(2, dim=-1)), down.values, down.scale, counts_E)
+    return experts.swiglu_matrices(expert, x_RD, num_tokens_per_expert_E, matrix(gate_up), matrix(down))
+
+
+def unsupported_reason(x_NI: Tensor, parts: Parts) -> str | None:
+    """Why the CPU kernels do not multiply rows with a quantized matrix; None if they do."""
     if not len(x_NI):
         return "there are no rows"
-    if len(x_NI) > abi.MAX_GEMV_ROWS and len(values) % abi.STRIP:
+    if len(x_NI) > abi.MAX_GEMV_ROWS and len(parts.values) % abi.STRIP:
         return f"the outputs are no multiple of {abi.STRIP}, in which many rows are computed"
-    return cpu_kernels.unsupported_reason(x_NI) or _matrix_unsupported_reason(
-        kind, values, scale, x_NI.shape[1], group_size
-    )
+    return cpu_kernels.unsupported_reason(x_NI) or _matrix_unsupported_reason(parts)
 
 
-def matrix(kind: str, values: Tensor, scale: Tensor, outputs: int, inputs: int, group_size: int = 0) -> Matrix | None:
-    """The description of a matrix, or of those of all experts, [E, ...], for kernels that take several; None if they do
-    not read it."""
-    if _matrix_unsupported_reason(kind, values, scale, inputs, group_size) or torch.compiler.is_compiling():
+def matrix(parts: Parts) -> Matrix | None:
+    """The description of a matrix, or of those of all experts, for CPU kernels that take several; None if they do not
+    read it."""
+    if _matrix_unsupported_reason(parts) or torch.compiler.is_compiling():
         return None
+    kind, values, scale, group_size, _ = parts
     return Matrix(
         w=values.data_ptr(),
         scales=scale.data_ptr(),
         float32_scales=scale.dtype == torch.float32,
         layout=abi.QUANTIZED[kind],
         group_size=group_size,
-        I=inputs,
-        O=outputs,
+        I=parts.inputs,
+        O=values.shape[-2],
         stride=values.stride(0) * values.element_size() if values.ndim == 3 else 0,
         scale_stride=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
     )
 
 
-def _matrix_unsupported_reason(kind: str, values: Tensor, scale: Tensor, inputs: int, group_size: int) -> str | None:
+def _matrix_unsupported_reason(parts: Parts) -> str | None:
+    kind, values, scale, group_size, is_interleaved = parts
     if kind not in KINDS:
         return f"there are no kernels for {kind}"
     if scale.dtype not in abi.DTYPES:
         return "scales are neither float32 nor bfloat16"
     if not (values.is_cpu and scale.is_cpu and values.is_contiguous() and scale.is_contiguous()):
         return "the matrix is not contiguous on the CPU"
-    if inputs % abi.INPUTS[kind]:
+    if parts.inputs % abi.INPUTS[kind]:
         return f"the inputs are no multiple of {abi.INPUTS[kind]}"
+    if kind == "int4" and not is_interleaved:
+        return "int4 values are in a checkpoint's order"
     return _group_unsupported_reason(kind, group_size)
 
 
@@ -90,6 +144,11 @@ def interleave_unsupported_reason(outputs: int, inputs: int, group_size: int) ->
     return _group_unsupported_reason("int4", group_size)
 
 
+def is_stored_interleaved(outputs: int, inputs: int, group_size: int) -> bool:
+    """Whether an int4 matrix is stored as `interleaved16` on a CPU."""
+    return interleave_unsupported_reason(outputs, inputs, group_size) is None
+
+
 def interleaved16(part: Tensor, together: int) -> Tensor:
     """Rows [..., O, n] with sixteen of them interleaved, a view [..., O / 16, n / together, 16, together]: the first
     `together` elements of each of sixteen rows, then their next ones, and so on. Of packed int4 values four words go
@@ -104,8 +163,10 @@ def deinterleaved16(part: Tensor, together: int) -> Tensor:
     return stored.transpose(-3, -2).reshape(part.shape)
 
 
-def quantize_int4(weight_OI: Tensor, group_size: int, ranges: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Round a matrix to int4, where `quantize_unsupported_reason` is None.
+def quantize_int4(
+    weight_OI: Tensor, group_size: int, ranges: Sequence[float], *, readable: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Round a matrix to int4: by a kernel, else `readable()`.
 
     Args:
         weight_OI: float32 or bfloat16.
@@ -116,6 +177,8 @@ def quantize_int4(weight_OI: Tensor, group_size: int, ranges: Sequence[float]) -
     Returns:
         Packed values [O, I / 8], int32, not interleaved, and scales [O, G] in the dtype of the weight.
     """
+    if quantize_unsupported_reason(weight_OI, group_size):
+        return readable()
     return cpu.quantize_int4(weight_OI, group_size, ranges)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.kernels.triton import launch
+from llama4.ops import fp8
 
 
 def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
@@ -27,29 +28,22 @@ def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str |
     return launch.unsupported_reason(x_RI.device, x_RI.dtype)
 
 
-def is_gemv(x_RI: Tensor) -> bool:
-    """Whether the rows are so few that reading the matrices takes longer than computing."""
-    return len(x_RI) <= launch.MAX_GEMV_ROWS
-
-
-def product(
-    kind: str,
-    x_RI: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    counts_E: Tensor | None = None,
-    *,
-    x_scale_R: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """x W^T, [R, O], where `unsupported_reason` is None; the host does not wait for the device.
+def linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Tensor | None = None) -> Tensor:
+    """x W^T, [R, O], in the dtype of x, where `unsupported_reason` is None; the host does not wait for the device.
 
     Args:
-        x_RI: rows; of "fp8" bytes of e4m3.
+        x_RI: rows; "fp8" rounds them to e4m3, and leaves many rows to torch, where that multiplies e4m3.
         values: [O, I] or [E, O, I]: int8, bytes of e4m3, or of "int4" [.., I / 8] int32.
         scale: [O, G] or [E, O, G].
         counts_E: rows of each expert, on the rows' device; None: there is one matrix.
-        x_scale_R: float32, of "fp8".
-        dtype: of the result; by default that of x.
     """
-    return launch.product(kind, x_RI, values, scale, counts_E, x_scales_R=x_scale_R, dtype=dtype)
+    if kind != "fp8":
+        return launch.product(kind, x_RI, values, scale, counts_E)
+    is_grouped = counts_E is not None
+    if len(x_RI) > launch.MAX_GEMV_ROWS and fp8.torch_multiplies(x_RI, values, grouped=is_grouped):
+        if counts_E is None:
+            return fp8.scaled_mm(x_RI, values, scale)
+        return fp8.scaled_grouped_mm(x_RI, values, scale, counts_E)
+    x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
+    x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
+    return launch.product(kind, x_values, values, scale, counts_E, x_scales_R=x_scale_R, dtype=x_RI.dtype)

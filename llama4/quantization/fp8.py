@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from llama4.ops import quantized, quantized_gpu
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks, not_zero
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
+from llama4.ops import quantized
+from llama4.ops.fp8 import E4M3, scaled_linear, to_fp8
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 
 @dataclass(frozen=True)
@@ -67,33 +64,12 @@ class Fp8(WeightFormat):
         groups = weight.part("weight", expert).view(E4M3).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
         return (groups * scale[..., None]).flatten(-2)
 
-    def has_gpu_kernel(self, x_RI: Tensor) -> bool:
-        return self.group_size is None and super().has_gpu_kernel(x_RI)
-
-    def grouped_product(
-        self, weight: PackedWeight, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None
-    ) -> Tensor:
-        values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
-        x_values, x_scale = to_fp8(x_RI, torch.float32)
-        if counts_E is not None and not quantized_gpu.is_gemv(x_RI) and torch_multiplies(x_RI, values, grouped=True):
-            return torch._scaled_grouped_mm(
-                x_values,
-                values.view(E4M3).mT,
-                x_scale.squeeze(1),
-                scale.squeeze(2).float(),
-                offs=counts_E.cumsum(0).to(torch.int32),
-                out_dtype=x_RI.dtype,
-            )
-        x_values, x_scale = x_values.view(torch.uint8), x_scale.squeeze(1)
-        return quantized_gpu.product(self.kind, x_values, values, scale, counts_E, x_scale_R=x_scale, dtype=x_RI.dtype)
-
     def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
-        if self.has_gpu_kernel(x_NI) and (quantized_gpu.is_gemv(x_NI) or not torch_multiplies(x_NI, values)):
-            return self.grouped_product(weight, x_NI, expert=expert)
         G = scale.shape[1]
         if G == 1:
-            return _product(x_NI, values, scale)
+            parts = quantized.Parts(self.kind, values, scale)
+            return quantized.linear(x_NI, parts, readable=lambda: _product(x_NI, values, scale))
         groups = zip(x_NI.chunk(G, -1), values.chunk(G, -1), scale.split(1, dim=-1), strict=True)
         return torch.stack([_product(*group).float() for group in groups]).sum(0).to(x_NI.dtype)
 
@@ -102,22 +78,14 @@ def _product(x_NI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T, where each row of x and of W has one scale."""
     if not x_NI.shape[0]:
         return x_NI.new_zeros(0, values_OI.shape[0])
-    if not quantized.unsupported_reason(Fp8.kind, x_NI, values_OI, scale_O1):
-        return quantized.linear(Fp8.kind, x_NI, values_OI, scale_O1)
-    x_values, x_scale = to_fp8(x_NI, torch.float32)
-    if torch_multiplies(x_NI, values_OI):
-        weight_scale, weight_IO = scale_O1.mT.float().contiguous(), values_OI.view(E4M3).mT
-        return torch._scaled_mm(x_values, weight_IO, scale_a=x_scale, scale_b=weight_scale, out_dtype=x_NI.dtype)
-    dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
-    sums = in_blocks(lambda rows: from_fp8(values_OI[rows]).to(dtype), values_OI.shape[0], x_values.to(dtype))
-    return (sums * x_scale * scale_O1.mT).to(x_NI.dtype)
 
+    def readable() -> Tensor:
+        x_values, x_scale = to_fp8(x_NI, torch.float32)
+        dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
+        sums = in_blocks(lambda rows: from_fp8(values_OI[rows]).to(dtype), values_OI.shape[0], x_values.to(dtype))
+        return (sums * x_scale * scale_O1.mT).to(x_NI.dtype)
 
-def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """e4m3 values and scales [..., 1]: the largest of each row becomes 448, the largest of e4m3."""
-    wide = x.float()
-    scale = not_zero(wide.abs().amax(-1, keepdim=True) / LARGEST).to(scale_dtype)
-    return (wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale
+    return scaled_linear(x_NI, values_OI, scale_O1, readable=readable)
 
 
 def from_fp8(values: Tensor) -> Tensor:
@@ -125,31 +93,3 @@ def from_fp8(values: Tensor) -> Tensor:
     as torch's cast; the exponent is then too small by the difference of the biases, 127 - 7."""
     wide = values.view(torch.uint8).to(torch.int16)
     return ((wide & 0x80) << 8 | (wide & 0x7F) << 4).view(torch.bfloat16) * 2.0**120
-
-
-def torch_multiplies(x_NI: Tensor, values: Tensor, *, grouped: bool = False) -> bool:
-    """Whether torch multiplies e4m3 on that device, with a scale per row and per output, by one matrix or by those of
-    all experts. Its result is bfloat16; sizes must be multiples of 16."""
-    return (
-        x_NI.dtype == torch.bfloat16
-        and x_NI.shape[1] % 16 == values.shape[-2] % 16 == 0
-        and has_fp8_matmul(x_NI.device, grouped)
-    )
-
-
-@lru_cache
-def has_fp8_matmul(device: torch.device, grouped: bool = False) -> bool:
-    """Whether a device multiplies e4m3 fast. A CPU can, but a hundred times slower than bfloat16."""
-    if device.type == "cpu":
-        return False
-    one = torch.ones(16, 16, device=device).to(E4M3)
-    scale = torch.ones(16, 1, device=device)
-    try:
-        if grouped:
-            ends = torch.tensor([16], dtype=torch.int32, device=device)
-            torch._scaled_grouped_mm(one, one[None].mT, scale[:, 0], scale.mT, offs=ends, out_dtype=torch.bfloat16)
-        else:
-            torch._scaled_mm(one, one.mT, scale_a=scale, scale_b=scale.mT.contiguous(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True

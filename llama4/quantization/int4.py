@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from llama4.kernels.abi import Matrix
 from llama4.ops import quantized
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks, not_zero
+from llama4.ops.precision import not_zero
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 GROUP_SIZES = (32, 64, 128, 256)
 """That are read; 128 and 32 are written."""
@@ -54,11 +54,12 @@ class Int4(WeightFormat):
         }
 
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        if not quantized.quantize_unsupported_reason(weight_OI, self.group_size):
-            packed, scale = quantized.quantize_int4(weight_OI, self.group_size, RANGES)
-            return {"weight_packed": packed, "weight_scale": scale}
-        values, scale = quantize_groups(weight_OI.unflatten(-1, (-1, self.group_size)), weight_OI.dtype)
-        return {"weight_packed": pack(values.flatten(-2)), "weight_scale": scale.squeeze(-1)}
+        def readable() -> tuple[Tensor, Tensor]:
+            values, scale = quantize_groups(weight_OI.unflatten(-1, (-1, self.group_size)), weight_OI.dtype)
+            return pack(values.flatten(-2)), scale.squeeze(-1)
+
+        packed, scale = quantized.quantize_int4(weight_OI, self.group_size, RANGES, readable=readable)
+        return {"weight_packed": packed, "weight_scale": scale}
 
     @classmethod
     def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
@@ -72,7 +73,7 @@ class Int4(WeightFormat):
 
     def has_kernel_layout(self, shape: Shape) -> bool:
         outputs, inputs = shape[-2:]
-        return quantized.interleave_unsupported_reason(outputs, inputs, self.group_size) is None
+        return quantized.is_stored_interleaved(outputs, inputs, self.group_size)
 
     def to_kernel_layout(self, part: str, values: Tensor) -> Tensor:
         return quantized.interleaved16(values, _INTERLEAVED[part])
@@ -80,28 +81,20 @@ class Int4(WeightFormat):
     def from_kernel_layout(self, part: str, values: Tensor) -> Tensor:
         return quantized.deinterleaved16(values, _INTERLEAVED[part])
 
-    def matrix(self, weight: PackedWeight) -> Matrix | None:
-        return super().matrix(weight) if weight.in_kernel_layout else None
-
     def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
         packed, scale = (weight.to_checkpoint_layout(part, weight.part(part, expert)) for part in self.parts)
         return _dequantize(packed, scale, scale.dtype)
 
     def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        if self.has_gpu_kernel(x_NI):
-            return self.grouped_product(weight, x_NI, expert=expert)
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
-        if weight.in_kernel_layout and not quantized.unsupported_reason(
-            self.kind, x_NI, packed, scale, self.group_size
-        ):
-            return quantized.linear(self.kind, x_NI, packed, scale, self.group_size)
-        dtype = torch.promote_types(x_NI.dtype, scale.dtype)
 
         def rows_of(rows: slice) -> Tensor:
             values = weight.to_checkpoint_layout("weight_packed", packed[rows])
-            return _dequantize(values, weight.to_checkpoint_layout("weight_scale", scale[rows]), dtype)
+            some = weight.to_checkpoint_layout("weight_scale", scale[rows])
+            return _dequantize(values, some, torch.promote_types(x_NI.dtype, scale.dtype))
 
-        return in_blocks(rows_of, len(packed), x_NI)
+        parts = quantized.Parts(self.kind, packed, scale, self.group_size, weight.in_kernel_layout)
+        return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
 
 
 def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

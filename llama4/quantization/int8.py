@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llama4.ops import quantized
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks, not_zero
+from llama4.ops.precision import not_zero
+from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Int8(WeightFormat):
         return weight.part("weight", expert).to(scale.dtype) * scale
 
     def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        if self.has_gpu_kernel(x_NI):
-            return self.grouped_product(weight, x_NI, expert=expert)
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
-        if not quantized.unsupported_reason(self.kind, x_NI, values, scale):
-            return quantized.linear(self.kind, x_NI, values, scale)
-        dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
-        sums = in_blocks(lambda rows: values[rows].to(dtype), len(values), x_NI.to(dtype))
-        return (sums * scale.mT).to(x_NI.dtype)
+
+        def readable() -> Tensor:
+            dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
+            sums = in_blocks(lambda rows: values[rows].to(dtype), len(values), x_NI.to(dtype))
+            return (sums * scale.mT).to(x_NI.dtype)
+
+        return quantized.linear(x_NI, quantized.Parts(self.kind, values, scale), readable=readable)

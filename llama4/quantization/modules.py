@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
 from llama4.model.feed_forward import FeedForward
-from llama4.ops.experts import loop_over_experts, swiglu_experts
+from llama4.ops.experts import loop_over_experts
 from llama4.ops.linear import Linear
+from llama4.ops.quantized import swiglu_experts
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import PackedWeight, Shape, WeightFormat
@@ -29,13 +30,8 @@ class PackedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
-        if self.matrices == PackedExperts.matrices:
-            if self.gate_up_proj.has_gpu_kernel(x_RD) and self.down_proj.has_gpu_kernel(x_RD):
-                gate_up_R2F = self.gate_up_proj.grouped_product(x_RD, num_tokens_per_expert_E)
-                return self.down_proj.grouped_product(swiglu(*gate_up_R2F.chunk(2, dim=-1)), num_tokens_per_expert_E)
-            matrices = self.gate_up_proj.matrix(), self.down_proj.matrix()
-            return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *matrices)
-        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
+        stacks = self.gate_up_proj.stack(), self.down_proj.stack()
+        return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *stacks)
 
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         """The output of one expert for its tokens."""
@@ -49,6 +45,9 @@ class SplitExperts(PackedExperts):
     matrices = ("gate_proj", "up_proj", "down_proj")
     gate_proj: PackedWeight
     up_proj: PackedWeight
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         hidden_RF = swiglu(self.gate_proj.product(x_RD, expert), self.up_proj.product(x_RD, expert))
@@ -64,6 +63,9 @@ class SeparateExperts(PackedExperts):
         super().__init__()
         for i in range(count):
             self.add_module(str(i), FeedForward(hidden_size, intermediate_size))
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         out: Tensor = self.get_submodule(str(expert))(x_RD)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels.abi import Matrix
-from llama4.ops import quantized, quantized_gpu
+from llama4.ops import quantized
 from llama4.ops.linear import linear
 
 MAX_QUANTIZED_AT_ONCE = 1 << 20
@@ -135,22 +135,6 @@ class WeightFormat(ABC):
     def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x."""
 
-    def has_gpu_kernel(self, x_RI: Tensor) -> bool:
-        """Whether a Triton kernel multiplies these rows with a matrix in this format."""
-        return quantized_gpu.unsupported_reason(self.kind, x_RI, self.group_size) is None
-
-    def grouped_product(
-        self, weight: PackedWeight, x_RI: Tensor, counts_E: Tensor | None = None, expert: int | None = None
-    ) -> Tensor:
-        """x W^T by a Triton kernel, [R, O]. The host does not wait for the device.
-
-        Args:
-            counts_E: rows of each expert, which are sorted by expert; None: all are for one matrix.
-            expert: which matrix, if there are several and no counts.
-        """
-        values, scale = weight.part(self.parts[0], expert), weight.part("weight_scale", expert)
-        return quantized_gpu.product(self.kind, x_RI, values, scale, counts_E)
-
     # -- how CPU kernels read it ---------------------------------------------------------------------------------------
 
     @property
@@ -170,14 +154,18 @@ class WeightFormat(ABC):
         """A part, or a whole number of kernel tiles of its rows, in a checkpoint's order."""
         return values
 
+    def stack(self, weight: PackedWeight) -> quantized.Parts | None:
+        """A matrix, or those of all experts, as kernels take it; None if there are none for this kind of format."""
+        if not self.has_cpu_kernels:
+            return None
+        values, scale = weight.part(self.parts[0]), weight.part("weight_scale")
+        return quantized.Parts(self.kind, values, scale, self.group_size or 0, weight.in_kernel_layout)
+
     def matrix(self, weight: PackedWeight) -> Matrix | None:
         """What the fused CPU kernels need to know of a matrix, valid as long as its parameters stay where they are;
         None if they cannot read it."""
-        if not self.has_cpu_kernels:
-            return None
-        outputs, inputs = weight.shape[-2:]
-        values = weight.part(self.parts[0])
-        return quantized.matrix(self.kind, values, weight.part("weight_scale"), outputs, inputs, self.group_size or 0)
+        parts = self.stack(weight)
+        return None if parts is None else quantized.matrix(parts)
 
 
 class PackedWeight(nn.Module):
@@ -265,17 +253,13 @@ class PackedWeight(nn.Module):
         """x W^T, [N, O], in the dtype of x, with one matrix."""
         return self.format.product(self, x_NI, expert)
 
-    def has_gpu_kernel(self, x_RI: Tensor) -> bool:
-        """Whether `grouped_product` takes these rows."""
-        return self.format.has_gpu_kernel(x_RI)
-
-    def grouped_product(self, x_RI: Tensor, counts_E: Tensor) -> Tensor:
-        """x W^T, [R, O], of rows sorted by expert with the matrix of each; `counts_E` rows each."""
-        return self.format.grouped_product(self, x_RI, counts_E)
-
     def dequantize(self, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""
         return self.format.dequantize(self, expert)
+
+    def stack(self) -> quantized.Parts | None:
+        """All matrices for a grouped product, see `WeightFormat.stack`."""
+        return self.format.stack(self)
 
     def matrix(self) -> Matrix | None:
         """What the fused CPU kernels need to know, see `WeightFormat.matrix`; None if they would be wrong: a bias is
@@ -321,8 +305,3 @@ def in_blocks(rows_of: Callable[[slice], Tensor], outputs: int, x_NI: Tensor) ->
     """x W^T, [N, O], where `rows_of` dequantises some rows of W: never a whole matrix at once."""
     blocks = [linear(x_NI, rows_of(slice(at, at + ROWS)).to(x_NI.dtype)) for at in range(0, outputs, ROWS)]
     return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]
-
-
-def not_zero(scale: Tensor) -> Tensor:
-    """1 in place of 0, so that the quantized values of a group of zeros are zero and not NaN."""
-    return torch.where(scale == 0, 1.0, scale)

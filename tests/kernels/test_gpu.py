@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import GroupedExperts
-from llama4.ops import quantized_gpu
-from llama4.quantization import fp8
-from llama4.quantization.weight import PackedWeight
+from llama4.ops import fp8, quantized_gpu
+from llama4.quantization.fp8 import Fp8
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -106,9 +105,10 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: True)
     with FakeTensorMode(), torch.device("cuda"):
         x, counts = torch.randn(20, 32, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
-        y = PackedWeight(fp8.Fp8(), (4, 48, 32)).grouped_product(x, counts)
+        values, scale = (torch.empty(spec.shape, dtype=spec.dtype) for spec in Fp8().part_specs((4, 48, 32)).values())
+        y = quantized_gpu.linear("fp8", x, values, scale, counts)
         assert (y.shape, y.dtype, y.device.type) == ((20, 48), torch.bfloat16, "cuda")
-        y = fp8._product(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
+        y = fp8.scaled_mm(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
         assert (y.shape, y.dtype) == ((20, 48), torch.bfloat16)
         experts = GroupedExperts(TextConfig(hidden_size=32, intermediate_size=48, num_local_experts=4))
         for name, parameter in list(experts.named_parameters()):

@@ -11,6 +11,7 @@ from torch import Tensor
 from llama4.cache.formats import QUANTIZED, Unquantized
 from llama4.kernels import build
 from llama4.ops import attention, cpu_kernels, experts, linear, norm, quantized, rope, sampling, swiglu
+from llama4.ops.quantized import Parts
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 
@@ -110,10 +111,9 @@ class TestEitherWay:
             return swiglu.swiglu(gate, up) @ down_EFD[i].to(x_RD.dtype)
 
         x, counts = normal(rows, 64, seed=2, dtype=dtype), torch.tensor([rows - rows // 2, 0, rows // 2])
-        gate_up, down = (linear.in_out_matrix(weight, dtype) for weight in (gate_up_EDI, down_EFD))
-        assert (gate_up is not None) == (way == "kernels")
+        assert (linear.in_out_matrix(gate_up_EDI, dtype) is not None) == (way == "kernels")
         truth = experts.loop_over_experts(expert, x.double(), counts)
-        assert close(experts.swiglu_experts(expert, x, counts, gate_up, down), truth)
+        assert close(experts.swiglu_experts(expert, x, counts, gate_up_EDI, down_EFD), truth)
 
 
 def trained(x: Tensor) -> Tensor:
@@ -135,9 +135,12 @@ REASONS: dict[str, tuple[Callable[[], str | None], str]] = {
     "large heads": (lambda: rope.unsupported_reason(*[normal(1, 1, 2048)] * 2), "larger than 1024"),
     "another cache": (lambda: attention.unsupported_reason(HEADS, 9, Unquantized(torch.bfloat16)), "the cache is in"),
     "odd heads": (lambda: attention.unsupported_reason(normal(1, 2, 48), 9, QUANTIZED["int4"]), "multiple of 16"),
-    "a format": (lambda: quantized.unsupported_reason("nf4", ROW, MATRIX, MATRIX), "no kernels for nf4"),
+    "a format": (
+        lambda: quantized.unsupported_reason(ROW, quantized.Parts("nf4", MATRIX, MATRIX)),
+        "no kernels for nf4",
+    ),
     "groups": (
-        lambda: quantized.unsupported_reason("int8", ROW, MATRIX.char(), MATRIX[:, :2].contiguous(), 32),
+        lambda: quantized.unsupported_reason(ROW, Parts("int8", MATRIX.char(), MATRIX[:, :2].contiguous(), 32)),
         "more than one scale",
     ),
     "groups of int4": (lambda: quantized.interleave_unsupported_reason(64, 128, 48), "groups are not"),

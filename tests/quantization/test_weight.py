@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llama4.config import TextConfig
 from llama4.kernels import build
 from llama4.model.experts import LoopExperts
+from llama4.ops import fp8 as ops_fp8
 from llama4.quantization import fp8, int4
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
@@ -82,7 +83,7 @@ def test_product_is_that_of_the_dequantised_matrix(
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
     if way in ("torch", "scaled_mm"):
         monkeypatch.setattr(build, "library", lambda: None)
-        monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: way == "scaled_mm")
+        monkeypatch.setattr(ops_fp8, "has_fp8_matmul", lambda device, grouped=False: way == "scaled_mm")
         monkeypatch.setattr("llama4.quantization.weight.ROWS", 40)
     elif build.library() is None:
         pytest.skip("the kernels cannot be built here: no C++ compiler")

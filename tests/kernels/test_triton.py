@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llama4.kernels.triton import launch
-from llama4.quantization import fp8, int4
+from llama4.ops.fp8 import to_fp8
+from llama4.quantization import int4
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
@@ -121,7 +122,7 @@ def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -
     x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_scales = None
     if kind == "fp8":
-        codes_of_x, scales_of_x = fp8.to_fp8(x, torch.float32)
+        codes_of_x, scales_of_x = to_fp8(x, torch.float32)
         exact, x, x_scales = codes_of_x.double() * scales_of_x.double(), codes_of_x.view(torch.uint8), scales_of_x[:, 0]
     else:
         exact = x.double()

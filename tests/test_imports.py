@@ -103,11 +103,10 @@ def test_vision_needs_only_the_errors(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(set(modules()) - FREE))
 def test_kernels_are_known_to_few(module: str) -> None:
-    """Formats have the numbers by which kernels know them (abi); all else goes through ops."""
+    """Formats of weights name what kernels take (abi); all else goes through ops."""
     if not is_in(module, "llama4.kernels", "llama4.ops", "llama4.engine", "llama4.bench"):
         known = {imported for imported in imports(module) if is_in(imported, "llama4.kernels")}
-        formats = is_in(module, "llama4.cache.formats", "llama4.quantization")
-        assert known <= ({"llama4.kernels.abi"} if formats else set())
+        assert known <= ({"llama4.kernels.abi"} if is_in(module, "llama4.quantization") else set())
 
 
 PREDICATE = re.compile(r"\w*unsupported_reason|has_\w+_kernel\w*")

@@ -2,17 +2,18 @@
 
 Shapes: C head_dim; the dimensions before it may be any. Scales are bfloat16, one for each run of C numbers;
 quantized values are of the number divided by the rounded scale.
+
+The command line imports this file for its names; so functions import torch, not the file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from llama4.kernels.abi import CacheFormat
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Unquantized:
     """Numbers of any dtype."""
 
     dtype: torch.dtype
-    number: ClassVar[int] = CacheFormat.UNQUANTIZED
-    """By which the compiled kernels know the format."""
+    name: ClassVar[str] = "unquantized"
+    """Of the format in the compiled kernels (kernels/cpp/kv_cache.h)."""
     scaled: ClassVar[bool] = False
 
     def bytes(self, C: int) -> int:
@@ -45,16 +46,20 @@ class Unquantized:
 class Int8:
     """-127 to 127; the largest magnitude of a head is 127."""
 
-    number: ClassVar[int] = CacheFormat.INT8
+    name: ClassVar[str] = "int8"
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
         return C
 
     def view(self, data: Tensor) -> Tensor:
+        import torch
+
         return data.view(torch.int8)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
         x, scales = _scaled(x, x.abs().amax(-1) / 127)
         return x.round().clamp(-127, 127).to(torch.int8), scales
 
@@ -66,16 +71,20 @@ class Int8:
 class Fp8:
     """e4m3; the largest magnitude of a head is 448, the largest there is."""
 
-    number: ClassVar[int] = CacheFormat.FP8
+    name: ClassVar[str] = "fp8"
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
         return C
 
     def view(self, data: Tensor) -> Tensor:
+        import torch
+
         return data.view(torch.float8_e4m3fn)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
         x, scales = _scaled(x, x.abs().amax(-1) / 448)
         return x.clamp(-448, 448).to(torch.float8_e4m3fn), scales
 
@@ -88,7 +97,7 @@ class Int4:
     """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen values are of use. Byte i holds number
     i, low, and number i + C / 2, high."""
 
-    number: ClassVar[int] = CacheFormat.INT4
+    name: ClassVar[str] = "int4"
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
@@ -100,18 +109,22 @@ class Int4:
         return data
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
         largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
         x, scales = _scaled(x, largest / -8)
         low, high = (x.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
         return low | high << 4, scales
 
     def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        import torch
+
         numbers = torch.cat((values & 15, values >> 4), dim=-1).to(torch.int8) - 8
         return _unscaled(numbers, scales, dtype)
 
 
 Format = Unquantized | Int8 | Fp8 | Int4
-QUANTIZED: dict[str, Format] = {"int8": Int8(), "fp8": Fp8(), "int4": Int4()}
+QUANTIZED: dict[str, Format] = {format.name: format for format in (Fp8(), Int8(), Int4())}
 
 
 def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format:
@@ -120,6 +133,8 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format
     Raises:
         ValueError: no such format.
     """
+    import torch
+
     if name is None or name in ("auto", dtype):
         return Unquantized(dtype)
     if isinstance(name, torch.dtype) or name in ("bf16", "bfloat16", "float16", "float32", "float64"):
@@ -132,6 +147,8 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format
 
 
 def _scaled(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
     scales = torch.where(scales == 0, 1, scales).to(torch.bfloat16)
     return x.float() / scales.float()[..., None], scales
 

@@ -6,12 +6,11 @@ import argparse
 import json
 from typing import Any
 
+from llama4.cache.formats import QUANTIZED
 from llama4.cli.options import REVISION
 from llama4.quantization.schemes import SCHEMES
 
 MODEL = {"help": "scout, maverick, guard4, behemoth, tiny, a directory or a Hub id"}
-CACHES = ("auto", "bf16", "fp8", "int8", "int4")
-"""As cache/formats.py has them, which is not imported here because it imports torch."""
 DEVICES = ("h100", "h200", "b200", "cpu")
 
 
@@ -31,7 +30,7 @@ def add_parsers(commands: Any) -> None:
     plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as stored")
     plan.add_argument(
         "--cache",
-        choices=CACHES,
+        choices=("auto", "bf16", *QUANTIZED),
         default="auto",
         help="of layers that see the whole context (default: the model's dtype)",
     )

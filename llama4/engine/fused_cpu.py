@@ -89,7 +89,7 @@ class FusedSession:
                 lengths=lengths_SB[window].data_ptr(),
                 table=table.data_ptr(),
                 width=table.shape[1],
-                format=cache.layers[i].format.number,
+                format=build.loaded().cache_formats[cache.layers[i].format.name].number,
             )
 
     def is_current(self, cache: SequenceCache) -> bool:

@@ -1,7 +1,8 @@
 """What Python and the compiled kernels must agree on: constants, structures, signatures.
 
 The library exports what its own C++ says of each (`kernels/cpp/api.cpp`). `bind` compares all of it with what stands
-here, and refuses a library that differs.
+here, and refuses a library that differs. Only the quantized formats of weights and the formats of caches do not stand
+here: `bind` reads them from the library, by name.
 
 Shapes: N rows or tokens, I inputs, O outputs, B sequences.
 """
@@ -12,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int64, c_long, c_void_p
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,34 +28,18 @@ INTERLEAVE = 16
 """Outputs of an int4 matrix that are stored interleaved."""
 STRIP = 32
 """Outputs that a product of more rows than MAX_GEMV_ROWS computes at a time."""
-INPUTS = {"float32": 16, "bfloat16": 32, "int8": 64, "fp8": 64, "int4": 128}
-"""By format, what the inputs of a matrix must be a multiple of."""
+INPUTS = {"float32": 16, "bfloat16": 32}
+"""By dtype, what the inputs of a dense matrix must be a multiple of."""
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of rows that have kernels."""
 
 
 class Layout(IntEnum):
-    """Of a matrix: dense, [O, I] or [I, O], or quantized, [O, I]."""
+    """Of a dense matrix, [O, I] or [I, O]. A quantized one is [O, I], and has the number of its format."""
 
     OUT_IN = 0
     IN_OUT = 1
-    INT8 = 2
-    FP8 = 3
-    INT4 = 4
-
-
-QUANTIZED = {"int8": Layout.INT8, "fp8": Layout.FP8, "int4": Layout.INT4}
-"""Layouts of quantized weights, by the names of formats."""
-
-
-class CacheFormat(IntEnum):
-    """Of keys and values."""
-
-    UNQUANTIZED = 0
-    INT8 = 1
-    FP8 = 2
-    INT4 = 3
 
 
 class Matrix(ctypes.Structure):
@@ -63,7 +48,7 @@ class Matrix(ctypes.Structure):
     Fields:
         w: address.
         scales: address, 0 without; `float32_scales` 1 for float32, 0 for bfloat16.
-        layout: a `Layout`.
+        layout: a `Layout`, or the number of a format of weights.
         group_size: inputs that share a scale, 0 for all.
         stride, scale_stride: bytes from one expert to the next.
     """
@@ -111,7 +96,7 @@ class LayerStep(ctypes.Structure):
         lengths: address of [steps, N] int64: how many tokens of its sequence, or of its chunk in a chunked layer, each
             token sees, itself included.
         table: address of [B, width] int64: the addresses of the blocks of each sequence, or of its chunk.
-        format: a `CacheFormat`.
+        format: the number of a format of the cache.
     """
 
     _fields_ = [(name, c_int64) for name in ("rotations", "temperatures", "lengths", "table", "width", "format")]
@@ -162,8 +147,20 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 """Arguments of each kernel; there is one for each of `DTYPES`. Tensors go by their addresses."""
 
-Kernels = Mapping[tuple[str, torch.dtype], Callable[..., None]]
-"""Kernels by name and dtype of their rows."""
+
+class Format(NamedTuple):
+    """A format that the kernels read: its number there, and what the length of a row must be a multiple of."""
+
+    number: int
+    multiple: int
+
+
+class Library(NamedTuple):
+    """Kernels by name and dtype of their rows; and, by name, the quantized formats of weights and those of caches."""
+
+    functions: Mapping[tuple[str, torch.dtype], Callable[..., None]]
+    weight_formats: Mapping[str, Format]
+    cache_formats: Mapping[str, Format]
 
 
 class AbiError(RuntimeError):
@@ -178,8 +175,12 @@ class _Constant(ctypes.Structure):
     _fields_ = [("name", c_char_p), ("value", c_int64)]
 
 
-def bind(library: ctypes.CDLL) -> Kernels:
-    """The kernels of a library.
+class _Format(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("number", c_int64), ("multiple", c_int64)]
+
+
+def bind(library: ctypes.CDLL) -> Library:
+    """What a library offers.
 
     Raises:
         AbiError: it does not agree with this file, with a list of what differs.
@@ -192,11 +193,12 @@ def bind(library: ctypes.CDLL) -> Kernels:
     differences = [*_differences(expected_constants(), constants), *_differences(expected_arguments(), arguments)]
     if differences:
         raise AbiError(f"kernels/abi.py and kernels/cpp/api.cpp disagree: {'; '.join(differences)}")
-    return {
+    kernels = {
         (name, dtype): ctypes.CFUNCTYPE(None, *types)(functions[name, DTYPES[dtype]].address)
         for name, types in SIGNATURES.items()
         for dtype in DTYPES
     }
+    return Library(kernels, _formats(library.llama4_weight_formats), _formats(library.llama4_cache_formats))
 
 
 def expected_constants() -> dict[str, int]:
@@ -209,7 +211,7 @@ def expected_constants() -> dict[str, int]:
             for name, kind in structures.items()
             for field in kind._fields_
         },
-        **{f"{kind.__name__}.{member.name}": member.value for kind in (Layout, CacheFormat) for member in kind},
+        **{f"Layout.{member.name}": member.value for member in Layout},
         **{f"{format}_inputs": count for format, count in INPUTS.items()},
         "max_gemv_rows": MAX_GEMV_ROWS,
         "max_head_dim": MAX_HEAD_DIM,
@@ -236,6 +238,10 @@ def _table(function: Any, kind: type[Any]) -> list[Any]:
     count = c_long()
     entries = function(ctypes.byref(count))
     return [entries[i] for i in range(count.value)]
+
+
+def _formats(function: Any) -> dict[str, Format]:
+    return {entry.name.decode(): Format(entry.number, entry.multiple) for entry in _table(function, _Format)}
 
 
 def _differences(python: Mapping[Any, Any], compiled: Mapping[Any, Any]) -> list[str]:

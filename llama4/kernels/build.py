@@ -30,6 +30,7 @@ SWITCH = "LLAMA4_CPU_KERNELS"
 DIRECTORY = Path(__file__).parent / "cpp"
 SOURCES = (
     "threads.h",
+    "format_list.h",
     "simd.h",
     "formats.h",
     "gemv.h",
@@ -53,10 +54,10 @@ FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-Wno-psabi")
 """Beside those for optimisation. No vector is an argument of what the library exports, which -Wpsabi is about."""
 
 _lock = threading.Lock()
-_loaded: tuple[abi.Kernels | None] | None = None
+_loaded: tuple[abi.Library | None] | None = None
 
 
-def library() -> abi.Kernels | None:
+def library() -> abi.Library | None:
     """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
     global _loaded
     if not _loaded:
@@ -65,14 +66,19 @@ def library() -> abi.Kernels | None:
     return _loaded[0]
 
 
+def loaded() -> abi.Library:
+    """The same where it is known that there are kernels."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The kernel of that name, one of `abi.SIGNATURES`, for rows of a dtype."""
-    kernels = library()
-    assert kernels is not None
-    return kernels[name, dtype]
+    return loaded().functions[name, dtype]
 
 
-def _load() -> abi.Kernels | None:
+def _load() -> abi.Library | None:
     if os.environ.get(SWITCH, "").lower() == "off" or sys.byteorder != "little":
         return None
     text = source()

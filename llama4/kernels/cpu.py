@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, build
+from llama4.kernels import build
 from llama4.kernels.abi import Layout, Matrix
 
 
@@ -29,13 +29,14 @@ def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def linear_quantized(kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor, group_size: int = 0) -> Tensor:
-    """x W^T, [N, O], with a matrix of a kind of `abi.QUANTIZED`: [O, I] int8; or bytes of e4m3, for which x is
-    rounded as well; or [O, I / 8] packed int4 and scales of groups, both interleaved."""
-    return _product(abi.QUANTIZED[kind], x_NI, values, values.shape[0], scale_OG, group_size)
+    """x W^T, [N, O], with a matrix in a format that the library has: "int8", [O, I]; "fp8", bytes of e4m3, for
+    which x is rounded as well; "int4", packed [O, I / 8], and scales of groups, both interleaved."""
+    layout = build.loaded().weight_formats[kind].number
+    return _product(layout, x_NI, values, values.shape[0], scale_OG, group_size)
 
 
 def _product(
-    layout: Layout, x_NI: Tensor, weight: Tensor, outputs: int, scale: Tensor | None = None, group_size: int = 0
+    layout: int, x_NI: Tensor, weight: Tensor, outputs: int, scale: Tensor | None = None, group_size: int = 0
 ) -> Tensor:
     x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
@@ -102,21 +103,24 @@ def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     return ids_B, logprobs_B
 
 
-def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, format: int) -> Tensor:
-    """One query per sequence and head against the first `lengths` keys in blocks of these addresses, [B, blocks]."""
+def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, format: str) -> Tensor:
+    """One query per sequence and head against the first `lengths` keys in blocks of these addresses, [B, blocks], in a
+    format of the cache."""
+    number = build.loaded().cache_formats[format].number
     B, H, C = q_BHC.shape
     q_BHC = q_BHC.contiguous()
     y_BHC = torch.empty_like(q_BHC)
-    _run("attend", q_BHC, q_BHC, block_table, block_table.shape[1], lengths_B, B, H, heads, C, format, y_BHC)
+    _run("attend", q_BHC, q_BHC, block_table, block_table.shape[1], lengths_B, B, H, heads, C, number, y_BHC)
     return y_BHC
 
 
-def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | None, past: int, format: int) -> Tensor:
+def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | None, past: int, format: str) -> Tensor:
     """New tokens that see each other causally, and before them `past` tokens in blocks of these addresses."""
+    number = build.loaded().cache_formats[format].number
     N, H, C = q_NHC.shape
     q_NHC, k_NKC, v_NKC = q_NHC.contiguous(), k_NKC.contiguous(), v_NKC.contiguous()
     y_NHC = torch.empty_like(q_NHC)
-    _run("attend_causal", q_NHC, q_NHC, k_NKC, v_NKC, N, blocks, past, H, k_NKC.shape[1], C, format, y_NHC)
+    _run("attend_causal", q_NHC, q_NHC, k_NKC, v_NKC, N, blocks, past, H, k_NKC.shape[1], C, number, y_NHC)
     return y_NHC
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.cache.formats import Format, Int4, Unquantized
+from llama4.cache.formats import Format, Unquantized
 from llama4.config import CACHE_BLOCK
-from llama4.kernels import abi, cpu
+from llama4.kernels import abi, build, cpu
 from llama4.ops import cpu_kernels
 from llama4.ops.precision import upcast
 
@@ -104,7 +104,7 @@ def causal_attention(
     format = cache.format if cache is not None else Unquantized(q_NHC.dtype)
     if not unsupported_reason(q_NHC, past + len(q_NHC), format):
         blocks = cache.block_addresses(row) if cache is not None else None
-        return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.number)
+        return cpu.attend_causal(q_NHC, k_NKC, v_NKC, blocks, past, format.name)
     q_HNC, k_KNC, v_KNC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
     if cache is None:
         q, k, v = q_HNC[None], k_KNC[None], v_KNC[None]
@@ -126,7 +126,7 @@ def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int
         [B, H, C]; the softmax scale is C^-0.5.
     """
     if not unsupported_reason(q_BHC, max(lengths), cache.format):
-        return cpu.attend(q_BHC, cache.block_table(), lengths_B, cache.heads, cache.format.number)
+        return cpu.attend(q_BHC, cache.block_table(), lengths_B, cache.heads, cache.format.name)
     outs = []
     for row, (q_HC, length) in enumerate(zip(q_BHC, lengths, strict=True)):
         spans = cache.read(row, length, q_HC.dtype, q_HC.device)
@@ -146,8 +146,13 @@ def format_unsupported_reason(format: Format, dtype: torch.dtype, head_dim: int)
     """Why the compiled kernels for a dtype do not read a cache's format; None if they do."""
     if head_dim > abi.MAX_HEAD_DIM:
         return f"heads are larger than {abi.MAX_HEAD_DIM}"
-    if head_dim % (32 if isinstance(format, Int4) else abi.LANES):
-        return "the head dimension is no multiple of 16 (int4: 32)"
     if isinstance(format, Unquantized) and format.dtype != dtype:
         return f"the cache is in {format.dtype}, the model in {dtype}"
+    if reason := cpu_kernels.library_unsupported_reason():
+        return reason
+    if format.name not in build.loaded().cache_formats:
+        return f"there are no kernels for {format.name}"
+    multiple = build.loaded().cache_formats[format.name].multiple
+    if head_dim % multiple:
+        return f"the head dimension is no multiple of {multiple}"
     return None

@@ -48,9 +48,12 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
             return "a tensor is neither float32 nor bfloat16"
         if is_training and tensor.requires_grad:
             return "a tensor needs a gradient"
-    if build.library() is None:
-        return "the CPU kernels are switched off or could not be built"
-    return None
+    return library_unsupported_reason()
+
+
+def library_unsupported_reason() -> str | None:
+    """Why there are no kernels; None if there are."""
+    return "the CPU kernels are switched off or could not be built" if build.library() is None else None
 
 
 def elementwise_unsupported_reason(width: int, *tensors: Tensor) -> str | None:

@@ -1,7 +1,7 @@
 """Products with quantized matrices on the kernels of a GPU or a CPU, and rounding a matrix to int4.
 
-The readable ways in torch belong to the formats, in `llama4.quantization`, which give them as callables. A format that
-has kernels is in `KINDS`.
+The readable ways in torch belong to the formats, in `llama4.quantization`, which give them as callables. Which of them
+have CPU kernels, the compiled library says (`kernels/cpp/formats.h`).
 
 Shapes: N rows, R rows sorted by expert, I inputs, O outputs, E experts, D hidden size, F expert width, G groups of
 inputs that share a scale.
@@ -20,15 +20,18 @@ from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels, experts, quantized_gpu
 from llama4.ops.swiglu import swiglu
 
-KINDS = frozenset(abi.QUANTIZED)
-"""Formats that the kernels read, by name."""
+
+def has_kernels(kind: str) -> bool:
+    """Whether the kernels read a format of that name."""
+    library = build.library()
+    return library is not None and kind in library.weight_formats
 
 
 class Parts(NamedTuple):
     """The tensors of a quantized matrix, or with a first dimension E of those of all experts.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: of the format.
         values: [O, I] int8, or bytes of e4m3; "int4": [O, I / 8] int32, eight values each.
         scale: [O, 1]; "int4": [O, G].
         group_size: of "int4", inputs per scale.
@@ -97,14 +100,14 @@ def unsupported_reason(x_NI: Tensor, parts: Parts) -> str | None:
 def matrix(parts: Parts) -> Matrix | None:
     """The description of a matrix, or of those of all experts, for CPU kernels that take several; None if they do not
     read it."""
-    if _matrix_unsupported_reason(parts) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _matrix_unsupported_reason(parts):
         return None
     kind, values, scale, group_size, _ = parts
     return Matrix(
         w=values.data_ptr(),
         scales=scale.data_ptr(),
         float32_scales=scale.dtype == torch.float32,
-        layout=abi.QUANTIZED[kind],
+        layout=build.loaded().weight_formats[kind].number,
         group_size=group_size,
         I=parts.inputs,
         O=values.shape[-2],
@@ -115,14 +118,17 @@ def matrix(parts: Parts) -> Matrix | None:
 
 def _matrix_unsupported_reason(parts: Parts) -> str | None:
     kind, values, scale, group_size, is_interleaved = parts
-    if kind not in KINDS:
-        return f"there are no kernels for {kind}"
     if scale.dtype not in abi.DTYPES:
         return "scales are neither float32 nor bfloat16"
     if not (values.is_cpu and scale.is_cpu and values.is_contiguous() and scale.is_contiguous()):
         return "the matrix is not contiguous on the CPU"
-    if parts.inputs % abi.INPUTS[kind]:
-        return f"the inputs are no multiple of {abi.INPUTS[kind]}"
+    if reason := cpu_kernels.library_unsupported_reason():
+        return reason
+    if not has_kernels(kind):
+        return f"there are no kernels for {kind}"
+    multiple = build.loaded().weight_formats[kind].multiple
+    if parts.inputs % multiple:
+        return f"the inputs are no multiple of {multiple}"
     if kind == "int4" and not is_interleaved:
         return "int4 values are in a checkpoint's order"
     return _group_unsupported_reason(kind, group_size)
@@ -137,10 +143,11 @@ def _group_unsupported_reason(kind: str, group_size: int) -> str | None:
 
 def interleave_unsupported_reason(outputs: int, inputs: int, group_size: int) -> str | None:
     """Why an int4 matrix is not stored as `interleaved16`, the order in which kernels read it; None if it is."""
-    if outputs % abi.INTERLEAVE or inputs % abi.INPUTS["int4"]:
-        return f"[{outputs}, {inputs}] is no multiple of [{abi.INTERLEAVE}, {abi.INPUTS['int4']}]"
-    if build.library() is None:
-        return "the CPU kernels are switched off or could not be built"
+    if reason := cpu_kernels.library_unsupported_reason():
+        return reason
+    multiple = build.loaded().weight_formats["int4"].multiple
+    if outputs % abi.INTERLEAVE or inputs % multiple:
+        return f"[{outputs}, {inputs}] is no multiple of [{abi.INTERLEAVE}, {multiple}]"
     return _group_unsupported_reason("int4", group_size)
 
 

@@ -140,7 +140,7 @@ class WeightFormat(ABC):
     @property
     def has_cpu_kernels(self) -> bool:
         """Whether there are compiled kernels for this kind of format."""
-        return self.kind in quantized.KINDS
+        return quantized.has_kernels(self.kind)
 
     def has_kernel_layout(self, shape: Shape) -> bool:
         """Whether the CPU kernels of this machine read such a matrix in an order of their own."""

@@ -233,7 +233,7 @@ class TestAttention:
         if format is None:
             cache.parts(cache.rows[0][-1])[0][:, :, 1199 % 256 :] = torch.nan
         q = 3 * normal(rows, 2 * group, 64).to(dtype)
-        ours = cpu.attend(q, cache.block_table(), torch.tensor(lengths), 2, cache.format.number)
+        ours = cpu.attend(q, cache.block_table(), torch.tensor(lengths), 2, cache.format.name)
         for row, length in enumerate(lengths):
             truth = attention(q[row : row + 1], keys[row, :, :length], values[row, :, :length])
             assert close(ours[row : row + 1], truth)
@@ -242,7 +242,7 @@ class TestAttention:
     def test_many_tokens(self, new: int, past: int, group: int, format: str | None, dtype: torch.dtype) -> None:
         cache, keys, values = layer_cache(1, [max(past, 1)], resolve_format(format, dtype), dtype)
         q, k, v = (normal(new, heads, 64, seed=heads + 7).to(dtype) for heads in (2 * group, 2, 2))
-        ours = cpu.attend_causal(3 * q, k, v, cache.block_addresses(0), past, cache.format.number)
+        ours = cpu.attend_causal(3 * q, k, v, cache.block_addresses(0), past, cache.format.name)
         whole = (torch.cat((old[0, :, :past], x.transpose(0, 1)), dim=1) for old, x in ((keys, k), (values, v)))
         assert close(ours, attention(3 * q, *whole))
 

@@ -125,7 +125,7 @@ def fused(
             lengths=lengths_N[window].data_ptr(),
             table=table.data_ptr(),
             width=table.shape[1],
-            format=cache.layers[i].format.number,
+            format=build.loaded().cache_formats[cache.layers[i].format.name].number,
         )
     starts = torch.tensor([0, *itertools.accumulate(news)])
     wanted = torch.tensor(outputs if outputs is not None else range(len(ids)))

@@ -1,5 +1,6 @@
 // What Python calls (llama4/kernels/abi.py): functions by name and dtype of their rows, with the types of their arguments; and
-// the numbers on which both sides must agree. Python compares all of them when it loads the library.
+// the numbers on which both sides must agree. Python compares all of them when it loads the library. Formats have their numbers
+// here; Python reads them.
 
 #include <cstddef>
 #include <iterator>
@@ -79,7 +80,7 @@ template <class X>
 void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
             long format, X* y) {
   float* parts = scratch<float, Use::partial_results>(attention_floats(lengths, B, H, C));
-  with_format<X>(format, [&](auto cache) {
+  CacheFormats<X>::visit(format, [&](auto cache) {
 #pragma omp parallel
     ::attend<decltype(cache)>(q, table, width, lengths, Sequences{nullptr, B}, H, K, C, parts, y);
   });
@@ -88,7 +89,7 @@ void attend(const X* q, const char* const* table, long width, const long* length
 template <class X>
 void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
                    long C, long format, X* y) {
-  with_format<X>(format, [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
+  CacheFormats<X>::visit(format, [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
 }
 
 template <class X>
@@ -189,13 +190,6 @@ const Constant constants[] = {
     FIELD(Tokens, logprobs),
     MEMBER(Layout, OUT_IN, OUT_IN),
     MEMBER(Layout, IN_OUT, IN_OUT),
-    MEMBER(Layout, INT8, INT8),
-    MEMBER(Layout, FP8, FP8),
-    MEMBER(Layout, INT4, INT4),
-    MEMBER(CacheFormat, UNQUANTIZED, CACHE_UNQUANTIZED),
-    MEMBER(CacheFormat, INT8, CACHE_INT8),
-    MEMBER(CacheFormat, FP8, CACHE_FP8),
-    MEMBER(CacheFormat, INT4, CACHE_INT4),
     NUMBER(max_gemv_rows),
     NUMBER(max_head_dim),
     NUMBER(lanes),
@@ -204,10 +198,10 @@ const Constant constants[] = {
     {"interleave", Int4::interleave},
     NUMBER(float32_inputs),
     NUMBER(bfloat16_inputs),
-    NUMBER(int8_inputs),
-    NUMBER(fp8_inputs),
-    NUMBER(int4_inputs),
 };
+
+constexpr auto weight_formats = QuantizedFormats::entries();
+constexpr auto cache_formats = CacheFormats<float>::entries();
 
 }  // namespace api
 }  // namespace
@@ -220,4 +214,14 @@ extern "C" const api::Function* llama4_functions(long* count) {
 extern "C" const api::Constant* llama4_constants(long* count) {
   *count = std::size(api::constants);
   return api::constants;
+}
+
+extern "C" const FormatEntry* llama4_weight_formats(long* count) {
+  *count = std::size(api::weight_formats);
+  return api::weight_formats.data();
+}
+
+extern "C" const FormatEntry* llama4_cache_formats(long* count) {
+  *count = std::size(api::cache_formats);
+  return api::cache_formats.data();
 }

@@ -166,7 +166,7 @@ class DecoderStep {
     for_rows(N, [&](long n) { rms_norm(h + n * D, D, (const X*)l.input_norm, l.eps, x + n * D); });
     multiply(work, {{l.q, m.q}, {l.k, m.k}, {l.v, m.v}}, x, N, m.workspace);
     barrier();
-    with_format<X>(s.format, [&](auto format) {
+    CacheFormats<X>::visit(s.format, [&](auto format) {
       using F = decltype(format);
 #pragma omp for schedule(static)
       for (long i = 0; i < N * (H + K); i++) {
@@ -194,7 +194,7 @@ class DecoderStep {
   void feed_forward(const Layer& l, const X* x, float* h) {
     const StepMemory<X>& m = memory;
     if (l.router) {
-      const Product<typename FormatsFor<X>::Dense, float> router{{(const X*)l.router, D}, l.E, Scales{}, m.logits};
+      const Product<Fastest<Float32, X>, float> router{{(const X*)l.router, D}, l.E, Scales{}, m.logits};
       gemv(work, &router, 1, x, N);
       barrier();
     }

@@ -3,9 +3,16 @@
 // A block is 64 bytes or fewer of a row, `inputs` numbers. read(o, block, planes) gives them as `planes` vectors of 16 floats
 // or 32 bfloat16. Input place(plane, lane) of the block stands in that lane of that plane; `run` inputs are neighbours
 // there, too. Where a format is `grouped`, its scales are for groups of inputs, and it applies them itself.
+//
+// To add a quantized format: a struct here that says
+//   name, multiple   as Python knows it, and of what its inputs are a multiple, whatever the dtype of x and the machine
+//   rounds_inputs    whether rows of x are rounded to e4m3
+//   interleaved      whether it is read by gemv_int4.h
+// and its name in QuantizedFormats below; a faster way to read it for a dtype of x is a `FastestFor`.
 
 #pragma once
 
+#include "format_list.h"
 #include "simd.h"
 
 namespace {
@@ -15,7 +22,7 @@ template <class W>
 struct InOrder {
   using Plane = f32x16;
   static constexpr int planes = 1, inputs = 16, run = 16;
-  static constexpr bool grouped = false;
+  static constexpr bool grouped = false, rounds_inputs = false, interleaved = false;
   static int place(int, int lane) { return lane; }
   const W* w;
   long I;
@@ -42,6 +49,8 @@ struct Bfloat16 {
 };
 
 struct Int8 : InOrder<uint8_t> {
+  static constexpr const char* name = "int8";
+  static constexpr long multiple = 64;
   void read(long o, long block, Plane* out) const {
     i32x16 values = (i32x16)(load_bytes(at(o, block)) << 24) >> 24;
     out[0] = __builtin_convertvector(values, f32x16);
@@ -49,6 +58,9 @@ struct Int8 : InOrder<uint8_t> {
 };
 
 struct Fp8 : InOrder<uint8_t> {
+  static constexpr const char* name = "fp8";
+  static constexpr long multiple = 64;
+  static constexpr bool rounds_inputs = true;
   void read(long o, long block, Plane* out) const { out[0] = from_e4m3(load_bytes(at(o, block))); }
 };
 
@@ -61,8 +73,10 @@ inline f32x16 read_int4(u32x16 words, int place) {
 // of each, then the next 32 of each; and a scale of each, then the next.
 struct Int4 {
   using Plane = f32x16;
+  static constexpr const char* name = "int4";
+  static constexpr long multiple = 128;
   static constexpr int planes = 8, inputs = 128, run = 1;
-  static constexpr bool grouped = true;
+  static constexpr bool grouped = true, rounds_inputs = false, interleaved = true;
   static constexpr int interleave = 16, step_inputs = 32, row_bytes = step_inputs / 2;
   static constexpr int step_bytes = interleave * row_bytes;
   static int place(int plane, int lane) { return 8 * lane + plane; }
@@ -152,27 +166,34 @@ struct Fp8Pairs : BytePairs {
 };
 #endif
 
-// The fastest formats for rows of a dtype.
-template <class X>
-struct FormatsFor {
-  using Dense = Float32;
-  using Int8 = ::Int8;
-  using Fp8 = ::Fp8;
+// ---- the registered formats
+
+using QuantizedFormats = FormatList<2, Int8, Fp8, Int4>;  // 0 and 1 are dense
+
+// A format as it is read fastest for few rows of a dtype.
+template <class F, class X>
+struct FastestFor {
+  using Format = F;
 };
 template <>
-struct FormatsFor<bf16> {
+struct FastestFor<Float32, bf16> {
 #ifdef __AVX512BF16__
-  using Dense = Bfloat16Pairs;
+  using Format = Bfloat16Pairs;
 #else
-  using Dense = Bfloat16;
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-  using Int8 = Int8Pairs;
-  using Fp8 = Fp8Pairs;
-#else
-  using Int8 = ::Int8;
-  using Fp8 = ::Fp8;
+  using Format = Bfloat16;
 #endif
 };
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+template <>
+struct FastestFor<Int8, bf16> {
+  using Format = Int8Pairs;
+};
+template <>
+struct FastestFor<Fp8, bf16> {
+  using Format = Fp8Pairs;
+};
+#endif
+template <class F, class X>
+using Fastest = typename FastestFor<F, X>::Format;
 
 }  // namespace

@@ -2,22 +2,25 @@
 //
 // A block is the keys [K, 256], then the values [K, 256], of C numbers each in some format; then, if the format is quantized,
 // their scales in bfloat16, [2, K, 256].
+//
+// To add a format: a struct here, and its name in CacheFormats.
 
 #pragma once
 
+#include "format_list.h"
 #include "simd.h"
 
 namespace {
 
 constexpr long block_slots = 256;
 
-enum CacheFormat : int64_t { CACHE_UNQUANTIZED, CACHE_INT8, CACHE_FP8, CACHE_INT4 };
-
-// ---- formats of C numbers: the bytes they take, how 16 of them are read, from c on, and how all are written, which gives
-// their scale
+// ---- formats of C numbers, a `multiple`: the bytes they take, how 16 of them are read, from c on, and how all are written,
+// which gives their scale
 
 template <class X>
 struct Unquantized {
+  static constexpr const char* name = "unquantized";
+  static constexpr long multiple = 16;
   static constexpr bool scaled = false;
   static long bytes(long C) { return C * sizeof(X); }
   static f32x16 read(const char* row, long, long c) { return load_floats((const X*)row + c); }
@@ -44,6 +47,8 @@ inline void store_bytes(char* to, f32x16 integers) {
 }
 
 struct CacheInt8 {  // -127 to 127
+  static constexpr const char* name = "int8";
+  static constexpr long multiple = 16;
   static constexpr bool scaled = true;
   static long bytes(long C) { return C; }
   static f32x16 read(const char* row, long, long c) {
@@ -60,6 +65,8 @@ struct CacheInt8 {  // -127 to 127
 };
 
 struct CacheFp8 {  // e4m3
+  static constexpr const char* name = "fp8";
+  static constexpr long multiple = 16;
   static constexpr bool scaled = true;
   static long bytes(long C) { return C; }
   static f32x16 read(const char* row, long, long c) { return from_e4m3(load_bytes((const uint8_t*)row + c)); }
@@ -76,6 +83,8 @@ struct CacheFp8 {  // e4m3
 };
 
 struct CacheInt4 {  // 0 to 15 for -8 to 7; byte i has number i in its low half and number i + C / 2 in its high half
+  static constexpr const char* name = "int4";
+  static constexpr long multiple = 32;
   static constexpr bool scaled = true;
   static long bytes(long C) { return C / 2; }
   static f32x16 read(const char* row, long C, long c) {
@@ -97,16 +106,8 @@ struct CacheInt4 {  // 0 to 15 for -8 to 7; byte i has number i in its low half 
   }
 };
 
-// Calls run(format) with what a CacheFormat stands for.
-template <class X, class Run>
-void with_format(long format, const Run& run) {
-  switch (format) {
-    case CACHE_UNQUANTIZED: return run(Unquantized<X>());
-    case CACHE_INT8: return run(CacheInt8());
-    case CACHE_FP8: return run(CacheFp8());
-    case CACHE_INT4: return run(CacheInt4());
-  }
-}
+template <class X>
+using CacheFormats = FormatList<0, Unquantized<X>, CacheInt8, CacheFp8, CacheInt4>;
 
 // ---- a head's keys, or values, of consecutive tokens
 

@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Layout : int64_t { OUT_IN, IN_OUT, INT8, FP8, INT4 };
+enum Layout : int64_t { OUT_IN, IN_OUT };  // other numbers are those of QuantizedFormats
 
 // A matrix, or all of a layer's experts, which lie `stride` bytes apart, and their scales `scale_stride`.
 struct Matrix {
@@ -40,20 +40,20 @@ bool uses_gemm(const Matrix& a, long N) {
   return fits && N > (a.layout == IN_OUT ? tile_rows : max_gemv_rows);
 }
 
-// Inputs of which the rows of a matrix must be a multiple, whatever the dtype of x and the machine.
-constexpr long float32_inputs = 16, bfloat16_inputs = 32, int8_inputs = 64, fp8_inputs = 64, int4_inputs = 128;
+// Inputs of which the rows of a dense matrix must be a multiple, whatever the machine.
+constexpr long float32_inputs = 16, bfloat16_inputs = 32;
 
 template <class F, class X>
 constexpr bool reads(long inputs) {  // in whole blocks, and when packed
   return inputs % F::inputs == 0 && inputs % (16 * numbers_per_word<X>) == 0;
 }
-template <class X>
-constexpr bool reads_quantized = reads<typename FormatsFor<X>::Int8, X>(int8_inputs) && reads<Int8, X>(int8_inputs) &&
-                                 reads<typename FormatsFor<X>::Fp8, X>(fp8_inputs) && reads<Fp8, X>(fp8_inputs) &&
-                                 reads<Int4, X>(int4_inputs);
-static_assert(reads<FormatsFor<float>::Dense, float>(float32_inputs));
-static_assert(reads<FormatsFor<bf16>::Dense, bf16>(bfloat16_inputs));
-static_assert(reads_quantized<float> && reads_quantized<bf16>);
+template <class X, long first, class... F>
+constexpr bool reads_all(FormatList<first, F...>) {
+  return ((reads<F, X>(F::multiple) && reads<Fastest<F, X>, X>(F::multiple)) && ...);
+}
+static_assert(reads<Fastest<Float32, float>, float>(float32_inputs));
+static_assert(reads<Fastest<Float32, bf16>, bf16>(bfloat16_inputs));
+static_assert(reads_all<float>(QuantizedFormats()) && reads_all<bf16>(QuantizedFormats()));
 static_assert(strip % 16 == 0 && strip % Int4::interleave == 0 && task_outputs % Int4::interleave == 0);
 
 // Memory that a team shares while it multiplies.
@@ -90,40 +90,41 @@ struct MatrixProduct {
   }
 };
 
+// A matrix in a format that reads numbers of a type.
+template <class F, class W>
+F read_as(const Matrix& a) {
+  if constexpr (F::grouped)
+    return F{(const W*)a.w, a.I, a.scales, a.group_size};
+  else
+    return F{(const W*)a.w, a.I};
+}
+
 template <class X>
 void multiply_gemv(WorkStealing& work, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
                    float* partial) {
-  using Formats = FormatsFor<X>;
   const Matrix& a = begin->matrix;
-  const auto in_format = [&](auto format) {
-    std::vector<Product<decltype(format(a)), X>> products;
-    for (auto p = begin; p != end; p++)
-      products.push_back({format(p->matrix), p->matrix.O, p->matrix.scales, p->y});
+  const auto products_of = [&](auto read) {
+    std::vector<Product<decltype(read(a)), X>> products;
+    for (auto p = begin; p != end; p++) products.push_back({read(p->matrix), p->matrix.O, p->matrix.scales, p->y});
     return products;
   };
   const long count = end - begin;
-  switch (a.layout) {
-    case OUT_IN: {
-      const auto dense = [](const Matrix& b) { return typename Formats::Dense{(const X*)b.w, b.I}; };
-      return gemv(work, in_format(dense).data(), count, x, N);
-    }
-    case IN_OUT: return gemv_in_out((const X*)a.w, x, N, a.I, a.O, partial);
-    case INT8: {
-      const auto int8 = [](const Matrix& b) { return typename Formats::Int8{(const uint8_t*)b.w, b.I}; };
-      return gemv(work, in_format(int8).data(), count, x, N);
-    }
-    case FP8: {
-      const auto fp8 = [](const Matrix& b) { return typename Formats::Fp8{(const uint8_t*)b.w, b.I}; };
+  if (a.layout == OUT_IN) return gemv(work, products_of(read_as<Fastest<Float32, X>, X>).data(), count, x, N);
+  if (a.layout == IN_OUT) return gemv_in_out((const X*)a.w, x, N, a.I, a.O, partial);
+  QuantizedFormats::visit(a.layout, [&](auto format) {
+    using F = decltype(format);
+    const auto products = products_of(read_as<Fastest<F, X>, uint8_t>);
+    if constexpr (F::rounds_inputs) {
       float* row_scales = scratch<float, Use::gemv_row_scales>(N);
       auto* rows = scratch<WordNumber<X>, Use::gemv_fp8_rows>(N * a.I);
       for (long n = 0; n < N; n++) row_scales[n] = quantize_row_e4m3(x + n * a.I, a.I, rows + n * a.I);
-      return gemv(work, in_format(fp8).data(), count, rows, N, row_scales);
+      gemv(work, products.data(), count, rows, N, row_scales);
+    } else if constexpr (F::interleaved) {
+      gemv_int4(work, products.data(), count, x, N);
+    } else {
+      gemv(work, products.data(), count, x, N);
     }
-    case INT4: {
-      const auto int4 = [](const Matrix& b) { return Int4{(const uint8_t*)b.w, b.I, b.scales, b.group_size}; };
-      return gemv_int4(work, in_format(int4).data(), count, x, N);
-    }
-  }
+  });
 }
 
 template <class X>
@@ -135,36 +136,36 @@ void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, c
       const Matrix& a = begin->matrix;
       return gemm_unpacked(x, N, I, a.O, (const float*)a.w, workspace.inputs, begin->y);
     }
-  const Word* words = nullptr;
-  switch (layout) {
-    case OUT_IN:
-    case IN_OUT: words = arrange_words<Float32>(x, N * I, workspace.inputs); break;
-    case INT8: words = arrange_words<Int8>(x, N * I, workspace.inputs); break;
-    case FP8:
+  if (layout == OUT_IN || layout == IN_OUT) {
+    const Word* words = arrange_words<Float32>(x, N * I, workspace.inputs);
+    for (auto p = begin; p != end; p++) {
+      const Matrix& a = p->matrix;
+      const auto* w = (const X*)a.w;
+      if (layout == IN_OUT)
+        gemm_in_out(words, N, I, a.O, w, p->y);
+      else
+        gemm_out_in(words, N, I, a.O, [=](long o, Word* to) { pack_dense(w, I, o, to); }, Scales{}, nullptr, p->y);
+    }
+    return;
+  }
+  QuantizedFormats::visit(layout, [&](auto format) {
+    using F = decltype(format);
+    const Word* words = nullptr;
+    if constexpr (F::rounds_inputs) {
 #pragma omp for schedule(static)
       for (long n = 0; n < N; n++)
         workspace.row_scales[n] = quantize_row_e4m3(x + n * I, I, workspace.inputs + n * I);
       words = (const Word*)workspace.inputs;
-      break;
-    case INT4: words = arrange_words<Int4>(x, N * I, workspace.inputs);
-  }
-  for (auto p = begin; p != end; p++) {
-    const Matrix& a = p->matrix;
-    const auto* values = (const uint8_t*)a.w;
-    const auto linear = [&](const auto& pack_half, Scales scales, const float* row_scales) {
-      gemm_out_in(words, N, I, a.O, pack_half, scales, row_scales, p->y);
-    };
-    const auto packer = [](const auto& format) {
-      return [=](long o, Word* to) { pack_format<X>(format, o, to); };
-    };
-    switch (layout) {
-      case OUT_IN: linear([&](long o, Word* to) { pack_dense((const X*)a.w, I, o, to); }, Scales{}, nullptr); break;
-      case IN_OUT: gemm_in_out(words, N, I, a.O, (const X*)a.w, p->y); break;
-      case INT8: linear(packer(Int8{values, I}), a.scales, nullptr); break;
-      case FP8: linear(packer(Fp8{values, I}), a.scales, workspace.row_scales); break;
-      case INT4: linear(packer(Int4{values, I, a.scales, a.group_size}), Scales{}, nullptr);
+    } else {
+      words = arrange_words<F>(x, N * I, workspace.inputs);
     }
-  }
+    for (auto p = begin; p != end; p++) {
+      const Matrix& a = p->matrix;
+      const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) { pack_format<X>(f, o, to); };
+      gemm_out_in(words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales,
+                  F::rounds_inputs ? workspace.row_scales : nullptr, p->y);
+    }
+  });
 }
 
 // Products with N rows of x, those side by side that go with each other. Of those in x out that do not use tiles only partial results, which

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, cast
 
+from llama4.cache.formats import QUANTIZED
 from llama4.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     "experts_memory": {"metavar": "SIZE", "help": "GPU memory for copies of experts in use, such as 8GiB"},
     "cache_dtype": {
         "default": "auto",
-        "help": "of keys and values of the whole context: fp8, int8, int4 (default: auto)",
+        "help": f"of keys and values of the whole context: {', '.join(QUANTIZED)} (default: auto)",
     },
     "cache_device": {"metavar": "DEVICE", "help": "where these are stored: cpu saves GPU memory"},
     "no_memory_map": {

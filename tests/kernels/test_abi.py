@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llama4.cache.formats import QUANTIZED
 from llama4.kernels import abi, build
+from llama4.quantization.formats import FORMATS
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
 TARGETS = ["x86-64", "x86-64-v3", "x86-64-v4", "sapphirerapids"]
@@ -31,6 +33,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
 @needs_kernels
 def test_all_kernels_are_bound(compiled: ctypes.CDLL) -> None:
     assert set(abi.bind(compiled).functions) == {(name, dtype) for name in abi.SIGNATURES for dtype in abi.DTYPES}
+
+
+@needs_kernels
+def test_formats_are_those_of_the_registries(compiled: ctypes.CDLL) -> None:
+    """By name, each with a number of its own."""
+    library = abi.bind(compiled)
+    assert set(library.weight_formats) <= set(FORMATS)
+    assert set(library.cache_formats) == {"unquantized", *QUANTIZED}
+    for formats, dense in ((library.weight_formats, len(abi.Layout)), (library.cache_formats, 0)):
+        assert [format.number for format in formats.values()] == [dense + i for i in range(len(formats))]
 
 
 @needs_kernels

@@ -156,7 +156,7 @@ class WeightFormat(ABC):
 
     def stack(self, weight: PackedWeight) -> quantized.Parts | None:
         """A matrix, or those of all experts, as kernels take it; None if there are none for this kind of format."""
-        if not self.has_cpu_kernels:
+        if "weight_scale" not in self.parts:
             return None
         values, scale = weight.part(self.parts[0]), weight.part("weight_scale")
         return quantized.Parts(self.kind, values, scale, self.group_size or 0, weight.in_kernel_layout)

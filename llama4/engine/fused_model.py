@@ -18,6 +18,7 @@ from torch.nn.modules import module as global_hooks
 from llama4.kernels.abi import LANES, MAX_HEAD_DIM, Decoder, Layer, Matrix
 from llama4.model.attention import Attention
 from llama4.model.decoder import DecoderLayer, LanguageModel
+from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import LoopExperts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts, Router
@@ -48,6 +49,7 @@ class Description:
         modules: those of the language model, by name.
         children: (parent, name, child) of each module.
         parameters: (module, name, address) of each parameter.
+        dispatchers: that of each layer with experts, which is no module.
         is_outdated: whether another description has taken its place.
     """
 
@@ -56,6 +58,7 @@ class Description:
     modules: dict[str, nn.Module]
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
+    dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
     is_outdated: bool = False
     _layers: ctypes.Array[Layer] | None = field(repr=False, default=None)
 
@@ -74,17 +77,20 @@ class Description:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
+        dispatchers = [(module, module.dispatcher) for module in experts]
         try:
             decoder, layers = _describe(model.language_model)
         except UnsupportedError as error:
-            return cls(None, str(error), modules, children, parameters)
-        return cls(decoder, None, modules, children, parameters, _layers=layers)
+            return cls(None, str(error), modules, children, parameters, dispatchers)
+        return cls(decoder, None, modules, children, parameters, dispatchers, _layers=layers)
 
     def is_current(self, model: Llama4Model) -> bool:
-        """Whether every module is still in its place, and every parameter at its address."""
+        """Whether every module and dispatcher is still in its place, and every parameter at its address."""
         return (
             model.language_model is self.modules[""]
             and all(parent._modules.get(name) is child for parent, name, child in self.children)
+            and all(module.dispatcher is dispatcher for module, dispatcher in self.dispatchers)
             and all(
                 (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
                 for module, name, address in self.parameters
@@ -157,6 +163,8 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     dense, path = layer.feed_forward, f"{name}.feed_forward"
     if isinstance(dense, MixtureOfExperts):
         router = dense.router
+        replaced = type(dense.dispatcher).__name__
+        _check(type(dense.dispatcher) is LocalDispatcher, f"{path}.dispatcher is {replaced}, which it does not compute")
         _check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
         described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
         described.experts_per_token = router.k

@@ -18,6 +18,8 @@ from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.kernels import build
+from llama4.model.dispatch import LocalDispatcher
+from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.nf4 import Nf4
@@ -146,6 +148,19 @@ def test_a_subclass(model: Llama4Model) -> None:
     attention = part(model, "layers.0.self_attn")
     attention.__class__ = type("OtherAttention", (type(attention),), {})
     assert "layers.0.self_attn is OtherAttention" in str(reason(model))
+
+
+def test_a_replaced_dispatcher(model: Llama4Model) -> None:
+    """One that is put in its place later is seen, and so is its removal."""
+    runner, cache = FusedCpuRunner(model), model.new_cache(1)
+    layer = next(module for module in model.modules() if isinstance(module, MixtureOfExperts))
+    with torch.inference_mode():
+        assert runner.unsupported_reason(cache) is None
+        local = layer.dispatcher
+        layer.dispatcher = type("OtherDispatcher", (LocalDispatcher,), {})(local.num_experts)
+        assert "feed_forward.dispatcher is OtherDispatcher" in str(runner.unsupported_reason(cache))
+        layer.dispatcher = local
+        assert runner.unsupported_reason(cache) is None
 
 
 def test_an_attention_bias(model: Llama4Model) -> None:

@@ -6,7 +6,7 @@ Shapes: n tiles, S side of a tile in pixels, P patches of a tile, L = P + 1 with
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,19 @@ from llama4.vision.projector import VisionAdapter
 from llama4.vision.rope import rotate, rotation_2d
 
 
-def recomputed(layer: nn.Module) -> Callable[..., Tensor]:
-    """The layer with activation checkpointing: activations inside it are not kept but computed again in the backward
-    pass."""
-    return partial(checkpoint, layer, use_reentrant=False)
+def run(layer: nn.Module, *inputs: Any) -> Tensor:
+    """The output of a layer."""
+    out: Tensor = layer(*inputs)
+    return out
+
+
+def run_recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
+    """The same with activation checkpointing: where gradients are recorded, activations inside the layer are not kept
+    but computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return run(layer, *inputs)
+    out: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+    return out
 
 
 class PatchEmbedding(nn.Module):
@@ -87,17 +96,20 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of transformer blocks."""
+    """The stack of transformer blocks.
+
+    Attributes:
+        run_layer: `run`, or `run_recomputed` in training that saves memory.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-        self.recompute = False
+        self.run_layer: Callable[..., Tensor] = run
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
         for layer in self.layers:
-            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
-            x_nLW = run(x_nLW, rotation)
+            x_nLW = self.run_layer(layer, x_nLW, rotation)
         return x_nLW
 
 

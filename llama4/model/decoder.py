@@ -7,7 +7,8 @@ Shapes: N packed tokens (see cache/batch.py), D hidden size.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from llama4.cache.batch import Batch
@@ -21,7 +22,7 @@ from llama4.model.norm import RMSNorm
 from llama4.model.positions import PositionFactors
 from llama4.ops.linear import Linear
 from llama4.ops.precision import upcast
-from llama4.vision.encoder import recomputed
+from llama4.vision.encoder import run
 
 
 class DecoderLayer(nn.Module):
@@ -45,7 +46,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and final norm, over packed tokens."""
+    """Embeddings, layers and final norm, over packed tokens.
+
+    Attributes:
+        run_layer: `run`, or `run_recomputed` in training that saves memory.
+    """
 
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
         super().__init__()
@@ -53,14 +58,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False
+        self.run_layer: Callable[..., Tensor] = run
 
     def forward(self, x_ND: Tensor, batch: Batch, cache: CacheView | None) -> Tensor:
         factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(self.layers):
-            run = recomputed(layer) if self.recompute and torch.is_grad_enabled() else layer
-            x_ND = run(x_ND, batch, factors, cache.layers[i] if cache is not None else None)
+            x_ND = self.run_layer(layer, x_ND, batch, factors, cache.layers[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out
 

@@ -17,7 +17,7 @@ from llama4.cache.view import CacheView
 from llama4.config import Llama4Config
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
-from llama4.vision.encoder import VisionModel
+from llama4.vision.encoder import VisionModel, run, run_recomputed
 from llama4.vision.projector import Projector
 
 
@@ -80,9 +80,10 @@ class Llama4Model(nn.Module):
     def checkpoint_activations(self, enable: bool = True) -> None:
         """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
         for a third more time, and the same gradients (Chen et al. 2016)."""
-        self.language_model.model.recompute = enable
+        run_layer = run_recomputed if enable else run
+        self.language_model.model.run_layer = run_layer
         if self.vision_model is not None:
-            self.vision_model.model.recompute = enable
+            self.vision_model.model.run_layer = run_layer
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Tiles -> image tokens, in the order of the tiles.

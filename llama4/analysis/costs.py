@@ -14,7 +14,7 @@ import torch
 
 from llama4.cache.formats import resolve_format
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
-from llama4.config.window import visible_pairs
+from llama4.config.window import most_visible_tokens, visible_pairs
 from llama4.families.names import HEAD
 from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
 from llama4.quantization.weight import WeightFormat
@@ -122,7 +122,7 @@ def peak_cache_bytes(config: TextConfig, num_tokens: int, dtype: str = "bfloat16
     """The most bytes of that cache while the sequence grows: chunked layers once kept a whole chunk, if one was
     filled."""
     layers = range(config.num_hidden_layers)
-    kept = [min(num_tokens, config.window(i) or num_tokens) for i in layers]
+    kept = [most_visible_tokens(num_tokens, config.window(i)) for i in layers]
     return sum(layer_cache_bytes(config, i, kept[i], dtype, cache_dtype) for i in layers)
 
 

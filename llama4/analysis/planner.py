@@ -17,6 +17,7 @@ import torch
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
+from llama4.config.window import most_visible_tokens
 from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
@@ -162,7 +163,8 @@ def memory(placement: Placement, context: int) -> Memory:
     full = chunked = 0
     for i in range(text.num_hidden_layers):
         window = text.window(i)
-        held = costs.layer_cache_bytes(text, i, min(context, window or context), placement.dtype, placement.cache_dtype)
+        most = most_visible_tokens(context, window)
+        held = costs.layer_cache_bytes(text, i, most, placement.dtype, placement.cache_dtype)
         full, chunked = (full + held, chunked) if window is None else (full, chunked + held)
     return Memory(
         weights=_per_device(placement, lambda name: 1.0) + costs.vision_bytes(placement.config, placement.dtype),

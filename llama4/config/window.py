@@ -42,6 +42,11 @@ def visible_tokens(position: int, window: int | None, start: int = 0) -> int:
     return position + 1 - chunk_start(position, window, start)
 
 
+def most_visible_tokens(num_tokens: int, window: int | None) -> int:
+    """The largest of `visible_tokens` over the first `num_tokens` positions of a sequence."""
+    return num_tokens if window is None else min(num_tokens, window)
+
+
 def visible_pairs(num_tokens: int, window: int | None) -> int:
     """`visible_tokens` summed over the first `num_tokens` positions of a sequence: the scores that attention computes
     for each head."""

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from llama4.config.window import chunk_end, chunk_offset, chunk_start, visible_pairs, visible_tokens
+from llama4.config.window import (
+    chunk_end,
+    chunk_offset,
+    chunk_start,
+    most_visible_tokens,
+    visible_pairs,
+    visible_tokens,
+)
 
 WINDOWS = (None, 1, 2, 3, 7, 8)
 POSITIONS = range(25)
@@ -49,3 +59,17 @@ def test_offsets_count_from_the_first_visible_token_of_an_endless_sequence(windo
 def test_pairs_are_the_sum_over_tokens(window: int | None) -> None:
     for length in (0, *POSITIONS):
         assert visible_pairs(length, window) == sum(sees(q, k, window, 0) for q in range(length) for k in range(length))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_most_that_a_token_sees(window: int | None) -> None:
+    for n in range(1, 25):
+        assert most_visible_tokens(n, window) == max(visible_tokens(position, window) for position in range(n))
+
+
+def test_the_rule_stands_in_one_place() -> None:
+    root = Path(__file__).parents[2]
+    rule = re.compile(r"(%|//) *window\b|\bwindow(\(.*\))? or \w")
+    files = {path for folder in ("llama4", "vision") for path in (root / folder).rglob("*.py")}
+    found = {path.relative_to(root).as_posix() for path in files if rule.search(path.read_text(encoding="utf-8"))}
+    assert found == {"llama4/config/window.py"}

@@ -17,9 +17,9 @@ from torch import Tensor
 from llama4.bench import roofline
 from llama4.bench.device import timing, workload
 from llama4.bench.device.record import Figures, Record
+from llama4.bench.device.static_decoder import StaticDecoder
 from llama4.cache.sequence import SequenceCache
 from llama4.config import TextConfig
-from llama4.engine.static_decoder import StaticDecoder
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import QuantizationPlan
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama4.engine.static_decoder import StaticDecoder
+from llama4.bench.device.static_decoder import StaticDecoder
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from tests import small_model
@@ -50,7 +50,7 @@ def test_is_what_eager_steps_are(model: Llama4Model, prompt: int, padding: list[
 
 def test_beyond_the_least_bound(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound grows while the steps go on."""
-    monkeypatch.setattr("llama4.engine.static_decoder.LEAST_SLOTS", 8)
+    monkeypatch.setattr("llama4.bench.device.static_decoder.LEAST_SLOTS", 8)
     compare(model, 5, [0, 2, 4], 50)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
-from llama4.config.window import chunk_start
+from llama4.config.window import chunk_offset, visible_tokens
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors
@@ -98,13 +98,13 @@ class StaticDecoder:
     def _seen(self, row: int, window: int | None) -> int:
         """Cached tokens that the last token of a row saw, and itself."""
         end = self._next[row]
-        return end - chunk_start(end - 1, window, self._first[row]) if end > self._first[row] else 0
+        return visible_tokens(end - 1, window, self._first[row]) if end > self._first[row] else 0
 
     def _slots(self, window: int | None, steps: int) -> int:
         """A bound for the slots that layers with a window use in so many steps: a power of two, or the window."""
         longest = max(end + steps - first for first, end in zip(self._first, self._next, strict=True))
         if window is not None:
-            longest = min(longest, window if steps > 1 else max(end % window + 1 for end in self._next))
+            longest = min(longest, window if steps > 1 else max(chunk_offset(end, window) + 1 for end in self._next))
         bound = max(LEAST_SLOTS, 1 << (longest - 1).bit_length())
         return bound if window is None else min(bound, -(-window // 8) * 8)
 
@@ -137,9 +137,7 @@ class StaticDecoder:
 
     def _place(self, window: int | None, bound: int) -> tuple[Tensor, Tensor]:
         """The slot of each row's new token, [B], and which slots it sees, [B, 1, 1, bound]."""
-        slot_B = self._position_B - self._first_B
-        if window is not None:
-            slot_B = torch.minimum(slot_B, self._position_B % window)
+        slot_B = torch.minimum(self._position_B - self._first_B, chunk_offset(self._position_B, window))
         slots = torch.arange(bound, device=slot_B.device)
         return slot_B, (slots <= slot_B[:, None])[:, None, None]
 

@@ -24,7 +24,7 @@ from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
-from llama4.ops.linear import Linear, in_out_matrix, matrix_unsupported_reason, out_in_matrix
+from llama4.ops.linear import Linear, in_out_matrix, in_out_unsupported_reason, matrix_unsupported_reason, out_in_matrix
 from llama4.quantization.modules import PackedExperts
 from llama4.quantization.weight import PackedWeight
 
@@ -182,7 +182,7 @@ def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[Matr
         if isinstance(weight, PackedWeight):
             yield _matrix(f"{name}.{part}", weight, dtype)
         else:
-            yield _known(f"{name}.{part}", in_out_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
+            yield _known(f"{name}.{part}", in_out_matrix(weight, dtype), in_out_unsupported_reason(weight, dtype))
 
 
 def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
@@ -200,7 +200,7 @@ def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool =
 
 def _known(name: str, matrix: Matrix | None, reason: str | None) -> Matrix:
     if matrix is None:
-        raise UnsupportedError(f"{name}: {reason or 'its inputs are no multiple of 16'}")
+        raise UnsupportedError(f"{name}: {reason}")
     return matrix
 
 

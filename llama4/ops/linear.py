@@ -78,6 +78,13 @@ def matrix_unsupported_reason(weight: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
+def in_out_unsupported_reason(weight_EIO: Tensor, dtype: torch.dtype) -> str | None:
+    """The same of the matrices of a layer's experts, in x out."""
+    if weight_EIO.shape[1] % abi.LANES:
+        return f"its inputs are no multiple of {abi.LANES}"
+    return matrix_unsupported_reason(weight_EIO, dtype)
+
+
 def _row_multiple(dtype: torch.dtype) -> int:
     return abi.INPUTS[abi.DTYPES[dtype]]
 
@@ -93,7 +100,7 @@ def out_in_matrix(weight_OI: Tensor, dtype: torch.dtype) -> Matrix | None:
 def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     """The same of a layer's experts, in x out."""
     _, inputs, outputs = weight_EIO.shape
-    if inputs % abi.LANES or matrix_unsupported_reason(weight_EIO, dtype):
+    if in_out_unsupported_reason(weight_EIO, dtype):
         return None
     stride = inputs * outputs * weight_EIO.element_size()
     return Matrix(w=weight_EIO.data_ptr(), layout=Layout.IN_OUT, I=inputs, O=outputs, stride=stride)

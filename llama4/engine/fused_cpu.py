@@ -128,13 +128,20 @@ class FusedCpuRunner:
 
     def is_worthwhile(self) -> bool:
         """Whether the model is on a CPU, there are kernels for it, and its tokens are wide enough to gain."""
+        return self._not_worthwhile_reason() is None
+
+    def _not_worthwhile_reason(self) -> str | None:
         weight = self.model.language_model.model.norm.weight
-        return weight.is_cpu and len(weight) >= cpu_kernels.MIN_WIDTH and build.library() is not None
+        if not weight.is_cpu:
+            return f"the model is on {weight.device}"
+        if len(weight) < cpu_kernels.MIN_WIDTH:
+            return f"tokens of {len(weight)} elements are too narrow to gain; {cpu_kernels.MIN_WIDTH} are wide enough"
+        return None if build.library() is not None else "the CPU kernels are switched off or could not be built"
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:
         model, head_dim = self.model, self.model.config.text.head_dim
-        if not self.is_worthwhile():
-            return f"the model is on {model.device}, too small to gain, or there are no kernels"
+        if (reason := self._not_worthwhile_reason()) is not None:
+            return reason
         if torch.compiler.is_compiling():
             return "torch.compile is tracing"
         if torch.is_grad_enabled():

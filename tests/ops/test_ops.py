@@ -135,6 +135,7 @@ REASONS: dict[str, tuple[Callable[[], str | None], str]] = {
     "large heads": (lambda: rope.unsupported_reason(*[normal(1, 1, 2048)] * 2), "larger than 1024"),
     "another cache": (lambda: attention.unsupported_reason(HEADS, 9, Unquantized(torch.bfloat16)), "the cache is in"),
     "odd heads": (lambda: attention.unsupported_reason(normal(1, 2, 48), 9, QUANTIZED["int4"]), "multiple of 32"),
+    "inputs of experts": (lambda: linear.in_out_unsupported_reason(MATRIX[None, :40], MATRIX.dtype), "multiple of 16"),
     "a format": (
         lambda: quantized.unsupported_reason(ROW, quantized.Parts("nf4", MATRIX, MATRIX)),
         "no kernels for nf4",

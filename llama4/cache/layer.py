@@ -47,6 +47,9 @@ class LayerCache:
         self._bytes = format.bytes(config.head_dim)
         self._block_table: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_block_table": None}  # a copy has blocks of its own, at other addresses
+
     def parts(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
         """A block as values [2, K, BLOCK, ...] and scales [2, K, BLOCK]."""
         size = 2 * self.heads * CACHE_BLOCK * self._bytes

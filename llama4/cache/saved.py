@@ -59,9 +59,10 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
             metadata, keys = file.metadata() or {}, set(file.keys())
             if metadata.get("model") != model:
                 raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
-            if metadata["formats"] != _formats(cache):
+            formats = metadata["formats"].replace("AsIs(", "Unquantized(")  # as the class was called in version 0.1
+            if formats != _formats(cache):
                 raise ValueError(
-                    f"{path} holds {metadata['formats']}, but the cache of this model is {_formats(cache)}; "
+                    f"{path} holds {formats}, but the cache of this model is {_formats(cache)}; "
                     "load the model with the same cache_dtype, or read the prompt again"
                 )
             tokens: Tensor = file.get_tensor(_TOKENS)

@@ -17,6 +17,7 @@ from torch.nn.modules import module as global_hooks
 
 from llama4.kernels.abi import LANES, MAX_HEAD_DIM, Decoder, Layer, Matrix
 from llama4.model.attention import Attention
+from llama4.model.decoder import Decoder as Stack
 from llama4.model.decoder import DecoderLayer, LanguageModel
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import LoopExperts
@@ -80,6 +81,7 @@ class Description:
         experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
         dispatchers = [(module, module.dispatcher) for module in experts]
         try:
+            _check_frame(model)
             decoder, layers = _describe(model.language_model)
         except UnsupportedError as error:
             return cls(None, str(error), modules, children, parameters, dispatchers)
@@ -116,6 +118,18 @@ class Description:
 
 def _has_hook(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _check_frame(model: Llama4Model) -> None:
+    """What stands around the layers: a subclass or a wrapper may compute something else."""
+    inner = model.language_model
+    frame = (
+        ("the model", model, Llama4Model),
+        ("language_model", inner, LanguageModel),
+        ("its model", inner.model, Stack),
+    )
+    for name, module, known in frame:
+        _check(type(module) is known, f"{name} is {type(module).__name__}, which it does not compute")
 
 
 def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Layer]]:

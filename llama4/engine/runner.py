@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -122,8 +122,10 @@ class ModelRunner:
         self._logged: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model,)  # a copy of what was prepared would point into the original's weights
+        # A copy of what was prepared would point into the original's weights. Runners are made of their model.
+        return _copied, (self.model, [type(runner) for runner in self.runners])
 
+    @torch.inference_mode()
     def choose(self, cache: SequenceCache) -> Runner:
         """The runner of the next step of a cache."""
         for runner in self.runners:
@@ -144,8 +146,11 @@ class ModelRunner:
         steps; a new hook takes effect at once.
 
         Raises:
-            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
+            ValueError: ids that are no integers [B], outside the vocabulary, or another number of them than the cache
+                has rows.
         """
+        if ids_B.ndim != 1 or ids_B.dtype.is_floating_point:
+            raise ValueError(f"ids must be [B] integers, not {list(ids_B.shape)} {ids_B.dtype}; one token for each row")
         return self._run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(
@@ -176,3 +181,7 @@ class ModelRunner:
         session, key, sessions = self.choose(cache).open(cache), id(cache), self._sessions
         sessions[key] = session, weakref.ref(cache, lambda _: sessions.pop(key, None))
         return session
+
+
+def _copied(model: Llama4Model, runners: Sequence[Callable[[Llama4Model], Runner]]) -> ModelRunner:
+    return ModelRunner(model, [make(model) for make in runners])

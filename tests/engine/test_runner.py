@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.api import Llama4
+from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.kernels import build
@@ -76,14 +77,19 @@ def reason(model: Llama4Model, rows: int = 2, dtype: str | None = None) -> str |
     return FusedCpuRunner(model).unsupported_reason(cache)
 
 
+@torch.inference_mode()
+def prefilled(model: Llama4Model) -> SequenceCache:
+    cache = model.new_cache(2)
+    model(PROMPT, cache=cache)
+    return cache
+
+
 # ---- what the fused runner does not take
 
 
 def test_a_plain_model_is_taken(model: Llama4Model) -> None:
     assert reason(model) is None
-    assert isinstance(ModelRunner(model).choose(model.new_cache(2)), EagerRunner), "gradients are on"
-    with torch.inference_mode():
-        assert isinstance(ModelRunner(model).choose(model.new_cache(2)), FusedCpuRunner)
+    assert isinstance(ModelRunner(model).choose(model.new_cache(2)), FusedCpuRunner), "steps record no gradients"
 
 
 @pytest.mark.parametrize("pre", [True, False])
@@ -369,3 +375,43 @@ def test_llm_runner_follows_the_model(directory: Path) -> None:
     assert llm.runner is first
     llm.model = other.model
     assert llm.runner.model is other.model
+
+
+class Steered(Llama4Model):
+    """A model with a forward of its own."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return -super().forward(*arguments, **options)
+
+
+def test_a_subclass_of_the_model(model: Llama4Model) -> None:
+    steered = Steered.__new__(Steered)  # around the same parts
+    steered.__dict__.update(model.__dict__)
+    assert reason(steered) == "the model is Steered, which it does not compute"
+    step = ModelRunner(steered).step(STEPS[:, 0], prefilled(model))
+    assert torch.equal(step, -ModelRunner(model, [EagerRunner(model)]).step(STEPS[:, 0], prefilled(model)))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copied_cache_has_blocks_of_its_own(
+    model: Llama4Model, duplicate: Callable[[SequenceCache], SequenceCache]
+) -> None:
+    runner, original = ModelRunner(model), prefilled(model)
+    runner.step(STEPS[:, 0], original)
+    truth, copied = original.fork(), duplicate(original)
+    runner.step(STEPS[:, 1], copied)
+    runner.step(STEPS[:, 2], original)
+    expected = eager(model)
+    expected.step(STEPS[:, 1], truth)
+    assert relative_error(runner.step(STEPS[:, 3], copied), expected.step(STEPS[:, 3], truth)) < 1e-5
+
+
+def test_ids_of_another_shape(model: Llama4Model) -> None:
+    for wrong in (STEPS[:, :1], STEPS[:, 0].float()):
+        with pytest.raises(ValueError, match=r"ids must be \[B\] integers"):
+            ModelRunner(model).step(wrong, prefilled(model))
+
+
+def test_choosing_outside_of_inference_mode(model: Llama4Model, caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(ModelRunner(model).choose(prefilled(model)), FusedCpuRunner)
+    assert not caplog.records

@@ -19,6 +19,8 @@ def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str |
         return "the rows are not on a GPU"
     if kind not in launch.KINDS:
         return f"there are no kernels for {kind}"
+    if kind == "fp8" and group_size:
+        return "there is more than one scale per output"
     if (group_size or x_RI.shape[1]) % 16:
         return "the inputs of a scale are no multiple of 16"
     if torch.compiler.is_compiling():

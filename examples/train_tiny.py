@@ -95,7 +95,7 @@ def build_vocabulary(path: Path, size: int, seed: int = 0) -> None:
 
 @dataclass
 class Sample:
-    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, S, S], per patch [n, P] the
+    """One conversation: ids [T], which of them are to be predicted [T], tiles [n, 3, A, A], per patch [n, P] the
     colour and the kind of shape that covers it (0: ground, -100: unknown), and of m things that questions name the
     last token [m] and the places [m, 2 * BANDS]."""
 

@@ -132,8 +132,8 @@ class Llama4:
             token: access token for the Hub; by default the one you logged in with.
             device: "auto" is CUDA if there is one, else the CPU.
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
-            quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantise the weights
-                while loading, one at a time. None takes them as they are, quantised or not.
+            quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantize the weights
+                while loading, one at a time. None takes them as they are, quantized or not.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -144,7 +144,7 @@ class Llama4:
                 per head and token, or a dtype; "auto" is the model's.
             cache_device: where these are stored; "cpu" keeps a long context out of a GPU's memory.
             memory_map: on a CPU, map weights other than the head from the file: their pages are read at first use, and
-                the system can drop them when memory is short. Of a quantised model only embeddings and vision tower
+                the system can drop them when memory is short. Of a quantized model only embeddings and vision tower
                 are mapped. False copies all weights into memory, in huge pages where the system has them: loading
                 takes longer, decoding may be faster.
             progress: show progress bars on a terminal while downloading, loading and reading long prompts.

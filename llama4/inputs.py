@@ -1,6 +1,6 @@
 """Messages with images -> the tensors that the model reads.
 
-Shapes: B rows, T columns, n tiles of all rows in order, S side of a tile in pixels.
+Shapes: B rows, T columns, n tiles of all rows in order, A side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Inputs:
     attention_mask: Tensor
     """[B, T] int64: 1 for tokens, 0 for padding."""
     pixel_values: Tensor | None
-    """[n, 3, S, S] float32, or None if no row has an image."""
+    """[n, 3, A, A] float32, or None if no row has an image."""
 
 
 class Processor:

@@ -255,9 +255,9 @@ def broken(directory: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-def test_a_checkpoint_quantised_in_another_way_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_quantized_in_another_way_is_refused(directory: Path, tmp_path: Path) -> None:
     path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match=r"quantised by 'awq', which this library does not read.*or in bf16"):
+    with pytest.raises(ValueError, match=r"quantized by 'awq', which this library does not read.*or in bf16"):
         Llama4.from_pretrained(path)
 
 

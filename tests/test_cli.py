@@ -70,7 +70,7 @@ def test_generate_as_a_process(directory: Path, picture: str, llm: Llama4) -> No
 
 
 def test_quantize_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture: str) -> None:
-    """The embedded model in a quarter of the bits, asked through its own directory and quantised while loading."""
+    """The embedded model in a quarter of the bits, asked through its own directory and quantized while loading."""
     target = str(tmp_path / "small")
     assert run(capsys, "quantize", "tiny", target, "--scheme", "int4", "--head", "--shard-gb", "0.002") == (0, "", "")
     assert len(list((tmp_path / "small").glob("model-*-of-*.safetensors"))) > 1

@@ -20,7 +20,7 @@ from llama4.ops import fp8
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
-from llama4.quantization.modules import PackedExperts, swap_modules
+from llama4.quantization.modules import QuantizedExperts, swap_modules
 from llama4.quantization.plan import make_plan
 from llama4.quantization.weight import WeightFormat
 from tests import small_model
@@ -61,8 +61,8 @@ def quantized_model(scheme: str | None) -> Llama4Model:
     return model
 
 
-def packed_experts(format: WeightFormat, E: int, D: int, F: int, dtype: torch.dtype) -> PackedExperts:
-    experts = PackedExperts()
+def packed_experts(format: WeightFormat, E: int, D: int, F: int, dtype: torch.dtype) -> QuantizedExperts:
+    experts = QuantizedExperts()
     generator = torch.Generator().manual_seed(0)
     experts.gate_up_proj = packed((torch.randn(E, 2 * F, D, generator=generator) * D**-0.5).to(dtype), format)
     experts.down_proj = packed((torch.randn(E, D, F, generator=generator) * F**-0.5).to(dtype), format)

@@ -48,7 +48,11 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
-COMPARE_WITH_TRANSFORMERS = ("llama4.bench.parity", "llama4.bench.baselines", "llama4.bench.device.transformers_peer")
+COMPARE_WITH_TRANSFORMERS = (
+    "llama4.bench.parity",
+    "llama4.bench.baselines",
+    "llama4.bench.device.transformers_baseline",
+)
 
 
 def line_of(module: str) -> int:

@@ -1,6 +1,6 @@
 """The vision tower: a tile of pixels -> features of its patches, merged by the adapter.
 
-Shapes: n tiles, S side of a tile in pixels, P patches of a tile, L = P + 1 with the class token, W width of the tower.
+Shapes: n tiles, A side of a tile in pixels, P patches of a tile, L = P + 1 with the class token, W width of the tower.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class PatchEmbedding(nn.Module):
         self.patch_size = config.patch_size
         self.linear = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
 
-    def forward(self, pixels_n3SS: Tensor) -> Tensor:
-        patches = F.unfold(pixels_n3SS, self.patch_size, stride=self.patch_size)
+    def forward(self, pixels_n3AA: Tensor) -> Tensor:
+        patches = F.unfold(pixels_n3AA, self.patch_size, stride=self.patch_size)
         out: Tensor = self.linear(patches.transpose(1, 2))
         return out
 
@@ -114,7 +114,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Tiles [n, 3, S, S], normalised -> image features [n, tokens_per_tile, vision_output_dim].
+    """Tiles [n, 3, A, A], normalised -> image features [n, tokens_per_tile, vision_output_dim].
 
     Module names are those of Hugging Face's checkpoints below `vision_model.`.
     """
@@ -130,9 +130,9 @@ class VisionModel(nn.Module):
         self.layernorm_post = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.vision_adapter = VisionAdapter(config)
 
-    def encode(self, pixels_n3SS: Tensor) -> Tensor:
+    def encode(self, pixels_n3AA: Tensor) -> Tensor:
         """Features of the single patches, before the adapter: [n, P, W]."""
-        x_nPW = self.patch_embedding(pixels_n3SS)
+        x_nPW = self.patch_embedding(pixels_n3AA)
         class_token = self.class_embedding.to(x_nPW.dtype).expand(len(x_nPW), 1, -1)
         x_nLW = self.layernorm_pre(torch.cat([x_nPW, class_token], dim=1) + self.positional_embedding_vlm)
         precision = torch.promote_types(self.class_embedding.dtype, torch.float32)
@@ -140,11 +140,11 @@ class VisionModel(nn.Module):
         out: Tensor = self.layernorm_post(self.model(x_nLW, rotation))[:, :-1]
         return out
 
-    def forward(self, pixels_n3SS: Tensor) -> Tensor:
+    def forward(self, pixels_n3AA: Tensor) -> Tensor:
         """Features of tiles.
 
         Args:
-            pixels_n3SS: [n, 3, S, S], normalised, of any floating-point dtype; S is `config.image_size`.
+            pixels_n3AA: [n, 3, A, A], normalised, of any floating-point dtype; S is `config.image_size`.
 
         Returns:
             [n, tokens_per_tile, vision_output_dim], of the tower's dtype.
@@ -153,8 +153,8 @@ class VisionModel(nn.Module):
             ValueError: tiles of another shape.
         """
         side = self.config.image_size
-        if pixels_n3SS.ndim != 4 or pixels_n3SS.shape[1:] != (self.config.num_channels, side, side):
-            raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3SS.shape)}")
-        pixels = pixels_n3SS.to(self.class_embedding.dtype)
+        if pixels_n3AA.ndim != 4 or pixels_n3AA.shape[1:] != (self.config.num_channels, side, side):
+            raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3AA.shape)}")
+        pixels = pixels_n3AA.to(self.class_embedding.dtype)
         out: Tensor = self.vision_adapter(self.encode(pixels))
         return out

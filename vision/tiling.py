@@ -4,7 +4,7 @@ The rules are those of Meta's Llama 4 image preparation, which Hugging Face's `L
 resize in 8 bits, bilinear with antialiasing. So does this module, with the kernel of the latter (torch's); that of the
 former (PIL's) rounds some pixels to the neighbouring level.
 
-Shapes: n tiles, S side of a tile in pixels.
+Shapes: n tiles, A side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tiles:
     """One prepared image: its grid of tiles row by row and, if the grid has more than one, the global tile last."""
 
     pixel_values: Tensor
-    """[n, 3, S, S] float32, normalised; n = rows * cols, plus 1 where rows * cols > 1."""
+    """[n, 3, A, A] float32, normalised; n = rows * cols, plus 1 where rows * cols > 1."""
     rows: int
     cols: int
 

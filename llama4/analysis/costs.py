@@ -51,7 +51,7 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def quantization_plan(config: TextConfig, scheme: str) -> dict[str, WeightFormat]:
-    """The format of each parameter that a scheme quantises.
+    """The format of each parameter that a scheme quantizes.
 
     Raises:
         ValueError: see `make_plan`.
@@ -62,7 +62,7 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, WeightFormat
 def parameter_bytes(
     config: TextConfig, plan: QuantizationPlan | None = None, dtype: str = "bfloat16"
 ) -> dict[str, int]:
-    """Bytes of each parameter of the decoder; of a quantised one, quantized values and scales together."""
+    """Bytes of each parameter of the decoder; of a quantized one, quantized values and scales together."""
     plan, size = plan or {}, getattr(torch, dtype).itemsize
     return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
 
@@ -76,7 +76,7 @@ def stored_bytes(shape: tuple[int, ...], format: WeightFormat | None, size: int)
 
 
 def vision_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
-    """Bytes of the vision tower and of the projection into the decoder, which no scheme quantises."""
+    """Bytes of the vision tower and of the projection into the decoder, which no scheme quantizes."""
     return (config.num_parameters() - config.text.num_parameters()) * getattr(torch, dtype).itemsize
 
 

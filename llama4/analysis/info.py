@@ -1,4 +1,4 @@
-"""What a model is, from its configuration and, if it is quantised, the headers of its files. Nothing is allocated."""
+"""What a model is, from its configuration and, if it is quantized, the headers of its files. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
-"""Of the weights alone; the scales of a quantised model are not counted."""
+"""Of the weights alone; the scales of a quantized model are not counted."""
 
 
 def read_config(name: str, revision: str | None = None, token: str | None = None) -> Llama4Config:
@@ -29,7 +29,7 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
 
 
 def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
-    """How a quantised model's weights are stored; None if it is not quantised. Formats and sizes are read from the
+    """How a quantized model's weights are stored; None if it is not quantized. Formats and sizes are read from the
     headers of its files, for a directory on this machine.
 
     Raises:
@@ -143,9 +143,9 @@ def table(name: str, facts: dict[str, Any]) -> str:
     else:
         lines["vision"] = "none"
     if stored := facts.get("quantization"):
-        lines["quantised"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
+        lines["quantized"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
         if "bytes" in stored:
-            lines["quantised"] += (
+            lines["quantized"] += (
                 f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
                 f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"
             )

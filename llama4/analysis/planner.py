@@ -34,7 +34,7 @@ class Placement:
     """A model on devices.
 
     Attributes:
-        plan: quantised parameters -> their formats.
+        plan: quantized parameters -> their formats.
         weights: a name for that.
         dtype: of all other parameters, and of activations.
         cache_dtype: of the layers that see the whole context; see `costs.cache_bytes`.
@@ -91,19 +91,19 @@ def make_placement(
     """A model on devices, from the options of `llama4 plan`.
 
     Args:
-        name: of the model. If it is the directory of a quantised model, the headers of its files give the formats.
+        name: of the model. If it is the directory of a quantized model, the headers of its files give the formats.
         weights: "auto" (as stored), "bf16", or a scheme of quantization/schemes.py.
         dtype: of all other parameters; "auto" is the checkpoint's.
         tensor_parallel: by default over as many devices as the key heads allow.
 
     Raises:
         ValueError: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
-            quantised model whose files are not on this machine.
+            quantized model whose files are not on this machine.
     """
     plan: QuantizationPlan = {}
     if weights == "auto" and config.quantization_config is not None:
         if not Path(name).is_dir():
-            raise ValueError(f"{name} is quantised, and how is in its files, which are not here; say it with --weights")
+            raise ValueError(f"{name} is quantized, and how is in its files, which are not here; say it with --weights")
         stored = open_checkpoint(name)[1].plan
         plan = {parameter: format for parameter, format in stored.items() if format is not None}
         weights = "the formats it is stored in"
@@ -123,7 +123,7 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-        weights: scales of quantised parameters and the vision tower included.
+        weights: scales of quantized parameters and the vision tower included.
         full_cache: keys and values of the layers that see the whole context.
         chunked_cache: of the chunked layers, when a chunk is full.
         activations: of one piece of a prompt.

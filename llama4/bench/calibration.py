@@ -36,7 +36,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text, time_text
 from llama4.weights import memory
 
@@ -141,7 +141,7 @@ def build(config: Llama4Config, plan: QuantizationPlan) -> Llama4Model:
     swap_modules(model, plan)
     model = model.to(DTYPES[config.dtype]).to_empty(device="cpu").eval().requires_grad_(False)
     noise = torch.randn(65521, generator=torch.Generator().manual_seed(0))
-    packed = {id(p) for module in model.modules() if isinstance(module, PackedWeight) for p in module.parameters()}
+    packed = {id(p) for module in model.modules() if isinstance(module, QuantizedWeight) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         flat = parameter.data.view(-1)
         if name.endswith("norm.weight"):

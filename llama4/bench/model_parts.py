@@ -13,8 +13,8 @@ from llama4.analysis.costs import stored_bytes
 from llama4.api import Llama4
 from llama4.bench import roofline
 from llama4.families.names import HEAD
-from llama4.quantization.modules import PackedExperts
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.weight import QuantizedWeight
 
 
 def part_of(name: str) -> str:
@@ -53,10 +53,10 @@ def bytes_by_part(llm: Llama4, position: int) -> dict[str, float]:
 
 
 def plan_of(model: nn.Module) -> dict[str, Any]:
-    """Parameter of the unquantised model -> its format, where it is quantised."""
-    owners = {name for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    """Parameter of the unquantized model -> its format, where it is quantized."""
+    owners = {name for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
     return {
         name if name.rpartition(".")[0] in owners else f"{name}.weight": module.format
         for name, module in model.named_modules()
-        if isinstance(module, PackedWeight)
+        if isinstance(module, QuantizedWeight)
     }

@@ -45,10 +45,10 @@ from llama4.config import TextConfig
 from llama4.model.device import DTYPES
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.quantization.formats import FORMATS
-from llama4.quantization.modules import PackedExperts
+from llama4.quantization.modules import QuantizedExperts
 from llama4.quantization.plan import make_plan
 from llama4.quantization.schemes import SCHEMES
-from llama4.quantization.weight import PackedWeight, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, WeightFormat
 
 EVEN, ONE = "evenly", "all to one"
 
@@ -71,7 +71,7 @@ class Figure:
 def make_backends(
     text: TextConfig, dtype: torch.dtype, names: Sequence[str]
 ) -> dict[str, tuple[nn.Module, dict[str, WeightFormat]]]:
-    """Name -> experts with the same random weights, and the formats of the quantised ones.
+    """Name -> experts with the same random weights, and the formats of the quantized ones.
 
     Raises:
         ValueError: a backend cannot run in this dtype, or a format does not fit these sizes.
@@ -98,9 +98,9 @@ def make_backends(
             parameter.removeprefix(at): format
             for parameter, format in make_plan(name, {f"{at}{part}": shape for part, shape in shapes.items()}).items()
         }
-        experts = PackedExperts()
+        experts = QuantizedExperts()
         for part, weight in weights.items():
-            setattr(experts, part, PackedWeight.of(weight.mT, plan[part]))
+            setattr(experts, part, QuantizedWeight.of(weight.mT, plan[part]))
         found[name] = experts, plan
     return found
 

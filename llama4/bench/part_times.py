@@ -23,7 +23,7 @@ from llama4.bench.peak_rates import timed
 from llama4.model.moe import Router
 from llama4.ops import cpu_kernels
 from llama4.ops.linear import linear, linear_in_out
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 
 PartTimes = dict[tuple[str, str], list[float]]
 MARK = "part: "
@@ -121,7 +121,7 @@ def products(llm: Llama4) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         owner, _, leaf = path.rpartition(".")
         weight: Any = getattr(llm.model.get_submodule(owner), leaf)
         for expert in range(llm.config.text.num_experts_per_tok):
-            call = partial(weight.product, row(shape[1]), expert) if isinstance(weight, PackedWeight) else None
+            call = partial(weight.product, row(shape[1]), expert) if isinstance(weight, QuantizedWeight) else None
             yield part.rpartition(".")[0], call or partial(linear_in_out, row(shape[1]), weight[expert])
 
 

@@ -1,4 +1,4 @@
-"""Quantisation schemes compared: size, memory, speed, divergence from the unquantised model, and accuracy.
+"""Quantization schemes compared: size, memory, speed, divergence from the unquantized model, and accuracy.
 
 `python -m llama4.bench quantization [--model tiny] [--schemes int4 int8 fp8 ...] [--plain] [--pictures N] [--json]`
 
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from llama4.api import Llama4
 from llama4.bench import rounding_errors
+from llama4.bench.absmax_rounding import write_plain
 from llama4.bench.peak_rates import median_seconds
-from llama4.bench.plain_rounding import write_plain
 from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
 from llama4.bench.vqa import evaluate, exam, wilson
 from llama4.quantization.schemes import SCHEMES
@@ -136,7 +136,7 @@ def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
 
 
 def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) -> list[Row]:
-    """The unquantised model first, then every scheme, each followed by plain rounding if `plain`.
+    """The unquantized model first, then every scheme, each followed by plain rounding if `plain`.
 
     Raises:
         ValueError: no such model, one that a scheme does not support, or plain rounding without its package.

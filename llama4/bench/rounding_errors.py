@@ -1,15 +1,15 @@
-"""The rounding error of quantised matrices of several distributions, beside that of plain rounding."""
+"""The rounding error of quantized matrices of several distributions, beside that of plain rounding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from llama4.bench.plain_rounding import round_plainly
+from llama4.bench.absmax_rounding import round_to_absmax
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
-from llama4.quantization.weight import PackedWeight, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, WeightFormat
 
 Errors = dict[str, dict[str, tuple[float, float]]]
 """Distribution -> format -> norm of the error over norm of the matrix: of this library, of plain rounding."""
@@ -48,9 +48,9 @@ def measure() -> Errors:
 
 
 def _error(weight_OI: Tensor, format: WeightFormat, plain: bool) -> float:
-    module = PackedWeight.of(weight_OI, format)
+    module = QuantizedWeight.of(weight_OI, format)
     if plain:
-        module.set_parts(round_plainly(weight_OI, format))
+        module.set_parts(round_to_absmax(weight_OI, format))
     return ((module.dequantize().float() - weight_OI.float()).norm() / weight_OI.float().norm()).item()
 
 

@@ -43,7 +43,7 @@ class Unquantized:
 
 
 @dataclass(frozen=True)
-class Int8:
+class CacheInt8:
     """-127 to 127; the largest magnitude of a head is 127."""
 
     name: ClassVar[str] = "int8"
@@ -68,7 +68,7 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Fp8:
+class CacheFp8:
     """e4m3; the largest magnitude of a head is 448, the largest there is."""
 
     name: ClassVar[str] = "fp8"
@@ -93,7 +93,7 @@ class Fp8:
 
 
 @dataclass(frozen=True)
-class Int4:
+class CacheInt4:
     """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen values are of use. Byte i holds number
     i, low, and number i + C / 2, high."""
 
@@ -123,11 +123,11 @@ class Int4:
         return _unscaled(numbers, scales, dtype)
 
 
-Format = Unquantized | Int8 | Fp8 | Int4
-QUANTIZED: dict[str, Format] = {format.name: format for format in (Fp8(), Int8(), Int4())}
+CacheFormat = Unquantized | CacheInt8 | CacheFp8 | CacheInt4
+QUANTIZED: dict[str, CacheFormat] = {format.name: format for format in (CacheFp8(), CacheInt8(), CacheInt4())}
 
 
-def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> Format:
+def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheFormat:
     """The format that a user asked for, of the cache of a model that computes in `dtype`.
 
     Raises:

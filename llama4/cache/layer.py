@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llama4.cache.formats import Format
+from llama4.cache.formats import CacheFormat
 from llama4.config import CACHE_BLOCK, TextConfig
 
 READ_SLOTS = 16 * CACHE_BLOCK
-"""Slots that are concatenated, and dequantised, at once where attention reads keys and values as one tensor."""
+"""Slots that are concatenated, and dequantized, at once where attention reads keys and values as one tensor."""
 
 
 class LayerCache:
@@ -36,7 +36,7 @@ class LayerCache:
     """
 
     def __init__(
-        self, batch_size: int, config: TextConfig, format: Format, device: torch.device, pinned: bool = False
+        self, batch_size: int, config: TextConfig, format: CacheFormat, device: torch.device, pinned: bool = False
     ) -> None:
         self.format = format
         self.pinned = pinned

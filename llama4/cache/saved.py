@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
 
 _TOKENS = "tokens"
@@ -59,7 +61,7 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
             metadata, keys = file.metadata() or {}, set(file.keys())
             if metadata.get("model") != model:
                 raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
-            formats = metadata["formats"].replace("AsIs(", "Unquantized(")  # as the class was called in version 0.1
+            formats = _current_names(metadata["formats"])
             if formats != _formats(cache):
                 raise ValueError(
                     f"{path} holds {formats}, but the cache of this model is {_formats(cache)}; "
@@ -84,7 +86,14 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
 
 
 def _formats(cache: SequenceCache) -> str:
-    return ", ".join(dict.fromkeys(str(layer.format) for layer in cache.layers))
+    names = [str(f.dtype) if isinstance(f := layer.format, Unquantized) else f.name for layer in cache.layers]
+    return ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in names))
+
+
+def _current_names(formats: str) -> str:
+    """Files of version 0.1 have the names of classes."""
+    formats = re.sub(r"AsIs\(dtype=torch\.(\w+)\)", r"\1", formats)
+    return re.sub(r"(Int8|Fp8|Int4)\(\)", lambda match: match[1].lower(), formats)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

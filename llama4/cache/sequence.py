@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.cache.formats import Format, Unquantized
+from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
 from llama4.config.window import chunk_offset, chunk_start, visible_tokens
@@ -39,7 +39,7 @@ class SequenceCache:
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        format: Format | None = None,
+        format: CacheFormat | None = None,
         full_device: torch.device | None = None,
     ) -> None:
         """An empty cache.

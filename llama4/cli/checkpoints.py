@@ -18,7 +18,7 @@ def add_parsers(commands: Any) -> None:
     convert.add_argument("--revision", **REVISION)
     convert.set_defaults(run=run_convert, parser=convert)
 
-    about = "Quantise a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
+    about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
     _add_paths(quantize)
     quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")

@@ -14,7 +14,7 @@ CACHE_BLOCK = 256
 @dataclass(frozen=True)
 class RopeScaling:
     """How RoPE's frequencies are lowered for long contexts: `linear` divides all of them by `factor`, `llama3` only the
-    low ones (see ops/rope.py)."""
+    low ones (see model/positions.py)."""
 
     rope_type: str = "llama3"
     factor: float = 16.0

@@ -87,7 +87,7 @@ class FusedSession:
                 rotations=factors.rotations[window].data_ptr() if attention.uses_rope else 0,
                 temperatures=factors.temperature_N.data_ptr() if attention.uses_temperature else 0,
                 lengths=lengths_SB[window].data_ptr(),
-                table=table.data_ptr(),
+                block_table=table.data_ptr(),
                 width=table.shape[1],
                 format=build.loaded().cache_formats[cache.layers[i].format.name].number,
             )
@@ -113,7 +113,7 @@ class FusedSession:
         self.version = cache.commit_step()
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
-        """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
+        """The index of each row's largest logit, the lowest on ties, and its log_softmax in float32."""
         return self._greedy[:], self._logprobs[:]
 
 

@@ -26,12 +26,12 @@ from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.ops.linear import Linear, in_out_matrix, in_out_unsupported_reason, matrix_unsupported_reason, out_in_matrix
-from llama4.quantization.modules import PackedExperts
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.weight import QuantizedWeight
 
 _MODULES = {
     *(Attention, DecoderLayer, FeedForward, Linear, LoopExperts, MixtureOfExperts, RMSNorm, Router),
-    *(PackedExperts, PackedWeight),
+    *(QuantizedExperts, QuantizedWeight),
 }
 """Modules whose forward the compiled step computes; a subclass may compute something else."""
 
@@ -136,7 +136,7 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
     inner, head = language_model.model, language_model.lm_head
     embedding, norm, dtype = inner.embed_tokens, inner.norm, inner.norm.weight.dtype
     for name, module in inner.layers.named_modules():
-        if isinstance(module, PackedWeight) and not module.format.has_cpu_kernels:
+        if isinstance(module, QuantizedWeight) and not module.format.has_cpu_kernels:
             raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
             raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
@@ -193,7 +193,7 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
 def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[Matrix]:
     for part in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, part)
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, QuantizedWeight):
             yield _matrix(f"{name}.{part}", weight, dtype)
         else:
             yield _known(f"{name}.{part}", in_out_matrix(weight, dtype), in_out_unsupported_reason(weight, dtype))
@@ -206,7 +206,7 @@ def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool =
         matrix = _known(name, out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
     else:
         _check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
-        assert isinstance(module, PackedWeight)
+        assert isinstance(module, QuantizedWeight)
         matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
     _check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
     return matrix

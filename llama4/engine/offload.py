@@ -19,7 +19,7 @@ from torch.func import functional_call
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.experts import concat_experts
 from llama4.quantization.modules import SeparateExperts
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 
 
@@ -117,7 +117,7 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
         hot = ExpertCache(experts, device, min(room, count * len(paths)))
         for path in paths:
             for module in model.get_submodule(path).modules():
-                if isinstance(module, PackedWeight) and device.type != "cpu":
+                if isinstance(module, QuantizedWeight) and device.type != "cpu":
                     module.change_layout(device)
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, OffloadedExperts(model.get_submodule(path), hot))

@@ -64,7 +64,7 @@ class ImageFeatures:
     """Image features for the pieces of a prompt, [n * Q, D] in all; tiles whose tokens are all cached are not encoded.
 
     Args:
-        pixel_values: [n, 3, S, S], None if there is no image.
+        pixel_values: [n, 3, A, A], None if there is no image.
         is_patch_BT: where the prompts have `<|patch|>`; is_new_BT: those among them that the cache does not hold.
 
     Raises:
@@ -98,7 +98,7 @@ class ImageFeatures:
 
 
 def encode_tiles(model: Llama4Model, pixel_values: Tensor) -> Tensor:
-    """Tiles [n, 3, S, S] -> image tokens [n * Q, D], a few tiles at a time."""
+    """Tiles [n, 3, A, A] -> image tokens [n * Q, D], a few tiles at a time."""
     return torch.cat([model.encode_images(tiles) for tiles in torch.split(pixel_values, VISION_TILES)])
 
 

@@ -45,7 +45,7 @@ class Session(Protocol):
         """
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
-        """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32."""
+        """The index of each row's largest logit, the lowest on ties, and its log_softmax in float32."""
 
 
 class Runner(Protocol):

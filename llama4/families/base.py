@@ -32,7 +32,7 @@ class Family(ABC):
     vocabulary: ClassVar[Vocabulary]
     """How its tokenizer.model cuts text, and the special tokens behind its ranks."""
     quantizable: ClassVar[Mapping[str, str]] = PARTS
-    """Parts of the model that can be quantised, as patterns of parameter names."""
+    """Parts of the model that can be quantized, as patterns of parameter names."""
     render = staticmethod(prompt.render)
     """The prompt format: messages -> token ids."""
 

@@ -1,1 +1,1 @@
-"""Products with a weight, by the fastest right way for its device, dtype and number of rows."""
+"""Compiled kernels: C++ for CPUs and Triton for GPUs, with what Python must know of them."""

@@ -35,7 +35,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of rows that have kernels."""
 
 
-class Layout(IntEnum):
+class MatrixLayout(IntEnum):
     """Of a dense matrix, [O, I] or [I, O]. A quantized one is [O, I], and has the number of its format."""
 
     OUT_IN = 0
@@ -48,7 +48,7 @@ class Matrix(ctypes.Structure):
     Fields:
         w: address.
         scales: address, 0 without; `float32_scales` 1 for float32, 0 for bfloat16.
-        layout: a `Layout`, or the number of a format of weights.
+        layout: a `MatrixLayout`, or the number of a format of weights.
         group_size: inputs that share a scale, 0 for all.
         stride, scale_stride: bytes from one expert to the next.
     """
@@ -95,11 +95,11 @@ class LayerStep(ctypes.Structure):
         temperatures: address of [steps, N] float32, 0 without.
         lengths: address of [steps, N] int64: how many tokens of its sequence, or of its chunk in a chunked layer, each
             token sees, itself included.
-        table: address of [B, width] int64: the addresses of the blocks of each sequence, or of its chunk.
+        block_table: address of [B, width] int64: the addresses of the blocks of each sequence, or of its chunk.
         format: the number of a format of the cache.
     """
 
-    _fields_ = [(name, c_int64) for name in ("rotations", "temperatures", "lengths", "table", "width", "format")]
+    _fields_ = [(name, c_int64) for name in ("rotations", "temperatures", "lengths", "block_table", "width", "format")]
 
 
 class Tokens(ctypes.Structure):
@@ -110,16 +110,18 @@ class Tokens(ctypes.Structure):
 
     Fields:
         ids: address of [N] int64.
-        starts: address of [B + 1] int64: the tokens of sequence b are starts[b] to starts[b + 1] - 1; 0 where each
+        sequence_starts: address of [B + 1] int64: the tokens of sequence b are sequence_starts[b] to
+            sequence_starts[b + 1] - 1; 0 where each
             sequence has one.
         outputs: address of [num_outputs] int64: tokens whose logits are wanted; 0 for the first `num_outputs`.
         logits: address of [num_outputs, V] in the dtype of the model.
-        greedy: address of [num_outputs] int64: the index of each largest logit, of equals the lowest.
+        greedy: address of [num_outputs] int64: the index of each largest logit, the lowest on ties.
         logprobs: address of [num_outputs] float32: its log_softmax.
     """
 
     _fields_ = [
-        (name, c_int64) for name in ("ids", "starts", "outputs", "B", "num_outputs", "logits", "greedy", "logprobs")
+        (name, c_int64)
+        for name in ("ids", "sequence_starts", "outputs", "B", "num_outputs", "logits", "greedy", "logprobs")
     ]
 
 
@@ -211,7 +213,7 @@ def expected_constants() -> dict[str, int]:
             for name, kind in structures.items()
             for field in kind._fields_
         },
-        **{f"Layout.{member.name}": member.value for member in Layout},
+        **{f"MatrixLayout.{member.name}": member.value for member in MatrixLayout},
         **{f"{format}_inputs": count for format, count in INPUTS.items()},
         "max_gemv_rows": MAX_GEMV_ROWS,
         "max_head_dim": MAX_HEAD_DIM,

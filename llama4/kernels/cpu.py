@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from llama4.kernels import build
-from llama4.kernels.abi import Layout, Matrix
+from llama4.kernels.abi import Matrix, MatrixLayout
 
 
 def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T, [N, O]."""
-    return _product(Layout.OUT_IN, x_NI, weight_OI, weight_OI.shape[0])
+    return _product(MatrixLayout.OUT_IN, x_NI, weight_OI, weight_OI.shape[0])
 
 
 def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O]."""
-    return _product(Layout.IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
+    return _product(MatrixLayout.IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
 
 
 def linear_quantized(kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor, group_size: int = 0) -> Tensor:
@@ -41,8 +41,8 @@ def _product(
     x_NI = x_NI.contiguous()
     rows, inputs = x_NI.shape
     y_NO = x_NI.new_empty(rows, outputs)
-    is_wide = scale is not None and scale.dtype == torch.float32
-    _run("linear", x_NI, x_NI, rows, inputs, outputs, layout, weight, scale, int(is_wide), group_size, y_NO)
+    has_float32_scales = scale is not None and scale.dtype == torch.float32
+    _run("linear", x_NI, x_NI, rows, inputs, outputs, layout, weight, scale, int(has_float32_scales), group_size, y_NO)
     return y_NO
 
 
@@ -94,7 +94,7 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each row's largest, of equals the lowest, and its log_softmax in float32, [B] each."""
+    """The index of each row's largest, the lowest on ties, and its log_softmax in float32, [B] each."""
     logits_BV = logits_BV.contiguous()
     B, V = logits_BV.shape
     ids_B = logits_BV.new_empty(B, dtype=torch.int64)

@@ -17,7 +17,7 @@ from llama4.ops.precision import upcast
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their indices, [N, k]; of equals the lowest index first (torch.topk promises no
+    """The k largest of each row and their indices, [N, k]; the lowest index on ties (torch.topk promises no
     order)."""
     if k == 1:
         values_N1, indices_N1 = logits_NE.max(dim=-1, keepdim=True)

@@ -89,7 +89,7 @@ class Llama4Model(nn.Module):
         """Tiles -> image tokens, in the order of the tiles.
 
         Args:
-            pixel_values: [n, 3, S, S], normalised, of any floating-point dtype and on any device; S is
+            pixel_values: [n, 3, A, A], normalised, of any floating-point dtype and on any device; S is
                 `config.vision.image_size`.
 
         Returns:
@@ -119,7 +119,7 @@ class Llama4Model(nn.Module):
         Args:
             input_ids: [B, T] int64.
             positions: [B, T] or [T], consecutive in each row; by default what follows the cache, or 0.
-            pixel_values: [n, 3, S, S], the tiles of all rows in order.
+            pixel_values: [n, 3, A, A], the tiles of all rows in order.
             image_features: [n * Q, D], in place of `pixel_values`: what `encode_images` gave, cut to the `<|patch|>`
                 tokens of this call. With it an image may be spread over several calls.
             cache: keys and values of earlier tokens; the new ones are appended.

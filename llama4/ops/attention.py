@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.cache.formats import Format, Unquantized
+from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.config import CACHE_BLOCK
 from llama4.kernels import abi, build, cpu
 from llama4.ops import cpu_kernels
@@ -28,7 +28,7 @@ QUERIES = 256
 class KeyValueBlocks(Protocol):
     """The keys and values of one layer, in blocks, as a cache holds them."""
 
-    format: Format
+    format: CacheFormat
     heads: int
 
     def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -134,7 +134,7 @@ def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int
     return torch.stack(outs).type_as(q_BHC)
 
 
-def unsupported_reason(q_NHC: Tensor, keys: int, format: Format) -> str | None:
+def unsupported_reason(q_NHC: Tensor, keys: int, format: CacheFormat) -> str | None:
     """Why the compiled kernels do not take these queries, over so many keys in a format; None if they do."""
     N, H, C = q_NHC.shape
     if H * C < cpu_kernels.MIN_WIDTH and max(N, CACHE_BLOCK) * keys * H * C < cpu_kernels.MIN_ATTENTION:
@@ -142,7 +142,7 @@ def unsupported_reason(q_NHC: Tensor, keys: int, format: Format) -> str | None:
     return format_unsupported_reason(format, q_NHC.dtype, C) or cpu_kernels.unsupported_reason(q_NHC)
 
 
-def format_unsupported_reason(format: Format, dtype: torch.dtype, head_dim: int) -> str | None:
+def format_unsupported_reason(format: CacheFormat, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the compiled kernels for a dtype do not read a cache's format; None if they do."""
     if head_dim > abi.MAX_HEAD_DIM:
         return f"heads are larger than {abi.MAX_HEAD_DIM}"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.kernels import abi, cpu
-from llama4.kernels.abi import Layout, Matrix
+from llama4.kernels.abi import Matrix, MatrixLayout
 from llama4.ops import cpu_kernels
 
 
@@ -94,7 +94,7 @@ def out_in_matrix(weight_OI: Tensor, dtype: torch.dtype) -> Matrix | None:
     if matrix_unsupported_reason(weight_OI, dtype):
         return None
     outputs, inputs = weight_OI.shape
-    return Matrix(w=weight_OI.data_ptr(), layout=Layout.OUT_IN, I=inputs, O=outputs)
+    return Matrix(w=weight_OI.data_ptr(), layout=MatrixLayout.OUT_IN, I=inputs, O=outputs)
 
 
 def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
@@ -103,7 +103,7 @@ def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
     if in_out_unsupported_reason(weight_EIO, dtype):
         return None
     stride = inputs * outputs * weight_EIO.element_size()
-    return Matrix(w=weight_EIO.data_ptr(), layout=Layout.IN_OUT, I=inputs, O=outputs, stride=stride)
+    return Matrix(w=weight_EIO.data_ptr(), layout=MatrixLayout.IN_OUT, I=inputs, O=outputs, stride=stride)
 
 
 def onednn_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from llama4.ops import cpu_kernels
 
 
 def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each row's largest logit, of equals the lowest, and its log_softmax in float32, [B] each."""
+    """The index of each row's largest logit, the lowest on ties, and its log_softmax in float32, [B] each."""
     if unsupported_reason(logits_BV):
         logits_BV = logits_BV.float()
         ids_B = logits_BV.argmax(dim=-1)

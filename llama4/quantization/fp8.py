@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.ops import quantized
 from llama4.ops.fp8 import E4M3, scaled_linear, to_fp8
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Fp8(WeightFormat):
     bits = 8
     rounds_inputs = True
     compressed_name = "float-quantized"
-    compressed_about = "fp8 (per channel) with inputs quantised per token"
+    compressed_about = "fp8 (per channel) with inputs quantized per token"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         groups = shape[-1] // self.group_size if self.group_size else 1
@@ -59,12 +59,12 @@ class Fp8(WeightFormat):
         inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
         return {"weights": weights, "input_activations": inputs}
 
-    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         scale = weight.part("weight_scale", expert)
         groups = weight.part("weight", expert).view(E4M3).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
         return (groups * scale[..., None]).flatten(-2)
 
-    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
         G = scale.shape[1]
         if G == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.ops import quantized
 from llama4.ops.precision import not_zero
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 GROUP_SIZES = (32, 64, 128, 256)
 """That are read; 128 and 32 are written."""
@@ -81,11 +81,11 @@ class Int4(WeightFormat):
     def from_kernel_layout(self, part: str, values: Tensor) -> Tensor:
         return quantized.deinterleaved16(values, _INTERLEAVED[part])
 
-    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         packed, scale = (weight.to_checkpoint_layout(part, weight.part(part, expert)) for part in self.parts)
         return _dequantize(packed, scale, scale.dtype)
 
-    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
 
         def rows_of(rows: slice) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.ops import quantized
 from llama4.ops.precision import not_zero
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Int8(WeightFormat):
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
         return {"weights": weights | {"dynamic": False}, "input_activations": None}
 
-    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         scale = weight.part("weight_scale", expert)
         return weight.part("weight", expert).to(scale.dtype) * scale
 
-    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
 
         def readable() -> Tensor:

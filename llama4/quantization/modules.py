@@ -14,19 +14,19 @@ from llama4.ops.linear import Linear
 from llama4.ops.quantized import swiglu_experts
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.plan import QuantizationPlan
-from llama4.quantization.weight import PackedWeight, Shape, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, Shape, WeightFormat
 
 _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
-class PackedExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """The routed experts over packed weights: all of them at once on a GPU, elsewhere one after the other. Experts that
     no token chose are not read."""
 
     matrices: tuple[str, ...] = ("gate_up_proj", "down_proj")
-    gate_up_proj: PackedWeight
-    down_proj: PackedWeight
+    gate_up_proj: QuantizedWeight
+    down_proj: QuantizedWeight
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """See `Experts.forward`."""
@@ -39,12 +39,12 @@ class PackedExperts(nn.Module):
         return self.down_proj.product(swiglu(*gate_up_R2F.chunk(2, dim=-1)), expert)
 
 
-class SplitExperts(PackedExperts):
+class SplitExperts(QuantizedExperts):
     """With gate and up in a stack each, as NF4 checkpoints may have them."""
 
     matrices = ("gate_proj", "up_proj", "down_proj")
-    gate_proj: PackedWeight
-    up_proj: PackedWeight
+    gate_proj: QuantizedWeight
+    up_proj: QuantizedWeight
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
@@ -54,7 +54,7 @@ class SplitExperts(PackedExperts):
         return self.down_proj.product(hidden_RF, expert)
 
 
-class SeparateExperts(PackedExperts):
+class SeparateExperts(QuantizedExperts):
     """With three Linears per expert, named 0, 1, ..., each packed or not, as NF4 checkpoints may have them."""
 
     matrices = ()
@@ -79,8 +79,8 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
     Linear each, as `7.gate_proj.weight` and so on.
 
     Raises:
-        ValueError: one of the matrices of a layer's experts is quantised and another is not; or, as `CheckpointError`,
-            a matrix that this library does not run quantised, or whose shape is not that of its format.
+        ValueError: one of the matrices of a layer's experts is quantized and another is not; or, as `CheckpointError`,
+            a matrix that this library does not run quantized, or whose shape is not that of its format.
     """
     with torch.device("meta"):
         for path in dict.fromkeys(match["path"] for name in plan if (match := _EXPERT.fullmatch(name))):
@@ -94,7 +94,7 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
             path = name.removesuffix(".weight")
             linear = model.get_submodule(path)
             if type(linear) not in (nn.Linear, Linear):
-                raise CheckpointError(f"{name} is quantised, which this library does not run; take it unquantised")
+                raise CheckpointError(f"{name} is quantized, which this library does not run; take it unquantized")
             assert isinstance(linear, nn.Linear)
             shape = (linear.out_features, linear.in_features)
             _put(model, path, _packed(name, format, shape, bias=linear.bias is not None))
@@ -104,10 +104,10 @@ def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
     E, D, F_ = _sizes(model, path)
     shapes = {"gate_up": (E, 2 * F_, D), "gate": (E, F_, D), "up": (E, F_, D), "down": (E, D, F_)}
     found = [name for name in plan if name.startswith(f"{path}.")]
-    experts = SplitExperts() if {f"{path}.gate_proj", f"{path}.up_proj"} & {*found} else PackedExperts()
+    experts = SplitExperts() if {f"{path}.gate_proj", f"{path}.up_proj"} & {*found} else QuantizedExperts()
     if missing := [matrix for matrix in experts.matrices if f"{path}.{matrix}" not in found]:
         raise ValueError(
-            f"{found[0]} is quantised and {path}.{missing[0]} is not; all matrices of the experts must be, or none"
+            f"{found[0]} is quantized and {path}.{missing[0]} is not; all matrices of the experts must be, or none"
         )
     for matrix in experts.matrices:
         format = plan[f"{path}.{matrix}"]
@@ -116,9 +116,9 @@ def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
     _put(model, path, experts)
 
 
-def _packed(name: str, format: WeightFormat, shape: Shape, bias: bool = False) -> PackedWeight:
+def _packed(name: str, format: WeightFormat, shape: Shape, bias: bool = False) -> QuantizedWeight:
     try:
-        return PackedWeight(format, shape, bias=bias)
+        return QuantizedWeight(format, shape, bias=bias)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from None
 

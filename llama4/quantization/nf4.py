@@ -2,7 +2,7 @@
 
 The numbers of a matrix, row after row, are cut into blocks, mostly of 64. A byte holds two quantized values, the first
 in its upper half; `quant_map` has the number each of the sixteen stands for, and every block is scaled by its largest
-number, `absmax`. Those scales may be quantised themselves ("nested"): a byte each, with a map of 256 numbers, in blocks
+number, `absmax`. Those scales may be quantized themselves ("nested"): a byte each, with a map of 256 numbers, in blocks
 of 256, relative to their mean (Dettmers et al. 2023, "QLoRA").
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 NESTED_BLOCK = 256
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -24,14 +24,14 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 @dataclass(frozen=True)
 class Nf4(WeightFormat):
     """How bitsandbytes stores one matrix, or those of all experts, which it stores in x out. Map, blocks and dtype are
-    those of the file, so that the dequantised numbers are bitsandbytes' own, bit by bit.
+    those of the file, so that the dequantized numbers are bitsandbytes' own, bit by bit.
 
     Attributes:
         group_size: numbers of a block.
         state: what bitsandbytes says of the matrix, as JSON, to be written again as it was read.
         stored: shape in the file: a Linear's is [out, in], experts are [E * in, out] or [E, in, out].
-        dtype: what dequantised numbers are rounded to.
-        offset: added to the scales, if they are quantised; None if they are not.
+        dtype: what dequantized numbers are rounded to.
+        offset: added to the scales, if they are quantized; None if they are not.
     """
 
     kind = "nf4"
@@ -59,13 +59,13 @@ class Nf4(WeightFormat):
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its quant_state cannot be read ({error!r})") from error
         if kind != cls.kind:
-            raise ValueError(f"it is quantised as {kind!r}, and only {cls.kind!r} is run")
+            raise ValueError(f"it is quantized as {kind!r}, and only {cls.kind!r} is run")
         if block < 2 or block % 2 or math.prod(stored) % block or math.prod(stored) < 1:
             raise ValueError(f"its blocks of {block} do not fill its shape {list(stored)}")
         if dtype not in _DTYPES:
             raise ValueError(f"its dtype is {dtype!r}, not one of {', '.join(_DTYPES)}")
         if offset is not None and (content.get("nested_blocksize"), content.get("nested_dtype")) != (256, "float32"):
-            raise ValueError(f"its scales are not quantised in blocks of 256 to float32, but as {state}")
+            raise ValueError(f"its scales are not quantized in blocks of 256 to float32, but as {state}")
         return cls(block, state, stored, _DTYPES[dtype], offset)
 
     def __str__(self) -> str:
@@ -92,19 +92,19 @@ class Nf4(WeightFormat):
             parts["nested_quant_map"] = TensorSpec((256,), torch.float32)
         return parts
 
-    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         return self._rows(weight, slice(None), self._blocks(weight, expert), self._scales(weight, expert))
 
-    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         blocks, scales = self._blocks(weight, expert), self._scales(weight, expert)
         return in_blocks(lambda rows: self._rows(weight, rows, blocks, scales), weight.shape[-2], x_NI)
 
-    def _blocks(self, weight: PackedWeight, expert: int | None) -> Tensor:
+    def _blocks(self, weight: QuantizedWeight, expert: int | None) -> Tensor:
         """The quantized values of a matrix, [blocks, bytes]."""
         blocks = weight.part("weight").view(-1, self.group_size // 2)
         return blocks if expert is None else blocks.view(weight.shape[0], -1, blocks.shape[1])[expert]
 
-    def _scales(self, weight: PackedWeight, expert: int | None) -> Tensor:
+    def _scales(self, weight: QuantizedWeight, expert: int | None) -> Tensor:
         """Scales of its blocks, float32."""
         scales = weight.part("absmax")
         scales = scales if expert is None else scales.view(weight.shape[0], -1)[expert]
@@ -115,7 +115,7 @@ class Nf4(WeightFormat):
         numbers = weight.part("nested_quant_map").index_select(0, scales.int())  # much faster than indexing
         return numbers.mul_(weight.part("nested_absmax").index_select(0, nested)).add_(self.offset)
 
-    def _rows(self, weight: PackedWeight, rows: slice, blocks: Tensor, scales: Tensor) -> Tensor:
+    def _rows(self, weight: QuantizedWeight, rows: slice, blocks: Tensor, scales: Tensor) -> Tensor:
         """Some rows of W [O, I], in `dtype`."""
         (outputs, inputs), size = weight.shape[-2:], self.group_size
         quant_map = weight.part("quant_map")

@@ -1,4 +1,4 @@
-"""What is quantised in a model: the plan that a scheme makes for its matrices."""
+"""What is quantized in a model: the plan that a scheme makes for its matrices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import Shape, WeightFormat
 
 QuantizationPlan: TypeAlias = Mapping[str, WeightFormat | None]
-"""Parameter of the unquantised model -> the format of its weights; parameters that are not quantised are left out.
+"""Parameter of the unquantized model -> the format of its weights; parameters that are not quantized are left out.
 
 NF4 checkpoints may have three Linears per expert in place of stacks. A plan then names each Linear, and has None for
-those that are not quantised: without it, the model would stack them.
+those that are not quantized: without it, the model would stack them.
 """
 
 _FEED_FORWARD = r"language_model\.model\.layers\.(?P<layer>\d+)\.feed_forward\."
@@ -25,25 +25,25 @@ PARTS = {
     "attention": r"language_model\.model\.layers\.(?P<layer>\d+)\.self_attn\.[qkvo]_proj\.weight",
     "head": r"language_model\.lm_head\.weight",
 }
-"""Parts of the model that can be quantised, as patterns of parameter names. Routers, norms, embeddings and the vision
+"""Parts of the model that can be quantized, as patterns of parameter names. Routers, norms, embeddings and the vision
 tower never are: they are small, and their errors reach everything behind them."""
 
 
 def out_in(shape: Shape) -> Shape:
-    """Shape of a parameter of the unquantised model -> that of its matrices [O, I]; experts are stored [E, I, O]."""
+    """Shape of a parameter of the unquantized model -> that of its matrices [O, I]; experts are stored [E, I, O]."""
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
 def make_plan(
     name: str, shapes: Mapping[str, Shape], *, head: bool = False, parts: Mapping[str, str] = PARTS
 ) -> dict[str, WeightFormat]:
-    """The format of every parameter that a scheme quantises.
+    """The format of every parameter that a scheme quantizes.
 
     Args:
         name: a key of `SCHEMES`.
-        shapes: parameters of the unquantised model: experts [E, in, out], others [out, in].
-        head: quantise the head, too.
-        parts: parts that can be quantised, as patterns.
+        shapes: parameters of the unquantized model: experts [E, in, out], others [out, in].
+        head: quantize the head, too.
+        parts: parts that can be quantized, as patterns.
 
     Raises:
         ValueError: an unknown scheme, or a matrix that its format cannot store.

@@ -1,4 +1,4 @@
-"""Schemes by name: which parts of a model are quantised, and in which format. Imports nothing that takes time."""
+"""Schemes by name: which parts of a model are quantized, and in which format. Imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["SCHEMES", "Scheme"]
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A named choice of weights to quantise.
+    """A named choice of weights to quantize.
 
     Attributes:
         kind: of the format: a key of `formats.FORMATS`.
         parts: of the model: keys of `plan.PARTS`.
-        ends: whether the first and the last layer are quantised, too.
+        ends: whether the first and the last layer are quantized, too.
     """
 
     kind: str

@@ -1,10 +1,10 @@
 """Quantized matrices: what a format of weights says and computes (`WeightFormat`), and the module that holds a matrix,
-or those of all experts of a layer, in such a format (`PackedWeight`).
+or those of all experts of a layer, in such a format (`QuantizedWeight`).
 
-A packed weight takes the place of a Linear or, with E matrices, stands inside `PackedExperts`; the model around it does
-not know. Its parameters are the tensors of a checkpoint in that format, most often compressed-tensors, with experts
-stacked, so that a packed weight loads from and saves to any such checkpoint bit by bit. Where a CPU kernel reads them
-in another order, they have that order from loading on, and `checkpoint_layout` gives a checkpoint's.
+A quantized weight takes the place of a Linear or, with E matrices, stands inside `QuantizedExperts`; the model around
+it does not know. Its parameters are the tensors of a checkpoint in that format, most often compressed-tensors, with
+experts stacked, so that it loads from and saves to any such checkpoint bit by bit. Where a CPU kernel reads them in
+another order, they have that order from loading on, and `checkpoint_layout` gives a checkpoint's.
 
 Shapes: N tokens, R routed rows sorted by expert, O outputs, I inputs, E experts, G groups that share a scale.
 """
@@ -25,9 +25,9 @@ from llama4.ops import quantized
 from llama4.ops.linear import linear
 
 MAX_QUANTIZED_AT_ONCE = 1 << 20
-"""Weights that are quantised at a time: bounds the temporary memory."""
+"""Weights that are quantized at a time: bounds the temporary memory."""
 ROWS = 1024
-"""Outputs that are dequantised at a time."""
+"""Outputs that are dequantized at a time."""
 
 Shape = tuple[int, ...]
 
@@ -128,11 +128,11 @@ class WeightFormat(ABC):
     # -- what is computed ----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def dequantize(self, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""
 
     @abstractmethod
-    def product(self, weight: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x."""
 
     # -- how CPU kernels read it ---------------------------------------------------------------------------------------
@@ -154,25 +154,25 @@ class WeightFormat(ABC):
         """A part, or a whole number of kernel tiles of its rows, in a checkpoint's order."""
         return values
 
-    def stack(self, weight: PackedWeight) -> quantized.Parts | None:
+    def stack(self, weight: QuantizedWeight) -> quantized.Parts | None:
         """A matrix, or those of all experts, as kernels take it; None if there are none for this kind of format."""
         if "weight_scale" not in self.parts:
             return None
         values, scale = weight.part(self.parts[0]), weight.part("weight_scale")
         return quantized.Parts(self.kind, values, scale, self.group_size or 0, weight.in_kernel_layout)
 
-    def matrix(self, weight: PackedWeight) -> Matrix | None:
+    def matrix(self, weight: QuantizedWeight) -> Matrix | None:
         """What the fused CPU kernels need to know of a matrix, valid as long as its parameters stay where they are;
         None if they cannot read it."""
         parts = self.stack(weight)
         return None if parts is None else quantized.matrix(parts)
 
 
-class PackedWeight(nn.Module):
+class QuantizedWeight(nn.Module):
     """y = x W^T + b, with W [O, I], or E of them without b, in a quantized format.
 
     Args:
-        format: of W; the bias is not quantised.
+        format: of W; the bias is not quantized.
         shape: (O, I) or (E, O, I).
         bias: whether to add one.
 
@@ -193,8 +193,8 @@ class PackedWeight(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape[-2])) if bias else None
 
     @classmethod
-    def of(cls, weight: Tensor, format: WeightFormat) -> PackedWeight:
-        """A matrix [O, I], or a stack [E, O, I], quantised."""
+    def of(cls, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
+        """A matrix [O, I], or a stack [E, O, I], quantized."""
         matrices = [format.quantize(matrix) for matrix in weight.reshape(-1, *weight.shape[-2:])]
         with torch.device("meta"):
             packed = cls(format, tuple(weight.shape))
@@ -268,7 +268,7 @@ class PackedWeight(nn.Module):
 
     # -- as a torch module ---------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         """Moves reach all parameters, casts the bias alone: quantized values and their scales belong together. On a CPU
         parts have the order of its kernels, elsewhere a checkpoint's."""
         first = self.format.parts[0]
@@ -302,6 +302,6 @@ class PackedWeight(nn.Module):
 
 
 def in_blocks(rows_of: Callable[[slice], Tensor], outputs: int, x_NI: Tensor) -> Tensor:
-    """x W^T, [N, O], where `rows_of` dequantises some rows of W: never a whole matrix at once."""
+    """x W^T, [N, O], where `rows_of` dequantizes some rows of W: never a whole matrix at once."""
     blocks = [linear(x_NI, rows_of(slice(at, at + ROWS)).to(x_NI.dtype)) for at in range(0, outputs, ROWS)]
     return torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes quantised to four bits, NF4, and the way back.
+"""Checkpoints that bitsandbytes quantized to four bits, NF4, and the way back.
 
 Beside `q_proj.weight` there are `q_proj.weight.absmax`, `.quant_map` and others, and bitsandbytes' description of the
 matrix, JSON in bytes, `.quant_state.bitsandbytes__nf4`. Experts are seen in three forms: three Linears each,
@@ -20,7 +20,7 @@ from llama4.errors import CheckpointError
 from llama4.families.names import NameTable
 from llama4.quantization.nf4 import Nf4
 from llama4.quantization.plan import QuantizationPlan
-from llama4.quantization.weight import PackedWeight, Shape, TensorSpec, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.source import Origin, Source
 
@@ -31,7 +31,7 @@ _EXPERT = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
 
 class Bitsandbytes(QuantMethod):
-    """NF4, with scales quantised again or not."""
+    """NF4, with scales quantized again or not."""
 
     name = "bitsandbytes"
 
@@ -41,7 +41,7 @@ class Bitsandbytes(QuantMethod):
         storage = content.get("bnb_4bit_quant_storage", "uint8")
         if kind != Nf4.kind or storage != "uint8":
             raise CheckpointError(
-                f"the checkpoint is quantised by bitsandbytes as {kind!r}, stored in {storage}, which this library "
+                f"the checkpoint is quantized by bitsandbytes as {kind!r}, stored in {storage}, which this library "
                 f"does not run; take one in {Nf4.kind!r}, stored in uint8, or in bf16"
             )
 
@@ -58,9 +58,9 @@ class Bitsandbytes(QuantMethod):
 
 
 class BitsandbytesSource:
-    """Such a checkpoint as parts of packed weights. Which weights are quantised, the keys say.
+    """Such a checkpoint as parts of packed weights. Which weights are quantized, the keys say.
 
-    A router that is quantised, as older versions of transformers did, is dequantised.
+    A router that is quantized, as older versions of transformers did, is dequantized.
 
     Raises:
         CheckpointError: a kind that is not run, or parts that are missing, of another shape or of another dtype.
@@ -111,7 +111,7 @@ class BitsandbytesSource:
                     unexpected.append(f"{key} in {found.dtype}, wanted {wanted.dtype}")
         if missing or mismatched or unexpected:
             raise CheckpointError(
-                "the parts of what bitsandbytes quantised do not fit together; fetch the checkpoint again",
+                "the parts of what bitsandbytes quantized do not fit together; fetch the checkpoint again",
                 missing,
                 unexpected,
                 mismatched,
@@ -130,7 +130,7 @@ class BitsandbytesSource:
             return self._source.read(self._names[name])
         format = self._routers[name]
         with torch.device("meta"):
-            matrix = PackedWeight(format, format.stored)
+            matrix = QuantizedWeight(format, format.stored)
         names = {part: name if part == "weight" else f"{name}.{part}" for part in matrix.specs}
         matrix.set_parts({part: self._source.read(key) for part, key in names.items()})
         return matrix.dequantize()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from llama4.config import Llama4Config
 from llama4.weights.huggingface import HuggingFaceLayout
-from llama4.weights.layout import Layout
+from llama4.weights.layout import CheckpointLayout
 from llama4.weights.meta.layout import MetaLayout
 from llama4.weights.source import Source
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
+LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
 
 
-def layout_of(directory: str | Path) -> Layout:
+def layout_of(directory: str | Path) -> CheckpointLayout:
     """The layout of a directory; Hugging Face's, which says what is missing, if it is in none."""
     return next((layout for layout in LAYOUTS.values() if layout.recognises(Path(directory))), LAYOUTS["hf"])
 
@@ -32,6 +32,6 @@ def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
 
     Raises:
         ConfigError: see `read_config`.
-        CheckpointError: weights that are damaged or incomplete, or quantised in a way that is not run.
+        CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
     """
     return layout_of(directory).open(Path(directory))

@@ -82,8 +82,8 @@ def _read_format(name: str, group: Mapping[str, Any]) -> WeightFormat:
     found |= {key: weights[key] for key in ("symmetric", "dynamic", "actorder") if weights.get(key) is not None}
     known = [cls.compressed_about for cls in FORMATS.values() if cls.compressed_about]
     raise CheckpointError(
-        f"the checkpoint is quantised in a way that this library does not run: weights of {name} are {found}, inputs "
-        f"{'quantised' if inputs is not None else 'not'}. It runs {', '.join(known[:-1])} and {known[-1]}; take one of "
+        f"the checkpoint is quantized in a way that this library does not run: weights of {name} are {found}, inputs "
+        f"{'quantized' if inputs is not None else 'not'}. It runs {', '.join(known[:-1])} and {known[-1]}; take one of "
         "those, or bf16"
     )
 
@@ -136,13 +136,13 @@ class _Stack:
 
     names: tuple[tuple[str, ...], ...]
     in_out: bool
-    """Whether the model stores the experts in x out: those that are not quantised."""
+    """Whether the model stores the experts in x out: those that are not quantized."""
 
 
 class CompressedSource:
     """A checkpoint in the compressed-tensors format with experts stacked, one tensor at a time.
 
-    Which weights are quantised the keys say; in which format, the groups of the configuration.
+    Which weights are quantized the keys say; in which format, the groups of the configuration.
 
     Args:
         source: the files, under the model's names.
@@ -200,7 +200,7 @@ class CompressedSource:
                 if pattern != target and (re.match(pattern, in_file) or re.match(pattern, module)):
                     return format
         raise CheckpointError(
-            f"{in_file} is quantised, but no group of quantization_config is for it; fetch both again"
+            f"{in_file} is quantized, but no group of quantization_config is for it; fetch both again"
         )
 
     def _stack(
@@ -309,7 +309,7 @@ class ExpandedSource:
         source: tensors of the model, with the parts of packed weights.
 
     Attributes:
-        formats: quantised module -> its format.
+        formats: quantized module -> its format.
     """
 
     def __init__(self, source: Source) -> None:
@@ -337,7 +337,7 @@ class ExpandedSource:
                     self._note(new, spec._replace(shape=piece.shape(spec.shape)), format)
 
     def _note(self, name: str, spec: TensorSpec, format: WeightFormat | None) -> None:
-        """The format of a quantised module, and the shape that its packed values stand for."""
+        """The format of a quantized module, and the shape that its packed values stand for."""
         module, _, part = name.rpartition(".")
         if format is None or part not in format.parts:
             return

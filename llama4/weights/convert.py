@@ -1,4 +1,4 @@
-"""Checkpoints from one layout to another, or quantised, without a model: tensor by tensor."""
+"""Checkpoints from one layout to another, or quantized, without a model: tensor by tensor."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Write a quantised checkpoint in the compressed-tensors format, which vLLM and transformers read as well.
+    """Write a quantized checkpoint in the compressed-tensors format, which vLLM and transformers read as well.
 
     One shard and one tensor are in memory at a time. Interrupted, even killed, it continues after the last complete
     shard when called again, and the result is the same, bit by bit.
 
     Args:
-        source: a directory in any layout, not quantised.
+        source: a directory in any layout, not quantized.
         target: appears complete, under its name, when all is done; it must not hold anything yet.
         scheme: a key of `llama4.quantization.schemes.SCHEMES`.
-        head: quantise the head, too.
+        head: quantize the head, too.
         max_shard_bytes: more than this and the weights are split.
         progress: show a bar, if stderr is a terminal.
 
     Raises:
-        ValueError: an unknown scheme, a target that is in use, a source that is damaged or quantised already; or one of
+        ValueError: an unknown scheme, a target that is in use, a source that is damaged or quantized already; or one of
             its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)

@@ -28,7 +28,7 @@ class FbgemmFp8(QuantMethod):
 
 
 class FbgemmSource(View):
-    """Such a checkpoint as parts of packed weights. What has a scale is quantised; several scales per output are for
+    """Such a checkpoint as parts of packed weights. What has a scale is quantized; several scales per output are for
     that many groups of inputs. FBGEMM's upper bound for the scales of inputs, which clips large ones, is not applied.
 
     Raises:

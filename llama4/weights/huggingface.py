@@ -17,7 +17,7 @@ from llama4.weights.bitsandbytes import Bitsandbytes
 from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmFp8
-from llama4.weights.layout import MAX_SHARD_BYTES, Layout
+from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import open_safetensors, write_safetensors
 from llama4.weights.source import FileNames, ModelNames, Source
@@ -30,7 +30,7 @@ QUANT_METHODS: dict[str, QuantMethod] = {
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class HuggingFaceLayout(Layout):
+class HuggingFaceLayout(CheckpointLayout):
     """What transformers reads and writes, and this library natively."""
 
     name = "hf"
@@ -86,13 +86,13 @@ class HuggingFaceLayout(Layout):
 
 
 def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
-    """What a checkpoint is quantised by; None if it is not."""
+    """What a checkpoint is quantized by; None if it is not."""
     if config.quantization_config is None:
         return None
     name = config.quantization_config.get("quant_method", "unknown")
     if name not in QUANT_METHODS:
         raise CheckpointError(
-            f"{directory} is quantised by {name!r}, which this library does not read; take one in the format of "
+            f"{directory} is quantized by {name!r}, which this library does not read; take one in the format of "
             f"{', '.join(map(repr, QUANT_METHODS))}, or in bf16"
         )
     return QUANT_METHODS[name]
@@ -103,7 +103,7 @@ def _writer(plan: QuantizationPlan) -> QuantMethod:
     if found is None:
         formats = sorted({format.kind for format in plan.values() if format is not None})
         raise CheckpointError(
-            f"no checkpoint has weights in {' and '.join(formats)} together; quantise with one scheme"
+            f"no checkpoint has weights in {' and '.join(formats)} together; quantize with one scheme"
         )
     return found
 

@@ -13,7 +13,7 @@ from llama4.weights.source import Source
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-class Layout(ABC):
+class CheckpointLayout(ABC):
     """A new one is a subclass, registered in `checkpoint.LAYOUTS`."""
 
     name: ClassVar[str]
@@ -41,7 +41,7 @@ class Layout(ABC):
 
         Raises:
             ConfigError: see `read_config`.
-            CheckpointError: weights that are damaged or incomplete, or quantised in a way that is not run.
+            CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Checkpoint -> model: strict, one tensor at a time, each read once.
 
 What is decided for every tensor, each in a function of its own: which parameter it is (`match_names`), on which device
-the parameter goes, its dtype, whether it stays in the file's memory map or is copied, and in which order a quantised
-one is laid out (`PackedWeight`).
+the parameter goes, its dtype, whether it stays in the file's memory map or is copied, and in which order a quantized
+one is laid out (`QuantizedWeight`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 from llama4.weights.source import Source
 
@@ -36,8 +36,8 @@ def load(
     On a CPU, a parameter whose dtype and order are the checkpoint's IS the file's memory map (private: changing it
     never touches the file), so that loading is nearly free and bytes are read when they are first used. All others are
     copied one by one, in large pages, and there are never two copies of the model in memory. So are some that could be
-    mapped but that every token reads whole, as a file's pages are small: the head, and the Linears of a quantised model
-    that are not quantised.
+    mapped but that every token reads whole, as a file's pages are small: the head, and the Linears of a quantized model
+    that are not quantized.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -60,15 +60,15 @@ def load(
         device=device,
         experts_device=torch.device(experts_device) if experts_device is not None else device,
         memory_map=memory_map,
-        is_quantised=any(isinstance(module, PackedWeight) for module in model.modules()),
+        is_quantized=any(isinstance(module, QuantizedWeight) for module in model.modules()),
     )
     for module in model.modules():
-        if isinstance(module, PackedWeight):
+        if isinstance(module, QuantizedWeight):
             module.choose_layout(device)
     for name in tqdm(names, "loading", unit="tensor", disable=None if progress else True, leave=False):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, PackedWeight) and leaf in module.specs:
+        if isinstance(module, QuantizedWeight) and leaf in module.specs:
             module.set_part(leaf, placement.part(name, module, leaf))
             continue
         values = placement.parameter(name, module)
@@ -88,16 +88,16 @@ class _Placement:
     device: torch.device
     experts_device: torch.device
     memory_map: bool
-    is_quantised: bool
+    is_quantized: bool
 
     def parameter(self, name: str, module: nn.Module) -> Tensor:
-        """The values of a parameter that is not quantised."""
+        """The values of a parameter that is not quantized."""
         raw = self.source.read(name)
-        is_read_by_every_token = name == HEAD or (self.is_quantised and isinstance(module, Linear))
+        is_read_by_every_token = name == HEAD or (self.is_quantized and isinstance(module, Linear))
         return self._place(name, raw, raw, self.dtype or raw.dtype, may_stay=not is_read_by_every_token)
 
-    def part(self, name: str, weight: PackedWeight, part: str) -> Tensor:
-        """The values of a part of a quantised one."""
+    def part(self, name: str, weight: QuantizedWeight, part: str) -> Tensor:
+        """The values of a part of a quantized one."""
         raw = self.source.read(name)
         return self._place(name, raw, weight.from_checkpoint_layout(part, raw), raw.dtype, may_stay=True)
 

@@ -1,4 +1,4 @@
-"""The ways in which checkpoints in Hugging Face's layout are quantised, by `quant_method` of their configuration."""
+"""The ways in which checkpoints in Hugging Face's layout are quantized, by `quant_method` of their configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama4.weights.source import Source
 
 
 class QuantMethod(ABC):
-    """What a package for quantisation writes. A new one is a subclass, registered in `huggingface.QUANT_METHODS`."""
+    """What a package for quantization writes. A new one is a subclass, registered in `huggingface.QUANT_METHODS`."""
 
     name: ClassVar[str]
     """`quant_method` in the `quantization_config` of config.json."""
@@ -33,7 +33,7 @@ class QuantMethod(ABC):
         """
 
     def writes(self, plan: QuantizationPlan) -> bool:
-        """Whether `encode` writes what is quantised so."""
+        """Whether `encode` writes what is quantized so."""
         return False
 
     def encode(
@@ -43,7 +43,7 @@ class QuantMethod(ABC):
         `quantization_config`.
 
         Args:
-            content: the `quantization_config` that was read, if the model was loaded quantised.
+            content: the `quantization_config` that was read, if the model was loaded quantized.
             table: gives names in the files, which are those in a configuration.
         """
         raise AssertionError(f"{self.name} is read, not written")

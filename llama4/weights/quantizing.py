@@ -1,4 +1,4 @@
-"""Quantisation of a checkpoint while it is read: each matrix when it is asked for."""
+"""Quantization of a checkpoint while it is read: each matrix when it is asked for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Quantizer: TypeAlias = Callable[[Tensor, WeightFormat], dict[str, Tensor]]
 
 
 class QuantizingSource:
-    """An unquantised checkpoint, with the parts of packed weights in place of what a plan quantises.
+    """An unquantized checkpoint, with the parts of packed weights in place of what a plan quantizes.
 
     The parts of `q_proj.weight` are `q_proj.weight_packed`, ..., those of `experts.gate_up_proj` are
     `experts.gate_up_proj.weight_packed`, ... Only the parts of the matrix that was read last are kept.
 
     Args:
         source: the checkpoint.
-        plan: the formats of what is quantised.
+        plan: the formats of what is quantized.
         quantizer: computes the parts of a matrix [O, I]; by default as its format does.
     """
 
@@ -87,13 +87,13 @@ def quantized(source: Source, scheme: str, *, head: bool = False, parts: Mapping
 
     Raises:
         ValueError: see `make_plan`.
-        CheckpointError: it is quantised already.
+        CheckpointError: it is quantized already.
     """
     if source.plan:
         kinds = sorted({format.kind for format in source.plan.values() if format is not None})
         raise CheckpointError(
-            f"the checkpoint is quantised already ({', '.join(kinds)}); load it without quantization={scheme!r}, or "
-            "quantise its bf16 original"
+            f"the checkpoint is quantized already ({', '.join(kinds)}); load it without quantization={scheme!r}, or "
+            "quantize its bf16 original"
         )
     shapes = {name: source.spec(name).shape for name in source.names()}
     return QuantizingSource(source, make_plan(scheme, shapes, head=head, parts=parts))

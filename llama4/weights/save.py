@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llama4.config import Llama4Config
-from llama4.quantization.weight import PackedWeight, TensorSpec, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
 from llama4.weights.directory import complete_directory, resumed_directory
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import MAX_SHARD_BYTES
@@ -20,10 +20,10 @@ class ModelSource:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._parts: dict[str, tuple[PackedWeight, str]] = {}
+        self._parts: dict[str, tuple[QuantizedWeight, str]] = {}
         self.plan: dict[str, WeightFormat] = {}
         for path, module in model.named_modules():
-            if isinstance(module, PackedWeight):
+            if isinstance(module, QuantizedWeight):
                 self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
                 self._parts |= {f"{path}.{part}": (module, part) for part in module.specs}
 

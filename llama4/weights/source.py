@@ -33,14 +33,14 @@ class Origin:
 class Source(Protocol):
     """Named tensors, read when they are asked for.
 
-    Sources are views of each other: one reads files, the next renames, another stacks experts or quantises. Whoever
+    Sources are views of each other: one reads files, the next renames, another stacks experts or quantizes. Whoever
     uses a source sees the names of the model alone, and tensors in its shapes. A tensor that the model has no place for
     has its key for a name.
     """
 
     @property
     def plan(self) -> QuantizationPlan:
-        """Which parameters of the model are stored quantised: their parts are here, `q_proj.weight_scale` and so on."""
+        """Which parameters of the model are stored quantized: their parts are here, `q_proj.weight_scale` and so on."""
 
     def names(self) -> Collection[str]: ...
 

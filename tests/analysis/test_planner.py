@@ -143,7 +143,7 @@ def test_fp8_is_multiplied_in_fp8() -> None:
     assert 0.3 < fp8_share(scout(weights="fp8_mixed")) < fp8_share(scout(weights="fp8")) < 1
 
 
-def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
     quantize(small_model.write(tmp_path / "in"), tmp_path / "out", "fp8_mixed", progress=False)
     config = Llama4Config.from_directory(tmp_path / "out")
     stored = make_placement(str(tmp_path / "out"), config)

@@ -1,4 +1,4 @@
-"""The bench of quantisation schemes, on a small random model."""
+"""The bench of quantization schemes, on a small random model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from llama4.bench import rounding_errors
 from llama4.bench.__main__ import main
-from llama4.bench.plain_rounding import round_plainly
+from llama4.bench.absmax_rounding import round_to_absmax
 from llama4.bench.quantization import Row, _answers, table
 from llama4.quantization import int4
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION
@@ -19,7 +19,7 @@ from tests.parity.references import reference_config, reference_model
 
 
 def test_schemes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """int4 is smaller; plain rounding is as small and further from the truth, which is what is not quantised."""
+    """int4 is smaller; plain rounding is as small and further from the truth, which is what is not quantized."""
     directory = tmp_path / "model"
     reference_model(reference_config(head_dim=32), 3).bfloat16().save_pretrained(directory)
     arguments = ["quantization", "--model", str(directory), "--prompt", "64", "--reply", "2", "--threads", "1"]
@@ -40,7 +40,7 @@ def test_schemes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_plain_rounding_is_to_the_largest_weight() -> None:
     """By compressed-tensors, and by its rule; in float32 both give the same codes and scales."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    parts = round_plainly(weight, int4.Int4(32))
+    parts = round_to_absmax(weight, int4.Int4(32))
     groups = weight.unflatten(-1, (-1, 32))
     scale = groups.abs().amax(-1, keepdim=True) / 7.5
     codes = (groups / scale).round().clamp(-8, 7).flatten(-2).to(torch.int8)

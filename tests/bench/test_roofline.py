@@ -16,7 +16,7 @@ from llama4.config import PRESETS, TextConfig
 from llama4.model.experts import LoopExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import make_plan
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from tests import small_model
@@ -96,15 +96,15 @@ def test_packed_weights_have_the_bytes_they_have() -> None:
     """4.125 bits with a scale in bfloat16 for 128 weights; the embedded model's are counted one by one."""
     shapes = roofline.matrices(SMALL)
     plan = make_plan("int4", shapes)
-    quantised = sum(math.prod(shapes[name]) for name in plan)
-    whole = sum(math.prod(shape) for shape in shapes.values()) - quantised
+    quantized = sum(math.prod(shapes[name]) for name in plan)
+    whole = sum(math.prod(shape) for shape in shapes.values()) - quantized
     packed = roofline.weight_bytes(SMALL, plan, torch.bfloat16, experts=16)
-    assert packed == quantised * (4 + 16 / 128) / 8 + whole * 2
+    assert packed == quantized * (4 + 16 / 128) / 8 + whole * 2
 
     llm = Llama4.from_pretrained("tiny", quantization="int8", dtype="bfloat16")
     text = llm.config.text
     plan = make_plan("int8", roofline.matrices(text))
-    modules = [module for module in llm.model.modules() if isinstance(module, PackedWeight)]
+    modules = [module for module in llm.model.modules() if isinstance(module, QuantizedWeight)]
     assert len(modules) == len(plan)
     held = sum(part.numel() * part.element_size() for module in modules for part in module.parameters())
     shapes = {name: shape for name, shape in roofline.matrices(text).items() if name in plan}

@@ -150,7 +150,7 @@ def test_generate(directory: str, capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_settings_are_told_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names say what differs, quantised weights have a lower bound, and a table has a column for each."""
+    """Names say what differs, quantized weights have a lower bound, and a table has a column for each."""
 
     answers = {
         "load": (1.0, 1.0),

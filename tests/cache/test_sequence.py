@@ -154,7 +154,7 @@ def test_restoring_forgets_the_logits(model: Llama4Model) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_a_quantised_cache_is_near_the_exact_one(model: Llama4Model, name: str) -> None:
+def test_a_quantized_cache_is_near_the_exact_one(model: Llama4Model, name: str) -> None:
     """Between pieces, and token by token; int4 keeps three significant bits of 1/8 of the largest number of a head."""
     text = ids(900)
     exact = model(text)[:, 600:].log_softmax(-1)

@@ -24,7 +24,7 @@ from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.nf4 import Nf4
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from tests.parity.references import reference_config, reference_model, relative_error
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -178,7 +178,7 @@ def test_an_attention_bias(model: Llama4Model) -> None:
 def test_nf4(model: Llama4Model) -> None:
     attention = part(model, "layers.1.self_attn")
     shape = tuple(attention.k_proj.weight.shape)
-    attention.k_proj = PackedWeight(Nf4(64, stored=shape), shape)
+    attention.k_proj = QuantizedWeight(Nf4(64, stored=shape), shape)
     with torch.inference_mode():
         assert "k_proj is nf4 weights" in str(FusedCpuRunner(model).unsupported_reason(model.new_cache()))
 

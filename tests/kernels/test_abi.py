@@ -41,7 +41,7 @@ def test_formats_are_those_of_the_registries(compiled: ctypes.CDLL) -> None:
     library = abi.bind(compiled)
     assert set(library.weight_formats) <= set(FORMATS)
     assert set(library.cache_formats) == {"unquantized", *QUANTIZED}
-    for formats, dense in ((library.weight_formats, len(abi.Layout)), (library.cache_formats, 0)):
+    for formats, dense in ((library.weight_formats, len(abi.MatrixLayout)), (library.cache_formats, 0)):
         assert [format.number for format in formats.values()] == [dense + i for i in range(len(formats))]
 
 
@@ -57,7 +57,7 @@ def test_another_constant_is_refused(name: str, compiled: ctypes.CDLL, monkeypat
 @needs_kernels
 def test_other_structures_are_refused(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     class LayerStep(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_int64) for name in ("temperatures", "rotations", "lengths", "table", "width")]
+        _fields_ = [(name, ctypes.c_int64) for name in ("temperatures", "rotations", "lengths", "block_table", "width")]
 
     monkeypatch.setattr(abi, "LayerStep", LayerStep)
     with pytest.raises(abi.AbiError) as error:

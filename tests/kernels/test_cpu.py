@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.cache.formats import QUANTIZED, Format, resolve_format
+from llama4.cache.formats import QUANTIZED, CacheFormat, resolve_format
 from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
 from llama4.kernels import abi, build, cpu
@@ -197,7 +197,9 @@ class TestElementwise:
         assert close(cpu.swiglu(gate, up), F.silu(gate.double()) * up.double())
 
 
-def layer_cache(rows: int, lengths: list[int], format: Format, dtype: torch.dtype) -> tuple[LayerCache, Tensor, Tensor]:
+def layer_cache(
+    rows: int, lengths: list[int], format: CacheFormat, dtype: torch.dtype
+) -> tuple[LayerCache, Tensor, Tensor]:
     """Two key heads of 64 for so many tokens, written in two goes; and what was kept of them, [rows, 2, S, 64]."""
     cache = LayerCache(rows, TextConfig(num_key_value_heads=2, head_dim=64), format, torch.device("cpu"))
     held = torch.zeros(2, rows, 2, max(lengths), 64, dtype=torch.float64)

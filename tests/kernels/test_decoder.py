@@ -25,7 +25,7 @@ from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors
 from llama4.ops import cpu_kernels
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from tests.parity.references import VOCABULARY, reference_config, reference_model, relative_error
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -123,7 +123,7 @@ def fused(
             rotations=factors.rotations[window].data_ptr() if layer.self_attn.uses_rope else 0,
             temperatures=factors.temperature_N.data_ptr() if layer.self_attn.uses_temperature else 0,
             lengths=lengths_N[window].data_ptr(),
-            table=table.data_ptr(),
+            block_table=table.data_ptr(),
             width=table.shape[1],
             format=build.loaded().cache_formats[cache.layers[i].format.name].number,
         )
@@ -133,7 +133,7 @@ def fused(
     greedy, logprobs = torch.empty(len(wanted), dtype=torch.int64), torch.empty(len(wanted))
     tokens = Tokens(
         ids=ids.data_ptr(),
-        starts=starts.data_ptr() if columns > 1 else 0,
+        sequence_starts=starts.data_ptr() if columns > 1 else 0,
         outputs=0 if outputs is None else wanted.data_ptr(),
         B=len(step),
         num_outputs=len(wanted),
@@ -151,7 +151,7 @@ def assert_close(model: Llama4Model, ours: Tensor, truth: Tensor, quantized_cach
     """In float32 but for the order of sums. In bfloat16, and where numbers are rounded to e4m3 or for the cache, a sum
     in another order is rounded the other way now and then, and may send a token to another expert; a step of e4m3 is 6%
     of a number."""
-    packed = next((module for module in model.modules() if isinstance(module, PackedWeight)), None)
+    packed = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
     is_fp8 = packed is not None and packed.format.kind == "fp8"
     if model.dtype == torch.float32 and not (is_fp8 or quantized_cache):
         assert relative_error(ours, truth) < 1e-5

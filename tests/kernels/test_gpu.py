@@ -77,7 +77,7 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
         def __getitem__(self, grid: tuple[int, int]) -> object:
             return lambda *tensors, **sizes: launches.append((grid, sizes))
 
-    triton_packed = pytest.importorskip("llama4.kernels.triton.packed")
+    triton_packed = pytest.importorskip("llama4.kernels.triton.quantized")
     monkeypatch.setattr(triton_packed, "gemv", Kernel())
     monkeypatch.setattr(triton_packed, "grouped_gemm", Kernel())
     group = 32 if kind == "int4" else 192

@@ -24,7 +24,7 @@ from llama4.quantization import int4
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
-from llama4.quantization.modules import PackedExperts
+from llama4.quantization.modules import QuantizedExperts
 from llama4.quantization.weight import WeightFormat
 from tests.quantization.test_weight import name_of, packed
 
@@ -176,7 +176,7 @@ def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
 @pytest.mark.parametrize("format", [Int4(32), Int8(), Fp8()], ids=name_of)
 def test_modules(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed Linear and packed experts give by the kernels what they give without, to the precision of the dtype."""
-    experts = PackedExperts()
+    experts = QuantizedExperts()
     experts.gate_up_proj = packed(torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0)), format)
     experts.down_proj = packed(torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1)), format)
     linear = packed(torch.randn(24, 32, generator=torch.Generator().manual_seed(2)), format)

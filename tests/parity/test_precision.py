@@ -16,7 +16,7 @@ from llama4.config import Llama4Config
 from llama4.model.experts import GroupedExperts
 from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
-from tests.parity import plain
+from tests.parity import specification
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 
 POSITIONS = [8191, 8192, 8193, 16384, 1_048_576, 10_485_759]
@@ -42,7 +42,7 @@ def test_any_position_of_ten_million(position: int) -> None:
     theirs = reference_model(reference_config(**SCOUT))
     ours, places = ours_of(theirs), window_around(position)
     ids = torch.randint(0, 490, (1, len(places)), generator=torch.Generator().manual_seed(6))
-    truth = plain.run(theirs.state_dict(), ours.config, ids[0].tolist(), first_position=places[0])
+    truth = specification.run(theirs.state_dict(), ours.config, ids[0].tolist(), first_position=places[0])
     assert relative_error(ours(ids, positions=torch.tensor([places]))[0].double(), truth.logits) < 1e-5
     cache, steps = ours.new_cache(), []
     for t, place in enumerate(places):
@@ -60,7 +60,7 @@ def errors_at(position: int) -> tuple[float, float]:
     ours, first = ours_of(theirs), min(position // 8 * 8, 10_485_752)
     ids = torch.randint(0, 490, (1, 8), generator=torch.Generator().manual_seed(7))
     places = torch.arange(first, first + 8)[None]
-    truth = plain.run(theirs.state_dict(), ours.config, ids[0].tolist(), first_position=first).logits
+    truth = specification.run(theirs.state_dict(), ours.config, ids[0].tolist(), first_position=first).logits
     mine = relative_error(ours(ids, positions=places)[0].double(), truth)
     return mine, relative_error(theirs(ids, position_ids=places).logits[0].double(), truth)
 

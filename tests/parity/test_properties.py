@@ -20,7 +20,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.model.multimodal import Llama4Model
-from tests.parity import plain
+from tests.parity import specification
 from tests.parity.references import ReferenceConfig, reference_model, relative_error
 
 EXAMPLES = int(os.environ.get("LLAMA4_EXAMPLES", "0"))
@@ -209,7 +209,7 @@ def check(case: Case) -> bool:
     theirs = reference_model(case.config(4096 if case.chunk is None else case.chunk), seed=case.seed)
     weights, batch = theirs.state_dict(), case.batch()
     ours = ours_of(case, weights)
-    truths = [plain.run(weights, ours.config, ids, tiles if len(tiles) else None) for ids, tiles in batch]
+    truths = [specification.run(weights, ours.config, ids, tiles if len(tiles) else None) for ids, tiles in batch]
     if min(truth.margin for truth in truths) < CLEAR:
         return False
     single = batched(ours, batch, case.pad_left)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: ours, those of compressed-tensors, and each read by the other."""
+"""Quantized checkpoints: ours, those of compressed-tensors, and each read by the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama4.errors import CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, quantize
 from llama4.weights.load import load
@@ -100,16 +100,16 @@ def per_token(module: nn.Linear, inputs: tuple[Tensor]) -> tuple[Tensor]:
 def test_transformers_reads_what_we_write(plain: Path, tmp_path: Path, scheme: str) -> None:
     quantize(plain, tmp_path / "model", scheme, head=scheme == "int8", progress=False)
     other = theirs(tmp_path / "model")
-    quantised = [m for m in other.modules() if getattr(m, "quantization_scheme", None) is not None]
+    quantized = [m for m in other.modules() if getattr(m, "quantization_scheme", None) is not None]
     ours = loaded(tmp_path / "model")
     assert_equal(ours, other)
     linears = 3 * 4 * sum(".experts.gate_up_proj" in name for name, m in packed(ours))
     linears += sum(".experts." not in name for name, m in packed(ours))
-    assert len(quantised) == linears, "the same modules are quantised"
+    assert len(quantized) == linears, "the same modules are quantized"
 
 
-def packed(model: nn.Module) -> list[tuple[str, PackedWeight]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+def packed(model: nn.Module) -> list[tuple[str, QuantizedWeight]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight)]
 
 
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -122,7 +122,7 @@ EXPERTS_ONLY = ["re:.*self_attn.*"]
 def write_theirs(
     source: Path, target: Path, weights: dict[str, Any], inputs: dict[str, Any] | None, format: str, ignore: list[str]
 ) -> None:
-    """Quantise with compressed-tensors: a Linear per expert, its own scales, its own compressor."""
+    """Quantize with compressed-tensors: a Linear per expert, its own scales, its own compressor."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -244,15 +244,15 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"quant_method": "gptq"}, r"quantised by 'gptq', which this library does not read.*'compressed-tensors'"),
+        ({"quant_method": "gptq"}, r"quantized by 'gptq', which this library does not read.*'compressed-tensors'"),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
         (ct(W4 | {"symmetric": False}), r"group_0 are .*'symmetric': False.*take one of those, or bf16"),
         (ct(W4 | {"actorder": "group"}), r"'actorder': 'group'"),
         (ct(W4 | {"num_bits": 3}), r"'num_bits': 3"),
         (ct(W4 | {"group_size": 16}), r"'group_size': 16"),
-        (ct(W8, TOKENS | {"type": "int"}), r"'num_bits': 8.*inputs quantised"),
+        (ct(W8, TOKENS | {"type": "int"}), r"'num_bits': 8.*inputs quantized"),
         (ct(FP8), r"inputs not\. It runs"),
-        (ct(FP8, TOKENS | {"strategy": "tensor", "dynamic": False}), r"inputs quantised\. It runs"),
+        (ct(FP8, TOKENS | {"strategy": "tensor", "dynamic": False}), r"inputs quantized\. It runs"),
         (ct(FP8 | {"strategy": "block"}), r"'strategy': 'block'"),
     ],
 )
@@ -286,13 +286,13 @@ def test_an_expert_that_is_missing_is_named(plain: Path, tmp_path: Path, part: s
     assert missing in str(caught.value)
 
 
-def test_what_is_quantised_is_not_quantised_again(plain: Path, tmp_path: Path) -> None:
+def test_what_is_quantized_is_not_quantized_again(plain: Path, tmp_path: Path) -> None:
     quantize(plain, tmp_path / "model", "fp8_mixed", progress=False)
-    with pytest.raises(ValueError, match=r"quantised already \(fp8\); load it without quantization='int4'"):
+    with pytest.raises(ValueError, match=r"quantized already \(fp8\); load it without quantization='int4'"):
         loaded(tmp_path / "model", "int4")
-    with pytest.raises(ValueError, match=r"quantised already"):
+    with pytest.raises(ValueError, match=r"quantized already"):
         quantize(tmp_path / "model", tmp_path / "again", "int4")
-    with pytest.raises(ValueError, match=r"is quantised, for which Meta's layout has no form"):
+    with pytest.raises(ValueError, match=r"is quantized, for which Meta's layout has no form"):
         convert(tmp_path / "model", tmp_path / "again", "meta")
     with pytest.raises(ValueError, match=r"exists already"):
         quantize(plain, tmp_path / "model", "int4")
@@ -438,11 +438,11 @@ print(peak - before)
 """
 
 
-def test_quantising_while_loading_takes_the_packed_model_and_one_tensor(
+def test_quantizing_while_loading_takes_the_packed_model_and_one_tensor(
     plain: Path, wide: Path, tmp_path: Path
 ) -> None:
     """Memory that is the process's own; the file's pages are the system's to drop. What malloc keeps of freed blocks is
-    allowed for; the unquantised model would be 250 MB more."""
+    allowed for; the unquantized model would be 250 MB more."""
     quantize(wide, tmp_path / "packed", "int8", progress=False)
     with run(WATCHED, wide, plain) as child:
         output, errors = child.communicate()

@@ -1,6 +1,6 @@
-"""Checkpoints that bitsandbytes quantised: what that package makes of random models, read, computed with and written.
+"""Checkpoints that bitsandbytes quantized: what that package makes of random models, read, computed with and written.
 
-Its kernel for dequantising on a CPU is wrong where a row is shorter than a block, so it is asked for one long row.
+Its kernel for dequantizing on a CPU is wrong where a row is shorter than a block, so it is asked for one long row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama4.errors import CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SplitExperts
 from llama4.quantization.nf4 import Nf4
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.weights.convert import convert, quantize
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
@@ -47,7 +47,7 @@ def encoded(weight: Tensor, *, nested: bool = True, kind: str = "nf4", block: in
     return parts, functional.dequantize_4bit(codes, flat).view(weight.shape)
 
 
-def quantised(
+def quantized(
     tensors: Tensors, form: str, nested: bool = True, left: tuple[str, ...] = LEFT
 ) -> tuple[Tensors, Tensors]:
     """A checkpoint in NF4, its experts in one of three forms, and the one that it stands for."""
@@ -113,14 +113,14 @@ def same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 @torch.inference_mode()
 def test_read_computed_and_written(plain: Path, tmp_path: Path, form: str, nested: bool) -> None:
-    """Text and an image, against transformers with what bitsandbytes dequantises; the tower is quantised in one."""
+    """Text and an image, against transformers with what bitsandbytes dequantizes; the tower is quantized in one."""
     left = LEFT if form == "apart" else (*LEFT, *TOWER)
-    written, truth = quantised(load_file(plain / "model.safetensors"), form, nested, left)
+    written, truth = quantized(load_file(plain / "model.safetensors"), form, nested, left)
     directory = write(tmp_path / "model", plain, written)
     other = ReferenceModel(reference_config(head_dim=32)).eval()
     other.load_state_dict({name: tensor.float() for name, tensor in truth.items()})
     ours = loaded(directory)
-    packed = [module for module in ours.modules() if isinstance(module, PackedWeight)]
+    packed = [module for module in ours.modules() if isinstance(module, QuantizedWeight)]
     assert len(packed) == sum("quant_state" in key for key in written)
     ids, pixels = IDS.clone(), torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     ids[0, 5:9] = PATCH
@@ -135,11 +135,11 @@ def test_read_computed_and_written(plain: Path, tmp_path: Path, form: str, neste
 
 @torch.inference_mode()
 def test_transformers_reads_what_is_written(plain: Path, tmp_path: Path) -> None:
-    """Which wants experts apart; those of one layer are not quantised. All in float32, and as in training: otherwise
+    """Which wants experts apart; those of one layer are not quantized. All in float32, and as in training: otherwise
     bitsandbytes multiplies in bfloat16 on some CPUs."""
     experts = "language_model.model.layers.2.feed_forward.experts"
     wide = {name: tensor.float() for name, tensor in load_file(plain / "model.safetensors").items()}
-    written, _ = quantised(wide, "apart", left=(*LEFT, *TOWER, experts))
+    written, _ = quantized(wide, "apart", left=(*LEFT, *TOWER, experts))
     content = CONFIG | {"llm_int8_skip_modules": ["lm_head", *TOWER, experts]}
     directory = write(tmp_path / "model", plain, written, content)
     Llama4(loaded(directory), None).save_pretrained(tmp_path / "saved")
@@ -148,9 +148,9 @@ def test_transformers_reads_what_is_written(plain: Path, tmp_path: Path) -> None
     assert relative_error(loaded(tmp_path / "saved")(IDS), theirs(IDS).logits) < 1e-5
 
 
-def test_a_matrix_of_an_expert_that_is_not_quantised(plain: Path, tmp_path: Path) -> None:
+def test_a_matrix_of_an_expert_that_is_not_quantized(plain: Path, tmp_path: Path) -> None:
     left = (*LEFT, *TOWER, "layers.2.feed_forward.experts.1.up_proj")
-    written, truth = quantised(load_file(plain / "model.safetensors"), "apart", left=left)
+    written, truth = quantized(load_file(plain / "model.safetensors"), "apart", left=left)
     directory = write(tmp_path / "model", plain, written)
     other = ReferenceModel(reference_config(head_dim=32)).eval()
     other.load_state_dict({name: tensor.float() for name, tensor in truth.items()})
@@ -158,9 +158,9 @@ def test_a_matrix_of_an_expert_that_is_not_quantised(plain: Path, tmp_path: Path
         assert relative_error(loaded(directory)(IDS), other(IDS).logits) < 1e-5
 
 
-def test_a_router_that_is_quantised_is_dequantised(plain: Path, tmp_path: Path) -> None:
+def test_a_router_that_is_quantized_is_dequantized(plain: Path, tmp_path: Path) -> None:
     """Older versions of transformers did so; it is saved as it is computed with."""
-    written, truth = quantised(load_file(plain / "model.safetensors"), "below", left=(*LEFT[:2], *TOWER))
+    written, truth = quantized(load_file(plain / "model.safetensors"), "below", left=(*LEFT[:2], *TOWER))
     directory = write(tmp_path / "model", plain, written)
     model = loaded(directory, "bfloat16")
     for name, parameter in model.named_parameters():
@@ -174,12 +174,12 @@ def test_a_router_that_is_quantised_is_dequantised(plain: Path, tmp_path: Path) 
 
 def matrix(
     weight: Tensor, *, nested: bool = True, block: int = 64, bias: Tensor | None = None
-) -> tuple[PackedWeight, Tensor]:
+) -> tuple[QuantizedWeight, Tensor]:
     """Packed, and what it stands for; of three dimensions, experts in x out."""
     parts, truth = encoded(weight, nested=nested, block=block)
     state = parts.pop(".quant_state.bitsandbytes__nf4")
     shape = tuple(weight.shape) if weight.ndim == 2 else (weight.shape[0], weight.shape[2], weight.shape[1])
-    packed = PackedWeight(Nf4.read(bytes(state.tolist()).decode()), shape, bias=bias is not None)
+    packed = QuantizedWeight(Nf4.read(bytes(state.tolist()).decode()), shape, bias=bias is not None)
     for name, value in parts.items():
         getattr(packed, name.removeprefix(".") or "weight").data = value
     if bias is not None and packed.bias is not None:
@@ -235,13 +235,13 @@ def test_an_expert_that_no_token_chose_is_not_touched(monkeypatch: pytest.Monkey
     experts, used = SplitExperts(), []
     for name in experts.matrices:
         setattr(experts, name, matrix(normal(4, 64, 64).bfloat16())[0])
-    product = PackedWeight.product
+    product = QuantizedWeight.product
 
-    def watched(self: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def watched(self: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         used.append(expert)
         return product(self, x_NI, expert)
 
-    monkeypatch.setattr(PackedWeight, "product", watched)
+    monkeypatch.setattr(QuantizedWeight, "product", watched)
     experts(normal(5, 64), torch.tensor([0, 4, 0, 1]))
     assert used == [1, 1, 1, 3, 3, 3]
 
@@ -302,7 +302,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "another kind": (
         lambda t: edited(t, quant_type="fp4"),
-        r"q_proj.weight cannot be loaded: it is quantised as 'fp4'",
+        r"q_proj.weight cannot be loaded: it is quantized as 'fp4'",
     ),
     "no JSON": (
         lambda t: t | {f"{QUERIES}.quant_state.bitsandbytes__nf4": torch.tensor([123, 34], dtype=torch.uint8)},
@@ -312,7 +312,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "another dtype": (lambda t: edited(t, dtype="int8"), r"its dtype is 'int8', not one of bfloat16"),
     "other blocks of scales": (
         lambda t: edited(t, nested_blocksize=64),
-        r"its scales are not quantised in blocks of 256",
+        r"its scales are not quantized in blocks of 256",
     ),
     "another shape": (
         lambda t: edited(t, shape=[64, 128]),
@@ -323,7 +323,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 
 @pytest.fixture(scope="module")
 def packed_tensors(plain: Path) -> Tensors:
-    return quantised(load_file(plain / "model.safetensors"), "below", left=(*LEFT, *TOWER))[0]
+    return quantized(load_file(plain / "model.safetensors"), "below", left=(*LEFT, *TOWER))[0]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -337,13 +337,13 @@ def test_damage_is_named(plain: Path, tmp_path: Path, packed_tensors: Tensors, d
 def test_experts_are_whole_or_not_at_all(plain: Path, tmp_path: Path, packed_tensors: Tensors) -> None:
     key = "language_model.model.layers.1.feed_forward.experts.up_proj.weight"
     left = {name: tensor for name, tensor in packed_tensors.items() if not name.startswith(key)}
-    with pytest.raises(ValueError, match=r"is quantised and .*layers.1.feed_forward.experts.up_proj is not"):
+    with pytest.raises(ValueError, match=r"is quantized and .*layers.1.feed_forward.experts.up_proj is not"):
         loaded(write(tmp_path / "model", plain, left))
 
 
 def test_embeddings_are_not_run_in_few_bits(plain: Path, tmp_path: Path) -> None:
-    written, _ = quantised(load_file(plain / "model.safetensors"), "below", left=("lm_head", "router", *TOWER))
-    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is quantised, which this library does not run"):
+    written, _ = quantized(load_file(plain / "model.safetensors"), "below", left=("lm_head", "router", *TOWER))
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is quantized, which this library does not run"):
         loaded(write(tmp_path / "model", plain, written))
 
 
@@ -360,5 +360,5 @@ def test_info_and_refusals(
     assert facts["bits_per_weight"] == round(8 * size / facts["quantized_parameters"], 2)
     assert main(["info", str(directory)]) == 0
     assert "bitsandbytes: nf4, a scale per 64 weights, in a byte; " in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match=r"quantised already \(nf4\)"):
+    with pytest.raises(CheckpointError, match=r"quantized already \(nf4\)"):
         quantize(directory, tmp_path / "again", "int4", progress=False)

@@ -1,4 +1,4 @@
-"""Quantised text-only checkpoints, whose files name modules without the model's prefix: what a configuration says of
+"""Quantized text-only checkpoints, whose files name modules without the model's prefix: what a configuration says of
 modules is in the names of the files, against transformers with compressed-tensors."""
 
 from __future__ import annotations
@@ -120,5 +120,5 @@ def test_a_module_that_no_group_is_for_is_named_as_in_the_files(mixed: Path) -> 
     groups["group_0"]["targets"] = ["re:.*feed_forward.*"]
     groups["group_1"]["targets"] = ATTENTION[1:]
     edit(mixed, config_groups=groups)
-    with pytest.raises(CheckpointError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantised, but no group"):
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantized, but no group"):
         loaded(mixed)

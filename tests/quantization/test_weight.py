@@ -17,10 +17,10 @@ from llama4.quantization import fp8, int4
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
-from llama4.quantization.modules import PackedExperts, swap_modules
+from llama4.quantization.modules import QuantizedExperts, swap_modules
 from llama4.quantization.plan import make_plan
 from llama4.quantization.schemes import SCHEMES
-from llama4.quantization.weight import PackedWeight, WeightFormat
+from llama4.quantization.weight import QuantizedWeight, WeightFormat
 
 FORMATS = [Int4(32), Int4(128), Int8(), Fp8()]
 BOUNDS = {"int4": 0.11, "int8": 0.008, "fp8": 0.03}
@@ -36,9 +36,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-def packed(weight: Tensor, format: WeightFormat) -> PackedWeight:
+def packed(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
     """A module that holds a matrix [O, I], or several."""
-    return PackedWeight.of(weight, format)
+    return QuantizedWeight.of(weight, format)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -77,7 +77,7 @@ def test_what_is_zero_stays_zero(kind: str) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("way", ["few", "many", "torch", "scaled_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_product_is_that_of_the_dequantised_matrix(
+def test_product_is_that_of_the_dequantized_matrix(
     format: WeightFormat, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
@@ -171,7 +171,7 @@ def test_outputs_that_are_not_sixteens() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_a_matrix_is_quantised_a_few_rows_at_a_time(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_is_quantized_a_few_rows_at_a_time(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = format.quantize(normal(112, 128))
     monkeypatch.setattr("llama4.quantization.weight.MAX_QUANTIZED_AT_ONCE", 32 * 128)
     for part, values in format.quantize(normal(112, 128)).items():
@@ -180,12 +180,12 @@ def test_a_matrix_is_quantised_a_few_rows_at_a_time(format: WeightFormat, monkey
 
 @pytest.mark.parametrize("width", [128, 512])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_experts_are_those_of_the_dequantised_matrices(
+def test_experts_are_those_of_the_dequantized_matrices(
     format: WeightFormat, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wide are computed in one call, if there is a compiler."""
     plain = LoopExperts(TextConfig(hidden_size=width, intermediate_size=width, num_local_experts=5))
-    experts = PackedExperts()
+    experts = QuantizedExperts()
     experts.gate_up_proj = packed(normal(5, 2 * width, width), format)
     experts.down_proj = packed(normal(5, width, width, seed=5), format)
     for name in ("gate_up_proj", "down_proj"):
@@ -203,17 +203,17 @@ def test_experts_are_those_of_the_dequantised_matrices(
 
 
 def test_an_expert_that_no_token_chose_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = PackedExperts()
+    experts = QuantizedExperts()
     experts.gate_up_proj = packed(normal(4, 64, 32), Int4(32))
     experts.down_proj = packed(normal(4, 32, 32), Int4(32))
     used = []
-    product = PackedWeight.product
+    product = QuantizedWeight.product
 
-    def watched(self: PackedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+    def watched(self: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         used.append(expert)
         return product(self, x_NI, expert)
 
-    monkeypatch.setattr(PackedWeight, "product", watched)
+    monkeypatch.setattr(QuantizedWeight, "product", watched)
     experts(normal(5, 32), torch.tensor([0, 4, 0, 1]))
     assert used == [1, 1, 3, 3]
 
@@ -278,5 +278,5 @@ def test_a_plan_that_cannot_be() -> None:
 def test_experts_are_packed_whole_or_not_at_all() -> None:
     model = nn.Module()
     model.experts = LoopExperts(TextConfig(hidden_size=64, intermediate_size=64, num_local_experts=2))
-    with pytest.raises(ValueError, match=r"experts.gate_up_proj is quantised and experts.down_proj is not"):
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj is quantized and experts.down_proj is not"):
         swap_modules(model, {"experts.gate_up_proj": Int8()})

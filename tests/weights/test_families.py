@@ -129,13 +129,13 @@ def test_a_second_family_is_read_and_written(directory: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
 @torch.inference_mode()
-def test_a_second_family_is_quantised(directory: Path, tmp_path: Path, scheme: str) -> None:
+def test_a_second_family_is_quantized(directory: Path, tmp_path: Path, scheme: str) -> None:
     """The scales of q and k follow their rows."""
-    quantize(directory, tmp_path / "quantised", scheme, progress=False)
-    ours = Llama4.from_pretrained(tmp_path / "quantised", dtype="float32", progress=False).model
+    quantize(directory, tmp_path / "quantized", scheme, progress=False)
+    ours = Llama4.from_pretrained(tmp_path / "quantized", dtype="float32", progress=False).model
     on_load = Llama4.from_pretrained(directory, dtype="float32", quantization=scheme, progress=False).model
     assert torch.equal(ours(IDS), on_load(IDS))
-    assert_equal(ours, theirs(tmp_path / "quantised"))
+    assert_equal(ours, theirs(tmp_path / "quantized"))
 
 
 def test_a_family_that_nobody_registered(tmp_path: Path) -> None:

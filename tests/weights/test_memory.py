@@ -110,7 +110,7 @@ def test_no_map_is_left(directory: Path) -> None:
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_what_is_copied_though_it_could_be_mapped(directory: Path, scheme: str | None) -> None:
-    """The head, and all that a quantised model multiplies with; of embeddings a token reads one row."""
+    """The head, and all that a quantized model multiplies with; of embeddings a token reads one row."""
     llm = Llama4.from_pretrained(directory, quantization=scheme, dtype="bfloat16", progress=False)
     held = {name: memory._regions.contains(p) for name, p in llm.model.named_parameters()}
     assert held["language_model.lm_head.weight"]

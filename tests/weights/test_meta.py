@@ -275,7 +275,7 @@ print(peak - before)
 
 
 def in_fp8(directory: Path, ranks: int) -> Path:
-    """Routed experts of the middle layers as Meta's quantiser leaves them: each rank rounds the rows of its transposed
+    """Routed experts of the middle layers as Meta's quantizer leaves them: each rank rounds the rows of its transposed
     matrices, lays the codes down as the weights lay, and names the scales after its own model's parameters."""
     names = {"w1": "moe_w_in_eD_F", "w3": "moe_w_swiglu_eD_F", "w2": "moe_w_out_eF_D"}
     for rank in range(ranks):
@@ -308,8 +308,8 @@ def test_experts_in_fp8(tmp_path: Path, kind: bool, reference: ReferenceModel, r
     directory = in_fp8(write_meta(tmp_path / "meta", reference, params(kind), ranks), ranks)
     llm = Llama4.from_pretrained(directory, dtype="float32", progress=False)
     layers = [layer.feed_forward for layer in small_model.layers(llm.model)]
-    quantised = [i for i, layer in enumerate(layers) if "Packed" in type(getattr(layer, "experts", None)).__name__]
-    assert quantised == ([1] if kind else [1, 2])
+    quantized = [i for i, layer in enumerate(layers) if "Packed" in type(getattr(layer, "experts", None)).__name__]
+    assert quantized == ([1] if kind else [1, 2])
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(4))
     truth = torch.zeros(12, 64, dtype=torch.float64)
     for rank in range(ranks):
@@ -409,9 +409,9 @@ class TestDamage:
             ({"step": 3}, "'step' in .* is a int, no tensor"),
             (
                 {"norm.weight": torch.zeros(64).to(torch.float8_e4m3fn)},
-                "is quantised .*float8_e4m3fn.* bf16 checkpoint",
+                "is quantized .*float8_e4m3fn.* bf16 checkpoint",
             ),
-            ({"norm.weight": torch.zeros(64, dtype=torch.int8)}, "is quantised .*int8.* bf16 checkpoint"),
+            ({"norm.weight": torch.zeros(64, dtype=torch.int8)}, "is quantized .*int8.* bf16 checkpoint"),
         ],
         ids=["list", "number", "fp8", "int8"],
     )

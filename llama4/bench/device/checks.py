@@ -21,8 +21,8 @@ from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import BACKENDS
 from llama4.quantization.formats import FORMATS
-from llama4.quantization.modules import PackedExperts
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.weight import QuantizedWeight
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, is_right
 
 BOUNDS = {"loop": 1e-2, "grouped": 1e-2, "megablocks": 1e-2, "int8": 1e-2, "int4": 1e-2, "fp8": 6e-2}
@@ -90,9 +90,9 @@ def _kernel(record: Record, kind: str, rows: int) -> Figures:
     return _held(workload.relative(y, torch.cat(parts)), 1e-5)
 
 
-def _packed_matrices(kind: str, E: int, O: int, I: int, device: torch.device) -> PackedWeight:  # noqa: E741
+def _packed_matrices(kind: str, E: int, O: int, I: int, device: torch.device) -> QuantizedWeight:  # noqa: E741
     with torch.device("meta"):
-        module = PackedWeight(FORMATS[kind](64 if kind == "int4" else None), (E, O, I))
+        module = QuantizedWeight(FORMATS[kind](64 if kind == "int4" else None), (E, O, I))
     workload.fill(module, lambda name: device)
     return module
 
@@ -135,13 +135,13 @@ def _experts(record: Record, name: str, scheme: str | None) -> None:
 
 def reference(experts: nn.Module, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     """The experts in float64, one after the other."""
-    is_fp8 = isinstance(experts, PackedExperts) and experts.gate_up_proj.format.kind == "fp8"
+    is_fp8 = isinstance(experts, QuantizedExperts) and experts.gate_up_proj.format.kind == "fp8"
     rounded: Callable[[Tensor], Tensor] = _as_fp8 if is_fp8 else nn.Identity()
     outputs = []
     for expert, part in enumerate(x_RD.double().split(counts_E.tolist())):
         if not len(part):
             continue
-        if isinstance(experts, PackedExperts):
+        if isinstance(experts, QuantizedExperts):
             gate_up = experts.gate_up_proj.dequantize(expert).double().mT
             down = experts.down_proj.dequantize(expert).double().mT
         else:

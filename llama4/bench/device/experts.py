@@ -46,7 +46,7 @@ def run(record: Record) -> None:
     for preset in ("scout", "maverick"):
         text = workload.text_config(preset, layers=4, dry=record.dry)
         table.add(text)
-        _unquantised(record, text, tokens, table)
+        _unquantized(record, text, tokens, table)
         for scheme in SCHEMES:
             _packed(record, text, scheme, tokens, table)
 
@@ -97,7 +97,7 @@ class Table:
         unfinished.replace(self.path)
 
 
-def _unquantised(record: Record, text: TextConfig, tokens: tuple[int, ...], table: Table) -> None:
+def _unquantized(record: Record, text: TextConfig, tokens: tuple[int, ...], table: Table) -> None:
     E, device = text.num_local_experts, record.device
     made: list[MixtureOfExperts] = []
 
@@ -222,11 +222,11 @@ def _beside_transformers(
 ) -> Figures:
     """Router, experts and shared expert, ours with the grouped product, and transformers', which computes every expert
     for every token."""
-    from llama4.bench.device import transformers_peer
+    from llama4.bench.device import transformers_baseline
 
     x_ND = torch.randn(tokens, text.hidden_size, device=record.device).bfloat16()
     layer = made()
-    theirs = transformers_peer.moe_layer(layer, text)
+    theirs = transformers_baseline.moe_layer(layer, text)
     loop = layer.experts
     layer.experts = made_grouped()  # type: ignore[assignment]
     try:

@@ -109,7 +109,7 @@ def _ask_for(product: Product) -> None:
     kind, O, I = product.kind, product.outputs, product.inputs  # noqa: E741
     leading = (product.experts,) if product.experts else ()
     row = I // 8 if kind == "int4" else I
-    codes = torch.empty(*leading, O, row, dtype=workload.CODES_DTYPE[kind], device="meta")
+    codes = torch.empty(*leading, O, row, dtype=workload.VALUES_DTYPE[kind], device="meta")
     scales = torch.empty(*leading, O, I // product.group if product.group else 1, dtype=torch.bfloat16, device="meta")
     is_fp8 = kind == "fp8"
     launch.product(

@@ -15,7 +15,7 @@ from llama4.bench.device.runner import Result
 from llama4.bench.report import table
 
 TARGETS = (
-    ("scout-48", "decode, batch 1, graph", "share_of_floor", 0.6),
+    ("scout-48", "decode, batch 1, graph", "roofline_share", 0.6),
     ("scout-4", "bfloat16: prompt of 2048", "share_of_gemm", 0.6),
     ("scout-4", "fp8: prompt of 2048", "times_bfloat16", 1.3),
     ("scout-4", "transformers: prompt of 2048", "times_slower", 5.0),

@@ -194,9 +194,9 @@ def _transformers(record: Record, subject: Subject, tokens: int, milliseconds: d
 
     def peer() -> object:
         if not made:
-            from llama4.bench.device import transformers_peer
+            from llama4.bench.device import transformers_baseline
 
-            made.append(transformers_peer.Peer(subject.get()[0]))
+            made.append(transformers_baseline.Peer(subject.get()[0]))
         return made[0]
 
     def prompt() -> Figures:

@@ -1,4 +1,4 @@
-"""Models and layers with random weights, made where they are used: nothing is loaded, and nothing is quantised.
+"""Models and layers with random weights, made where they are used: nothing is loaded, and nothing is quantized.
 
 This is where the steps meet the rest of the library.
 
@@ -23,12 +23,12 @@ from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.plan import QuantizationPlan, make_plan
-from llama4.quantization.weight import PackedWeight
+from llama4.quantization.weight import QuantizedWeight
 from llama4.vision.config import VisionConfig
 
 CODES_STD = {"int4": 4.6, "int8": 74.0, "fp8": 64.0}
-"""Standard deviation of the quantised values that `fill` draws."""
-CODES_DTYPE = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.uint8}
+"""Standard deviation of the quantized values that `fill` draws."""
+VALUES_DTYPE = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.uint8}
 SMALL_VISION = VisionConfig(
     hidden_size=64,
     num_hidden_layers=2,
@@ -85,7 +85,7 @@ def build(
     experts: str = "auto",
     place: Callable[[str], torch.device] | None = None,
 ) -> tuple[Llama4Model, QuantizationPlan]:
-    """A model in bfloat16 with random weights, and which of them are quantised.
+    """A model in bfloat16 with random weights, and which of them are quantized.
 
     Args:
         experts: a backend's name; "auto" is the grouped product on a GPU, else the loop.
@@ -105,12 +105,12 @@ def build(
 @torch.no_grad()
 def fill(model: nn.Module, place: Callable[[str], torch.device]) -> None:
     """Allocate the parameters of a model on the meta device, and draw them: weights with variance 1 / inputs, so that
-    nothing overflows, and quantised values from all that there are."""
+    nothing overflows, and quantized values from all that there are."""
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(full))
-            if isinstance(module, PackedWeight) and name != "bias":
+            if isinstance(module, QuantizedWeight) and name != "bias":
                 _fill_packed(module, name, values)
                 module.set_part(name, values)
                 continue
@@ -136,8 +136,8 @@ def _normal(values: Tensor, std: float) -> None:
         part.copy_(parts[0][: len(part)])
 
 
-def _fill_packed(module: PackedWeight, part: str, values: Tensor) -> None:
-    if part == "weight_scale":  # powers of two, by which quantised values are multiplied exactly
+def _fill_packed(module: QuantizedWeight, part: str, values: Tensor) -> None:
+    if part == "weight_scale":  # powers of two, by which quantized values are multiplied exactly
         middle = -math.log2(CODES_STD[module.format.kind] * module.shape[-1] ** 0.5)
         powers = torch.randint(-1, 2, values.shape, device=values.device) + round(middle)
         values.copy_(torch.exp2(powers.float()))
@@ -152,7 +152,7 @@ def _fill_packed(module: PackedWeight, part: str, values: Tensor) -> None:
 
 
 def moe_layer(text: TextConfig, device: torch.device, scheme: str | None = None) -> MixtureOfExperts:
-    """Router, routed experts and shared expert of one layer; unquantised ones with the backend "loop"."""
+    """Router, routed experts and shared expert of one layer; unquantized ones with the backend "loop"."""
     one = replace(text, num_hidden_layers=1, vocab_size=64, moe_layers=(0,), layer_types=None, no_rope_layers=None)
     model, _ = build(Llama4Config(text=one, vision=None, image_token_index=-1), device, scheme, "loop")
     layer = model.language_model.model.layers[0].feed_forward
@@ -203,7 +203,7 @@ def shares(work: roofline.Work, seconds: float, rates: Mapping[str, Any], kind: 
     if not memory or not product:
         return {}
     floor = max(work.flops / product, work.bytes / memory)
-    return {"share_of_floor": floor / seconds, "share_of_gemm": work.flops / product / seconds}
+    return {"roofline_share": floor / seconds, "share_of_gemm": work.flops / product / seconds}
 
 
 def relative(a: Tensor, b: Tensor) -> float:

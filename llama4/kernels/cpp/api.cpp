@@ -1,6 +1,6 @@
-// What Python calls (llama4/kernels/abi.py): functions by name and dtype of their rows, with the types of their arguments; and
-// the numbers on which both sides must agree. Python compares all of them when it loads the library. Formats have their numbers
-// here; Python reads them.
+// What Python calls (llama4/kernels/abi.py): functions by name and dtype of their rows, with the types of their
+// arguments; and the numbers on which both sides must agree. Python compares all of them when it loads the library.
+// Formats have their numbers here; Python reads them.
 
 #include <cstddef>
 #include <iterator>
@@ -77,19 +77,20 @@ void greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
 
 // One query per sequence.
 template <class X>
-void attend(const X* q, const char* const* table, long width, const long* lengths, long B, long H, long K, long C,
+void attend(const X* q, const char* const* block_table, long width, const long* lengths, long B, long H, long K, long C,
             long format, X* y) {
   float* parts = scratch<float, Use::partial_results>(attention_floats(lengths, B, H, C));
   CacheFormats<X>::visit(format, [&](auto cache) {
 #pragma omp parallel
-    ::attend<decltype(cache)>(q, table, width, lengths, Sequences{nullptr, B}, H, K, C, parts, y);
+    ::attend<decltype(cache)>(q, block_table, width, lengths, Sequences{nullptr, B}, H, K, C, parts, y);
   });
 }
 
 template <class X>
 void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
                    long C, long format, X* y) {
-  CacheFormats<X>::visit(format, [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
+  CacheFormats<X>::visit(format,
+                         [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
 }
 
 template <class X>
@@ -120,8 +121,8 @@ Function function(const char* name, const char* dtype, void (*f)(Arguments...)) 
 
 #define BOTH_DTYPES(name) function(#name, "float32", name<float>), function(#name, "bfloat16", name<bf16>)
 const Function functions[] = {
-    BOTH_DTYPES(linear),       BOTH_DTYPES(experts),       BOTH_DTYPES(quantize_int4), BOTH_DTYPES(rms_norm),
-    BOTH_DTYPES(apply_rope),   BOTH_DTYPES(swiglu),        BOTH_DTYPES(greedy_token),  BOTH_DTYPES(attend),
+    BOTH_DTYPES(linear),        BOTH_DTYPES(experts), BOTH_DTYPES(quantize_int4), BOTH_DTYPES(rms_norm),
+    BOTH_DTYPES(apply_rope),    BOTH_DTYPES(swiglu),  BOTH_DTYPES(greedy_token),  BOTH_DTYPES(attend),
     BOTH_DTYPES(attend_causal), BOTH_DTYPES(decode),
 };
 
@@ -176,20 +177,20 @@ const Constant constants[] = {
     FIELD(LayerStep, rotations),
     FIELD(LayerStep, temperatures),
     FIELD(LayerStep, lengths),
-    FIELD(LayerStep, table),
+    FIELD(LayerStep, block_table),
     FIELD(LayerStep, width),
     FIELD(LayerStep, format),
     SIZE(Tokens),
     FIELD(Tokens, ids),
-    FIELD(Tokens, starts),
+    FIELD(Tokens, sequence_starts),
     FIELD(Tokens, outputs),
     FIELD(Tokens, B),
     FIELD(Tokens, num_outputs),
     FIELD(Tokens, logits),
     FIELD(Tokens, greedy),
     FIELD(Tokens, logprobs),
-    MEMBER(Layout, OUT_IN, OUT_IN),
-    MEMBER(Layout, IN_OUT, IN_OUT),
+    MEMBER(MatrixLayout, OUT_IN, OUT_IN),
+    MEMBER(MatrixLayout, IN_OUT, IN_OUT),
     NUMBER(max_gemv_rows),
     NUMBER(max_head_dim),
     NUMBER(lanes),

@@ -14,12 +14,12 @@ namespace {
 
 constexpr int max_queries = 5;  // that meet keys at once: as many as the Llama 4 models have per key head
 
-// Which of the N new tokens belong to which sequence: those of sequence b are starts[b] to starts[b + 1] - 1. Without
-// `starts` each sequence has one.
+// Which of the N new tokens belong to which sequence: those of sequence b are sequence_starts[b] to
+// sequence_starts[b + 1] - 1. Without `sequence_starts` each sequence has one.
 struct Sequences {
-  const long* starts;
+  const long* sequence_starts;
   long B;
-  long begin(long b) const { return starts ? starts[b] : b; }
+  long begin(long b) const { return sequence_starts ? sequence_starts[b] : b; }
   long end(long b) const { return begin(b + 1); }
   long N() const { return begin(B); }
 };
@@ -31,8 +31,8 @@ void prefetch_rows(const Head<F>& head, long s) {
   for (long line = 0; line < 16 * head.row_bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-// Dot products of Q queries with 16 keys, [Q] vectors. `step` numbers of a key or query are read at a time. Four keys go
-// together, so that what is read of a query serves four, and sums stay in registers.
+// Dot products of Q queries with 16 keys, [Q] vectors. `step` numbers of a key or query are read at a time. Four keys
+// go together, so that what is read of a query serves four, and sums stay in registers.
 template <int Q, int step, class Key, class Query>
 void dot_16_keys(long C, const Key& key, const Query& query, f32x16* dots) {
   f32x16 fours[Q][4];
@@ -48,15 +48,14 @@ void dot_16_keys(long C, const Key& key, const Query& query, f32x16* dots) {
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < Q; i++)
-      fours[i][t] = fold<4>(fold<8>(own[i][0], own[i][2]), fold<8>(own[i][1], own[i][3]));
+    for (int i = 0; i < Q; i++) fours[i][t] = fold<4>(fold<8>(own[i][0], own[i][2]), fold<8>(own[i][1], own[i][3]));
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Q; i++) dots[i] = horizontal_sums<2>(fours[i]);
 }
 
-// sums += weights of Q queries times n values, `together` of them at a time; planes(t, to) reads some of their numbers. The
-// first time it prefetches the keys of the next head, which is read next.
+// sums += weights of Q queries times n values, `together` of them at a time; planes(t, to) reads some of their numbers.
+// The first time it prefetches the keys of the next head, which is read next.
 template <int Q, int together, class Plane, int planes, class F, class Read, class Weight>
 void add_values(long n, const Head<F>& keys, bool is_first, const Read& read, const Weight& weight,
                 f32x16 (&sums)[Q][planes]) {
@@ -73,7 +72,8 @@ void add_values(long n, const Head<F>& keys, bool is_first, const Read& read, co
   }
 }
 
-// Scores of n keys become weights e^(score - most), zero behind them up to a multiple of 16. -> most, sum of the weights
+// Scores of n keys become weights e^(score - most), zero behind them up to a multiple of 16. -> most, sum of the
+// weights
 inline std::pair<float, float> softmax_weights(float* scores, long n) {
   const long width = (n + 15) / 16 * 16;
   std::fill(scores + n, scores + width, -INFINITY);
@@ -88,8 +88,8 @@ inline std::pair<float, float> softmax_weights(float* scores, long n) {
   return {most, horizontal_sum(total)};
 }
 
-// Q queries, divided by sqrt(C), against n keys and values of a block. Of each query, `part` floats apart: the weighted sums
-// of values [C], `most`, and the sum of the weights. `scores` is memory for [Q, 256].
+// Q queries, divided by sqrt(C), against n keys and values of a block. Of each query, `part` floats apart: the weighted
+// sums of values [C], `most`, and the sum of the weights. `scores` is memory for [Q, 256].
 template <int Q, class F>
 void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, long n, long C, float* scores, float* out,
                   long part) {
@@ -105,7 +105,8 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
   for (int i = 0; i < Q; i++) {
     float* own = scores + i * block_slots;
     std::tie(out[i * part + C], out[i * part + C + 1]) = softmax_weights(own, n);
-    for (long s = 0; F::scaled && s < n; s += 16) store(own + s, load<f32x16>(own + s) * load_floats(values.scales + s));
+    for (long s = 0; F::scaled && s < n; s += 16)
+      store(own + s, load<f32x16>(own + s) * load_floats(values.scales + s));
   }
   const auto add = [&](auto planes, long c) {
     constexpr int P = planes;
@@ -125,7 +126,8 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
 }
 
 #ifdef __AVX512BF16__
-// The same for queries, not yet divided, keys and values of bfloat16, two numbers to a sum. The weights are rounded, too.
+// The same for queries, not yet divided, keys and values of bfloat16, two numbers to a sum. The weights are rounded,
+// too.
 template <int Q>
 void attend_block(const bf16* q, const Head<Unquantized<bf16>>& keys, const Head<Unquantized<bf16>>& values, long n,
                   long C, float* scores, float* out, long part) {
@@ -189,12 +191,13 @@ inline long attention_floats(const long* lengths, long N, long H, long C) {
   return N * H * blocks_for(*std::max_element(lengths, lengths + N)) * part_floats(C);
 }
 
-// y [N, H, C] of queries [N, H, C]. Token n sees the first lengths[n] tokens of its sequence, its own included, which are in the
-// blocks that table[b * width] and what follows point to. A task is a block of a sequence and a key head; last blocks, which
-// may be short, come first, when tasks are handed out in large portions. `parts` is memory for attention_floats. Of a team.
+// y [N, H, C] of queries [N, H, C]. Token n sees the first lengths[n] tokens of its sequence, its own included, which
+// are in the blocks that block_table[b * width] and what follows point to. A task is a block of a sequence and a key
+// head; last blocks, which may be short, come first, when tasks are handed out in large portions. `parts` is memory for
+// attention_floats. Of a team.
 template <class F, class X>
-void attend(const X* q, const char* const* table, long width, const long* lengths, const Sequences& sequences, long H,
-            long K, long C, float* parts, X* y) {
+void attend(const X* q, const char* const* block_table, long width, const long* lengths, const Sequences& sequences,
+            long H, long K, long C, float* parts, X* y) {
   const long N = sequences.N(), group = H / K, part = part_floats(C);
   const long blocks = blocks_for(*std::max_element(lengths, lengths + N));
   float* queries = scratch<float, Use::attention_queries>(max_queries * C);
@@ -205,7 +208,7 @@ void attend(const X* q, const char* const* table, long width, const long* length
     for (long token = sequences.begin(b); token < sequences.end(b); token++) {
       const long n = std::min(lengths[token] - block * block_slots, block_slots);
       if (n <= 0) continue;
-      const char* memory = table[b * width + block];
+      const char* memory = block_table[b * width + block];
       const Head<F> keys = head_of<F>(memory, k, K, C), values = head_of<F>(memory, K + k, K, C);
       const auto attend_queries = [&](auto count, long first) {
         const long head = token * H + k * group + first;
@@ -217,10 +220,8 @@ void attend(const X* q, const char* const* table, long width, const long* length
           store(queries + i, load_floats(q + head * C + i) * (1 / __builtin_sqrtf(C)));
         attend_block<count>(queries, keys, values, n, C, scores, out, blocks * part);
       };
-      if (group == max_queries)
-        attend_queries(std::integral_constant<int, max_queries>(), 0);
-      else
-        for_each_four(group, attend_queries);
+      if (group == max_queries) attend_queries(std::integral_constant<int, max_queries>(), 0);
+      else for_each_four(group, attend_queries);
     }
   }
   barrier();

@@ -1,8 +1,8 @@
-// A step of the decoder, from token ids to logits, in one call: what the modules of llama4/model/ compute, in the same order
-// and precision, without the microseconds that Python and torch spend between two products.
+// A step of the decoder, from token ids to logits, in one call: what the modules of llama4/model/ compute, in the same
+// order and precision, without the microseconds that Python and torch spend between two products.
 //
-// Shapes: N tokens of B sequences, D hidden size, H query heads, K key heads, C head_dim, E experts, k experts per token,
-// R = N k routed rows, F expert or MLP width, V vocabulary.
+// Shapes: N tokens of B sequences, D hidden size, H query heads, K key heads, C head_dim, E experts, k experts per
+// token, R = N k routed rows, F expert or MLP width, V vocabulary.
 
 #pragma once
 
@@ -29,30 +29,30 @@ struct Decoder {
   double eps;
 };
 
-// What a layer needs to know of the tokens of several steps to come: rotations [steps, N, C] and temperatures [steps, N], if
-// it has them; how many tokens of its sequence, or chunk, each token sees, itself included, [steps, N]; and the blocks of each
-// sequence, or its chunk, [B, width].
+// What a layer needs to know of the tokens of several steps to come: rotations [steps, N, C] and temperatures [steps,
+// N], if it has them; how many tokens of its sequence, or chunk, each token sees, itself included, [steps, N]; and the
+// blocks of each sequence, or its chunk, [B, width].
 struct LayerStep {
   const float *rotations, *temperatures;
   const long* lengths;
-  char* const* table;
+  char* const* block_table;
   int64_t width, format;
 };
 
 // Tokens of a step and what is wanted of them. The tokens of a sequence are consecutive and see each other causally; in
 // chunked layers all of them are in one chunk. Their keys and values are written first, and read from the cache.
 struct Tokens {
-  const long* ids;      // [N]
-  const long* starts;   // [B + 1], where sequences begin among the tokens; nullptr: each has one
-  const long* outputs;  // [num_outputs], tokens whose logits are wanted; nullptr: the first ones
+  const long* ids;              // [N]
+  const long* sequence_starts;  // [B + 1], where sequences begin among the tokens; nullptr: each has one
+  const long* outputs;          // [num_outputs], tokens whose logits are wanted; nullptr: the first ones
   int64_t B, num_outputs;
   void* logits;     // [num_outputs, V]
   long* greedy;     // [num_outputs], the index of the largest logit, of equals the first
   float* logprobs;  // [num_outputs], its log_softmax
 };
 
-// Memory that a team shares: each buffer is written and read by all threads, with a barrier between. Routed rows come first,
-// those of the shared expert behind them.
+// Memory that a team shares: each buffer is written and read by all threads, with a barrier between. Routed rows come
+// first, those of the shared expert behind them.
 template <class X>
 struct StepMemory {
   X *q, *k, *v, *heads, *gate_up, *inner, *out, *normed, *routed;
@@ -84,7 +84,7 @@ struct StepMemory {
   }
 };
 
-// The k largest logits, of equals the lowest index first, and their sigmoid.
+// The k largest logits, the lowest index on ties, and their sigmoid.
 inline void choose_experts(const float* logits, long E, long k, long* experts, float* scores) {
   for (long i = 0; i < k; i++) {
     long best = -1;
@@ -104,7 +104,8 @@ struct Routes {
     scores = scratch<float, Use::step_scores>(R);
     for (long n = 0; n < N; n++) choose_experts(logits + n * E, E, k, experts + n * k, scores + n * k);
     for (long i = 0; i < R; i++) choices[i] = i;
-    std::sort(choices, choices + R, [&](long i, long j) { return std::pair(experts[i], i) < std::pair(experts[j], j); });
+    std::sort(choices, choices + R,
+              [&](long i, long j) { return std::pair(experts[i], i) < std::pair(experts[j], j); });
     for (long i = 0; i < R; i++) rows[choices[i]] = i;
     for (long n = 0; n < N; n++) std::sort(rows + n * k, rows + (n + 1) * k);
   }
@@ -124,8 +125,8 @@ void add(float* to, const X* from, long count) {
   for (long i = 0; i < count; i += 16) store(to + i, load<f32x16>(to + i) + load_floats(from + i));
 }
 
-// The step of a team, every thread of which calls run(). Of few tokens each thread keeps a residual stream of its own and adds
-// to it what all of them computed, which saves barriers; of many they share one.
+// The step of a team, every thread of which calls run(). Of few tokens each thread keeps a residual stream of its own
+// and adds to it what all of them computed, which saves barriers; of many they share one.
 template <class X>
 class DecoderStep {
   const Decoder& d;
@@ -177,11 +178,11 @@ class DecoderStep {
         if (rotation || l.qk_eps >= 0 || temperature != 1) apply_rope(own, C, rotation, l.qk_eps, temperature, own);
         if (k < 0) continue;
         const long slot = lengths[n] - 1;
-        char* block = s.table[m.sequence_of[n] * s.width + slot / block_slots];
+        char* block = s.block_table[m.sequence_of[n] * s.width + slot / block_slots];
         write_head<F>(block, slot % block_slots, k, K, C, own);
         write_head<F>(block, slot % block_slots, K + k, K, C, m.v + (n * K + k) * C);
       }
-      attend<F>(m.q, s.table, s.width, lengths, sequences, H, K, C, m.workspace.partial, m.heads);
+      attend<F>(m.q, s.block_table, s.width, lengths, sequences, H, K, C, m.workspace.partial, m.heads);
     });
     barrier();
     multiply(work, {{l.o, m.out}}, m.heads, N, m.workspace);
@@ -189,8 +190,8 @@ class DecoderStep {
     for_rows(N, [&](long n) { add(h + n * D, m.out + n * D, D); });
   }
 
-  // The experts, if there are any, and the shared one beside them; or the dense MLP. Threads' shares of experts in x out are
-  // fixed; what follows is shared by work stealing, which makes up for threads that are late.
+  // The experts, if there are any, and the shared one beside them; or the dense MLP. Threads' shares of experts in x
+  // out are fixed; what follows is shared by work stealing, which makes up for threads that are late.
   void feed_forward(const Layer& l, const X* x, float* h) {
     const StepMemory<X>& m = memory;
     if (l.router) {
@@ -204,8 +205,7 @@ class DecoderStep {
     for_rows(R, [&](long i) {
       const long choice = routes.choices[i];
       const X* from = x + choice / routes.k * D;
-      for (long d = 0; d < D; d += 16)
-        store_floats(routed + i * D + d, load_floats(from + d) * routes.scores[choice]);
+      for (long d = 0; d < D; d += 16) store_floats(routed + i * D + d, load_floats(from + d) * routes.scores[choice]);
     });
     X *gate = m.gate_up + R * 2 * F_expert, *up = gate + N * F, *inner = m.inner + R * F_expert, *out = m.out + R * D;
     const auto multiply_experts = [&](const Matrix& a, const X* rows, X* y) {
@@ -215,9 +215,8 @@ class DecoderStep {
     };
     const auto finish_experts = [&](const Matrix& a, X* y) {
       if (!R || a.layout != IN_OUT) return;
-      routes.for_each_expert([&](long, long i, long count) {
-        finish_product(a, count, m.workspace.from(a, i), y + i * a.O);
-      });
+      routes.for_each_expert(
+          [&](long, long i, long count) { finish_product(a, count, m.workspace.from(a, i), y + i * a.O); });
       barrier();
     };
     multiply_experts(l.gate_up, routed, m.gate_up);
@@ -243,7 +242,7 @@ class DecoderStep {
         layer_steps(layer_steps),
         step(step),
         tokens(tokens),
-        sequences{tokens.starts, tokens.B},
+        sequences{tokens.sequence_starts, tokens.B},
         N(sequences.N()),
         D(d.head.I),
         shares_rows(N > max_gemv_rows),

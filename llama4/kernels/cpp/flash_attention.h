@@ -9,8 +9,8 @@
 
 namespace {
 
-// Some queries of one key head, on their way through the keys, 256 at a time: sums of values weighted by 2^(score - most), of
-// which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).
+// Some queries of one key head, on their way through the keys, 256 at a time: sums of values weighted by 2^(score -
+// most), of which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).
 template <class X>
 struct QueryTile {
   static constexpr int per_word = numbers_per_word<X>;
@@ -86,14 +86,15 @@ struct QueryTile {
     if constexpr (words == 2) {
       using u16x32 = uint16_t __attribute__((vector_size(64)));
       u16x32 halves = (u16x32)v;
-      return (u32x16)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
-                                             9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      return (u32x16)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                             24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 #endif
     return v;
   }
 
-  // n scores of a row, of which it sees the first `seen`, become weights; what it summed so far is scaled to the new `most`.
+  // n scores of a row, of which it sees the first `seen`, become weights; what it summed so far is scaled to the new
+  // `most`.
   template <bool scaled>
   void softmax_row(long row, float* own, long seen, long n, Word* out) {
     const float factor = 1.44269504f / __builtin_sqrtf(C);  // to powers of two
@@ -109,8 +110,7 @@ struct QueryTile {
     }
     f32x16 all{};
     for (long s = 0; s < n; s += 16) {
-      f32x16 weight =
-          seen > 0 ? exp2_nonpositive<per_word == 2>(load<f32x16>(own + s) * factor - now) : f32x16{};
+      f32x16 weight = seen > 0 ? exp2_nonpositive<per_word == 2>(load<f32x16>(own + s) * factor - now) : f32x16{};
       all += weight;
       store_floats((Number*)out + s, scaled ? weight * load<f32x16>(value_scales + s) : weight);
     }
@@ -118,8 +118,8 @@ struct QueryTile {
   }
 };
 
-// y [N, H, C] of queries [N, H, C], each of which sees `past` tokens in blocks and of the new keys and values [N, K, C] those up
-// to its own.
+// y [N, H, C] of queries [N, H, C], each of which sees `past` tokens in blocks and of the new keys and values [N, K, C]
+// those up to its own.
 template <class F, class X>
 void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
                    long C, X* y) {

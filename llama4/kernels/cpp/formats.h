@@ -1,8 +1,8 @@
 // Formats of a matrix W [O, I] whose rows are read in order: how a block of a row becomes vectors ("planes").
 //
-// A block is 64 bytes or fewer of a row, `inputs` numbers. read(o, block, planes) gives them as `planes` vectors of 16 floats
-// or 32 bfloat16. Input place(plane, lane) of the block stands in that lane of that plane; `run` inputs are neighbours
-// there, too. Where a format is `grouped`, its scales are for groups of inputs, and it applies them itself.
+// A block is 64 bytes or fewer of a row, `inputs` numbers. read(o, block, planes) gives them as `planes` vectors of 16
+// floats or 32 bfloat16. Input place(plane, lane) of the block stands in that lane of that plane; `run` inputs are
+// neighbours there, too. Where a format is `grouped`, its scales are for groups of inputs, and it applies them itself.
 //
 // To add a quantized format: a struct here that says
 //   name, multiple   as Python knows it, and of what its inputs are a multiple, whatever the dtype of x and the machine
@@ -69,8 +69,8 @@ inline f32x16 read_int4(u32x16 words, int place) {
   return __builtin_convertvector((i32x16)(words >> (4 * place) & 15) - 8, f32x16);
 }
 
-// Eight to a word, and a scale for every 32, 64 or a multiple of 128 inputs. 16 outputs are interleaved: 32 inputs (16 bytes)
-// of each, then the next 32 of each; and a scale of each, then the next.
+// Eight to a word, and a scale for every 32, 64 or a multiple of 128 inputs. 16 outputs are interleaved: 32 inputs (16
+// bytes) of each, then the next 32 of each; and a scale of each, then the next.
 struct Int4 {
   using Plane = f32x16;
   static constexpr const char* name = "int4";

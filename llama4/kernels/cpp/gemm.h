@@ -1,7 +1,8 @@
-// Products of many rows, x [N, I] with W: sums of a tile of 8 rows by 32 outputs stay in registers, W is packed in panels.
+// Products of many rows, x [N, I] with W: sums of a tile of 8 rows by 32 outputs stay in registers, W is packed in
+// panels.
 //
-// Operands are words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 that are neighbours along
-// the inputs and whose products go to the same sum.
+// Operands are words of 32 bits: a float, or, where the machine multiplies them so, two bfloat16 that are neighbours
+// along the inputs and whose products go to the same sum.
 
 #pragma once
 
@@ -25,8 +26,7 @@ using WordNumber = std::conditional_t<numbers_per_word<X> == 2, bf16, float>;
 template <int per_word>
 f32x16 multiply_add_words(f32x16 sums, Word a, const Word* b) {
 #ifdef __AVX512BF16__
-  if constexpr (per_word == 2)
-    return multiply_add(sums, bf16x32{_mm512_set1_epi32(a)}, bf16x32{_mm512_loadu_si512(b)});
+  if constexpr (per_word == 2) return multiply_add(sums, bf16x32{_mm512_set1_epi32(a)}, bf16x32{_mm512_loadu_si512(b)});
 #endif
   return sums + __builtin_bit_cast(float, a) * load<f32x16>(b);
 }
@@ -83,10 +83,8 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
 template <int per_word>
 void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
   for (long j = 0; j < n; j += 32)
-    if (j + 16 < n)
-      add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
-    else
-      add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    if (j + 16 < n) add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    else add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
 }
 
 // ---- packing: a strip is 32 outputs of W, as [I, 32] in words along the inputs
@@ -101,10 +99,10 @@ void pack_row(const X* row, [[maybe_unused]] long O, long strips, long words, Wo
     if constexpr (numbers_per_word<X> == 2) {
       using u16x32 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
       u16x32 a = load<u16x32>(row), b = load<u16x32>(row + O);
-      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
-                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
-      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56,
-                                             25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
+                                        42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24,
+                                             56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
       continue;
     }
 #endif
@@ -172,8 +170,8 @@ const Word* arrange_words(const X* x, long count, WordNumber<X>* to) {
 constexpr long large_panel = 256 << 10, small_panel = 32 << 10;  // bytes
 
 // y = x W for at least 8 rows of x, in words. W comes in panels of `depth` words by as many strips as `bytes` hold:
-// pack(o, strips, k, depth, to) packs one from output o and word k on; prefetch(o, strips, k, tile, tiles) says which part of
-// the next panel to prefetch during a tile of this one. Outputs and rows may have scales. Of a team.
+// pack(o, strips, k, depth, to) packs one from output o and word k on; prefetch(o, strips, k, tile, tiles) says which
+// part of the next panel to prefetch during a tile of this one. Outputs and rows may have scales. Of a team.
 template <class X, class Pack, class PrefetchOf>
 void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const Pack& pack, const PrefetchOf& prefetch,
           Scales scales, const float* row_scales, X* y) {
@@ -199,7 +197,8 @@ void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const P
           Prefetch ahead;
           if (next_begin < strips)
             ahead = prefetch(next_begin * strip, panel, is_last ? 0 : k + depth, n * tiles + tile, count * tiles);
-          add_tile<per_word, 2, rows>(x + first * words + k, words, w + n * deep * strip, strip, deep, own, strip, ahead);
+          add_tile<per_word, 2, rows>(x + first * words + k, words, w + n * deep * strip, strip, deep, own, strip,
+                                      ahead);
           for (long r = 0; r < rows && is_last; r++)
             for (int j = 0; j < 2; j++) {
               const float factor = row_scales ? row_scales[first + r] : 1;
@@ -208,17 +207,15 @@ void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const P
             }
         };
         for (long tile = 0; tile < tiles; tile++)  // the last may overlap the one before: each has sums of its own
-          if (N - tile * most <= half)
-            add(std::integral_constant<int, half>(), N - half, tile);
-          else
-            add(std::integral_constant<int, most>(), std::min(tile * most, N - most), tile);
+          if (N - tile * most <= half) add(std::integral_constant<int, half>(), N - half, tile);
+          else add(std::integral_constant<int, most>(), std::min(tile * most, N - most), tile);
       }
     }
   }
 }
 
-// y = x W for W [I, O]. With few rows a panel is used few times, and is best where it is nearest; with many, sums that leave
-// registers cost more.
+// y = x W for W [I, O]. With few rows a panel is used few times, and is best where it is nearest; with many, sums that
+// leave registers cost more.
 template <class X>
 void gemm_in_out(const Word* x, long N, long I, long O, const X* w, X* y) {
   constexpr int per_word = numbers_per_word<X>;
@@ -240,8 +237,8 @@ void gemm_in_out(const Word* x, long N, long I, long O, const X* w, X* y) {
 
 // y = x W^T for W [O, I], of which pack_half(o, to) packs half a strip.
 template <class X, class PackHalf>
-void gemm_out_in(const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales, const float* row_scales,
-                 X* y) {
+void gemm_out_in(const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales,
+                 const float* row_scales, X* y) {
   const long words = I / numbers_per_word<X>;
   const auto pack = [&](long o, long strips, long, long, Word* to) {
     for (long half = 0; half < 2 * strips; half++)

@@ -1,4 +1,5 @@
-// y = x W for several rows of float32 and W [I, O]: packing W would take as long as using it, so it is read as it lies, once.
+// y = x W for several rows of float32 and W [I, O]: packing W would take as long as using it, so it is read as it lies,
+// once.
 
 #pragma once
 
@@ -11,8 +12,8 @@ constexpr long max_unpacked_rows = 40;
 // Memory for the inputs of N rows, in rows: tiles have more. Rows from n on may begin at padded_rows(n).
 constexpr long padded_rows(long N) { return N + N / 2; }
 
-// sums [R, 16] += R rows of x, [count, R], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for one row in
-// `every`, from row `first` on.
+// sums [R, 16] += R rows of x, [count, R], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for one row
+// in `every`, from row `first` on.
 template <int R>
 void add_column(const float* x, const float* w, long O, long count, float* sums, const char* ahead, long first,
                 long every) {
@@ -30,8 +31,8 @@ void add_column(const float* x, const float* w, long O, long count, float* sums,
 }
 
 // In tiles of R rows, of which the fewest that suffice are chosen, from 10 to 24: their sums, 16 outputs each, fill the
-// registers. W is read in panels of columns, `depth` rows at a time; the sums of a panel wait in the cache. `inputs` is memory
-// for padded_rows(N) rows. Of a team.
+// registers. W is read in panels of columns, `depth` rows at a time; the sums of a panel wait in the cache. `inputs` is
+// memory for padded_rows(N) rows. Of a team.
 template <int R = 10>
 void gemm_unpacked(const float* x, long N, long I, long O, const float* w, float* inputs, float* y) {
   constexpr long most = 24, depth = 32, width = 16;

@@ -11,8 +11,8 @@
 
 namespace {
 
-// x in the order of a format's planes and in their precision. For each four rows (or those that are left): all rows' inputs
-// of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
+// x in the order of a format's planes and in their precision. For each four rows (or those that are left): all rows'
+// inputs of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
 template <class F, class X>
 const typename F::Plane* arrange_inputs(const X* x, long N, long I) {
   constexpr int plane_inputs = F::inputs / F::planes;
@@ -24,8 +24,7 @@ const typename F::Plane* arrange_inputs(const X* x, long N, long I) {
         for (int plane = 0; plane < F::planes; plane++)
           for (int lane = 0; lane < plane_inputs; lane += F::run, to += F::run) {
             const X* from = x + (n + row) * I + block + F::place(plane, lane);
-            if constexpr (std::is_same_v<X, To>)
-              __builtin_memcpy(to, from, F::run * sizeof(To));
+            if constexpr (std::is_same_v<X, To>) __builtin_memcpy(to, from, F::run * sizeof(To));
             else
               for (int i = 0; i < F::run; i++) assign(to[i], upcast(from[i]));
           }
@@ -34,14 +33,14 @@ const typename F::Plane* arrange_inputs(const X* x, long N, long I) {
 }
 
 constexpr long prefetch_bytes = 8192;  // how far ahead; less is slower
-constexpr long task_outputs = 32;      // rows of W of a task: read from memory once, and from the cache for more rows of x
+constexpr long task_outputs = 32;  // rows of W of a task: read from memory once, and from the cache for more rows of x
 
 // Whether a core computes so much per number that it does not look far enough ahead by itself.
 template <class F, int N>
 constexpr bool needs_prefetch = N > 1 || F::planes > 2;
 
-// Blocks that are multiplied at once. One, where a block is one product: a core that requests more lines than it can wait for
-// is slower.
+// Blocks that are multiplied at once. One, where a block is one product: a core that requests more lines than it can
+// wait for is slower.
 template <class F, int N>
 constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : 4;
 
@@ -49,8 +48,8 @@ constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : 4;
 template <class F, int N>
 constexpr long max_segment = std::max<long>(1024 / (N * F::planes * sizeof(typename F::Plane)), 1) * 16;
 
-// Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what lies
-// `ahead` bytes behind.
+// Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what
+// lies `ahead` bytes behind.
 template <int U, class F, int N>
 inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
                                                       long ahead, f32x16 (*sums)[N]) {
@@ -69,14 +68,13 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
         const auto* inputs = x + ((block + u) * N + n) * F::planes + plane;
         if constexpr (N * F::planes == 1)  // one instruction more, for the same reason as one block at a time
           sums[u][n] = multiply_add(sums[u][n], w[u][plane], *inputs);
-        else
-          sums[u][n] = multiply_add(sums[u][n], w[u][plane], inputs);
+        else sums[u][n] = multiply_add(sums[u][n], w[u][plane], inputs);
       }
 }
 
-// Blocks [from, until) of `count` <= 16 rows of W times N rows of x; the lanes of a result add up to the dot product. Rows of W
-// are read one after the other: several at once are read at half the rate. Nothing stands between two rows that can stand
-// before them: it would cost 10%.
+// Blocks [from, until) of `count` <= 16 rows of W times N rows of x; the lanes of a result add up to the dot product.
+// Rows of W are read one after the other: several at once are read at half the rate. Nothing stands between two rows
+// that can stand before them: it would cost 10%.
 template <class F, int N>
 __attribute__((noinline)) void dot_segments(const F f, long first, long count, long from, long until,
                                             const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
@@ -97,8 +95,8 @@ __attribute__((noinline)) void dot_segments(const F f, long first, long count, l
 }
 
 // Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of x stays in the nearest
-// cache, forwards and backwards in turn, since the last segment is there already. What is prefetched is the next segment of
-// the same row, or the same segment 16 rows later; nothing is read behind the end of W.
+// cache, forwards and backwards in turn, since the last segment is there already. What is prefetched is the next
+// segment of the same row, or the same segment 16 rows later; nothing is read behind the end of W.
 template <class F, int N, class Y>
 void gemv_outputs(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
                   const float* row_scales, Y* y) {

@@ -1,4 +1,5 @@
-// y = x W for few rows x [N, I] and W [I, O], the layout of experts: a row of W, times one input, is added to all outputs.
+// y = x W for few rows x [N, I] and W [I, O], the layout of experts: a row of W, times one input, is added to all
+// outputs.
 
 #pragma once
 
@@ -81,9 +82,9 @@ void add_weight_rows(const typename F::Number* w, long stride, long O, const typ
   }
 }
 
-// Partial results of y = x W in [threads, N, O], which sum_partial_results adds up after a barrier. Each thread of a team
-// multiplies its share of the inputs; shares are fixed, so that results are the same in every run. It reads W in eight runs
-// of rows side by side: a processor prefetches each.
+// Partial results of y = x W in [threads, N, O], which sum_partial_results adds up after a barrier. Each thread of a
+// team multiplies its share of the inputs; shares are fixed, so that results are the same in every run. It reads W in
+// eight runs of rows side by side: a processor prefetches each.
 template <class X>
 void gemv_in_out(const X* w, const X* x, long N, long I, long O, float* partial) {
   using F = RowsOf<X>;

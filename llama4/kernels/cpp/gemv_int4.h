@@ -1,5 +1,5 @@
-// y = x W^T for few rows and interleaved int4: a register has 16 bytes of each of four outputs, so that what is read of x
-// serves four registers. A core reads memory the slower the more it reads beside it, even from the nearest cache.
+// y = x W^T for few rows and interleaved int4: a register has 16 bytes of each of four outputs, so that what is read of
+// x serves four registers. A core reads memory the slower the more it reads beside it, even from the nearest cache.
 
 #pragma once
 
@@ -43,8 +43,8 @@ struct Int4For<bf16> {
 };
 #endif
 
-// x in the order of the planes. For each four rows (or those that are left): of the first 32 inputs each plane of every row,
-// then of the next 32.
+// x in the order of the planes. For each four rows (or those that are left): of the first 32 inputs each plane of every
+// row, then of the next 32.
 template <class V, class X>
 const typename V::Number* arrange_int4_inputs(const X* x, long N, long I) {
   auto *first = scratch<typename V::Number, Use::gemv_inputs>(N * I), *to = first;
@@ -54,17 +54,15 @@ const typename V::Number* arrange_int4_inputs(const X* x, long N, long I) {
         for (int row = 0; row < rows; row++, to += V::plane_inputs)
           for (int k = 0; k < V::plane_inputs; k++) {
             const X* from = x + (n + row) * I + i + k * V::planes + plane;
-            if constexpr (std::is_same_v<X, typename V::Number>)
-              to[k] = *from;
-            else
-              to[k] = upcast(*from);
+            if constexpr (std::is_same_v<X, typename V::Number>) to[k] = *from;
+            else to[k] = upcast(*from);
           }
   });
   return first;
 }
 
-// What the sums of each group of inputs begin with, to cancel the excess: four lanes, which add up to -excess * sum(x of the
-// group). For each four rows (or those that are left): of the first group for every row, then of the next.
+// What the sums of each group of inputs begin with, to cancel the excess: four lanes, which add up to -excess * sum(x
+// of the group). For each four rows (or those that are left): of the first group for every row, then of the next.
 template <class V, class X>
 const f32x4* initial_sums(const X* x, long N, long I, long group) {
   auto* to = reinterpret_cast<f32x4*>(scratch<float, Use::gemv_initial_sums>(N * I / group * 4));

@@ -6,8 +6,8 @@
 
 namespace {
 
-// Of a part of a row: the largest logit, the index of the first such, and the sum of e^(x - largest). The sum is NaN if any
-// logit is NaN or the largest is infinite.
+// Of a part of a row: the largest logit, the index of the first such, and the sum of e^(x - largest). The sum is NaN if
+// any logit is NaN or the largest is infinite.
 struct LargestLogit {
   float value = -INFINITY;
   long index = 0;
@@ -17,10 +17,8 @@ struct LargestLogit {
 
   void merge(const LargestLogit& later) {
     const double factor = value == later.value ? 1 : std::exp(-std::abs(value - later.value));
-    if (later.value > value)
-      *this = {later.value, later.index, total * factor + later.total};
-    else
-      total += later.total * factor;
+    if (later.value > value) *this = {later.value, later.index, total * factor + later.total};
+    else total += later.total * factor;
   }
 };
 
@@ -56,8 +54,8 @@ LargestLogit largest_logit(const X* logits, long begin, long end) {
 
 constexpr long greedy_parts = 16;  // of a row, for more threads than rows
 
-// ids [N]: the index of the largest of V logits, of equals the first; logprobs [N]: its log_softmax. `parts` is memory for
-// [N, greedy_parts]. Of a team.
+// ids [N]: the index of the largest of V logits, of equals the first; logprobs [N]: its log_softmax. `parts` is memory
+// for [N, greedy_parts]. Of a team.
 template <class X>
 void greedy_token(const X* logits, long N, long V, LargestLogit* parts, long* ids, float* logprobs) {
 #pragma omp for schedule(static)

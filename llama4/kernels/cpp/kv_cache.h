@@ -1,7 +1,7 @@
 // Keys and values in blocks of 256 tokens of one sequence (llama4/cache/).
 //
-// A block is the keys [K, 256], then the values [K, 256], of C numbers each in some format; then, if the format is quantized,
-// their scales in bfloat16, [2, K, 256].
+// A block is the keys [K, 256], then the values [K, 256], of C numbers each in some format; then, if the format is
+// quantized, their scales in bfloat16, [2, K, 256].
 //
 // To add a format: a struct here, and its name in CacheFormats.
 
@@ -14,8 +14,8 @@ namespace {
 
 constexpr long block_slots = 256;
 
-// ---- formats of C numbers, a `multiple`: the bytes they take, how 16 of them are read, from c on, and how all are written,
-// which gives their scale
+// ---- formats of C numbers, a `multiple`: the bytes they take, how 16 of them are read, from c on, and how all are
+// written, which gives their scale
 
 template <class X>
 struct Unquantized {
@@ -58,8 +58,7 @@ struct CacheInt8 {  // -127 to 127
   static float write(char* row, const X* x, long C) {
     const float scale = scale_for(x, C, [](float most) { return std::abs(most) / 127; });
     for (long c = 0; c < C; c += 16)
-      store_bytes(row + c,
-                  max(min(round_to_integer(load_floats(x + c) / scale), f32x16{} + 127.f), f32x16{} - 127.f));
+      store_bytes(row + c, max(min(round_to_integer(load_floats(x + c) / scale), f32x16{} + 127.f), f32x16{} - 127.f));
     return scale;
   }
 };

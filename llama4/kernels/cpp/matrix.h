@@ -93,10 +93,8 @@ struct MatrixProduct {
 // A matrix in a format that reads numbers of a type.
 template <class F, class W>
 F read_as(const Matrix& a) {
-  if constexpr (F::grouped)
-    return F{(const W*)a.w, a.I, a.scales, a.group_size};
-  else
-    return F{(const W*)a.w, a.I};
+  if constexpr (F::grouped) return F{(const W*)a.w, a.I, a.scales, a.group_size};
+  else return F{(const W*)a.w, a.I};
 }
 
 template <class X>
@@ -141,10 +139,8 @@ void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, c
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto* w = (const X*)a.w;
-      if (layout == IN_OUT)
-        gemm_in_out(words, N, I, a.O, w, p->y);
-      else
-        gemm_out_in(words, N, I, a.O, [=](long o, Word* to) { pack_dense(w, I, o, to); }, Scales{}, nullptr, p->y);
+      if (layout == IN_OUT) gemm_in_out(words, N, I, a.O, w, p->y);
+      else gemm_out_in(words, N, I, a.O, [=](long o, Word* to) { pack_dense(w, I, o, to); }, Scales{}, nullptr, p->y);
     }
     return;
   }
@@ -153,8 +149,7 @@ void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, c
     const Word* words = nullptr;
     if constexpr (F::rounds_inputs) {
 #pragma omp for schedule(static)
-      for (long n = 0; n < N; n++)
-        workspace.row_scales[n] = quantize_row_e4m3(x + n * I, I, workspace.inputs + n * I);
+      for (long n = 0; n < N; n++) workspace.row_scales[n] = quantize_row_e4m3(x + n * I, I, workspace.inputs + n * I);
       words = (const Word*)workspace.inputs;
     } else {
       words = arrange_words<F>(x, N * I, workspace.inputs);
@@ -168,17 +163,16 @@ void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, c
   });
 }
 
-// Products with N rows of x, those side by side that go with each other. Of those in x out that do not use tiles only partial results, which
-// finish_product adds up after a barrier. Of a team, of which each thread may pass a copy of x of its own.
+// Products with N rows of x, those side by side that go with each other. Of those in x out that do not use tiles only
+// partial results, which finish_product adds up after a barrier. Of a team, of which each thread may pass a copy of x
+// of its own.
 template <class X>
 void multiply(WorkStealing& work, std::initializer_list<MatrixProduct<X>> all, const X* x, long N,
               const Workspace<X>& workspace) {
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     for (end = first + 1; end != all.end() && first->goes_with(*end, N);) end++;
-    if (uses_gemm<X>(first->matrix, N))
-      multiply_gemm(first, end, x, N, workspace);
-    else
-      multiply_gemv(work, first, end, x, N, workspace.partial);
+    if (uses_gemm<X>(first->matrix, N)) multiply_gemm(first, end, x, N, workspace);
+    else multiply_gemv(work, first, end, x, N, workspace.partial);
   }
 }
 

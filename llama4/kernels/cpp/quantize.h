@@ -18,8 +18,8 @@ inline f32x16 to_int4(f32x16 weights, float scale) {
   return max(min(round_to_integer(weights / scale), f32x16{} + 7.f), f32x16{} - 8.f);
 }
 
-// The scale of a group with the least squared error. Tries some ranges, as parts of the largest weight, and for each the scale
-// that fits the values which it gives best.
+// The scale of a group with the least squared error. Tries some ranges, as parts of the largest weight, and for each
+// the scale that fits the values which it gives best.
 template <class X>
 float best_scale(const float* group, long size, const float* ranges, long count) {
   float highest = group[0], lowest = group[0], best = 1, least = INFINITY;
@@ -39,7 +39,8 @@ float best_scale(const float* group, long size, const float* ranges, long count)
   return best;
 }
 
-// Groups of `size` weights, a multiple of 16, to values, eight in a word, the first in the lowest bits, and a scale per group.
+// Groups of `size` weights, a multiple of 16, to values, eight in a word, the first in the lowest bits, and a scale per
+// group.
 template <class X>
 void quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
                    X* scales) {

@@ -1,6 +1,7 @@
 // Vectors of 16 lanes: conversions from and to narrower numbers, reductions, exponentials.
 //
-// Written with GCC's vector extensions, so that any machine runs them; AVX-512 where the compiler misses an instruction.
+// Written with GCC's vector extensions, so that any machine runs them; AVX-512 where the compiler misses an
+// instruction.
 
 #pragma once
 
@@ -118,8 +119,8 @@ inline f32x16 multiply_add(f32x16 sums, bf16x32 a, const bf16x32* b) {  // GCC w
 }
 #endif
 
-// Calls run(rows, first row) for N rows, four at a time (more do not fit into registers), then for the one to three that
-// are left. `rows` is an integral_constant.
+// Calls run(rows, first row) for N rows, four at a time (more do not fit into registers), then for the one to three
+// that are left. `rows` is an integral_constant.
 template <class Run>
 void for_each_four(long N, const Run& run) {
   for (long n = 0; n < N; n += 4) switch (N - n) {
@@ -222,8 +223,8 @@ inline u32x16 concat(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
 constexpr float round_magic = 12582912.f;
 inline f32x16 round_to_integer(f32x16 x) { return x + round_magic - round_magic; }
 
-// 2^x for x <= 0, at least 2^-126: 2^n 2^r with |r| <= 1/2, and 2^r by Taylor's series. Relative error 1e-7; coarse: 4e-5,
-// enough for what is rounded to bfloat16.
+// 2^x for x <= 0, at least 2^-126: 2^n 2^r with |r| <= 1/2, and 2^r by Taylor's series. Relative error 1e-7; coarse:
+// 4e-5, enough for what is rounded to bfloat16.
 template <bool coarse>
 f32x16 exp2_nonpositive(f32x16 x) {
   x = max(x, f32x16{} - 126.f);
@@ -243,7 +244,7 @@ inline f32x16 exp(f32x16 x) {
   f32x16 p = f32x16{} + 1.f / 5040;
   p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6;
   p = p * r + .5f, p = p * r + 1.f, p = p * r + 1.f;
-  f32x16 power = (f32x16)(((u32x16)__builtin_convertvector(n, i32x16) + 127) << 23);
+  f32x16 power = (f32x16)(((u32x16) __builtin_convertvector(n, i32x16) + 127) << 23);
   return (f32x16)((u32x16)(power * p) & ~is_zero);
 }
 
@@ -254,8 +255,8 @@ constexpr float max_e4m3 = 448;
 // As bits of a float the exponent is too small by the difference of the biases, 127 - 7.
 inline f32x16 from_e4m3(u32x16 bytes) { return (f32x16)((bytes & 0x80) << 24 | (bytes & 0x7f) << 20) * 0x1p120f; }
 
-// The nearest number of e4m3, ties to even, saturating. Normal numbers have three bits of mantissa; below 2^-6 the step is
-// 2^-9.
+// The nearest number of e4m3, ties to even, saturating. Normal numbers have three bits of mantissa; below 2^-6 the step
+// is 2^-9.
 inline f32x16 round_to_e4m3(f32x16 x) {
   u32x16 bits = (u32x16)x, magnitude = bits & 0x7fffffffu;
   u32x16 normal = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) & 0xfff00000u;

@@ -33,8 +33,8 @@ class WorkStealing {
   static constexpr int count_bits = 32;
   std::vector<Worker> workers;
 
-  // The next tasks [from, until) of a part of `size`: half of what is left. Empty if none is left, or if the owner of the
-  // part is already in a later loop: it went there because no part had any task left.
+  // The next tasks [from, until) of a part of `size`: half of what is left. Empty if none is left, or if the owner of
+  // the part is already in a later loop: it went there because no part had any task left.
   static std::pair<long, long> take(std::atomic<uint64_t>& taken, uint64_t round, uint64_t size) {
     const uint64_t begin = round << count_bits;
     for (uint64_t seen = taken.load();;) {

@@ -1,4 +1,4 @@
-"""Launches the kernels of `packed` for products with quantized matrices on a GPU.
+"""Launches the kernels of `quantized` for products with quantized matrices on a GPU.
 
 Triton comes with torch's builds for CUDA. It is imported at the first product; where it cannot run, torch's own
 operations serve.
@@ -76,7 +76,7 @@ def product(
         x_scales_R: float32, for "fp8".
         dtype: of the result; by default that of x.
     """
-    from llama4.kernels.triton import packed
+    from llama4.kernels.triton import quantized
 
     x_RI, values, scales = x_RI.contiguous(), values.contiguous(), scales.contiguous()
     (rows, inputs), (outputs, groups) = x_RI.shape, scales.shape[-2:]
@@ -86,9 +86,9 @@ def product(
     E = 1 if counts_E is None else len(counts_E)
     group = inputs // groups if groups > 1 else 0
     if rows <= MAX_GEMV_ROWS:
-        kernel, tiles, blocks = packed.gemv, rows, _gemv_blocks(kind, inputs, group)
+        kernel, tiles, blocks = quantized.gemv, rows, _gemv_blocks(kind, inputs, group)
     else:
-        kernel, most = packed.grouped_gemm, min(E, rows)
+        kernel, most = quantized.grouped_gemm, min(E, rows)
         blocks = _gemm_blocks(x_RI.dtype, -(-rows // E), inputs, group)
         tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     grid = tiles, -(-outputs // blocks["BLOCK_O"])

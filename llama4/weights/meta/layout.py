@@ -13,7 +13,7 @@ from llama4.errors import CheckpointError
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
-from llama4.weights.layout import MAX_SHARD_BYTES, Layout
+from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.meta.params import PARAMS_FILE, config_from_params, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
@@ -22,7 +22,7 @@ from llama4.weights.source import Source
 _NORM = "language_model.model.norm.weight"
 
 
-class MetaLayout(Layout):
+class MetaLayout(CheckpointLayout):
     """`params.json`, `consolidated.NN.pth` and `tokenizer.model`."""
 
     name = "meta"
@@ -41,7 +41,7 @@ class MetaLayout(Layout):
         source = MetaSource(directory, config)
         if _NORM in source.names():  # params.json does not say the dtype
             config = dataclasses.replace(config, dtype=str(source.spec(_NORM).dtype).removeprefix("torch."))
-        return config, FbgemmSource(source) if source.is_quantised else source
+        return config, FbgemmSource(source) if source.is_quantized else source
 
     def write(
         self,
@@ -56,7 +56,7 @@ class MetaLayout(Layout):
     ) -> None:
         if source.plan:
             raise CheckpointError(
-                "the model is quantised, for which Meta's layout has no form; convert its bf16 original"
+                "the model is quantized, for which Meta's layout has no form; convert its bf16 original"
             )
         params = params_from_config(config)
         if tokenizer is not None:

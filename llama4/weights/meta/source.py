@@ -34,7 +34,7 @@ class MetaSource:
     down_proj.
 
     Raises:
-        CheckpointError: no ranks, one is missing, damaged, quantised otherwise, or holds other keys than the others.
+        CheckpointError: no ranks, one is missing, damaged, quantized otherwise, or holds other keys than the others.
     """
 
     def __init__(self, directory: str | Path, config: Llama4Config) -> None:
@@ -55,7 +55,7 @@ class MetaSource:
         self._unknown = sorted(first.keys() - used)
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         return bool(self._scales)
 
     def names(self) -> Collection[str]:
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         is_fp8_expert = value.dtype == torch.float8_e4m3fn and ".experts." in key
         if not value.is_floating_point() or (value.itemsize == 1 and not is_fp8_expert):
             raise CheckpointError(
-                f"{key} in {path} is quantised ({value.dtype}), which this library does not read; use the bf16 "
+                f"{key} in {path} is quantized ({value.dtype}), which this library does not read; use the bf16 "
                 "checkpoint, or one with routed experts in float8_e4m3fn"
             )
     return kept
@@ -167,16 +167,16 @@ def _read_scales(
 ) -> dict[str, Tensor]:
     """The scales of FP8 experts, put together from all ranks; Meta names them after the parameters of its own model."""
     first = ranks[0]
-    quantised = [
+    quantized = [
         name
         for name, parts in table.items()
         if parts[0].key in first and first[parts[0].key].dtype == torch.float8_e4m3fn
     ]
-    if not quantised:
+    if not quantized:
         return {}
     if (directory / SCALES_FILE.replace("fp8", "int4").format(0)).is_file():
         raise CheckpointError(
-            f"{directory} holds Meta's int4, which this library does not read; quantise the bf16 checkpoint: "
+            f"{directory} holds Meta's int4, which this library does not read; quantize the bf16 checkpoint: "
             "quantization='int4_mixed' is the same choice of weights"
         )
     paths = [directory / SCALES_FILE.format(rank) for rank in range(len(ranks))]
@@ -184,7 +184,7 @@ def _read_scales(
         raise CheckpointError(f"{directory} holds experts in FP8 but not their scales; fetch those, too", missing)
     files = [_load(path) for path in paths]
     scales: dict[str, Tensor] = {}
-    for name in quantised:
+    for name in quantized:
         layer = name.removeprefix("language_model.model.").rpartition(".")[0]
         wanted = [f"{layer}.{w}" for w in (("w1", "w3") if name.endswith("gate_up_proj") else ("w2",))]
         if missing := [

@@ -16,8 +16,8 @@ from llama4.weights.quantizing import QuantizingSource
 from llama4.weights.save import save
 
 
-def round_plainly(weight_OI: Tensor, format: WeightFormat) -> dict[str, Tensor]:
-    """What `WeightFormat.quantize` gives, with compressed-tensors' own scales and quantised values.
+def round_to_absmax(weight_OI: Tensor, format: WeightFormat) -> dict[str, Tensor]:
+    """What `WeightFormat.quantize` gives, with compressed-tensors' own scales and quantized values.
 
     Raises:
         ValueError: the package is not installed.
@@ -44,5 +44,5 @@ def write_plain(source: Path, target: Path, scheme: str) -> None:
     config, weights = open_checkpoint(source)
     shapes = {name: weights.spec(name).shape for name in weights.names()}
     tokenizer = family_of(config).load_tokenizer(source, config)
-    plain = QuantizingSource(weights, make_plan(scheme, shapes), round_plainly)
+    plain = QuantizingSource(weights, make_plan(scheme, shapes), round_to_absmax)
     save(plain, config, target, write_extra=tokenizer.save if tokenizer is not None else None)

@@ -253,6 +253,13 @@ COMPILED = [
         f"{KERNELS}::TestProducts::test_dense",
     ),
     Mutation(
+        "compiled: a session runs past a chunk's border",
+        "llama4/engine/fused_cpu.py",
+        "room += [end - p for",
+        "room += [end - p + MAX_STEPS for",
+        STEP,
+    ),
+    Mutation(
         "compiled: every group of int4 has the scale of the first",
         f"{CPP}/gemv_int4.h",
         "f.scales.load(f.scale_at(o, g))",

@@ -48,6 +48,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not missing
 
 
+def test_nothing_is_left_to_be_written() -> None:
+    left = [path.name for path in PAGES if re.search(r"\bTODO\b|\bMEASURE\b", path.read_text(encoding="utf-8"))]
+    assert not left
+
+
 def test_the_way_of_a_picture_and_a_token() -> None:
     """The walk of docs/architecture.md, against the order in which a chat first calls each function."""
     steps = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", page("docs/architecture.md"), re.MULTILINE)

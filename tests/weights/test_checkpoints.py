@@ -240,11 +240,12 @@ def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """Stood in for by a limit on the size of files, in a process of its own; in both layouts."""
     script = f"""
-import resource, signal
+import resource, signal, sys
 from llama4.errors import CheckpointError
 from llama4.weights.directory import complete_directory
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.save import ModelSource, save
+sys.path.append({str(Path(__file__).parents[2])!r})
 from tests import small_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -308,7 +308,7 @@ def test_experts_in_fp8(tmp_path: Path, kind: bool, reference: ReferenceModel, r
     directory = in_fp8(write_meta(tmp_path / "meta", reference, params(kind), ranks), ranks)
     llm = Llama4.from_pretrained(directory, dtype="float32", progress=False)
     layers = [layer.feed_forward for layer in small_model.layers(llm.model)]
-    quantized = [i for i, layer in enumerate(layers) if "Packed" in type(getattr(layer, "experts", None)).__name__]
+    quantized = [i for i, layer in enumerate(layers) if "Quantized" in type(getattr(layer, "experts", None)).__name__]
     assert quantized == ([1] if kind else [1, 2])
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(4))
     truth = torch.zeros(12, 64, dtype=torch.float64)

@@ -35,6 +35,7 @@ from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
+from llama4.weights.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Llama4:
         cache: keys and values of the last conversation. Of a prompt with the same beginning (the next turn, another
             question on the same document, the same images) only what differs is read. Keep it and put it back to
             continue from there; set it to None to free its memory.
+        side_files: what stood beside the weights, which `save_pretrained` writes again.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Llama4:
         model: Llama4Model,
         tokenizer: Tokenizer | None,
         *,
+        side_files: SideFiles | None = None,
         max_context: int | None = None,
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
@@ -84,6 +87,7 @@ class Llama4:
         Args:
             model: on its device and in its dtype, with weights.
             tokenizer: the model's; None for a model that only computes logits.
+            side_files: what stood beside the weights.
             max_context, cache_dtype, cache_device, progress: see `from_pretrained`.
 
         Raises:
@@ -100,6 +104,7 @@ class Llama4:
         self.cache_device = resolve_device(cache_device) if cache_device is not None else None
         self.cache: PromptCache | None = None
         self.progress = progress
+        self.side_files = side_files or SideFiles()
         self._tokenizer = tokenizer
         self._processor = Processor.from_config(tokenizer, model.config) if tokenizer is not None else None
         memory.reuse_freed()
@@ -183,6 +188,7 @@ class Llama4:
         return cls(
             model.eval(),
             tokenizer,
+            side_files=SideFiles.read(directory),
             max_context=max_context,
             cache_dtype=cache_dtype,
             cache_device=cache_device,

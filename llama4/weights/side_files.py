@@ -1,0 +1,162 @@
+"""What stands beside a model's weights, as it came: configurations, chat templates, model card, licence.
+
+They are read once, carried from the source to what is saved, and written back byte by byte but for what changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llama4.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+MODEL_CARD = "README.md"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates/*.jinja")
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SIDE_FILES = (
+    "config.json",
+    GENERATION_FILE,
+    "preprocessor_config.json",
+    "processor_config.json",
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *TEMPLATE_FILES,
+    MODEL_CARD,
+    *LICENCE_FILES,
+)
+"""Patterns of the names of what is carried."""
+MAX_BYTES = 16 << 20
+"""Of one file; a larger one is not what its name says, and is left where it is."""
+
+
+@dataclass(frozen=True)
+class HubOrigin:
+    """The repository on the Hub that a model came from.
+
+    Attributes:
+        repo_id: "organisation/name".
+        commit: of what was loaded.
+    """
+
+    repo_id: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """The small files of a model's directory.
+
+    Attributes:
+        contents: path in the directory, such as "generation_config.json" -> bytes.
+        origin: where the model came from, if that is the Hub.
+    """
+
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    origin: HubOrigin | None = None
+
+    @classmethod
+    def read(cls, directory: str | Path, origin: HubOrigin | None = None) -> SideFiles:
+        """Those of a directory, in any layout."""
+        contents = {}
+        for pattern in SIDE_FILES:
+            for path in sorted(Path(directory).glob(pattern)):
+                if not path.is_file():
+                    continue
+                if path.stat().st_size > MAX_BYTES:
+                    logger.warning("%s is larger than %d MiB, and is not carried along", path, MAX_BYTES >> 20)
+                    continue
+                contents[path.relative_to(directory).as_posix()] = path.read_bytes()
+        return cls(contents, origin)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.contents
+
+    def text(self, name: str) -> str | None:
+        """A file's text; None if there is no such file.
+
+        Raises:
+            ConfigError: it is not UTF-8.
+        """
+        if name not in self.contents:
+            return None
+        try:
+            return self.contents[name].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name} is not UTF-8 ({error}); fetch the file again") from error
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; {} if there is no such file.
+
+        Raises:
+            ConfigError: it is not JSON, or not an object.
+        """
+        text = self.text(name)
+        try:
+            content = json.loads(text) if text is not None else {}
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name} is not valid JSON ({error}); fetch the file again") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{name} must hold a JSON object, not a {type(content).__name__}")
+        return content
+
+    def matching(self, *patterns: str) -> dict[str, bytes]:
+        """The files whose names fit one of the patterns."""
+        return {name: b for name, b in self.contents.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+    def with_json(self, name: str, content: Mapping[str, Any]) -> SideFiles:
+        """The same with another JSON file; its bytes stay if it says the same."""
+        if name in self.contents and self.json(name) == content:
+            return self
+        return self.with_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def with_text(self, name: str, text: str) -> SideFiles:
+        """The same with another file of text."""
+        return dataclasses.replace(self, contents={**self.contents, name: text.encode("utf-8")})
+
+    def write(self, directory: Path) -> None:
+        """Write all of them into a directory."""
+        for name, content in self.contents.items():
+            path = directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The checkpoint's own templates by name, "default" and others; where several places have one, the first of
+        those in which transformers looks: processor_config.json, chat_template.json, chat_template.jinja with its
+        folder of further ones, tokenizer_config.json.
+
+        Raises:
+            ConfigError: one of them is not what it should be.
+        """
+        for name in ("processor_config.json", "chat_template.json"):
+            if found := _templates(name, self.json(name).get("chat_template")):
+                return found
+        files = {Path(name).stem: name for name in self.matching(TEMPLATE_FILES[2])}
+        if TEMPLATE_FILE in self:
+            files["default"] = TEMPLATE_FILE
+        if files:
+            return {name: self.text(path) or "" for name, path in files.items()}
+        return _templates(TOKENIZER_CONFIG_FILE, self.json(TOKENIZER_CONFIG_FILE).get("chat_template"))
+
+
+def _templates(name: str, value: object) -> dict[str, str]:
+    """A `chat_template`: a template, templates by name, or a list of {"name": ..., "template": ...}."""
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        value = {each.get("name"): each.get("template") for each in value}
+    named = value if isinstance(value, dict) else {} if value is None else {"default": value}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ConfigError(f"chat_template in {name} must be a template, or templates by name, in strings")
+    return named

@@ -50,6 +50,8 @@ def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | N
         if module in modules and part != "bias":
             packed += size
             count += modules[module].weights_in(part, source.spec(name))
+    if not modules:
+        return facts | {"bytes": sum(sizes.values())}
     return facts | {
         "formats": sorted({str(format) for format in modules.values()}),
         "quantized_parameters": count,
@@ -144,7 +146,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
         lines["vision"] = "none"
     if stored := facts.get("quantization"):
         lines["quantized"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
-        if "bytes" in stored:
+        if "formats" in stored:
             lines["quantized"] += (
                 f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
                 f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"

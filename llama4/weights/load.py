@@ -7,7 +7,9 @@ one is laid out (`QuantizedWeight`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from llama4.errors import CheckpointError
 from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
 from llama4.quantization.weight import QuantizedWeight
+from llama4.units import bytes_text
 from llama4.weights import memory
 from llama4.weights.source import Source
 
@@ -49,8 +52,8 @@ def load(
         progress: show a bar, if stderr is a terminal.
 
     Raises:
-        CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; nothing is loaded
-            then.
+        CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; or more weights than
+            memory. Nothing is loaded then.
     """
     names, aliases = match_names(model, source), _aliases(model)
     device = torch.device(device)
@@ -65,10 +68,11 @@ def load(
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.choose_layout(device)
+    placement.check_room(model, names)
     for name in tqdm(names, "loading", unit="tensor", disable=None if progress else True, leave=False):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, QuantizedWeight) and leaf in module.specs:
+        if _is_part(module, leaf):
             module.set_part(leaf, placement.part(name, module, leaf))
             continue
         values = placement.parameter(name, module)
@@ -90,35 +94,73 @@ class _Placement:
     memory_map: bool
     is_quantized: bool
 
+    def check_room(self, model: nn.Module, names: Sequence[str]) -> None:
+        """See, before anything is read, that what does not stay in the files fits into memory.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        sizes: dict[torch.device, int] = {}
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module, spec = model.get_submodule(path), self.source.spec(name)
+            dtype = self.dtype if self.dtype is not None and not _is_part(module, leaf) else spec.dtype
+            if not self._stays_mapped(name, module):
+                device = self._device(name)
+                sizes[device] = sizes.get(device, 0) + spec._replace(dtype=dtype).nbytes
+        for device, size in sizes.items():
+            if size > (room := memory.total(device)):
+                quantize = "" if self.source.plan else "quantize them while they are loaded (quantization='int4'), or "
+                raise CheckpointError(
+                    f"{bytes_text(size)} of weights do not fit into the {bytes_text(room)} of memory of {device}; "
+                    f"{quantize}take a checkpoint that is smaller"
+                )
+
     def parameter(self, name: str, module: nn.Module) -> Tensor:
         """The values of a parameter that is not quantized."""
         raw = self.source.read(name)
-        is_read_by_every_token = name == HEAD or (self.is_quantized and isinstance(module, Linear))
-        return self._place(name, raw, raw, self.dtype or raw.dtype, may_stay=not is_read_by_every_token)
+        return self._place(name, raw, raw, self.dtype or raw.dtype, stays=self._stays_mapped(name, module))
 
     def part(self, name: str, weight: QuantizedWeight, part: str) -> Tensor:
         """The values of a part of a quantized one."""
         raw = self.source.read(name)
-        return self._place(name, raw, weight.from_checkpoint_layout(part, raw), raw.dtype, may_stay=True)
+        ordered = weight.from_checkpoint_layout(part, raw)
+        return self._place(name, raw, ordered, raw.dtype, stays=self._stays_mapped(name, weight))
 
-    def _place(self, name: str, raw: Tensor, ordered: Tensor, dtype: torch.dtype, *, may_stay: bool) -> Tensor:
+    def _stays_mapped(self, name: str, module: nn.Module) -> bool:
+        """Whether a tensor of a module stays in the file's memory map. What every token reads whole does not."""
+        if self._device(name).type != "cpu" or not self.memory_map or not self.source.is_mapped(name):
+            return False
+        if _is_part(module, name.rpartition(".")[2]):
+            return not module.in_kernel_layout
+        is_read_by_every_token = name == HEAD or (self.is_quantized and isinstance(module, Linear))
+        return not is_read_by_every_token and self.dtype in (None, self.source.spec(name).dtype)
+
+    def _device(self, name: str) -> torch.device:
+        return self.experts_device if ".experts." in name else self.device
+
+    def _place(self, name: str, raw: Tensor, ordered: Tensor, dtype: torch.dtype, *, stays: bool) -> Tensor:
         """A tensor as the model has it.
 
         Args:
             raw: as it was read.
             ordered: the same, or a view of it in another order.
-            may_stay: whether it is well placed in a file's memory map.
+            stays: see `_stays_mapped`.
         """
-        device = self.experts_device if ".experts." in name else self.device
+        device = self._device(name)
         if device.type != "cpu":
             return ordered.to(device, dtype)
-        is_mapped = self.source.is_mapped(name)
-        if is_mapped and self.memory_map and may_stay and ordered is raw and dtype == raw.dtype:
+        if stays:
             return raw
         copied = memory.in_large_pages(ordered, dtype).view(raw.shape)
-        if is_mapped:
+        if self.source.is_mapped(name):
             memory.release(raw)
         return copied
+
+
+def _is_part(module: nn.Module, leaf: str) -> TypeGuard[QuantizedWeight]:
+    """Whether a name of a module's parameters is that of a part of packed weights, not of a bias."""
+    return isinstance(module, QuantizedWeight) and leaf in module.specs
 
 
 def match_names(model: nn.Module, source: Source) -> list[str]:

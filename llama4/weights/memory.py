@@ -102,3 +102,10 @@ def reuse_freed() -> None:
     if hasattr(libc, "mallopt"):  # of glibc
         libc.mallopt(_M_TRIM_THRESHOLD, _MAX_FREE)
         libc.mallopt(_M_MMAP_THRESHOLD, _MAX_REUSED_BLOCK)
+
+
+def total(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 import torch
 
 from llama4.cache.formats import resolve_format
-from llama4.config import Llama4Config
+from llama4.config import GenerationConfig, Llama4Config
 from llama4.engine.generate import generate
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
@@ -69,6 +69,8 @@ class Llama4:
             question on the same document, the same images) only what differs is read. Keep it and put it back to
             continue from there; set it to None to free its memory.
         side_files: what stood beside the weights, which `save_pretrained` writes again.
+        generation_config: what the checkpoint says of generation: the tokens that end a reply, and how tokens are
+            chosen. Set it to change these.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Llama4:
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
         progress: bool = True,
+        generation_config: GenerationConfig | None = None,
     ) -> None:
         """Put a loaded model together with its tokenizer.
 
@@ -89,6 +92,7 @@ class Llama4:
             tokenizer: the model's; None for a model that only computes logits.
             side_files: what stood beside the weights.
             max_context, cache_dtype, cache_device, progress: see `from_pretrained`.
+            generation_config: which tokens end a reply, and how tokens are chosen; by default greedily.
 
         Raises:
             ValueError: `max_context` beyond the window; a `cache_dtype` or `cache_device` that is not known.
@@ -105,6 +109,7 @@ class Llama4:
         self.cache: PromptCache | None = None
         self.progress = progress
         self.side_files = side_files or SideFiles()
+        self.generation_config = generation_config or GenerationConfig()
         self._tokenizer = tokenizer
         self._processor = Processor.from_config(tokenizer, model.config) if tokenizer is not None else None
         memory.reuse_freed()
@@ -193,6 +198,7 @@ class Llama4:
             cache_dtype=cache_dtype,
             cache_device=cache_device,
             progress=progress,
+            generation_config=GenerationConfig.from_directory(directory),
         )
 
     @property
@@ -229,6 +235,15 @@ class Llama4:
         if self._processor is None:
             return Processor.from_config(self.tokenizer, self.config)  # raises: there is no tokenizer
         return self._processor
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply: those that generation_config.json names, else config.json, else the tokenizer's.
+
+        Raises:
+            ValueError: the first two name none, and the model came without a tokenizer.
+        """
+        return self.generation_config.eos_token_id or self.config.text.eos_token_id or self.tokenizer.stop_ids
 
     def chat(
         self,
@@ -325,7 +340,7 @@ class Llama4:
             inputs,
             sampler=Sampler(temperature, top_p, top_k, seed),
             max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids or self.config.text.eos_token_id,
+            stop_ids=self.stop_ids,
             stop=stop,
             max_context=self.max_context,
             cache=cache,

@@ -1,5 +1,6 @@
 """The shape of a model, in frozen dataclasses with Hugging Face's field names: nothing here allocates anything."""
 
+from llama4.config.generation import GENERATION_FILE, GenerationConfig
 from llama4.config.hf_json import CONFIG_FILE, IMAGE_CONFIG_FILES
 from llama4.config.model import Llama4Config
 from llama4.config.presets import PRESETS, behemoth, guard4, maverick, scout, tiny
@@ -8,8 +9,10 @@ from llama4.config.text import CACHE_BLOCK, RopeScaling, TextConfig
 __all__ = [
     "CACHE_BLOCK",
     "CONFIG_FILE",
+    "GENERATION_FILE",
     "IMAGE_CONFIG_FILES",
     "PRESETS",
+    "GenerationConfig",
     "Llama4Config",
     "RopeScaling",
     "TextConfig",

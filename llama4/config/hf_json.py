@@ -21,6 +21,8 @@ MODEL_TYPES = ("llama4", "llama4_text")
 """`model_type` of what is read here: a multimodal model, or the decoder alone."""
 IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Those of the whole model come before those of its decoder, as in transformers."""
 IMAGE_FIELDS = {"max_tiles": "max_patches", "image_mean": "image_mean", "image_std": "image_std"}
 """Fields of `VisionConfig` that preprocessor_config.json has, and their names there."""
 
@@ -55,6 +57,7 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_config(content: Mapping[str, Any], text_only: bool) -> dict[str, Any]:
     text = dict(content if text_only else content["text_config"])
+    text |= {name: content[name] for name in TOKEN_IDS if content.get(name) is not None}
     vision = None if text_only else content.get("vision_config")
     if content.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True

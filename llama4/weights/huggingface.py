@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama4.config import CONFIG_FILE, IMAGE_CONFIG_FILES, Llama4Config
+from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llama4Config
 from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
@@ -35,10 +35,9 @@ class HuggingFaceLayout(CheckpointLayout):
 
     name = "hf"
     title = "Hugging Face's"
-    config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES)
+    config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE)
     files = (
         *config_files,
-        "generation_config.json",
         "model.safetensors",
         "model.safetensors.index.json",
         "model-*-of-*.safetensors",
@@ -123,6 +122,6 @@ def _write_configs(config: Llama4Config, directory: Path) -> None:
         "eos_token_id": list(text.eos_token_id),
         "pad_token_id": text.pad_token_id,
     }
-    write_json(directory / "generation_config.json", generation)
+    write_json(directory / GENERATION_FILE, generation)
     if config.vision is not None:
         write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())

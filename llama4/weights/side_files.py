@@ -14,18 +14,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from llama4.config import CONFIG_FILE, GENERATION_FILE
 from llama4.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MODEL_CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates/*.jinja")
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SIDE_FILES = (
-    "config.json",
+    CONFIG_FILE,
     GENERATION_FILE,
     "preprocessor_config.json",
     "processor_config.json",

@@ -1,0 +1,205 @@
+"""What a checkpoint says of generation: which tokens end a reply, and how tokens are chosen if a caller does not say.
+
+The file is generation_config.json. Its fields, and what absent ones mean, are those of transformers' GenerationConfig;
+every field of that class is in one of the tables here: used, without effect, or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama4.config.hf_json import CONFIG_FILE, load_json
+from llama4.errors import ConfigError
+
+GENERATION_FILE = "generation_config.json"
+
+LIMITS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more, such as 0.7"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
+    "top_k": (lambda value: value >= 1 and value == int(value), "at least 1; as many as the vocabulary has for all"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 (all tokens) to 1"),
+    "repetition_penalty": (lambda value: math.isfinite(value) and value > 0, "above 0, such as 1.1; 1 is none"),
+}
+"""Settings of sampling -> what their values must be, as a test and in words."""
+
+SAMPLED: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
+"""Settings that count where `do_sample` is true, and what a file means that is silent on one (transformers' values)."""
+
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "max_time": (),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+}
+"""Fields that change what is generated, in ways that are not implemented -> values that, like null, change nothing."""
+
+REFUSED_SAMPLED: Mapping[str, tuple[Any, ...]] = {
+    "top_h": (),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
+"""Likewise, where `do_sample` is true; without it they change nothing."""
+
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "max_length": "max_new_tokens of the call decides",
+    "max_new_tokens": "max_new_tokens of the call decides",
+    "num_return_sequences": "a call gives one reply",
+    **dict.fromkeys(("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty"), "of beam search"),
+    **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len"), "of another cache"),
+    **dict.fromkeys(("low_memory", "prefill_chunk_size", "compile_config", "disable_compile"), "of speed and memory"),
+    "continuous_batching_config": "of speed and memory",
+    **dict.fromkeys(("use_mtp", "is_assistant", "speculation_type", "assistant_early_exit"), "of speculation"),
+    **dict.fromkeys(("num_assistant_tokens", "num_assistant_tokens_schedule"), "of speculation"),
+    **dict.fromkeys(("assistant_confidence_threshold", "assistant_ensemble_weight"), "of speculation"),
+    **dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), "of speculation"),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size"), "of speculation"),
+    "renormalize_logits": "probabilities are normalised anyway",
+    "remove_invalid_values": "logits that are no numbers are an error",
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), "of the output"),
+    "return_dict_in_generate": "of the output",
+    "bos_token_id": "prompts begin with the tokenizer's",
+    "pad_token_id": "padding is masked",
+    "decoder_start_token_id": "of encoder-decoder models",
+    "transformers_version": "metadata",
+}
+"""Fields that change nothing here -> why. Names that transformers does not know change nothing either."""
+
+
+def check_setting(name: str, value: float) -> None:
+    """Raises:
+    ValueError: a setting of sampling out of its range.
+    """
+    is_valid, limits = LIMITS[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+        raise ValueError(f"{name} is {value}; it must be {limits}")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a checkpoint says of generation; None where it is silent.
+
+    Attributes:
+        do_sample: whether tokens are drawn where a caller does not say; else the most likely one is taken.
+        temperature, top_p, top_k, min_p: how they are drawn, see `Sampler`. Without `do_sample` they have no effect.
+        repetition_penalty: see `Sampler`; with and without `do_sample`.
+        eos_token_id: the tokens that end a reply.
+        stop_strings: texts that end a reply, where a caller gives none.
+        content: all of generation_config.json, as it was read. It is not written to: make another with `replace`.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    content: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> GenerationConfig:
+        """Read generation_config.json, or, where that is not there, the same fields of config.json, as transformers.
+
+        Raises:
+            ConfigError: a file that is not JSON, or a field of the wrong kind.
+        """
+        path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
+        if path.is_file():
+            return cls.from_dict(load_json(path))
+        config = load_json(fallback) if fallback.is_file() else {}
+        fields = {**(config.get("text_config") or {}), **{key: v for key, v in config.items() if v is not None}}
+        return cls.from_dict({name: value for name, value in fields.items() if name in KNOWN}, CONFIG_FILE)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], file: str = GENERATION_FILE) -> GenerationConfig:
+        """From the content of generation_config.json; `file` is named in errors.
+
+        Raises:
+            ConfigError: a field of the wrong kind.
+        """
+        said = {name: content[name] for name in USED if content.get(name) is not None}
+        if "eos_token_id" in said:
+            said["eos_token_id"] = _token_ids(said["eos_token_id"], file)
+        if "stop_strings" in said:
+            strings = said["stop_strings"]
+            said["stop_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
+        if not isinstance(said.get("do_sample", False), bool):
+            raise ConfigError(f"{file}: do_sample is {said['do_sample']!r}; it must be true or false")
+        return cls(**said, content=content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of generation_config.json: what was read, and what has been changed since."""
+        read, fields = type(self).from_dict(self.content), {}
+        for name in USED:
+            value = getattr(self, name)
+            if value != getattr(read, name):
+                fields[name] = list(value) if isinstance(value, tuple) else value
+        return {**self.content, **fields}
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings of a `Sampler` where a caller gives none.
+
+        Raises:
+            ConfigError: the checkpoint asks for what is not implemented, or has a value out of its range.
+        """
+        self._refuse({**REFUSED, **REFUSED_SAMPLED} if self.do_sample else REFUSED)
+        names = [name for name in LIMITS if self.do_sample or name not in SAMPLED]
+        said = {name: value for name in names if (value := getattr(self, name)) is not None}
+        settings = {**SAMPLED, **said} if self.do_sample else said
+        if settings.get("top_k") == 0:  # all tokens
+            del settings["top_k"]
+        for name, value in settings.items():
+            try:
+                check_setting(name, value)
+            except ValueError as error:
+                raise ConfigError(f"{GENERATION_FILE}: {error}") from None
+        return settings
+
+    def _refuse(self, table: Mapping[str, tuple[Any, ...]]) -> None:
+        asked = {name: self.content.get(name) for name in table}
+        asked = {name: v for name, v in asked.items() if v is not None and v not in table[name]}
+        if asked:
+            text = ", ".join(f"{name} = {value}" for name, value in asked.items())
+            raise ConfigError(
+                f"{GENERATION_FILE} asks for {text}, which this library does not do; remove it from the file, or set "
+                "llm.generation_config to a GenerationConfig without it"
+            )
+
+
+USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "content")
+"""Fields of generation_config.json that have an effect."""
+
+KNOWN = frozenset((*USED, *REFUSED, *REFUSED_SAMPLED, *WITHOUT_EFFECT))
+"""All fields of generation_config.json."""
+
+
+def _token_ids(value: Any, file: str) -> tuple[int, ...] | None:
+    """One id, a list, or nothing."""
+    ids = () if value is None else (value,) if isinstance(value, int) else value
+    if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
+        raise ConfigError(f"{file}: eos_token_id is {value!r}; it must be the id of a token, or a list of ids")
+    return tuple(ids) or None

@@ -76,7 +76,8 @@ class DequantizedSource(ComputedSource):
 
     def __init__(self, source: Source, tensors: Mapping[str, Computed], about: str) -> None:
         used = {name for tensor in tensors.values() for name in tensor.parts.values()}
-        super().__init__(source, {name: name for name in source.names() if name not in used} | tensors, source.plan)
+        kept = {name: name for name in source.names() if name not in used}
+        super().__init__(source, {**kept, **tensors}, source.plan)
         if tensors:
             dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
             _say_once(f"{about}: {len(tensors)} tensors are dequantized to {' and '.join(dtypes)}")

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import torch
 
@@ -18,7 +18,7 @@ from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
 from llama4.families import family_of
 from llama4.inputs import Inputs, Processor
@@ -43,14 +43,10 @@ Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
 
 
-class Options(TypedDict, total=False):
+class Options(SamplingOptions, total=False):
     """Keyword arguments of `Llama4.chat`, where they are explained."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None
-    seed: int | None
     stop: str | Sequence[str] | None
     tools: Sequence[Mapping[str, Any]] | None
 
@@ -250,22 +246,29 @@ class Llama4:
         messages: Prompt,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Reply:
         """Answer a conversation.
 
+        What is None from temperature to stop is as `generation_config` says, each for itself. Where that does not say
+        `do_sample`, the most likely token is taken, unless a temperature is given.
+
         Args:
             messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL,
                 bytes, a base64 data URL or a PIL image.
             max_new_tokens: most tokens of the reply.
-            temperature: 0 always takes the most likely token; higher is more varied.
-            top_p: sample from the fewest most likely tokens whose probabilities sum to this.
+            temperature: 0 always takes the most likely token, whatever top_p, top_k and min_p; higher is more varied.
+            top_p: sample from the fewest most likely tokens whose probabilities sum to this; 1 for all.
             top_k: sample from this many most likely tokens.
+            min_p: sample from tokens at least this many times as likely as the most likely one; 0 for all.
+            repetition_penalty: above 1, tokens that prompt or reply already hold become less likely; 1 for none.
             seed: makes sampling repeatable.
             stop: strings that end the reply and are not part of it.
             tools: functions the model may call, as JSON schemas in OpenAI's form.
@@ -280,6 +283,8 @@ class Llama4:
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
             tools=tools,
@@ -322,14 +327,11 @@ class Llama4:
         inputs: Inputs,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
-        tokenizer = self.tokenizer
+        tokenizer, defaults = self.tokenizer, self.generation_config
         rows = identities(inputs, self.model)
         cache = self.cache.beginning(rows) if self.cache is not None else None
         if cache is None:
@@ -338,10 +340,10 @@ class Llama4:
             self.runner,
             tokenizer,
             inputs,
-            sampler=Sampler(temperature, top_p, top_k, seed),
+            sampler=Sampler.from_options(sampling, defaults),
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids,
-            stop=stop,
+            stop=defaults.stop_strings if stop is None else stop,
             max_context=self.max_context,
             cache=cache,
             progress=self.progress,

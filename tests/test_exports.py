@@ -55,9 +55,11 @@ def test_the_signature_of_chat() -> None:
     parameters = inspect.signature(llama4.Llama4.chat).parameters
     assert {name: parameter.default for name, parameter in list(parameters.items())[2:]} == {
         "max_new_tokens": 256,
-        "temperature": 0.0,
-        "top_p": 1.0,
+        "temperature": None,
+        "top_p": None,
         "top_k": None,
+        "min_p": None,
+        "repetition_penalty": None,
         "seed": None,
         "stop": None,
         "tools": None,

@@ -37,18 +37,19 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
 
 CHAT: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"type": int, "default": 256, "metavar": "N", "help": "most tokens of a reply (default: 256)"},
-    "temperature": {"type": float, "default": 0.0, "metavar": "T", "help": "0 is greedy (default), higher varies"},
-    "top_p": {
-        "type": float,
-        "default": 1.0,
-        "metavar": "P",
-        "help": "sample from the most likely tokens that sum to P",
-    },
+    "temperature": {"type": float, "metavar": "T", "help": "0 is greedy, higher varies (default: the model's)"},
+    "top_p": {"type": float, "metavar": "P", "help": "sample from the most likely tokens that sum to P"},
     "top_k": {"type": int, "metavar": "K", "help": "sample from the K most likely tokens"},
+    "min_p": {
+        "type": float,
+        "metavar": "P",
+        "help": "sample from tokens at least P times as likely as the best",
+    },
+    "repetition_penalty": {"type": float, "metavar": "X", "help": "above 1, tokens that came become less likely"},
     "seed": {"type": int, "metavar": "N", "help": "makes sampling repeatable"},
     "stop": {"action": "append", "metavar": "TEXT", "help": "end the reply before this text; repeatable"},
 }
-"""Arguments of `Llama4.chat`, likewise."""
+"""Arguments of `Llama4.chat`, likewise; what is not given is as the model's generation_config.json says."""
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:

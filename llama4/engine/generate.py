@@ -1,6 +1,6 @@
 """The loop of generation: a batch of prompts -> tokens and text, one event per token.
 
-Shapes: B unfinished rows.
+Shapes: B unfinished rows, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ def _generate(
     progress: bool,
 ) -> Iterator[Event]:
     generators = sampler.generators(len(rows))
-    ids_B, logprobs_B = sampler(prefill(runner.model, inputs, cache, progress), generators)
+    logits_BV = prefill(runner.model, inputs, cache, progress)
+    prompts = (ids_T[mask_T.bool()] for ids_T, mask_T in zip(inputs.input_ids, inputs.attention_mask, strict=True))
+    seen_BV = sampler.seen_tokens(logits_BV, prompts)
+    ids_B, logprobs_B = sampler(logits_BV, generators, seen_BV)
     ids, logprobs = ids_B.tolist(), logprobs_B.tolist()
     try:
         while True:
@@ -129,7 +132,8 @@ def _generate(
             if len(live) < len(rows):
                 rows, generators = [rows[i] for i in live], [generators[i] for i in live]
                 ids = [ids[i] for i in live]
+                seen_BV = seen_BV[live] if seen_BV is not None else None
                 cache.select_rows(live)
-            ids, logprobs = runner.advance(ids, cache, sampler, generators)
+            ids, logprobs = runner.advance(ids, cache, sampler, generators, seen_BV)
     finally:
         runner.release(cache)

@@ -28,7 +28,7 @@ class Reply:
         tool_calls: the functions it wants called.
         finish_reason: "stop" if the model ended or a stop string came, "length" at a limit, None if interrupted.
         usage: how many tokens it took.
-        logprobs: every generated token with its log-probability before temperature, top_p and top_k.
+        logprobs: every generated token with its log-probability before temperature and the like.
     """
 
     text: str

@@ -154,13 +154,18 @@ class ModelRunner:
         return self._run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(
-        self, ids: list[int], cache: SequenceCache, sampler: Sampler, generators: Sequence[random.Random]
+        self,
+        ids: list[int],
+        cache: SequenceCache,
+        sampler: Sampler,
+        generators: Sequence[random.Random],
+        seen_BV: Tensor | None = None,
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
         session = self._run(ids, cache)
-        if sampler.temperature == 0:
+        if sampler.takes_largest:
             return session.greedy_token()
-        ids_B, logprobs_B = sampler(session.logits_BV, generators)
+        ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV)
         return ids_B.tolist(), logprobs_B.tolist()
 
     def release(self, cache: SequenceCache) -> None:

@@ -1,19 +1,31 @@
-"""Logits -> token ids: greedy, or drawn with temperature, top-k and top-p.
+"""Logits -> token ids: greedy, or drawn with temperature, top-k, top-p and min-p; with a penalty on repetition or not.
 
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from llama4.config.generation import LIMITS, GenerationConfig, check_setting
 from llama4.ops.sampling import greedy_token
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of a `Sampler` as a caller gives them: None, or absent, where the checkpoint decides."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -24,10 +36,13 @@ class Sampler:
     gets alone, and a seed means the same on every device.
 
     Attributes:
-        temperature: what logits are divided by; 0 takes the most likely token, whatever the other settings.
+        temperature: what logits are divided by; 0 takes the most likely token, whatever top_p, top_k and min_p.
         top_p: draw from the fewest most likely tokens whose probabilities, after temperature and top_k, sum to this.
         top_k: draw from this many most likely tokens; None for all.
         seed: of every row's generator; None for a fresh one.
+        min_p: draw from tokens at least so likely, after temperature, as this share of the most likely one.
+        repetition_penalty: logits of tokens that prompt or reply already hold are divided by this if positive, else
+            multiplied, before all else (CTRL, arXiv 1909.05858, as in transformers); 1 for none.
 
     Raises:
         ValueError: a setting out of its range.
@@ -37,41 +52,77 @@ class Sampler:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more, such as 0.7")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or None for all tokens")
+        for name in LIMITS:
+            if (value := getattr(self, name)) is not None:
+                check_setting(name, value)
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
+
+    @classmethod
+    def from_options(cls, options: SamplingOptions, defaults: GenerationConfig) -> Sampler:
+        """What a caller gives, else what the checkpoint says, else greedily; field by field.
+
+        Raises:
+            ValueError: an option out of its range, or its subclass `ConfigError`: see `GenerationConfig.sampling`.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**{**defaults.sampling(), **given})
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the token chosen is that of the largest logit, as the model gave it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
     def generators(self, batch_size: int) -> list[random.Random]:
         """One generator per row, all with the same seed."""
         return [random.Random(self.seed) for _ in range(batch_size)]
 
-    def __call__(self, logits_BV: Tensor, generators: Sequence[random.Random]) -> tuple[Tensor, Tensor]:
+    def seen_tokens(self, logits_BV: Tensor, prompts: Iterable[Tensor]) -> Tensor | None:
+        """The tokens of each prompt, ids [T], as a mask [B, V] for `repetition_penalty`; None if there is none."""
+        if self.repetition_penalty == 1:
+            return None
+        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+        for seen_V, ids_T in zip(seen_BV, prompts, strict=True):
+            seen_V[ids_T.to(seen_V.device)] = True
+        return seen_BV
+
+    def __call__(
+        self, logits_BV: Tensor, generators: Sequence[random.Random], seen_BV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Choose one token per row.
 
+        Args:
+            seen_BV: from `seen_tokens`; the tokens chosen are added to it.
+
         Returns:
-            The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before temperature, top_p and
-            top_k.
+            The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before all settings.
         """
         assert len(generators) == len(logits_BV)
-        if self.temperature == 0:
+        assert (seen_BV is None) == (self.repetition_penalty == 1)
+        if self.takes_largest:
             return greedy_token(logits_BV)
         logits_BV = logits_BV.float()
-        ids_B = self._draw(logits_BV, generators)
+        scores_BV = logits_BV
+        if seen_BV is not None:
+            penalty = self.repetition_penalty
+            penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+            scores_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+        ids_B = self._draw(scores_BV, generators) if self.temperature else scores_BV.argmax(dim=-1)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, ids_B[:, None], True)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
     def _draw(self, logits_BV: Tensor, generators: Sequence[random.Random]) -> Tensor:
-        """Inverse transform sampling, in order of id, over the tokens that top_k and top_p leave."""
+        """Inverse transform sampling, in order of id, over the tokens that top_k, top_p and min_p leave."""
         # The largest logit is subtracted first, so that no temperature, however small, overflows.
         weights_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / self.temperature).exp()
         if self.top_k is not None or self.top_p < 1:
             weights_BV = self._cut(weights_BV, logits_BV.argsort(dim=-1, descending=True, stable=True))
+        weights_BV[weights_BV < self.min_p] = 0  # the largest is 1
         sums_BV = weights_BV.cumsum(dim=-1)
         totals_B1 = sums_BV[:, -1:]
         uniform_B1 = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)

@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"]
 @dataclass(frozen=True, slots=True)
 class Token:
     """A generated token: its id, its bytes (perhaps part of a character), and the natural logarithm of the probability
-    that the model gave it, before temperature, top_p and top_k."""
+    that the model gave it, before temperature and the like."""
 
     id: int
     bytes: bytes

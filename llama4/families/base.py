@@ -69,8 +69,8 @@ class Family(ABC):
             return None
         # A tokenizer.model does not say how many special tokens follow its ranks; the size of the embeddings does.
         excess = tokenizer.vocab_size - config.text.vocab_size
-        if 0 < excess < len(tokenizer.special_tokens) and tokenizer.path.suffix == ".model":
-            count = len(tokenizer.special_tokens) - excess
+        if 0 < excess < len(tokenizer.added_tokens) and tokenizer.path.suffix == ".model":
+            count = len(tokenizer.added_tokens) - excess
             tokenizer = Tokenizer(directory, num_special_tokens=count, vocabulary=self.vocabulary)
         self.check_tokenizer(tokenizer, config)
         return tokenizer

@@ -65,7 +65,7 @@ def render(
     if tools:
         parsed = _announce(tools, parsed)
     remaining = iter(grids)
-    ids = [tokenizer.special("<|begin_of_text|>")]
+    ids = [tokenizer.bos_id]
     is_reply = [False]
 
     def write(tokens: list[int], reply: bool) -> None:

@@ -1,7 +1,7 @@
 """Text <-> token ids: a byte-level BPE on tiktoken, read from either of the two files it is published in.
 
-The text's own characters never become special tokens: `encode` knows none, and `special_tokens` gives their ids to the
-code that builds prompts (prompt.py).
+The text's own characters never become special tokens: `encode` finds none, and `special_tokens` gives their ids to the
+code that builds prompts (prompt.py). Added tokens that are not special are text: see added_tokens.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import tiktoken
 
+from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
+from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA4, Vocabulary
 
@@ -33,14 +35,16 @@ class Tokenizer:
             are there, `tokenizer.json`, which lists its special tokens itself).
         num_special_tokens: how many special tokens follow the ranks of a `tokenizer.model`; by default as many as the
             vocabulary's. A `tokenizer.json` says so itself.
-        vocabulary: the family's pattern and special tokens.
+        vocabulary: the family's pattern and special tokens; what the files say of the latter counts more.
     Raises:
         FileNotFoundError: neither file is there.
-        ValueError: the file is not what its name says, or its tokenizer is not a byte-level BPE.
+        ValueError: a file is not what its name says, or the tokenizer is not a byte-level BPE.
     """
 
+    added_tokens: tuple[AddedToken, ...]
+    """All of them, special or not, in order of id."""
     special_tokens: dict[str, int]
-    """Name, such as `<|eot|>`, -> id."""
+    """The special ones: name, such as `<|eot|>`, -> id."""
     vocab_size: int
     """Highest id + 1."""
 
@@ -49,15 +53,16 @@ class Tokenizer:
     ) -> None:
         self.path = find_file(Path(path).expanduser())
         self.vocabulary = vocabulary
+        self.config = TokenizerConfig.read(self.path.parent)
         if self.path.suffix == ".json":
-            ranks, self.special_tokens, pattern = read_json(self.path)
+            ranks, added, pattern = read_json(self.path, self.config, vocabulary.control_names)
         else:
             count = vocabulary.num_special_tokens if num_special_tokens is None else num_special_tokens
             if count < 0:
                 raise ValueError(f"num_special_tokens is {count}; it counts tokens, so at least 0")
             ranks, pattern = read_tiktoken(self.path), vocabulary.pattern
-            first = max(ranks.values()) + 1
-            self.special_tokens = {name: first + i for i, name in enumerate(vocabulary.special_token_names(count))}
+            names = dict(enumerate(vocabulary.special_token_names(count), max(ranks.values()) + 1))
+            added = self.config.apply_by_id(names, vocabulary.control_names)
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise ValueError(
@@ -66,16 +71,21 @@ class Tokenizer:
             )
         self.ranks = ranks
         self.pattern = pattern
-        self.vocab_size = 1 + max(max(ranks.values()), *self.special_tokens.values(), 0)
+        self.added_tokens = tuple(sorted(added, key=lambda token: token.id))
+        self.special_tokens = {token.content: token.id for token in self.added_tokens if token.special}
+        self.vocab_size = 1 + max(max(ranks.values()), *(token.id for token in added), 0)
+        self._splitter = AddedTokenSplitter(self.added_tokens)
+        in_ranks = set(ranks.values())
+        contents = {token.content: token.id for token in added if token.id not in in_ranks}
         self._encoding = tiktoken.Encoding(
-            self.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            self.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=contents
         )
 
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids; every character is text, `<|eot|>` too.
+        """Text -> ids; every character is text, `<|eot|>` too. Added tokens that are text are found in it.
 
         Raises:
             TypeError: `text` is not a string.
@@ -90,6 +100,13 @@ class Tokenizer:
                 f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate pair; remove it, "
                 "or decode the text it came from with errors='replace'"
             ) from None
+        ids: list[int] = []
+        for piece in self._splitter.split(text):
+            ids += [piece] if isinstance(piece, int) else self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, text: str) -> list[int]:
+        """Text without added tokens -> ids."""
         ids: list[int] = []
         start = 0
         for run in _LONG_BLANK.finditer(text):
@@ -133,13 +150,38 @@ class Tokenizer:
 
     @cached_property
     def bos_id(self) -> int:
-        """The first token of every prompt (`<|begin_of_text|>`)."""
-        return self.special(self.vocabulary.bos)
+        """The first token of every prompt: `bos_token` of tokenizer_config.json, else `<|begin_of_text|>`."""
+        return self._role("bos_token", self.vocabulary.bos)
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The last token of a message: `eos_token` of tokenizer_config.json, else `<|eot|>`."""
+        return self._role("eos_token", self.vocabulary.eos)
 
     @cached_property
     def pad_id(self) -> int:
-        """Padding, which fills the rows of a batch (`<|finetune_right_pad|>`)."""
-        return self.special(self.vocabulary.pad)
+        """What fills the rows of a batch and is never looked at: `pad_token` of tokenizer_config.json, else
+        `<|finetune_right_pad|>`, else the first token of a prompt."""
+        names = (self.config.names.get("pad_token"), self.vocabulary.pad)
+        found = next((i for name in names if name is not None and (i := self._find(name)) is not None), None)
+        return self.bos_id if found is None else found
+
+    def _role(self, role: str, default: str) -> int:
+        """Raises:
+        ValueError: the token that has this role is not there.
+        """
+        name = self.config.names.get(role)
+        if name is None:
+            return self.special(default)
+        if (found := self._find(name)) is None:
+            raise ValueError(
+                f"{role} in {TOKENIZER_CONFIG_FILE} beside {self.path} is {name!r}, which is no token there; use the "
+                "tokenizer that belongs to the model"
+            )
+        return found
+
+    def _find(self, name: str) -> int | None:
+        return self.special_tokens.get(name, self.ranks.get(name.encode()))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -159,7 +201,7 @@ class Tokenizer:
         if copy.resolve() != self.path.resolve():
             shutil.copyfile(self.path, copy)
         if self.path.suffix != ".json":
-            content = to_json(self.ranks, self.special_tokens, self.pattern)
+            content = to_json(self.ranks, self.added_tokens, self.pattern)
             (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
         names = self.vocabulary
         roles = {"bos_token": names.bos, "eos_token": names.eos, "pad_token": names.pad}

@@ -8,9 +8,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from llama4.text.added_tokens import AddedToken
+from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
 
 
 def find_file(path: Path) -> Path:
@@ -54,8 +58,13 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
-    """Read Hugging Face's format -> ranks of the tokens, ids of the special tokens, and the pattern.
+def read_json(
+    path: Path, config: TokenizerConfig, controls: Collection[str]
+) -> tuple[dict[bytes, int], list[AddedToken], str]:
+    """Read Hugging Face's format -> ranks of the tokens, added tokens, and the pattern.
+
+    An added token that is text is one of the ranks, too, if bytes merge into it; a special one never is, so that no
+    text becomes it.
 
     Raises:
         ValueError: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
@@ -63,7 +72,7 @@ def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
     try:
         data = json.loads(path.read_bytes())
         model: dict[str, Any] = data["model"]
-        added = {str(token["content"]): int(token["id"]) for token in data.get("added_tokens") or []}
+        listed = [read_added_token(token, path) for token in data.get("added_tokens") or []]
         vocabulary: dict[str, int] = model["vocab"]
         kind = model.get("type", "BPE")
         merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
@@ -78,12 +87,24 @@ def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
         )
     if data.get("normalizer"):
         raise ValueError(f"{path} normalises text before it encodes it, which Llama 4's tokenizer does not")
+    added = [
+        replace(token, id=vocabulary.get(token.content, token.id))
+        for token in config.apply(listed, controls)
+        if token.content
+    ]
+    _check_ids(added, vocabulary, path)
+    merged_tokens = set(merges)
+    beside = {
+        token.content
+        for token in added
+        if token.special or not (len(token.content) == 1 or token.content in merged_tokens)
+    }
     byte_of = {character: byte for byte, character in byte_alphabet().items()}
     try:
         ranks = {
             bytes(byte_of[character] for character in token): int(rank)
             for token, rank in vocabulary.items()
-            if token not in added
+            if token not in beside
         }
     except KeyError as error:
         raise ValueError(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
@@ -94,6 +115,19 @@ def read_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
     if pattern is None:
         raise ValueError(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
     return ranks, added, pattern
+
+
+def _check_ids(added: Sequence[AddedToken], vocabulary: Mapping[str, int], path: Path) -> None:
+    """Raises:
+    ValueError: two tokens with one id.
+    """
+    contents = {i: content for content, i in vocabulary.items()}
+    for token in added:
+        if contents.setdefault(token.id, token.content) != token.content:
+            raise ValueError(
+                f"{path} and the files beside it give the id {token.id} to both {contents[token.id]!r} and "
+                f"{token.content!r}; fetch the tokenizer again"
+            )
 
 
 def _split_pattern(node: Any) -> str | None:
@@ -127,7 +161,7 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
 
 
-def to_json(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pattern: str) -> dict[str, Any]:
+def to_json(ranks: Mapping[bytes, int], added: Iterable[AddedToken], pattern: str) -> dict[str, Any]:
     """The content of a Hugging Face tokenizer.json. Any two tokens whose bytes make up a third merge into it."""
     alphabet = byte_alphabet()
     vocabulary = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -138,12 +172,11 @@ def to_json(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], patte
         merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name} | flags for name, i in special_tokens.items()],
+        "added_tokens": [asdict(token) for token in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,

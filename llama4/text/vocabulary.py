@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Vocabulary:
     stop: tuple[str, ...]
     image: str | None = None
     tool_call: str | None = None
+
+    @cached_property
+    def control_names(self) -> frozenset[str]:
+        """The special tokens that have a meaning; no text becomes one of them, whatever a file says."""
+        return frozenset(name for name in self.special_token_names(self.num_special_tokens) if "reserved" not in name)
 
 
 PATTERN = "|".join(

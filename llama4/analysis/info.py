@@ -16,7 +16,9 @@ BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the weights alone; the scales of a quantized model are not counted."""
 
 
-def read_config(name: str, revision: str | None = None, token: str | None = None) -> Llama4Config:
+def read_config(
+    name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None
+) -> Llama4Config:
     """The configuration of a preset ("scout", "maverick", ...), of a local directory, or of a model on the Hub.
 
     Raises:
@@ -24,8 +26,10 @@ def read_config(name: str, revision: str | None = None, token: str | None = None
     """
     if name in PRESETS:
         return PRESETS[name]()
-    files = [pattern for layout in checkpoint.LAYOUTS.values() for pattern in layout.config_files]
-    return checkpoint.read_config(hub.resolve(name, revision=revision, token=token, patterns=files))
+    directory = hub.resolve(
+        name, revision=revision, subfolder=subfolder, token=token, select=lambda layout: layout.config_files
+    )
+    return checkpoint.read_config(directory)
 
 
 def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:

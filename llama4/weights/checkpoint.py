@@ -8,6 +8,7 @@ from llama4.config import Llama4Config
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.meta.layout import MetaLayout
+from llama4.weights.safetensors import Shards
 from llama4.weights.source import Source
 
 LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
@@ -27,11 +28,14 @@ def read_config(directory: str | Path) -> Llama4Config:
     return layout_of(directory).read_config(Path(directory))
 
 
-def open_checkpoint(directory: str | Path) -> tuple[Llama4Config, Source]:
+def open_checkpoint(directory: str | Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
     """Configuration and weights, of which nothing is read yet.
+
+    Args:
+        shards: the weights, where they are not in the directory: see `hub.locate`.
 
     Raises:
         ConfigError: see `read_config`.
         CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
     """
-    return layout_of(directory).open(Path(directory))
+    return layout_of(directory).open(Path(directory), shards)

@@ -1,39 +1,43 @@
 """Model names -> directories: local ones, and those on the Hugging Face Hub, of which only the needed files are
-fetched."""
+fetched; and the way back, `push`."""
 
 from __future__ import annotations
 
+import glob
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.hf_api import RepoFile
 
+from llama4.config import CONFIG_FILE
+from llama4.errors import CheckpointError
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS
+from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
+from llama4.weights.hub_shards import HubShards
+from llama4.weights.layout import CheckpointLayout
+from llama4.weights.meta.params import PARAMS_FILE
+from llama4.weights.safetensors import INDEX_FILE
+from llama4.weights.side_files import MODEL_CARD, HubOrigin
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the client lets through when a connection fails: of httpx or of httpx2, by its version."""
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+def all_files(layout: CheckpointLayout) -> tuple[str, ...]:
+    """Patterns of everything that is read of a model."""
+    return (*layout.side_files, *layout.weight_files)
 
 
 def resolve(
     name: str | Path,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     token: str | None = None,
-    patterns: Sequence[str] | None = None,
+    select: Callable[[CheckpointLayout], Sequence[str]] = all_files,
     progress: bool = True,
 ) -> Path:
     """The directory of a model: that of an embedded model, `name` itself, or the Hub's repository in the local cache.
@@ -44,17 +48,25 @@ def resolve(
     Args:
         name: an embedded model, a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
         revision: branch, tag or commit on the Hub.
+        subfolder: of the directory or repository, where the model is.
         token: for private and gated repositories; by default the one you logged in with.
-        patterns: files to fetch; by default those of the model's layout.
+        select: patterns of the files to fetch, by the model's layout.
         progress: show the client's bars, if stderr is a terminal.
 
     Raises:
-        ValueError: no such directory or repository, no access to it, or no way to reach it; the message says which.
+        ValueError: no such directory or repository, no access to it, or no way to reach it; or one without a model, or
+            with weights that are not read. The message says which.
     """
+    folder = _checked(subfolder)
     if str(name) in EMBEDDED:
         return EMBEDDED[str(name)]
     path = Path(name).expanduser()
     if path.is_dir():
+        path = path / folder
+        if not path.is_dir():
+            raise ValueError(f"{name} has no subfolder {subfolder!r}; check its name")
+        if select is all_files and not _is_complete(path) and (why := why_unreadable(_listed(path))):
+            raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path
     if path.is_file():
         raise ValueError(f"{name} is a file; name the directory that holds config.json and the weights")
@@ -63,67 +75,163 @@ def resolve(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
             "'organisation/name'"
         )
+    with hub_errors(name, revision), progress_bars(progress):
+        for layout in LAYOUTS.values():
+            patterns = [str(PurePosixPath(glob.escape(str(folder)), pattern)) for pattern in select(layout)]
+            found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)) / folder
+            if layout.recognises(found):
+                break
+    if not (_is_complete(found) if select is all_files else _layout(found)):
+        origin = origin_of(found)
+        listed = list(_sizes(origin, folder, token)) if origin is not None else []
+        where = f"{name}/{subfolder}" if subfolder else name
+        raise CheckpointError(f"{where} cannot be loaded: {why_unreadable(listed) or 'it holds no weights'}")
+    return found
+
+
+def locate(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    select: Callable[[CheckpointLayout], Sequence[str]] = lambda layout: layout.side_files,
+    progress: bool = True,
+) -> tuple[Path, HubShards | None]:
+    """As `resolve`, but of a model on the Hub the weights are not fetched.
+
+    Returns:
+        The directory with all else, and, if the model is on the Hub and the Hub can be reached, its weights there.
+    """
+    directory = resolve(name, revision=revision, subfolder=subfolder, token=token, select=select, progress=progress)
+    origin = origin_of(directory) if isinstance(name, str) and not Path(name).expanduser().is_dir() else None
+    if origin is None:
+        return directory, None
+    folder = _checked(subfolder)
     try:
-        with _bars(progress):
-            for files in [patterns] if patterns is not None else [layout.files for layout in LAYOUTS.values()]:
-                found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(files)))
-                if any(layout.recognises(found) for layout in LAYOUTS.values()):
-                    break
-            return found
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{name} is gated: accept its licence on its page on the Hub, then pass token=... or run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{name!r} is neither a directory here nor a repository on the Hub that you may see; check the name, or, "
-            "if it is private, pass token=... or run `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{name} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"{name} is not in the local cache and the Hub cannot be reached; check the connection (or "
-            "HF_HUB_OFFLINE), or give a local directory"
-        ) from error
-    except (_HTTP_ERROR, EntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{name} could not be fetched from the Hub: {_reason(error)}; what has arrived is kept, try again"
-        ) from error
+        sizes = _sizes(origin, folder, token)
+    except ValueError:
+        return directory, None  # what the cache holds has to do
+    return directory, HubShards(origin, folder, sizes, token=token, progress=progress)
 
 
-def push(directory: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-    """Upload a saved model as one commit, creating the repository if need be; returns the commit's address.
+def origin_of(directory: Path) -> HubOrigin | None:
+    """The repository and the commit of a directory in the Hub's local cache, `.../models--ORG--NAME/snapshots/COMMIT`;
+    None for others."""
+    for snapshot in (directory, *directory.parents):
+        repository = snapshot.parent.parent.name
+        if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
+            return HubOrigin(repository.removeprefix("models--").replace("--", "/"), snapshot.name)
+    return None
+
+
+def why_unreadable(files: Collection[str]) -> str | None:
+    """Why a directory with these files, whose weights are in none of the layouts, holds no model that can be loaded,
+    and what to do; None if the files do not tell."""
+    here = [file for file in files if "/" not in file]
+    models = (f"/{CONFIG_FILE}", f"/{PARAMS_FILE}")
+    folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(models)})
+    reasons = []
+    if CONFIG_FILE in here and (pickles := [f for f in here if f.endswith(_PICKLES) and f != "training_args.bin"]):
+        reasons.append(
+            f"its weights are pickles ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which can run code when "
+            "they are opened; take its safetensors, which the Hub's space safetensors/convert offers as a pull request "
+            "(revision='refs/pr/N'), or save it with transformers, whose save_pretrained writes them"
+        )
+    if folders:
+        names = ", ".join(map(repr, folders[:8])) + (", ..." if len(folders) > 8 else "")
+        reasons.append(
+            f"there {'are models' if len(folders) > 1 else 'is a model'} in {names}: name it with "
+            f"subfolder={folders[0]!r} (--subfolder {folders[0]})"
+        )
+    return "; ".join(reasons) or None
+
+
+def _checked(subfolder: str | None) -> PurePosixPath:
+    folder = PurePosixPath(subfolder or ".")
+    if folder.is_absolute() or ".." in folder.parts:
+        raise ValueError(f"subfolder is {subfolder!r}; name one inside the model's directory")
+    return folder
+
+
+def _layout(directory: Path) -> CheckpointLayout | None:
+    return next((layout for layout in LAYOUTS.values() if layout.recognises(directory)), None)
+
+
+def _is_complete(directory: Path) -> bool:
+    layout = _layout(directory)
+    return layout is not None and layout.has_weights(directory)
+
+
+def _listed(directory: Path) -> list[str]:
+    """Files in a directory and in its folders."""
+    return [path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)]
+
+
+def _sizes(origin: HubOrigin, folder: PurePosixPath, token: str | None) -> dict[str, int]:
+    """The files of a repository's folder, and their bytes."""
+    with hub_errors(origin.repo_id, origin.commit):
+        tree = HfApi(token=token).list_repo_tree(origin.repo_id, recursive=True, revision=origin.commit)
+        files = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    return {
+        PurePosixPath(path).relative_to(folder).as_posix(): size
+        for path, size in files.items()
+        if PurePosixPath(path).is_relative_to(folder)
+    }
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Upload a saved model as one commit, creating the repository and the branch if need be; weights of an older model
+    go, a model card that is there stays.
+
+    Args:
+        directory: of the model.
+        repo_id: "user/name" or "organisation/name".
+        token: by default the one you logged in with.
+        private: the repository must be, or is made so.
+        revision: a branch, or an open pull request's "refs/pr/N"; by default "main".
+        create_pr: propose the commit as a new pull request.
+        commit_message: by default "Upload model".
+
+    Returns:
+        The address of the commit, or of the pull request that was made.
 
     Raises:
-        ValueError: no permission, or the Hub cannot be reached.
+        ValueError: no permission, a repository that everyone can read though `private` is asked for, or the Hub cannot
+            be reached.
     """
     api = HfApi(token=token)
     try:
-        with _bars():
+        with progress_bars():
             api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model")
-        return str(commit.commit_url)
-    except (_HTTP_ERROR, OSError) as error:
+            if private and not api.repo_info(repo_id).private:
+                raise CheckpointError(
+                    f"{repo_id} exists and is public; make it private in its settings, or choose another"
+                )
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            has_card = api.file_exists(repo_id, MODEL_CARD, revision=revision)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message or "Upload model",
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=[MODEL_CARD] if has_card else None,
+                delete_patterns=[*LAYOUTS["hf"].weight_files, INDEX_FILE],
+            )
+        return str(commit.pr_url if create_pr else commit.commit_url)
+    except (HTTP_ERROR, OSError) as error:
         raise ValueError(
-            f"could not upload to {repo_id}: {_reason(error)}; check its name, the connection and your token "
+            f"could not upload to {repo_id}: {reason(error)}; check its name, the connection and your token "
             "(`hf auth login`)"
         ) from error
-
-
-@contextmanager
-def _bars(wanted: bool = True) -> Iterator[None]:
-    """The client's progress bars, on a terminal only: by itself it writes them into pipes too."""
-    hide = not (wanted and sys.stderr.isatty()) and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

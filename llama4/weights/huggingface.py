@@ -19,7 +19,8 @@ from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmFp8
 from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.quant_method import QuantMethod
-from llama4.weights.safetensors import open_safetensors, write_safetensors
+from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
+from llama4.weights.side_files import SIDE_FILES
 from llama4.weights.source import FileNames, ModelNames, Source
 
 QUANT_METHODS: dict[str, QuantMethod] = {
@@ -36,16 +37,8 @@ class HuggingFaceLayout(CheckpointLayout):
     name = "hf"
     title = "Hugging Face's"
     config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE)
-    files = (
-        *config_files,
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "model-*-of-*.safetensors",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    )
+    side_files = (*config_files, *SIDE_FILES, INDEX_FILE, "tokenizer.json", "tokenizer.model")
+    weight_files = (SINGLE_FILE, "model-*-of-*.safetensors")
 
     def recognises(self, directory: Path) -> bool:
         return (directory / CONFIG_FILE).is_file()
@@ -53,12 +46,12 @@ class HuggingFaceLayout(CheckpointLayout):
     def read_config(self, directory: Path) -> Llama4Config:
         return family_of_type(load_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
 
-    def open(self, directory: Path) -> tuple[Llama4Config, Source]:
+    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
         config = self.read_config(directory)
         method, content = _method(directory, config), config.quantization_config
         if method is not None and content is not None:
             method.check(content)  # before anything is opened
-        files = open_safetensors(directory)
+        files = open_safetensors(directory, shards)
         source: Source = ModelNames(files, family_of(config).names(config, files.names()))
         if method is not None and content is not None:
             source = method.open(source, content)

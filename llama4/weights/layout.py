@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from llama4.config import Llama4Config
 from llama4.text.tokenizer import Tokenizer
+from llama4.weights.safetensors import Shards
 from llama4.weights.source import Source
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -22,12 +23,18 @@ class CheckpointLayout(ABC):
     """What people call it."""
     config_files: ClassVar[tuple[str, ...]]
     """Patterns of the files that `read_config` reads."""
-    files: ClassVar[tuple[str, ...]]
-    """Patterns of all files that are read: what is fetched from the Hub."""
+    side_files: ClassVar[tuple[str, ...]]
+    """Patterns of all files that are read but for the weights."""
+    weight_files: ClassVar[tuple[str, ...]]
+    """Patterns of those with the weights. Both together are what is fetched from the Hub."""
 
     @abstractmethod
     def recognises(self, directory: Path) -> bool:
         """Whether a directory holds a model in this layout."""
+
+    def has_weights(self, directory: Path) -> bool:
+        """Whether some of a model's weights are in its directory."""
+        return any(any(directory.glob(pattern)) for pattern in self.weight_files)
 
     @abstractmethod
     def read_config(self, directory: Path) -> Llama4Config:
@@ -36,8 +43,11 @@ class CheckpointLayout(ABC):
         """
 
     @abstractmethod
-    def open(self, directory: Path) -> tuple[Llama4Config, Source]:
+    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
         """Configuration and weights, of which nothing is read yet.
+
+        Args:
+            shards: the weights, where they are not in the directory, for layouts that can be read so.
 
         Raises:
             ConfigError: see `read_config`.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,42 +37,87 @@ _DTYPES = {
 }
 
 
+Header: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+"""What a file says of its tensors: key -> dtype, in the format's word, and shape."""
+
+
+class Shards(Protocol):
+    """The safetensors files of a checkpoint, wherever they are."""
+
+    def __contains__(self, file: str) -> bool: ...
+
+    def headers(self, files: Collection[str]) -> Iterable[Header]:
+        """Of each file, in order.
+
+        Raises:
+            CheckpointError: a file that is cut short, or no safetensors file.
+        """
+
+    def path(self, file: str) -> Path:
+        """A file on this machine. That of the file before it may be gone then."""
+
+
+class LocalShards:
+    """In a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __contains__(self, file: str) -> bool:
+        return (self._directory / file).is_file()
+
+    def headers(self, files: Collection[str]) -> Iterator[Header]:
+        for path in map(self.path, files):
+            content = _open(path)
+            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (it has no other way)
+            yield {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+
+    def path(self, file: str) -> Path:
+        return self._directory / file
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+
+
 class SafetensorsFiles:
     """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used, and a file is mapped
     only while its tensors are, so that a checkpoint may be larger than the memory a process may have.
 
     Args:
+        directory: where they are, or would be.
         files: file -> keys that it must hold; None for all that it has.
+        shards: the files; by default those in `directory`.
 
     Raises:
         CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index
             promises.
     """
 
-    def __init__(self, files: Mapping[Path, set[str] | None]) -> None:
-        if missing := sorted(path.name for path in files if not path.is_file()):
-            folder = next(iter(files)).parent
+    def __init__(self, directory: Path, files: Mapping[str, set[str] | None], shards: Shards | None = None) -> None:
+        self._shards = shards if shards is not None else LocalShards(directory)
+        if missing := sorted(file for file in files if file not in self._shards):
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
+                f"{directory} lacks {len(missing)} of its {len(files)} shards; fetch them again", missing
             )
         self.plan: QuantizationPlan = {}
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, str] = {}
         self._specs: dict[str, TensorSpec] = {}
-        self._open = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
-        for path, promised in files.items():
-            try:
-                handle = self._open(path)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
-            found = set(handle.keys())
-            if promised is not None and promised - found:
-                raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", sorted(promised - found))
-            for key in sorted(found):
-                header = handle.get_slice(key)
-                if (dtype := header.get_dtype()) not in _DTYPES:
+        self._opened: tuple[str, Any] = ("", None)
+        for (file, promised), header in zip(files.items(), self._shards.headers(files), strict=True):
+            path = directory / file
+            if promised is not None and promised - header.keys():
+                missing = sorted(promised - header.keys())
+                raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", missing)
+            for key in sorted(header):
+                dtype, shape = header[key]
+                if dtype not in _DTYPES:
                     raise CheckpointError(f"{path} holds {key} in {dtype}, which this library does not read")
-                self._files[key] = path
-                self._specs[key] = TensorSpec(tuple(header.get_shape()), _DTYPES[dtype])
+                self._files[key] = file
+                self._specs[key] = TensorSpec(shape, _DTYPES[dtype])
 
     def names(self) -> Collection[str]:
         return self._files.keys()
@@ -81,18 +126,26 @@ class SafetensorsFiles:
         return self._specs[name]
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._open(self._files[name]).get_tensor(name)
+        file = self._files[name]
+        if self._opened[0] != file:
+            self._opened = ("", None)  # before the next file comes, the map of the last is gone
+            self._opened = (file, _open(self._shards.path(file)))
+        tensor: Tensor = self._opened[1].get_tensor(name)
         return tensor
 
     def is_mapped(self, name: str) -> bool:
         return True
 
     def origin(self, name: str) -> Origin:
-        return Origin(name, self._files[name].name if name in self._files else None)
+        return Origin(name, self._files.get(name))
 
 
-def open_safetensors(directory: str | Path) -> SafetensorsFiles:
+def open_safetensors(directory: str | Path, shards: Shards | None = None) -> SafetensorsFiles:
     """The weights in a directory of Hugging Face's layout: one `model.safetensors`, or an index and its shards.
+
+    Args:
+        directory: with the index, if there is one.
+        shards: the files; by default those in the directory.
 
     Raises:
         CheckpointError: no weights, or weights that are damaged or incomplete.
@@ -100,19 +153,20 @@ def open_safetensors(directory: str | Path) -> SafetensorsFiles:
     directory = Path(directory)
     index = directory / INDEX_FILE
     if not index.is_file():
-        if not (directory / SINGLE_FILE).is_file():
+        if SINGLE_FILE not in (shards if shards is not None else LocalShards(directory)):
             raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-        return SafetensorsFiles({directory / SINGLE_FILE: None})
+        return SafetensorsFiles(directory, {SINGLE_FILE: None}, shards)
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[Path, set[str]] = {directory / name: set() for name in sorted(set(places.values()))}
+        files: dict[str, set[str]] = {name: set() for name in sorted(set(places.values()))}
         for key, name in places.items():
-            files[directory / name].add(key)
+            files[name].add(key)
+        outside = [name for name in files if name in ("", ".", "..") or Path(name).name != name]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
-    if outside := sorted(path.name for path in files if path.parent != directory or ".." in path.parts):
+    if outside:
         raise CheckpointError(f"{index} names files outside its directory, which are not opened", outside)
-    return SafetensorsFiles(dict(files))
+    return SafetensorsFiles(directory, dict(files), shards)
 
 
 def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, progress: bool = False) -> None:
@@ -126,10 +180,15 @@ def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, p
     with tqdm(total=len(sizes), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:
         for i, shard in enumerate(shards):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            if not (directory / name).exists():
-                _save_shard({key: files.read(key) for key in shard}, directory / name)
             places |= dict.fromkeys(shard, name)
-            bar.update(len(shard))
+            if (directory / name).exists():
+                bar.update(len(shard))
+                continue
+            tensors = {}
+            for key in shard:
+                tensors[key] = files.read(key)
+                bar.update()
+            _save_shard(tensors, directory / name)
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

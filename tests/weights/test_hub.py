@@ -2,162 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from llama4.weights import hub
 from tests import small_model
+from tests.weights.local_hub import COMMIT, OLDER, LocalHub, python
 from tests.weights.test_meta import make_reference, params, write_meta
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLDER = "fedcba9876543210fedcba9876543210fedcba98"
-
-
-class LocalHub(ThreadingHTTPServer):
-    """Repositories from directories. `org/gated` wants the token "secret", as does every upload."""
-
-    def __init__(self, repositories: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = repositories
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.cuts = 0
-        """How many more times the weights break off half-way."""
-        self.ranges: list[str] = []
-        self.created: dict[str, object] = {}
-        self.uploads: dict[str, bytes] = {}
-        """Large files by their sha256."""
-        self.committed: dict[str, bytes] = {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def files_asked(self) -> set[str]:
-        return {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in self.requests if "/resolve/" in path}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: LocalHub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def do_POST(self) -> None:
-        """Creating a repository, and uploading: safetensors go to a store for large files, the rest into the commit."""
-        path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if token != "Bearer secret":
-            return self.fail(401, "")
-        answer: dict[str, object]
-        if path == "/api/repos/create":
-            self.server.created = json.loads(body)
-            answer = {"url": f"{self.server.url}/org/new"}
-        elif path == "/api/models/org/new/preupload/main":
-            names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [(name, "lfs" if name.endswith(".safetensors") else "regular") for name in names]
-            answer = {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes]}
-        elif path == "/org/new.git/info/lfs/objects/batch":
-            objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
-            places = [{"upload": {"href": f"{self.server.url}/store/{o['oid']}"}} for o in objects]
-            answer = {"objects": [o | {"actions": place} for o, place in zip(objects, places, strict=True)]}
-        elif path == "/api/models/org/new/commit/main":
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    self.server.committed[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    self.server.committed[value["path"]] = self.server.uploads[value["oid"]]
-            answer = {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/org/new/commit/{COMMIT}"}
-        else:
-            return self.fail(404, "")
-        return self.reply(json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body=True)
-
-    def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.uploads[self.path.removeprefix("/store/")] = body
-        self.reply(b"", {}, with_body=False)
-
-    def answer(self, with_body: bool) -> None:
-        path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
-        self.server.requests.append((self.command, path, token))
-        is_api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").lstrip("/").split("/")
-        name, rest = "/".join(parts[:2]), parts[2:]
-        directory = self.server.repositories.get(name)
-        if directory is None:
-            return self.fail(404, "RepoNotFound")
-        if name == "org/gated" and token != "Bearer secret":
-            return self.fail(403, "GatedRepo")
-        revision = rest[1] if len(rest) > 1 else "main"
-        commit = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}.get(revision)
-        if commit is None:
-            return self.fail(404, "RevisionNotFound")
-        if is_api:
-            files = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
-            if rest[:1] == ["tree"]:
-                listing = [
-                    {"type": "file", "path": f, "size": (directory / f).stat().st_size, "oid": "0"} for f in files
-                ]
-                return self.reply(json.dumps(listing).encode(), {"Content-Type": "application/json"}, with_body)
-            content = {
-                "_id": "1",
-                "id": name,
-                "modelId": name,
-                "sha": commit,
-                "private": False,
-                "tags": [],
-                "downloads": 0,
-            }
-            content["siblings"] = [{"rfilename": file} for file in files]
-            return self.reply(json.dumps(content).encode(), {"Content-Type": "application/json"}, with_body)
-        file = directory / "/".join(rest[2:])
-        if not file.is_file():
-            return self.fail(404, "EntryNotFound")
-        body = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if with_body and "Range" in self.headers:
-            self.server.ranges.append(self.headers["Range"])
-            start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
-            return self.reply(body[int(start) : int(end or len(body)) + 1], headers, with_body, status=206)
-        if with_body and self.server.cuts and file.name == "model.safetensors":
-            self.server.cuts -= 1
-            return self.reply(body, headers, with_body, sent=len(body) // 2)
-        return self.reply(body, headers, with_body)
-
-    def reply(
-        self, body: bytes, headers: dict[str, str], with_body: bool, status: int = 200, sent: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body[:sent])
-
-    def fail(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
 
 @pytest.fixture
@@ -170,20 +24,6 @@ def server(tmp_path: Path) -> Iterator[LocalHub]:
     yield local
     local.shutdown()
     local.server_close()
-
-
-def python(script: str, server: LocalHub, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run in a process of its own: the client reads its endpoint and its cache at import."""
-    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 ASK = """
@@ -199,7 +39,7 @@ def test_a_model_by_its_hub_id(server: LocalHub, tmp_path: Path) -> None:
     first = python(script, server, tmp_path / "cache")
     assert first.stdout.strip() == "4", first.stderr
     assert first.stderr == "", "a pipe is no place for progress"
-    needed = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.model"}
+    needed = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.model", "README.md"}
     assert server.files_asked() == needed
     assert all("v1" in path or OLDER in path for _, path, _ in server.requests)
     assert {token for _, _, token in server.requests} == {"Bearer abc"}

@@ -17,6 +17,8 @@ from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.meta.params import PARAMS_FILE, config_from_params, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
+from llama4.weights.safetensors import Shards
+from llama4.weights.side_files import LICENCE_FILES, MODEL_CARD
 from llama4.weights.source import Source
 
 _NORM = "language_model.model.norm.weight"
@@ -28,7 +30,8 @@ class MetaLayout(CheckpointLayout):
     name = "meta"
     title = "Meta's"
     config_files = (PARAMS_FILE, "tokenizer.model")  # special tokens follow its ranks
-    files = (*config_files, "consolidated.*.pth", "fp8_scales_*.pt")
+    side_files = (*config_files, MODEL_CARD, *LICENCE_FILES)
+    weight_files = ("consolidated.*.pth", "fp8_scales_*.pt")
 
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).is_file()
@@ -36,7 +39,7 @@ class MetaLayout(CheckpointLayout):
     def read_config(self, directory: Path) -> Llama4Config:
         return read_params(directory)
 
-    def open(self, directory: Path) -> tuple[Llama4Config, Source]:
+    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
         config = read_params(directory)
         source = MetaSource(directory, config)
         if _NORM in source.names():  # params.json does not say the dtype

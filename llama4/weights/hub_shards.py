@@ -9,11 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import (  # documented, though without `as`
-    build_hf_headers,  # type: ignore[attr-defined]
-    get_session,  # type: ignore[attr-defined]
-    hf_raise_for_status,  # type: ignore[attr-defined]
-)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from llama4.errors import CheckpointError
 from llama4.weights.hub_client import hub_errors, progress_bars

@@ -13,18 +13,21 @@ from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
 from llama4.quantization.plan import QuantizationPlan
 from llama4.text.tokenizer import Tokenizer
+from llama4.weights import modelopt
 from llama4.weights.bitsandbytes import Bitsandbytes
 from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmFp8
 from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
+from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import SIDE_FILES
 from llama4.weights.source import FileNames, ModelNames, Source
 
 QUANT_METHODS: dict[str, QuantMethod] = {
-    method.name: method for method in (CompressedTensors(), FbgemmFp8(), Bitsandbytes())
+    method.name: method
+    for method in (CompressedTensors(), FbgemmFp8(), Bitsandbytes(), modelopt.ModelOpt(), TransformersMxfp4())
 }
 """By `quant_method`; the first that writes a model's formats does."""
 
@@ -36,7 +39,7 @@ class HuggingFaceLayout(CheckpointLayout):
 
     name = "hf"
     title = "Hugging Face's"
-    config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE)
+    config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE, modelopt.CONFIG_FILE)
     side_files = (*config_files, *SIDE_FILES, INDEX_FILE, "tokenizer.json", "tokenizer.model")
     weight_files = (SINGLE_FILE, "model-*-of-*.safetensors")
 
@@ -44,7 +47,10 @@ class HuggingFaceLayout(CheckpointLayout):
         return (directory / CONFIG_FILE).is_file()
 
     def read_config(self, directory: Path) -> Llama4Config:
-        return family_of_type(load_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
+        config = family_of_type(load_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
+        if config.quantization_config is None:
+            return dataclasses.replace(config, quantization_config=modelopt.read_config(directory))
+        return config
 
     def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
         config = self.read_config(directory)

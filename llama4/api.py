@@ -31,7 +31,7 @@ from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
-from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.checkpoint import open_checkpoint, read_config
 from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
@@ -161,14 +161,16 @@ class Llama4:
         """
         _check_arguments(quantization, experts_device, experts_memory)
         directory = hub.resolve(name, revision=revision, token=token, progress=progress)
-        config, source = open_checkpoint(directory)
+        target = resolve_device(device)
+        compute = resolve_dtype(dtype, read_config(directory), target)
+        config, source = open_checkpoint(directory, dtype=compute)
+        for note in source.notes:
+            logger.warning("%s: %s", name, note)
         family = family_of(config)
         if quantization is not None:
             source = quantized(source, quantization, parts=family.quantizable)
-        target = resolve_device(device)
         home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
-        compute = resolve_dtype(dtype, config, target)
         tokenizer = family.load_tokenizer(directory, config)
         with torch.device("meta"):
             built = replace(config, dtype=str(compute).removeprefix("torch."))

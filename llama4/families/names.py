@@ -14,6 +14,10 @@ HEAD = "language_model.lm_head.weight"
 """The model's own name of the matrix that every token reads whole."""
 
 
+VISION = ("vision_model.", "multi_modal_projector.")
+"""How the model's names of what is beside the decoder begin."""
+
+
 class Transform(Protocol):
     """A change of the order of a tensor's rows, which keeps its shape; what is done to a matrix [O, I] is done to
     everything that has a row per output: quantized values, scales, a bias."""

@@ -90,7 +90,6 @@ class Mxfp4(Fp4):
     kind = "mxfp4"
     strategy = "group"
     compressed_name = "mxfp4-pack-quantized"
-    compressed_about = "mxfp4"
 
     group_size: int = 32
 
@@ -110,7 +109,6 @@ class Nvfp4(Fp4):
     parts = ("weight_packed", "weight_scale", "weight_global_scale")
     strategy = "tensor_group"
     compressed_name = "nvfp4-pack-quantized"
-    compressed_about = "nvfp4"
 
     group_size: int = 16
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ class Fp8(WeightFormat):
     bits = 8
     rounds_inputs = True
     compressed_name = "float-quantized"
-    compressed_about = "fp8 (per channel) with inputs quantized per token"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         groups = shape[-1] // self.group_size if self.group_size else 1
@@ -32,20 +31,6 @@ class Fp8(WeightFormat):
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         values, scale = to_fp8(weight_OI, weight_OI.dtype)
         return {"weight": values, "weight_scale": scale}
-
-    @classmethod
-    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
-        if inputs is None or (inputs.get("type"), inputs.get("strategy")) != ("float", "token"):
-            return None
-        found = weights.get("type", "int"), weights.get("num_bits")
-        if inputs.get("dynamic") is not True or found != ("float", 8):
-            return None
-        match weights.get("strategy"):
-            case "channel":
-                return cls()
-            case "group":
-                return cls(weights.get("group_size"))
-        return None
 
     def to_compressed(self) -> dict[str, Any]:
         weights = {
@@ -57,6 +42,8 @@ class Fp8(WeightFormat):
             "dynamic": False,
         }
         inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        if self.group_size:
+            inputs |= {"strategy": "group", "group_size": self.group_size}
         return {"weights": weights, "input_activations": inputs}
 
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
@@ -71,7 +58,7 @@ class Fp8(WeightFormat):
             parts = quantized.Parts(self.kind, values, scale)
             return quantized.linear(x_NI, parts, readable=lambda: _product(x_NI, values, scale))
         groups = zip(x_NI.chunk(G, -1), values.chunk(G, -1), scale.split(1, dim=-1), strict=True)
-        return torch.stack([_product(*group).float() for group in groups]).sum(0).to(x_NI.dtype)
+        return functools.reduce(torch.Tensor.add_, (_product(*group).float() for group in groups)).to(x_NI.dtype)
 
 
 def _product(x_NI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ class Int4(WeightFormat):
     bits = 4
     parts = ("weight_packed", "weight_scale")
     compressed_name = "pack-quantized"
-    compressed_about = "int4 (symmetric groups of 32 to 256) for weights alone"
 
     group_size: int = 128
 
@@ -60,12 +59,6 @@ class Int4(WeightFormat):
 
         packed, scale = quantized.quantize_int4(weight_OI, self.group_size, RANGES, readable=readable)
         return {"weight_packed": packed, "weight_scale": scale}
-
-    @classmethod
-    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
-        found = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
-        size = weights.get("group_size")
-        return cls(size) if found == ("int", 4, "group") and inputs is None and size in GROUP_SIZES else None
 
     def to_compressed(self) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": self.group_size}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ class Int8(WeightFormat):
     kind = "int8"
     bits = 8
     compressed_name = "int-quantized"
-    compressed_about = "int8 (per channel) for weights alone"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         return {
@@ -34,11 +32,6 @@ class Int8(WeightFormat):
         scale = not_zero(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
         values = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
         return {"weight": values, "weight_scale": scale}
-
-    @classmethod
-    def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
-        found = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
-        return cls() if found == ("int", 8, "channel") and inputs is None else None
 
     def to_compressed(self) -> dict[str, Any]:
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}

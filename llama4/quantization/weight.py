@@ -65,8 +65,6 @@ class WeightFormat(ABC):
     """Whether inputs are rounded, too, while the model runs."""
     compressed_name: ClassVar[str | None] = None
     """What compressed-tensors calls the format on disk; None if it has no such format."""
-    compressed_about: ClassVar[str] = ""
-    """What `from_compressed` reads, in words."""
 
     group_size: int | None = None
 
@@ -113,10 +111,11 @@ class WeightFormat(ABC):
 
     @classmethod
     def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
-        """The format that a group of a compressed-tensors configuration means, if it is of this kind.
+        """The format that a group of a compressed-tensors configuration means, if it is of this kind and its tensors
+        are those of that package.
 
         Args:
-            weights: `weights` of the group, known to be symmetric and static, without activation order.
+            weights: `weights` of the group.
             inputs: `input_activations` of the group.
         """
         return None

@@ -45,7 +45,7 @@ class Bitsandbytes(QuantMethod):
                 f"does not run; take one in {Nf4.kind!r}, stored in uint8, or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         return BitsandbytesSource(source)
 
     def writes(self, plan: QuantizationPlan) -> bool:
@@ -68,6 +68,7 @@ class BitsandbytesSource:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self.notes = source.notes
         self._names: dict[str, str] = {}
         self._routers: dict[str, Nf4] = {}
         self.plan: dict[str, WeightFormat | None] = {}
@@ -147,7 +148,7 @@ class WrittenSource:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self.plan = source.plan
+        self.plan, self.notes = source.plan, source.notes
         self._names: dict[str, str] = {}
         self._states: dict[str, Tensor] = {}
         formats = {name.removesuffix(".weight"): format for name, format in source.plan.items()}

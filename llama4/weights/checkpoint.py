@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from llama4.config import Llama4Config
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import CheckpointLayout
@@ -28,14 +30,17 @@ def read_config(directory: str | Path) -> Llama4Config:
     return layout_of(directory).read_config(Path(directory))
 
 
-def open_checkpoint(directory: str | Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
+def open_checkpoint(
+    directory: str | Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+) -> tuple[Llama4Config, Source]:
     """Configuration and weights, of which nothing is read yet.
 
     Args:
         shards: the weights, where they are not in the directory: see `hub.locate`.
+        dtype: of what is stored in a format that is not run, and so is dequantized; None: the checkpoint's own.
 
     Raises:
         ConfigError: see `read_config`.
         CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
     """
-    return layout_of(directory).open(Path(directory), shards)
+    return layout_of(directory).open(Path(directory), shards, dtype=dtype)

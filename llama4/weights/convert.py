@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
 from llama4.weights.source import Source
+
+logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int = 1, progress: bool = True) -> None:
@@ -96,6 +99,8 @@ def _open(source: Path, target: Path) -> tuple[Llama4Config, Source, Tokenizer |
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose a new directory, or remove that one first")
     config, weights = open_checkpoint(source)
+    for note in weights.notes:
+        logger.warning("%s: %s", source, note)
     family = family_of(config)
     with torch.device("meta"):
         model = family.build(config)

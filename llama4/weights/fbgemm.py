@@ -23,7 +23,7 @@ class FbgemmFp8(QuantMethod):
 
     name = "fbgemm_fp8"
 
-    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         return FbgemmSource(source)
 
 

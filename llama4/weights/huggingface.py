@@ -11,19 +11,21 @@ from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llam
 from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
+from llama4.families.names import VISION
 from llama4.quantization.plan import QuantizationPlan
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights import modelopt
 from llama4.weights.bitsandbytes import Bitsandbytes
 from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
+from llama4.weights.experts import stack_experts
 from llama4.weights.fbgemm import FbgemmFp8
 from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import SIDE_FILES
-from llama4.weights.source import FileNames, ModelNames, Source
+from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
 
 QUANT_METHODS: dict[str, QuantMethod] = {
     method.name: method
@@ -31,7 +33,9 @@ QUANT_METHODS: dict[str, QuantMethod] = {
 }
 """By `quant_method`; the first that writes a model's formats does."""
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_FLOATS = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
 
 
 class HuggingFaceLayout(CheckpointLayout):
@@ -52,7 +56,9 @@ class HuggingFaceLayout(CheckpointLayout):
             return dataclasses.replace(config, quantization_config=modelopt.read_config(directory))
         return config
 
-    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
+    def open(
+        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+    ) -> tuple[Llama4Config, Source]:
         config = self.read_config(directory)
         method, content = _method(directory, config), config.quantization_config
         if method is not None and content is not None:
@@ -60,8 +66,10 @@ class HuggingFaceLayout(CheckpointLayout):
         files = open_safetensors(directory, shards)
         source: Source = ModelNames(files, family_of(config).names(config, files.names()))
         if method is not None and content is not None:
-            source = method.open(source, content)
-        return config, source
+            source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16))
+        else:
+            source = stack_experts(source)
+        return _match_vision(config, source)
 
     def write(
         self,
@@ -81,6 +89,18 @@ class HuggingFaceLayout(CheckpointLayout):
         write_safetensors(FileNames(source, table), directory, max_shard_bytes, progress=progress)
         if tokenizer is not None:
             tokenizer.save(directory)
+
+
+def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:
+    """Configuration and weights, of which one may be of the decoder alone: then both are."""
+    has_vision = any(name.startswith(VISION) for name in source.names())
+    if config.vision is None and has_vision:
+        note = "they are of a vision tower, and config.json is of the decoder alone"
+        return config, without(source, lambda name: name.startswith(VISION), note)
+    if config.vision is not None and not has_vision:
+        note = "config.json has a vision tower, and the weights have none: the model reads text alone"
+        return dataclasses.replace(config, vision=None), Noted(source, note)
+    return config, source
 
 
 def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
@@ -109,8 +129,8 @@ def _writer(plan: QuantizationPlan) -> QuantMethod:
 def _dtype(source: Source) -> str:
     """The float dtype of most tensors; how NF4 stores its scales does not count."""
     names = [name for name in source.names() if not name.endswith(("absmax", "quant_map"))]
-    dtypes = [str(dtype).removeprefix("torch.") for name in names if (dtype := source.spec(name).dtype) in _FLOATS]
-    return max(dtypes, key=dtypes.count)
+    dtypes = [str(source.spec(name).dtype).removeprefix("torch.") for name in names]
+    return max(_FLOATS, key=dtypes.count)
 
 
 def _write_configs(config: Llama4Config, directory: Path) -> None:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from llama4.config import Llama4Config
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.safetensors import Shards
@@ -43,11 +45,14 @@ class CheckpointLayout(ABC):
         """
 
     @abstractmethod
-    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
+    def open(
+        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+    ) -> tuple[Llama4Config, Source]:
         """Configuration and weights, of which nothing is read yet.
 
         Args:
             shards: the weights, where they are not in the directory, for layouts that can be read so.
+            dtype: of what is dequantized; None: the checkpoint's own.
 
         Raises:
             ConfigError: see `read_config`.

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from llama4.families.names import NameTable
 from llama4.quantization.plan import QuantizationPlan
 from llama4.weights.source import Source
@@ -25,8 +27,12 @@ class QuantMethod(ABC):
         """
 
     @abstractmethod
-    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
-        """A checkpoint's tensors, under the model's names, as parts of packed weights.
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+        """A checkpoint's tensors, under the model's names, as parts of packed weights; what is stored in a format that
+        is not run, dequantized.
+
+        Args:
+            dtype: of what is dequantized.
 
         Raises:
             CheckpointError: tensors that are missing, or do not fit together.

@@ -30,7 +30,7 @@ class QuantizingSource:
 
     def __init__(self, source: Source, plan: Mapping[str, WeightFormat], quantizer: Quantizer | None = None) -> None:
         self._source = source
-        self.plan = plan
+        self.plan, self.notes = plan, source.notes
         self._quantize = quantizer or (lambda weight_OI, format: format.quantize(weight_OI))
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._tensors: dict[str, tuple[str, str | None, TensorSpec]] = {}  # name -> parameter, part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -105,6 +105,7 @@ class SafetensorsFiles:
             )
         self.plan: QuantizationPlan = {}
         self._files: dict[str, str] = {}
+        self.notes: Sequence[str] = ()
         self._specs: dict[str, TensorSpec] = {}
         self._opened: tuple[str, Any] = ("", None)
         for (file, promised), header in zip(files.items(), self._shards.headers(files), strict=True):

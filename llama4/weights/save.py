@@ -18,6 +18,8 @@ from llama4.weights.source import Origin, Source
 class ModelSource:
     """The parameters of a model, tied ones once, in the dtype that they have; packed weights as in a checkpoint."""
 
+    notes = ()
+
     def __init__(self, model: nn.Module) -> None:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._parts: dict[str, tuple[QuantizedWeight, str]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class Source(Protocol):
     def plan(self) -> QuantizationPlan:
         """Which parameters of the model are stored quantized: their parts are here, `q_proj.weight_scale` and so on."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is done with the checkpoint that may not be expected, in sentences: what is dequantized or left out."""
+
     def names(self) -> Collection[str]: ...
 
     def spec(self, name: str) -> TensorSpec:
@@ -69,6 +73,7 @@ class View:
         self._source = source
         self._names = names
         self.plan = plan
+        self.notes = source.notes
 
     def names(self) -> Collection[str]:
         return self._names.keys()
@@ -84,6 +89,22 @@ class View:
 
     def origin(self, name: str) -> Origin:
         return self._source.origin(self._names.get(name, name))
+
+
+class Noted(View):
+    """A source with one note more."""
+
+    def __init__(self, source: Source, note: str) -> None:
+        super().__init__(source, {name: name for name in source.names()}, source.plan)
+        self.notes = [*source.notes, note]
+
+
+def without(source: Source, is_left_out: Callable[[str], object], note: str) -> Source:
+    """A source that lacks some tensors, and says so: the note is about them, in words."""
+    names = {name: name for name in source.names() if not is_left_out(name)}
+    if not (count := len(source.names()) - len(names)):
+        return source
+    return Noted(View(source, names, source.plan), f"{count} tensors are left out: {note}")
 
 
 class ModelNames(View):

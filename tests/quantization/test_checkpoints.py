@@ -246,14 +246,10 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
     [
         ({"quant_method": "gptq"}, r"quantized by 'gptq', which this library does not read.*'compressed-tensors'"),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
-        (ct(W4 | {"symmetric": False}), r"group_0 are .*'symmetric': False.*take one of those, or bf16"),
-        (ct(W4 | {"actorder": "group"}), r"'actorder': 'group'"),
-        (ct(W4 | {"num_bits": 3}), r"'num_bits': 3"),
-        (ct(W4 | {"group_size": 16}), r"'group_size': 16"),
-        (ct(W8, TOKENS | {"type": "int"}), r"'num_bits': 8.*inputs quantized"),
-        (ct(FP8), r"inputs not\. It runs"),
-        (ct(FP8, TOKENS | {"strategy": "tensor", "dynamic": False}), r"inputs quantized\. It runs"),
-        (ct(FP8 | {"strategy": "block"}), r"'strategy': 'block'"),
+        (ct(W4 | {"num_bits": 9}), r"group_0 are .*'num_bits': 9.*take one of those, or bf16"),
+        (ct(FP8 | {"num_bits": 5}), r"'num_bits': 5"),
+        (ct(W4 | {"dynamic": True}), r"'dynamic': True"),
+        (ct(W4 | {"strategy": "attn_head"}), r"'strategy': 'attn_head'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(plain: Path, tmp_path: Path, content: object, message: str) -> None:
@@ -264,13 +260,13 @@ def test_what_cannot_be_run_is_refused_by_name(plain: Path, tmp_path: Path, cont
         Llama4.from_pretrained(directory)
 
 
-def test_zero_points_are_refused(plain: Path, tmp_path: Path) -> None:
+def test_zero_points_that_do_not_fit_are_refused(plain: Path, tmp_path: Path) -> None:
     quantize(plain, tmp_path / "model", "int4", progress=False)
     content = load_file(tmp_path / "model" / "model.safetensors")
     key = next(key for key in content if key.endswith("q_proj.weight_scale"))
     content[key.replace("scale", "zero_point")] = torch.zeros(1, dtype=torch.int32)
     save_file(content, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="zero points or reordered groups"):
+    with pytest.raises(CheckpointError, match=r"q_proj is stored in int4.* has zero points \[1\] beside scales"):
         loaded(tmp_path / "model")
 
 
@@ -281,7 +277,7 @@ def test_an_expert_that_is_missing_is_named(plain: Path, tmp_path: Path, part: s
     missing = f"language_model.model.layers.1.feed_forward.experts.2.up_proj.{part}"
     del content[missing]
     save_file(content, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"of the 4 experts of .*layers\.1") as caught:
+    with pytest.raises(CheckpointError, match=r"of quantized matrices some parts are missing") as caught:
         loaded(tmp_path / "model")
     assert missing in str(caught.value)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama4.config import CONFIG_FILE, Llama4Config
 from llama4.errors import CheckpointError
 from llama4.text.tokenizer import Tokenizer
@@ -39,7 +41,9 @@ class MetaLayout(CheckpointLayout):
     def read_config(self, directory: Path) -> Llama4Config:
         return read_params(directory)
 
-    def open(self, directory: Path, shards: Shards | None = None) -> tuple[Llama4Config, Source]:
+    def open(
+        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+    ) -> tuple[Llama4Config, Source]:
         config = read_params(directory)
         source = MetaSource(directory, config)
         if _NORM in source.names():  # params.json does not say the dtype

@@ -6,7 +6,7 @@ import codecs
 import io
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class MetaSource:
 
     def __init__(self, directory: str | Path, config: Llama4Config) -> None:
         self.plan: QuantizationPlan = {}
+        self.notes: Sequence[str] = ()
         self._table = pieces(config)
         self._ranks = [_read(path) for path in _rank_files(Path(directory))]
         self._scales = _read_scales(Path(directory), self._ranks, self._table)

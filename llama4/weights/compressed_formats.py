@@ -1,0 +1,248 @@
+"""What the tensors of the compressed-tensors format mean, by the fields of its configuration."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from llama4.quantization.formats import FORMATS
+from llama4.quantization.fp8 import Fp8
+from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
+from llama4.quantization.int8 import Int8
+from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat
+from llama4.weights.stored import Specs, StoredFormat
+
+_DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
+
+
+class CompressedFormat(StoredFormat):
+    """A way to store matrices that a group of the configuration describes. A new one is a subclass, registered in
+    `COMPRESSED_FORMATS`."""
+
+    about: ClassVar[str]
+    """What `from_group` reads, in words."""
+
+    @classmethod
+    @abstractmethod
+    def from_group(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        """The format that a group means, if it is of this kind.
+
+        Args:
+            weights: `weights` of the group.
+            inputs: `input_activations` of the group.
+        """
+
+
+@dataclass(frozen=True)
+class Scaled(CompressedFormat):
+    """W = (values - zero point) * scale, where each block of W has a scale and, it may be, a zero point.
+
+    Values are `weight`, int8 or e4m3, or integers of a few bits in `weight_packed`: a row is one run of bits in int32,
+    the lowest first, where each value is stored larger by 2^(bits - 1). Zero points are packed in the same way, along
+    the columns. `weight_g_idx` has the group of each column, where these are not in order.
+
+    Attributes:
+        kind: "int" or "float".
+        block: rows and columns that share a scale; None stands for all.
+        has_zero_points: whether some may be other than 0.
+        inputs: what is to be done to inputs: (type, strategy) of their rounding, or None.
+    """
+
+    about = "integers of 1 to 8 bits and fp8, with a scale per tensor, channel, group or block"
+
+    kind: str
+    bits: int
+    block: tuple[int | None, int | None]
+    has_zero_points: bool = False
+    inputs: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        rows, columns = self.block
+        name = f"int{self.bits}" if self.kind == "int" else "fp8"
+        area = {(None, None): "matrix", (1, None): "output", (1, columns): f"{columns} weights"}
+        scales = f"a scale{' and a zero point' if self.has_zero_points else ''} per "
+        scales += area.get(self.block, f"block of {rows} x {columns}")
+        return f"{name}, {scales}" + (", inputs not rounded" if self.kind == "float" and self.inputs is None else "")
+
+    @classmethod
+    def from_group(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        kind, bits, size = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("group_size")
+        blocks: dict[str, tuple[int | None, int | None]] = {"tensor": (None, None), "channel": (1, None)}
+        if weights.get("dynamic") or (kind, bits) not in {("float", 8), *(("int", n) for n in range(1, 9))}:
+            return None
+        if weights.get("scale_dtype") in ("torch.uint8", "torch.float8_e8m0fnu"):
+            return None  # exponents alone: the MX formats
+        strategy = weights.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel")
+        if strategy == "group":
+            blocks["group"] = (1, size)
+        elif strategy == "block":
+            structure = weights.get("block_structure")
+            rows, columns = structure.split("x") if isinstance(structure, str) else structure or (128, 128)
+            blocks["block"] = (int(rows), int(columns))
+        if strategy not in blocks:
+            return None
+        rounding = (inputs.get("type", "int"), inputs.get("strategy") or "tensor") if inputs else None
+        return cls(kind, bits, blocks[strategy], not weights.get("symmetric", True), rounding)
+
+    # -- what there is to read -----------------------------------------------------------------------------------------
+
+    def shape(self, specs: Specs) -> Shape:
+        scale = specs["weight_scale"].shape
+        if "weight_packed" in specs:
+            outputs, words = specs["weight_packed"].shape
+            inputs = words * 32 // self.bits if self.block[1] is None else scale[-1] * self.block[1]
+            if words != -(-inputs * self.bits // 32):
+                raise ValueError(f"has {words} int32 in a row, which are not its {inputs} values")
+        elif "weight" in specs:
+            outputs, inputs = specs["weight"].shape
+            if (found := specs["weight"].dtype) != _DTYPES[self.kind]:
+                raise ValueError(f"its values are {found}, not {_DTYPES[self.kind]}")
+        else:
+            raise KeyError("weight_packed" if "weight_shape" in specs else "weight")
+        wanted = tuple(-(-size // (step or size)) for size, step in zip((outputs, inputs), self.block, strict=True))
+        if _two_dimensions(scale) != wanted:
+            raise ValueError(f"has scales {list(scale)}, where {list(wanted)} were expected")
+        if (zeros := specs.get("weight_zero_point")) is not None:
+            packed = (-(-wanted[0] * self.bits // 32), wanted[1])
+            if _two_dimensions(zeros.shape) != (packed if zeros.dtype == torch.int32 else wanted):
+                raise ValueError(f"has zero points {list(zeros.shape)} beside scales {list(scale)}")
+        elif self.has_zero_points:
+            raise KeyError("weight_zero_point")
+        return outputs, inputs
+
+    def native(self, specs: Specs) -> WeightFormat | None:
+        """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
+        e4m3 are rounded so, with a scale per token and, where weights have one per group, per group."""
+        inputs, (rows, columns) = self.shape(specs)[1], self.block
+        if "weight_zero_point" in specs or "weight_g_idx" in specs:
+            return None
+        is_rounded = self.inputs is not None and self.inputs[0] == "float"
+        match self.kind, self.bits, columns:
+            case "int", 8, None:
+                return Int8()
+            case "int", 4, int() if rows == 1 and columns in GROUP_SIZES and inputs % columns == 0:
+                return Int4(columns)
+            case "float", 8, None if is_rounded:
+                return Fp8()
+            case "float", 8, int() if is_rounded and inputs % columns == 0:
+                return Fp8(columns)
+        return None
+
+    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, str]:
+        values = "weight_packed" if "weight_packed" in specs else "weight"
+        return {native.parts[0]: values, "weight_scale": "weight_scale"}
+
+    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
+        if part == "weight_scale":
+            return _per_row(_as_matrix(tensor), self.block[0], slice(0, shape[0]))
+        if part == "weight_packed":
+            return pack(tensor) if tensor.dtype == torch.int8 else tensor
+        return unpack(tensor, 8, shape[1]) if tensor.dtype == torch.int32 else tensor
+
+    # -- the matrix ----------------------------------------------------------------------------------------------------
+
+    def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
+        if "weight_packed" in parts:
+            packed = parts["weight_packed"]
+            columns = int(parts["weight_shape"][1]) if "weight_shape" in parts else packed.shape[1] * 32 // self.bits
+            values = unpack(packed[rows], self.bits, columns).float()
+        else:
+            values = parts["weight"][rows].float()
+        columns = values.shape[1]
+        scale = _as_matrix(parts["weight_scale"])
+        groups = torch.arange(columns) // (self.block[1] or columns)
+        if "weight_g_idx" in parts and (order := parts["weight_g_idx"].long()).min() >= 0:
+            groups = order
+        if groups.max() >= scale.shape[1]:
+            raise ValueError(f"a column is of group {int(groups.max())}, of {scale.shape[1]}")
+        if (zeros := parts.get("weight_zero_point")) is not None:
+            if zeros.dtype == torch.int32:
+                zeros = unpack(zeros.mT, self.bits, scale.shape[0]).mT
+            values -= _per_row(_as_matrix(zeros).float(), self.block[0], rows)[:, groups]
+        return values.mul_(_per_row(scale.float(), self.block[0], rows)[:, groups])
+
+
+@dataclass(frozen=True)
+class AsItIs(CompressedFormat):
+    """A format that is run, whose parts are what lies in the file."""
+
+    about = "NVFP4 and MXFP4"
+
+    format: WeightFormat
+
+    def __str__(self) -> str:
+        return str(self.format)
+
+    @classmethod
+    def from_group(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
+        found = (format.from_compressed(weights, inputs) for format in FORMATS.values())
+        return next((cls(format) for format in found if format is not None), None)
+
+    def shape(self, specs: Specs) -> Shape:
+        first = self.format.parts[0]
+        outputs, inputs = specs[first].shape[0], self.format.weights_in(first, specs[first]) // specs[first].shape[0]
+        for part, wanted in self.format.part_specs((outputs, inputs)).items():
+            if part not in specs:
+                raise KeyError(part)
+            if specs[part].shape not in (wanted.shape, (1,)):
+                raise ValueError(f"has {part} {list(specs[part].shape)}, not {list(wanted.shape)}")
+        return outputs, inputs
+
+    def native(self, specs: Specs) -> WeightFormat:
+        return self.format
+
+    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
+        return tensor.expand(self.format.part_specs(shape)[part].shape)
+
+    def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
+        some = {
+            part: parts[part][rows] if len(parts[part]) > 1 else parts[part].expand(rows.stop - rows.start, 1)
+            for part in self.format.parts
+        }
+        first = self.format.parts[0]
+        inputs = self.format.weights_in(first, TensorSpec(tuple(some[first].shape), some[first].dtype)) // len(
+            some[first]
+        )
+        with torch.device("meta"):
+            weight = QuantizedWeight(self.format, (len(some[first]), inputs))
+        weight.set_parts(some)
+        return weight.dequantize().float()
+
+
+COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, AsItIs)
+"""The first that reads a group is how its matrices are stored."""
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Runs of bits in int32 [N, W] -> signed integers [N, columns], int8."""
+    if -(-columns * bits // 32) != packed.shape[1]:
+        raise ValueError(f"{columns} integers of {bits} bits are not the {packed.shape[1]} int32 of a row")
+    values = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], dim=-1).flatten(1)[:, :columns]
+    elif bits != 8:
+        places = torch.arange(8, dtype=torch.uint8)
+        runs = (values[..., None] >> places & 1).flatten(1)[:, : columns * bits].unflatten(1, (columns, bits))
+        values = (runs << places[:bits]).sum(-1, dtype=torch.uint8)
+    return (values[:, :columns] - (1 << bits - 1)).view(torch.int8)
+
+
+def _two_dimensions(shape: Shape) -> Shape:
+    """Scales may lack the dimensions in which there is one: [] and [1] are [1, 1], [O] is [O, 1]."""
+    return shape if len(shape) == 2 else (*shape, 1, 1)[:2]
+
+
+def _as_matrix(scales: Tensor) -> Tensor:
+    return scales.reshape(_two_dimensions(tuple(scales.shape)))
+
+
+def _per_row(scales: Tensor, step: int | None, rows: slice) -> Tensor:
+    """Those of some rows of the matrix, one for each row or one for all."""
+    if step == 1:
+        return scales[rows]
+    return scales[torch.arange(rows.start, rows.stop) // (step or rows.stop)]

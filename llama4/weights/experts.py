@@ -1,0 +1,218 @@
+"""Routed experts as three Linears each, and stacked.
+
+In many files every expert is three Linears, `experts.7.gate_proj.weight` and so on, out x in, quantized or not. In the
+model the experts of a layer are stacked, gate over up. `StackedSource` stacks them, `ExpandedSource` takes them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama4.errors import CheckpointError
+from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
+from llama4.weights import memory
+from llama4.weights.source import Origin, Source
+
+EXPERT = re.compile(
+    r"(?P<path>.*\.feed_forward\.experts)\.(?P<index>\d+)\.(?P<matrix>gate|up|down)_proj\.(?P<part>\w+)"
+)
+"""A tensor of one expert."""
+_STACK = re.compile(r"(?P<path>.*\.feed_forward\.experts)\.(?P<matrix>gate_up|down)_proj(\.(?P<part>\w+))?")
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Names in the file: of each expert those of the matrices that lie one below the other."""
+
+    names: tuple[tuple[str, ...], ...]
+    in_out: bool
+    """Whether the model stores the experts in x out: those that are not quantized."""
+
+
+def stack_experts(source: Source) -> Source:
+    """A checkpoint with experts stacked, whichever way it has them.
+
+    Raises:
+        CheckpointError: see `StackedSource`.
+    """
+    return StackedSource(source) if any(EXPERT.fullmatch(name) for name in source.names()) else source
+
+
+class StackedSource:
+    """Experts that are three Linears each, stacked, one tensor at a time.
+
+    Args:
+        source: in its plan the matrices of a layer's experts have one format, or none.
+
+    Raises:
+        CheckpointError: experts of which matrices are missing.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.plan: dict[str, WeightFormat | None] = {}
+        self.notes = source.notes
+        self._stacks: dict[str, _Stack] = {}
+        self._single: dict[str, None] = {}
+        experts: dict[str, dict[tuple[str, str], dict[int, str]]] = {}
+        for name in source.names():
+            if match := EXPERT.fullmatch(name):
+                matrix = experts.setdefault(match["path"], {}).setdefault((match["matrix"], match["part"]), {})
+                matrix[int(match["index"])] = name
+            else:
+                self._single[name] = None
+        self.plan |= {name: format for name, format in source.plan.items() if not EXPERT.fullmatch(name)}
+        for path, matrices in experts.items():
+            self._stack(path, matrices)
+
+    def _stack(self, path: str, matrices: dict[tuple[str, str], dict[int, str]]) -> None:
+        count = 1 + max(index for names in matrices.values() for index in names)
+        parts = sorted({part for _, part in matrices})
+        wanted = [(i, matrix, part) for i in range(count) for matrix in ("gate", "up", "down") for part in parts]
+        if missing := [
+            self._source.origin(f"{path}.{i}.{matrix}_proj.{part}").key
+            for i, matrix, part in wanted
+            if i not in matrices.get((matrix, part), {})
+        ]:
+            raise CheckpointError(f"of the {count} experts of {path} some parts are missing; fetch them again", missing)
+        formats = {
+            f"{path}.{stacked}_proj": self._source.plan.get(f"{path}.0.{first}_proj.weight")
+            for stacked, first in (("gate_up", "gate"), ("down", "down"))
+        }
+        in_out = all(format is None for format in formats.values())
+        for part in parts:
+            suffix = "" if in_out else f".{part}"
+            gate, up, down = (matrices[matrix, part] for matrix in ("gate", "up", "down"))
+            gate_up = tuple((gate[i], up[i]) for i in range(count))
+            self._stacks[f"{path}.gate_up_proj{suffix}"] = _Stack(gate_up, in_out)
+            self._stacks[f"{path}.down_proj{suffix}"] = _Stack(tuple((down[i],) for i in range(count)), in_out)
+        if not in_out:
+            self.plan |= formats
+
+    def names(self) -> Collection[str]:
+        return [*self._single, *self._stacks]
+
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._single:
+            return self._source.spec(name)
+        stack = self._stacks[name]
+        specs = [self._source.spec(matrix) for matrix in stack.names[0]]
+        rows, columns = sum(spec.shape[0] for spec in specs), specs[0].shape[1]
+        shape = (len(stack.names), columns, rows) if stack.in_out else (len(stack.names), rows, columns)
+        return TensorSpec(shape, specs[0].dtype)
+
+    def read(self, name: str) -> Tensor:
+        if name in self._single:
+            return self._source.read(name)
+        stack = self._stacks[name]
+        whole = memory.empty(*self.spec(name))
+        for expert, names in zip(whole, stack.names, strict=True):
+            matrix = torch.cat([self._source.read(one) for one in names])
+            expert.copy_(matrix.mT if stack.in_out else matrix)
+        return whole
+
+    def is_mapped(self, name: str) -> bool:
+        return name in self._single and self._source.is_mapped(name)
+
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._stacks[name].names[0][0] if name in self._stacks else name)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Part of a stacked tensor: of one expert, some of the rows."""
+
+    name: str
+    expert: int
+    index: int
+    count: int
+    """The rows are number `index` of `count` equal runs."""
+    in_out: bool
+
+    def shape(self, stacked: Shape) -> Shape:
+        rows, columns = (stacked[2], stacked[1]) if self.in_out else stacked[1:]
+        return rows // self.count, columns
+
+    def of(self, stacked: Tensor) -> Tensor:
+        matrix = stacked[self.expert].mT if self.in_out else stacked[self.expert]
+        return matrix.chunk(self.count)[self.index]
+
+
+class ExpandedSource:
+    """What `StackedSource` stacks, taken apart: each expert's matrices, and the shapes of those that are packed.
+
+    Args:
+        source: tensors of the model, with the parts of packed weights.
+
+    Attributes:
+        formats: quantized module -> its format.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.plan, self.notes = source.plan, source.notes
+        self.formats: dict[str, WeightFormat] = {}
+        self._single: dict[str, None] = {}
+        self._slices: dict[str, _Slice] = {}
+        self._shapes: dict[str, Tensor] = {}
+        self._last: tuple[str, Tensor | None] = ("", None)
+        for name in source.names():
+            match = _STACK.fullmatch(name)
+            if match is None:
+                self._single[name] = None
+                module = name.rpartition(".")[0]
+                self._note(name, source.spec(name), self.plan.get(f"{module}.weight"))
+                continue
+            path, part, in_out = match["path"], match["part"] or "weight", match["part"] is None
+            halves = ("gate", "up") if match["matrix"] == "gate_up" else ("down",)
+            spec, format = source.spec(name), self.plan.get(f"{path}.{match['matrix']}_proj")
+            for i in range(spec.shape[0]):
+                for k, half in enumerate(halves):
+                    new, piece = f"{path}.{i}.{half}_proj.{part}", _Slice(name, i, k, len(halves), in_out)
+                    self._slices[new] = piece
+                    self._note(new, spec._replace(shape=piece.shape(spec.shape)), format)
+
+    def _note(self, name: str, spec: TensorSpec, format: WeightFormat | None) -> None:
+        """The format of a quantized module, and the shape that its packed values stand for."""
+        module, _, part = name.rpartition(".")
+        if format is None or part not in format.parts:
+            return
+        self.formats[module] = format
+        if part == "weight_packed":
+            values_in_one = spec.dtype.itemsize * 8 // format.bits
+            self._shapes[f"{module}.weight_shape"] = torch.tensor([spec.shape[0], spec.shape[1] * values_in_one])
+
+    def names(self) -> Collection[str]:
+        return [*self._single, *self._slices, *self._shapes]
+
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._single:
+            return self._source.spec(name)
+        if name in self._shapes:
+            return TensorSpec((2,), torch.int64)
+        piece = self._slices[name]
+        spec = self._source.spec(piece.name)
+        return spec._replace(shape=piece.shape(spec.shape))
+
+    def read(self, name: str) -> Tensor:
+        if name in self._single:
+            return self._source.read(name)
+        if name in self._shapes:
+            return self._shapes[name]
+        piece = self._slices[name]
+        if self._last[0] != piece.name:
+            self._last = ("", None)
+            self._last = (piece.name, self._source.read(piece.name))
+        assert self._last[1] is not None
+        return piece.of(self._last[1])
+
+    def is_mapped(self, name: str) -> bool:
+        return name in self._single and self._source.is_mapped(name)
+
+    def origin(self, name: str) -> Origin:
+        return self._source.origin(self._slices[name].name if name in self._slices else name)

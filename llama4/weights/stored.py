@@ -1,0 +1,168 @@
+"""Matrices that a file stores in many formats -> the formats that are run, or plain matrices in the model's dtype."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from llama4.errors import CheckpointError
+from llama4.quantization.weight import ROWS, Shape, TensorSpec, WeightFormat
+from llama4.weights import memory
+from llama4.weights.computed import Computed, ComputedSource
+from llama4.weights.experts import EXPERT
+from llama4.weights.source import Source
+
+_ONLY_PLAIN = (".router", ".embed_tokens")
+"""Modules that the model has in no quantized format."""
+
+Specs = Mapping[str, TensorSpec]
+"""The tensors of one matrix: name behind its module's path -> shape and dtype."""
+
+
+class StoredFormat(ABC):
+    """How a file stores a matrix [O, I]: what its tensors mean, and which format that is run has the same values.
+
+    `str` of it names it in messages, with all that a reader needs to know it by.
+    """
+
+    @abstractmethod
+    def shape(self, specs: Specs) -> Shape:
+        """Raises:
+        KeyError: a tensor that is missing.
+        ValueError: tensors that do not fit together.
+        """
+
+    @abstractmethod
+    def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
+        """Some rows of the matrix, in float32.
+
+        Raises:
+            ValueError: values that cannot be.
+        """
+
+    def native(self, specs: Specs) -> WeightFormat | None:
+        """The format that is run and has the same values, if there is one."""
+        return None
+
+    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, str]:
+        """Part of the native format -> the tensor in the file that it is made of."""
+        return {part: part for part in native.parts}
+
+    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
+        """The tensor in the file as a part of the native format, for a matrix of this shape."""
+        return tensor
+
+
+class DecodedSource(ComputedSource):
+    """A checkpoint whose quantized matrices are in formats that are run, where there is one with the same values, and
+    dequantized where there is none. A layer's experts are dequantized, too, if they have no format in common.
+
+    Args:
+        source: the checkpoint, under the model's names.
+        stored: quantized modules, `...self_attn.q_proj`, and how they are stored.
+        dtype: of what is dequantized.
+
+    Raises:
+        CheckpointError: tensors that are missing, or do not fit together.
+    """
+
+    def __init__(self, source: Source, stored: Mapping[str, StoredFormat], dtype: torch.dtype) -> None:
+        tensors: dict[str, str | Computed] = {}
+        specs: dict[str, dict[str, TensorSpec]] = {module: {} for module in stored}
+        for name in source.names():
+            module, _, part = name.rpartition(".")
+            if module not in stored or part == "bias":
+                tensors[name] = name
+            else:
+                specs[module][part] = source.spec(name)
+        shapes = _shapes(source, stored, specs)
+        natives = _natives(source.names(), stored, specs)
+        for module, native in natives.items():
+            decode = _dequantized(module, stored[module], specs[module], shapes[module], dtype)
+            tensors |= (
+                decode if native is None else _native(module, native, stored[module], specs[module], shapes[module])
+            )
+        plan = {f"{module}.weight": native for module, native in natives.items() if native is not None}
+        super().__init__(source, tensors, plan)
+        counts = Counter(str(stored[module]) for module, native in natives.items() if native is None)
+        target = str(dtype).removeprefix("torch.")
+        self.notes = [
+            *source.notes,
+            *(
+                f"{count} matrices are stored in {format}, for which there are no kernels here: they are dequantized "
+                f"to {target}"
+                for format, count in counts.items()
+            ),
+        ]
+
+
+def _shapes(source: Source, stored: Mapping[str, StoredFormat], specs: Mapping[str, Specs]) -> dict[str, Shape]:
+    """Shape [O, I] of each quantized module."""
+    shapes: dict[str, Shape] = {}
+    missing: list[str] = []
+    for module, format in stored.items():
+        try:
+            shapes[module] = format.shape(specs[module])
+        except KeyError as error:
+            missing.append(source.origin(f"{module}.{error.args[0]}").key)
+        except ValueError as error:
+            key = source.origin(f"{module}.weight_scale").key.rpartition(".")[0]
+            raise CheckpointError(f"{key} is stored in {format} and {error}; fetch it again") from None
+    if missing:
+        raise CheckpointError("of quantized matrices some parts are missing; fetch them again", missing)
+    return shapes
+
+
+def _natives(
+    names: Collection[str], stored: Mapping[str, StoredFormat], specs: Mapping[str, Specs]
+) -> dict[str, WeightFormat | None]:
+    """The format of each quantized module; None for those that are dequantized."""
+    natives = {
+        module: None if module.endswith(_ONLY_PLAIN) else format.native(specs[module])
+        for module, format in stored.items()
+    }
+    layers: dict[str, dict[bool, set[WeightFormat | None]]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            layer = layers.setdefault(match["path"], {True: set(), False: set()})
+            layer[match["matrix"] == "down"].add(natives.get(name.rpartition(".")[0]))
+    for path, formats in layers.items():
+        kinds = {format and format.kind for matrices in formats.values() for format in matrices}
+        if len(kinds) > 1 or any(len(matrices) > 1 for matrices in formats.values()):
+            natives |= {module: None for module in natives if module.startswith(f"{path}.")}
+    return natives
+
+
+def _native(
+    module: str, native: WeightFormat, format: StoredFormat, specs: Specs, shape: Shape
+) -> dict[str, str | Computed]:
+    """The parts of a matrix in a format that is run: tensors of the file, if they need no change."""
+    tensors: dict[str, str | Computed] = {}
+    for part, origin in format.native_parts(native, specs).items():
+        spec, found, at = native.part_specs(shape)[part], specs[origin], f"{module}.{origin}"
+        if found.dtype.is_floating_point and part != native.parts[0]:
+            spec = spec._replace(dtype=found.dtype)  # of scales, it is the file's
+
+        def compute(parts: Mapping[str, Tensor], part: str = part) -> Tensor:
+            return format.to_native(part, parts[part], shape)
+
+        tensors[f"{module}.{part}"] = at if spec == found else Computed({part: at}, *spec, compute)
+    return tensors
+
+
+def _dequantized(
+    module: str, format: StoredFormat, specs: Specs, shape: Shape, dtype: torch.dtype
+) -> dict[str, str | Computed]:
+    """A matrix in a float dtype, of which a few rows at a time are in float32."""
+
+    def compute(parts: Mapping[str, Tensor]) -> Tensor:
+        whole = memory.empty(shape, dtype)
+        for at in range(0, len(whole), ROWS):
+            whole[at : at + ROWS] = format.dequantize(parts, slice(at, min(at + ROWS, len(whole))))
+        return whole
+
+    return {f"{module}.weight": Computed({part: f"{module}.{part}" for part in specs}, shape, dtype, compute)}

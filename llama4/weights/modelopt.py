@@ -48,7 +48,7 @@ class ModelOpt(QuantMethod):
                 f"{CONFIG_FILE}), which this library does not run; take one in {', '.join(_ALGORITHMS)}, or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         """Which weights are quantized, and how, the tensors say."""
         tensors: dict[str, str | Computed] = {}
         plan: dict[str, WeightFormat] = {}

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from llama4.errors import CheckpointError
 from llama4.quantization.fp4 import Mxfp4
 from llama4.quantization.weight import WeightFormat
@@ -21,7 +23,7 @@ class TransformersMxfp4(QuantMethod):
 
     name = "mxfp4"
 
-    def open(self, source: Source, content: Mapping[str, Any]) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         tensors: dict[str, str | Computed] = {}
         plan: dict[str, WeightFormat] = {}
         present = set(source.names())

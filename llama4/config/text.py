@@ -84,6 +84,11 @@ class TextConfig:
         if self.num_local_experts == 0:
             moe: tuple[int, ...] = ()
         elif self.moe_layers is None:
+            if self.interleave_moe_layer_step < 1:
+                raise ConfigError(
+                    f"interleave_moe_layer_step must be at least 1, not {self.interleave_moe_layer_step}, where "
+                    "moe_layers does not say which layers have experts"
+                )
             moe = tuple(range(self.interleave_moe_layer_step - 1, layers, self.interleave_moe_layer_step))
         else:
             moe = tuple(self.moe_layers)
@@ -97,8 +102,13 @@ class TextConfig:
         self._check()
 
     def _check(self) -> None:
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*positive, "head_dim", "intermediate_size", "max_position_embeddings", "num_experts_per_tok"):
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        positive += ["head_dim", "max_position_embeddings"]
+        if self.moe_layers:
+            positive += ["intermediate_size", "num_experts_per_tok"]
+        if len(self.moe_layers or ()) < self.num_hidden_layers:
+            positive.append("intermediate_size_mlp")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:

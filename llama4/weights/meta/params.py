@@ -149,7 +149,7 @@ def params_from_config(config: Llama4Config) -> dict[str, Any]:
     }
     if scaling is not None:
         params |= {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
-    if text.num_local_experts:
+    if text.moe_layers:
         params["moe_args"] = {
             "num_experts": text.num_local_experts,
             "capacity_factor": 1.0,

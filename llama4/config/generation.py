@@ -107,7 +107,8 @@ class GenerationConfig:
         repetition_penalty: see `Sampler`; with and without `do_sample`.
         eos_token_id: the tokens that end a reply.
         stop_strings: texts that end a reply, where a caller gives none.
-        content: all of generation_config.json, as it was read. It is not written to: make another with `replace`.
+        content: all of generation_config.json, as it was read.
+        file: what it was read from, for errors.
     """
 
     do_sample: bool = False
@@ -117,8 +118,9 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     eos_token_id: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] | None = None
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    file: str = field(default=GENERATION_FILE, repr=False, compare=False)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> GenerationConfig:
@@ -136,20 +138,24 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], file: str = GENERATION_FILE) -> GenerationConfig:
-        """From the content of generation_config.json; `file` is named in errors.
+        """From the content of generation_config.json.
 
         Raises:
             ConfigError: a field of the wrong kind.
         """
         said = {name: content[name] for name in USED if content.get(name) is not None}
-        if "eos_token_id" in said:
-            said["eos_token_id"] = _token_ids(said["eos_token_id"], file)
-        if "stop_strings" in said:
-            strings = said["stop_strings"]
-            said["stop_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
+        for name, kind, words in (
+            ("eos_token_id", int, "the id of a token, or a list of ids"),
+            ("stop_strings", str, "a text, or a list of texts"),
+        ):
+            value = said.pop(name, [])
+            items = value if isinstance(value, list) else [value]
+            if any(type(item) is not kind for item in items):
+                raise ConfigError(f"{file}: {name} is {value!r}; it must be {words}")
+            said[name] = tuple(items) or None
         if not isinstance(said.get("do_sample", False), bool):
             raise ConfigError(f"{file}: do_sample is {said['do_sample']!r}; it must be true or false")
-        return cls(**said, content=content)
+        return cls(**said, content=content, file=file)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of generation_config.json: what was read, and what has been changed since."""
@@ -176,7 +182,7 @@ class GenerationConfig:
             try:
                 check_setting(name, value)
             except ValueError as error:
-                raise ConfigError(f"{GENERATION_FILE}: {error}") from None
+                raise ConfigError(f"{self.file}: {error}") from None
         return settings
 
     def _refuse(self, table: Mapping[str, tuple[Any, ...]]) -> None:
@@ -185,21 +191,13 @@ class GenerationConfig:
         if asked:
             text = ", ".join(f"{name} = {value}" for name, value in asked.items())
             raise ConfigError(
-                f"{GENERATION_FILE} asks for {text}, which this library does not do; remove it from the file, or set "
+                f"{self.file} asks for {text}, which this library does not do; remove it from the file, or set "
                 "llm.generation_config to a GenerationConfig without it"
             )
 
 
-USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "content")
+USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name not in ("content", "file"))
 """Fields of generation_config.json that have an effect."""
 
 KNOWN = frozenset((*USED, *REFUSED, *REFUSED_SAMPLED, *WITHOUT_EFFECT))
 """All fields of generation_config.json."""
-
-
-def _token_ids(value: Any, file: str) -> tuple[int, ...] | None:
-    """One id, a list, or nothing."""
-    ids = () if value is None else (value,) if isinstance(value, int) else value
-    if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
-        raise ConfigError(f"{file}: eos_token_id is {value!r}; it must be the id of a token, or a list of ids")
-    return tuple(ids) or None

@@ -313,21 +313,23 @@ def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monk
     assert relative_error(ours, decoded(model)) < 1e-5
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"repetition_penalty": 1.5}])
 @torch.inference_mode()
-def test_advancing_is_a_step_and_a_choice(directory: Path, temperature: float, steps: list[int]) -> None:
+def test_advancing_is_a_step_and_a_choice(directory: Path, settings: dict[str, float], steps: list[int]) -> None:
     model = load(directory, None, "float32")
-    cache, sampler, runner = model.new_cache(3), Sampler(temperature=temperature), ModelRunner(model)
+    cache, sampler, runner = model.new_cache(3), Sampler(**settings), ModelRunner(model)  # type: ignore[arg-type]
     ids = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1].argmax(-1).tolist()
     fork, their_ids = cache.fork(), list(ids)
     generators, others = sampler.generators(3), [random.Random(i) for i in range(3)]
     for i, generator in enumerate(generators):
         generator.seed(i)
+    prompts = [ids_T[mask_T] for ids_T, mask_T in zip(PROMPT, MASK, strict=True)]
+    seen, their_seen = (sampler.seen_tokens(torch.empty(3, 512), prompts) for _ in range(2))
     kept = []
     for _ in range(20):
-        ids, logprobs = runner.advance(ids, cache, sampler, generators)
+        ids, logprobs = runner.advance(ids, cache, sampler, generators, seen)
         kept.append(runner.step(torch.tensor(their_ids), fork))
-        ids_B, logprobs_B = sampler(kept[-1], others)
+        ids_B, logprobs_B = sampler(kept[-1], others, their_seen)
         their_ids = ids_B.tolist()
         assert ids == their_ids
         assert logprobs == logprobs_B.tolist()

@@ -1,4 +1,4 @@
-"""Sampling against explicit computations in numpy and plain Python."""
+"""Sampling against explicit computations in numpy and plain Python, and against transformers' processors of logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama4.engine.sampling import Sampler
+from llama4 import ConfigError
+from llama4.config import GenerationConfig
+from llama4.engine.sampling import Sampler, SamplingOptions
 
 
 def reference_probabilities(
@@ -55,6 +57,94 @@ def test_draws_what_an_explicit_loop_draws(temperature: float, top_k: int | None
     full = logits.astype(np.float64)
     expected = full - np.log(np.exp(full).sum(axis=1, keepdims=True))  # the model's own: not tempered, not cut
     np.testing.assert_allclose(logprobs, expected[np.arange(40), ids.numpy()], atol=1e-5)
+
+
+def processed(logits: torch.Tensor, ids: list[list[int]], sampler: Sampler) -> torch.Tensor:
+    """Scores as transformers makes them of logits, after these tokens; rows are padded on the left."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    length = max(map(len, ids))
+    padded = torch.tensor([[0] * (length - len(row)) + row for row in ids])
+    padding = torch.tensor([length - len(row) for row in ids])
+    steps = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampler.repetition_penalty, padding)])
+    if sampler.temperature:
+        steps += [
+            TemperatureLogitsWarper(sampler.temperature),
+            TopKLogitsWarper(sampler.top_k or logits.shape[1]),
+            TopPLogitsWarper(sampler.top_p),
+            MinPLogitsWarper(sampler.min_p),
+        ]
+    return steps(padded, logits.clone())
+
+
+@pytest.mark.parametrize("top_k", [None, 40])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+@pytest.mark.parametrize("penalty", [1.0, 1.4, 0.7])
+def test_draws_from_what_transformers_leaves(top_k: int | None, top_p: float, min_p: float, penalty: float) -> None:
+    rng = np.random.default_rng(1)
+    logits = torch.from_numpy(rng.normal(0, 2, (40, 300)).astype(np.float32))
+    seen = [rng.integers(1, 300, rng.integers(1, 200)).tolist() for _ in range(40)]
+    sampler = Sampler(0.9, top_p, top_k, min_p=min_p, repetition_penalty=penalty)
+    mask = sampler.seen_tokens(logits, map(torch.tensor, seen))
+    ids, logprobs = sampler(logits, [random.Random(seed) for seed in range(40)], mask)
+    for row, probabilities in enumerate(processed(logits, seen, sampler).double().softmax(-1).numpy()):
+        left = {i: float(p) for i, p in enumerate(probabilities) if p}
+        assert ids[row] == reference_draw(left, random.Random(row).random())
+    assert torch.equal(logprobs, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])  # the model's own
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_a_penalty_counts_what_was_chosen_before(penalty: float) -> None:
+    """Greedily, and to the bit: of equal scores the lowest id."""
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    sampler = Sampler(repetition_penalty=penalty)
+    seen = [list(range(1, 10 * row + 2)) for row in range(5)]
+    mask = sampler.seen_tokens(logits, map(torch.tensor, seen))
+    for _ in range(20):
+        expected = processed(logits, seen, sampler).argmax(-1)
+        ids, _ = sampler(logits, sampler.generators(5), mask)
+        assert torch.equal(ids, expected)
+        for row, id_ in zip(seen, ids.tolist(), strict=True):
+            row.append(id_)
+
+
+SAID = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "expected"),
+    [
+        ({}, {}, Sampler()),
+        ({}, {"temperature": 0.7, "seed": 3}, Sampler(0.7, seed=3)),
+        ({}, {"top_p": 0.5, "top_k": 3}, Sampler(0.0, 0.5, 3)),
+        (SAID, {}, Sampler(0.6, 0.9, 20, min_p=0.1, repetition_penalty=1.2)),
+        (SAID, {"temperature": None, "top_p": None}, Sampler(0.6, 0.9, 20, min_p=0.1, repetition_penalty=1.2)),
+        (SAID, {"temperature": 0}, Sampler(0, 0.9, 20, min_p=0.1, repetition_penalty=1.2)),
+        (SAID, {"temperature": 1.5, "seed": 0}, Sampler(1.5, 0.9, 20, 0, min_p=0.1, repetition_penalty=1.2)),
+        (SAID, {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}, Sampler(0.6, 1.0, 20)),
+        (SAID | {"do_sample": False}, {}, Sampler(repetition_penalty=1.2)),
+        (SAID | {"do_sample": False}, {"temperature": 2.0}, Sampler(2.0, repetition_penalty=1.2)),
+        ({"do_sample": True}, {}, Sampler(1.0, 1.0, 50)),  # as transformers reads such a file
+        ({"do_sample": True, "top_k": 0}, {"top_p": 0.5}, Sampler(1.0, 0.5)),
+    ],
+)
+def test_what_a_caller_gives_comes_before_what_the_checkpoint_says(
+    said: dict[str, object], options: SamplingOptions, expected: Sampler
+) -> None:
+    assert Sampler.from_options(options, GenerationConfig.from_dict(said)) == expected
+
+
+def test_what_the_checkpoint_asks_for_in_vain_is_refused_with_any_options() -> None:
+    with pytest.raises(ConfigError, match=r"asks for num_beams = 4, typical_p = 0\.5, which"):
+        Sampler.from_options({"temperature": 0}, GenerationConfig.from_dict(SAID | {"num_beams": 4, "typical_p": 0.5}))
 
 
 def test_frequencies_match_probabilities() -> None:
@@ -127,6 +217,12 @@ def test_half_precision_logits() -> None:
         ({"top_p": 1.5}, "1.5", "above 0 and at most 1"),
         ({"top_p": float("nan")}, "nan", "above 0 and at most 1"),
         ({"top_k": 0}, "0", "at least 1"),
+        ({"top_k": 2.5}, "2.5", "at least 1"),
+        ({"min_p": -0.1}, "-0.1", "from 0"),
+        ({"min_p": 1.1}, "1.1", "from 0"),
+        ({"repetition_penalty": 0}, "0", "above 0"),
+        ({"repetition_penalty": float("inf")}, "inf", "above 0"),
+        ({"temperature": "warm"}, "warm", "0 (greedy) or more"),
         ({"seed": -1}, "-1", "0 or more"),
     ],
 )

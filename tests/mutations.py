@@ -174,6 +174,34 @@ MUTATIONS = [
         'ids += ([*row, tokenizer.special("<|tile_y_separator|>")] * rows)[:-1]',
         "tests/text/test_prompt.py::test_image_tokens_are_transformers",
     ),
+    Mutation(
+        "built-in names of stop tokens before the checkpoint's",
+        "llama4/api.py",
+        "return self.generation_config.eos_token_id or self.config.text.eos_token_id or self.tokenizer.stop_ids",
+        "return self.tokenizer.stop_ids or self.generation_config.eos_token_id or self.config.text.eos_token_id",
+        "tests/test_generation.py::test_the_first_file_that_names_stop_tokens_decides",
+    ),
+    Mutation(
+        "padding counts as a token that came before",
+        "llama4/engine/generate.py",
+        "ids_T[mask_T.bool()] for ids_T, mask_T",
+        "ids_T for ids_T, mask_T",
+        "tests/test_generation.py::test_a_repetition_penalty_of_a_batch_is_that_of_transformers",
+    ),
+    Mutation(
+        "rows that end keep their penalty for others",
+        "llama4/engine/generate.py",
+        "seen_BV[live] if",
+        "seen_BV[: len(live)] if",
+        "tests/test_generation.py::test_a_penalty_stays_with_its_row",
+    ),
+    Mutation(
+        "compiled greedy choice without the penalty",
+        "llama4/engine/runner.py",
+        "if sampler.takes_largest:",
+        "if sampler.temperature == 0:",
+        "tests/engine/test_fused_cpu.py::test_advancing_is_a_step_and_a_choice",
+    ),
 ]
 
 COMPILED = [

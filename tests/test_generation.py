@@ -120,7 +120,11 @@ def test_the_tokenizer_decides_where_both_are_silent(directory: Path) -> None:
     say(directory, {"eos_token_id": []})
     llm = Llama4.from_pretrained(directory)
     names = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
-    assert sorted(llm.stop_ids) == sorted(llm.tokenizer.special(name) for name in names)
+    built_in = {llm.tokenizer.special(name) for name in names}
+    assert set(llm.stop_ids) == built_in
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|step|>"}))
+    assert set(Llama4.from_pretrained(directory).stop_ids) == built_in | {llm.tokenizer.special("<|step|>")}
+    (directory / "tokenizer_config.json").unlink()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -142,10 +146,21 @@ def test_a_repetition_penalty_of_a_batch_is_that_of_transformers(
     assert found != [ids(llm.chat(each, max_new_tokens=N, repetition_penalty=1.0)) for each in CONVERSATIONS]
 
 
+def test_a_penalty_stays_with_its_row(directory: Path) -> None:
+    """When the rows before it have ended."""
+    say(directory, {"repetition_penalty": 1.3, "eos_token_id": 1022})
+    llm = Llama4.from_pretrained(directory)
+    alone = [ids(llm.chat(each, max_new_tokens=N)) for each in CONVERSATIONS]
+    stop = next(id_ for id_ in alone[0] if not any(id_ in row for row in alone[1:]))
+    llm.generation_config = replace(llm.generation_config, eos_token_id=(stop,))
+    found = [ids(reply) for reply in llm.chat_batch(CONVERSATIONS, max_new_tokens=N)]
+    assert found == [alone[0][: alone[0].index(stop) + 1], *alone[1:]]
+
+
 def test_defaults_are_those_of_the_checkpoint(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     say(directory, SAMPLED)
     llm = Llama4.from_pretrained(directory)
-    explicit = {name: value for name, value in SAMPLED.items() if name != "do_sample"}
+    explicit: dict[str, Any] = {name: value for name, value in SAMPLED.items() if name != "do_sample"}
     question = CONVERSATIONS[1]
     drawn = llm.chat(question, seed=5, max_new_tokens=N)
     assert drawn == llm.chat(question, seed=5, max_new_tokens=N, **explicit)
@@ -192,3 +207,23 @@ def test_what_is_refused_is_refused_before_the_first_piece_and_can_be_set_right(
     expected = llm.chat("hi", max_new_tokens=4)
     llm.generation_config = replace(llm.generation_config, eos_token_id=(expected.logprobs[1].id,))
     assert llm.chat("hi", max_new_tokens=4).finish_reason == "stop"
+
+
+def test_info_tells_them(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say(directory, SAMPLED | {"eos_token_id": [897, 5], "stop_strings": ["##"], "max_length": 99, "bos_token_id": 1})
+    assert main(["info", str(directory)]) == 0
+    lines = dict(line.strip().split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert lines["ends"] == "at     897 <|end_of_text|>, 5, '##'"
+    expected = (
+        "drawn, temperature 1.2, top_p 0.9, top_k 30, min_p 0.01, repetition_penalty 1.1, max_length 99 (no effect)"
+    )
+    assert lines["sampling"] == expected
+    say(directory, {"num_beams": 4})
+    assert main(["info", "--json", str(directory)]) == 0
+    facts = json.loads(capsys.readouterr().out)["replies"]
+    assert facts["stop_tokens"] == {"897": "<|end_of_text|>", "903": "<|eom|>", "904": "<|eot|>"}
+    assert (facts["sampling"], facts["refused"]) == (None, {"num_beams": 4})
+    assert main(["info", "tiny"]) == 0
+    assert "  sampling    greedy\n" in capsys.readouterr().out
+    assert main(["info", "scout"]) == 0
+    assert "ends at" not in capsys.readouterr().out

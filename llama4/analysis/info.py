@@ -7,8 +7,9 @@ from typing import Any
 
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
-from llama4.config import Llama4Config
-from llama4.families import PRESETS
+from llama4.config import GenerationConfig, Llama4Config
+from llama4.families import PRESETS, family_of
+from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
 
@@ -30,6 +31,28 @@ def read_config(
         name, revision=revision, subfolder=subfolder, token=token, select=lambda layout: layout.config_files
     )
     return checkpoint.read_config(directory)
+
+
+def describe_replies(name: str, config: Llama4Config, revision: str | None = None) -> dict[str, Any] | None:
+    """What ends a reply, and how its tokens are chosen where a caller does not say; None for a preset without files.
+
+    Raises:
+        ValueError: files that are damaged, or a tokenizer of another model.
+    """
+    if name in PRESETS and name not in EMBEDDED:
+        return None
+    directory = hub.resolve(name, revision=revision, select=lambda layout: layout.side_files)
+    said, tokenizer = GenerationConfig.from_directory(directory), family_of(config).load_tokenizer(directory, config)
+    names = {id_: name for name, id_ in tokenizer.special_tokens.items()} if tokenizer is not None else {}
+    ids = said.eos_token_id or config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
+    return {
+        "stop_tokens": {id_: names.get(id_) for id_ in ids},
+        "stop_strings": list(said.stop_strings or ()),
+        "do_sample": said.do_sample,
+        "sampling": None if said.refused else said.sampling(),
+        "refused": said.refused,
+        "ignored": said.ignored,
+    }
 
 
 def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
@@ -155,6 +178,17 @@ def table(name: str, facts: dict[str, Any]) -> str:
                 f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
                 f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"
             )
+    if replies := facts.get("replies"):
+        stops = [f"{id_} {name}" if name else str(id_) for id_, name in replies["stop_tokens"].items()]
+        lines["ends at"] = ", ".join([*stops, *map(repr, replies["stop_strings"])]) or "the limit"
+        lines["sampling"] = ", ".join(
+            [
+                "drawn" if replies["do_sample"] else "greedy",
+                *(f"{name} {value}" for name, value in (replies["sampling"] or {}).items()),
+                *(f"{name} {value} (refused when it is asked)" for name, value in replies["refused"].items()),
+                *(f"{name} {value} (no effect)" for name, value in replies["ignored"].items()),
+            ]
+        )
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])

@@ -107,7 +107,7 @@ def measure(directory: str, scheme: str, task: Task) -> tuple[Row, Tensor]:
         )
         if task.pictures:
             rows = evaluate(
-                lambda batch: [reply.text for reply in llm.chat_batch(batch, max_new_tokens=64)],
+                lambda batch: [reply.text for reply in llm.chat_batch(batch, max_new_tokens=64, temperature=0)],
                 task.pictures,
                 seed=1,
                 batch_size=BATCH,

@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experts = ExpertShares(llm.model)
 
     def answer(conversations: list[Messages]) -> list[str]:
-        return [reply.text for reply in llm.chat_batch(conversations, max_new_tokens=64)]
+        return [reply.text for reply in llm.chat_batch(conversations, max_new_tokens=64, temperature=0)]
 
     def show(question: Question, said: str, right: bool) -> None:
         if options.show_wrong and not right:

@@ -46,12 +46,15 @@ def add_parsers(commands: Any) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from llama4.analysis.info import describe, describe_quantization, read_config, table
+    from llama4.analysis.info import describe, describe_quantization, describe_replies, read_config, table
     from llama4.units import parse_tokens
 
     config = read_config(options.model, options.revision)
     context = parse_tokens(options.context) if options.context is not None else None
-    facts = describe(config, context) | {"quantization": describe_quantization(options.model, config)}
+    facts = describe(config, context) | {
+        "quantization": describe_quantization(options.model, config),
+        "replies": describe_replies(options.model, config, options.revision),
+    }
     print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
     return 0
 

@@ -172,7 +172,12 @@ class GenerationConfig:
         Raises:
             ConfigError: the checkpoint asks for what is not implemented, or has a value out of its range.
         """
-        self._refuse({**REFUSED, **REFUSED_SAMPLED} if self.do_sample else REFUSED)
+        if self.refused:
+            asked = ", ".join(f"{name} = {value}" for name, value in self.refused.items())
+            raise ConfigError(
+                f"{self.file} asks for {asked}, which this library does not do; remove it from the file, or set "
+                "llm.generation_config to a GenerationConfig without it"
+            )
         names = [name for name in LIMITS if self.do_sample or name not in SAMPLED]
         said = {name: value for name in names if (value := getattr(self, name)) is not None}
         settings = {**SAMPLED, **said} if self.do_sample else said
@@ -185,15 +190,18 @@ class GenerationConfig:
                 raise ConfigError(f"{self.file}: {error}") from None
         return settings
 
-    def _refuse(self, table: Mapping[str, tuple[Any, ...]]) -> None:
+    @property
+    def refused(self) -> dict[str, Any]:
+        """What the checkpoint asks for and is not implemented."""
+        table = {**REFUSED, **REFUSED_SAMPLED} if self.do_sample else REFUSED
         asked = {name: self.content.get(name) for name in table}
-        asked = {name: v for name, v in asked.items() if v is not None and v not in table[name]}
-        if asked:
-            text = ", ".join(f"{name} = {value}" for name, value in asked.items())
-            raise ConfigError(
-                f"{self.file} asks for {text}, which this library does not do; remove it from the file, or set "
-                "llm.generation_config to a GenerationConfig without it"
-            )
+        return {name: value for name, value in asked.items() if value is not None and value not in table[name]}
+
+    @property
+    def ignored(self) -> dict[str, Any]:
+        """What the checkpoint says and has no effect; ids and metadata are not listed."""
+        names = (name for name in self.content if name not in (*USED, *REFUSED, *REFUSED_SAMPLED, *_OF_COURSE))
+        return {name: self.content[name] for name in names if not name.startswith("_")}
 
 
 USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name not in ("content", "file"))
@@ -201,3 +209,5 @@ USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name not 
 
 KNOWN = frozenset((*USED, *REFUSED, *REFUSED_SAMPLED, *WITHOUT_EFFECT))
 """All fields of generation_config.json."""
+
+_OF_COURSE = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")

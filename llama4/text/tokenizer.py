@@ -185,8 +185,11 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end a reply (`<|end_of_text|>`, `<|eom|>` and `<|eot|>`)."""
-        return tuple(self.special_tokens[name] for name in self.vocabulary.stop if name in self.special_tokens)
+        """The tokens that end a reply, where a model's configuration names none: `eos_token` of tokenizer_config.json,
+        `<|end_of_text|>`, `<|eom|>` and `<|eot|>`."""
+        eos = () if "eos_token" not in self.config.names else (self.eos_id,)
+        named = (self.special_tokens[name] for name in self.vocabulary.stop if name in self.special_tokens)
+        return tuple(dict.fromkeys((*eos, *named)))
 
     @cached_property
     def tool_call_id(self) -> int | None:

@@ -81,7 +81,7 @@ def processed(logits: torch.Tensor, ids: list[list[int]], sampler: Sampler) -> t
             TopPLogitsWarper(sampler.top_p),
             MinPLogitsWarper(sampler.min_p),
         ]
-    return steps(padded, logits.clone())
+    return steps(padded, logits.clone())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("top_k", [None, 40])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import http.client
 import io
 import time
@@ -20,6 +21,8 @@ from llama4.errors import ImageError
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_SECONDS = 30.0
+MIN_IMAGE_BYTES = 32
+"""Of an image file with a pixel: a GIF's is 35, a PNG's 67."""
 
 # Only formats that PIL decodes itself: no PostScript, which it would hand to an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -34,7 +37,8 @@ def load_image(source: ImageSource) -> Image.Image:
     16-bit images are converted (16 bits are scaled down to 8). Of an animation the first frame is taken.
 
     Args:
-        source: a path, an http(s) URL, a `data:` URL in base64, the bytes of an image file, or a PIL image.
+        source: a path, an http(s) URL, the bytes of an image file or these in base64, alone or in a `data:` URL, or a
+            PIL image.
 
     Raises:
         ImageError: there is no such file, it is not an image or only part of one, it has no pixels or more than
@@ -62,10 +66,25 @@ def load_image(source: ImageSource) -> Image.Image:
             return _decode(file, str(path))
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"no such image file: {_short(str(source))}; check the path") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"cannot open the image file {_short(str(source))}: {error}") from error
+        reason = f"cannot open the image file {_short(str(source))}: {error}"
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            reason = f"no such image file: {_short(str(source))}; check the path"
+        if isinstance(source, str) and (data := _decode_base64(source)):
+            try:
+                return _decode(io.BytesIO(data), "in base64 it")
+            except ImageError as other:
+                reason += f"; {other}"
+        raise ImageError(reason) from error
+
+
+def _decode_base64(text: str) -> bytes | None:
+    """The bytes that a text is in base64; None if it is not, or too short to be an image."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return data if len(data) >= MIN_IMAGE_BYTES else None
 
 
 def _decode(file: IO[bytes], name: str) -> Image.Image:

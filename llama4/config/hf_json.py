@@ -19,6 +19,33 @@ from llama4.vision.config import VisionConfig
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("llama4", "llama4_text")
 """`model_type` of what is read here: a multimodal model, or the decoder alone."""
+OTHER_MODELS = {
+    "llama4": "a part of Llama 4 alone",
+    "mllama": "Llama 3.2 Vision",
+    "llama": "Llama 1, 2 or 3, or a model of that shape",
+    "mistral": "a model of Mistral AI",
+    "ministral": "a model of Mistral AI",
+    "mixtral": "a model of Mistral AI",
+    "pixtral": "a model of Mistral AI",
+    "gemma": "Google's Gemma",
+    "t5gemma": "Google's Gemma",
+    "qwen": "Alibaba's Qwen",
+    "deepseek": "a model of DeepSeek",
+    "gpt_oss": "OpenAI's gpt-oss",
+    "gpt2": "OpenAI's GPT-2",
+    "phi": "Microsoft's Phi",
+    "granite": "IBM's Granite",
+    "cohere": "Cohere's Command or Aya",
+    "olmo": "Ai2's OLMo",
+    "glm": "Zhipu's GLM",
+    "chatglm": "Zhipu's GLM",
+    "smollm": "Hugging Face's SmolLM",
+    "falcon": "TII's Falcon",
+    "nemotron": "NVIDIA's Nemotron",
+    "bert": "BERT, an encoder",
+    "clip": "CLIP, an encoder",
+}
+"""Beginning of `model_type` -> whose model it is: others that people try to load."""
 IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,7 +93,7 @@ def _read_config(content: Mapping[str, Any], text_only: bool) -> dict[str, Any]:
         "text": _read_text(text),
         "vision": _read_vision(vision) if vision is not None else None,
         "dtype": str(next(filter(None, dtypes), "bfloat16")),
-        "quantization_config": content.get("quantization_config"),
+        "quantization_config": content.get("quantization_config") or content.get("quantization"),  # the latter is MLX's
         **{name: content[name] for name in IMAGE_TOKENS if name in content},
     }
 
@@ -159,8 +186,10 @@ def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title:
     ConfigError: a `model_type` that is not known.
     """
     if model_type not in known:
+        about = next((name for prefix, name in OTHER_MODELS.items() if str(model_type).startswith(prefix)), None)
+        other = f", and this is {about}, which transformers runs" if about else ""
         raise ConfigError(
-            f"model_type {model_type!r} is not {title}; this library runs {' and '.join(map(repr, known))}"
+            f"model_type {model_type!r} is not {title}; this library runs {' and '.join(map(repr, known))}{other}"
         )
 
 

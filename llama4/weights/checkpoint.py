@@ -7,18 +7,32 @@ from pathlib import Path
 import torch
 
 from llama4.config import Llama4Config
+from llama4.errors import CheckpointError
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.meta.layout import MetaLayout
 from llama4.weights.safetensors import Shards
 from llama4.weights.source import Source
+from llama4.weights.unreadable import check_fetched, files_in, why_unreadable
 
 LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
 
 
 def layout_of(directory: str | Path) -> CheckpointLayout:
-    """The layout of a directory; Hugging Face's, which says what is missing, if it is in none."""
-    return next((layout for layout in LAYOUTS.values() if layout.recognises(Path(directory))), LAYOUTS["hf"])
+    """The layout of a directory; Hugging Face's, which says what is missing, if it is in none.
+
+    Raises:
+        CheckpointError: files that are not there themselves, or files of another format.
+    """
+    directory = Path(directory)
+    layout = next((layout for layout in LAYOUTS.values() if layout.recognises(directory)), None)
+    if layout is None:
+        if directory.is_dir() and (why := why_unreadable(files_in(directory))):
+            raise CheckpointError(f"{directory} cannot be loaded: {why}")
+        return LAYOUTS["hf"]
+    patterns = (*layout.side_files, *layout.weight_files)
+    check_fetched(path for pattern in patterns for path in directory.glob(pattern))
+    return layout
 
 
 def read_config(directory: str | Path) -> Llama4Config:

@@ -5,25 +5,23 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
-from llama4.config import CONFIG_FILE
 from llama4.errors import CheckpointError
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS
 from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
-from llama4.weights.meta.params import PARAMS_FILE
 from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import MODEL_CARD, HubOrigin
+from llama4.weights.unreadable import GGUF, files_in, why_unreadable
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def all_files(layout: CheckpointLayout) -> tuple[str, ...]:
@@ -65,10 +63,12 @@ def resolve(
         path = path / folder
         if not path.is_dir():
             raise ValueError(f"{name} has no subfolder {subfolder!r}; check its name")
-        if select is all_files and not _is_complete(path) and (why := why_unreadable(_listed(path))):
+        if select is all_files and not _is_complete(path) and (why := why_unreadable(files_in(path))):
             raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise CheckpointError(f"{name} cannot be loaded: it is {GGUF}")
         raise ValueError(f"{name} is a file; name the directory that holds config.json and the weights")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         raise ValueError(
@@ -125,28 +125,6 @@ def origin_of(directory: Path) -> HubOrigin | None:
     return None
 
 
-def why_unreadable(files: Collection[str]) -> str | None:
-    """Why a directory with these files, whose weights are in none of the layouts, holds no model that can be loaded,
-    and what to do; None if the files do not tell."""
-    here = [file for file in files if "/" not in file]
-    models = (f"/{CONFIG_FILE}", f"/{PARAMS_FILE}")
-    folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(models)})
-    reasons = []
-    if CONFIG_FILE in here and (pickles := [f for f in here if f.endswith(_PICKLES) and f != "training_args.bin"]):
-        reasons.append(
-            f"its weights are pickles ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which can run code when "
-            "they are opened; take its safetensors, which the Hub's space safetensors/convert offers as a pull request "
-            "(revision='refs/pr/N'), or save it with transformers, whose save_pretrained writes them"
-        )
-    if folders:
-        names = ", ".join(map(repr, folders[:8])) + (", ..." if len(folders) > 8 else "")
-        reasons.append(
-            f"there {'are models' if len(folders) > 1 else 'is a model'} in {names}: name it with "
-            f"subfolder={folders[0]!r} (--subfolder {folders[0]})"
-        )
-    return "; ".join(reasons) or None
-
-
 def _checked(subfolder: str | None) -> PurePosixPath:
     folder = PurePosixPath(subfolder or ".")
     if folder.is_absolute() or ".." in folder.parts:
@@ -161,11 +139,6 @@ def _layout(directory: Path) -> CheckpointLayout | None:
 def _is_complete(directory: Path) -> bool:
     layout = _layout(directory)
     return layout is not None and layout.has_weights(directory)
-
-
-def _listed(directory: Path) -> list[str]:
-    """Files in a directory and in its folders."""
-    return [path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)]
 
 
 def _sizes(origin: HubOrigin, folder: PurePosixPath, token: str | None) -> dict[str, int]:

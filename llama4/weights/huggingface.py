@@ -26,6 +26,7 @@ from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import SIDE_FILES
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
+from llama4.weights.unreadable import check_unquantized, unread_method
 
 QUANT_METHODS: dict[str, QuantMethod] = {
     method.name: method
@@ -64,6 +65,8 @@ class HuggingFaceLayout(CheckpointLayout):
         if method is not None and content is not None:
             method.check(content)  # before anything is opened
         files = open_safetensors(directory, shards)
+        if method is None:
+            check_unquantized(directory, files)
         source: Source = ModelNames(files, family_of(config).names(config, files.names()))
         if method is not None and content is not None:
             source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16))
@@ -105,15 +108,12 @@ def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, S
 
 def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
     """What a checkpoint is quantized by; None if it is not."""
-    if config.quantization_config is None:
+    content = config.quantization_config
+    if content is None:
         return None
-    name = config.quantization_config.get("quant_method", "unknown")
-    if name not in QUANT_METHODS:
-        raise CheckpointError(
-            f"{directory} is quantized by {name!r}, which this library does not read; take one in the format of "
-            f"{', '.join(map(repr, QUANT_METHODS))}, or in bf16"
-        )
-    return QUANT_METHODS[name]
+    if content.get("quant_method") in QUANT_METHODS:
+        return QUANT_METHODS[content["quant_method"]]
+    raise unread_method(directory, content, QUANT_METHODS)
 
 
 def _writer(plan: QuantizationPlan) -> QuantMethod:

@@ -244,7 +244,10 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"quant_method": "gptq"}, r"quantized by 'gptq', which this library does not read.*'compressed-tensors'"),
+        (
+            {"quant_method": "gptq"},
+            r"by GPTQ \(quant_method 'gptq'\), which .* not read; .*'compressed-tensors'",
+        ),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
         (ct(W4 | {"num_bits": 9}), r"group_0 are .*'num_bits': 9.*take one of those, or bf16"),
         (ct(FP8 | {"num_bits": 5}), r"'num_bits': 5"),

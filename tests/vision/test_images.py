@@ -40,7 +40,8 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     path = tmp_path / "a picture.png"
     path.write_bytes(data)
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in (path, str(path), data, bytearray(data), memoryview(data), url, scene()):
+    bare, wrapped = base64.b64encode(data).decode(), base64.encodebytes(data).decode()
+    for source in (path, str(path), data, bytearray(data), memoryview(data), url, bare, wrapped, scene()):
         assert same(load_image(source), scene())
 
 
@@ -201,6 +202,25 @@ def test_decompression_bomb(side: int) -> None:
 def test_broken_data_urls(url: str, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(url)
+
+
+def test_base64_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file comes first, whatever its name."""
+    small = Image.new("RGB", (1, 1), (255, 0, 0))
+    for format in ("GIF", "BMP", "PNG", "JPEG", "WEBP"):
+        assert load_image(base64.b64encode(encoded(small, format)).decode()).size == (1, 1)
+    monkeypatch.chdir(tmp_path)
+    name = base64.b64encode(encoded(small, "GIF")).decode().replace("/", "A")
+    (tmp_path / name).write_bytes(encoded(scene()))
+    assert same(load_image(name), scene())
+    with pytest.raises(ImageError, match=r"no such image file: iVBOR.*; in base64 it is truncated or damaged"):
+        load_image(base64.b64encode(encoded(scene())[:-20]).decode())
+    with pytest.raises(ImageError, match=r"no such image file: aGVs.*; in base64 it is not an image that can"):
+        load_image("aGVsbG8h" * 10_000)
+    with pytest.raises(ImageError, match=r"no such image file: photo123; check the path$"):
+        load_image("photo123")
+    with pytest.raises(ImageError, match=r"no such image file: @@@.*check the path$"):
+        load_image("@" * 5000)
 
 
 def test_long_data_urls_are_not_printed() -> None:

@@ -143,9 +143,9 @@ def test_an_upload_that_fails_says_so(server: LocalHub, tmp_path: Path, token: s
 
 
 def test_local_names(tmp_path: Path) -> None:
-    assert hub.resolve(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="'no-such-model' is no model: give an embedded name"):
         hub.resolve("no-such-model")
     (tmp_path / "file").write_text("")
+    assert hub.resolve(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="is a file; name the directory"):
         hub.resolve(tmp_path / "file")

@@ -1,0 +1,126 @@
+"""Why a directory cannot be loaded: the true reason, and what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llama4.api import Llama4
+from llama4.errors import CheckpointError, ConfigError
+from llama4.weights.checkpoint import open_checkpoint
+from tests import small_model
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+CONFIG = json.dumps(small_model.config().to_dict())
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError, match=str(path)) as caught:
+        Llama4.from_pretrained(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "it is empty"),
+        (
+            ["model-Q4_K_M.gguf"],
+            "its weights are GGUF, llama.cpp's format, which is not read yet; take the",
+        ),
+        (["config.json", "a.gguf"], "its weights are GGUF"),
+        (["adapter_config.json", "adapter_model.safetensors"], "it is an adapter for the model that .* merge it into"),
+        (["model_index.json", "unet/config.json"], "it is a pipeline of diffusers"),
+        (["config.json", "pytorch_model.bin"], r"its weights are pickles \(pytorch_model.bin\).* take its safetensors"),
+        (["model.pth"], "its weights are pickles"),
+        (["consolidated.00.pth"], "params.json does not stand beside Meta's consolidated.00.pth; fetch it, too"),
+        (["config.json", "onnx/model.onnx"], "its weights are ONNX; take the safetensors"),
+        (["config.json", "tf_model.h5"], "its weights are TensorFlow's"),
+        (["config.json", "model.safetensors.incomplete"], "its download is not complete; fetch it again"),
+        (["config.json", "weights.00.safetensors"], "neither in model.safetensors nor in shards that"),
+        (["config.json"], "holds no weights: neither model.safetensors nor model.safetensors.index.json is there"),
+        (["model.safetensors"], r"config\.json does not exist"),
+        (["README.md"], r"config\.json does not exist"),
+        (["8b/config.json", "8b/model.safetensors"], r"there is a model in '8b': name it with subfolder='8b'"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_directory_is(tmp_path: Path, files: list[str], reason: str) -> None:
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(CONFIG if path.name == "config.json" else "x")
+    message = refusal(tmp_path)
+    assert re.search(reason, message), message
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert "a.gguf cannot be loaded: it is GGUF, llama.cpp's format" in refusal(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model", "preprocessor_config.json"])
+def test_pointers_of_git_lfs(tmp_path: Path, name: str) -> None:
+    directory = small_model.write(tmp_path / "model")
+    (directory / name).write_text(POINTER)
+    message = refusal(directory)
+    assert "holds pointers of Git LFS in place of files; run `git lfs pull` there, or fetch" in message
+    assert message.endswith(f"missing: {name}")
+    with pytest.raises(CheckpointError, match="Git LFS"):
+        open_checkpoint(directory)
+
+
+def edited(directory: Path, **changes: Any) -> Path:
+    small_model.write(directory)
+    (directory / "config.json").write_text(json.dumps(json.loads(CONFIG) | changes))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"AWQ \(quant_method 'awq'\)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"GPTQ \(quant_method 'gptq'\)"),
+        ({"quantization_config": {"quant_method": "exl3", "bits": 4}}, r"ExLlamaV3 \(quant_method 'exl3'\)"),
+        ({"quantization_config": {"quant_method": "new"}}, "quant_method 'new'"),
+        ({"quantization_config": {}}, None),
+        ({"quantization_config": {"a": 1}}, "a quant_method that it does not name"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"MLX \(bits 4, group_size 64 and no quant_method\)"),
+        ({"quantization_config": {"group_size": 32, "bits": 8}}, r"MLX \(bits 8, group_size 32 and no quant_method\)"),
+    ],
+)
+def test_quantized_in_ways_that_are_not_read(tmp_path: Path, changes: dict[str, Any], method: str | None) -> None:
+    directory = edited(tmp_path / "model", **changes)
+    if method is None:
+        open_checkpoint(directory)
+        return
+    wanted = rf"config\.json says that its weights are quantized by {method}, which .* take the model in the format of"
+    with pytest.raises(CheckpointError, match=wanted):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("part", "by"), [("weight_scale", "compressed-tensors or ModelOpt"), ("qweight", "GPTQ or AWQ"), ("scales", "MLX")]
+)
+def test_quantized_without_a_word(tmp_path: Path, part: str, by: str) -> None:
+    """The configuration that says so was not fetched."""
+    directory = edited(tmp_path / "model")
+    key = f"language_model.model.layers.0.self_attn.q_proj.{part}"
+    save_file({key: torch.ones(2)}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{part} in .* quantized \({by}\), but .* has no quantization_config"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "about"),
+    [("mllama", "Llama 3.2 Vision"), ("llama", "Llama 1, 2 or 3"), ("mixtral", "Mistral AI"), ("gemma3", "Gemma")],
+)
+def test_other_models_are_named(tmp_path: Path, model_type: str, about: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{model_type}' is not Llama 4; .* and this is .*{about}"):
+        open_checkpoint(edited(tmp_path / "model", model_type=model_type))

@@ -21,7 +21,12 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama4.analysis.info import describe_quantization
+from llama4.api import Llama4
+from llama4.config import Llama4Config
+from llama4.errors import CheckpointError
 from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.convert import convert, quantize
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed
 
@@ -212,3 +217,190 @@ def test_fp8_is_multiplied_as_it_is_stored(plain: Path, tmp_path: Path, name: st
     got, truth = ours(IDS), with_weights(plain, dense)(IDS).logits
     error = (got - truth).abs().amax(-1) / truth.abs().amax(-1)
     assert error.median() < 0.1, "of tokens: three bits of each input, and a few are sent to other experts"
+
+
+# -- beside the schemes ----------------------------------------------------------------------------------------------
+
+
+def edit(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], **fields: Any) -> None:
+    """Change the tensors of a checkpoint, and fields of its quantization_config."""
+    content = load_file(directory / "model.safetensors")
+    save_file(change(content), directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W4A16_ASYM", "W8A16", "FP8_BLOCK that does not divide"])
+@torch.inference_mode()
+def test_transformers_reads_the_same(plain: Path, tmp_path: Path, name: str) -> None:
+    """Its own way to dequantize, from the same files."""
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    write(plain, tmp_path / "model", NATIVE[name][0] if name in NATIVE else DEQUANTIZED[name])
+    config = CompressedTensorsConfig(dequantize=True)
+    theirs = ReferenceModel.from_pretrained(tmp_path / "model", dtype=torch.float32, quantization_config=config).eval()
+    assert relative_error(loaded(tmp_path / "model")(IDS), theirs(IDS).logits) < 1e-2, "bf16, which it dequantizes to"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.inference_mode()
+def test_groups_in_the_order_of_activations(plain: Path, tmp_path: Path, symmetric: bool) -> None:
+    """`weight_g_idx`: shuffled columns have the group that their place had before."""
+    scheme = preset("W4A16" if symmetric else "W4A16_ASYM", group_size=32)
+    dense = write(plain, tmp_path / "model", scheme)
+    generator = torch.Generator().manual_seed(1)
+
+    def shuffle(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            module, _, part = key.rpartition(".")
+            if part == "weight_packed":
+                columns = 8 * value.shape[1]
+                order = torch.randperm(columns, generator=generator)
+                nibbles = value[:, :, None] >> torch.arange(0, 32, 4) & 15
+                value = (nibbles.flatten(1)[:, order].unflatten(1, (-1, 8)).long() << torch.arange(0, 32, 4)).sum(-1)
+                value = (value - (value >> 31 << 32)).to(torch.int32)
+                dense[f"{module}.weight"] = dense[f"{module}.weight"][:, order]
+                written[f"{module}.weight_g_idx"] = (order // 32).to(torch.int32)
+            written[key] = value
+        return written
+
+    edit(tmp_path / "model", shuffle)
+    ours = loaded(tmp_path / "model")
+    assert not packed(ours)
+    assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
+
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value + 9 if key.endswith("q_proj.weight_g_idx") else value for key, value in tensors.items()}
+
+    edit(tmp_path / "model", damage)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight_.* cannot be read: a column is of group 10, of 2"):
+        loaded(tmp_path / "model")
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["and weights", "the cache alone"])
+@torch.inference_mode()
+def test_scales_of_a_quantized_cache_are_left_out(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, weights: bool
+) -> None:
+    scheme = preset("W8A8")
+    dense = write(plain, tmp_path / "model", scheme if weights else lambda name: None)
+    kv = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    fields: dict[str, Any] = {"kv_cache_scheme": kv} | ({} if weights else {"config_groups": {}})
+    attention = [f"language_model.model.layers.{i}.self_attn" for i in range(2)]
+    names = [f"{path}.{name}" for path in attention for name in ("k_scale", "v_scale", "k_proj.output_scale")]
+    edit(tmp_path / "model", lambda tensors: tensors | {name: torch.ones(1) for name in names}, **fields)
+    with caplog.at_level(logging.WARNING, "llama4"):
+        ours = loaded(tmp_path / "model")
+    (note,) = (record.getMessage() for record in caplog.records)
+    assert "6 tensors are left out: scales for a quantized cache" in note
+    assert bool(packed(ours)) == weights
+    assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
+    edit(tmp_path / "model", lambda tensors: tensors, kv_cache_scheme=None)
+    with pytest.raises(CheckpointError, match=r"k_scale|no config_groups"):
+        loaded(tmp_path / "model")
+
+
+GROUPS: dict[str, dict[str, list[str]]] = {
+    "exact names": {"int8": ["{o_proj}"], "int4": ["Linear"]},
+    "an exact name before a pattern": {"int8": ["{o_proj}"], "int4": ["re:.*_proj"]},
+    "a pattern before the class": {"int8": [r"re:.*\.self_attn\.o_proj$"], "int4": ["Linear"]},
+    "the first pattern in their order": {"int8": ["re:.*o_proj"], "int4": ["re:.*proj", "re:.*p_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@torch.inference_mode()
+def test_which_group_a_module_is_of(plain: Path, tmp_path: Path, name: str) -> None:
+    """That of compressed-tensors' own rule, on the same names."""
+    from compressed_tensors.utils.match import match_targets
+
+    schemes = {"int8": preset("W8A8"), "int4": preset("W4A16", group_size=32)}
+    o_proj = [f"language_model.model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    targets = {
+        kind: [t for each in given for t in (o_proj if each == "{o_proj}" else [each])]
+        for kind, given in GROUPS[name].items()
+    }
+    of_target = {target: kind for kind, given in targets.items() for target in given}
+
+    def kind(module: str) -> str:
+        return of_target[match_targets(module, torch.nn.Linear(1, 1), of_target)[0]]
+
+    dense = write(plain, tmp_path / "model", lambda key: schemes[kind(key.removesuffix(".weight"))])
+    groups = {
+        f"group_{i}": json.loads(schemes[kind].model_dump_json()) | {"targets": given}
+        for i, (kind, given) in enumerate(sorted(targets.items()))
+    }
+    edit(tmp_path / "model", lambda tensors: tensors, config_groups=groups)
+    ours = loaded(tmp_path / "model")
+    assert {path: module.format.kind for path, module in packed(ours)} == {
+        path: "int8" if path.endswith("o_proj") else "int4" for path, _ in packed(ours)
+    }
+    assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
+
+
+@torch.inference_mode()
+def test_what_is_ignored_and_what_the_model_has_no_place_for(plain: Path, tmp_path: Path) -> None:
+    """Some experts of a layer, one matrix of another, embeddings and routers: those are dequantized, the rest runs."""
+    int8, int4 = preset("W8A8"), preset("W4A16", group_size=32)
+    monkey = [r"re:.*layers\.0\..*experts\.2\..*"]
+
+    def scheme(key: str) -> QuantizationScheme | None:
+        if "layers.0" in key and ".experts.2." in key:
+            return None
+        return int4 if "layers.1" in key and "experts.0.up" in key else int8
+
+    dense = write(plain, tmp_path / "model", scheme, ignore=monkey)
+
+    def more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for key in [key for key in tensors if key.endswith(("router.weight", "embed_tokens.weight"))]:
+            weight = tensors.pop(key).float()
+            scale = (weight.abs().amax(-1, keepdim=True) / 127).bfloat16()
+            module, values = key.removesuffix(".weight"), (weight / scale.float()).round().to(torch.int8)
+            dense[key] = values.float() * scale.float()
+            tensors |= {key: values, f"{module}.weight_scale": scale}
+        return tensors
+
+    edit(tmp_path / "model", more)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    targets = next(
+        g["targets"] for g in config["quantization_config"]["config_groups"].values() if len(g["targets"]) > 1
+    )
+    targets += ["Embedding", "re:.*router"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    ours = loaded(tmp_path / "model")
+    assert not any(".experts." in path for path, _ in packed(ours))
+    assert {module.format.kind for _, module in packed(ours)} == {"int8"}
+    assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_BLOCK", "W8A8", "W4AFP8", "W4A16_ASYM"])
+@torch.inference_mode()
+def test_saved_and_loaded_again_it_is_the_same(plain: Path, tmp_path: Path, name: str) -> None:
+    """What runs as it was stored is written so; what was dequantized is written in bf16. transformers loads both."""
+    scheme = FP8[name] if name in FP8 else NATIVE[name][0] if name in NATIVE else DEQUANTIZED[name]
+    write(plain, tmp_path / "model", scheme)
+    ours = loaded(tmp_path / "model", dtype="bfloat16")
+    Llama4(ours, None).save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "model", tmp_path / "converted", "hf", progress=False)
+    stored = Llama4Config.from_directory(tmp_path / "saved").quantization_config
+    assert (stored is None) == (name == "W4A16_ASYM")
+    for written in ("saved", "converted"):
+        assert torch.equal(loaded(tmp_path / written, dtype="bfloat16")(IDS), ours(IDS))
+    theirs = ReferenceModel.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    wide = loaded(tmp_path / "saved")
+    error = (wide(IDS) - theirs(IDS).logits).abs().amax(-1) / theirs(IDS).logits.abs().amax(-1)
+    assert error.median() < (0.1 if name in FP8 else 1e-5)
+
+
+@torch.inference_mode()
+def test_what_is_dequantized_can_be_quantized_again(plain: Path, tmp_path: Path) -> None:
+    """As any checkpoint in bf16: the remedy where it would not fit into memory."""
+    write(plain, tmp_path / "model", DEQUANTIZED["W4A16_ASYM"])
+    facts = describe_quantization(str(tmp_path / "model"), Llama4Config.from_directory(tmp_path / "model"))
+    assert facts is not None
+    assert "38 matrices are stored in int4, a scale and a zero point per 32 weights" in facts["notes"][0]
+    quantize(tmp_path / "model", tmp_path / "int8", "int8", progress=False)
+    error = relative_error(loaded(tmp_path / "model", "int8")(IDS), loaded(tmp_path / "int8")(IDS))
+    assert error < 0.05, "the first is rounded to bf16 once less"

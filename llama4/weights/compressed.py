@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _format_of(module: str, groups: list[Group], source: Source) -> StoredFormat
     """
     in_file = source.origin(f"{module}.weight_scale").key.removesuffix(".weight_scale")
     classes = ("Embedding",) if module.endswith(".embed_tokens") else _LINEAR
-    targets = sorted((target, format) for targets, format in groups for target in targets)
+    targets = sorted(((target, format) for targets, format in groups for target in targets), key=itemgetter(0))
     patterns = [(target.removeprefix("re:"), format) for target, format in targets if target.startswith("re:")]
     for found in (
         (format for target, format in targets if target in (in_file, module)),

@@ -172,6 +172,9 @@ class Llama4:
         home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
         tokenizer = family.load_tokenizer(directory, config)
+        generation_config = GenerationConfig.from_directory(directory)
+        if generation_config.refused:
+            logger.warning("%s will not answer: %s", name, generation_config.why_refused())
         with torch.device("meta"):
             built = replace(config, dtype=str(compute).removeprefix("torch."))
             model = family.build(built, resolve_experts(experts, target, compute))
@@ -196,7 +199,7 @@ class Llama4:
             cache_dtype=cache_dtype,
             cache_device=cache_device,
             progress=progress,
-            generation_config=GenerationConfig.from_directory(directory),
+            generation_config=generation_config,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import llama4
+from llama4.api import Options
+from llama4.cli.options import CHAT
+from llama4.engine.sampling import SamplingOptions
 
 
 def test_every_exported_name_is_there() -> None:
@@ -64,6 +68,13 @@ def test_the_signature_of_chat() -> None:
         "stop": None,
         "tools": None,
     }
+
+
+def test_options_have_the_same_names_everywhere() -> None:
+    chat = set(inspect.signature(llama4.Llama4.chat).parameters) - {"self", "messages"}
+    assert set(Options.__annotations__) == chat
+    assert set(CHAT) == chat - {"tools"}
+    assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(llama4.Sampler)}
 
 
 def test_errors_are_value_errors() -> None:

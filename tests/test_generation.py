@@ -15,7 +15,6 @@ from PIL import Image
 
 from llama4 import ConfigError, Llama4, Reply
 from llama4.cli.main import main
-from llama4.config import GenerationConfig
 from llama4.ops import cpu_kernels
 from tests import small_model
 
@@ -199,13 +198,17 @@ def test_stop_strings_are_a_default(directory: Path) -> None:
     assert llm.chat("hi", max_new_tokens=N, stop=text[2:4]).text == text[: text.index(text[2:4])]
 
 
-def test_what_is_refused_is_refused_before_the_first_piece_and_can_be_set_right(directory: Path) -> None:
-    say(directory, {"num_beams": 4, "do_sample": True})
+def test_what_is_refused_is_refused_before_the_first_piece_and_can_be_set_right(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    say(directory, {"num_beams": 4, "repetition_penalty": 0.5})
     llm = Llama4.from_pretrained(directory)
-    with pytest.raises(ConfigError, match=r"generation_config\.json asks for num_beams = 4, .* llm\.generation_config"):
+    assert "asks for num_beams = 4" in caplog.text  # while it is loaded
+    with pytest.raises(ConfigError, match=r"generation_config\.json asks for num_beams = 4, .* content={}\)"):
         llm.stream("hi")
-    llm.generation_config = GenerationConfig()
+    llm.generation_config = replace(llm.generation_config, content={})
     expected = llm.chat("hi", max_new_tokens=4)
+    assert ids(expected) == ids(llm.chat("hi", max_new_tokens=4, repetition_penalty=0.5))
     llm.generation_config = replace(llm.generation_config, eos_token_id=(expected.logprobs[1].id,))
     assert llm.chat("hi", max_new_tokens=4).finish_reason == "stop"
 

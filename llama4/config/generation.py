@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ GENERATION_FILE = "generation_config.json"
 LIMITS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more, such as 0.7"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
-    "top_k": (lambda value: value >= 1 and value == int(value), "at least 1; as many as the vocabulary has for all"),
+    "top_k": (
+        lambda value: isinstance(value, Integral) and value >= 1,
+        "at least 1; the size of the vocabulary for all",
+    ),
     "min_p": (lambda value: 0 <= value <= 1, "from 0 (all tokens) to 1"),
     "repetition_penalty": (lambda value: math.isfinite(value) and value > 0, "above 0, such as 1.1; 1 is none"),
 }
@@ -93,7 +97,7 @@ def check_setting(name: str, value: float) -> None:
     ValueError: a setting of sampling out of its range.
     """
     is_valid, limits = LIMITS[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
         raise ValueError(f"{name} is {value}; it must be {limits}")
 
 
@@ -173,11 +177,7 @@ class GenerationConfig:
             ConfigError: the checkpoint asks for what is not implemented, or has a value out of its range.
         """
         if self.refused:
-            asked = ", ".join(f"{name} = {value}" for name, value in self.refused.items())
-            raise ConfigError(
-                f"{self.file} asks for {asked}, which this library does not do; remove it from the file, or set "
-                "llm.generation_config to a GenerationConfig without it"
-            )
+            raise ConfigError(self.why_refused())
         names = [name for name in LIMITS if self.do_sample or name not in SAMPLED]
         said = {name: value for name in names if (value := getattr(self, name)) is not None}
         settings = {**SAMPLED, **said} if self.do_sample else said
@@ -196,6 +196,13 @@ class GenerationConfig:
         table = {**REFUSED, **REFUSED_SAMPLED} if self.do_sample else REFUSED
         asked = {name: self.content.get(name) for name in table}
         return {name: value for name, value in asked.items() if value is not None and value not in table[name]}
+
+    def why_refused(self) -> str:
+        asked = ", ".join(f"{name} = {value}" for name, value in self.refused.items())
+        return (
+            f"{self.file} asks for {asked}, which this library does not do; remove it from the file, or do without: "
+            "llm.generation_config = dataclasses.replace(llm.generation_config, content={})"
+        )
 
     @property
     def ignored(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ does with fields that are let through."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,17 @@ def test_what_is_refused(name: str, sampled: bool) -> None:
     if sampled or name in REFUSED:
         with pytest.raises(ConfigError, match=rf"generation_config\.json asks for {name} = .* remove it"):
             read.sampling()
+        assert replace(read, content={}).sampling() == expected
     else:
         assert read.sampling() == expected
+
+
+def test_the_file_that_asks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_beams": 4, "hidden_size": 48}))
+    read = GenerationConfig.from_directory(tmp_path)
+    assert read.content == {"num_beams": 4}
+    with pytest.raises(ConfigError, match=r"^config\.json asks for num_beams = 4"):
+        read.sampling()
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -158,8 +168,6 @@ def test_fields_of_the_wrong_kind(tmp_path: Path, content: dict[str, Any], messa
 
 
 def test_what_was_read_is_written_but_for_what_changed() -> None:
-    from dataclasses import replace
-
     content = {"eos_token_id": 3, "do_sample": True, "top_p": 0.9, "max_new_tokens": 7, "chat_format": "x"}
     read = GenerationConfig.from_dict(content)
     assert read.to_dict() == content

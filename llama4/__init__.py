@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llama4.engine.replies import Reply, Stream, Usage
     from llama4.engine.sampling import Sampler
     from llama4.engine.tokens import Token
-    from llama4.errors import CheckpointError, ConfigError, ContextLengthError, ImageError
+    from llama4.errors import ChatTemplateError, CheckpointError, ConfigError, ContextLengthError, ImageError
     from llama4.inputs import Inputs, Processor
     from llama4.model.multimodal import Llama4Model
     from llama4.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ if not os.path.isdir(os.path.join(__path__[0], "vision")):
 _HOMES = {
     "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
-    "llama4.errors": ("CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
+    "llama4.errors": ("ChatTemplateError", "CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
     "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
     "llama4.model.multimodal": ("Llama4Model",),
@@ -53,6 +53,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "PRESETS",
+    "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",

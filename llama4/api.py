@@ -49,6 +49,8 @@ class Options(SamplingOptions, total=False):
     max_new_tokens: int
     stop: str | Sequence[str] | None
     tools: Sequence[Mapping[str, Any]] | None
+    continue_final_message: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class Llama4:
@@ -107,7 +109,8 @@ class Llama4:
         self.side_files = side_files or SideFiles()
         self.generation_config = generation_config or GenerationConfig()
         self._tokenizer = tokenizer
-        self._processor = Processor.from_config(tokenizer, model.config) if tokenizer is not None else None
+        templates = self.side_files.chat_templates
+        self._processor = Processor.from_config(tokenizer, model.config, templates) if tokenizer is not None else None
         memory.reuse_freed()
 
     @classmethod
@@ -259,6 +262,8 @@ class Llama4:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Answer a conversation.
 
@@ -267,7 +272,8 @@ class Llama4:
 
         Args:
             messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL,
-                bytes, a base64 data URL or a PIL image.
+                bytes, a base64 data URL, a PIL image or an array. The prompt is written by the checkpoint's own chat
+                template, if it has one. A last message of the assistant is continued: the reply is what follows it.
             max_new_tokens: most tokens of the reply.
             temperature: 0 always takes the most likely token, whatever top_p, top_k and min_p; higher is more varied.
             top_p: sample from the fewest most likely tokens whose probabilities sum to this; 1 for all.
@@ -277,10 +283,15 @@ class Llama4:
             seed: makes sampling repeatable.
             stop: strings that end the reply and are not part of it.
             tools: functions the model may call, as JSON schemas in OpenAI's form.
+            continue_final_message: whether the last message is continued; None does so if it is the assistant's and
+                calls no tools.
+            chat_template_kwargs: further variables of the prompt's format, such as `tools_in_user_message=False`, which
+                announces tools in the system message, or those that the checkpoint's own template reads.
 
         Raises:
             ValueError: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
-                read, `ContextLengthError` for a prompt beyond the window.
+                read, `ContextLengthError` for a prompt beyond the window, `ChatTemplateError` where the checkpoint's
+                template fails or refuses the messages.
         """
         stream = self.stream(
             messages,
@@ -293,6 +304,8 @@ class Llama4:
             seed=seed,
             stop=stop,
             tools=tools,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
         )
         for _ in stream:
             pass
@@ -300,43 +313,55 @@ class Llama4:
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
         """Answer a conversation piece by piece. Arguments and errors are those of `chat`; errors come at once."""
-        inputs = messages
-        if not isinstance(inputs, Inputs):
-            inputs = self.processor(_conversation(inputs), tools=options.get("tools"))
-        if len(inputs.input_ids) != 1:
-            raise ValueError(f"these are {len(inputs.input_ids)} conversations; use chat_batch for more than one")
-        events, builders = self._start(inputs, **options)
+        prompt = messages if isinstance(messages, Inputs) else _conversation(messages)
+        events, builders = self._start(prompt, **options)
+        if len(builders) != 1:
+            raise ValueError(f"these are {len(builders)} conversations; use chat_batch for more than one")
         return Stream(events, builders[0])
 
     def chat_batch(
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
-        inputs = conversations
-        if not isinstance(inputs, Inputs):
-            rows = [list(_conversation(row)) for row in inputs]
-            if not rows:
-                return []
-            inputs = self.processor(rows, tools=options.get("tools"))
-        events, builders = self._start(inputs, **options)
+        if not isinstance(conversations, Inputs) and not conversations:
+            return []
+        prompts = (
+            conversations if isinstance(conversations, Inputs) else [list(_conversation(row)) for row in conversations]
+        )
+        events, builders = self._start(prompts, **options)
         for event in events:
             builders[event.row].add(event)
         return [builder.reply() for builder in builders]
 
-    def complete(self, text: str, **options: Unpack[Options]) -> Reply:
-        """Continue a raw text, without the format of a chat; the arguments are those of `chat`."""
-        return self.chat(self.processor.complete(text), **options)
+    def complete(self, text: str, *, special_tokens: bool = False, **options: Unpack[Options]) -> Reply:
+        """Continue a raw text, without the format of a chat.
+
+        Args:
+            special_tokens: the text is a prompt rendered already: names of special tokens in it are these tokens.
+            options: as of `chat`.
+        """
+        return self.chat(self.processor.complete(text, special_tokens=special_tokens), **options)
 
     def _start(
         self,
-        inputs: Inputs,
+        messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs,
         *,
         max_new_tokens: int = 256,
         stop: str | Sequence[str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
         tokenizer, defaults = self.tokenizer, self.generation_config
+        inputs = messages
+        if not isinstance(inputs, Inputs):
+            inputs = self.processor(
+                inputs,
+                tools=tools,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
         rows = identities(inputs, self.model)
         cache = self.cache.beginning(rows) if self.cache is not None else None
         if cache is None:

@@ -21,6 +21,14 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names it and says what to do."""
 
 
+class ChatTemplateError(ValueError):
+    """A checkpoint's chat template that cannot be rendered, or refuses the messages."""
+
+
+class ChatTemplateLimitError(ChatTemplateError):
+    """A chat template that would take too long or too much memory, and was stopped."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded as it is: every missing, unexpected and mis-shaped key is listed.
 

@@ -5,8 +5,9 @@ Shapes: B rows, T columns, n tiles of all rows in order, A side of a tile in pix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
-from llama4.text.prompt import Rendered, render
+from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
+from llama4.text.template import ChatTemplate, Compose
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
@@ -45,7 +47,8 @@ class Processor:
         pixel_shuffle_ratio: how much the adapter shrinks the grid of patches along each side.
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
-        render_prompt: the family's prompt format.
+        compose: the family's prompt format.
+        template: the checkpoint's own; it is used unless it writes what the family's does.
 
     Raises:
         ValueError: image_size, patch_size and pixel_shuffle_ratio do not divide.
@@ -60,7 +63,8 @@ class Processor:
         max_tiles: int = 16,
         mean: float | tuple[float, float, float] = 0.5,
         std: float | tuple[float, float, float] = 0.5,
-        render_prompt: Callable[..., Rendered] = render,
+        compose: Compose = compose,
+        template: ChatTemplate | None = None,
     ) -> None:
         if max_tiles < 1:
             raise ValueError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
@@ -68,15 +72,19 @@ class Processor:
         self.image_size = image_size
         self.max_tiles = max_tiles
         self.mean, self.std = mean, std
-        self._render_prompt = render_prompt
+        self.template = template
+        self._compose = compose
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
 
     @classmethod
-    def from_config(cls, tokenizer: Tokenizer, config: Llama4Config) -> Processor:
-        """The processor of a model with this configuration."""
-        vision, render_prompt = config.vision, family_of(config).render
+    def from_config(
+        cls, tokenizer: Tokenizer, config: Llama4Config, templates: Mapping[str, str] | None = None
+    ) -> Processor:
+        """The processor of a model with this configuration, and with a checkpoint's own chat templates, if any."""
+        vision, compose = config.vision, family_of(config).compose
+        template = ChatTemplate(templates, tokenizer) if templates else None
         if vision is None:
-            return cls(tokenizer, image_size=None, render_prompt=render_prompt)
+            return cls(tokenizer, image_size=None, compose=compose, template=template)
         return cls(
             tokenizer,
             vision.image_size,
@@ -85,7 +93,8 @@ class Processor:
             vision.max_tiles,
             vision.image_mean,
             vision.image_std,
-            render_prompt,
+            compose,
+            template,
         )
 
     def __call__(
@@ -95,6 +104,8 @@ class Processor:
         images: Sequence[Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         padding_side: PaddingSide = "left",
     ) -> Inputs:
         """One conversation, or a list of them, as one batch.
@@ -104,40 +115,111 @@ class Processor:
             images: for the parts `{"type": "image"}` without a source, in order, those of all conversations.
             tools: function schemas in OpenAI's form.
             add_generation_prompt: whether to end with the assistant's header.
+            continue_final_message: whether to end within the last message instead, for the model to continue it; None
+                does so if it is the assistant's and calls no tools.
+            chat_template_kwargs: further variables of the prompt's format: what the checkpoint's own template reads
+                (`date_string`, `documents`), or of Llama 4's own `tools_in_user_message`, which is True.
             padding_side: where short rows are padded.
 
         Raises:
             ValueError: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
-                parts without one.
+                parts without one; `ChatTemplateError` if the checkpoint's own template fails.
         """
-        conversations = [read_messages(conversation) for conversation in _as_batch(messages)]
-        placeholders = sum(source is None for row in conversations for source in image_sources(row))
-        if placeholders != len(images or ()):
-            raise ValueError(
-                f"the messages have {placeholders} image parts without a picture, but images= holds "
-                f"{len(images or ())}; give one for each"
-            )
-        given = iter(images or ())
         rows: list[list[int]] = []
         tiles: list[Tiles] = []
-        for row in conversations:
-            sources = [next(given) if source is None else source for source in image_sources(row)]
-            row_tiles = [self.tile(source) for source in sources]
-            rows.append(self.render(row, row_tiles, tools=tools, add_generation_prompt=add_generation_prompt).ids)
+        for row, row_tiles in self._tiled(messages, images):
+            continued = continue_final_message
+            if continued is None:
+                continued = add_generation_prompt and row[-1].role == "assistant" and not row[-1].tool_calls
+            pieces = self._pieces(
+                row,
+                chat_template_kwargs,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continued,
+            )
+            rows.append(self._encode(pieces, row_tiles).ids)
             tiles += row_tiles
-        pixel_values = torch.cat([image.pixel_values for image in tiles]) if tiles else None
-        return self._pad(rows, pixel_values, padding_side)
+        return self._pad(rows, _pixels(tiles), padding_side)
 
-    def complete(self, text: str | Sequence[str], *, padding_side: PaddingSide = "left") -> Inputs:
-        """Raw text, or a list of texts, after `<|begin_of_text|>`, for the model to continue.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        **chat_template_kwargs: Any,
+    ) -> Any:
+        """A conversation as the text of its prompt or as its token ids; a list of conversations as a list of them.
+
+        The names and defaults of arguments are those of transformers' processors.
+
+        Args:
+            messages, images, tools, add_generation_prompt, continue_final_message, chat_template_kwargs: as in a call
+                of the processor.
+            tokenize: ids, with those of each image, which is read; else the text, with `<|image|>` for each.
 
         Raises:
-            ValueError: there is no text.
+            ValueError: as a call of the processor; or both `add_generation_prompt` and `continue_final_message`.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins a message and continue_final_message goes on with the last; choose one"
+            )
+        options: dict[str, Any] = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        if tokenize:
+            results: list[Any] = [
+                self._encode(self._pieces(row, chat_template_kwargs, **options), tiles).ids
+                for row, tiles in self._tiled(messages, images)
+            ]
+        else:
+            conversations = (read_messages(conversation) for conversation in _as_batch(messages))
+            rows = (self._pieces(row, chat_template_kwargs, **options) for row in conversations)
+            results = ["".join(piece.text for piece in row) for row in rows]
+        return results if _is_batch(messages) else results[0]
+
+    def complete(
+        self,
+        text: str | Sequence[str],
+        *,
+        images: Sequence[Any] = (),
+        special_tokens: bool = False,
+        padding_side: PaddingSide = "left",
+    ) -> Inputs:
+        """Raw text, or a list of texts, after `<|begin_of_text|>`, for the model to continue.
+
+        Args:
+            images: with `special_tokens`, one for each `<|image|>` in the texts.
+            special_tokens: the texts are prompts rendered already: names of special tokens in them are these tokens,
+                and no second `<|begin_of_text|>` is put before them.
+
+        Raises:
+            ValueError: there is no text, or there are more or fewer images than places for them.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(texts):
             raise ValueError("the prompt is empty; write the text that the model shall continue")
-        return self._pad([[self.tokenizer.bos_id, *self.tokenizer.encode(each)] for each in texts], None, padding_side)
+        prompts = [read_pieces(each, self.tokenizer) if special_tokens else [Piece(each)] for each in texts]
+        bos, image = Piece(self.tokenizer.bos, special=True), Piece(IMAGE, special=True)
+        counts = [prompt.count(image) for prompt in prompts]
+        if sum(counts) != len(images):
+            raise ValueError(
+                f"the prompt has places for {sum(counts)} images, but {len(images)} images were given; make them agree"
+            )
+        tiles = [self.tile(source) for source in images]
+        remaining = iter(tiles)
+        rows = [
+            self._encode(prompt if prompt[0] == bos else [bos, *prompt], [next(remaining) for _ in range(count)]).ids
+            for prompt, count in zip(prompts, counts, strict=True)
+        ]
+        return self._pad(rows, _pixels(tiles), padding_side)
 
     def tile(self, source: Any) -> Tiles:
         """Read one image and cut it into tiles.
@@ -158,20 +240,67 @@ class Processor:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """Token ids of one conversation whose images are already tiled, and which of them are the assistant's.
 
         Raises:
             ValueError: a message is not well formed, or there are more or fewer `tiles` than images.
         """
-        return self._render_prompt(
+        pieces = self._pieces(
             messages,
-            self.tokenizer,
-            grids=[(image.rows, image.cols) for image in tiles],
-            tokens_per_tile=self.tokens_per_tile,
+            chat_template_kwargs,
+            mark_replies=True,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
+        return self._encode(pieces, tiles)
+
+    def _tiled(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], images: Sequence[Any] | None
+    ) -> Iterator[tuple[list[ParsedMessage], list[Tiles]]]:
+        """Each conversation with the tiles of its images."""
+        conversations = [read_messages(conversation) for conversation in _as_batch(messages)]
+        placeholders = sum(source is None for row in conversations for source in image_sources(row))
+        if placeholders != len(images or ()):
+            raise ValueError(
+                f"the messages have {placeholders} image parts without a picture, but images= holds "
+                f"{len(images or ())}; give one for each"
+            )
+        given = iter(images or ())
+        for row in conversations:
+            sources = [next(given) if source is None else source for source in image_sources(row)]
+            yield row, [self.tile(source) for source in sources]
+
+    def _pieces(
+        self,
+        messages: Sequence[Message | ParsedMessage],
+        variables: Mapping[str, Any] | None,
+        *,
+        mark_replies: bool = False,
+        **options: Any,
+    ) -> list[Piece]:
+        """A prompt in the family's format, or in that of the checkpoint's own template."""
+        variables = dict(variables or {})
+        others = sorted(variables.keys() - {"tools_in_user_message"})
+        if self.template is not None and (others or not self.template_agrees):
+            return self.template.compose(messages, mark_replies=mark_replies, **options, **variables)
+        if others:
+            raise ValueError(
+                f"{', '.join(others)} cannot be given, as this checkpoint has no chat template that reads such; what "
+                "Llama 4's own format reads is tools_in_user_message"
+            )
+        return self._compose(messages, bos=self.tokenizer.bos, **options, **variables)
+
+    @cached_property
+    def template_agrees(self) -> bool:
+        """Whether the checkpoint's own template writes what the family's format does, so that this is used."""
+        return self.template is None or self.template.agrees(self._compose, self.tokenizer.bos)
+
+    def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
+        return encode(pieces, self.tokenizer, [(image.rows, image.cols) for image in tiles], self.tokens_per_tile)
 
     def _pad(self, rows: Sequence[Sequence[int]], pixel_values: Tensor | None, side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):
@@ -189,8 +318,14 @@ class Processor:
         return Inputs(input_ids, attention_mask, pixel_values)
 
 
+def _pixels(tiles: Sequence[Tiles]) -> Tensor | None:
+    return torch.cat([image.pixel_values for image in tiles]) if tiles else None
+
+
+def _is_batch(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> bool:
+    """Whether this is a list of conversations. Anything else is taken for one, which `read_messages` checks."""
+    return isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
+
+
 def _as_batch(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Any]:
-    """A list of conversations. Anything else is taken for one conversation, which `read_messages` checks."""
-    if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple)):
-        return list(messages)
-    return [messages]
+    return list(messages) if _is_batch(messages) else [messages]

@@ -296,7 +296,7 @@ def test_a_directory_without_a_model(directory: Path, tmp_path: Path) -> None:
         ("", "empty"),
         ("  \n", "empty"),
         ([], "empty"),
-        ([{"role": "king", "content": "x"}], "'king'; the roles are system, user"),
+        ([{"role": "king", "content": "x"}], "'king'; the roles are system, developer, user"),
         ([{"role": "user"}], "content None"),
         (ask("x", "/no/such/file.png"), "no such image file: /no/such/file.png"),
         (ask("x", b"not an image"), "not an image"),

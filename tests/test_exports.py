@@ -26,6 +26,7 @@ def test_every_exported_name_is_there() -> None:
 def test_public_names() -> None:
     """People rely on these; a name that leaves this list breaks their code."""
     assert set(llama4.__all__) == {
+        "ChatTemplateError",
         "CheckpointError",
         "ConfigError",
         "ContextLengthError",
@@ -67,6 +68,8 @@ def test_the_signature_of_chat() -> None:
         "seed": None,
         "stop": None,
         "tools": None,
+        "continue_final_message": None,
+        "chat_template_kwargs": None,
     }
 
 

@@ -17,7 +17,7 @@ from llama4.errors import ImageError
 from llama4.families import FAMILIES
 from llama4.families.llama4 import Llama4Family
 from llama4.inputs import Processor
-from llama4.text.prompt import Rendered
+from llama4.text.prompt import Piece
 from llama4.text.tokenizer import Tokenizer
 from tests import small_model
 
@@ -165,9 +165,8 @@ def test_what_cannot_work_is_named(small_tokenizer: Tokenizer, processor: Proces
 def test_the_family_gives_the_prompt_format(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     class Upside(Llama4Family):
         @staticmethod
-        def render(messages: Any, tokenizer: Tokenizer, **rest: Any) -> Rendered:
-            ids = [i for message in reversed(messages) for part in message.parts for i in tokenizer.encode(part)]
-            return Rendered(ids, [False] * len(ids))
+        def compose(messages: Any, **rest: Any) -> list[Piece]:
+            return [Piece(part) for message in reversed(messages) for part in message.parts]
 
     monkeypatch.setitem(FAMILIES, "upside", Upside())
     processor = Processor.from_config(small_tokenizer, replace(small_model.config(), family="upside"))

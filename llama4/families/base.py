@@ -33,8 +33,8 @@ class Family(ABC):
     """How its tokenizer.model cuts text, and the special tokens behind its ranks."""
     quantizable: ClassVar[Mapping[str, str]] = PARTS
     """Parts of the model that can be quantized, as patterns of parameter names."""
-    render = staticmethod(prompt.render)
-    """The prompt format: messages -> token ids."""
+    compose = staticmethod(prompt.compose)
+    """The prompt format: messages -> pieces of text and special tokens."""
 
     @abstractmethod
     def read_config(self, directory: Path) -> Llama4Config:

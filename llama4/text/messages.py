@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from llama4.text.tool_calls import ToolCall, read_call, short
@@ -12,7 +12,16 @@ from llama4.text.tool_calls import ToolCall, read_call, short
 Message: TypeAlias = Mapping[str, Any]
 """A message as users write it: "role", "content", perhaps "tool_calls"."""
 
-ROLES = ("system", "user", "assistant", "tool", "ipython")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "ipython",
+    "function": "ipython",
+    "ipython": "ipython",
+}
+"""A role as users write it -> its name in Llama 4's prompts. OpenAI's developer is a system, its function a tool."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +33,19 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class ParsedMessage:
-    """A message that has been checked: its role in the prompt, its parts in order, and its tool calls."""
+    """A message that has been checked.
+
+    Attributes:
+        role: its role in Llama 4's prompts.
+        parts: its content, in order.
+        tool_calls: the calls in it.
+        given: the message as it was written, for a checkpoint's own template, which may read more of it.
+    """
 
     role: str
     parts: tuple[str | ImagePart, ...]
     tool_calls: tuple[ToolCall, ...] = ()
+    given: Message = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_messages(messages: Sequence[Message | ParsedMessage]) -> list[ParsedMessage]:
@@ -58,9 +75,9 @@ def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage
     if not isinstance(message, Mapping):
         raise ValueError(f'{where} is a {type(message).__name__}; it must be a dictionary with "role" and "content"')
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
-    role = "ipython" if role == "tool" else role
+    role = ROLES[role]
     calls = message.get("tool_calls") or []
     if calls and role != "assistant":
         raise ValueError(f"{where} of role {role!r} has tool_calls; only the assistant calls tools")
@@ -84,12 +101,12 @@ def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage
         raise ValueError(f"{where} has the content {short(content)}; it must be a string or a list of parts")
     if role == "user" and not any(isinstance(part, ImagePart) or part.strip() for part in parts):
         raise ValueError(f"{where} is empty; write a question, or add an image")
-    return ParsedMessage(role, parts, tool_calls)
+    return ParsedMessage(role, parts, tool_calls, message)
 
 
 def _read_part(part: Any, where: str) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
+    if kind in ("text", "input_text"):
         if isinstance(part.get("text"), str):
             return str(part["text"])
         raise ValueError(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')
@@ -100,7 +117,7 @@ def _read_part(part: Any, where: str) -> str | ImagePart:
         if isinstance(part.get("base64"), str):
             return ImagePart(f"data:;base64,{part['base64']}")
         return ImagePart(None)
-    if kind == "image_url":
+    if kind in ("image_url", "input_image"):
         link = part.get("image_url")
         url = link.get("url") if isinstance(link, Mapping) else link
         if isinstance(url, str):

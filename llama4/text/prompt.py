@@ -1,4 +1,5 @@
-"""Llama 4's prompt format: messages -> token ids.
+"""Prompts: messages -> pieces of text and special tokens -> token ids. `compose` is Llama 4's format; a checkpoint's
+own chat template (template.py) is another way to the same pieces.
 
 The tokens are those of Meta's `ChatFormat`; the wording that announces tools is that of Meta's chat template for
 Llama 4, as Hugging Face publishes it.
@@ -7,20 +8,44 @@ Llama 4, as Hugging Face publishes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import function_name
 
-_TOOLS_INTRODUCTION = (
-    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
-    "answers the given prompt.\n\n"
+IMAGE = "<|image|>"
+"""The special token that stands in a prompt's pieces for a whole image."""
+
+_FORMAT = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
+_IN_USER_MESSAGE = (
+    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    "answers the given prompt.\n\n"
+)
+_IN_SYSTEM_MESSAGE = (
+    "You have access to the following functions. To call a function, please respond with JSON for a function call."
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a prompt.
+
+    Attributes:
+        text: what it says; its characters are text, whatever they are, unless `special`.
+        special: it is one special token, whose name is `text`.
+        reply: ranges (start, end) of `text` that belong to the assistant's messages.
+    """
+
+    text: str
+    special: bool = False
+    reply: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,62 +57,136 @@ class Rendered:
     is_reply: list[bool]
 
 
-def render(
+def compose(
     messages: Sequence[Message | ParsedMessage],
-    tokenizer: Tokenizer,
     *,
-    grids: Sequence[tuple[int, int]] = (),
-    tokens_per_tile: int = 144,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tools_in_user_message: bool = True,
     add_generation_prompt: bool = True,
-) -> Rendered:
-    """Messages -> token ids.
+    continue_final_message: bool = False,
+    bos: str = "<|begin_of_text|>",
+) -> list[Piece]:
+    """Messages -> the pieces of Llama 4's prompt.
 
     `<|begin_of_text|>`, then per message `<|header_start|>`role`<|header_end|>` and two line breaks, its content, and
     `<|eot|>` (`<|eom|>` after a tool's answer and after a message that calls tools), then the assistant's header.
 
     Args:
         messages: as users write them, or what `read_messages` made of them.
-        grids: (rows, cols) of tiles for each image, in the order in which the images come.
-        tokens_per_tile: `<|patch|>` tokens per tile.
-        tools: function schemas in OpenAI's form; they are announced at the start of the first user message.
+        tools: function schemas in OpenAI's form.
+        tools_in_user_message: whether they are announced at the start of the first user message, or in the system
+            message.
         add_generation_prompt: whether to end with the assistant's header, for the model to continue.
+        continue_final_message: whether to end within the last message instead.
+        bos: name of the first token.
 
     Raises:
-        ValueError: a message is not well formed, or there are more or fewer grids than images.
+        ValueError: a message is not well formed, there is no message to announce tools in, or none to continue.
     """
     parsed = read_messages(messages)
-    wanted = sum(isinstance(part, ImagePart) for message in parsed for part in message.parts)
-    if wanted != len(grids):
-        raise ValueError(
-            f"the messages have places for {wanted} images, but {len(grids)} images were given; make them agree"
-        )
+    if continue_final_message and parsed[-1].tool_calls:
+        raise ValueError("the last message calls tools, so it cannot be continued; leave continue_final_message out")
     if tools:
-        parsed = _announce(tools, parsed)
-    remaining = iter(grids)
-    ids = [tokenizer.bos_id]
-    is_reply = [False]
+        parsed = _announce(tools, parsed) if tools_in_user_message else _announce_to_system(tools, parsed)
+    pieces = [Piece(bos, special=True)]
 
-    def write(tokens: list[int], reply: bool) -> None:
-        ids.extend(tokens)
-        is_reply.extend([reply] * len(tokens))
+    def write(text: str, reply: bool, special: bool = False) -> None:
+        pieces.append(Piece(text, special, ((0, len(text)),) if reply else ()))
 
     for message in parsed:
         reply = message.role == "assistant"
-        write(_header(message.role, tokenizer), False)
+        pieces += _header(message.role)
         for part in message.parts:
             if isinstance(part, ImagePart):
-                write(image_tokens(*next(remaining), tokens_per_tile, tokenizer), reply)
+                write(IMAGE, reply, special=True)
             else:
-                write(tokenizer.encode(part), reply)
+                write(part, reply)
         for call in message.tool_calls:
-            content = {"type": "function", "name": call.name, "parameters": call.arguments}
-            write(tokenizer.encode(json.dumps(content)), reply)
-        end = "<|eom|>" if message.tool_calls or message.role == "ipython" else "<|eot|>"
-        write([tokenizer.special(end)], reply)
-    if add_generation_prompt:
-        write(_header("assistant", tokenizer), False)
+            write(json.dumps({"type": "function", "name": call.name, "parameters": call.arguments}), reply)
+        write("<|eom|>" if message.tool_calls or message.role == "ipython" else "<|eot|>", reply, special=True)
+    if continue_final_message:
+        pieces.pop()
+    elif add_generation_prompt:
+        pieces += _header("assistant")
+    return pieces
+
+
+def encode(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, grids: Sequence[tuple[int, int]] = (), tokens_per_tile: int = 144
+) -> Rendered:
+    """Pieces -> token ids.
+
+    Args:
+        grids: (rows, cols) of tiles for each image, in the order in which the images come.
+        tokens_per_tile: `<|patch|>` tokens per tile.
+
+    Raises:
+        ValueError: there are more or fewer grids than images; the tokenizer lacks a special token.
+    """
+    pieces = list(pieces)
+    wanted = sum(piece.special and piece.text == IMAGE for piece in pieces)
+    if wanted != len(grids):
+        raise ValueError(
+            f"the prompt has places for {wanted} images, but {len(grids)} images were given; make them agree"
+        )
+    remaining = iter(grids)
+    ids: list[int] = []
+    is_reply: list[bool] = []
+    for piece in pieces:
+        if not piece.special:
+            tokens = tokenizer.encode(piece.text)
+        elif piece.text == IMAGE:
+            tokens = image_tokens(*next(remaining), tokens_per_tile, tokenizer)
+        else:
+            tokens = [tokenizer.bos_id if piece.text == tokenizer.bos else tokenizer.special(piece.text)]
+        ids += tokens
+        if piece.special or piece.reply in ((), ((0, len(piece.text)),)):
+            is_reply += [bool(piece.reply)] * len(tokens)
+        else:
+            is_reply += _overlaps(piece, tokens, tokenizer)
     return Rendered(ids, is_reply)
+
+
+def special_names(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """What finds the names of special tokens in a text; of two that begin at the same place, the longer."""
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def read_pieces(text: str, tokenizer: Tokenizer) -> list[Piece]:
+    """A prompt that is rendered already -> its pieces: every name of a special token is one."""
+    pieces, at = [], 0
+    for match in special_names(tokenizer).finditer(text):
+        pieces += [Piece(text[at : match.start()]), Piece(match.group(), special=True)]
+        at = match.end()
+    return [piece for piece in (*pieces, Piece(text[at:])) if piece.text]
+
+
+def _overlaps(piece: Piece, tokens: Iterable[int], tokenizer: Tokenizer) -> list[bool]:
+    """For each token of a text, whether some of its bytes belong to a reply."""
+    ranges = [(len(piece.text[:a].encode()), len(piece.text[:b].encode())) for a, b in piece.reply]
+    result, start = [], 0
+    for token in tokens:
+        end = start + len(tokenizer.decode_bytes([token]))
+        result.append(any(a < end and start < b for a, b in ranges))
+        start = end
+    return result
+
+
+def render(
+    messages: Sequence[Message | ParsedMessage],
+    tokenizer: Tokenizer,
+    *,
+    grids: Sequence[tuple[int, int]] = (),
+    tokens_per_tile: int = 144,
+    **options: Any,
+) -> Rendered:
+    """Messages -> token ids in Llama 4's format: `compose` with its options, then `encode`.
+
+    Raises:
+        ValueError: as those.
+    """
+    return encode(compose(messages, bos=tokenizer.bos, **options), tokenizer, grids, tokens_per_tile)
 
 
 def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
@@ -100,12 +199,15 @@ def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenize
     return [*ids, tokenizer.special("<|image|>"), *tile, tokenizer.special("<|image_end|>")]
 
 
-def _announce(tools: Sequence[Mapping[str, Any]], messages: list[ParsedMessage]) -> list[ParsedMessage]:
-    """Put the functions before the first user message, and say in a leading system message that there are tools."""
+def _listing(tools: Sequence[Mapping[str, Any]]) -> str:
     for tool in tools:
         function_name(tool)  # raises if it is no schema
-    listing = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
-    text = _TOOLS_INTRODUCTION + listing
+    return "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
+
+
+def _announce(tools: Sequence[Mapping[str, Any]], messages: Sequence[ParsedMessage]) -> list[ParsedMessage]:
+    """Put the functions before the first user message, and say in a leading system message that there are tools."""
+    text = _IN_USER_MESSAGE + _FORMAT + _listing(tools)
     first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if first is None:
         raise ValueError("tools are announced in the first user message, but no message is a user's; add one")
@@ -116,13 +218,20 @@ def _announce(tools: Sequence[Mapping[str, Any]], messages: list[ParsedMessage])
     return messages
 
 
+def _announce_to_system(tools: Sequence[Mapping[str, Any]], messages: Sequence[ParsedMessage]) -> list[ParsedMessage]:
+    """Put the functions before the leading system message, or into one of their own."""
+    text = "Environment: ipython\n" + _IN_SYSTEM_MESSAGE + _FORMAT + _listing(tools)
+    if messages[0].role == "system":
+        return [_prefixed(text, messages[0]), *messages[1:]]
+    return [ParsedMessage("system", (text,)), *messages]
+
+
 def _prefixed(text: str, message: ParsedMessage) -> ParsedMessage:
     """The message with `text` before its content, as one text with it if that begins with text."""
     head, *rest = message.parts or ("",)
     parts = (text + head, *rest) if isinstance(head, str) else (text, *message.parts)
-    return ParsedMessage(message.role, parts, message.tool_calls)
+    return replace(message, parts=parts)
 
 
-def _header(role: str, tokenizer: Tokenizer) -> list[int]:
-    start, end = tokenizer.special("<|header_start|>"), tokenizer.special("<|header_end|>")
-    return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
+def _header(role: str) -> list[Piece]:
+    return [Piece("<|header_start|>", True), Piece(role), Piece("<|header_end|>", True), Piece("\n\n")]

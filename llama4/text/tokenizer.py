@@ -148,6 +148,11 @@ class Tokenizer:
                 "belongs to the model"
             ) from None
 
+    @property
+    def bos(self) -> str:
+        """Name of the first token of every prompt."""
+        return self.config.names.get("bos_token") or self.vocabulary.bos
+
     @cached_property
     def bos_id(self) -> int:
         """The first token of every prompt: `bos_token` of tokenizer_config.json, else `<|begin_of_text|>`."""

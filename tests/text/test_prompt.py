@@ -224,7 +224,10 @@ USER = {"role": "user", "content": "x"}
         ("hello", "messages is a str; it must be a list"),
         (USER, "messages is a dict; it must be a list"),
         (["hello"], "message 0 is a str"),
-        ([USER, {"role": "robot", "content": "x"}], "message 1 has the role 'robot'; the roles are system, user"),
+        (
+            [USER, {"role": "robot", "content": "x"}],
+            "message 1 has the role 'robot'; the roles are system, developer, user",
+        ),
         ([{"content": "x"}], "role None"),
         ([{"role": ["user"], "content": "x"}], "role \\['user'\\]"),
         ([{"role": "user"}], "content None"),

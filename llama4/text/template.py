@@ -1,0 +1,473 @@
+"""A checkpoint's own chat template: messages -> the pieces of a prompt.
+
+What the template writes is what transformers makes of it, character by character. Which of the special tokens' names
+in it are special tokens, and which are a user's text, is found out by rendering twice or three times:
+
+1. as it is: the text of the prompt;
+2. with a private-use character for every special token's name that stands in the template's own literals: where that
+   gives the same text, those names are the template's;
+3. if there are other names in the text: with private-use characters for all characters of the users' strings that
+   occur in names. Where that gives the same text, a name without any of them is the template's, too (`'<|' + role +
+   '|>'`).
+
+Every other name is text. So it does not matter what a template does to a user's strings: they are never changed in
+what counts, and a name that comes from one of them, or is put together from several, or from one and a literal, is
+never taken for a special token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+from llama4.errors import ChatTemplateError, ChatTemplateLimitError
+from llama4.text.messages import ROLES, ImagePart, Message, ParsedMessage, read_messages
+from llama4.text.prompt import Piece, special_names
+from llama4.text.tokenizer import Tokenizer
+from llama4.text.tool_calls import ToolCall, function_name
+
+Compose = Callable[..., list[Piece]]
+"""`prompt.compose`, or what takes its place."""
+
+_PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_ROLES = {"developer": "system", "function": "tool"}
+_TYPES = "text image function object array string number integer boolean null"
+_KEYS = (
+    "role content type text image name function arguments parameters properties items required description enum id "
+    "tool_calls tool_call_id reasoning_content thinking reasoning title"
+)
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """The templates of a checkpoint.
+
+    Args:
+        sources: Jinja templates by name: "default", perhaps "tool_use", which is for messages with tools.
+        tokenizer: the model's; its special tokens are those that a template can write.
+    """
+
+    def __init__(self, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        self.sources = dict(sources)
+        self.variables = _token_variables(tokenizer)
+        self._names = list(tokenizer.special_tokens)
+        self._pattern = special_names(tokenizer)
+
+    def source(self, tools: object = None) -> str:
+        """The template for messages with or without tools.
+
+        Raises:
+            ChatTemplateError: there are several, and none is "default".
+        """
+        if tools and "tool_use" in self.sources:
+            return self.sources["tool_use"]
+        if "default" in self.sources:
+            return self.sources["default"]
+        if len(self.sources) == 1:
+            return next(iter(self.sources.values()))
+        raise ChatTemplateError(
+            f"the checkpoint has the chat templates {', '.join(self.sources)}, but no default; name one of them so"
+        )
+
+    def compose(
+        self,
+        messages: Sequence[Message | ParsedMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        mark_replies: bool = False,
+        **variables: Any,
+    ) -> list[Piece]:
+        """Messages -> pieces, as `prompt.compose`.
+
+        Args:
+            messages, tools, add_generation_prompt, continue_final_message: as there.
+            documents: what some templates let the model read.
+            mark_replies: find the assistant's messages in the prompt even where the template has no `{% generation %}`.
+            variables: further ones that the template may read.
+
+        Raises:
+            ChatTemplateError: the template cannot be rendered, or refuses these messages; or it leaves out the message
+                to be continued, or where the replies are cannot be told.
+            ValueError: a message is not well formed.
+        """
+        parsed = read_messages(messages)
+        for tool in tools or ():
+            function_name(tool)  # raises if it is no schema
+        if continue_final_message and parsed[-1].tool_calls:
+            raise ValueError(
+                "the last message calls tools, so it cannot be continued; leave continue_final_message out"
+            )
+        source = self.source(tools)
+        given = {
+            "messages": self._messages(parsed, source),
+            "tools": _plain(tools) if tools else None,
+            "documents": _plain(documents),
+            **_plain(variables),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        written = self._write(source, given, continue_final_message)
+        if mark_replies and not _GENERATION.search(source):
+            written = written._replace(replies=self._replies(written.text, parsed, source, given))
+        return _pieces(written)
+
+    def agrees(self, compose: Compose, bos: str) -> bool:
+        """Whether the templates write what `compose` does, for conversations of all kinds."""
+        try:
+            return all(_joined(self.compose(**case)) == _joined(compose(**case, bos=bos)) for case in _cases())
+        except ChatTemplateLimitError:
+            raise
+        except ChatTemplateError:
+            return False
+
+    def _write(self, source: str, given: dict[str, Any], continued: bool = False) -> _Written:
+        """Render, and find out which names are the template's."""
+        said = json.dumps(given, ensure_ascii=False)
+        marks = _Marks.outside(source + said, len(self._names), "".join(sorted(set("".join(self._names)))))
+
+        def run(given: dict[str, Any], *, marked: bool = False) -> _Written:
+            if continued:
+                given = {**given, "messages": _continued(given["messages"], marks.end + " ")}
+            names = {role: self._marked(name, marks.base) if marked else name for role, name in self.variables.items()}
+            text = self._program(source, marks, marked).render({**names, **given})
+            return self._read(_cut(text, marks.end) if continued else text, marks)
+
+        text, _, replies = run(given)
+        try:
+            marked = run(given, marked=True)
+        except ChatTemplateError:
+            marked = None
+        own = marked.own if marked is not None and marked.text == text else None
+        others = [span for gap in _gaps(own or (), len(text)) for span in _spans(self._pattern, text, gap)]
+        if others:
+            try:
+                disguised = run({name: _disguised(value, marks.disguise) for name, value in given.items()}).text
+            except ChatTemplateError:
+                disguised = ""
+            if disguised.translate(marks.reveal) == text:
+                found = [(a, b) for a, b in others if disguised[a:b] == text[a:b]]
+                own = sorted([*(own or ()), *found])
+        if own is None:
+            if others:
+                raise ChatTemplateError(
+                    "which special tokens the chat template writes cannot be told from what the messages say; render "
+                    "it yourself, and continue the text with complete(text, special_tokens=True)"
+                )
+            own = []
+        return _Written(text, own, replies)
+
+    def _read(self, text: str, marks: _Marks) -> _Written:
+        """What was written, with names in the place of their marks."""
+        kept: list[str] = []
+        own, replies, open_replies = [], [], list[int]()
+        length = at = 0
+        for match in marks.pattern.finditer(text):
+            kept.append(text[at : match.start()])
+            length += match.start() - at
+            at = match.end()
+            index = ord(match.group()) - marks.base
+            if index < len(self._names):
+                kept.append(self._names[index])
+                own.append((length, length + len(kept[-1])))
+                length += len(kept[-1])
+            elif match.group() == marks.reply[0]:
+                open_replies.append(length)
+            elif open_replies and (start := open_replies.pop()) < length:
+                replies.append((start, length))
+        kept.append(text[at:])
+        return _Written("".join(kept), own, replies)
+
+    def _marked(self, text: str, base: int) -> str:
+        return self._pattern.sub(lambda name: chr(base + self._places[name.group()]), text)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self._names)}
+
+    @cached_property
+    def _programs(self) -> dict[tuple[str, int, bool], Any]:
+        return {}
+
+    def _program(self, source: str, marks: _Marks, marked: bool) -> Any:
+        from llama4.text.sandbox import Program  # with jinja2, which only a checkpoint's own template needs
+
+        key = source, marks.base, marked
+        if key not in self._programs:
+            mark = (lambda text: self._marked(text, marks.base)) if marked else str
+            self._programs[key] = Program(source, marks.reply, mark)
+        return self._programs[key]
+
+    def _messages(self, messages: Sequence[ParsedMessage], source: str) -> list[dict[str, Any]]:
+        strings, parts = self._content_forms(source)
+        return [_as_given(message, strings, parts) for message in messages]
+
+    @cached_property
+    def _forms(self) -> dict[str, tuple[bool, bool]]:
+        return {}
+
+    def _content_forms(self, source: str) -> tuple[bool, bool]:
+        """Whether a template takes a content that is a string, and whether one of several parts must be parts."""
+        if source not in self._forms:
+
+            def says(content: Any) -> str:
+                given = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
+                try:
+                    return self._write(source, given | {"add_generation_prompt": False}).text
+                except ChatTemplateLimitError:
+                    raise
+                except ChatTemplateError:
+                    return ""
+
+            string = says("FirstSecond")
+            parts = says([{"type": "text", "text": "First"}, {"type": "text", "text": "Second"}])
+            reads_string = "FirstSecond" in string
+            reads_parts = "First" in parts and "'text'" not in parts and '"text"' not in parts
+            self._forms[source] = (reads_string or not reads_parts, reads_parts and parts != string)
+        return self._forms[source]
+
+    def _replies(
+        self, text: str, messages: Sequence[ParsedMessage], source: str, given: dict[str, Any]
+    ) -> list[tuple[int, int]]:
+        """Where the assistant's messages are: what each adds to the prompt that asks for it."""
+        spans = []
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                turns = given["messages"]
+                before = self._write(source, {**given, "messages": turns[:i], "add_generation_prompt": True}).text
+                after = self._write(source, {**given, "messages": turns[: i + 1], "add_generation_prompt": False}).text
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ChatTemplateError(
+                        f"what message {i} adds to the prompt cannot be told, as the chat template writes what is "
+                        "before it otherwise then; put {% generation %} and {% endgeneration %} around the replies"
+                    )
+                spans.append((len(before), len(after)))
+        return spans
+
+
+class _Written(NamedTuple):
+    """A rendered template: its text, where the names that it writes itself are, and where replies are."""
+
+    text: str
+    own: list[tuple[int, int]]
+    replies: list[tuple[int, int]]
+
+
+class _Marks(NamedTuple):
+    """Private-use characters that occur in nothing that is given: one for each name, two around replies, one for the
+    end of the text that is continued, and one for each character of the names."""
+
+    base: int
+    names: int
+    letters: str
+
+    @classmethod
+    def outside(cls, text: str, names: int, letters: str) -> _Marks:
+        taken = {ord(character) for character in _PRIVATE.findall(text)}
+        size = names + 3 + len(letters)
+        for base in range(0xF0000, 0x10FFFE - size, size):
+            if taken.isdisjoint(range(base, base + size)):
+                return cls(base, names, letters)
+        raise ChatTemplateError("the messages hold too many different private-use characters of Unicode; remove some")
+
+    @property
+    def reply(self) -> str:
+        return chr(self.base + self.names) + chr(self.base + self.names + 1)
+
+    @property
+    def end(self) -> str:
+        return chr(self.base + self.names + 2)
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(f"[{chr(self.base)}-{self.reply[1]}]")
+
+    @property
+    def disguise(self) -> dict[int, int]:
+        return {ord(letter): self.base + self.names + 3 + i for i, letter in enumerate(self.letters)}
+
+    @property
+    def reveal(self) -> dict[int, int]:
+        return {mark: letter for letter, mark in self.disguise.items()}
+
+
+def _token_variables(tokenizer: Tokenizer) -> dict[str, str]:
+    """Names of tokens by their role, as templates read them: `bos_token` and others."""
+    vocabulary = tokenizer.vocabulary
+    usual = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+    return {role: name for role, name in usual.items() if name in tokenizer.special_tokens} | dict(
+        tokenizer.config.names
+    )
+
+
+def _as_given(message: ParsedMessage, strings: bool, parts: bool) -> dict[str, Any]:
+    """A message as templates read it.
+
+    Args:
+        strings: whether the template takes a string; else its content becomes a list of parts.
+        parts: whether parts that are all text stay parts; else they become one string.
+    """
+    given = message.given
+    role = given.get("role", "tool" if message.role == "ipython" else message.role)
+    result: dict[str, Any] = {"role": _ROLES.get(role, role)}
+    content = given.get("content")
+    if isinstance(content, Mapping):
+        result["content"] = _plain(content)
+    elif content is not None or (message.parts and not given):
+        texts = [part for part in message.parts if isinstance(part, str)]
+        whole = isinstance(content, str) or not parts
+        if len(texts) == len(message.parts) and strings and whole:
+            result["content"] = "".join(texts)
+        else:
+            result["content"] = [
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part}
+                for part in message.parts
+            ]
+    if message.tool_calls:
+        raw = given.get("tool_calls") or [None] * len(message.tool_calls)
+        result["tool_calls"] = [
+            ({"id": call.id} if isinstance(each, ToolCall) or (isinstance(each, Mapping) and each.get("id")) else {})
+            | {"type": "function", "function": {"name": call.name, "arguments": _plain(call.arguments)}}
+            for call, each in zip(message.tool_calls, raw, strict=True)
+        ]
+    rest = (key for key, value in given.items() if value is not None and key not in ("role", "content", "tool_calls"))
+    result |= {key: _plain(given[key]) for key in rest}
+    reasoning = next((result[key] for key in _REASONING if key in result), None)
+    if reasoning is not None:
+        result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """A value as a template may see it: of JSON's types alone; a picture, say, is the name of its type."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind.__str__(value) if kind is str else kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def _disguised(value: Any, disguise: Mapping[int, int], key: str = "") -> Any:
+    """A value with other characters in the users' strings; what templates ask for keeps its own."""
+    if isinstance(value, str):
+        fixed = value in {"role": ROLES, "type": _TYPES.split()}.get(key, ())
+        return value if fixed else value.translate(disguise)
+    if isinstance(value, dict):
+        return {
+            name if name in _KEYS.split() or not isinstance(name, str) else name.translate(disguise): _disguised(
+                item, disguise, str(name)
+            )
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_disguised(item, disguise, key) for item in value]
+    return value
+
+
+def _continued(messages: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """The messages with `end` behind the last text of the last one."""
+    *others, last = messages
+    content = last.get("content")
+    if isinstance(content, list) and content and "text" in content[-1]:
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]
+    elif isinstance(content, str):
+        content += end
+    else:
+        raise ValueError(
+            "the last message ends with no text, so it cannot be continued; leave continue_final_message out"
+        )
+    return [*others, {**last, "content": content}]
+
+
+def _cut(text: str, end: str) -> str:
+    """The text before `end`, without white space at its end if the template trims what `end` and a blank follow."""
+    before, found, after = text.rpartition(end)
+    if not found:
+        raise ChatTemplateError("the chat template leaves out the last message, so it cannot be continued")
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _gaps(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    for start, end in (*spans, (length, length)):
+        if at < start:
+            yield at, start
+        at = end
+
+
+def _spans(pattern: re.Pattern[str], text: str, gap: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in pattern.finditer(text, *gap))
+
+
+def _pieces(written: _Written) -> list[Piece]:
+    text, own, replies = written
+    names = set(own)
+    pieces = []
+    for start, end in sorted([*own, *_gaps(own, len(text))]):
+        reply = tuple((max(a, start) - start, min(b, end) - start) for a, b in replies if a < end and start < b)
+        pieces.append(Piece(text[start:end], (start, end) in names, reply))
+    return pieces
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces without replies, neighbouring texts as one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result and not piece.special and not result[-1].special:
+            result[-1] = dataclasses.replace(result[-1], text=result[-1].text + piece.text)
+        elif piece.text:
+            result.append(Piece(piece.text, piece.special))
+    return result
+
+
+@cache
+def _cases() -> tuple[dict[str, Any], ...]:
+    """Conversations of all kinds, with which a template is compared with a family's own format."""
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Find “it” in <b>a</b> list",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+        },
+    }
+    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": {"word": "Zürich", "n": [1]}}}
+    system = {"role": "system", "content": " Be brief. \n"}
+    user = {"role": "user", "content": "\n What is it?  "}
+    reply = {"role": "assistant", "content": " It is \n\n4. "}
+    calls = {"role": "assistant", "content": "I look.", "tool_calls": [call, call]}
+    silent = {"role": "assistant", "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "c1", "name": "look_up", "content": '{"found": "é"}'}
+    parts = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": " this, "}, {"type": "text", "text": "that"}],
+    }
+    last = {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "image"}]}
+    conversations = [
+        [user],
+        [system, user],
+        [user, reply, user],
+        [system, user, reply, user, reply],
+        [user, calls, result, result, reply, user],
+        [system, user, silent, result],
+        [parts, reply, last],
+        [system, last],
+        [user, system, user],
+        [user, user],
+    ]
+    cases = [{"messages": messages} for messages in conversations]
+    cases += [{"messages": messages, "add_generation_prompt": False} for messages in conversations[1:4]]
+    cases += [{"messages": conversations[i], "tools": [tool, tool]} for i in (0, 1, 3, 4, 5, 6)]
+    cases += [{"messages": [system, user, reply], "continue_final_message": True}]
+    return tuple(cases)

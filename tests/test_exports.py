@@ -76,12 +76,18 @@ def test_the_signature_of_chat() -> None:
 def test_options_have_the_same_names_everywhere() -> None:
     chat = set(inspect.signature(llama4.Llama4.chat).parameters) - {"self", "messages"}
     assert set(Options.__annotations__) == chat
-    assert set(CHAT) == chat - {"tools"}
+    assert set(CHAT) == chat - {"tools", "continue_final_message"}
     assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(llama4.Sampler)}
 
 
 def test_errors_are_value_errors() -> None:
-    for error in (llama4.CheckpointError, llama4.ConfigError, llama4.ContextLengthError, llama4.ImageError):
+    for error in (
+        llama4.ChatTemplateError,
+        llama4.CheckpointError,
+        llama4.ConfigError,
+        llama4.ContextLengthError,
+        llama4.ImageError,
+    ):
         assert issubclass(error, ValueError)
 
 

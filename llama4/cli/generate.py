@@ -22,18 +22,31 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="with --raw: the text is a prompt rendered already, names of special tokens in it are these tokens",
+    )
+    parser.add_argument("--prefill", metavar="TEXT", help="how the reply begins; what follows is printed")
     add_chat_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.raw and (options.image or options.system):
-        options.parser.error("--raw continues a text; it takes neither --image nor --system")
+    if options.raw and (options.image or options.system or options.prefill is not None or options.chat_template_kwargs):
+        options.parser.error(
+            "--raw continues a text; it takes neither --image nor --system, --prefill and --chat-template-kwargs"
+        )
+    if options.special_tokens and not options.raw:
+        options.parser.error("--special-tokens is for --raw; in a chat the prompt's format writes them")
     question = read_stdin() if options.question == "-" else options.question
     content = [*({"type": "image", "image": image} for image in options.image), {"type": "text", "text": question}]
     llm = load_model(options)
     messages = [*opening(options), {"role": "user", "content": content}]
-    stream = llm.stream(llm.processor.complete(question) if options.raw else messages, **chat_options(options))
+    if options.prefill is not None:
+        messages.append({"role": "assistant", "content": options.prefill})
+    raw = llm.processor.complete(question, special_tokens=options.special_tokens) if options.raw else None
+    stream = llm.stream(raw or messages, **chat_options(options))
     for piece in stream:
         if not options.json:
             print(piece, end="", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
@@ -10,6 +11,20 @@ from llama4.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from llama4.api import Llama4, Options
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises:
+    argparse.ArgumentTypeError: it is not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as '{{\"name\": value}}'")
+    return value
+
 
 REVISION = {"help": "branch, tag or commit on the Hub"}
 
@@ -48,6 +63,11 @@ CHAT: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"type": float, "metavar": "X", "help": "above 1, tokens that came become less likely"},
     "seed": {"type": int, "metavar": "N", "help": "makes sampling repeatable"},
     "stop": {"action": "append", "metavar": "TEXT", "help": "end the reply before this text; repeatable"},
+    "chat_template_kwargs": {
+        "type": json_object,
+        "metavar": "JSON",
+        "help": """variables of the prompt's format, such as '{"date_string": "1 May 2025"}'""",
+    },
 }
 """Arguments of `Llama4.chat`, likewise; what is not given is as the model's generation_config.json says."""
 

@@ -66,6 +66,17 @@ class LayerCache:
         """Bytes of one block."""
         return 2 * self.heads * CACHE_BLOCK * (self._bytes + (2 if self.format.scaled else 0))
 
+    def used_blocks(self, row: int, slots: int) -> Iterator[Tensor]:
+        """The blocks of the first `slots` slots of a row; of the last a copy with zeros behind them."""
+        for j, block in enumerate(self.rows[row][: self.num_blocks(slots)]):
+            used = slots - j * CACHE_BLOCK
+            if used < CACHE_BLOCK:
+                block = block.clone()
+                for part in self.parts(block):
+                    if part is not None:
+                        part[:, :, used:].zero_()
+            yield block
+
     def restore(self, row: int, blocks: Sequence[Tensor]) -> None:
         """Replace the blocks of a row by copies of these."""
         self.reserve(row, 0, 0)

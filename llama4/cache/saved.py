@@ -1,12 +1,15 @@
-"""A cache of one sequence as a file: safetensors, with a tensor of bytes per layer and block."""
+"""A cache of one sequence as a file: safetensors, with a tensor of bytes per layer and block.
+
+A file is untrusted: what its header says is compared with the model before anything of it is read, and what is read
+with a checksum before the model's cache changes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import os
-import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,13 +17,17 @@ from torch import Tensor
 
 from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
+from llama4.config import CACHE_BLOCK
+from llama4.files import replaced_file
 
 _TOKENS = "tokens"
+_VERSION = "2"
 _DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
 
 
 def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> None:
-    """Write a cache of one row, complete or not at all.
+    """Write a cache of one row, complete or not at all. Of a block that is partly used the rest is written as zeros: it
+    may hold what other prompts left there.
 
     Args:
         tokens: what it holds, [S] int64.
@@ -29,83 +36,121 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
     Raises:
         ValueError: the file cannot be written.
     """
-    counts = cache.num_blocks(cache.start[0], cache.next_position[0])
-    blocks = {
-        f"{i}.{j}": block
-        for i, (layer, count) in enumerate(zip(cache.layers, counts, strict=True))
-        for j, block in enumerate(layer.rows[0][:count])  # there may be one more, for the next token
-    }
-    tensors = {_TOKENS: tokens} | {key: block.cpu() for key, block in blocks.items()}
-    metadata = {"model": model, "formats": _formats(cache), "first": str(cache.start[0])}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    start, next_position = cache.start[0], cache.next_position[0]
+    tensors = {_TOKENS: tokens}
+    slots = [cache.cached_tokens(0, next_position, window) for window in cache.windows]
+    for i, (layer, used) in enumerate(zip(cache.layers, slots, strict=True)):
+        for j, block in enumerate(layer.used_blocks(0, used)):
+            tensors[f"{i}.{j}"] = block.cpu()
+    metadata = {"version": _VERSION, "model": model, "first": str(start), **_layout(cache)}
+    metadata["checksum"] = _checksum(metadata, tensors)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        _write(partial, tensors, metadata)
-        partial.replace(path)
+        with replaced_file(path) as file:  # tensor after tensor: the package's own function first copies them all
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(tensor.contiguous().numpy().data)
     except OSError as error:
         raise ValueError(
-            f"could not write the cache to {path}: {error.strerror or error}; free {cache.num_bytes:,} bytes or "
-            "choose another place"
+            f"could not write the cache to {path}: {error.strerror or error}; free {end:,} bytes "
+            "or choose another place"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def load_cache(path: str | Path, cache: SequenceCache, model: str) -> Tensor:
+def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: int) -> Tensor:
     """Read what `save_cache` wrote into a cache of one row, which stays as it is if that fails; -> the tokens of it.
+
+    Args:
+        max_tokens: the model's window.
 
     Raises:
         ValueError: no such file, a damaged one, or the cache of another model or dtype.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, keys = file.metadata() or {}, set(file.keys())
-            if metadata.get("model") != model:
-                raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
-            formats = _current_names(metadata["formats"])
-            if formats != _formats(cache):
-                raise ValueError(
-                    f"{path} holds {formats}, but the cache of this model is {_formats(cache)}; "
-                    "load the model with the same cache_dtype, or read the prompt again"
+            metadata: dict[str, str] = file.metadata() or {}
+            _check_metadata(path, metadata, cache, model)
+            keys = set(file.keys())
+
+            def shape(name: str, dtype: str) -> list[int]:
+                if name not in keys:
+                    raise _damaged(path, f"it lacks {name}")
+                found = file.get_slice(name)
+                if found.get_dtype() != dtype:
+                    raise _damaged(path, f"{name} is {found.get_dtype()}, not {dtype}")
+                return list(found.get_shape())
+
+            length = shape(_TOKENS, "I64")
+            first = metadata.get("first", "")
+            if len(length) != 1 or not first.isdecimal() or int(first) + length[0] > max_tokens:
+                raise _damaged(
+                    path, f"{length} tokens from position {first!r} on are none that a window of {max_tokens} has"
                 )
-            tokens: Tensor = file.get_tensor(_TOKENS)
-            start = int(metadata["first"])
-            names = [
-                [f"{i}.{j}" for j in range(count)]
-                for i, count in enumerate(cache.num_blocks(start, start + len(tokens)))
-            ]
-            if missing := [name for layer in names for name in layer if name not in keys]:
-                raise ValueError(f"{path} lacks {', '.join(missing)}; it is damaged, read the prompt again")
-            blocks = [[file.get_tensor(name) for name in layer] for layer in names]
-            try:
-                cache.restore(start, start + len(tokens), blocks)
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; read the prompt again") from error
-    except (SafetensorError, KeyError, FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{path} cannot be read as a saved cache: {error}") from error
-    return tokens
+            start, end = int(first), int(first) + length[0]
+            counts = cache.num_blocks(start, end)
+            names = [[f"{i}.{j}" for j in range(count)] for i, count in enumerate(counts)]
+            if len(keys) != 1 + sum(counts):
+                raise _damaged(path, f"it has {len(keys) - 1} blocks; {length[0]} tokens take {sum(counts)}")
+            for layer, of_layer in zip(cache.layers, names, strict=True):
+                for name in of_layer:
+                    if (found := shape(name, "U8")) != [layer.block_bytes]:
+                        raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
+            tensors = {name: file.get_tensor(name) for name in (_TOKENS, *(n for of_layer in names for n in of_layer))}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
+    if _checksum(metadata, tensors) != metadata["checksum"]:
+        raise _damaged(path, "its content does not have its checksum")
+    cache.restore(start, end, [[tensors[name] for name in of_layer] for of_layer in names])
+    return tensors[_TOKENS]
 
 
-def _formats(cache: SequenceCache) -> str:
+def _check_metadata(path: str | Path, metadata: dict[str, str], cache: SequenceCache, model: str) -> None:
+    if "model" not in metadata:
+        raise ValueError(f"{path} is no saved cache; give what `save` wrote")
+    if metadata.get("version") != _VERSION or "checksum" not in metadata:
+        raise ValueError(
+            f"{path} is a cache of version {metadata.get('version', '1')}, which another version of this library "
+            "wrote; read the prompt again"
+        )
+    if metadata["model"] != model:
+        raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
+    found, own = ({name: values.get(name) for name in _layout(cache)} for values in (metadata, _layout(cache)))
+    if found != own:
+        raise ValueError(
+            f"{path} holds {_words(found)}, but the cache of this model is {_words(own)}; load the model with the same "
+            "cache_dtype, or read the prompt again"
+        )
+
+
+def _layout(cache: SequenceCache) -> dict[str, str]:
+    """How keys and values are stored."""
     names = [str(f.dtype) if isinstance(f := layer.format, Unquantized) else f.name for layer in cache.layers]
-    return ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in names))
+    return {
+        "formats": ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in names)),
+        "block_tokens": str(CACHE_BLOCK),
+    }
 
 
-def _current_names(formats: str) -> str:
-    """Files of version 0.1 have the names of classes."""
-    formats = re.sub(r"AsIs\(dtype=torch\.(\w+)\)", r"\1", formats)
-    return re.sub(r"(Int8|Fp8|Int4)\(\)", lambda match: match[1].lower(), formats)
+def _words(layout: dict[str, str | None]) -> str:
+    return f"{layout['formats']} in blocks of {layout['block_tokens']} tokens"
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, tensor after tensor: the package's own function first copies them all."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of all that a file holds."""
+    digest = hashlib.sha256(json.dumps([metadata[k] for k in sorted(metadata) if k != "checksum"]).encode())
     for key, tensor in tensors.items():
-        begin, end = end, end + math.prod(tensor.shape) * tensor.itemsize
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy().data)
+        digest.update(f"{key} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(path: str | Path, problem: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {problem}; read the prompt again")

@@ -25,7 +25,7 @@ from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
-from llama4.kernels.abi import LayerStep, Tokens
+from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.model.positions import PositionFactors
@@ -108,7 +108,8 @@ class FusedSession:
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             check_ids(min(ids), max(ids), self.vocab_size)
         self._ids[:] = list(ids)
-        self._decode(*self._model, self.step, self._tokens)
+        if (problem := self._decode(*self._model, self.step, self._tokens)) is not None:
+            check(problem)
         self.step += 1
         self.version = cache.commit_step()
 

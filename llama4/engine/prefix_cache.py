@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.engine.tokens import Event
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
+from llama4.weights.save import ModelSource
 
 MIN_SHARED = 64
 """Tokens from which a common beginning is not computed again."""
@@ -118,17 +120,24 @@ class PromptCache:
             ValueError: no such file, a damaged one, or the cache of another model or dtype.
         """
         cache = model.new_cache(1, dtype, device)
-        return cls(model, cache, load_cache(path, cache, fingerprint(model)))
+        window = model.config.text.max_position_embeddings
+        return cls(model, cache, load_cache(path, cache, fingerprint(model), window))
 
 
 def fingerprint(model: Llama4Model) -> str:
-    """Of a model's configuration and of some numbers of every one of its parameters."""
-    digest = hashlib.sha256(repr(model.config.text).encode())
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64].cpu().contiguous()
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Of a model's configuration and of every number of its weights, as a checkpoint has them: kernels on another
+    machine may want another order. All weights are read, at 1 to 2 GB/s per core."""
+    source = ModelSource(model)
+    names = sorted(source.names())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = list(pool.map(lambda name: _digest(name, source.read(name)), names))
+    return hashlib.sha256(repr((model.config.text, model.config.vision)).encode() + b"".join(digests)).hexdigest()
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _agreement(ours: Tensor, theirs: Tensor) -> int:

@@ -142,12 +142,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "greedy_token": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     # q, addresses of blocks, blocks per sequence, lengths, B, H, K, C, format, y
     "attend": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p),
-    # q, k, v, N, addresses of blocks or None, past, H, K, C, format, y
-    "attend_causal": (c_void_p, c_void_p, c_void_p, *(c_int64, c_void_p), *(c_int64,) * 5, c_void_p),
+    # q, k, v, N, addresses of blocks or None, how many, past, H, K, C, format, y
+    "attend_causal": (c_void_p, c_void_p, c_void_p, *(c_int64, c_void_p), *(c_int64,) * 6, c_void_p),
     # model, what each layer needs, which of its steps, tokens
     "decode": (POINTER(Decoder), POINTER(LayerStep), c_int64, POINTER(Tokens)),
 }
-"""Arguments of each kernel; there is one for each of `DTYPES`. Tensors go by their addresses."""
+"""Arguments of each kernel; there is one for each of `DTYPES`. Tensors go by their addresses. It returns None, or what
+is wrong with the arguments (kernels/cpp/check.h), in which case nothing was computed."""
 
 
 class Format(NamedTuple):
@@ -160,13 +161,27 @@ class Format(NamedTuple):
 class Library(NamedTuple):
     """Kernels by name and dtype of their rows; and, by name, the quantized formats of weights and those of caches."""
 
-    functions: Mapping[tuple[str, torch.dtype], Callable[..., None]]
+    functions: Mapping[tuple[str, torch.dtype], Callable[..., bytes | None]]
     weight_formats: Mapping[str, Format]
     cache_formats: Mapping[str, Format]
 
 
 class AbiError(RuntimeError):
     """The library and this file disagree."""
+
+
+class ArgumentError(RuntimeError):
+    """A kernel refused its arguments. Whoever calls kernels checks what users give, so this is a bug of the caller."""
+
+
+def check(problem: bytes | None) -> None:
+    """See that a kernel took its arguments.
+
+    Raises:
+        ArgumentError: it did not.
+    """
+    if problem is not None:
+        raise ArgumentError(f"a CPU kernel refused its arguments: {problem.decode()}")
 
 
 class _Function(ctypes.Structure):
@@ -196,7 +211,7 @@ def bind(library: ctypes.CDLL) -> Library:
     if differences:
         raise AbiError(f"kernels/abi.py and kernels/cpp/api.cpp disagree: {'; '.join(differences)}")
     kernels = {
-        (name, dtype): ctypes.CFUNCTYPE(None, *types)(functions[name, DTYPES[dtype]].address)
+        (name, dtype): ctypes.CFUNCTYPE(c_char_p, *types)(functions[name, DTYPES[dtype]].address)
         for name, types in SIGNATURES.items()
         for dtype in DTYPES
     }

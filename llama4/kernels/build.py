@@ -46,6 +46,7 @@ SOURCES = (
     "flash_attention.h",
     "quantize.h",
     "decoder.h",
+    "check.h",
     "api.cpp",
 )
 """Files of `DIRECTORY`, each behind those that it includes."""
@@ -73,8 +74,8 @@ def loaded() -> abi.Library:
     return found
 
 
-def function(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The kernel of that name, one of `abi.SIGNATURES`, for rows of a dtype."""
+def function(name: str, dtype: torch.dtype) -> Callable[..., bytes | None]:
+    """The kernel of that name, one of `abi.SIGNATURES`, for rows of a dtype; its result is for `abi.check`."""
     return loaded().functions[name, dtype]
 
 

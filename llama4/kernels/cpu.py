@@ -1,7 +1,8 @@
 """The compiled kernels as functions of tensors, one call each.
 
-They check nothing: when a kernel takes its arguments, and when it pays, is decided in `llama4.ops`, which is what to
-call. Pointers go to the kernel as they are, so a wrong argument reads memory that is not there.
+When a kernel takes its arguments, and when it pays, is decided in `llama4.ops`, which is what to call. A kernel
+compares sizes with each other and refuses what does not fit (`abi.ArgumentError`); but tensors go to it as addresses,
+so one that is smaller than its sizes say is read beyond its end.
 
 Shapes: N rows, I inputs, O outputs, G groups of inputs that share a scale, R rows sorted by expert, D hidden size,
 H query heads, K key/value heads, C head_dim, B sequences, V vocabulary.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.kernels import build
+from llama4.kernels import abi, build
 from llama4.kernels.abi import Matrix, MatrixLayout
 
 
@@ -120,11 +121,12 @@ def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | 
     N, H, C = q_NHC.shape
     q_NHC, k_NKC, v_NKC = q_NHC.contiguous(), k_NKC.contiguous(), v_NKC.contiguous()
     y_NHC = torch.empty_like(q_NHC)
-    _run("attend_causal", q_NHC, q_NHC, k_NKC, v_NKC, N, blocks, past, H, k_NKC.shape[1], C, number, y_NHC)
+    sizes = len(blocks) if blocks is not None else 0, past, H, k_NKC.shape[1], C
+    _run("attend_causal", q_NHC, q_NHC, k_NKC, v_NKC, N, blocks, *sizes, number, y_NHC)
     return y_NHC
 
 
 def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | float | None) -> None:
     """The kernel for rows of the dtype of `like`; tensors go by their addresses."""
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    build.function(name, like.dtype)(*given)
+    abi.check(build.function(name, like.dtype)(*given))

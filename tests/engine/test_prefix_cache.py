@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 
 from llama4 import Llama4
 from llama4.cache.saved import load_cache
+from llama4.engine.prefix_cache import fingerprint
 from tests import small_model
 
 RED, BLUE = (Image.new("RGB", (50, 40), color) for color in ((255, 0, 0), (0, 0, 255)))
@@ -162,7 +166,7 @@ def test_saved_and_loaded(directory: Path, tmp_path: Path, cache_dtype: str) -> 
     assert replies[0].logprobs == replies[1].logprobs
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "dtype", "start"])
+@pytest.mark.parametrize("damage", ["missing", "more", "short", "dtype", "start", "far", "tokens", "content"])
 def test_a_damaged_file_leaves_the_cache_as_it_was(llm: Llama4, tmp_path: Path, damage: str) -> None:
     llm.chat([user(DOCUMENT)], max_new_tokens=1)
     assert llm.cache is not None
@@ -176,13 +180,84 @@ def test_a_damaged_file_leaves_the_cache_as_it_was(llm: Llama4, tmp_path: Path, 
         tensors[last] = tensors[last][:-2].clone()
     elif damage == "dtype":
         tensors[last] = tensors[last].view(torch.int8)
+    elif damage == "more":
+        tensors["9.0"] = tensors[last].clone()
+    elif damage == "tokens":
+        tensors["tokens"] = tensors["tokens"][:-1].clone()
+    elif damage == "content":
+        tensors[last][7] += 1
     else:
-        metadata["first"] = "-5"
+        metadata["first"] = {"start": "-5", "far": "1000000000000"}[damage]
     save_file(tensors, tmp_path / "damaged", metadata)
     cache = llm.model.new_cache()
     with pytest.raises(ValueError, match=r"damaged.*read the prompt again"):
-        load_cache(tmp_path / "damaged", cache, metadata["model"])
+        load_cache(tmp_path / "damaged", cache, metadata["model"], 4096)
     assert (cache.lengths, cache.num_bytes, cache.version, cache.is_consistent) == ([0], 0, 0, True)
+
+
+def test_any_flipped_byte_is_noticed(llm: Llama4, tmp_path: Path) -> None:
+    llm.chat([user(DOCUMENT)], max_new_tokens=1)
+    assert llm.cache is not None
+    llm.cache.save(tmp_path / "whole")
+    data = (tmp_path / "whole").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    generator = random.Random(0)
+    places = [*range(0, header, 7), *(generator.randrange(header, len(data)) for _ in range(100)), len(data) - 1]
+    refused = 0
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            load_cache(tmp_path / "damaged", llm.model.new_cache(), fingerprint(llm.model), 4096)
+        except ValueError:
+            refused += 1
+        else:  # a blank of the header became another that JSON knows
+            assert json.loads(damaged[8:header]) == json.loads(data[8:header]) and place < header
+    assert refused >= len(places) - 3
+
+
+def test_nothing_else_of_the_memory_is_in_the_file(llm: Llama4, tmp_path: Path) -> None:
+    """Neither of a longer prompt that a block was used for before, nor of what memory held before it was a block."""
+    llm.chat([user("My secret is this. " * 20)], max_new_tokens=1)
+    longer = llm.cache
+    assert longer is not None
+    for layer in longer.cache.layers:
+        for block in layer.rows[0]:
+            values, _ = layer.parts(block)
+            values[:, :, 40:] = 123.0
+    longer.cache.truncate(40)
+    longer.save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", framework="pt") as file:
+        for name in set(file.keys()) - {"tokens"}:
+            values, _ = longer.cache.layers[0].parts(file.get_tensor(name))
+            assert values[:, :, :40].any() and not values[:, :, 40:].any()
+
+
+def test_any_changed_number_of_the_weights_is_another_model(llm: Llama4, tmp_path: Path) -> None:
+    llm.chat([user(DOCUMENT)], max_new_tokens=1)
+    assert llm.cache is not None
+    llm.cache.save(tmp_path / "cache")
+    for name, parameter in llm.model.named_parameters():
+        place = parameter.data.view(-1)[parameter.numel() // 3 :][:1]
+        before = place.clone()
+        place += 1
+        with pytest.raises(ValueError, match="another model"):
+            llm.load_cache(tmp_path / "cache")
+        assert place != before, name
+        place.copy_(before)
+    llm.load_cache(tmp_path / "cache")
+
+
+def test_threads_that_save_at_once_leave_one_whole_file(llm: Llama4, tmp_path: Path) -> None:
+    llm.chat([user(DOCUMENT)], max_new_tokens=1)
+    saved = llm.cache
+    assert saved is not None
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(saved.save, tmp_path / "cache") for _ in range(24)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    llm.load_cache(tmp_path / "cache")
 
 
 def test_what_does_not_fit_is_refused(llm: Llama4, directory: Path, tmp_path: Path) -> None:

@@ -10,9 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from llama4 import Llama4
 from llama4.cache.formats import QUANTIZED
-from llama4.kernels import abi, build
+from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.engine.fused_model import Description
+from llama4.kernels import abi, build, cpu
 from llama4.quantization.formats import FORMATS
 
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
@@ -110,3 +114,82 @@ class TestWarnings:
         """Some warnings come of what is inlined."""
         output = ["-o", str(tmp_path / "api.o"), str(build.DIRECTORY / "api.cpp")]
         subprocess.run(["g++", *self.FLAGS, "-march=native", "-O2", "-c", *output], check=True)
+
+
+@needs_kernels
+class TestArguments:
+    """A kernel compares what it is told before it touches memory."""
+
+    def test_a_sequence_longer_than_its_blocks(self) -> None:
+        block = torch.zeros(2 * 256 * 16 * 4, dtype=torch.uint8)
+        table, q = torch.tensor([[block.data_ptr(), 0]]), torch.zeros(1, 1, 16)
+        cpu.attend(q, table, torch.tensor([256]), 1, "unquantized")
+        for length, problem in (
+            (257, "a block is missing"),
+            (513, "longer than its blocks"),
+            (0, "longer than"),
+            (-1, "longer than"),
+        ):
+            with pytest.raises(abi.ArgumentError, match=problem):
+                cpu.attend(q, table, torch.tensor([length]), 1, "unquantized")
+        k = v = torch.zeros(1, 1, 16)
+        cpu.attend_causal(q, k, v, table[0], 256, "unquantized")
+        with pytest.raises(abi.ArgumentError, match="a block is missing"):
+            cpu.attend_causal(q, k, v, table[0], 257, "unquantized")
+        with pytest.raises(abi.ArgumentError, match="longer than its blocks"):
+            cpu.attend_causal(q, k, v, table[0, :1], 257, "unquantized")
+
+    def test_sizes_that_do_not_fit(self) -> None:
+        x = torch.zeros(1, 64)
+        at, linear = x.data_ptr(), build.function("linear", x.dtype)
+        with pytest.raises(abi.ArgumentError, match="layout that is not known"):
+            abi.check(linear(at, 1, 64, 1, 99, at, None, 0, 0, at))
+        kind = build.loaded().weight_formats["int8"].number
+        with pytest.raises(abi.ArgumentError, match="no scales"):
+            abi.check(linear(at, 1, 64, 1, kind, at, None, 0, 0, at))
+        with pytest.raises(abi.ArgumentError, match="rows of a dense matrix are odd"):
+            cpu.linear(torch.zeros(1, 17), torch.zeros(3, 17))
+        with pytest.raises(abi.ArgumentError, match="multiple of key heads"):
+            cpu.attend_causal(
+                torch.zeros(1, 3, 16), torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), None, 0, "unquantized"
+            )
+        with pytest.raises(abi.ArgumentError, match="fit the format"):
+            cpu.attend_causal(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), None, 0, "int4")
+        with pytest.raises(abi.ArgumentError, match="an address is null"):
+            abi.check(build.function("rms_norm", x.dtype)(None, 1, 64, x.data_ptr(), 0.0, x.data_ptr()))
+
+    def test_a_step(self) -> None:
+        """Whatever is wrong with it, nothing is computed."""
+        llm = Llama4.from_pretrained("tiny")
+        cache = llm.model.new_cache(1)
+        with torch.inference_mode():
+            llm.model(torch.arange(10)[None], cache=cache)
+            runner = FusedCpuRunner(llm.model)
+            runner._description = Description.of(llm.model)
+            session = runner.open(cache)
+        model, layers, tokens = *session._model, session._tokens
+        decode = build.function("decode", llm.model.dtype)
+        assert decode(model, layers, 0, tokens) is None
+        width = layers[0].width
+
+        def refused(problem: str, step: int = 0) -> None:
+            with pytest.raises(abi.ArgumentError, match=problem):
+                abi.check(decode(model, layers, step, tokens))
+
+        refused("no such step", step=-1)
+        session._ids[0] = -1
+        refused("outside the vocabulary")
+        session._ids[0] = llm.config.text.vocab_size
+        refused("outside the vocabulary")
+        session._ids[0] = 0
+        layers[0].width = 0
+        refused("there are no blocks")
+        layers[0].width, layers[0].format = width, 77
+        refused("format of the cache is not known")
+        layers[0].format = 0
+        tokens.num_outputs = 2
+        refused("more outputs than tokens")
+        tokens.num_outputs, tokens.B = 1, 0
+        refused("there are no sequences")
+        tokens.B, model.num_layers = 1, 0
+        refused("no layer")

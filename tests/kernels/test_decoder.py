@@ -20,7 +20,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.engine.fused_model import Description
 from llama4.kernels import build
-from llama4.kernels.abi import LayerStep, Tokens
+from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors
@@ -143,7 +143,7 @@ def fused(
     )
     description = Description.of(model)
     assert description.unsupported_reason is None
-    build.function("decode", model.dtype)(description.decoder, layer_steps, 0, ctypes.byref(tokens))
+    check(build.function("decode", model.dtype)(description.decoder, layer_steps, 0, ctypes.byref(tokens)))
     return logits, greedy, logprobs
 
 

@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "attention.h"
+#include "check.h"
 #include "decoder.h"
 #include "elementwise.h"
 #include "flash_attention.h"
@@ -16,6 +17,8 @@
 namespace {
 namespace api {
 
+using namespace check;
+
 // Calls run(n) for N rows of so many numbers, by all cores if that pays off.
 template <class Run>
 void for_each_row(long N, long numbers, const Run& run) {
@@ -23,15 +26,25 @@ void for_each_row(long N, long numbers, const Run& run) {
   for (long n = 0; n < N; n++) run(n);
 }
 
+// Every function gives nullptr, or what is wrong with its arguments, before anything is computed.
+
 template <class X>
-void linear(const X* x, long N, long I, long O, long layout, const char* w, const void* scales, long float32_scales,
-            long group_size, X* y) {
-  ::linear(Matrix{w, {scales, float32_scales}, layout, group_size, I, O, 0, 0}, x, N, y);
+Problem linear(const X* x, long N, long I, long O, long layout, const char* w, const void* scales, long float32_scales,
+               long group_size, X* y) {
+  const Matrix a{w, {scales, float32_scales}, layout, group_size, I, O, 0, 0};
+  if (Problem problem = first(addresses(x, y), require(N >= 0, "negative rows"), matrix<X>(a))) return problem;
+  ::linear(a, x, N, y);
+  return nullptr;
 }
 
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
 template <class X>
-void experts(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
+Problem experts(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
+  if (Problem problem = first(addresses(gate_up, down, counts, x, y), require(E > 0, "there are no experts")))
+    return problem;
+  if (Problem problem = first(check::experts<X>(*gate_up, *down),
+                              require(*std::min_element(counts, counts + E) >= 0, "an expert has negative rows")))
+    return problem;
   const long D = gate_up->I, F = down->I, most = *std::max_element(counts, counts + E);
   X *wide = scratch<X, Use::expert_activations>(most * 3 * F), *inner = wide + most * 2 * F;
   for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
@@ -40,62 +53,93 @@ void experts(const Matrix* gate_up, const Matrix* down, const long* counts, long
     for_each_row(counts[e], F, [&](long i) { ::swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
     ::linear(down->expert(e), inner, counts[e], y);
   }
+  return nullptr;
 }
 
 template <class X>
-void quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
-                   X* scales) {
+Problem quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
+                      X* scales) {
+  if (Problem problem =
+          first(addresses(weights, ranges, words, scales), require(groups >= 0 && count > 0, "no ranges"), width(size)))
+    return problem;
   ::quantize_int4(weights, groups, size, ranges, count, words, scales);
+  return nullptr;
 }
 
 template <class X>
-void rms_norm(const float* x, long N, long D, const X* weight, float eps, X* y) {
+Problem rms_norm(const float* x, long N, long D, const X* weight, float eps, X* y) {
+  if (Problem problem = first(addresses(x, weight, y), require(N >= 0, "negative rows"), width(D))) return problem;
   for_each_row(N, D, [&](long n) { ::rms_norm(x + n * D, D, weight, eps, y + n * D); });
+  return nullptr;
 }
 
 template <class X>
-void apply_rope(const X* x, long stride, long N, long H, long C, const float* rotation, float eps, const float* factors,
-                X* y) {
+Problem apply_rope(const X* x, long stride, long N, long H, long C, const float* rotation, float eps,
+                   const float* factors, X* y) {
+  if (Problem problem = first(addresses(x, y), require(N >= 0 && stride >= H * C, "rows overlap"), heads(H, H, C)))
+    return problem;
   for_each_row(N, H * C, [&](long n) {
     const float* own = rotation ? rotation + n * C : nullptr;
     const float factor = factors ? factors[n] : 1;
     for (long h = 0; h < H; h++) ::apply_rope(x + n * stride + h * C, C, own, eps, factor, y + (n * H + h) * C);
   });
+  return nullptr;
 }
 
 template <class X>
-void swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
+Problem swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
+  if (Problem problem = first(addresses(gate, up, y), require(N >= 0 && stride >= F, "rows overlap"), width(F)))
+    return problem;
   for_each_row(N, F, [&](long n) { ::swiglu(gate + n * stride, up + n * stride, F, y + n * F); });
+  return nullptr;
 }
 
 template <class X>
-void greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
+Problem greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
+  if (Problem problem = first(addresses(logits, ids, logprobs), require(N >= 0 && V > 0, "there are no logits")))
+    return problem;
   auto* parts = scratch<LargestLogit, Use::greedy_parts>(N * greedy_parts);
 #pragma omp parallel if (N * V > min_parallel)
   ::greedy_token(logits, N, V, parts, ids, logprobs);
+  return nullptr;
 }
 
 // One query per sequence.
 template <class X>
-void attend(const X* q, const char* const* block_table, long width, const long* lengths, long B, long H, long K, long C,
-            long format, X* y) {
+Problem attend(const X* q, const char* const* block_table, long width, const long* lengths, long B, long H, long K,
+               long C, long format, X* y) {
+  const Sequences sequences{nullptr, B};
+  if (Problem problem = first(addresses(q, y), check::sequences(nullptr, B), heads(H, K, C), cache_format<X>(format, C),
+                              spans(sequences, lengths, block_table, width)))
+    return problem;
   float* parts = scratch<float, Use::partial_results>(attention_floats(lengths, B, H, C));
   CacheFormats<X>::visit(format, [&](auto cache) {
 #pragma omp parallel
-    ::attend<decltype(cache)>(q, block_table, width, lengths, Sequences{nullptr, B}, H, K, C, parts, y);
+    ::attend<decltype(cache)>(q, block_table, width, lengths, sequences, H, K, C, parts, y);
   });
+  return nullptr;
 }
 
 template <class X>
-void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
-                   long C, long format, X* y) {
+Problem attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long width, long past,
+                      long H, long K, long C, long format, X* y) {
+  if (Problem problem = first(addresses(q, k, v, y), require(N >= 0 && past >= 0, "negative tokens"), heads(H, K, C),
+                              cache_format<X>(format, C)))
+    return problem;
+  if (Problem problem =
+          past ? first(addresses(blocks), blocks ? check::blocks(blocks, width, past) : nullptr) : nullptr)
+    return problem;
   CacheFormats<X>::visit(format,
                          [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
+  return nullptr;
 }
 
 template <class X>
-void decode(const Decoder* decoder, const LayerStep* layer_steps, long step, const Tokens* tokens) {
+Problem decode(const Decoder* decoder, const LayerStep* layer_steps, long step, const Tokens* tokens) {
+  if (Problem problem = addresses(decoder, tokens)) return problem;
+  if (Problem problem = check::decode<X>(*decoder, layer_steps, step, *tokens)) return problem;
   ::decode<X>(*decoder, layer_steps, step, *tokens);
+  return nullptr;
 }
 
 // ---- the tables
@@ -115,7 +159,7 @@ template <class... Arguments>
 constexpr char codes_of[] = {code_of<Arguments>()..., '\0'};
 
 template <class... Arguments>
-Function function(const char* name, const char* dtype, void (*f)(Arguments...)) {
+Function function(const char* name, const char* dtype, Problem (*f)(Arguments...)) {
   return {name, dtype, codes_of<Arguments...>, reinterpret_cast<const void*>(f)};
 }
 

@@ -107,6 +107,7 @@ class Nvfp4(Fp4):
 
     kind = "nvfp4"
     parts = ("weight_packed", "weight_scale", "weight_global_scale")
+    per_matrix = ("weight_global_scale",)
     strategy = "tensor_group"
     compressed_name = "nvfp4-pack-quantized"
 

@@ -61,6 +61,8 @@ class WeightFormat(ABC):
     parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     """Names of the tensors that store a matrix, the quantized values first; those of compressed-tensors, if that has
     the format."""
+    per_matrix: ClassVar[tuple[str, ...]] = ()
+    """Of `parts`, those that have the same value for every output of a matrix, and lie in files once."""
     rounds_inputs: ClassVar[bool] = False
     """Whether inputs are rounded, too, while the model runs."""
     compressed_name: ClassVar[str | None] = None

@@ -160,6 +160,7 @@ class ExpandedSource:
         self._single: dict[str, None] = {}
         self._slices: dict[str, _Slice] = {}
         self._shapes: dict[str, Tensor] = {}
+        self._per_matrix: set[str] = set()
         self._last: tuple[str, Tensor | None] = ("", None)
         for name in source.names():
             match = _STACK.fullmatch(name)
@@ -183,7 +184,9 @@ class ExpandedSource:
         if format is None or part not in format.parts:
             return
         self.formats[module] = format
-        if part == "weight_packed":
+        if part in format.per_matrix:
+            self._per_matrix.add(name)
+        if part == "weight_packed" and spec.dtype == torch.int32:
             values_in_one = spec.dtype.itemsize * 8 // format.bits
             self._shapes[f"{module}.weight_shape"] = torch.tensor([spec.shape[0], spec.shape[1] * values_in_one])
 
@@ -191,20 +194,23 @@ class ExpandedSource:
         return [*self._single, *self._slices, *self._shapes]
 
     def spec(self, name: str) -> TensorSpec:
-        if name in self._single:
-            return self._source.spec(name)
         if name in self._shapes:
             return TensorSpec((2,), torch.int64)
-        piece = self._slices[name]
-        spec = self._source.spec(piece.name)
-        return spec._replace(shape=piece.shape(spec.shape))
+        if name in self._single:
+            spec = self._source.spec(name)
+        else:
+            piece = self._slices[name]
+            spec = self._source.spec(piece.name)
+            spec = spec._replace(shape=piece.shape(spec.shape))
+        return spec._replace(shape=(1,)) if name in self._per_matrix else spec
 
     def read(self, name: str) -> Tensor:
-        if name in self._single:
-            return self._source.read(name)
         if name in self._shapes:
             return self._shapes[name]
-        piece = self._slices[name]
+        values = self._source.read(name) if name in self._single else self._slice(self._slices[name])
+        return values[0] if name in self._per_matrix else values
+
+    def _slice(self, piece: _Slice) -> Tensor:
         if self._last[0] != piece.name:
             self._last = ("", None)
             self._last = (piece.name, self._source.read(piece.name))
@@ -212,7 +218,7 @@ class ExpandedSource:
         return piece.of(self._last[1])
 
     def is_mapped(self, name: str) -> bool:
-        return name in self._single and self._source.is_mapped(name)
+        return name in self._single and name not in self._per_matrix and self._source.is_mapped(name)
 
     def origin(self, name: str) -> Origin:
         return self._source.origin(self._slices[name].name if name in self._slices else name)

@@ -115,7 +115,7 @@ class _Matrices:
             raise self._mismatch(self._scale, found, wanted.shape)
         parts = {"weight_packed": values, "weight_scale": scales}
         if self._second is not None:
-            divisor = self._per_output(self._second, (*rows, half))
+            divisor = self._per_output(self._second, (*rows, half), is_per_matrix=True)
             parts["weight_global_scale"] = replace(divisor, compute=lambda parts: 1 / divisor.compute(parts))
         return format, parts
 
@@ -129,16 +129,15 @@ class _Matrices:
     def _shape(self, tensor: str | Computed) -> Shape:
         return self._source.spec(tensor).shape if isinstance(tensor, str) else tensor.shape
 
-    def _per_output(self, name: str, shape: Shape) -> Computed:
+    def _per_output(self, name: str, shape: Shape, *, is_per_matrix: bool = False) -> Computed:
         """A scale of all experts, of each expert or of each output, for every output of matrices of this shape."""
         found, outputs = self._source.spec(name).shape, (*shape[:-1], 1)
         count, experts = math.prod(found), shape[0] if self._is_stack else 1
-        if count not in (1, experts, math.prod(outputs)):
-            raise self._mismatch(name, found, outputs)
+        if count not in (1, experts) and (is_per_matrix or count != math.prod(outputs)):
+            raise self._mismatch(name, found, (experts,) if is_per_matrix else outputs)
         rows = (experts if count >= experts else 1, -1, 1) if self._is_stack else (-1, 1)
-        return Computed(
-            {"": name}, outputs, torch.float32, lambda parts: parts[""].float().reshape(rows).expand(outputs)
-        )
+        scales = {"scale": name}
+        return Computed(scales, outputs, torch.float32, lambda parts: parts["scale"].reshape(rows).expand(outputs))
 
     def _mismatch(self, name: str, found: Shape, wanted: Shape) -> CheckpointError:
         key = self._source.origin(name).key

@@ -20,8 +20,9 @@ from llama4.analysis.info import describe_quantization
 from llama4.api import Llama4
 from llama4.errors import CheckpointError
 from llama4.weights.checkpoint import read_config
+from llama4.weights.convert import convert
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
-from tests.quantization.test_checkpoints import IDS, loaded, packed
+from tests.quantization.test_checkpoints import IDS, loaded, packed, same
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 QUANTIZED = ("experts.", "shared_expert.", "self_attn.")
@@ -139,7 +140,7 @@ def round_inputs(model: ReferenceModel) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, Llama4TextExperts):
-            module.forward = partial(experts_forward, module)
+            module.forward = partial(experts_forward, module)  # type: ignore[method-assign]
         elif isinstance(module, torch.nn.Linear) and "language_model" in name and any(p in name for p in QUANTIZED):
             module.register_forward_pre_hook(lambda _, inputs: rounded(inputs[0]))
 
@@ -190,6 +191,26 @@ def test_mxfp4_of_transformers(plain: Path, tmp_path: Path) -> None:
     ours = loaded(tmp_path / "model")
     assert {module.format.kind for _, module in packed(ours)} == {"mxfp4"}
     assert relative_error(ours(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", [nvfp4, mxfp4], ids=["nvfp4", "mxfp4"])
+@torch.inference_mode()
+def test_four_bits_are_saved_as_compressed_tensors_has_them(plain: Path, tmp_path: Path, scheme: Scheme) -> None:
+    """By a model and by the converter, the same files; transformers reads them as compressed-tensors'."""
+    truth = write(plain, tmp_path / "model", scheme)
+    method = {"quant_method": "modelopt", "quant_algo": "NVFP4"} if scheme is nvfp4 else {"quant_method": "mxfp4"}
+    describe(tmp_path / "model", method)
+    Llama4(loaded(tmp_path / "model", dtype="bfloat16"), None).save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "model", tmp_path / "converted", "hf", progress=False)
+    assert same(tmp_path / "saved", tmp_path / "converted")
+    keys = load_file(tmp_path / "saved" / "model.safetensors")
+    parts = {"weight_packed", "weight_scale"} | ({"weight_global_scale"} if scheme is nvfp4 else set())
+    assert {key.rpartition(".")[2] for key in keys if "experts.0" in key} == parts
+    wanted = theirs(plain, truth)(IDS).logits
+    assert relative_error(loaded(tmp_path / "saved")(IDS), wanted) < 1e-5
+    other = ReferenceModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval()
+    assert sum(getattr(m, "quantization_scheme", None) is not None for m in other.modules()) == 4 * (4 + 3 + 3 * 4)
+    assert (other(IDS).logits - wanted).norm() < 0.04 * wanted.norm()  # in bfloat16
 
 
 @torch.inference_mode()

@@ -406,3 +406,53 @@ def test_what_is_dequantized_can_be_quantized_again(plain: Path, tmp_path: Path)
     for again in (loaded(tmp_path / "model", "int8"), loaded(tmp_path / "int8")):
         assert {module.format.kind for _, module in packed(again)} == {"int8"}
         assert median_error(again(IDS), truth) < 0.05
+
+
+def four_bits(weight: Tensor, scheme: QuantizationScheme) -> tuple[dict[str, Tensor], Tensor]:
+    """A matrix as compressed-tensors packs it, with the scales of its observers; and what it stands for, in float64."""
+    args = scheme.weights
+    assert args is not None
+    assert args.group_size is not None
+    groups = weight.double().unflatten(1, (-1, args.group_size))
+    largest, parts = groups.abs().amax(-1) / 6, dict[str, Tensor]()
+    if args.group_size == 32:
+        scale = 2 ** largest.log2().ceil()
+        true_scale = scale
+    else:
+        parts["weight_global_scale"] = (448 / largest.max()).float().view(1)
+        scale = (largest * parts["weight_global_scale"]).float().to(torch.float8_e4m3fn).double()
+        true_scale = scale / parts["weight_global_scale"].double()
+    format = infer_module_format(torch.nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(format.value)
+    parts = compressor.compress(parts | {"weight": weight.float(), "weight_scale": scale.float()}, scheme)
+    codes = torch.stack([parts["weight_packed"] & 15, parts["weight_packed"] >> 4], dim=-1).flatten(1).long()
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    numbers = torch.cat([values, -values])[codes].view(groups.shape) * true_scale[..., None]
+    assert (numbers - groups).norm() < 0.15 * groups.norm()
+    return parts, numbers.view(weight.shape)
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4xFP8"])
+@torch.inference_mode()
+def test_four_bit_floats_are_multiplied_as_they_are_stored(plain: Path, tmp_path: Path, name: str) -> None:
+    """No weight is rounded, and no input either, whatever the scheme does with inputs."""
+    scheme = preset(name)
+    written, dense = dict[str, Tensor](), dict[str, Tensor]()
+    for key, weight in linears(plain):
+        if any(part in key for part in UNQUANTIZED):
+            written[key], dense[key] = weight, weight.float()
+            continue
+        parts, numbers = four_bits(weight, scheme)
+        if name == "NVFP4":
+            parts["input_global_scale"] = torch.tensor([300.0])
+        written |= {f"{key.removesuffix('.weight')}.{part}": value.contiguous() for part, value in parts.items()}
+        dense[key] = numbers.float()
+    shutil.copytree(plain, tmp_path / "model")
+    save_file(written, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    group = json.loads(scheme.model_dump_json()) | {"targets": ["Linear"]}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    ours = loaded(tmp_path / "model")
+    assert {module.format.kind for _, module in packed(ours)} == {name[:5].lower()}
+    assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5

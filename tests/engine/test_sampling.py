@@ -59,6 +59,18 @@ def test_draws_what_an_explicit_loop_draws(temperature: float, top_k: int | None
     np.testing.assert_allclose(logprobs, expected[np.arange(40), ids.numpy()], atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (None, 0.3), (50, 0.9), (2000, 0.5), (3, 1.0)])
+def test_large_vocabularies_are_not_sorted_and_draw_the_same(scale: float, top_k: int | None, top_p: float) -> None:
+    """Flat logits, of which top_p leaves thousands, and sharp ones; many of them equal."""
+    logits = np.random.default_rng(2).normal(0, scale, (8, 5000)).astype(np.float32).round(2)
+    sampler = Sampler(0.8, top_p, top_k)
+    ids, _ = sampler(torch.from_numpy(logits), [random.Random(seed) for seed in range(8)])
+    for row in range(8):
+        probabilities = reference_probabilities(logits[row], 0.8, top_k, top_p)
+        assert ids[row] == reference_draw(probabilities, random.Random(row).random())
+
+
 def processed(logits: torch.Tensor, ids: list[list[int]], sampler: Sampler) -> torch.Tensor:
     """Scores as transformers makes them of logits, after these tokens; rows are padded on the left."""
     from transformers import (

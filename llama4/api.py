@@ -119,6 +119,7 @@ class Llama4:
         name: str | Path,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         token: str | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -138,6 +139,7 @@ class Llama4:
             name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, or a Hub id such as
                 "meta-llama/Llama-4-Scout-17B-16E-Instruct".
             revision: branch, tag or commit on the Hub.
+            subfolder: of the repository or directory, where the model is.
             token: access token for the Hub; by default the one you logged in with.
             device: "auto" is CUDA if there is one, else the CPU.
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
@@ -163,7 +165,7 @@ class Llama4:
                 that are at fault.
         """
         _check_arguments(quantization, experts_device, experts_memory)
-        directory = hub.resolve(name, revision=revision, token=token, progress=progress)
+        directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
         config, source = open_checkpoint(directory, dtype=compute)
@@ -197,7 +199,7 @@ class Llama4:
         return cls(
             model.eval(),
             tokenizer,
-            side_files=SideFiles.read(directory),
+            side_files=SideFiles.read(directory, hub.origin_of(directory)),
             max_context=max_context,
             cache_dtype=cache_dtype,
             cache_device=cache_device,
@@ -405,23 +407,48 @@ class Llama4:
             write_extra=self._tokenizer.save if self._tokenizer is not None else None,
         )
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face Hub, as one commit.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub, as one commit. A model card that is there
+        stays; weights of an older model go.
 
         Args:
             repo_id: "user/name" or "organisation/name"; it is created if it does not exist.
             token: access token for the Hub; by default the one you logged in with.
-            private: of a repository that is created.
+            private: nobody else may read the repository. One that is there and public is refused.
+            revision: a branch, created if it does not exist, or an open pull request's "refs/pr/N"; by default "main".
+            create_pr: propose the commit as a new pull request.
+            commit_message: by default "Upload model".
 
         Returns:
-            The address of the commit.
+            The address of the commit, or of the pull request that was made.
 
         Raises:
             ValueError: the model cannot be written, no permission, or the Hub cannot be reached.
         """
+        if create_pr and revision is not None:
+            raise ValueError(
+                f"create_pr opens a pull request of its own; leave out revision={revision!r}, or create_pr"
+            )
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(Path(directory) / "model")
-            return hub.push(Path(directory) / "model", repo_id, token=token, private=private)
+            return hub.push(
+                Path(directory) / "model",
+                repo_id,
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
 
 
 def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:

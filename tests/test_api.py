@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,12 +163,15 @@ def test_saving_and_loading_again(llm: Llama4, tmp_path: Path) -> None:
 
 
 def test_pushing_uploads_what_saving_writes(llm: Llama4, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def push(directory: Path, repo_id: str, *, token: str | None, private: bool) -> str:
+    def push(directory: Path, repo_id: str, **options: object) -> str:
         shutil.copytree(directory, tmp_path / "pushed")
-        return f"{repo_id} {token} {private}"
+        return f"{repo_id} {options['token']} {options['private']} {options['revision']} {options['commit_message']}"
 
     monkeypatch.setattr("llama4.weights.hub.push", push)
-    assert llm.push_to_hub("me/mine", token="t", private=True) == "me/mine t True"
+    options: Any = {"token": "t", "private": True, "revision": "dev", "commit_message": "Better"}
+    assert llm.push_to_hub("me/mine", **options) == "me/mine t True dev Better"
+    with pytest.raises(ValueError, match="create_pr opens a pull request of its own; leave out revision='dev'"):
+        llm.push_to_hub("me/mine", revision="dev", create_pr=True)
     llm.save_pretrained(tmp_path / "saved")
     pushed, saved = ({path.name for path in (tmp_path / name).iterdir()} for name in ("pushed", "saved"))
     assert pushed == saved

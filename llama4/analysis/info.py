@@ -1,7 +1,8 @@
-"""What a model is, from its configuration and, if it is quantized, the headers of its files. Nothing is allocated."""
+"""What a model is, from its configuration, the headers of its files, and what stands beside them. No weight is read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from llama4.families import PRESETS, family_of
 from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
+from llama4.weights.hub_shards import HubShards
+from llama4.weights.layout import CheckpointLayout
+from llama4.weights.safetensors import INDEX_FILE
+from llama4.weights.side_files import SIDE_FILES, HubOrigin, SideFiles
+from llama4.weights.source import Source
+from llama4.weights.summary import summarize
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the weights alone; the scales of a quantized model are not counted."""
@@ -33,18 +40,121 @@ def read_config(
     return checkpoint.read_config(directory)
 
 
-def describe_replies(name: str, config: Llama4Config, revision: str | None = None) -> dict[str, Any] | None:
-    """What ends a reply, and how its tokens are chosen where a caller does not say; None for a preset without files.
+@dataclass(frozen=True)
+class Model:
+    """What `llama4 info` looks at. Of the weights, nothing but headers is read or fetched.
+
+    Attributes:
+        config: of a preset, or of the checkpoint.
+        directory: with the small files; None for a preset.
+        layout: see `checkpoint.LAYOUTS`; None for a preset.
+        weights: their headers; None if they are not on this machine, nor on a Hub that can be reached.
+        why_no_weights: in words, if there are weights that cannot be described.
+        shards: the files with the weights, if these are on the Hub.
+        origin: the repository and the commit, if the model is on the Hub.
+    """
+
+    config: Llama4Config
+    directory: Path | None = None
+    layout: CheckpointLayout | None = None
+    weights: Source | None = None
+    why_no_weights: str | None = None
+    shards: HubShards | None = None
+    origin: HubOrigin | None = None
+
+
+def find(name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None) -> Model:
+    """A preset ("scout", "maverick", ...), a local directory, or a model on the Hub.
+
+    Raises:
+        ValueError: no such model, one that is not of Llama 4, or weights in a format that this library does not run.
+    """
+    if name in PRESETS and name not in EMBEDDED:
+        return Model(PRESETS[name]())
+    directory = hub.resolve(
+        name,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        select=lambda layout: (*layout.config_files, *SIDE_FILES, INDEX_FILE),
+    )
+    shards = hub.shards_on_hub(name, directory, subfolder=subfolder, token=token)
+    layout = checkpoint.layout_of(directory)
+    found = Model(layout.read_config(directory), directory, layout, shards=shards, origin=hub.origin_of(directory))
+    if shards is None:
+        if layout.has_weights(directory):
+            return replace(found, weights=checkpoint.open_checkpoint(directory)[1])
+        return replace(found, why_no_weights=hub.why_unreadable(hub.files_in(directory)))
+    if not (files := shards.matching(layout.weight_files)):
+        return replace(found, why_no_weights=hub.why_unreadable(shards.sizes))
+    if not layout.in_shards:
+        why = f"{bytes_text(sum(files.values()))} of weights, described once they are on this machine"
+        return replace(found, why_no_weights=why)
+    return replace(found, weights=checkpoint.open_checkpoint(directory, shards)[1])
+
+
+def describe_model(model: Model, context: int | None = None) -> dict[str, Any]:
+    """The facts of `llama4 info`, ready for JSON: those of the configuration (see `describe`), of the weights, of where
+    the model comes from, and of what stands beside the weights.
+
+    Raises:
+        ValueError: a context longer than the model takes.
+    """
+    return {
+        **describe(model.config, context),
+        "quantization": describe_quantization(model),
+        "checkpoint": describe_checkpoint(model),
+        "replies": describe_replies(model),
+    }
+
+
+def describe_quantization(model: Model) -> dict[str, Any] | None:
+    """How a quantized model's weights are stored; None if it is not quantized."""
+    content = model.config.quantization_config
+    summary = summarize(model.weights) if model.weights is not None else None
+    if content is None and not (summary and summary.quantized):
+        return None
+    facts = {name: (content or {}).get(name) for name in ("quant_method", "format")}
+    if summary is None:
+        return facts
+    facts["bytes"] = summary.bytes
+    if summary.quantized:
+        facts["formats"] = list(summary.formats)
+        facts["quantized_parameters"] = summary.quantized
+        facts["bits_per_weight"] = summary.bits_per_weight
+    return facts
+
+
+def describe_checkpoint(model: Model) -> dict[str, Any] | None:
+    """What is in a model's directory or repository; None for a preset."""
+    if model.directory is None or model.layout is None:
+        return None
+    summary = summarize(model.weights) if model.weights is not None else None
+    base = SideFiles.read(model.directory).origin
+    return {
+        "layout": model.layout.name,
+        "weights": None
+        if summary is None
+        else {"bytes": summary.bytes, "dtypes": list(summary.dtypes), "about": str(summary)},
+        "why_no_weights": model.why_no_weights,
+        "fetched_bytes": model.shards.fetched if model.shards is not None else 0,
+        "repository": vars(model.origin) if model.origin is not None else None,
+        "made_from": vars(base) if base is not None else None,
+    }
+
+
+def describe_replies(model: Model) -> dict[str, Any] | None:
+    """What ends a reply, and how its tokens are chosen where a caller does not say; None for a preset.
 
     Raises:
         ValueError: files that are damaged, or a tokenizer of another model.
     """
-    if name in PRESETS and name not in EMBEDDED:
+    if model.directory is None:
         return None
-    directory = hub.resolve(name, revision=revision, select=lambda layout: layout.side_files)
-    said, tokenizer = GenerationConfig.from_directory(directory), family_of(config).load_tokenizer(directory, config)
+    said = GenerationConfig.from_directory(model.directory)
+    tokenizer = family_of(model.config).load_tokenizer(model.directory, model.config)
     names = {id_: name for name, id_ in tokenizer.special_tokens.items()} if tokenizer is not None else {}
-    ids = said.eos_token_id or config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
+    ids = said.eos_token_id or model.config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
     return {
         "stop_tokens": {id_: names.get(id_) for id_ in ids},
         "stop_strings": list(said.stop_strings or ()),
@@ -55,40 +165,8 @@ def describe_replies(name: str, config: Llama4Config, revision: str | None = Non
     }
 
 
-def describe_quantization(name: str, config: Llama4Config) -> dict[str, Any] | None:
-    """How a quantized model's weights are stored; None if it is not quantized. Formats and sizes are read from the
-    headers of its files, for a directory on this machine.
-
-    Raises:
-        CheckpointError: a format that this library does not run.
-    """
-    if config.quantization_config is None:
-        return None
-    content = config.quantization_config
-    facts = {"quant_method": content.get("quant_method"), "format": content.get("format")}
-    if not Path(name).is_dir():
-        return facts
-    _, source = checkpoint.open_checkpoint(name)
-    sizes = {name: source.spec(name).nbytes for name in source.names()}
-    modules = {name.removesuffix(".weight"): format for name, format in source.plan.items() if format is not None}
-    packed, count = 0, 0
-    for name, size in sizes.items():
-        module, _, part = name.rpartition(".")
-        if module in modules and part != "bias":
-            packed += size
-            count += modules[module].weights_in(part, source.spec(name))
-    if not modules:
-        return facts | {"bytes": sum(sizes.values())}
-    return facts | {
-        "formats": sorted({str(format) for format in modules.values()}),
-        "quantized_parameters": count,
-        "bits_per_weight": round(8 * packed / count, 2),
-        "bytes": sum(sizes.values()),
-    }
-
-
 def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]:
-    """The facts of `llama4 info`, ready for JSON; sizes in bytes, lengths in tokens.
+    """The facts that a configuration gives, ready for JSON; sizes in bytes, lengths in tokens.
 
     The cache is that of one sequence in bfloat16; `cache_bytes_per_token` is what a token adds once the chunked layers
     are full. With a context there is `cache_at_context`: the bytes of a cache of so many tokens, and the most it had
@@ -173,11 +251,8 @@ def table(name: str, facts: dict[str, Any]) -> str:
         lines["vision"] = "none"
     if stored := facts.get("quantization"):
         lines["quantized"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
-        if "formats" in stored:
-            lines["quantized"] += (
-                f": {' and '.join(stored['formats'])}; {count_text(stored['quantized_parameters'])} weights of "
-                f"{stored['bits_per_weight']} bits, scales included; {bytes_text(stored['bytes'])} in all"
-            )
+    if files := facts.get("checkpoint"):
+        lines |= checkpoint_lines(files)
     if replies := facts.get("replies"):
         stops = [f"{id_} {name}" if name else str(id_) for id_, name in replies["stop_tokens"].items()]
         lines["ends at"] = ", ".join([*stops, *map(repr, replies["stop_strings"])]) or "the limit"
@@ -192,3 +267,19 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
+    """What `describe_checkpoint` says, as lines of the table."""
+    lines = {"files": f"{checkpoint.LAYOUTS[files['layout']].title} layout: "}
+    if files["weights"] is not None:
+        lines["files"] += files["weights"]["about"]
+    else:
+        lines["files"] += files["why_no_weights"] or "no weights here"
+    if files["fetched_bytes"]:
+        lines["files"] += f"; headers alone were fetched, {bytes_text(files['fetched_bytes'])}"
+    if repository := files["repository"]:
+        lines["on the Hub"] = f"{repository['repo_id']} at commit {repository['commit']}"
+    if base := files["made_from"]:
+        lines["made from"] = f"{base['repo_id']} at commit {base['commit']}"
+    return lines

@@ -203,13 +203,17 @@ def dtype_of(config: Llama4Config, weights: str) -> str:
     return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
 
 
-def measure_model(name: str, revision: str | None, setup: Placement, context: int) -> dict[str, float | None]:
+def measure_model(
+    name: str, revision: str | None, subfolder: str | None, setup: Placement, context: int
+) -> dict[str, float | None]:
     """Load a model, prefill random tokens, and decode a few: seconds, bytes of the cache, the peak growth of this
     process in bytes, and the share of the cores that other processes used."""
     before = resident_bytes()
     reset_peak()
     scheme = setup.weights if setup.weights in SCHEMES else None
-    llm = Llama4.from_pretrained(name, revision=revision, device="cpu", dtype=setup.dtype, quantization=scheme)
+    llm = Llama4.from_pretrained(
+        name, revision=revision, subfolder=subfolder, device="cpu", dtype=setup.dtype, quantization=scheme
+    )
     model, generator = llm.model, torch.Generator().manual_seed(0)
     ids = torch.randint(0, llm.config.text.vocab_size, (1, max(context, STEPS)), generator=generator)
     ids[ids == llm.config.image_token_index] = 0  # it would need an image

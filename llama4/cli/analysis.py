@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from llama4.cache.formats import QUANTIZED
-from llama4.cli.options import REVISION
+from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
 
 MODEL = {"help": "scout, maverick, guard4, behemoth, tiny, a directory or a Hub id"}
@@ -17,7 +17,7 @@ DEVICES = ("h100", "h200", "b200", "cpu")
 def add_parsers(commands: Any) -> None:
     info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
     info.add_argument("model", **MODEL)
-    info.add_argument("--revision", **REVISION)
+    add_hub_options(info)
     info.add_argument("--context", metavar="N", help="also the size of a cache of so many tokens: 131072, 128K, 10M")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
     about = "Calculate what fits where and how fast it is, before anything is bought or downloaded."
     plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
     plan.add_argument("model", **MODEL)
-    plan.add_argument("--revision", **REVISION)
+    add_hub_options(plan)
     plan.add_argument("--context", metavar="N", help="tokens: 131072, 128K, 10M (default: the model's window)")
     plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as stored")
     plan.add_argument(
@@ -46,15 +46,12 @@ def add_parsers(commands: Any) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from llama4.analysis.info import describe, describe_quantization, describe_replies, read_config, table
+    from llama4.analysis.info import describe_model, find, table
     from llama4.units import parse_tokens
 
-    config = read_config(options.model, options.revision)
+    model = find(options.model, options.revision, subfolder=options.subfolder)
     context = parse_tokens(options.context) if options.context is not None else None
-    facts = describe(config, context) | {
-        "quantization": describe_quantization(options.model, config),
-        "replies": describe_replies(options.model, config, options.revision),
-    }
+    facts = describe_model(model, context)
     print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
     return 0
 
@@ -68,7 +65,7 @@ def run_plan(options: argparse.Namespace) -> int:
     on_cpu = options.measure or options.device == "cpu"
     if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):
         options.parser.error("--measure and --device cpu are for this one CPU")
-    config = read_config(options.model, options.revision)
+    config = read_config(options.model, options.revision, subfolder=options.subfolder)
     device = "h100" if on_cpu else options.device or "h100"
     memory = units.parse_bytes(options.device_memory) if options.device_memory else None
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
@@ -89,7 +86,7 @@ def run_plan(options: argparse.Namespace) -> int:
         reached = hardware.published_rates(device, planner.fp8_share(placement))
     facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
     if options.measure:
-        facts["measured"] = cpu.measure_model(options.model, options.revision, placement, context)
+        facts["measured"] = cpu.measure_model(options.model, options.revision, options.subfolder, placement, context)
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from typing import Any
 
-from llama4.cli.options import REVISION
+from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
 
 
@@ -15,7 +17,7 @@ def add_parsers(commands: Any) -> None:
     _add_paths(convert)
     convert.add_argument("--to", required=True, metavar="LAYOUT", help="hf: safetensors; meta: consolidated.NN.pth")
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
-    convert.add_argument("--revision", **REVISION)
+    add_hub_options(convert)
     convert.set_defaults(run=run_convert, parser=convert)
 
     about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
@@ -24,7 +26,7 @@ def add_parsers(commands: Any) -> None:
     quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")
     quantize.add_argument("--head", action="store_true", help="also the output head")
     quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
-    quantize.add_argument("--revision", **REVISION)
+    add_hub_options(quantize)
     quantize.set_defaults(run=run_quantize, parser=quantize)
 
 
@@ -42,7 +44,7 @@ def run_convert(options: argparse.Namespace) -> int:
         options.parser.error(f"--to {options.to}: choose one of {', '.join(LAYOUTS)}")
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
-    source = hub.resolve(options.source, revision=options.revision)
+    source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
     convert(source, options.target, options.to, ranks=options.ranks)
     return 0
 
@@ -53,7 +55,14 @@ def run_quantize(options: argparse.Namespace) -> int:
 
     if not options.shard_gb > 0:
         options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
-    source = hub.resolve(options.source, revision=options.revision)
-    shard_bytes = int(options.shard_gb * 1e9)
-    quantize(source, options.target, options.scheme, head=options.head, max_shard_bytes=shard_bytes)
+    source, shards = hub.locate(options.source, revision=options.revision, subfolder=options.subfolder)
+    quantize(
+        source,
+        options.target,
+        options.scheme,
+        head=options.head,
+        shards=shards,
+        max_shard_bytes=int(options.shard_gb * 1e9),
+        say=partial(print, file=sys.stderr),
+    )
     return 0

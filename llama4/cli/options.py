@@ -26,10 +26,14 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-REVISION = {"help": "branch, tag or commit on the Hub"}
+HUB: dict[str, dict[str, Any]] = {
+    "revision": {"help": "branch, tag or commit on the Hub"},
+    "subfolder": {"metavar": "FOLDER", "help": "of the repository or directory, where the model is"},
+}
+"""Arguments of `Llama4.from_pretrained`, and of whatever else takes a model's name."""
 
 FROM_PRETRAINED: dict[str, dict[str, Any]] = {
-    "revision": REVISION,
+    **HUB,
     "dtype": {"default": "auto", "help": "bfloat16, float16, float32, float64 (default: auto)"},
     "quantization": {"metavar": "SCHEME", "help": f"while loading: {', '.join(SCHEMES)}"},
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
@@ -82,7 +86,12 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     _add(reply, CHAT)
 
 
-def _add(group: argparse._ArgumentGroup, table: dict[str, dict[str, Any]]) -> None:
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that takes a model's name."""
+    _add(parser, HUB)
+
+
+def _add(group: argparse._ActionsContainer, table: dict[str, dict[str, Any]]) -> None:
     for name, settings in table.items():
         group.add_argument("--" + name.replace("_", "-"), **settings)
 

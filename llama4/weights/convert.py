@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 
@@ -13,14 +15,16 @@ from llama4.errors import CheckpointError
 from llama4.families import family_of
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
+from llama4.units import bytes_text
 from llama4.version import __version__
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
-from llama4.weights.directory import complete_directory
+from llama4.weights.directory import DOWNLOADS, complete_directory, partial_of
+from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES
 from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
-from llama4.weights.source import Source
+from llama4.weights.source import Copied, Source
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +57,10 @@ def quantize(
     scheme: str,
     *,
     head: bool = False,
+    shards: HubShards | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
+    say: Callable[[str], object] = logger.info,
 ) -> None:
     """Write a quantized checkpoint in the compressed-tensors format, which vLLM and transformers read as well.
 
@@ -66,23 +72,30 @@ def quantize(
         target: appears complete, under its name, when all is done; it must not hold anything yet.
         scheme: a key of `llama4.quantization.schemes.SCHEMES`.
         head: quantize the head, too.
+        shards: the source's weights, if they are on the Hub (see `hub.locate`). They are fetched file by file, and
+            deleted when they have been read, so that the disk needs one of them beyond the result.
         max_shard_bytes: more than this and the weights are split.
         progress: show a bar, if stderr is a terminal.
+        say: called, before anything is fetched, with the room that it takes.
 
     Raises:
-        ValueError: an unknown scheme, a target that is in use, a source that is damaged or quantized already; or one of
-            its classes `ConfigError` and `CheckpointError`.
+        ValueError: an unknown scheme, a target that is in use, a source that is damaged or quantized already, or a disk
+            without the room; or one of its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)
-    config, weights, tokenizer = _open(source, target)
-    files = sorted(path for path in source.iterdir() if path.is_file())
-    stamp = {
-        "llama4": __version__,
-        "scheme": [scheme, head, max_shard_bytes],
-        "source": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-    }
+    config, weights, tokenizer = _open(source, target, shards)
+    weights = quantized(weights, scheme, head=head, parts=family_of(config).quantizable)
+    if shards is None:
+        files = sorted(path for path in source.iterdir() if path.is_file())
+        of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    else:
+        of = [[shards.origin.repo_id, shards.origin.commit, str(shards.folder)]]
+        _check_room(shards, weights, target, say)
+        shards.downloads = partial_of(target) / DOWNLOADS
+        weights = Copied(weights)
+    stamp = {"llama4": __version__, "scheme": [scheme, head, max_shard_bytes], "source": of}
     save(
-        quantized(weights, scheme, head=head, parts=family_of(config).quantizable),
+        weights,
         config,
         target,
         write_extra=tokenizer.save if tokenizer is not None else None,
@@ -92,13 +105,36 @@ def quantize(
     )
 
 
-def _open(source: Path, target: Path) -> tuple[Llama4Config, Source, Tokenizer | None]:
+def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[str], object]) -> None:
+    """Say what quantizing from the Hub takes.
+
+    Raises:
+        CheckpointError: the disk does not have it.
+    """
+    missing = sorted(shards.sizes[file] for file in shards.used if shards.cached(file) is None)
+    size, at_once = sum(result.spec(name).nbytes for name in result.names()), sum(missing[-shards.kept :])
+    place, partial = next(folder for folder in target.resolve().parents if folder.is_dir()), partial_of(target)
+    done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = disk_usage(place).free + done
+    say(
+        f"{len(missing)} of {len(shards.used)} files, {bytes_text(sum(missing))}, come from the Hub, at most "
+        f"{bytes_text(at_once)} at a time; with the result, {bytes_text(size)}, that takes "
+        f"{bytes_text(size + at_once)} of the {bytes_text(free)} that {place} has"
+    )
+    if free < size + at_once:
+        raise CheckpointError(
+            f"{place} has {bytes_text(free)}, and {bytes_text(size + at_once)} are needed: free some, or choose "
+            "another directory"
+        )
+
+
+def _open(source: Path, target: Path, shards: HubShards | None = None) -> tuple[Llama4Config, Source, Tokenizer | None]:
     """A complete checkpoint, to be written to a directory that is free."""
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the source itself; choose a new directory")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose a new directory, or remove that one first")
-    config, weights = open_checkpoint(source)
+    config, weights = open_checkpoint(source, shards)
     for note in weights.notes:
         logger.warning("%s: %s", source, note)
     family = family_of(config)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from llama4.errors import CheckpointError
 
+DOWNLOADS = "downloads"
+"""Folder of a temporary directory for files that are needed on the way; it is not part of the result."""
 _STAMP = "stamp.txt"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|consolidated\.\d\d\.pth")
 
@@ -54,8 +56,7 @@ def resumed_directory(directory: str | Path, stamp: str) -> Iterator[Path]:
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full; or another process writes it.
     """
-    directory = Path(directory).resolve()
-    partial = directory.with_name(f".{directory.name}-partial")
+    directory, partial = Path(directory).resolve(), partial_of(directory)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         note = partial / _STAMP
@@ -69,6 +70,7 @@ def resumed_directory(directory: str | Path, stamp: str) -> Iterator[Path]:
             except BlockingIOError:
                 raise CheckpointError(f"another process is writing {directory}; wait for it, or stop it") from None
             yield partial
+            shutil.rmtree(partial / DOWNLOADS, ignore_errors=True)
             note.unlink()
             _move(partial, directory)
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +79,12 @@ def resumed_directory(directory: str | Path, stamp: str) -> Iterator[Path]:
             f"could not write the model to {directory}: {error.strerror or error}; free space or choose another "
             f"directory. What is done stays in {partial} for another try"
         ) from error
+
+
+def partial_of(directory: str | Path) -> Path:
+    """The temporary directory of `resumed_directory`."""
+    directory = Path(directory).resolve()
+    return directory.with_name(f".{directory.name}-partial")
 
 
 def write_json(path: Path, content: object) -> None:

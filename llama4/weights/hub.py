@@ -4,9 +4,11 @@ fetched; and the way back, `push`."""
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypedDict
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
@@ -21,7 +23,18 @@ from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import MODEL_CARD, HubOrigin
 from llama4.weights.unreadable import GGUF, files_in, why_unreadable
 
+logger = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class _Where(TypedDict):
+    """Arguments of `resolve`."""
+
+    revision: str | None
+    subfolder: str | None
+    token: str | None
+    progress: bool
 
 
 def all_files(layout: CheckpointLayout) -> tuple[str, ...]:
@@ -95,24 +108,44 @@ def locate(
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | None = None,
-    select: Callable[[CheckpointLayout], Sequence[str]] = lambda layout: layout.side_files,
     progress: bool = True,
 ) -> tuple[Path, HubShards | None]:
-    """As `resolve`, but of a model on the Hub the weights are not fetched.
+    """As `resolve`, but weights on the Hub are not fetched if their layout can do without.
 
     Returns:
-        The directory with all else, and, if the model is on the Hub and the Hub can be reached, its weights there.
+        The directory with all else, and the weights on the Hub; None if they are in the directory.
     """
-    directory = resolve(name, revision=revision, subfolder=subfolder, token=token, select=select, progress=progress)
-    origin = origin_of(directory) if isinstance(name, str) and not Path(name).expanduser().is_dir() else None
+    where: _Where = {"revision": revision, "subfolder": subfolder, "token": token, "progress": progress}
+    directory = resolve(name, select=lambda layout: layout.side_files, **where)
+    shards = shards_on_hub(name, directory, subfolder=subfolder, token=token, progress=progress)
+    layout = _layout(directory)
+    if shards is None or layout is None or not layout.in_shards:
+        return resolve(name, **where), None
+    if not shards.matching(layout.weight_files):
+        raise CheckpointError(f"{name} cannot be loaded: {why_unreadable(shards.sizes) or 'it holds no weights'}")
+    return directory, shards
+
+
+def shards_on_hub(
+    name: str | Path,
+    directory: Path,
+    *,
+    subfolder: str | None = None,
+    token: str | None = None,
+    progress: bool = True,
+) -> HubShards | None:
+    """The files on the Hub beside those in a directory that `resolve` gave for a name; None if the model is not on the
+    Hub, or the Hub cannot be reached."""
+    origin = origin_of(directory) if not Path(name).expanduser().is_dir() else None
     if origin is None:
-        return directory, None
+        return None
     folder = _checked(subfolder)
     try:
         sizes = _sizes(origin, folder, token)
-    except ValueError:
-        return directory, None  # what the cache holds has to do
-    return directory, HubShards(origin, folder, sizes, token=token, progress=progress)
+    except ValueError as error:
+        logger.info("%s", error)
+        return None
+    return HubShards(origin, folder, sizes, token=token, progress=progress)
 
 
 def origin_of(directory: Path) -> HubOrigin | None:

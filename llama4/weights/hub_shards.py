@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -22,6 +23,8 @@ _MAX_HEADER = 100_000_000
 """The format's own limit."""
 _REQUESTS = 8
 """At a time."""
+_EXPERT = re.compile(r".*\.experts\.\d+\..*")
+"""Key of a tensor that becomes part of a larger one, whose parts may be in two files."""
 
 
 class HubShards:
@@ -35,9 +38,10 @@ class HubShards:
         progress: show the client's bars, if stderr is a terminal.
 
     Attributes:
-        downloads: where files are fetched to, which are not in the cache. There is one of them at a time: the next one
-            takes its place. Without it, nothing is fetched but headers.
-        kept: how many are there at a time; more than one for checkpoints with tensors in several files.
+        downloads: where files are fetched to that are not in the cache. The next one takes the place of the last.
+            Without it, nothing is fetched but headers.
+        used: the files with the weights, once their headers were read.
+        kept: how many are there at a time: one, or two where experts are apart and may be in two files.
         fetched: bytes of headers that were fetched.
     """
 
@@ -53,9 +57,10 @@ class HubShards:
         self.origin = origin
         self.sizes = sizes
         self.downloads: Path | None = None
+        self.used: tuple[str, ...] = ()
         self.kept = 1
         self.fetched = 0
-        self._folder = folder
+        self.folder = folder
         self._token = token
         self._progress = progress
 
@@ -63,14 +68,18 @@ class HubShards:
         return file in self.sizes
 
     def headers(self, files: Collection[str]) -> Iterator[Header]:
+        self.used = tuple(files)
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            yield from pool.map(self._header, files)
+            for header in pool.map(self._header, files):
+                if any(map(_EXPERT.fullmatch, header)):
+                    self.kept = 2
+                yield header
 
     def path(self, file: str) -> Path:
         if (cached := self.cached(file)) is not None:
             return cached
         assert self.downloads is not None, "these files are there to be asked for their headers"
-        name = str(self._folder / file)
+        name = str(self.folder / file)
         wanted = self.downloads / name
         others = [path for path in self.downloads.rglob("*.safetensors") if path != wanted]
         others.sort(key=lambda path: path.stat().st_mtime_ns)
@@ -82,23 +91,22 @@ class HubShards:
             )
         return wanted
 
+    def matching(self, patterns: Collection[str]) -> dict[str, int]:
+        """Files by patterns of their names, and their bytes."""
+        return {file: size for file, size in self.sizes.items() if any(fnmatchcase(file, p) for p in patterns)}
+
     def cached(self, file: str) -> Path | None:
         """The file in the client's cache, if it is there."""
-        name = str(self._folder / file)
+        name = str(self.folder / file)
         found = try_to_load_from_cache(self.origin.repo_id, name, revision=self.origin.commit)
         return Path(found) if isinstance(found, str) else None
-
-    def close(self) -> None:
-        """Delete what was fetched."""
-        if self.downloads is not None:
-            shutil.rmtree(self.downloads, ignore_errors=True)
 
     def _header(self, file: str) -> Header:
         if (cached := self.cached(file)) is not None:
             return next(LocalShards(cached.parent).headers([cached.name]))
         begin = self._read(file, 0, min(_FIRST_BYTES, self.sizes[file]))
         length = int.from_bytes(begin[:8], "little")
-        where = f"{self.origin.repo_id}/{self._folder / file}"
+        where = f"{self.origin.repo_id}/{self.folder / file}"
         if not 2 <= length <= min(_MAX_HEADER, self.sizes[file] - 8):
             raise CheckpointError(f"{where} is no safetensors file, or cut short; ask for a new upload")
         if len(begin) < 8 + length:
@@ -117,7 +125,7 @@ class HubShards:
     def _read(self, file: str, start: int, stop: int) -> bytes:
         """Some bytes of a file."""
         repo_id, commit = self.origin.repo_id, self.origin.commit
-        url = hf_hub_url(repo_id, str(self._folder / file), revision=commit)
+        url = hf_hub_url(repo_id, str(self.folder / file), revision=commit)
         headers = build_hf_headers(token=self._token) | {"Range": f"bytes={start}-{stop - 1}"}
         content = bytearray()
         with hub_errors(repo_id, commit), get_session().stream("GET", url, headers=headers) as response:

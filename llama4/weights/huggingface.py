@@ -47,6 +47,7 @@ class HuggingFaceLayout(CheckpointLayout):
     config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE, modelopt.CONFIG_FILE)
     side_files = (*config_files, *SIDE_FILES, INDEX_FILE, "tokenizer.json", "tokenizer.model")
     weight_files = (SINGLE_FILE, "model-*-of-*.safetensors")
+    in_shards = True
 
     def recognises(self, directory: Path) -> bool:
         return (directory / CONFIG_FILE).is_file()

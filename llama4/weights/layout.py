@@ -29,6 +29,8 @@ class CheckpointLayout(ABC):
     """Patterns of all files that are read but for the weights."""
     weight_files: ClassVar[tuple[str, ...]]
     """Patterns of those with the weights. Both together are what is fetched from the Hub."""
+    in_shards: ClassVar[bool] = False
+    """Whether a tensor is in one file, so that `open` can do with `Shards`."""
 
     @abstractmethod
     def recognises(self, directory: Path) -> bool:
@@ -51,7 +53,7 @@ class CheckpointLayout(ABC):
         """Configuration and weights, of which nothing is read yet.
 
         Args:
-            shards: the weights, where they are not in the directory, for layouts that can be read so.
+            shards: the weights, where they are not in the directory, for layouts that are `in_shards`.
             dtype: of what is dequantized; None: the checkpoint's own.
 
         Raises:

@@ -173,9 +173,11 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
 def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, progress: bool = False) -> None:
     """Write tensors under their names, in shards of at most so many bytes and an index if one file is not enough.
 
-    Shards that are there already are of a run that was interrupted, and are left. One shard at a time is in memory.
+    They are in the order of the files that they come from, so that each of these is read once. Shards that are there
+    already are of a run that was interrupted, and are left. One shard at a time is in memory.
     """
-    sizes = {key: files.spec(key).nbytes for key in files.names()}
+    keys = sorted(files.names(), key=lambda key: files.origin(key).file or "")
+    sizes = {key: files.spec(key).nbytes for key in keys}
     shards = list(_shards(sizes, max_shard_bytes))
     places: dict[str, str] = {}
     with tqdm(total=len(sizes), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:

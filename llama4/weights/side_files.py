@@ -19,6 +19,8 @@ from llama4.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+ORIGIN_FIELD = "hub_origin"
+"""Of config.json: a `HubOrigin`. Other libraries do not know it, and carry it along."""
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MODEL_CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -68,7 +70,15 @@ class SideFiles:
 
     @classmethod
     def read(cls, directory: str | Path, origin: HubOrigin | None = None) -> SideFiles:
-        """Those of a directory, in any layout."""
+        """Those of a directory, in any layout.
+
+        Args:
+            directory: of a model.
+            origin: where it came from; by default what its config.json says.
+
+        Raises:
+            ConfigError: a config.json that is not JSON.
+        """
         contents = {}
         for pattern in SIDE_FILES:
             for path in sorted(Path(directory).glob(pattern)):
@@ -78,7 +88,11 @@ class SideFiles:
                     logger.warning("%s is larger than %d MiB, and is not carried along", path, MAX_BYTES >> 20)
                     continue
                 contents[path.relative_to(directory).as_posix()] = path.read_bytes()
-        return cls(contents, origin)
+        files = cls(contents)
+        recorded = files.json(CONFIG_FILE).get(ORIGIN_FIELD)
+        if origin is None and isinstance(recorded, dict):
+            origin = HubOrigin(str(recorded.get("repo_id")), str(recorded.get("commit")))
+        return dataclasses.replace(files, origin=origin)
 
     def __contains__(self, name: str) -> bool:
         return name in self.contents

@@ -107,6 +107,20 @@ def without(source: Source, is_left_out: Callable[[str], object], note: str) -> 
     return Noted(View(source, names, source.plan), f"{count} tensors are left out: {note}")
 
 
+class Copied(View):
+    """Tensors in memory of their own, so that the files that they come from may go."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, {name: name for name in source.names()}, source.plan)
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return tensor.clone() if super().is_mapped(name) else tensor
+
+    def is_mapped(self, name: str) -> bool:
+        return False
+
+
 class ModelNames(View):
     """Files of a family under the names of the model.
 

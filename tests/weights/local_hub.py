@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import close_session, constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -194,25 +196,22 @@ def environment(server: LocalHub, cache: Path) -> dict[str, str]:
     return os.environ | settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
 
-def python(
-    script: str, server: LocalHub, cache: Path, *arguments: str, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def use(server: LocalHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the server the Hub of this process."""
+    url = server.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    values = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_CACHE": str(cache / "hub")}
+    values |= {"HF_TOKEN_PATH": str(cache / "token")}
+    flags = {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_OFFLINE": False}
+    for name, value in (values | flags).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # it knows the proxies that there were
+
+
+def python(script: str, server: LocalHub, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own."""
-    return _run(["-c", script, *arguments], server, cache, variables)
-
-
-def llama4(
-    arguments: Collection[str], server: LocalHub, cache: Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command likewise."""
-    return _run(["-m", "llama4", *arguments], server, cache, variables)
-
-
-def _run(
-    arguments: Collection[str], server: LocalHub, cache: Path, variables: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-c", script],
         env=environment(server, cache) | variables,
         capture_output=True,
         text=True,

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from llama4.analysis.info import describe_quantization
+from llama4.analysis.info import describe_quantization, find
 from llama4.api import Llama4
 from llama4.errors import CheckpointError
-from llama4.weights.checkpoint import read_config
 from llama4.weights.convert import convert
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed, same
@@ -158,7 +157,7 @@ def test_nvfp4(plain: Path, tmp_path: Path, second_file: bool) -> None:
     assert {module.format.kind for _, module in packed(ours)} == {"nvfp4"}
     assert len(packed(ours)) == 4 * (4 + 3 + 2)
     assert relative_error(ours(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
-    facts = describe_quantization(str(tmp_path / "model"), read_config(tmp_path / "model"))
+    facts = describe_quantization(find(str(tmp_path / "model")))
     assert facts is not None
     assert facts["quant_method"] == "modelopt"
     assert facts["formats"] == ["nvfp4, a scale per 16 weights"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -58,8 +59,8 @@ def server(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command."""
-    code = main(list(map(str, arguments)))
-    return code, *capsys.readouterr()
+    code, captured = main(list(map(str, arguments))), capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def weights_of(directory: Path) -> dict[str, int]:
@@ -83,7 +84,7 @@ def test_quantizing_fetches_each_file_once_and_keeps_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    target, kept, fetch = tmp_path / "out", list[int](), hub_shards.hf_hub_download
+    target, kept, fetch = tmp_path / "out", list[int](), huggingface_hub.hf_hub_download
 
     def watched(*arguments: Any, **options: Any) -> str:
         folder = partial_of(target) / "downloads"
@@ -166,7 +167,7 @@ def test_stopped_and_run_again(
 def test_a_disk_without_the_room(
     server: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(2048, 1024, 1024)
+    usage = SimpleNamespace(total=2048, used=1024, free=1024)
     monkeypatch.setattr("llama4.weights.convert.disk_usage", lambda _: usage)
     code, _, err = run(capsys, *QUANTIZE, tmp_path / "out")
     assert code == 1

@@ -16,9 +16,10 @@ from llama4.weights import checkpoint, hub
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import INDEX_FILE
-from llama4.weights.side_files import SIDE_FILES, HubOrigin, SideFiles
+from llama4.weights.side_files import SIDE_FILES, TOKENIZER_CONFIG_FILE, HubOrigin, SideFiles
 from llama4.weights.source import Source
 from llama4.weights.summary import summarize
+from llama4.weights.unreadable import files_in, why_unreadable
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
 """Of the weights alone; the scales of a quantized model are not counted."""
@@ -84,9 +85,9 @@ def find(name: str, revision: str | None = None, token: str | None = None, subfo
     if shards is None:
         if layout.has_weights(directory):
             return replace(found, weights=checkpoint.open_checkpoint(directory)[1])
-        return replace(found, why_no_weights=hub.why_unreadable(hub.files_in(directory)))
+        return replace(found, why_no_weights=why_unreadable(files_in(directory)))
     if not (files := shards.matching(layout.weight_files)):
-        return replace(found, why_no_weights=hub.why_unreadable(shards.sizes))
+        return replace(found, why_no_weights=why_unreadable(shards.sizes))
     if not layout.in_shards:
         why = f"{bytes_text(sum(files.values()))} of weights, described once they are on this machine"
         return replace(found, why_no_weights=why)
@@ -153,7 +154,11 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
         return None
     said = GenerationConfig.from_directory(model.directory)
     tokenizer = family_of(model.config).load_tokenizer(model.directory, model.config)
-    names = {id_: name for name, id_ in tokenizer.special_tokens.items()} if tokenizer is not None else {}
+    if tokenizer is not None:
+        names: dict[int, Any] = {id_: name for name, id_ in tokenizer.special_tokens.items()}
+    else:
+        added = SideFiles.read(model.directory).json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder", {})
+        names = {int(id_): token.get("content") for id_, token in added.items()}
     ids = said.eos_token_id or model.config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
     return {
         "stop_tokens": {id_: names.get(id_) for id_ in ids},

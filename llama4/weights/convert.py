@@ -142,7 +142,4 @@ def _open(source: Path, target: Path, shards: HubShards | None = None) -> tuple[
         model = family.build(config)
     swap_modules(model, weights.plan)
     match_names(model, weights)
-    try:
-        return config, weights, Tokenizer(source, vocabulary=family.vocabulary)
-    except FileNotFoundError:
-        return config, weights, None
+    return config, weights, family.load_tokenizer(source, config)

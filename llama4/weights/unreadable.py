@@ -103,8 +103,8 @@ def _match(files: Collection[str], pattern: str) -> list[str]:
 
 
 def files_in(directory: Path) -> list[str]:
-    """Files in a directory and in its folders."""
-    found = (path for pattern in ("*", "*/*") for path in directory.glob(pattern))
+    """Files in a directory and in its folders, three levels deep."""
+    found = (path for pattern in ("*", "*/*", "*/*/*") for path in directory.glob(pattern))
     return [path.relative_to(directory).as_posix() for path in found if path.is_file()]
 
 

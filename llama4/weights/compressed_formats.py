@@ -117,7 +117,7 @@ class Scaled(CompressedFormat):
 
     def native(self, specs: Specs) -> WeightFormat | None:
         """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
-        e4m3 are rounded so, with a scale per token and, where weights have one per group, per group."""
+        e4m3 with a fixed scale, or one per token, are rounded with one per token, by which none is clipped."""
         inputs, (rows, columns) = self.shape(specs)[1], self.block
         if "weight_zero_point" in specs or "weight_g_idx" in specs:
             return None
@@ -129,7 +129,7 @@ class Scaled(CompressedFormat):
                 return Int4(columns)
             case "float", 8, None if is_rounded:
                 return Fp8()
-            case "float", 8, int() if is_rounded and inputs % columns == 0:
+            case "float", 8, int() if is_rounded and rows == 1 and inputs % columns == 0:
                 return Fp8(columns)
         return None
 

@@ -55,23 +55,22 @@ def ids(reply: Reply) -> list[int]:
     return [token.id for token in reply.logprobs]
 
 
-def generated(directory: Path, llm: Llama4, conversations: list[Any], **options: Any) -> list[list[int]]:
-    """The tokens of transformers' `generate`, on the files as they are, of each row without padding."""
+def generated(directory: Path, llm: Llama4, conversations: list[Any]) -> list[list[int]]:
+    """The tokens of transformers' `generate`, on the files as they are, of each conversation alone: in a batch, padding
+    moves its positions."""
     from transformers import Llama4ForConditionalGeneration
 
     reference: Any = Llama4ForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
-    inputs = llm.processor(conversations)
-    pictures = {} if inputs.pixel_values is None else {"pixel_values": inputs.pixel_values}
-    found = reference.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        **pictures,
-        **{"max_new_tokens": N, "pad_token_id": 1023} | options,
-    )
-    rows: list[list[int]] = found[:, inputs.input_ids.shape[1] :].tolist()
-    return [[id_ for id_ in row if id_ != 1023] for row in rows]
+    found = []
+    for conversation in conversations:
+        inputs = llm.processor(conversation)
+        pictures = {} if inputs.pixel_values is None else {"pixel_values": inputs.pixel_values}
+        sequence = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        ids_BT = reference.generate(**sequence, **pictures, max_new_tokens=N, pad_token_id=1023)
+        found.append(ids_BT[0, inputs.input_ids.shape[1] :].tolist())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_a_repetition_penalty_of_a_batch_is_that_of_transformers(
     with cpu_kernels.any_size() if kernels else nullcontext():
         found = [ids(reply) for reply in llm.chat_batch(inputs, max_new_tokens=N)]
         assert found == [ids(llm.chat(each, max_new_tokens=N)) for each in CONVERSATIONS]
-    assert found == [generated(directory, llm, [each])[0] for each in CONVERSATIONS]  # there, padding moves positions
+    assert found == generated(directory, llm, CONVERSATIONS)
     assert found != usual
 
 

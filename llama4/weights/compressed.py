@@ -75,9 +75,15 @@ def read_groups(content: Mapping[str, Any]) -> list[Group]:
     Raises:
         CheckpointError: a format that this library does not read, with the fields that say so.
     """
-    groups = content.get("config_groups")
-    if content.get("kv_cache_scheme") and not groups:
-        return []  # the cache alone is quantized
+    groups, sparsity = content.get("config_groups"), content.get("sparsity_config") or {}
+    for stored in (sparsity.get("format") or "dense", content.get("format") or "dense"):
+        if stored.startswith("sparse") or stored == "marlin-24":
+            raise CheckpointError(
+                f"the checkpoint stores its weights as {stored!r}, without their zeros, which this library does not "
+                "read; take one that stores them whole (sparsity_config with format 'dense', or none)"
+            )
+    if (content.get("kv_cache_scheme") or sparsity) and not groups:
+        return []  # the cache alone is quantized, or weights are whole, and some are zero
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError("quantization_config has no config_groups: the configuration is damaged; fetch it again")
     read = []

@@ -105,6 +105,31 @@ def test_quantized_in_ways_that_are_not_read(tmp_path: Path, changes: dict[str, 
         open_checkpoint(directory)
 
 
+SPARSE = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "refusal"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, None),
+        ({"config_groups": {}, "sparsity_config": SPARSE | {"format": "dense"}}, None),
+        ({"sparsity_config": SPARSE}, "weights as 'sparse-24-bitmask', without their zeros, .* take one that stores"),
+        ({"format": "marlin-24", "config_groups": {"group_0": {}}}, "'marlin-24'"),
+        ({"config_groups": {}}, "has no config_groups: the configuration is damaged"),
+    ],
+)
+def test_compressed_tensors_without_quantized_weights(
+    tmp_path: Path, content: dict[str, Any], refusal: str | None
+) -> None:
+    """A cache that is quantized, or weights of which some are zero: they load where they are stored whole."""
+    directory = edited(tmp_path / "model", quantization_config={"quant_method": "compressed-tensors", **content})
+    if refusal is None:
+        assert Llama4.from_pretrained(directory).model is not None
+        return
+    with pytest.raises(CheckpointError, match=refusal):
+        open_checkpoint(directory)
+
+
 @pytest.mark.parametrize(
     ("part", "by"), [("weight_scale", "compressed-tensors or ModelOpt"), ("qweight", "GPTQ or AWQ"), ("scales", "MLX")]
 )

@@ -75,12 +75,14 @@ class Fp4(WeightFormat):
         return sums.to(x_NI.dtype)
 
     def _rows(self, weight: QuantizedWeight, rows: slice, expert: int | None) -> Tensor:
-        """Some rows of W, of one expert or of all, with the scales of groups. Both values of a byte are looked up at
-        once."""
-        packed = weight.part("weight_packed", expert)[..., rows, :]
+        """Some rows of W, of one expert or of all, with the scales of groups. Four values are looked up at once, and
+        scales are repeated first: both much faster than one by one."""
+        packed = weight.part("weight_packed", expert)[..., rows, :].contiguous()
         scale = self.decode(weight.part("weight_scale", expert)[..., rows, :])
-        pairs = _pairs(packed.device).index_select(0, packed.flatten().int()).view(torch.bfloat16)
-        return (pairs.view(*scale.shape, -1) * scale[..., None]).flatten(-2)
+        fours = packed.view(torch.uint16).flatten().int()
+        values = _values(packed.device).index_select(0, fours).view(torch.bfloat16)
+        scales = scale.repeat_interleave(self.group_size, dim=-1)
+        return values.view(scales.shape).mul_(scales)
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,10 @@ class Nvfp4(Fp4):
 
 
 @lru_cache
-def _pairs(device: torch.device) -> Tensor:
-    """Byte -> its two values in bfloat16, as one int32."""
+def _values(device: torch.device) -> Tensor:
+    """Two bytes -> their four values in bfloat16, as one int64."""
     values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.bfloat16, device=device)
-    low, high = values.repeat(16), values.repeat_interleave(16)
-    return torch.stack([low, high], dim=-1).view(torch.int32).flatten()
+    return torch.cartesian_prod(*[values] * 4).flip(-1).contiguous().view(torch.int64).flatten()
 
 
 @lru_cache

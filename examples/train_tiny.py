@@ -611,7 +611,7 @@ def finish(args: argparse.Namespace) -> None:
     learner.load_state_dict(torch.load(args.out / "checkpoint.pt", weights_only=True, map_location="cpu")["learner"])
     model = learner.model.bfloat16()
     tokenizer = Tokenizer(args.out / "tokenizer.model", num_special_tokens=SPECIAL_TOKENS)
-    save(model, model.config, args.out / "model", write_extra=tokenizer.save)
+    save(model, model.config, args.out / "model", tokenizer=tokenizer)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, Unpack
 import torch
 
 from llama4.cache.formats import resolve_format
-from llama4.config import GenerationConfig, Llama4Config
+from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
@@ -400,12 +400,10 @@ class Llama4:
         Raises:
             ValueError: the directory cannot be written.
         """
-        save(
-            self.model,
-            self.config,
-            directory,
-            write_extra=self._tokenizer.save if self._tokenizer is not None else None,
-        )
+        side_files, generation = self.side_files, self.generation_config.to_dict()
+        if generation != self.generation_config.content:
+            side_files = side_files.with_json(GENERATION_FILE, generation)
+        save(self.model, self.config, directory, tokenizer=self._tokenizer, side_files=side_files)
 
     def push_to_hub(
         self,

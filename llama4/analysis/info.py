@@ -10,13 +10,14 @@ from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import GenerationConfig, Llama4Config
 from llama4.families import PRESETS, family_of
+from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import INDEX_FILE
-from llama4.weights.side_files import SIDE_FILES, TOKENIZER_CONFIG_FILE, HubOrigin, SideFiles
+from llama4.weights.side_files import SIDE_FILES, HubOrigin, SideFiles
 from llama4.weights.source import Source
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import files_in, why_unreadable

@@ -45,4 +45,4 @@ def write_plain(source: Path, target: Path, scheme: str) -> None:
     shapes = {name: weights.spec(name).shape for name in weights.names()}
     tokenizer = family_of(config).load_tokenizer(source, config)
     plain = QuantizingSource(weights, make_plan(scheme, shapes), round_to_absmax)
-    save(plain, config, target, write_extra=tokenizer.save if tokenizer is not None else None)
+    save(plain, config, target, tokenizer=tokenizer)

@@ -181,6 +181,17 @@ def write_image_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
+def write_processor_config(vision: VisionConfig) -> dict[str, Any]:
+    """The content of processor_config.json, for transformers' Llama4Processor."""
+    return {
+        "processor_class": "Llama4Processor",
+        "patch_size": vision.patch_size,
+        "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+        "image_token": "<|image|>",
+        "fake_image_token": "<|image|>",
+    }
+
+
 def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title: str = "Llama 4") -> None:
     """Raises:
     ConfigError: a `model_type` that is not known.

@@ -67,3 +67,8 @@ class Llama4Config:
         """The content of `preprocessor_config.json`, for transformers' Llama4ImageProcessor."""
         assert self.vision is not None
         return hf_json.write_image_config(self.vision)
+
+    def processor_dict(self) -> dict[str, Any]:
+        """The content of `processor_config.json`, for transformers' Llama4Processor."""
+        assert self.vision is not None
+        return hf_json.write_processor_config(self.vision)

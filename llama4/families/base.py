@@ -48,6 +48,10 @@ class Family(ABC):
     def write_config(self, config: Llama4Config) -> dict[str, Any]:
         """The content of config.json, from which `read_config` makes the same configuration."""
 
+    def chat_template(self) -> str | None:
+        """`compose` as a Jinja template for transformers and others; None if it is not written as one."""
+        return None
+
     @abstractmethod
     def names(self, config: Llama4Config, keys: Collection[str] | None = None) -> NameTable:
         """The table that a checkpoint with these keys follows, even if some are wrong; without keys, the table by which

@@ -10,6 +10,7 @@ from llama4.config import PRESETS, Llama4Config
 from llama4.config.hf_json import MODEL_TYPES
 from llama4.families.base import Family
 from llama4.families.names import NameTable
+from llama4.text import prompt
 from llama4.text.vocabulary import LLAMA4
 
 MULTIMODAL = NameTable((("*", "*"),))
@@ -32,6 +33,9 @@ class Llama4Family(Family):
 
     def write_config(self, config: Llama4Config) -> dict[str, Any]:
         return config.to_dict()
+
+    def chat_template(self) -> str:
+        return Path(prompt.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
     def names(self, config: Llama4Config, keys: Collection[str] | None = None) -> NameTable:
         if keys is None:

@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
-from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE, TokenizerConfig
+from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA4, Vocabulary
 
@@ -201,22 +202,34 @@ class Tokenizer:
         """The token that begins a tool call (`<|python_start|>`), if there is one."""
         return self.special_tokens.get(self.vocabulary.tool_call or "")
 
-    def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, from which transformers builds the same tokenizer, and
-        `tokenizer.model` if that is what this one was read from."""
-        directory = Path(directory)
-        copy = directory / ("tokenizer.json" if self.path.suffix == ".json" else "tokenizer.model")
-        if copy.resolve() != self.path.resolve():
-            shutil.copyfile(self.path, copy)
-        if self.path.suffix != ".json":
-            content = to_json(self.ranks, self.added_tokens, self.pattern)
+    def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
+        """Write the files that this one was read from, and what of `tokenizer.json` and `tokenizer_config.json` is not
+        among them, from which transformers builds the same tokenizer.
+
+        Args:
+            directory: that of the model.
+            model_max_length: the model's window in tokens, for a new tokenizer_config.json.
+        """
+        directory, file = Path(directory), self.path.with_name
+        is_json = self.path.suffix == ".json"
+        _copy(self.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
+        for name in (*(["tokenizer.model"] if is_json else []), *CONFIG_FILES):
+            if file(name).is_file():
+                _copy(file(name), directory / name)
+        names = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos, "pad_token": self.vocabulary.pad}
+        if not is_json:
+            bos = self.config.names.get("bos_token", names["bos_token"])
+            content = to_json(self.ranks, self.added_tokens, self.pattern, bos)
             (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-        names = self.vocabulary
-        roles = {"bos_token": names.bos, "eos_token": names.eos, "pad_token": names.pad}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {
-            role: name for role, name in roles.items() if name in self.special_tokens
-        }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if not file(TOKENIZER_CONFIG_FILE).is_file():
+            config: dict[str, Any] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **{role: name for role, name in {**names, **self.config.names}.items() if self._find(name) is not None},
+                "clean_up_tokenization_spaces": False,
+            }
+            if model_max_length is not None:
+                config["model_max_length"] = model_max_length
+            (directory / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     def _is_token(self, i: int) -> bool:
         try:
@@ -224,3 +237,8 @@ class Tokenizer:
         except (KeyError, OverflowError):
             return False
         return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,9 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
 
 
-def to_json(ranks: Mapping[bytes, int], added: Iterable[AddedToken], pattern: str) -> dict[str, Any]:
-    """The content of a Hugging Face tokenizer.json. Any two tokens whose bytes make up a third merge into it."""
+def to_json(ranks: Mapping[bytes, int], added: Sequence[AddedToken], pattern: str, bos: str = "") -> dict[str, Any]:
+    """The content of a Hugging Face tokenizer.json. Any two tokens whose bytes make up a third merge into it; `bos` is
+    put before every text that is encoded with special tokens."""
     alphabet = byte_alphabet()
     vocabulary = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []
@@ -171,6 +172,7 @@ def to_json(ranks: Mapping[bytes, int], added: Iterable[AddedToken], pattern: st
         pairs = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
         merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bos_id = next((token.id for token in added if token.content == bos), None)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
@@ -179,7 +181,7 @@ def to_json(ranks: Mapping[bytes, int], added: Iterable[AddedToken], pattern: st
         "added_tokens": [asdict(token) for token in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
+        "post_processor": _begin_with(bos, bos_id, byte_level) if bos_id is not None else None,
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -194,3 +196,18 @@ def to_json(ranks: Mapping[bytes, int], added: Iterable[AddedToken], pattern: st
             "merges": merges,
         },
     }
+
+
+def _begin_with(bos: str, bos_id: int, byte_level: Mapping[str, Any]) -> dict[str, Any]:
+    """The post-processor that Meta's tokenizer.json have: each text of a pair begins with `bos`."""
+    texts = [
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    ]
+    template = {
+        "type": "TemplateProcessing",
+        "single": texts[0],
+        "pair": texts[0] + texts[1],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    return {"type": "Sequence", "processors": [byte_level, template]}

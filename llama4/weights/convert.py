@@ -24,13 +24,15 @@ from llama4.weights.layout import MAX_SHARD_BYTES
 from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
+from llama4.weights.side_files import SideFiles
 from llama4.weights.source import Copied, Source
+from llama4.weights.verify import verify
 
 logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int = 1, progress: bool = True) -> None:
-    """Write a checkpoint in another layout.
+    """Write a checkpoint in another layout. Before it gets its name it is read back and compared, see `verify`.
 
     Args:
         source: a directory in any layout.
@@ -47,8 +49,12 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
     config, weights, tokenizer = _open(source, target)
+    side_files = SideFiles.read(source)
     with complete_directory(target) as partial:
-        LAYOUTS[layout].write(weights, config, tokenizer, partial, ranks=ranks, progress=progress)
+        LAYOUTS[layout].write(
+            weights, config, tokenizer, partial, side_files=side_files, ranks=ranks, progress=progress
+        )
+        verify(partial, weights, config, tokenizer, progress=progress)
 
 
 def quantize(
@@ -98,7 +104,8 @@ def quantize(
         weights,
         config,
         target,
-        write_extra=tokenizer.save if tokenizer is not None else None,
+        tokenizer=tokenizer,
+        side_files=SideFiles.read(source),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
         stamp=json.dumps(stamp),

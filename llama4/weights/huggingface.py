@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from llama4.families import family_of, family_of_type
 from llama4.families.names import VISION
 from llama4.quantization.plan import QuantizationPlan
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.weights import modelopt
 from llama4.weights.bitsandbytes import Bitsandbytes
 from llama4.weights.compressed import CompressedTensors
@@ -24,7 +26,7 @@ from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
-from llama4.weights.side_files import SIDE_FILES
+from llama4.weights.side_files import NO_SIDE_FILES, ORIGIN_FIELD, SIDE_FILES, TEMPLATE_FILE, SideFiles, updated
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
 from llama4.weights.unreadable import check_unquantized, unread_method
 
@@ -82,6 +84,7 @@ class HuggingFaceLayout(CheckpointLayout):
         tokenizer: Tokenizer | None,
         directory: Path,
         *,
+        side_files: SideFiles = NO_SIDE_FILES,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
@@ -89,10 +92,9 @@ class HuggingFaceLayout(CheckpointLayout):
         table, content = family_of(config).names(config), None
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
-        _write_configs(dataclasses.replace(config, dtype=_dtype(source), quantization_config=content), directory)
+        config = dataclasses.replace(config, dtype=_dtype(source), quantization_config=content)
+        _write_side_files(config, tokenizer, side_files, directory)
         write_safetensors(FileNames(source, table), directory, max_shard_bytes, progress=progress)
-        if tokenizer is not None:
-            tokenizer.save(directory)
 
 
 def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:
@@ -134,14 +136,46 @@ def _dtype(source: Source) -> str:
     return max(_FLOATS, key=dtypes.count)
 
 
-def _write_configs(config: Llama4Config, directory: Path) -> None:
+def _write_side_files(
+    config: Llama4Config, tokenizer: Tokenizer | None, side_files: SideFiles, directory: Path
+) -> None:
+    """What came with the model, byte by byte where its configuration has not changed since; ours where nothing came."""
+    family = family_of(config)
+    if tokenizer is not None:
+        tokenizer.save(directory, config.text.max_position_embeddings)
+        template = family.chat_template()
+        if template is not None and TOKENIZER_CONFIG_FILE not in side_files and not side_files.chat_templates:
+            (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    side_files.write(directory)
+    now = _configs(config, side_files)
+    before = _configs(family.read_config(directory), side_files) if CONFIG_FILE in side_files else now
+    if side_files.origin is not None:
+        now[CONFIG_FILE] = now[CONFIG_FILE] | {ORIGIN_FIELD: dataclasses.asdict(side_files.origin)}
+    for name, content in now.items():
+        raw = side_files.json(name)
+        changed = updated(raw, before[name], content) if name in side_files and name in before else content
+        if changed != raw:
+            write_json(directory / name, changed)
+    back = family.read_config(directory)
+    assert (back.text, back.vision) == (config.text, config.vision), "what was written is not the configuration"
+
+
+def _configs(config: Llama4Config, side_files: SideFiles) -> dict[str, dict[str, Any]]:
+    """File -> what a configuration makes of it, in the form that the file has in `side_files`."""
     text = config.text
-    write_json(directory / CONFIG_FILE, family_of(config).write_config(config))
-    generation = {
+    tokens = {
         "bos_token_id": text.bos_token_id,
         "eos_token_id": list(text.eos_token_id),
         "pad_token_id": text.pad_token_id,
     }
-    write_json(directory / GENERATION_FILE, generation)
+    files = {
+        CONFIG_FILE: family_of(config).write_config(config),
+        GENERATION_FILE: {name: value for name, value in tokens.items() if value not in (None, [])},
+    }
     if config.vision is not None:
-        write_json(directory / IMAGE_CONFIG_FILES[0], config.preprocessor_dict())
+        images, processor = IMAGE_CONFIG_FILES
+        if "image_processor" in side_files.json(processor):
+            files[processor] = config.processor_dict() | {"image_processor": config.preprocessor_dict()}
+        else:
+            files |= {images: config.preprocessor_dict(), processor: config.processor_dict()}
+    return files

@@ -11,6 +11,7 @@ import torch
 from llama4.config import Llama4Config
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.safetensors import Shards
+from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
 from llama4.weights.source import Source
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -69,6 +70,7 @@ class CheckpointLayout(ABC):
         tokenizer: Tokenizer | None,
         directory: Path,
         *,
+        side_files: SideFiles = NO_SIDE_FILES,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
@@ -77,6 +79,7 @@ class CheckpointLayout(ABC):
 
         Args:
             source: complete, see `load.match_names`.
+            side_files: what stood beside the weights where the model comes from; written again but for what changed.
             ranks: files of Meta's layout, one per GPU.
             max_shard_bytes: most bytes of a file in Hugging Face's layout.
             progress: show a bar, if stderr is a terminal.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from llama4.config import Llama4Config
 from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
+from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import complete_directory, resumed_directory
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import MAX_SHARD_BYTES
+from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
 from llama4.weights.source import Origin, Source
 
 
@@ -56,17 +58,19 @@ def save(
     config: Llama4Config,
     directory: str | Path,
     *,
-    write_extra: Callable[[Path], object] | None = None,
+    tokenizer: Tokenizer | None = None,
+    side_files: SideFiles = NO_SIDE_FILES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
     stamp: str | None = None,
 ) -> None:
-    """Write weights, `config.json`, `generation_config.json` and the image processor's configuration.
+    """Write weights, configurations and the tokenizer's files.
 
     Args:
         source: a model, or a checkpoint of which one shard at a time is in memory.
         directory: see `complete_directory`.
-        write_extra: called with the temporary directory, to add e.g. the tokenizer's files.
+        tokenizer: the model's.
+        side_files: what stood beside the weights where the model comes from; written again but for what changed.
         max_shard_bytes: more than this and the weights are split, with an index.
         progress: show a bar, if stderr is a terminal.
         stamp: what the result depends on, in words. With it the shards that are done survive an interruption, and the
@@ -77,6 +81,12 @@ def save(
     """
     tensors = ModelSource(source) if isinstance(source, nn.Module) else source
     with complete_directory(directory) if stamp is None else resumed_directory(directory, stamp) as partial:
-        HuggingFaceLayout().write(tensors, config, None, partial, max_shard_bytes=max_shard_bytes, progress=progress)
-        if write_extra is not None:
-            write_extra(partial)
+        HuggingFaceLayout().write(
+            tensors,
+            config,
+            tokenizer,
+            partial,
+            side_files=side_files,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )

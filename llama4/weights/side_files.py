@@ -6,6 +6,7 @@ They are read once, carried from the source to what is saved, and written back b
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from typing import Any
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE
 from llama4.errors import ConfigError
+from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
 ORIGIN_FIELD = "hub_origin"
 """Of config.json: a `HubOrigin`. Other libraries do not know it, and carry it along."""
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MODEL_CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates/*.jinja")
@@ -31,9 +32,7 @@ SIDE_FILES = (
     GENERATION_FILE,
     "preprocessor_config.json",
     "processor_config.json",
-    TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *CONFIG_FILES,
     *TEMPLATE_FILES,
     MODEL_CARD,
     *LICENCE_FILES,
@@ -98,7 +97,7 @@ class SideFiles:
         return name in self.contents
 
     def text(self, name: str) -> str | None:
-        """A file's text; None if there is no such file.
+        """A file's text, as `open` reads it; None if there is no such file.
 
         Raises:
             ConfigError: it is not UTF-8.
@@ -106,7 +105,7 @@ class SideFiles:
         if name not in self.contents:
             return None
         try:
-            return self.contents[name].decode("utf-8")
+            return io.TextIOWrapper(io.BytesIO(self.contents[name]), encoding="utf-8").read()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name} is not UTF-8 ({error}); fetch the file again") from error
 
@@ -139,6 +138,11 @@ class SideFiles:
         """The same with another file of text."""
         return dataclasses.replace(self, contents={**self.contents, name: text.encode("utf-8")})
 
+    def without(self, *names: str) -> SideFiles:
+        """The same but for some files."""
+        kept = {name: content for name, content in self.contents.items() if name not in names}
+        return dataclasses.replace(self, contents=kept)
+
     def write(self, directory: Path) -> None:
         """Write all of them into a directory."""
         for name, content in self.contents.items():
@@ -166,6 +170,34 @@ class SideFiles:
         return _templates(TOKENIZER_CONFIG_FILE, self.json(TOKENIZER_CONFIG_FILE).get("chat_template"))
 
 
+def updated(raw: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file said, but for what changed.
+
+    Args:
+        raw: the content of the file.
+        before: what we would have written for what it says.
+        now: what we would write today.
+    """
+    result = dict(raw)
+    for name in {**before, **now}:
+        if name in before and name in now and before[name] == now[name]:
+            continue
+        for older in (name, *_OLDER_NAMES.get(name, ())):
+            result.pop(older, None)
+        if name in _SECTIONS and name in raw and name in now:
+            result[name] = updated(raw[name], before.get(name, {}), now[name])
+        elif name in now:
+            result[name] = now[name]
+    return result
+
+
+_SECTIONS = ("text_config", "vision_config", "image_processor")
+_OLDER_NAMES = {"dtype": ("torch_dtype",), "rope_parameters": ("rope_scaling", "rope_theta")}
+
+NO_SIDE_FILES = SideFiles()
+"""Of a model that was not read from a directory."""
+
+
 def _templates(name: str, value: object) -> dict[str, str]:
     """A `chat_template`: a template, templates by name, or a list of {"name": ..., "template": ...}."""
     if isinstance(value, list) and all(isinstance(each, dict) for each in value):
@@ -173,4 +205,4 @@ def _templates(name: str, value: object) -> dict[str, str]:
     named = value if isinstance(value, dict) else {} if value is None else {"default": value}
     if not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ConfigError(f"chat_template in {name} must be a template, or templates by name, in strings")
-    return named
+    return {str(key): str(text) for key, text in named.items()}

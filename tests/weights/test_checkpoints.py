@@ -19,6 +19,7 @@ from transformers import AutoProcessor, AutoTokenizer, Llama4ForCausalLM, Llama4
 from llama4.errors import CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.text.tokenizer import Tokenizer
+from llama4.weights import huggingface
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.load import load
 from llama4.weights.safetensors import open_safetensors
@@ -90,14 +91,15 @@ def test_transformers_loads_what_we_write(tmp_path: Path, shard_bytes: int) -> N
     tokenizer = Tokenizer(
         small_model.write_tokenizer(tmp_path / "tokenizer.model"), num_special_tokens=small_model.SPECIAL
     )
-    save(ours, ours.config, tmp_path / "model", write_extra=tokenizer.save, max_shard_bytes=shard_bytes)
+    save(ours, ours.config, tmp_path / "model", tokenizer=tokenizer, max_shard_bytes=shard_bytes)
     theirs = ReferenceModel.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     pixels = torch.randn(2, 3, 28, 28)
     ids = IDS.clone()
     ids[0, 3] = ids[0, 9] = ours.config.image_token_index
     assert relative_error(ours(ids, pixel_values=pixels), theirs(ids, pixel_values=pixels).logits) < 1e-5
     text = "a question about <|eot|> pictures"
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("a question") == tokenizer.encode("a question")
+    theirs_ids = AutoTokenizer.from_pretrained(tmp_path / "model").encode("a question")
+    assert theirs_ids == [tokenizer.bos_id, *tokenizer.encode("a question")]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     images = processor.image_processor
@@ -223,15 +225,16 @@ def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path) -> None:
+def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = small_model.write(tmp_path / "model")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
 
-    def full_disk(_: Path) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(huggingface, "write_safetensors", full_disk)
     with pytest.raises(CheckpointError, match="No space left on device; free space"):
-        save(small_model.model(seed=1), small_model.config(), directory, write_extra=full_disk)
+        save(small_model.model(seed=1), small_model.config(), directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -265,15 +268,16 @@ for write in (save, in_metas_layout):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_leaves_the_old_model(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = small_model.write(tmp_path / "model")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
 
-    def interrupt(_: Path) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(huggingface, "write_safetensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save(small_model.model(seed=1), small_model.config(), directory, write_extra=interrupt)
+        save(small_model.model(seed=1), small_model.config(), directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -10,6 +10,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,18 @@ from llama4.cli.main import main
 from llama4.config import Llama4Config, guard4
 from llama4.errors import CheckpointError, ConfigError
 from llama4.model.multimodal import Llama4Model
+from llama4.text import tokenizer as tokenizer_module
+from llama4.text.added_tokens import AddedToken
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tokenizer_files import to_json
+from llama4.weights import huggingface
 from llama4.weights.convert import convert
+from llama4.weights.meta import layout as meta_layout
 from llama4.weights.meta.layout import write_tokenizer_model
 from llama4.weights.meta.names import pieces
-from llama4.weights.meta.params import read_params
+from llama4.weights.meta.params import params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
+from llama4.weights.source import Source, View
 from tests import small_model
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 
@@ -491,17 +499,105 @@ class TestTokenizer:
         write_tokenizer_model(tokenizer, tmp_path / "again.model")
         assert (tmp_path / "again.model").read_bytes() == lines
 
-    def test_special_tokens_elsewhere_are_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("swap", r"<\|eot\|> is {eom} in .*, where Meta's layout has {eot}; 2 special tokens"),
+            ("own name", r"<SQL> is {eot} in .*, where Meta's layout has no such token"),
+            ("text", r"'<SQL>' is a token of .* that is text"),
+            ("first", r"ordinary tokens are not 0 to 416"),
+            ("pattern", r"cuts text by a pattern of its own"),
+        ],
+    )
+    def test_what_a_tokenizer_model_cannot_say_is_refused(self, change: str, message: str, tmp_path: Path) -> None:
         directory = write_meta(tmp_path / "meta", make_reference(False), params(False), 1)
         convert(directory, tmp_path / "hf", "hf")
-        for path in (tmp_path / "hf").glob("tokenizer*"):
-            path.unlink()
-        write_tokenizer(tmp_path / "hf", FIRST_SPECIAL + 1)
-        with pytest.raises(
-            CheckpointError, match=f"image_token_index is {PATCH}, but Meta's layout makes it {PATCH + 1}"
-        ):
+        (tmp_path / "hf/tokenizer.model").unlink()
+        path = tmp_path / "hf/tokenizer.json"
+        content = json.loads(path.read_text())
+        added, eom, eot = content["added_tokens"], FIRST_SPECIAL + 7, FIRST_SPECIAL + 8
+        if change == "swap":
+            added[7]["content"], added[8]["content"] = added[8]["content"], added[7]["content"]
+        elif change in ("own name", "text"):
+            added[8] |= {"content": "<SQL>", "special": change == "own name"}
+        elif change == "first":
+            vocabulary = content["model"]["vocab"]
+            last = max(vocabulary, key=vocabulary.__getitem__)
+            vocabulary[last] += 95
+            added[:] = [token for token in added if token["id"] != vocabulary[last]]
+        else:
+            content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "\\p{L}+|[^\\p{L}]+"
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message.format(eom=eom, eot=eot)):
             convert(tmp_path / "hf", tmp_path / "again", "meta")
         assert not (tmp_path / "again").exists()
+
+
+class TestSelfCheck:
+    """Mistakes that a converter could make, made on purpose: the result never gets its name."""
+
+    def refuses(self, source: Path, layout: str, message: str) -> None:
+        target = source.parent / "target"
+        with pytest.raises(CheckpointError, match=message):
+            convert(source, target, layout)
+        assert not list(source.parent.glob("*target*"))
+
+    @pytest.fixture
+    def meta(self, tmp_path: Path) -> Path:
+        return write_meta(tmp_path / "meta", make_reference(False), params(False), 2)
+
+    @pytest.fixture
+    def hf(self, meta: Path) -> Path:
+        convert(meta, meta.with_name("hf"), "hf")
+        return meta.with_name("hf")
+
+    def test_one_bit_of_one_weight(self, meta: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(source: Source, *args: Any, **options: Any) -> Any:
+            return write(Perturbed(source), *args, **options)
+
+        for layout, module, name in (("hf", huggingface, "write_safetensors"), ("meta", meta_layout, "write_ranks")):
+            write = getattr(module, name)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, wrong)
+                self.refuses(meta, layout, r"1 tensors .* the first is \S+\.1\.self_attn\.o_proj\.weight")
+
+    def test_ids_of_special_tokens(self, meta: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def swapped(ranks: Any, added: Sequence[AddedToken], *rest: Any) -> Any:
+            names = {i: token.content for i, token in enumerate(added)} | {7: added[8].content, 8: added[7].content}
+            return to_json(ranks, [replace(token, content=names[i]) for i, token in enumerate(added)], *rest)
+
+        monkeypatch.setattr(tokenizer_module, "to_json", swapped)
+        self.refuses(meta, "hf", r"<\|eom\|> and 1 more special tokens have other ids")
+
+        def shorter(tokenizer: Tokenizer, path: Path) -> None:
+            write_tokenizer_model(tokenizer, path)
+            path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+        monkeypatch.setattr(meta_layout, "write_tokenizer_model", shorter)
+        self.refuses(hf, "meta", "image_token_index is")
+
+    def test_a_configuration_that_computes_something_else(self, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Seen in the logits of a short prompt."""
+
+        def wrong(config: Llama4Config) -> dict[str, Any]:
+            return params_from_config(config) | {"rope_theta": 10000.0}
+
+        monkeypatch.setattr(meta_layout, "params_from_config", wrong)
+        self.refuses(hf, "meta", "other logits")
+
+
+class Perturbed(View):
+    """One weight's lowest bit is another."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, {name: name for name in source.names()}, source.plan)
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        if name.endswith("1.self_attn.o_proj.weight") and "vision" not in name:
+            tensor = tensor.clone()
+            tensor.view(torch.int32)[3, 5] ^= 1
+        return tensor
 
 
 def test_one_rank_is_mapped_not_copied(tmp_path: Path) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llama4.config import CONFIG_FILE, Llama4Config
 from llama4.errors import CheckpointError
+from llama4.families import family_of
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import Vocabulary
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
 from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
-from llama4.weights.meta.params import PARAMS_FILE, config_from_params, params_from_config, read_params
+from llama4.weights.meta.params import PARAMS_FILE, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.safetensors import Shards
-from llama4.weights.side_files import LICENCE_FILES, MODEL_CARD
+from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, SideFiles
 from llama4.weights.source import Source
 
 _NORM = "language_model.model.norm.weight"
@@ -32,7 +32,7 @@ class MetaLayout(CheckpointLayout):
     name = "meta"
     title = "Meta's"
     config_files = (PARAMS_FILE, "tokenizer.model")  # special tokens follow its ranks
-    side_files = (*config_files, MODEL_CARD, *LICENCE_FILES)
+    side_files = (*config_files, *SIDE_FILES)
     weight_files = ("consolidated.*.pth", "fp8_scales_*.pt")
 
     def recognises(self, directory: Path) -> bool:
@@ -57,6 +57,7 @@ class MetaLayout(CheckpointLayout):
         tokenizer: Tokenizer | None,
         directory: Path,
         *,
+        side_files: SideFiles = NO_SIDE_FILES,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
@@ -67,24 +68,37 @@ class MetaLayout(CheckpointLayout):
             )
         params = params_from_config(config)
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, config, params)
+            _check_tokenizer(tokenizer, family_of(config).vocabulary)
+            write_tokenizer_model(tokenizer, directory / "tokenizer.model")
+        side_files.without(CONFIG_FILE).write(directory)
         write_json(directory / PARAMS_FILE, params)
         write_ranks(source, config, directory, ranks, progress=progress)
-        if tokenizer is not None:
-            write_tokenizer_model(tokenizer, directory / "tokenizer.model")
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: Llama4Config, params: Mapping[str, Any]) -> None:
-    """In Meta's layout special tokens have no ids of their own: they follow the ranks, in a fixed order.
+def _check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """A tokenizer.model has ranks alone. How text is cut, and which special tokens follow the ranks, in which order, is
+    fixed in the code of all who read it.
 
     Raises:
-        CheckpointError: the model takes another token for a picture's patches.
+        CheckpointError: the tokenizer is another one.
     """
-    patch = config_from_params(params, len(tokenizer.ranks)).image_token_index
-    if config.vision is not None and config.image_token_index != patch:
+    keep = "which a tokenizer.model cannot say; keep Hugging Face's layout"
+    first = len(tokenizer.ranks)
+    if sorted(tokenizer.ranks.values()) != list(range(first)):
+        raise CheckpointError(f"the ids of {tokenizer.path}'s {first} ordinary tokens are not 0 to {first - 1}, {keep}")
+    if tokenizer.pattern != vocabulary.pattern:
+        raise CheckpointError(f"{tokenizer.path} cuts text by a pattern of its own, {tokenizer.pattern!r}, {keep}")
+    names = vocabulary.special_token_names(tokenizer.vocab_size - first)
+    fixed = {name: first + i for i, name in enumerate(names)}
+    text = [token.content for token in tokenizer.added_tokens if not token.special]
+    if text:
+        raise CheckpointError(f"{text[0]!r} is a token of {tokenizer.path} that is text, {keep}")
+    moved = [(name, i) for name, i in tokenizer.special_tokens.items() if fixed.get(name) != i]
+    if moved:
+        name, i = moved[0]
         raise CheckpointError(
-            f"image_token_index is {config.image_token_index}, but Meta's layout makes it {patch}, since the tokenizer "
-            f"has {len(tokenizer.ranks)} ranks; keep Hugging Face's layout"
+            f"{name} is {i} in {tokenizer.path}, where Meta's layout has {fixed.get(name, 'no such token')}; "
+            f"{len(moved)} special tokens have ids of their own, {keep}"
         )
 
 

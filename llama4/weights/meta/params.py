@@ -202,9 +202,10 @@ def _kinds_of_layers(text: TextConfig) -> tuple[bool, bool]:
 
 
 def _check_expressible(config: Llama4Config, params: Mapping[str, Any]) -> None:
-    """Reading back what was written must give the same decoder; name the fields that would not come back."""
+    """Reading back what was written must give the same model; name the fields that would not come back."""
     first = config.image_token_index - 92
-    ours, back = config.text, config_from_params(params, first).text
+    whole = config_from_params(params, first)
+    ours, back = config.text, whole.text
     plain = {"layer_types", "interleave_moe_layer_step", "no_rope_layer_interval", "bos_token_id", "eos_token_id"}
     names = [name for name in TextConfig.__dataclass_fields__ if name not in plain | {"pad_token_id"}]
     lost = [name for name in names if getattr(ours, name) != getattr(back, name)]
@@ -216,6 +217,9 @@ def _check_expressible(config: Llama4Config, params: Mapping[str, Any]) -> None:
     windows = [ours.window(i) for i in range(ours.num_hidden_layers)]
     if windows != [back.window(i) for i in range(ours.num_hidden_layers)]:
         lost.append("layer_types")
-    if lost:
-        values = [f"{name} = {getattr(ours, name)}" for name in lost]
+    values = [f"{name} = {getattr(ours, name)}" for name in lost]
+    if config.vision is not None:
+        pairs = zip(vars(config.vision).items(), vars(whole.vision).values(), strict=True)
+        values += [f"vision's {name} = {value}" for (name, value), there in pairs if value != there]
+    if values:
         raise CheckpointError(f"Meta's params.json has no field for {', '.join(values)}; keep Hugging Face's layout")

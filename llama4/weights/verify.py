@@ -1,0 +1,102 @@
+"""A checkpoint that was just converted against its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama4.config import Llama4Config
+from llama4.errors import CheckpointError
+from llama4.families import family_of
+from llama4.families.names import HEAD
+from llama4.quantization.modules import swap_modules
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights import memory
+from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.load import load
+from llama4.weights.source import Source
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+SAMPLE = "Zürich’s 3 rivers:\n\n  the Limmat, the Sihl & 1,000 brooks 🌊"
+MAX_PARAMETERS = 1_000_000_000
+"""Of a model of which logits are computed, too."""
+
+
+def verify(
+    directory: Path, source: Source, config: Llama4Config, tokenizer: Tokenizer | None, *, progress: bool = False
+) -> None:
+    """See that a directory holds the model it was made from.
+
+    Compared are the ids of all special tokens and of a text, and each tensor bit by bit, as both sides give it to the
+    model: one of each is in memory at a time, so this takes as long as reading both files. That the configuration comes
+    back is checked when it is written. Of a model below `MAX_PARAMETERS` the logits of a short prompt are compared as
+    well; of a larger one they follow from all that.
+
+    Raises:
+        CheckpointError: what differs.
+    """
+    written_config, written = open_checkpoint(directory)
+    if config.vision is not None and written_config.image_token_index != config.image_token_index:
+        raise CheckpointError(
+            f"in the converted checkpoint image_token_index is {written_config.image_token_index}, in its source "
+            f"{config.image_token_index}; nothing is kept of it"
+        )
+    if tokenizer is not None:
+        _compare_tokenizers(tokenizer, family_of(config).load_tokenizer(directory, written_config))
+    tied = {HEAD: EMBEDDING} if config.text.tie_word_embeddings else {}
+    names = set(source.names())
+    if lost := sorted(names - set(written.names())):
+        raise CheckpointError("the converted checkpoint lacks tensors of its source; nothing is kept of it", lost)
+    different = []
+    bar = tqdm(written.names(), "checking", unit="tensor", disable=None if progress else True, leave=False)
+    for name in bar:
+        there = name if name in names else tied.get(name, name)
+        ours, theirs = written.read(name), source.read(there)
+        if not _is_same(ours, theirs):
+            different.append(name)
+        for side, tensor, its_name in ((written, ours, name), (source, theirs, there)):
+            if side.is_mapped(its_name):
+                memory.release(tensor)
+    if different:
+        raise CheckpointError(
+            f"{len(different)} tensors of the converted checkpoint are not those of its source, the first is "
+            f"{different[0]}; nothing is kept of it"
+        )
+    if config.num_parameters() <= MAX_PARAMETERS:
+        ids = torch.tensor([_prompt(tokenizer, config)])
+        if not _is_same(_logits(written_config, written, ids), _logits(config, source, ids)):
+            raise CheckpointError("the converted checkpoint gives other logits than its source; nothing is kept of it")
+
+
+def _compare_tokenizers(source: Tokenizer, written: Tokenizer | None) -> None:
+    if written is None:
+        raise CheckpointError("the converted checkpoint has no tokenizer; nothing is kept of it")
+    moved = [name for name, i in source.special_tokens.items() if written.special_tokens.get(name) != i]
+    if moved or source.encode(SAMPLE) != written.encode(SAMPLE):
+        what = f"{moved[0]} and {len(moved) - 1} more special tokens have" if moved else "ordinary text has"
+        raise CheckpointError(f"in the converted checkpoint {what} other ids than in its source; nothing is kept of it")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, so that NaN is NaN."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return a.dtype == b.dtype and torch.equal(a.view(bits[a.itemsize]), b.view(bits[b.itemsize]))
+
+
+def _prompt(tokenizer: Tokenizer | None, config: Llama4Config) -> list[int]:
+    if tokenizer is None:
+        return list(range(min(32, config.text.vocab_size)))
+    return [*sorted(tokenizer.special_tokens.values())[:16], *tokenizer.encode(SAMPLE)]
+
+
+def _logits(config: Llama4Config, source: Source, ids: Tensor) -> Tensor:
+    with torch.device("meta"):
+        model = family_of(config).build(config)
+    swap_modules(model, source.plan)
+    load(model, source, memory_map=False)  # the same order in memory on both sides, and so the same rounding
+    with torch.inference_mode():
+        logits: Tensor = model.eval()(ids)
+    return logits

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
-import http.client
 import io
-import time
-import urllib.error
+import stat
 import urllib.parse
-import urllib.request
 import warnings
 from pathlib import Path
 from typing import IO
@@ -18,11 +15,14 @@ from typing import IO
 from PIL import Image, ImageOps
 
 from llama4.errors import ImageError
+from llama4.vision.download import download
+from llama4.vision.limits import LIMITS, ImageLimits
 
-MAX_DOWNLOAD_BYTES = 64 * 2**20
-DOWNLOAD_SECONDS = 30.0
 MIN_IMAGE_BYTES = 32
 """Of an image file with a pixel: a GIF's is 35, a PNG's 67."""
+
+BAND_PIXELS = 2**21
+"""Of the band of an image that is converted to RGB at a time."""
 
 # Only formats that PIL decodes itself: no PostScript, which it would hand to an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -30,7 +30,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO"
 ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image:
     """Read an image as RGB, upright.
 
     The orientation in its EXIF data is applied. Transparency is composited on white. Greyscale, palette, CMYK and
@@ -39,31 +39,41 @@ def load_image(source: ImageSource) -> Image.Image:
     Args:
         source: a path, an http(s) URL, the bytes of an image file or these in base64, alone or in a `data:` URL, or a
             PIL image.
+        limits: what reading it may cost, and where it may come from.
 
     Raises:
-        ImageError: there is no such file, it is not an image or only part of one, it has no pixels or more than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or a download failed.
+        ImageError: there is no such file, it is not an image or only part of one, it has no pixels, it is beyond the
+            limits, or a download failed.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, f"the given {source.mode} image")
+        name = f"the given {source.mode} image"
+        _check_pixels(source, name, limits)
+        image = _upright_rgb(source, name)
+        return image.copy() if image is source else image
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"the image of {len(bytes(source))} bytes")
+        return _decode(io.BytesIO(source), f"the image of {len(bytes(source))} bytes", limits)
     if isinstance(source, str):
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):
-            return _decode(io.BytesIO(_download(source)), source)
+            return _decode(io.BytesIO(download(source, limits)), source, limits)
         if scheme.startswith("data:"):
-            return _decode(io.BytesIO(_decode_data_url(source)), f"the image in {_short(source)}")
+            return _decode(io.BytesIO(_decode_data_url(source)), f"the image in {_short(source)}", limits)
         if "://" in source[:12]:
             raise ImageError(f"{_short(source)} is no URL this library reads; use http, https, data or a path")
     if not isinstance(source, (str, Path)):
         raise ImageError(
             f"an image cannot be a {type(source).__name__}; give a path, a URL, bytes, a base64 data URL or a PIL image"
         )
+    if not limits.files:
+        if isinstance(source, str) and (data := _decode_base64(source)):
+            return _decode(io.BytesIO(data), "the image in base64", limits)
+        raise ImageError(f"{_short(str(source))} is not read: pictures may not come from files here; send the data")
     try:
         path = Path(source).expanduser()
+        if stat.S_ISFIFO(mode := path.stat().st_mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode):
+            raise ImageError(f"{path} is no regular file; give that of an image")  # reading it may never end
         with path.open("rb") as file:
-            return _decode(file, str(path))
+            return _decode(file, str(path), limits)
     except ImageError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -72,7 +82,7 @@ def load_image(source: ImageSource) -> Image.Image:
             reason = f"no such image file: {_short(str(source))}; check the path"
         if isinstance(source, str) and (data := _decode_base64(source)):
             try:
-                return _decode(io.BytesIO(data), "in base64 it")
+                return _decode(io.BytesIO(data), "in base64 it", limits)
             except ImageError as other:
                 reason += f"; {other}"
         raise ImageError(reason) from error
@@ -87,28 +97,69 @@ def _decode_base64(text: str) -> bytes | None:
     return data if len(data) >= MIN_IMAGE_BYTES else None
 
 
-def _decode(file: IO[bytes], name: str) -> Image.Image:
+def _decode(file: IO[bytes], name: str, limits: ImageLimits) -> Image.Image:
     Image.init()
-    if not file.read(1):
+    size = file.seek(0, io.SEEK_END)
+    if not size:
         raise ImageError(f"{name} is empty; it holds no image")
+    if size > limits.max_bytes:
+        raise ImageError(
+            f"{name} is larger than {limits.max_bytes >> 20} MiB; make it smaller, or raise max_bytes of ImageLimits"
+        )
     file.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower, or meant
             image = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name} is too large ({error}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"{name} is too large ({error}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels of "
+            "ImageLimits if you trust it"
         ) from None
     except Exception as error:  # PIL's parsers raise whatever a malformed header leads them to
         raise ImageError(
             f"{name} is not an image that can be read; give a JPEG, PNG, WebP, GIF, BMP or TIFF file, whole"
         ) from error
     with image:
+        _check_pixels(image, name, limits)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(file, name, limits)
         return _upright_rgb(image, name)
 
 
+def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    if image.width * image.height > limits.max_pixels:
+        raise ImageError(
+            f"{name} is too large ({image.width} x {image.height}, more than {limits.max_pixels:,} pixels); make it "
+            "smaller, or raise max_pixels of ImageLimits if you trust it"
+        )
+
+
+def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> None:
+    """A JPEG may pass over its pixels any number of times, each for a few bytes of file."""
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    at = scans = 0
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # of the data, or without content
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if scans > limits.max_scans:
+        raise ImageError(
+            f"{name} is a JPEG of {scans:,} scans, more than {limits.max_scans}; save it again, or raise max_scans of "
+            "ImageLimits if you trust it"
+        )
+
+
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The image itself if it is so already."""
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels ({image.width} x {image.height}); give one of at least 1 x 1")
     try:
@@ -123,18 +174,31 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; a broken EXIF block, common in photographs, counts as none."""
     try:
-        return ImageOps.exif_transpose(image)
+        is_upright = image.getexif().get(0x0112, 1) == 1  # a transposition copies
+        return image if is_upright else ImageOps.exif_transpose(image)
     except Exception:  # as for the decoders
         return image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """In bands of rows, so that what is converted on the way takes no memory of the image's size."""
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode == "I" or image.mode.startswith("I;"):
-        return _to_8_bits(image, name).convert("RGB")
+        return image
     if image.mode == "F":
         raise ImageError(f"{name} holds floating-point pixels, whose range is unknown; save it with 8 bits per channel")
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        band = image if rows >= image.height else image.crop(box)
+        band.info = image.info
+        rgb.paste(_band_to_rgb(band, name), box)
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _to_8_bits(image, name).convert("RGB")
     if image.has_transparency_data or image.mode in ("La", "RGBa"):
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -160,29 +224,6 @@ def _decode_data_url(url: str) -> bytes:
         return base64.b64decode("".join(urllib.parse.unquote(payload).split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the data in {_short(url)} is not base64 ({error}); encode it again") from None
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "llama4"})
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    data = bytearray()
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            while chunk := response.read1(1 << 16):
-                data += chunk
-                if len(data) > MAX_DOWNLOAD_BYTES:
-                    raise ImageError(
-                        f"{url} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; download it yourself and give its path"
-                    )
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not done after {DOWNLOAD_SECONDS:g} seconds")
-    except urllib.error.HTTPError as error:
-        raise ImageError(f"cannot download {url}: HTTP {error.code} {error.reason}; check the address") from None
-    except ImageError:
-        raise
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ImageError(f"cannot download {url}: {error}; check the address and the connection") from error
-    return bytes(data)
 
 
 def _short(text: str) -> str:

@@ -1,0 +1,35 @@
+"""What reading a picture may cost, and where one may be fetched from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Bounds on pictures. The defaults are for a program that reads its user's pictures; `SERVER_LIMITS` are for one
+    that reads strangers'.
+
+    Attributes:
+        max_pixels: width times height. PIL has a limit of its own, twice `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_bytes: of the file, however it comes.
+        max_scans: passes over a JPEG, each of which a decoder makes over all of its pixels; encoders write about ten.
+        max_seconds: for fetching a URL, from looking up its host to the last byte.
+        hosts: from which URLs are fetched, by name or address; None for any.
+        private_hosts: those that may be this machine or in its network (loopback, private and link-local addresses, a
+            cloud's metadata); "*" for any.
+        files: whether paths and `file://` URLs are read.
+    """
+
+    max_pixels: int = 89_478_485
+    max_bytes: int = 64 * 2**20
+    max_scans: int = 100
+    max_seconds: float = 30.0
+    hosts: Collection[str] | None = None
+    private_hosts: Collection[str] = ()
+    files: bool = True
+
+
+LIMITS = ImageLimits()
+SERVER_LIMITS = ImageLimits(hosts=(), files=False)

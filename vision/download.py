@@ -102,7 +102,7 @@ def _connect(url: str, limits: ImageLimits, deadline: float) -> tuple[http.clien
     connection = http.client.HTTPConnection(host, port)
     tunnelled = proxy is not None and parts.scheme == "https"
     if tunnelled:
-        connection.sock = _Socket(peer, deadline)  # type: ignore[assignment]  # has what http.client uses
+        connection.sock = _Socket(peer, deadline)
         connection._tunnel_host, connection._tunnel_port = host, port  # type: ignore[attr-defined]
         connection._tunnel_headers = {"Host": f"{host}:{port}"}  # type: ignore[attr-defined]
         connection._tunnel()  # type: ignore[attr-defined]

@@ -1,0 +1,68 @@
+"""A tool call, and the forms in which calls and tools are written in messages."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the model wants called."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}", compare=False)
+
+    def to_openai(self) -> dict[str, Any]:
+        """The call as an entry of `tool_calls` in an assistant message."""
+        function = {"name": self.name, "arguments": json.dumps(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def read_call(value: Any) -> ToolCall:
+    """A call in OpenAI's form, in Meta's, or a `ToolCall`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(value, ToolCall):
+        return value
+    call = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(call, Mapping):
+        raise ValueError(f"{short(value)} is no tool call")
+    name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            raise ValueError(f"the arguments of tool call {name!r} are not JSON: {short(arguments)}") from None
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
+        raise ValueError(f'a tool call needs a "name" and "arguments" that are a dictionary, this is {short(value)}')
+    identity = value.get("id")
+    return ToolCall(name, dict(arguments), identity) if isinstance(identity, str) else ToolCall(name, dict(arguments))
+
+
+def function_name(tool: Mapping[str, Any]) -> str:
+    """The name of the function in a tool's schema, which OpenAI wraps in {"type": "function", "function": ...}.
+
+    Raises:
+        ValueError: `tool` is no such schema.
+    """
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f'{short(tool)} is no tool; it must be {{"type": "function", "function": {{"name": ..., '
+            '"description": ..., "parameters": JSON schema}}'
+        )
+    return name
+
+
+def short(value: Any) -> str:
+    """A value as error messages show it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

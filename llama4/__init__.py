@@ -18,7 +18,7 @@ from llama4.version import __version__
 if TYPE_CHECKING:
     from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
-    from llama4.engine.replies import Reply, Stream, Usage
+    from llama4.engine.replies import Reply, Stream, TextDelta, ToolCallDelta, Usage
     from llama4.engine.sampling import Sampler
     from llama4.engine.tokens import Token
     from llama4.errors import ChatTemplateError, CheckpointError, ConfigError, ContextLengthError, ImageError
@@ -42,7 +42,7 @@ _HOMES = {
     "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
     "llama4.model.multimodal": ("Llama4Model",),
-    "llama4.engine.replies": ("Reply", "Stream", "Usage"),
+    "llama4.engine.replies": ("Reply", "Stream", "TextDelta", "ToolCallDelta", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
     "llama4.text.tokenizer": ("Tokenizer",),
     "llama4.text.tool_calls": ("ToolCall",),
@@ -67,9 +67,11 @@ __all__ = [
     "Sampler",
     "Stream",
     "TextConfig",
+    "TextDelta",
     "Token",
     "Tokenizer",
     "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "VisionConfig",
     "__version__",

@@ -384,7 +384,7 @@ class Llama4:
             self.cache = PromptCache(self.model, cache, rows[0])
             events = self.cache.recorded(events)
         lengths = inputs.attention_mask.sum(dim=1).tolist()
-        return events, [ReplyBuilder(length, tools, tokenizer.tool_call_id) for length in lengths]
+        return events, [ReplyBuilder(length, tools, tokenizer.special_tokens) for length in lengths]
 
     def load_cache(self, path: str | Path) -> None:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.

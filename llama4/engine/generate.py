@@ -93,7 +93,7 @@ class _Row:
     def push(self, token: Token, ends: bool, silent: bool) -> Event:
         """Take one more token; `ends` says that it ends the reply, `silent` that it is no text."""
         self.budget -= 1
-        text = self.text.push(b"" if ends or silent else token.bytes)
+        text = self.text.flush() if silent and not ends else self.text.push(b"" if ends else token.bytes)
         reason: FinishReason | None = "stop" if ends or self.text.stopped else None if self.budget else "length"
         return Event(self.index, token, text + self.text.finish() if reason else text, reason)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from llama4.engine.tokens import Event, FinishReason, Token
-from llama4.text.tool_calls import ToolCall, parse_reply
+from llama4.text.tool_calls import MARKS, CallReader, ToolCall, names_of
+
+CALLS_TOOLS = ("<|eom|>", "<|eom_id|>")
+"""Tokens that end a reply which calls tools: Llama 4's, and Llama 3's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +25,48 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of a reply's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call. The pieces of `arguments` with one `index` join to the JSON of the call's arguments.
+
+    A call comes when it is complete, as one piece: before that, it may still turn out to be text.
+
+    Attributes:
+        index: of the call in the reply's `tool_calls`.
+        id, name: the call's.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+Delta = TextDelta | ToolCallDelta
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What the model said.
 
     Attributes:
         text: without tool calls, stop strings and special tokens.
         tool_calls: the functions it wants called.
-        finish_reason: "stop" if the model ended or a stop string came, "length" at a limit, None if interrupted.
+        finish_reason: "tool_calls" if there are any; else "stop" if the model ended or a stop string came, "length" at
+            a limit, None if interrupted.
         usage: how many tokens it took.
         logprobs: every generated token with its log-probability before temperature and the like.
     """
 
     text: str
     tool_calls: list[ToolCall]
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     usage: Usage
     logprobs: list[Token]
 
@@ -41,47 +74,82 @@ class Reply:
         return self.text
 
 
-@dataclass
 class ReplyBuilder:
-    """A reply, event by event."""
+    """A reply, event by event.
 
-    prompt_tokens: int
-    tools: Sequence[Mapping[str, Any]] | None
-    call_id: int | None
-    """Id of `<|python_start|>`, which begins a tool call even where no tools were given."""
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    Args:
+        prompt_tokens: how many.
+        tools: the function schemas that the model was given. Where it was given none, it may have been told of tools
+            in the conversation: its calls are read after `<|python_start|>`, and at the end of a reply that ends with
+            `<|eom|>`.
+        special_tokens: the tokenizer's, name -> id.
+    """
 
-    def add(self, event: Event) -> None:
-        self.text += event.text
-        self.tokens.append(event.token)
-        self.finish_reason = event.finish_reason
+    def __init__(
+        self, prompt_tokens: int, tools: Sequence[Mapping[str, Any]] | None, special_tokens: Mapping[str, int]
+    ) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._reader = CallReader(names_of(tools), certain=bool(tools))
+        self._marks = {special_tokens[name]: name for name in MARKS if name in special_tokens}
+        self._calls_tools = {special_tokens[name] for name in CALLS_TOOLS if name in special_tokens}
+        self._text: list[str] = []
+        self._tool_calls: list[ToolCall] = []
+        self._tokens: list[Token] = []
+        self._finish_reason: FinishReason | None = None
+
+    def add(self, event: Event) -> list[Delta]:
+        """Take one more token; return what is certain now."""
+        self._tokens.append(event.token)
+        self._finish_reason = event.finish_reason
+        pieces = self._reader.push(event.text)
+        if mark := self._marks.get(event.token.id):
+            pieces += self._reader.mark(mark)
+        if event.finish_reason:
+            pieces += self._reader.finish(calls_tools=event.token.id in self._calls_tools)
+        return [self._delta(piece) for piece in pieces]
+
+    def _delta(self, piece: str | ToolCall) -> Delta:
+        if isinstance(piece, str):
+            self._text.append(piece)
+            return TextDelta(piece)
+        self._tool_calls.append(piece)
+        return ToolCallDelta(len(self._tool_calls) - 1, piece.id, piece.name, json.dumps(piece.arguments))
 
     def reply(self) -> Reply:
-        text, calls = self.text, list[ToolCall]()
-        if self.tools or any(token.id == self.call_id for token in self.tokens):
-            text, calls = parse_reply(text, self.tools)
-        usage = Usage(self.prompt_tokens, len(self.tokens), self.prompt_tokens + len(self.tokens))
-        return Reply(text, calls, self.finish_reason, usage, list(self.tokens))
+        """What is certain so far; after the last token, the whole reply."""
+        count = len(self._tokens)
+        return Reply(
+            "".join(self._text),
+            list(self._tool_calls),
+            "tool_calls" if self._tool_calls else self._finish_reason,
+            Usage(self._prompt_tokens, count, self._prompt_tokens + count),
+            list(self._tokens),
+        )
 
 
 class Stream(Iterator[str]):
     """A streamed reply: an iterator of pieces of text, none of them empty or with half a character.
 
-    The pieces join to the reply's text, with tool calls as the model wrote them. Iteration may stop at any point.
+    The pieces join to the reply's text, without tool calls; `events` has these, too. Iteration may stop at any point.
     """
 
     def __init__(self, events: Iterator[Event], builder: ReplyBuilder) -> None:
         self._events = events
         self._builder = builder
+        self._deltas: deque[Delta] = deque()
 
     def __next__(self) -> str:
-        for event in self._events:
-            self._builder.add(event)
-            if event.text:
-                return event.text
-        raise StopIteration
+        return next(delta.text for delta in self.events() if isinstance(delta, TextDelta))
+
+    def events(self) -> Iterator[TextDelta | ToolCallDelta]:
+        """The rest of the reply: pieces of text, and tool calls as they come."""
+        while True:
+            while self._deltas:
+                yield self._deltas.popleft()
+            event = next(self._events, None)
+            if event is None:
+                return
+            self._deltas.extend(self._builder.add(event))
 
     @property
     def reply(self) -> Reply:

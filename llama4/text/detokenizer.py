@@ -29,6 +29,10 @@ class TextAssembler:
             return self._release(min(ends)[1])
         return self._release(len(self._held) - self._begun())
 
+    def flush(self) -> str:
+        """What may have been the beginning of a stop string, once something that is no text comes between."""
+        return self._release(len(self._held))
+
     def finish(self) -> str:
         """What was held back, once no more bytes come."""
         return "" if self.stopped else self._release(len(self._held))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import keyword
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import jinja2
 import llama_models.llama4.tokenizer as meta
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
 from llama_models.datatypes import ToolCall as MetaToolCall
 from PIL import Image
@@ -251,115 +247,6 @@ USER = {"role": "user", "content": "x"}
 def test_malformed_messages_are_named(messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render(messages, tokenizer())
-
-
-CALLS = [
-    ('{"name": "f", "parameters": {"a": 1}}', "", [("f", {"a": 1})]),
-    (
-        '{"type": "function", "name": "f", "parameters": {"a": {"b": [{"c": null}]}}}',
-        "",
-        [("f", {"a": {"b": [{"c": None}]}})],
-    ),
-    ('{"name": "f", "arguments": {"a": 1}}', "", [("f", {"a": 1})]),
-    ('{"name": "f", "arguments": "{\\"a\\": 1}"}', "", [("f", {"a": 1})]),
-    ('{"type": "function", "function": {"name": "f", "arguments": {}}}', "", [("f", {})]),
-    ('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', "", [("f", {}), ("g", {})]),
-    ('[{"name": "f", "parameters": {}}, {"name": "g", "parameters": {}}]', "", [("f", {}), ("g", {})]),
-    ('[f(a=1), g(b="x")]', "", [("f", {"a": 1}), ("g", {"b": "x"})]),
-    ("[f()]", "", [("f", {})]),
-    ("<|python_start|>[f(a=\"[(}\", b='it\\'s')]<|python_end|>", "", [("f", {"a": "[(}", "b": "it's"})]),
-    ("[f(a=[1, [2.5, -3]], b={'k': (None, True)})]", "", [("f", {"a": [1, [2.5, -3]], "b": {"k": (None, True)}})]),
-    ("[f(a=true, b=null, c=[false])]", "", [("f", {"a": True, "b": None, "c": [False]})]),
-    ("[ns.f(\n  a = 1,\n)]", "", [("ns.f", {"a": 1})]),
-    ('[f(a="\\d")]', "", [("f", {"a": "\\d"})]),
-    ("Don't worry [I know]: [f(a=1)] That's it.", "Don't worry [I know]:  That's it.", [("f", {"a": 1})]),
-    ("Sure.<|python_start|>\n[f(a=1)]<|python_end|>", "Sure.", [("f", {"a": 1})]),
-    ('<|python_start|>Let me look.<|python_end|>{"name": "f", "parameters": {}}', "Let me look.", [("f", {})]),
-    ('```json\n{"name": "f", "parameters": {}}\n```', "", [("f", {})]),
-    (
-        'für "Zürich": [f(stadt="Zürich", ✓=1)] [g(ä="ö")]',
-        'für "Zürich": [f(stadt="Zürich", ✓=1)]',
-        [("g", {"ä": "ö"})],
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "said", "calls"), CALLS)
-def test_tool_calls_are_found(text: str, said: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
-    assert parse_reply(text) == (said, [ToolCall(name, arguments) for name, arguments in calls])
-
-
-NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name))
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(-1e9, 1e9) | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), min_size=1, max_size=3),
-    st.sampled_from(["", "Let me look. ", "See [1], {x}: "]),
-    st.booleans(),
-)
-def test_any_calls_in_any_form_are_found(calls: list[tuple[str, dict[str, Any]]], prose: str, marked: bool) -> None:
-    wanted = [ToolCall(name, arguments) for name, arguments in calls]
-    python = ", ".join(f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls)
-    objects = [{"name": name, "parameters": arguments} for name, arguments in calls]
-    for form in (f"[{python}]", json.dumps(objects), "; ".join(json.dumps(each) for each in objects)):
-        text = f"<|python_start|>{form}<|python_end|>" if marked else form
-        assert parse_reply(prose + text) == (prose.strip() if prose else "", wanted), prose + text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Just text.",
-        " spaces stay \n",
-        "[1, 2, 3]",
-        '{"name": "Ada"}',
-        '{"name": 5, "parameters": {}}',
-        '{"name": "f", "parameters": [1]}',
-        '{"name": "f", "parameters": {"a": 1}',
-        '{"result": {"name": "f", "parameters": {}}}',
-        "[f(1)]",
-        "[f(a=b)]",
-        "[f(a=g(b=1))]",
-        "[f(a=[g(b=1)])]",
-        "[f(a=1]",
-        "[f(a=1), 5]",
-        "[f(**{'a': 1})]",
-        "[f(a='x)]",
-        "[f(a=__import__('os').system('touch x'))]",
-        "[(lambda: 1)()]",
-        "[f().g(a=1)]",
-        "[f(a=9**9**9)]",
-        "[f(a=" + "1" * 10_000 + ")]",
-        "[f(a=" + "-" * 90_000 + "1)]",
-        "[f(a=" + "[" * 90 + "\0" + "]" * 90 + ")]",
-        "[f(" * 30_000,
-        '{"a":' * 30_000,
-        '[f("' * 30_000,
-    ],
-    ids=lambda text: text[:40],
-)
-def test_what_is_no_call_stays_text(text: str) -> None:
-    assert parse_reply(text) == (text, [])
-
-
-def test_only_known_functions_count() -> None:
-    text = '[get_weather(city="Bern")] [rm(path="/")]'
-    assert parse_reply(text, tools=[WEATHER]) == ('[rm(path="/")]', [ToolCall("get_weather", {"city": "Bern"})])
-    assert parse_reply(text, tools=[]) == (text, [])
-
-
-def test_calls_have_different_ids() -> None:
-    _, calls = parse_reply("[f(), f()]")
-    assert calls[0] == calls[1]
-    assert calls[0].id != calls[1].id
-    assert re.fullmatch(r"call_[0-9a-f]{24}", calls[0].id)
 
 
 def test_a_reply_with_calls_can_be_sent_back() -> None:

@@ -13,6 +13,8 @@ from llama4.text.tool_calls.spellings import beginnings, read_spelled
 
 LONGEST = 1 << 20
 """Characters of one call; what is longer is text."""
+PART = 4096
+"""Characters that are taken at a time, as what is open is copied when a part of it is settled."""
 
 _BRACKET_OR_QUOTE = re.compile(r"[\[\](){}'\"]")
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
@@ -64,8 +66,9 @@ class Finder:
 
     def push(self, text: str) -> list[Piece]:
         """Take more text; return what is certain now."""
-        self._text += text
-        next(self._reading)
+        for start in range(0, len(text), PART):
+            self._text += text[start : start + PART]
+            next(self._reading)
         return self._take()
 
     def finish(self) -> list[Piece]:

@@ -12,7 +12,7 @@ from llama4.text.tool_calls.spellings import CODE_INTERPRETER, END_MARK, is_code
 
 _BETWEEN_CALLS = " \t\r\n;,"
 _FENCE = re.compile(r"\s*```\w*\s*\Z")
-_FENCE_BEGUN = re.compile(r"\s*(?:`{1,2}|```\w*\s*)?\Z")
+_FENCE_BEGUN = re.compile(r"(\s*)(?:`{1,2}|```\w*\s*)?\Z")
 _END_OF_FENCE = re.compile(r"\s*```")
 _END_OF_FENCE_BEGUN = re.compile(r"\s*`{0,2}")
 
@@ -169,6 +169,7 @@ class _Said:
         self._goes_on = False  # since the last call
         self._before = ""  # held back, of what stands before the last call
         self._held = ""  # held back, of what stands behind it
+        self._blanks = 0  # at its beginning, as a model may well write thousands
 
     def say(self, text: str) -> str:
         """Take more text; return what is certain to stay."""
@@ -176,22 +177,26 @@ class _Said:
         if not self._goes_on and (fence := _FENCE.search(self._before)):
             if end := _END_OF_FENCE.match(self._held):
                 self._before, self._held = self._before[: fence.start()], self._held[end.end() :]
+                self._blanks = 0
             elif _END_OF_FENCE_BEGUN.fullmatch(self._held):
                 return ""
-        open_end = _FENCE_BEGUN.search(self._held)
+        open_end = _FENCE_BEGUN.search(self._held, self._blanks)
         assert open_end is not None
-        text, held = self._held[: open_end.start()], self._held[open_end.start() :]
+        certain = open_end.start() if open_end.start() > self._blanks else 0
+        text = self._held[:certain]
         if not self._goes_on and not text.strip(_BETWEEN_CALLS):
+            self._blanks = 0 if certain else open_end.end(1)
             return ""
+        self._held, self._blanks = self._held[certain:], open_end.end(1) - certain
         text = self._before + text
         text = text.lstrip() if self._calls and not self._speaks else text
-        self._before, self._held, self._goes_on, self._speaks = "", held, True, True
+        self._before, self._goes_on, self._speaks = "", True, True
         return text
 
     def call(self) -> None:
         """A call stands here."""
         self._before += self._held if self._goes_on else self._held.lstrip(_BETWEEN_CALLS)
-        self._held, self._goes_on, self._calls = "", False, True
+        self._held, self._blanks, self._goes_on, self._calls = "", 0, False, True
 
     def finish(self) -> str:
         """The rest, once no more text comes."""

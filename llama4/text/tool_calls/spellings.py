@@ -51,7 +51,7 @@ class Beginnings:
         quote = "[\"']"
         key, key_begun = quote, ""
         if not certain:
-            key, key_begun = f"{quote}{_any_of(_KEYS)}{quote}", f"(?:{quote}{_begun(_KEYS)})?"
+            key, key_begun = f"{quote}{_any_of(_KEYS)}{quote}", f"(?:{quote}{_begun(_KEYS)}?)?"
         member_begun = f"(?:{name}{_BLANK})?"
         self.member = re.compile(rf"{name}{_BLANK}(?=\()|(?=\{{)")
         self.member_begun = re.compile(member_begun)
@@ -74,9 +74,9 @@ class Beginnings:
             names, names_begun = _any_of(built_in), _begun(built_in)
             forms.append(("built_in", r"(?<![\w.])", names + arguments, f"{names_begun}|{names}{arguments_begun}"))
         if bare and (known is None or known):
-            names, names_begun = (_NAME, f"(?:{_NAME})?") if known is None else (_any_of(known), _begun(known))
+            names, names_begun = (_NAME, _NAME) if known is None else (_any_of(known), _begun(known))
             line = r"(?<=\n)[ \t;,]{0,64}"
-            forms.append(("bare", line, names + arguments, f"{names_begun}|{names}{arguments_begun}"))
+            forms.append(("bare", line, names + arguments, f"(?:{names_begun})?|{names}{arguments_begun}"))
         self.found = re.compile("|".join(f"{before}(?P<{form}>{full})" for form, before, full, _ in forms))
         self.begun = re.compile("|".join(f"{before}(?:{begun})\\Z" for _, before, _, begun in forms))
 

@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import logging
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4 import CheckpointError, ContextLengthError, ImageError, Llama4, Reply
+from llama4 import CheckpointError, ContextLengthError, ImageError, Llama4, Reply, TextDelta, ToolCallDelta
 from llama4.config import scout
-from llama4.engine.replies import ReplyBuilder
-from llama4.engine.tokens import Event, Token
+from llama4.engine.tokens import Event, FinishReason, Token
 from llama4.model.device import resolve_device, resolve_dtype
 from llama4.tiny import EMBEDDED
 from tests import small_model
@@ -127,24 +128,94 @@ def test_leaving_a_stream_leaves_the_model_usable(llm: Llama4) -> None:
     assert llm.chat("hello", max_new_tokens=8) == expected
 
 
-def made(llm: Llama4, text: str, **settings: object) -> Reply:
-    """A reply of these words."""
-    draft = ReplyBuilder(3, settings.get("tools"), llm.tokenizer.special("<|python_start|>"))  # type: ignore[arg-type]
-    for id_ in settings.get("before", []):  # type: ignore[attr-defined]
-        draft.add(Event(0, Token(id_, b"", 0.0), "", None))
-    draft.add(Event(0, Token(1, b"", 0.0), text, "stop"))
-    return draft.reply()
+CALL = '{"name": "add", "parameters": {"a": 1}}'
 
 
-def test_tool_calls_are_read_where_tools_were_given_or_the_model_says_so(llm: Llama4) -> None:
-    text = '{"name": "add", "parameters": {"a": 1}}'
-    called = made(llm, "Sure. " + text, tools=[TOOL])
-    assert [(call.name, call.arguments) for call in called.tool_calls] == [("add", {"a": 1})]
-    assert called.text == "Sure."
-    assert made(llm, text).text == text  # an answer that happens to be JSON
-    assert made(llm, text).tool_calls == []
-    announced = made(llm, "[add(a=1)]", before=[llm.tokenizer.special("<|python_start|>")])
-    assert [(call.name, call.arguments) for call in announced.tool_calls] == [("add", {"a": 1})]
+@pytest.fixture
+def say(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Lets the model say these texts, one a row: special tokens by their names, the rest character by character."""
+    special = llm.tokenizer.special_tokens
+    ends = ("<|eot|>", "<|eom|>")
+
+    def events(*texts: str) -> Iterator[Event]:
+        for row, text in enumerate(texts):
+            words = [word for word in re.split(r"(<\|\w+\|>)|(.)", text, flags=re.DOTALL) if word]
+            for i, word in enumerate(words):
+                reason: FinishReason | None = "stop" if word in ends else "length" if i == len(words) - 1 else None
+                yield Event(row, Token(special.get(word, 1), b"", 0.0), "" if word in special else word, reason)
+
+    def set_texts(*texts: str) -> None:
+        monkeypatch.setattr("llama4.api.generate", lambda *_, **__: events(*texts))
+        llm.cache = None
+
+    yield set_texts
+    llm.cache = None  # which holds keys and values of nothing
+
+
+@pytest.mark.parametrize(
+    ("text", "tools", "said", "calls"),
+    [
+        (f"Sure. {CALL}<|eot|>", [TOOL], "Sure.", ["add"]),
+        (f"{CALL}<|eot|>", None, CALL, []),  # an answer that happens to be JSON
+        (f"Sure. {CALL}<|eom|>", None, "Sure.", ["add"]),  # announced in the conversation
+        ("<|python_start|>[add(a=1), add(a=1)]<|python_end|><|eot|>", None, "", ["add", "add"]),
+        ("<|python_start|>[add(a=1)]<|python_end|><|eom|>", [TOOL], "", ["add"]),
+        ('<|python_start|>print("1")<|python_end|><|eom|>', None, "", ["code_interpreter"]),
+        (f"Sure. {CALL}", [TOOL], "Sure.", ["add"]),  # the limit came behind the call
+        (f"Sure. {CALL[:-1]}", [TOOL], f"Sure. {CALL[:-1]}", []),
+        (f"<|python_start|>{CALL}", [], CALL, []),
+    ],
+)
+def test_tool_calls(
+    llm: Llama4,
+    say: Callable[..., None],
+    text: str,
+    tools: list[dict[str, object]] | None,
+    said: str,
+    calls: list[str],
+) -> None:
+    """Read alike by chat, chat_batch and stream, which tells them as they come."""
+    say(text, "No.<|eot|>")
+    replies = llm.chat_batch(["hi", "hi"], tools=tools)
+    say(text)
+    reply = llm.chat("hi", tools=tools)
+    assert reply == replies[0]
+    assert (reply.text, [call.name for call in reply.tool_calls]) == (said, calls)
+    reason = "stop" if text.endswith("|>") else "length"
+    assert reply.finish_reason == ("tool_calls" if calls else reason)
+    assert (replies[1].text, replies[1].finish_reason) == ("No.", "stop")
+
+    say(text)
+    pieces = list(stream := llm.stream("hi", tools=tools))
+    assert all(pieces)
+    assert "".join(pieces) == stream.reply.text == said
+    assert stream.reply == reply
+
+    say(text)
+    deltas = list((stream := llm.stream("hi", tools=tools)).events())
+    assert "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)) == said
+    found: dict[int, tuple[str, str, str]] = {}
+    for delta in deltas:
+        if isinstance(delta, ToolCallDelta):
+            before = found.get(delta.index, (delta.id, delta.name, ""))
+            assert before[:2] == (delta.id, delta.name)
+            found[delta.index] = (*before[:2], before[2] + delta.arguments)
+    assert sorted(found) == list(range(len(calls)))
+    for (id_, name, arguments), call in zip(found.values(), stream.reply.tool_calls, strict=True):
+        assert (id_, name, json.loads(arguments)) == (call.id, call.name, call.arguments)
+
+
+def test_calls_come_before_the_reply_ends(llm: Llama4, say: Callable[..., None]) -> None:
+    say(f"Look: {CALL} Wait.<|eot|>")
+    stream = llm.stream("hi", tools=[TOOL])
+    assert next(stream) == "L"
+    events = stream.events()
+    while not isinstance(event := next(events), ToolCallDelta):
+        assert event.text in "ook:"
+    assert stream.reply.usage.completion_tokens == len(f"Look: {CALL}")
+    assert stream.reply.tool_calls[0].id == event.id
+    assert "".join(stream) == "  Wait."  # pieces and events take turns
+    assert stream.reply.text == "Look:  Wait."
 
 
 def test_tools_reach_the_prompt(llm: Llama4) -> None:

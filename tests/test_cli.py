@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llama4 import Llama4, __version__
+from llama4 import Inputs, Llama4, Token, __version__
 from llama4.cli.main import main
 from llama4.engine.runner import ModelRunner
+from llama4.engine.tokens import Event
 from tests import small_model
 
 LIMIT = ["--max-new-tokens", "12"]
@@ -179,6 +180,34 @@ def test_dtype_and_experts(directory: Path, capsys: pytest.CaptureFixture[str], 
     options = ["--dtype", "float64", "--experts", "loop", "--device", "cpu"]
     code, out, _ = run(capsys, "generate", "--model", str(directory), *options, *LIMIT, "hi")
     assert (code, out) == (0, llm.chat("hi", max_new_tokens=12).text + "\n")
+
+
+CALL = '{"name": "weigh", "arguments": {"what": "Käse", "kg": [1, null]}}'
+
+
+@pytest.mark.parametrize(("said", "printed"), [("I weigh. ", "I weigh.\n"), ("", "")])
+def test_tool_calls_are_printed(
+    said: str,
+    printed: str,
+    directory: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    llm: Llama4,
+) -> None:
+    prompts: list[str] = []
+
+    def events(runner: object, tokenizer: object, inputs: Inputs, **_: object) -> Iterator[Event]:
+        prompts.append(llm.tokenizer.decode(inputs.input_ids[0].tolist()))
+        yield Event(0, Token(llm.tokenizer.special("<|eom|>"), b"", 0.0), said + CALL, "stop")
+
+    monkeypatch.setattr("llama4.api.generate", events)
+    printed += CALL + "\n"
+    assert run(capsys, "generate", "--model", str(directory), "hi")[:2] == (0, printed)
+    found = json.loads(run(capsys, "generate", "--model", str(directory), "--json", "hi")[1])
+    assert (found["finish_reason"], len(found["tool_calls"])) == ("tool_calls", 1)
+    code, out, _ = talk(monkeypatch, capsys, directory, "hi", "well?")
+    assert (code, "\n".join(out)) == (0, printed * 2)
+    assert '"name": "weigh"' in prompts[-1]  # the conversation holds the call
 
 
 # -- chat ----------------------------------------------------------------------------------------------------------

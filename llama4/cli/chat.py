@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llama4.cli.generate import end_reply
 from llama4.cli.options import add_chat_options, chat_options, load_model, opening
 
 if TYPE_CHECKING:
@@ -118,5 +119,8 @@ class Conversation:
         self.pictures = []
         if stream is not None:  # else Ctrl-C came before the first token
             reply = stream.reply
-            print(" (cut at --max-new-tokens or the window)" if reply.finish_reason == "length" else "")
-            self.messages += [question, {"role": "assistant", "content": reply.text}]
+            end_reply(reply, " (cut at --max-new-tokens or the window)" if reply.finish_reason == "length" else "")
+            answer: dict[str, Any] = {"role": "assistant", "content": reply.text}
+            if reply.tool_calls:
+                answer["tool_calls"] = [call.to_openai() for call in reply.tool_calls]
+            self.messages += [question, answer]

@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
     for piece in stream:
         if not options.json:
             print(piece, end="", flush=True)
-    print(json.dumps(as_json(stream.reply), ensure_ascii=False) if options.json else "")
+    if options.json:
+        print(json.dumps(as_json(stream.reply), ensure_ascii=False))
+    else:
+        end_reply(stream.reply)
     return 0
 
 
@@ -68,6 +71,14 @@ def read_stdin() -> str:
             f"stdin is not UTF-8: byte {data[error.start]:#04x} at {error.start}; convert it first, for instance with "
             "iconv -f latin1 -t utf-8"
         ) from None
+
+
+def end_reply(reply: Reply, remark: str = "") -> None:
+    """End the line of a reply's text, with a remark, and print its tool calls, one JSON object a line."""
+    if reply.text or remark or not reply.tool_calls:
+        print(remark)
+    for call in reply.tool_calls:
+        print(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
 
 
 def as_json(reply: Reply) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def test_files_of_the_tour_exist() -> None:
     assert all((ROOT / file).is_file() for file in files), [file for file in files if not (ROOT / file).is_file()]
 
 
-def test_tests_of_every_line_exist() -> None:
-    rows = [line for line in page("docs/fidelity.md").splitlines() if line.startswith("|") and "test_" in line]
+@pytest.mark.parametrize("name", ["docs/fidelity.md", "docs/checkpoints.md"])
+def test_tests_of_every_line_exist(name: str) -> None:
+    rows = [line for line in page(name).splitlines() if line.startswith("|") and "test_" in line]
     assert len(rows) > 25
     for row in rows:
         file = ""

@@ -85,14 +85,16 @@ def find(name: str, revision: str | None = None, token: str | None = None, subfo
     found = Model(layout.read_config(directory), directory, layout, shards=shards, origin=hub.origin_of(directory))
     if shards is None:
         if layout.has_weights(directory):
-            return replace(found, weights=checkpoint.open_checkpoint(directory)[1])
+            config, weights = checkpoint.open_checkpoint(directory)
+            return replace(found, config=config, weights=weights)
         return replace(found, why_no_weights=why_unreadable(files_in(directory)))
     if not (files := shards.matching(layout.weight_files)):
         return replace(found, why_no_weights=why_unreadable(shards.sizes))
     if not layout.in_shards:
         why = f"{bytes_text(sum(files.values()))} of weights, described once they are on this machine"
         return replace(found, why_no_weights=why)
-    return replace(found, weights=checkpoint.open_checkpoint(directory, shards)[1])
+    config, weights = checkpoint.open_checkpoint(directory, shards)
+    return replace(found, config=config, weights=weights)
 
 
 def describe_model(model: Model, context: int | None = None) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
         "weights": None
         if summary is None
         else {"bytes": summary.bytes, "dtypes": list(summary.dtypes), "about": str(summary)},
+        "notes": list(model.weights.notes) if model.weights is not None else [],
         "why_no_weights": model.why_no_weights,
         "fetched_bytes": model.shards.fetched if model.shards is not None else 0,
         "repository": vars(model.origin) if model.origin is not None else None,
@@ -282,6 +285,8 @@ def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
         lines["files"] += files["weights"]["about"]
     else:
         lines["files"] += files["why_no_weights"] or "no weights here"
+    if files["notes"]:
+        lines["loading"] = "; ".join(files["notes"])
     if files["fetched_bytes"]:
         lines["files"] += f"; headers alone were fetched, {bytes_text(files['fetched_bytes'])}"
     if repository := files["repository"]:

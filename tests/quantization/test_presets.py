@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama4.api import Llama4
+from llama4.cli.main import main
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
+from llama4.weights import memory
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, quantize
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
@@ -398,16 +400,23 @@ def test_saved_and_loaded_again_it_is_the_same(plain: Path, tmp_path: Path, name
 
 
 @torch.inference_mode()
-def test_what_is_dequantized_can_be_quantized_again(plain: Path, tmp_path: Path) -> None:
+def test_what_is_dequantized_can_be_quantized_again(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As any checkpoint in bf16: the remedy where it would not fit into memory."""
     write(plain, tmp_path / "model", DEQUANTIZED["W4A16_ASYM"])
-    (note,) = open_checkpoint(tmp_path / "model")[1].notes
-    assert "38 matrices are stored in int4, a scale and a zero point per 32 weights, for which" in note
+    assert main(["info", str(tmp_path / "model")]) == 0
+    note = "38 matrices are stored in int4, a scale and a zero point per 32 weights, for which there are no kernels"
+    assert f"loading     {note}" in capsys.readouterr().out
     quantize(tmp_path / "model", tmp_path / "int8", "int8", progress=False)
     truth = loaded(tmp_path / "model")(IDS)
     for again in (loaded(tmp_path / "model", "int8"), loaded(tmp_path / "int8")):
         assert {module.format.kind for _, module in packed(again)} == {"int8"}
         assert median_error(again(IDS), truth) < 0.05
+    monkeypatch.setattr(memory, "total", lambda device: 400_000)
+    with pytest.raises(CheckpointError, match=r"of weights do not fit into .* quantize them .*quantization='int4'"):
+        loaded(tmp_path / "model", dtype="bfloat16")
+    loaded(tmp_path / "model", "int8", dtype="bfloat16")
 
 
 def four_bits(weight: Tensor, scheme: QuantizationScheme) -> tuple[dict[str, Tensor], Tensor]:

@@ -47,6 +47,7 @@ class Processor:
         pixel_shuffle_ratio: how much the adapter shrinks the grid of patches along each side.
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
+        resize_to_max_canvas, resample, rescale_factor: see `tile_image`.
         compose: the family's prompt format.
         template: the checkpoint's own; it is used unless it writes what the family's does.
 
@@ -65,6 +66,10 @@ class Processor:
         std: float | tuple[float, float, float] = 0.5,
         compose: Compose = compose,
         template: ChatTemplate | None = None,
+        *,
+        resize_to_max_canvas: bool = False,
+        resample: str = "bilinear",
+        rescale_factor: float = 1 / 255,
     ) -> None:
         if max_tiles < 1:
             raise ValueError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
@@ -72,6 +77,9 @@ class Processor:
         self.image_size = image_size
         self.max_tiles = max_tiles
         self.mean, self.std = mean, std
+        self.resize_to_max_canvas = resize_to_max_canvas
+        self.resample = resample
+        self.rescale_factor = rescale_factor
         self.template = template
         self._compose = compose
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
@@ -95,6 +103,9 @@ class Processor:
             vision.image_std,
             compose,
             template,
+            resize_to_max_canvas=vision.resize_to_max_canvas,
+            resample=vision.resample,
+            rescale_factor=vision.rescale_factor,
         )
 
     def __call__(
@@ -231,7 +242,16 @@ class Processor:
             raise ValueError(
                 "this model reads text alone, but the messages hold an image; use a model with a vision tower"
             )
-        return tile_image(load_image(source), self.image_size, self.max_tiles, self.mean, self.std)
+        return tile_image(
+            load_image(source),
+            self.image_size,
+            self.max_tiles,
+            self.mean,
+            self.std,
+            resize_to_max_canvas=self.resize_to_max_canvas,
+            resample=self.resample,
+            rescale_factor=self.rescale_factor,
+        )
 
     def render(
         self,

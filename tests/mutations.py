@@ -163,8 +163,8 @@ MUTATIONS = [
     Mutation(
         "the global tile first",
         "vision/tiling.py",
-        "torch.cat([tiles, _resize(pixels, tile, tile).unsqueeze(0)])",
-        "torch.cat([_resize(pixels, tile, tile).unsqueeze(0), tiles])",
+        "torch.cat([tiles, _resize(pixels, tile, tile, resample).unsqueeze(0)])",
+        "torch.cat([_resize(pixels, tile, tile, resample).unsqueeze(0), tiles])",
         "tests/vision/test_tiling.py::test_pixels_are_the_references",
     ),
     Mutation(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RESAMPLE = {"nearest-exact": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Filters that resize pictures, and PIL's numbers of them, which files have."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Vision tower, adapter and image preparation of a Llama 4 model. The defaults are those of every released model.
 
-    `max_tiles`, `image_mean` and `image_std` come from `preprocessor_config.json` (there `max_patches`), all else from
-    the `vision_config` of `config.json`.
+    From `max_tiles` on, fields come from the image processor's file (there `max_patches`), those before from the
+    `vision_config` of `config.json`, but for `norm_eps`, which is the same in all models.
     """
 
     hidden_size: int = 1408
@@ -29,6 +32,11 @@ class VisionConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_tiles: int = 16
+    resize_to_max_canvas: bool = False
+    """Whether pictures are enlarged to the most tiles that they fill, not at most to one tile's side."""
+    resample: str = "bilinear"
+    """One of `RESAMPLE`."""
+    rescale_factor: float = 1 / 255
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -36,6 +44,8 @@ class VisionConfig:
         for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size", "max_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vision {name} must be at least 1, not {getattr(self, name)}")
+        if self.resample not in RESAMPLE:
+            raise ValueError(f"resample {self.resample!r} is not known; choose one of {', '.join(RESAMPLE)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "

@@ -44,12 +44,14 @@ def tokens_per_tile(tile: int, patch: int, pixel_shuffle_ratio: float = 0.5) -> 
     return int(side) ** 2
 
 
-def best_canvas(height: int, width: int, tile: int = 336, max_tiles: int = 16) -> tuple[int, int]:
+def best_canvas(
+    height: int, width: int, tile: int = 336, max_tiles: int = 16, largest: bool = False
+) -> tuple[int, int]:
     """The grid (rows, cols) of at most `max_tiles` tiles that an image of `height` x `width` pixels is resized into.
 
-    With scale = min(rows * tile / height, cols * tile / width): the smallest scale >= 1 if there is one, else the
-    largest; among equal scales the fewest tiles. Scales are compared in float32, as the references do: in large images
-    two fractions that differ by less than its precision are equal.
+    With scale = min(rows * tile / height, cols * tile / width): the smallest scale >= 1 if there is one, else, or if
+    `largest`, the largest of all; among equal scales the fewest tiles. Scales are compared in float32, as the
+    references do: in large images two fractions that differ by less than its precision are equal.
 
     Raises:
         ValueError: an image without pixels, or a size below 1.
@@ -62,7 +64,7 @@ def best_canvas(height: int, width: int, tile: int = 336, max_tiles: int = 16) -
     sides = (grids * tile).to(torch.float32)
     scales = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
     enlarging = scales[scales >= 1]
-    chosen = enlarging.min() if enlarging.numel() else scales.max()
+    chosen = enlarging.min() if enlarging.numel() and not largest else scales.max()
     candidates: list[list[int]] = grids[scales == chosen].tolist()
     rows, cols = min(candidates, key=lambda grid: grid[0] * grid[1])
     return rows, cols
@@ -82,17 +84,24 @@ def tile_image(
     max_tiles: int = 16,
     mean: float | tuple[float, float, float] = 0.5,
     std: float | tuple[float, float, float] = 0.5,
+    *,
+    resize_to_max_canvas: bool = False,
+    resample: str = "bilinear",
+    rescale_factor: float = 1 / 255,
 ) -> Tiles:
     """Resize with the aspect ratio kept, pad right and below with black, normalise, and cut into tiles.
 
-    An image is enlarged at most until its longer side is a tile's. If there is more than one tile, a global tile comes
-    last: the whole image resized to one tile, its aspect ratio not kept.
+    An image is enlarged at most until its longer side is a tile's, unless `resize_to_max_canvas`. If there is more than
+    one tile, a global tile comes last: the whole image resized to one tile, its aspect ratio not kept.
 
     Args:
         image: an RGB image (see `load_image`).
         tile: side of a tile in pixels, S.
         max_tiles: most tiles in the grid, not counting the global tile.
-        mean, std: of the normalisation (x / 255 - mean) / std, for all channels or one each.
+        mean, std: of the normalisation (x * rescale_factor - mean) / std, for all channels or one each.
+        resize_to_max_canvas: enlarge as far as `max_tiles` allow. Sizes are exact, as in Meta's code; transformers
+            rounds to float32 there, and has one pixel less in some.
+        resample: filter of both resizes: bilinear, bicubic and lanczos with antialiasing, or nearest-exact.
 
     Raises:
         ValueError: the image is not RGB or has no pixels, or an argument is out of range.
@@ -100,33 +109,37 @@ def tile_image(
     if image.mode != "RGB":
         raise ValueError(f"tile_image needs an RGB image, this one is {image.mode}; pass it through load_image first")
     width, height = image.size
-    rows, cols = best_canvas(height, width, tile, max_tiles)
+    rows, cols = best_canvas(height, width, tile, max_tiles, largest=resize_to_max_canvas)
     canvas_height, canvas_width = rows * tile, cols * tile
     # Memory order stays height, width, channel, for which the resize has its fastest kernel.
     pixels_HWC = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     pixels = pixels_HWC.permute(2, 0, 1).unsqueeze(0)
 
-    box = min(max(height, tile), canvas_height), min(max(width, tile), canvas_width)
+    box = canvas_height, canvas_width
+    if not resize_to_max_canvas:
+        box = min(max(height, tile), canvas_height), min(max(width, tile), canvas_width)
     canvas = pixels.new_zeros(3, canvas_height, canvas_width)
-    resized = _resize(pixels, *fit_within(height, width, *box))
+    resized = _resize(pixels, *fit_within(height, width, *box), resample)
     canvas[:, : resized.shape[1], : resized.shape[2]] = resized
 
     tiles = canvas.view(3, rows, tile, cols, tile).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, tile, tile)
     if rows * cols > 1:
-        tiles = torch.cat([tiles, _resize(pixels, tile, tile).unsqueeze(0)])
-    return Tiles(_normalise(tiles, mean, std), rows, cols)
+        tiles = torch.cat([tiles, _resize(pixels, tile, tile, resample).unsqueeze(0)])
+    return Tiles(_normalise(tiles, rescale_factor, mean, std), rows, cols)
 
 
-def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
+def _resize(pixels: Tensor, height: int, width: int, resample: str) -> Tensor:
     """[1, 3, h, w] uint8 -> [3, height, width] uint8."""
     if pixels.shape[-2:] == (height, width):
         return pixels[0]
-    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
+    if resample == "nearest-exact":
+        return F.interpolate(pixels, (height, width), mode=resample)[0]
+    return F.interpolate(pixels, (height, width), mode=resample, align_corners=False, antialias=True)[0]
 
 
 def _normalise(
-    tiles: Tensor, mean: float | tuple[float, float, float], std: float | tuple[float, float, float]
+    tiles: Tensor, scale: float, mean: float | tuple[float, float, float], std: float | tuple[float, float, float]
 ) -> Tensor:
     mean_C11 = torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
     std_C11 = torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
-    return tiles.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+    return tiles.to(torch.float32).div_(1 / scale).sub_(mean_C11).div_(std_C11)

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama4.config.fields import CONFIG, ROPE, TEXT, VISION
+from llama4.config.image_json import IMAGE_FILE, PROCESSOR_FILE, read_image_files
 from llama4.config.text import RopeScaling, TextConfig
 from llama4.errors import ConfigError
-from llama4.vision.config import VisionConfig
+from llama4.vision.config import RESAMPLE, VisionConfig
 
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("llama4", "llama4_text")
@@ -46,12 +48,17 @@ OTHER_MODELS = {
     "clip": "CLIP, an encoder",
 }
 """Beginning of `model_type` -> whose model it is: others that people try to load."""
-IMAGE_CONFIG_FILES = ("preprocessor_config.json", "processor_config.json")
-IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
+IMAGE_CONFIG_FILES = (IMAGE_FILE, PROCESSOR_FILE)
+IMAGE_TOKENS = {
+    "boi_token_index": "boi_token_id",
+    "eoi_token_index": "eoi_token_id",
+    "image_token_index": "image_token_id",
+}
+"""Fields of config.json -> other names that they have there, and that count more."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Those of the whole model come before those of its decoder, as in transformers."""
-IMAGE_FIELDS = {"max_tiles": "max_patches", "image_mean": "image_mean", "image_std": "image_std"}
-"""Fields of `VisionConfig` that preprocessor_config.json has, and their names there."""
+IMAGE_FIELDS = ("max_tiles", "resize_to_max_canvas", "resample", "rescale_factor", "image_mean", "image_std")
+"""Fields of `VisionConfig` that are not in config.json but in the image processor's file."""
 
 
 def read_directory(directory: Path) -> dict[str, Any]:
@@ -62,9 +69,10 @@ def read_directory(directory: Path) -> dict[str, Any]:
     """
     fields = read_config(load_json(directory / CONFIG_FILE))
     if fields["vision"] is not None:
-        paths = (directory / name for name in IMAGE_CONFIG_FILES)
-        found = (_read_image_config(load_json(path)) for path in paths if path.is_file())
-        fields["vision"] = dataclasses.replace(fields["vision"], **next(filter(None, found), {}))
+        paths = {name: directory / name for name in IMAGE_CONFIG_FILES}
+        contents = {name: load_json(path) if path.is_file() else {} for name, path in paths.items()}
+        image_fields = read_image_files(contents[PROCESSOR_FILE], contents[IMAGE_FILE], fields["vision"])
+        fields["vision"] = dataclasses.replace(fields["vision"], **image_fields)
     return fields
 
 
@@ -86,26 +94,24 @@ def _read_config(content: Mapping[str, Any], text_only: bool) -> dict[str, Any]:
     text = dict(content if text_only else content["text_config"])
     text |= {name: content[name] for name in TOKEN_IDS if content.get(name) is not None}
     vision = None if text_only else content.get("vision_config")
-    if content.get("tie_word_embeddings"):
-        text["tie_word_embeddings"] = True
+    if not text_only:
+        CONFIG.check(content)
     dtypes = (part.get(name) for part in (content, text) for name in ("dtype", "torch_dtype"))
     return {
         "text": _read_text(text),
         "vision": _read_vision(vision) if vision is not None else None,
         "dtype": str(next(filter(None, dtypes), "bfloat16")),
         "quantization_config": content.get("quantization_config") or content.get("quantization"),  # the latter is MLX's
-        **{name: content[name] for name in IMAGE_TOKENS if name in content},
+        **{name: content[key] for name, other in IMAGE_TOKENS.items() for key in (name, other) if key in content},
     }
 
 
 def _read_text(content: Mapping[str, Any]) -> TextConfig:
-    _check_activation(content, "silu", "experts use")
+    TEXT.check(content)
     fields = _known_fields(TextConfig, content)
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    fields["rope_theta"] = float(rope.get("rope_theta", content.get("rope_theta", 500000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = _known_fields(RopeScaling, rope) | {"rope_type": kind}
-    fields["rope_scaling"] = None if kind == "default" else RopeScaling(**scaling)
+    rope = _rope(content)
+    fields["rope_theta"] = _theta(rope, content, 500000.0)
+    fields["rope_scaling"] = _read_scaling(rope, content.get("max_position_embeddings"))
     eos = fields.get("eos_token_id")
     if not isinstance(eos, tuple):
         fields["eos_token_id"] = () if eos is None else (eos,)
@@ -114,21 +120,40 @@ def _read_text(content: Mapping[str, Any]) -> TextConfig:
     return TextConfig(**fields)
 
 
+def _rope(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Older files have `rope_scaling`, which counts more."""
+    rope: Mapping[str, Any] = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    return rope
+
+
+def _theta(rope: Mapping[str, Any], content: Mapping[str, Any], default: float) -> float:
+    return float(rope.get("rope_theta", content.get("rope_theta", default)))
+
+
+def _read_scaling(rope: Mapping[str, Any], window: int | None) -> RopeScaling | None:
+    ROPE.check(rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    fields = _known_fields(RopeScaling, rope) | {"rope_type": kind}
+    if kind == "llama3" and window is not None:
+        fields.setdefault("original_max_position_embeddings", window)
+    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}.get(kind, ())
+    if missing := [name for name in needed if fields.get(name) is None]:
+        raise ConfigError(
+            f"{ROPE.place} of type {kind!r} lacks {' and '.join(missing)}; write what the model was trained with"
+        )
+    return RopeScaling(**fields)
+
+
 def _read_vision(content: Mapping[str, Any]) -> VisionConfig:
-    _check_activation(content, "gelu", "vision tower uses")
-    fields = _known_fields(VisionConfig, content)
-    rope = content.get("rope_parameters") or {}
-    fields["rope_theta"] = float(rope.get("rope_theta", content.get("rope_theta", 10000.0)))
+    VISION.check(content)
+    fields = {name: value for name, value in _known_fields(VisionConfig, content).items() if name in VISION.used}
+    fields["rope_theta"] = _theta(_rope(content), content, 10000.0)
     try:
         return VisionConfig(**fields)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _read_image_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `VisionConfig` from preprocessor_config.json; processor_config.json has the same one level down."""
-    content = content.get("image_processor", content)
-    return {ours: _freeze(content[name]) for ours, name in IMAGE_FIELDS.items() if content.get(name) is not None}
 
 
 def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +198,10 @@ def write_image_config(vision: VisionConfig) -> dict[str, Any]:
         "processor_class": "Llama4Processor",
         "size": {"height": vision.image_size, "width": vision.image_size},
         "max_patches": vision.max_tiles,
-        "resize_to_max_canvas": False,
+        "resize_to_max_canvas": vision.resize_to_max_canvas,
+        "resample": RESAMPLE[vision.resample],
         "do_rescale": True,
+        "rescale_factor": vision.rescale_factor,
         "do_normalize": True,
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
@@ -219,11 +246,6 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-def _check_activation(content: Mapping[str, Any], name: str, users: str) -> None:
-    if content.get("hidden_act", name) != name:
-        raise ConfigError(f"hidden_act {content['hidden_act']!r} is not supported; Llama 4's {users} {name!r}")
 
 
 def _known_fields(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama4.config.fields import FieldTable
 from llama4.config.hf_json import load_json
 from llama4.errors import ConfigError
 from llama4.text.added_tokens import AddedToken
@@ -17,6 +18,44 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 CONFIG_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
+
+FIELDS = FieldTable(
+    TOKENIZER_CONFIG_FILE,
+    used=(
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+        *("added_tokens_decoder", "chat_template"),
+    ),
+    without_effect={
+        **dict.fromkeys(("tokenizer_class", "processor_class", "auto_map"), "names of classes; no code is run"),
+        **dict.fromkeys(("backend", "is_fast", "use_fast", "trust_remote_code"), "names of classes; no code is run"),
+        **dict.fromkeys(("name_or_path", "is_local", "local_files_only", "init_inputs"), "where it comes from"),
+        **dict.fromkeys(
+            ("files_loaded", "tokenizer_file", "vocab_file", "special_tokens_map_file"), "where it comes from"
+        ),
+        **dict.fromkeys(
+            ("add_bos_token", "add_eos_token", "post_processor"), "the prompt's format says where they stand"
+        ),
+        "split_special_tokens": "a text never becomes a special token",
+        "chat_control_tokens": "a text never becomes a special token",
+        **dict.fromkeys(("model_max_length", "max_len", "max_length", "stride"), "the model's window counts"),
+        **dict.fromkeys(("truncation_side", "truncation_strategy", "tokenizer_truncation"), "nothing is cut off"),
+        **dict.fromkeys(("padding_side", "pad_to_multiple_of", "pad_token_type_id"), "padding is masked"),
+        "tokenizer_padding": "padding is masked",
+        **dict.fromkeys(("model_input_names", "verbose", "legacy"), "of input and output"),
+        "clean_up_tokenization_spaces": "transformers ignores it for BPE, too",
+        "spaces_between_special_tokens": "special tokens are not shown",
+        "errors": "bytes that are no text become U+FFFD",
+        "add_prefix_space": "tokenizer.json counts",
+        "fix_mistral_regex": "of other models",
+        **dict.fromkeys(("response_template", "response_schema"), "replies are read in Llama 4's format"),
+        **dict.fromkeys(
+            ("vocab", "merges", "tokenizer_object", "tokenizer", "unk_id", "gguf_file"), "tokenizer.json counts"
+        ),
+    },
+    fixed={"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": (False,)},
+)
+"""Of every other name that ends in `_token`, the value is a special token, too."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +82,7 @@ class TokenizerConfig:
         """
         path = directory / TOKENIZER_CONFIG_FILE
         content = _read(path)
+        FIELDS.check(content)
         if (decoder := content.get("added_tokens_decoder")) is not None:
             tokens = ({**_object(token, path), "id": i} for i, token in _object(decoder, path).items())
             return cls(_names(content, path), _sorted(read_added_token(token, path) for token in tokens), True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from operator import itemgetter
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class CompressedTensors(QuantMethod):
             )
         names = [name.rpartition(".") for name in source.names()]
         modules = dict.fromkeys(module for module, _, part in names if part in _QUANTIZED)
-        stored = {module: _format_of(module, groups, source) for module in modules}
+        targets = _Targets(groups)
+        stored = {module: targets.format_of(module, source) for module in modules}
         return stack_experts(DecodedSource(source, stored, dtype))
 
     def writes(self, plan: QuantizationPlan) -> bool:
@@ -107,23 +108,30 @@ def _read_format(name: str, group: Mapping[str, Any]) -> StoredFormat:
     )
 
 
-def _format_of(module: str, groups: list[Group], source: Source) -> StoredFormat:
-    """That of the group which names the module exactly, else by a pattern, else by its class.
+class _Targets:
+    """Which group a module is of: the one that names it exactly, else by a pattern, else by its class. Targets are
+    written in the names of the files; those of older versions of this library are in the model's."""
 
-    Targets are written in the names of the files; those of older versions of this library are in the model's.
-    """
-    in_file = source.origin(f"{module}.weight_scale").key.removesuffix(".weight_scale")
-    classes = ("Embedding",) if module.endswith(".embed_tokens") else _LINEAR
-    targets = sorted(((target, format) for targets, format in groups for target in targets), key=itemgetter(0))
-    patterns = [(target.removeprefix("re:"), format) for target, format in targets if target.startswith("re:")]
-    for found in (
-        (format for target, format in targets if target in (in_file, module)),
-        (format for pattern, format in patterns if re.match(pattern, in_file) or re.match(pattern, module)),
-        (format for target, format in targets if target in classes),
-    ):
-        if (format := next(found, None)) is not None:
-            return format
-    raise CheckpointError(f"{in_file} is quantized, but no group of quantization_config is for it; fetch both again")
+    def __init__(self, groups: list[Group]) -> None:
+        self._formats = {target: format for targets, format in groups for target in targets}
+        patterns = sorted(target for target in self._formats if target.startswith("re:"))
+        self._patterns = [(re.compile(pattern.removeprefix("re:")), self._formats[pattern]) for pattern in patterns]
+
+    def format_of(self, module: str, source: Source) -> StoredFormat:
+        """Raises:
+        CheckpointError: no group is for it.
+        """
+        names = source.origin(f"{module}.weight_scale").key.removesuffix(".weight_scale"), module
+        classes = ("Embedding",) if module.endswith(".embed_tokens") else _LINEAR
+        exactly = (self._formats.get(name) for name in names)
+        by_pattern = (format for pattern, format in self._patterns if any(map(pattern.match, names)))
+        by_class = (self._formats.get(name) for name in classes)
+        for format in chain(exactly, by_pattern, by_class):
+            if format is not None:
+                return format
+        raise CheckpointError(
+            f"{names[0]} is quantized, but no group of quantization_config is for it; fetch both again"
+        )
 
 
 def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, Any]:

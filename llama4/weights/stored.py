@@ -82,9 +82,9 @@ class DecodedSource(ComputedSource):
         shapes = _shapes(source, stored, specs)
         natives = _natives(source.names(), stored, specs)
         for module, native in natives.items():
-            decode = _dequantized(module, stored[module], specs[module], shapes[module], dtype)
+            stored_as = stored[module], specs[module], shapes[module]
             tensors |= (
-                decode if native is None else _native(module, native, stored[module], specs[module], shapes[module])
+                _dequantized(module, *stored_as, dtype) if native is None else _native(module, *stored_as, native)
             )
         plan = {f"{module}.weight": native for module, native in natives.items() if native is not None}
         super().__init__(source, tensors, plan)
@@ -138,7 +138,7 @@ def _natives(
 
 
 def _native(
-    module: str, native: WeightFormat, format: StoredFormat, specs: Specs, shape: Shape
+    module: str, format: StoredFormat, specs: Specs, shape: Shape, native: WeightFormat
 ) -> dict[str, str | Computed]:
     """The parts of a matrix in a format that is run: tensors of the file, if they need no change."""
     tensors: dict[str, str | Computed] = {}

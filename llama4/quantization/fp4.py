@@ -79,7 +79,7 @@ class Fp4(WeightFormat):
         scales are repeated first: both much faster than one by one."""
         packed = weight.part("weight_packed", expert)[..., rows, :].contiguous()
         scale = self.decode(weight.part("weight_scale", expert)[..., rows, :])
-        fours = packed.view(torch.uint16).flatten().int()
+        fours = packed.view(torch.int16).flatten().int().bitwise_and_(0xFFFF)
         values = _values(packed.device).index_select(0, fours).view(torch.bfloat16)
         scales = scale.repeat_interleave(self.group_size, dim=-1)
         return values.view(scales.shape).mul_(scales)

@@ -18,12 +18,11 @@ from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import WeightFormat
 from llama4.weights.compressed_formats import COMPRESSED_FORMATS
 from llama4.weights.experts import ExpandedSource, stack_experts
-from llama4.weights.quant_method import QuantMethod
-from llama4.weights.source import Source, without
+from llama4.weights.quant_method import QuantMethod, without_cache_scales
+from llama4.weights.source import Source
 from llama4.weights.stored import DecodedSource, StoredFormat
 
 _TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
-_CACHE_SCALE = re.compile(r".*\.self_attn\.([qkv]_(scale|zero_point)|[kv]_proj\.(output|k|v)_(scale|zero_point))")
 _QUANTIZED = ("weight_scale", "weight_packed")
 """Parts that only quantized matrices have."""
 _LINEAR = ("Linear", "LinearBase", "Module")
@@ -44,12 +43,7 @@ class CompressedTensors(QuantMethod):
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         groups = read_groups(content)
         if content.get("kv_cache_scheme"):
-            source = without(
-                source,
-                _CACHE_SCALE.fullmatch,
-                "scales for a quantized cache of keys and values are not used: the cache has the model's dtype, or, "
-                "with cache_dtype, scales of its own",
-            )
+            source = without_cache_scales(source)
         names = [name.rpartition(".") for name in source.names()]
         modules = dict.fromkeys(module for module, _, part in names if part in _QUANTIZED)
         targets = _Targets(groups)

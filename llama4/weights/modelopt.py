@@ -1,9 +1,8 @@
 """Checkpoints of NVIDIA's Model Optimizer: FP8 with a scale per matrix, and FP4.
 
 A Linear is `q_proj.weight` with `q_proj.weight_scale` and, in NVFP4, `q_proj.weight_scale_2`; the experts of a layer
-are `experts.gate_up_proj` with `experts.gate_up_proj_weight_scale` and so on, in x out. Scales of inputs and of a cache
-are not used: inputs of FP8 are rounded with a scale per token, those of FP4 are not rounded, and the cache is a choice
-of whoever loads the model.
+are `experts.gate_up_proj` with `experts.gate_up_proj_weight_scale` and so on, in x out. Scales of inputs are not
+used: inputs of FP8 are rounded with a scale per token, those of FP4 are not rounded.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from llama4.quantization.fp8 import Fp8
 from llama4.quantization.weight import Shape, WeightFormat
 from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.experts import stack_experts
-from llama4.weights.quant_method import QuantMethod
+from llama4.weights.quant_method import QuantMethod, without_cache_scales
 from llama4.weights.source import Source
 
 CONFIG_FILE = "hf_quant_config.json"
 """Where it describes itself, if config.json does not."""
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8")
-_SCALE = re.compile(r".*([._](weight_scale|weight_scale_2|input_scale)|\.[kvq]_scale|\.[kv]_bias)")
+_SCALE = re.compile(r".*[._](weight_scale|weight_scale_2|input_scale)")
 
 
 class ModelOpt(QuantMethod):
@@ -51,6 +50,7 @@ class ModelOpt(QuantMethod):
 
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         """Which weights are quantized, and how, the tensors say."""
+        source = without_cache_scales(source)
         tensors: dict[str, str | Computed] = {}
         plan: dict[str, WeightFormat] = {}
         for name in source.names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,7 +11,11 @@ import torch
 
 from llama4.families.names import NameTable
 from llama4.quantization.plan import QuantizationPlan
-from llama4.weights.source import Source
+from llama4.weights.source import Source, without
+
+_CACHE_SCALE = re.compile(
+    r".*\.self_attn\.([qkv]_(scale|zero_point)|[kv]_proj\.((output|k|v)_(scale|zero_point)|[kv]_bias))"
+)
 
 
 class QuantMethod(ABC):
@@ -53,3 +58,12 @@ class QuantMethod(ABC):
             table: gives names in the files, which are those in a configuration.
         """
         raise AssertionError(f"{self.name} is read, not written")
+
+
+def without_cache_scales(source: Source) -> Source:
+    """A checkpoint without the scales that were measured for a quantized cache of keys and values."""
+    note = (
+        "scales for a quantized cache of keys and values are not used: the cache has the model's dtype, or, with "
+        "cache_dtype, scales of its own"
+    )
+    return without(source, _CACHE_SCALE.fullmatch, note)

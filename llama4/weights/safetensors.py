@@ -155,6 +155,8 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
     index = directory / INDEX_FILE
     if not index.is_file():
         if SINGLE_FILE not in (shards if shards is not None else LocalShards(directory)):
+            if found := sorted(directory.glob("model-*-of-*.safetensors")):
+                raise CheckpointError(f"{directory} holds {found[0].name}, but no {INDEX_FILE}; fetch it, too")
             raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         return SafetensorsFiles(directory, {SINGLE_FILE: None}, shards)
     try:

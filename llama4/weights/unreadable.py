@@ -74,13 +74,13 @@ def why_unreadable(files: Collection[str]) -> str | None:
     and what to do; None if the files do not tell."""
     if not files:
         return "it is empty; fetch the model again"
-    if {SINGLE_FILE, INDEX_FILE} & {*files}:
-        return None
+    if weights := [file for file in (SINGLE_FILE, INDEX_FILE) if file in files]:
+        return None if CONFIG_FILE in files else f"{CONFIG_FILE} does not stand beside {weights[0]}; fetch it, too"
     here = [file for file in files if "/" not in file]
     models = (f"/{CONFIG_FILE}", f"/{PARAMS_FILE}")
     folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(models)})
     reasons = [reason for pattern, reason in _FOREIGN.items() if _match(files, pattern)][:1]
-    if meta := fnmatch.filter(here, "consolidated.*.pth"):
+    if PARAMS_FILE not in here and (meta := fnmatch.filter(here, "consolidated.*.pth")):
         reasons.append(f"{PARAMS_FILE} does not stand beside Meta's {meta[0]}; fetch it, too")
     elif pickles := [file for file in here if file.endswith(_PICKLES) and file != "training_args.bin"]:
         more = ", ..." if len(pickles) > 1 else ""

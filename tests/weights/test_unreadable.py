@@ -45,7 +45,11 @@ def refusal(path: Path) -> str:
         (["config.json", "model.safetensors.incomplete"], "its download is not complete; fetch it again"),
         (["config.json", "weights.00.safetensors"], "neither in model.safetensors nor in shards that"),
         (["config.json"], "holds no weights: neither model.safetensors nor model.safetensors.index.json is there"),
-        (["model.safetensors"], r"config\.json does not exist"),
+        (["model.safetensors"], r"config\.json does not stand beside model\.safetensors; fetch it, too"),
+        (
+            ["config.json", "model-00001-of-00002.safetensors"],
+            r"holds model-.*, but no model\.safetensors\.index\.json",
+        ),
         (["README.md"], r"config\.json does not exist"),
         (["8b/config.json", "8b/model.safetensors"], r"there is a model in '8b': name it with subfolder='8b'"),
     ],

@@ -21,7 +21,7 @@ from llama_models.llama3.tool_utils import ToolUtils
 
 from llama4.text.prompt import render
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import CallReader, ToolCall, parse_reply
+from llama4.text.tool_calls import MARKS, CallReader, ToolCall, parse_reply
 from llama4.text.tool_calls.literals import as_json, read_value
 from tests.text.tool_call_cases import CASES, LLAMA_MODELS, LLAMA_STACK, VLLM_STREAMED, Case
 
@@ -43,7 +43,11 @@ def named(calls: list[ToolCall]) -> Calls:
 
 
 def read(parts: list[str], reader: CallReader, calls_tools: bool = False) -> tuple[str, Calls]:
-    pieces = [piece for part in parts for piece in reader.push(part)] + reader.finish(calls_tools)
+    """`\0` and `\1` stand for the special tokens."""
+    pieces: list[str | ToolCall] = []
+    for each in [each for part in parts for each in re.split("([\0\1])", part)]:
+        pieces += reader.mark(MARKS[-ord(each)]) if each in ("\0", "\1") else reader.push(each)
+    pieces += reader.finish(calls_tools)
     said = "".join(piece for piece in pieces if isinstance(piece, str))
     return said, named([piece for piece in pieces if isinstance(piece, ToolCall)])
 
@@ -287,8 +291,8 @@ def test_code_between_marks() -> None:
         assert read([f"Now. <|python_start|>\n{CODE}\n<|python_end|> Done."], CallReader()) == ("Now.  Done.", [call])
         said, calls = parse_reply(f"<|python_tag|>{CODE}", tools)
         assert (said, named(calls)) == ("", [call])
-        said, calls = parse_reply("<|python_start|>Let me look.<|python_end|>", tools)  # no code
-        assert (said, calls) == ("Let me look.", [])
+        for other in ("Let me look.", "Paris", '{"a": 1}', "[bad(x=1e999)]", "[bad(x=b'z')]", "x = = 1"):
+            assert parse_reply(f"<|python_start|>{other}<|python_end|>", tools) == (other, [])
         _, calls = parse_reply(
             f"<|python_start|>{CODE}<|python_end|><|python_start|>[get_weather()]<|python_end|>", tools
         )
@@ -406,6 +410,7 @@ FRAGMENTS += [
 ]
 FRAGMENTS += ["[f(a=1), ", 'g(b="x")]', '{"name": "f", "parameters": {}}', "```json\n", "\n```", "x = 1\n", "print(1)"]
 FRAGMENTS += ['brave_search.call(query="q")', '[{"name": "g", "arguments": {"a": "]"}}]', 'get_weather(city="x")']
+FRAGMENTS += ["\0", "\1"]
 TOOLS = [None, (), ("f", "get_weather"), ("code_interpreter", "brave_search", "f")]
 
 
@@ -427,8 +432,8 @@ def test_any_reply_is_read_alike_however_it_is_cut(
     assert read(list(text), reader(), calls_tools) == whole
     assert read(cut(text, generator), reader(), calls_tools) == whole
     if not whole[1] and not certain:
-        assert whole[0] == text
-    if certain and not calls_tools:
+        assert whole[0] == re.sub("[\0\1]", "", text) or "\0" in text or "\1" in text
+    if certain and not set(text) & {"\0", "\1"}:
         said, calls = parse_reply(text, schemas(tools))
         assert (said, named(calls)) == whole
 

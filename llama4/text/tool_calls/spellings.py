@@ -105,13 +105,16 @@ def read_spelled(text: str, known: frozenset[str] | None) -> ToolCall | None:
 
 
 def is_code(text: str) -> bool:
-    """Whether this is Python, for all that can be known without running it."""
+    """Whether this is Python that does something, for all that can be known without running it. A value alone, such as
+    a word or a list, is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a string is the model's business
-            return bool(ast.parse(text).body)
+            statements = ast.parse(text).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
+    values = (ast.List, ast.Dict, ast.Set, ast.Tuple, ast.Name, ast.Constant)
+    return any(not (isinstance(each, ast.Expr) and isinstance(each.value, values)) for each in statements)
 
 
 def _read_object(text: str) -> dict[str, Any]:

@@ -314,7 +314,8 @@ class Llama4:
         return stream.reply
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
-        """Answer a conversation piece by piece. Arguments and errors are those of `chat`; errors come at once."""
+        """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments and
+        errors are those of `chat`; errors come at once."""
         prompt = messages if isinstance(messages, Inputs) else _conversation(messages)
         events, builders = self._start(prompt, **options)
         if len(builders) != 1:

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.llama3.tool_utils import ToolUtils
 
+from llama4.text.messages import read_messages
 from llama4.text.prompt import render
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import MARKS, CallReader, ToolCall, parse_reply
+from llama4.text.tool_calls import MARKS, CallReader, ToolCall, parse_reply, read_call
 from llama4.text.tool_calls.literals import as_json, read_value
 from tests.text.tool_call_cases import CASES, LLAMA_MODELS, LLAMA_STACK, VLLM_STREAMED, Case
 
@@ -337,6 +338,24 @@ def test_whatever_is_returned_can_be_sent_back(text: str) -> None:
     for form in (calls, [call.to_openai() for call in calls]):
         message = {"role": "assistant", "content": said, "tool_calls": form}
         render([{"role": "user", "content": "x"}, message], tokenizer())
+
+
+@pytest.mark.parametrize(
+    "value", [b"x", {1}, float("nan"), float("inf"), 1j, {(1, 2): 3}, "\ud800", object()], ids=repr
+)
+def test_calls_in_a_conversation_have_arguments_that_are_json(value: Any) -> None:
+    for call in (ToolCall("f", {"x": value}), {"name": "f", "arguments": {"x": value}}):
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        with pytest.raises(ValueError, match="message 0: the arguments of tool call 'f' are not JSON"):
+            read_messages([message])
+
+
+def test_arguments_in_a_conversation() -> None:
+    for arguments, wanted in (("", {}), (" \n", {}), ('{"a": 1}', {"a": 1}), ({"a": (1, 2)}, {"a": [1, 2]})):
+        message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": arguments}]}
+        assert read_messages([message])[0].tool_calls == (ToolCall("f", wanted),)
+    with pytest.raises(ValueError, match="are not JSON"):
+        read_call({"name": "f", "arguments": "[" * 100_000})
 
 
 VALUES_IN_PYTHON = st.recursive(

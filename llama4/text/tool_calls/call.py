@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama4.text.tool_calls.literals import as_json
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -24,26 +26,27 @@ class ToolCall:
 
 
 def read_call(value: Any) -> ToolCall:
-    """A call in OpenAI's form, in Meta's, or a `ToolCall`.
+    """A call in OpenAI's form, in Meta's, or a `ToolCall`. Its arguments are what JSON holds.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them, or its arguments are not JSON.
     """
     if isinstance(value, ToolCall):
-        return value
+        value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     call = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(call, Mapping):
         raise ValueError(f"{short(value)} is no tool call")
     name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
-    if isinstance(arguments, str):
-        try:
+    try:
+        if isinstance(arguments, str):
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise ValueError(f"the arguments of tool call {name!r} are not JSON: {short(arguments)}") from None
-    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
+        arguments = as_json(dict(arguments)) if isinstance(arguments, Mapping) else None
+    except (ValueError, RecursionError):
+        raise ValueError(f"the arguments of tool call {name!r} are not JSON: {short(arguments)}") from None
+    if not isinstance(name, str) or not name or arguments is None:
         raise ValueError(f'a tool call needs a "name" and "arguments" that are a dictionary, this is {short(value)}')
     identity = value.get("id")
-    return ToolCall(name, dict(arguments), identity) if isinstance(identity, str) else ToolCall(name, dict(arguments))
+    return ToolCall(name, arguments, identity) if isinstance(identity, str) else ToolCall(name, arguments)
 
 
 def function_name(tool: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llama4 import ConfigError, Llama4, Reply
 from llama4.cli.main import main
+from llama4.config import GenerationConfig
 from llama4.ops import cpu_kernels
 from tests import small_model
 
@@ -210,6 +211,27 @@ def test_what_is_refused_is_refused_before_the_first_piece_and_can_be_set_right(
     assert ids(expected) == ids(llm.chat("hi", max_new_tokens=4, repetition_penalty=0.5))
     llm.generation_config = replace(llm.generation_config, eos_token_id=(expected.logprobs[1].id,))
     assert llm.chat("hi", max_new_tokens=4).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_config_json_says_of_generation_is_saved_where_it_will_be_read(
+    directory: Path, tmp_path: Path, changed: bool
+) -> None:
+    """Beside a generation_config.json, which is written, nobody looks there."""
+    say(directory, model={"do_sample": True, "temperature": 0.5}, text={"eos_token_id": [5, 7], "top_k": 9})
+    llm = Llama4.from_pretrained(directory)
+    expected = {"temperature": 0.5, "top_p": 1.0, "top_k": 9, "min_p": 0.0}
+    if changed:
+        llm.generation_config = replace(llm.generation_config, temperature=0.25, eos_token_id=(5,))
+        expected["temperature"] = 0.25
+    llm.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    again = GenerationConfig.from_dict(saved)
+    assert again.sampling() == llm.generation_config.sampling() == expected
+    assert again.eos_token_id == llm.stop_ids == ((5,) if changed else (5, 7))
+    if not changed:
+        assert main(["convert", "--to", "hf", str(directory), str(tmp_path / "converted")]) == 0
+        assert json.loads((tmp_path / "converted" / "generation_config.json").read_text()) == saved
 
 
 def test_info_tells_them(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,9 +136,18 @@ class GenerationConfig:
         path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
         if path.is_file():
             return cls.from_dict(load_json(path))
-        config = load_json(fallback) if fallback.is_file() else {}
+        return cls.from_config(load_json(fallback) if fallback.is_file() else {})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GenerationConfig:
+        """From the content of a config.json beside which there is no generation_config.json.
+
+        Raises:
+            ConfigError: a field of the wrong kind.
+        """
         fields = {**(config.get("text_config") or {}), **{key: v for key, v in config.items() if v is not None}}
-        return cls.from_dict({name: value for name, value in fields.items() if name in KNOWN}, CONFIG_FILE)
+        names = [name for name in (*USED, *REFUSED, *REFUSED_SAMPLED) if name in fields]
+        return cls.from_dict({name: fields[name] for name in names}, CONFIG_FILE)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], file: str = GENERATION_FILE) -> GenerationConfig:

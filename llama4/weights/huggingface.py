@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llama4Config
+from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, GenerationConfig, Llama4Config
 from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
@@ -170,7 +170,10 @@ def _configs(config: Llama4Config, side_files: SideFiles) -> dict[str, dict[str,
     }
     files = {
         CONFIG_FILE: family_of(config).write_config(config),
-        GENERATION_FILE: {name: value for name, value in tokens.items() if value not in (None, [])},
+        GENERATION_FILE: {
+            **GenerationConfig.from_config(side_files.json(CONFIG_FILE)).content,
+            **{name: value for name, value in tokens.items() if value not in (None, [])},
+        },
     }
     if config.vision is not None:
         images, processor = IMAGE_CONFIG_FILES

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -163,6 +164,31 @@ def test_nvfp4(plain: Path, tmp_path: Path, second_file: bool) -> None:
     assert facts["quant_method"] == "modelopt"
     assert facts["formats"] == ["nvfp4, a scale per 16 weights"]
     assert 4.5 <= facts["bits_per_weight"] < 5.2  # rows of 64 weights have 32 bits more each
+
+
+@torch.inference_mode()
+def test_experts_that_are_three_linears_each(plain: Path, tmp_path: Path) -> None:
+    """As ModelOpt writes those of models that it has no stacks for; each matrix with its own second scale."""
+    truth = write(plain, tmp_path / "model", nvfp4)
+    path, written = tmp_path / "model" / "model.safetensors", dict[str, Tensor]()
+    for key, tensor in load_file(path).items():
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj(_(?P<part>\w+))?", key)
+        if match is None:
+            written[key] = tensor
+            continue
+        halves = ("gate", "up") if match[2] == "gate_up" else ("down",)
+        for i in range(4):
+            for k, half in enumerate(halves):
+                value = tensor[i].mT.chunk(len(halves))[k].contiguous() if tensor.ndim == 3 else tensor.clone()
+                if match["part"] == "weight_scale_2" and half == "up":
+                    value *= 2
+                written[f"{match[1]}.{i}.{half}_proj.{match['part'] or 'weight'}"] = value
+    save_file(written, path, metadata={"format": "pt"})
+    in_second_file(tmp_path / "model", {"quant_algo": "NVFP4"})
+    for name in truth:
+        if name.endswith("gate_up_proj"):
+            truth[name] = torch.cat([truth[name][..., :128], 2 * truth[name][..., 128:]], dim=-1)
+    assert relative_error(loaded(tmp_path / "model")(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", [fp8, fp8_per_output], ids=["per tensor", "per output"])

@@ -209,6 +209,13 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [ASKED, {"role": "assistant", "content": "no", "tool_calls": []}, ASKED, {"role": "assistant", "content": "yes"}],
     [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, ASKED],
     [{"role": "assistant", "content": "Hi"}, {"role": "system", "content": "late"}, ASKED, ASKED],
+    [
+        {"role": "developer", "content": "Brief."},
+        ASKED,
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "function", "name": "f", "content": "dry"},
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+    ],
 ]
 
 
@@ -226,15 +233,19 @@ def theirs(saved: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("tools", [None, [TOOL], [TOOL, TOOL]], ids=["", "tool", "tools"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tools": [TOOL, TOOL]}, {"tools": [TOOL], "tools_in_user_message": False}],
+    ids=["", "user", "system"],
+)
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 def test_our_template_is_our_prompt(
-    conversation: list[dict[str, Any]], tools: list[Any] | None, saved: Path, theirs: Any
+    conversation: list[dict[str, Any]], options: dict[str, Any], saved: Path, theirs: Any
 ) -> None:
     tokenizer = Tokenizer(saved)
     for add_generation_prompt in (False, True):
-        ours = render(conversation, tokenizer, tools=tools, add_generation_prompt=add_generation_prompt).ids
-        options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        options = options | {"add_generation_prompt": add_generation_prompt}
+        ours = render(conversation, tokenizer, **options).ids
         assert theirs.apply_chat_template(conversation, tokenize=False, **options) == tokenizer.decode(ours)
         wanted = theirs.apply_chat_template(conversation, return_dict=True, **options)["input_ids"]
         if "<|eot|>" not in json.dumps(conversation):  # a user's, which transformers takes for the token

@@ -564,6 +564,7 @@ def test_without_tools_calls_count_after_a_mark_or_at_the_very_end() -> None:
         '{"name": "f", "parameters": ' + '{"a": ' * 50_000 + "1" + "}" * 50_001,
         "<|python_start|>" + "(" * 20_000,
         "<|python_start|>" + "-" * 20_000 + "1",
+        "<|python_start|>" + "x = 1\n" * 20_000,
     ],
     ids=lambda text: text[:40],
 )

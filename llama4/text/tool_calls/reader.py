@@ -100,7 +100,7 @@ class CallReader:
                 self._accept(piece)
             else:
                 self._code.append(piece)
-                if _calls(self._code) and not _says(self._code):
+                if _calls([piece]) and not _says(self._code):
                     self._end_code()  # it begins with a call, so it is no code
 
     def _pass_mark(self, name: str) -> None:

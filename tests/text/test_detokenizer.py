@@ -54,3 +54,11 @@ def test_text_is_held_back_only_while_a_stop_string_may_come() -> None:
     assembler = TextAssembler(["<end>"])
     assert [assembler.push(piece) for piece in (b"a<e", b"n", b"x<", b"<end", b">")] == ["a", "", "<enx", "<", ""]
     assert assembler.stopped
+
+
+def test_a_stop_string_does_not_reach_across_a_special_token() -> None:
+    text = TextAssembler(["abc"])
+    assert text.push(b"xab\xc3") == "x"
+    assert text.flush() == "ab"  # before the mark of a call
+    assert text.push(b"\xa9c") == "éc"  # half a character stays
+    assert not text.stopped

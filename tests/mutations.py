@@ -308,6 +308,27 @@ COMPILED = [
         "max_gemv_rows = 13;",
         f"{KERNELS}::test_they_are_built_where_there_is_a_compiler",
     ),
+    Mutation(
+        "zero points of dequantized weights are forgotten",
+        "llama4/weights/compressed_formats.py",
+        'if (zeros := parts.get("weight_zero_point")) is not None:',
+        'if (zeros := parts.get("zero_point")) is not None:',
+        "tests/quantization/test_presets.py::test_what_has_no_kernels_is_dequantized",
+    ),
+    Mutation(
+        "columns have the groups of their places",
+        "llama4/weights/compressed_formats.py",
+        "            groups = order\n",
+        "            pass\n",
+        "tests/quantization/test_presets.py::test_groups_in_the_order_of_activations",
+    ),
+    Mutation(
+        "the class of a module decides before patterns",
+        "llama4/weights/compressed.py",
+        "chain(exactly, by_pattern, by_class)",
+        "chain(exactly, by_class, by_pattern)",
+        "tests/quantization/test_presets.py::test_which_group_a_module_is_of",
+    ),
 ]
 """Mistakes in C++."""
 

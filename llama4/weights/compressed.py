@@ -91,9 +91,12 @@ def read_groups(content: Mapping[str, Any]) -> list[Group]:
 
 
 def _read_format(name: str, group: Mapping[str, Any]) -> StoredFormat:
-    for cls in COMPRESSED_FORMATS:
-        if (format := cls.from_group(group["weights"], group.get("input_activations"))) is not None:
-            return format
+    try:
+        for cls in COMPRESSED_FORMATS:
+            if (format := cls.from_group(group["weights"], group.get("input_activations"))) is not None:
+                return format
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{name} of quantization_config has a value of the wrong kind: {error}") from error
     weights = group["weights"]
     found = {key: weights[key] for key in ("type", "num_bits", "strategy", "group_size", "dynamic") if key in weights}
     raise CheckpointError(
@@ -109,7 +112,13 @@ class _Targets:
     def __init__(self, groups: list[Group]) -> None:
         self._formats = {target: format for targets, format in groups for target in targets}
         patterns = sorted(target for target in self._formats if target.startswith("re:"))
-        self._patterns = [(re.compile(pattern.removeprefix("re:")), self._formats[pattern]) for pattern in patterns]
+        try:
+            self._patterns = [(re.compile(pattern.removeprefix("re:")), self._formats[pattern]) for pattern in patterns]
+        except re.error as error:
+            raise CheckpointError(
+                f"{error.pattern!r} among the targets in quantization_config is not a pattern ({error}); fetch "
+                "config.json again"
+            ) from error
 
     def format_of(self, module: str, source: Source) -> StoredFormat:
         """Raises:

@@ -84,7 +84,7 @@ class Scaled(CompressedFormat):
             structure = weights.get("block_structure")
             rows, columns = structure.split("x") if isinstance(structure, str) else structure or (128, 128)
             blocks["block"] = (int(rows), int(columns))
-        if strategy not in blocks:
+        if strategy not in blocks or any(step is not None and step < 1 for step in blocks[strategy]):
             return None
         rounding = (inputs.get("type", "int"), inputs.get("strategy") or "tensor") if inputs else None
         return cls(kind, bits, blocks[strategy], not weights.get("symmetric", True), rounding)

@@ -253,6 +253,9 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
         (ct(FP8 | {"num_bits": 5}), r"'num_bits': 5"),
         (ct(W4 | {"dynamic": True}), r"'dynamic': True"),
         (ct(W4 | {"strategy": "attn_head"}), r"'strategy': 'attn_head'"),
+        (ct(W4 | {"group_size": 0}), r"'group_size': 0"),
+        (ct(W4 | {"group_size": "many"}), r"group_0 of quantization_config has a value of the wrong kind"),
+        (ct(FP8 | {"strategy": "block", "block_structure": [128]}), r"a value of the wrong kind"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(plain: Path, tmp_path: Path, content: object, message: str) -> None:

@@ -346,6 +346,14 @@ def test_which_group_a_module_is_of(plain: Path, tmp_path: Path, name: str) -> N
     assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
 
 
+def test_a_target_that_is_no_pattern(plain: Path, tmp_path: Path) -> None:
+    write(plain, tmp_path / "model", preset("W8A8"))
+    group = json.loads(preset("W8A8").model_dump_json()) | {"targets": ["re:(self_attn"]}
+    edit(tmp_path / "model", lambda tensors: tensors, config_groups={"group_0": group})
+    with pytest.raises(CheckpointError, match=r"'\(self_attn' among the targets .* is not a pattern"):
+        loaded(tmp_path / "model")
+
+
 @torch.inference_mode()
 def test_what_is_ignored_and_what_the_model_has_no_place_for(plain: Path, tmp_path: Path) -> None:
     """Some experts of a layer, one matrix of another, embeddings and routers: those are dequantized, the rest runs."""

@@ -12,15 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
+from transformers.models.llama4 import processing_llama4
 
 from llama4.errors import ImageError
 from llama4.families import FAMILIES
 from llama4.families.llama4 import Llama4Family
 from llama4.inputs import Processor
 from llama4.text.prompt import Piece
+from llama4.text.template import ChatTemplate
 from llama4.text.tokenizer import Tokenizer
 from tests import small_model
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "“It”", "parameters": {"type": "object"}}}
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 
 
@@ -172,3 +175,110 @@ def test_the_family_gives_the_prompt_format(small_tokenizer: Tokenizer, monkeypa
     processor = Processor.from_config(small_tokenizer, replace(small_model.config(), family="upside"))
     ids = processor([user("first"), user("second")]).input_ids
     assert small_tokenizer.decode(ids[0].tolist()) == "secondfirst"
+
+
+def ids_of(processor: Processor, *args: Any, **options: Any) -> list[int]:
+    return processor(*args, **options).input_ids[0].tolist()
+
+
+def test_prompts_without_batches_are_those_of_transformers(
+    processor: Processor, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    small_tokenizer.save(tmp_path)
+    theirs = Llama4Processor(
+        image_processor=Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+    )
+    messages = [
+        user("What is", picture(130, 60), "this?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+    ]
+    for options in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+        text = theirs.apply_chat_template(messages, **options)
+        assert processor.apply_chat_template(messages, **options) == text
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        assert processor.apply_chat_template(messages, tokenize=True, **options) == ids[0]
+        assert processor.apply_chat_template([messages, messages[:1]], **options)[0] == text
+    with pytest.raises(ValueError, match="choose one"):
+        processor.apply_chat_template(messages, add_generation_prompt=True, continue_final_message=True)
+
+
+def test_a_last_message_of_the_assistant_is_continued(processor: Processor) -> None:
+    messages = [user("What is this?"), {"role": "assistant", "content": "It is"}]
+    continued = ids_of(processor, messages, continue_final_message=True)
+    assert ids_of(processor, messages) == continued
+    assert (
+        ids_of(processor, messages, continue_final_message=False)
+        == ids_of(processor, [*messages, user("x")])[: len(continued) + 1]
+        + processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[len(continued) + 1 :]
+    )
+    assert ids_of(processor, messages, add_generation_prompt=False)[:-1] == continued
+    calling = [messages[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    assert ids_of(processor, calling) == processor.apply_chat_template(
+        calling, tokenize=True, add_generation_prompt=True
+    )
+
+
+def test_prompts_that_are_rendered_already(processor: Processor, small_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Short."}, user("What is", picture(130, 60), "this?")]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected = processor(messages)
+    image = messages[1]["content"][1]["image"]  # type: ignore[index]
+    for prompt in (text, text.removeprefix("<|begin_of_text|>")):
+        inputs = processor.complete(prompt, special_tokens=True, images=[image])
+        assert torch.equal(inputs.input_ids, expected.input_ids)
+        assert inputs.pixel_values is not None and expected.pixel_values is not None
+        assert torch.equal(inputs.pixel_values, expected.pixel_values)
+    two = processor.complete([text, "x"], special_tokens=True, images=[image])
+    assert torch.equal(two.input_ids[:1], expected.input_ids)
+    with pytest.raises(ValueError, match="places for 1 images, but 0"):
+        processor.complete(text, special_tokens=True)
+    with pytest.raises(ValueError, match="places for 0 images, but 1"):
+        processor.complete(text, images=[image])
+    assert small_tokenizer.special("<|eot|>") not in processor.complete("<|eot|>").input_ids
+
+
+def with_template(small_tokenizer: Tokenizer, source: str) -> Processor:
+    return Processor(
+        small_tokenizer, image_size=56, max_tiles=4, template=ChatTemplate({"default": source}, small_tokenizer)
+    )
+
+
+def test_a_checkpoints_own_template_writes_the_prompt(
+    processor: Processor, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    small_tokenizer.save(tmp_path)
+    theirs = Llama4Processor(
+        image_processor=Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+    )
+    ours = with_template(small_tokenizer, processing_llama4.chat_template)
+    assert not ours.template_agrees  # it trims system messages, and writes calls otherwise
+    conversation = [
+        {"role": "system", "content": [{"type": "text", "text": " Brief. "}]},
+        user(picture(130, 60), "one", picture(20, 20)),
+    ]
+    expected = theirs.apply_chat_template(conversation, tokenize=True, return_dict=True, add_generation_prompt=True)
+    inputs = ours(conversation)
+    assert inputs.input_ids.tolist() == expected["input_ids"]
+    assert inputs.pixel_values is not None
+    assert len(inputs.pixel_values) == inputs.input_ids.eq(small_tokenizer.special("<|patch|>")).sum() / 4 == 4
+    assert inputs.input_ids.tolist() != processor(conversation).input_ids.tolist()
+    text = ours.apply_chat_template(conversation, date_string="today", tools_in_user_message=False, tools=[TOOL])
+    assert text == theirs.apply_chat_template(
+        conversation, date_string="today", tools_in_user_message=False, tools=[TOOL]
+    )
+    with pytest.raises(ValueError, match="date_string cannot be given"):
+        processor.apply_chat_template(conversation, date_string="today")
+    with pytest.raises(ValueError, match="places for 0 images, but 1"):
+        with_template(small_tokenizer, "{{ messages[0].content }}")([user(picture(9, 9), "x")])
+
+
+def test_a_template_that_writes_what_the_format_does_is_not_used(small_tokenizer: Tokenizer) -> None:
+    for name in ("chatml", "llama3.1", "llama4"):
+        source = Path(__file__).parent.joinpath("text", "templates", f"{name}.jinja").read_text("utf-8")
+        assert not with_template(small_tokenizer, source).template_agrees
+    ours = FAMILIES["llama4"].chat_template()
+    assert ours is not None
+    assert with_template(small_tokenizer, ours).template_agrees
+    assert not with_template(small_tokenizer, ours.replace("Environment: ipython", "Environment:")).template_agrees

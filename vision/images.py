@@ -8,10 +8,12 @@ import errno
 import io
 import stat
 import urllib.parse
+import urllib.request
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from llama4.errors import ImageError
@@ -27,7 +29,7 @@ BAND_PIXELS = 2**21
 # Only formats that PIL decodes itself: no PostScript, which it would hand to an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
+ImageSource = str | Path | bytes | bytearray | memoryview | np.ndarray[Any, Any] | Image.Image
 
 
 def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image:
@@ -37,8 +39,8 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
     16-bit images are converted (16 bits are scaled down to 8). Of an animation the first frame is taken.
 
     Args:
-        source: a path, an http(s) URL, the bytes of an image file or these in base64, alone or in a `data:` URL, or a
-            PIL image.
+        source: a path, an http(s) or file URL, the bytes of an image file or these in base64, alone or in a `data:`
+            URL, a PIL image, or an array [H, W, 3] of uint8 (also [H, W], grey, and [H, W, 4], with transparency).
         limits: what reading it may cost, and where it may come from.
 
     Raises:
@@ -50,6 +52,8 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
         _check_pixels(source, name, limits)
         image = _upright_rgb(source, name)
         return image.copy() if image is source else image
+    if isinstance(source, np.ndarray):
+        return load_image(_from_array(source), limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"the image of {len(bytes(source))} bytes", limits)
     if isinstance(source, str):
@@ -58,11 +62,14 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
             return _decode(io.BytesIO(download(source, limits)), source, limits)
         if scheme.startswith("data:"):
             return _decode(io.BytesIO(_decode_data_url(source)), f"the image in {_short(source)}", limits)
+        if scheme.startswith("file://"):
+            return load_image(_local_path(source), limits)
         if "://" in source[:12]:
-            raise ImageError(f"{_short(source)} is no URL this library reads; use http, https, data or a path")
+            raise ImageError(f"{_short(source)} is no URL this library reads; use http, https, data, file or a path")
     if not isinstance(source, (str, Path)):
         raise ImageError(
-            f"an image cannot be a {type(source).__name__}; give a path, a URL, bytes, a base64 data URL or a PIL image"
+            f"an image cannot be a {type(source).__name__}; give a path, a URL, bytes, a base64 data URL, a PIL image "
+            "or an array [H, W, 3] of uint8 (of a tensor [3, H, W]: tensor.permute(1, 2, 0).numpy())"
         )
     if not limits.files:
         if isinstance(source, str) and (data := _decode_base64(source)):
@@ -86,6 +93,28 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
             except ImageError as other:
                 reason += f"; {other}"
         raise ImageError(reason) from error
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.dtype != np.uint8:
+        remedy = "scale it to 0 to 255 and round" if array.dtype.kind == "f" else "convert it"
+        raise ImageError(f"an image that is an array must hold uint8, this one {array.dtype}; {remedy}")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ImageError(
+            f"an image that is an array must have the shape [H, W, 3], this one {list(array.shape)}; of channels that "
+            "come first, array.transpose(1, 2, 0)"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"the given array of shape {list(array.shape)} has no pixels; give one of at least 1 x 1")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _local_path(url: str) -> Path:
+    """The path in a file URL."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ImageError(f"{_short(url)} is a file of another machine; write file:///path for one of this machine")
+    return Path(urllib.request.url2pathname(parts.path))
 
 
 def _decode_base64(text: str) -> bytes | None:

@@ -106,7 +106,7 @@ def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage
 
 def _read_part(part: Any, where: str) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("text", "input_text"):
+    if kind in ("text", "input_text", "output_text"):
         if isinstance(part.get("text"), str):
             return str(part["text"])
         raise ValueError(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')

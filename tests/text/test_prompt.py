@@ -210,6 +210,46 @@ def test_sources_of_images() -> None:
     ]
 
 
+def test_roles_and_parts_are_taken_as_peers_take_them() -> None:
+    plain: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "And this?"}, {"type": "image"}]},
+        {"role": "assistant", "content": "It is."},
+        {"role": "tool", "content": "5"},
+    ]
+    theirs: list[dict[str, Any]] = [
+        {"role": "developer", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "And this?"}, {"type": "input_image", "image_url": "a.png"}],
+        },
+        {"role": "assistant", "content": [{"type": "output_text", "text": "It is.", "annotations": []}]},
+        {"role": "function", "name": "f", "content": "5"},
+    ]
+    expected = render(plain, tokenizer(), grids=[(1, 1)]).ids
+    assert render(theirs, tokenizer(), grids=[(1, 1)]).ids == expected
+    assert image_sources(read_messages(theirs)) == ["a.png"]
+
+
+def test_tools_in_the_system_message_are_as_in_metas_template() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Zürich?"}]
+    expected = template(messages, tools=[WEATHER, WEATHER], tools_in_user_message=False)
+    assert text_of(messages, tools=[WEATHER, WEATHER], tools_in_user_message=False) == expected
+    alone = text_of(messages[1:], tools=[WEATHER, WEATHER], tools_in_user_message=False)
+    assert alone == expected.replace(
+        "Be brief.", ""
+    )  # their template leaves tools out where there is no system message
+
+
+def test_a_last_message_is_continued() -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is "}]
+    whole = render(messages, tokenizer(), add_generation_prompt=False).ids
+    assert render(messages, tokenizer(), continue_final_message=True).ids == whole[:-1]
+    calling = [messages[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    with pytest.raises(ValueError, match="the last message calls tools, so it cannot be continued"):
+        render(calling, tokenizer(), continue_final_message=True)
+
+
 USER = {"role": "user", "content": "x"}
 
 

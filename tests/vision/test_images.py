@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from llama4.errors import ImageError
@@ -157,6 +158,40 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         load_image(5)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="not an image"):  # PostScript would run in an interpreter
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
+def test_arrays() -> None:
+    picture = picture_of_noise()
+    array = np.asarray(picture)
+    assert load_image(array).tobytes() == picture.tobytes()
+    assert load_image(array[::-1, ::2]).size == (32, 64)
+    grey = picture.convert("L")
+    assert load_image(np.asarray(grey)).tobytes() == grey.convert("RGB").tobytes()
+    clear = picture.convert("RGBA")
+    clear.putalpha(0)
+    assert load_image(np.asarray(clear)).getcolors() == [(64 * 64, (255, 255, 255))]
+    for wrong, message in (
+        (array / 255, r"must hold uint8, this one float64; scale it"),
+        (array.astype(int), r"must hold uint8, this one int64; convert it"),
+        (array.transpose(2, 0, 1), r"shape \[H, W, 3\], this one \[3, 64, 64\]; .*transpose\(1, 2, 0\)"),
+        (array[None], r"this one \[1, 64, 64, 3\]"),
+        (array[:0], "has no pixels"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            load_image(wrong)
+    with pytest.raises(ImageError, match=r"cannot be a Tensor; .*permute"):
+        load_image(torch.zeros(3, 4, 4, dtype=torch.uint8))  # type: ignore[arg-type]
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    path, picture = tmp_path / "größe 1%.png", picture_of_noise()
+    picture.save(path)
+    for url in (path.as_uri(), path.as_uri().replace("file://", "FILE://localhost")):
+        assert load_image(url).tobytes() == picture.tobytes()
+    with pytest.raises(ImageError, match=r"no such image file: .*none\.png"):
+        load_image((tmp_path / "none.png").as_uri())
+    with pytest.raises(ImageError, match="another machine"):
+        load_image("file://host/a.png")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4 import CheckpointError, ContextLengthError, ImageError, Llama4, Reply, TextDelta, ToolCallDelta
+from llama4 import (ChatTemplateError, CheckpointError, ContextLengthError, ImageError, Llama4, Reply, TextDelta, ToolCallDelta)
+from llama4.cli.main import main
 from llama4.config import scout
 from llama4.engine.tokens import Event, FinishReason, Token
 from llama4.model.device import resolve_device, resolve_dtype
@@ -411,3 +412,92 @@ def test_the_embedded_model_answers() -> None:
     white = Image.new("RGB", (200, 160), "white")
     white.paste((255, 0, 0), (60, 40, 130, 110))
     assert "red" in llm.chat(ask("What colour is the square?", white)).text.lower()
+
+
+OWN = (
+    "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.role | upper }}<|header_end|>{{ m.content }}<|eom|>"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", OWN),
+        ("chat_template.json", {"chat_template": OWN}),
+        ("processor_config.json", {"chat_template": OWN}),
+        ("tokenizer_config.json", {"chat_template": OWN}),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default", "template": OWN}, {"name": "tool_use", "template": OWN + "TOOLS"}]},
+        ),
+    ],
+)
+def test_a_checkpoints_own_template_is_what_the_model_reads(
+    file: str, content: object, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    if isinstance(content, dict):
+        before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+        content = json.dumps(before | content)
+    (tmp_path / file).write_text(str(content))
+    llm = Llama4.from_pretrained(tmp_path)
+    text = "<|begin_of_text|><|header_start|>USER<|header_end|><|eot|> x<|eom|>"
+    messages = [{"role": "user", "content": "<|eot|> x"}]
+    ids = llm.processor.apply_chat_template(messages, tokenize=True)
+    assert llm.tokenizer.decode(ids) == text == llm.processor.apply_chat_template(messages)
+    special = {i: name for name, i in llm.tokenizer.special_tokens.items()}
+    own = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eom|>"]
+    assert [special[i] for i in ids if i in special] == own
+    with_tools = isinstance(content, str) and "TOOLS" in content
+    assert llm.processor.apply_chat_template(messages, tools=[TOOL]) == text + "TOOLS" * with_tools
+    assert llm.chat(messages, max_new_tokens=3).usage.prompt_tokens == len(ids)
+    assert main(["info", str(tmp_path)]) == 0
+    names = " (default, tool_use)" if with_tools else ""
+    assert f"prompts     by the checkpoint's own chat template{names}\n" in capsys.readouterr().out
+
+
+def test_a_template_that_fails_is_named_when_it_is_used(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    llm = Llama4.from_pretrained(tmp_path)
+    with pytest.raises(ChatTemplateError, match="malformed in line 1"):
+        llm.chat("x")
+    assert llm.complete("x", max_new_tokens=2).text is not None
+    assert main(["info", str(tmp_path)]) == 0
+    assert "own chat template; the chat template is malformed" in capsys.readouterr().out
+
+
+def test_a_last_message_of_the_assistant_is_continued(llm: Llama4) -> None:
+    messages = [*ask("what is this?", RED), {"role": "assistant", "content": "It is a"}]
+    text = llm.processor.apply_chat_template(messages[:1], add_generation_prompt=True) + "It is a"
+    expected = llm.chat(llm.processor.complete(text, special_tokens=True, images=[RED]), max_new_tokens=8)
+    assert llm.chat(messages, max_new_tokens=8).text == expected.text
+    assert (
+        llm.stream(messages, max_new_tokens=8, continue_final_message=True).reply.usage.prompt_tokens
+        == expected.usage.prompt_tokens
+    )
+    assert llm.chat_batch([messages, ask("hi")], max_new_tokens=8)[0].text == expected.text
+    apart = llm.chat(messages, max_new_tokens=8, continue_final_message=False)
+    assert apart.usage.prompt_tokens > expected.usage.prompt_tokens
+    told = llm.complete("<|header_start|>user<|header_end|>", max_new_tokens=2, special_tokens=True)
+    assert (
+        told.usage.prompt_tokens
+        == 4
+        < llm.complete("<|header_start|>user<|header_end|>", max_new_tokens=2).usage.prompt_tokens
+    )
+
+
+def test_tools_may_be_announced_in_the_system_message(llm: Llama4) -> None:
+    options: dict[str, Any] = {
+        "tools": [TOOL],
+        "chat_template_kwargs": {"tools_in_user_message": False},
+        "max_new_tokens": 2,
+    }
+    expected = llm.processor(ask("hi"), tools=[TOOL], chat_template_kwargs={"tools_in_user_message": False})
+    assert llm.chat(ask("hi"), **options).usage.prompt_tokens == expected.input_ids.shape[1]
+    assert "<|header_start|>system" in llm.tokenizer.decode(expected.input_ids[0].tolist())
+    with pytest.raises(ValueError, match="enable_thinking cannot be given"):
+        llm.chat("hi", chat_template_kwargs={"enable_thinking": False})

@@ -9,7 +9,9 @@ from typing import Any
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import GenerationConfig, Llama4Config
+from llama4.errors import ChatTemplateError
 from llama4.families import PRESETS, family_of
+from llama4.inputs import Processor
 from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
@@ -108,6 +110,7 @@ def describe_model(model: Model, context: int | None = None) -> dict[str, Any]:
         **describe(model.config, context),
         "quantization": describe_quantization(model),
         "checkpoint": describe_checkpoint(model),
+        "prompts": describe_prompts(model),
         "replies": describe_replies(model),
     }
 
@@ -146,6 +149,27 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
         "repository": vars(model.origin) if model.origin is not None else None,
         "made_from": vars(base) if base is not None else None,
     }
+
+
+def describe_prompts(model: Model) -> dict[str, Any] | None:
+    """Who writes the prompts; None for a preset.
+
+    Raises:
+        ValueError: files that are damaged, or a tokenizer of another model.
+    """
+    if model.directory is None:
+        return None
+    templates = SideFiles.read(model.directory).chat_templates
+    tokenizer = family_of(model.config).load_tokenizer(model.directory, model.config) if templates else None
+    agrees, error = None, None
+    if tokenizer is not None:
+        processor = Processor.from_config(tokenizer, model.config, templates)
+        try:
+            agrees = processor.template_agrees
+            processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+        except ChatTemplateError as reason:
+            error = str(reason)
+    return {"templates": list(templates), "agrees": agrees, "error": error}
 
 
 def describe_replies(model: Model) -> dict[str, Any] | None:
@@ -262,6 +286,15 @@ def table(name: str, facts: dict[str, Any]) -> str:
         lines["quantized"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
     if files := facts.get("checkpoint"):
         lines |= checkpoint_lines(files)
+    if prompts := facts.get("prompts"):
+        lines["prompts"] = "in Llama 4's format"
+        if prompts["templates"]:
+            names = "" if prompts["templates"] == ["default"] else f" ({', '.join(prompts['templates'])})"
+            lines["prompts"] = f"by the checkpoint's own chat template{names}"
+            if prompts["agrees"]:
+                lines["prompts"] += ", which writes what Llama 4's format does"
+            if prompts["error"]:
+                lines["prompts"] += f"; {prompts['error']}"
     if replies := facts.get("replies"):
         stops = [f"{id_} {name}" if name else str(id_) for id_, name in replies["stop_tokens"].items()]
         lines["ends at"] = ", ".join([*stops, *map(repr, replies["stop_strings"])]) or "the limit"

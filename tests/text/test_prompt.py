@@ -245,7 +245,7 @@ def test_a_last_message_is_continued() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is "}]
     whole = render(messages, tokenizer(), add_generation_prompt=False).ids
     assert render(messages, tokenizer(), continue_final_message=True).ids == whole[:-1]
-    calling = [messages[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    calling: list[dict[str, Any]] = [messages[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]
     with pytest.raises(ValueError, match="the last message calls tools, so it cannot be continued"):
         render(calling, tokenizer(), continue_final_message=True)
 

@@ -16,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from llama4 import (ChatTemplateError, CheckpointError, ContextLengthError, ImageError, Llama4, Reply, TextDelta, ToolCallDelta)
+from llama4 import (
+    ChatTemplateError,
+    CheckpointError,
+    ContextLengthError,
+    ImageError,
+    Llama4,
+    Reply,
+    TextDelta,
+    ToolCallDelta,
+)
 from llama4.cli.main import main
 from llama4.config import scout
 from llama4.engine.tokens import Event, FinishReason, Token

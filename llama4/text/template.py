@@ -468,6 +468,6 @@ def _cases() -> tuple[dict[str, Any], ...]:
     ]
     cases = [{"messages": messages} for messages in conversations]
     cases += [{"messages": messages, "add_generation_prompt": False} for messages in conversations[1:4]]
-    cases += [{"messages": conversations[i], "tools": [tool, tool]} for i in (0, 1, 3, 4, 5, 6)]
+    cases += [{"messages": messages, "tools": [tool, tool]} for messages in conversations]
     cases += [{"messages": [system, user, reply], "continue_final_message": True}]
     return tuple(cases)

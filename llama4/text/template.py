@@ -463,7 +463,7 @@ def _cases() -> tuple[dict[str, Any], ...]:
         [system, user, silent, result],
         [parts, reply, last],
         [system, last],
-        [user, system, user],
+        [system, system, user, system, user],
         [user, user],
     ]
     cases = [{"messages": messages} for messages in conversations]

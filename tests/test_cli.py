@@ -544,7 +544,7 @@ def test_models_that_cannot_be_loaded(
     (tmp_path / "broken" / "config.json").write_text("{")
     cases = {
         "gpt-5": r"'gpt-5' is no model.*directory.*organisation/name",
-        str(tmp_path / "empty"): r"config\.json does not exist",
+        str(tmp_path / "empty"): r"it is empty; fetch the model again",
         str(tmp_path / "other"): r"'mistral' is not Llama 4",
         str(tmp_path / "broken"): r"config\.json is not valid JSON",
         str(directory / "config.json"): r"is a file; name the directory",

@@ -32,6 +32,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config
+from llama4.weights.ignored import note_ignored
 from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
@@ -196,10 +197,12 @@ class Llama4:
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)
+        side_files = SideFiles.read(directory, hub.origin_of(directory))
+        note_ignored(str(name), side_files)
         return cls(
             model.eval(),
             tokenizer,
-            side_files=SideFiles.read(directory, hub.origin_of(directory)),
+            side_files=side_files,
             max_context=max_context,
             cache_dtype=cache_dtype,
             cache_device=cache_device,

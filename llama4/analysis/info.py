@@ -17,6 +17,7 @@ from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
 from llama4.weights import checkpoint, hub
 from llama4.weights.hub_shards import HubShards
+from llama4.weights.ignored import ignored_fields
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import SIDE_FILES, HubOrigin, SideFiles
@@ -137,7 +138,8 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
     if model.directory is None or model.layout is None:
         return None
     summary = summarize(model.weights) if model.weights is not None else None
-    base = SideFiles.read(model.directory).origin
+    side_files = SideFiles.read(model.directory)
+    base = side_files.origin
     return {
         "layout": model.layout.name,
         "weights": None
@@ -148,6 +150,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
         "fetched_bytes": model.shards.fetched if model.shards is not None else 0,
         "repository": vars(model.origin) if model.origin is not None else None,
         "made_from": vars(base) if base is not None else None,
+        "ignored_fields": ignored_fields(side_files),
     }
 
 
@@ -326,4 +329,6 @@ def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
         lines["on the Hub"] = f"{repository['repo_id']} at commit {repository['commit']}"
     if base := files["made_from"]:
         lines["made from"] = f"{base['repo_id']} at commit {base['commit']}"
+    if ignored := files["ignored_fields"]:
+        lines["ignored"] = "; ".join(f"{', '.join(names)} in {place}" for place, names in ignored.items())
     return lines

@@ -7,15 +7,12 @@ them. tests/config/test_fields.py holds them against transformers' classes.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llama4.config.text import RopeScaling, TextConfig
 from llama4.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class FieldTable:
                 )
 
     def unknown(self, content: Mapping[str, Any]) -> list[str]:
-        """Fields that are in no table, and are ignored, as in transformers."""
-        return [name for name in content if name not in self]
+        """Fields that are not here, and are ignored, as in transformers; names of its own begin with `_`."""
+        return [name for name in content if name not in self and not name.startswith("_")]
 
 
 def names_of(cls: type) -> list[str]:
@@ -63,11 +60,11 @@ def names_of(cls: type) -> list[str]:
 
 _METADATA = {
     **dict.fromkeys(("architectures", "transformers_version", "auto_map"), "names of classes; no code is run"),
-    **dict.fromkeys(("_name_or_path", "name_or_path", "_commit_hash", "for_llm_compressor"), "where it comes from"),
+    **dict.fromkeys(("name_or_path", "for_llm_compressor"), "where it comes from"),
     **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), "of the output"),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type"), "of classifiers"),
     **dict.fromkeys(("is_encoder_decoder", "chunk_size_feed_forward", "tie_last_hidden_states"), "of other models"),
-    **dict.fromkeys(("attn_implementation", "_attn_implementation_autoset", "experts_implementation"), "of speed"),
+    **dict.fromkeys(("attn_implementation", "experts_implementation"), "of speed"),
     **dict.fromkeys(("use_cache", "torchscript"), "of speed"),
     **dict.fromkeys(("initializer_range", "attention_dropout"), "of training"),
 }
@@ -139,15 +136,3 @@ VISION = FieldTable(
     },
     fixed={"per_layer_config": ({},)},
 )
-
-
-_noted: set[tuple[str, str]] = set()
-
-
-def note_unknown(fields: Mapping[str, Collection[str]]) -> None:
-    """Log once which fields of which files are ignored."""
-    for place, names in fields.items():
-        new = [name for name in names if (place, name) not in _noted]
-        _noted.update((place, name) for name in new)
-        if new:
-            logger.warning("%s: %s not known, and ignored", place, ", ".join(new))

@@ -29,7 +29,7 @@ IMAGE = FieldTable(
         **dict.fromkeys(("default_to_square", "image_seq_length"), "Llama4ImageProcessor does not read it"),
         **dict.fromkeys(("data_format", "input_data_format", "return_tensors"), "of input and output"),
         **dict.fromkeys(("device", "disable_grouping"), "of speed"),
-        **dict.fromkeys(("auto_map", "_processor_class", "feature_extractor_type"), "names of classes; no code is run"),
+        **dict.fromkeys(("auto_map", "feature_extractor_type"), "names of classes; no code is run"),
     },
     fixed={
         "do_resize": (True,),

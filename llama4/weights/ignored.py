@@ -1,0 +1,58 @@
+"""Which fields of a checkpoint's configuration files are in no table, and are ignored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llama4.config import fields, generation, hf_json, image_json
+from llama4.config.fields import FieldTable
+from llama4.text import tokenizer_config
+from llama4.weights.side_files import SideFiles
+
+logger = logging.getLogger(__name__)
+_noted: set[str] = set()
+
+
+def ignored_fields(files: SideFiles) -> dict[str, list[str]]:
+    """Place, such as "config.json (text_config)" -> fields there that neither this library nor transformers knows.
+
+    Raises:
+        ConfigError: a file that is not JSON.
+    """
+    found: dict[str, list[str]] = {}
+    for table, content in _objects(files):
+        if names := [name for name in table.unknown(content) if name not in generation.KNOWN]:
+            found.setdefault(table.place, []).extend(names)
+    return found
+
+
+def note_ignored(name: str, files: SideFiles) -> None:
+    """Log them, once for each model."""
+    for place, names in ignored_fields(files).items():
+        note = f"{name}: {place} has {', '.join(names)}, which nothing is known of and which has no effect"
+        if note not in _noted:
+            _noted.add(note)
+            logger.warning(note)
+
+
+def _objects(files: SideFiles) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
+    """The objects that have a table."""
+    config = files.json(hf_json.CONFIG_FILE)
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if text is None:
+        text = config
+    else:
+        yield fields.CONFIG, config
+    yield fields.TEXT, text
+    for part in (text, vision or {}):
+        for name in ("rope_parameters", "rope_scaling"):
+            yield fields.ROPE, part.get(name) or {}
+    yield fields.VISION, vision or {}
+    processor = files.json(image_json.PROCESSOR_FILE)
+    yield image_json.PROCESSOR, processor
+    yield image_json.IMAGE, processor.get("image_processor") or files.json(image_json.IMAGE_FILE)
+    tokens = files.json(tokenizer_config.TOKENIZER_CONFIG_FILE)
+    yield tokenizer_config.FIELDS, {name: value for name, value in tokens.items() if not name.endswith("_token")}
+    yield FieldTable(generation.GENERATION_FILE, generation.KNOWN), files.json(generation.GENERATION_FILE)

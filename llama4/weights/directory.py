@@ -17,6 +17,7 @@ from llama4.errors import CheckpointError
 DOWNLOADS = "downloads"
 """Folder of a temporary directory for files that are needed on the way; it is not part of the result."""
 _STAMP = "stamp.txt"
+_KEPT = ("README.md",)
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|consolidated\.\d\d\.pth")
 
 
@@ -25,7 +26,7 @@ def complete_directory(directory: str | Path) -> Iterator[Path]:
     """A temporary directory beside the target, which takes its place when the block ends well.
 
     A new target appears at once, complete; in one that has content already, files are replaced one by one, others are
-    left alone, and weights of an older model are removed last.
+    left alone (so is a model card that is there), and weights of an older model are removed last.
 
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full.
@@ -97,7 +98,8 @@ def _move(partial: Path, directory: Path) -> None:
         return
     new = {path.name for path in partial.iterdir()}
     for name in sorted(new):
-        os.replace(partial / name, directory / name)
+        if name not in _KEPT or not (directory / name).exists():
+            os.replace(partial / name, directory / name)
     for path in directory.iterdir():
         if _WEIGHTS.fullmatch(path.name) and path.name not in new:
             path.unlink()

@@ -80,11 +80,11 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             self.server.created = json.loads(body)
             name = f"{self.server.created['organization']}/{self.server.created['name']}"
+            answer = {"url": f"{self.server.url}/{name}"}
             if name in self.server.repositories:
-                return self.fail(409, "")
+                return self.reply(json.dumps(answer).encode(), {}, with_body=True, status=409)
             self.server.private = "private" in (self.server.created.get("visibility"), *self.server.created)
             self.server.repositories[name] = Path("/nonexistent")
-            answer = {"url": f"{self.server.url}/{name}"}
         elif path.startswith(f"/api/models/{name}/branch/"):
             self.server.branches.append(path.rpartition("/branch/")[2])
             answer = {}
@@ -126,7 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
         self.server.requests.append((self.command, path, token))
         is_api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").lstrip("/").split("/")
+        raw = urlsplit(self.path).path
+        parts = [unquote(part) for part in raw.removeprefix("/api/models/").lstrip("/").split("/")]
         name, rest = "/".join(parts[:2]), parts[2:]
         directory = self.server.repositories.get(name)
         if directory is None:
@@ -134,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         if name == "org/gated" and token != "Bearer secret":
             return self.fail(403, "GatedRepo")
         revision = rest[1] if len(rest) > 1 else "main"
-        commits = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}
+        commits = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER, "refs/pr/7": COMMIT}
         commit = (commits | dict.fromkeys(self.server.branches, COMMIT)).get(revision)
         if commit is None:
             return self.fail(404, "RevisionNotFound")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llama4.config import GenerationConfig, Llama4Config
 from llama4.errors import ChatTemplateError
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
+from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.tiny import EMBEDDED
 from llama4.units import bytes_text, count_text
@@ -66,6 +68,15 @@ class Model:
     why_no_weights: str | None = None
     shards: HubShards | None = None
     origin: HubOrigin | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if it is not in the directory.
+
+        Raises:
+            ValueError: it is unreadable or of another model.
+        """
+        return family_of(self.config).load_tokenizer(self.directory, self.config) if self.directory else None
 
 
 def find(name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None) -> Model:
@@ -163,8 +174,7 @@ def describe_prompts(model: Model) -> dict[str, Any] | None:
     if model.directory is None:
         return None
     templates = SideFiles.read(model.directory).chat_templates
-    tokenizer = family_of(model.config).load_tokenizer(model.directory, model.config) if templates else None
-    agrees, error = None, None
+    tokenizer, agrees, error = model.tokenizer if templates else None, None, None
     if tokenizer is not None:
         processor = Processor.from_config(tokenizer, model.config, templates)
         try:
@@ -184,7 +194,7 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     if model.directory is None:
         return None
     said = GenerationConfig.from_directory(model.directory)
-    tokenizer = family_of(model.config).load_tokenizer(model.directory, model.config)
+    tokenizer = model.tokenizer
     if tokenizer is not None:
         names: dict[int, Any] = {id_: name for name, id_ in tokenizer.special_tokens.items()}
     else:

@@ -1,0 +1,65 @@
+"""What `llama4 info` tells of a checkpoint beside its configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llama4.analysis.info import describe_model, find, table
+from llama4.weights.convert import convert
+from tests import small_model
+
+TEMPLATES = Path(__file__).parents[1] / "text" / "templates"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+def lines_of(directory: Path) -> dict[str, str]:
+    lines = table("it", describe_model(find(str(directory)))).splitlines()
+    return {line[2:14].strip(): line[14:] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("template", "used", "about"),
+    [
+        (None, "Llama 4", "Llama 4's; the checkpoint has none of its own"),
+        ("llama4.jinja", "Llama 4", "Llama 4's, which is what the checkpoint's own writes"),
+        ("chatml.jinja", "own", "the checkpoint's own"),
+        ("{% broken", "own", "the checkpoint's own"),
+    ],
+)
+def test_which_template_is_used(directory: Path, tmp_path: Path, template: str | None, used: str, about: str) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    if template is not None:
+        source = (TEMPLATES / template).read_text() if (TEMPLATES / template).is_file() else template
+        (tmp_path / "chat_template.jinja").write_text(source)
+    facts = describe_model(find(str(tmp_path)))["template"]
+    assert (facts["used"], facts["own"]) == (used, ["default"] if template is not None else [])
+    assert lines_of(tmp_path)["template"] == about
+
+
+def test_files_of_each_layout(directory: Path, tmp_path: Path) -> None:
+    parameters = sum(parameter.numel() for parameter in small_model.model().parameters())
+    assert lines_of(directory)["files"] == f"Hugging Face's layout: float32; {4 * parameters / 2**20:.1f} MiB in all"
+    convert(directory, tmp_path / "meta", "meta", progress=False)
+    assert lines_of(tmp_path / "meta")["files"] == f"Meta's layout: float32; {4 * parameters / 2**20:.1f} MiB in all"
+
+
+def test_a_configuration_alone(directory: Path, tmp_path: Path) -> None:
+    shutil.copy(directory / "config.json", tmp_path)
+    assert lines_of(tmp_path)["files"] == "Hugging Face's layout: no weights here"
+
+
+def test_what_a_model_was_made_from(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["hub_origin"] = {"repo_id": "org/base", "commit": "0123abcd"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert lines_of(tmp_path)["made from"] == "org/base at commit 0123abcd"
+    assert describe_model(find(str(tmp_path)))["checkpoint"]["made_from"] == content["hub_origin"]

@@ -197,7 +197,7 @@ class Llama4:
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)
-        side_files = SideFiles.read(directory, hub.origin_of(directory))
+        side_files = SideFiles.read(directory)
         note_ignored(str(name), side_files)
         return cls(
             model.eval(),
@@ -399,15 +399,19 @@ class Llama4:
         self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model with its tokenizer in Hugging Face's layout, for this library or transformers to read.
+        """Write the model with its tokenizer and a model card in Hugging Face's layout, for this library or
+        transformers to read. A card that is there already stays.
 
         Raises:
             ValueError: the directory cannot be written.
         """
+        self._save(directory)
+
+    def _save(self, directory: str | Path, name: str | None = None) -> None:
         side_files, generation = self.side_files, self.generation_config.to_dict()
         if generation != self.generation_config.content:
             side_files = side_files.with_json(GENERATION_FILE, generation)
-        save(self.model, self.config, directory, tokenizer=self._tokenizer, side_files=side_files)
+        save(self.model, self.config, directory, tokenizer=self._tokenizer, side_files=side_files, name=name)
 
     def push_to_hub(
         self,
@@ -441,7 +445,7 @@ class Llama4:
                 f"create_pr opens a pull request of its own; leave out revision={revision!r}, or create_pr"
             )
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(Path(directory) / "model")
+            self._save(Path(directory) / "model", name=repo_id)
             return hub.push(
                 Path(directory) / "model",
                 repo_id,

@@ -96,7 +96,9 @@ def find(name: str, revision: str | None = None, token: str | None = None, subfo
     )
     shards = hub.shards_on_hub(name, directory, subfolder=subfolder, token=token)
     layout = checkpoint.layout_of(directory)
-    found = Model(layout.read_config(directory), directory, layout, shards=shards, origin=hub.origin_of(directory))
+    found = Model(
+        layout.read_config(directory), directory, layout, shards=shards, origin=HubOrigin.of_snapshot(directory)
+    )
     if shards is None:
         if layout.has_weights(directory):
             config, weights = checkpoint.open_checkpoint(directory)
@@ -150,7 +152,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
         return None
     summary = summarize(model.weights) if model.weights is not None else None
     side_files = SideFiles.read(model.directory)
-    base = side_files.origin
+    base = side_files.recorded_origin
     return {
         "layout": model.layout.name,
         "weights": None

@@ -52,7 +52,14 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     side_files = SideFiles.read(source)
     with complete_directory(target) as partial:
         LAYOUTS[layout].write(
-            weights, config, tokenizer, partial, side_files=side_files, ranks=ranks, progress=progress
+            weights,
+            config,
+            tokenizer,
+            partial,
+            side_files=side_files,
+            name=target.resolve().name,
+            ranks=ranks,
+            progress=progress,
         )
         verify(partial, weights, config, tokenizer, progress=progress)
 

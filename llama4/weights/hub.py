@@ -95,7 +95,7 @@ def resolve(
             if layout.recognises(found):
                 break
     if not (_is_complete(found) if select is all_files else _layout(found)):
-        origin = origin_of(found)
+        origin = HubOrigin.of_snapshot(found)
         listed = list(_sizes(origin, folder, token)) if origin is not None else []
         where = f"{name}/{subfolder}" if subfolder else name
         raise CheckpointError(f"{where} cannot be loaded: {why_unreadable(listed) or 'it holds no weights'}")
@@ -136,7 +136,7 @@ def shards_on_hub(
 ) -> HubShards | None:
     """The files on the Hub beside those in a directory that `resolve` gave for a name; None if the model is not on the
     Hub, or the Hub cannot be reached."""
-    origin = origin_of(directory) if not Path(name).expanduser().is_dir() else None
+    origin = HubOrigin.of_snapshot(directory) if not Path(name).expanduser().is_dir() else None
     if origin is None:
         return None
     folder = _checked(subfolder)
@@ -146,16 +146,6 @@ def shards_on_hub(
         logger.info("%s", error)
         return None
     return HubShards(origin, folder, sizes, token=token, progress=progress)
-
-
-def origin_of(directory: Path) -> HubOrigin | None:
-    """The repository and the commit of a directory in the Hub's local cache, `.../models--ORG--NAME/snapshots/COMMIT`;
-    None for others."""
-    for snapshot in (directory, *directory.parents):
-        repository = snapshot.parent.parent.name
-        if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
-            return HubOrigin(repository.removeprefix("models--").replace("--", "/"), snapshot.name)
-    return None
 
 
 def _checked(subfolder: str | None) -> PurePosixPath:

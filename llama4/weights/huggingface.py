@@ -23,11 +23,13 @@ from llama4.weights.directory import write_json
 from llama4.weights.experts import stack_experts
 from llama4.weights.fbgemm import FbgemmFp8
 from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
+from llama4.weights.model_card import write_card
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import NO_SIDE_FILES, ORIGIN_FIELD, SIDE_FILES, TEMPLATE_FILE, SideFiles, updated
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
+from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
 
 QUANT_METHODS: dict[str, QuantMethod] = {
@@ -85,15 +87,18 @@ class HuggingFaceLayout(CheckpointLayout):
         directory: Path,
         *,
         side_files: SideFiles = NO_SIDE_FILES,
+        name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
     ) -> None:
-        table, content = family_of(config).names(config), None
+        table, content, summary = family_of(config).names(config), None, summarize(source)
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
         config = dataclasses.replace(config, dtype=_dtype(source), quantization_config=content)
         _write_side_files(config, tokenizer, side_files, directory)
+        if name is not None:
+            write_card(directory, name, config, summary, side_files)
         write_safetensors(FileNames(source, table), directory, max_shard_bytes, progress=progress)
 
 

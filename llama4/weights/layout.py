@@ -71,6 +71,7 @@ class CheckpointLayout(ABC):
         directory: Path,
         *,
         side_files: SideFiles = NO_SIDE_FILES,
+        name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,
@@ -80,6 +81,7 @@ class CheckpointLayout(ABC):
         Args:
             source: complete, see `load.match_names`.
             side_files: what stood beside the weights where the model comes from; written again but for what changed.
+            name: under which the model is loaded, for its card, of which layouts that are not the Hub's have none.
             ranks: files of Meta's layout, one per GPU.
             max_shard_bytes: most bytes of a file in Hugging Face's layout.
             progress: show a bar, if stderr is a terminal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from llama4.config import CONFIG_FILE, Llama4Config
 from llama4.units import count_text
 from llama4.version import __version__
-from llama4.weights.side_files import LICENCE_FILES, MODEL_CARD, ORIGIN_FIELD, SideFiles
+from llama4.weights.side_files import LICENCE_FILES, MODEL_CARD, SideFiles
 from llama4.weights.summary import WeightsSummary
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,20 @@ Written by llama4 {version} in Hugging Face's layout, which transformers reads a
 """
 
 
-def keeps_card(side_files: SideFiles, is_quantized: bool) -> bool:
-    """Whether the card that came with a model is still of it: not if the model is another's on the Hub, which this one
-    is made from, nor if its weights were quantized since."""
-    config = side_files.json(CONFIG_FILE)
-    record = config.get(ORIGIN_FIELD)
-    is_same_model = side_files.origin is None or record == vars(side_files.origin)
-    return MODEL_CARD in side_files and is_same_model and is_quantized == ("quantization_config" in config)
+def write_card(
+    directory: Path, name: str, config: Llama4Config, summary: WeightsSummary, side_files: SideFiles
+) -> None:
+    """Write the card of a model that is saved, unless the one that came with it is still of it: it is not if the model
+    was made from another on the Hub, or if its weights were quantized since.
+
+    Args:
+        directory: of the model.
+        name, config, summary, side_files: see `model_card`.
+    """
+    is_same_model = side_files.origin == side_files.recorded_origin
+    was_quantized = "quantization_config" in side_files.json(CONFIG_FILE)
+    if MODEL_CARD not in side_files or not is_same_model or bool(summary.quantized) != was_quantized:
+        (directory / MODEL_CARD).write_text(model_card(name, config, summary, side_files), encoding="utf-8")
 
 
 def model_card(name: str, config: Llama4Config, summary: WeightsSummary, side_files: SideFiles) -> str:

@@ -60,6 +60,7 @@ def save(
     *,
     tokenizer: Tokenizer | None = None,
     side_files: SideFiles = NO_SIDE_FILES,
+    name: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
     stamp: str | None = None,
@@ -71,6 +72,7 @@ def save(
         directory: see `complete_directory`.
         tokenizer: the model's.
         side_files: what stood beside the weights where the model comes from; written again but for what changed.
+        name: under which the model is loaded, for its card; by default that of the directory.
         max_shard_bytes: more than this and the weights are split, with an index.
         progress: show a bar, if stderr is a terminal.
         stamp: what the result depends on, in words. With it the shards that are done survive an interruption, and the
@@ -87,6 +89,7 @@ def save(
             tokenizer,
             partial,
             side_files=side_files,
+            name=name or Path(directory).resolve().name,
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )

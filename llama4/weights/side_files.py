@@ -54,6 +54,15 @@ class HubOrigin:
     repo_id: str
     commit: str
 
+    @classmethod
+    def of_snapshot(cls, directory: Path) -> HubOrigin | None:
+        """That of a directory in the Hub's local cache, `.../models--ORG--NAME/snapshots/COMMIT`; None for others."""
+        for snapshot in (directory, *directory.parents):
+            repository = snapshot.parent.parent.name
+            if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
+                return cls(repository.removeprefix("models--").replace("--", "/"), snapshot.name)
+        return None
+
 
 @dataclass(frozen=True)
 class SideFiles:
@@ -68,12 +77,9 @@ class SideFiles:
     origin: HubOrigin | None = None
 
     @classmethod
-    def read(cls, directory: str | Path, origin: HubOrigin | None = None) -> SideFiles:
-        """Those of a directory, in any layout.
-
-        Args:
-            directory: of a model.
-            origin: where it came from; by default what its config.json says.
+    def read(cls, directory: str | Path) -> SideFiles:
+        """Those of a directory, in any layout. The origin of a snapshot in the Hub's cache is known by its path, that
+        of another directory by its config.json.
 
         Raises:
             ConfigError: a config.json that is not JSON.
@@ -88,10 +94,13 @@ class SideFiles:
                     continue
                 contents[path.relative_to(directory).as_posix()] = path.read_bytes()
         files = cls(contents)
-        recorded = files.json(CONFIG_FILE).get(ORIGIN_FIELD)
-        if origin is None and isinstance(recorded, dict):
-            origin = HubOrigin(str(recorded.get("repo_id")), str(recorded.get("commit")))
-        return dataclasses.replace(files, origin=origin)
+        return dataclasses.replace(files, origin=HubOrigin.of_snapshot(Path(directory)) or files.recorded_origin)
+
+    @property
+    def recorded_origin(self) -> HubOrigin | None:
+        """What config.json says of where the model came from."""
+        record = self.json(CONFIG_FILE).get(ORIGIN_FIELD)
+        return HubOrigin(str(record.get("repo_id")), str(record.get("commit"))) if isinstance(record, dict) else None
 
     def __contains__(self, name: str) -> bool:
         return name in self.contents

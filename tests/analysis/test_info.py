@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from llama4.analysis.info import describe_model, find, table
-from llama4.weights.convert import convert
+from llama4.families.llama4 import Llama4Family
 from tests import small_model
+from tests.weights.test_meta import make_reference, params, write_meta
 
+LLAMA4 = Llama4Family()
 TEMPLATES = Path(__file__).parents[1] / "text" / "templates"
 
 
@@ -26,29 +28,32 @@ def lines_of(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("template", "used", "about"),
+    ("template", "agrees", "line"),
     [
-        (None, "Llama 4", "Llama 4's; the checkpoint has none of its own"),
-        ("llama4.jinja", "Llama 4", "Llama 4's, which is what the checkpoint's own writes"),
-        ("chatml.jinja", "own", "the checkpoint's own"),
-        ("{% broken", "own", "the checkpoint's own"),
+        (None, None, "in Llama 4's format"),
+        (LLAMA4.chat_template(), True, "by the checkpoint's own chat template, which writes what Llama 4's format does"),
+        ("chatml.jinja", False, "by the checkpoint's own chat template"),
     ],
 )
-def test_which_template_is_used(directory: Path, tmp_path: Path, template: str | None, used: str, about: str) -> None:
+def test_who_writes_prompts(
+    directory: Path, tmp_path: Path, template: str | None, agrees: bool | None, line: str
+) -> None:
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     if template is not None:
-        source = (TEMPLATES / template).read_text() if (TEMPLATES / template).is_file() else template
+        source = (TEMPLATES / template).read_text() if template.endswith(".jinja") else template
         (tmp_path / "chat_template.jinja").write_text(source)
-    facts = describe_model(find(str(tmp_path)))["template"]
-    assert (facts["used"], facts["own"]) == (used, ["default"] if template is not None else [])
-    assert lines_of(tmp_path)["template"] == about
+    facts = describe_model(find(str(tmp_path)))["prompts"]
+    assert (facts["agrees"], facts["templates"]) == (agrees, ["default"] if template is not None else [])
+    assert lines_of(tmp_path)["prompts"] == line
 
 
 def test_files_of_each_layout(directory: Path, tmp_path: Path) -> None:
     parameters = sum(parameter.numel() for parameter in small_model.model().parameters())
     assert lines_of(directory)["files"] == f"Hugging Face's layout: float32; {4 * parameters / 2**20:.1f} MiB in all"
-    convert(directory, tmp_path / "meta", "meta", progress=False)
-    assert lines_of(tmp_path / "meta")["files"] == f"Meta's layout: float32; {4 * parameters / 2**20:.1f} MiB in all"
+    meta = make_reference(False)
+    write_meta(tmp_path / "meta", meta, params(False), 1)
+    size = 4 * sum(parameter.numel() for parameter in meta.parameters())
+    assert lines_of(tmp_path / "meta")["files"] == f"Meta's layout: float32; {size / 2**20:.1f} MiB in all"
 
 
 def test_a_configuration_alone(directory: Path, tmp_path: Path) -> None:

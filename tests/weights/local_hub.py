@@ -77,7 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(401, "")
         name = "/".join(path.removeprefix("/api/models/").strip("/").split("/")[:2]).removesuffix(".git")
         answer: dict[str, object]
-        if path == "/api/repos/create":
+        if path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif path == "/api/repos/create":
             self.server.created = json.loads(body)
             name = f"{self.server.created['organization']}/{self.server.created['name']}"
             answer = {"url": f"{self.server.url}/{name}"}

@@ -58,6 +58,7 @@ class MetaLayout(CheckpointLayout):
         directory: Path,
         *,
         side_files: SideFiles = NO_SIDE_FILES,
+        name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: bool = False,

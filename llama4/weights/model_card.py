@@ -98,7 +98,7 @@ def _metadata(side_files: SideFiles) -> dict[str, Any]:
     if not text.startswith("---"):
         return {}
     try:
-        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a YAML parser makes of a stranger's file
         logger.warning("the head of %s cannot be read (%s); its licence is not taken over", MODEL_CARD, error)
         return {}

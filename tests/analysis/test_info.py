@@ -13,7 +13,7 @@ from llama4.families.llama4 import Llama4Family
 from tests import small_model
 from tests.weights.test_meta import make_reference, params, write_meta
 
-LLAMA4 = Llama4Family()
+LLAMA4, OWN = Llama4Family(), "by the checkpoint's own chat template"
 TEMPLATES = Path(__file__).parents[1] / "text" / "templates"
 
 
@@ -31,8 +31,12 @@ def lines_of(directory: Path) -> dict[str, str]:
     ("template", "agrees", "line"),
     [
         (None, None, "in Llama 4's format"),
-        (LLAMA4.chat_template(), True, "by the checkpoint's own chat template, which writes what Llama 4's format does"),
-        ("chatml.jinja", False, "by the checkpoint's own chat template"),
+        (
+            LLAMA4.chat_template(),
+            True,
+            OWN + ", which writes what Llama 4's format does",
+        ),
+        ("chatml.jinja", False, OWN),
     ],
 )
 def test_who_writes_prompts(

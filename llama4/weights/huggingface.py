@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, GenerationConfig, Llama4Config
+from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llama4Config
 from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
@@ -27,7 +27,15 @@ from llama4.weights.model_card import write_card
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
-from llama4.weights.side_files import NO_SIDE_FILES, ORIGIN_FIELD, SIDE_FILES, TEMPLATE_FILE, SideFiles, updated
+from llama4.weights.side_files import (
+    NO_SIDE_FILES,
+    ORIGIN_FIELD,
+    SIDE_FILES,
+    TEMPLATE_FILE,
+    SideFiles,
+    generation_content,
+    updated,
+)
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
@@ -167,18 +175,9 @@ def _write_side_files(
 
 def _configs(config: Llama4Config, side_files: SideFiles) -> dict[str, dict[str, Any]]:
     """File -> what a configuration makes of it, in the form that the file has in `side_files`."""
-    text = config.text
-    tokens = {
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": list(text.eos_token_id),
-        "pad_token_id": text.pad_token_id,
-    }
     files = {
         CONFIG_FILE: family_of(config).write_config(config),
-        GENERATION_FILE: {
-            **GenerationConfig.from_config(side_files.json(CONFIG_FILE)).content,
-            **{name: value for name, value in tokens.items() if value not in (None, [])},
-        },
+        GENERATION_FILE: generation_content(config, side_files),
     }
     if config.vision is not None:
         images, processor = IMAGE_CONFIG_FILES

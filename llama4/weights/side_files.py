@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from llama4.config import CONFIG_FILE, GENERATION_FILE
+from llama4.config import CONFIG_FILE, GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.errors import ConfigError
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE
 
@@ -177,6 +177,18 @@ class SideFiles:
         if files:
             return {name: self.text(path) or "" for name, path in files.items()}
         return _templates(TOKENIZER_CONFIG_FILE, self.json(TOKENIZER_CONFIG_FILE).get("chat_template"))
+
+
+def generation_content(config: Llama4Config, side_files: SideFiles) -> dict[str, Any]:
+    """The content of a generation_config.json for a model that came without one."""
+    text = config.text
+    tokens = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": list(text.eos_token_id),
+        "pad_token_id": text.pad_token_id,
+    }
+    said = GenerationConfig.from_config(side_files.json(CONFIG_FILE)).content
+    return {**said, **{name: value for name, value in tokens.items() if value not in (None, [])}}
 
 
 def updated(raw: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,18 @@ def test_by_way_of_metas_layout(tmp_path: Path) -> None:
     assert differing(source, tmp_path / "back") == {"config.json", "tokenizer.json"}
 
 
+def test_stop_tokens_of_config_json_alone_survive_metas_layout(tmp_path: Path) -> None:
+    source = as_meta_has_it(write_rich(tmp_path / "source"))
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = [small_model.RANKS + 5]
+    put(source, "config.json", config)
+    convert(source, tmp_path / "meta", "meta")
+    convert(tmp_path / "meta", tmp_path / "back", "hf")
+    for name in ("source", "meta", "back"):
+        assert Llama4.from_pretrained(tmp_path / name, progress=False).stop_ids == (small_model.RANKS + 5,)
+
+
 def as_meta_has_it(directory: Path) -> Path:
     """With 16 tiles and RoPE scaled from 8192 tokens, which are fixed in Meta's code."""
     images, config = (json.loads((directory / n).read_text()) for n in ("preprocessor_config.json", "config.json"))
@@ -281,9 +293,22 @@ def test_pictures_through_their_processor(saved: Path) -> None:
     assert torch.allclose(theirs["pixel_values"].float(), ours.pixel_values, atol=2.1 / 127.5)
 
 
-@pytest.mark.parametrize("kind", ["text", "pictures", "tiny"])
-def test_pipelines_answer_as_we_do(kind: str, saved: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def from_meta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted from Meta's files alone."""
+    directory = tmp_path_factory.mktemp("from_meta")
+    convert(as_meta_has_it(write_rich(directory / "source")), directory / "meta", "meta")
+    for path in (directory / "meta").rglob("*.*"):
+        if path.suffix != ".pth" and path.name not in ("params.json", "tokenizer.model"):
+            path.unlink()
+    convert(directory / "meta", directory / "model", "hf")
+    return directory / "model"
+
+
+@pytest.mark.parametrize("kind", ["text", "pictures", "tiny", "meta"])
+def test_pipelines_answer_as_we_do(kind: str, saved: Path, from_meta: Path, tmp_path: Path) -> None:
     """Greedily, in float32."""
+    saved = from_meta if kind == "meta" else saved
     llm = Llama4.from_pretrained("tiny" if kind == "tiny" else saved, dtype="float32", progress=False)
     if kind == "text":
         model = Llama4Model(dataclasses.replace(llm.config, vision=None)).eval()

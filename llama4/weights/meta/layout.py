@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llama4.config import CONFIG_FILE, Llama4Config
+from llama4.config import CONFIG_FILE, GENERATION_FILE, Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families import family_of
 from llama4.text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from llama4.weights.meta.params import PARAMS_FILE, params_from_config, read_par
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.safetensors import Shards
-from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, SideFiles
+from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, SideFiles, generation_content
 from llama4.weights.source import Source
 
 _NORM = "language_model.model.norm.weight"
@@ -72,6 +72,8 @@ class MetaLayout(CheckpointLayout):
             _check_tokenizer(tokenizer, family_of(config).vocabulary)
             write_tokenizer_model(tokenizer, directory / "tokenizer.model")
         side_files.without(CONFIG_FILE).write(directory)
+        if GENERATION_FILE not in side_files:  # which tokens end a reply; params.json cannot say it
+            write_json(directory / GENERATION_FILE, generation_content(config, side_files))
         write_json(directory / PARAMS_FILE, params)
         write_ranks(source, config, directory, ranks, progress=progress)
 

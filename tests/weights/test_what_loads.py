@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 
 from llama4 import Llama4
 from llama4.config import Llama4Config
@@ -73,6 +73,24 @@ def test_a_dense_model_with_llama_3s_tokens(mobile: tuple[Path, Any], fields: di
     llm.save_pretrained(directory.parent / "saved")
     again = Llama4ForCausalLM.from_pretrained(directory.parent / "saved").eval()
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+def test_a_dense_model_chats_by_its_own_template(mobile: tuple[Path, Any]) -> None:
+    directory, _ = mobile
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(names | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8"
+    )
+    llm, conversation = loaded(directory), [{"role": "user", "content": "the cat"}]
+    theirs: Any = AutoTokenizer.from_pretrained(directory).apply_chat_template(conversation)
+    assert llm.processor([conversation]).input_ids[0].tolist() == theirs["input_ids"]
+    assert set(llm.stop_ids) == {260, 263}
 
 
 @torch.inference_mode()

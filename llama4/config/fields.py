@@ -60,7 +60,7 @@ def names_of(cls: type) -> list[str]:
 
 _METADATA = {
     **dict.fromkeys(("architectures", "transformers_version", "auto_map"), "names of classes; no code is run"),
-    **dict.fromkeys(("name_or_path", "for_llm_compressor"), "where it comes from"),
+    **dict.fromkeys(("name_or_path", "hub_origin", "for_llm_compressor"), "where it comes from"),
     **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), "of the output"),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type"), "of classifiers"),
     **dict.fromkeys(("is_encoder_decoder", "chunk_size_feed_forward", "tie_last_hidden_states"), "of other models"),

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llama4.api import Llama4
 from llama4.cli.main import main
@@ -113,6 +114,45 @@ def test_quantizing_fetches_each_file_once_and_keeps_one(
     count, total, largest = len(sizes), sum(sizes.values()), max(sizes.values())
     assert err.startswith(f"{count} of {count} files, {total / 2**20:.1f} MiB, come from the Hub, at most ")
     assert f" {largest / 1024:.0f} KiB at a time; with the result, " in err
+
+
+def test_experts_apart_may_lie_in_two_files(
+    server: LocalHub, sharded: Path, int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer's experts as Linears, some here and some in the next file: two files are kept, and each comes once."""
+    repo = tmp_path / "repo"
+    shutil.copytree(sharded, repo, ignore=lambda _, names: [name for name in names if name.startswith("model")])
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in small_model.model().state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if not path.endswith(".experts"):
+            tensors[name] = tensor
+            continue
+        for i, expert in enumerate(tensor.mT):
+            halves = ("gate", "up") if leaf == "gate_up_proj" else ("down",)
+            for half, matrix in zip(halves, expert.chunk(len(halves)), strict=True):
+                tensors[f"{path}.{i}.{half}_proj.weight"] = matrix.contiguous()
+    keys, places = sorted(tensors), dict[str, str]()
+    for i in range(0, len(keys), 20):
+        name = f"model-{i // 20 + 1:05d}-of-{-(-len(keys) // 20):05d}.safetensors"
+        save_file({key: tensors[key] for key in keys[i : i + 20]}, repo / name)
+        places |= dict.fromkeys(keys[i : i + 20], name)
+    (repo / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    server.repositories["org/apart"] = repo
+    code, _, err = run(capsys, *QUANTIZE[:1], "org/apart", *QUANTIZE[2:], tmp_path / "out")
+    assert code == 0, err
+    sizes = weights_of(repo)
+    assert len(sizes) > 5
+    assert {name: server.sent[name] for name in sizes} == {
+        name: size + min(size, FIRST_BYTES) for name, size in sizes.items()
+    }
+    assert f" {sum(sorted(sizes.values())[-2:]) / 1024:.0f} KiB at a time" in err
+    found, wanted = {}, {}
+    for directory, content in ((tmp_path / "out", found), (int8, wanted)):
+        for file in directory.glob("*.safetensors"):
+            content |= load_file(file)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
 
 
 def test_files_in_the_cache_are_used_and_stay(

@@ -159,6 +159,7 @@ def test_the_card_of_what_was_made_from_a_model_on_the_hub(
     out = capsys.readouterr().out
     assert f"on the Hub  org/new at commit {COMMIT}" in out
     assert f"made from   org/base at commit {COMMIT}" in out
+    assert "  ignored " not in out, "the record is a field that is known"
 
     AutoConfig.from_pretrained(tmp_path / "new")  # the record is no field of transformers'
     again = Llama4.from_pretrained(tmp_path / "new", progress=False)

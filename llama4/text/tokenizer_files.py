@@ -114,6 +114,10 @@ def read_json(
     pattern = _split_pattern(data.get("pre_tokenizer"))
     if pattern is None:
         raise ValueError(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
+    if odd := _odd_settings(data):
+        raise ValueError(
+            f"{path} has {odd}, which Llama 4's tokenizer has not; use the tokenizer that belongs to the model"
+        )
     return ranks, added, pattern
 
 
@@ -139,6 +143,22 @@ def _split_pattern(node: Any) -> str | None:
         return pattern if isinstance(pattern, str) else None
     found = (_split_pattern(child) for child in node.get("pretokenizers", []))
     return next((pattern for pattern in found if pattern), None)
+
+
+def _odd_settings(data: Mapping[str, Any]) -> str | None:
+    """What a byte-level BPE behind one regular expression does not do: further cuts, blanks put first, chance."""
+    model, node = data["model"], data["pre_tokenizer"]
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            return f"{name} {model[name]!r}"
+    nodes = node.get("pretokenizers", [node])
+    if (kinds := [each.get("type") for each in nodes]) != ["Split", "ByteLevel"]:
+        return f"the pre-tokenizers {kinds}, not Split and ByteLevel alone"
+    split, byte_level = nodes
+    if (split.get("behavior"), split.get("invert")) not in (("Isolated", False), ("Removed", True)):
+        return f"a Split with behavior {split.get('behavior')!r} and invert {split.get('invert')!r}"
+    wrong = {"add_prefix_space", "use_regex"} - {name for name, value in byte_level.items() if value is False}
+    return f"a ByteLevel with {' and '.join(sorted(wrong))}" if wrong else None
 
 
 def _mentions(data: dict[str, Any], kind: str) -> bool:

@@ -291,6 +291,17 @@ def test_other_json_tokenizers_are_refused(small_files: tuple[Path, Path], tmp_p
     refuses(good | {"pre_tokenizer": None, "decoder": None}, "not a byte-level BPE")
     refuses(good | {"normalizer": {"type": "NFC"}}, "normalises")
     refuses(good | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}, "regular expression")
+    split, byte_level = good["pre_tokenizer"]["pretokenizers"]
+    digits = {"type": "Digits", "individual_digits": True}
+    for pretokenizers, message in (
+        ([split, digits, byte_level], "'Split', 'Digits', 'ByteLevel'"),
+        ([digits, split, byte_level], "'Digits', 'Split', 'ByteLevel'"),
+        ([split | {"invert": True}, byte_level], "invert True"),
+        ([split, byte_level | {"add_prefix_space": True}], "ByteLevel with add_prefix_space"),
+        ([split, byte_level | {"use_regex": True}], "ByteLevel with use_regex"),
+    ):
+        refuses(good | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers}}, message)
+    refuses(good | {"model": good["model"] | {"dropout": 0.1}}, r"dropout 0\.1")
     merges = good["model"]["merges"]
     refuses(good | {"model": good["model"] | {"merges": merges[::-1]}}, "another order")
 

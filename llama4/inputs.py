@@ -23,6 +23,15 @@ from llama4.vision.images import load_image
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
 
 PaddingSide = Literal["left", "right"]
+_TENSOR_OPTIONS = {
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+}
+"""What transformers' `apply_chat_template` takes and ours does not."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,7 @@ class Processor:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = False,
+        chat_template: str | None = None,
         **chat_template_kwargs: Any,
     ) -> Any:
         """A conversation as the text of its prompt or as its token ids; a list of conversations as a list of them.
@@ -172,6 +182,7 @@ class Processor:
             messages, images, tools, add_generation_prompt, continue_final_message, chat_template_kwargs: as in a call
                 of the processor.
             tokenize: ids, with those of each image, which is read; else the text, with `<|image|>` for each.
+            chat_template: another template than the checkpoint's default: the name of one that it has, or its source.
 
         Raises:
             ValueError: as a call of the processor; or both `add_generation_prompt` and `continue_final_message`.
@@ -180,7 +191,10 @@ class Processor:
             raise ValueError(
                 "add_generation_prompt begins a message and continue_final_message goes on with the last; choose one"
             )
+        if unknown := sorted(chat_template_kwargs.keys() & _TENSOR_OPTIONS):
+            raise ValueError(f"{', '.join(unknown)} cannot be given here; call the processor itself for tensors")
         options: dict[str, Any] = {
+            "chat_template": chat_template,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -300,13 +314,21 @@ class Processor:
         variables: Mapping[str, Any] | None,
         *,
         mark_replies: bool = False,
+        chat_template: str | None = None,
         **options: Any,
     ) -> list[Piece]:
         """A prompt in the family's format, or in that of the checkpoint's own template."""
         variables = dict(variables or {})
+        if reserved := sorted(variables.keys() & {"messages", "mark_replies", "bos", *options}):
+            raise ValueError(
+                f"chat_template_kwargs holds {', '.join(reserved)}, which other arguments say; leave it out"
+            )
         others = sorted(variables.keys() - {"tools_in_user_message"})
-        if self.template is not None and (others or not self.template_agrees):
-            return self.template.compose(messages, mark_replies=mark_replies, **options, **variables)
+        template = self.template
+        if chat_template is not None:
+            template = (template or ChatTemplate({}, self.tokenizer)).named(chat_template)
+        if template is not None and (others or chat_template is not None or not self.template_agrees):
+            return template.compose(messages, mark_replies=mark_replies, **options, **variables)
         if others:
             raise ValueError(
                 f"{', '.join(others)} cannot be given, as this checkpoint has no chat template that reads such; what "

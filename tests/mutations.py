@@ -175,6 +175,20 @@ MUTATIONS = [
         "tests/text/test_prompt.py::test_image_tokens_are_transformers",
     ),
     Mutation(
+        "under a chat template, names in a user's text are special tokens",
+        "llama4/text/template.py",
+        "found = [(a, b) for a, b in others if disguised[a:b] == text[a:b]]",
+        "found = others",
+        "tests/text/test_template.py::test_users_text_stays_text_under_every_template",
+    ),
+    Mutation(
+        "a last message of the assistant is answered, not continued",
+        "llama4/inputs.py",
+        'continued = add_generation_prompt and row[-1].role == "assistant" and not row[-1].tool_calls',
+        "continued = False",
+        "tests/test_inputs.py::test_a_last_message_of_the_assistant_is_continued",
+    ),
+    Mutation(
         "built-in names of stop tokens before the checkpoint's",
         "llama4/api.py",
         "return self.generation_config.eos_token_id or self.config.text.eos_token_id or self.tokenizer.stop_ids",

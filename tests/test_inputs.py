@@ -274,6 +274,13 @@ def test_a_checkpoints_own_template_writes_the_prompt(
     )
     with pytest.raises(ValueError, match="date_string cannot be given"):
         processor.apply_chat_template(conversation, date_string="today")
+    with pytest.raises(ValueError, match="chat_template_kwargs holds tools, which other arguments say"):
+        ours(conversation, chat_template_kwargs={"tools": []})
+    with pytest.raises(ValueError, match="return_tensors cannot be given here; call the processor"):
+        ours.apply_chat_template(conversation, return_tensors="pt")
+    for each in (ours, processor):
+        assert each.apply_chat_template(conversation, chat_template="{{ messages | length }}") == "2"
+    assert ours.apply_chat_template(conversation, chat_template="default") == ours.apply_chat_template(conversation)
     with pytest.raises(ValueError, match="places for 0 images, but 1"):
         with_template(small_tokenizer, "{{ messages[0].content }}")([user(picture(9, 9), "x")])
 

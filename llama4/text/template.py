@@ -17,12 +17,15 @@ never taken for a special token.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from llama4.errors import ChatTemplateError, ChatTemplateLimitError
 from llama4.text.messages import ROLES, ImagePart, Message, ParsedMessage, read_messages
@@ -117,6 +120,12 @@ class ChatTemplate:
         if mark_replies and not _GENERATION.search(source):
             written = written._replace(replies=self._replies(written.text, parsed, source, given))
         return _pieces(written)
+
+    def named(self, template: str) -> ChatTemplate:
+        """One of the templates by its name, or another by its source."""
+        changed = copy.copy(self)
+        changed.sources = {"default": self.sources.get(template, template)}
+        return changed
 
     def agrees(self, compose: Compose, bos: str) -> bool:
         """Whether the templates write what `compose` does, for conversations of all kinds."""
@@ -351,8 +360,10 @@ def _plain(value: Any) -> Any:
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {key if type(key) is str else str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return f"<{type(value).__name__}>"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_models.llama4.tokenizer as meta
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -292,7 +293,12 @@ def test_contents_come_in_the_form_that_a_template_reads(tokenizer: Tokenizer) -
 def test_what_a_message_holds_reaches_the_template(tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "developer", "content": "x"},
-        {"role": "user", "content": "x", "name": "Ada", "extra": {"a": [object(), 1.5, None]}},
+        {
+            "role": "user",
+            "content": "x",
+            "name": "Ada",
+            "extra": {"a": [object(), 1.5, None, np.int64(3)], (1, 2): 0},
+        },
         {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "c7"}], "refusal": None},
         {"role": "function", "name": "look_up", "content": {"a": 1}, "tool_call_id": "c7"},
         {"role": "assistant", "content": "y", "tool_calls": [], "reasoning": "z"},
@@ -300,7 +306,7 @@ def test_what_a_message_holds_reaches_the_template(tokenizer: Tokenizer) -> None
     seen = json.loads(text_of(ChatTemplate({"default": "{{ messages | tojson }}"}, tokenizer), messages=messages))
     assert seen == [
         {"role": "system", "content": "x"},
-        {"role": "user", "content": "x", "name": "Ada", "extra": {"a": ["<object>", 1.5, None]}},
+        {"role": "user", "content": "x", "name": "Ada", "extra": {"a": ["<object>", 1.5, None, 3], "(1, 2)": 0}},
         {"role": "assistant", "tool_calls": [{"id": "c7", **CALL}]},
         {"role": "tool", "name": "look_up", "content": {"a": 1}, "tool_call_id": "c7"},
         {"role": "assistant", "content": "y", "reasoning": "z", "thinking": "z", "reasoning_content": "z"},

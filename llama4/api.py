@@ -21,6 +21,7 @@ from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
 from llama4.families import family_of
+from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
@@ -113,6 +114,7 @@ class Llama4:
         templates = self.side_files.chat_templates
         self._processor = Processor.from_config(tokenizer, model.config, templates) if tokenizer is not None else None
         memory.reuse_freed()
+        survive_forks()
 
     @classmethod
     def from_pretrained(
@@ -368,6 +370,7 @@ class Llama4:
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
             )
+        notice_fork()
         rows = identities(inputs, self.model)
         cache = self.cache.beginning(rows) if self.cache is not None else None
         if cache is None:

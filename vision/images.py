@@ -157,6 +157,11 @@ def _decode(file: IO[bytes], name: str, limits: ImageLimits) -> Image.Image:
 
 
 def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    if max(image.size) > limits.max_side:
+        raise ImageError(
+            f"{name} is too long ({image.width} x {image.height}, more than {limits.max_side:,} pixels on a side); cut "
+            "it, or raise max_side of ImageLimits if you trust it"
+        )
     if image.width * image.height > limits.max_pixels:
         raise ImageError(
             f"{name} is too large ({image.width} x {image.height}, more than {limits.max_pixels:,} pixels); make it "

@@ -13,6 +13,7 @@ class ImageLimits:
 
     Attributes:
         max_pixels: width times height. PIL has a limit of its own, twice `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_side: the longer side. What resizing takes grows with it, however few pixels there are.
         max_bytes: of the file, however it comes.
         max_scans: passes over a JPEG, each of which a decoder makes over all of its pixels; encoders write about ten.
         max_seconds: for fetching a URL, from looking up its host to the last byte.
@@ -23,6 +24,7 @@ class ImageLimits:
     """
 
     max_pixels: int = 89_478_485
+    max_side: int = 1_000_000
     max_bytes: int = 64 * 2**20
     max_scans: int = 100
     max_seconds: float = 30.0

@@ -10,11 +10,17 @@ Shapes: n tiles, A side of a tile in pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from llama4.vision.images import BAND_PIXELS
+
+MAX_WIDENED_PIXELS = 2**24
+"""Of an image whose rows are resized and whose columns are not yet, if that is more than the image has."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,7 @@ def tile_image(
     width, height = image.size
     rows, cols = best_canvas(height, width, tile, max_tiles, largest=resize_to_max_canvas)
     canvas_height, canvas_width = rows * tile, cols * tile
-    # Memory order stays height, width, channel, for which the resize has its fastest kernel.
-    pixels_HWC = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    pixels = pixels_HWC.permute(2, 0, 1).unsqueeze(0)
+    pixels = _pixels(image)
 
     box = canvas_height, canvas_width
     if not resize_to_max_canvas:
@@ -128,13 +132,32 @@ def tile_image(
     return Tiles(_normalise(tiles, rescale_factor, mean, std), rows, cols)
 
 
+def _pixels(image: Image.Image) -> Tensor:
+    """[1, 3, h, w] uint8. Memory order is height, width, channel, for which the resize has its fastest kernel. An image
+    is copied in bands of rows, as PIL makes two copies of what it gives."""
+    pixels_HWC = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        data = torch.frombuffer(bytearray(band.tobytes()), dtype=torch.uint8)
+        pixels_HWC[top : top + rows] = data.view(band.height, band.width, 3)
+    return pixels_HWC.permute(2, 0, 1).unsqueeze(0)
+
+
 def _resize(pixels: Tensor, height: int, width: int, resample: str) -> Tensor:
-    """[1, 3, h, w] uint8 -> [3, height, width] uint8."""
+    """[1, 3, h, w] uint8 -> [3, height, width] uint8.
+
+    torch resizes rows first, as PIL does, in between rounding to 8 bits. Of a very tall and narrow picture, whose
+    widened rows would fill the memory, columns go first; that rounds some pixels to the neighbouring level.
+    """
     if pixels.shape[-2:] == (height, width):
         return pixels[0]
     if resample == "nearest-exact":
         return F.interpolate(pixels, (height, width), mode=resample)[0]
-    return F.interpolate(pixels, (height, width), mode=resample, align_corners=False, antialias=True)[0]
+    interpolate = partial(F.interpolate, mode=resample, align_corners=False, antialias=True)
+    if pixels.shape[-2] * width > max(MAX_WIDENED_PIXELS, pixels.shape[-2] * pixels.shape[-1]):
+        pixels = interpolate(pixels, (height, pixels.shape[-1]))
+    return interpolate(pixels, (height, width))[0]
 
 
 def _normalise(

@@ -1,0 +1,97 @@
+"""What preparing a picture takes: at most 4 bytes a pixel above the decoded picture, and 100 MB."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from llama4.errors import ImageError
+from llama4.vision import tiling
+from llama4.vision.images import load_image
+
+SCRIPT = """
+import resource, sys
+from llama4.vision.images import load_image
+from llama4.vision.tiling import tile_image
+from PIL import Image
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+tile_image(load_image(Image.new("RGBA", (700, 500))))  # what is imported and allocated once
+before = peak()
+image = load_image(sys.argv[1])
+pixels = image.width * image.height
+tiles = tile_image(image)
+print(pixels, peak() - before, *tiles.pixel_values.shape)
+"""
+
+
+def png(width: int, height: int, colour: int, channels: int) -> bytes:
+    """A few bytes that hold a picture of any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    line = b"\0" + b"\x80" * (width * channels)
+    lines = max(1, min(height, 2**20 // len(line)))
+    data = b"".join(packer.compress(line * min(lines, height - done)) for done in range(0, height, lines))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data + packer.flush()) + chunk(b"IEND", b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("width", "height", "colour", "channels"),
+    [(1, 1_000_000, 0, 1), (1_000_000, 3, 2, 3), (4000, 5000, 6, 4), (30, 600_000, 4, 2)],
+    ids=["1 wide", "3 high", "RGBA", "narrow, grey with alpha"],
+)
+def test_memory(width: int, height: int, colour: int, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(width, height, colour, channels))
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    pixels, used = map(int, re.findall(r"\d+", result.stdout)[:2])
+    assert pixels == width * height
+    decoded = 4 * pixels + 8 * height  # as PIL has it: 4 bytes a pixel, and an address for each row
+    assert used < decoded + 4 * pixels + 100e6
+
+
+def test_a_file_of_74_bytes() -> None:
+    """Claims 1 x 89,478,485 pixels, for which resizing took 90 GB."""
+    with pytest.raises(ImageError, match=r"more than 1,000,000 pixels on a side.*max_side"):
+        load_image(png(1, 89_478_485, 0, 1)[:74])
+
+
+def test_columns_first_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (1, 3, 900, 50), dtype=torch.uint8, generator=generator)
+    exact = F.interpolate(noise.double(), (336, 336), mode="bilinear", align_corners=False, antialias=True)[0]
+    rows_first = tiling._resize(noise, 336, 336, "bilinear")
+    monkeypatch.setattr(tiling, "MAX_WIDENED_PIXELS", 0)
+    columns_first = tiling._resize(noise, 336, 336, "bilinear")
+    assert not torch.equal(rows_first, columns_first)
+    for resized in (rows_first, columns_first):
+        assert (resized.double() - exact).abs().max() < 1.1
+
+
+def test_bands_hold_every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO(png(61, 47, 2, 3))
+    image = Image.open(file)
+    image.putpixel((60, 46), (1, 2, 3))
+    whole = tiling._pixels(image)
+    monkeypatch.setattr(tiling, "BAND_PIXELS", 200)
+    assert torch.equal(tiling._pixels(image), whole)
+    assert whole[0, :, 46, 60].tolist() == [1, 2, 3]

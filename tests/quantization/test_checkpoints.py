@@ -348,7 +348,8 @@ def run(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 def test_killed_and_run_again(plain: Path, tmp_path: Path) -> None:
     """kill -9 after the second shard: nothing under the final name; the next run writes only what was missing."""
-    quantize(plain, tmp_path / "truth", "int4", max_shard_bytes=SHARD, progress=False)
+    truth = tmp_path / "truth/model"  # a model card has the directory's name
+    quantize(plain, truth, "int4", max_shard_bytes=SHARD, progress=False)
     with run(SLOW, plain, tmp_path / "model", SHARD) as first:
         assert first.stdout is not None
         done = [first.stdout.readline().strip() for _ in range(2)]
@@ -362,10 +363,8 @@ def test_killed_and_run_again(plain: Path, tmp_path: Path) -> None:
     assert second.returncode == 0, errors
     assert not set(output.split()) & set(done)
     assert not kept.exists()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(
-        path.name for path in (tmp_path / "truth").iterdir()
-    )
-    for path in (tmp_path / "truth").iterdir():
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(path.name for path in truth.iterdir())
+    for path in truth.iterdir():
         assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
 
 

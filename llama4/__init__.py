@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llama4.text.tool_calls import ToolCall
     from llama4.vision.config import VisionConfig
     from llama4.vision.images import load_image
+    from llama4.vision.limits import ImageLimits
 
 # `llama4.vision` is the folder vision/ at the top of the repository. An installed package has it inside llama4/ (see
 # pyproject.toml), a checkout or an editable installation beside llama4/. There submodules are looked up in the folder
@@ -48,6 +49,7 @@ _HOMES = {
     "llama4.text.tool_calls": ("ToolCall",),
     "llama4.vision.config": ("VisionConfig",),
     "llama4.vision.images": ("load_image",),
+    "llama4.vision.limits": ("ImageLimits",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -58,6 +60,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "ImageError",
+    "ImageLimits",
     "Inputs",
     "Llama4",
     "Llama4Config",

@@ -20,6 +20,7 @@ from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pie
 from llama4.text.template import ChatTemplate, Compose
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
+from llama4.vision.limits import LIMITS, ImageLimits
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
 
 PaddingSide = Literal["left", "right"]
@@ -60,6 +61,9 @@ class Processor:
         compose: the family's prompt format.
         template: the checkpoint's own; it is used unless it writes what the family's does.
 
+    Attributes:
+        image_limits: what reading a picture may cost, and where one may come from. Set it to change these.
+
     Raises:
         ValueError: image_size, patch_size and pixel_shuffle_ratio do not divide.
     """
@@ -90,6 +94,7 @@ class Processor:
         self.resample = resample
         self.rescale_factor = rescale_factor
         self.template = template
+        self.image_limits: ImageLimits = LIMITS
         self._compose = compose
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
 
@@ -257,7 +262,7 @@ class Processor:
                 "this model reads text alone, but the messages hold an image; use a model with a vision tower"
             )
         return tile_image(
-            load_image(source),
+            load_image(source, self.image_limits),
             self.image_size,
             self.max_tiles,
             self.mean,

@@ -31,6 +31,7 @@ def test_public_names() -> None:
         "ConfigError",
         "ContextLengthError",
         "ImageError",
+        "ImageLimits",
         "Inputs",
         "Llama4",
         "Llama4Config",

@@ -103,7 +103,7 @@ class Conversation:
         name = name.strip().strip("'\"")
         if not name:
             raise ValueError("/image needs a file, such as /image photo.jpg")
-        self.pictures.append({"type": "image", "image": load_image(name)})
+        self.pictures.append({"type": "image", "image": load_image(name, self.llm.processor.image_limits)})
         return len(self.pictures)
 
     def ask(self, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
@@ -80,6 +81,13 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that loads a model and makes it answer."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    model.add_argument(
+        "--private-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures from this host though it is in this machine or its network; repeatable",
+    )
     _add(model, FROM_PRETRAINED)
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
@@ -104,7 +112,10 @@ def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) ->
 def load_model(options: argparse.Namespace) -> Llama4:
     from llama4.api import Llama4
 
-    return Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
+    llm = Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
+    if options.private_host:
+        llm.processor.image_limits = replace(llm.processor.image_limits, private_hosts=options.private_host)
+    return llm
 
 
 def chat_options(options: argparse.Namespace) -> Options:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llama4 import Llama4
+from llama4.cli.main import main
 from llama4.errors import ImageError
 from llama4.vision.download import is_private
 from llama4.vision.images import load_image
@@ -210,3 +212,19 @@ def test_through_the_environments_proxy(monkeypatch: pytest.MonkeyPatch) -> None
                 load_image(f"http://{host}/x.png")
         httpd.shutdown()
     assert Proxy.asked == ["http://pictures.example/x.png"]
+
+
+def test_the_processors_limits(server: str) -> None:
+    llm = Llama4.from_pretrained("tiny")
+    message = {"role": "user", "content": [{"type": "image", "url": f"{server}/a.png"}, {"type": "text", "text": "?"}]}
+    with pytest.raises(ImageError, match="in this machine or its network"):
+        llm.chat([message])
+    llm.processor.image_limits = HERE
+    assert llm.chat([message], max_new_tokens=1).usage.completion_tokens == 1
+
+
+def test_the_command_lines_limits(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--image", f"{server}/a.png", "--max-new-tokens", "2", "Which colour?"]
+    assert main(arguments) != 0
+    assert "in this machine or its network" in capsys.readouterr().err
+    assert main([*arguments, "--private-host", "127.0.0.1"]) == 0

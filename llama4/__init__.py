@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from llama4.engine.replies import Reply, Stream, TextDelta, ToolCallDelta, Usage
     from llama4.engine.sampling import Sampler
     from llama4.engine.tokens import Token
-    from llama4.errors import ChatTemplateError, CheckpointError, ConfigError, ContextLengthError, ImageError
+    from llama4.errors import (
+        ChatTemplateError,
+        CheckpointError,
+        ConfigError,
+        ContextLengthError,
+        ImageError,
+        Llama4Error,
+    )
     from llama4.inputs import Inputs, Processor
     from llama4.model.multimodal import Llama4Model
     from llama4.text.tokenizer import Tokenizer
@@ -39,7 +46,14 @@ if not os.path.isdir(os.path.join(__path__[0], "vision")):
 _HOMES = {
     "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
-    "llama4.errors": ("ChatTemplateError", "CheckpointError", "ConfigError", "ContextLengthError", "ImageError"),
+    "llama4.errors": (
+        "ChatTemplateError",
+        "CheckpointError",
+        "ConfigError",
+        "ContextLengthError",
+        "ImageError",
+        "Llama4Error",
+    ),
     "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
     "llama4.model.multimodal": ("Llama4Model",),
@@ -64,6 +78,7 @@ __all__ = [
     "Inputs",
     "Llama4",
     "Llama4Config",
+    "Llama4Error",
     "Llama4Model",
     "Processor",
     "Reply",

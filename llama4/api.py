@@ -20,6 +20,7 @@ from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
+from llama4.errors import Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
@@ -95,11 +96,11 @@ class Llama4:
             generation_config: which tokens end a reply, and how tokens are chosen; by default greedily.
 
         Raises:
-            ValueError: `max_context` beyond the window; a `cache_dtype` or `cache_device` that is not known.
+            Llama4Error: `max_context` beyond the window; a `cache_dtype` or `cache_device` that is not known.
         """
         window = model.config.text.max_position_embeddings
         if max_context is not None and not 1 < max_context <= window:
-            raise ValueError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
+            raise Llama4Error(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
         self.model = model
         self._runner: ModelRunner | None = None
         resolve_format(cache_dtype, model.dtype)
@@ -164,7 +165,7 @@ class Llama4:
             progress: show progress bars on a terminal while downloading, loading and reading long prompts.
 
         Raises:
-            ValueError: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
+            Llama4Error: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
                 that are at fault.
         """
         _check_arguments(quantization, experts_device, experts_memory)
@@ -228,10 +229,10 @@ class Llama4:
         """Text <-> token ids.
 
         Raises:
-            ValueError: the model came without one.
+            Llama4Error: the model came without one.
         """
         if self._tokenizer is None:
-            raise ValueError(
+            raise Llama4Error(
                 "this model came without a tokenizer; put its tokenizer.json or tokenizer.model beside the weights"
             )
         return self._tokenizer
@@ -241,7 +242,7 @@ class Llama4:
         """Messages and pictures -> `Inputs`.
 
         Raises:
-            ValueError: the model came without a tokenizer.
+            Llama4Error: the model came without a tokenizer.
         """
         if self._processor is None:
             return Processor.from_config(self.tokenizer, self.config)  # raises: there is no tokenizer
@@ -252,7 +253,7 @@ class Llama4:
         """The tokens that end a reply: those that generation_config.json names, else config.json, else the tokenizer's.
 
         Raises:
-            ValueError: the first two name none, and the model came without a tokenizer.
+            Llama4Error: the first two name none, and the model came without a tokenizer.
         """
         return self.generation_config.eos_token_id or self.config.text.eos_token_id or self.tokenizer.stop_ids
 
@@ -296,7 +297,7 @@ class Llama4:
                 announces tools in the system message, or those that the checkpoint's own template reads.
 
         Raises:
-            ValueError: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
+            Llama4Error: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
                 read, `ContextLengthError` for a prompt beyond the window, `ChatTemplateError` where the checkpoint's
                 template fails or refuses the messages.
         """
@@ -324,7 +325,7 @@ class Llama4:
         prompt = messages if isinstance(messages, Inputs) else _conversation(messages)
         events, builders = self._start(prompt, **options)
         if len(builders) != 1:
-            raise ValueError(f"these are {len(builders)} conversations; use chat_batch for more than one")
+            raise Llama4Error(f"these are {len(builders)} conversations; use chat_batch for more than one")
         return Stream(events, builders[0])
 
     def chat_batch(
@@ -397,7 +398,7 @@ class Llama4:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.
 
         Raises:
-            ValueError: no such file, a damaged one, or the cache of another model or cache_dtype.
+            Llama4Error: no such file, a damaged one, or the cache of another model or cache_dtype.
         """
         self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device)
 
@@ -406,7 +407,7 @@ class Llama4:
         transformers to read. A card that is there already stays.
 
         Raises:
-            ValueError: the directory cannot be written.
+            Llama4Error: the directory cannot be written.
         """
         self._save(directory)
 
@@ -441,10 +442,10 @@ class Llama4:
             The address of the commit, or of the pull request that was made.
 
         Raises:
-            ValueError: the model cannot be written, no permission, or the Hub cannot be reached.
+            Llama4Error: the model cannot be written, no permission, or the Hub cannot be reached.
         """
         if create_pr and revision is not None:
-            raise ValueError(
+            raise Llama4Error(
                 f"create_pr opens a pull request of its own; leave out revision={revision!r}, or create_pr"
             )
         with tempfile.TemporaryDirectory() as directory:
@@ -470,9 +471,9 @@ def _check_arguments(
 ) -> None:
     """What can be known to be wrong before anything is fetched."""
     if quantization is not None and quantization not in SCHEMES:
-        raise ValueError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        raise Llama4Error(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     if experts_memory is not None and experts_device is None:
-        raise ValueError(
+        raise Llama4Error(
             f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
             "experts_device, too"
         )

@@ -1,7 +1,8 @@
 """The exceptions that users may want to catch.
 
-All of them are `ValueError`s: the caller passed something that cannot work, and the message names the value and the
-remedy. What only a bug of this library can cause is an `assert`.
+`Llama4Error` is all that a call, a file or a picture can cause, whatever is in it; its message names the file, field
+and value, and the remedy. What the system refuses (a disk that is full, a file that may not be read) is its own
+`OSError`. What only a bug of this library can cause is an `assert`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-class ConfigError(ValueError):
+class Llama4Error(ValueError):
+    """An argument, a file or a message that cannot work."""
+
+
+class ConfigError(Llama4Error):
     """A configuration that describes no model this library can run."""
 
 
-class ContextLengthError(ValueError):
+class ContextLengthError(Llama4Error):
     """A prompt, or a prompt and its reply, that is longer than the context the model takes."""
 
 
-class ImageError(ValueError):
+class ImageError(Llama4Error):
     """An image that cannot be read; the message names it and says what to do."""
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(Llama4Error):
     """A checkpoint's chat template that cannot be rendered, or refuses the messages."""
 
 
@@ -29,7 +34,7 @@ class ChatTemplateLimitError(ChatTemplateError):
     """A chat template that would take too long or too much memory, and was stopped."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Llama4Error):
     """A checkpoint that cannot be loaded as it is: every missing, unexpected and mis-shaped key is listed.
 
     Attributes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
+from llama4.errors import Llama4Error
 from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
@@ -65,7 +66,7 @@ class Processor:
         image_limits: what reading a picture may cost, and where one may come from. Set it to change these.
 
     Raises:
-        ValueError: image_size, patch_size and pixel_shuffle_ratio do not divide.
+        Llama4Error: image_size, patch_size and pixel_shuffle_ratio do not divide.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Processor:
         rescale_factor: float = 1 / 255,
     ) -> None:
         if max_tiles < 1:
-            raise ValueError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
+            raise Llama4Error(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.max_tiles = max_tiles
@@ -147,7 +148,7 @@ class Processor:
             padding_side: where short rows are padded.
 
         Raises:
-            ValueError: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
+            Llama4Error: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
                 parts without one; `ChatTemplateError` if the checkpoint's own template fails.
         """
         rows: list[list[int]] = []
@@ -190,14 +191,14 @@ class Processor:
             chat_template: another template than the checkpoint's default: the name of one that it has, or its source.
 
         Raises:
-            ValueError: as a call of the processor; or both `add_generation_prompt` and `continue_final_message`.
+            Llama4Error: as a call of the processor; or both `add_generation_prompt` and `continue_final_message`.
         """
         if add_generation_prompt and continue_final_message:
-            raise ValueError(
+            raise Llama4Error(
                 "add_generation_prompt begins a message and continue_final_message goes on with the last; choose one"
             )
         if unknown := sorted(chat_template_kwargs.keys() & _TENSOR_OPTIONS):
-            raise ValueError(f"{', '.join(unknown)} cannot be given here; call the processor itself for tensors")
+            raise Llama4Error(f"{', '.join(unknown)} cannot be given here; call the processor itself for tensors")
         options: dict[str, Any] = {
             "chat_template": chat_template,
             "tools": tools,
@@ -231,16 +232,16 @@ class Processor:
                 and no second `<|begin_of_text|>` is put before them.
 
         Raises:
-            ValueError: there is no text, or there are more or fewer images than places for them.
+            Llama4Error: there is no text, or there are more or fewer images than places for them.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(texts):
-            raise ValueError("the prompt is empty; write the text that the model shall continue")
+            raise Llama4Error("the prompt is empty; write the text that the model shall continue")
         prompts = [read_pieces(each, self.tokenizer) if special_tokens else [Piece(each)] for each in texts]
         bos, image = Piece(self.tokenizer.bos, special=True), Piece(IMAGE, special=True)
         counts = [prompt.count(image) for prompt in prompts]
         if sum(counts) != len(images):
-            raise ValueError(
+            raise Llama4Error(
                 f"the prompt has places for {sum(counts)} images, but {len(images)} images were given; make them agree"
             )
         tiles = [self.tile(source) for source in images]
@@ -255,10 +256,10 @@ class Processor:
         """Read one image and cut it into tiles.
 
         Raises:
-            ValueError: the image cannot be read, or the model reads text alone.
+            Llama4Error: the image cannot be read, or the model reads text alone.
         """
         if self.image_size is None:
-            raise ValueError(
+            raise Llama4Error(
                 "this model reads text alone, but the messages hold an image; use a model with a vision tower"
             )
         return tile_image(
@@ -285,7 +286,7 @@ class Processor:
         """Token ids of one conversation whose images are already tiled, and which of them are the assistant's.
 
         Raises:
-            ValueError: a message is not well formed, or there are more or fewer `tiles` than images.
+            Llama4Error: a message is not well formed, or there are more or fewer `tiles` than images.
         """
         pieces = self._pieces(
             messages,
@@ -304,7 +305,7 @@ class Processor:
         conversations = [read_messages(conversation) for conversation in _as_batch(messages)]
         placeholders = sum(source is None for row in conversations for source in image_sources(row))
         if placeholders != len(images or ()):
-            raise ValueError(
+            raise Llama4Error(
                 f"the messages have {placeholders} image parts without a picture, but images= holds "
                 f"{len(images or ())}; give one for each"
             )
@@ -325,7 +326,7 @@ class Processor:
         """A prompt in the family's format, or in that of the checkpoint's own template."""
         variables = dict(variables or {})
         if reserved := sorted(variables.keys() & {"messages", "mark_replies", "bos", *options}):
-            raise ValueError(
+            raise Llama4Error(
                 f"chat_template_kwargs holds {', '.join(reserved)}, which other arguments say; leave it out"
             )
         others = sorted(variables.keys() - {"tools_in_user_message"})
@@ -335,7 +336,7 @@ class Processor:
         if template is not None and (others or chat_template is not None or not self.template_agrees):
             return template.compose(messages, mark_replies=mark_replies, **options, **variables)
         if others:
-            raise ValueError(
+            raise Llama4Error(
                 f"{', '.join(others)} cannot be given, as this checkpoint has no chat template that reads such; what "
                 "Llama 4's own format reads is tools_in_user_message"
             )
@@ -351,7 +352,7 @@ class Processor:
 
     def _pad(self, rows: Sequence[Sequence[int]], pixel_values: Tensor | None, side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):
-            raise ValueError(f"padding_side is {side!r}; it must be 'left' or 'right'")
+            raise Llama4Error(f"padding_side is {side!r}; it must be 'left' or 'right'")
         longest = max(map(len, rows))
         if all(len(row) == longest for row in rows):  # no padding, and no need of a padding token
             input_ids = torch.tensor(rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from llama4.errors import Llama4Error
+
 
 def count_text(count: int) -> str:
     """123456789 -> "123M"."""
@@ -35,7 +37,7 @@ def parse_tokens(text: str) -> int:
     """ "131072", "128K" or "10M" -> tokens. K is 1024 and M 1024^2, as in a window of "10M", which is 10,485,760.
 
     Raises:
-        ValueError: anything else.
+        Llama4Error: anything else.
     """
     return _parse(text, r"([KM]?)", {"": 1, "K": 2**10, "M": 2**20}, "tokens: 131072, 128K or 10M")
 
@@ -44,7 +46,7 @@ def parse_bytes(text: str) -> int:
     """ "80GiB" (2^30), "80GB" (10^9) -> bytes.
 
     Raises:
-        ValueError: anything else.
+        Llama4Error: anything else.
     """
     units = {"": 1} | {f"{prefix}I": 1024**i for i, prefix in enumerate("KMGT", 1)}
     units |= {prefix: 1000**i for i, prefix in enumerate("KMGT", 1)}
@@ -55,7 +57,7 @@ def parse_rate(text: str) -> float:
     """ "3.35TB/s", "990TFLOP/s", "50G" -> per second, in powers of 1000.
 
     Raises:
-        ValueError: anything else.
+        Llama4Error: anything else.
     """
     units = {"": 1} | {prefix: 1000**i for i, prefix in enumerate("KMGTP", 1)}
     return float(_parse(text, r"([KMGTP]?)(?:B/S|FLOPS?|FLOPS?/S)?", units, "a rate: 3.35TB/s or 990TFLOP/s"))
@@ -65,5 +67,5 @@ def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str) -> int:
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip().upper())
     value = round(float(match[1]) * sizes[match[2]]) if match else 0
     if not value:
-        raise ValueError(f"{text!r} is not {wanted}")
+        raise Llama4Error(f"{text!r} is not {wanted}")
     return value

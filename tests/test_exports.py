@@ -35,6 +35,7 @@ def test_public_names() -> None:
         "Inputs",
         "Llama4",
         "Llama4Config",
+        "Llama4Error",
         "Llama4Model",
         "PRESETS",
         "Processor",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama4.errors import Llama4Error
+
 RESAMPLE = {"nearest-exact": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Filters that resize pictures, and PIL's numbers of them, which files have."""
 
@@ -43,26 +45,26 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size", "max_tiles"):
             if getattr(self, name) < 1:
-                raise ValueError(f"vision {name} must be at least 1, not {getattr(self, name)}")
+                raise Llama4Error(f"vision {name} must be at least 1, not {getattr(self, name)}")
         if self.resample not in RESAMPLE:
-            raise ValueError(f"resample {self.resample!r} is not known; choose one of {', '.join(RESAMPLE)}")
+            raise Llama4Error(f"resample {self.resample!r} is not known; choose one of {', '.join(RESAMPLE)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
-            raise ValueError(
+            raise Llama4Error(
                 f"vision hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "
                 "that is a multiple of 4 (two coordinates, each rotated in pairs)"
             )
         if self.image_size % self.patch_size or not (self.grid_size * self.pixel_shuffle_ratio).is_integer():
-            raise ValueError(
+            raise Llama4Error(
                 f"a tile of {self.image_size} pixels does not divide into patches of {self.patch_size} that a pixel "
                 f"shuffle of {self.pixel_shuffle_ratio} can merge"
             )
         if round(self.hidden_size / self.pixel_shuffle_ratio**2) != self.intermediate_size:
-            raise ValueError(
+            raise Llama4Error(
                 f"vision intermediate_size {self.intermediate_size} must be hidden_size / pixel_shuffle_ratio^2 = "
                 f"{round(self.hidden_size / self.pixel_shuffle_ratio**2)}: the adapter's first layer has that input"
             )
         if not self.projector_input_dim == self.projector_output_dim == self.vision_output_dim:
-            raise ValueError(
+            raise Llama4Error(
                 f"projector_input_dim {self.projector_input_dim}, projector_output_dim {self.projector_output_dim} and "
                 f"vision_output_dim {self.vision_output_dim} must be equal"
             )

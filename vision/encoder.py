@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama4.errors import Llama4Error
 from llama4.vision.config import VisionConfig
 from llama4.vision.projector import VisionAdapter
 from llama4.vision.rope import rotate, rotation_2d
@@ -150,11 +151,11 @@ class VisionModel(nn.Module):
             [n, tokens_per_tile, vision_output_dim], of the tower's dtype.
 
         Raises:
-            ValueError: tiles of another shape.
+            Llama4Error: tiles of another shape.
         """
         side = self.config.image_size
         if pixels_n3AA.ndim != 4 or pixels_n3AA.shape[1:] != (self.config.num_channels, side, side):
-            raise ValueError(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3AA.shape)}")
+            raise Llama4Error(f"pixel_values must be [tiles, 3, {side}, {side}], not {list(pixels_n3AA.shape)}")
         pixels = pixels_n3AA.to(self.class_embedding.dtype)
         out: Tensor = self.vision_adapter(self.encode(pixels))
         return out

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.vision.images import BAND_PIXELS
 
 MAX_WIDENED_PIXELS = 2**24
@@ -37,13 +38,13 @@ def tokens_per_tile(tile: int, patch: int, pixel_shuffle_ratio: float = 0.5) -> 
     """How many `<|patch|>` tokens one tile becomes: (tile / patch)^2 * pixel_shuffle_ratio^2.
 
     Raises:
-        ValueError: the tile does not divide into patches, or the patches do not divide by the pixel shuffle.
+        Llama4Error: the tile does not divide into patches, or the patches do not divide by the pixel shuffle.
     """
     if patch < 1 or tile < patch or tile % patch:
-        raise ValueError(f"tile side {tile} is not a multiple of the patch side {patch}; choose one that is")
+        raise Llama4Error(f"tile side {tile} is not a multiple of the patch side {patch}; choose one that is")
     side = tile // patch * pixel_shuffle_ratio
     if side != int(side) or side < 1:
-        raise ValueError(
+        raise Llama4Error(
             f"{tile // patch} patches a side times the pixel shuffle ratio {pixel_shuffle_ratio} is {side:g}, "
             "not a whole number; choose a tile side that makes it one"
         )
@@ -60,12 +61,12 @@ def best_canvas(
     references do: in large images two fractions that differ by less than its precision are equal.
 
     Raises:
-        ValueError: an image without pixels, or a size below 1.
+        Llama4Error: an image without pixels, or a size below 1.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"an image of {width} x {height} pixels has no canvas; both sides must be at least 1")
+        raise Llama4Error(f"an image of {width} x {height} pixels has no canvas; both sides must be at least 1")
     if tile < 1 or max_tiles < 1:
-        raise ValueError(f"tile side {tile} and max_tiles {max_tiles} must both be at least 1")
+        raise Llama4Error(f"tile side {tile} and max_tiles {max_tiles} must both be at least 1")
     grids = torch.tensor([(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)])
     sides = (grids * tile).to(torch.float32)
     scales = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
@@ -110,10 +111,10 @@ def tile_image(
         resample: filter of both resizes: bilinear, bicubic and lanczos with antialiasing, or nearest-exact.
 
     Raises:
-        ValueError: the image is not RGB or has no pixels, or an argument is out of range.
+        Llama4Error: the image is not RGB or has no pixels, or an argument is out of range.
     """
     if image.mode != "RGB":
-        raise ValueError(f"tile_image needs an RGB image, this one is {image.mode}; pass it through load_image first")
+        raise Llama4Error(f"tile_image needs an RGB image, this one is {image.mode}; pass it through load_image first")
     width, height = image.size
     rows, cols = best_canvas(height, width, tile, max_tiles, largest=resize_to_max_canvas)
     canvas_height, canvas_width = rows * tile, cols * tile

@@ -54,7 +54,7 @@ def quantization_plan(config: TextConfig, scheme: str) -> dict[str, WeightFormat
     """The format of each parameter that a scheme quantizes.
 
     Raises:
-        ValueError: see `make_plan`.
+        Llama4Error: see `make_plan`.
     """
     return make_plan(scheme, parameter_shapes(config))
 
@@ -113,7 +113,7 @@ def cache_bytes(config: TextConfig, num_tokens: int, dtype: str = "bfloat16", ca
             ("int8", "fp8", "int4"). Chunked layers have the model's.
 
     Raises:
-        ValueError: an unknown cache_dtype.
+        Llama4Error: an unknown cache_dtype.
     """
     return sum(layer_cache_bytes(config, i, num_tokens, dtype, cache_dtype) for i in range(config.num_hidden_layers))
 

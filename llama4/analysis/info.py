@@ -10,7 +10,7 @@ from typing import Any
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import GenerationConfig, Llama4Config
-from llama4.errors import ChatTemplateError
+from llama4.errors import ChatTemplateError, Llama4Error
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
 from llama4.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def read_config(
     """The configuration of a preset ("scout", "maverick", ...), of a local directory, or of a model on the Hub.
 
     Raises:
-        ValueError: no such model, or a configuration that is not of Llama 4.
+        Llama4Error: no such model, or a configuration that is not of Llama 4.
     """
     if name in PRESETS:
         return PRESETS[name]()
@@ -74,7 +74,7 @@ class Model:
         """None if it is not in the directory.
 
         Raises:
-            ValueError: it is unreadable or of another model.
+            Llama4Error: it is unreadable or of another model.
         """
         return family_of(self.config).load_tokenizer(self.directory, self.config) if self.directory else None
 
@@ -83,7 +83,7 @@ def find(name: str, revision: str | None = None, token: str | None = None, subfo
     """A preset ("scout", "maverick", ...), a local directory, or a model on the Hub.
 
     Raises:
-        ValueError: no such model, one that is not of Llama 4, or weights in a format that this library does not run.
+        Llama4Error: no such model, one that is not of Llama 4, or weights in a format that this library does not run.
     """
     if name in PRESETS and name not in EMBEDDED:
         return Model(PRESETS[name]())
@@ -118,7 +118,7 @@ def describe_model(model: Model, context: int | None = None) -> dict[str, Any]:
     the model comes from, and of what stands beside the weights.
 
     Raises:
-        ValueError: a context longer than the model takes.
+        Llama4Error: a context longer than the model takes.
     """
     return {
         **describe(model.config, context),
@@ -171,7 +171,7 @@ def describe_prompts(model: Model) -> dict[str, Any] | None:
     """Who writes the prompts; None for a preset.
 
     Raises:
-        ValueError: files that are damaged, or a tokenizer of another model.
+        Llama4Error: files that are damaged, or a tokenizer of another model.
     """
     if model.directory is None:
         return None
@@ -191,7 +191,7 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     """What ends a reply, and how its tokens are chosen where a caller does not say; None for a preset.
 
     Raises:
-        ValueError: files that are damaged, or a tokenizer of another model.
+        Llama4Error: files that are damaged, or a tokenizer of another model.
     """
     if model.directory is None:
         return None
@@ -221,7 +221,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     while it grew, for each format of the layers that see the whole context.
 
     Raises:
-        ValueError: a context longer than the model takes.
+        Llama4Error: a context longer than the model takes.
     """
     text, vision = config.text, config.vision
     window, total = text.max_position_embeddings, config.num_parameters()
@@ -249,7 +249,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     }
     if context is not None:
         if not 1 <= context <= window:
-            raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+            raise Llama4Error(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
         names = ("bfloat16", *QUANTIZED)
         facts["cache_at_context"] = {
             "context": context,

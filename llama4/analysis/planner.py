@@ -19,6 +19,7 @@ from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
 from llama4.config.window import most_visible_tokens
 from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.errors import Llama4Error
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint
@@ -44,7 +45,7 @@ class Placement:
         device_memory: bytes of one device.
 
     Raises:
-        ValueError: a number of devices that cannot be divided so.
+        Llama4Error: a number of devices that cannot be divided so.
     """
 
     config: Llama4Config
@@ -59,10 +60,10 @@ class Placement:
     def __post_init__(self) -> None:
         heads = self.config.text.num_key_value_heads
         if self.devices < 1 or self.device_memory < 1:
-            raise ValueError(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
+            raise Llama4Error(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
         if self.tensor_parallel < 1 or heads % self.tensor_parallel or self.devices % self.tensor_parallel:
             fitting = [t for t in range(1, heads + 1) if heads % t == self.devices % t == 0]
-            raise ValueError(
+            raise Llama4Error(
                 f"tensor_parallel is {self.tensor_parallel}; it must divide the {heads} key heads and the "
                 f"{self.devices} devices: choose of {fitting}"
             )
@@ -97,13 +98,15 @@ def make_placement(
         tensor_parallel: by default over as many devices as the key heads allow.
 
     Raises:
-        ValueError: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
+        Llama4Error: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
             quantized model whose files are not on this machine.
     """
     plan: QuantizationPlan = {}
     if weights == "auto" and config.quantization_config is not None:
         if not Path(name).is_dir():
-            raise ValueError(f"{name} is quantized, and how is in its files, which are not here; say it with --weights")
+            raise Llama4Error(
+                f"{name} is quantized, and how is in its files, which are not here; say it with --weights"
+            )
         stored = open_checkpoint(name)[1].plan
         plan = {parameter: format for parameter, format in stored.items() if format is not None}
         weights = "the formats it is stored in"
@@ -259,11 +262,11 @@ def checked_context(placement: Placement, context: int | None) -> int:
     """The context that was asked for, by default the model's whole context window.
 
     Raises:
-        ValueError: a longer context than the model takes.
+        Llama4Error: a longer context than the model takes.
     """
     window = placement.config.text.max_position_embeddings
     if context is not None and not 1 <= context <= window:
-        raise ValueError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+        raise Llama4Error(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
     return context or window
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.families import family_of
 from llama4.quantization.plan import make_plan
 from llama4.quantization.weight import WeightFormat
@@ -20,14 +21,14 @@ def round_to_absmax(weight_OI: Tensor, format: WeightFormat) -> dict[str, Tensor
     """What `WeightFormat.quantize` gives, with compressed-tensors' own scales and quantized values.
 
     Raises:
-        ValueError: the package is not installed.
+        Llama4Error: the package is not installed.
     """
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
         from compressed_tensors.quantization.utils import calculate_qparams
     except ImportError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"plain rounding is that of the package compressed-tensors ({error}); pip install compressed-tensors"
         ) from error
     content = group_config(format, ["Linear"])

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llama4.bench.engine import EngineConfig, image_message
+from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
 from llama4.weights.checkpoint import read_config
 
@@ -19,7 +20,7 @@ try:
     from transformers import __version__ as transformers_version
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 except ImportError:
-    raise ValueError("transformers is not installed; pip install transformers==5.23.0 torchvision") from None
+    raise Llama4Error("transformers is not installed; pip install transformers==5.23.0 torchvision") from None
 
 FAILURES = (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError)
 """What transformers raises where it cannot load or run a checkpoint."""
@@ -30,7 +31,7 @@ def load_transformers(directory: str, dtype: torch.dtype, attention: str) -> Any
     `Llama4ForConditionalGeneration`.
 
     Raises:
-        ValueError: transformers cannot load it.
+        Llama4Error: transformers cannot load it.
     """
     set_verbosity_error()  # it warns about every Llama 4 configuration
     if not sys.stderr.isatty():
@@ -53,9 +54,9 @@ def _add_image_outputs(module: nn.Module, inputs: object, output: Any) -> None:
         output.image_outputs = None
 
 
-def transformers_error(directory: str, error: Exception) -> ValueError:
+def transformers_error(directory: str, error: Exception) -> Llama4Error:
     """One line for a user, which says what version would work."""
-    return ValueError(
+    return Llama4Error(
         f"transformers {transformers_version} cannot run {directory}: {type(error).__name__}: {error}; "
         "transformers 5.23.0 and 5.24.0 are tested"
     )

@@ -29,6 +29,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS, prefill
 from llama4.engine.runner import ModelRunner
+from llama4.errors import Llama4Error
 from llama4.families.names import HEAD
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
@@ -52,7 +53,7 @@ def measure_rates(setup: Placement) -> Rates:
     """The rates of this CPU; takes some twenty seconds.
 
     Raises:
-        ValueError: a single layer is too large for that.
+        Llama4Error: a single layer is too large for that.
     """
     config, dtype, cache_dtype = setup.config, setup.dtype, setup.cache_dtype
     text, probe_plan = probe(config.text, setup.plan)
@@ -102,7 +103,7 @@ def probe(text: TextConfig, plan: QuantizationPlan) -> tuple[TextConfig, Quantiz
     their plan.
 
     Raises:
-        ValueError: one layer is too large, with as many experts as a token needs.
+        Llama4Error: one layer is too large, with as many experts as a token needs.
     """
     total, kept = text.num_hidden_layers, text.num_hidden_layers
     while kept > 1 and _last_layers(text, kept).num_parameters() > PROBE_PARAMETERS:
@@ -111,7 +112,7 @@ def probe(text: TextConfig, plan: QuantizationPlan) -> tuple[TextConfig, Quantiz
     while small.num_parameters() > MOST_PARAMETERS and small.num_local_experts > small.num_experts_per_tok:
         small = replace(small, num_local_experts=max(small.num_local_experts // 2, small.num_experts_per_tok))
     if small.num_parameters() > MOST_PARAMETERS:
-        raise ValueError("a layer of this model is too large to be measured here; give --memory-rate and --gemm-rate")
+        raise Llama4Error("a layer of this model is too large to be measured here; give --memory-rate and --gemm-rate")
 
     def renamed(match: re.Match[str]) -> str:
         return f".layers.{int(match[1]) - total + kept}."

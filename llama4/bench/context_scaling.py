@@ -44,6 +44,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
 from llama4.units import parse_tokens
@@ -106,7 +107,7 @@ def measure_filled(llm: Llama4, context: int, threads: int) -> Scaling:
     cache = llm.model.new_cache(1, llm.cache_dtype)
     lengths = [1024 << i for i in range(context.bit_length()) if 1024 << i <= context]
     if not lengths:
-        raise ValueError(f"--context {context} is less than the 1024 tokens at which --filled begins")
+        raise Llama4Error(f"--context {context} is less than the 1024 tokens at which --filled begins")
     for length in shown(lengths, lambda length: f"{length:,} tokens"):
         fill(cache, length, llm.config.text, llm.model.dtype)
         scaling.rates.append(probe.measure())
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     positions = 0 if options.filled else options.context // options.every + 1
     needed = options.context + STEPS * positions
     if needed > (window := llm.config.text.max_position_embeddings):
-        raise ValueError(
+        raise Llama4Error(
             f"--context {options.context} and what is decoded, {needed} tokens, are beyond the window, {window}"
         )
     others = OtherProcesses()

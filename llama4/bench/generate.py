@@ -33,6 +33,7 @@ from llama4.bench.report import (
 from llama4.bench.tasks import Task
 from llama4.bench.throughput import TaskList, measure, thread_count
 from llama4.config import Llama4Config
+from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
@@ -81,7 +82,7 @@ def engine_configs(
     for all.
 
     Raises:
-        ValueError: an option that does not fit the model.
+        Llama4Error: an option that does not fit the model.
     """
     device = resolve_device(options.device)
     configs: dict[str, EngineConfig] = {}
@@ -105,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory = hub.resolve(options.model)
     config, _ = open_checkpoint(directory)
     if options.vs and layout_of(directory).name == "meta":
-        raise ValueError(
+        raise Llama4Error(
             f"{options.model} is in Meta's layout, which {options.vs[0]} does not read; convert it first: "
             f"`llama4 convert {options.model} DST --to hf`"
         )
     longest = max([*options.lengths, Task("decode").prompt + options.reply])
     if longest > config.text.max_position_embeddings:
-        raise ValueError(f"{longest} tokens are beyond this model's window, {config.text.max_position_embeddings}")
+        raise Llama4Error(f"{longest} tokens are beyond this model's window, {config.text.max_position_embeddings}")
     engines, plans = engine_configs(directory, config, options)
     has_picture = config.vision is not None and any(Path(directory).glob("tokenizer*"))
     tasks = TaskList(tuple(options.lengths), options.reply, has_picture, options.rounds, options.patience)

@@ -36,6 +36,7 @@ from llama4.bench.report import (
     warn_of_other_processes,
 )
 from llama4.bench.tasks import photo_bytes
+from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     config = read_config(options.model).vision
     if config is None:
-        raise ValueError(f"{options.model} has no vision tower; take one that has")
+        raise Llama4Error(f"{options.model} has no vision tower; take one that has")
     config = dataclasses.replace(config, num_hidden_layers=min(options.layers, config.num_hidden_layers))
     others = OtherProcesses()
     report = {

@@ -42,6 +42,7 @@ from llama4.bench.report import (
     warn_of_other_processes,
 )
 from llama4.config import TextConfig
+from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.quantization.formats import FORMATS
@@ -74,7 +75,7 @@ def make_backends(
     """Name -> experts with the same random weights, and the formats of the quantized ones.
 
     Raises:
-        ValueError: a backend cannot run in this dtype, or a format does not fit these sizes.
+        Llama4Error: a backend cannot run in this dtype, or a format does not fit these sizes.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -86,7 +87,7 @@ def make_backends(
     for name in names:
         if name in BACKENDS:
             if reason := BACKENDS[name].unsupported_reason(torch.device("cpu"), dtype):
-                raise ValueError(f"the backend {name!r} cannot run here: {reason}")
+                raise Llama4Error(f"the backend {name!r} cannot run here: {reason}")
             with torch.device("meta"):
                 experts: nn.Module = BACKENDS[name](text)
             for part, weight in weights.items():
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.model:
         text = read_config(options.model).text
         if not text.moe_layers:
-            raise ValueError(
+            raise Llama4Error(
                 f"{options.model} has no routed experts; take one that has, or --experts, --width and so on"
             )
     others = OtherProcesses()

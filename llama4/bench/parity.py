@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.api import Llama4
+from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES
 from llama4.model.moe import Router
@@ -87,14 +88,14 @@ def compare(ours: Trace, reference: Trace) -> list[Stage]:
     """One `Stage` for each that ours has, in the order of computing.
 
     Raises:
-        ValueError: the reference lacks a stage, or it has another shape there.
+        Llama4Error: the reference lacks a stage, or it has another shape there.
     """
     stages = []
     for name, output in ours.items():
         expected = reference.get(name)
         if expected is None or expected.shape != output.shape:
             shape = None if expected is None else list(expected.shape)
-            raise ValueError(
+            raise Llama4Error(
                 f"{name} gives {list(output.shape)} here and {shape} in the reference; the models are different"
             )
         output, expected = output.double(), expected.double()
@@ -115,7 +116,7 @@ def trace_transformers(directory: str, inputs: Inputs, dtype: torch.dtype, text_
     """The same inputs through transformers' model of the same directory.
 
     Raises:
-        ValueError: transformers is not installed, or cannot run this checkpoint.
+        Llama4Error: transformers is not installed, or cannot run this checkpoint.
     """
     from llama4.bench.baselines import FAILURES, load_transformers, transformers_error
 
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         directory = hub.resolve(options.model)
         if layout_of(directory).name == "meta":
-            raise ValueError(
+            raise Llama4Error(
                 f"{options.model} is in Meta's layout, which transformers does not read; convert it first, bit by bit: "
                 f"`llama4 convert {options.model} DST --to hf`"
             )

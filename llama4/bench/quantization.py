@@ -139,7 +139,7 @@ def compare(name: str, schemes: Sequence[str], task: Task, plain: bool = False) 
     """The unquantized model first, then every scheme, each followed by plain rounding if `plain`.
 
     Raises:
-        ValueError: no such model, one that a scheme does not support, or plain rounding without its package.
+        Llama4Error: no such model, one that a scheme does not support, or plain rounding without its package.
     """
     source = hub.resolve(name)
     rows: list[Row] = []

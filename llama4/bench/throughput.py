@@ -118,7 +118,7 @@ def measure(
     """Every task by every engine, in turns; a report ready for JSON. The first engine is this library.
 
     Raises:
-        ValueError: an engine cannot run this model.
+        Llama4Error: an engine cannot run this model.
     """
     vocabulary = min(config.text.vocab_size, config.boi_token_index)
     loads = _measure_loads(engines, vocabulary, tasks.rounds)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama4.errors import Llama4Error
 from llama4.model.moe import Router
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
 
@@ -56,7 +57,7 @@ def evaluate(
     of kinds or the batch size. `on_answer` sees every question, what was answered, and whether that was right.
     """
     if per_kind < 1 or batch_size < 1:
-        raise ValueError(f"per_kind and batch_size must be at least 1, got {per_kind} and {batch_size}")
+        raise Llama4Error(f"per_kind and batch_size must be at least 1, got {per_kind} and {batch_size}")
     return [
         _row(kind, list(_judge(answer, exam(kind, per_kind, seed, sides), batch_size, on_answer))) for kind in kinds
     ]

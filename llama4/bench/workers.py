@@ -13,12 +13,14 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from llama4.errors import Llama4Error
+
 
 class Worker:
     """A process that constructs an object and calls its methods on request. It ends with this process.
 
     Raises:
-        ValueError: the constructor failed, or the process died.
+        Llama4Error: the constructor failed, or the process died.
         TimeoutError: no reply within `timeout` seconds.
     """
 
@@ -45,7 +47,7 @@ class Worker:
         """The result of the object's method.
 
         Raises:
-            ValueError: the method failed, or the process died.
+            Llama4Error: the method failed, or the process died.
             TimeoutError: no reply within the worker's timeout.
         """
         self._pipe.send((method, arguments))
@@ -58,7 +60,7 @@ class Worker:
             error, result = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise ValueError(
+            raise Llama4Error(
                 f"a measuring process ended with code {self._process.exitcode}; -9 usually means that it needed more "
                 "memory than there is"
             ) from None
@@ -116,7 +118,7 @@ def _outcome(
         made.append(make(*given))
         return None, None
     except (ValueError, OSError) as error:
-        return ValueError(str(error)), None
+        return Llama4Error(str(error)), None
     except Exception as error:
         traceback.print_exc()
-        return ValueError(f"measuring failed: {type(error).__name__}: {error}"), None
+        return Llama4Error(f"measuring failed: {type(error).__name__}: {error}"), None

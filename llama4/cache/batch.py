@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama4.config.window import chunk_end, chunk_start
+from llama4.errors import Llama4Error
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ def make_batch(
         start, next_position: of the cache; None without one.
 
     Raises:
-        ValueError: a mask or positions of another shape, padding inside a row, positions with gaps or that do not
+        Llama4Error: a mask or positions of another shape, padding inside a row, positions with gaps or that do not
             follow the cache.
     """
     lengths, offsets, index = [columns] * batch_size, [0] * batch_size, None
     if attention_mask is not None:
         if attention_mask.shape != (batch_size, columns):
-            raise ValueError(f"attention_mask must be [{batch_size}, {columns}], not {list(attention_mask.shape)}")
+            raise Llama4Error(f"attention_mask must be [{batch_size}, {columns}], not {list(attention_mask.shape)}")
         mask = attention_mask.to(device=device, dtype=torch.bool)
         lengths = mask.sum(1).tolist()
         if sum(lengths) < batch_size * columns:
@@ -151,7 +152,7 @@ def make_batch(
             index = mask.flatten().nonzero().squeeze(1)
             runs = [b * columns + offsets[b] + t for b in range(batch_size) for t in range(lengths[b])]
             if index.tolist() != runs:
-                raise ValueError(
+                raise Llama4Error(
                     "attention_mask has padding between a row's tokens; it may stand before or after them only"
                 )
     query_start = list(next_position) if next_position is not None else [0] * batch_size
@@ -192,8 +193,8 @@ def _given_positions(
         if not own:
             continue
         if own[0] < 0 or own != list(range(own[0], own[0] + len(own))):
-            raise ValueError(f"positions of row {b} must be consecutive and not negative, not {own[:8]}...")
+            raise Llama4Error(f"positions of row {b} must be consecutive and not negative, not {own[:8]}...")
         if start is not None and next_position is not None and start[b] != next_position[b] != own[0]:
-            raise ValueError(f"positions of row {b} start at {own[0]}, but the cache goes on at {next_position[b]}")
+            raise Llama4Error(f"positions of row {b} start at {own[0]}, but the cache goes on at {next_position[b]}")
         result[b] = own[0]
     return result

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from llama4.errors import Llama4Error
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -102,7 +104,7 @@ class CacheInt4:
 
     def bytes(self, C: int) -> int:
         if C % 2:
-            raise ValueError(f"cache_dtype='int4' needs an even head_dim, not {C}; choose 'int8' or 'fp8'")
+            raise Llama4Error(f"cache_dtype='int4' needs an even head_dim, not {C}; choose 'int8' or 'fp8'")
         return C // 2
 
     def view(self, data: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
     """The format that a user asked for, of the cache of a model that computes in `dtype`.
 
     Raises:
-        ValueError: no such format.
+        Llama4Error: no such format.
     """
     import torch
 
@@ -143,7 +145,9 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
             return Unquantized(given)
     elif name in QUANTIZED:
         return QUANTIZED[name]
-    raise ValueError(f"cache_dtype={name!r} is not known; choose 'auto', 'bfloat16', {', '.join(map(repr, QUANTIZED))}")
+    raise Llama4Error(
+        f"cache_dtype={name!r} is not known; choose 'auto', 'bfloat16', {', '.join(map(repr, QUANTIZED))}"
+    )
 
 
 def _scaled(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

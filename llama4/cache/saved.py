@@ -18,6 +18,7 @@ from torch import Tensor
 from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
+from llama4.errors import Llama4Error
 from llama4.files import replaced_file
 
 _TOKENS = "tokens"
@@ -34,7 +35,7 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
         model: a fingerprint of the model that computed it.
 
     Raises:
-        ValueError: the file cannot be written.
+        Llama4Error: the file cannot be written.
     """
     start, next_position = cache.start[0], cache.next_position[0]
     tensors = {_TOKENS: tokens}
@@ -57,7 +58,7 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
             for tensor in tensors.values():
                 file.write(tensor.contiguous().numpy().data)
     except OSError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"could not write the cache to {path}: {error.strerror or error}; free {end:,} bytes "
             "or choose another place"
         ) from error
@@ -70,10 +71,10 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
         max_tokens: the model's window.
 
     Raises:
-        ValueError: no such file, a damaged one, or the cache of another model or dtype.
+        Llama4Error: no such file, a damaged one, or the cache of another model or dtype.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote")
+        raise Llama4Error(f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -105,7 +106,7 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
                         raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
             tensors = {name: file.get_tensor(name) for name in (_TOKENS, *(n for of_layer in names for n in of_layer))}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
+        raise Llama4Error(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its content does not have its checksum")
     cache.restore(start, end, [[tensors[name] for name in of_layer] for of_layer in names])
@@ -114,17 +115,17 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
 
 def _check_metadata(path: str | Path, metadata: dict[str, str], cache: SequenceCache, model: str) -> None:
     if "model" not in metadata:
-        raise ValueError(f"{path} is no saved cache; give what `save` wrote")
+        raise Llama4Error(f"{path} is no saved cache; give what `save` wrote")
     if metadata.get("version") != _VERSION or "checksum" not in metadata:
-        raise ValueError(
+        raise Llama4Error(
             f"{path} is a cache of version {metadata.get('version', '1')}, which another version of this library "
             "wrote; read the prompt again"
         )
     if metadata["model"] != model:
-        raise ValueError(f"{path} is the cache of another model; read the prompt again with this one")
+        raise Llama4Error(f"{path} is the cache of another model; read the prompt again with this one")
     found, own = ({name: values.get(name) for name in _layout(cache)} for values in (metadata, _layout(cache)))
     if found != own:
-        raise ValueError(
+        raise Llama4Error(
             f"{path} holds {_words(found)}, but the cache of this model is {_words(own)}; load the model with the same "
             "cache_dtype, or read the prompt again"
         )
@@ -152,5 +153,5 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: str | Path, problem: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {problem}; read the prompt again")
+def _damaged(path: str | Path, problem: str) -> Llama4Error:
+    return Llama4Error(f"{path} is damaged: {problem}; read the prompt again")

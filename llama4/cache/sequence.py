@@ -19,6 +19,7 @@ from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
 from llama4.config.window import chunk_offset, chunk_start, visible_tokens
+from llama4.errors import Llama4Error
 
 
 class SequenceCache:
@@ -50,10 +51,10 @@ class SequenceCache:
                 the CPU for a model on a GPU.
 
         Raises:
-            ValueError: no rows, or a `head_dim` that the format cannot store.
+            Llama4Error: no rows, or a `head_dim` that the format cannot store.
         """
         if batch_size < 1:
-            raise ValueError(f"a cache needs at least one row, not batch_size={batch_size}")
+            raise Llama4Error(f"a cache needs at least one row, not batch_size={batch_size}")
         self.start: tuple[int, ...] = (0,) * batch_size
         self.next_position: tuple[int, ...] = (0,) * batch_size
         self.version = 0
@@ -107,18 +108,18 @@ class SequenceCache:
             blocks: of each layer, as many as `num_blocks` says, uint8.
 
         Raises:
-            ValueError: positions that cannot be; blocks of another number, size or dtype.
+            Llama4Error: positions that cannot be; blocks of another number, size or dtype.
         """
         assert self.batch_size == 1
         if not 0 <= start <= next_position:
-            raise ValueError(f"a sequence cannot begin at position {start} and go on at {next_position}")
+            raise Llama4Error(f"a sequence cannot begin at position {start} and go on at {next_position}")
         wanted = self.num_blocks(start, next_position)
         if (counts := [len(given) for given in blocks]) != wanted:
-            raise ValueError(f"its layers have {counts} blocks, but must have {wanted}")
+            raise Llama4Error(f"its layers have {counts} blocks, but must have {wanted}")
         for i, (layer, given) in enumerate(zip(self.layers, blocks, strict=True)):
             for block in given:
                 if block.dtype != torch.uint8 or block.shape != (layer.block_bytes,):
-                    raise ValueError(
+                    raise Llama4Error(
                         f"a block of layer {i} is {list(block.shape)} {block.dtype}, but must be "
                         f"[{layer.block_bytes}] {torch.uint8}"
                     )

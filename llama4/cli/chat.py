@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.cli.generate import end_reply
 from llama4.cli.options import add_chat_options, chat_options, load_model, opening
+from llama4.errors import Llama4Error
 
 if TYPE_CHECKING:
     from llama4.api import Llama4, Options
@@ -66,7 +67,7 @@ def _read_line(interactive: bool) -> str | None:
         print(end="\n" if interactive else "")
         return None
     except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is not UTF-8 ({error}); convert it first") from None
+        raise Llama4Error(f"stdin is not UTF-8 ({error}); convert it first") from None
     except KeyboardInterrupt:
         if not interactive:
             raise
@@ -102,7 +103,7 @@ class Conversation:
 
         name = name.strip().strip("'\"")
         if not name:
-            raise ValueError("/image needs a file, such as /image photo.jpg")
+            raise Llama4Error("/image needs a file, such as /image photo.jpg")
         self.pictures.append({"type": "image", "image": load_image(name, self.llm.processor.image_limits)})
         return len(self.pictures)
 

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llama4.cli.options import add_chat_options, chat_options, load_model, opening
+from llama4.errors import Llama4Error
 
 if TYPE_CHECKING:
     from llama4.engine.replies import Reply
@@ -61,13 +62,13 @@ def read_stdin() -> str:
     """All of stdin, without the line break at its end.
 
     Raises:
-        ValueError: it is not UTF-8.
+        Llama4Error: it is not UTF-8.
     """
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"stdin is not UTF-8: byte {data[error.start]:#04x} at {error.start}; convert it first, for instance with "
             "iconv -f latin1 -t utf-8"
         ) from None

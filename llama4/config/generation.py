@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config.hf_json import CONFIG_FILE, load_json
-from llama4.errors import ConfigError
+from llama4.errors import ConfigError, Llama4Error
 
 GENERATION_FILE = "generation_config.json"
 
@@ -94,11 +94,11 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 
 def check_setting(name: str, value: float) -> None:
     """Raises:
-    ValueError: a setting of sampling out of its range.
+    Llama4Error: a setting of sampling out of its range.
     """
     is_valid, limits = LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
-        raise ValueError(f"{name} is {value}; it must be {limits}")
+        raise Llama4Error(f"{name} is {value}; it must be {limits}")
 
 
 @dataclass(frozen=True)

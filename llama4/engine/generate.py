@@ -15,7 +15,7 @@ from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Event, FinishReason, Token
-from llama4.errors import ContextLengthError
+from llama4.errors import ContextLengthError, Llama4Error
 from llama4.inputs import Inputs
 from llama4.text.detokenizer import TextAssembler
 
@@ -60,13 +60,15 @@ def generate(
 
     Raises:
         ContextLengthError: a prompt leaves no room for a reply.
-        ValueError: an argument out of its range.
+        Llama4Error: an argument out of its range.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+        raise Llama4Error(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in stops:
-        raise ValueError("a stop string is empty; every text holds that, so give at least one character or none at all")
+        raise Llama4Error(
+            "a stop string is empty; every text holds that, so give at least one character or none at all"
+        )
     lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()
     model = runner.model
     window = model.config.text.max_position_embeddings if max_context is None else max_context
@@ -120,7 +122,7 @@ def _generate(
             live = []
             for i, (row, id_, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
                 if math.isnan(logprob):
-                    raise ValueError(
+                    raise Llama4Error(
                         f"the model's logits are not numbers in {runner.model.dtype}; load it with dtype='float32'"
                     )
                 event = row.push(Token(id_, tokenizer.decode_bytes([id_]), logprob), id_ in stop_ids, id_ in silent_ids)

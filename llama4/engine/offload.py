@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.experts import concat_experts
 from llama4.quantization.modules import SeparateExperts
@@ -94,13 +95,13 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
             one layer.
 
     Raises:
-        ValueError: there is not even room for one expert; or each has tensors of its own, as NF4 checkpoints do.
+        Llama4Error: there is not even room for one expert; or each has tensors of its own, as NF4 checkpoints do.
     """
     alike: dict[tuple[object, ...], list[str]] = {}
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             if isinstance(module, SeparateExperts):
-                raise ValueError(f"{path} has tensors for each expert, not of all: they cannot stay on another device")
+                raise Llama4Error(f"{path} has tensors for each expert, not of all: they cannot stay on another device")
             kind = (type(module), *((name, part.shape, part.dtype) for name, part in module.named_parameters()))
             alike.setdefault(kind, []).append(path)
     sizes = {kind: _bytes(model.get_submodule(paths[0])) * len(paths) for kind, paths in alike.items()}
@@ -113,7 +114,7 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
             share = memory * sizes[kind] // sum(sizes.values())
             room = share // each
             if room < 1:
-                raise ValueError(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
+                raise Llama4Error(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
         hot = ExpertCache(experts, device, min(room, count * len(paths)))
         for path in paths:
             for module in model.get_submodule(path).modules():

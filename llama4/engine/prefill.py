@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4.cache.sequence import SequenceCache
+from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
@@ -68,7 +69,7 @@ class ImageFeatures:
         is_patch_BT: where the prompts have `<|patch|>`; is_new_BT: those among them that the cache does not hold.
 
     Raises:
-        ValueError: the prompts have more or fewer patches than the tiles give.
+        Llama4Error: the prompts have more or fewer patches than the tiles give.
     """
 
     def __init__(self, model: Llama4Model, pixel_values: Tensor | None, is_patch_BT: Tensor, is_new_BT: Tensor) -> None:
@@ -79,7 +80,7 @@ class ImageFeatures:
         vision, count = model.config.vision, int(is_patch_BT.sum())
         per_tile = vision.tokens_per_tile if vision is not None else 0
         if count != len(pixel_values) * per_tile:
-            raise ValueError(
+            raise Llama4Error(
                 f"the prompt holds {count} <|patch|> tokens, but its images give {len(pixel_values) * per_tile} "
                 "features; let the processor of this model prepare both"
             )

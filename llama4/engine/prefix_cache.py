@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4.cache.saved import load_cache, save_cache
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.tokens import Event
+from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
 from llama4.weights.save import ModelSource
@@ -96,10 +97,10 @@ class PromptCache:
         """Write it as one safetensors file, complete or not at all, for `Llama4.load_cache`.
 
         Raises:
-            ValueError: the file cannot be written, or a forward was broken off while it added to the cache.
+            Llama4Error: the file cannot be written, or a forward was broken off while it added to the cache.
         """
         if not self.cache.is_consistent:
-            raise ValueError("this cache is of a prompt whose reading was broken off; read the prompt again")
+            raise Llama4Error("this cache is of a prompt whose reading was broken off; read the prompt again")
         save_cache(Path(path), self.cache, torch.tensor(self.tokens[: len(self)]), fingerprint(self.model))
 
     @classmethod
@@ -117,7 +118,7 @@ class PromptCache:
             dtype, device: of the cache, as in `Llama4Model.new_cache`.
 
         Raises:
-            ValueError: no such file, a damaged one, or the cache of another model or dtype.
+            Llama4Error: no such file, a damaged one, or the cache of another model or dtype.
         """
         cache = model.new_cache(1, dtype, device)
         window = model.config.text.max_position_embeddings

@@ -21,6 +21,7 @@ from torch import Tensor
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.sampling import Sampler
+from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
 
@@ -41,7 +42,7 @@ class Session(Protocol):
         """One more token in every row.
 
         Raises:
-            ValueError: ids outside the vocabulary, or another number of them than the cache has rows.
+            Llama4Error: ids outside the vocabulary, or another number of them than the cache has rows.
         """
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
@@ -146,11 +147,13 @@ class ModelRunner:
         steps; a new hook takes effect at once.
 
         Raises:
-            ValueError: ids that are no integers [B], outside the vocabulary, or another number of them than the cache
+            Llama4Error: ids that are no integers [B], outside the vocabulary, or another number of them than the cache
                 has rows.
         """
         if ids_B.ndim != 1 or ids_B.dtype.is_floating_point:
-            raise ValueError(f"ids must be [B] integers, not {list(ids_B.shape)} {ids_B.dtype}; one token for each row")
+            raise Llama4Error(
+                f"ids must be [B] integers, not {list(ids_B.shape)} {ids_B.dtype}; one token for each row"
+            )
         return self._run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(

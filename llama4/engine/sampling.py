@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config.generation import LIMITS, GenerationConfig, check_setting
+from llama4.errors import Llama4Error
 from llama4.ops.sampling import greedy_token
 
 
@@ -45,7 +46,7 @@ class Sampler:
             multiplied, before all else (CTRL, arXiv 1909.05858, as in transformers); 1 for none.
 
     Raises:
-        ValueError: a setting out of its range.
+        Llama4Error: a setting out of its range.
     """
 
     temperature: float = 0.0
@@ -60,14 +61,14 @@ class Sampler:
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
         if self.seed is not None and self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
+            raise Llama4Error(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
 
     @classmethod
     def from_options(cls, options: SamplingOptions, defaults: GenerationConfig) -> Sampler:
         """What a caller gives, else what the checkpoint says, else greedily; field by field.
 
         Raises:
-            ValueError: an option out of its range, or its subclass `ConfigError`: see `GenerationConfig.sampling`.
+            Llama4Error: an option out of its range, or its subclass `ConfigError`: see `GenerationConfig.sampling`.
         """
         given = {name: value for name, value in options.items() if value is not None}
         return cls(**{**defaults.sampling(), **given})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llama4.config import Llama4Config
+from llama4.errors import Llama4Error
 from llama4.families.names import NameTable
 from llama4.model.experts import Experts
 from llama4.model.multimodal import Llama4Model
@@ -65,7 +66,7 @@ class Family(ABC):
         """The tokenizer in a model's directory, checked against the model; None if there is none.
 
         Raises:
-            ValueError: a tokenizer that is unreadable or of another model.
+            Llama4Error: a tokenizer that is unreadable or of another model.
         """
         try:
             tokenizer = Tokenizer(directory, vocabulary=self.vocabulary)
@@ -83,17 +84,17 @@ class Family(ABC):
         """See that a tokenizer is the model's.
 
         Raises:
-            ValueError: it is of another model; with what disagrees.
+            Llama4Error: it is of another model; with what disagrees.
         """
         if tokenizer.vocab_size > config.text.vocab_size:
-            raise ValueError(
+            raise Llama4Error(
                 f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
                 f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
             )
         image = self.vocabulary.image
         image_id = tokenizer.special_tokens.get(image or "")
         if config.vision is not None and image_id != config.image_token_index:
-            raise ValueError(
+            raise Llama4Error(
                 f"{image} is {image_id} in {tokenizer.path}, but the model's image_token_index is "
                 f"{config.image_token_index}; use the tokenizer that belongs to the model"
             )

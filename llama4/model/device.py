@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llama4.config import Llama4Config
+from llama4.errors import Llama4Error
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SMALL_MODEL = 100_000_000
@@ -17,7 +18,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device to use.
 
     Raises:
-        ValueError: torch knows no such device, or has none.
+        Llama4Error: torch knows no such device, or has none.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,7 +27,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
+        raise Llama4Error(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
     return resolved
 
 
@@ -34,14 +35,14 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
     """The dtype to compute in.
 
     Raises:
-        ValueError: a dtype that models are not computed in.
+        Llama4Error: a dtype that models are not computed in.
     """
     if dtype == "auto":
         small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
         dtype = "float32" if small else config.dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
+        raise Llama4Error(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
+from llama4.errors import Llama4Error
 from llama4.ops.experts import swiglu_experts
 from llama4.ops.linear import linear_in_out
 from llama4.ops.swiglu import swiglu
@@ -132,7 +133,7 @@ def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     compiled code, which the package `kernels` downloads and runs. So nothing but this backend's own name leads here.
 
     Raises:
-        ValueError: neither is available, and why.
+        Llama4Error: neither is available, and why.
     """
     reasons = []
     if find_spec("megablocks"):
@@ -153,7 +154,7 @@ def megablocks_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             return product
         except Exception as error:  # the network, the Hub, a torch it was not built for
             reasons.append(f"{_HUB_BUILD} does not load ({error})")
-    raise ValueError(f"MegaBlocks is not available: {'; '.join(reasons) or 'it is not installed'}; {_INSTALL}")
+    raise Llama4Error(f"MegaBlocks is not available: {'; '.join(reasons) or 'it is not installed'}; {_INSTALL}")
 
 
 BACKENDS: dict[str, type[Experts]] = {cls.name: cls for cls in (LoopExperts, GroupedExperts, MegaBlocksExperts)}
@@ -172,7 +173,7 @@ def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type
         name: "auto" or a key of `BACKENDS`.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run there, with its reason.
+        Llama4Error: an unknown name, or a backend that cannot run there, with its reason.
     """
     if name == "auto":
         # On a CPU the loop is as fast as a grouped product, and it reads only the experts that were chosen.
@@ -181,7 +182,7 @@ def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type
         logger.info("experts: %s on %s in %s", chosen.name, device, dtype)
         return chosen
     if name not in BACKENDS:
-        raise ValueError(f"experts={name!r} is not known; choose 'auto' or one of {sorted(BACKENDS)}")
+        raise Llama4Error(f"experts={name!r} is not known; choose 'auto' or one of {sorted(BACKENDS)}")
     if reason := BACKENDS[name].unsupported_reason(device, dtype):
-        raise ValueError(f"experts={name!r} cannot run here: {reason}; choose another or 'auto'")
+        raise Llama4Error(f"experts={name!r} cannot run here: {reason}; choose another or 'auto'")
     return BACKENDS[name]

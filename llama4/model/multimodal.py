@@ -15,6 +15,7 @@ from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import Llama4Config
+from llama4.errors import Llama4Error
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
 from llama4.vision.encoder import VisionModel, run, run_recomputed
@@ -22,16 +23,16 @@ from llama4.vision.projector import Projector
 
 
 def check_rows(rows: int, cache: SequenceCache) -> None:
-    """Raises ValueError where a cache was made for another number of rows."""
+    """Raises Llama4Error where a cache was made for another number of rows."""
     if rows != cache.batch_size:
-        raise ValueError(f"input_ids have {rows} rows, but the cache was made for {cache.batch_size}")
+        raise Llama4Error(f"input_ids have {rows} rows, but the cache was made for {cache.batch_size}")
 
 
 def check_ids(lowest: int, highest: int, vocab_size: int) -> None:
-    """Raises ValueError where a token id is outside the vocabulary."""
+    """Raises Llama4Error where a token id is outside the vocabulary."""
     if lowest < 0 or highest >= vocab_size:
         bad = lowest if lowest < 0 else highest
-        raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}")
+        raise Llama4Error(f"token id {bad} is outside the vocabulary of {vocab_size}")
 
 
 class Llama4Model(nn.Module):
@@ -72,7 +73,7 @@ class Llama4Model(nn.Module):
             device: of those layers; the model's by default. On the CPU a GPU's cache is in pinned memory.
 
         Raises:
-            ValueError: no rows, or a dtype that a cache cannot have.
+            Llama4Error: no rows, or a dtype that a cache cannot have.
         """
         format = resolve_format(dtype, self.dtype)
         return SequenceCache(self.config.text, batch_size, self.device, self.dtype, format, device)
@@ -96,10 +97,10 @@ class Llama4Model(nn.Module):
             [n * Q, D], of the model's dtype and on its device.
 
         Raises:
-            ValueError: a text-only model, or tiles of another shape.
+            Llama4Error: a text-only model, or tiles of another shape.
         """
         if self.vision_model is None or self.multi_modal_projector is None:
-            raise ValueError("this model is text-only: it has no vision tower to encode pixel_values with")
+            raise Llama4Error("this model is text-only: it has no vision tower to encode pixel_values with")
         features: Tensor = self.multi_modal_projector(self.vision_model(pixel_values.to(self.device)))
         return features.flatten(0, 1)
 
@@ -130,11 +131,11 @@ class Llama4Model(nn.Module):
             [B, T, V], zeros at padding.
 
         Raises:
-            ValueError: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>`
+            Llama4Error: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>`
                 tokens that differ in number.
         """
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [B, T], not {list(input_ids.shape)}")
+            raise Llama4Error(f"input_ids must be [B, T], not {list(input_ids.shape)}")
         batch_size, columns = input_ids.shape
         if cache is not None:
             check_rows(batch_size, cache)
@@ -164,19 +165,19 @@ class Llama4Model(nn.Module):
         x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
         if pixel_values is not None:
             if image_features is not None:
-                raise ValueError("give pixel_values or image_features, not both")
+                raise Llama4Error("give pixel_values or image_features, not both")
             image_features = self.encode_images(pixel_values)
         is_patch = ids_N == self.config.image_token_index
         if image_features is None:
             if ids_N.device.type == "cpu" and len(ids_N) > 1 and bool(is_patch.any()):
-                raise ValueError(
+                raise Llama4Error(
                     f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
                     "or image_features"
                 )
             return x_ND
         places = is_patch.nonzero().squeeze(1)
         if len(places) != len(image_features):
-            raise ValueError(
+            raise Llama4Error(
                 f"the input holds {len(places)} <|patch|> tokens, but the images give {len(image_features)} features; "
                 "each tile needs as many <|patch|> tokens as it has features"
             )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.ops import quantized
 from llama4.ops.fp8 import E4M3
 from llama4.quantization.fp8 import from_fp8
@@ -35,7 +36,7 @@ class Fp4(WeightFormat):
 
     def check(self, shape: Shape) -> None:
         if shape[-1] % self.group_size:
-            raise ValueError(f"its groups of {self.group_size} do not fill its {shape[-1]} inputs")
+            raise Llama4Error(f"its groups of {self.group_size} do not fill its {shape[-1]} inputs")
 
     @classmethod
     def from_compressed(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:

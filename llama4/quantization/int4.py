@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.ops import quantized
 from llama4.ops.precision import not_zero
 from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
@@ -39,7 +40,7 @@ class Int4(WeightFormat):
         """Groups of 128, or of 32 where 128 does not divide all rows: one size for the model, as engines expect."""
         for name, (*_, outputs, inputs) in shapes.items():
             if inputs % 32 or outputs % 16:
-                raise ValueError(
+                raise Llama4Error(
                     f"{name} has {inputs} inputs and {outputs} outputs; int4 takes multiples of 32 and of 16: choose "
                     "int8 or fp8"
                 )

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, Llama4Error
 from llama4.model.feed_forward import FeedForward
 from llama4.ops.experts import loop_over_experts
 from llama4.ops.linear import Linear
@@ -79,7 +79,7 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
     Linear each, as `7.gate_proj.weight` and so on.
 
     Raises:
-        ValueError: one of the matrices of a layer's experts is quantized and another is not; or, as `CheckpointError`,
+        Llama4Error: one of the matrices of a layer's experts is quantized and another is not; or, as `CheckpointError`,
             a matrix that this library does not run quantized, or whose shape is not that of its format.
     """
     with torch.device("meta"):
@@ -106,7 +106,7 @@ def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
     found = [name for name in plan if name.startswith(f"{path}.")]
     experts = SplitExperts() if {f"{path}.gate_proj", f"{path}.up_proj"} & {*found} else QuantizedExperts()
     if missing := [matrix for matrix in experts.matrices if f"{path}.{matrix}" not in found]:
-        raise ValueError(
+        raise Llama4Error(
             f"{found[0]} is quantized and {path}.{missing[0]} is not; all matrices of the experts must be, or none"
         )
     for matrix in experts.matrices:

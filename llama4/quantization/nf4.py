@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 NESTED_BLOCK = 256
@@ -49,7 +50,7 @@ class Nf4(WeightFormat):
         """From what bitsandbytes says.
 
         Raises:
-            ValueError: not what it writes, or of a kind that is not run; with the reason.
+            Llama4Error: not what it writes, or of a kind that is not run; with the reason.
         """
         try:
             content = json.loads(state)
@@ -57,15 +58,15 @@ class Nf4(WeightFormat):
             stored = tuple(int(size) for size in content["shape"])
             offset = float(content["nested_offset"]) if "nested_offset" in content else None
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"its quant_state cannot be read ({error!r})") from error
+            raise Llama4Error(f"its quant_state cannot be read ({error!r})") from error
         if kind != cls.kind:
-            raise ValueError(f"it is quantized as {kind!r}, and only {cls.kind!r} is run")
+            raise Llama4Error(f"it is quantized as {kind!r}, and only {cls.kind!r} is run")
         if block < 2 or block % 2 or math.prod(stored) % block or math.prod(stored) < 1:
-            raise ValueError(f"its blocks of {block} do not fill its shape {list(stored)}")
+            raise Llama4Error(f"its blocks of {block} do not fill its shape {list(stored)}")
         if dtype not in _DTYPES:
-            raise ValueError(f"its dtype is {dtype!r}, not one of {', '.join(_DTYPES)}")
+            raise Llama4Error(f"its dtype is {dtype!r}, not one of {', '.join(_DTYPES)}")
         if offset is not None and (content.get("nested_blocksize"), content.get("nested_dtype")) != (256, "float32"):
-            raise ValueError(f"its scales are not quantized in blocks of 256 to float32, but as {state}")
+            raise Llama4Error(f"its scales are not quantized in blocks of 256 to float32, but as {state}")
         return cls(block, state, stored, _DTYPES[dtype], offset)
 
     def __str__(self) -> str:
@@ -76,9 +77,9 @@ class Nf4(WeightFormat):
         in_out = [(*experts, inputs, outputs), (math.prod(experts) * inputs, outputs)]
         if self.stored not in (in_out if experts else [shape]):
             wanted = " or ".join(str(list(size)) for size in (in_out if experts else [shape]))
-            raise ValueError(f"it is stored as {list(self.stored)}, where the model wants {wanted}")
+            raise Llama4Error(f"it is stored as {list(self.stored)}, where the model wants {wanted}")
         if experts and outputs % self.group_size:
-            raise ValueError(f"its blocks of {self.group_size} cross its rows of {outputs}")
+            raise Llama4Error(f"its blocks of {self.group_size} cross its rows of {outputs}")
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         blocks = math.prod(shape) // self.group_size

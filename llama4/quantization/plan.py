@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from llama4.errors import Llama4Error
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import Shape, WeightFormat
@@ -46,10 +47,10 @@ def make_plan(
         parts: parts that can be quantized, as patterns.
 
     Raises:
-        ValueError: an unknown scheme, or a matrix that its format cannot store.
+        Llama4Error: an unknown scheme, or a matrix that its format cannot store.
     """
     if name not in SCHEMES:
-        raise ValueError(f"quantization={name!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        raise Llama4Error(f"quantization={name!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     scheme = SCHEMES[name]
     wanted = [*scheme.parts, "head"] if head else scheme.parts
     layers: dict[str, int | None] = {}
@@ -62,7 +63,7 @@ def make_plan(
     left_out = {parameter for parameter, layer in layers.items() if not scheme.ends and layer in (0, last)}
     chosen = [parameter for parameter in shapes if parameter in layers and parameter not in left_out]
     if not chosen:
-        raise ValueError(
+        raise Llama4Error(
             f"quantization={name!r} is for {' and '.join(wanted)}, of which this model has none; try 'int4'"
         )
     format = FORMATS[scheme.kind].for_matrices({parameter: out_in(shapes[parameter]) for parameter in chosen})

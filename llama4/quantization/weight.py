@@ -83,13 +83,13 @@ class WeightFormat(ABC):
             shapes: matrices [O, I] and stacks of experts [E, O, I], by name.
 
         Raises:
-            ValueError: a matrix that it cannot store.
+            Llama4Error: a matrix that it cannot store.
         """
         return cls()
 
     def check(self, shape: Shape) -> None:  # noqa: B027 (most formats can be of any shape)
         """Raises:
-        ValueError: a matrix [O, I], or a stack [E, O, I], that this format cannot be of; with the reason.
+        Llama4Error: a matrix [O, I], or a stack [E, O, I], that this format cannot be of; with the reason.
         """
 
     @abstractmethod
@@ -181,7 +181,7 @@ class QuantizedWeight(nn.Module):
         in_kernel_layout: whether the parts are in the order of the CPU kernels; else in a checkpoint's.
 
     Raises:
-        ValueError: a shape that the format cannot have.
+        Llama4Error: a shape that the format cannot have.
     """
 
     def __init__(self, format: WeightFormat, shape: Shape, *, bias: bool = False) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from llama4.errors import Llama4Error
 from llama4.text.tool_calls import ToolCall, read_call, short
 
 Message: TypeAlias = Mapping[str, Any]
@@ -52,15 +53,15 @@ def read_messages(messages: Sequence[Message | ParsedMessage]) -> list[ParsedMes
     """Check messages and bring them into one form; those that have it already are kept.
 
     Raises:
-        ValueError: a message is not well formed; the text has its number and what is wrong with it.
+        Llama4Error: a message is not well formed; the text has its number and what is wrong with it.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(
+        raise Llama4Error(
             f"messages is a {type(messages).__name__}; it must be a list of messages, such as "
             '[{"role": "user", "content": "Hello"}]'
         )
     if not messages:
-        raise ValueError("the list of messages is empty; give at least one user message")
+        raise Llama4Error("the list of messages is empty; give at least one user message")
     return [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
 
 
@@ -73,20 +74,20 @@ def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage
     if isinstance(message, ParsedMessage):
         return message
     if not isinstance(message, Mapping):
-        raise ValueError(f'{where} is a {type(message).__name__}; it must be a dictionary with "role" and "content"')
+        raise Llama4Error(f'{where} is a {type(message).__name__}; it must be a dictionary with "role" and "content"')
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
+        raise Llama4Error(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
     role = ROLES[role]
     calls = message.get("tool_calls") or []
     if calls and role != "assistant":
-        raise ValueError(f"{where} of role {role!r} has tool_calls; only the assistant calls tools")
+        raise Llama4Error(f"{where} of role {role!r} has tool_calls; only the assistant calls tools")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise ValueError(f"the tool_calls of {where} are {short(calls)}; they must be a list")
+        raise Llama4Error(f"the tool_calls of {where} are {short(calls)}; they must be a list")
     try:
         tool_calls = tuple(read_call(call) for call in calls)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise Llama4Error(f"{where}: {error}") from None
 
     content = message.get("content")
     if content is None:
@@ -98,9 +99,9 @@ def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage
     elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
         parts = tuple(_read_part(part, f"part {i} of {where}") for i, part in enumerate(content))
     else:
-        raise ValueError(f"{where} has the content {short(content)}; it must be a string or a list of parts")
+        raise Llama4Error(f"{where} has the content {short(content)}; it must be a string or a list of parts")
     if role == "user" and not any(isinstance(part, ImagePart) or part.strip() for part in parts):
-        raise ValueError(f"{where} is empty; write a question, or add an image")
+        raise Llama4Error(f"{where} is empty; write a question, or add an image")
     return ParsedMessage(role, parts, tool_calls, message)
 
 
@@ -109,7 +110,7 @@ def _read_part(part: Any, where: str) -> str | ImagePart:
     if kind in ("text", "input_text", "output_text"):
         if isinstance(part.get("text"), str):
             return str(part["text"])
-        raise ValueError(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')
+        raise Llama4Error(f'{where} has the text {short(part.get("text"))}; it must be a string under "text"')
     if kind == "image":
         for key in ("image", "url", "path", "data"):
             if part.get(key) is not None:
@@ -122,8 +123,8 @@ def _read_part(part: Any, where: str) -> str | ImagePart:
         url = link.get("url") if isinstance(link, Mapping) else link
         if isinstance(url, str):
             return ImagePart(url)
-        raise ValueError(f'{where} has the image_url {short(link)}; it must be {{"url": "https://..."}}')
-    raise ValueError(
+        raise Llama4Error(f'{where} has the image_url {short(link)}; it must be {{"url": "https://..."}}')
+    raise Llama4Error(
         f'{where} is {short(part)}; a part is {{"type": "text", "text": ...}}, {{"type": "image", "image": ...}} '
         'or {"type": "image_url", "image_url": {"url": ...}}'
     )

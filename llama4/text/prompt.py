@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama4.errors import Llama4Error
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import function_name
@@ -81,11 +82,11 @@ def compose(
         bos: name of the first token.
 
     Raises:
-        ValueError: a message is not well formed, there is no message to announce tools in, or none to continue.
+        Llama4Error: a message is not well formed, there is no message to announce tools in, or none to continue.
     """
     parsed = read_messages(messages)
     if continue_final_message and parsed[-1].tool_calls:
-        raise ValueError("the last message calls tools, so it cannot be continued; leave continue_final_message out")
+        raise Llama4Error("the last message calls tools, so it cannot be continued; leave continue_final_message out")
     if tools:
         parsed = _announce(tools, parsed) if tools_in_user_message else _announce_to_system(tools, parsed)
     pieces = [Piece(bos, special=True)]
@@ -121,12 +122,12 @@ def encode(
         tokens_per_tile: `<|patch|>` tokens per tile.
 
     Raises:
-        ValueError: there are more or fewer grids than images; the tokenizer lacks a special token.
+        Llama4Error: there are more or fewer grids than images; the tokenizer lacks a special token.
     """
     pieces = list(pieces)
     wanted = sum(piece.special and piece.text == IMAGE for piece in pieces)
     if wanted != len(grids):
-        raise ValueError(
+        raise Llama4Error(
             f"the prompt has places for {wanted} images, but {len(grids)} images were given; make them agree"
         )
     remaining = iter(grids)
@@ -184,7 +185,7 @@ def render(
     """Messages -> token ids in Llama 4's format: `compose` with its options, then `encode`.
 
     Raises:
-        ValueError: as those.
+        Llama4Error: as those.
     """
     return encode(compose(messages, bos=tokenizer.bos, **options), tokenizer, grids, tokens_per_tile)
 
@@ -210,7 +211,7 @@ def _announce(tools: Sequence[Mapping[str, Any]], messages: Sequence[ParsedMessa
     text = _IN_USER_MESSAGE + _FORMAT + _listing(tools)
     first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if first is None:
-        raise ValueError("tools are announced in the first user message, but no message is a user's; add one")
+        raise Llama4Error("tools are announced in the first user message, but no message is a user's; add one")
     messages = list(messages)
     messages[first] = _prefixed(text, messages[first])
     if messages[0].role == "system":

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama4.errors import ChatTemplateError, ChatTemplateLimitError
+from llama4.errors import ChatTemplateError, ChatTemplateLimitError, Llama4Error
 from llama4.text.messages import ROLES, ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.prompt import Piece, special_names
 from llama4.text.tokenizer import Tokenizer
@@ -99,13 +99,13 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template cannot be rendered, or refuses these messages; or it leaves out the message
                 to be continued, or where the replies are cannot be told.
-            ValueError: a message is not well formed.
+            Llama4Error: a message is not well formed.
         """
         parsed = read_messages(messages)
         for tool in tools or ():
             function_name(tool)  # raises if it is no schema
         if continue_final_message and parsed[-1].tool_calls:
-            raise ValueError(
+            raise Llama4Error(
                 "the last message calls tools, so it cannot be continued; leave continue_final_message out"
             )
         source = self.source(tools)
@@ -395,7 +395,7 @@ def _continued(messages: list[dict[str, Any]], end: str) -> list[dict[str, Any]]
     elif isinstance(content, str):
         content += end
     else:
-        raise ValueError(
+        raise Llama4Error(
             "the last message ends with no text, so it cannot be continued; leave continue_final_message out"
         )
     return [*others, {**last, "content": content}]

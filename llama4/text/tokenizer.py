@@ -16,6 +16,7 @@ from typing import Any
 
 import tiktoken
 
+from llama4.errors import Llama4Error
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
@@ -39,7 +40,7 @@ class Tokenizer:
         vocabulary: the family's pattern and special tokens; what the files say of the latter counts more.
     Raises:
         FileNotFoundError: neither file is there.
-        ValueError: a file is not what its name says, or the tokenizer is not a byte-level BPE.
+        Llama4Error: a file is not what its name says, or the tokenizer is not a byte-level BPE.
     """
 
     added_tokens: tuple[AddedToken, ...]
@@ -60,13 +61,13 @@ class Tokenizer:
         else:
             count = vocabulary.num_special_tokens if num_special_tokens is None else num_special_tokens
             if count < 0:
-                raise ValueError(f"num_special_tokens is {count}; it counts tokens, so at least 0")
+                raise Llama4Error(f"num_special_tokens is {count}; it counts tokens, so at least 0")
             ranks, pattern = read_tiktoken(self.path), vocabulary.pattern
             names = dict(enumerate(vocabulary.special_token_names(count), max(ranks.values()) + 1))
             added = self.config.apply_by_id(names, vocabulary.control_names)
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
-            raise ValueError(
+            raise Llama4Error(
                 f"{self.path} has no token for {len(missing)} of the 256 bytes (the first: {missing[0]:#04x}), so some "
                 "text could not be encoded; a byte-level vocabulary needs all of them"
             )
@@ -90,14 +91,14 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` holds half of a surrogate pair, which UTF-8 cannot encode.
+            Llama4Error: `text` holds half of a surrogate pair, which UTF-8 cannot encode.
         """
         if not isinstance(text, str):
             raise TypeError(f"can only encode str, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise Llama4Error(
                 f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate pair; remove it, "
                 "or decode the text it came from with errors='replace'"
             ) from None
@@ -122,14 +123,14 @@ class Tokenizer:
         """Ids -> UTF-8 bytes, which may begin or end inside a character; special tokens give their names.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            Llama4Error: an id is not in the vocabulary.
         """
         ids = [int(i) for i in ids]
         try:
             return self._encoding.decode_bytes(ids)
         except (KeyError, OverflowError):
             wrong = next(i for i in ids if not self._is_token(i))
-            raise ValueError(f"{wrong} is not the id of a token; this vocabulary has {self.vocab_size}") from None
+            raise Llama4Error(f"{wrong} is not the id of a token; this vocabulary has {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; bytes that are no whole character become U+FFFD, special tokens give their names."""
@@ -139,12 +140,12 @@ class Tokenizer:
         """The id of a special token.
 
         Raises:
-            ValueError: this vocabulary has no such token.
+            Llama4Error: this vocabulary has no such token.
         """
         try:
             return self.special_tokens[name]
         except KeyError:
-            raise ValueError(
+            raise Llama4Error(
                 f"{self.path} has no special token {name!r}, which Llama 4's prompts need; use the tokenizer that "
                 "belongs to the model"
             ) from None
@@ -174,13 +175,13 @@ class Tokenizer:
 
     def _role(self, role: str, default: str) -> int:
         """Raises:
-        ValueError: the token that has this role is not there.
+        Llama4Error: the token that has this role is not there.
         """
         name = self.config.names.get(role)
         if name is None:
             return self.special(default)
         if (found := self._find(name)) is None:
-            raise ValueError(
+            raise Llama4Error(
                 f"{role} in {TOKENIZER_CONFIG_FILE} beside {self.path} is {name!r}, which is no token there; use the "
                 "tokenizer that belongs to the model"
             )

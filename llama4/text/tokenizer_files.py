@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from llama4.errors import Llama4Error
 from llama4.text.added_tokens import AddedToken
 from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
 
@@ -37,7 +38,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     """Read tiktoken's format: on each line a token in base64 and its rank.
 
     Raises:
-        ValueError: another format, or ranks that are not 0, 1, 2, ...
+        Llama4Error: another format, or ranks that are not 0, 1, 2, ...
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -47,14 +48,14 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(
+            raise Llama4Error(
                 f"line {number} of {path} is {line[:40]!r}, not a token in base64 and its rank; is it tiktoken's "
                 "tokenizer.model, whole?"
             ) from None
     if not ranks:
-        raise ValueError(f"{path} holds no tokens; fetch the tokenizer again")
+        raise Llama4Error(f"{path} holds no tokens; fetch the tokenizer again")
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once; fetch the tokenizer again")
+        raise Llama4Error(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once; fetch the tokenizer again")
     return ranks
 
 
@@ -67,7 +68,7 @@ def read_json(
     text becomes it.
 
     Raises:
-        ValueError: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
+        Llama4Error: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -77,16 +78,16 @@ def read_json(
         kind = model.get("type", "BPE")
         merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise Llama4Error(
             f"{path} is not a Hugging Face tokenizer.json ({error!r}); fetch the tokenizer again"
         ) from None
     if kind != "BPE" or not _mentions(data, "ByteLevel") or model.get("byte_fallback"):
-        raise ValueError(
+        raise Llama4Error(
             f"{path} holds a {kind} tokenizer that is not a byte-level BPE; Llama 4's is one: use the tokenizer that "
             "belongs to the model"
         )
     if data.get("normalizer"):
-        raise ValueError(f"{path} normalises text before it encodes it, which Llama 4's tokenizer does not")
+        raise Llama4Error(f"{path} normalises text before it encodes it, which Llama 4's tokenizer does not")
     added = [
         replace(token, id=vocabulary.get(token.content, token.id))
         for token in config.apply(listed, controls)
@@ -107,15 +108,15 @@ def read_json(
             if token not in beside
         }
     except KeyError as error:
-        raise ValueError(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
+        raise Llama4Error(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
     merged = [vocabulary.get(token, -1) for token in merges]
     if merged != sorted(merged):
-        raise ValueError(f"{path} merges in another order than its ids, which tiktoken's ranks cannot express")
+        raise Llama4Error(f"{path} merges in another order than its ids, which tiktoken's ranks cannot express")
     pattern = _split_pattern(data.get("pre_tokenizer"))
     if pattern is None:
-        raise ValueError(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
+        raise Llama4Error(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
     if odd := _odd_settings(data):
-        raise ValueError(
+        raise Llama4Error(
             f"{path} has {odd}, which Llama 4's tokenizer has not; use the tokenizer that belongs to the model"
         )
     return ranks, added, pattern
@@ -123,12 +124,12 @@ def read_json(
 
 def _check_ids(added: Sequence[AddedToken], vocabulary: Mapping[str, int], path: Path) -> None:
     """Raises:
-    ValueError: two tokens with one id.
+    Llama4Error: two tokens with one id.
     """
     contents = {i: content for content, i in vocabulary.items()}
     for token in added:
         if contents.setdefault(token.id, token.content) != token.content:
-            raise ValueError(
+            raise Llama4Error(
                 f"{path} and the files beside it give the id {token.id} to both {contents[token.id]!r} and "
                 f"{token.content!r}; fetch the tokenizer again"
             )

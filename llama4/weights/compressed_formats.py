@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from llama4.errors import Llama4Error
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
@@ -97,20 +98,20 @@ class Scaled(CompressedFormat):
             outputs, words = specs["weight_packed"].shape
             inputs = words * 32 // self.bits if self.block[1] is None else scale[-1] * self.block[1]
             if words != -(-inputs * self.bits // 32):
-                raise ValueError(f"has {words} int32 in a row, which are not its {inputs} values")
+                raise Llama4Error(f"has {words} int32 in a row, which are not its {inputs} values")
         elif "weight" in specs:
             outputs, inputs = specs["weight"].shape
             if (found := specs["weight"].dtype) != _DTYPES[self.kind]:
-                raise ValueError(f"its values are {found}, not {_DTYPES[self.kind]}")
+                raise Llama4Error(f"its values are {found}, not {_DTYPES[self.kind]}")
         else:
             raise KeyError("weight_packed" if "weight_shape" in specs else "weight")
         wanted = tuple(-(-size // (step or size)) for size, step in zip((outputs, inputs), self.block, strict=True))
         if _two_dimensions(scale) != wanted:
-            raise ValueError(f"has scales {list(scale)}, where {list(wanted)} were expected")
+            raise Llama4Error(f"has scales {list(scale)}, where {list(wanted)} were expected")
         if (zeros := specs.get("weight_zero_point")) is not None:
             packed = (-(-wanted[0] * self.bits // 32), wanted[1])
             if _two_dimensions(zeros.shape) != (packed if zeros.dtype == torch.int32 else wanted):
-                raise ValueError(f"has zero points {list(zeros.shape)} beside scales {list(scale)}")
+                raise Llama4Error(f"has zero points {list(zeros.shape)} beside scales {list(scale)}")
         elif self.has_zero_points:
             raise KeyError("weight_zero_point")
         return outputs, inputs
@@ -159,7 +160,7 @@ class Scaled(CompressedFormat):
         if "weight_g_idx" in parts and (order := parts["weight_g_idx"].long()).min() >= 0:
             groups = order
         if groups.max() >= scale.shape[1]:
-            raise ValueError(f"a column is of group {int(groups.max())}, of {scale.shape[1]}")
+            raise Llama4Error(f"a column is of group {int(groups.max())}, of {scale.shape[1]}")
         if (zeros := parts.get("weight_zero_point")) is not None:
             if zeros.dtype == torch.int32:
                 zeros = unpack(zeros.mT, self.bits, scale.shape[0]).mT
@@ -190,7 +191,7 @@ class AsItIs(CompressedFormat):
             if part not in specs:
                 raise KeyError(part)
             if specs[part].shape not in (wanted.shape, (1,)):
-                raise ValueError(f"has {part} {list(specs[part].shape)}, not {list(wanted.shape)}")
+                raise Llama4Error(f"has {part} {list(specs[part].shape)}, not {list(wanted.shape)}")
         return outputs, inputs
 
     def native(self, specs: Specs) -> WeightFormat:
@@ -221,7 +222,7 @@ COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, AsItIs)
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Runs of bits in int32 [N, W] -> signed integers [N, columns], int8."""
     if -(-columns * bits // 32) != packed.shape[1]:
-        raise ValueError(f"{columns} integers of {bits} bits are not the {packed.shape[1]} int32 of a row")
+        raise Llama4Error(f"{columns} integers of {bits} bits are not the {packed.shape[1]} int32 of a row")
     values = packed.contiguous().view(torch.uint8)
     if bits == 4:
         values = torch.stack([values & 15, values >> 4], dim=-1).flatten(1)[:, :columns]

@@ -11,7 +11,7 @@ from shutil import disk_usage
 import torch
 
 from llama4.config import Llama4Config
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, Llama4Error
 from llama4.families import family_of
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
@@ -42,12 +42,12 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
         progress: show a bar, if stderr is a terminal.
 
     Raises:
-        ValueError: an unknown layout, a target that is in use, a source that is damaged or cannot be expressed in the
+        Llama4Error: an unknown layout, a target that is in use, a source that is damaged or cannot be expressed in the
             other layout; or one of its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+        raise Llama4Error(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
     config, weights, tokenizer = _open(source, target)
     side_files = SideFiles.read(source)
     with complete_directory(target) as partial:
@@ -92,8 +92,8 @@ def quantize(
         say: called, before anything is fetched, with the room that it takes.
 
     Raises:
-        ValueError: an unknown scheme, a target that is in use, a source that is damaged or quantized already, or a disk
-            without the room; or one of its classes `ConfigError` and `CheckpointError`.
+        Llama4Error: an unknown scheme, a target that is in use, a source that is damaged or quantized already, or a
+            disk without the room; or one of its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)
     config, weights, tokenizer = _open(source, target, shards)

@@ -13,7 +13,7 @@ from typing import TypedDict
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, Llama4Error
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS
 from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
@@ -65,7 +65,7 @@ def resolve(
         progress: show the client's bars, if stderr is a terminal.
 
     Raises:
-        ValueError: no such directory or repository, no access to it, or no way to reach it; or one without a model, or
+        Llama4Error: no such directory or repository, no access to it, or no way to reach it; or one without a model, or
             with weights that are not read. The message says which.
     """
     folder = _checked(subfolder)
@@ -75,16 +75,16 @@ def resolve(
     if path.is_dir():
         path = path / folder
         if not path.is_dir():
-            raise ValueError(f"{name} has no subfolder {subfolder!r}; check its name")
+            raise Llama4Error(f"{name} has no subfolder {subfolder!r}; check its name")
         if select is all_files and not _is_complete(path) and (why := why_unreadable(files_in(path))):
             raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             raise CheckpointError(f"{name} cannot be loaded: it is {GGUF}")
-        raise ValueError(f"{name} is a file; name the directory that holds config.json and the weights")
+        raise Llama4Error(f"{name} is a file; name the directory that holds config.json and the weights")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
-        raise ValueError(
+        raise Llama4Error(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
             "'organisation/name'"
         )
@@ -151,7 +151,7 @@ def shards_on_hub(
 def _checked(subfolder: str | None) -> PurePosixPath:
     folder = PurePosixPath(subfolder or ".")
     if folder.is_absolute() or ".." in folder.parts:
-        raise ValueError(f"subfolder is {subfolder!r}; name one inside the model's directory")
+        raise Llama4Error(f"subfolder is {subfolder!r}; name one inside the model's directory")
     return folder
 
 
@@ -202,7 +202,7 @@ def push(
         The address of the commit, or of the pull request that was made.
 
     Raises:
-        ValueError: no permission, a repository that everyone can read though `private` is asked for, or the Hub cannot
+        Llama4Error: no permission, a repository that everyone can read though `private` is asked for, or the Hub cannot
             be reached.
     """
     api = HfApi(token=token)
@@ -227,7 +227,7 @@ def push(
             )
         return str(commit.pr_url if create_pr else commit.commit_url)
     except (HTTP_ERROR, OSError) as error:
-        raise ValueError(
+        raise Llama4Error(
             f"could not upload to {repo_id}: {reason(error)}; check its name, the connection and your token "
             "(`hf auth login`)"
         ) from error

@@ -16,33 +16,35 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from llama4.errors import Llama4Error
+
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the client lets through when a connection fails: of httpx or of httpx2, by its version."""
 
 
 @contextmanager
 def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """What can go wrong while a repository is read, as ValueErrors with a remedy."""
+    """What can go wrong while a repository is read, as errors with a remedy."""
     try:
         yield
     except GatedRepoError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"{name} is gated: accept its licence on its page on the Hub, then pass token=... or run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"{name!r} is neither a directory here nor a repository on the Hub that you may see; check the name, or, "
             "if it is private, pass token=... or run `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{name} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
+        raise Llama4Error(f"{name} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(
+        raise Llama4Error(
             f"{name} is not in the local cache and the Hub cannot be reached; check the connection (or "
             "HF_HUB_OFFLINE), or give a local directory"
         ) from error
     except (HTTP_ERROR, EntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise Llama4Error(
             f"{name} could not be fetched from the Hub: {reason(error)}; what has arrived is kept, try again"
         ) from error
 

@@ -86,7 +86,7 @@ def quantized(source: Source, scheme: str, *, head: bool = False, parts: Mapping
     """A checkpoint through the plan of a scheme.
 
     Raises:
-        ValueError: see `make_plan`.
+        Llama4Error: see `make_plan`.
         CheckpointError: it is quantized already.
     """
     if source.plan:

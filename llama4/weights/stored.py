@@ -33,7 +33,7 @@ class StoredFormat(ABC):
     def shape(self, specs: Specs) -> Shape:
         """Raises:
         KeyError: a tensor that is missing.
-        ValueError: tensors that do not fit together.
+        Llama4Error: tensors that do not fit together.
         """
 
     @abstractmethod
@@ -41,7 +41,7 @@ class StoredFormat(ABC):
         """Some rows of the matrix, in float32.
 
         Raises:
-            ValueError: values that cannot be.
+            Llama4Error: values that cannot be.
         """
 
     def native(self, specs: Specs) -> WeightFormat | None:

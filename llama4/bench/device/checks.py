@@ -18,6 +18,7 @@ from llama4.bench.device import machine, timing, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.bench.vqa import exam
 from llama4.config import TextConfig
+from llama4.errors import Llama4Error
 from llama4.kernels.triton import launch
 from llama4.model.experts import BACKENDS
 from llama4.quantization.formats import FORMATS
@@ -52,14 +53,14 @@ def _compiles(record: Record) -> Figures:
     if record.device.type != "cuda":
         raise Skip("not a GPU; the kernels run in Triton's interpreter")
     if reason := launch.unsupported_reason(record.device, torch.bfloat16):
-        raise ValueError(reason)
+        raise Llama4Error(reason)
     return {}
 
 
 def _held(error: float, bound: float) -> Figures:
     """Raises where the error is beyond the bound, or no number."""
     if not error <= bound:
-        raise ValueError(f"the relative error is {error:.2g}, beyond {bound:g}")
+        raise Llama4Error(f"the relative error is {error:.2g}, beyond {bound:g}")
     return {"relative_error": error, "bound": bound}
 
 
@@ -120,7 +121,7 @@ def _experts(record: Record, name: str, scheme: str | None) -> None:
         x_RD = torch.randn(int(counts_E.sum()), D, device=device).bfloat16()
         y_RD = module(x_RD, counts_E)
         if y_RD.shape != x_RD.shape or y_RD.dtype != x_RD.dtype:
-            raise ValueError(f"gave {list(y_RD.shape)}, {y_RD.dtype}")
+            raise Llama4Error(f"gave {list(y_RD.shape)}, {y_RD.dtype}")
         truth_RD = reference(module, x_RD, counts_E)
         return _held(workload.relative(y_RD, truth_RD) if len(x_RD) else 0.0, BOUNDS[name])
 
@@ -217,5 +218,5 @@ def _tiny(record: Record, dtype: str) -> Figures:
     same = [a == b for a, b in zip(answers["cpu"], answers["device"], strict=True)]
     figures = {"asked": len(asked), "right_share": sum(right) / len(right), "same_share": sum(same) / len(same)}
     if dtype == "float32" and not all(same):
-        raise ValueError(f"{same.count(False)} of {len(same)} answers differ from the CPU's: {figures}")
+        raise Llama4Error(f"{same.count(False)} of {len(same)} answers differ from the CPU's: {figures}")
     return figures

@@ -34,7 +34,7 @@ def run(steps: Sequence[Step], out: Path, *, device: str, minutes: float, dry: b
     """-> 0 if every step ran to its end and no case failed, else 1.
 
     Raises:
-        ValueError: the device cannot be used.
+        Llama4Error: the device cannot be used.
         OSError: the directory cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 from llama4.bench.device.child import DEVICE_LOST, PRELOAD, Task, main
 from llama4.bench.device.plan import Step
 from llama4.bench.device.record import NO_TIME
+from llama4.errors import Llama4Error
 
 POLL_SECONDS = 0.1
 RESERVED_SECONDS = 3.0
@@ -91,7 +92,7 @@ class Runner:
         """Until all steps are over.
 
         Raises:
-            ValueError: the device cannot be used at all.
+            Llama4Error: the device cannot be used at all.
         """
         try:
             self._choose_start_method()
@@ -118,7 +119,7 @@ class Runner:
             if probe.state == "done" and all(case["state"] == "done" for case in probe.cases.values()):
                 return
         reasons = [probe.reason, *(case.get("reason", "") for case in probe.cases.values())]
-        raise ValueError(f"{self._device} cannot be used here: {next(filter(None, reasons), '')}; see {self._log}")
+        raise Llama4Error(f"{self._device} cannot be used here: {next(filter(None, reasons), '')}; see {self._log}")
 
     def _run_step(self, result: Result) -> None:
         """Until its function returns, going on in a new process behind the case that ended the last one."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.config.window import chunk_offset, visible_tokens
+from llama4.errors import Llama4Error
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors
@@ -78,10 +79,10 @@ class StaticDecoder:
             ids_B: int64, on the device, within the vocabulary.
 
         Raises:
-            ValueError: more steps than there is room for.
+            Llama4Error: more steps than there is room for.
         """
         if self.room < 1:
-            raise ValueError("the decoder has no room for another step; make it with a larger one")
+            raise Llama4Error("the decoder has no room for another step; make it with a larger one")
         self._ids_B.copy_(ids_B)
         bounds = {window: self._slots(window, 1) for window in self._windows}
         if self.captures:

@@ -12,6 +12,7 @@ import torch
 
 from llama4.bench.device.machine import ROOT
 from llama4.bench.device.record import Figures, Record, Skip
+from llama4.errors import Llama4Error
 
 SLOW = "scouts_size"
 """Names of tests that prepare much on the host; they come last."""
@@ -70,5 +71,5 @@ def _pytest(file: Path, names: str) -> Figures:
     with torch.inference_mode(False):
         code = pytest.main([*options, str(file)], plugins=[outcomes])
     if outcomes.failed or code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise ValueError(f"code {int(code)}, {outcomes.counts}: {'; '.join(dict.fromkeys(outcomes.failed))}")
+        raise Llama4Error(f"code {int(code)}, {outcomes.counts}: {'; '.join(dict.fromkeys(outcomes.failed))}")
     return outcomes.counts

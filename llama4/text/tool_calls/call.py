@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama4.errors import Llama4Error
 from llama4.text.tool_calls.literals import as_json
 
 
@@ -29,22 +30,22 @@ def read_call(value: Any) -> ToolCall:
     """A call in OpenAI's form, in Meta's, or a `ToolCall`. Its arguments are what JSON holds.
 
     Raises:
-        ValueError: it is none of them, or its arguments are not JSON.
+        Llama4Error: it is none of them, or its arguments are not JSON.
     """
     if isinstance(value, ToolCall):
         value = {"name": value.name, "arguments": value.arguments, "id": value.id}
     call = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(call, Mapping):
-        raise ValueError(f"{short(value)} is no tool call")
+        raise Llama4Error(f"{short(value)} is no tool call")
     name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
     try:
         if isinstance(arguments, str):
             arguments = json.loads(arguments) if arguments.strip() else {}
         arguments = as_json(dict(arguments)) if isinstance(arguments, Mapping) else None
     except (ValueError, RecursionError):
-        raise ValueError(f"the arguments of tool call {name!r} are not JSON: {short(arguments)}") from None
+        raise Llama4Error(f"the arguments of tool call {name!r} are not JSON: {short(arguments)}") from None
     if not isinstance(name, str) or not name or arguments is None:
-        raise ValueError(f'a tool call needs a "name" and "arguments" that are a dictionary, this is {short(value)}')
+        raise Llama4Error(f'a tool call needs a "name" and "arguments" that are a dictionary, this is {short(value)}')
     identity = value.get("id")
     return ToolCall(name, arguments, identity) if isinstance(identity, str) else ToolCall(name, arguments)
 
@@ -53,12 +54,12 @@ def function_name(tool: Mapping[str, Any]) -> str:
     """The name of the function in a tool's schema, which OpenAI wraps in {"type": "function", "function": ...}.
 
     Raises:
-        ValueError: `tool` is no such schema.
+        Llama4Error: `tool` is no such schema.
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(
+        raise Llama4Error(
             f'{short(tool)} is no tool; it must be {{"type": "function", "function": {{"name": ..., '
             '"description": ..., "parameters": JSON schema}}'
         )

@@ -40,7 +40,7 @@ def names_of(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str] | None
     """The names of functions that may be called; None for any.
 
     Raises:
-        ValueError: a schema without a name.
+        Llama4Error: a schema without a name.
     """
     return None if tools is None else frozenset(map(function_name, tools))
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from llama4.errors import Llama4Error
+
 RGB = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -54,11 +56,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of shape {self.kind!r}; use one of {', '.join(KINDS)}")
+            raise Llama4Error(f"unknown kind of shape {self.kind!r}; use one of {', '.join(KINDS)}")
         if self.colour not in COLOURS:
-            raise ValueError(f"unknown colour {self.colour!r}; use one of {', '.join(COLOURS)}")
+            raise Llama4Error(f"unknown colour {self.colour!r}; use one of {', '.join(COLOURS)}")
         if not self.size > 0:
-            raise ValueError(f"a shape's size must be positive, got {self.size}")
+            raise Llama4Error(f"a shape's size must be positive, got {self.size}")
 
     @property
     def fill(self) -> RGB:
@@ -116,7 +118,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"a scene must be at least 1x1 pixels, got {self.width}x{self.height}")
+            raise Llama4Error(f"a scene must be at least 1x1 pixels, got {self.width}x{self.height}")
 
 
 # ---------------------------------------------------------------------------------------------------- geometry
@@ -281,7 +283,7 @@ FONTS = ("aileron", "courier")
 @lru_cache(maxsize=32)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     if name not in FONTS:
-        raise ValueError(f"unknown font {name!r}; use one of {', '.join(FONTS)}")
+        raise Llama4Error(f"unknown font {name!r}; use one of {', '.join(FONTS)}")
     if name == "courier":  # a bitmap font of one size
         return ImageFont.load_default_imagefont()
     return ImageFont.load_default(size)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
+from llama4.errors import Llama4Error
 from llama4.tiny.shapes_dataset.answers import (
     CORE_KINDS,
     DIRECTIONS,
@@ -69,16 +70,16 @@ def ask(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
     """A random question about the scene, of one of the kinds that are asked about a single picture.
 
     Raises:
-        ValueError: the scene has no clear answer to any question of that kind (a single shape has no relation).
+        Llama4Error: the scene has no clear answer to any question of that kind (a single shape has no relation).
     """
     if kind is not None and kind not in _MAKERS:
-        raise ValueError(f"cannot ask {kind!r} about one picture; use one of {', '.join(_MAKERS)}")
+        raise Llama4Error(f"cannot ask {kind!r} about one picture; use one of {', '.join(_MAKERS)}")
     kinds = [kind] if kind else rng.sample(tuple(_MAKERS), len(_MAKERS))
     for name in kinds:
         question = _try(name, scene, rng)
         if question is not None:
             return question
-    raise ValueError(f"no {kind} question has a clear answer in this scene; draw another one (see fresh_question)")
+    raise Llama4Error(f"no {kind} question has a clear answer in this scene; draw another one (see fresh_question)")
 
 
 def fresh_question(
@@ -89,10 +90,10 @@ def fresh_question(
     A "pair" has two scenes, "outside" one or none; a "follow_up" comes after the question that it refers to.
 
     Raises:
-        ValueError: an unknown kind.
+        Llama4Error: an unknown kind.
     """
     if kind not in KINDS_OF_QUESTION:
-        raise ValueError(f"unknown kind of question {kind!r}; use one of {', '.join(KINDS_OF_QUESTION)}")
+        raise Llama4Error(f"unknown kind of question {kind!r}; use one of {', '.join(KINDS_OF_QUESTION)}")
     number = rng.choice(NUMBERS[:7]) if kind in ("count_shape", "count_colour") else None
     while True:
         scene = random_scene(rng, sides=sides, with_text=kind == "text" and rng.random() < 0.95)

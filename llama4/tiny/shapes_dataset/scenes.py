@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+from llama4.errors import Llama4Error
 from llama4.tiny.shapes_dataset.pictures import (
     COLOURS,
     FONTS,
@@ -42,12 +43,12 @@ def random_scene(
     and are large enough for the embedded model to see.
 
     Raises:
-        ValueError: sides that are not in ascending order, or more than 12 shapes.
+        Llama4Error: sides that are not in ascending order, or more than 12 shapes.
     """
     if not 0 < sides[0] <= sides[1]:
-        raise ValueError(f"sides must be two pixel counts in ascending order, got {sides}")
+        raise Llama4Error(f"sides must be two pixel counts in ascending order, got {sides}")
     if num_shapes is not None and not 0 <= num_shapes <= 12:
-        raise ValueError(f"num_shapes must be between 0 and 12, got {num_shapes}")
+        raise Llama4Error(f"num_shapes must be between 0 and 12, got {num_shapes}")
     if num_shapes is None:
         num_shapes = rng.choice((0, 0, 0, 1, 2)) if with_text else rng.randint(1, most_shapes)
     width, height = _random_size(rng, *sides)

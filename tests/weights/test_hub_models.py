@@ -147,7 +147,7 @@ def test_experts_apart_may_lie_in_two_files(
         name: size + min(size, FIRST_BYTES) for name, size in sizes.items()
     }
     assert f" {sum(sorted(sizes.values())[-2:]) / 1024:.0f} KiB at a time" in err
-    found, wanted = {}, {}
+    found, wanted = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for directory, content in ((tmp_path / "out", found), (int8, wanted)):
         for file in directory.glob("*.safetensors"):
             content |= load_file(file)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.errors import Llama4Error
+from llama4.errors import ChatTemplateError, Llama4Error
 from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
@@ -334,7 +334,14 @@ class Processor:
         if chat_template is not None:
             template = (template or ChatTemplate({}, self.tokenizer)).named(chat_template)
         if template is not None and (others or chat_template is not None or not self.template_agrees):
-            return template.compose(messages, mark_replies=mark_replies, **options, **variables)
+            pieces = template.compose(messages, mark_replies=mark_replies, **options, **variables)
+            places = sum(piece.special and piece.text == IMAGE for piece in pieces)
+            if places != (wanted := len(image_sources(read_messages(messages)))):
+                raise ChatTemplateError(
+                    f"the checkpoint's chat template writes {places} {IMAGE} for the {wanted} images in these messages"
+                    + ("; chat_template_kwargs={'tools_in_user_message': False} may help" if options["tools"] else "")
+                )
+            return pieces
         if others:
             raise Llama4Error(
                 f"{', '.join(others)} cannot be given, as this checkpoint has no chat template that reads such; what "

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Llama4ImageProcessor, Llama4Processor
 from transformers.models.llama4 import processing_llama4
 
-from llama4.errors import ImageError
+from llama4.errors import ChatTemplateError, ImageError
 from llama4.families import FAMILIES
 from llama4.families.llama4 import Llama4Family
 from llama4.inputs import Processor
@@ -279,10 +279,13 @@ def test_a_checkpoints_own_template_writes_the_prompt(
     with pytest.raises(ValueError, match="return_tensors cannot be given here; call the processor"):
         ours.apply_chat_template(conversation, return_tensors="pt")
     for each in (ours, processor):
-        assert each.apply_chat_template(conversation, chat_template="{{ messages | length }}") == "2"
+        assert each.apply_chat_template(conversation[:1], chat_template="{{ messages | length }}") == "1"
     assert ours.apply_chat_template(conversation, chat_template="default") == ours.apply_chat_template(conversation)
-    with pytest.raises(ValueError, match="places for 0 images, but 1"):
+    with pytest.raises(ChatTemplateError, match=r"template writes 0 <\|image\|> for the 1 images in these messages$"):
         with_template(small_tokenizer, "{{ messages[0].content }}")([user(picture(9, 9), "x")])
+    # It writes the list of parts as Python shows it, where tools come before it.
+    with pytest.raises(ChatTemplateError, match=r"0 <\|image\|> for the 2 images .*'tools_in_user_message': False"):
+        ours(conversation, tools=[TOOL])
 
 
 def test_a_template_that_writes_what_the_format_does_is_not_used(small_tokenizer: Tokenizer) -> None:

@@ -241,6 +241,16 @@ def test_tools_in_the_system_message_are_as_in_metas_template() -> None:
     )  # their template leaves tools out where there is no system message
 
 
+def test_empty_arguments_in_a_history_are_none() -> None:
+    def call(arguments: Any) -> list[int]:
+        function = {"name": "f", "arguments": arguments}
+        return render(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [function]}], tokenizer()
+        ).ids
+
+    assert call("") == call("{}") == call({})
+
+
 def test_a_last_message_is_continued() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is "}]
     whole = render(messages, tokenizer(), add_generation_prompt=False).ids

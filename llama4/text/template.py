@@ -25,26 +25,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from llama4.errors import ChatTemplateError, ChatTemplateLimitError, Llama4Error
-from llama4.text.messages import ROLES, ImagePart, Message, ParsedMessage, read_messages
+from llama4.text.messages import Message, ParsedMessage, read_messages
 from llama4.text.prompt import Piece, special_names
+from llama4.text.template_data import as_given, disguised_in, plain, with_end
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import ToolCall, function_name
+from llama4.text.tool_calls import function_name
 
 Compose = Callable[..., list[Piece]]
 """`prompt.compose`, or what takes its place."""
 
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ROLES = {"developer": "system", "function": "tool"}
-_TYPES = "text image function object array string number integer boolean null"
-_KEYS = (
-    "role content type text image name function arguments parameters properties items required description enum id "
-    "tool_calls tool_call_id reasoning_content thinking reasoning title"
-)
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -111,9 +103,9 @@ class ChatTemplate:
         source = self.source(tools)
         given = {
             "messages": self._messages(parsed, source),
-            "tools": _plain(tools) if tools else None,
-            "documents": _plain(documents),
-            **_plain(variables),
+            "tools": plain(tools) if tools else None,
+            "documents": plain(documents),
+            **plain(variables),
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         written = self._write(source, given, continue_final_message)
@@ -143,7 +135,7 @@ class ChatTemplate:
 
         def run(given: dict[str, Any], *, marked: bool = False) -> _Written:
             if continued:
-                given = {**given, "messages": _continued(given["messages"], marks.end + " ")}
+                given = {**given, "messages": with_end(given["messages"], marks.end + " ")}
             names = {role: self._marked(name, marks.base) if marked else name for role, name in self.variables.items()}
             text = self._program(source, marks, marked).render({**names, **given})
             return self._read(_cut(text, marks.end) if continued else text, marks)
@@ -157,7 +149,7 @@ class ChatTemplate:
         others = [span for gap in _gaps(own or (), len(text)) for span in _spans(self._pattern, text, gap)]
         if others:
             try:
-                disguised = run({name: _disguised(value, marks.disguise) for name, value in given.items()}).text
+                disguised = run({name: disguised_in(value, marks.disguise) for name, value in given.items()}).text
             except ChatTemplateError:
                 disguised = ""
             if disguised.translate(marks.reveal) == text:
@@ -215,7 +207,7 @@ class ChatTemplate:
 
     def _messages(self, messages: Sequence[ParsedMessage], source: str) -> list[dict[str, Any]]:
         strings, parts = self._content_forms(source)
-        return [_as_given(message, strings, parts) for message in messages]
+        return [as_given(message, strings, parts) for message in messages]
 
     @cached_property
     def _forms(self) -> dict[str, tuple[bool, bool]]:
@@ -313,92 +305,6 @@ def _token_variables(tokenizer: Tokenizer) -> dict[str, str]:
     return {role: name for role, name in usual.items() if name in tokenizer.special_tokens} | dict(
         tokenizer.config.names
     )
-
-
-def _as_given(message: ParsedMessage, strings: bool, parts: bool) -> dict[str, Any]:
-    """A message as templates read it.
-
-    Args:
-        strings: whether the template takes a string; else its content becomes a list of parts.
-        parts: whether parts that are all text stay parts; else they become one string.
-    """
-    given = message.given
-    role = given.get("role", "tool" if message.role == "ipython" else message.role)
-    result: dict[str, Any] = {"role": _ROLES.get(role, role)}
-    content = given.get("content")
-    if isinstance(content, Mapping):
-        result["content"] = _plain(content)
-    elif content is not None or (message.parts and not given):
-        texts = [part for part in message.parts if isinstance(part, str)]
-        whole = isinstance(content, str) or not parts
-        if len(texts) == len(message.parts) and strings and whole:
-            result["content"] = "".join(texts)
-        else:
-            result["content"] = [
-                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part}
-                for part in message.parts
-            ]
-    if message.tool_calls:
-        raw = given.get("tool_calls") or [None] * len(message.tool_calls)
-        result["tool_calls"] = [
-            ({"id": call.id} if isinstance(each, ToolCall) or (isinstance(each, Mapping) and each.get("id")) else {})
-            | {"type": "function", "function": {"name": call.name, "arguments": _plain(call.arguments)}}
-            for call, each in zip(message.tool_calls, raw, strict=True)
-        ]
-    rest = (key for key, value in given.items() if value is not None and key not in ("role", "content", "tool_calls"))
-    result |= {key: _plain(given[key]) for key in rest}
-    reasoning = next((result[key] for key in _REASONING if key in result), None)
-    if reasoning is not None:
-        result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
-    return result
-
-
-def _plain(value: Any) -> Any:
-    """A value as a template may see it: of JSON's types alone; a picture, say, is the name of its type."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else kind(value)
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, Mapping):
-        return {key if type(key) is str else str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return f"<{type(value).__name__}>"
-
-
-def _disguised(value: Any, disguise: Mapping[int, int], key: str = "") -> Any:
-    """A value with other characters in the users' strings; what templates ask for keeps its own."""
-    if isinstance(value, str):
-        fixed = value in {"role": ROLES, "type": _TYPES.split()}.get(key, ())
-        return value if fixed else value.translate(disguise)
-    if isinstance(value, dict):
-        return {
-            name if name in _KEYS.split() or not isinstance(name, str) else name.translate(disguise): _disguised(
-                item, disguise, str(name)
-            )
-            for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_disguised(item, disguise, key) for item in value]
-    return value
-
-
-def _continued(messages: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
-    """The messages with `end` behind the last text of the last one."""
-    *others, last = messages
-    content = last.get("content")
-    if isinstance(content, list) and content and "text" in content[-1]:
-        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]
-    elif isinstance(content, str):
-        content += end
-    else:
-        raise Llama4Error(
-            "the last message ends with no text, so it cannot be continued; leave continue_final_message out"
-        )
-    return [*others, {**last, "content": content}]
 
 
 def _cut(text: str, end: str) -> str:

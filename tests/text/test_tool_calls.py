@@ -340,9 +340,7 @@ def test_whatever_is_returned_can_be_sent_back(text: str) -> None:
         render([{"role": "user", "content": "x"}, message], tokenizer())
 
 
-@pytest.mark.parametrize(
-    "value", [b"x", {1}, float("nan"), float("inf"), 1j, {(1, 2): 3}, "\ud800", object()], ids=repr
-)
+@pytest.mark.parametrize("value", [b"x", {1}, float("nan"), float("inf"), 1j, {(1, 2): 3}, "\ud800", object()])
 def test_calls_in_a_conversation_have_arguments_that_are_json(value: Any) -> None:
     for call in (ToolCall("f", {"x": value}), {"name": "f", "arguments": {"x": value}}):
         message = {"role": "assistant", "content": None, "tool_calls": [call]}

@@ -74,7 +74,7 @@ def test_a_model_in_metas_layout(server: LocalHub, tmp_path: Path) -> None:
 def test_what_the_hub_refuses(server: LocalHub, tmp_path: Path, name: str, arguments: str, message: str) -> None:
     result = python(ASK.format(name=name, arguments=arguments), server, tmp_path / "cache")
     assert result.returncode
-    assert f"ValueError: {message}" in result.stderr
+    assert f"Llama4Error: {message}" in result.stderr
 
 
 def test_a_token_opens_a_gated_model(server: LocalHub, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server: LocalHub, tmp_
 def test_a_download_that_fails_can_be_tried_again(server: LocalHub, tmp_path: Path) -> None:
     server.cuts = 1000
     failed = python("import time; time.sleep = lambda _: None" + RESOLVE, server, tmp_path / "cache")
-    assert "ValueError: org/model could not be fetched from the Hub: " in failed.stderr
+    assert "Llama4Error: org/model could not be fetched from the Hub: " in failed.stderr
     assert failed.stderr.splitlines()[-1].endswith("what has arrived is kept, try again")
     server.cuts = 0
     again = python(RESOLVE, server, tmp_path / "cache")
@@ -138,7 +138,7 @@ def test_an_upload_that_fails_says_so(server: LocalHub, tmp_path: Path, token: s
         server.shutdown()
         server.server_close()
     result = python(PUSH.format(directory=str(directory), token=token), server, tmp_path / "cache")
-    assert "ValueError: could not upload to org/new: " in result.stderr
+    assert "Llama4Error: could not upload to org/new: " in result.stderr
     assert ("401" if reachable else "refused") in result.stderr.splitlines()[-1]
 
 

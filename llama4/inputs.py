@@ -18,7 +18,8 @@ from llama4.errors import ChatTemplateError, Llama4Error
 from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
-from llama4.text.template import ChatTemplate, Compose
+from llama4.text.template import ChatTemplate
+from llama4.text.template_agreement import Compose, agrees
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
 from llama4.vision.limits import LIMITS, ImageLimits
@@ -352,7 +353,7 @@ class Processor:
     @cached_property
     def template_agrees(self) -> bool:
         """Whether the checkpoint's own template writes what the family's format does, so that this is used."""
-        return self.template is None or self.template.agrees(self._compose, self.tokenizer.bos)
+        return self.template is None or agrees(self.template, self._compose, self.tokenizer.bos)
 
     def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
         return encode(pieces, self.tokenizer, [(image.rows, image.cols) for image in tiles], self.tokens_per_tile)

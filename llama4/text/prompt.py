@@ -85,8 +85,8 @@ def compose(
         Llama4Error: a message is not well formed, there is no message to announce tools in, or none to continue.
     """
     parsed = read_messages(messages)
-    if continue_final_message and parsed[-1].tool_calls:
-        raise Llama4Error("the last message calls tools, so it cannot be continued; leave continue_final_message out")
+    if continue_final_message:
+        check_continued(parsed)
     if tools:
         parsed = _announce(tools, parsed) if tools_in_user_message else _announce_to_system(tools, parsed)
     pieces = [Piece(bos, special=True)]
@@ -110,6 +110,14 @@ def compose(
     elif add_generation_prompt:
         pieces += _header("assistant")
     return pieces
+
+
+def check_continued(messages: Sequence[ParsedMessage]) -> None:
+    """Raises:
+    Llama4Error: the last message is one that cannot be continued.
+    """
+    if messages[-1].tool_calls:
+        raise Llama4Error("the last message calls tools, so it cannot be continued; leave continue_final_message out")
 
 
 def encode(

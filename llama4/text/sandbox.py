@@ -3,8 +3,7 @@
 The dialect is that of transformers (utils/chat_template_utils.py): blocks are trimmed, loops can break, `tojson` does
 not escape, `raise_exception` and `strftime_now` exist, and `{% generation %}` marks what the model says.
 
-A thread cannot be stopped from outside, so nothing large may begin: whatever a template makes is charged to a budget,
-and what may grow in one operation is charged before it happens. Filters and methods are those listed here.
+Filters and methods are those listed here; what they make is charged to a budget (template_budget.py).
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-import time
 import types
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -27,67 +24,13 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from llama4.errors import ChatTemplateError, ChatTemplateLimitError
+from llama4.text.template_budget import BUDGET, GROWTH, Budget, LimitError, formatted_size, size_of
 
-MAX_SECONDS = 10.0
 MAX_SOURCE = 1 << 18
 """Characters of a template; the longest that are in use have 30,000."""
-MAX_WORK = 1 << 22
-"""What a template may make beyond 1000 times what it is given: characters, and `_ITEM` for an item or a step."""
-MAX_INTEGER_BITS = 4096
-_ITEM = 16
-
-
-class _LimitError(Exception):
-    """A limit that a template reaches."""
-
-
-class _Budget:
-    """What is left of the work and time of one rendering."""
-
-    def __init__(self, given: object) -> None:
-        self.left = MAX_WORK
-        self.left += 1000 * _size(given, 1 << 40)
-        self.deadline = time.monotonic() + MAX_SECONDS
-
-    def spend(self, work: int) -> None:
-        self.left -= work + _ITEM
-        if self.left < 0:
-            raise _LimitError("it makes too much text or too many items")
-        if time.monotonic() > self.deadline:
-            raise _LimitError(f"it is not done after {MAX_SECONDS:g} seconds")
-
-    def charge(self, value: Any) -> Any:
-        """Pay for a value that the template made."""
-        self.spend(_size(value, self.left))
-        return value
-
-
-_BUDGET: ContextVar[_Budget] = ContextVar("budget")
-
-
-def _size(value: object, limit: int) -> int:
-    """Characters and items in a value, one that is in several places as often; at least `limit` if it is more."""
-    total, stack = 0, [value]
-    while stack and total + len(stack) * _ITEM <= limit:
-        each = stack.pop()
-        total += _ITEM
-        if isinstance(each, (str, bytes)):
-            total += len(each)
-        elif isinstance(each, int):
-            if each.bit_length() > MAX_INTEGER_BITS:
-                raise _LimitError("it computes with numbers that are too large")
-        elif isinstance(each, Mapping):
-            stack.extend(each.keys())
-            stack.extend(each.values())
-        elif isinstance(each, (list, tuple, set, frozenset)):
-            stack.extend(each)
-        elif isinstance(each, range):
-            total += len(each) * _ITEM
-    return total + len(stack) * _ITEM
-
 
 # What a template may call on text, dictionaries and lists. Each takes and makes no more than it is given, but for those
-# in _GROWTH.
+# in `GROWTH`.
 _TEXT_METHODS = (
     "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
@@ -109,67 +52,22 @@ _FILTERS = (
 )
 
 
-def _replaced(text: object, old: object, new: object, *_: object, **__: object) -> int:
-    return str(text).count(str(old)) * len(str(new))
-
-
-def _padded(value: object, *amounts: object, **more: object) -> int:
-    lines = str(value).count("\n") + 1 if isinstance(value, str) else 1
-    given = (*amounts, *more.values())
-    return lines * _ITEM * sum(len(x) if isinstance(x, str) else abs(x) if isinstance(x, int) else 0 for x in given)
-
-
-def _precise(value: object, precision: int = 0, *_: object, **__: object) -> int:
-    if abs(precision) > 100:
-        raise _LimitError("it rounds to more than 100 digits")
-    return 0
-
-
-def _cut(value: object, *_: object, **__: object) -> int:
-    return len(value) * _ITEM if isinstance(value, str) else 0
-
-
-_GROWTH: dict[str, Callable[..., int]] = {
-    "replace": _replaced,
-    "center": _padded,
-    "indent": _padded,
-    "batch": _padded,
-    "slice": _padded,
-    "round": _precise,
-    "format": lambda text, *args, **kwargs: _formatted(str(text), (args, kwargs)),
-    "list": _cut,
-    "split": _cut,
-    "rsplit": _cut,
-    "splitlines": _cut,
-}
-"""Filter or method -> what it makes at most, beyond what it is given."""
-_PERCENT_WIDTH = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")
-
-
-def _formatted(text: str, values: object) -> int:
-    """Of `text % values`."""
-    if _PERCENT_WIDTH.search(text):
-        raise _LimitError("it pads a number or a text too far")
-    budget = _BUDGET.get()
-    return (text.count("%") + 1) * _size(values, budget.left)
-
-
 class _Formatter(SandboxedFormatter):
     """`"{:5}".format(...)`."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         if re.search(r"\d{4}", format_spec):
-            raise _LimitError("it pads a number or a text too far")
-        return _BUDGET.get().charge(super().format_field(value, format_spec))
+            raise LimitError("it pads a number or a text too far")
+        return BUDGET.get().charge(super().format_field(value, format_spec))
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is charged for what it makes."""
-    growth = _GROWTH.get(name)
+    growth = GROWTH.get(name)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         if growth is not None:
             values = args[1:] if args and isinstance(args[0], (jinja2.Environment, nodes.EvalContext)) else args
             budget.spend(growth(*values, **kwargs))
@@ -182,7 +80,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _join(
     environment: jinja2.Environment, value: Iterable[Any], d: object = "", attribute: str | int | None = None
 ) -> str:
-    budget, parts = _BUDGET.get(), []
+    budget, parts = BUDGET.get(), []
     for part in value:
         part = part if attribute is None else environment.getitem(part, attribute)
         parts.append(str(budget.charge(part)))
@@ -199,12 +97,12 @@ def _tojson(
 ) -> str:
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if isinstance(indent, int) and indent > 1000:
-        raise _LimitError("it indents too far")
+        raise LimitError("it indents too far")
     return _concat(encoder.iterencode(x))
 
 
 def _concat(pieces: Iterable[str]) -> str:
-    budget, kept = _BUDGET.get(), []
+    budget, kept = BUDGET.get(), []
     for piece in pieces:
         budget.spend(len(piece))
         kept.append(piece)
@@ -217,7 +115,7 @@ def _raise_exception(message: object) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     if len(format) > 200 or re.search(r"%[^a-zA-Z%]", format):
-        raise _LimitError("it pads a date too far")
+        raise LimitError("it pads a date too far")
     return datetime.now().strftime(format)
 
 
@@ -296,25 +194,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         return None
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.spend(0)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
             if __obj.__name__ == "join" and args:
                 return _join(__self, args[0], __obj.__self__)
-            if growth := _GROWTH.get(__obj.__name__):
+            if growth := GROWTH.get(__obj.__name__):
                 budget.spend(growth(__obj.__self__, *args, **kwargs))
         return budget.charge(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(times, int) and not isinstance(value, (int, float)):
-                    budget.spend(_size(value, budget.left) * max(times, 0))
+                    budget.spend(size_of(value, budget.left) * max(times, 0))
         elif operator == "%" and isinstance(left, str):
-            budget.spend(_formatted(left, right))
+            budget.spend(formatted_size(left, right))
         elif operator == "**" and not (abs(left) < 2**64 and abs(right) <= 64):
-            raise _LimitError("it computes with numbers that are too large")
+            raise LimitError("it computes with numbers that are too large")
         return budget.charge(super().call_binop(context, operator, left, right))
 
 
@@ -400,8 +298,8 @@ def _filter(node: nodes.Expr, name: str, line: int) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=line)
 
 
-class Program:
-    """A compiled template.
+class CompiledTemplate:
+    """A template, ready to be rendered.
 
     Args:
         source: the template.
@@ -435,18 +333,18 @@ class Program:
 
 
 def _run(work: Callable[[], Any], given: object) -> Any:
-    token = _BUDGET.set(_Budget(given))
+    token = BUDGET.set(Budget(given))
     try:
         return work()
     except ChatTemplateError:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template is malformed in line {error.lineno}: {error.message}") from error
-    except _LimitError as error:
+    except LimitError as error:
         raise ChatTemplateLimitError(f"the chat template was stopped: {error}") from None
     except RecursionError:
         raise ChatTemplateLimitError("the chat template was stopped: it nests too deep") from None
     except Exception as error:  # whatever its operations raise
         raise ChatTemplateError(f"the chat template fails: {type(error).__name__}: {error}") from error
     finally:
-        _BUDGET.reset(token)
+        BUDGET.reset(token)

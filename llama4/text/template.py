@@ -18,22 +18,20 @@ never taken for a special token.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llama4.errors import ChatTemplateError, ChatTemplateLimitError, Llama4Error
+from llama4.errors import ChatTemplateError, ChatTemplateLimitError
 from llama4.text.messages import Message, ParsedMessage, read_messages
-from llama4.text.prompt import Piece, special_names
+from llama4.text.prompt import Piece, check_continued, special_names
 from llama4.text.template_data import as_given, disguised_in, plain, with_end
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import function_name
 
-Compose = Callable[..., list[Piece]]
-"""`prompt.compose`, or what takes its place."""
+if TYPE_CHECKING:
+    from llama4.text.sandbox import CompiledTemplate
 
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -52,6 +50,9 @@ class ChatTemplate:
         self.variables = _token_variables(tokenizer)
         self._names = list(tokenizer.special_tokens)
         self._pattern = special_names(tokenizer)
+        self._places = {name: i for i, name in enumerate(self._names)}
+        self._programs: dict[tuple[str, int, bool], CompiledTemplate] = {}
+        self._forms: dict[str, tuple[bool, bool]] = {}
 
     def source(self, tools: object = None) -> str:
         """The template for messages with or without tools.
@@ -96,10 +97,8 @@ class ChatTemplate:
         parsed = read_messages(messages)
         for tool in tools or ():
             function_name(tool)  # raises if it is no schema
-        if continue_final_message and parsed[-1].tool_calls:
-            raise Llama4Error(
-                "the last message calls tools, so it cannot be continued; leave continue_final_message out"
-            )
+        if continue_final_message:
+            check_continued(parsed)
         source = self.source(tools)
         given = {
             "messages": self._messages(parsed, source),
@@ -119,15 +118,6 @@ class ChatTemplate:
         changed.sources = {"default": self.sources.get(template, template)}
         return changed
 
-    def agrees(self, compose: Compose, bos: str) -> bool:
-        """Whether the templates write what `compose` does, for conversations of all kinds."""
-        try:
-            return all(_joined(self.compose(**case)) == _joined(compose(**case, bos=bos)) for case in _cases())
-        except ChatTemplateLimitError:
-            raise
-        except ChatTemplateError:
-            return False
-
     def _write(self, source: str, given: dict[str, Any], continued: bool = False) -> _Written:
         """Render, and find out which names are the template's."""
         said = json.dumps(given, ensure_ascii=False)
@@ -146,7 +136,8 @@ class ChatTemplate:
         except ChatTemplateError:
             marked = None
         own = marked.own if marked is not None and marked.text == text else None
-        others = [span for gap in _gaps(own or (), len(text)) for span in _spans(self._pattern, text, gap)]
+        gaps = _gaps(own or (), len(text))
+        others = [match.span() for gap in gaps for match in self._pattern.finditer(text, *gap)]
         if others:
             try:
                 disguised = run({name: disguised_in(value, marks.disguise) for name, value in given.items()}).text
@@ -188,30 +179,18 @@ class ChatTemplate:
     def _marked(self, text: str, base: int) -> str:
         return self._pattern.sub(lambda name: chr(base + self._places[name.group()]), text)
 
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self._names)}
-
-    @cached_property
-    def _programs(self) -> dict[tuple[str, int, bool], Any]:
-        return {}
-
-    def _program(self, source: str, marks: _Marks, marked: bool) -> Any:
-        from llama4.text.sandbox import Program  # with jinja2, which only a checkpoint's own template needs
+    def _program(self, source: str, marks: _Marks, marked: bool) -> CompiledTemplate:
+        from llama4.text.sandbox import CompiledTemplate  # with jinja2, which only a checkpoint's own template needs
 
         key = source, marks.base, marked
         if key not in self._programs:
             mark = (lambda text: self._marked(text, marks.base)) if marked else str
-            self._programs[key] = Program(source, marks.reply, mark)
+            self._programs[key] = CompiledTemplate(source, marks.reply, mark)
         return self._programs[key]
 
     def _messages(self, messages: Sequence[ParsedMessage], source: str) -> list[dict[str, Any]]:
         strings, parts = self._content_forms(source)
         return [as_given(message, strings, parts) for message in messages]
-
-    @cached_property
-    def _forms(self) -> dict[str, tuple[bool, bool]]:
-        return {}
 
     def _content_forms(self, source: str) -> tuple[bool, bool]:
         """Whether a template takes a content that is a string, and whether one of several parts must be parts."""
@@ -323,10 +302,6 @@ def _gaps(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, 
         at = end
 
 
-def _spans(pattern: re.Pattern[str], text: str, gap: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in pattern.finditer(text, *gap))
-
-
 def _pieces(written: _Written) -> list[Piece]:
     text, own, replies = written
     names = set(own)
@@ -335,56 +310,3 @@ def _pieces(written: _Written) -> list[Piece]:
         reply = tuple((max(a, start) - start, min(b, end) - start) for a, b in replies if a < end and start < b)
         pieces.append(Piece(text[start:end], (start, end) in names, reply))
     return pieces
-
-
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces without replies, neighbouring texts as one."""
-    result: list[Piece] = []
-    for piece in pieces:
-        if result and not piece.special and not result[-1].special:
-            result[-1] = dataclasses.replace(result[-1], text=result[-1].text + piece.text)
-        elif piece.text:
-            result.append(Piece(piece.text, piece.special))
-    return result
-
-
-@cache
-def _cases() -> tuple[dict[str, Any], ...]:
-    """Conversations of all kinds, with which a template is compared with a family's own format."""
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "look_up",
-            "description": "Find “it” in <b>a</b> list",
-            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
-        },
-    }
-    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": {"word": "Zürich", "n": [1]}}}
-    system = {"role": "system", "content": " Be brief. \n"}
-    user = {"role": "user", "content": "\n What is it?  "}
-    reply = {"role": "assistant", "content": " It is \n\n4. "}
-    calls = {"role": "assistant", "content": "I look.", "tool_calls": [call, call]}
-    silent = {"role": "assistant", "tool_calls": [call]}
-    result = {"role": "tool", "tool_call_id": "c1", "name": "look_up", "content": '{"found": "é"}'}
-    parts = {
-        "role": "user",
-        "content": [{"type": "image"}, {"type": "text", "text": " this, "}, {"type": "text", "text": "that"}],
-    }
-    last = {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "image"}]}
-    conversations = [
-        [user],
-        [system, user],
-        [user, reply, user],
-        [system, user, reply, user, reply],
-        [user, calls, result, result, reply, user],
-        [system, user, silent, result],
-        [parts, reply, last],
-        [system, last],
-        [system, system, user, system, user],
-        [user, user],
-    ]
-    cases = [{"messages": messages} for messages in conversations]
-    cases += [{"messages": messages, "add_generation_prompt": False} for messages in conversations[1:4]]
-    cases += [{"messages": messages, "tools": [tool, tool]} for messages in conversations]
-    cases += [{"messages": [system, user, reply], "continue_final_message": True}]
-    return tuple(cases)

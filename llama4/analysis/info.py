@@ -22,7 +22,7 @@ from llama4.weights.hub_shards import HubShards
 from llama4.weights.ignored import ignored_fields
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import INDEX_FILE
-from llama4.weights.side_files import SIDE_FILES, HubOrigin, SideFiles
+from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, HubOrigin, SideFiles
 from llama4.weights.source import Source
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import files_in, why_unreadable
@@ -68,6 +68,15 @@ class Model:
     why_no_weights: str | None = None
     shards: HubShards | None = None
     origin: HubOrigin | None = None
+
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """What stands beside the weights.
+
+        Raises:
+            ConfigError: a config.json that is not JSON.
+        """
+        return SideFiles.read(self.directory) if self.directory is not None else NO_SIDE_FILES
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -151,8 +160,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
     if model.directory is None or model.layout is None:
         return None
     summary = summarize(model.weights) if model.weights is not None else None
-    side_files = SideFiles.read(model.directory)
-    base = side_files.recorded_origin
+    base = model.side_files.recorded_origin
     return {
         "layout": model.layout.name,
         "weights": None
@@ -163,7 +171,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any] | None:
         "fetched_bytes": model.shards.fetched if model.shards is not None else 0,
         "repository": vars(model.origin) if model.origin is not None else None,
         "made_from": vars(base) if base is not None else None,
-        "ignored_fields": ignored_fields(side_files),
+        "ignored_fields": ignored_fields(model.side_files),
     }
 
 
@@ -175,7 +183,7 @@ def describe_prompts(model: Model) -> dict[str, Any] | None:
     """
     if model.directory is None:
         return None
-    templates = SideFiles.read(model.directory).chat_templates
+    templates = model.side_files.chat_templates
     tokenizer, agrees, error = model.tokenizer if templates else None, None, None
     if tokenizer is not None:
         processor = Processor.from_config(tokenizer, model.config, templates)
@@ -200,7 +208,7 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     if tokenizer is not None:
         names: dict[int, Any] = {id_: name for name, id_ in tokenizer.special_tokens.items()}
     else:
-        added = SideFiles.read(model.directory).json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder", {})
+        added = model.side_files.json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder", {})
         names = {int(id_): token.get("content") for id_, token in added.items()}
     ids = said.eos_token_id or model.config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
     return {

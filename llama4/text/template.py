@@ -51,7 +51,7 @@ class ChatTemplate:
         self._names = list(tokenizer.special_tokens)
         self._pattern = special_names(tokenizer)
         self._places = {name: i for i, name in enumerate(self._names)}
-        self._programs: dict[tuple[str, int, bool], CompiledTemplate] = {}
+        self._compiled_templates: dict[tuple[str, int, bool], CompiledTemplate] = {}
         self._forms: dict[str, tuple[bool, bool]] = {}
 
     def source(self, tools: object = None) -> str:
@@ -127,7 +127,7 @@ class ChatTemplate:
             if continued:
                 given = {**given, "messages": with_end(given["messages"], marks.end + " ")}
             names = {role: self._marked(name, marks.base) if marked else name for role, name in self.variables.items()}
-            text = self._program(source, marks, marked).render({**names, **given})
+            text = self._compiled(source, marks, marked).render({**names, **given})
             return self._read(_cut(text, marks.end) if continued else text, marks)
 
         text, _, replies = run(given)
@@ -179,14 +179,14 @@ class ChatTemplate:
     def _marked(self, text: str, base: int) -> str:
         return self._pattern.sub(lambda name: chr(base + self._places[name.group()]), text)
 
-    def _program(self, source: str, marks: _Marks, marked: bool) -> CompiledTemplate:
+    def _compiled(self, source: str, marks: _Marks, marked: bool) -> CompiledTemplate:
         from llama4.text.sandbox import CompiledTemplate  # with jinja2, which only a checkpoint's own template needs
 
         key = source, marks.base, marked
-        if key not in self._programs:
+        if key not in self._compiled_templates:
             mark = (lambda text: self._marked(text, marks.base)) if marked else str
-            self._programs[key] = CompiledTemplate(source, marks.reply, mark)
-        return self._programs[key]
+            self._compiled_templates[key] = CompiledTemplate(source, marks.reply, mark)
+        return self._compiled_templates[key]
 
     def _messages(self, messages: Sequence[ParsedMessage], source: str) -> list[dict[str, Any]]:
         strings, parts = self._content_forms(source)

@@ -198,11 +198,6 @@ class Tokenizer:
         named = (self.special_tokens[name] for name in self.vocabulary.stop if name in self.special_tokens)
         return tuple(dict.fromkeys((*eos, *named)))
 
-    @cached_property
-    def tool_call_id(self) -> int | None:
-        """The token that begins a tool call (`<|python_start|>`), if there is one."""
-        return self.special_tokens.get(self.vocabulary.tool_call or "")
-
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
         """Write the files that this one was read from, and what of `tokenizer.json` and `tokenizer_config.json` is not
         among them, from which transformers builds the same tokenizer.

@@ -22,7 +22,6 @@ class Vocabulary:
         bos, eos, pad: names of the first token of a prompt, of the last token of a message, and of padding.
         stop: names of the tokens that end a reply.
         image: name of the token whose embeddings are replaced by image features; None if there is none.
-        tool_call: name of the token that begins a tool call; None if there is none.
     """
 
     pattern: str
@@ -33,7 +32,6 @@ class Vocabulary:
     pad: str
     stop: tuple[str, ...]
     image: str | None = None
-    tool_call: str | None = None
 
     @cached_property
     def control_names(self) -> frozenset[str]:
@@ -96,5 +94,4 @@ LLAMA4 = Vocabulary(
     pad="<|finetune_right_pad|>",
     stop=("<|end_of_text|>", "<|eom|>", "<|eot|>"),
     image="<|patch|>",
-    tool_call="<|python_start|>",
 )

@@ -18,6 +18,11 @@ from llama4.weights.unreadable import check_fetched, files_in, why_unreadable
 LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
 
 
+def recognised_layout(directory: Path) -> CheckpointLayout | None:
+    """The layout of a directory; None if it is in none."""
+    return next((layout for layout in LAYOUTS.values() if layout.recognises(directory)), None)
+
+
 def layout_of(directory: str | Path) -> CheckpointLayout:
     """The layout of a directory; Hugging Face's, which says what is missing, if it is in none.
 
@@ -25,7 +30,7 @@ def layout_of(directory: str | Path) -> CheckpointLayout:
         CheckpointError: files that are not there themselves, or files of another format.
     """
     directory = Path(directory)
-    layout = next((layout for layout in LAYOUTS.values() if layout.recognises(directory)), None)
+    layout = recognised_layout(directory)
     if layout is None:
         if directory.is_dir() and (why := why_unreadable(files_in(directory))):
             raise CheckpointError(f"{directory} cannot be loaded: {why}")

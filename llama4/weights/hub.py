@@ -7,15 +7,15 @@ import glob
 import logging
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypedDict
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.tiny import EMBEDDED
-from llama4.weights.checkpoint import LAYOUTS
+from llama4.weights.checkpoint import LAYOUTS, recognised_layout
 from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
@@ -26,15 +26,6 @@ from llama4.weights.unreadable import GGUF, files_in, why_unreadable
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-class _Where(TypedDict):
-    """Arguments of `resolve`."""
-
-    revision: str | None
-    subfolder: str | None
-    token: str | None
-    progress: bool
 
 
 def all_files(layout: CheckpointLayout) -> tuple[str, ...]:
@@ -94,7 +85,7 @@ def resolve(
             found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)) / folder
             if layout.recognises(found):
                 break
-    if not (_is_complete(found) if select is all_files else _layout(found)):
+    if not (_is_complete(found) if select is all_files else recognised_layout(found)):
         origin = HubOrigin.of_snapshot(found)
         listed = list(_sizes(origin, folder, token)) if origin is not None else []
         where = f"{name}/{subfolder}" if subfolder else name
@@ -115,12 +106,12 @@ def locate(
     Returns:
         The directory with all else, and the weights on the Hub; None if they are in the directory.
     """
-    where: _Where = {"revision": revision, "subfolder": subfolder, "token": token, "progress": progress}
-    directory = resolve(name, select=lambda layout: layout.side_files, **where)
+    find = partial(resolve, name, revision=revision, subfolder=subfolder, token=token, progress=progress)
+    directory = find(select=lambda layout: layout.side_files)
     shards = shards_on_hub(name, directory, subfolder=subfolder, token=token, progress=progress)
-    layout = _layout(directory)
+    layout = recognised_layout(directory)
     if shards is None or layout is None or not layout.in_shards:
-        return resolve(name, **where), None
+        return find(), None
     if not shards.matching(layout.weight_files):
         raise CheckpointError(f"{name} cannot be loaded: {why_unreadable(shards.sizes) or 'it holds no weights'}")
     return directory, shards
@@ -155,12 +146,8 @@ def _checked(subfolder: str | None) -> PurePosixPath:
     return folder
 
 
-def _layout(directory: Path) -> CheckpointLayout | None:
-    return next((layout for layout in LAYOUTS.values() if layout.recognises(directory)), None)
-
-
 def _is_complete(directory: Path) -> bool:
-    layout = _layout(directory)
+    layout = recognised_layout(directory)
     return layout is not None and layout.has_weights(directory)
 
 

@@ -23,7 +23,7 @@ _LICENCE = ("license", "license_name", "license_link")
 
 _TEXT = """# {name}
 
-{made_from}{summary}.
+{made_from}Weights: {summary}.
 
 {parameters} parameters, {active} of them for each token; {reads} in, text out.
 
@@ -73,17 +73,15 @@ def model_card(name: str, config: Llama4Config, summary: WeightsSummary, side_fi
         data |= {"base_model": base, "base_model_relation": "quantized" if summary.quantized else "finetune"}
     made_from = ""
     if origin is not None:
-        made_from = (
-            f"Made from [{origin.repo_id}](https://huggingface.co/{origin.repo_id}/tree/{origin.commit}), commit "
-        )
-        made_from += f"{origin.commit}. "
+        address = f"https://huggingface.co/{origin.repo_id}/tree/{origin.commit}"
+        made_from = f"Made from [{origin.repo_id}]({address}), commit {origin.commit}. "
     data |= {key: source[key] for key in (*_LICENCE, "language") if key in source}
     if "license" not in data and (files := side_files.matching(*LICENCE_FILES[:2])):
         data |= {"license": "other", "license_link": min(files)}
     text = _TEXT.format(
         name=name,
         made_from=made_from,
-        summary=f"Weights: {summary}",
+        summary=summary,
         parameters=count_text(config.num_parameters()),
         active=count_text(config.num_active_parameters()),
         reads="images and text" if has_images else "text",

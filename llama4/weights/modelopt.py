@@ -105,10 +105,10 @@ class _Matrices:
         """
         spec, scale = self._source.spec(self._values), self._source.spec(self._scale)
         if spec.dtype == E4M3:
-            values = self._turned(self._values, self._is_stack)
+            values = self._transposed(self._values, self._is_stack)
             return Fp8(), {"weight": values, "weight_scale": self._per_output(self._scale, self._shape(values))}
         is_in_out = self._is_stack and spec.shape[1] != scale.shape[1]
-        values, scales = self._turned(self._values, is_in_out), self._turned(self._scale, is_in_out)
+        values, scales = self._transposed(self._values, is_in_out), self._transposed(self._scale, is_in_out)
         *rows, half = self._shape(values)
         format: Fp4 = Mxfp4() if self._second is None else Nvfp4()
         wanted = format.part_specs((*rows, 2 * half))["weight_scale"]
@@ -120,7 +120,7 @@ class _Matrices:
             parts["weight_global_scale"] = replace(divisor, compute=lambda parts: 1 / divisor.compute(parts))
         return format, parts
 
-    def _turned(self, name: str, is_in_out: bool) -> str | Computed:
+    def _transposed(self, name: str, is_in_out: bool) -> str | Computed:
         """A tensor of experts, out x in."""
         if not is_in_out:
             return name

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from llama4.config import CONFIG_FILE, GENERATION_FILE, GenerationConfig, Llama4Config
+from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, GenerationConfig, Llama4Config
+from llama4.config.image_json import PROCESSOR_FILE
 from llama4.errors import ConfigError
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE
 
@@ -25,13 +26,14 @@ ORIGIN_FIELD = "hub_origin"
 """Of config.json: a `HubOrigin`. Other libraries do not know it, and carry it along."""
 MODEL_CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates/*.jinja")
+FURTHER_TEMPLATES = "additional_chat_templates/*.jinja"
+_TEMPLATE_JSON = "chat_template.json"
+TEMPLATE_FILES = (TEMPLATE_FILE, _TEMPLATE_JSON, FURTHER_TEMPLATES)
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SIDE_FILES = (
     CONFIG_FILE,
     GENERATION_FILE,
-    "preprocessor_config.json",
-    "processor_config.json",
+    *IMAGE_CONFIG_FILES,
     *CONFIG_FILES,
     *TEMPLATE_FILES,
     MODEL_CARD,
@@ -168,10 +170,10 @@ class SideFiles:
         Raises:
             ConfigError: one of them is not what it should be.
         """
-        for name in ("processor_config.json", "chat_template.json"):
+        for name in (PROCESSOR_FILE, _TEMPLATE_JSON):
             if found := _templates(name, self.json(name).get("chat_template")):
                 return found
-        files = {Path(name).stem: name for name in self.matching(TEMPLATE_FILES[2])}
+        files = {Path(name).stem: name for name in self.matching(FURTHER_TEMPLATES)}
         if TEMPLATE_FILE in self:
             files["default"] = TEMPLATE_FILE
         if files:

@@ -102,10 +102,9 @@ def _connect(url: str, limits: ImageLimits, deadline: float) -> tuple[http.clien
     connection = http.client.HTTPConnection(host, port)
     tunnelled = proxy is not None and parts.scheme == "https"
     if tunnelled:
+        connection.set_tunnel(host, port)
         connection.sock = _Socket(peer, deadline)
-        connection._tunnel_host, connection._tunnel_port = host, port  # type: ignore[attr-defined]
-        connection._tunnel_headers = {"Host": f"{host}:{port}"}  # type: ignore[attr-defined]
-        connection._tunnel()  # type: ignore[attr-defined]
+        connection._tunnel()  # type: ignore[attr-defined]  # what its own connect does
     if parts.scheme == "https":
         peer.settimeout(_left(deadline))
         peer = ssl.create_default_context().wrap_socket(peer, server_hostname=host)

@@ -6,7 +6,11 @@ import contextlib
 import dataclasses
 import http.server
 import io
+import select
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +202,19 @@ class Proxy(Handler):
         self.path = "/a.png"
         super().do_GET()
 
+    def do_CONNECT(self) -> None:
+        """Every host is this machine."""
+        Proxy.asked.append(self.path)
+        with socket.create_connection(("127.0.0.1", int(self.path.rpartition(":")[2]))) as there:
+            self.send_response(200)
+            self.end_headers()
+            ends = {self.connection: there, there: self.connection}
+            while True:
+                for end in select.select(list(ends), [], [], 5)[0] or [there]:
+                    if not (data := end.recv(65536)):
+                        return
+                    ends[end].sendall(data)
+
 
 def test_through_the_environments_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks hosts up, so what can be refused is an address, or a name of this machine or network."""
@@ -228,3 +245,41 @@ def test_the_command_lines_limits(server: str, capsys: pytest.CaptureFixture[str
     assert main(arguments) != 0
     assert "in this machine or its network" in capsys.readouterr().err
     assert main([*arguments, "--private-host", "127.0.0.1"]) == 0
+
+
+@pytest.fixture
+def https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a server whose certificate, for pictures.example, is trusted."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, which makes the certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=pictures.example"
+    names = ["-addext", "subjectAltName=DNS:pictures.example", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield httpd.server_address[1]
+        httpd.shutdown()
+
+
+def test_https(https: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate is of the host that was named, though an address is connected to; through a proxy as well."""
+    monkeypatch.setenv("no_proxy", "*")
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **o: real("127.0.0.1", *a, **o))
+    named = dataclasses.replace(LIMITS, private_hosts=("pictures.example", "other.example"))
+    assert load_image(f"https://pictures.example:{https}/a.png", named).size == (7, 5)
+    with pytest.raises(ImageError, match="certificate verify failed"):
+        load_image(f"https://other.example:{https}/a.png", named)
+    Proxy.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{httpd.server_address[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        assert load_image(f"https://pictures.example:{https}/a.png").size == (7, 5)
+        httpd.shutdown()
+    assert Proxy.asked == [f"pictures.example:{https}"]

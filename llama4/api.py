@@ -181,6 +181,8 @@ class Llama4:
         home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
         tokenizer = family.load_tokenizer(directory, config)
+        side_files = SideFiles.read(directory)
+        note_ignored(str(name), side_files)
         generation_config = GenerationConfig.from_directory(directory)
         if generation_config.refused:
             logger.warning("%s will not answer: %s", name, generation_config.why_refused())
@@ -200,8 +202,6 @@ class Llama4:
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)
-        side_files = SideFiles.read(directory)
-        note_ignored(str(name), side_files)
         return cls(
             model.eval(),
             tokenizer,

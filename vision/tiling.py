@@ -103,7 +103,7 @@ def tile_image(
 
     Args:
         image: an RGB image (see `load_image`).
-        tile: side of a tile in pixels, S.
+        tile: side of a tile in pixels, A.
         max_tiles: most tiles in the grid, not counting the global tile.
         mean, std: of the normalisation (x * rescale_factor - mean) / std, for all channels or one each.
         resize_to_max_canvas: enlarge as far as `max_tiles` allow. Sizes are exact, as in Meta's code; transformers

@@ -43,7 +43,7 @@ class Llama4Config:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Llama4Config:
-        """Read `config.json` and, for the number of tiles, the image processor's configuration beside it.
+        """Read `config.json` and, for how pictures are prepared, the image processor's files beside it.
 
         Raises:
             ConfigError: no such file, not JSON, or a configuration that is not of a Llama 4 model.

@@ -98,7 +98,11 @@ def _read_format(name: str, group: Mapping[str, Any]) -> StoredFormat:
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{name} of quantization_config has a value of the wrong kind: {error}") from error
     weights = group["weights"]
-    found = {key: weights[key] for key in ("type", "num_bits", "strategy", "group_size", "dynamic") if key in weights}
+    found = {
+        key: weights[key]
+        for key in ("type", "num_bits", "strategy", "group_size", "scale_dtype", "dynamic")
+        if key in weights
+    }
     raise CheckpointError(
         f"the checkpoint is quantized in a way that this library does not read: weights of {name} are {found}. It "
         f"reads {' and '.join(cls.about for cls in COMPRESSED_FORMATS)}; take one of those, or bf16"
@@ -156,10 +160,17 @@ def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, A
             f"group_{i}": group_config(format, ["Linear"] if is_one else sorted(_in_file(modules, table)))
             for i, (format, modules) in enumerate(groups.items())
         },
-        "ignore": sorted({_TOWER.sub(r"re:.*\1.*", module) for module in _in_file(ignored, table)}),
+        "ignore": sorted(_ignored(_in_file(ignored, table), source.formats)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _ignored(modules: Collection[str], quantized: Collection[str]) -> set[str]:
+    """Names of modules, but one pattern for a part of the model in which none is quantized."""
+    parts = {match[1] for module in quantized if (match := _TOWER.fullmatch(module))}
+    found = {module: _TOWER.fullmatch(module) for module in modules}
+    return {module if match is None or match[1] in parts else f"re:.*{match[1]}.*" for module, match in found.items()}
 
 
 def _in_file(modules: Collection[str], table: NameTable) -> list[str]:

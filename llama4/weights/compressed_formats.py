@@ -43,41 +43,44 @@ class CompressedFormat(StoredFormat):
 class Scaled(CompressedFormat):
     """W = (values - zero point) * scale, where each block of W has a scale and, it may be, a zero point.
 
-    Values are `weight`, int8 or e4m3, or integers of a few bits in `weight_packed`: a row is one run of bits in int32,
-    the lowest first, where each value is stored larger by 2^(bits - 1). Zero points are packed in the same way, along
-    the columns. `weight_g_idx` has the group of each column, where these are not in order.
+    Values are `weight`, int8 or e4m3, or values of a few bits in `weight_packed`: a row is one run of bits, in int32 or
+    bytes, the lowest first. Integers are stored larger by 2^(bits - 1), floats are e2m3. Zero points are packed in the
+    same way, along the columns. `weight_g_idx` has the group of each column, where these are not in order.
 
     Attributes:
         kind: "int" or "float".
         block: rows and columns that share a scale; None stands for all.
         has_zero_points: whether some may be other than 0.
         inputs: what is to be done to inputs: (type, strategy) of their rounding, or None.
+        has_powers: whether scales are powers of two, of which the exponents are stored: the MX formats.
     """
 
-    about = "integers of 1 to 8 bits and fp8, with a scale per tensor, channel, group or block"
+    about = "integers of 1 to 8 bits and fp8, with a scale per tensor, channel, group or block, MXFP8, MXFP6"
 
     kind: str
     bits: int
     block: tuple[int | None, int | None]
     has_zero_points: bool = False
     inputs: tuple[str, str] | None = None
+    has_powers: bool = False
 
     def __str__(self) -> str:
         rows, columns = self.block
-        name = f"int{self.bits}" if self.kind == "int" else "fp8"
-        area = {(None, None): "matrix", (1, None): "output", (1, columns): f"{columns} weights"}
+        name = f"int{self.bits}" if self.kind == "int" else f"{'mx' if self.has_powers else ''}fp{self.bits}"
+        area = {(1, columns): f"{columns} weights", (1, None): "output", (None, None): "matrix"}
         scales = f"a scale{' and a zero point' if self.has_zero_points else ''} per "
         scales += area.get(self.block, f"block of {rows} x {columns}")
-        return f"{name}, {scales}" + (", inputs not rounded" if self.kind == "float" and self.inputs is None else "")
+        is_for_weights = self.kind == "float" and self.inputs is None
+        return f"{name}, {scales}" + (", inputs not rounded" if is_for_weights else "")
 
     @classmethod
     def from_group(cls, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Self | None:
         kind, bits, size = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("group_size")
         blocks: dict[str, tuple[int | None, int | None]] = {"tensor": (None, None), "channel": (1, None)}
-        if weights.get("dynamic") or (kind, bits) not in {("float", 8), *(("int", n) for n in range(1, 9))}:
+        has_powers = weights.get("scale_dtype") in ("torch.uint8", "torch.float8_e8m0fnu")
+        known = {("float", 8), ("float", 6)} if has_powers else {("float", 8), *(("int", n) for n in range(1, 9))}
+        if weights.get("dynamic") or (kind, bits) not in known:
             return None
-        if weights.get("scale_dtype") in ("torch.uint8", "torch.float8_e8m0fnu"):
-            return None  # exponents alone: the MX formats
         strategy = weights.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel")
         if strategy == "group":
             blocks["group"] = (1, size)
@@ -88,17 +91,17 @@ class Scaled(CompressedFormat):
         if strategy not in blocks or any(step is not None and step < 1 for step in blocks[strategy]):
             return None
         rounding = (inputs.get("type", "int"), inputs.get("strategy") or "tensor") if inputs else None
-        return cls(kind, bits, blocks[strategy], not weights.get("symmetric", True), rounding)
+        return cls(kind, bits, blocks[strategy], not weights.get("symmetric", True), rounding, has_powers)
 
     # -- what there is to read -----------------------------------------------------------------------------------------
 
     def shape(self, specs: Specs) -> Shape:
         scale = specs["weight_scale"].shape
         if "weight_packed" in specs:
-            outputs, words = specs["weight_packed"].shape
-            inputs = words * 32 // self.bits if self.block[1] is None else scale[-1] * self.block[1]
-            if words != -(-inputs * self.bits // 32):
-                raise Llama4Error(f"has {words} int32 in a row, which are not its {inputs} values")
+            (outputs, words), bits = specs["weight_packed"].shape, specs["weight_packed"].dtype.itemsize * 8
+            inputs = words * bits // self.bits if self.block[1] is None else scale[-1] * self.block[1]
+            if words != -(-inputs * self.bits // bits):
+                raise Llama4Error(f"has {words} int{bits} in a row, which are not its {inputs} values")
         elif "weight" in specs:
             outputs, inputs = specs["weight"].shape
             if (found := specs["weight"].dtype) != _DTYPES[self.kind]:
@@ -120,7 +123,7 @@ class Scaled(CompressedFormat):
         """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
         e4m3 with a fixed scale, or one per token, are rounded with one per token, by which none is clipped."""
         inputs, (rows, columns) = self.shape(specs)[1], self.block
-        if "weight_zero_point" in specs or "weight_g_idx" in specs:
+        if "weight_zero_point" in specs or "weight_g_idx" in specs or self.has_powers:
             return None
         is_rounded = self.inputs is not None and self.inputs[0] == "float"
         match self.kind, self.bits, columns:
@@ -150,12 +153,15 @@ class Scaled(CompressedFormat):
     def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
         if "weight_packed" in parts:
             packed = parts["weight_packed"]
-            columns = int(parts["weight_shape"][1]) if "weight_shape" in parts else packed.shape[1] * 32 // self.bits
-            values = unpack(packed[rows], self.bits, columns).float()
+            columns = packed.shape[1] * packed.itemsize * 8 // self.bits
+            columns = int(parts["weight_shape"][1]) if "weight_shape" in parts else columns
+            values = (unpack if self.kind == "int" else unpack_e2m3)(packed[rows], self.bits, columns).float()
         else:
             values = parts["weight"][rows].float()
         columns = values.shape[1]
         scale = _as_matrix(parts["weight_scale"])
+        if self.has_powers:
+            scale = scale.view(torch.float8_e8m0fnu)
         groups = torch.arange(columns) // (self.block[1] or columns)
         if "weight_g_idx" in parts and (order := parts["weight_g_idx"].long()).min() >= 0:
             groups = order
@@ -220,9 +226,21 @@ COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, AsItIs)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Runs of bits in int32 [N, W] -> signed integers [N, columns], int8."""
-    if -(-columns * bits // 32) != packed.shape[1]:
-        raise Llama4Error(f"{columns} integers of {bits} bits are not the {packed.shape[1]} int32 of a row")
+    """Runs of bits [N, W] -> signed integers [N, columns], int8."""
+    return (_codes(packed, bits, columns) - (1 << bits - 1)).view(torch.int8)
+
+
+def unpack_e2m3(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Runs of bits [N, W] -> [N, columns], float32: a sign, two bits of exponent, three of mantissa (OCP Microscaling
+    Formats, v1.0)."""
+    eighths = torch.tensor([m if e == 0 else (8 + m) << e - 1 for e in range(4) for m in range(8)]) / 8
+    return torch.cat([eighths, -eighths])[_codes(packed, bits, columns).int()]
+
+
+def _codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Runs of bits [N, W], the lowest first -> what each value is stored as [N, columns], uint8."""
+    if -(-columns * bits // (8 * packed.itemsize)) != packed.shape[1]:
+        raise Llama4Error(f"{columns} values of {bits} bits are not the {packed.shape[1]} {packed.dtype} of a row")
     values = packed.contiguous().view(torch.uint8)
     if bits == 4:
         values = torch.stack([values & 15, values >> 4], dim=-1).flatten(1)[:, :columns]
@@ -230,7 +248,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         places = torch.arange(8, dtype=torch.uint8)
         runs = (values[..., None] >> places & 1).flatten(1)[:, : columns * bits].unflatten(1, (columns, bits))
         values = (runs << places[:bits]).sum(-1, dtype=torch.uint8)
-    return (values[:, :columns] - (1 << bits - 1)).view(torch.int8)
+    return values[:, :columns]
 
 
 def _two_dimensions(shape: Shape) -> Shape:

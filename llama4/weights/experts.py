@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class StackedSource:
             if i not in matrices.get((matrix, part), {})
         ]:
             raise CheckpointError(f"of the {count} experts of {path} some parts are missing; fetch them again", missing)
+        self._check_shapes(matrices, parts)
         formats = {
             f"{path}.{stacked}_proj": self._source.plan.get(f"{path}.0.{first}_proj.weight")
             for stacked, first in (("gate_up", "gate"), ("down", "down"))
@@ -94,6 +96,20 @@ class StackedSource:
         if not in_out:
             self.plan |= formats
 
+    def _check_shapes(self, matrices: dict[tuple[str, str], dict[int, str]], parts: list[str]) -> None:
+        for part in parts:
+            for stacked in (("gate", "up"), ("down",)):
+                names = [name for matrix in stacked for name in matrices[matrix, part].values()]
+                wanted = self._source.spec(names[0]).shape
+                if mismatched := [
+                    (self._source.origin(name).key, shape, wanted)
+                    for name in names
+                    if (shape := self._source.spec(name).shape) != wanted
+                ]:
+                    raise CheckpointError(
+                        "experts of one layer differ in shape; fetch them again", mismatched=mismatched
+                    )
+
     def names(self) -> Collection[str]:
         return [*self._single, *self._stacks]
 
@@ -104,7 +120,8 @@ class StackedSource:
         specs = [self._source.spec(matrix) for matrix in stack.names[0]]
         rows, columns = sum(spec.shape[0] for spec in specs), specs[0].shape[1]
         shape = (len(stack.names), columns, rows) if stack.in_out else (len(stack.names), rows, columns)
-        return TensorSpec(shape, specs[0].dtype)
+        dtypes = {self._source.spec(matrix).dtype for names in stack.names for matrix in names}
+        return TensorSpec(shape, reduce(torch.promote_types, dtypes))
 
     def read(self, name: str) -> Tensor:
         if name in self._single:

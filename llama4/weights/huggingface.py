@@ -103,7 +103,8 @@ class HuggingFaceLayout(CheckpointLayout):
         table, content, summary = family_of(config).names(config), None, summarize(source)
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
-        config = dataclasses.replace(config, dtype=_dtype(source), quantization_config=content)
+        dtype = next(filter(_FLOATS.__contains__, summary.dtypes), config.dtype)
+        config = dataclasses.replace(config, dtype=dtype, quantization_config=content)
         _write_side_files(config, tokenizer, side_files, directory)
         if name is not None:
             write_card(directory, name, config, summary, side_files)
@@ -140,13 +141,6 @@ def _writer(plan: QuantizationPlan) -> QuantMethod:
             f"no checkpoint has weights in {' and '.join(formats)} together; quantize with one scheme"
         )
     return found
-
-
-def _dtype(source: Source) -> str:
-    """The float dtype of most tensors; how NF4 stores its scales does not count."""
-    names = [name for name in source.names() if not name.endswith(("absmax", "quant_map"))]
-    dtypes = [str(source.spec(name).dtype).removeprefix("torch.") for name in names]
-    return max(_FLOATS, key=dtypes.count)
 
 
 def _write_side_files(

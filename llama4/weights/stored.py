@@ -88,14 +88,18 @@ class DecodedSource(ComputedSource):
             )
         plan = {f"{module}.weight": native for module, native in natives.items() if native is not None}
         super().__init__(source, tensors, plan)
-        counts = Counter(str(stored[module]) for module, native in natives.items() if native is None)
+        counts = Counter(
+            (str(stored[module]), _why_dequantized(module, stored[module].native(specs[module])))
+            for module, native in natives.items()
+            if native is None
+        )
         target = str(dtype).removeprefix("torch.")
         self.notes = [
             *source.notes,
             *(
-                f"{count} matrices are stored in {format}, for which there are no kernels here: they are dequantized "
-                f"to {target}"
-                for format, count in counts.items()
+                f"{count} {'matrices are' if count > 1 else 'matrix is'} stored in {format}, {why}: dequantized to "
+                f"{target}"
+                for (format, why), count in counts.items()
             ),
         ]
 
@@ -135,6 +139,14 @@ def _natives(
         if len(kinds) > 1 or any(len(matrices) > 1 for matrices in formats.values()):
             natives |= {module: None for module in natives if module.startswith(f"{path}.")}
     return natives
+
+
+def _why_dequantized(module: str, native: WeightFormat | None) -> str:
+    if module.endswith(_ONLY_PLAIN):
+        return "and here routers and embeddings are not quantized"
+    if native is None:
+        return "for which there are no kernels here"
+    return "and others of the same layer's experts are not"
 
 
 def _native(

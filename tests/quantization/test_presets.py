@@ -17,6 +17,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,10 +28,12 @@ from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.weights import memory
 from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.compressed import read_groups
 from llama4.weights.convert import convert, quantize
-from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error
+from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed
 
+SHARED = "language_model.model.layers.0.feed_forward.shared_expert.up_proj"
 UNQUANTIZED = (".norm.", "norm", "router", "embed", "vision", "multi_modal", "lm_head")
 
 
@@ -169,6 +172,7 @@ DEQUANTIZED = {
     "FP8_BLOCK": preset("FP8_BLOCK", block_structure=[32, 32], inputs={"group_size": 32}),
     "FP8_BLOCK that does not divide": preset("FP8_BLOCK", block_structure=[24, 24], inputs={"group_size": 24}),
     **{f"W{n}A16": preset(f"W{n}A16", group_size=32) for n in (2, 3, 5, 6, 7)},
+    **{name: preset(name) for name in ("MXFP8", "MXFP6A16")},
 }
 FP8 = {
     "FP8": preset("FP8"),
@@ -176,6 +180,15 @@ FP8 = {
     "FP8_DYNAMIC": preset("FP8_DYNAMIC"),
     "FP8 in groups": preset("FP8_DYNAMIC", strategy="group", group_size=32),
 }
+
+
+@pytest.mark.parametrize("name", PRESET_SCHEMES.keys() - {"UNQUANTIZED"})
+def test_every_preset_is_read(name: str) -> None:
+    group = json.loads(preset_name_to_scheme(name, ["Linear"]).model_dump_json())
+    ((targets, format),) = read_groups({"config_groups": {"group_0": group}})
+    assert targets == ["Linear"]
+    bits = str(group["weights"]["num_bits"])
+    assert bits in str(format).partition(",")[0]
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -355,8 +368,11 @@ def test_a_target_that_is_no_pattern(plain: Path, tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_what_is_ignored_and_what_the_model_has_no_place_for(plain: Path, tmp_path: Path) -> None:
-    """Some experts of a layer, one matrix of another, embeddings and routers: those are dequantized, the rest runs."""
+def test_what_is_ignored_and_what_the_model_has_no_place_for(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some experts of a layer, one matrix of another, embeddings and routers: those are dequantized, the rest runs.
+    What is said has the true reason: there are kernels for these formats."""
     int8, int4 = preset("W8A8"), preset("W4A16", group_size=32)
     monkey = [r"re:.*layers\.0\..*experts\.2\..*"]
 
@@ -383,7 +399,17 @@ def test_what_is_ignored_and_what_the_model_has_no_place_for(plain: Path, tmp_pa
     )
     targets += ["Embedding", "re:.*router"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    ours = loaded(tmp_path / "model")
+    with caplog.at_level(logging.WARNING, "llama4"):
+        ours = loaded(tmp_path / "model")
+    stored = {record.getMessage().partition(": ")[2] for record in caplog.records}
+    assert stored == {
+        "20 matrices are stored in int8, a scale per output, and others of the same layer's experts are not: "
+        "dequantized to float32",
+        "1 matrix is stored in int4, a scale per 32 weights, and others of the same layer's experts are not: "
+        "dequantized to float32",
+        "3 matrices are stored in int8, a scale per output, and here routers and embeddings are not quantized: "
+        "dequantized to float32",
+    }
     assert not any(".experts." in path for path, _ in packed(ours))
     assert {module.format.kind for _, module in packed(ours)} == {"int8"}
     assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
@@ -405,6 +431,37 @@ def test_saved_and_loaded_again_it_is_the_same(plain: Path, tmp_path: Path, name
     theirs = ReferenceModel.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     wide = loaded(tmp_path / "saved")
     assert median_error(wide(IDS), theirs(IDS).logits) < (0.1 if name in FP8 else 1e-5)
+
+
+def test_scales_do_not_make_a_dtype(tmp_path: Path) -> None:
+    """Most tensors are scales in float32, and all that is not quantized is in bf16: so is what is saved."""
+    config = reference_config(num_hidden_layers=1, num_local_experts=16)
+    reference_model(config).bfloat16().save_pretrained(tmp_path / "plain")
+    write(tmp_path / "plain", tmp_path / "model", preset("W8A8"))
+    edit(tmp_path / "model", lambda ts: {k: v.float() if k.endswith("_scale") else v for k, v in ts.items()})
+    Llama4(loaded(tmp_path / "model", dtype="bfloat16"), None).save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "model", tmp_path / "converted", "hf", progress=False)
+    for name in ("saved", "converted"):
+        assert Llama4Config.from_directory(tmp_path / name).dtype == "bfloat16"
+        assert load_file(tmp_path / name / "model.safetensors")[f"{SHARED}.weight_scale"].dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_a_part_of_the_vision_tower_is_quantized(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved says so module by module, to transformers, too."""
+    monkeypatch.setattr("tests.quantization.test_presets.UNQUANTIZED", ())
+
+    def scheme(key: str) -> QuantizationScheme | None:
+        return preset("W8A8") if "vision_model" in key and ".self_attn." in key and key.endswith("weight") else None
+
+    write(plain, tmp_path / "model", scheme)
+    convert(tmp_path / "model", tmp_path / "converted", "hf", progress=False)
+    pixels, ids = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1)), IDS[:1].clone()
+    ids[0, 3:7] = PATCH
+    ours = loaded(tmp_path / "converted")
+    assert {path.split(".")[0] for path, _ in packed(ours)} == {"vision_model"}
+    theirs = ReferenceModel.from_pretrained(tmp_path / "converted", dtype=torch.float32).eval()
+    assert relative_error(ours(ids, pixel_values=pixels), theirs(ids, pixel_values=pixels).logits) < 1e-5
 
 
 @torch.inference_mode()

@@ -193,7 +193,18 @@ def test_experts_that_are_three_linears_each(multimodal: tuple[Path, ReferenceMo
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     ours = loaded(directory).model
     assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
+    for narrow in (".experts.0.", ".experts.2."):  # no weight is rounded, whichever of a layer's experts comes first
+        mixed = {key: tensor.bfloat16() if narrow in key else tensor for key, tensor in tensors.items()}
+        save_file(mixed, directory / "model.safetensors", metadata={"format": "pt"})
+        path, stacked = "language_model.model.layers.0.feed_forward.experts", loaded(directory).model.state_dict()
+        for i, expert in enumerate(stacked[f"{path}.down_proj"]):
+            assert torch.equal(expert.mT, mixed[f"{path}.{i}.down_proj.weight"].float())
     missing = next(key for key in tensors if key.endswith("experts.2.up_proj.weight"))
+    for cut in (tensors[missing][:1], tensors[missing][:, :-1]):
+        save_file(tensors | {missing: cut.contiguous()}, directory / "model.safetensors")
+        with pytest.raises(CheckpointError, match="experts of one layer differ in shape") as caught:
+            loaded(directory)
+        assert caught.value.mismatched == ((missing, tuple(cut.shape), tuple(tensors[missing].shape)),)
     del tensors[missing]
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"of the 4 experts of .* some parts are missing") as caught:

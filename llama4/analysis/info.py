@@ -310,25 +310,9 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if files := facts.get("checkpoint"):
         lines |= checkpoint_lines(files)
     if prompts := facts.get("prompts"):
-        lines["prompts"] = "in Llama 4's format"
-        if prompts["templates"]:
-            names = "" if prompts["templates"] == ["default"] else f" ({', '.join(prompts['templates'])})"
-            lines["prompts"] = f"by the checkpoint's own chat template{names}"
-            if prompts["agrees"]:
-                lines["prompts"] += ", which writes what Llama 4's format does"
-            if prompts["error"]:
-                lines["prompts"] += f"; {prompts['error']}"
+        lines["prompts"] = prompts_line(prompts)
     if replies := facts.get("replies"):
-        stops = [f"{id_} {name}" if name else str(id_) for id_, name in replies["stop_tokens"].items()]
-        lines["ends at"] = ", ".join([*stops, *map(repr, replies["stop_strings"])]) or "the limit"
-        lines["sampling"] = ", ".join(
-            [
-                "drawn" if replies["do_sample"] else "greedy",
-                *(f"{name} {value}" for name, value in (replies["sampling"] or {}).items()),
-                *(f"{name} {value} (refused when it is asked)" for name, value in replies["refused"].items()),
-                *(f"{name} {value} (no effect)" for name, value in replies["ignored"].items()),
-            ]
-        )
+        lines |= replies_lines(replies)
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
@@ -352,3 +336,28 @@ def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
     if ignored := files["ignored_fields"]:
         lines["ignored"] = "; ".join(f"{', '.join(names)} in {place}" for place, names in ignored.items())
     return lines
+
+
+def prompts_line(prompts: dict[str, Any]) -> str:
+    """What `describe_prompts` says, as a line of the table."""
+    if not prompts["templates"]:
+        return "in Llama 4's format"
+    line = "by the checkpoint's own chat template"
+    if prompts["templates"] != ["default"]:
+        line += f" ({', '.join(prompts['templates'])})"
+    if prompts["agrees"]:
+        line += ", which writes what Llama 4's format does"
+    return f"{line}; {prompts['error']}" if prompts["error"] else line
+
+
+def replies_lines(replies: dict[str, Any]) -> dict[str, str]:
+    """What `describe_replies` says, as lines of the table."""
+    stops = [f"{id_} {name}" if name else str(id_) for id_, name in replies["stop_tokens"].items()]
+    sampling = [
+        "drawn" if replies["do_sample"] else "greedy",
+        *(f"{name} {value}" for name, value in (replies["sampling"] or {}).items()),
+        *(f"{name} {value} (refused when it is asked)" for name, value in replies["refused"].items()),
+        *(f"{name} {value} (no effect)" for name, value in replies["ignored"].items()),
+    ]
+    ends = ", ".join([*stops, *map(repr, replies["stop_strings"])]) or "the limit"
+    return {"ends at": ends, "sampling": ", ".join(sampling)}

@@ -100,15 +100,7 @@ def read_json(
         for token in added
         if token.special or not (len(token.content) == 1 or token.content in merged_tokens)
     }
-    byte_of = {character: byte for byte, character in byte_alphabet().items()}
-    try:
-        ranks = {
-            bytes(byte_of[character] for character in token): int(rank)
-            for token, rank in vocabulary.items()
-            if token not in beside
-        }
-    except KeyError as error:
-        raise Llama4Error(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
+    ranks = _ranks({token: rank for token, rank in vocabulary.items() if token not in beside}, path)
     merged = [vocabulary.get(token, -1) for token in merges]
     if merged != sorted(merged):
         raise Llama4Error(f"{path} merges in another order than its ids, which tiktoken's ranks cannot express")
@@ -120,6 +112,17 @@ def read_json(
             f"{path} has {odd}, which Llama 4's tokenizer has not; use the tokenizer that belongs to the model"
         )
     return ranks, added, pattern
+
+
+def _ranks(vocabulary: Mapping[str, int], path: Path) -> dict[bytes, int]:
+    """Raises:
+    Llama4Error: a token that is not written in the byte-level alphabet.
+    """
+    byte_of = {character: byte for byte, character in byte_alphabet().items()}
+    try:
+        return {bytes(byte_of[character] for character in token): int(rank) for token, rank in vocabulary.items()}
+    except KeyError as error:
+        raise Llama4Error(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
 
 
 def _check_ids(added: Sequence[AddedToken], vocabulary: Mapping[str, int], path: Path) -> None:

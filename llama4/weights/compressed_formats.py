@@ -175,7 +175,7 @@ class Scaled(CompressedFormat):
 
 
 @dataclass(frozen=True)
-class AsItIs(CompressedFormat):
+class NativeFormat(CompressedFormat):
     """A format that is run, whose parts are what lies in the file."""
 
     about = "NVFP4 and MXFP4"
@@ -221,7 +221,7 @@ class AsItIs(CompressedFormat):
         return weight.dequantize().float()
 
 
-COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, AsItIs)
+COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, NativeFormat)
 """The first that reads a group is how its matrices are stored."""
 
 

@@ -16,7 +16,7 @@ from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.experts import EXPERT
 from llama4.weights.source import Source
 
-_ONLY_PLAIN = (".router", ".embed_tokens")
+_NEVER_QUANTIZED = (".router", ".embed_tokens")
 """Modules that the model has in no quantized format."""
 
 Specs = Mapping[str, TensorSpec]
@@ -93,15 +93,7 @@ class DecodedSource(ComputedSource):
             for module, native in natives.items()
             if native is None
         )
-        target = str(dtype).removeprefix("torch.")
-        self.notes = [
-            *source.notes,
-            *(
-                f"{count} {'matrices are' if count > 1 else 'matrix is'} stored in {format}, {why}: dequantized to "
-                f"{target}"
-                for (format, why), count in counts.items()
-            ),
-        ]
+        self.notes = [*source.notes, *(_note(*stored_as, count, dtype) for stored_as, count in counts.items())]
 
 
 def _shapes(source: Source, stored: Mapping[str, StoredFormat], specs: Mapping[str, Specs]) -> dict[str, Shape]:
@@ -126,7 +118,7 @@ def _natives(
 ) -> dict[str, WeightFormat | None]:
     """The format of each quantized module; None for those that are dequantized."""
     natives = {
-        module: None if module.endswith(_ONLY_PLAIN) else format.native(specs[module])
+        module: None if module.endswith(_NEVER_QUANTIZED) else format.native(specs[module])
         for module, format in stored.items()
     }
     layers: dict[str, dict[bool, set[WeightFormat | None]]] = {}
@@ -142,11 +134,16 @@ def _natives(
 
 
 def _why_dequantized(module: str, native: WeightFormat | None) -> str:
-    if module.endswith(_ONLY_PLAIN):
+    if module.endswith(_NEVER_QUANTIZED):
         return "and here routers and embeddings are not quantized"
     if native is None:
         return "for which there are no kernels here"
     return "and others of the same layer's experts are not"
+
+
+def _note(format: str, why: str, count: int, dtype: torch.dtype) -> str:
+    matrices, target = "matrices are" if count > 1 else "matrix is", str(dtype).removeprefix("torch.")
+    return f"{count} {matrices} stored in {format}, {why}: dequantized to {target}"
 
 
 def _native(

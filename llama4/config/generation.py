@@ -14,8 +14,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from llama4.config.hf_json import CONFIG_FILE, load_json
+from llama4.config.hf_json import CONFIG_FILE
 from llama4.errors import ConfigError, Llama4Error
+from llama4.reading import read_json
 
 GENERATION_FILE = "generation_config.json"
 
@@ -135,8 +136,8 @@ class GenerationConfig:
         """
         path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
         if path.is_file():
-            return cls.from_dict(load_json(path))
-        return cls.from_config(load_json(fallback) if fallback.is_file() else {})
+            return cls.from_dict(read_json(path))
+        return cls.from_config(read_json(fallback) if fallback.is_file() else {})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GenerationConfig:

@@ -7,7 +7,6 @@ Fields are passed as a dictionary, `{"text": TextConfig, "vision": VisionConfig 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 from llama4.config.fields import CONFIG, ROPE, TEXT, VISION
 from llama4.config.image_json import IMAGE_FILE, PROCESSOR_FILE, read_image_files
 from llama4.config.text import RopeScaling, TextConfig
+from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
+from llama4.reading import read_json
 from llama4.vision.config import RESAMPLE, VisionConfig
 
 CONFIG_FILE = "config.json"
@@ -67,10 +68,10 @@ def read_directory(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no config.json, a file that is not JSON, or a configuration that is not of a Llama 4 model.
     """
-    fields = read_config(load_json(directory / CONFIG_FILE))
+    fields = read_config(read_json(directory / CONFIG_FILE))
     if fields["vision"] is not None:
         paths = {name: directory / name for name in IMAGE_CONFIG_FILES}
-        contents = {name: load_json(path) if path.is_file() else {} for name, path in paths.items()}
+        contents = {name: read_json(path) if path.is_file() else {} for name, path in paths.items()}
         image_fields = read_image_files(contents[PROCESSOR_FILE], contents[IMAGE_FILE], fields["vision"])
         fields["vision"] = dataclasses.replace(fields["vision"], **image_fields)
     return fields
@@ -84,50 +85,52 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = content.get("model_type", "llama4")
     check_model_type(model_type)
-    try:
-        return _read_config(content, text_only=model_type == "llama4_text" or "text_config" not in content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"the configuration has a value of the wrong kind, or lacks one: {error}") from error
-
-
-def _read_config(content: Mapping[str, Any], text_only: bool) -> dict[str, Any]:
-    text = dict(content if text_only else content["text_config"])
+    text_only = model_type == "llama4_text" or "text_config" not in content
+    text = dict(content if text_only else section(content, "text_config", CONFIG_FILE))
     text |= {name: content[name] for name in TOKEN_IDS if content.get(name) is not None}
-    vision = None if text_only else content.get("vision_config")
+    has_vision = not text_only and content.get("vision_config") is not None
     if not text_only:
         CONFIG.check(content)
     dtypes = (part.get(name) for part in (content, text) for name in ("dtype", "torch_dtype"))
+    quantization = (section(content, name, CONFIG_FILE) for name in ("quantization_config", "quantization"))
+    ids = {name: content[key] for name, other in IMAGE_TOKENS.items() for key in (name, other) if key in content}
     return {
         "text": _read_text(text),
-        "vision": _read_vision(vision) if vision is not None else None,
-        "dtype": str(next(filter(None, dtypes), "bfloat16")),
-        "quantization_config": content.get("quantization_config") or content.get("quantization"),  # the latter is MLX's
-        **{name: content[key] for name, other in IMAGE_TOKENS.items() for key in (name, other) if key in content},
+        "vision": _read_vision(section(content, "vision_config", CONFIG_FILE)) if has_vision else None,
+        "dtype": read_value(str, next(filter(None, dtypes), "bfloat16"), "dtype", CONFIG_FILE),
+        "quantization_config": next(filter(None, quantization), None),  # the second is MLX's
+        **{name: read_value(int, value, name, CONFIG_FILE) for name, value in ids.items()},
     }
 
 
 def _read_text(content: Mapping[str, Any]) -> TextConfig:
     TEXT.check(content)
-    fields = _known_fields(TextConfig, content)
-    rope = _rope(content)
-    fields["rope_theta"] = _theta(rope, content, 500000.0)
-    fields["rope_scaling"] = _read_scaling(rope, content.get("max_position_embeddings"))
-    eos = fields.get("eos_token_id")
-    if not isinstance(eos, tuple):
-        fields["eos_token_id"] = () if eos is None else (eos,)
-    if "head_dim" in fields and fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    by_hand = ("rope_theta", "rope_scaling", "eos_token_id", "head_dim")
+    fields = read_fields(TextConfig, {name: v for name, v in content.items() if name not in by_hand}, TEXT.place)
+    rope = _rope(content, TEXT.place)
+    fields["rope_theta"] = _theta(rope, content, 500000.0, TEXT.place)
+    fields["rope_scaling"] = _read_scaling(rope, fields.get("max_position_embeddings"))
+    eos = content.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    fields |= read_fields(TextConfig, {"eos_token_id": ids}, TEXT.place)
+    if content.get("head_dim") is not None:
+        fields |= read_fields(TextConfig, {"head_dim": content["head_dim"]}, TEXT.place)
+    elif "head_dim" in content:
+        sizes = [fields.get(name, getattr(TextConfig, name)) for name in ("hidden_size", "num_attention_heads")]
+        fields["head_dim"] = sizes[0] // max(sizes[1], 1)
     return TextConfig(**fields)
 
 
-def _rope(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rope(content: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """Older files have `rope_scaling`, which counts more."""
-    rope: Mapping[str, Any] = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    return rope
+    return section(content, "rope_scaling", place) or section(content, "rope_parameters", place)
 
 
-def _theta(rope: Mapping[str, Any], content: Mapping[str, Any], default: float) -> float:
-    return float(rope.get("rope_theta", content.get("rope_theta", default)))
+def _theta(rope: Mapping[str, Any], content: Mapping[str, Any], default: float, place: str) -> float:
+    theta: float = read_value(float, rope.get("rope_theta", content.get("rope_theta", default)), "rope_theta", place)
+    if theta <= 0:
+        raise ConfigError(f"{place} has rope_theta = {theta}, which must be above 0; fetch the file again")
+    return theta
 
 
 def _read_scaling(rope: Mapping[str, Any], window: int | None) -> RopeScaling | None:
@@ -135,9 +138,12 @@ def _read_scaling(rope: Mapping[str, Any], window: int | None) -> RopeScaling | 
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    fields = _known_fields(RopeScaling, rope) | {"rope_type": kind}
+    fields = read_fields(RopeScaling, {name: v for name, v in rope.items() if v is not None}, ROPE.place)
+    fields |= {"rope_type": kind}
     if kind == "llama3" and window is not None:
         fields.setdefault("original_max_position_embeddings", window)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{ROPE.place} has rope_type = {kind!r:.80}, which must be a text; fetch the file again")
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}.get(kind, ())
     if missing := [name for name in needed if fields.get(name) is None]:
         raise ConfigError(
@@ -148,8 +154,9 @@ def _read_scaling(rope: Mapping[str, Any], window: int | None) -> RopeScaling | 
 
 def _read_vision(content: Mapping[str, Any]) -> VisionConfig:
     VISION.check(content)
-    fields = {name: value for name, value in _known_fields(VisionConfig, content).items() if name in VISION.used}
-    fields["rope_theta"] = _theta(_rope(content), content, 10000.0)
+    used = {name: value for name, value in content.items() if name in VISION.used and name != "rope_theta"}
+    fields = read_fields(VisionConfig, used, VISION.place)
+    fields["rope_theta"] = _theta(_rope(content, VISION.place), content, 10000.0, VISION.place)
     try:
         return VisionConfig(**fields)
     except ValueError as error:
@@ -229,29 +236,3 @@ def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title:
         raise ConfigError(
             f"model_type {model_type!r} is not {title}; this library runs {' and '.join(map(repr, known))}{other}"
         )
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    ConfigError: no such file, or no JSON object in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist: a model directory in Hugging Face's layout holds {path.name} beside its weights"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _known_fields(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {key: _freeze(value) for key, value in content.items() if key in names}
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

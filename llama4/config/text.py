@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llama4.config.window import visible_tokens
 from llama4.errors import ConfigError
+from llama4.reading import LIMITS
 
 CACHE_BLOCK = 256
 """Tokens in a block of the key/value cache; memory is taken a block at a time."""
@@ -81,6 +82,13 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         layers, interval = self.num_hidden_layers, self.no_rope_layer_interval
+        if layers > LIMITS["num_hidden_layers"]:
+            raise ConfigError(f"num_hidden_layers is {layers:,}; it may be at most {LIMITS['num_hidden_layers']:,}")
+        if not self.no_rope_layers and interval < 1:
+            raise ConfigError(
+                f"no_rope_layer_interval must be at least 1, not {interval}, where no_rope_layers does not say which "
+                "layers use RoPE"
+            )
         if self.num_local_experts == 0:
             moe: tuple[int, ...] = ()
         elif self.moe_layers is None:

@@ -8,7 +8,6 @@ of 256, relative to their mean (Dettmers et al. 2023, "QLoRA").
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from llama4.errors import Llama4Error
 from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.reading import parse_json
 
 NESTED_BLOCK = 256
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,11 +53,11 @@ class Nf4(WeightFormat):
             Llama4Error: not what it writes, or of a kind that is not run; with the reason.
         """
         try:
-            content = json.loads(state)
+            content = parse_json(state.encode(), "quant_state")
             kind, block, dtype = content["quant_type"], int(content["blocksize"]), str(content["dtype"])
             stored = tuple(int(size) for size in content["shape"])
             offset = float(content["nested_offset"]) if "nested_offset" in content else None
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise Llama4Error(f"its quant_state cannot be read ({error!r})") from error
         if kind != cls.kind:
             raise Llama4Error(f"it is quantized as {kind!r}, and only {cls.kind!r} is run")

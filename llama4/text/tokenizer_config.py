@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config.fields import FieldTable
-from llama4.config.hf_json import load_json
 from llama4.errors import ConfigError
+from llama4.reading import read_json
 from llama4.text.added_tokens import AddedToken
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -171,4 +171,4 @@ def _object(value: Any, path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a file; {} if there is none."""
-    return load_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llama4.errors import Llama4Error
+from llama4.reading import MAX_TOKENIZER_BYTES, read_bytes
+from llama4.reading import read_json as read_file
 from llama4.text.added_tokens import AddedToken
 from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
 
@@ -41,7 +42,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
         Llama4Error: another format, or ranks that are not 0, 1, 2, ...
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path, MAX_TOKENIZER_BYTES).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -71,7 +72,7 @@ def read_json(
         Llama4Error: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = read_file(path, MAX_TOKENIZER_BYTES)
         model: dict[str, Any] = data["model"]
         listed = [read_added_token(token, path) for token in data.get("added_tokens") or []]
         vocabulary: dict[str, int] = model["vocab"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,13 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from llama4.errors import CheckpointError
+from llama4.reading import MAX_INDEX_BYTES, parse_json
 from llama4.weights.hub_client import hub_errors, progress_bars
 from llama4.weights.safetensors import Header, LocalShards
 from llama4.weights.side_files import HubOrigin
 
 _FIRST_BYTES = 1 << 16
 """Of a file, asked for at once: the header of most."""
-_MAX_HEADER = 100_000_000
-"""The format's own limit."""
 _REQUESTS = 8
 """At a time."""
 _EXPERT = re.compile(r".*\.experts\.\d+\..*")
@@ -107,12 +105,12 @@ class HubShards:
         begin = self._read(file, 0, min(_FIRST_BYTES, self.sizes[file]))
         length = int.from_bytes(begin[:8], "little")
         where = f"{self.origin.repo_id}/{self.folder / file}"
-        if not 2 <= length <= min(_MAX_HEADER, self.sizes[file] - 8):
+        if not 2 <= length <= min(MAX_INDEX_BYTES, self.sizes[file] - 8):
             raise CheckpointError(f"{where} is no safetensors file, or cut short; ask for a new upload")
         if len(begin) < 8 + length:
             begin += self._read(file, len(begin), 8 + length)
         try:
-            content = json.loads(begin[8 : 8 + length])
+            content = parse_json(begin[8 : 8 + length], where)
             content.pop("__metadata__", None)
             header = {key: (str(each["dtype"]), tuple(map(int, each["shape"]))) for key, each in content.items()}
             end = max((each["data_offsets"][1] for each in content.values()), default=0)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llama4Config
-from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
 from llama4.families.names import VISION
 from llama4.quantization.plan import QuantizationPlan
+from llama4.reading import read_json
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.weights import modelopt
@@ -65,7 +65,7 @@ class HuggingFaceLayout(CheckpointLayout):
         return (directory / CONFIG_FILE).is_file()
 
     def read_config(self, directory: Path) -> Llama4Config:
-        config = family_of_type(load_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
+        config = family_of_type(read_json(directory / CONFIG_FILE).get("model_type")).read_config(directory)
         if config.quantization_config is None:
             return dataclasses.replace(config, quantization_config=modelopt.read_config(directory))
         return config

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from llama4.config.hf_json import load_json
 from llama4.errors import CheckpointError
 from llama4.ops.fp8 import E4M3
 from llama4.quantization.fp4 import Fp4, Mxfp4, Nvfp4
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.weight import Shape, WeightFormat
+from llama4.reading import read_json
 from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.experts import stack_experts
 from llama4.weights.quant_method import QuantMethod, without_cache_scales
@@ -73,7 +73,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     """
     if not (directory / CONFIG_FILE).is_file():
         return None
-    return {"quant_method": ModelOpt.name, **(load_json(directory / CONFIG_FILE).get("quantization") or {})}
+    return {"quant_method": ModelOpt.name, **(read_json(directory / CONFIG_FILE).get("quantization") or {})}
 
 
 class _Matrices:

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
+from llama4.reading import MAX_INDEX_BYTES, check_regular, check_size, read_json
 from llama4.weights.source import Origin, Source
 
 SINGLE_FILE = "model.safetensors"
@@ -78,7 +79,12 @@ class LocalShards:
 
 def _open(path: Path) -> Any:
     try:
+        check_regular(path)
+        with path.open("rb") as file:
+            check_size(f"the header of {path}", int.from_bytes(file.read(8), "little"), MAX_INDEX_BYTES)
         return safe_open(path, framework="pt")
+    except Llama4Error as error:
+        raise CheckpointError(str(error)) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
 
@@ -160,14 +166,15 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
             raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         return SafetensorsFiles(directory, {SINGLE_FILE: None}, shards)
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {name: set() for name in sorted(set(places.values()))}
-        for key, name in places.items():
-            files[name].add(key)
-        outside = [name for name in files if name in ("", ".", "..") or Path(name).name != name]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
-    if outside:
+        places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} is no index of shards: its weight_map names no files; fetch it again")
+    files: dict[str, set[str]] = {name: set() for name in sorted(set(places.values()))}
+    for key, name in places.items():
+        files[name].add(key)
+    if outside := [name for name in files if name in ("", ".", "..") or Path(name).name != name]:
         raise CheckpointError(f"{index} names files outside its directory, which are not opened", outside)
     return SafetensorsFiles(directory, dict(files), shards)
 

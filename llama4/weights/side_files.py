@@ -18,6 +18,7 @@ from typing import Any
 from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, GenerationConfig, Llama4Config
 from llama4.config.image_json import PROCESSOR_FILE
 from llama4.errors import ConfigError
+from llama4.reading import MAX_CONFIG_BYTES, parse_json
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ SIDE_FILES = (
     *LICENCE_FILES,
 )
 """Patterns of the names of what is carried."""
-MAX_BYTES = 16 << 20
-"""Of one file; a larger one is not what its name says, and is left where it is."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class SideFiles:
             for path in sorted(Path(directory).glob(pattern)):
                 if not path.is_file():
                     continue
-                if path.stat().st_size > MAX_BYTES:
-                    logger.warning("%s is larger than %d MiB, and is not carried along", path, MAX_BYTES >> 20)
+                if path.stat().st_size > MAX_CONFIG_BYTES:
+                    logger.warning("%s is larger than %d MiB, and is not carried along", path, MAX_CONFIG_BYTES >> 20)
                     continue
                 contents[path.relative_to(directory).as_posix()] = path.read_bytes()
         files = cls(contents)
@@ -126,14 +125,7 @@ class SideFiles:
         Raises:
             ConfigError: it is not JSON, or not an object.
         """
-        text = self.text(name)
-        try:
-            content = json.loads(text) if text is not None else {}
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{name} is not valid JSON ({error}); fetch the file again") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{name} must hold a JSON object, not a {type(content).__name__}")
-        return content
+        return parse_json(self.contents[name], name) if name in self.contents else {}
 
     def matching(self, *patterns: str) -> dict[str, bytes]:
         """The files whose names fit one of the patterns."""

@@ -65,7 +65,7 @@ def test_missing_architectures() -> None:
         ({"moe_layers": [0, 9]}, "names layers beyond"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not known"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.* it computes 'silu'"),
-        ({"hidden_size": "wide"}, "wrong kind"),
+        ({"hidden_size": "wide"}, r"text_config\) has hidden_size = 'wide', which must be a whole number"),
         ({"num_experts_per_tok": 9}, "exceeds num_local_experts 4"),
     ],
 )

@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama4.api import Llama4
 from llama4.config import Llama4Config, TextConfig
-from llama4.config.hf_json import load_json
 from llama4.families import FAMILIES, family_of_type
 from llama4.families.base import Family
 from llama4.families.names import NameTable
+from llama4.reading import read_json
 from llama4.text.vocabulary import LLAMA4
 from llama4.weights.convert import convert, quantize
 from tests.parity.references import relative_error
@@ -50,7 +50,7 @@ class DenseLlama(Family):
     vocabulary = LLAMA4
 
     def read_config(self, directory: Path) -> Llama4Config:
-        content = load_json(directory / "config.json")
+        content = read_json(directory / "config.json")
         fields = {field.name for field in dataclasses.fields(TextConfig)} & content.keys()
         layers = content["num_hidden_layers"]
         text = {name: content[name] for name in fields - {"rope_scaling", "eos_token_id"}} | {

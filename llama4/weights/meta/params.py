@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama4.config import Llama4Config, RopeScaling, TextConfig
-from llama4.errors import CheckpointError, ConfigError
+from llama4.config.typed import read_fields, section
+from llama4.errors import CheckpointError, ConfigError, Llama4Error
+from llama4.reading import MAX_TOKENIZER_BYTES, read_bytes, read_json
 from llama4.text.vocabulary import NUM_SPECIAL_TOKENS
 from llama4.vision.config import VisionConfig
 
 PARAMS_FILE = "params.json"
+
+
+@dataclass(frozen=True)
+class _Params:
+    """What is read of params.json, without the objects in it. What has no default must be there."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    ffn_exp: float | None = None
+    ffn_dim_multiplier: float | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    max_position_embeddings: int | None = None
+    use_qk_norm: bool = False
+    rope_theta: float = 500000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    nope_layer_interval: int | None = None
+    attention_chunk_size: int | None = None
+    attn_temperature_tuning: bool = False
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
+
+
+@dataclass(frozen=True)
+class _MoeArgs:
+    """What is read of moe_args."""
+
+    num_experts: int
+    top_k: int = 1
+    interleave_moe_layer_step: int = 1
+    auto_scale_F: bool = True  # Meta's name
+    capacity_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class _VisionArgs:
+    """What is read of vision_args."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    mlp_ratio: float
+    output_dim: int
+    pixel_shuffle_ratio: float
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Of pictures and patches, which are squares."""
+
+    height: int
 
 
 def read_params(directory: Path) -> Llama4Config:
@@ -24,13 +83,12 @@ def read_params(directory: Path) -> Llama4Config:
     """
     path = directory / PARAMS_FILE
     ranks = directory / "tokenizer.model"
-    first = sum(1 for line in ranks.read_bytes().splitlines() if line) if ranks.is_file() else 200000
+    lines = read_bytes(ranks, MAX_TOKENIZER_BYTES).splitlines() if ranks.is_file() else None
+    first = 200000 if lines is None else sum(1 for line in lines if line)
     try:
-        return config_from_params(json.loads(path.read_text(encoding="utf-8")), first)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path} is not of a Llama 4 model, or has a value of the wrong kind: {error}") from error
+        return config_from_params(read_json(path), first)
+    except (Llama4Error, ArithmeticError) as error:
+        raise ConfigError(f"{path} is damaged, or not of a Llama 4 model: {error}") from error
 
 
 def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -> Llama4Config:
@@ -39,9 +97,14 @@ def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -
     The window is not among Meta's fields: it is what we wrote as `max_position_embeddings`, else that of the released
     models: Scout's with scaled RoPE, Maverick's without.
     """
-    params = params.get("model", params)
+    params = _read(_Params, section(params, "model", PARAMS_FILE) or params, PARAMS_FILE)
     dim, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
-    moe, vision = params.get("moe_args"), params.get("vision_args")
+    moe, vision = (section(params, name, PARAMS_FILE) for name in ("moe_args", "vision_args"))
+    if moe:
+        if params.get("ffn_exp") is None:
+            raise ConfigError(f"{PARAMS_FILE} has moe_args, but no ffn_exp; fetch the file again")
+        moe = _read(_MoeArgs, moe, f"{PARAMS_FILE} (moe_args)")
+        params = {**params, "moe_args": moe}
     scaled, interval = params.get("use_scaled_rope", False), params.get("nope_layer_interval")
     vocab_size = params.get("vocab_size", -1)
     rope = tuple(int(not interval or (i + 1) % interval != 0) for i in range(layers))
@@ -53,7 +116,7 @@ def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=params.get("n_kv_heads") or heads,
-        head_dim=dim // heads,
+        head_dim=dim // max(heads, 1),
         max_position_embeddings=params.get("max_position_embeddings") or (10485760 if scaled else 1048576),
         rms_norm_eps=params.get("norm_eps", 1e-5),
         num_experts_per_tok=moe.get("top_k", 1) if moe else 1,
@@ -82,7 +145,22 @@ def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -
     )
 
 
+def _read(cls: type, content: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """An object, with values of the kinds that a class says. null stands for what is absent."""
+    fields = read_fields(cls, {name: value for name, value in content.items() if value is not None}, place)
+    if missing := [
+        f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields
+    ]:
+        raise ConfigError(f"{place} lacks {', '.join(missing)}; fetch the file again")
+    return {**{name: value for name, value in content.items() if isinstance(value, Mapping)}, **fields}
+
+
 def _vision(args: Mapping[str, Any]) -> VisionConfig:
+    place = f"{PARAMS_FILE} (vision_args)"
+    args = _read(_VisionArgs, args, place)
+    image, patch = (
+        _read(_Size, section(args, name, place), f"{place}: {name}") for name in ("image_size", "patch_size")
+    )
     width = args["output_dim"]
     return VisionConfig(
         hidden_size=args["dim"],
@@ -92,8 +170,8 @@ def _vision(args: Mapping[str, Any]) -> VisionConfig:
         vision_output_dim=width,
         projector_input_dim=width,
         projector_output_dim=width,
-        image_size=args["image_size"]["height"],
-        patch_size=args["patch_size"]["height"],
+        image_size=image["height"],
+        patch_size=patch["height"],
         pixel_shuffle_ratio=args["pixel_shuffle_ratio"],
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import pickle
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
+from llama4.reading import check_zip
 from llama4.weights import memory
 from llama4.weights.meta.names import Piece, pieces
 from llama4.weights.source import Origin
@@ -144,10 +144,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _load(path: Path) -> dict[str, Tensor]:
     # Released files keep byte buffers beside the weights; these names are all that they need to be read.
     harmless: list[Any] = [io.BytesIO, bytes, codecs.encode]
+    check_zip(path)
     try:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's reader raises whatever a malformed file leads it to
         called = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
             f"it would call {called[1]}, and nothing in a file is executed" if called else "it is cut short or damaged"

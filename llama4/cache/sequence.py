@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
-from llama4.config.window import chunk_offset, chunk_start, visible_tokens
+from llama4.config.window import chunk_offset, chunk_start
 from llama4.errors import Llama4Error
 
 
@@ -86,8 +86,8 @@ class SequenceCache:
         return sum(blocks.values())
 
     def cached_tokens(self, row: int, end: int, window: int | None) -> int:
-        """Slots of a row that a layer uses when the row's next token is at position `end`: what its last token sees."""
-        return visible_tokens(end - 1, window, self.start[row]) if end > self.start[row] else 0
+        """Slots of a row that its next token, at position `end`, reads in a layer; none if it begins a chunk."""
+        return end - chunk_start(end, window, self.start[row])
 
     def begin_write(self) -> None:
         """Say that keys and values of new tokens are about to be written."""
@@ -96,8 +96,7 @@ class SequenceCache:
 
     def num_blocks(self, start: int, next_position: int) -> list[int]:
         """Blocks of each layer that hold what a row from `start` to `next_position` keeps."""
-        end = next_position - 1
-        slots = [visible_tokens(end, window, start) if end >= start else 0 for window in self.windows]
+        slots = [next_position - chunk_start(next_position, window, start) for window in self.windows]
         return [layer.num_blocks(count) for layer, count in zip(self.layers, slots, strict=True)]
 
     def restore(self, start: int, next_position: int, blocks: Sequence[Sequence[Tensor]]) -> None:
@@ -186,12 +185,11 @@ class SequenceCache:
         start, next_position = self.start[0], self.next_position[0]
         position = min(start + length, next_position)
         for window in set(self.windows):
-            is_dropped = chunk_start(position, window) < chunk_start(next_position - 1, window)
+            is_dropped = chunk_start(position, window) < chunk_start(next_position, window)
             if is_dropped and chunk_offset(position, window):
                 position = chunk_start(position, window, start)
         for layer, window in zip(self.layers, self.windows, strict=True):
-            begins_chunk = chunk_offset(position, window) == 0
-            layer.truncate(0, 0 if begins_chunk else self.cached_tokens(0, position, window))
+            layer.truncate(0, self.cached_tokens(0, position, window))
         self.next_position = (position,)
         if self._last_logits is not None and self._last_logits[0] > position - start:
             self._last_logits = None

@@ -124,6 +124,30 @@ def test_a_cache_cut_back_goes_on_from_there(model: Llama4Model, length: int, ke
     torch.testing.assert_close(model(after, cache=untouched), truth, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("chunk", "past", "cut"), [(48, 100, 96), (48, 96, 96), (CHUNK, 1300, 1024)])
+def test_at_the_border_of_a_chunk(chunk: int, past: int, cut: int) -> None:
+    """A cache that ends there holds nothing of the chunk before, however it came to end there; it is forked and cut
+    back like any other."""
+    text = TextConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, attention_chunk_size=chunk,
+        bos_token_id=1, eos_token_id=(2,), pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4Model(Llama4Config(text=text, vision=None)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    before, after = ids(past), ids(chunk + 7, seed=1)
+    cache = model.new_cache()
+    model(before, cache=cache)
+    assert cache.truncate(cut) == cut
+    several, shorter = cache.fork([0, 0]), cache.fork()
+    assert shorter.truncate(cut - 5) == cut - chunk
+    for each in (cache, several, shorter):
+        kept = before[:, : each.lengths[0]]
+        truth = model(torch.cat((kept, after), dim=1))[:, kept.shape[1] :]
+        for logits in model(after.expand(each.batch_size, -1), cache=each):
+            torch.testing.assert_close(logits, truth[0], atol=1e-4, rtol=1e-4)
+
+
 def test_logits_are_remembered_while_their_tokens_stay(model: Llama4Model) -> None:
     cache = model.new_cache()
     logits = model(ids(100), cache=cache, last_only=True)[:, -1]

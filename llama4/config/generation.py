@@ -14,13 +14,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from llama4.config.fields import FieldTable
 from llama4.config.hf_json import CONFIG_FILE
 from llama4.errors import ConfigError, Llama4Error
 from llama4.reading import read_json
 
 GENERATION_FILE = "generation_config.json"
 
-LIMITS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more, such as 0.7"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
     "top_k": (
@@ -97,7 +98,7 @@ def check_setting(name: str, value: float) -> None:
     """Raises:
     Llama4Error: a setting of sampling out of its range.
     """
-    is_valid, limits = LIMITS[name]
+    is_valid, limits = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
         raise Llama4Error(f"{name} is {value}; it must be {limits}")
 
@@ -188,7 +189,7 @@ class GenerationConfig:
         """
         if self.refused:
             raise ConfigError(self.why_refused())
-        names = [name for name in LIMITS if self.do_sample or name not in SAMPLED]
+        names = [name for name in RANGES if self.do_sample or name not in SAMPLED]
         said = {name: value for name in names if (value := getattr(self, name)) is not None}
         settings = {**SAMPLED, **said} if self.do_sample else said
         if settings.get("top_k") == 0:  # all tokens
@@ -224,7 +225,7 @@ class GenerationConfig:
 USED = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name not in ("content", "file"))
 """Fields of generation_config.json that have an effect."""
 
-KNOWN = frozenset((*USED, *REFUSED, *REFUSED_SAMPLED, *WITHOUT_EFFECT))
-"""All fields of generation_config.json."""
+FIELDS = FieldTable(GENERATION_FILE, USED, WITHOUT_EFFECT, fixed={**REFUSED, **REFUSED_SAMPLED})
+"""What is fixed is refused when a reply is asked for, see `GenerationConfig.sampling`; logits can be had without."""
 
 _OF_COURSE = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")

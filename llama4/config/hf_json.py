@@ -1,4 +1,4 @@
-"""Hugging Face's config.json and preprocessor_config.json <-> the fields of `Llama4Config`.
+"""Hugging Face's config.json <-> the fields of `Llama4Config`.
 
 Fields are passed as a dictionary, `{"text": TextConfig, "vision": VisionConfig or None, "dtype": "bfloat16", ...}`, and
 `Llama4Config(**fields)` makes the configuration.
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config.fields import CONFIG, ROPE, TEXT, VISION
-from llama4.config.image_json import IMAGE_FILE, PROCESSOR_FILE, read_image_files
+from llama4.config.image_json import IMAGE_CONFIG_FILES, IMAGE_FIELDS, IMAGE_FILE, PROCESSOR_FILE, read_image_files
 from llama4.config.text import RopeScaling, TextConfig
 from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
 from llama4.reading import read_json
-from llama4.vision.config import RESAMPLE, VisionConfig
+from llama4.vision.config import VisionConfig
 
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("llama4", "llama4_text")
@@ -49,7 +49,6 @@ OTHER_MODELS = {
     "clip": "CLIP, an encoder",
 }
 """Beginning of `model_type` -> whose model it is: others that people try to load."""
-IMAGE_CONFIG_FILES = (IMAGE_FILE, PROCESSOR_FILE)
 IMAGE_TOKENS = {
     "boi_token_index": "boi_token_id",
     "eoi_token_index": "eoi_token_id",
@@ -58,8 +57,6 @@ IMAGE_TOKENS = {
 """Fields of config.json -> other names that they have there, and that count more."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Those of the whole model come before those of its decoder, as in transformers."""
-IMAGE_FIELDS = ("max_tiles", "resize_to_max_canvas", "resample", "rescale_factor", "image_mean", "image_std")
-"""Fields of `VisionConfig` that are not in config.json but in the image processor's file."""
 
 
 def read_directory(directory: Path) -> dict[str, Any]:
@@ -196,34 +193,6 @@ def _write_vision(vision: VisionConfig, dtype: str) -> dict[str, Any]:
     content = {key: value for key, value in dataclasses.asdict(vision).items() if key not in IMAGE_FIELDS}
     content["rope_parameters"] = {"rope_type": "default", "rope_theta": content.pop("rope_theta")}
     return content | {"model_type": "llama4_vision_model", "hidden_act": "gelu", "dtype": dtype}
-
-
-def write_image_config(vision: VisionConfig) -> dict[str, Any]:
-    """The content of preprocessor_config.json, for transformers' Llama4ImageProcessor."""
-    return {
-        "image_processor_type": "Llama4ImageProcessorFast",
-        "processor_class": "Llama4Processor",
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "max_patches": vision.max_tiles,
-        "resize_to_max_canvas": vision.resize_to_max_canvas,
-        "resample": RESAMPLE[vision.resample],
-        "do_rescale": True,
-        "rescale_factor": vision.rescale_factor,
-        "do_normalize": True,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-    }
-
-
-def write_processor_config(vision: VisionConfig) -> dict[str, Any]:
-    """The content of processor_config.json, for transformers' Llama4Processor."""
-    return {
-        "processor_class": "Llama4Processor",
-        "patch_size": vision.patch_size,
-        "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
-        "image_token": "<|image|>",
-        "fake_image_token": "<|image|>",
-    }
 
 
 def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title: str = "Llama 4") -> None:

@@ -1,4 +1,4 @@
-"""How pictures are prepared: preprocessor_config.json and processor_config.json -> fields of `VisionConfig`.
+"""How pictures are prepared: preprocessor_config.json and processor_config.json <-> fields of `VisionConfig`.
 
 As in transformers, `image_processor` in the latter counts before the former, and a field that is absent means what
 `Llama4ImageProcessor` has.
@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama4.config.fields import FieldTable
+from llama4.config.typed import read_value
 from llama4.errors import ConfigError
 from llama4.vision.config import RESAMPLE, VisionConfig
 
 IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
+IMAGE_CONFIG_FILES = (IMAGE_FILE, PROCESSOR_FILE)
+IMAGE_FIELDS = ("max_tiles", "resize_to_max_canvas", "resample", "rescale_factor", "image_mean", "image_std")
+"""Fields of `VisionConfig` that are not in config.json but in the image processor's files."""
 
 IMAGE = FieldTable(
     IMAGE_FILE,
@@ -113,6 +117,34 @@ def read_image_config(content: Mapping[str, Any], vision: VisionConfig, place: s
     return fields
 
 
+def write_image_config(vision: VisionConfig) -> dict[str, Any]:
+    """The content of preprocessor_config.json, for transformers' Llama4ImageProcessor."""
+    return {
+        "image_processor_type": "Llama4ImageProcessorFast",
+        "processor_class": "Llama4Processor",
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "max_patches": vision.max_tiles,
+        "resize_to_max_canvas": vision.resize_to_max_canvas,
+        "resample": RESAMPLE[vision.resample],
+        "do_rescale": True,
+        "rescale_factor": vision.rescale_factor,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+
+
+def write_processor_config(vision: VisionConfig) -> dict[str, Any]:
+    """The content of processor_config.json, for transformers' Llama4Processor."""
+    return {
+        "processor_class": "Llama4Processor",
+        "patch_size": vision.patch_size,
+        "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+        "image_token": "<|image|>",
+        "fake_image_token": "<|image|>",
+    }
+
+
 def _square(size: Any) -> int | None:
     """The side that a `size` means; None if it means no square."""
     if isinstance(size, Mapping):
@@ -132,22 +164,25 @@ def _resample(value: Any, place: str) -> str:
 
 
 def _whole(value: Any, name: str, place: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{place} has {name} = {value!r}; it must be a whole number of at least 1")
-    return value
+    number: int = read_value(int, value, name, place)
+    if number < 1:
+        raise ConfigError(f"{place} has {name} = {number}; it must be at least 1")
+    return number
 
 
 def _number(value: Any, name: str, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigError(f"{place} has {name} = {value!r}; it must be a number above 0")
-    return float(value)
+    number: float = read_value(float, value, name, place)
+    if number <= 0:
+        raise ConfigError(f"{place} has {name} = {number}; it must be above 0")
+    return number
 
 
 def _channels(value: Any, name: str, place: str) -> tuple[float, float, float]:
     """One number per channel, or one for all."""
     values = value if isinstance(value, (list, tuple)) else [value] * 3
-    if len(values) != 3 or any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in values):
-        raise ConfigError(f"{place} has {name} = {value!r}; it must be a number for each of 3 channels, or for all")
+    if len(values) != 3:
+        raise ConfigError(f"{place} has {name} = {value!r:.80}; it must be a number for each of 3 channels, or for all")
     if name == "image_std" and 0 in values:
-        raise ConfigError(f"{place} has {name} = {value!r}; what pixels are divided by cannot be 0")
-    return float(values[0]), float(values[1]), float(values[2])
+        raise ConfigError(f"{place} has {name} = {value!r:.80}; what pixels are divided by cannot be 0")
+    red, green, blue = (read_value(float, each, name, place) for each in values)
+    return red, green, blue

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama4.config import hf_json
+from llama4.config import hf_json, image_json
 from llama4.config.text import TextConfig
 from llama4.vision.config import VisionConfig
 
@@ -66,9 +66,9 @@ class Llama4Config:
     def preprocessor_dict(self) -> dict[str, Any]:
         """The content of `preprocessor_config.json`, for transformers' Llama4ImageProcessor."""
         assert self.vision is not None
-        return hf_json.write_image_config(self.vision)
+        return image_json.write_image_config(self.vision)
 
     def processor_dict(self) -> dict[str, Any]:
         """The content of `processor_config.json`, for transformers' Llama4Processor."""
         assert self.vision is not None
-        return hf_json.write_processor_config(self.vision)
+        return image_json.write_processor_config(self.vision)

@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from llama4.config.generation import LIMITS, GenerationConfig, check_setting
+from llama4.config.generation import RANGES, GenerationConfig, check_setting
 from llama4.errors import Llama4Error
 from llama4.ops.sampling import greedy_token
 
@@ -57,7 +57,7 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in LIMITS:
+        for name in RANGES:
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
         if self.seed is not None and self.seed < 0:

@@ -23,7 +23,7 @@ def ignored_fields(files: SideFiles) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for table, content in _objects(files):
-        if names := [name for name in table.unknown(content) if name not in generation.KNOWN]:
+        if names := [name for name in table.unknown(content) if name not in generation.FIELDS]:
             found.setdefault(table.place, []).extend(names)
     return found
 
@@ -55,4 +55,4 @@ def _objects(files: SideFiles) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]
     yield image_json.IMAGE, processor.get("image_processor") or files.json(image_json.IMAGE_FILE)
     tokens = files.json(tokenizer_config.TOKENIZER_CONFIG_FILE)
     yield tokenizer_config.FIELDS, {name: value for name, value in tokens.items() if not name.endswith("_token")}
-    yield FieldTable(generation.GENERATION_FILE, generation.KNOWN), files.json(generation.GENERATION_FILE)
+    yield generation.FIELDS, files.json(generation.GENERATION_FILE)

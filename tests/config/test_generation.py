@@ -15,7 +15,7 @@ from transformers import Llama4ForConditionalGeneration
 from transformers.generation.configuration_utils import GenerationMode
 
 from llama4.config import GenerationConfig
-from llama4.config.generation import LIMITS, REFUSED, REFUSED_SAMPLED, SAMPLED, USED, WITHOUT_EFFECT
+from llama4.config.generation import RANGES, REFUSED, REFUSED_SAMPLED, SAMPLED, USED, WITHOUT_EFFECT
 from llama4.errors import ConfigError
 from tests import small_model
 
@@ -142,7 +142,7 @@ def test_transformers_does_nothing_with_what_is_let_through(reference: Any, samp
         assert config.get_generation_mode() == (GenerationMode.SAMPLE if sampled else GenerationMode.GREEDY_SEARCH)
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", RANGES)
 def test_values_out_of_range_name_the_file(name: str) -> None:
     read = GenerationConfig.from_dict({"do_sample": True, name: OUT_OF_RANGE[name]})
     with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} is {OUT_OF_RANGE[name]}; it must be"):

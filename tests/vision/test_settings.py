@@ -142,6 +142,8 @@ def test_which_file_counts_and_the_prompt_of_a_picture(nested: bool, model: Path
         ({"do_rescale": False}, {}, "do_normalize without do_rescale"),
         ({"resample": 4}, {}, r"resample = 4; filters that can be computed are 0 \(nearest-exact\)"),
         ({"max_patches": 0}, {}, "max_patches = 0"),
+        ({"max_patches": 10**9}, {}, "max_patches = 1000000000, .*at most 1,024"),
+        ({"image_mean": [0.5, "a", 0.5]}, {}, "image_mean = 'a', .*a number"),
         ({"image_mean": [0.5, 0.5]}, {}, "image_mean = .*3 channels"),
         ({"image_std": "x"}, {}, "image_std"),
         ({"image_std": 0}, {}, "image_std"),

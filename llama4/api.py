@@ -162,7 +162,8 @@ class Llama4:
                 the system can drop them when memory is short. Of a quantized model only embeddings and vision tower
                 are mapped. False copies all weights into memory, in huge pages where the system has them: loading
                 takes longer, decoding may be faster.
-            progress: show progress bars on a terminal while downloading, loading and reading long prompts.
+            progress: show progress bars, on a terminal or in a notebook, of all that takes longer than half a second:
+                downloading, loading, reading long prompts, saving.
 
         Raises:
             Llama4Error: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
@@ -389,7 +390,7 @@ class Llama4:
             progress=self.progress,
         )
         if len(rows) == 1:
-            self.cache = PromptCache(self.model, cache, rows[0])
+            self.cache = PromptCache(self.model, cache, rows[0], self.progress)
             events = self.cache.recorded(events)
         lengths = inputs.attention_mask.sum(dim=1).tolist()
         return events, [ReplyBuilder(length, tools, tokenizer.special_tokens) for length in lengths]
@@ -400,7 +401,7 @@ class Llama4:
         Raises:
             Llama4Error: no such file, a damaged one, or the cache of another model or cache_dtype.
         """
-        self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device)
+        self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device, self.progress)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model with its tokenizer and a model card in Hugging Face's layout, for this library or

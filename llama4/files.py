@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from llama4.progress import PIECE, each
+
+_SYNC = 256 << 20
+"""Bytes after which a file that is being written is synced: at once, at its end, that may take a minute."""
+
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
@@ -32,6 +37,19 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_pieces(file: BinaryIO, data: memoryview) -> None:
+    """Write bytes a piece at a time, so that progress is seen and Ctrl-C is answered.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    for at in each(range(0, len(data), PIECE)):
+        end = file.tell() + file.write(data[at : at + PIECE])
+        if end % _SYNC < PIECE <= end:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def permissions(path: Path) -> int:

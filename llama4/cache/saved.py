@@ -19,20 +19,22 @@ from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.errors import Llama4Error
-from llama4.files import replaced_file
+from llama4.files import replaced_file, write_pieces
+from llama4.progress import Bar
 
 _TOKENS = "tokens"
 _VERSION = "2"
 _DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
 
 
-def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> None:
+def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, progress: bool = False) -> None:
     """Write a cache of one row, complete or not at all. Of a block that is partly used the rest is written as zeros: it
     may hold what other prompts left there.
 
     Args:
         tokens: what it holds, [S] int64.
         model: a fingerprint of the model that computed it.
+        progress: show a bar, where somebody sees it.
 
     Raises:
         Llama4Error: the file cannot be written.
@@ -53,10 +55,12 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str) -> 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     try:
-        with replaced_file(path) as file:  # tensor after tensor: the package's own function first copies them all
+        bar = Bar("saving", end, "bytes", shown=progress)
+        with bar, replaced_file(path) as file:  # tensor after tensor: the package's own function first copies them all
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
-                file.write(tensor.contiguous().numpy().data)
+                with bar.step(tensor.nbytes):
+                    write_pieces(file, tensor.contiguous().view(torch.uint8).numpy().data)
     except OSError as error:
         raise Llama4Error(
             f"could not write the cache to {path}: {error.strerror or error}; free {end:,} bytes "

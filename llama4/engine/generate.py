@@ -53,7 +53,7 @@ def generate(
         max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
             ends with finish_reason "length".
         cache: keys and values of the beginnings of the prompts, the same number of tokens of each; the rest is added.
-        progress: show a bar on a terminal while a long prompt is read.
+        progress: show a bar, where somebody sees it, while a long prompt is read.
 
     Returns:
         An iterator of one event per token and row, the rows in turn.

@@ -5,17 +5,15 @@ Shapes: B rows, T columns of the prompts, V vocabulary, D hidden size, n tiles, 
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llama4.cache.sequence import SequenceCache
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
+from llama4.progress import Bar
 
 PREFILL_TOKENS = 2048
 """Most tokens of all rows together that go through the model at once: bounds the memory a long prompt takes."""
@@ -37,25 +35,24 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
     if past == int(mask_BT.sum()) and (remembered := cache.logits_after(past)) is not None:
         return remembered
     mask_BT = mask_BT & (mask_BT.cumsum(1) > past)
-    images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT)
+    images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT, progress)
     batch_size, columns = ids_BT.shape
     size = max(piece_size(model) // batch_size, 1)
     first = int(mask_BT.any(0).int().argmax())
     starts = range(first, columns, size)
-    quiet = not progress or len(starts) < 2 or not sys.stderr.isatty()
     logits_B1V = torch.empty(0)
-    with tqdm(total=int(mask_BT.sum()), unit="token", desc="reading", leave=False, disable=quiet) as bar:
+    with Bar("reading", int(mask_BT.sum()), "tokens", shown=progress) as bar:
         for start in starts:
             piece = slice(start, start + size)
             mask = mask_BT[:, piece]
-            logits_B1V = model(
-                ids_BT[:, piece],
-                image_features=images.of(piece),
-                cache=cache,
-                attention_mask=mask,
-                last_only=True,
-            )
-            bar.update(int(mask.sum()))
+            with bar.step(int(mask.sum())):
+                logits_B1V = model(
+                    ids_BT[:, piece],
+                    image_features=images.of(piece),
+                    cache=cache,
+                    attention_mask=mask,
+                    last_only=True,
+                )
     if batch_size == 1:
         cache.remember_logits(logits_B1V[:, -1])
     return logits_B1V[:, -1]
@@ -72,7 +69,14 @@ class ImageFeatures:
         Llama4Error: the prompts have more or fewer patches than the tiles give.
     """
 
-    def __init__(self, model: Llama4Model, pixel_values: Tensor | None, is_patch_BT: Tensor, is_new_BT: Tensor) -> None:
+    def __init__(
+        self,
+        model: Llama4Model,
+        pixel_values: Tensor | None,
+        is_patch_BT: Tensor,
+        is_new_BT: Tensor,
+        progress: bool = False,
+    ) -> None:
         self.is_new_BT = is_new_BT
         self.features_ND = None
         if pixel_values is None:
@@ -88,7 +92,7 @@ class ImageFeatures:
         tiles, inverse = torch.unique(places_BT[is_new_BT] // max(per_tile, 1), return_inverse=True)
         places_BT[is_new_BT] = inverse * per_tile + places_BT[is_new_BT] % max(per_tile, 1)
         self.places_BT = places_BT
-        self.features_ND = encode_tiles(model, pixel_values[tiles]) if len(tiles) else None
+        self.features_ND = encode_tiles(model, pixel_values[tiles], progress) if len(tiles) else None
 
     def of(self, columns: slice) -> Tensor | None:
         """Those of some columns of the prompts, None if the prompts have none."""
@@ -98,9 +102,14 @@ class ImageFeatures:
         return self.features_ND[places.to(self.features_ND.device)]
 
 
-def encode_tiles(model: Llama4Model, pixel_values: Tensor) -> Tensor:
+def encode_tiles(model: Llama4Model, pixel_values: Tensor, progress: bool = False) -> Tensor:
     """Tiles [n, 3, A, A] -> image tokens [n * Q, D], a few tiles at a time."""
-    return torch.cat([model.encode_images(tiles) for tiles in torch.split(pixel_values, VISION_TILES)])
+    features = []
+    with Bar("looking at pictures", len(pixel_values), "tiles", shown=progress) as bar:
+        for tiles in torch.split(pixel_values, VISION_TILES):
+            with bar.step(len(tiles)):
+                features.append(model.encode_images(tiles))
+    return torch.cat(features)
 
 
 def piece_size(model: Llama4Model) -> int:

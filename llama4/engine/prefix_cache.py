@@ -19,6 +19,7 @@ from llama4.engine.tokens import Event
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
+from llama4.progress import PIECE, Bar
 from llama4.weights.save import ModelSource
 
 MIN_SHARED = 64
@@ -49,12 +50,14 @@ class PromptCache:
     Attributes:
         cache: keys and values.
         tokens: identities of the computed tokens, and perhaps of a last token that is not computed yet.
+        progress: show bars while it is saved.
     """
 
-    def __init__(self, model: Llama4Model, cache: SequenceCache, tokens: Tensor) -> None:
+    def __init__(self, model: Llama4Model, cache: SequenceCache, tokens: Tensor, progress: bool = False) -> None:
         self.model = model
         self.cache = cache
         self.tokens = [int(token) for token in tokens]
+        self.progress = progress
 
     def __len__(self) -> int:
         """Tokens computed."""
@@ -101,7 +104,8 @@ class PromptCache:
         """
         if not self.cache.is_consistent:
             raise Llama4Error("this cache is of a prompt whose reading was broken off; read the prompt again")
-        save_cache(Path(path), self.cache, torch.tensor(self.tokens[: len(self)]), fingerprint(self.model))
+        tokens, model = torch.tensor(self.tokens[: len(self)]), fingerprint(self.model, self.progress)
+        save_cache(Path(path), self.cache, tokens, model, self.progress)
 
     @classmethod
     def load(
@@ -110,34 +114,41 @@ class PromptCache:
         model: Llama4Model,
         dtype: str | torch.dtype | None = None,
         device: torch.device | None = None,
+        progress: bool = False,
     ) -> PromptCache:
         """Read what `save` wrote.
 
         Args:
             model: that which made it.
             dtype, device: of the cache, as in `Llama4Model.new_cache`.
+            progress: show bars, now and when it is saved again.
 
         Raises:
             Llama4Error: no such file, a damaged one, or the cache of another model or dtype.
         """
         cache = model.new_cache(1, dtype, device)
         window = model.config.text.max_position_embeddings
-        return cls(model, cache, load_cache(path, cache, fingerprint(model), window))
+        return cls(model, cache, load_cache(path, cache, fingerprint(model, progress), window), progress)
 
 
-def fingerprint(model: Llama4Model) -> str:
+def fingerprint(model: Llama4Model, progress: bool = False) -> str:
     """Of a model's configuration and of every number of its weights, as a checkpoint has them: kernels on another
     machine may want another order. All weights are read, at 1 to 2 GB/s per core."""
     source = ModelSource(model)
     names = sorted(source.names())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = list(pool.map(lambda name: _digest(name, source.read(name)), names))
+    sizes = {name: source.spec(name).nbytes for name in names}
+    bar = Bar("hashing weights", sum(sizes.values()), "bytes", shown=progress)
+    with bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = list(pool.map(lambda name: _digest(name, source.read(name), bar), names))
     return hashlib.sha256(repr((model.config.text, model.config.vision)).encode() + b"".join(digests)).hexdigest()
 
 
-def _digest(name: str, tensor: Tensor) -> bytes:
+def _digest(name: str, tensor: Tensor, bar: Bar) -> bytes:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for at in range(0, len(data), PIECE):
+        digest.update(piece := data[at : at + PIECE])
+        bar.advance(len(piece))
     return digest.digest()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llama4.kernels.abi import Matrix
 from llama4.ops import quantized
 from llama4.ops.linear import linear
+from llama4.progress import each
 
 MAX_QUANTIZED_AT_ONCE = 1 << 20
 """Weights that are quantized at a time: bounds the temporary memory."""
@@ -99,7 +100,7 @@ class WeightFormat(ABC):
     def quantize(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """The parts of a matrix, contiguous; scales have its dtype. Works on a few rows at a time."""
         rows = max(1, MAX_QUANTIZED_AT_ONCE // weight_OI.shape[1])
-        blocks = [self._quantize_rows(block) for block in weight_OI.split(rows)]
+        blocks = [self._quantize_rows(block) for block in each(weight_OI.split(rows))]
         return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in self.parts}
 
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
         target: appears complete, under its name, when all is done; it must not hold anything yet.
         layout: a key of `checkpoint.LAYOUTS`: "hf" (one shard at a time is in memory) or "meta" (one rank at a time).
         ranks: files of Meta's layout, one per GPU of Meta's runtime.
-        progress: show a bar, if stderr is a terminal.
+        progress: show a bar, where somebody sees it.
 
     Raises:
         Llama4Error: an unknown layout, a target that is in use, a source that is damaged or cannot be expressed in the
@@ -88,7 +88,7 @@ def quantize(
         shards: the source's weights, if they are on the Hub (see `hub.locate`). They are fetched file by file, and
             deleted when they have been read, so that the disk needs one of them beyond the result.
         max_shard_bytes: more than this and the weights are split.
-        progress: show a bar, if stderr is a terminal.
+        progress: show a bar, where somebody sees it.
         say: called, before anything is fetched, with the room that it takes.
 
     Raises:

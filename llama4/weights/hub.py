@@ -53,7 +53,7 @@ def resolve(
         subfolder: of the directory or repository, where the model is.
         token: for private and gated repositories; by default the one you logged in with.
         select: patterns of the files to fetch, by the model's layout.
-        progress: show the client's bars, if stderr is a terminal.
+        progress: show the client's bars, where somebody sees them.
 
     Raises:
         Llama4Error: no such directory or repository, no access to it, or no way to reach it; or one without a model, or

@@ -1,8 +1,7 @@
-"""What `huggingface_hub` needs around it: its errors in our words, and its progress bars on terminals only."""
+"""What `huggingface_hub` needs around it: its errors in our words, and its progress bars where somebody sees them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from llama4.errors import Llama4Error
+from llama4.progress import has_display
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the client lets through when a connection fails: of httpx or of httpx2, by its version."""
@@ -51,8 +51,8 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
 @contextmanager
 def progress_bars(wanted: bool = True) -> Iterator[None]:
-    """The client's progress bars, on a terminal only: by itself it writes them into pipes too."""
-    hide = not (wanted and sys.stderr.isatty()) and not are_progress_bars_disabled()
+    """The client's progress bars, on a display only: by itself it writes them into pipes too."""
+    hide = not (wanted and has_display()) and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
     try:

@@ -33,7 +33,7 @@ class HubShards:
         folder: in the repository.
         sizes: the files in it -> bytes.
         token: see `hub.resolve`.
-        progress: show the client's bars, if stderr is a terminal.
+        progress: show the client's bars, where somebody sees them.
 
     Attributes:
         downloads: where files are fetched to that are not in the cache. The next one takes the place of the last.

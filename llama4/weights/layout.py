@@ -84,7 +84,7 @@ class CheckpointLayout(ABC):
             name: under which the model is loaded, for its card, of which layouts that are not the Hub's have none.
             ranks: files of Meta's layout, one per GPU.
             max_shard_bytes: most bytes of a file in Hugging Face's layout.
-            progress: show a bar, if stderr is a terminal.
+            progress: show a bar, where somebody sees it.
 
         Raises:
             CheckpointError: a model that the layout has no form for.

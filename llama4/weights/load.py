@@ -7,17 +7,17 @@ one is laid out (`QuantizedWeight`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
+from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 from llama4.weights import memory
@@ -49,7 +49,7 @@ def load(
         device: where they go, and where the model computes.
         experts_device: where routed experts go, if elsewhere.
         memory_map: false copies even what could be mapped, which takes time now and may save some with every token.
-        progress: show a bar, if stderr is a terminal.
+        progress: show a bar, where somebody sees it.
 
     Raises:
         CheckpointError: keys that are missing, unexpected or of another shape, all of them listed; or more weights than
@@ -69,18 +69,25 @@ def load(
         if isinstance(module, QuantizedWeight):
             module.choose_layout(device)
     placement.check_room(model, names)
-    for name in tqdm(names, "loading", unit="tensor", disable=None if progress else True, leave=False):
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if _is_part(module, leaf):
-            module.set_part(leaf, placement.part(name, module, leaf))
-            continue
-        values = placement.parameter(name, module)
-        parameter = nn.Parameter(values, requires_grad=values.is_floating_point())
-        for alias in aliases[name]:
-            path, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(path), leaf, parameter)
+    sizes = {name: source.spec(name).nbytes for name in names}
+    with Bar("loading", sum(sizes.values()), "bytes", shown=progress) as bar:
+        for name, size in sizes.items():
+            with bar.step(size):
+                _load_one(model, name, aliases, placement)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
+
+
+def _load_one(model: nn.Module, name: str, aliases: Mapping[str, Sequence[str]], placement: _Placement) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if _is_part(module, leaf):
+        module.set_part(leaf, placement.part(name, module, leaf))
+        return
+    values = placement.parameter(name, module)
+    parameter = nn.Parameter(values, requires_grad=values.is_floating_point())
+    for alias in aliases[name]:
+        path, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(path), leaf, parameter)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,19 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from llama4.progress import PIECE, each
+
 REGION = 64 << 20
 """Bytes that are reserved at once; pages that are never written to take no memory."""
 _PAGE = 2 << 20
 _CACHE_LINE = 64
+_PIECE_NUMBERS = PIECE // 2
 _MIN_TRIM = 8 << 20
 """Size of a tensor after which malloc is asked to return freed memory."""
 _MAX_FREE, _MAX_REUSED_BLOCK = 512 << 20, 256 << 20
@@ -71,7 +75,17 @@ def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous copy in large pages, or the tensor itself if it is that already."""
     if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.contains(tensor):
         return tensor
-    return empty(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
+    copy = empty(tuple(tensor.shape), dtype or tensor.dtype)
+    for target, values in each(list(zip(in_pieces(copy), in_pieces(tensor), strict=True))):
+        target.copy_(values)
+    return copy
+
+
+def in_pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor in runs of its first dimension, as many in another dtype: so that the work on it can be interrupted."""
+    if not tensor.ndim or not tensor.numel():
+        return (tensor,)
+    return tensor.split(max(1, _PIECE_NUMBERS * len(tensor) // tensor.numel()))
 
 
 def release(tensor: Tensor) -> None:

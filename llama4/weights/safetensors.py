@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from llama4.errors import CheckpointError, ConfigError, Llama4Error
+from llama4.files import write_pieces
+from llama4.progress import Bar
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import MAX_INDEX_BYTES, check_regular, check_size, read_json
@@ -36,6 +36,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 Header: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -183,24 +184,20 @@ def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, p
     """Write tensors under their names, in shards of at most so many bytes and an index if one file is not enough.
 
     They are in the order of the files that they come from, so that each of these is read once. Shards that are there
-    already are of a run that was interrupted, and are left. One shard at a time is in memory.
+    already are of a run that was interrupted, and are left. One tensor at a time is in memory.
     """
     keys = sorted(files.names(), key=lambda key: files.origin(key).file or "")
     sizes = {key: files.spec(key).nbytes for key in keys}
     shards = list(_shards(sizes, max_shard_bytes))
     places: dict[str, str] = {}
-    with tqdm(total=len(sizes), desc="writing", unit="tensor", disable=None if progress else True, leave=False) as bar:
+    with Bar("writing", sum(sizes.values()), "bytes", shown=progress) as bar:
         for i, shard in enumerate(shards):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             places |= dict.fromkeys(shard, name)
             if (directory / name).exists():
-                bar.update(len(shard))
+                bar.advance(sum(sizes[key] for key in shard))
                 continue
-            tensors = {}
-            for key in shard:
-                tensors[key] = files.read(key)
-                bar.update()
-            _save_shard(tensors, directory / name)
+            _save_shard(files, shard, directory / name, bar)
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -218,12 +215,28 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+def _save_shard(files: Source, keys: Sequence[str], path: Path, bar: Bar) -> None:
+    """Write a file, tensor after tensor in the order in which they are read; each to its place, which the header says
+    before. Places are in the order of the package's own writer: by size of the dtype, so that all are aligned.
+    """
+    specs = {key: files.spec(key) for key in keys}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    for key, spec in sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        places[key], end = end, end + spec.nbytes
+        header[key] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [places[key], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     unfinished = path.with_suffix(".unfinished")
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, unfinished, metadata={"format": "pt"})
-    except Exception as error:  # safetensors wraps the system's error in one of its own
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path.name}: {error}") from error
+    with unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, spec in specs.items():
+            with bar.step(spec.nbytes):
+                tensor = files.read(key)
+                assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), key
+                file.seek(8 + len(text) + places[key])
+                write_pieces(file, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.truncate(8 + len(text) + end)
     unfinished.chmod(0o644)
     unfinished.replace(path)

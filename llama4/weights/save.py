@@ -74,7 +74,7 @@ def save(
         side_files: what stood beside the weights where the model comes from; written again but for what changed.
         name: under which the model is loaded, for its card; by default that of the directory.
         max_shard_bytes: more than this and the weights are split, with an index.
-        progress: show a bar, if stderr is a terminal.
+        progress: show a bar, where somebody sees it.
         stamp: what the result depends on, in words. With it the shards that are done survive an interruption, and the
             next run with the same stamp continues after them.
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families import family_of
 from llama4.families.names import HEAD
+from llama4.progress import Bar, each
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights import memory
@@ -51,15 +51,17 @@ def verify(
     if lost := sorted(names - set(written.names())):
         raise CheckpointError("the converted checkpoint lacks tensors of its source; nothing is kept of it", lost)
     different = []
-    bar = tqdm(written.names(), "checking", unit="tensor", disable=None if progress else True, leave=False)
-    for name in bar:
-        there = name if name in names else tied.get(name, name)
-        ours, theirs = written.read(name), source.read(there)
-        if not _is_same(ours, theirs):
-            different.append(name)
-        for side, tensor, its_name in ((written, ours, name), (source, theirs, there)):
-            if side.is_mapped(its_name):
-                memory.release(tensor)
+    sizes = {name: written.spec(name).nbytes for name in written.names()}
+    with Bar("checking", sum(sizes.values()), "bytes", shown=progress) as bar:
+        for name, size in sizes.items():
+            with bar.step(size):
+                there = name if name in names else tied.get(name, name)
+                ours, theirs = written.read(name), source.read(there)
+                if not _is_same(ours, theirs):
+                    different.append(name)
+                for side, tensor, its_name in ((written, ours, name), (source, theirs, there)):
+                    if side.is_mapped(its_name):
+                        memory.release(tensor)
     if different:
         raise CheckpointError(
             f"{len(different)} tensors of the converted checkpoint are not those of its source, the first is "
@@ -83,7 +85,10 @@ def _compare_tokenizers(source: Tokenizer, written: Tokenizer | None) -> None:
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Bit by bit, so that NaN is NaN."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return a.dtype == b.dtype and torch.equal(a.view(bits[a.itemsize]), b.view(bits[b.itemsize]))
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pieces = zip(*(memory.in_pieces(tensor.view(bits[tensor.itemsize])) for tensor in (a, b)), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in each(list(pieces)))
 
 
 def _prompt(tokenizer: Tokenizer | None, config: Llama4Config) -> list[int]:

@@ -266,14 +266,3 @@ def test_leaving_in_the_middle_leaves_no_trace(model: Llama4Model, tokenizer: To
     assert torch.is_grad_enabled()
     events.close()  # type: ignore[attr-defined]
     assert run(model, tokenizer, inputs, max_new_tokens=6) == expected
-
-
-def test_long_prompts_show_progress_on_a_terminal_only(
-    model: Llama4Model, processor: Processor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", 20)
-    prefill(model, processor(question(LONG)), model.new_cache(1), progress=True)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    prefill(model, processor(question(LONG)), model.new_cache(1), progress=True)
-    assert "reading" in capsys.readouterr().err

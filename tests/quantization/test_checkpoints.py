@@ -330,8 +330,8 @@ SLOW = """
 import sys, time
 import llama4.weights.safetensors as saver
 save = saver._save_shard
-def slow(shard, path):
-    save(shard, path)
+def slow(files, keys, path, *others):
+    save(files, keys, path, *others)
     print(path.name, flush=True)
     time.sleep(0.3)
 saver._save_shard = slow

@@ -1,0 +1,151 @@
+"""Progress bars: one spelling for all that may take longer than two seconds.
+
+Whoever works in steps opens a `Bar`, and wraps each in `step`. What happens inside a step, in whatever file, goes
+through its parts with `each`, which moves the bar, and needs to know nothing of it.
+
+A bar is seen on a terminal or in a notebook (with `ipywidgets`, as a widget), never in a pipe or a log file.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DELAY = 0.5
+"""Seconds before a bar appears: what is done by then needs none."""
+TICK = 0.5
+"""Seconds after which the time on a bar moves by itself."""
+PIECE = 16 << 20
+"""Bytes of a large tensor that are read, copied or written at once: so a bar moves, and Ctrl-C is answered."""
+
+_UNITS: dict[str, dict[str, Any]] = {
+    "bytes": {"unit": "B", "unit_scale": True, "unit_divisor": 1024},
+    "tokens": {"unit": " tokens", "unit_scale": True},
+    "tiles": {"unit": " tiles", "unit_scale": True},
+    "steps": {"unit": " steps", "unit_scale": True},
+    "": {"bar_format": "{desc}: {elapsed}"},
+}
+
+_current: ContextVar[Bar | None] = ContextVar("bar", default=None)
+
+
+def has_display() -> bool:
+    """Whether somebody sees what goes to stderr while it comes: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or in_notebook()
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, whose stderr is no terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class Bar:
+    """What is being done, how much of it is, the rate, and the time that is left. To be used in a `with`.
+
+    Args:
+        doing: "loading".
+        total: of all steps; None if nobody knows, and only the time is shown.
+        unit: "bytes", "tokens", "tiles" or "steps".
+        shown: false shows nothing, nor does any bar that is opened inside.
+        done: say so when all is done; else nothing is left of the bar.
+    """
+
+    def __init__(
+        self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True, done: str | None = None
+    ) -> None:
+        outer = _current.get()
+        self.shown = shown and (outer is None or outer.shown)
+        self._bar: Any = None
+        self._settings = {"desc": doing, "total": total, **_UNITS[unit]}
+        self._done = done
+        self._at = self._begin = self._extent = 0.0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._outer: Token[Bar | None] | None = None
+
+    def advance(self, amount: float) -> None:
+        """So much more is done. Any thread may say so."""
+        with self._lock:
+            self._at += amount
+            self._show(self._at)
+
+    def describe(self, doing: str) -> None:
+        """What is being done now."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.set_description(doing, refresh=False)
+
+    @contextmanager
+    def step(self, amount: float) -> Iterator[None]:
+        """What happens inside is so much; its parts are what `each` goes through."""
+        self._begin, self._extent = self._at, amount
+        yield
+        self._extent = 0.0
+        self.advance(amount)
+
+    def each(self, items: Sequence[T]) -> Iterator[T]:
+        """See `each`."""
+        begin, extent = self._begin, self._extent
+        self._extent = extent / max(len(items), 1)
+        for i, item in enumerate(items):
+            self._begin = begin + i * self._extent
+            with self._lock:
+                self._show(self._begin)
+            yield item
+        self._begin, self._extent = begin, extent
+
+    def __enter__(self) -> Bar:
+        self._outer = _current.set(self)
+        if self.shown and has_display():
+            from tqdm.auto import tqdm  # a notebook's, in a notebook
+
+            leave = self._done is not None
+            self._bar = tqdm(**self._settings, leave=leave, delay=DELAY, mininterval=0.1, miniters=0, smoothing=0)
+            threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._outer is not None
+        _current.reset(self._outer)
+        self._closed.set()
+        if self._bar is None:
+            return
+        with self._lock:
+            if error is None:
+                if self._done is not None:
+                    self._bar.set_description(self._done, refresh=False)
+                self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
+                self._bar.mininterval = 0
+                self._bar.update(0)
+            self._bar.close()
+
+    def _show(self, at: float) -> None:
+        if self._bar is not None and at > self._bar.n:
+            self._bar.update(at - self._bar.n)
+
+    def _tick(self) -> None:
+        """The first time after DELAY, even where a single step takes long."""
+        wait = DELAY
+        while not self._closed.wait(wait):
+            wait = TICK
+            with self._lock:
+                if not self._closed.is_set():
+                    self._bar.update(0)
+
+
+def each(items: Sequence[T]) -> Iterator[T]:
+    """The parts of the step that some bar is at, one after the other; each is the same share of it, and may have parts
+    itself. A bar does not go back: what goes through the same tensor twice is seen once. Without a bar, just the items.
+    """
+    bar = _current.get()
+    return iter(items) if bar is None else bar.each(items)

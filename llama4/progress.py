@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 DELAY = 0.5
 """Seconds before a bar appears: what is done by then needs none."""
+INTERVAL = 0.1
+"""Seconds from which a bar is drawn anew when something is done."""
 TICK = 0.5
 """Seconds after which the time on a bar moves by itself."""
 PIECE = 16 << 20
@@ -47,6 +50,13 @@ def in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
+class Items(Protocol[T_co]):
+    """What can be counted, and gone through."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
 class Bar:
     """What is being done, how much of it is, the rate, and the time that is left. To be used in a `with`.
 
@@ -62,7 +72,7 @@ class Bar:
         self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True, done: str | None = None
     ) -> None:
         outer = _current.get()
-        self.shown = shown and (outer is None or outer.shown)
+        self.shown: bool = shown and (outer is None or outer.shown)
         self._bar: Any = None
         self._settings = {"desc": doing, "total": total, **_UNITS[unit]}
         self._done = done
@@ -77,12 +87,6 @@ class Bar:
             self._at += amount
             self._show(self._at)
 
-    def describe(self, doing: str) -> None:
-        """What is being done now."""
-        if self._bar is not None:
-            with self._lock:
-                self._bar.set_description(doing, refresh=False)
-
     @contextmanager
     def step(self, amount: float) -> Iterator[None]:
         """What happens inside is so much; its parts are what `each` goes through."""
@@ -91,7 +95,7 @@ class Bar:
         self._extent = 0.0
         self.advance(amount)
 
-    def each(self, items: Sequence[T]) -> Iterator[T]:
+    def each(self, items: Items[T]) -> Iterator[T]:
         """See `each`."""
         begin, extent = self._begin, self._extent
         self._extent = extent / max(len(items), 1)
@@ -108,7 +112,7 @@ class Bar:
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
             leave = self._done is not None
-            self._bar = tqdm(**self._settings, leave=leave, delay=DELAY, mininterval=0.1, miniters=0, smoothing=0)
+            self._bar = tqdm(**self._settings, leave=leave, delay=DELAY, mininterval=INTERVAL, miniters=0, smoothing=0)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
 
@@ -123,7 +127,7 @@ class Bar:
         with self._lock:
             if error is None:
                 if self._done is not None:
-                    self._bar.set_description(self._done, refresh=False)
+                    self._bar.set_description_str(self._done, refresh=False)
                 self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
                 self._bar.mininterval = 0
                 self._bar.update(0)
@@ -143,7 +147,7 @@ class Bar:
                     self._bar.update(0)
 
 
-def each(items: Sequence[T]) -> Iterator[T]:
+def each(items: Items[T]) -> Iterator[T]:
     """The parts of the step that some bar is at, one after the other; each is the same share of it, and may have parts
     itself. A bar does not go back: what goes through the same tensor twice is seen once. Without a bar, just the items.
     """

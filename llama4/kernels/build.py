@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from llama4.kernels import abi
+from llama4.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,12 @@ def _text(name: str) -> str:
 def _build(text: str, path: Path) -> Path:
     from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
-    if sys.stderr.isatty():
-        print("compiling the CPU kernels, once; this takes some seconds", file=sys.stderr)
     chatty = logging.getLogger("torch.utils.cpp_extension")  # which misses a GPU here
     level = chatty.level
     chatty.setLevel(logging.ERROR)
     try:
-        built = CppCodeCache.load(text, extra_flags=FLAGS)
+        with Bar("compiling the CPU kernels, once", done="the CPU kernels are compiled"):
+            built = CppCodeCache.load(text, extra_flags=FLAGS)
     finally:
         chatty.setLevel(level)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class QuantizingSource:
             parts = self._quantize(tensor, format)
         else:
             parts = {}
-            for i, expert_IO in enumerate(each(tensor)):
+            for i, expert_IO in enumerate(each(tensor.unbind())):
                 for part, values in self._quantize(expert_IO.mT, format).items():
                     if i == 0:
                         parts[part] = values.new_empty(len(tensor), *values.shape)

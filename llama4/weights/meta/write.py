@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD
+from llama4.files import write_pieces
+from llama4.progress import Bar
 from llama4.weights.meta.names import pieces
 from llama4.weights.meta.source import RANK_FILE
 from llama4.weights.source import Source
@@ -33,21 +36,38 @@ def write_ranks(
     for name, its_pieces in table.items():
         for at, piece in enumerate(its_pieces):
             parts.setdefault(piece.key, []).append((piece.share, name, at))
-    bar = tqdm(total=ranks * len(parts), desc="writing", unit="tensor", disable=None if progress else True, leave=False)
-    with bar:
+    total = sum(source.spec(tied.get(name, name)).nbytes for name in table)
+    with Bar("reading and writing", 2 * total, "bytes", shown=progress) as bar:
         for rank in range(ranks):
             state = {}
             for key, owners in parts.items():
-                slices = []
-                for _, name, at in sorted(owners):
-                    parameter = source.read(tied.get(name, name)).chunk(len(table[name]), dim=-1)[at]
-                    slices.append(table[name][at].slice(parameter, rank, ranks))
-                state[key] = (
-                    torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
-                )
-                bar.update()
-            with _named(directory / RANK_FILE.format(rank)) as path:
-                torch.save(state, path)
+                size = sum(source.spec(tied.get(name, name)).nbytes // len(table[name]) for _, name, _ in owners)
+                with bar.step(size / ranks):
+                    slices = []
+                    for _, name, at in sorted(owners):
+                        parameter = source.read(tied.get(name, name)).chunk(len(table[name]), dim=-1)[at]
+                        slices.append(table[name][at].slice(parameter, rank, ranks))
+                    state[key] = (
+                        torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
+                    )
+            with (directory / RANK_FILE.format(rank)).open("wb") as file, _own_errors():
+                torch.save(state, _Pieces(file, bar))
+
+
+class _Pieces(io.RawIOBase):
+    """A file for `torch.save`, which gives it a tensor at a time."""
+
+    def __init__(self, file: BinaryIO, bar: Bar) -> None:
+        self._file, self._bar = file, bar
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        with self._bar.step(len(data)):
+            write_pieces(self._file, data)
+        return len(data)
 
 
 def _check_ranks(config: Llama4Config, ranks: int) -> None:
@@ -75,9 +95,9 @@ def _check_ranks(config: Llama4Config, ranks: int) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[Path]:
-    """torch reports a full disk as a RuntimeError; make it the system's own."""
+def _own_errors() -> Iterator[None]:
+    """After what goes wrong in `_Pieces`, Ctrl-C or a full disk, torch fails to close its archive, and says that."""
     try:
-        yield path
+        yield
     except RuntimeError as error:
-        raise OSError(f"{path.name}: {error}") from error
+        raise error.__context__ or error from None

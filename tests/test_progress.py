@@ -114,6 +114,10 @@ def saving_a_cache(llm: Llama4, plain: Path) -> None:
     PromptCache(llm.model, cache, ids[0], progress=True).save(plain.parent / "cache")
 
 
+def converting(llm: Llama4, plain: Path) -> None:
+    write_ranks(ModelSource(llm.model), llm.config, plain, 2, progress=True)
+
+
 WAITS: dict[str, tuple[str, int, Callable[[Llama4, Path], Any]]] = {
     "loading": ("loading", 50, loading),
     "quantizing while loading": (
@@ -237,7 +241,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
                 values.append(("at", value))
 
     shell = types.SimpleNamespace(kernel=object())
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     for name in ("HTML", "IProgress", "TqdmHBox"):
         monkeypatch.setattr(tqdm.notebook, name, Widget, raising=False)
     monkeypatch.setattr(tqdm.notebook, "display", lambda container: values.append(("shown", 0)), raising=False)
@@ -261,13 +265,13 @@ def test_a_notebook_without_widgets_has_text(
     llm: Llama4, plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell = types.SimpleNamespace(kernel=object())
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     loading(llm, plain)
     assert percentages(capsys.readouterr().err, "loading")[-1] == 100
 
 
 def test_ipython_in_a_pipe_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
     assert not progress.in_notebook()
 
 

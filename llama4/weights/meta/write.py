@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -51,7 +51,7 @@ def write_ranks(
                         torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
                     )
             with (directory / RANK_FILE.format(rank)).open("wb") as file, _own_errors():
-                torch.save(state, _Pieces(file, bar))
+                torch.save(state, cast(IO[bytes], _Pieces(file, bar)))
 
 
 class _Pieces(io.RawIOBase):

@@ -120,7 +120,8 @@ def _local_path(url: str) -> Path:
 def _decode_base64(text: str) -> bytes | None:
     """The bytes that a text is in base64; None if it is not, or too short to be an image."""
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        letters = "".join(text.split()).rstrip("=")
+        data = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError):
         return None
     return data if len(data) >= MIN_IMAGE_BYTES else None

@@ -26,6 +26,7 @@ from llama4.weights.unreadable import GGUF, files_in, why_unreadable
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ADDRESS = re.compile(rf"(?:https?://[^/]+|hf:/)/({_HUB_ID.pattern})")
 
 
 def all_files(layout: CheckpointLayout) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def resolve(
     if str(name) in EMBEDDED:
         return EMBEDDED[str(name)]
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and name != "":
         path = path / folder
         if not path.is_dir():
             raise Llama4Error(f"{name} has no subfolder {subfolder!r}; check its name")
@@ -71,13 +72,12 @@ def resolve(
             raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path
     if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            raise CheckpointError(f"{name} cannot be loaded: it is {GGUF}")
-        raise Llama4Error(f"{name} is a file; name the directory that holds config.json and the weights")
+        raise CheckpointError(f"{name} cannot be loaded: {_why_no_directory(path)}")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
+        address = _HUB_ADDRESS.match(str(name))
         raise Llama4Error(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
-            "'organisation/name'"
+            f"{address[1] if address else 'organisation/name'!r}"
         )
     with hub_errors(name, revision), progress_bars(progress):
         for layout in LAYOUTS.values():
@@ -144,6 +144,17 @@ def _checked(subfolder: str | None) -> PurePosixPath:
     if folder.is_absolute() or ".." in folder.parts:
         raise Llama4Error(f"subfolder is {subfolder!r}; name one inside the model's directory")
     return folder
+
+
+def _why_no_directory(path: Path) -> str:
+    """Why a file is given in vain."""
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf":
+            return f"it is {GGUF}"
+    if _is_complete(path.parent):
+        return f"it is a file; name the directory {path.parent}"
+    why = why_unreadable([path.name])
+    return why or "it is a file; name the directory that holds config.json and the weights"
 
 
 def _is_complete(directory: Path) -> bool:

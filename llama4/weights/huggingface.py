@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llama4Config
+from llama4.config.typed import read_value
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
 from llama4.families.names import VISION
@@ -128,8 +129,9 @@ def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
     content = config.quantization_config
     if content is None:
         return None
-    if content.get("quant_method") in QUANT_METHODS:
-        return QUANT_METHODS[content["quant_method"]]
+    name = read_value(str | None, content.get("quant_method"), "quant_method", "quantization_config")
+    if name in QUANT_METHODS:
+        return QUANT_METHODS[name]
     raise unread_method(directory, content, QUANT_METHODS)
 
 

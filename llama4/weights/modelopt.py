@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llama4.config.typed import section
 from llama4.errors import CheckpointError
 from llama4.ops.fp8 import E4M3
 from llama4.quantization.fp4 import Fp4, Mxfp4, Nvfp4
@@ -39,8 +40,9 @@ class ModelOpt(QuantMethod):
     name = "modelopt"
 
     def check(self, content: Mapping[str, Any]) -> None:
-        layers = content.get("quantized_layers") or {}
-        found = {layer.get("quant_algo") for layer in layers.values()} or {content.get("quant_algo")}
+        layers = section(content, "quantized_layers", "ModelOpt's configuration")
+        found = {section(layers, name, "quantized_layers").get("quant_algo") for name in layers}
+        found = found or {content.get("quant_algo")}
         algorithms = {str(algorithm).upper() for algorithm in found if algorithm is not None}  # None: the cache alone
         if unknown := sorted(algorithms - {*_ALGORITHMS}):
             raise CheckpointError(
@@ -73,7 +75,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     """
     if not (directory / CONFIG_FILE).is_file():
         return None
-    return {"quant_method": ModelOpt.name, **(read_json(directory / CONFIG_FILE).get("quantization") or {})}
+    return {"quant_method": ModelOpt.name, **section(read_json(directory / CONFIG_FILE), "quantization", CONFIG_FILE)}
 
 
 class _Matrices:
@@ -89,7 +91,7 @@ class _Matrices:
     """
 
     def __init__(self, source: Source, values: str, scale: str) -> None:
-        if scale not in (present := set(source.names())):
+        if scale not in (present := source.names()):
             raise CheckpointError(
                 "of what ModelOpt quantized a scale is missing; fetch it again", [source.origin(scale).key]
             )

@@ -80,6 +80,8 @@ def why_unreadable(files: Collection[str]) -> str | None:
     models = (f"/{CONFIG_FILE}", f"/{PARAMS_FILE}")
     folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(models)})
     reasons = [reason for pattern, reason in _FOREIGN.items() if _match(files, pattern)][:1]
+    if not reasons and not folders and (elsewhere := fnmatch.filter(files, "*/*.gguf")):
+        reasons.append(f"its weights ({elsewhere[0]}) are {GGUF}")
     if PARAMS_FILE not in here and (meta := fnmatch.filter(here, "consolidated.*.pth")):
         reasons.append(f"{PARAMS_FILE} does not stand beside Meta's {meta[0]}; fetch it, too")
     elif pickles := [file for file in here if file.endswith(_PICKLES) and file != "training_args.bin"]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama4.api import Llama4
-from llama4.errors import CheckpointError, ConfigError
+from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.weights.checkpoint import open_checkpoint
 from tests import small_model
 
@@ -51,6 +51,8 @@ def refusal(path: Path) -> str:
             r"holds model-.*, but no model\.safetensors\.index\.json",
         ),
         (["README.md"], r"config\.json does not exist"),
+        (["UD-Q4_K_XL/model-00001-of-00002.gguf"], r"its weights \(UD-Q4_K_XL/model-.*\.gguf\) are GGUF"),
+        (["config.json", "Q4/a.gguf", "Q8/a.gguf"], r"its weights \(Q[48]/a\.gguf\) are GGUF"),
         (["8b/config.json", "8b/model.safetensors"], r"there is a model in '8b': name it with subfolder='8b'"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
@@ -64,9 +66,39 @@ def test_what_a_directory_is(tmp_path: Path, files: list[str], reason: str) -> N
     assert re.search(reason, message), message
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert "a.gguf cannot be loaded: it is GGUF, llama.cpp's format" in refusal(tmp_path / "a.gguf")
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.gguf", b"GGUF", "it is GGUF, llama.cpp's format"),
+        ("a.bin", b"GGUF\3", "it is GGUF, llama.cpp's format"),
+        ("pytorch_model.bin", b"PK", r"its weights are pickles \(pytorch_model\.bin\)"),
+        ("model.onnx", b"", "its weights are ONNX; take the safetensors"),
+        ("model.safetensors", b"", r"config\.json does not stand beside model\.safetensors"),
+        ("tokenizer.json", b"{}", "it is a file; name the directory that holds config.json and the weights"),
+    ],
+)
+def test_a_file(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert re.search(rf"{re.escape(name)} cannot be loaded: {reason}", refusal(tmp_path / name))
+
+
+def test_a_file_of_a_model(tmp_path: Path) -> None:
+    directory = small_model.write(tmp_path / "model")
+    assert refusal(directory / "model.safetensors").endswith(f"it is a file; name the directory {directory}")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "'' is no model"),
+        ("https://huggingface.co/org/name", "a Hub id like 'org/name'"),
+        ("hf://org/name", "a Hub id like 'org/name'"),
+        ("llama4:scout", "a Hub id like 'organisation/name'"),
+    ],
+)
+def test_names_that_are_none(name: str, words: str) -> None:
+    with pytest.raises(Llama4Error, match=words):
+        Llama4.from_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model", "preprocessor_config.json"])
@@ -106,6 +138,22 @@ def test_quantized_in_ways_that_are_not_read(tmp_path: Path, changes: dict[str, 
         return
     wanted = rf"config\.json says that its weights are quantized by {method}, which .* take the model in the format of"
     with pytest.raises(CheckpointError, match=wanted):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("content", ["int4", ["int4"], {"quant_method": ["awq"]}])
+def test_a_quantization_config_of_the_wrong_kind(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"has (quantization_config|quant_method) = .*, which must be (an object|a text)"
+    ):
+        open_checkpoint(edited(tmp_path / "model", quantization_config=content))
+
+
+@pytest.mark.parametrize("content", [5, {"quant_algo": "MIXED_PRECISION", "quantized_layers": [1]}])
+def test_modelopts_file_of_the_wrong_kind(tmp_path: Path, content: Any) -> None:
+    directory = small_model.write(tmp_path / "model")
+    (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": content}))
+    with pytest.raises(ConfigError, match=r"has (quantization|quantized_layers) = .*, which must be an object"):
         open_checkpoint(directory)
 
 

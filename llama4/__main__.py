@@ -1,10 +1,22 @@
-"""`python -m llama4` is the command `llama4`."""
+"""The command `llama4`, and `python -m llama4`."""
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
-from llama4.cli.main import main
+
+def run() -> NoReturn:
+    """Ctrl-C is answered while the rest is imported, too."""
+    from llama4.cli.interrupts import leave, say_interrupted
+
+    try:
+        from llama4.cli.main import command
+
+        command()
+    except KeyboardInterrupt:
+        say_interrupted()
+        leave()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

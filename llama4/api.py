@@ -180,7 +180,7 @@ class Llama4:
         if quantization is not None:
             source = quantized(source, quantization, parts=family.quantizable)
         home = resolve_device(experts_device) if experts_device is not None else target
-        room = parse_bytes(experts_memory) if isinstance(experts_memory, str) else experts_memory
+        room = parse_bytes(str(experts_memory)) if experts_memory is not None else None
         tokenizer = family.load_tokenizer(directory, config)
         side_files = SideFiles.read(directory)
         note_ignored(str(name), side_files)

@@ -33,39 +33,51 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def parse_tokens(text: str) -> int:
+MIN_CONTEXT = 256
+"""Tokens of a context that may be given without K or M: who writes 128 means 128K."""
+
+
+def parse_tokens(text: str, least: int = 1) -> int:
     """ "131072", "128K" or "10M" -> tokens. K is 1024 and M 1024^2, as in a window of "10M", which is 10,485,760.
+
+    Args:
+        least: fewer are refused, if they have no unit.
 
     Raises:
         Llama4Error: anything else.
     """
-    return _parse(text, r"([KM]?)", {"": 1, "K": 2**10, "M": 2**20}, "tokens: 131072, 128K or 10M")
+    units = {"": 1, "K": 2**10, "M": 2**20}
+    return _parse(text, r"([KM]?)", units, "tokens: 131072, 128K or 10M", least, "tokens; write {0}K or {0}M")
 
 
 def parse_bytes(text: str) -> int:
-    """ "80GiB" (2^30), "80GB" (10^9) -> bytes.
+    """ "80GiB" (2^30), "80GB" (10^9) -> bytes. Less than a MiB needs a unit ("80B"): who writes 80 means 80GiB.
 
     Raises:
         Llama4Error: anything else.
     """
     units = {"": 1} | {f"{prefix}I": 1024**i for i, prefix in enumerate("KMGT", 1)}
     units |= {prefix: 1000**i for i, prefix in enumerate("KMGT", 1)}
-    return _parse(text, r"([KMGT]I?|)B?", units, "a size: 80GiB or 80GB")
+    remedy = "bytes; write {0}GiB, or {0}B if so few are meant"
+    return _parse(text, r"([KMGT]I?|)B?", units, "a size: 80GiB or 80GB", 2**20, remedy)
 
 
 def parse_rate(text: str) -> float:
-    """ "3.35TB/s", "990TFLOP/s", "50G" -> per second, in powers of 1000.
+    """ "3.35TB/s", "990TFLOP/s", "50G" -> per second, in powers of 1000. Less than a million needs a unit.
 
     Raises:
         Llama4Error: anything else.
     """
     units = {"": 1} | {prefix: 1000**i for i, prefix in enumerate("KMGTP", 1)}
-    return float(_parse(text, r"([KMGTP]?)(?:B/S|FLOPS?|FLOPS?/S)?", units, "a rate: 3.35TB/s or 990TFLOP/s"))
+    wanted, remedy = "a rate: 3.35TB/s or 990TFLOP/s", "per second; write {0}G or {0}T"
+    return float(_parse(text, r"([KMGTP]?)(?:B/S|FLOPS?|FLOPS?/S)?", units, wanted, 10**6, remedy))
 
 
-def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str) -> int:
+def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str, least: int, remedy: str) -> int:
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip().upper())
     value = round(float(match[1]) * sizes[match[2]]) if match else 0
     if not value:
         raise Llama4Error(f"{text!r} is not {wanted}")
+    if value < least and not text.strip()[-1].isalpha():
+        raise Llama4Error(f"{text!r} has no unit, so it is {value} {remedy.format(text.strip())}")
     return value

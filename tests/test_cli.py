@@ -134,7 +134,7 @@ def test_ctrl_c_in_mid_stream(directory: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert err == b"\n"
+    assert err == b"llama4: interrupted\n"
 
 
 def test_generate_options_reach_the_model(directory: Path, llm: Llama4, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,6 +413,9 @@ def test_plan_with_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
         (["scout", "--context", "ten"], "'ten'"),
         (["scout", "--device-memory", "80 apples"], "'80 apples'"),
         (["scout", "--memory-rate", "fast"], "'fast'"),
+        (["scout", "--device-memory", "80"], "write 80GiB"),
+        (["scout", "--context", "10"], "write 10K or 10M"),
+        (["scout", "--gemm-rate", "400"], "write 400G or 400T"),
         (["scout", "--devices", "0"], "at least one"),
         (["scout", "--devices", "8", "--tensor-parallel", "3"], "8 key heads"),
         (["guard4", "--weights", "fp8_mixed"], "this model has none"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 
-from llama4.units import bytes_text, parse_bytes, parse_rate, parse_tokens, time_text
+from llama4.units import MIN_CONTEXT, bytes_text, parse_bytes, parse_rate, parse_tokens, time_text
 
 
 def test_tokens_are_binary_as_windows_are() -> None:
@@ -18,8 +21,8 @@ def test_tokens_are_binary_as_windows_are() -> None:
 
 
 def test_bytes_and_rates() -> None:
-    sizes = [parse_bytes(text) for text in ("80GiB", "80GB", "80g", "1.5 TiB", "4096")]
-    assert sizes == [80 * 2**30, 80 * 10**9, 80 * 10**9, 3 * 2**39, 4096]
+    sizes = [parse_bytes(text) for text in ("80GiB", "80GB", "80g", "1.5 TiB", "4096B", "80000000")]
+    assert sizes == [80 * 2**30, 80 * 10**9, 80 * 10**9, 3 * 2**39, 4096, 80_000_000]
     assert [parse_rate(text) for text in ("3.35TB/s", "990TFLOP/s", "400 GFLOPS", "50G")] == [
         3.35e12,
         990e12,
@@ -46,3 +49,18 @@ def test_texts() -> None:
         "11.6 days",
     ]
     assert [bytes_text(n) for n in (100, 2**20, 1.5 * 2**30, 2**52)] == ["100 bytes", "1.0 MiB", "1.5 GiB", "4096 TiB"]
+
+
+@pytest.mark.parametrize(
+    ("read", "remedy"),
+    [
+        (lambda: parse_bytes("80"), "'80' has no unit, so it is 80 bytes; write 80GiB, or 80B if so few are meant"),
+        (lambda: parse_bytes("1048575"), "write 1048575GiB"),
+        (lambda: parse_rate("2.4"), "write 2.4G or 2.4T"),
+        (lambda: parse_tokens("128", MIN_CONTEXT), "'128' has no unit, so it is 128 tokens; write 128K or 128M"),
+    ],
+)
+def test_a_unit_that_was_forgotten(read: Callable[[], object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        read()
+    assert (parse_bytes("1048576"), parse_tokens("256", MIN_CONTEXT), parse_tokens("8")) == (2**20, 256, 8)

@@ -47,10 +47,10 @@ def add_parsers(commands: Any) -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     from llama4.analysis.info import describe_model, find, table
-    from llama4.units import parse_tokens
+    from llama4.units import MIN_CONTEXT, parse_tokens
 
     model = find(options.model, options.revision, subfolder=options.subfolder)
-    context = parse_tokens(options.context) if options.context is not None else None
+    context = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
     facts = describe_model(model, context)
     print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
     return 0
@@ -79,7 +79,8 @@ def run_plan(options: argparse.Namespace) -> int:
         tensor_parallel=options.tensor_parallel,
         device_memory=memory or (cpu.memory_bytes() if on_cpu else hardware.DEVICES[device].memory),
     )
-    context = planner.checked_context(placement, units.parse_tokens(options.context) if options.context else None)
+    wanted = units.parse_tokens(options.context, units.MIN_CONTEXT) if options.context else None
+    context = planner.checked_context(placement, wanted)
     if on_cpu and None in rates:
         reached = cpu.measure_rates(placement)
     else:

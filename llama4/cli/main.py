@@ -8,15 +8,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NoReturn
 
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
 from llama4.cli import analysis, chat, checkpoints, generate
+from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
 from llama4.version import __version__
 
-INTERRUPTED, BROKEN_PIPE = 130, 141
-"""Exit codes of a shell's commands that end by SIGINT and SIGPIPE."""
+BROKEN_PIPE = 141
+"""Exit code of a shell's commands that end by SIGPIPE."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     options = make_parser().parse_args(arguments)
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()
+        with nullcontext() if options.run is chat.run else answered_soon():  # where it only stops a reply
+            code: int = options.run(options)
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say_interrupted()
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
@@ -39,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
         print(f"llama4: error: {error}", file=sys.stderr)
         return 1
+
+
+def command() -> NoReturn:
+    """The command of a shell."""
+    code = main()
+    if code == INTERRUPTED:
+        leave()
+    sys.exit(code)
 
 
 def make_parser() -> argparse.ArgumentParser:

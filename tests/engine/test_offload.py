@@ -106,6 +106,9 @@ def test_what_cannot_be(directory: Path) -> None:
         loaded(directory, experts_memory="8GiB")
     with pytest.raises(ValueError, match=r"'much' is not a size"):
         loaded(directory, experts_device="cpu", experts_memory="much")
+    for forgotten in (8, "8"):
+        with pytest.raises(ValueError, match="write 8GiB"):
+            loaded(directory, experts_device="cpu", experts_memory=forgotten)
     with pytest.raises(ValueError, match=r"device='moon' cannot be used"):
         loaded(directory, experts_device="moon")
 

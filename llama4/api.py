@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config
+from llama4.weights.directory import scratch_directory
 from llama4.weights.ignored import note_ignored
 from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
@@ -449,10 +449,10 @@ class Llama4:
             raise Llama4Error(
                 f"create_pr opens a pull request of its own; leave out revision={revision!r}, or create_pr"
             )
-        with tempfile.TemporaryDirectory() as directory:
-            self._save(Path(directory) / "model", name=repo_id)
+        with scratch_directory(f"push-{repo_id.replace('/', '--')}") as directory:
+            self._save(directory / "model", name=repo_id)
             return hub.push(
-                Path(directory) / "model",
+                directory / "model",
                 repo_id,
                 token=token,
                 private=private,

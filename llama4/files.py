@@ -1,11 +1,17 @@
-"""Files that are complete under their final name or not there at all."""
+"""Files and directories that are complete under their final name or not there at all."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import glob
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,20 +25,21 @@ _SYNC = 256 << 20
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when the block ends well: others see the old content or the new,
     whole. Two that write at once do not meet; the later one stays. Where a reader has mapped the old file, it keeps it.
+    What a killed process left of the same file is deleted.
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
     path = path.resolve()  # a link stays one
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    partial = Path(name)
+    _delete_leftovers(path)
+    descriptor, partial = _temporary_file(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fchmod(file.fileno(), permissions(path))
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)  # while it is locked: another process takes it for no leftover
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -52,12 +59,35 @@ def write_pieces(file: BinaryIO, data: memoryview) -> None:
             os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as `replaced_file` does.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    with replaced_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 def permissions(path: Path) -> int:
     """Those of a file that is there, else what the user's umask leaves of a new one."""
     try:
         return path.stat().st_mode & 0o777
     except OSError:
         return 0o666 & ~_umask()
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content last through a power failure.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:
@@ -72,6 +102,72 @@ def sync_directory(directory: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two files or directories of one file system change names, in one step.
+
+    Raises:
+        OSError: the system, or the file system, cannot.
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+    elif hasattr(libc, "renameat2"):
+        here = -100  # AT_FDCWD
+        failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
+    else:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if failed:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock a file against other processes and threads until it is closed; -> False if another one has.
+
+    Raises:
+        OSError: the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _temporary_file(path: Path) -> tuple[int, Path]:
+    """Beside a file, and locked."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with suppress(OSError):
+            try_lock(descriptor)
+        if is_named(descriptor, Path(name)):
+            return descriptor, Path(name)
+        os.close(descriptor)  # before it was locked it was taken for a leftover
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Temporary files that nobody has locked."""
+    name = re.compile(re.escape(f".{path.name}-") + "[a-z0-9_]{8}")  # tempfile's
+    for found in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        if name.fullmatch(found.name):
+            with suppress(OSError):  # gone, another user's, or where there are no locks
+                descriptor = os.open(found, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if try_lock(descriptor):
+                        found.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def _umask() -> int:

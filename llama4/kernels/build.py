@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from llama4.files import replaced_file
 from llama4.kernels import abi
 from llama4.progress import Bar
 
@@ -122,9 +123,8 @@ def _build(text: str, path: Path) -> Path:
     finally:
         chatty.setLevel(level)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    shutil.copyfile(built._name, unfinished)
-    unfinished.replace(path)
+    with open(built._name, "rb") as library, replaced_file(path) as file:
+        shutil.copyfileobj(library, file)
     return path
 
 

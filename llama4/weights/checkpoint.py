@@ -8,6 +8,7 @@ import torch
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
+from llama4.weights.directory import check_whole
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.meta.layout import MetaLayout
@@ -27,9 +28,10 @@ def layout_of(directory: str | Path) -> CheckpointLayout:
     """The layout of a directory; Hugging Face's, which says what is missing, if it is in none.
 
     Raises:
-        CheckpointError: files that are not there themselves, or files of another format.
+        CheckpointError: files that are not there themselves, files of another format, or of two models.
     """
     directory = Path(directory)
+    check_whole(directory)
     layout = recognised_layout(directory)
     if layout is None:
         if directory.is_dir() and (why := why_unreadable(files_in(directory))):

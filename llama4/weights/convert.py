@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,21 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.units import bytes_text
 from llama4.version import __version__
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
-from llama4.weights.directory import DOWNLOADS, complete_directory, partial_of
+from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES
 from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
-from llama4.weights.save import save
+from llama4.weights.safetensors import stamp_of
+from llama4.weights.save import MODEL_FILES, TEXT_FILES
 from llama4.weights.side_files import SideFiles
 from llama4.weights.source import Copied, Source
+from llama4.weights.stamps import stamp_for
 from llama4.weights.verify import verify
 
 logger = logging.getLogger(__name__)
+
+_FILES = (*MODEL_FILES, *TEXT_FILES)
 
 
 def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int = 1, progress: bool = True) -> None:
@@ -48,9 +51,10 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     source, target = Path(source), Path(target)
     if layout not in LAYOUTS:
         raise Llama4Error(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
-    config, weights, tokenizer = _open(source, target)
-    side_files = SideFiles.read(source)
-    with complete_directory(target) as partial:
+    _check_other(source, target)
+    with complete_directory(target, must_be_free=True, older=_FILES) as partial:
+        config, weights, tokenizer = _open(source)
+        side_files = SideFiles.read(source)
         LAYOUTS[layout].write(
             weights,
             config,
@@ -96,27 +100,35 @@ def quantize(
             disk without the room; or one of its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)
-    config, weights, tokenizer = _open(source, target, shards)
-    weights = quantized(weights, scheme, head=head, parts=family_of(config).quantizable)
+    _check_other(source, target)
     if shards is None:
-        files = sorted(path for path in source.iterdir() if path.is_file())
+        files = sorted(path for path in source.glob("*") if path.is_file())
         of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     else:
         of = [[shards.origin.repo_id, shards.origin.commit, str(shards.folder)]]
-        _check_room(shards, weights, target, say)
-        shards.downloads = partial_of(target) / DOWNLOADS
-        weights = Copied(weights)
-    stamp = {"llama4": __version__, "scheme": [scheme, head, max_shard_bytes], "source": of}
-    save(
-        weights,
-        config,
-        target,
-        tokenizer=tokenizer,
-        side_files=SideFiles.read(source),
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        stamp=json.dumps(stamp),
-    )
+    stamp = stamp_for({"llama4": __version__, "scheme": [scheme, head, max_shard_bytes], "source": of})
+
+    def is_done(path: Path) -> bool:
+        return path.suffix == ".safetensors" and stamp_of(path) == stamp
+
+    with complete_directory(target, must_be_free=True, older=_FILES, keep=is_done) as partial:
+        config, weights, tokenizer = _open(source, shards)
+        weights = quantized(weights, scheme, head=head, parts=family_of(config).quantizable)
+        if shards is not None:
+            _check_room(shards, weights, target, say)
+            shards.downloads = work_of(target) / DOWNLOADS
+            weights = Copied(weights)
+        LAYOUTS["hf"].write(
+            weights,
+            config,
+            tokenizer,
+            partial,
+            side_files=SideFiles.read(source),
+            name=target.resolve().name,
+            max_shard_bytes=max_shard_bytes,
+            stamp=stamp,
+            progress=progress,
+        )
 
 
 def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[str], object]) -> None:
@@ -127,8 +139,8 @@ def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[
     """
     missing = sorted(shards.sizes[file] for file in shards.used if shards.cached(file) is None)
     size, at_once = sum(result.spec(name).nbytes for name in result.names()), sum(missing[-shards.kept :])
-    place, partial = next(folder for folder in target.resolve().parents if folder.is_dir()), partial_of(target)
-    done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    place, work = next(folder for folder in target.resolve().parents if folder.is_dir()), work_of(target)
+    done = sum(path.stat().st_size for path in work.rglob("*/*") if path.is_file())
     free = disk_usage(place).free + done
     say(
         f"{len(missing)} of {len(shards.used)} files, {bytes_text(sum(missing))}, come from the Hub, at most "
@@ -142,12 +154,13 @@ def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[
         )
 
 
-def _open(source: Path, target: Path, shards: HubShards | None = None) -> tuple[Llama4Config, Source, Tokenizer | None]:
-    """A complete checkpoint, to be written to a directory that is free."""
+def _check_other(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the source itself; choose a new directory")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already; choose a new directory, or remove that one first")
+
+
+def _open(source: Path, shards: HubShards | None = None) -> tuple[Llama4Config, Source, Tokenizer | None]:
+    """A complete checkpoint."""
     config, weights = open_checkpoint(source, shards)
     for note in weights.notes:
         logger.warning("%s: %s", source, note)

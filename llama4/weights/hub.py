@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
+from llama4.weights.directory import check_whole
 from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
@@ -68,6 +69,7 @@ def resolve(
         path = path / folder
         if not path.is_dir():
             raise Llama4Error(f"{name} has no subfolder {subfolder!r}; check its name")
+        check_whole(path)
         if select is all_files and not _is_complete(path) and (why := why_unreadable(files_in(path))):
             raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path

@@ -16,6 +16,7 @@ from llama4.reading import MAX_INDEX_BYTES, parse_json
 from llama4.weights.hub_client import hub_errors, progress_bars
 from llama4.weights.safetensors import Header, LocalShards
 from llama4.weights.side_files import HubOrigin
+from llama4.weights.stamps import STAMP
 
 _FIRST_BYTES = 1 << 16
 """Of a file, asked for at once: the header of most."""
@@ -69,7 +70,7 @@ class HubShards:
         self.used = tuple(files)
         with ThreadPoolExecutor(_REQUESTS) as pool:
             for header in pool.map(self._header, files):
-                if any(map(_EXPERT.fullmatch, header)):
+                if any(map(_EXPERT.fullmatch, header.tensors)):
                     self.kept = 2
                 yield header
 
@@ -111,14 +112,14 @@ class HubShards:
             begin += self._read(file, len(begin), 8 + length)
         try:
             content = parse_json(begin[8 : 8 + length], where)
-            content.pop("__metadata__", None)
-            header = {key: (str(each["dtype"]), tuple(map(int, each["shape"]))) for key, each in content.items()}
+            stamp = content.pop("__metadata__", {}).get(STAMP)
+            tensors = {key: (str(each["dtype"]), tuple(map(int, each["shape"]))) for key, each in content.items()}
             end = max((each["data_offsets"][1] for each in content.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{where} has a damaged header ({error}); ask for a new upload") from error
         if 8 + length + end != self.sizes[file]:
             raise CheckpointError(f"{where} is cut short or damaged; ask for a new upload")
-        return header
+        return Header(tensors, stamp)
 
     def _read(self, file: str, start: int, stop: int) -> bytes:
         """Some bytes of a file."""

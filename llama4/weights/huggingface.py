@@ -38,6 +38,7 @@ from llama4.weights.side_files import (
     updated,
 )
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
+from llama4.weights.stamps import new_stamp
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
 
@@ -99,6 +100,7 @@ class HuggingFaceLayout(CheckpointLayout):
         name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        stamp: str | None = None,
         progress: bool = False,
     ) -> None:
         table, content, summary = family_of(config).names(config), None, summarize(source)
@@ -109,7 +111,7 @@ class HuggingFaceLayout(CheckpointLayout):
         _write_side_files(config, tokenizer, side_files, directory)
         if name is not None:
             write_card(directory, name, config, summary, side_files)
-        write_safetensors(FileNames(source, table), directory, max_shard_bytes, progress=progress)
+        write_safetensors(FileNames(source, table), directory, max_shard_bytes, stamp or new_stamp(), progress=progress)
 
 
 def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:

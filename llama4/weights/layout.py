@@ -74,6 +74,7 @@ class CheckpointLayout(ABC):
         name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        stamp: str | None = None,
         progress: bool = False,
     ) -> None:
         """Write a checkpoint into a directory that takes its final name afterwards.
@@ -84,6 +85,7 @@ class CheckpointLayout(ABC):
             name: under which the model is loaded, for its card, of which layouts that are not the Hub's have none.
             ranks: files of Meta's layout, one per GPU.
             max_shard_bytes: most bytes of a file in Hugging Face's layout.
+            stamp: of the files with the weights, see `stamps`; by default a new one.
             progress: show a bar, where somebody sees it.
 
         Raises:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4.errors import CheckpointError, ConfigError, Llama4Error
-from llama4.files import write_pieces
+from llama4.files import replaced_file, write_pieces
 from llama4.progress import Bar
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import MAX_INDEX_BYTES, check_regular, check_size, read_json
 from llama4.weights.source import Origin, Source
+from llama4.weights.stamps import STAMP, check_stamps
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,8 +40,16 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-Header: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
-"""What a file says of its tensors: key -> dtype, in the format's word, and shape."""
+class Header(NamedTuple):
+    """What a file says of its content.
+
+    Attributes:
+        tensors: key -> dtype, in the format's word, and shape.
+        stamp: of those who wrote it, see `stamps`.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    stamp: str | None = None
 
 
 class Shards(Protocol):
@@ -72,7 +81,8 @@ class LocalShards:
         for path in map(self.path, files):
             content = _open(path)
             slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (it has no other way)
-            yield {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            yield Header(tensors, (content.metadata() or {}).get(STAMP))
 
     def path(self, file: str) -> Path:
         return self._directory / file
@@ -98,13 +108,20 @@ class SafetensorsFiles:
         directory: where they are, or would be.
         files: file -> keys that it must hold; None for all that it has.
         shards: the files; by default those in `directory`.
+        stamp: what the index says all of them have; None if it says nothing.
 
     Raises:
         CheckpointError: a file that is missing, cut short or no safetensors file, or that lacks a key the index
-            promises.
+            promises; or files that were not written together.
     """
 
-    def __init__(self, directory: Path, files: Mapping[str, set[str] | None], shards: Shards | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, set[str] | None],
+        shards: Shards | None = None,
+        stamp: str | None = None,
+    ) -> None:
         self._shards = shards if shards is not None else LocalShards(directory)
         if missing := sorted(file for file in files if file not in self._shards):
             raise CheckpointError(
@@ -115,8 +132,11 @@ class SafetensorsFiles:
         self.notes: Sequence[str] = ()
         self._specs: dict[str, TensorSpec] = {}
         self._opened: tuple[str, Any] = ("", None)
-        for (file, promised), header in zip(files.items(), self._shards.headers(files), strict=True):
-            path = directory / file
+        headers = dict(zip(files, self._shards.headers(files), strict=True))
+        stamps = {file: header.stamp for file, header in headers.items()}
+        check_stamps(directory, stamps, stamp, f"; if this is meant, remove {STAMP} from {INDEX_FILE}")
+        for file, promised in files.items():
+            path, header = directory / file, headers[file].tensors
             if promised is not None and promised - header.keys():
                 missing = sorted(promised - header.keys())
                 raise CheckpointError(f"{path} lacks keys that {INDEX_FILE} places in it", missing)
@@ -167,9 +187,11 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
             raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         return SafetensorsFiles(directory, {SINGLE_FILE: None}, shards)
     try:
-        places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+        content = read_json(index, MAX_INDEX_BYTES)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+    places, about = content.get("weight_map"), content.get("metadata")
+    stamp = about.get(STAMP) if isinstance(about, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} is no index of shards: its weight_map names no files; fetch it again")
     files: dict[str, set[str]] = {name: set() for name in sorted(set(places.values()))}
@@ -177,14 +199,25 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
         files[name].add(key)
     if outside := [name for name in files if name in ("", ".", "..") or Path(name).name != name]:
         raise CheckpointError(f"{index} names files outside its directory, which are not opened", outside)
-    return SafetensorsFiles(directory, dict(files), shards)
+    return SafetensorsFiles(directory, dict(files), shards, stamp)
 
 
-def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, progress: bool = False) -> None:
+def stamp_of(path: Path) -> str | None:
+    """The stamp of one file; None if it has none, or is no safetensors file."""
+    try:
+        return next(LocalShards(path.parent).headers([path.name])).stamp
+    except CheckpointError:
+        return None
+
+
+def write_safetensors(
+    files: Source, directory: Path, max_shard_bytes: int, stamp: str, *, progress: bool = False
+) -> None:
     """Write tensors under their names, in shards of at most so many bytes and an index if one file is not enough.
 
     They are in the order of the files that they come from, so that each of these is read once. Shards that are there
-    already are of a run that was interrupted, and are left. One tensor at a time is in memory.
+    already are of a run that was interrupted, and are left. One tensor at a time is in memory. The stamp
+    is that of all shards; a file alone has none.
     """
     keys = sorted(files.names(), key=lambda key: files.origin(key).file or "")
     sizes = {key: files.spec(key).nbytes for key in keys}
@@ -197,9 +230,9 @@ def write_safetensors(files: Source, directory: Path, max_shard_bytes: int, *, p
             if (directory / name).exists():
                 bar.advance(sum(sizes[key] for key in shard))
                 continue
-            _save_shard(files, shard, directory / name, bar)
+            _save_shard(files, shard, directory / name, stamp if len(shards) > 1 else None, bar)
     if len(shards) > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        content = {"metadata": {"total_size": sum(sizes.values()), STAMP: stamp}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -215,12 +248,12 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _save_shard(files: Source, keys: Sequence[str], path: Path, bar: Bar) -> None:
+def _save_shard(files: Source, keys: Sequence[str], path: Path, stamp: str | None, bar: Bar) -> None:
     """Write a file, tensor after tensor in the order in which they are read; each to its place, which the header says
     before. Places are in the order of the package's own writer: by size of the dtype, so that all are aligned.
     """
     specs = {key: files.spec(key) for key in keys}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | ({STAMP: stamp} if stamp is not None else {})}
     places: dict[str, int] = {}
     end = 0
     for key, spec in sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
@@ -228,8 +261,7 @@ def _save_shard(files: Source, keys: Sequence[str], path: Path, bar: Bar) -> Non
         header[key] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [places[key], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with replaced_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, spec in specs.items():
             with bar.step(spec.nbytes):
@@ -238,5 +270,3 @@ def _save_shard(files: Source, keys: Sequence[str], path: Path, bar: Bar) -> Non
                 file.seek(8 + len(text) + places[key])
                 write_pieces(file, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.truncate(8 + len(text) + end)
-    unfinished.chmod(0o644)
-    unfinished.replace(path)

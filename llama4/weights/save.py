@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from llama4.config import Llama4Config
 from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
 from llama4.text.tokenizer import Tokenizer
-from llama4.weights.directory import complete_directory, resumed_directory
-from llama4.weights.huggingface import HuggingFaceLayout
+from llama4.text.tokenizer_config import CONFIG_FILES
+from llama4.weights.checkpoint import LAYOUTS
+from llama4.weights.directory import complete_directory
 from llama4.weights.layout import MAX_SHARD_BYTES
-from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
+from llama4.weights.safetensors import INDEX_FILE
+from llama4.weights.side_files import NO_SIDE_FILES, TEMPLATE_FILES, SideFiles
 from llama4.weights.source import Origin, Source
+
+TEXT_FILES = ("tokenizer.json", "tokenizer.model", *CONFIG_FILES, *TEMPLATE_FILES)
+MODEL_FILES = (
+    INDEX_FILE,
+    *(pattern for layout in LAYOUTS.values() for pattern in layout.weight_files),
+    *(pattern for layout in LAYOUTS.values() for pattern in layout.config_files if pattern not in TEXT_FILES),
+)
+"""Patterns of what is replaced in a directory, as a whole; `TEXT_FILES` by a model with a tokenizer."""
 
 
 class ModelSource:
@@ -63,27 +73,25 @@ def save(
     name: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
-    stamp: str | None = None,
 ) -> None:
     """Write weights, configurations and the tokenizer's files.
 
     Args:
         source: a model, or a checkpoint of which one shard at a time is in memory.
-        directory: see `complete_directory`.
+        directory: see `complete_directory`. What it has of an older model goes.
         tokenizer: the model's.
         side_files: what stood beside the weights where the model comes from; written again but for what changed.
         name: under which the model is loaded, for its card; by default that of the directory.
         max_shard_bytes: more than this and the weights are split, with an index.
         progress: show a bar, where somebody sees it.
-        stamp: what the result depends on, in words. With it the shards that are done survive an interruption, and the
-            next run with the same stamp continues after them.
 
     Raises:
         CheckpointError: the directory cannot be written, or the disk is full; nothing is left half written.
     """
     tensors = ModelSource(source) if isinstance(source, nn.Module) else source
-    with complete_directory(directory) if stamp is None else resumed_directory(directory, stamp) as partial:
-        HuggingFaceLayout().write(
+    older = MODEL_FILES if tokenizer is None else (*MODEL_FILES, *TEXT_FILES)
+    with complete_directory(directory, older=older) as partial:
+        LAYOUTS["hf"].write(
             tensors,
             config,
             tokenizer,

@@ -22,6 +22,7 @@ from llama4.weights.meta.write import write_ranks
 from llama4.weights.safetensors import Shards
 from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, SideFiles, generation_content
 from llama4.weights.source import Source
+from llama4.weights.stamps import new_stamp
 
 _NORM = "language_model.model.norm.weight"
 
@@ -61,6 +62,7 @@ class MetaLayout(CheckpointLayout):
         name: str | None = None,
         ranks: int = 1,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        stamp: str | None = None,
         progress: bool = False,
     ) -> None:
         if source.plan:
@@ -75,7 +77,7 @@ class MetaLayout(CheckpointLayout):
         if GENERATION_FILE not in side_files:  # which tokens end a reply; params.json cannot say it
             write_json(directory / GENERATION_FILE, generation_content(config, side_files))
         write_json(directory / PARAMS_FILE, params)
-        write_ranks(source, config, directory, ranks, progress=progress)
+        write_ranks(source, config, directory, ranks, stamp or new_stamp(), progress=progress)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import re
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -21,10 +23,13 @@ from llama4.reading import check_zip
 from llama4.weights import memory
 from llama4.weights.meta.names import Piece, pieces
 from llama4.weights.source import Origin
+from llama4.weights.stamps import STAMP, check_stamps
 
 RANK_FILE = "consolidated.{:02d}.pth"
 SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_FILES = re.compile(r"consolidated\.(\d\d)\.pth")
+STAMP_RECORD = f".data/{STAMP}"
+"""In the archive that a file is."""
 _DROPPED = re.compile(r"rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
 """Keys that hold no weights of the model: tables, states of training and its statistics."""
 
@@ -42,7 +47,10 @@ class MetaSource:
         self.plan: QuantizationPlan = {}
         self.notes: Sequence[str] = ()
         self._table = pieces(config)
-        self._ranks = [_read(path) for path in _rank_files(Path(directory))]
+        files = _rank_files(Path(directory))
+        stamps = {path.name: _stamp(path) for path in files}
+        check_stamps(Path(directory), stamps, next(iter(stamps.values())))
+        self._ranks = [_read(path) for path in files]
         self._scales = _read_scales(Path(directory), self._ranks, self._table)
         first = self._ranks[0]
         for i, rank in enumerate(self._ranks):
@@ -128,6 +136,16 @@ def _rank_files(directory: Path) -> list[Path]:
     if missing := [name for i in range(count) if (name := RANK_FILE.format(i)) not in names]:
         raise CheckpointError(f"{directory} lacks {len(missing)} of its {count} files; fetch them again", missing)
     return found
+
+
+def _stamp(path: Path) -> str | None:
+    try:
+        with ZipFile(path) as file:
+            records = [name for name in file.namelist() if name.endswith(f"/{STAMP_RECORD}")]
+            with file.open(records[0]) if records else io.BytesIO() as record:
+                return record.read(64).decode("ascii") or None
+    except (BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
+        return None  # whoever reads the tensors will say more
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
+from zipfile import ZipFile
 
 import torch
 
@@ -16,14 +17,15 @@ from llama4.families.names import HEAD
 from llama4.files import write_pieces
 from llama4.progress import Bar
 from llama4.weights.meta.names import pieces
-from llama4.weights.meta.source import RANK_FILE
+from llama4.weights.meta.source import RANK_FILE, STAMP_RECORD
 from llama4.weights.source import Source
 
 
 def write_ranks(
-    source: Source, config: Llama4Config, directory: Path, ranks: int = 1, *, progress: bool = False
+    source: Source, config: Llama4Config, directory: Path, ranks: int, stamp: str, *, progress: bool = False
 ) -> None:
     """Write `consolidated.NN.pth` for each of `ranks`; one rank's share of the model is in memory at a time.
+    All have the stamp, in a record of its own that `torch.load` does not look at.
 
     Raises:
         CheckpointError: a dimension that does not divide by the number of ranks, each named.
@@ -50,8 +52,12 @@ def write_ranks(
                     state[key] = (
                         torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
                     )
-            with (directory / RANK_FILE.format(rank)).open("wb") as file, _own_errors():
+            path = directory / RANK_FILE.format(rank)
+            with path.open("wb") as file, _own_errors():
                 torch.save(state, cast(IO[bytes], _Pieces(file, bar)))
+            with ZipFile(path, "a") as archive:
+                folder = archive.namelist()[0].partition("/")[0]
+                archive.writestr(f"{folder}/{STAMP_RECORD}", stamp)
 
 
 class _Pieces(io.RawIOBase):

@@ -1,0 +1,355 @@
+"""Every writer, ended at every event of its files: what is there afterwards is the old or the new, whole, and a second
+try succeeds and leaves nothing else behind.
+
+    python -m tests.faults.kills [--sample N] [--only NAME] [--folder DIRECTORY]
+
+Prints for each writer and each kind of end (`events.Kind`) how many were tried and how many failed. Some seconds with a
+sample of N events each, as a test of every run; all of them take some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+from unittest import mock
+
+import torch
+
+from llama4 import Llama4
+from llama4.engine.prefix_cache import PromptCache
+from llama4.errors import CheckpointError
+from llama4.weights import directory as directories
+from llama4.weights import hub
+from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
+from llama4.weights.convert import convert, quantize
+from llama4.weights.save import save
+from tests import small_model
+from tests.faults import events
+from tests.faults.events import Kind, Outcome
+
+SHARD = 60_000
+"""Bytes of a file, so that the small model is in several."""
+BROKEN_OFF = "parts of two models"
+"""What is said of a directory that could not be replaced in one step."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One way to write something.
+
+    Attributes:
+        name: of it.
+        prepare: make what is there before, in a folder that is empty.
+        write: write, in such a folder; what it writes is called "target".
+        read: -> what "target" holds, as something to compare.
+        says: "target" may also be refused with these words.
+    """
+
+    name: str
+    prepare: Callable[[Path], object]
+    write: Callable[[Path], object]
+    read: Callable[[Path], Any]
+    says: str | None = None
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_model(folder: Path) -> Any:
+    """All tensors by their bits, and all other files by their content, with what is the user's own."""
+    target = folder / "target"
+    if not target.exists():
+        return None
+    _, source = open_checkpoint(target)
+    tensors = {name: source.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in source.names()}
+    weights = [pattern for layout in LAYOUTS.values() for pattern in layout.weight_files]
+    paths = {path.relative_to(target): path for path in target.rglob("*") if path.is_file()}
+    files = {name: path for name, path in paths.items() if name.parts[0] != directories.INSIDE}
+    beside = {
+        str(name): digest(path)
+        for name, path in files.items()
+        if not any(name.match(pattern) for pattern in (*weights, "*.index.json"))
+    }
+    return {name: hashlib.sha256(value).hexdigest() for name, value in tensors.items()}, beside
+
+
+def read_file(folder: Path) -> Any:
+    return digest(folder / "target") if (folder / "target").exists() else None
+
+
+class Models:
+    """What is written: small random models, and a checkpoint to make others from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.hf = small_model.write(folder / "hf", seed=0)
+        self._let_meta_say_it()
+        (self.hf / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.5}')
+        self.meta = folder / "meta"
+        convert(self.hf, self.meta, "meta", ranks=2, progress=False)
+        self.old, self.new = (Llama4.from_pretrained(self.hf) for _ in range(2))
+        with torch.no_grad():
+            for parameter in self.new.model.parameters():
+                parameter.add_(1)
+        self.old.complete("the cat", max_new_tokens=2)
+        self.new.complete("a longer document about a cat", max_new_tokens=2)
+
+    def _let_meta_say_it(self) -> None:
+        """params.json has fixed values for these."""
+        content = json.loads((self.hf / "config.json").read_text())
+        content["text_config"]["rope_parameters"]["original_max_position_embeddings"] = 8192
+        (self.hf / "config.json").write_text(json.dumps(content))
+        pictures = json.loads((self.hf / "preprocessor_config.json").read_text()) | {"max_patches": 16}
+        (self.hf / "preprocessor_config.json").write_text(json.dumps(pictures))
+
+    def save(self, llm: Llama4, target: Path, shard: int = SHARD) -> None:
+        files = llm.side_files.with_text("NOTICE", str(shard))
+        save(llm.model, llm.config, target, tokenizer=llm.tokenizer, side_files=files, max_shard_bytes=shard)
+
+    def sharded(self, folder: Path) -> None:
+        """An older model in more files, and things of the user's own."""
+        self.save(self.old, folder / "target", SHARD // 2)
+        (folder / "target/notes.txt").write_text("mine")
+        (folder / "target/runs/1").mkdir(parents=True)
+        (folder / "target/runs/1/log").write_text("mine, too")
+
+
+def writers(models: Models) -> Iterator[Writer]:
+    def over_itself(folder: Path) -> None:
+        llm = Llama4.from_pretrained(folder / "target")  # mapped
+        with torch.no_grad():
+            for parameter, value in zip(llm.model.parameters(), models.new.model.parameters(), strict=True):
+                parameter.copy_(value)
+        models.save(llm, folder / "target")
+
+    def in_place(folder: Path) -> None:
+        with mock.patch.object(directories, "exchange", side_effect=OSError(38, "Function not implemented")):
+            models.save(models.new, folder / "target")
+
+    def inside(folder: Path) -> None:
+        with mock.patch.object(os.path, "ismount", lambda path: Path(path).name == "target"):
+            models.save(models.new, folder / "target")
+
+    def int8(folder: Path) -> None:
+        quantize(models.hf, folder / "target", "int8", max_shard_bytes=SHARD // 4, progress=False)
+
+    def half(folder: Path) -> None:
+        count = len(events.run(lambda: int8(folder), folder).events)
+        shutil.rmtree(folder / "target")
+        events.run(lambda: int8(folder), folder, "kill", count // 2)
+        assert list((folder / ".target-partial/content").glob("*.safetensors")), "something is done"
+
+    def push(folder: Path) -> None:
+        def upload(directory: Path, *_: Any, **__: Any) -> str:
+            shutil.copytree(directory, folder / "sent", dirs_exist_ok=True)
+            os.replace(folder / "sent", folder / "target")
+            return ""
+
+        (folder / "temporary").mkdir(exist_ok=True)
+        with mock.patch.object(tempfile, "tempdir", str(folder / "temporary")), mock.patch.object(hub, "push", upload):
+            shutil.rmtree(folder / "target", ignore_errors=True)
+            models.new.push_to_hub("someone/something")
+
+    def cache(llm: Llama4) -> PromptCache:
+        assert llm.cache is not None
+        return llm.cache
+
+    def nothing(folder: Path) -> None:
+        pass
+
+    model = read_model
+    yield Writer("save, nothing there", nothing, lambda f: models.save(models.new, f / "target"), model)
+    yield Writer("save over shards", models.sharded, lambda f: models.save(models.new, f / "target"), model)
+    yield Writer("save over itself", models.sharded, over_itself, model)
+    yield Writer("save, no exchange", models.sharded, in_place, model, BROKEN_OFF)
+    yield Writer("save to a mount", models.sharded, inside, model, BROKEN_OFF)
+    yield Writer("convert to meta", nothing, lambda f: convert(models.hf, f / "target", "meta", progress=False), model)
+    yield Writer("convert to hf", nothing, lambda f: convert(models.meta, f / "target", "hf", progress=False), model)
+    yield Writer("quantize", nothing, int8, model)
+    yield Writer("quantize, resumed", half, int8, model)
+    yield Writer("push", nothing, push, model)
+    yield Writer(
+        "prompt cache",
+        lambda folder: cache(models.old).save(folder / "target"),
+        lambda folder: cache(models.new).save(folder / "target"),
+        read_file,
+    )
+
+
+def names_in(folder: Path) -> list[str]:
+    """All names in a folder but for how many shards there are, which does not matter here."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+class Trial:
+    """A writer in a folder of its own."""
+
+    def __init__(self, writer: Writer, folder: Path) -> None:
+        self.writer = writer
+        self.before, self.folder = folder / "before", folder / "now"
+        self.before.mkdir()
+        writer.prepare(self.before)
+        self.old = self._read(self.before)
+        self._begin()
+        self.whole = events.run(lambda: writer.write(self.folder), self.folder)
+        assert self.whole.error is None, self.whole.error
+        self.new, self.names = self._read(self.folder), names_in(self.folder)
+        assert self.new != self.old
+
+    def failure(self, kind: Kind, at: int) -> str | None:
+        """End the writer at an event; -> what is wrong then."""
+        self._begin()
+        outcome = events.run(lambda: self.writer.write(self.folder), self.folder, kind, at)
+        if kind != "full" and not outcome.killed:
+            return None  # it has fewer events this time
+        if problem := self._wrong(outcome):
+            return problem
+        again = events.run(lambda: self.writer.write(self.folder), self.folder)
+        if self.writer.name in ("convert to meta", "convert to hf", "quantize", "quantize, resumed"):
+            if again.error is not None and not (
+                "exists already" in again.error and self._read(self.folder) == self.new
+            ):
+                return f"a second try: {again.error}"
+        elif again.error is not None:
+            return f"a second try: {again.error}"
+        if self._read(self.folder) != self.new:
+            return "a second try made something else"
+        if names_in(self.folder) != self.names and again.error is None:
+            return f"a second try left {sorted(set(names_in(self.folder)) ^ set(self.names))[:4]}"
+        return None
+
+    def _wrong(self, outcome: Outcome) -> str | None:
+        if outcome.error is not None:  # on a full disk
+            name, _, text = outcome.error.partition(": ")
+            if name not in ("CheckpointError", "ValueError") or "could not write" not in text or "free" not in text:
+                return f"the error is {outcome.error}"
+            if str(self.folder) not in text:
+                return f"no file is named: {text}"
+            if self._read(self.folder) != self.old:
+                return "it failed, and the old is not there any more"
+            if "resumed" not in self.writer.name and "quantize" not in self.writer.name:
+                left = set(names_in(self.folder)) - set(names_in(self.before)) - {"temporary"}
+                left = {name for name in left if not name.startswith("sent")}  # which stands for the Hub
+                if left:
+                    return f"it failed and left {sorted(left)[:4]}"
+            return None
+        try:
+            found = self._read(self.folder)
+        except CheckpointError as error:
+            return None if self.writer.says and self.writer.says in str(error) else f"not to be read: {error}"
+        return None if found in (self.old, self.new) else "neither the old nor the new"
+
+    def _read(self, folder: Path) -> Any:
+        return self.writer.read(folder)
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self.before, self.folder)
+
+
+def both_at_once(models: Models, folder: Path, seed: int) -> str | None:
+    """Two processes save to one target, and one of them is killed from outside; -> what is wrong then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    models.sharded(folder)
+    chance = random.Random(seed)
+    whole = []
+    for llm in (models.old, models.new):
+        shutil.rmtree(folder / "other", ignore_errors=True)
+        shutil.copytree(folder / "target", folder / "other/target")
+        models.save(llm, folder / "other/target")
+        whole.append(read_model(folder / "other"))
+    whole.append(read_model(folder))
+    begin = time.monotonic()
+    processes = [_forked(partial(models.save, llm, folder / "target")) for llm in (models.old, models.new)]
+    time.sleep(chance.uniform(0, 0.5))
+    os.kill(processes[chance.randrange(2)], signal.SIGKILL)
+    for process in processes:
+        os.waitpid(process, 0)
+    if (found := read_model(folder)) not in whole:
+        return "neither of the two nor the old"
+    if found == whole[2] and time.monotonic() - begin > 60:
+        return "nobody wrote"
+    models.save(models.new, folder / "target")
+    left = sorted(path.name for path in folder.iterdir())
+    return None if left == ["other", "target"] and read_model(folder) == whole[1] else f"a third one left {left}"
+
+
+def _forked(action: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return child
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"TQDM_DISABLE": "1"}):
+        yield
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description=__doc__)
+    parser.add_argument("--sample", type=int, metavar="N", help="events of each writer, of each kind")
+    parser.add_argument("--only", default="", metavar="NAME", help="writers with this in their names")
+    parser.add_argument("--folder", type=Path, metavar="DIRECTORY", help="to work in; by default a temporary one")
+    parser.add_argument("--pairs", type=int, default=24, metavar="N", help="times that two write at once")
+    options = parser.parse_args(arguments)
+    if not events.is_supported():
+        print("this needs Linux on x86-64")
+        return 0
+    torch.set_num_threads(1)
+    tried, failed = Counter[str](), Counter[str]()
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, _quiet():
+        folder = Path(name).resolve()
+        models = Models(folder)
+        for writer in writers(models):
+            if options.only not in writer.name:
+                continue
+            place = folder / writer.name.replace(" ", "-").replace(",", "")
+            place.mkdir()
+            trial = Trial(writer, place)
+            count = len(trial.whole.events)
+            for kind in get_args(Kind):
+                numbers: Sequence[int] = range(count)
+                if options.sample is not None and options.sample < count:
+                    numbers = sorted(chance.sample(numbers, options.sample))
+                for at in numbers:
+                    tried[kind] += 1
+                    if problem := trial.failure(kind, at):
+                        failed[kind] += 1
+                        print(f"{writer.name}, {kind} at {at} ({trial.whole.events[at]}): {problem}", flush=True)
+            print(f"{writer.name}: {count} events", flush=True)
+            shutil.rmtree(place)
+        if not options.only or options.only in "two at once":
+            for seed in range(options.pairs):
+                tried["two at once"] += 1
+                if problem := both_at_once(models, folder / "both", seed):
+                    failed["two at once"] += 1
+                    print(f"two at once, {seed}: {problem}", flush=True)
+    for what in tried:
+        print(f"{what}: {tried[what]} tried, {failed[what]} failed")
+    return 1 if any(failed.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

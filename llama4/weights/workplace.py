@@ -72,7 +72,8 @@ def _held(folder: Path, what: str, wait: bool, private: bool) -> int:
     """The folder's lock, open."""
     lock, begin, said = folder / _LOCK, time.monotonic(), False
     while True:
-        folder.mkdir(0o700 if private else 0o777, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700 if private else 0o777)
         with suppress(FileNotFoundError):  # both may be gone again: the one before is done
             names, is_others = os.listdir(folder), private and folder.lstat().st_uid != os.geteuid()
             if folder.is_symlink() or is_others or (names and _LOCK not in names):

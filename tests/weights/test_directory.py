@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,9 @@ class TestOneAtATime:
                     time.sleep(0.001)
                     inside -= 1
 
-        threads = [threading.Thread(target=work) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(5) as pool:
+            for done in [pool.submit(work) for _ in range(5)]:
+                done.result()
         assert (most, names(tmp_path)) == (1, [])
 
     def test_converting_begins_with_the_lock(self, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 def in_metas_layout(model, config, directory):
     with complete_directory(directory) as partial:
-        write_ranks(ModelSource(model), config, partial, 1, "stamp")
+        write_ranks(ModelSource(model), config, partial)
 for write in (save, in_metas_layout):
     try:
         write(small_model.model(), small_model.config(), {str(tmp_path / "model")!r})

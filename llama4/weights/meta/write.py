@@ -22,10 +22,16 @@ from llama4.weights.source import Source
 
 
 def write_ranks(
-    source: Source, config: Llama4Config, directory: Path, ranks: int, stamp: str, *, progress: bool = False
+    source: Source,
+    config: Llama4Config,
+    directory: Path,
+    ranks: int = 1,
+    stamp: str | None = None,
+    *,
+    progress: bool = False,
 ) -> None:
     """Write `consolidated.NN.pth` for each of `ranks`; one rank's share of the model is in memory at a time.
-    All have the stamp, in a record of its own that `torch.load` does not look at.
+    Several have the stamp, in a record of its own that `torch.load` does not look at.
 
     Raises:
         CheckpointError: a dimension that does not divide by the number of ranks, each named.
@@ -55,9 +61,10 @@ def write_ranks(
             path = directory / RANK_FILE.format(rank)
             with path.open("wb") as file, _own_errors():
                 torch.save(state, cast(IO[bytes], _Pieces(file, bar)))
-            with ZipFile(path, "a") as archive:
-                folder = archive.namelist()[0].partition("/")[0]
-                archive.writestr(f"{folder}/{STAMP_RECORD}", stamp)
+            if ranks > 1 and stamp is not None:
+                with ZipFile(path, "a") as archive:
+                    folder = archive.namelist()[0].partition("/")[0]
+                    archive.writestr(f"{folder}/{STAMP_RECORD}", stamp)
 
 
 class _Pieces(io.RawIOBase):

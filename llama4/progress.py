@@ -87,6 +87,12 @@ class Bar:
             self._at += amount
             self._show(self._at)
 
+    def describe(self, doing: str) -> None:
+        """What is being done now."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.set_description_str(doing, refresh=False)
+
     @contextmanager
     def step(self, amount: float) -> Iterator[None]:
         """What happens inside is so much; its parts are what `each` goes through."""
@@ -111,8 +117,8 @@ class Bar:
         if self.shown and has_display():
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
-            leave = self._done is not None
-            self._bar = tqdm(**self._settings, leave=leave, delay=DELAY, mininterval=INTERVAL, miniters=0, smoothing=0)
+            drawn: dict[str, Any] = {"delay": DELAY, "mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
+            self._bar = tqdm(**self._settings, **drawn, leave=self._done is not None)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
 
@@ -124,14 +130,18 @@ class Bar:
         self._closed.set()
         if self._bar is None:
             return
-        with self._lock:
-            if error is None:
-                if self._done is not None:
-                    self._bar.set_description_str(self._done, refresh=False)
-                self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
-                self._bar.mininterval = 0
-                self._bar.update(0)
-            self._bar.close()
+        is_locked = self._lock.acquire(
+            timeout=1
+        )  # after Ctrl-C in tqdm's own lock, `_tick` may wait for that
+        if error is None:
+            if self._done is not None:
+                self._bar.set_description_str(self._done, refresh=False)
+            self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
+            self._bar.mininterval = 0
+            self._bar.update(0)
+        self._bar.close()
+        if is_locked:
+            self._lock.release()
 
     def _show(self, at: float) -> None:
         if self._bar is not None and at > self._bar.n:

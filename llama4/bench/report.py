@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from llama4.bench.peak_rates import PeakRates
+from llama4.progress import Bar
 
 T = TypeVar("T")
 DISTURBED = 0.05
@@ -84,12 +84,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = 
 
 
 def shown(items: Sequence[T], name: Callable[[T], object] = str) -> Iterator[T]:
-    """The items, with a progress bar on a terminal that names the current one."""
-    with tqdm(total=len(items), leave=False, disable=not sys.stderr.isatty()) as bar:
+    """The items, with a progress bar that names the current one."""
+    with Bar("measuring", len(items), "steps") as bar:
         for item in items:
-            bar.set_description(str(name(item)))
-            yield item
-            bar.update()
+            bar.describe(str(name(item)))
+            with bar.step(1):
+                yield item
 
 
 def warn(text: str) -> None:

@@ -75,7 +75,7 @@ def model_card(name: str, config: Llama4Config, summary: WeightsSummary, side_fi
     if origin is not None:
         address = f"https://huggingface.co/{origin.repo_id}/tree/{origin.commit}"
         made_from = f"Made from [{origin.repo_id}]({address}), commit {origin.commit}. "
-    data |= {key: source[key] for key in (*_LICENCE, "language") if key in source}
+    data |= {key: source[key] for key in (*_LICENCE, "language") if _is_text(source.get(key))}
     if "license" not in data and (files := side_files.matching(*LICENCE_FILES[:2])):
         data |= {"license": "other", "license_link": min(files)}
     text = _TEXT.format(
@@ -92,11 +92,16 @@ def model_card(name: str, config: Llama4Config, summary: WeightsSummary, side_fi
 
 def _metadata(side_files: SideFiles) -> dict[str, Any]:
     """What the head of the card says that came with a model; {} if there is none that can be read."""
-    text = side_files.text(MODEL_CARD) or ""
-    if not text.startswith("---"):
-        return {}
     try:
+        text = (side_files.text(MODEL_CARD) or "").removeprefix("\ufeff")
+        if not text.startswith("---"):
+            return {}
         return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever a YAML parser makes of a stranger's file
+    except Exception as error:  # it is no UTF-8, or whatever a YAML parser makes of a stranger's file
         logger.warning("the head of %s cannot be read (%s); its licence is not taken over", MODEL_CARD, error)
         return {}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text or several; YAML reads `no`, Norwegian, as false."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))

@@ -202,15 +202,17 @@ def test_cards_that_are_kept(directory: Path, tmp_path: Path) -> None:
         ({"LICENSE.md": "x"}, {"license": "other", "license_link": "LICENSE.md"}),
         ({"README.md": "---\nlicense: mit\n---\n", "LICENSE": "x"}, {"license": "mit"}),
         ({"README.md": "---\n: [broken\n---\n"}, {}),
+        ({"README.md": "\ufeff---\nlicense: mit\nlanguage: no\n---\n"}, {"license": "mit"}),
+        ({"README.md": "---\nlicense: caf\udce9\n---\n"}, {}),  # no UTF-8
         ({"README.md": "no head"}, {}),
         ({}, {}),
     ],
 )
 def test_the_licence(files: dict[str, str], licence: dict[str, str]) -> None:
-    side_files = SideFiles({name: text.encode() for name, text in files.items()})
+    side_files = SideFiles({name: text.encode(errors="surrogateescape") for name, text in files.items()})
     summary = WeightsSummary((), 0, 0, ("bfloat16",), 1 << 30)
     card = model_card("me/mine", replace(small_model.config(), vision=None), summary, side_files)
     data = data_of(card)
-    assert {key: data[key] for key in data if key.startswith("license")} == licence
+    assert {key: data[key] for key in data if key.startswith(("license", "language"))} == licence
     assert (data["pipeline_tag"], data.get("base_model")) == ("text-generation", None)
     assert "Weights: bfloat16; 1.0 GiB in all." in card

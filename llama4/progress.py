@@ -130,9 +130,7 @@ class Bar:
         self._closed.set()
         if self._bar is None:
             return
-        is_locked = self._lock.acquire(
-            timeout=1
-        )  # after Ctrl-C in tqdm's own lock, `_tick` may wait for that
+        is_locked = self._lock.acquire(timeout=1)  # after Ctrl-C in tqdm's own lock, `_tick` may wait for that
         if error is None:
             if self._done is not None:
                 self._bar.set_description_str(self._done, refresh=False)

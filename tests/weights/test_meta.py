@@ -460,7 +460,7 @@ class TestCommand:
 
         monkeypatch.setattr("llama4.weights.meta.write.write_pieces", interrupted)
         assert main(["convert", str(directory), str(tmp_path / "out"), "--to", "meta", "--ranks", "2"]) == 130
-        assert written == ["content"]
+        assert set(written) == {"content"}
         assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 
     def test_what_cannot_work_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
 from llama4.progress import PIECE, Bar
-from llama4.weights.save import ModelSource
+from llama4.weights.model_source import ModelSource
 
 MIN_SHARED = 64
 """Tokens from which a common beginning is not computed again."""

@@ -19,7 +19,7 @@ from llama4.version import __version__
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
 from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
 from llama4.weights.hub_shards import HubShards
-from llama4.weights.layout import MAX_SHARD_BYTES
+from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
 from llama4.weights.safetensors import stamp_of
@@ -55,16 +55,8 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     with complete_directory(target, must_be_free=True, older=_FILES) as partial:
         config, weights, tokenizer = _open(source)
         side_files = SideFiles.read(source)
-        LAYOUTS[layout].write(
-            weights,
-            config,
-            tokenizer,
-            partial,
-            side_files=side_files,
-            name=target.resolve().name,
-            ranks=ranks,
-            progress=progress,
-        )
+        options = WriteOptions(side_files, target.resolve().name, ranks=ranks, progress=progress)
+        LAYOUTS[layout].write(weights, config, tokenizer, partial, options)
         verify(partial, weights, config, tokenizer, progress=progress)
 
 
@@ -118,17 +110,14 @@ def quantize(
             _check_room(shards, weights, target, say)
             shards.downloads = work_of(target) / DOWNLOADS
             weights = Copied(weights)
-        LAYOUTS["hf"].write(
-            weights,
-            config,
-            tokenizer,
-            partial,
-            side_files=SideFiles.read(source),
-            name=target.resolve().name,
+        options = WriteOptions(
+            SideFiles.read(source),
+            target.resolve().name,
             max_shard_bytes=max_shard_bytes,
             stamp=stamp,
             progress=progress,
         )
+        LAYOUTS["hf"].write(weights, config, tokenizer, partial, options)
 
 
 def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[str], object]) -> None:

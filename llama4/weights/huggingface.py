@@ -23,13 +23,12 @@ from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
 from llama4.weights.experts import stack_experts
 from llama4.weights.fbgemm import FbgemmFp8
-from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
+from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.model_card import write_card
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import (
-    NO_SIDE_FILES,
     ORIGIN_FIELD,
     SIDE_FILES,
     TEMPLATE_FILE,
@@ -38,7 +37,6 @@ from llama4.weights.side_files import (
     updated,
 )
 from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
-from llama4.weights.stamps import new_stamp
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
 
@@ -95,23 +93,18 @@ class HuggingFaceLayout(CheckpointLayout):
         config: Llama4Config,
         tokenizer: Tokenizer | None,
         directory: Path,
-        *,
-        side_files: SideFiles = NO_SIDE_FILES,
-        name: str | None = None,
-        ranks: int = 1,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        stamp: str | None = None,
-        progress: bool = False,
+        options: WriteOptions,
     ) -> None:
         table, content, summary = family_of(config).names(config), None, summarize(source)
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
         dtype = next(filter(_FLOATS.__contains__, summary.dtypes), config.dtype)
         config = dataclasses.replace(config, dtype=dtype, quantization_config=content)
-        _write_side_files(config, tokenizer, side_files, directory)
-        if name is not None:
-            write_card(directory, name, config, summary, side_files)
-        write_safetensors(FileNames(source, table), directory, max_shard_bytes, stamp or new_stamp(), progress=progress)
+        _write_side_files(config, tokenizer, options.side_files, directory)
+        if options.name is not None:
+            write_card(directory, options.name, config, summary, options.side_files)
+        files = FileNames(source, table)
+        write_safetensors(files, directory, options.max_shard_bytes, options.stamp, progress=options.progress)
 
 
 def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +14,30 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.weights.safetensors import Shards
 from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
 from llama4.weights.source import Source
+from llama4.weights.stamps import new_stamp
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a layout writes a checkpoint.
+
+    Attributes:
+        side_files: what stood beside the weights where the model comes from; written again but for what changed.
+        name: under which the model is loaded, for its card; None writes no card, and Meta's layout has none.
+        ranks: files of Meta's layout, one per GPU.
+        max_shard_bytes: most bytes of a file in Hugging Face's layout.
+        stamp: of the files with the weights, see `stamps`.
+        progress: show a bar, where somebody sees it.
+    """
+
+    side_files: SideFiles = NO_SIDE_FILES
+    name: str | None = None
+    ranks: int = 1
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    stamp: str = field(default_factory=new_stamp)
+    progress: bool = False
 
 
 class CheckpointLayout(ABC):
@@ -69,24 +92,13 @@ class CheckpointLayout(ABC):
         config: Llama4Config,
         tokenizer: Tokenizer | None,
         directory: Path,
-        *,
-        side_files: SideFiles = NO_SIDE_FILES,
-        name: str | None = None,
-        ranks: int = 1,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        stamp: str | None = None,
-        progress: bool = False,
+        options: WriteOptions,
     ) -> None:
         """Write a checkpoint into a directory that takes its final name afterwards.
 
         Args:
             source: complete, see `load.match_names`.
-            side_files: what stood beside the weights where the model comes from; written again but for what changed.
-            name: under which the model is loaded, for its card, of which layouts that are not the Hub's have none.
-            ranks: files of Meta's layout, one per GPU.
-            max_shard_bytes: most bytes of a file in Hugging Face's layout.
-            stamp: of the files with the weights, see `stamps`; by default a new one.
-            progress: show a bar, where somebody sees it.
+            options: those that the layout has no place for are not used.
 
         Raises:
             CheckpointError: a model that the layout has no form for.

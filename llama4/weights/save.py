@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from llama4.config import Llama4Config
-from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import CONFIG_FILES
 from llama4.weights.checkpoint import LAYOUTS
 from llama4.weights.directory import complete_directory
-from llama4.weights.layout import MAX_SHARD_BYTES
+from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
+from llama4.weights.model_source import ModelSource
 from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import NO_SIDE_FILES, TEMPLATE_FILES, SideFiles
-from llama4.weights.source import Origin, Source
+from llama4.weights.source import Source
 
 TEXT_FILES = ("tokenizer.json", "tokenizer.model", *CONFIG_FILES, *TEMPLATE_FILES)
 MODEL_FILES = (
@@ -25,42 +24,6 @@ MODEL_FILES = (
     *(pattern for layout in LAYOUTS.values() for pattern in layout.config_files if pattern not in TEXT_FILES),
 )
 """Patterns of what is replaced in a directory, as a whole; `TEXT_FILES` by a model with a tokenizer."""
-
-
-class ModelSource:
-    """The parameters of a model, tied ones once, in the dtype that they have; packed weights as in a checkpoint."""
-
-    notes = ()
-
-    def __init__(self, model: nn.Module) -> None:
-        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._parts: dict[str, tuple[QuantizedWeight, str]] = {}
-        self.plan: dict[str, WeightFormat] = {}
-        for path, module in model.named_modules():
-            if isinstance(module, QuantizedWeight):
-                self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
-                self._parts |= {f"{path}.{part}": (module, part) for part in module.specs}
-
-    def names(self) -> Collection[str]:
-        return self._tensors.keys()
-
-    def spec(self, name: str) -> TensorSpec:
-        tensor = self._tensors[name]
-        module, part = self._parts.get(name, (None, ""))
-        is_values = module is not None and part == module.format.parts[0]
-        return TensorSpec(tuple(tensor.shape), module.specs[part].dtype if module and is_values else tensor.dtype)
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._parts:
-            return self._tensors[name]
-        module, part = self._parts[name]
-        return module.checkpoint_layout(part)
-
-    def is_mapped(self, name: str) -> bool:
-        return False
-
-    def origin(self, name: str) -> Origin:
-        return Origin(name)
 
 
 def save(
@@ -90,14 +53,7 @@ def save(
     """
     tensors = ModelSource(source) if isinstance(source, nn.Module) else source
     older = MODEL_FILES if tokenizer is None else (*MODEL_FILES, *TEXT_FILES)
+    name = name or Path(directory).resolve().name
+    options = WriteOptions(side_files, name, max_shard_bytes=max_shard_bytes, progress=progress)
     with complete_directory(directory, older=older) as partial:
-        LAYOUTS["hf"].write(
-            tensors,
-            config,
-            tokenizer,
-            partial,
-            side_files=side_files,
-            name=name or Path(directory).resolve().name,
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
+        LAYOUTS["hf"].write(tensors, config, tokenizer, partial, options)

@@ -25,7 +25,7 @@ from llama4.quantization.weight import QuantizedWeight
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, quantize
 from llama4.weights.load import load
-from llama4.weights.save import ModelSource
+from llama4.weights.model_source import ModelSource
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error, write_large
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))

@@ -247,7 +247,8 @@ import resource, signal, sys
 from llama4.errors import CheckpointError
 from llama4.weights.directory import complete_directory
 from llama4.weights.meta.write import write_ranks
-from llama4.weights.save import ModelSource, save
+from llama4.weights.model_source import ModelSource
+from llama4.weights.save import save
 sys.path.append({str(Path(__file__).parents[2])!r})
 from tests import small_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -25,8 +25,9 @@ from llama4.weights import directory as directories
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert
 from llama4.weights.directory import complete_directory, scratch_directory, work_of
+from llama4.weights.model_source import ModelSource
 from llama4.weights.safetensors import write_safetensors
-from llama4.weights.save import ModelSource, save
+from llama4.weights.save import save
 from llama4.weights.stamps import STAMP
 from llama4.weights.workplace import workplace
 from tests import small_model

@@ -15,14 +15,13 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import Vocabulary
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
-from llama4.weights.layout import MAX_SHARD_BYTES, CheckpointLayout
+from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.meta.params import PARAMS_FILE, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.safetensors import Shards
-from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, SideFiles, generation_content
+from llama4.weights.side_files import SIDE_FILES, generation_content
 from llama4.weights.source import Source
-from llama4.weights.stamps import new_stamp
 
 _NORM = "language_model.model.norm.weight"
 
@@ -57,13 +56,7 @@ class MetaLayout(CheckpointLayout):
         config: Llama4Config,
         tokenizer: Tokenizer | None,
         directory: Path,
-        *,
-        side_files: SideFiles = NO_SIDE_FILES,
-        name: str | None = None,
-        ranks: int = 1,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        stamp: str | None = None,
-        progress: bool = False,
+        options: WriteOptions,
     ) -> None:
         if source.plan:
             raise CheckpointError(
@@ -73,11 +66,11 @@ class MetaLayout(CheckpointLayout):
         if tokenizer is not None:
             _check_tokenizer(tokenizer, family_of(config).vocabulary)
             write_tokenizer_model(tokenizer, directory / "tokenizer.model")
-        side_files.without(CONFIG_FILE).write(directory)
-        if GENERATION_FILE not in side_files:  # which tokens end a reply; params.json cannot say it
-            write_json(directory / GENERATION_FILE, generation_content(config, side_files))
+        options.side_files.without(CONFIG_FILE).write(directory)
+        if GENERATION_FILE not in options.side_files:  # which tokens end a reply; params.json cannot say it
+            write_json(directory / GENERATION_FILE, generation_content(config, options.side_files))
         write_json(directory / PARAMS_FILE, params)
-        write_ranks(source, config, directory, ranks, stamp or new_stamp(), progress=progress)
+        write_ranks(source, config, directory, options.ranks, options.stamp, progress=options.progress)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:

@@ -1,0 +1,46 @@
+"""A model's parameters as a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
+from llama4.weights.source import Origin
+
+
+class ModelSource:
+    """The parameters of a model, tied ones once, in the dtype that they have; packed weights as in a checkpoint."""
+
+    notes = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._parts: dict[str, tuple[QuantizedWeight, str]] = {}
+        self.plan: dict[str, WeightFormat] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, QuantizedWeight):
+                self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
+                self._parts |= {f"{path}.{part}": (module, part) for part in module.specs}
+
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        tensor = self._tensors[name]
+        module, part = self._parts.get(name, (None, ""))
+        is_values = module is not None and part == module.format.parts[0]
+        return TensorSpec(tuple(tensor.shape), module.specs[part].dtype if module and is_values else tensor.dtype)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._tensors[name]
+        module, part = self._parts[name]
+        return module.checkpoint_layout(part)
+
+    def is_mapped(self, name: str) -> bool:
+        return False
+
+    def origin(self, name: str) -> Origin:
+        return Origin(name)

@@ -28,7 +28,8 @@ from llama4.weights import memory
 from llama4.weights.convert import convert, quantize
 from llama4.weights.load import load
 from llama4.weights.meta.write import write_ranks
-from llama4.weights.save import ModelSource, save
+from llama4.weights.model_source import ModelSource
+from llama4.weights.save import save
 from tests import small_model
 
 PIECE = 256

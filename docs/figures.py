@@ -16,6 +16,7 @@ import bars
 
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.report import number, table
+from llama4.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.svg"
@@ -79,8 +80,8 @@ def main() -> None:
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (rendered := render(page, results)) != page:
-            path.write_text(rendered, encoding="utf-8")
-    PICTURE.write_text(bars.draw(results["small"]["report"]), encoding="utf-8")
+            replace_text(path, rendered)
+    replace_text(PICTURE, bars.draw(results["small"]["report"]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 
 import figures
 
+from llama4.files import replace_text
+
 RUNS = {
     "small": "bench generate small --quantization none int8 int4 --vs transformers --rounds 3",
     "small-float32": "bench generate small --dtype float32 --rounds 3",
@@ -65,7 +67,7 @@ def main(directory: str, names: Sequence[str] = ()) -> None:
         report = run(RUNS[name], directory)
         results = figures.load()  # read anew: a long series can be interrupted and resumed
         results[name] = {"command": f"llama4 {RUNS[name]}", "date": str(datetime.date.today()), "report": report}
-        figures.RESULTS.write_text(dump(results), encoding="utf-8")
+        replace_text(figures.RESULTS, dump(results))
     figures.main()
 
 

@@ -34,6 +34,7 @@ from llama4.bench.tasks import Task
 from llama4.bench.throughput import TaskList, measure, thread_count
 from llama4.config import Llama4Config
 from llama4.errors import Llama4Error
+from llama4.files import replace_text
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     } | measure(config, engines, plans, tasks)
     content = json.dumps(report, indent=2)
     if options.save:
-        options.save.write_text(content + "\n", encoding="utf-8")
+        replace_text(options.save, content + "\n")
     print(content if options.json else tables(report, options.markdown))
     warn_of_other_processes(report["share_of_other_processes"])
     return 0

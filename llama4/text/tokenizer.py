@@ -17,6 +17,7 @@ from typing import Any
 import tiktoken
 
 from llama4.errors import Llama4Error
+from llama4.files import replace_text, replaced_file
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
@@ -216,7 +217,7 @@ class Tokenizer:
         if not is_json:
             bos = self.config.names.get("bos_token", names["bos_token"])
             content = to_json(self.ranks, self.added_tokens, self.pattern, bos)
-            (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+            replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
         if not file(TOKENIZER_CONFIG_FILE).is_file():
             config: dict[str, Any] = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -225,7 +226,7 @@ class Tokenizer:
             }
             if model_max_length is not None:
                 config["model_max_length"] = model_max_length
-            (directory / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            replace_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
     def _is_token(self, i: int) -> bool:
         try:
@@ -237,4 +238,5 @@ class Tokenizer:
 
 def _copy(source: Path, target: Path) -> None:
     if source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
+        with source.open("rb") as content, replaced_file(target) as copy:
+            shutil.copyfileobj(content, copy)

@@ -28,6 +28,7 @@ from llama4.bench import roofline
 from llama4.bench.device import machine, timing, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
+from llama4.files import replace_text
 from llama4.kernels.triton import launch
 from llama4.model.experts import BACKENDS
 from llama4.model.moe import MixtureOfExperts
@@ -92,9 +93,7 @@ class Table:
         self._write()
 
     def _write(self) -> None:
-        unfinished = self.path.with_name(f".{self.path.name}")
-        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _unquantized(record: Record, text: TextConfig, tokens: tuple[int, ...], table: Table) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama4.bench.device.runner import Result
 from llama4.bench.report import table
+from llama4.files import replace_text
 
 TARGETS = (
     ("scout-48", "decode, batch 1, graph", "roofline_share", 0.6),
@@ -42,9 +43,7 @@ class Report:
             self._write("profiles.md", profiles(results))
 
     def _write(self, name: str, text: str) -> None:
-        unfinished = self.out / f".{name}"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.out / name)
+        replace_text(self.out / name, text)
 
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:

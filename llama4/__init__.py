@@ -18,6 +18,7 @@ from llama4.version import __version__
 if TYPE_CHECKING:
     from llama4.api import Llama4
     from llama4.config import PRESETS, Llama4Config, TextConfig
+    from llama4.config.generation import GenerationConfig
     from llama4.engine.replies import Reply, Stream, TextDelta, ToolCallDelta, Usage
     from llama4.engine.sampling import Sampler
     from llama4.engine.tokens import Token
@@ -46,6 +47,7 @@ if not os.path.isdir(os.path.join(__path__[0], "vision")):
 _HOMES = {
     "llama4.api": ("Llama4",),
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
+    "llama4.config.generation": ("GenerationConfig",),
     "llama4.errors": (
         "ChatTemplateError",
         "CheckpointError",
@@ -73,6 +75,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "GenerationConfig",
     "ImageError",
     "ImageLimits",
     "Inputs",

@@ -23,7 +23,7 @@ from llama4.errors import Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
-from llama4.model.device import resolve_device, resolve_dtype
+from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
@@ -37,6 +37,7 @@ from llama4.weights.directory import scratch_directory
 from llama4.weights.ignored import note_ignored
 from llama4.weights.load import load
 from llama4.weights.quantizing import quantized
+from llama4.weights.model_source import ModelSource
 from llama4.weights.save import save
 from llama4.weights.side_files import SideFiles
 
@@ -111,6 +112,7 @@ class Llama4:
         self.progress = progress
         self.side_files = side_files or SideFiles()
         self.generation_config = generation_config or GenerationConfig()
+        self._stored_dtype: str | None = None
         self._tokenizer = tokenizer
         templates = self.side_files.chat_templates
         self._processor = Processor.from_config(tokenizer, model.config, templates) if tokenizer is not None else None
@@ -203,7 +205,7 @@ class Llama4:
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)
-        return cls(
+        llm = cls(
             model.eval(),
             tokenizer,
             side_files=side_files,
@@ -213,6 +215,8 @@ class Llama4:
             progress=progress,
             generation_config=generation_config,
         )
+        llm._stored_dtype = config.dtype
+        return llm
 
     @property
     def runner(self) -> ModelRunner:
@@ -405,7 +409,8 @@ class Llama4:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model with its tokenizer and a model card in Hugging Face's layout, for this library or
-        transformers to read. A card that is there already stays.
+        transformers to read. A card that is there already stays. Weights that were upcast to float32 are written in the
+        dtype that they came in, if they are still what they were.
 
         Raises:
             Llama4Error: the directory cannot be written.
@@ -416,7 +421,8 @@ class Llama4:
         side_files, generation = self.side_files, self.generation_config.to_dict()
         if generation != self.generation_config.content:
             side_files = side_files.with_json(GENERATION_FILE, generation)
-        save(self.model, self.config, directory, tokenizer=self._tokenizer, side_files=side_files, name=name)
+        source = ModelSource(self.model, DTYPES.get(self._stored_dtype or ""))
+        save(source, self.config, directory, tokenizer=self._tokenizer, side_files=side_files, name=name)
 
     def push_to_hub(
         self,

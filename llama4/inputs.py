@@ -306,9 +306,10 @@ class Processor:
         conversations = [read_messages(conversation) for conversation in _as_batch(messages)]
         placeholders = sum(source is None for row in conversations for source in image_sources(row))
         if placeholders != len(images or ()):
+            parts = "1 image part" if placeholders == 1 else f"{placeholders} image parts"
             raise Llama4Error(
-                f"the messages have {placeholders} image parts without a picture, but images= holds "
-                f"{len(images or ())}; give one for each"
+                f"the messages have {parts} without a picture, but images= of the processor holds {len(images or ())}; "
+                'put each picture into its part: {"type": "image", "image": ...}'
             )
         given = iter(images or ())
         for row in conversations:

@@ -30,6 +30,7 @@ def test_public_names() -> None:
         "CheckpointError",
         "ConfigError",
         "ContextLengthError",
+        "GenerationConfig",
         "ImageError",
         "ImageLimits",
         "Inputs",

@@ -209,8 +209,8 @@ def _is_private_name(host: str) -> bool:
 
 def _private(url: str, address: str) -> ImageError:
     return ImageError(
-        f"{url} is not fetched: {address} is in this machine or its network; name its host in private_hosts of "
-        "ImageLimits if it may be read"
+        f"{url} is not fetched: {address} is in this machine or its network; if it may be read, name its host: "
+        "llm.processor.image_limits = ImageLimits(private_hosts=[...]), or --private-host"
     )
 
 

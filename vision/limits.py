@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from llama4.errors import Llama4Error
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -31,6 +33,11 @@ class ImageLimits:
     hosts: Collection[str] | None = None
     private_hosts: Collection[str] = ()
     files: bool = True
+
+    def __post_init__(self) -> None:
+        for host in (*(self.hosts or ()), *self.private_hosts):
+            if "/" in host or host.count(":") == 1:  # an IPv6 address has more
+                raise Llama4Error(f"{host!r} is no host; give its name or address alone, without scheme and port")
 
 
 LIMITS = ImageLimits()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
+from llama4.units import bytes_text
 
 
 def add_parsers(commands: Any) -> None:
@@ -46,6 +48,7 @@ def run_convert(options: argparse.Namespace) -> int:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
     convert(source, options.target, options.to, ranks=options.ranks)
+    print(f"{options.target}: {LAYOUTS[options.to].title} layout", file=sys.stderr)
     return 0
 
 
@@ -65,4 +68,6 @@ def run_quantize(options: argparse.Namespace) -> int:
         max_shard_bytes=int(options.shard_gb * 1e9),
         say=partial(print, file=sys.stderr),
     )
+    written = sum(path.stat().st_size for path in Path(options.target).glob("*.safetensors"))
+    print(f"{options.target}: {options.scheme}, {bytes_text(written)} of weights", file=sys.stderr)
     return 0

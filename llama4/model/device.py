@@ -41,6 +41,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
         small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
         dtype = "float32" if small else config.dtype
     name = str(dtype).removeprefix("torch.")
+    name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     if name not in DTYPES:
         raise Llama4Error(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
     return DTYPES[name]

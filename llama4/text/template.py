@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,8 @@ from llama4.text.tool_calls import function_name
 
 if TYPE_CHECKING:
     from llama4.text.sandbox import CompiledTemplate
+
+logger = logging.getLogger("llama4.text")
 
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -48,6 +51,7 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
         self.sources = dict(sources)
         self.variables = _token_variables(tokenizer)
+        self._noted: set[tuple[str, str]] = set()
         self._names = list(tokenizer.special_tokens)
         self._pattern = special_names(tokenizer)
         self._places = {name: i for i, name in enumerate(self._names)}
@@ -100,6 +104,7 @@ class ChatTemplate:
         if continue_final_message:
             check_continued(parsed)
         source = self.source(tools)
+        self._note_unread(source, {"tools": tools, "documents": documents, **variables})
         given = {
             "messages": self._messages(parsed, source),
             "tools": plain(tools) if tools else None,
@@ -111,6 +116,13 @@ class ChatTemplate:
         if mark_replies and not _GENERATION.search(source):
             written = written._replace(replies=self._replies(written.text, parsed, source, given))
         return _pieces(written)
+
+    def _note_unread(self, source: str, given: Mapping[str, object]) -> None:
+        """Log what was given and this template does not read, once each."""
+        for name, value in given.items():
+            if value is not None and name not in source and (source, name) not in self._noted:
+                self._noted.add((source, name))
+                logger.warning("the checkpoint's chat template does not read %s: the model does not see them", name)
 
     def named(self, template: str) -> ChatTemplate:
         """One of the templates by its name, or another by its source."""

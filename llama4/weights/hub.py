@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
+from llama4.config import PRESETS
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
@@ -77,6 +79,13 @@ def resolve(
         raise CheckpointError(f"{name} cannot be loaded: {_why_no_directory(path)}")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         address = _HUB_ADDRESS.match(str(name))
+        if name in PRESETS:
+            raise Llama4Error(
+                f"{name!r} is a shape that info and plan know, without weights; give a directory, or a Hub id like "
+                "'meta-llama/Llama-4-Scout-17B-16E-Instruct'"
+            )
+        if os.sep in str(name).rstrip(os.sep) or str(name).startswith("."):
+            raise Llama4Error(f"there is no directory {name}; check the path")
         raise Llama4Error(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
             f"{address[1] if address else 'organisation/name'!r}"

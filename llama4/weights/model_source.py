@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 from llama4.quantization.weight import QuantizedWeight, TensorSpec, WeightFormat
@@ -11,11 +12,15 @@ from llama4.weights.source import Origin
 
 
 class ModelSource:
-    """The parameters of a model, tied ones once, in the dtype that they have; packed weights as in a checkpoint."""
+    """The parameters of a model, tied ones once, in the dtype that they have; packed weights as in a checkpoint.
+
+    Args:
+        narrow: a dtype in which float32 parameters are given instead, if it holds every number of them.
+    """
 
     notes = ()
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, narrow: torch.dtype | None = None) -> None:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._parts: dict[str, tuple[QuantizedWeight, str]] = {}
         self.plan: dict[str, WeightFormat] = {}
@@ -23,6 +28,9 @@ class ModelSource:
             if isinstance(module, QuantizedWeight):
                 self.plan[f"{path}.weight" if len(module.shape) == 2 else path] = module.format
                 self._parts |= {f"{path}.{part}": (module, part) for part in module.specs}
+        wide = {name: t for name, t in self._tensors.items() if name not in self._parts and t.dtype == torch.float32}
+        if narrow is not None and all(torch.equal(t.to(narrow).float(), t) for t in wide.values()):
+            self._tensors |= {name: tensor.to(narrow) for name, tensor in wide.items()}
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()

@@ -325,3 +325,24 @@ def test_pipelines_answer_as_we_do(kind: str, saved: Path, from_meta: Path, tmp_
         theirs = pipeline("image-text-to-text", model=str(tmp_path / "model"), dtype=torch.float32)
         told = theirs(text=seen, max_new_tokens=16, generate_kwargs={"do_sample": False})[0]["generated_text"][-1]
         assert told["content"] == llm.chat(seen, max_new_tokens=16).text != ""
+
+
+def test_weights_that_were_upcast_are_saved_as_they_came(tmp_path: Path) -> None:
+    """Small models compute in float32 on a CPU. Once a number has changed, all of its bits are kept."""
+    source = small_model.write(tmp_path / "source")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    llm = Llama4.from_pretrained(source, progress=False)
+    assert llm.model.dtype == torch.float32
+    llm.save_pretrained(tmp_path / "same")
+    saved = load_file(tmp_path / "same" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(weights, torch.bfloat16)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items())
+    assert json.loads((tmp_path / "same" / "config.json").read_text())["dtype"] == "bfloat16"
+    with torch.no_grad():
+        llm.model.language_model.model.norm.weight[0] += 1e-4
+    llm.save_pretrained(tmp_path / "changed")
+    changed = load_file(tmp_path / "changed" / "model.safetensors")
+    assert {tensor.dtype for tensor in changed.values()} == {torch.float32}

@@ -73,7 +73,9 @@ def test_generate_as_a_process(directory: Path, picture: str, llm: Llama4) -> No
 def test_quantize_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture: str) -> None:
     """The embedded model in a quarter of the bits, asked through its own directory and quantized while loading."""
     target = str(tmp_path / "small")
-    assert run(capsys, "quantize", "tiny", target, "--scheme", "int4", "--head", "--shard-gb", "0.002") == (0, "", "")
+    code, out, error = run(capsys, "quantize", "tiny", target, "--scheme", "int4", "--head", "--shard-gb", "0.002")
+    assert (code, out) == (0, "")
+    assert re.fullmatch(rf"{re.escape(target)}: int4, [\d.]+ MiB of weights\n", error)
     assert len(list((tmp_path / "small").glob("model-*-of-*.safetensors"))) > 1
     facts = json.loads(run(capsys, "info", target, "--json")[1])["quantization"]
     assert facts["format"] == "pack-quantized"

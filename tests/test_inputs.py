@@ -132,7 +132,9 @@ def test_placeholders_take_the_given_images_in_order(processor: Processor, tmp_p
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_more_or_fewer_images_than_placeholders(count: int, processor: Processor) -> None:
-    with pytest.raises(ValueError, match=rf"2 image parts without a picture, but images= holds {count}"):
+    with pytest.raises(
+        ValueError, match=rf"2 image parts without a picture, but images= of the processor holds {count}"
+    ):
         processor([user(None, "and", None)], images=[picture(9, 9)] * count)
 
 

@@ -36,8 +36,8 @@ from llama4.weights.checkpoint import open_checkpoint, read_config
 from llama4.weights.directory import scratch_directory
 from llama4.weights.ignored import note_ignored
 from llama4.weights.load import load
-from llama4.weights.quantizing import quantized
 from llama4.weights.model_source import ModelSource
+from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
 from llama4.weights.side_files import SideFiles
 

@@ -39,7 +39,8 @@ def verify(
         CheckpointError: what differs.
     """
     written_config, written = open_checkpoint(directory)
-    if config.vision is not None and written_config.image_token_index != config.image_token_index:
+    # Without a tokenizer nothing in Meta's layout says which token is the image's.
+    if config.vision is not None and tokenizer is not None and written_config.image_token_index != config.image_token_index:
         raise CheckpointError(
             f"in the converted checkpoint image_token_index is {written_config.image_token_index}, in its source "
             f"{config.image_token_index}; nothing is kept of it"

@@ -31,6 +31,7 @@ void for_each_row(long N, long numbers, const Run& run) {
 template <class X>
 Problem linear(const X* x, long N, long I, long O, long layout, const char* w, const void* scales, long float32_scales,
                long group_size, X* y) {
+  if (!N) return nullptr;  // an empty tensor has no address
   const Matrix a{w, {scales, float32_scales}, layout, group_size, I, O, 0, 0};
   if (Problem problem = first(addresses(x, y), require(N >= 0, "negative rows"), matrix<X>(a))) return problem;
   ::linear(a, x, N, y);
@@ -40,12 +41,12 @@ Problem linear(const X* x, long N, long I, long O, long layout, const char* w, c
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
 template <class X>
 Problem experts(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
-  if (Problem problem = first(addresses(gate_up, down, counts, x, y), require(E > 0, "there are no experts")))
-    return problem;
+  if (Problem problem = first(addresses(gate_up, down, counts), require(E > 0, "there are no experts"))) return problem;
   if (Problem problem = first(check::experts<X>(*gate_up, *down),
                               require(*std::min_element(counts, counts + E) >= 0, "an expert has negative rows")))
     return problem;
   const long D = gate_up->I, F = down->I, most = *std::max_element(counts, counts + E);
+  if (Problem problem = most ? addresses(x, y) : nullptr) return problem;
   X *wide = scratch<X, Use::expert_activations>(most * 3 * F), *inner = wide + most * 2 * F;
   for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
     if (!counts[e]) continue;
@@ -59,6 +60,7 @@ Problem experts(const Matrix* gate_up, const Matrix* down, const long* counts, l
 template <class X>
 Problem quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
                       X* scales) {
+  if (!groups) return nullptr;
   if (Problem problem =
           first(addresses(weights, ranges, words, scales), require(groups >= 0 && count > 0, "no ranges"), width(size)))
     return problem;
@@ -68,6 +70,7 @@ Problem quantize_int4(const X* weights, long groups, long size, const float* ran
 
 template <class X>
 Problem rms_norm(const float* x, long N, long D, const X* weight, float eps, X* y) {
+  if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(x, weight, y), require(N >= 0, "negative rows"), width(D))) return problem;
   for_each_row(N, D, [&](long n) { ::rms_norm(x + n * D, D, weight, eps, y + n * D); });
   return nullptr;
@@ -76,6 +79,7 @@ Problem rms_norm(const float* x, long N, long D, const X* weight, float eps, X* 
 template <class X>
 Problem apply_rope(const X* x, long stride, long N, long H, long C, const float* rotation, float eps,
                    const float* factors, X* y) {
+  if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(x, y), require(N >= 0 && stride >= H * C, "rows overlap"), heads(H, H, C)))
     return problem;
   for_each_row(N, H * C, [&](long n) {
@@ -88,6 +92,7 @@ Problem apply_rope(const X* x, long stride, long N, long H, long C, const float*
 
 template <class X>
 Problem swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
+  if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(gate, up, y), require(N >= 0 && stride >= F, "rows overlap"), width(F)))
     return problem;
   for_each_row(N, F, [&](long n) { ::swiglu(gate + n * stride, up + n * stride, F, y + n * F); });
@@ -96,6 +101,7 @@ Problem swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
 
 template <class X>
 Problem greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
+  if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(logits, ids, logprobs), require(N >= 0 && V > 0, "there are no logits")))
     return problem;
   auto* parts = scratch<LargestLogit, Use::greedy_parts>(N * greedy_parts);
@@ -108,6 +114,7 @@ Problem greedy_token(const X* logits, long N, long V, long* ids, float* logprobs
 template <class X>
 Problem attend(const X* q, const char* const* block_table, long width, const long* lengths, long B, long H, long K,
                long C, long format, X* y) {
+  if (!B) return nullptr;
   const Sequences sequences{nullptr, B};
   if (Problem problem = first(addresses(q, y), check::sequences(nullptr, B), heads(H, K, C), cache_format<X>(format, C),
                               spans(sequences, lengths, block_table, width)))
@@ -123,6 +130,7 @@ Problem attend(const X* q, const char* const* block_table, long width, const lon
 template <class X>
 Problem attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long width, long past,
                       long H, long K, long C, long format, X* y) {
+  if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(q, k, v, y), require(N >= 0 && past >= 0, "negative tokens"), heads(H, K, C),
                               cache_format<X>(format, C)))
     return problem;

@@ -40,7 +40,8 @@ def verify(
     """
     written_config, written = open_checkpoint(directory)
     # Without a tokenizer nothing in Meta's layout says which token is the image's.
-    if config.vision is not None and tokenizer is not None and written_config.image_token_index != config.image_token_index:
+    says_image = config.vision is not None and tokenizer is not None
+    if says_image and written_config.image_token_index != config.image_token_index:
         raise CheckpointError(
             f"in the converted checkpoint image_token_index is {written_config.image_token_index}, in its source "
             f"{config.image_token_index}; nothing is kept of it"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llama4.engine.sampling import Sampler
     from llama4.engine.tokens import Token
     from llama4.errors import (
+        ArgumentError,
         ChatTemplateError,
         CheckpointError,
         ConfigError,
@@ -49,6 +50,7 @@ _HOMES = {
     "llama4.config": ("PRESETS", "Llama4Config", "TextConfig"),
     "llama4.config.generation": ("GenerationConfig",),
     "llama4.errors": (
+        "ArgumentError",
         "ChatTemplateError",
         "CheckpointError",
         "ConfigError",
@@ -71,6 +73,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "PRESETS",
+    "ArgumentError",
     "ChatTemplateError",
     "CheckpointError",
     "ConfigError",

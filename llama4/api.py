@@ -19,7 +19,7 @@ from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
@@ -101,7 +101,7 @@ class Llama4:
         """
         window = model.config.text.max_position_embeddings
         if max_context is not None and not 1 < max_context <= window:
-            raise Llama4Error(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
+            raise ArgumentError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
         self.model = model
         self._runner: ModelRunner | None = None
         resolve_format(cache_dtype, model.dtype)
@@ -478,7 +478,7 @@ def _check_arguments(
 ) -> None:
     """What can be known to be wrong before anything is fetched."""
     if quantization is not None and quantization not in SCHEMES:
-        raise Llama4Error(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     if experts_memory is not None and experts_device is None:
         raise Llama4Error(
             f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "

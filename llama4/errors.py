@@ -14,6 +14,10 @@ class Llama4Error(ValueError):
     """An argument, a file or a message that cannot work."""
 
 
+class ArgumentError(Llama4Error):
+    """A value that an argument, or an option of the command line, cannot have; no file is at fault."""
+
+
 class ConfigError(Llama4Error):
     """A configuration that describes no model this library can run."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.errors import ChatTemplateError, Llama4Error
+from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import family_of
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
@@ -87,7 +87,7 @@ class Processor:
         rescale_factor: float = 1 / 255,
     ) -> None:
         if max_tiles < 1:
-            raise Llama4Error(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
+            raise ArgumentError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.max_tiles = max_tiles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError
 
 
 def count_text(count: int) -> str:
@@ -77,7 +77,7 @@ def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str, least: int,
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip().upper())
     value = round(float(match[1]) * sizes[match[2]]) if match else 0
     if not value:
-        raise Llama4Error(f"{text!r} is not {wanted}")
+        raise ArgumentError(f"{text!r} is not {wanted}")
     if value < least and not text.strip()[-1].isalpha():
-        raise Llama4Error(f"{text!r} has no unit, so it is {value} {remedy.format(text.strip())}")
+        raise ArgumentError(f"{text!r} has no unit, so it is {value} {remedy.format(text.strip())}")
     return value

@@ -90,7 +90,7 @@ def test_quantize_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixtur
     code, _, error = run(capsys, "quantize", "tiny", target, "--scheme", "int4")
     assert (code, "exists already; choose a new directory" in error) == (1, True)
     code, _, error = run(capsys, *ask, "--quantization", "int1")
-    assert (code, "quantization='int1' is not known; choose one of int4" in error) == (1, True)
+    assert (code, "quantization='int1' is not known; choose one of int4" in error) == (2, True)
     assert run(capsys, *ask, "--quantization", "int8")[0] == 0
 
 
@@ -383,7 +383,7 @@ def test_info_at_a_context(capsys: pytest.CaptureFixture[str]) -> None:
     line = next(line for line in run(capsys, "info", "scout", "--context", "1M")[1].splitlines() if "1,048,576" in line)
     assert "49.1 GiB in bfloat16" in line and "in int4" in line
     code, _, error = run(capsys, "info", "scout", "--context", "11M")
-    assert code == 1 and "11,534,336" in error
+    assert code == 2 and "11,534,336" in error
 
 
 # -- plan ----------------------------------------------------------------------------------------------------------
@@ -522,9 +522,9 @@ def test_an_error_for_machines(directory: Path, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         ([], "required"),
-        (["paint"], "invalid choice: 'paint'"),
+        (["paint"], "'paint' is not known"),
         (["generate"], "question"),
-        (["generate", "--colour", "hi"], "unrecognized arguments: --colour"),
+        (["generate", "--colour", "hi"], "--colour is not known"),
         (["generate", "--max-new-tokens", "many", "hi"], "invalid int value: 'many'"),
         (["generate", "--temperature", "warm", "hi"], "invalid float value: 'warm'"),
         (["generate", "--raw", "--image", "x.png", "hi"], "neither --image nor --system"),
@@ -599,3 +599,28 @@ def test_an_argument_that_is_not_utf8(directory: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"llama4: error: ")
     assert b"surrogate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (
+            "generate --temprature 1 hi",
+            2,
+            "llama4 generate: error: --temprature is not known (did you mean --temp",
+        ),
+        ("plan scout --divices=2", 2, "llama4 plan: error: --divices is not known (did you mean --devices?)"),
+        ("generat hi", 2, "'generat' is not known (did you mean generate?)"),
+        ("plan scout --weights int3", 2, "'int3' is not known (did you mean int"),
+        ("plan scout --context 5x", 2, "llama4: error: '5x' is not tokens"),
+        ("generate --temperature -1 hi", 2, "llama4: error: temperature is -1.0; it must be 0"),
+        ("generate --dtype float8 hi", 2, "llama4: error: dtype='float8' is not supported"),
+        ("generate --max-new-tokens 0 hi", 2, "llama4: error: max_new_tokens is 0"),
+        ("info /nowhere/at/all", 1, "is no model"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], command: str, code: int, message: str) -> None:
+    """Exit code 2 for a command that is not written right, 1 for what it meets."""
+    found, out, error = run(capsys, *command.split())
+    assert (found, out, error.count("\n")) == (code, "", 1)
+    assert message in error

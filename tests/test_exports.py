@@ -26,6 +26,7 @@ def test_every_exported_name_is_there() -> None:
 def test_public_names() -> None:
     """People rely on these; a name that leaves this list breaks their code."""
     assert set(llama4.__all__) == {
+        "ArgumentError",
         "ChatTemplateError",
         "CheckpointError",
         "ConfigError",

@@ -10,7 +10,7 @@ from typing import Any
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import GenerationConfig, Llama4Config
-from llama4.errors import ChatTemplateError, Llama4Error
+from llama4.errors import ArgumentError, ChatTemplateError
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
 from llama4.text.tokenizer import Tokenizer
@@ -257,7 +257,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     }
     if context is not None:
         if not 1 <= context <= window:
-            raise Llama4Error(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+            raise ArgumentError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
         names = ("bfloat16", *QUANTIZED)
         facts["cache_at_context"] = {
             "context": context,

@@ -19,7 +19,7 @@ from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
 from llama4.config.window import most_visible_tokens
 from llama4.engine.prefill import PREFILL_TOKENS
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
 from llama4.weights.checkpoint import open_checkpoint
@@ -60,10 +60,10 @@ class Placement:
     def __post_init__(self) -> None:
         heads = self.config.text.num_key_value_heads
         if self.devices < 1 or self.device_memory < 1:
-            raise Llama4Error(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
+            raise ArgumentError(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
         if self.tensor_parallel < 1 or heads % self.tensor_parallel or self.devices % self.tensor_parallel:
             fitting = [t for t in range(1, heads + 1) if heads % t == self.devices % t == 0]
-            raise Llama4Error(
+            raise ArgumentError(
                 f"tensor_parallel is {self.tensor_parallel}; it must divide the {heads} key heads and the "
                 f"{self.devices} devices: choose of {fitting}"
             )
@@ -266,7 +266,7 @@ def checked_context(placement: Placement, context: int | None) -> int:
     """
     window = placement.config.text.max_position_embeddings
     if context is not None and not 1 <= context <= window:
-        raise Llama4Error(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
+        raise ArgumentError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
     return context or window
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from llama4.errors import ArgumentError
+
 BENCHES = {
     "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
     "profile": ("profile", "where the time of prefill and decoding goes"),
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         if "--json" in options:
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
         print(f"llama4: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ArgumentError) else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ class CacheInt4:
 
     def bytes(self, C: int) -> int:
         if C % 2:
-            raise Llama4Error(f"cache_dtype='int4' needs an even head_dim, not {C}; choose 'int8' or 'fp8'")
+            raise ArgumentError(f"cache_dtype='int4' needs an even head_dim, not {C}; choose 'int8' or 'fp8'")
         return C // 2
 
     def view(self, data: Tensor) -> Tensor:

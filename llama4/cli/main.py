@@ -16,6 +16,8 @@ from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
 from llama4.cli import analysis, chat, checkpoints, generate
 from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
+from llama4.cli.parser import USAGE, Parser
+from llama4.errors import ArgumentError
 from llama4.version import __version__
 
 BROKEN_PIPE = 141
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "json", False):
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
         print(f"llama4: error: {error}", file=sys.stderr)
-        return 1
+        return USAGE if isinstance(error, ArgumentError) else 1
 
 
 def command() -> NoReturn:
@@ -53,8 +55,8 @@ def command() -> NoReturn:
     sys.exit(code)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama4", description="Ask Llama 4 about text and images.")
+def make_parser() -> Parser:
+    parser = Parser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="generate | chat | info | plan | convert | quantize | bench"

@@ -7,7 +7,6 @@ every field of that class is in one of the tables here: used, without effect, or
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -16,20 +15,20 @@ from typing import Any
 
 from llama4.config.fields import FieldTable
 from llama4.config.hf_json import CONFIG_FILE
-from llama4.errors import ConfigError, Llama4Error
+from llama4.errors import ArgumentError, ConfigError
 from llama4.reading import read_json
 
 GENERATION_FILE = "generation_config.json"
 
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more, such as 0.7"),
+    "temperature": (lambda value: 0 <= value < 1e300, "0 (greedy) or more, such as 0.7"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
     "top_k": (
         lambda value: isinstance(value, Integral) and value >= 1,
         "at least 1; the size of the vocabulary for all",
     ),
     "min_p": (lambda value: 0 <= value <= 1, "from 0 (all tokens) to 1"),
-    "repetition_penalty": (lambda value: math.isfinite(value) and value > 0, "above 0, such as 1.1; 1 is none"),
+    "repetition_penalty": (lambda value: 0 < value < 1e300, "above 0, such as 1.1; 1 is none"),
 }
 """Settings of sampling -> what their values must be, as a test and in words."""
 
@@ -100,7 +99,7 @@ def check_setting(name: str, value: float) -> None:
     """
     is_valid, limits = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
-        raise Llama4Error(f"{name} is {value}; it must be {limits}")
+        raise ArgumentError(f"{name} is {value}; it must be {limits}")
 
 
 @dataclass(frozen=True)

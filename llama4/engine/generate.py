@@ -15,7 +15,7 @@ from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Event, FinishReason, Token
-from llama4.errors import ContextLengthError, Llama4Error
+from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.inputs import Inputs
 from llama4.text.detokenizer import TextAssembler
 
@@ -63,7 +63,7 @@ def generate(
         Llama4Error: an argument out of its range.
     """
     if max_new_tokens < 1:
-        raise Llama4Error(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in stops:
         raise Llama4Error(

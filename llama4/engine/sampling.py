@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config.generation import RANGES, GenerationConfig, check_setting
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError
 from llama4.ops.sampling import greedy_token
 
 
@@ -61,7 +61,7 @@ class Sampler:
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
         if self.seed is not None and self.seed < 0:
-            raise Llama4Error(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
+            raise ArgumentError(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
 
     @classmethod
     def from_options(cls, options: SamplingOptions, defaults: GenerationConfig) -> Sampler:

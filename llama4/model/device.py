@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llama4.config import Llama4Config
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SMALL_MODEL = 100_000_000
@@ -18,7 +18,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device to use.
 
     Raises:
-        Llama4Error: torch knows no such device, or has none.
+        ArgumentError: torch knows no such device, or has none.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +27,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise Llama4Error(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
+        raise ArgumentError(f"device={str(device)!r} cannot be used ({reason}); try 'auto', 'cpu' or 'cuda'") from error
     return resolved
 
 
@@ -35,15 +35,20 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
     """The dtype to compute in.
 
     Raises:
-        Llama4Error: a dtype that models are not computed in.
+        ArgumentError: a dtype that models are not computed in.
+        ConfigError: the checkpoint has such a one.
     """
-    if dtype == "auto":
+    is_given = dtype != "auto"
+    if not is_given:
         small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
         dtype = "float32" if small else config.dtype
     name = str(dtype).removeprefix("torch.")
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     if name not in DTYPES:
-        raise Llama4Error(f"dtype={name!r} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
+        known = f"one of {', '.join(DTYPES)}"
+        if not is_given:
+            raise ConfigError(f"config.json has dtype = {name!r:.80}, in which models are not computed; choose {known}")
+        raise ArgumentError(f"dtype={name!r} is not supported; choose 'auto' or {known}")
     return DTYPES[name]
 
 

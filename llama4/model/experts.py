@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.ops.experts import swiglu_experts
 from llama4.ops.linear import linear_in_out
 from llama4.ops.swiglu import swiglu
@@ -182,7 +182,7 @@ def resolve_experts(name: str, device: torch.device, dtype: torch.dtype) -> type
         logger.info("experts: %s on %s in %s", chosen.name, device, dtype)
         return chosen
     if name not in BACKENDS:
-        raise Llama4Error(f"experts={name!r} is not known; choose 'auto' or one of {sorted(BACKENDS)}")
+        raise ArgumentError(f"experts={name!r} is not known; choose 'auto' or one of {sorted(BACKENDS)}")
     if reason := BACKENDS[name].unsupported_reason(device, dtype):
-        raise Llama4Error(f"experts={name!r} cannot run here: {reason}; choose another or 'auto'")
+        raise ArgumentError(f"experts={name!r} cannot run here: {reason}; choose another or 'auto'")
     return BACKENDS[name]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import Shape, WeightFormat
@@ -50,7 +50,7 @@ def make_plan(
         Llama4Error: an unknown scheme, or a matrix that its format cannot store.
     """
     if name not in SCHEMES:
-        raise Llama4Error(f"quantization={name!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        raise ArgumentError(f"quantization={name!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     scheme = SCHEMES[name]
     wanted = [*scheme.parts, "head"] if head else scheme.parts
     layers: dict[str, int | None] = {}

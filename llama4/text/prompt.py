@@ -16,7 +16,7 @@ from typing import Any
 from llama4.errors import Llama4Error
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import function_name
+from llama4.text.tool_calls import check_tools
 
 IMAGE = "<|image|>"
 """The special token that stands in a prompt's pieces for a whole image."""
@@ -209,8 +209,7 @@ def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenize
 
 
 def _listing(tools: Sequence[Mapping[str, Any]]) -> str:
-    for tool in tools:
-        function_name(tool)  # raises if it is no schema
+    check_tools(tools)
     return "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
 
 

@@ -29,7 +29,7 @@ from llama4.text.messages import Message, ParsedMessage, read_messages
 from llama4.text.prompt import Piece, check_continued, special_names
 from llama4.text.template_data import as_given, disguised_in, plain, with_end
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import function_name
+from llama4.text.tool_calls import check_tools
 
 if TYPE_CHECKING:
     from llama4.text.sandbox import CompiledTemplate
@@ -99,8 +99,8 @@ class ChatTemplate:
             Llama4Error: a message is not well formed.
         """
         parsed = read_messages(messages)
-        for tool in tools or ():
-            function_name(tool)  # raises if it is no schema
+        if tools:
+            check_tools(tools)
         if continue_final_message:
             check_continued(parsed)
         source = self.source(tools)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from llama4.weights.safetensors import Shards
 from llama4.weights.source import Source
 from llama4.weights.unreadable import check_fetched, files_in, why_unreadable
 
+_LAYER = re.compile(r"language_model\.model\.layers\.(\d{1,9})\.")
 LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
 
 
@@ -64,4 +66,20 @@ def open_checkpoint(
         ConfigError: see `read_config`.
         CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
     """
-    return layout_of(directory).open(Path(directory), shards, dtype=dtype)
+    config, source = layout_of(directory).open(Path(directory), shards, dtype=dtype)
+    _check_layers(Path(directory), config, source)
+    return config, source
+
+
+def _check_layers(directory: Path, config: Llama4Config, source: Source) -> None:
+    """Before a model is built, see that its weights are of about as many layers; which keys are missing, `load` says.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    layers = {int(match[1]) for name in source.names() if (match := _LAYER.match(name))}
+    if layers and config.text.num_hidden_layers > 2 * len(layers):
+        raise CheckpointError(
+            f"{directory} has num_hidden_layers = {config.text.num_hidden_layers} in its configuration, and weights of "
+            f"{len(layers)} layers; fetch both again"
+        )

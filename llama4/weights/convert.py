@@ -10,7 +10,7 @@ from shutil import disk_usage
 import torch
 
 from llama4.config import Llama4Config
-from llama4.errors import CheckpointError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError
 from llama4.families import family_of
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     """
     source, target = Path(source), Path(target)
     if layout not in LAYOUTS:
-        raise Llama4Error(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+        raise ArgumentError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
     _check_other(source, target)
     with complete_directory(target, must_be_free=True, older=_FILES) as partial:
         config, weights, tokenizer = _open(source)

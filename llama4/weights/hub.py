@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
 from llama4.config import PRESETS
-from llama4.errors import CheckpointError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
 from llama4.weights.directory import check_whole
@@ -153,7 +153,7 @@ def shards_on_hub(
 def _checked(subfolder: str | None) -> PurePosixPath:
     folder = PurePosixPath(subfolder or ".")
     if folder.is_absolute() or ".." in folder.parts:
-        raise Llama4Error(f"subfolder is {subfolder!r}; name one inside the model's directory")
+        raise ArgumentError(f"subfolder is {subfolder!r}; name one inside the model's directory")
     return folder
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -113,7 +114,9 @@ def kinds(root: Path) -> Iterator[Kind]:
     saved = root / "saved"
     saved.mkdir()
     llm.cache.save(saved / "cache.safetensors")
-    yield Kind("prompt cache", saved, "cache.safetensors", lambda path: llm.load_cache(path / "cache.safetensors"), False)
+    yield Kind(
+        "prompt cache", saved, "cache.safetensors", lambda path: llm.load_cache(path / "cache.safetensors"), False
+    )
     pictures = root / "pictures"
     pictures.mkdir()
     picture = Image.effect_noise((64, 48), 50).convert("RGB")
@@ -147,8 +150,6 @@ def kinds(root: Path) -> Iterator[Kind]:
 
 
 def _data_url(picture: Image.Image) -> str:
-    import base64
-
     file = io.BytesIO()
     picture.resize((8, 8)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -196,7 +197,9 @@ def damaged(data: bytes, is_json: bool, dice: random.Random) -> bytes:
 
 def _damaged_json(content: Any, dice: random.Random) -> bytes:
     for _ in range(dice.choice((1, 1, 2))):
-        node, parent, key = content, None, None
+        node: Any = content
+        parent: Any = None
+        key: Any = None
         while isinstance(node, (dict, list)) and node and (parent is None or dice.random() < 0.8):
             parent, key = node, dice.choice(list(node)) if isinstance(node, dict) else dice.randrange(len(node))
             node = parent[key]
@@ -235,8 +238,10 @@ def attempt(kind: Kind, data: bytes) -> str | None:
                 found = error
         spent = time.process_time() - begin
     if found is not None and not isinstance(found, (Llama4Error, OSError)):
-        where = traceback.extract_tb(found.__traceback__)
-        ours = [f"{Path(each.filename).name}:{each.lineno}" for each in where if "llama4" in each.filename or "/vision/" in each.filename]
+        frames = traceback.extract_tb(found.__traceback__)
+        ours = [
+            f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llama4/" in f.filename or "vision/" in f.filename
+        ]
         return f"{type(found).__name__}: {str(found)[:150]} at {' '.join(ours[-3:])}"
     if found is not None and kind.is_json and kind.file.endswith("config.json") and "config.json" not in str(found):
         return f"the message names no file: {str(found)[:150]}"
@@ -270,11 +275,10 @@ def table(tried: Counter[str], failed: list[tuple[str, str]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    tries, seed = (int(each) for each in (*arguments[:2], "100", "0")[: 2] ) if len(arguments) < 2 else map(int, arguments[:2])
-    only = arguments[2] if len(arguments) > 2 else ""
+    tries, seed = (int(each) for each in [*arguments, *("100", "0")[len(arguments) :]][:2])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        tried, failed = run(tries, seed, Path(root), only=only)
+        tried, failed = run(tries, seed, Path(root), only="".join(arguments[2:]))
     for (name, problem), count in Counter(failed).most_common():
         print(f"{count:4} {name}: {problem}")
     print(table(tried, failed))

@@ -1,7 +1,17 @@
 """The text of a reply -> the tools it calls, and the forms in which calls and tools are written in messages."""
 
-from llama4.text.tool_calls.call import ToolCall, function_name, read_call, short
+from llama4.text.tool_calls.call import ToolCall, check_tools, function_name, read_call, short
 from llama4.text.tool_calls.reader import CallReader, names_of, parse_reply
 from llama4.text.tool_calls.spellings import MARKS
 
-__all__ = ["MARKS", "CallReader", "ToolCall", "function_name", "names_of", "parse_reply", "read_call", "short"]
+__all__ = [
+    "MARKS",
+    "CallReader",
+    "ToolCall",
+    "check_tools",
+    "function_name",
+    "names_of",
+    "parse_reply",
+    "read_call",
+    "short",
+]

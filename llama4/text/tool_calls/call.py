@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,24 @@ def function_name(tool: Mapping[str, Any]) -> str:
     return name
 
 
+def check_tools(tools: Any) -> None:
+    """Raises:
+    Llama4Error: `tools` is no list of schemas.
+    """
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
+        raise Llama4Error(f"tools are {short(tools)}; they must be a list of functions, each with its JSON schema")
+    for tool in tools:
+        name = function_name(tool)
+        try:
+            as_json(dict(tool))
+        except (ValueError, RecursionError):
+            raise Llama4Error(f"the tool {name!r:.80} holds what JSON does not: {short(tool)}") from None
+
+
 def short(value: Any) -> str:
     """A value as error messages show it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} of too many levels"
     return text if len(text) <= 80 else text[:77] + "..."

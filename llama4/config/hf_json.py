@@ -203,6 +203,6 @@ def check_model_type(model_type: Any, known: Sequence[str] = MODEL_TYPES, title:
         about = next((name for prefix, name in OTHER_MODELS.items() if str(model_type).startswith(prefix)), None)
         other = f", and this is {about}, which transformers runs" if about else ""
         raise ConfigError(
-            f"model_type {model_type!r:.80} in {CONFIG_FILE} is not {title}; this library runs "
+            f"{CONFIG_FILE}: model_type {model_type!r:.80} is not {title}; this library runs "
             f"{' and '.join(map(repr, known))}{other}"
         )

@@ -139,6 +139,7 @@ def _rank_files(directory: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> str | None:
+    check_zip(path)
     try:
         with ZipFile(path) as file:
             records = [name for name in file.namelist() if name.endswith(f"/{STAMP_RECORD}")]

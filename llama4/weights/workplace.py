@@ -78,7 +78,12 @@ def _held(folder: Path, what: str, wait: bool, private: bool) -> int:
             names, is_others = os.listdir(folder), private and folder.lstat().st_uid != os.geteuid()
             if folder.is_symlink() or is_others or (names and _LOCK not in names):
                 raise CheckpointError(f"{folder} is in the way of {what}, and not of this library; rename or remove it")
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except OSError:
+                with suppress(OSError):
+                    folder.rmdir()  # if nobody has anything in it
+                raise
             try:
                 held = try_lock(descriptor)
             except OSError as error:

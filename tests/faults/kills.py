@@ -33,7 +33,7 @@ import torch
 from llama4 import Llama4
 from llama4.config import Llama4Config, RopeScaling
 from llama4.engine.prefix_cache import PromptCache
-from llama4.errors import CheckpointError
+from llama4.errors import Llama4Error
 from llama4.weights import directory as directories
 from llama4.weights import hub
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
@@ -253,14 +253,17 @@ class Trial:
                 if left:
                     return f"it failed and left {sorted(left)[:4]}"
             return None
-        try:
-            found = self._read(self.folder)
-        except CheckpointError as error:
-            return None if self.writer.says and self.writer.says in str(error) else f"not to be read: {error}"
+        found = self._read(self.folder)
+        if isinstance(found, Llama4Error):
+            return None if self.writer.says and self.writer.says in str(found) else f"not to be read: {found}"
         return None if found in (self.old, self.new) else "neither the old nor the new"
 
     def _read(self, folder: Path) -> Any:
-        return self.writer.read(folder)
+        """What is there, or why that cannot be told."""
+        try:
+            return self.writer.read(folder)
+        except Llama4Error as error:
+            return error
 
     def _begin(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -34,6 +34,7 @@ from llama4 import Llama4
 from llama4.config import Llama4Config, RopeScaling
 from llama4.engine.prefix_cache import PromptCache
 from llama4.errors import Llama4Error
+from llama4.files import sync_file
 from llama4.weights import directory as directories
 from llama4.weights import hub
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
@@ -162,6 +163,8 @@ def writers(models: Models) -> Iterator[Writer]:
     def push(folder: Path) -> None:
         def upload(directory: Path, *_: Any, **__: Any) -> str:
             shutil.copytree(directory, folder / "sent", dirs_exist_ok=True)
+            for path in (folder / "sent").iterdir():
+                sync_file(path)  # what the Hub has got is there
             os.replace(folder / "sent", folder / "target")
             return ""
 

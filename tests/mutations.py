@@ -323,6 +323,21 @@ COMPILED = [
         f"{KERNELS}::test_they_are_built_where_there_is_a_compiler",
     ),
     Mutation(
+        "shards of two models are one checkpoint",
+        "llama4/weights/stamps.py",
+        "if wanted is not None and strange:",
+        "if False:",
+        "tests/weights/test_directory.py::TestStamps",
+    ),
+    Mutation(
+        "what a user has beside a model goes with the old one",
+        "llama4/weights/directory.py",
+        "        _link_rest(target, content, older)\n        exchange(content, target)\n",
+        "        exchange(content, target)\n",
+        "tests/weights/test_directory.py::TestWhatIsThere",
+        ("        _link_rest(content, target, older)  # what", "        pass  # what"),
+    ),
+    Mutation(
         "zero points of dequantized weights are forgotten",
         "llama4/weights/compressed_formats.py",
         'if (zeros := parts.get("weight_zero_point")) is not None:',

@@ -182,7 +182,7 @@ FP8 = {
 }
 
 
-@pytest.mark.parametrize("name", PRESET_SCHEMES.keys() - {"UNQUANTIZED"})
+@pytest.mark.parametrize("name", sorted(PRESET_SCHEMES.keys() - {"UNQUANTIZED"}))
 def test_every_preset_is_read(name: str) -> None:
     group = json.loads(preset_name_to_scheme(name, ["Linear"]).model_dump_json())
     ((targets, format),) = read_groups({"config_groups": {"group_0": group}})

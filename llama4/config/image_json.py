@@ -149,17 +149,16 @@ def _square(size: Any) -> int | None:
     """The side that a `size` means; None if it means no square."""
     if isinstance(size, Mapping):
         size = [size.get("height"), size.get("width")]
-    sides = set(size) if isinstance(size, (list, tuple)) and len(size) == 2 else {size}
-    side = sides.pop()
-    return side if not sides and isinstance(side, int) else None
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    return sides[0] if type(sides[0]) is int and sides[0] == sides[-1] else None
 
 
 def _resample(value: Any, place: str) -> str:
     known = {code: name for name, code in RESAMPLE.items()} | {name: name for name in RESAMPLE}
-    name = known.get(value.lower() if isinstance(value, str) else value)
+    name = known.get(value.lower() if isinstance(value, str) else value) if isinstance(value, (str, int)) else None
     if name is None:
         names = ", ".join(f"{code} ({name})" for name, code in RESAMPLE.items())
-        raise ConfigError(f"{place} has resample = {value!r}; filters that can be computed are {names}")
+        raise ConfigError(f"{place} has resample = {value!r:.80}; filters that can be computed are {names}")
     return name
 
 

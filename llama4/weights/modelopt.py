@@ -41,8 +41,8 @@ class ModelOpt(QuantMethod):
 
     def check(self, content: Mapping[str, Any]) -> None:
         layers = section(content, "quantized_layers", "ModelOpt's configuration")
-        found = {section(layers, name, "quantized_layers").get("quant_algo") for name in layers}
-        found = found or {content.get("quant_algo")}
+        found = [section(layers, name, "quantized_layers").get("quant_algo") for name in layers]
+        found = found or [content.get("quant_algo")]
         algorithms = {str(algorithm).upper() for algorithm in found if algorithm is not None}  # None: the cache alone
         if unknown := sorted(algorithms - {*_ALGORITHMS}):
             raise CheckpointError(

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from llama4.api import Llama4
-from llama4.errors import Llama4Error
+from llama4.errors import ConfigError, Llama4Error
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
 from llama4.weights.convert import convert, quantize
@@ -243,7 +243,7 @@ def attempt(kind: Kind, data: bytes) -> str | None:
             f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llama4/" in f.filename or "vision/" in f.filename
         ]
         return f"{type(found).__name__}: {str(found)[:150]} at {' '.join(ours[-3:])}"
-    if found is not None and kind.is_json and kind.file.endswith("config.json") and "config.json" not in str(found):
+    if isinstance(found, ConfigError) and ".json" not in str(found):
         return f"the message names no file: {str(found)[:150]}"
     if spent > SECONDS:
         return f"took {spent:.1f} s"

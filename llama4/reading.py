@@ -35,6 +35,8 @@ LIMITS = {
     **dict.fromkeys(("max_tiles", "max_patches"), 1024),
 }
 """Of some, by name: what is built or looked at one by one."""
+MAX_PARAMETERS = 10**15
+"""Of a model: Behemoth has 2 * 10^12."""
 MAX_ZIP_DIRECTORY = 4 << 20
 """Bytes in which a .pth lists its tensors."""
 MAX_PICKLE_BYTES = 16 << 20

@@ -9,6 +9,8 @@ from typing import Any
 
 from llama4.config import hf_json, image_json
 from llama4.config.text import TextConfig
+from llama4.errors import ConfigError
+from llama4.reading import MAX_PARAMETERS
 from llama4.vision.config import VisionConfig
 
 
@@ -29,6 +31,13 @@ class Llama4Config:
     """Key of `llama4.families.FAMILIES`."""
     note: str = ""
     """Shown by `llama4 info`; says for instance which numbers of a preset are guessed."""
+
+    def __post_init__(self) -> None:
+        if (count := self.num_parameters()) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"the sizes in the configuration make {count:.1e} parameters, and may make {MAX_PARAMETERS:.0e}; fetch "
+                "its file again"
+            )
 
     def num_parameters(self) -> int:
         """All parameters, without allocating any."""

@@ -243,7 +243,7 @@ def attempt(kind: Kind, data: bytes) -> str | None:
             f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llama4/" in f.filename or "vision/" in f.filename
         ]
         return f"{type(found).__name__}: {str(found)[:150]} at {' '.join(ours[-3:])}"
-    if isinstance(found, ConfigError) and ".json" not in str(found):
+    if isinstance(found, ConfigError) and "configuration" not in str(found) and kind.file not in str(found):
         return f"the message names no file: {str(found)[:150]}"
     if spent > SECONDS:
         return f"took {spent:.1f} s"

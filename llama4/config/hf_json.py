@@ -115,7 +115,10 @@ def _read_text(content: Mapping[str, Any]) -> TextConfig:
     elif "head_dim" in content:
         sizes = [fields.get(name, getattr(TextConfig, name)) for name in ("hidden_size", "num_attention_heads")]
         fields["head_dim"] = sizes[0] // max(sizes[1], 1)
-    return TextConfig(**fields)
+    try:
+        return TextConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{TEXT.place}: {error}") from None
 
 
 def _rope(content: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -157,7 +160,7 @@ def _read_vision(content: Mapping[str, Any]) -> VisionConfig:
     try:
         return VisionConfig(**fields)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{VISION.place}: {error}") from None
 
 
 def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,9 +80,19 @@ class Tokenizer:
         self._splitter = AddedTokenSplitter(self.added_tokens)
         in_ranks = set(ranks.values())
         contents = {token.content: token.id for token in added if token.id not in in_ranks}
-        self._encoding = tiktoken.Encoding(
-            self.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=contents
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                self.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=contents
+            )
+        except BaseException as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: BaseException) -> BaseException:
+        """What the tokenizer's library makes of a pattern or of ids that it cannot use: a panic, which is no Exception,
+        or an error without the file's name. Others are as they are."""
+        if type(error).__name__ == "PanicException" or isinstance(error, (ValueError, OverflowError)):
+            return Llama4Error(f"{self.path} has a pattern or ids that cannot be used ({error}); fetch it again")
+        return error
 
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
@@ -104,8 +114,11 @@ class Tokenizer:
                 "or decode the text it came from with errors='replace'"
             ) from None
         ids: list[int] = []
-        for piece in self._splitter.split(text):
-            ids += [piece] if isinstance(piece, int) else self._encode_piece(piece)
+        try:
+            for piece in self._splitter.split(text):
+                ids += [piece] if isinstance(piece, int) else self._encode_piece(piece)
+        except BaseException as error:
+            raise self._refused(error) from None
         return ids
 
     def _encode_piece(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config.fields import FieldTable
+from llama4.config.typed import read_value
 from llama4.errors import ConfigError
 from llama4.reading import read_json
 from llama4.text.added_tokens import AddedToken
@@ -126,7 +127,9 @@ def read_added_token(content: Mapping[str, Any], path: Path) -> AddedToken:
         flags["normalized"] = content.get("normalized", not flags["special"])
         if not all(isinstance(flag, bool) for flag in flags.values()):
             raise TypeError("a flag is neither true nor false")
-        return AddedToken(int(content["id"]), text, **flags)
+        number = content["id"]
+        number = read_value(int, int(number) if isinstance(number, str) else number, "id", str(path))
+        return AddedToken(number, text, **flags)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} holds the added token {str(dict(content))[:200]} ({error!r}), which should have an id, a content "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.errors import Llama4Error
-from llama4.reading import MAX_TOKENIZER_BYTES, read_bytes
+from llama4.reading import MAX_INT, MAX_TOKENIZER_BYTES, read_bytes
 from llama4.reading import read_json as read_file
 from llama4.text.added_tokens import AddedToken
 from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
@@ -78,6 +78,9 @@ def read_json(
         vocabulary: dict[str, int] = model["vocab"]
         kind = model.get("type", "BPE")
         merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
+        ids = list(vocabulary.values())
+        if not all(type(i) is int and 0 <= i <= MAX_INT for i in ids) or len(set(ids)) < len(ids):
+            raise TypeError("ids are whole numbers, each once")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Llama4Error(
             f"{path} is not a Hugging Face tokenizer.json ({error!r}); fetch the tokenizer again"

@@ -124,7 +124,7 @@ def _method(directory: Path, config: Llama4Config) -> QuantMethod | None:
     content = config.quantization_config
     if content is None:
         return None
-    name = read_value(str | None, content.get("quant_method"), "quant_method", "quantization_config")
+    name = read_value(str | None, content.get("quant_method"), "quant_method", f"{CONFIG_FILE} (quantization_config)")
     if name in QUANT_METHODS:
         return QUANT_METHODS[name]
     raise unread_method(directory, content, QUANT_METHODS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llama4.text.tool_calls.call import ToolCall, function_name
+from llama4.text.tool_calls.call import ToolCall, check_tools, function_name
 from llama4.text.tool_calls.finder import Finder, Found, Mark, Piece
 from llama4.text.tool_calls.spellings import CODE_INTERPRETER, END_MARK, is_code
 
@@ -42,7 +42,10 @@ def names_of(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str] | None
     Raises:
         Llama4Error: a schema without a name.
     """
-    return None if tools is None else frozenset(map(function_name, tools))
+    if tools is None:
+        return None
+    check_tools(tools)
+    return frozenset(map(function_name, tools))
 
 
 class CallReader:

@@ -46,6 +46,8 @@ class VisionConfig:
         for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size", "max_tiles"):
             if getattr(self, name) < 1:
                 raise Llama4Error(f"vision {name} must be at least 1, not {getattr(self, name)}")
+        if not 0.01 <= self.pixel_shuffle_ratio <= 1:
+            raise Llama4Error(f"pixel_shuffle_ratio must be from 0.01 to 1, not {self.pixel_shuffle_ratio}")
         if self.resample not in RESAMPLE:
             raise Llama4Error(f"resample {self.resample!r} is not known; choose one of {', '.join(RESAMPLE)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:

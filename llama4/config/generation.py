@@ -16,7 +16,7 @@ from typing import Any
 from llama4.config.fields import FieldTable
 from llama4.config.hf_json import CONFIG_FILE
 from llama4.errors import ArgumentError, ConfigError
-from llama4.reading import read_json
+from llama4.reading import MAX_INT, read_json
 
 GENERATION_FILE = "generation_config.json"
 
@@ -24,7 +24,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 <= value < 1e300, "0 (greedy) or more, such as 0.7"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
     "top_k": (
-        lambda value: isinstance(value, Integral) and value >= 1,
+        lambda value: isinstance(value, Integral) and 1 <= value <= MAX_INT,
         "at least 1; the size of the vocabulary for all",
     ),
     "min_p": (lambda value: 0 <= value <= 1, "from 0 (all tokens) to 1"),

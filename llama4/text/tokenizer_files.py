@@ -142,6 +142,12 @@ def _check_ids(added: Sequence[AddedToken], vocabulary: Mapping[str, int], path:
             )
 
 
+def _nodes(node: Mapping[str, Any], name: str) -> list[Any]:
+    """What a sequence of pre-tokenizers or decoders consists of."""
+    found = node.get(name)
+    return found if isinstance(found, list) else []
+
+
 def _split_pattern(node: Any) -> str | None:
     """The regular expression of the first `Split` in a pre-tokenizer, if there is one."""
     if not isinstance(node, dict):
@@ -149,7 +155,7 @@ def _split_pattern(node: Any) -> str | None:
     if node.get("type") == "Split" and isinstance(node.get("pattern"), dict):
         pattern = node["pattern"].get("Regex")
         return pattern if isinstance(pattern, str) else None
-    found = (_split_pattern(child) for child in node.get("pretokenizers", []))
+    found = (_split_pattern(child) for child in _nodes(node, "pretokenizers"))
     return next((pattern for pattern in found if pattern), None)
 
 
@@ -177,7 +183,7 @@ def _mentions(data: dict[str, Any], kind: str) -> bool:
         if isinstance(node, dict):
             if node.get("type") == kind:
                 return True
-            nodes += [*node.get("pretokenizers", []), *node.get("decoders", [])]
+            nodes += [*_nodes(node, "pretokenizers"), *_nodes(node, "decoders")]
     return False
 
 

@@ -70,6 +70,8 @@ def generate(
             "a stop string is empty; every text holds that, so give at least one character or none at all"
         )
     lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()
+    if 0 in lengths:
+        raise Llama4Error("a prompt is empty: the checkpoint's chat template writes nothing for these messages")
     model = runner.model
     window = model.config.text.max_position_embeddings if max_context is None else max_context
     if max(lengths) >= window:

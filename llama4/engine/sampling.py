@@ -109,7 +109,7 @@ class Sampler:
         logits_BV = logits_BV.float()
         scores_BV = logits_BV
         if seen_BV is not None:
-            penalty = self.repetition_penalty
+            penalty = float(self.repetition_penalty)
             penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
             scores_BV = torch.where(seen_BV, penalised_BV, logits_BV)
         ids_B = self._draw(scores_BV, generators) if self.temperature else scores_BV.argmax(dim=-1)
@@ -122,7 +122,7 @@ class Sampler:
         # The largest score is subtracted first, so that no temperature, however small, overflows.
         shifted_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
         ids_BK = largest(scores_BV, self.top_k or scores_BV.shape[1])
-        weights_BK = (shifted_BV.gather(1, ids_BK).double() / self.temperature).exp()
+        weights_BK = (shifted_BV.gather(1, ids_BK).double() / float(self.temperature)).exp()
         if self.top_p < 1:
             chosen_BK, weights_BK = nucleus(weights_BK, self.top_p)
             ids_BK = ids_BK.gather(1, chosen_BK)

@@ -480,7 +480,7 @@ def _check_arguments(
     if quantization is not None and quantization not in SCHEMES:
         raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     if experts_memory is not None and experts_device is None:
-        raise Llama4Error(
+        raise ArgumentError(
             f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
             "experts_device, too"
         )

@@ -361,7 +361,7 @@ class Processor:
 
     def _pad(self, rows: Sequence[Sequence[int]], pixel_values: Tensor | None, side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):
-            raise Llama4Error(f"padding_side is {side!r}; it must be 'left' or 'right'")
+            raise ArgumentError(f"padding_side is {side!r}; it must be 'left' or 'right'")
         longest = max(map(len, rows))
         if all(len(row) == longest for row in rows):  # no padding, and no need of a padding token
             input_ids = torch.tensor(rows)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,7 +426,7 @@ def test_plan_with_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_plan_of_what_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = run(capsys, "plan", *arguments)
-    assert (code, out) == (1, "")
+    assert (code, out) == (1 if "this model" in message else 2, "")
     assert message in error and len(error.splitlines()) == 1
 
 
@@ -505,7 +506,8 @@ def test_bad_values(
     directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], value: str, remedy: str
 ) -> None:
     code, out, err = run(capsys, "generate", "--model", str(directory), *arguments)
-    assert (code, out) == (1, "")
+    is_option = arguments[0].startswith("--") and arguments[0] != "--raw"
+    assert (code, out) == (2 if is_option else 1, "")
     assert err.startswith("llama4: error: ")
     assert value in err
     assert remedy in err
@@ -616,7 +618,7 @@ def test_an_argument_that_is_not_utf8(directory: Path) -> None:
         ("generate --temperature -1 hi", 2, "llama4: error: temperature is -1.0; it must be 0"),
         ("generate --dtype float8 hi", 2, "llama4: error: dtype='float8' is not supported"),
         ("generate --max-new-tokens 0 hi", 2, "llama4: error: max_new_tokens is 0"),
-        ("info /nowhere/at/all", 1, "is no model"),
+        ("info /nowhere/at/all", 1, "check the path"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], command: str, code: int, message: str) -> None:
@@ -624,3 +626,14 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], command: str,
     found, out, error = run(capsys, *command.split())
     assert (found, out, error.count("\n")) == (code, "", 1)
     assert message in error
+
+
+def test_a_bad_file_is_one_line(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the keys that are missing, the first are named."""
+    broken = shutil.copytree(directory, tmp_path / "model")
+    content = json.loads((broken / "config.json").read_text())
+    content["text_config"] |= {"num_hidden_layers": 5, "no_rope_layers": None, "layer_types": None}
+    (broken / "config.json").write_text(json.dumps(content))
+    code, out, error = run(capsys, "generate", "--model", str(broken), "hi")
+    assert (code, out, error.count("\n")) == (1, "", 1)
+    assert "missing: language_model.model.layers." in error and re.search(r"and \d+ more$", error.strip())

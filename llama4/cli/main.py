@@ -24,6 +24,10 @@ BROKEN_PIPE = 141
 """Exit code of a shell's commands that end by SIGPIPE."""
 
 
+SHOWN = 3
+"""Of the lines that follow a message's first."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. An error a user can cause is one line on stderr, without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -43,8 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if getattr(options, "json", False):
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
-        print(f"llama4: error: {error}", file=sys.stderr)
+        print(f"llama4: error: {one_line(error)}", file=sys.stderr)
         return USAGE if isinstance(error, ArgumentError) else 1
+
+
+def one_line(error: Exception) -> str:
+    """A message without line breaks; of a long list, such as that of missing keys, the beginning."""
+    first, *more = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
+    rest = f"; and {len(more) - SHOWN} more" if len(more) > SHOWN else ""
+    return "; ".join([first, *more[:SHOWN]]) + rest
 
 
 def command() -> NoReturn:

@@ -66,7 +66,7 @@ def generate(
         raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in stops:
-        raise Llama4Error(
+        raise ArgumentError(
             "a stop string is empty; every text holds that, so give at least one character or none at all"
         )
     lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()

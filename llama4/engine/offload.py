@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.experts import concat_experts
 from llama4.quantization.modules import SeparateExperts
@@ -114,7 +114,7 @@ def offload_experts(model: Llama4Model, device: torch.device, memory: int | None
             share = memory * sizes[kind] // sum(sizes.values())
             room = share // each
             if room < 1:
-                raise Llama4Error(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
+                raise ArgumentError(f"{bytes_text(share)} hold no expert: one takes {bytes_text(each)}; give more")
         hot = ExpertCache(experts, device, min(room, count * len(paths)))
         for path in paths:
             for module in model.get_submodule(path).modules():

@@ -18,7 +18,7 @@ SECONDS, BYTES = 2.0, 300 << 20
 """What an error may cost, of the processor's time and of memory."""
 
 CHILD = """
-    import resource, sys, time
+    import contextlib, io, resource, sys, time
     import torch, llama4
     from llama4.analysis.info import describe_model, find
     from llama4.api import Llama4
@@ -27,6 +27,11 @@ CHILD = """
     from llama4.weights.convert import convert, quantize
     from llama4.weights.load import load
     torch.set_num_threads(1)
+    def plan(directory):
+        with contextlib.redirect_stderr(io.StringIO()) as text, contextlib.redirect_stdout(io.StringIO()):
+            code = main(["plan", directory])
+        if code:
+            raise Llama4Error(text.getvalue())
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for name in sys.argv[1:]:
@@ -34,6 +39,7 @@ CHILD = """
         ways = {
             "from_pretrained": lambda: Llama4.from_pretrained(directory, progress=False),
             "info": lambda: describe_model(find(directory), None),
+            "plan": lambda: plan(directory),
             "convert": lambda: convert(directory, name + "/converted", "hf", progress=False),
             "quantize": lambda: quantize(directory, name + "/int8", "int8", progress=False),
         }
@@ -153,10 +159,10 @@ def test_absurd_files_cost_little(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len(lines) == 4 * len(CASES)
+    assert len(lines) == 5 * len(CASES)
     for i, (name, (_, message)) in enumerate(CASES.items()):
-        for command, seconds, size, said in lines[4 * i : 4 * i + 4]:
-            is_fine = command == "info" and said == "no error"  # it looks at less
+        for command, seconds, size, said in lines[5 * i : 5 * i + 5]:
+            is_fine = command in ("info", "plan") and said == "no error"  # it looks at less
             assert is_fine or (message in said and said != "no error"), (name, command, said)
             assert float(seconds) < SECONDS, (name, command, seconds)
             assert int(size) < BYTES, (name, command, size)

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llama4.errors import CheckpointError
-from llama4.files import exchange, permissions, replace_text, replaced_file, sync_directory, sync_file
+from llama4.files import exchange, permissions, replaced_file, sync_directory, sync_file
 from llama4.weights.workplace import clear, workplace
 
 DOWNLOADS = "downloads"
@@ -216,7 +216,9 @@ def _link_rest(old: Path, new: Path, older: Collection[str], below: Path = Path(
 
 def _replace_files(content: Path, target: Path, names: Collection[Path], older: Collection[str]) -> None:
     """One by one, after a file that tells our loader not to; config.json, which others want first, is the last."""
-    replace_text(target / _BROKEN_OFF, "The files here are being replaced, or that was broken off.\n")
+    (target / _BROKEN_OFF).touch()
+    sync_file(target / _BROKEN_OFF)
+    sync_directory(target)
     for path in sorted(target.rglob("*")):
         if _is_older(path.relative_to(target), older) and path.name != _BROKEN_OFF:
             path.unlink()

@@ -178,7 +178,8 @@ def test_files_in_the_cache_are_used_and_stay(
     assert (code, "org/model is not in the local cache and the Hub cannot be reached" in err) == (1, True)
     shutil.copy(sharded / gone, snapshot / gone)
     code, _, err = run(capsys, *QUANTIZE, tmp_path / "again")
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'again'))}: \S+, .* of weights\n", err)
 
 
 def test_stopped_and_run_again(

@@ -437,7 +437,7 @@ class TestDamage:
 class TestCommand:
     def test_both_ways(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["convert", "tiny", str(tmp_path / "hf"), "--to", "hf"]) == 0
-        assert capsys.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", f"{tmp_path / 'hf'}: Hugging Face's layout\n")
         assert main(["generate", "--model", str(tmp_path / "hf"), "--max-new-tokens", "2", "Hello"]) == 0
 
     def test_metas_layout_serves_every_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

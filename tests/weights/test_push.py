@@ -23,6 +23,9 @@ from llama4.weights.summary import WeightsSummary
 from tests import small_model
 from tests.weights.local_hub import COMMIT, LocalHub, use
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""What the Hub's client causes in its own."""
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,8 +83,6 @@ def resolve(
                 f"{name!r} is a shape that info and plan know, without weights; give a directory, or a Hub id like "
                 "'meta-llama/Llama-4-Scout-17B-16E-Instruct'"
             )
-        if os.sep in str(name).rstrip(os.sep) or str(name).startswith("."):
-            raise Llama4Error(f"there is no directory {name}; check the path")
         raise Llama4Error(
             f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
             f"{address[1] if address else 'organisation/name'!r}"

@@ -248,6 +248,7 @@ def edit(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     (directory / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "W8A16", "FP8_BLOCK"])
 def test_transformers_dequantizes_to_the_same(plain: Path, tmp_path: Path, name: str) -> None:
     from transformers.utils.quantization_config import CompressedTensorsConfig

@@ -216,14 +216,14 @@ def _link_rest(old: Path, new: Path, older: Collection[str], below: Path = Path(
 
 def _replace_files(content: Path, target: Path, names: Collection[Path], older: Collection[str]) -> None:
     """One by one, after a file that tells our loader not to; config.json, which others want first, is the last."""
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
     (target / _BROKEN_OFF).touch()
-    sync_file(target / _BROKEN_OFF)
-    sync_directory(target)
+    sync_directory(target)  # from here on nothing takes room on the disk
     for path in sorted(target.rglob("*")):
         if _is_older(path.relative_to(target), older) and path.name != _BROKEN_OFF:
             path.unlink()
     for name in sorted(names, key=lambda name: name.name in ("config.json", "params.json")):
-        (target / name).parent.mkdir(exist_ok=True)
         _move(content / name, target / name)
     for folder in {target / name.parent for name in names}:
         sync_directory(folder)

@@ -65,17 +65,13 @@ class Bar:
         total: of all steps; None if nobody knows, and only the time is shown.
         unit: "bytes", "tokens", "tiles" or "steps".
         shown: false shows nothing, nor does any bar that is opened inside.
-        done: say so when all is done; else nothing is left of the bar.
     """
 
-    def __init__(
-        self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True, done: str | None = None
-    ) -> None:
+    def __init__(self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
         outer = _current.get()
         self.shown: bool = shown and (outer is None or outer.shown)
         self._bar: Any = None
         self._settings = {"desc": doing, "total": total, **_UNITS[unit]}
-        self._done = done
         self._at = self._begin = self._extent = 0.0
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -118,7 +114,7 @@ class Bar:
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
             drawn: dict[str, Any] = {"delay": DELAY, "mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
-            self._bar = tqdm(**self._settings, **drawn, leave=self._done is not None)
+            self._bar = tqdm(**self._settings, **drawn, leave=False)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
 
@@ -132,8 +128,6 @@ class Bar:
             return
         is_locked = self._lock.acquire(timeout=1)  # after Ctrl-C in tqdm's own lock, `_tick` may wait for that
         if error is None:
-            if self._done is not None:
-                self._bar.set_description_str(self._done, refresh=False)
             self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
             self._bar.mininterval = 0
             self._bar.update(0)

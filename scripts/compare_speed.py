@@ -178,6 +178,16 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return ordered[rank], ordered[n - 1 - rank], max(coverage(rank), 0.0)
 
 
+def build_kernels(checkout: Path) -> None:
+    """If it has none of its own sources. (Before CMakeLists.txt came, kernels were compiled at first use.)"""
+    if not (checkout / "CMakeLists.txt").exists():
+        return
+    missing = "import sys; from llama4.kernels import loader; sys.exit(loader.library() is None)"
+    if subprocess.run([sys.executable, "-c", missing], env=environment(checkout), check=False).returncode:
+        build = checkout / "llama4" / "kernels" / "build.py"
+        subprocess.run([sys.executable, "-I", str(build), "native"], check=True, stdout=sys.stderr)
+
+
 def compare(options: argparse.Namespace) -> dict[str, list[float]]:
     """Format and figure -> the ratio of each pair."""
     checkouts = [Path(path).resolve() for path in (options.old, options.new)]
@@ -191,7 +201,9 @@ def compare(options: argparse.Namespace) -> dict[str, list[float]]:
             found.setdefault(prefix + name, []).append(ratio)
             print(f"{prefix}{name}: {ratio:.3f}", file=sys.stderr)
 
-    for checkout in checkouts:  # compiled kernels and bytecode are cached before anything is timed
+    for checkout in checkouts:
+        build_kernels(checkout)
+    for checkout in checkouts:  # bytecode is cached before anything is timed
         for format in options.formats:
             with Process(checkout, options.model, format):
                 pass

@@ -387,8 +387,9 @@ def check(mutation: Mutation) -> bool:
             mutation.test,
         ]
         environment = os.environ | {"PYTHONPATH": str(copy)}  # the copy is tested, not what is installed
-        if mutation in COMPILED:  # and what it compiles goes with it
-            environment |= {"XDG_CACHE_HOME": directory, "TORCHINDUCTOR_CACHE_DIR": directory}
+        if mutation in COMPILED:
+            script = copy / "llama4" / "kernels" / "build.py"
+            subprocess.run([sys.executable, "-I", str(script), "native"], check=True, capture_output=True)
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout
 

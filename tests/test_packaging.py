@@ -1,21 +1,37 @@
-"""What is installed, in every way of installing it, beside a user's own files. Builds as pip does, offline."""
+"""What is installed, in every way of installing it, beside a user's own files. Builds as pip does, offline.
+
+The kernels are not compiled again here: in the compiler's place stands a script that copies those that are there.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llama4.kernels import build as kernels
+from llama4.kernels import loader
+
 ROOT = Path(__file__).parents[1]
 
-BUILDS = importlib.util.find_spec("scikit_build_core") is not None
-pytestmark = pytest.mark.skipif(not BUILDS, reason="scikit-build-core is not installed")
+BUILDS = importlib.util.find_spec("scikit_build_core") and (shutil.which("cmake") or importlib.util.find_spec("cmake"))
+pytestmark = pytest.mark.skipif(not BUILDS, reason="scikit-build-core or CMake is not installed")
+LIB = "llama4/kernels/lib"
+COMPILER = f"""#!/bin/sh
+if [ "$1" = --version ]; then echo "a script 1.0"; exit; fi
+while [ "$1" != -o ]; do shift; done
+cp "{kernels.DIRECTORY}/$(basename "$2")" "$2" 2>&- || touch "$2"
+"""
 
 ANSWER = """
 import sys
@@ -29,6 +45,11 @@ picture = {"type": "image", "image": sys.argv[1]}
 question = {"type": "text", "text": "What colour is the circle?"}
 print(llm.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8).text)
 """
+KERNELS = """
+import json
+from llama4.kernels import build, loader
+print(json.dumps([str(build.DIRECTORY), loader.found().level, loader.found().why]))
+"""
 GLOBAL = """
 import importlib.util
 import llama4.vision
@@ -36,17 +57,21 @@ print([name for name in ("vision", "tests", "examples", "docs", "scripts", "benc
 """
 
 
-def build(kind: str, directory: Path, source: Path = ROOT) -> Path:
+def build(kind: str, directory: Path, source: Path = ROOT, **variables: str) -> Path:
     """The file that the build backend makes, called as pip calls it."""
     script = f"import sys; from scikit_build_core import build; print(build.build_{kind}(sys.argv[1]))"
-    done = python("-c", script, directory, cwd=source)
+    path = directory / "compiler"
+    path.write_text(COMPILER)
+    path.chmod(0o755)
+    done = python("-c", script, directory, cwd=source, **{"CXX": str(path), **variables})
     return directory / done.split()[-1]
 
 
-def python(*arguments: str | Path, cwd: Path, path: Path | None = None) -> str:
+def python(*arguments: str | Path, cwd: Path, path: Path | None = None, **variables: str) -> str:
     """Its output. Only `path` comes before what is installed."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    environment |= {"PYTHONPATH": str(path)} if path else {}
+    ours = ("PYTHONPATH", "PYTHONSAFEPATH", loader.LEVEL, kernels.LEVELS_VARIABLE)
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {**({"PYTHONPATH": str(path)} if path else {}), **variables}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -67,6 +92,21 @@ def names(wheel: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an sdist holds."""
+    directory = tmp_path_factory.mktemp("source")
+    with tarfile.open(build("sdist", directory)) as archive:
+        archive.extractall(directory / "source", filter="data")
+    (source,) = (directory / "source").iterdir()
+    return source
+
+
+def told(installed: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((installed / LIB / kernels.MANIFEST).read_text())
+    return manifest
 
 
 @pytest.fixture
@@ -102,19 +142,49 @@ def test_the_wheel_has_one_name_and_all_it_needs(wheel: Path) -> None:
     assert not [file for file in files if "__pycache__" in file or file.endswith(".pyc")]
 
 
-def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    sdist = build("sdist", tmp_path)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "source", filter="data")
-    (source,) = (tmp_path / "source").iterdir()
+@pytest.mark.skipif(not kernels.LEVELS.get(kernels.machine()), reason="no kernels are built on this machine")
+def test_the_wheel_brings_every_level_and_serves_every_python(wheel: Path, folder: Path, tmp_path: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    installed = unpack(wheel, tmp_path / "installed")
+    files = {level: f"llama4-{level}.so" for level in kernels.LEVELS[kernels.machine()]}
+    assert {path.name for path in (installed / LIB).iterdir()} == {kernels.MANIFEST, *files.values()}
+    manifest = told(installed)
+    assert {level: entry["file"] for level, entry in manifest["levels"].items()} == files
+    assert (manifest["compiler"], manifest["problems"]) == ("a script 1.0", {})
+    directory, level, _ = json.loads(python("-c", KERNELS, cwd=folder, path=installed))
+    assert directory == str(installed / LIB)
+    assert level == loader._find(kernels.DIRECTORY).level, "the libraries that were copied are loaded"
+
+
+def test_without_a_compiler_it_is_installed_and_says_so(folder: Path, tmp_path: Path) -> None:
+    (tools := tmp_path / "tools").mkdir()
+    for tool in ("cmake", "ninja", "make"):
+        if path := shutil.which(tool):
+            (tools / tool).symlink_to(path)
+    wheel = build("wheel", tmp_path, CXX="clang++", PATH=str(tools))
+    installed = unpack(wheel, tmp_path / "installed")
+    assert [path.name for path in (installed / LIB).iterdir()] == [kernels.MANIFEST]
+    assert told(installed)["levels"] == {}
+    _, level, why = json.loads(python("-c", KERNELS, cwd=folder, path=installed))
+    assert level == ""
+    assert "there was no C++ compiler (c++, g++, clang++)" in why
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
     there = {path.name for path in source.iterdir()}
     assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml", "tests", "llama4", "vision"} <= there
     assert not there & {"build", "dist", ".venv", ".git", "shared"}
+    assert not (source / LIB).exists()
     assert names(build("wheel", tmp_path, source)) == names(wheel)
 
 
-def test_an_editable_install_claims_no_global_name(folder: Path, tmp_path: Path) -> None:
-    installed = unpack(build("editable", tmp_path), tmp_path / "installed")
+def test_an_editable_install_claims_no_global_name(source: Path, folder: Path, tmp_path: Path) -> None:
+    """Its kernels stand in the checkout."""
+    checkout = shutil.copytree(source, tmp_path / "checkout")
+    installed = unpack(build("editable", tmp_path, checkout), tmp_path / "installed")
+    assert not (installed / LIB).exists()
+    assert told(checkout)["compiler"] == "a script 1.0"
     start = f"import site; site.addsitedir({str(installed)!r})\n"
     empty = tmp_path / "empty"
     empty.mkdir()

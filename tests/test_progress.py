@@ -276,20 +276,6 @@ def test_ipython_in_a_pipe_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> No
     assert not progress.in_notebook()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_compiling_says_when_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.codecache import CppCodeCache
-
-    from llama4.kernels import build
-
-    made = tmp_path / "made.so"
-    made.write_bytes(b"")
-    monkeypatch.setattr(CppCodeCache, "load", lambda text, extra_flags: types.SimpleNamespace(_name=made))
-    with Terminal() as terminal:
-        build._build("", tmp_path / "cpu.so")
-    assert re.search(r"compiling the CPU kernels, once: 00:00.*the CPU kernels are compiled: 00:00", terminal.text)
-
-
 def test_importing_is_light() -> None:
     code = "import sys, llama4.progress, llama4.cli.main; sys.exit('tqdm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from llama4.kernels import build, loader
+from llama4.version import __version__
+
 CPUINFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
 
 
@@ -24,10 +27,46 @@ def describe(threads: int | None = None) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "kernels": kernels_text(loader.found()),
     }
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     return about
+
+
+def kernels_text(found: loader.Found) -> str:
+    return found.level or f"none, torch serves: {found.why}"
+
+
+def system() -> dict[str, Any]:
+    """What `llama4 info --system` tells: the machine, the CPU kernels that it runs, and why these.
+
+    Raises:
+        ValueError: as `loader.found` does.
+    """
+    found = loader.found()
+    return {
+        "llama4": __version__,
+        **describe(),
+        "why these kernels": found.why,
+        "levels of this CPU": build.runs(build.cpu_features()),
+        "levels built": [*found.built],
+        "levels not built": dict(found.problems),
+        "compiler": found.compiler,
+        "OpenMP": found.openmp,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts of `system` as lines of text."""
+    lines = {
+        **facts,
+        "levels of this CPU": ", ".join(facts["levels of this CPU"]) or f"none of {platform.machine()} that are known",
+        "levels built": ", ".join(facts["levels built"]) or "none",
+        "levels not built": "; ".join(f"{level or 'all'}: {why}" for level, why in facts["levels not built"].items()),
+        "OpenMP": "yes" if facts["OpenMP"] else "no: the kernels run in one thread" if facts["levels built"] else "",
+    }
+    return "\n".join(f"{name:<20}{value}" for name, value in lines.items() if value != "")
 
 
 class OtherProcesses:

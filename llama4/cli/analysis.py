@@ -15,12 +15,14 @@ DEVICES = ("h100", "h200", "b200", "cpu")
 
 
 def add_parsers(commands: Any) -> None:
-    info = commands.add_parser("info", help="show what a model is", description="Show what a model is.")
-    info.add_argument("model", **MODEL)
+    about = "Show what a model is, or with --system what this machine is and which CPU kernels it runs."
+    info = commands.add_parser("info", help="show what a model is, or this machine", description=about)
+    info.add_argument("model", nargs="?", **MODEL)
+    info.add_argument("--system", action="store_true", help="this machine: its CPU, the kernels that it runs, and why")
     add_hub_options(info)
     info.add_argument("--context", metavar="N", help="also the size of a cache of so many tokens: 131072, 128K, 10M")
     info.add_argument("--json", action="store_true", help="print JSON")
-    info.set_defaults(run=run_info)
+    info.set_defaults(run=run_info, parser=info)
 
     about = "Calculate what fits where and how fast it is, before anything is bought or downloaded."
     plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
@@ -46,6 +48,14 @@ def add_parsers(commands: Any) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
+    if options.system == bool(options.model):
+        options.parser.error("give a model, or --system")
+    if options.system:
+        from llama4.bench import machine
+
+        system = machine.system()
+        print(json.dumps(system, indent=2) if options.json else machine.table(system))
+        return 0
     from llama4.analysis.info import describe_model, find, table
     from llama4.units import MIN_CONTEXT, parse_tokens
 

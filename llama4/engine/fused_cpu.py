@@ -24,7 +24,7 @@ from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
@@ -71,7 +71,7 @@ class FusedSession:
         attentions = [block.self_attn for block in model.language_model.model.layers if isinstance(block, DecoderLayer)]
         self._layers = (LayerStep * len(tables))()
         self._alive = factors, lengths_SB, tables, description.weights()
-        self._decode = build.function("decode", dtype)
+        self._decode = loader.function("decode", dtype)
         self._model = description.decoder, self._layers
         self._tokens = Tokens(
             ids=ctypes.addressof(self._ids),
@@ -89,7 +89,7 @@ class FusedSession:
                 lengths=lengths_SB[window].data_ptr(),
                 block_table=table.data_ptr(),
                 width=table.shape[1],
-                format=build.loaded().cache_formats[cache.layers[i].format.name].number,
+                format=loader.loaded().cache_formats[cache.layers[i].format.name].number,
             )
 
     def is_current(self, cache: SequenceCache) -> bool:
@@ -137,7 +137,7 @@ class FusedCpuRunner:
             return f"the model is on {weight.device}"
         if len(weight) < cpu_kernels.MIN_WIDTH:
             return f"tokens of {len(weight)} elements are too narrow to gain; {cpu_kernels.MIN_WIDTH} are wide enough"
-        return None if build.library() is not None else "the CPU kernels are switched off or could not be built"
+        return cpu_kernels.library_unsupported_reason()
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:
         model, head_dim = self.model, self.model.config.text.head_dim

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, build
+from llama4.kernels import abi, loader
 from llama4.kernels.abi import Matrix, MatrixLayout
 
 
@@ -32,7 +32,7 @@ def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
 def linear_quantized(kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor, group_size: int = 0) -> Tensor:
     """x W^T, [N, O], with a matrix in a format that the library has: "int8", [O, I]; "fp8", bytes of e4m3, for
     which x is rounded as well; "int4", packed [O, I / 8], and scales of groups, both interleaved."""
-    layout = build.loaded().weight_formats[kind].number
+    layout = loader.loaded().weight_formats[kind].number
     return _product(layout, x_NI, values, values.shape[0], scale_OG, group_size)
 
 
@@ -107,7 +107,7 @@ def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, format: str) -> Tensor:
     """One query per sequence and head against the first `lengths` keys in blocks of these addresses, [B, blocks], in a
     format of the cache."""
-    number = build.loaded().cache_formats[format].number
+    number = loader.loaded().cache_formats[format].number
     B, H, C = q_BHC.shape
     q_BHC = q_BHC.contiguous()
     y_BHC = torch.empty_like(q_BHC)
@@ -117,7 +117,7 @@ def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, fo
 
 def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | None, past: int, format: str) -> Tensor:
     """New tokens that see each other causally, and before them `past` tokens in blocks of these addresses."""
-    number = build.loaded().cache_formats[format].number
+    number = loader.loaded().cache_formats[format].number
     N, H, C = q_NHC.shape
     q_NHC, k_NKC, v_NKC = q_NHC.contiguous(), k_NKC.contiguous(), v_NKC.contiguous()
     y_NHC = torch.empty_like(q_NHC)
@@ -129,4 +129,4 @@ def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | 
 def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | float | None) -> None:
     """The kernel for rows of the dtype of `like`; tensors go by their addresses."""
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    abi.check(build.function(name, like.dtype)(*given))
+    abi.check(loader.function(name, like.dtype)(*given))

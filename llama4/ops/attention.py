@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.config import CACHE_BLOCK
-from llama4.kernels import abi, build, cpu
+from llama4.kernels import abi, cpu, loader
 from llama4.ops import cpu_kernels
 from llama4.ops.precision import upcast
 
@@ -150,9 +150,9 @@ def format_unsupported_reason(format: CacheFormat, dtype: torch.dtype, head_dim:
         return f"the cache is in {format.dtype}, the model in {dtype}"
     if reason := cpu_kernels.library_unsupported_reason():
         return reason
-    if format.name not in build.loaded().cache_formats:
+    if format.name not in loader.loaded().cache_formats:
         return f"there are no kernels for {format.name}"
-    multiple = build.loaded().cache_formats[format.name].multiple
+    multiple = loader.loaded().cache_formats[format.name].multiple
     if head_dim % multiple:
         return f"the head dimension is no multiple of {multiple}"
     return None

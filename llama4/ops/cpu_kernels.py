@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, build
+from llama4.kernels import abi, loader
 
 MIN_MATRIX = 1 << 18
 """Elements from which a matrix is worth the call: a smaller one stays in the processor's caches, where torch is as
@@ -53,7 +53,7 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
 
 def library_unsupported_reason() -> str | None:
     """Why there are no kernels; None if there are."""
-    return "the CPU kernels are switched off or could not be built" if build.library() is None else None
+    return "there are no CPU kernels, or they are switched off" if loader.library() is None else None
 
 
 def elementwise_unsupported_reason(width: int, *tensors: Tensor) -> str | None:

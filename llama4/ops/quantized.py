@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, build, cpu
+from llama4.kernels import abi, cpu, loader
 from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels, experts, quantized_gpu
 from llama4.ops.swiglu import swiglu
@@ -23,7 +23,7 @@ from llama4.ops.swiglu import swiglu
 
 def has_kernels(kind: str) -> bool:
     """Whether the kernels read a format of that name."""
-    library = build.library()
+    library = loader.library()
     return library is not None and kind in library.weight_formats
 
 
@@ -107,7 +107,7 @@ def matrix(parts: Parts) -> Matrix | None:
         w=values.data_ptr(),
         scales=scale.data_ptr(),
         float32_scales=scale.dtype == torch.float32,
-        layout=build.loaded().weight_formats[kind].number,
+        layout=loader.loaded().weight_formats[kind].number,
         group_size=group_size,
         I=parts.inputs,
         O=values.shape[-2],
@@ -126,7 +126,7 @@ def _matrix_unsupported_reason(parts: Parts) -> str | None:
         return reason
     if not has_kernels(kind):
         return f"there are no kernels for {kind}"
-    multiple = build.loaded().weight_formats[kind].multiple
+    multiple = loader.loaded().weight_formats[kind].multiple
     if parts.inputs % multiple:
         return f"the inputs are no multiple of {multiple}"
     if kind == "int4" and not is_interleaved:
@@ -145,7 +145,7 @@ def interleave_unsupported_reason(outputs: int, inputs: int, group_size: int) ->
     """Why an int4 matrix is not stored as `interleaved16`, the order in which kernels read it; None if it is."""
     if reason := cpu_kernels.library_unsupported_reason():
         return reason
-    multiple = build.loaded().weight_formats["int4"].multiple
+    multiple = loader.loaded().weight_formats["int4"].multiple
     if outputs % abi.INTERLEAVE or inputs % multiple:
         return f"[{outputs}, {inputs}] is no multiple of [{abi.INTERLEAVE}, {multiple}]"
     return _group_unsupported_reason("int4", group_size)

@@ -18,7 +18,7 @@ from llama4.api import Llama4
 from llama4.engine import fused_cpu
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.engine.sampling import Sampler
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
@@ -26,7 +26,7 @@ from llama4.quantization.schemes import SCHEMES
 from tests import small_model
 from tests.parity.references import reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 PROMPT = torch.randint(0, 490, (3, 20), generator=torch.Generator().manual_seed(8))
 MASK = torch.ones(3, 20, dtype=torch.bool)
 MASK[1, :7] = MASK[2, :13] = False
@@ -93,7 +93,7 @@ def test_equals_the_eager_step(
     model = load(directory, scheme, dtype)
     ours = decoded(model)
     assert len(steps) == 41
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(loader, "library", lambda: None)
     truth = decoded(model)
     assert len(steps) == 41
     if dtype == "float32" and scheme not in ("fp8", "fp8_mixed"):
@@ -131,7 +131,7 @@ def test_by_a_team(
         torch.set_num_threads(before)
     assert len(steps) == 7 * 41
     if dtype == "float32":
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(loader, "library", lambda: None)
         assert relative_error(ours, alone) < 1e-5
         assert relative_error(ours, decoded(model)) < 1e-5
 
@@ -187,7 +187,7 @@ def test_what_changes_is_seen(directory: Path, how: Callable[[Llama4Model], None
     other = copy.deepcopy(model)
     assert relative_error(decoded(model, steps=2), decoded(other, steps=2)) < 1e-6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "library", lambda: None)
+        patch.setattr(loader, "library", lambda: None)
         truth = decoded(other, steps=2)
     assert relative_error(decoded(model, steps=2), truth) < 1e-5
 
@@ -309,7 +309,7 @@ def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monk
     attention.q_proj.bias = nn.Parameter(torch.linspace(-3, 3, attention.q_proj.shape[0]))
     ours = decoded(model)
     assert not steps
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(loader, "library", lambda: None)
     assert relative_error(ours, decoded(model)) < 1e-5
 
 

@@ -18,7 +18,7 @@ from llama4.api import Llama4
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
@@ -27,7 +27,7 @@ from llama4.quantization.nf4 import Nf4
 from llama4.quantization.weight import QuantizedWeight
 from tests.parity.references import reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 PROMPT = torch.randint(0, 490, (2, 20), generator=torch.Generator().manual_seed(8))
 STEPS = torch.randint(0, 490, (2, 30), generator=torch.Generator().manual_seed(9))
 
@@ -247,12 +247,12 @@ def test_no_warning_where_nothing_is_lost(
     if why == "too small":
         monkeypatch.setattr(cpu_kernels, "MIN_WIDTH", 512)
     else:
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(loader, "library", lambda: None)
     with caplog.at_level(logging.DEBUG, "llama4.engine"):
         decoded(ModelRunner(model), steps=2)
     (record,) = caplog.records
     assert record.levelno == logging.DEBUG
-    cause = {"too small": "too narrow to gain", "no kernels": "switched off or could not be built"}[why]
+    cause = {"too small": "too narrow to gain", "no kernels": "they are switched off"}[why]
     assert cause in record.getMessage()
 
 

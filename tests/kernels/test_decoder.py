@@ -19,7 +19,7 @@ from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.engine.fused_model import Description
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model
@@ -28,7 +28,7 @@ from llama4.ops import cpu_kernels
 from llama4.quantization.weight import QuantizedWeight
 from tests.parity.references import VOCABULARY, reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 CHUNK = 288
 """Not a multiple of the cache's blocks, 256."""
 MODELS: list[tuple[str | None, str]] = [
@@ -93,7 +93,7 @@ def one_by_one(model: Llama4Model, step: list[tuple[int, int]], cache: SequenceC
     """Logits after each token of the step, [N, V], by torch alone."""
     logits = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "library", lambda: None)
+        patch.setattr(loader, "library", lambda: None)
         for b, (past, new) in enumerate(step):
             own = cache.fork([b])
             logits += [model(ids_of(b, past + i, 1)[None], cache=own)[0] for i in range(new)]
@@ -125,7 +125,7 @@ def fused(
             lengths=lengths_N[window].data_ptr(),
             block_table=table.data_ptr(),
             width=table.shape[1],
-            format=build.loaded().cache_formats[cache.layers[i].format.name].number,
+            format=loader.loaded().cache_formats[cache.layers[i].format.name].number,
         )
     starts = torch.tensor([0, *itertools.accumulate(news)])
     wanted = torch.tensor(outputs if outputs is not None else range(len(ids)))
@@ -143,7 +143,7 @@ def fused(
     )
     description = Description.of(model)
     assert description.unsupported_reason is None
-    check(build.function("decode", model.dtype)(description.decoder, layer_steps, 0, ctypes.byref(tokens)))
+    check(loader.function("decode", model.dtype)(description.decoder, layer_steps, 0, ctypes.byref(tokens)))
     return logits, greedy, logprobs
 
 

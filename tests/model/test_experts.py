@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.model import experts as module
 from llama4.model.experts import BACKENDS, Experts, LoopExperts, MegaBlocksExperts, resolve_experts
 from llama4.model.moe import MixtureOfExperts
@@ -63,7 +63,7 @@ def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
     check(BACKENDS[name](CONFIG), CPU, dtype, COUNTS[counts])
 
 
-@pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
+@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
-from llama4.kernels import build
+from llama4.kernels import loader
 from llama4.model.experts import LoopExperts
 from llama4.ops import fp8 as ops_fp8
 from llama4.quantization import fp8, int4
@@ -82,11 +82,11 @@ def test_product_is_that_of_the_dequantized_matrix(
 ) -> None:
     """By the kernel for few tokens, that for many, and without any. Of fp8 with the inputs rounded in the same way."""
     if way in ("torch", "scaled_mm"):
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(loader, "library", lambda: None)
         monkeypatch.setattr(ops_fp8, "has_fp8_matmul", lambda device, grouped=False: way == "scaled_mm")
         monkeypatch.setattr("llama4.quantization.weight.ROWS", 40)
-    elif build.library() is None:
-        pytest.skip("the kernels cannot be built here: no C++ compiler")
+    elif loader.library() is None:
+        pytest.skip("the kernels are not built here")
     module = packed(normal(160, 256).to(dtype), format)
     rows = 5 if way == "few" else 9
     x = normal(2, rows, 256, seed=2).to(dtype)
@@ -138,7 +138,7 @@ def test_parts_move_with_their_module(format: WeightFormat) -> None:
         assert module.checkpoint_layout(part).device.type == "meta"
 
 
-@pytest.mark.skipif(build.library() is None, reason="the kernels cannot be built here: no C++ compiler")
+@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 @pytest.mark.parametrize("shape", [(64, 256), (3, 48, 256)], ids=str)
 @pytest.mark.parametrize("format", FORMATS[:2], ids=name_of)
 def test_the_order_of_the_kernels_stays_inside(format: WeightFormat, shape: tuple[int, ...]) -> None:
@@ -195,7 +195,7 @@ def test_experts_are_those_of_the_dequantized_matrices(
         x, counts = normal(sum(counts_E), width, seed=6), torch.tensor(counts_E)
         truth = plain(x, counts)
         with monkeypatch.context() as patch:
-            if width == 512 and build.library() is not None:
+            if width == 512 and loader.library() is not None:
                 patch.delattr("llama4.ops.experts.loop_over_experts")
             ours = experts(x, counts)
         assert relative(ours, truth) < (0.06 if format.kind == "fp8" else 1e-5)

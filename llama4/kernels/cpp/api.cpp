@@ -259,22 +259,24 @@ constexpr auto cache_formats = CacheFormats<float>::entries();
 }  // namespace api
 }  // namespace
 
-extern "C" const api::Function* llama4_functions(long* count) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT const api::Function* llama4_functions(long* count) {
   *count = std::size(api::functions);
   return api::functions;
 }
 
-extern "C" const api::Constant* llama4_constants(long* count) {
+EXPORT const api::Constant* llama4_constants(long* count) {
   *count = std::size(api::constants);
   return api::constants;
 }
 
-extern "C" const FormatEntry* llama4_weight_formats(long* count) {
+EXPORT const FormatEntry* llama4_weight_formats(long* count) {
   *count = std::size(api::weight_formats);
   return api::weight_formats.data();
 }
 
-extern "C" const FormatEntry* llama4_cache_formats(long* count) {
+EXPORT const FormatEntry* llama4_cache_formats(long* count) {
   *count = std::size(api::cache_formats);
   return api::cache_formats.data();
 }

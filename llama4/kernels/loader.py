@@ -1,0 +1,165 @@
+"""The compiled kernels for a CPU: the best of the libraries in `lib/` that this CPU runs (kernels/build.py makes them).
+
+Without one, or with `LLAMA4_CPU_KERNELS=off`, everything runs through torch, slower. `LLAMA4_CPU=avx2` takes another
+level than the best. Nothing is compiled here, and a library that is not the one that was built is not loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama4.kernels import abi, build
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "LLAMA4_CPU_KERNELS"
+"""Environment variable; "off" keeps to torch."""
+LEVEL = "LLAMA4_CPU"
+"""Environment variable: the level to take, one of `build.LEVELS`."""
+BUILD = "in a checkout `python llama4/kernels/build.py` builds them, elsewhere `pip install` does, with a C++ compiler"
+
+
+class Found(NamedTuple):
+    """What there is.
+
+    Attributes:
+        library: None where torch serves.
+        level: of the library, or "".
+        why: this one, or none.
+        compiler: that built it.
+        openmp: whether it had OpenMP; without, the kernels run in one thread.
+        built: all levels that were built.
+        problems: level -> why it was not built; "" for all.
+    """
+
+    library: abi.Library | None
+    level: str
+    why: str
+    compiler: str = ""
+    openmp: bool = False
+    built: tuple[str, ...] = ()
+    problems: tuple[tuple[str, str], ...] = ()
+
+
+class _UnusableError(Exception):
+    """Why no library is loaded."""
+
+
+_lock = threading.Lock()
+_found: Found | None = None
+
+
+def found() -> Found:
+    """The kernels that this process uses. Why there are none is logged once, unless they are switched off.
+
+    Raises:
+        ValueError: `LLAMA4_CPU` names a level that is unknown, that this CPU does not run, or that was not built.
+    """
+    global _found
+    if not _found:
+        with _lock:
+            _found = _found or _find(build.DIRECTORY)
+    return _found
+
+
+def library() -> abi.Library | None:
+    """The compiled kernels; None where torch serves.
+
+    Raises:
+        ValueError: as `found` does.
+    """
+    return found().library
+
+
+def loaded() -> abi.Library:
+    """The same where it is known that there are kernels."""
+    library = found().library
+    assert library is not None
+    return library
+
+
+def function(name: str, dtype: torch.dtype) -> Callable[..., bytes | None]:
+    """The kernel of that name, one of `abi.SIGNATURES`, for rows of a dtype; its result is for `abi.check`."""
+    return loaded().functions[name, dtype]
+
+
+def _find(directory: Path) -> Found:
+    if os.environ.get(SWITCH, "").lower() == "off":
+        return Found(None, "", f"{SWITCH}=off")
+    forced = os.environ.get(LEVEL, "").lower()
+    usable = build.runs(build.cpu_features())
+    if forced:
+        _check_level(forced, usable)
+    nothing = Found(None, "", "")
+    try:
+        manifest = _manifest(directory)
+        about = (manifest["compiler"], manifest["openmp"], (*manifest["levels"],), (*manifest["problems"].items(),))
+        nothing = Found(None, "", "", *about)
+        level = forced or _best(manifest, usable)
+        if level not in manifest["levels"]:
+            built = ", ".join(manifest["levels"]) or "none"
+            raise ValueError(f"{LEVEL}={forced}: this level was not built (built: {built}); {BUILD}")
+        return nothing._replace(
+            library=_load(directory, manifest["levels"][level]),
+            level=level,
+            why=f"{LEVEL}={forced}" if forced else "the best that was built and that this CPU runs",
+        )
+    except _UnusableError as error:
+        logger.warning("the CPU kernels are not used, which is slower: %s. %s=off silences this", error, SWITCH)
+        return nothing._replace(why=str(error))
+
+
+def _check_level(level: str, usable: list[str]) -> None:
+    levels = build.LEVELS.get(build.machine(), {})
+    if level not in levels:
+        raise ValueError(f"{LEVEL}={level}: there is no such level on {build.machine()}; {', '.join(levels) or 'none'}")
+    if level not in usable:
+        missing = ", ".join(sorted(levels[level].features - build.cpu_features()))
+        raise ValueError(f"{LEVEL}={level}: this CPU lacks {missing}; it runs {', '.join(usable) or 'no level'}")
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / build.MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        told = [type(manifest[name]) for name in ("sources", "compiler", "openmp", "levels", "problems")]
+        entries = manifest["levels"].values()
+        if told != [str, str, bool, dict, dict] or not all({"file", "sha256"} <= {*entry} for entry in entries):
+            raise ValueError("it is not a manifest")
+    except FileNotFoundError:
+        raise _UnusableError(f"they were not built, {path} is not there; {BUILD}") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _UnusableError(f"{path} is damaged ({error}); {BUILD}") from None
+    if manifest["sources"] != build.sources_hash():
+        raise _UnusableError(f"{directory} was built from other sources than those in {build.SOURCES}; {BUILD}")
+    return manifest
+
+
+def _best(manifest: dict[str, Any], usable: list[str]) -> str:
+    best = [level for level in usable if level in manifest["levels"]]
+    if best:
+        return best[-1]
+    problems = [f"{level}: {problem}" if level else problem for level, problem in manifest["problems"].items()]
+    if not problems and not usable:
+        problems = [f"this CPU runs none of {', '.join(manifest['levels'])}"]
+    raise _UnusableError(f"{'; '.join(problems) or 'no level for this CPU was built'}; {BUILD}")
+
+
+def _load(directory: Path, entry: dict[str, Any]) -> abi.Library:
+    """Loaded only if it is what was built: a truncated file would end the process, a foreign one could do anything."""
+    path = directory / entry["file"]
+    try:
+        if build.file_hash(path) != entry["sha256"]:
+            raise _UnusableError(f"{path} is damaged, or not the file that was built; {BUILD}")
+        return abi.bind(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError, abi.AbiError) as error:
+        raise _UnusableError(f"{path} cannot be used ({error}); {BUILD}") from None

@@ -1,0 +1,172 @@
+"""What is built by which compiler, and what is written down where nothing could be."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama4.kernels import build
+
+COMPILER = """#!/bin/sh
+case "$*" in
+--version) echo "fake 1.0"; exit ;;
+*openmp.cpp*) exit $NO_OPENMP ;;
+*-mavx512bf16*) echo "fake: note
+fake: error: unknown instruction set" >&2; exit 1 ;;
+esac
+for name; do :; done
+for each; do echo "$each"; done > "$name"
+"""
+"""Writes its arguments to the last of them, as what it built."""
+
+on_x86 = pytest.mark.skipif(build.machine() != "x86_64", reason="the levels of x86-64")
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "fake"
+    path.write_text(COMPILER)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("NO_OPENMP", "0")
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    return path
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / build.MANIFEST).read_text())
+    return found
+
+
+@on_x86
+def test_a_level_that_fails_leaves_the_others(fake: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "lib"
+    directory.mkdir()
+    (directory / "llama4-old.so").touch()
+    told = build.build(directory, [*build.LEVELS["x86_64"]])
+    assert manifest(directory) == told
+    assert told["problems"] == {"avx512bf16": "fake: error: unknown instruction set"}
+    assert (told["compiler"], told["openmp"], told["sources"]) == ("fake 1.0", True, build.sources_hash())
+    assert {path.name for path in directory.iterdir()} == {build.MANIFEST, "llama4-avx2.so", "llama4-avx512.so"}
+    for level, entry in told["levels"].items():
+        assert entry["sha256"] == build.file_hash(directory / f"llama4-{level}.so")
+    assert "-fopenmp" not in (directory / "llama4-avx2.so").read_text(), "the functions are those torch has loaded"
+
+
+@on_x86
+@pytest.mark.parametrize("without", ["", "1"])
+def test_flags(without: str, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the level, of the user, and OpenMP's if there is any."""
+    monkeypatch.setenv("NO_OPENMP", without or "0")
+    monkeypatch.setenv("CXXFLAGS", "-g -DOWN='a b'")
+    has_openmp = build._has_openmp([str(fake)], tmp_path)
+    assert has_openmp == (not without)
+    build._compile([str(fake), *build.FLAGS], "avx512", tmp_path)
+    flags = (tmp_path / "avx512.o").read_text().splitlines()
+    assert flags[len(build.FLAGS) : len(build.FLAGS) + 3] == ["-march=x86-64-v4", "-g", "-DOWN=a b"]
+
+
+def test_the_compiler_that_is_named_or_else_another(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scikit-build-core names that which Python was compiled with, which may not be there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{fake} -v")
+    assert build.compiler() == [str(fake), "-v"]
+    monkeypatch.setenv("CXX", "clang++ -pthread")
+    assert build.compiler() is None
+    fake.rename(tmp_path / "g++")
+    assert build.compiler() == ["g++"]
+
+
+@pytest.mark.parametrize("compiler", ["nowhere/c++", "false"])
+def test_without_a_compiler_the_manifest_says_so(compiler: str, tmp_path: Path) -> None:
+    """Run as `pip install` does: nothing of ours can be imported, and it does not fail."""
+    script = [sys.executable, "-I", str(Path(build.__file__)), "--to", str(tmp_path)]
+    environment = os.environ | {"CXX": shutil.which(compiler) or compiler, "PATH": "/nowhere"}
+    environment.pop(build.LEVELS_VARIABLE, None)
+    for optional, code in ((["--optional"], 0), ([], 1)):
+        done = subprocess.run([*script, *optional], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert f"no CPU kernels: {(problem := next(iter(manifest(tmp_path)['problems'].values())))}\n" == done.stderr
+        assert problem.startswith("there was no C++ compiler" if "nowhere" in compiler else "the C++ compiler does not")
+        assert manifest(tmp_path)["levels"] == {}
+
+
+@pytest.mark.parametrize("names", [["none"], ["nonsense"]])
+def test_levels_are_named(names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if names == ["none"]:
+        assert build.main(["--optional", "--to", str(tmp_path), *names]) == 0
+        assert "nothing was to be built" in str(manifest(tmp_path)["problems"])
+    else:
+        with pytest.raises(SystemExit):
+            build.main(["--to", str(tmp_path), *names])
+        assert "no such level" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
+def test_openmp_is_that_of_gcc(tmp_path: Path) -> None:
+    """A library of clang's would ask for functions that nobody has loaded."""
+    assert build._has_openmp(["g++"], tmp_path)
+    assert not build._has_openmp(["g++", "-D__clang__"], tmp_path)
+
+
+@on_x86
+def test_a_cpu_runs_what_it_has_all_of() -> None:
+    levels = build.LEVELS["x86_64"]
+    assert build.runs(frozenset()) == []
+    assert build.runs(levels["avx512"].features - {"fma"}) == []
+    assert build.runs(levels["avx512"].features - {"avx512vl"}) == ["avx2"]
+    assert build.runs(levels["avx512bf16"].features | {"more"}) == ["avx2", "avx512", "avx512bf16"]
+
+
+@on_x86
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_level_asks_of_the_cpu_all_that_its_code_may_use() -> None:
+    """The compiler's macros for its flags, against the features that are looked for."""
+    macros = {"abm": "LZCNT", "bmi1": "BMI", "avx512_bf16": "AVX512BF16"}
+    older = {"sse3", "ssse3", "sse4_1", "sse4_2", "avx", "popcnt", "xsave"}  # every CPU with AVX2 has them
+    for name, level in build.LEVELS["x86_64"].items():
+        command = ["g++", *level.flags, "-dM", "-E", "-x", "c++", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        base = subprocess.run(["g++", *command[-5:]], capture_output=True, text=True, check=True).stdout
+        ours = {line.split()[1] for line in {*told.splitlines()} - {*base.splitlines()}}
+        kinds = ("__AVX", "__FMA__", "__F16C", "__BMI", "__LZ", "__MOVBE")
+        ours = {macro for macro in ours if macro.startswith(kinds)}
+        known = {f"__{macros.get(feature, feature.upper())}__" for feature in level.features | older}
+        assert ours <= known, name
+
+
+@on_x86
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+class TestWarnings:
+    FLAGS = ("-Wall", "-Wextra", "-Werror")
+
+    @pytest.mark.parametrize("level", ["none", *build.LEVELS["x86_64"]])
+    def test_every_level(self, level: str) -> None:
+        """And without any, as on a machine of another kind; and without OpenMP."""
+        flags = build.LEVELS["x86_64"][level].flags if level != "none" else ()
+        threads = [["-fopenmp"], *([["-Wno-unused-parameter"]] if level == "none" else [])]
+        for openmp in threads:
+            command = ["g++", *build.FLAGS, *self.FLAGS, *flags, *openmp, "-fsyntax-only"]
+            subprocess.run([*command, str(build.SOURCES / "api.cpp")], check=True)
+
+    def test_optimised(self, tmp_path: Path) -> None:
+        """Some warnings come of what is inlined."""
+        flags = build.LEVELS["x86_64"]["avx512bf16"].flags
+        output = ["-o", str(tmp_path / "api.o"), str(build.SOURCES / "api.cpp")]
+        subprocess.run(["g++", *build.FLAGS, *self.FLAGS, *flags, "-fopenmp", "-O2", "-c", *output], check=True)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
+def test_features_of_this_cpu() -> None:
+    assert build.cpu_features() & {"sse2", "asimd", "fp"}

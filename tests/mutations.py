@@ -388,8 +388,9 @@ def check(mutation: Mutation) -> bool:
         ]
         environment = os.environ | {"PYTHONPATH": str(copy)}  # the copy is tested, not what is installed
         if mutation in COMPILED:
-            script = copy / "llama4" / "kernels" / "build.py"
-            subprocess.run([sys.executable, "-I", str(script), "native"], check=True, capture_output=True)
+            environment |= {"XDG_CACHE_HOME": directory}
+            script = [sys.executable, "-m", "llama4.kernels.build", "native"]
+            subprocess.run(script, cwd=copy, env=environment, check=True, capture_output=True)
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return run.returncode == 1 and f"FAILED {mutation.test}" in run.stdout
 

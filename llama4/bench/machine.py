@@ -53,7 +53,7 @@ def system() -> dict[str, Any]:
         "levels built": [*found.built],
         "levels not built": dict(found.problems),
         "compiler": found.compiler,
-        "OpenMP": found.openmp,
+        "directory": found.directory,
     }
 
 
@@ -64,7 +64,6 @@ def table(facts: dict[str, Any]) -> str:
         "levels of this CPU": ", ".join(facts["levels of this CPU"]) or f"none of {platform.machine()} that are known",
         "levels built": ", ".join(facts["levels built"]) or "none",
         "levels not built": "; ".join(f"{level or 'all'}: {why}" for level, why in facts["levels not built"].items()),
-        "OpenMP": "yes" if facts["OpenMP"] else "no: the kernels run in one thread" if facts["levels built"] else "",
     }
     return "\n".join(f"{name:<20}{value}" for name, value in lines.items() if value != "")
 

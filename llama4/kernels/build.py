@@ -1,11 +1,12 @@
 """Builds the CPU kernels: a shared library for each level of instruction set, all from the same sources in `cpp/`.
 
-    python llama4/kernels/build.py                  in a checkout, every level, into llama4/kernels/lib
-    python llama4/kernels/build.py native           the level that this CPU would take, in a third of the time
+    python -m llama4.kernels.build                  in a checkout: every level
+    python -m llama4.kernels.build native           the level that this CPU would take, in a third of the time
     python llama4/kernels/build.py --to DIRECTORY LEVEL ...
 
-`pip install` runs it (CMakeLists.txt), before anything else is installed: it imports the standard library only. The
-compiler is `$CXX`, else c++, g++ or clang++, whichever is there; `$CXXFLAGS` come last.
+`pip install` runs the last (CMakeLists.txt), before anything else is installed: it imports the standard library only. A
+checkout has its libraries in the user's cache, by the hash of the sources, so that all checkouts of the same sources
+share them. The compiler is `$CXX`, else c++, g++ or clang++, whichever is there; `$CXXFLAGS` come last.
 `$LLAMA4_BUILD_LEVELS` names the levels where none is on the command line, "none" for none. Whatever fails is written to
 the manifest, beside what was built.
 """
@@ -29,24 +30,18 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 SOURCES = Path(__file__).resolve().parent / "cpp"
-DIRECTORY = Path(__file__).resolve().parent / "lib"
+INSTALLED = Path(__file__).resolve().parent / "lib"
+"""What `pip install` built; a checkout has none."""
 MANIFEST = "manifest.json"
 LEVELS_VARIABLE = "LLAMA4_BUILD_LEVELS"
 
-OPENMP = """
-#include <omp.h>
-#if defined(__clang__) && defined(__linux__)
-#error its code calls functions of LLVM's OpenMP, and torch brings GCC's
-#endif
-"""
-"""What compiles where OpenMP can be used."""
 COMPILERS = ("c++", "g++", "clang++")
 
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-trapping-math", "-fno-signed-zeros"),
 )
-"""No vector is an argument of what a library exports, which -Wpsabi is about; pragmas are unknown without OpenMP."""
+"""No vector is an argument of what a library exports, which -Wpsabi is about."""
 LINK = {"Darwin": ("-dynamiclib", "-undefined", "dynamic_lookup")}
 """By system. OpenMP is not linked: its functions are those that torch has loaded, so that both share their threads."""
 
@@ -106,7 +101,7 @@ def runs(features: frozenset[str]) -> list[str]:
 def sources_hash() -> str:
     """Of all files in `cpp/`, and of the flags: what the libraries are built of."""
     digest = hashlib.sha256(repr((FLAGS, [level.flags for level in LEVELS.get(machine(), {}).values()])).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -123,16 +118,22 @@ def compiler() -> list[str] | None:
     return next((found for found in map(shlex.split, commands) if found and shutil.which(found[0])), None)
 
 
-def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Write the libraries and the manifest of these levels; what was there before goes. -> the manifest:
+def directory() -> Path:
+    """Where this llama4 has its libraries: what it was installed with; in a checkout, what is in the user's cache."""
+    if INSTALLED.exists():
+        return INSTALLED
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "llama4" / "kernels" / sources_hash()[:16]
 
-    sources: `sources_hash()`. compiler: its name and version, "" without one. openmp: whether it has OpenMP; without,
-    the kernels run in one thread. levels: name -> file, sha256 and seconds of each library. problems: name -> why
+
+def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Write the libraries of these levels and the manifest; others of the same sources stay. -> the manifest:
+
+    sources: `sources_hash()`. levels: name -> file, sha256, compiler and seconds of each library. problems: name -> why
     there is none; "" for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manifest: dict[str, Any] = {"sources": sources_hash(), "compiler": "", "openmp": False, "levels": {}}
-    manifest["problems"] = {}
+    manifest: dict[str, Any] = {"sources": sources_hash(), "levels": _built(directory), "problems": {}}
     command = compiler()
     if command is None:
         manifest["problems"][""] = f"there was no C++ compiler ({', '.join(COMPILERS)})"
@@ -141,17 +142,16 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     else:
         with TemporaryDirectory(prefix="llama4-kernels-") as work, ThreadPoolExecutor(_cores()) as pool:
             try:
-                manifest["compiler"] = _run([*command, "--version"]).splitlines()[0]
-                manifest["openmp"] = _has_openmp(command, Path(work))
+                version = _run([*command, "--version"]).splitlines()[0]
             except (OSError, subprocess.SubprocessError, IndexError) as error:
                 manifest["problems"][""] = f"the C++ compiler does not run: {_first_line(error)}"
                 names = ()
-            command = [*command, *FLAGS, *(["-fopenmp"] if manifest["openmp"] else [])]
-            jobs = {name: pool.submit(_compile, command, name, Path(work)) for name in names}
+            jobs = {name: pool.submit(_compile, [*command, *FLAGS], name, Path(work)) for name in names}
             for name, job in jobs.items():
+                manifest["levels"].pop(name, None)
                 try:
                     path, seconds = job.result()
-                    entry = {"file": path.name, "sha256": file_hash(path), "seconds": round(seconds)}
+                    entry = {"file": path.name, "sha256": file_hash(path), "compiler": version, "seconds": seconds}
                     _move(path, directory)
                     manifest["levels"][name] = entry
                 except (OSError, subprocess.SubprocessError) as error:
@@ -159,14 +159,19 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     text = directory / f"{MANIFEST}.{os.getpid()}"
     text.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     text.replace(directory / MANIFEST)
-    files = {MANIFEST, *(entry["file"] for entry in manifest["levels"].values())}
-    for path in directory.iterdir():
-        if path.name not in files and path.name.startswith("llama4-"):
-            path.unlink()
     return manifest
 
 
-def _compile(command: list[str], name: str, work: Path) -> tuple[Path, float]:
+def _built(directory: Path) -> dict[str, Any]:
+    """The levels that a manifest of the same sources names."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return dict(manifest["levels"]) if manifest["sources"] == sources_hash() else {}
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}
+
+
+def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     """A level's library, and the seconds that it took."""
     began = time.monotonic()
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
@@ -174,17 +179,7 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, float]:
     _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)])
     linker = [part for part in command if part != "-fopenmp"]
     _run([*linker, *LINK.get(platform.system(), ("-shared",)), str(objects), "-o", str(library)])
-    return library, time.monotonic() - began
-
-
-def _has_openmp(command: list[str], work: Path) -> bool:
-    path = work / "openmp.cpp"
-    path.write_text(OPENMP)
-    try:
-        _run([*command, "-fopenmp", "-c", str(path), "-o", str(work / "openmp.o")])
-    except subprocess.SubprocessError:
-        return False
-    return True
+    return library, round(time.monotonic() - began)
 
 
 def _move(path: Path, directory: Path) -> None:
@@ -214,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 if everything that was asked for was built."""
     levels = LEVELS.get(machine(), {})
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--to", type=Path, default=DIRECTORY, metavar="DIRECTORY", help=f"(default: {DIRECTORY})")
+    parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="(default: the user's cache)")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=f"native, or some of: {', '.join(levels)}")
     parser.add_argument("--optional", action="store_true", help="end with 0 whatever fails")
     options = parser.parse_args(arguments)
@@ -224,9 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [] if names == ["none"] else names
     if unknown := set(names) - set(levels):
         parser.error(f"no such level on {machine()}: {', '.join(sorted(unknown))}")
-    manifest = build(options.to, names)
-    for entry in manifest["levels"].values():
-        print(f"{options.to / entry['file']}: {entry['seconds']} s, {manifest['compiler']}")
+    to = options.to or directory()
+    manifest = build(to, names)
+    for name in names:
+        if entry := manifest["levels"].get(name):
+            print(f"{to / entry['file']}: {entry['seconds']} s, {entry['compiler']}")
     for name, problem in manifest["problems"].items():
         print(f"{name or 'no CPU kernels'}: {problem}", file=sys.stderr)
     return 0 if options.optional else int(bool(manifest["problems"]))

@@ -1,4 +1,4 @@
-"""The compiled kernels for a CPU: the best of the libraries in `lib/` that this CPU runs (kernels/build.py makes them).
+"""The compiled kernels for a CPU: the best of those libraries that kernels/build.py made and that this CPU runs.
 
 Without one, or with `LLAMA4_CPU_KERNELS=off`, everything runs through torch, slower. `LLAMA4_CPU=avx2` takes another
 level than the best. Nothing is compiled here, and a library that is not the one that was built is not loaded.
@@ -25,7 +25,7 @@ SWITCH = "LLAMA4_CPU_KERNELS"
 """Environment variable; "off" keeps to torch."""
 LEVEL = "LLAMA4_CPU"
 """Environment variable: the level to take, one of `build.LEVELS`."""
-BUILD = "in a checkout `python llama4/kernels/build.py` builds them, elsewhere `pip install` does, with a C++ compiler"
+BUILD = "in a checkout `python -m llama4.kernels.build` builds them, elsewhere `pip install` does, with a C++ compiler"
 
 
 class Found(NamedTuple):
@@ -36,7 +36,7 @@ class Found(NamedTuple):
         level: of the library, or "".
         why: this one, or none.
         compiler: that built it.
-        openmp: whether it had OpenMP; without, the kernels run in one thread.
+        directory: where the libraries are.
         built: all levels that were built.
         problems: level -> why it was not built; "" for all.
     """
@@ -45,7 +45,7 @@ class Found(NamedTuple):
     level: str
     why: str
     compiler: str = ""
-    openmp: bool = False
+    directory: str = ""
     built: tuple[str, ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
 
@@ -67,7 +67,7 @@ def found() -> Found:
     global _found
     if not _found:
         with _lock:
-            _found = _found or _find(build.DIRECTORY)
+            _found = _found or _find(build.directory())
     return _found
 
 
@@ -99,18 +99,19 @@ def _find(directory: Path) -> Found:
     usable = build.runs(build.cpu_features())
     if forced:
         _check_level(forced, usable)
-    nothing = Found(None, "", "")
+    nothing = Found(None, "", "", directory=str(directory))
     try:
         manifest = _manifest(directory)
-        about = (manifest["compiler"], manifest["openmp"], (*manifest["levels"],), (*manifest["problems"].items(),))
-        nothing = Found(None, "", "", *about)
+        levels = manifest["levels"]
+        nothing = nothing._replace(built=(*levels,), problems=(*manifest["problems"].items(),))
         level = forced or _best(manifest, usable)
-        if level not in manifest["levels"]:
-            built = ", ".join(manifest["levels"]) or "none"
+        if level not in levels:
+            built = ", ".join(levels) or "none"
             raise ValueError(f"{LEVEL}={forced}: this level was not built (built: {built}); {BUILD}")
         return nothing._replace(
-            library=_load(directory, manifest["levels"][level]),
+            library=_load(directory, levels[level]),
             level=level,
+            compiler=levels[level]["compiler"],
             why=f"{LEVEL}={forced}" if forced else "the best that was built and that this CPU runs",
         )
     except _UnusableError as error:
@@ -131,9 +132,9 @@ def _manifest(directory: Path) -> dict[str, Any]:
     path = directory / build.MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        told = [type(manifest[name]) for name in ("sources", "compiler", "openmp", "levels", "problems")]
+        told = [type(manifest[name]) for name in ("sources", "levels", "problems")]
         entries = manifest["levels"].values()
-        if told != [str, str, bool, dict, dict] or not all({"file", "sha256"} <= {*entry} for entry in entries):
+        if told != [str, dict, dict] or not all({"file", "sha256", "compiler"} <= {*entry} for entry in entries):
             raise ValueError("it is not a manifest")
     except FileNotFoundError:
         raise _UnusableError(f"they were not built, {path} is not there; {BUILD}") from None

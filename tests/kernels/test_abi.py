@@ -23,7 +23,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The library, whatever it says."""
     found: list[ctypes.CDLL] = []
     monkeypatch.setattr(abi, "bind", found.append)
-    loader._find(build.DIRECTORY)
+    loader._find(build.directory())
     monkeypatch.undo()
     return found[0]
 

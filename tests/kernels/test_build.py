@@ -19,7 +19,6 @@ from llama4.kernels import build
 COMPILER = """#!/bin/sh
 case "$*" in
 --version) echo "fake 1.0"; exit ;;
-*openmp.cpp*) exit $NO_OPENMP ;;
 *-mavx512bf16*) echo "fake: note
 fake: error: unknown instruction set" >&2; exit 1 ;;
 esac
@@ -37,7 +36,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(COMPILER)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(path))
-    monkeypatch.setenv("NO_OPENMP", "0")
     monkeypatch.delenv("CXXFLAGS", raising=False)
     return path
 
@@ -51,25 +49,46 @@ def manifest(directory: Path) -> dict[str, Any]:
 def test_a_level_that_fails_leaves_the_others(fake: Path, tmp_path: Path) -> None:
     directory = tmp_path / "lib"
     directory.mkdir()
-    (directory / "llama4-old.so").touch()
     told = build.build(directory, [*build.LEVELS["x86_64"]])
     assert manifest(directory) == told
     assert told["problems"] == {"avx512bf16": "fake: error: unknown instruction set"}
-    assert (told["compiler"], told["openmp"], told["sources"]) == ("fake 1.0", True, build.sources_hash())
+    assert told["sources"] == build.sources_hash()
     assert {path.name for path in directory.iterdir()} == {build.MANIFEST, "llama4-avx2.so", "llama4-avx512.so"}
     for level, entry in told["levels"].items():
         assert entry["sha256"] == build.file_hash(directory / f"llama4-{level}.so")
+        assert entry["compiler"] == "fake 1.0"
     assert "-fopenmp" not in (directory / "llama4-avx2.so").read_text(), "the functions are those torch has loaded"
 
 
 @on_x86
-@pytest.mark.parametrize("without", ["", "1"])
-def test_flags(without: str, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the level, of the user, and OpenMP's if there is any."""
-    monkeypatch.setenv("NO_OPENMP", without or "0")
+@pytest.mark.parametrize("sources", ["the same", "others"])
+def test_levels_of_the_same_sources_stay(sources: str, fake: Path, tmp_path: Path) -> None:
+    """Another run may add one; what other sources made is worth nothing."""
+    build.build(tmp_path, ["avx2"])
+    if sources == "others":
+        (tmp_path / build.MANIFEST).write_text(json.dumps({**manifest(tmp_path), "sources": "0"}))
+    assert [*build.build(tmp_path, ["avx512"])["levels"]] == [*(["avx2"] if sources == "the same" else []), "avx512"]
+    assert [*build.build(tmp_path, ["avx512bf16"])["problems"]] == ["avx512bf16"]
+
+
+def test_a_checkout_has_its_libraries_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sources: all checkouts of the same share them. What is installed has its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "lib")
+    before = build.directory()
+    assert before.parent == tmp_path / "llama4" / "kernels"
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "cpp"))
+    assert build.directory() == before
+    (tmp_path / "cpp" / "api.cpp").write_text("")
+    assert build.directory() != before
+    (tmp_path / "lib").mkdir()
+    assert build.directory() == tmp_path / "lib"
+
+
+@on_x86
+def test_flags(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the level, and of the user."""
     monkeypatch.setenv("CXXFLAGS", "-g -DOWN='a b'")
-    has_openmp = build._has_openmp([str(fake)], tmp_path)
-    assert has_openmp == (not without)
     build._compile([str(fake), *build.FLAGS], "avx512", tmp_path)
     flags = (tmp_path / "avx512.o").read_text().splitlines()
     assert flags[len(build.FLAGS) : len(build.FLAGS) + 3] == ["-march=x86-64-v4", "-g", "-DOWN=a b"]
@@ -113,13 +132,6 @@ def test_levels_are_named(names: list[str], tmp_path: Path, capsys: pytest.Captu
         assert "no such level" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
-def test_openmp_is_that_of_gcc(tmp_path: Path) -> None:
-    """A library of clang's would ask for functions that nobody has loaded."""
-    assert build._has_openmp(["g++"], tmp_path)
-    assert not build._has_openmp(["g++", "-D__clang__"], tmp_path)
-
-
 @on_x86
 def test_a_cpu_runs_what_it_has_all_of() -> None:
     levels = build.LEVELS["x86_64"]
@@ -153,18 +165,16 @@ class TestWarnings:
 
     @pytest.mark.parametrize("level", ["none", *build.LEVELS["x86_64"]])
     def test_every_level(self, level: str) -> None:
-        """And without any, as on a machine of another kind; and without OpenMP."""
+        """And without any, as on a machine of another kind."""
         flags = build.LEVELS["x86_64"][level].flags if level != "none" else ()
-        threads = [["-fopenmp"], *([["-Wno-unused-parameter"]] if level == "none" else [])]
-        for openmp in threads:
-            command = ["g++", *build.FLAGS, *self.FLAGS, *flags, *openmp, "-fsyntax-only"]
-            subprocess.run([*command, str(build.SOURCES / "api.cpp")], check=True)
+        command = ["g++", *build.FLAGS, *self.FLAGS, *flags, "-fsyntax-only", str(build.SOURCES / "api.cpp")]
+        subprocess.run(command, check=True)
 
     def test_optimised(self, tmp_path: Path) -> None:
         """Some warnings come of what is inlined."""
         flags = build.LEVELS["x86_64"]["avx512bf16"].flags
         output = ["-o", str(tmp_path / "api.o"), str(build.SOURCES / "api.cpp")]
-        subprocess.run(["g++", *build.FLAGS, *self.FLAGS, *flags, "-fopenmp", "-O2", "-c", *output], check=True)
+        subprocess.run(["g++", *build.FLAGS, *self.FLAGS, *flags, "-O2", "-c", *output], check=True)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")

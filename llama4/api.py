@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, Unpack
 
 import torch
 
+from llama4.adapters.loaded import Adapters
+from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate
@@ -70,6 +72,7 @@ class Llama4:
         cache: keys and values of the last conversation. Of a prompt with the same beginning (the next turn, another
             question on the same document, the same images) only what differs is read. Keep it and put it back to
             continue from there; set it to None to free its memory.
+        adapters: those that are loaded beside the model, by name; `adapters.add(name, directory)` loads one more.
         side_files: what stood beside the weights, which `save_pretrained` writes again.
         generation_config: what the checkpoint says of generation: the tokens that end a reply, and how tokens are
             chosen. Set it to change these.
@@ -104,6 +107,7 @@ class Llama4:
             raise ArgumentError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
         self.model = model
         self._runner: ModelRunner | None = None
+        self.adapters = Adapters(model)
         resolve_format(cache_dtype, model.dtype)
         self.max_context = max_context
         self.cache_dtype = cache_dtype
@@ -137,6 +141,7 @@ class Llama4:
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
         memory_map: bool = True,
+        adapter: str | Path | Mapping[str, str | Path] | None = None,
         progress: bool = True,
     ) -> Llama4:
         """Load a model.
@@ -164,6 +169,8 @@ class Llama4:
                 the system can drop them when memory is short. Of a quantized model only embeddings and vision tower
                 are mapped. False copies all weights into memory, in huge pages where the system has them: loading
                 takes longer, decoding may be faster.
+            adapter: a directory as PEFT writes it, or several by name, of which the first is used until `set_adapter`
+                says otherwise. A single one has the name "default".
             progress: show progress bars, on a terminal or in a notebook, of all that takes longer than half a second:
                 downloading, loading, reading long prompts, saving.
 
@@ -216,6 +223,11 @@ class Llama4:
             generation_config=generation_config,
         )
         llm._stored_dtype = config.dtype
+        if adapter is not None:
+            named = adapter if isinstance(adapter, Mapping) else {"default": adapter}
+            for each, place in named.items():
+                llm.adapters.add(each, place)
+            llm.set_adapter(next(iter(named), None))
         return llm
 
     @property
@@ -224,6 +236,29 @@ class Llama4:
         if self._runner is None or self._runner.model is not self.model:
             self._runner = ModelRunner(self.model)
         return self._runner
+
+    def set_adapter(self, name: str | None) -> None:
+        """Compute with a loaded adapter, or with none. `save_pretrained` writes the model without it in either case.
+
+        Raises:
+            ArgumentError: none of that name is loaded.
+        """
+        self.adapters.activate(name)
+        self.cache = None  # what another adapter made of a prompt
+
+    def merge_adapter(self) -> None:
+        """Add the adapter in use to the weights, for good; `save_pretrained` then writes a model that needs none. Other
+        adapters that are loaded are then ones of another model, and go.
+
+        Raises:
+            Llama4Error: none is in use, or a matrix is in a format that is only read.
+        """
+        if self.adapters.active is None:
+            raise ArgumentError("no adapter is in use; choose one with set_adapter")
+        adapter = self.adapters[self.adapters.active]
+        self.set_adapter(None)
+        merge_adapter(adapter, self.model, progress=self.progress)
+        self.adapters = Adapters(self.model)
 
     @property
     def config(self) -> Llama4Config:

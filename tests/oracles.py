@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-ORACLES = ("transformers", "llama_models", "compressed_tensors", "bitsandbytes", "tokenizers", "accelerate")
+ORACLES = ("transformers", "llama_models", "compressed_tensors", "bitsandbytes", "tokenizers", "accelerate", "peft")
 OURS = ("tests", "llama4.bench")
 """Code that reaches a reference."""
 

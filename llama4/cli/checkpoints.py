@@ -1,4 +1,4 @@
-"""`llama4 convert` and `llama4 quantize`: one checkpoint -> another."""
+"""`llama4 convert`, `merge` and `quantize`: one checkpoint -> another."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def add_parsers(commands: Any) -> None:
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
     add_hub_options(convert)
     convert.set_defaults(run=run_convert, parser=convert)
+
+    about = "Add an adapter to the weights of its model, for good. Packed weights are rounded after the sum."
+    merge = commands.add_parser("merge", help="add an adapter to its model", description=about)
+    merge.add_argument("base", metavar="BASE", help="the model: a directory or a Hub id")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a directory as `finetune` or PEFT writes it")
+    merge.add_argument("target", metavar="OUT", help="the directory to make")
+    add_hub_options(merge)
+    merge.set_defaults(run=run_merge)
 
     about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
@@ -49,6 +57,22 @@ def run_convert(options: argparse.Namespace) -> int:
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
     convert(source, options.target, options.to, ranks=options.ranks)
     print(f"{options.target}: {LAYOUTS[options.to].title} layout", file=sys.stderr)
+    return 0
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    from llama4.api import Llama4
+    from llama4.weights import hub
+    from llama4.weights.checkpoint import read_config
+    from llama4.weights.directory import check_free
+
+    check_free(options.target)
+    source = hub.resolve(options.base, revision=options.revision, subfolder=options.subfolder)
+    dtype = read_config(source).dtype  # what the weights come in, however small the model is
+    llm = Llama4.from_pretrained(source, dtype=dtype or "auto", adapter=options.adapter)
+    llm.merge_adapter()
+    llm.save_pretrained(options.target)
+    print(f"{options.target}: {options.base} with {options.adapter}", file=sys.stderr)
     return 0
 
 

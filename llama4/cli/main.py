@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="generate | chat | info | plan | convert | quantize | bench"
+        title="commands", required=True, metavar="generate | chat | info | plan | convert | merge | quantize | bench"
     )
     generate.add_parser(commands)
     chat.add_parser(commands)

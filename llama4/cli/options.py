@@ -51,6 +51,7 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
         "action": "store_false",
         "help": "copy all weights into memory: slower to load, sometimes faster to decode",
     },
+    "adapter": {"metavar": "DIR", "help": "an adapter, as `finetune` or PEFT writes it"},
     "max_context": {"type": int, "metavar": "N", "help": "most tokens of prompt and reply together"},
 }
 """Arguments of `Llama4.from_pretrained` -> the settings of their options for argparse."""

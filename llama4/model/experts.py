@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.errors import ArgumentError, Llama4Error
-from llama4.ops.experts import swiglu_experts
+from llama4.ops.experts import product_of_each, swiglu_experts
 from llama4.ops.linear import linear_in_out
 from llama4.ops.swiglu import swiglu
 
@@ -57,6 +57,19 @@ class Experts(nn.Module):
         Returns:
             [R, D], in the order of the rows.
         """
+        hidden_RF = swiglu(*self.gate_up(x_RD, num_tokens_per_expert_E).chunk(2, dim=-1))
+        return self.down(hidden_RF, num_tokens_per_expert_E)
+
+    def gate_up(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """The first product, [R, 2F]."""
+        return self.product(x_RD, num_tokens_per_expert_E, self.gate_up_proj)
+
+    def down(self, hidden_RF: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """The last product, [R, D]."""
+        return self.product(hidden_RF, num_tokens_per_expert_E, self.down_proj)
+
+    def product(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+        """Each row by the matrix of its expert, [R, O]."""
         raise AssertionError("a backend computes")
 
 
@@ -66,7 +79,12 @@ class LoopExperts(Experts):
     name = "loop"
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        if self.gate_up_proj.requires_grad and torch.is_grad_enabled():
+            return super().forward(x_RD, num_tokens_per_expert_E)
         return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, self.gate_up_proj, self.down_proj)
+
+    def product(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+        return product_of_each(x_RI, num_tokens_per_expert_E, weight_EIO)
 
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         """One expert, applied to its rows."""
@@ -87,10 +105,8 @@ class GroupedExperts(Experts):
             return f"torch's grouped_mm does not take {dtype}"
         return None
 
-    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
-        hidden_RF = swiglu(*F.grouped_mm(x_RD, self.gate_up_proj, offs=ends).chunk(2, dim=-1))
-        return F.grouped_mm(hidden_RF, self.down_proj, offs=ends)
+    def product(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+        return F.grouped_mm(x_RI, weight_EIO, offs=num_tokens_per_expert_E.cumsum(0).to(torch.int32))
 
 
 class MegaBlocksExperts(Experts):
@@ -112,12 +128,10 @@ class MegaBlocksExperts(Experts):
             return f"MegaBlocks is not installed: {_INSTALL}"
         return None
 
-    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        if not len(x_RD):
-            return x_RD
-        product, counts_E = megablocks_product(), num_tokens_per_expert_E.cpu()
-        hidden_RF = swiglu(*product(x_RD.contiguous(), self.gate_up_proj, counts_E).chunk(2, dim=-1))
-        return product(hidden_RF.contiguous(), self.down_proj, counts_E)
+    def product(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+        if not len(x_RI):
+            return x_RI.new_zeros(0, weight_EIO.shape[2])
+        return megablocks_product()(x_RI.contiguous(), weight_EIO, num_tokens_per_expert_E.cpu())
 
 
 _HUB_BUILD = "kernels-community/megablocks"

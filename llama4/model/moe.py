@@ -36,8 +36,12 @@ class Router(nn.Linear):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """-> scores [N, k] and expert indices [N, k]. Computed in float32 or better: rounded logits tie, and a wrong
         expert costs more than all other rounding."""
-        logits_Nk, experts_Nk = top_k(F.linear(upcast(x_ND), upcast(self.weight)), self.k)
+        logits_Nk, experts_Nk = top_k(self.logits(x_ND), self.k)
         return torch.sigmoid(logits_Nk), experts_Nk
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """[N, E], of every expert."""
+        return F.linear(upcast(x_ND), upcast(self.weight))
 
 
 class MixtureOfExperts(nn.Module):

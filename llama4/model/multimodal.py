@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama4.cache.batch import make_batch
+from llama4.cache.batch import Batch, make_batch
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
@@ -134,6 +134,31 @@ class Llama4Model(nn.Module):
             Llama4Error: shapes that do not fit each other, ids beyond the vocabulary, image features and `<|patch|>`
                 tokens that differ in number.
         """
+        x_ND, batch = self.hidden_states(
+            input_ids,
+            positions=positions,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            cache=cache,
+            attention_mask=attention_mask,
+        )
+        head = self.language_model.lm_head
+        return batch.unpack_last(head(x_ND[batch.last_tokens()])) if last_only else batch.unpack(head(x_ND))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        cache: SequenceCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Batch]:
+        """What `forward` gives to the head: [N, D], packed, and how it is packed.
+
+        Args and Raises: see `forward`.
+        """
         if input_ids.ndim != 2:
             raise Llama4Error(f"input_ids must be [B, T], not {list(input_ids.shape)}")
         batch_size, columns = input_ids.shape
@@ -154,8 +179,7 @@ class Llama4Model(nn.Module):
         x_ND = self.language_model.model(x_ND, batch, view)
         if view is not None:
             view.commit()
-        head = self.language_model.lm_head
-        return batch.unpack_last(head(x_ND[batch.last_tokens()])) if last_only else batch.unpack(head(x_ND))
+        return x_ND, batch
 
     def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""

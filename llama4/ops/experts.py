@@ -8,18 +8,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.kernels import abi, cpu
 from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels
-from llama4.ops.linear import in_out_matrix
+from llama4.ops.linear import in_out_matrix, linear_in_out
 
 
 def loop_over_experts(expert: Callable[[Tensor, int], Tensor], x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
     """`expert(rows, i)` of every expert i that has rows, [R, D], in the order of the rows."""
     parts = x_RD.split(num_tokens_per_expert_E.tolist())
     return concat_experts([expert(part, i) for i, part in enumerate(parts) if len(part)], x_RD)
+
+
+def product_of_each(x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+    """Each row by the matrix of its expert, in x out, [R, O], expert by expert. The gradient of the matrices is one
+    tensor for all of them."""
+    parts, matrices = x_RI.split(num_tokens_per_expert_E.tolist()), weight_EIO.unbind()
+    products = [linear_in_out(part, matrix) for part, matrix in zip(parts, matrices, strict=True) if len(part)]
+    return torch.cat(products) if products else x_RI.new_zeros(0, weight_EIO.shape[2])
+
+
+def grouped_product(x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Tensor) -> Tensor:
+    """The same in one call where torch has it: for many small matrices, such as those of adapters."""
+    if x_RI.dtype not in GROUPED_DTYPES or (x_RI.is_cuda and x_RI.dtype != torch.bfloat16):
+        return product_of_each(x_RI, num_tokens_per_expert_E, weight_EIO)
+    _, inputs, outputs = weight_EIO.shape
+    more_inputs, more_outputs = -inputs % GROUPED_MULTIPLE, -outputs % GROUPED_MULTIPLE
+    if more_inputs or more_outputs:
+        x_RI, weight_EIO = F.pad(x_RI, (0, more_inputs)), F.pad(weight_EIO, (0, more_outputs, 0, more_inputs))
+    ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
+    return F.grouped_mm(x_RI, weight_EIO, offs=ends)[:, :outputs]
+
+
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUPED_MULTIPLE = 8
+"""Of inputs and outputs: torch's grouped_mm wants rows of 16 bytes."""
 
 
 def concat_experts(outputs: list[Tensor], x_RD: Tensor) -> Tensor:

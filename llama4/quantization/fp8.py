@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ class Fp8(WeightFormat):
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         groups = shape[-1] // self.group_size if self.group_size else 1
         return {"weight": TensorSpec(shape, E4M3), "weight_scale": TensorSpec((*shape[:-1], groups), torch.bfloat16)}
+
+    @property
+    def is_written(self) -> bool:
+        return self.group_size is None
 
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         values, scale = to_fp8(weight_OI, weight_OI.dtype)
@@ -59,6 +64,16 @@ class Fp8(WeightFormat):
             return quantized.linear(x_NI, parts, readable=lambda: _product(x_NI, values, scale))
         groups = zip(x_NI.chunk(G, -1), values.chunk(G, -1), scale.split(1, dim=-1), strict=True)
         return functools.reduce(torch.Tensor.add_, (_product(*group).float() for group in groups)).to(x_NI.dtype)
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
+        wide = torch.promote_types(dtype, scale.dtype)
+
+        def some(rows: slice) -> Tensor:
+            groups = from_fp8(values[rows]).to(wide).unflatten(-1, (scale.shape[-1], -1))
+            return (groups * scale[rows, :, None].to(wide)).flatten(-2).to(dtype)
+
+        return some
 
 
 def _product(x_NI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> Tensor:

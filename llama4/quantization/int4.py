@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -81,14 +81,19 @@ class Int4(WeightFormat):
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
-
-        def rows_of(rows: slice) -> Tensor:
-            values = weight.to_checkpoint_layout("weight_packed", packed[rows])
-            some = weight.to_checkpoint_layout("weight_scale", scale[rows])
-            return _dequantize(values, some, torch.promote_types(x_NI.dtype, scale.dtype))
-
         parts = quantized.Parts(self.kind, packed, scale, self.group_size, weight.in_kernel_layout)
+        rows_of = self.rows_of(weight, expert, x_NI.dtype)
         return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
+
+        def some(rows: slice) -> Tensor:
+            values = weight.to_checkpoint_layout("weight_packed", packed[rows])
+            scales = weight.to_checkpoint_layout("weight_scale", scale[rows])
+            return _dequantize(values, scales, torch.promote_types(dtype, scale.dtype)).to(dtype)
+
+        return some
 
 
 def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +51,8 @@ class Int8(WeightFormat):
             return (sums * scale.mT).to(x_NI.dtype)
 
         return quantized.linear(x_NI, quantized.Parts(self.kind, values, scale), readable=readable)
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
+        wide = torch.promote_types(dtype, scale.dtype)
+        return lambda rows: (values[rows].to(wide) * scale[rows].to(wide)).to(dtype)

@@ -33,10 +33,25 @@ class QuantizedExperts(nn.Module):
         stacks = self.gate_up_proj.stack(), self.down_proj.stack()
         return swiglu_experts(self.expert, x_RD, num_tokens_per_expert_E, *stacks)
 
+    def gate_up(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """See `Experts.gate_up`."""
+        return loop_over_experts(self.gate_up_of, x_RD, num_tokens_per_expert_E)
+
+    def down(self, hidden_RF: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """See `Experts.down`."""
+        return loop_over_experts(self.down_of, hidden_RF, num_tokens_per_expert_E)
+
+    def gate_up_of(self, x_RD: Tensor, expert: int) -> Tensor:
+        """The first product of one expert."""
+        return self.gate_up_proj.product(x_RD, expert)
+
+    def down_of(self, hidden_RF: Tensor, expert: int) -> Tensor:
+        """The last product of one expert."""
+        return self.down_proj.product(hidden_RF, expert)
+
     def expert(self, x_RD: Tensor, expert: int) -> Tensor:
         """The output of one expert for its tokens."""
-        gate_up_R2F = self.gate_up_proj.product(x_RD, expert)
-        return self.down_proj.product(swiglu(*gate_up_R2F.chunk(2, dim=-1)), expert)
+        return self.down_of(swiglu(*self.gate_up_of(x_RD, expert).chunk(2, dim=-1)), expert)
 
 
 class SplitExperts(QuantizedExperts):
@@ -49,9 +64,8 @@ class SplitExperts(QuantizedExperts):
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
-    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
-        hidden_RF = swiglu(self.gate_proj.product(x_RD, expert), self.up_proj.product(x_RD, expert))
-        return self.down_proj.product(hidden_RF, expert)
+    def gate_up_of(self, x_RD: Tensor, expert: int) -> Tensor:
+        return torch.cat([self.gate_proj.product(x_RD, expert), self.up_proj.product(x_RD, expert)], dim=-1)
 
 
 class SeparateExperts(QuantizedExperts):
@@ -67,8 +81,12 @@ class SeparateExperts(QuantizedExperts):
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
-    def expert(self, x_RD: Tensor, expert: int) -> Tensor:
-        out: Tensor = self.get_submodule(str(expert))(x_RD)
+    def gate_up_of(self, x_RD: Tensor, expert: int) -> Tensor:
+        own = self.get_submodule(str(expert))
+        return torch.cat([own.get_submodule(f"{matrix}_proj")(x_RD) for matrix in ("gate", "up")], dim=-1)
+
+    def down_of(self, hidden_RF: Tensor, expert: int) -> Tensor:
+        out: Tensor = self.get_submodule(f"{expert}.down_proj")(hidden_RF)
         return out
 
 

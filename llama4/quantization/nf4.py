@@ -9,6 +9,7 @@ of 256, relative to their mean (Dettmers et al. 2023, "QLoRA").
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,11 @@ class Nf4(WeightFormat):
         return self._rows(weight, slice(None), self._blocks(weight, expert), self._scales(weight, expert))
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
+        return in_blocks(self.rows_of(weight, expert, x_NI.dtype), weight.shape[-2], x_NI)
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         blocks, scales = self._blocks(weight, expert), self._scales(weight, expert)
-        return in_blocks(lambda rows: self._rows(weight, rows, blocks, scales), weight.shape[-2], x_NI)
+        return lambda rows: self._rows(weight, rows, blocks, scales).to(dtype)
 
     def _blocks(self, weight: QuantizedWeight, expert: int | None) -> Tensor:
         """The quantized values of a matrix, [blocks, bytes]."""

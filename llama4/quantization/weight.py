@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from llama4.kernels.abi import Matrix
 from llama4.ops import quantized
+from llama4.ops.frozen import frozen_product
 from llama4.ops.linear import linear
+from llama4.ops.precision import upcast
 from llama4.progress import each
 
 MAX_QUANTIZED_AT_ONCE = 1 << 20
@@ -106,6 +108,11 @@ class WeightFormat(ABC):
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         raise AssertionError(f"{self.kind} is read, not written")
 
+    @property
+    def is_written(self) -> bool:
+        """Whether `quantize` can make it."""
+        return type(self)._quantize_rows is not WeightFormat._quantize_rows
+
     def weights_in(self, part: str, spec: TensorSpec) -> int:
         """How many weights are stored in a part."""
         return math.prod(spec.shape) * spec.dtype.itemsize * 8 // self.bits if part == self.parts[0] else 0
@@ -136,6 +143,22 @@ class WeightFormat(ABC):
     @abstractmethod
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x."""
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        """What dequantizes some rows of the matrix, [rows, I], to a dtype without rounding them to a narrower one. A
+        format that can dequantize rows alone does so."""
+        weight_OI = self.dequantize(weight, expert)
+        return lambda rows: weight_OI[rows].to(dtype)
+
+    def input_gradient(self, weight: QuantizedWeight, gradient_NO: Tensor, expert: int | None = None) -> Tensor:
+        """The gradient of x for that of `product`, [N, I], in its dtype: dy W, some rows of W at a time. Where inputs
+        are rounded, it is as if they were not."""
+        rows_of = self.rows_of(weight, expert, gradient_NO.dtype)
+        sums = gradient_NO.new_zeros(len(gradient_NO), weight.shape[-1], dtype=upcast(gradient_NO[:0]).dtype)
+        for at in range(0, weight.shape[-2], ROWS):
+            rows = slice(at, at + ROWS)
+            sums += gradient_NO[:, rows] @ rows_of(rows)
+        return sums.to(gradient_NO.dtype)
 
     # -- how CPU kernels read it ---------------------------------------------------------------------------------------
 
@@ -253,7 +276,11 @@ class QuantizedWeight(nn.Module):
 
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x, with one matrix."""
-        return self.format.product(self, x_NI, expert)
+        return frozen_product(
+            x_NI,
+            lambda x_NI: self.format.product(self, x_NI, expert),
+            lambda gradient_NO: self.format.input_gradient(self, gradient_NO, expert),
+        )
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""

@@ -17,7 +17,7 @@ from llama4.progress import Bar
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import MAX_INDEX_BYTES, check_regular, check_size, read_json
-from llama4.weights.source import Origin, Source
+from llama4.weights.source import Origin, Source, Tensors
 from llama4.weights.stamps import STAMP, check_stamps
 
 SINGLE_FILE = "model.safetensors"
@@ -234,6 +234,15 @@ def write_safetensors(
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values()), STAMP: stamp}, "weight_map": places}
         (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file, see `replaced_file`.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    _save_shard(Tensors(tensors), list(tensors), path, None, Bar("writing", shown=False))
 
 
 def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:

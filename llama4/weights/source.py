@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,3 +164,28 @@ class FileNames(View):
 
     def is_mapped(self, name: str) -> bool:
         return self._table.transform(self._names[name]) is None and super().is_mapped(name)
+
+
+class Tensors:
+    """Tensors in memory, under their names."""
+
+    plan: QuantizationPlan = {}  # noqa: RUF012 (never changed)
+    notes: Sequence[str] = ()
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def is_mapped(self, name: str) -> bool:
+        return False
+
+    def origin(self, name: str) -> Origin:
+        return Origin(name)

@@ -1,0 +1,387 @@
+"""Adapters on disk, as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`.
+
+A Linear has `lora_A.weight` [r, in] and `lora_B.weight` [out, r] below its name. Stacked experts are written in one of
+three ways, which are told apart by their keys and shapes:
+
+| layout | keys below `experts` | gate_up_proj of [E, D, 2F] |
+|---|---|---|
+| `peft` | `base_layer.lora_{A,B}` of gate_up_proj, `lora_{A,B}` of down_proj | A [E r, 2F], B [D, r E], since 0.19 |
+| `peft-0.18` | the same | A [E r, D], B [2F, r E] |
+| `per-expert` | `{i}.{gate,up,down}_proj.lora_{A,B}` | A [r, D], B [F, r] each |
+
+Rows of a stacked A are expert by expert; columns of a stacked B rank by rank, each with all experts.
+
+Shapes: E experts, r rank, I inputs, O outputs, D hidden size, F expert width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4.adapters.config import TARGETS, LoraConfig, target_of
+from llama4.adapters.lora import STACKS, Adapter, EmbeddingLora, Lora, targets_of
+from llama4.errors import ArgumentError, CheckpointError, ConfigError
+from llama4.families import family_of
+from llama4.families.names import NameTable
+from llama4.model.multimodal import Llama4Model
+from llama4.reading import read_json
+from llama4.weights.directory import complete_directory, write_json
+from llama4.weights.safetensors import SafetensorsFiles, write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
+PREFIX = "base_model.model."
+LAYOUTS = ("peft", "peft-0.18", "per-expert")
+
+_UNSUPPORTED = {
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+}
+"""Fields of adapter_config.json -> the only value, besides none, with which the adapter is what this file reads."""
+_PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<part>[AB]))(?:\.weight)?")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate|up|down)_proj")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    adapter: Adapter, model: Llama4Model, directory: str | Path, *, layout: str = "peft", base: str = ""
+) -> None:
+    """Write an adapter; `directory` appears complete, or what it held stays.
+
+    Args:
+        model: what it is for.
+        layout: of stacked experts, see above: `peft` is what the newest PEFT loads on transformers' Llama 4;
+            `peft-0.18` and `per-expert` are what vLLM takes.
+        base: name of the model, for the file.
+
+    Raises:
+        ArgumentError: an unknown layout.
+        CheckpointError: the directory cannot be written.
+    """
+    if layout not in LAYOUTS:
+        raise ArgumentError(f"adapter format {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+    with complete_directory(directory, older=ADAPTER_FILES) as partial:
+        write_adapter(adapter, model, partial, layout=layout, base=base)
+
+
+def write_adapter(adapter: Adapter, model: Llama4Model, directory: Path, *, layout: str, base: str) -> None:
+    """Write the two files into a directory that is there."""
+    table = family_of(model.config).names(model.config)
+    write_json(directory / CONFIG_FILE, _config(adapter, table, layout, base))
+    write_tensors(directory / WEIGHTS_FILE, _tensors(adapter, table, layout))
+
+
+def _config(adapter: Adapter, table: NameTable, layout: str, base: str) -> dict[str, Any]:
+    config = adapter.config
+    stacks = sorted({name.rpartition(".")[2] for name, lora in adapter.items() if lora.a.ndim == 3})
+    modules = [_file_name(table, name) for name, lora in adapter.items() if lora.a.ndim == 2]
+    if stacks and layout == "per-expert":
+        modules.append(r"(?:.+\.)?experts\.\d+\.(?:gate|up|down)_proj")
+        stacks = []
+    power = 0.5 if config.rslora else 1.0
+    ranks = {_file_name(table, name): lora.rank for name, lora in adapter.items()}
+    alphas = {_file_name(table, name): lora.scale * lora.rank**power for name, lora in adapter.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout if not stacks else 0.0,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "target_modules": _pattern(modules) if modules else [],
+        "target_parameters": [f"feed_forward.experts.{stack}" for stack in stacks] or None,
+        "rank_pattern": _exceptions(ranks, config.rank),
+        "alpha_pattern": _exceptions(alphas, config.alpha),
+        "inference_mode": True,
+    }
+
+
+def _pattern(modules: list[str]) -> str:
+    """A regular expression of all modules, those of all layers as one."""
+    layers = (re.escape(name) if "\\d" not in name else name for name in modules)
+    return "|".join(dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", name) for name in layers))
+
+
+def _exceptions(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """Those that are not the usual one, under the ends of names, which PEFT matches, where all layers agree."""
+    ends = {name: re.sub(r".*\.layers\.\d+\.", "", name) for name in values}
+    of_end: dict[str, set[float]] = {}
+    for name, value in values.items():
+        of_end.setdefault(ends[name], set()).add(value)
+    names = {name: ends[name] if len(of_end[ends[name]]) == 1 else name for name in values}
+    return {names[name]: value for name, value in values.items() if not math.isclose(value, usual)}
+
+
+def _file_name(table: NameTable, name: str) -> str:
+    return table.to_file(name) or name
+
+
+def _tensors(adapter: Adapter, table: NameTable, layout: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    with_both = {name.rpartition(".")[0] for name in adapter.names if name.endswith("experts.gate_up_proj")}
+    for name, lora in adapter.items():
+        a, b, path = lora.a.detach().cpu(), lora.b.detach().cpu(), name.rpartition(".")[0]
+        key = PREFIX + _file_name(table, name)
+        if lora.a.ndim == 2:
+            transform = table.transform(f"{name}.weight")
+            b = transform.to_file(b) if transform is not None else b
+            embedding = isinstance(lora, EmbeddingLora)
+            ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+            tensors |= {f"{key}.{ends[0]}": a, f"{key}.{ends[1]}": b}
+            continue
+        experts = key.rpartition(".")[0]
+        if layout == "per-expert":
+            tensors |= _per_expert(experts, name.endswith("down_proj"), a, b)
+            continue
+        inner = name.endswith("gate_up_proj") and f"{path}.down_proj" in adapter.names and path in with_both
+        wrapper = f"{experts}.base_layer" if inner else experts
+        if layout == "peft":
+            a, b = b.mT, a.mT  # x (W + B A), where the other form has x (W + (B A)^T)
+        tensors[f"{wrapper}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+        tensors[f"{wrapper}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    return tensors
+
+
+def _per_expert(experts: str, is_down: bool, a_ErI: Tensor, b_EOr: Tensor) -> dict[str, Tensor]:
+    tensors = {}
+    for i, (a_rI, b_Or) in enumerate(zip(a_ErI, b_EOr, strict=True)):
+        matrices = {"down": b_Or} if is_down else dict(zip(("gate", "up"), b_Or.chunk(2), strict=True))
+        for matrix, some_Or in matrices.items():
+            tensors[f"{experts}.{i}.{matrix}_proj.lora_A.weight"] = a_rI.clone()
+            tensors[f"{experts}.{i}.{matrix}_proj.lora_B.weight"] = some_Or.clone()
+    return tensors
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
+    """Read an adapter in any of the layouts, on the model's device, in float32.
+
+    Raises:
+        ConfigError: no adapter_config.json, or one of an adapter that is no LoRA, or of a kind that is not computed.
+        CheckpointError: no weights, damaged ones, or such as do not fit the model.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    content = read_json(directory / CONFIG_FILE)
+    scale_of = _scales(directory / CONFIG_FILE, content)
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; write the adapter with PEFT's save_pretrained")
+    files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
+    table = family_of(model.config).names(model.config)
+    pairs, unexpected = _pairs(files)
+    shapes = targets_of(model)
+    loras: dict[str, Lora] = {}
+    for name, (a, b, rank) in _matrices(pairs, table, shapes, content, unexpected).items():
+        kind = EmbeddingLora if name.endswith("embed_tokens") else Lora
+        loras[name] = kind(shapes[name], a.shape[-2], scale_of(_file_name(table, name), rank))
+        with torch.no_grad():
+            loras[name].a.copy_(a)
+            loras[name].b.copy_(b)
+    if unexpected or not loras:
+        raise CheckpointError(
+            f"{directory} does not fit this model: it changes what the model does not have, or in another shape",
+            unexpected=sorted(unexpected),
+        )
+    adapter = Adapter(_read_config(content, loras), loras).to(model.device)
+    return adapter.eval().requires_grad_(False)
+
+
+def _scales(path: Path, content: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """Name in the file and rank -> scale."""
+    if content.get("peft_type") != "LORA":
+        raise ConfigError(f"{path} has peft_type {content.get('peft_type')!r}; this library computes LORA")
+    for field, known in _UNSUPPORTED.items():
+        if content.get(field) not in (None, known, []):
+            raise ConfigError(f"{path} has {field} {content[field]!r}, which is not computed; merge it with PEFT first")
+    alpha, alphas, root = content.get("lora_alpha", 8), content.get("alpha_pattern") or {}, content.get("use_rslora")
+    patterns = [*alphas, *(content.get("rank_pattern") or {})] if isinstance(alphas, dict) else [None]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{path} has rank_pattern or alpha_pattern that are no objects of names; write them again")
+    values = [alpha, *alphas.values()]
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ConfigError(f"{path} has lora_alpha {alpha!r} and alpha_pattern {alphas!r}; they must be numbers")
+
+    def scale(name: str, rank: int) -> float:
+        own = next((value for pattern, value in alphas.items() if _is_meant(pattern, name)), alpha)
+        return float(own) / (math.sqrt(rank) if root else rank)
+
+    return scale
+
+
+def _is_meant(pattern: str, name: str) -> bool:
+    """As PEFT matches; a pattern that is a name, which most are, is not run as an expression that anyone may write."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _read_config(content: Mapping[str, Any], loras: Mapping[str, Lora]) -> LoraConfig:
+    ranks = [lora.rank for lora in loras.values()]
+    rank = content.get("r")
+    targets = {target for name in loras if (target := target_of(name)) is not None}
+    return LoraConfig(
+        rank=rank if isinstance(rank, int) and rank in ranks else max(set(ranks), key=ranks.count),
+        alpha=float(content.get("lora_alpha") or 8),
+        targets=tuple(target for target in TARGETS if target in targets),
+        rslora=bool(content.get("use_rslora")),
+    )
+
+
+def _pairs(files: SafetensorsFiles) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """A and B below the name of each module in the file, and keys that are neither."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    unexpected = []
+    for key in files.names():
+        match = _PART.fullmatch(key.removeprefix(PREFIX))
+        if match is not None:
+            parts.setdefault(match["module"], {})[match["part"]] = files.read(key)
+        elif not key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
+            unexpected.append(key)  # PEFT keeps a copy of embeddings beside what it adds to them
+    pairs = {}
+    for module, both in parts.items():
+        if both.keys() != {"A", "B"} or any(tensor.ndim != 2 for tensor in both.values()):
+            unexpected.append(module)
+        else:
+            pairs[module] = both["A"], both["B"]
+    return pairs, unexpected
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+Pair = tuple[Tensor, Tensor]
+Ranked = tuple[Tensor, Tensor, int]
+"""A and B, and the rank that their scale is of."""
+
+
+def _matrices(
+    pairs: Mapping[str, Pair], table: NameTable, shapes: Shapes, content: Mapping[str, Any], unexpected: list[str]
+) -> dict[str, Ranked]:
+    """Names of the model -> A [.., r, I] and B [.., O, r]; what fits nothing is added to `unexpected`."""
+    found: dict[str, Ranked] = {}
+    wrapped: dict[str, dict[bool, Pair]] = {}
+    single: dict[str, dict[tuple[str, int], Pair]] = {}
+    for module, (a, b) in pairs.items():
+        if match := _EXPERT.fullmatch(module):
+            experts = single.setdefault(table.to_model(match["experts"]) or match["experts"], {})
+            experts[match["matrix"], int(match["expert"])] = a, b
+            continue
+        name = table.to_model(module) or module
+        path = name.removesuffix(".base_layer")
+        if path.endswith(".experts"):
+            wrapped.setdefault(path, {})[name != path] = a, b
+        elif shapes.get(name) == (b.shape[0], a.shape[1]) and a.shape[0] == b.shape[1]:
+            transform = table.transform(f"{name}.weight")
+            found[name] = a, b if transform is None else transform.to_model(b), len(a)
+        else:
+            unexpected.append(module)
+    for path, both in wrapped.items():
+        stacks = _unwrapped(path, both, shapes, content)
+        if not stacks:
+            unexpected.append(path)
+        found |= stacks
+    for path, experts in single.items():
+        stacks = _stacked(path, experts, shapes)
+        if not stacks:
+            unexpected.append(path)
+        found |= stacks
+    return found
+
+
+def _unwrapped(path: str, both: Mapping[bool, Pair], shapes: Shapes, content: Mapping[str, Any]) -> dict[str, Ranked]:
+    """PEFT's stacked experts, in the older or the newer form; nothing if they fit neither. The inner wrapper is mostly
+    gate_up_proj."""
+    names = [f"{path}.{stack}" for stack in STACKS]
+    if len(both) == 2:
+        orders = [(True, False), (False, True)]
+        candidates = [dict(zip(names, (both[first], both[second]), strict=True)) for first, second in orders]
+    else:
+        given = [str(entry).rpartition(".")[2] for entry in content.get("target_parameters") or STACKS]
+        candidates = [{f"{path}.{stack}": both[False]} for stack in given if stack in STACKS and False in both]
+    forms = [_newer_form, _older_form]
+    if _version(content) < (0, 19):
+        forms.reverse()  # where both fit
+    for form in forms:
+        for candidate in candidates:
+            stacks = {name: form(*pair, shapes[name]) for name, pair in candidate.items() if name in shapes}
+            if len(stacks) == len(candidate) and all(pair is not None for pair in stacks.values()):
+                return {name: (*pair, pair[0].shape[1]) for name, pair in stacks.items() if pair is not None}
+    return {}
+
+
+def _version(content: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of the PEFT that wrote; files of this library, and of those too new to be doubted, count as the newest."""
+    match = re.match(r"(\d+)\.(\d+)", str(content.get("peft_version") or ""))
+    return (int(match[1]), int(match[2])) if match else (99,)
+
+
+def _older_form(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Pair | None:
+    """[E r, I] and [O, r E]."""
+    E, O, I = shape  # noqa: E741
+    rank = a.shape[0] // E
+    if a.shape != (E * rank, I) or b.shape != (O, rank * E) or not rank:
+        return None
+    return a.view(E, rank, I), b.view(O, rank, E).permute(2, 0, 1)
+
+
+def _newer_form(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Pair | None:
+    """[E r, O] and [I, r E]."""
+    E, O, I = shape  # noqa: E741
+    pair = _older_form(a, b, (E, I, O))
+    return None if pair is None else (pair[1].mT, pair[0].mT)
+
+
+def _stacked(path: str, experts: Mapping[tuple[str, int], Pair], shapes: Shapes) -> dict[str, Ranked]:
+    """Experts that have A and B each; nothing if they do not fit. Where gate and up have an A each, theirs are one of
+    twice the rank."""
+    names = {matrix for matrix, _ in experts}
+    E = shapes.get(f"{path}.down_proj", (0,))[0]
+    if {*experts} != {(matrix, i) for matrix in names for i in range(E)}:
+        return {}
+    found: dict[str, Ranked] = {}
+    try:
+        stacks = {
+            matrix: tuple(torch.stack([experts[matrix, i][part] for i in range(E)]) for part in (0, 1))
+            for matrix in sorted(names)
+        }
+        if "down" in stacks:
+            a, b = stacks["down"]
+            found[f"{path}.down_proj"] = a, b, a.shape[1]
+        halves = [stacks[matrix] for matrix in ("gate", "up") if matrix in stacks]
+        if halves:
+            width, name, rank = shapes[f"{path}.gate_up_proj"][1] // 2, f"{path}.gate_up_proj", halves[0][0].shape[1]
+            if len({a.shape for a, _ in halves}) > 1:
+                return {}
+            if len(halves) == 2 and torch.equal(halves[0][0], halves[1][0]):
+                found[name] = halves[0][0], torch.cat([b for _, b in halves], dim=1), rank
+            else:
+                blocks = []
+                for matrix in ("gate", "up"):
+                    if matrix in stacks:
+                        b_EFr = stacks[matrix][1]
+                        empty = torch.zeros(E, width, b_EFr.shape[2], dtype=b_EFr.dtype)
+                        blocks.append(torch.cat([b_EFr, empty] if matrix == "gate" else [empty, b_EFr], dim=1))
+                found[name] = torch.cat([a for a, _ in halves], dim=1), torch.cat(blocks, dim=2), rank
+    except RuntimeError:  # of different shapes
+        return {}
+    fits = all(
+        (len(a), b.shape[1], a.shape[2]) == shapes[name] and a.shape[1] == b.shape[2]
+        for name, (a, b, _) in found.items()
+    )
+    return found if fits else {}

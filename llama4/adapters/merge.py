@@ -1,0 +1,85 @@
+"""Adapters into the weights of their model, for good.
+
+Shapes: O outputs, I inputs, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llama4.adapters.lora import Adapter, EmbeddingLora, Lora
+from llama4.errors import Llama4Error
+from llama4.model.multimodal import Llama4Model
+from llama4.ops.precision import upcast
+from llama4.progress import Bar, each
+from llama4.quantization.modules import SeparateExperts, SplitExperts
+from llama4.quantization.weight import QuantizedWeight
+
+
+def merge_adapter(adapter: Adapter, model: Llama4Model, *, progress: bool = False) -> None:
+    """W := W + scale * B A, added in float32 and rounded once to the dtype of W. A packed matrix is dequantized, added
+    to, and quantized again as it was: its values are the nearest to the sum, not to the matrix without it.
+
+    Raises:
+        Llama4Error: the adapter does not fit, or a matrix is in a format that is only read; nothing is changed then.
+    """
+    assert not adapter.is_attached, "take it off first"
+    adapter.check(model)
+    for name, _ in adapter.items():
+        _check_can_merge(name, _home(model, name))
+    with torch.no_grad(), Bar("merging", len(adapter.names), "steps", shown=progress) as bar:
+        for name, lora in adapter.items():
+            with bar.step(1):
+                _merge(_home(model, name), name.rpartition(".")[2], lora)
+
+
+def _home(model: Llama4Model, name: str) -> nn.Module:
+    """The module of a matrix: a Linear, an embedding or a packed weight, or that which has it as a parameter."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return model.get_submodule(name.rpartition(".")[0])
+
+
+def _check_can_merge(name: str, home: nn.Module) -> None:
+    kinds = [home.format] if isinstance(home, QuantizedWeight) else []
+    if isinstance(home, (SplitExperts, SeparateExperts)):
+        raise Llama4Error(f"{name} is in a format that is read and not written; merge into the unquantized model")
+    for format in kinds:
+        if not format.is_written:
+            raise Llama4Error(f"{name} is {format}, which is read and not written; merge into the unquantized model")
+
+
+def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
+    if isinstance(home, QuantizedWeight):
+        _merge_packed(home, lora)
+    elif lora.a.ndim == 2:
+        weight = home.weight
+        assert isinstance(weight, nn.Parameter)
+        delta_OI = lora.delta()
+        weight.data = (upcast(weight) + (delta_OI.mT if isinstance(lora, EmbeddingLora) else delta_OI)).to(weight.dtype)
+    else:
+        weight_EIO = home.get_parameter(leaf)
+        merged_EIO = torch.empty_like(weight_EIO)  # what it was may be part of a file
+        for i, weight_IO in enumerate(each(weight_EIO.unbind())):
+            merged_EIO[i] = upcast(weight_IO) + lora.delta(i).mT
+        weight_EIO.data = merged_EIO
+
+
+def _merge_packed(weight: QuantizedWeight, lora: Lora) -> None:
+    scale = getattr(weight, "weight_scale", None)
+    dtype = scale.dtype if isinstance(scale, Tensor) else torch.float32
+    matrices = []
+    for expert in each(range(weight.shape[0])) if len(weight.shape) == 3 else [None]:
+        weight_OI = weight.format.rows_of(weight, expert, torch.float32)(slice(0, weight.shape[-2]))
+        sum_OI = weight_OI + lora.delta(expert).to(weight_OI.device)
+        matrices.append(weight.format.quantize(sum_OI if dtype == torch.float32 else sum_OI.to(dtype)))
+    device = weight.part(weight.format.parts[0]).device
+    weight.set_parts(
+        {
+            part: torch.stack([matrix[part] for matrix in matrices]).view(*weight.shape[:-1], -1)
+            for part in weight.format.parts
+        },
+        device,
+    )

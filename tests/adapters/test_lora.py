@@ -1,0 +1,217 @@
+"""Low-rank additions against their definition, PEFT's, and finite differences; on float and on packed weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.adapters.config import TARGETS, LoraConfig
+from llama4.adapters.lora import Adapter, Lora, targets_of
+from llama4.adapters.merge import merge_adapter
+from llama4.errors import ArgumentError, Llama4Error
+from llama4.model.experts import BACKENDS, Experts
+from llama4.model.moe import Router
+from llama4.model.multimodal import Llama4Model
+from llama4.ops.experts import grouped_product, product_of_each
+from llama4.quantization.formats import FORMATS
+from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.weight import QuantizedWeight
+from tests import small_model
+
+IDS = torch.arange(40).view(1, 40) * 7 % 800
+ALL = LoraConfig(rank=3, alpha=5.0, ranks={"experts": 2}, targets=tuple(TARGETS), rslora=True)
+
+
+def random_adapter(model: Llama4Model, config: LoraConfig = ALL, seed: int = 1) -> Adapter:
+    adapter = Adapter.create(model, config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _, lora in adapter.items():
+        lora.b.data.normal_(0, 0.1, generator=generator)
+    return adapter.eval()
+
+
+def pixels() -> Tensor:
+    return torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: Llama4Model, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(ids)
+
+
+def test_a_new_one_adds_nothing_and_leaves_nothing() -> None:
+    model = small_model.model()
+    before, names = logits(model), [name for name, _ in model.named_parameters()]
+    adapter = Adapter.create(model, ALL)
+    assert {name.rpartition(".")[2] for name in adapter.names} >= {"q_proj", "gate_up_proj", "router", "fc1", "lm_head"}
+    adapter.attach(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_parameters()] == names
+    adapter.detach()
+    other = random_adapter(model)
+    other.attach(model)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+    with other.detached(model):
+        assert torch.equal(logits(model), before)
+    other.detach()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_equals_the_merged_model(backend: str) -> None:
+    """A merged matrix is W + scale * B A by definition, and the unmerged model must compute the same."""
+    model = Llama4Model(small_model.config(), BACKENDS[backend]).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    merged, adapter = copy.deepcopy(model), random_adapter(model)
+    names, scale = dict(merged.named_parameters()), 5.0 / 3**0.5
+    with torch.no_grad():
+        for name, lora in adapter.items():
+            a, b = lora.a.double(), lora.b.double()
+            delta = scale * torch.einsum("...or,...ri->...io" if lora.a.ndim == 3 else "or,ri->oi", b, a)
+            weight = names[name] if name in names else names[f"{name}.weight"]
+            weight.add_((delta.mT if name.endswith("embed_tokens") else delta).float())
+    ids = torch.cat([IDS, torch.tensor([[small_model.RANKS + 92]])], dim=1)
+    adapter.attach(model)
+    with torch.no_grad():
+        found, wanted = model(ids, pixel_values=pixels()), merged(ids, pixel_values=pixels())
+        assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+        adapter.detach()
+        merge_adapter(adapter, model)
+        assert (model(ids, pixel_values=pixels()) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_gradients_against_finite_differences() -> None:
+    """Along random directions through the whole model, vision, routers' scores and dispatch included, in float64."""
+    model = small_model.model().double().requires_grad_(False)
+    config = LoraConfig(rank=2, targets=("attention", "experts", "shared", "router", "vision", "projector"))
+    adapter = random_adapter(model, config).double().train()
+    adapter.attach(model)
+    ids = torch.cat([IDS, torch.tensor([[small_model.RANKS + 92]])], dim=1)
+    target = torch.randn(model(ids, pixel_values=pixels().double()).shape, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (model(ids, pixel_values=pixels().double()).log_softmax(-1) * target).mean()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(3)
+    for part in ("self_attn", "experts", "shared_expert", "router", "vision_model", "projector"):
+        chosen = [p for name, lora in adapter.items() if part in name for p in (lora.a, lora.b)]
+        ways = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in chosen]
+        slope = sum((p.grad * way).sum() for p, way in zip(chosen, ways, strict=True) if p.grad is not None)
+        ends = []
+        for sign in (1e-6, -1e-6):
+            with torch.no_grad():
+                for p, way in zip(chosen, ways, strict=True):
+                    p.add_(way, alpha=sign)
+                ends.append(loss())
+                for p, way in zip(chosen, ways, strict=True):
+                    p.add_(way, alpha=-sign)
+        found, wanted = float(slope), float(ends[0] - ends[1]) / 2e-6
+        assert abs(found - wanted) < 1e-5 * max(abs(wanted), 1e-3), part
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_on_packed_weights(kind: str) -> None:
+    """Outputs and gradients equal those of a float model of the dequantized weights; fp8 rounds its inputs, too, so
+    that only its gradient is compared, for the same gradient of its output."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(96, 64, generator=generator)
+    packed = QuantizedWeight.of(weight_OI, FORMATS[kind].for_matrices({"w": (96, 64)}))
+    whole = packed.format.rows_of(packed, None, torch.float32)(slice(None))
+    assert torch.allclose(whole, packed.dequantize().float(), rtol=1e-2)  # which rounds to the dtype of its scales
+    x = torch.randn(5, 64, generator=generator, requires_grad=True)
+    packed(x).backward(gradient := torch.randn(5, 96, generator=generator))
+    assert x.grad is not None
+    assert (x.grad - gradient @ whole).abs().max() < 1e-4
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_through_packed_experts(kind: str) -> None:
+    """The gradients of an adapter's matrices on packed experts and on the same, dequantized."""
+    config = small_model.config()
+    model = Llama4Model(replace(config, text=replace(config.text, hidden_size=64))).requires_grad_(False)
+    model.init_weights(torch.Generator().manual_seed(0))
+    twin, packed = copy.deepcopy(model), QuantizedExperts()
+    ours, whole = (small_model.layers(m)[1].feed_forward for m in (model, twin))
+    for stack in ("gate_up_proj", "down_proj"):
+        weight_EOI = getattr(ours.experts, stack).mT
+        format = FORMATS[kind].for_matrices({stack: tuple(weight_EOI.shape)})
+        setattr(packed, stack, weight := QuantizedWeight.of(weight_EOI, format))
+        matrices = [format.rows_of(weight, i, torch.float32)(slice(None)).mT for i in range(8)]
+        getattr(whole.experts, stack).data = torch.stack(matrices)
+    ours.experts = packed
+    gradients = []
+    for m in (model, twin):
+        adapter = random_adapter(m, LoraConfig(rank=4, targets=("experts", "attention")))
+        adapter.attach(m)
+        m(IDS).square().mean().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None and other is not None
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_grouped_products_of_any_rank() -> None:
+    counts = torch.tensor([2, 0, 5, 1])
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    for rank in (1, 3, 8):
+        w = torch.randn(4, 12, rank, generator=torch.Generator().manual_seed(rank))
+        wanted = torch.cat([part.double() @ m.double() for part, m in zip(x.split(counts.tolist()), w, strict=True)])
+        for product in (grouped_product, product_of_each):
+            assert (product(x, counts, w) - wanted).abs().max() < 1e-5
+    assert grouped_product(x[:0], torch.zeros(4, dtype=torch.int64), torch.ones(4, 12, 3)).shape == (0, 3)
+
+
+def test_dropout_is_of_linears_in_training() -> None:
+    model = small_model.model()
+    adapter = random_adapter(model, LoraConfig(rank=2, dropout=0.5, targets=("attention", "experts")))
+    assert {lora.dropout for name, lora in adapter.items() if "experts" in name} == {0.0}
+    lora = next(lora for name, lora in adapter.items() if "q_proj" in name)
+    lora.train()
+    x = torch.ones(20_000, 48)
+    torch.manual_seed(0)
+    dropped = lora.added(x)
+    assert torch.allclose(dropped.mean(0), lora.eval().added(x[0]), atol=0.05)
+    assert len({tuple(row) for row in dropped.tolist()}) > 10_000
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = small_model.model()
+    with pytest.raises(ArgumentError, match="'heads' is not known; choose of attention, experts"):
+        LoraConfig(targets=("heads",))
+    with pytest.raises(ArgumentError, match="rank is 0"):
+        LoraConfig(ranks={"experts": 0})
+    with pytest.raises(ArgumentError, match="no dense"):
+        Adapter.create(model, LoraConfig(targets=("dense",)))
+    name = next(name for name in targets_of(model) if name.endswith("q_proj"))
+    with pytest.raises(Llama4Error, match=r"\[48, 32\], but here it is \[48, 48\]"):
+        Adapter(LoraConfig(), {name: Lora((48, 32), 2, 1.0)}).attach(model)
+    assert "forward" not in vars(model.language_model)
+
+
+def test_every_target_is_something() -> None:
+    """No pattern that nothing matches: of this model, which has no dense layers, and of one with only such."""
+    names = targets_of(small_model.model())
+    assert {target for target in TARGETS if any(map(matcher(target), names))} == set(TARGETS) - {"dense"}
+    assert all(any(matcher(target)(name) for target in TARGETS) for name in names)
+
+
+def matcher(target: str) -> Any:
+    return lambda name: re.fullmatch(TARGETS[target], name)
+
+
+def test_routers_and_experts_compute_by_classes_again_afterwards() -> None:
+    model = small_model.model()
+    adapter = random_adapter(model)
+    adapter.attach(model)
+    replaced = [m for m in model.modules() if isinstance(m, (Router, Experts))]
+    assert all("forward" in vars(m) for m in replaced)
+    adapter.detach()
+    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())

@@ -42,7 +42,6 @@ def interrupted(process: subprocess.Popen[bytes]) -> tuple[float, bytes]:
     return time.monotonic() - begun, error
 
 
-@pytest.mark.xfail(strict=False, reason="not yet looked into: fails now and then where warnings are errors")
 @pytest.mark.parametrize("where", ["call", "threads"])
 def test_where_python_cannot_answer(where: str) -> None:
     code = STUCK.replace("sys.argv[1]", repr(where)) + "run()"

@@ -243,7 +243,13 @@ class QuantizedWeight(nn.Module):
     def checkpoint_layout(self, name: str) -> Tensor:
         """A part as a checkpoint has it."""
         values = self.to_checkpoint_layout(name, self.part(name).detach())
-        return values.view(self.specs[name].dtype) if values.dtype == torch.uint8 else values
+        dtype = self.checkpoint_dtype(name)
+        return values if values.dtype == dtype else values.view(dtype)
+
+    def checkpoint_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a checkpoint has a part: e4m3 lies in memory as bytes."""
+        dtype = self.part(name).dtype
+        return self.specs[name].dtype if dtype == torch.uint8 else dtype
 
     def to_checkpoint_layout(self, name: str, values: Tensor) -> Tensor:
         """A part, or a multiple of 16 of its rows, from this module's order to a checkpoint's."""

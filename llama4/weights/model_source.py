@@ -37,9 +37,11 @@ class ModelSource:
 
     def spec(self, name: str) -> TensorSpec:
         tensor = self._tensors[name]
-        module, part = self._parts.get(name, (None, ""))
-        is_values = module is not None and part == module.format.parts[0]
-        return TensorSpec(tuple(tensor.shape), module.specs[part].dtype if module and is_values else tensor.dtype)
+        dtype = tensor.dtype
+        if name in self._parts:
+            module, part = self._parts[name]
+            dtype = module.checkpoint_dtype(part)
+        return TensorSpec(tuple(tensor.shape), dtype)
 
     def read(self, name: str) -> Tensor:
         if name not in self._parts:

@@ -173,7 +173,8 @@ def as_meta_has_it(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.xfail(strict=False, reason="not yet looked into: fails now and then where warnings are errors")
+# transformers leaves templates open
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_chat_templates_are_found_where_transformers_finds_them(tmp_path: Path) -> None:
     directory = write_rich(tmp_path / "source")
     found = SideFiles.read(directory).chat_templates

@@ -7,6 +7,7 @@ and value, and the remedy. What the system refuses (a disk that is full, a file 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -64,3 +65,9 @@ class CheckpointError(Llama4Error):
             f"  wrong shape: {key} is {list(found)}, wanted {list(wanted)}" for key, found, wanted in self.mismatched
         ]
         super().__init__("\n".join(lines))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What was surely meant, as the end of a sentence; "" if nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -619,7 +619,8 @@ def test_an_argument_that_is_not_utf8(directory: Path) -> None:
         ("generate --temperature -1 hi", 2, "llama4: error: temperature is -1.0; it must be 0"),
         ("generate --dtype float8 hi", 2, "llama4: error: dtype='float8' is not supported"),
         ("generate --max-new-tokens 0 hi", 2, "llama4: error: max_new_tokens is 0"),
-        ("info /nowhere/at/all", 1, "check the path"),
+        ("info /nowhere/at/all", 1, "there is no '/nowhere/at/all'; check the path"),
+        ("info scoutt", 1, "'scoutt' is no model (did you mean scout?): give"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], command: str, code: int, message: str) -> None:

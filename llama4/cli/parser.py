@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from llama4.errors import nearest
 
 USAGE = 2
 """Exit code for a command that is not written right."""
@@ -33,9 +33,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(USAGE)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What was surely meant, as the end of a sentence; "" if nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]}?)" if found else ""

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
 from llama4.config import PRESETS
-from llama4.errors import ArgumentError, CheckpointError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error, nearest
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
 from llama4.weights.directory import check_whole
@@ -78,13 +78,16 @@ def resolve(
         raise CheckpointError(f"{name} cannot be loaded: {_why_no_directory(path)}")
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         address = _HUB_ADDRESS.match(str(name))
+        if path.is_absolute() or str(name).startswith((".", "~")):
+            raise Llama4Error(f"there is no {str(name)!r}; check the path")
         if name in PRESETS:
             raise Llama4Error(
                 f"{name!r} is a shape that info and plan know, without weights; give a directory, or a Hub id like "
                 "'meta-llama/Llama-4-Scout-17B-16E-Instruct'"
             )
         raise Llama4Error(
-            f"{str(name)!r} is no model: give an embedded name ('tiny'), an existing directory, or a Hub id like "
+            f"{str(name)!r} is no model{nearest(str(name), [*EMBEDDED, *PRESETS])}: give an embedded name ('tiny'), an "
+            "existing directory, or a Hub id like "
             f"{address[1] if address else 'organisation/name'!r}"
         )
     with hub_errors(name, revision), progress_bars(progress):

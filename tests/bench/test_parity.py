@@ -81,7 +81,7 @@ def test_nan_is_a_difference() -> None:
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["parity", str(tmp_path / "none")]) == 2
-    assert "is no model" in capsys.readouterr().err
+    assert "check the path" in capsys.readouterr().err
     (tmp_path / "params.json").write_text("{}")
     assert bench.main(["parity", str(tmp_path)]) == 2
     assert f"llama4 convert {tmp_path} DST --to hf" in capsys.readouterr().err

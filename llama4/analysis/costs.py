@@ -35,6 +35,9 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
             if config.attention_bias:
                 shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
         forward, width = f"{layer}feed_forward.", config.intermediate_size_mlp
+        if config.mlp_bias and not config.uses_experts(i):
+            shapes |= {f"{forward}{part}_proj.bias": (width,) for part in ("gate", "up")}
+            shapes[f"{forward}down_proj.bias"] = (D,)
         if config.uses_experts(i):
             width, experts = config.intermediate_size, config.num_local_experts
             shapes[f"{forward}router.weight"] = (experts, D)

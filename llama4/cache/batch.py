@@ -44,6 +44,7 @@ class Batch:
         start: position of the first token of each row's sequence, that of the cache included.
         query_start: position of each row's first new token.
         lengths: new tokens of each row.
+        rope_lengths: length of each row as RoPE sees it, where its frequencies depend on it: see `SequenceCache`.
         columns: T.
         positions_N: position of each packed token.
         index_N: flat places b * T + t of the packed tokens; None if nothing is padded.
@@ -52,6 +53,7 @@ class Batch:
     start: tuple[int, ...]
     query_start: tuple[int, ...]
     lengths: tuple[int, ...]
+    rope_lengths: tuple[int, ...]
     columns: int
     positions_N: Tensor
     index_N: Tensor | None
@@ -94,6 +96,11 @@ class Batch:
         full = x_R.new_zeros(len(self.lengths), *x_R.shape[1:])
         return full.index_copy(0, torch.tensor(rows, dtype=torch.long, device=x_R.device), x_R)[:, None]
 
+    def rope_lengths_N(self) -> Tensor:
+        """`rope_lengths` of each packed token's row."""
+        device = self.positions_N.device
+        return torch.tensor(self.rope_lengths).repeat_interleave(torch.tensor(self.lengths)).to(device)
+
     def spans(self, window: int | None) -> list[Span]:
         """The new tokens cut at chunk borders, for layers with this window."""
         if window not in self._spans:
@@ -128,6 +135,7 @@ def make_batch(
     positions: Tensor | None = None,
     start: Sequence[int] | None = None,
     next_position: Sequence[int] | None = None,
+    rope_lengths: Sequence[int] | None = None,
 ) -> Batch:
     """Lay out a batch [B, T].
 
@@ -135,7 +143,7 @@ def make_batch(
         attention_mask: [B, T], true or 1 at tokens, false or 0 at padding, on either side.
         positions: [B, T] or [T]; of each row the tokens' positions must be consecutive. Default: what follows the
             cache, or 0.
-        start, next_position: of the cache; None without one.
+        start, next_position, rope_lengths: of the cache; None without one.
 
     Raises:
         Llama4Error: a mask or positions of another shape, padding inside a row, positions with gaps or that do not
@@ -166,10 +174,12 @@ def make_batch(
         begin = query_start
     else:
         begin = [query_start[b] if start[b] == next_position[b] else start[b] for b in range(batch_size)]
+    ends = [first + length for first, length in zip(query_start, lengths, strict=True)]
     return Batch(
         start=tuple(begin),
         query_start=tuple(query_start),
         lengths=tuple(lengths),
+        rope_lengths=tuple(known or end for known, end in zip(rope_lengths or [0] * batch_size, ends, strict=True)),
         columns=columns,
         positions_N=torch.cat(packed_positions)
         if packed_positions

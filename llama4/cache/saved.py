@@ -23,7 +23,7 @@ from llama4.files import replaced_file, write_pieces
 from llama4.progress import Bar
 
 _TOKENS = "tokens"
-_VERSION = "2"
+_VERSION = "3"
 _DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
 
 
@@ -46,6 +46,7 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, pro
         for j, block in enumerate(layer.used_blocks(0, used)):
             tensors[f"{i}.{j}"] = block.cpu()
     metadata = {"version": _VERSION, "model": model, "first": str(start), **_layout(cache)}
+    metadata["rope_length"] = str(cache.rope_lengths[0])
     metadata["checksum"] = _checksum(metadata, tensors)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -94,7 +95,9 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
                 return list(found.get_shape())
 
             length = shape(_TOKENS, "I64")
-            first = metadata.get("first", "")
+            first, rope_length = metadata.get("first", ""), metadata.get("rope_length", "")
+            if not rope_length.isdecimal():
+                raise _damaged(path, f"its rope_length is {rope_length!r}")
             if len(length) != 1 or not first.isdecimal() or int(first) + length[0] > max_tokens:
                 raise _damaged(
                     path, f"{length} tokens from position {first!r} on are none that a window of {max_tokens} has"
@@ -113,7 +116,7 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
         raise Llama4Error(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its content does not have its checksum")
-    cache.restore(start, end, [[tensors[name] for name in of_layer] for of_layer in names])
+    cache.restore(start, end, int(rope_length), [[tensors[name] for name in of_layer] for of_layer in names])
     return tensors[_TOKENS]
 
 

@@ -28,6 +28,8 @@ class SequenceCache:
     Attributes:
         start: position of the first token of each row.
         next_position: position that the next token of each row will have.
+        rope_lengths: how long each row was when it began, its whole prompt; 0 if it has not. RoPE's frequencies stay
+            those for this length, where they depend on it: keys in the cache are rotated already.
         version: a number that grows with every change.
         is_consistent: false while a forward is adding tokens, and for good if that broke off.
         windows: the window of each layer.
@@ -57,6 +59,7 @@ class SequenceCache:
             raise Llama4Error(f"a cache needs at least one row, not batch_size={batch_size}")
         self.start: tuple[int, ...] = (0,) * batch_size
         self.next_position: tuple[int, ...] = (0,) * batch_size
+        self.rope_lengths: tuple[int, ...] = (0,) * batch_size
         self.version = 0
         self.is_consistent = True
         self._last_logits: tuple[int, Tensor] | None = None
@@ -99,11 +102,15 @@ class SequenceCache:
         slots = [next_position - chunk_start(next_position, window, start) for window in self.windows]
         return [layer.num_blocks(count) for layer, count in zip(self.layers, slots, strict=True)]
 
-    def restore(self, start: int, next_position: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+    def announce(self, lengths: Sequence[int]) -> None:
+        """Say how long the prompts of rows that have not begun are, before they come in pieces."""
+        self.rope_lengths = tuple(known or length for known, length in zip(self.rope_lengths, lengths, strict=True))
+
+    def restore(self, start: int, next_position: int, rope_length: int, blocks: Sequence[Sequence[Tensor]]) -> None:
         """Replace what the only row holds by copies of the blocks of another cache. Nothing changes if they do not fit.
 
         Args:
-            start, next_position: of the other cache.
+            start, next_position, rope_length: of the other cache.
             blocks: of each layer, as many as `num_blocks` says, uint8.
 
         Raises:
@@ -126,11 +133,11 @@ class SequenceCache:
         self._last_logits = None
         for layer, given in zip(self.layers, blocks, strict=True):
             layer.restore(0, given)
-        self.commit((start,), (next_position,))
+        self.commit((start,), (next_position,), (rope_length,))
 
-    def commit(self, start: tuple[int, ...], next_position: tuple[int, ...]) -> None:
+    def commit(self, start: tuple[int, ...], next_position: tuple[int, ...], rope_lengths: tuple[int, ...]) -> None:
         """Count new tokens, once all layers have them."""
-        self.start, self.next_position = start, next_position
+        self.start, self.next_position, self.rope_lengths = start, next_position, rope_lengths
         self.version += 1
         self.is_consistent = True
 
@@ -152,8 +159,8 @@ class SequenceCache:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
-        self.start, self.next_position = (
-            tuple(values[row] for row in rows) for values in (self.start, self.next_position)
+        self.start, self.next_position, self.rope_lengths = (
+            tuple(values[row] for row in rows) for values in (self.start, self.next_position, self.rope_lengths)
         )
         for layer in self.layers:
             layer.select_rows(rows)
@@ -165,8 +172,8 @@ class SequenceCache:
         blocks are shared; of each row and layer the last block is copied if it is only partly filled."""
         rows = range(self.batch_size) if rows is None else rows
         other = copy.copy(self)
-        other.start, other.next_position = (
-            tuple(values[row] for row in rows) for values in (self.start, self.next_position)
+        other.start, other.next_position, other.rope_lengths = (
+            tuple(values[row] for row in rows) for values in (self.start, self.next_position, self.rope_lengths)
         )
         other.layers = [
             layer.fork(rows, [self.cached_tokens(row, self.next_position[row], window) for row in rows])
@@ -191,6 +198,7 @@ class SequenceCache:
         for layer, window in zip(self.layers, self.windows, strict=True):
             layer.truncate(0, self.cached_tokens(0, position, window))
         self.next_position = (position,)
+        self.rope_lengths = self.rope_lengths if position > start else (0,)
         if self._last_logits is not None and self._last_logits[0] > position - start:
             self._last_logits = None
         self.version += 1

@@ -49,7 +49,7 @@ class CacheView:
 
     def commit(self) -> None:
         """Count the batch's tokens."""
-        self.cache.commit(self.batch.start, self.batch.next_position)
+        self.cache.commit(self.batch.start, self.batch.next_position, self.batch.rope_lengths)
 
     def reserve_step(self) -> list[Tensor]:
         """Take the blocks that the batch's tokens go to, for a kernel that writes them; -> each layer's block table.
@@ -57,5 +57,5 @@ class CacheView:
         No token is counted yet, but the cache has another version: what others prepared for its next steps is void.
         """
         tables = [layer.reserve() for layer in self.layers]
-        self.cache.commit(self.batch.start, self.batch.query_start)
+        self.cache.commit(self.batch.start, self.batch.query_start, self.batch.rope_lengths)
         return tables

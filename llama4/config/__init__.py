@@ -5,7 +5,8 @@ from llama4.config.hf_json import CONFIG_FILE
 from llama4.config.image_json import IMAGE_CONFIG_FILES
 from llama4.config.model import Llama4Config
 from llama4.config.presets import PRESETS, behemoth, guard4, maverick, scout, tiny
-from llama4.config.text import CACHE_BLOCK, RopeScaling, TextConfig
+from llama4.config.rope import RopeScaling
+from llama4.config.text import CACHE_BLOCK, TextConfig
 
 __all__ = [
     "CACHE_BLOCK",

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama4.config.text import RopeScaling, TextConfig
+from llama4.config.rope import RopeScaling
+from llama4.config.text import TextConfig
 from llama4.errors import ConfigError
 
 
@@ -58,7 +59,7 @@ def names_of(cls: type) -> list[str]:
     return [each.name for each in dataclasses.fields(cls)]
 
 
-_METADATA = {
+METADATA = {
     **dict.fromkeys(("architectures", "transformers_version", "auto_map"), "names of classes; no code is run"),
     **dict.fromkeys(("name_or_path", "hub_origin", "for_llm_compressor"), "where it comes from"),
     **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), "of the output"),
@@ -80,7 +81,7 @@ CONFIG = FieldTable(
         *("boi_token_id", "eoi_token_id", "image_token_id"),
     ),
     without_effect={
-        **_METADATA,
+        **METADATA,
         "tie_word_embeddings": "the one of text_config counts",
         **dict.fromkeys(("rope_scaling", "rope_theta"), "those of text_config and vision_config count"),
     },
@@ -91,12 +92,12 @@ CONFIG = FieldTable(
 TEXT = FieldTable(
     "config.json (text_config)",
     used=(
-        *(name for name in names_of(TextConfig) if name not in ("rope_scaling", "rope_theta")),
+        *(name for name in names_of(TextConfig) if name not in ("rope_scaling", "rope_theta", "mlp_bias")),
         *("rope_parameters", "rope_scaling", "rope_theta"),
         *("dtype", "torch_dtype", "quantization_config", "quantization"),
     ),
     without_effect={
-        **_METADATA,
+        **METADATA,
         "model_type": "config.json's counts",
         **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "output_router_logits"), "of training"),
     },
@@ -107,9 +108,6 @@ ROPE = FieldTable(
     "config.json (rope_parameters)",
     used=(*names_of(RopeScaling), "type", "rope_theta"),
     without_effect={
-        **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "truncate"), "of yarn"),
-        **dict.fromkeys(("mscale", "mscale_all_dim"), "of yarn"),
-        **dict.fromkeys(("short_factor", "long_factor"), "of longrope"),
         "mrope_section": "of models whose positions have more than one axis",
     },
     fixed={"partial_rotary_factor": (1, 1.0), "chunked_attention": (), "full_attention": ()},
@@ -123,7 +121,7 @@ VISION = FieldTable(
         *("pixel_shuffle_ratio", "rope_parameters", "rope_scaling", "rope_theta"),
     ),
     without_effect={
-        **_METADATA,
+        **METADATA,
         "model_type": "config.json's counts",
         **dict.fromkeys(("dtype", "torch_dtype"), "the model's counts"),
         "hidden_act": "the tower's is the exact GELU",

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama4.config.fields import CONFIG, ROPE, TEXT, VISION
+from llama4.config.fields import CONFIG, ROPE, TEXT, VISION, names_of
 from llama4.config.image_json import IMAGE_CONFIG_FILES, IMAGE_FIELDS, IMAGE_FILE, PROCESSOR_FILE, read_image_files
-from llama4.config.text import RopeScaling, TextConfig
+from llama4.config.rope import read_scaling, read_theta, rope_section, write_rope
+from llama4.config.text import TextConfig
 from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
 from llama4.reading import read_json
@@ -25,7 +26,6 @@ MODEL_TYPES = ("llama4", "llama4_text")
 OTHER_MODELS = {
     "llama4": "a part of Llama 4 alone",
     "mllama": "Llama 3.2 Vision",
-    "llama": "Llama 1, 2 or 3, or a model of that shape",
     "mistral": "a model of Mistral AI",
     "ministral": "a model of Mistral AI",
     "mixtral": "a model of Mistral AI",
@@ -103,10 +103,12 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 def _read_text(content: Mapping[str, Any]) -> TextConfig:
     TEXT.check(content)
     by_hand = ("rope_theta", "rope_scaling", "eos_token_id", "head_dim")
-    fields = read_fields(TextConfig, {name: v for name, v in content.items() if name not in by_hand}, TEXT.place)
-    rope = _rope(content, TEXT.place)
-    fields["rope_theta"] = _theta(rope, content, 500000.0, TEXT.place)
-    fields["rope_scaling"] = _read_scaling(rope, fields.get("max_position_embeddings"))
+    given = {name: v for name, v in content.items() if name in TEXT.used and name not in by_hand}
+    fields = read_fields(TextConfig, given, TEXT.place)
+    rope = rope_section(content, TEXT.place)
+    ROPE.check(rope)
+    fields["rope_theta"] = read_theta(rope, content, 500000.0, TEXT.place)
+    fields["rope_scaling"] = read_scaling(rope, fields.get("max_position_embeddings"), ROPE.place)
     eos = content.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     fields |= read_fields(TextConfig, {"eos_token_id": ids}, TEXT.place)
@@ -121,42 +123,11 @@ def _read_text(content: Mapping[str, Any]) -> TextConfig:
         raise ConfigError(f"{TEXT.place}: {error}") from None
 
 
-def _rope(content: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    """Older files have `rope_scaling`, which counts more."""
-    return section(content, "rope_scaling", place) or section(content, "rope_parameters", place)
-
-
-def _theta(rope: Mapping[str, Any], content: Mapping[str, Any], default: float, place: str) -> float:
-    theta: float = read_value(float, rope.get("rope_theta", content.get("rope_theta", default)), "rope_theta", place)
-    if theta <= 0:
-        raise ConfigError(f"{place} has rope_theta = {theta}, which must be above 0; fetch the file again")
-    return theta
-
-
-def _read_scaling(rope: Mapping[str, Any], window: int | None) -> RopeScaling | None:
-    ROPE.check(rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    fields = read_fields(RopeScaling, {name: v for name, v in rope.items() if v is not None}, ROPE.place)
-    fields |= {"rope_type": kind}
-    if kind == "llama3" and window is not None:
-        fields.setdefault("original_max_position_embeddings", window)
-    if not isinstance(kind, str):
-        raise ConfigError(f"{ROPE.place} has rope_type = {kind!r:.80}, which must be a text; fetch the file again")
-    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}.get(kind, ())
-    if missing := [name for name in needed if fields.get(name) is None]:
-        raise ConfigError(
-            f"{ROPE.place} of type {kind!r} lacks {' and '.join(missing)}; write what the model was trained with"
-        )
-    return RopeScaling(**fields)
-
-
 def _read_vision(content: Mapping[str, Any]) -> VisionConfig:
     VISION.check(content)
     used = {name: value for name, value in content.items() if name in VISION.used and name != "rope_theta"}
     fields = read_fields(VisionConfig, used, VISION.place)
-    fields["rope_theta"] = _theta(_rope(content, VISION.place), content, 10000.0, VISION.place)
+    fields["rope_theta"] = read_theta(rope_section(content, VISION.place), content, 10000.0, VISION.place)
     try:
         return VisionConfig(**fields)
     except ValueError as error:
@@ -184,11 +155,10 @@ def write_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_text(text: TextConfig, dtype: str) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(text).items()
-    }
-    scaling, theta = content.pop("rope_scaling"), content.pop("rope_theta")
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": theta} | (scaling or {})
+    values = {name: getattr(text, name) for name in TEXT.used if name in names_of(TextConfig)}
+    content: dict[str, Any] = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    del content["rope_scaling"], content["rope_theta"]
+    content["rope_parameters"] = write_rope(text.rope_theta, text.rope_scaling)
     return content | {"model_type": "llama4_text", "hidden_act": "silu", "dtype": dtype}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llama4.config.model import Llama4Config
-from llama4.config.text import RopeScaling, TextConfig
+from llama4.config.rope import RopeScaling
+from llama4.config.text import TextConfig
 from llama4.vision.config import VisionConfig
 
 

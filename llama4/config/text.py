@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama4.config.rope import RopeScaling
 from llama4.config.window import visible_tokens
 from llama4.errors import ConfigError
 from llama4.reading import LIMITS
 
 CACHE_BLOCK = 256
 """Tokens in a block of the key/value cache; memory is taken a block at a time."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE's frequencies are lowered for long contexts: `linear` divides all of them by `factor`, `llama3` only the
-    low ones (see model/positions.py)."""
-
-    rope_type: str = "llama3"
-    factor: float = 16.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("llama3", "linear"):
-            raise ConfigError(
-                f"rope_type {self.rope_type!r} is not known; Llama 4 models use 'llama3', 'linear' or none"
-            )
-        if self.factor < 1 or not 0 < self.low_freq_factor <= self.high_freq_factor:
-            raise ConfigError(
-                f"RoPE scaling needs factor >= 1 and 0 < low_freq_factor <= high_freq_factor, not {self.factor}, "
-                f"{self.low_freq_factor} and {self.high_freq_factor}"
-            )
 
 
 @dataclass(frozen=True)
@@ -62,6 +40,8 @@ class TextConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    mlp_bias: bool = False
+    """Biases of the MLPs; experts have none."""
     num_experts_per_tok: int = 1
     num_local_experts: int = 16
     moe_layers: tuple[int, ...] | None = None
@@ -126,6 +106,8 @@ class TextConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (RoPE rotates pairs), not {self.head_dim}")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_head_dim(self.head_dim)
         if self.moe_layers and self.num_experts_per_tok > self.num_local_experts:
             raise ConfigError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}"
@@ -172,6 +154,7 @@ class TextConfig:
         expert = 3 * width * self.intermediate_size
         moe = (experts + 1) * expert + width * self.num_local_experts
         dense = 3 * width * self.intermediate_size_mlp
+        dense += (2 * self.intermediate_size_mlp + width) if self.mlp_bias else 0
         mlps = sum(moe if self.uses_experts(i) else dense for i in range(self.num_hidden_layers))
         norms = (2 * self.num_hidden_layers + 1) * width
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)

@@ -52,13 +52,20 @@ class FusedSession:
     def __init__(self, model: Llama4Model, description: Description, cache: SequenceCache) -> None:
         assert description.decoder is not None
         config, dtype, rows = model.config.text, model.dtype, cache.batch_size
-        batch = make_batch(rows, 1, model.device, start=cache.start, next_position=cache.next_position)
+        batch = make_batch(
+            rows,
+            1,
+            model.device,
+            start=cache.start,
+            next_position=cache.next_position,
+            rope_lengths=cache.rope_lengths,
+        )
         windows = set(cache.windows)
         room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
         room += [end - p for window in windows for p in batch.query_start if (end := chunk_end(p, window)) is not None]
         self.count = min(MAX_STEPS, *room)
         ahead_S1 = torch.arange(self.count)[:, None]
-        factors = PositionFactors(config, (batch.positions_N + ahead_S1).flatten(), dtype)
+        factors = PositionFactors.of_batch(config, batch, dtype, self.count)
         lengths_SB = {window: batch.key_lengths(window) + ahead_S1 for window in windows}
         tables = CacheView(cache, batch).reserve_step()
 

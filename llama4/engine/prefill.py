@@ -30,6 +30,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
     """
     ids_BT, mask_BT = inputs.input_ids, inputs.attention_mask.bool()
     assert bool(mask_BT[:, -1].all()), "prompts are padded on the left"
+    cache.announce(mask_BT.sum(1).tolist())
     (past,) = set(cache.lengths)
     is_patch_BT = (ids_BT == model.config.image_token_index) & mask_BT
     if past == int(mask_BT.sum()) and (remembered := cache.logits_after(past)) is not None:

@@ -75,7 +75,7 @@ class PromptCache:
         of a whole prompt computed at once, so a short common beginning is computed again. A prompt that is the same
         from end to end gets the same reply, unless chunked layers have gone on to another chunk.
         """
-        if not self.cache.is_consistent:
+        if not self.cache.is_consistent or not self._has_frequencies_of(rows):
             return None
         own = torch.tensor(self.tokens[: len(self)])
         common = min(_agreement(own, row) for row in rows)
@@ -89,6 +89,12 @@ class PromptCache:
         if not cut.truncate(common):
             return None
         return cut if len(rows) == 1 else cut.fork([0] * len(rows))
+
+    def _has_frequencies_of(self, rows: Sequence[Tensor]) -> bool:
+        """Whether RoPE rotates all rows as it rotated what is here; where it depends on lengths, they may differ."""
+        scaling = self.model.config.text.rope_scaling
+        lengths = [*self.cache.rope_lengths, *map(len, rows)]
+        return scaling is None or len(set(map(scaling.effective_length, lengths))) == 1
 
     def recorded(self, events: Iterator[Event]) -> Iterator[Event]:
         """Pass on a reply's events, and add its tokens, which the model computes one by one."""

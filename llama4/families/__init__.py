@@ -7,9 +7,10 @@ from typing import Any
 from llama4.config import Llama4Config
 from llama4.config.hf_json import check_model_type
 from llama4.families.base import Family
+from llama4.families.llama import LlamaFamily
 from llama4.families.llama4 import Llama4Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llama4Family(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llama4Family(), LlamaFamily())}
 PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 

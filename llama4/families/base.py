@@ -4,11 +4,12 @@ a model. A new family is one file with a subclass of `Family`, registered in `ll
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llama4.config import Llama4Config
+from llama4.config.fields import FieldTable
 from llama4.errors import Llama4Error
 from llama4.families.names import NameTable
 from llama4.model.experts import Experts
@@ -36,6 +37,10 @@ class Family(ABC):
     """Parts of the model that can be quantized, as patterns of parameter names."""
     compose = staticmethod(prompt.compose)
     """The prompt format: messages -> pieces of text and special tokens."""
+
+    @abstractmethod
+    def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
+        """The objects in the content of config.json, each with the table that says what becomes of its fields."""
 
     @abstractmethod
     def read_config(self, directory: Path) -> Llama4Config:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama4.config import PRESETS, Llama4Config
+from llama4.config import PRESETS, Llama4Config, fields
+from llama4.config.fields import FieldTable
 from llama4.config.hf_json import MODEL_TYPES
 from llama4.families.base import Family
 from llama4.families.names import NameTable
@@ -27,6 +28,18 @@ class Llama4Family(Family):
     model_types = MODEL_TYPES
     presets = PRESETS
     vocabulary = LLAMA4
+
+    def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
+        text, vision = content.get("text_config"), content.get("vision_config") or {}
+        if text is None:
+            text = content
+        else:
+            yield fields.CONFIG, content
+        yield fields.TEXT, text
+        for part in (text, vision):
+            for name in ("rope_parameters", "rope_scaling"):
+                yield fields.ROPE, part.get(name) or {}
+        yield fields.VISION, vision
 
     def read_config(self, directory: Path) -> Llama4Config:
         return Llama4Config.from_directory(directory)

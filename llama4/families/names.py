@@ -19,12 +19,27 @@ VISION = ("vision_model.", "multi_modal_projector.")
 
 
 class Transform(Protocol):
-    """A change of the order of a tensor's rows, which keeps its shape; what is done to a matrix [O, I] is done to
-    everything that has a row per output: quantized values, scales, a bias."""
+    """A change of the order of a matrix's rows. What is done to a matrix [O, I] is done to all that has a row for each
+    output: quantized values, scales, a bias."""
 
     def to_model(self, tensor: Tensor) -> Tensor: ...
 
     def to_file(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HalvesToPairs:
+    """Rows of q and k: the two numbers that RoPE rotates together are half a head apart in Hugging Face's files of
+    Llama 1 to 3, and side by side in Meta's and in this library. Source: transformers'
+    convert_llama_weights_to_hf.py."""
+
+    head_dim: int
+
+    def to_model(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -34,12 +49,18 @@ class NameTable:
     Args:
         paths: pairs (path in the file, path in the model), of the first components of a name; `*` stands for any one
             component. The first pair that fits renames.
-        transforms: pairs (pattern of the model's names, transform), for instance for Llama 1 to 3, whose files in
+        transforms: pairs (pattern of the model's modules, transform), for instance for Llama 1 to 3, whose files in
             Hugging Face's layout have the rows of q and k in halves where the model has them in pairs.
+        dropped: pattern of names in the file that hold no weights, such as tables of RoPE.
     """
 
     paths: tuple[tuple[str, str], ...]
     transforms: tuple[tuple[str, Transform], ...] = field(default=())
+    dropped: str = r"(?!)"
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of the file is none of the model's."""
+        return re.fullmatch(self.dropped, name) is not None
 
     def to_model(self, name: str) -> str | None:
         """What the model calls a tensor or module of the file; None if it has no such."""
@@ -51,7 +72,8 @@ class NameTable:
 
     def transform(self, name: str) -> Transform | None:
         """How a tensor, by the model's name, changes between file and model."""
-        return next((transform for pattern, transform in self.transforms if re.fullmatch(pattern, name)), None)
+        module = name.rpartition(".")[0]
+        return next((transform for pattern, transform in self.transforms if re.fullmatch(pattern, module)), None)
 
     @cached_property
     def _renames(self) -> list[Callable[[str], str | None]]:

@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = (
             MixtureOfExperts(config, experts)
             if config.uses_experts(layer)
-            else FeedForward(config.hidden_size, config.intermediate_size_mlp)
+            else FeedForward(config.hidden_size, config.intermediate_size_mlp, config.mlp_bias)
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         self.run_layer: Callable[..., Tensor] = run
 
     def forward(self, x_ND: Tensor, batch: Batch, cache: CacheView | None) -> Tensor:
-        factors = PositionFactors(self.config, batch.positions_N, self.norm.weight.dtype)
+        factors = PositionFactors.of_batch(self.config, batch, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(each(self.layers)):
             x_ND = self.run_layer(layer, x_ND, batch, factors, cache.layers[i] if cache is not None else None)

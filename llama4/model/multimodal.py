@@ -172,6 +172,7 @@ class Llama4Model(nn.Module):
             positions,
             cache.start if cache is not None else None,
             cache.next_position if cache is not None else None,
+            cache.rope_lengths if cache is not None else None,
         )
         ids_N = batch.pack(input_ids.to(self.device))
         x_ND = self._embed(ids_N, pixel_values, image_features)

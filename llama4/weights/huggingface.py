@@ -36,7 +36,7 @@ from llama4.weights.side_files import (
     generation_content,
     updated,
 )
-from llama4.weights.source import FileNames, ModelNames, Noted, Source, without
+from llama4.weights.source import FileNames, ModelNames, Noted, Source, in_file_order, in_model_order, without
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
 
@@ -80,12 +80,13 @@ class HuggingFaceLayout(CheckpointLayout):
         files = open_safetensors(directory, shards)
         if method is None:
             check_unquantized(directory, files)
-        source: Source = ModelNames(files, family_of(config).names(config, files.names()))
+        table = family_of(config).names(config, files.names())
+        source: Source = ModelNames(files, table)
         if method is not None and content is not None:
             source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16))
         else:
             source = stack_experts(source)
-        return _match_vision(config, source)
+        return _match_vision(config, in_model_order(source, table) if table.transforms else source)
 
     def write(
         self,
@@ -96,6 +97,7 @@ class HuggingFaceLayout(CheckpointLayout):
         options: WriteOptions,
     ) -> None:
         table, content, summary = family_of(config).names(config), None, summarize(source)
+        source = in_file_order(source, table) if table.transforms else source
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
         dtype = next(filter(_FLOATS.__contains__, summary.dtypes), config.dtype)

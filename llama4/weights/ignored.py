@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llama4.config import fields, generation, hf_json, image_json
+from llama4.config import CONFIG_FILE, generation, image_json
 from llama4.config.fields import FieldTable
+from llama4.families import family_of_type
 from llama4.text import tokenizer_config
 from llama4.weights.side_files import SideFiles
 
@@ -39,17 +40,8 @@ def note_ignored(name: str, files: SideFiles) -> None:
 
 def _objects(files: SideFiles) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
     """The objects that have a table."""
-    config = files.json(hf_json.CONFIG_FILE)
-    text, vision = config.get("text_config"), config.get("vision_config")
-    if text is None:
-        text = config
-    else:
-        yield fields.CONFIG, config
-    yield fields.TEXT, text
-    for part in (text, vision or {}):
-        for name in ("rope_parameters", "rope_scaling"):
-            yield fields.ROPE, part.get(name) or {}
-    yield fields.VISION, vision or {}
+    config = files.json(CONFIG_FILE)
+    yield from family_of_type(config.get("model_type")).described(config)
     processor = files.json(image_json.PROCESSOR_FILE)
     yield image_json.PROCESSOR, processor
     yield image_json.IMAGE, processor.get("image_processor") or files.json(image_json.IMAGE_FILE)

@@ -132,6 +132,8 @@ class ModelNames(View):
         names: dict[str, str] = {}
         twice = []
         for key in files.names():
+            if table.is_dropped(key):
+                continue
             name = table.to_model(key) or key
             if names.setdefault(name, key) != key:
                 twice += [names[name], key]
@@ -140,30 +142,45 @@ class ModelNames(View):
         super().__init__(files, names, files.plan)
         self._table = table
 
-    def read(self, name: str) -> Tensor:
-        transform, tensor = self._table.transform(name), super().read(name)
-        return tensor if transform is None else transform.to_model(tensor)
-
-    def is_mapped(self, name: str) -> bool:
-        return self._table.transform(name) is None and super().is_mapped(name)
-
     def origin(self, name: str) -> Origin:
         return self._source.origin(self._names.get(name) or self._table.to_file(name) or name)
 
 
 class FileNames(View):
-    """The way back: tensors of the model under the names, and in the order of rows, of a family's files."""
+    """The way back: tensors of the model under the names of a family's files."""
 
     def __init__(self, source: Source, table: NameTable) -> None:
         super().__init__(source, {table.to_file(name) or name: name for name in source.names()}, source.plan)
-        self._table = table
+
+
+class RowOrder(View):
+    """Tensors of the model, of which some have their rows in another order than here.
+
+    Args:
+        source: under the model's names; parts of packed weights are as they are run, with a row per output.
+        order: how a tensor changes, by its name; None if it does not.
+    """
+
+    def __init__(self, source: Source, order: Callable[[str], Callable[[Tensor], Tensor] | None]) -> None:
+        super().__init__(source, {name: name for name in source.names()}, source.plan)
+        self._order = order
 
     def read(self, name: str) -> Tensor:
-        transform, tensor = self._table.transform(self._names[name]), super().read(name)
-        return tensor if transform is None else transform.to_file(tensor)
+        order, tensor = self._order(name), super().read(name)
+        return tensor if order is None else order(tensor)
 
     def is_mapped(self, name: str) -> bool:
-        return self._table.transform(self._names[name]) is None and super().is_mapped(name)
+        return self._order(name) is None and super().is_mapped(name)
+
+
+def in_model_order(source: Source, table: NameTable) -> Source:
+    """Rows as the model has them, of a checkpoint that has those of a family's files."""
+    return RowOrder(source, lambda name: t.to_model if (t := table.transform(name)) else None)
+
+
+def in_file_order(source: Source, table: NameTable) -> Source:
+    """The way back."""
+    return RowOrder(source, lambda name: t.to_file if (t := table.transform(name)) else None)
 
 
 class Tensors:

@@ -172,7 +172,7 @@ def test_restoring_forgets_the_logits(model: Llama4Model) -> None:
     cache, other = model.new_cache(), model.new_cache()
     for each, seed in ((cache, 0), (other, 1)):
         each.remember_logits(model(ids(300, seed), cache=each, last_only=True)[:, -1])
-    cache.restore(0, 300, [layer.rows[0] for layer in other.layers])
+    cache.restore(0, 300, 300, [layer.rows[0] for layer in other.layers])
     assert cache.logits_after(300) is None
     torch.testing.assert_close(model(ids(9), cache=cache), model(ids(9), cache=other), atol=0, rtol=0)
 

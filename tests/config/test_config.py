@@ -63,7 +63,7 @@ def test_missing_architectures() -> None:
         ({"hidden_size": 0}, "hidden_size must be at least 1, not 0"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers must name all 4 layers"),
         ({"moe_layers": [0, 9]}, "names layers beyond"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not known"),
+        ({"rope_parameters": {"rope_type": "mystery"}}, "'mystery' is not known"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.* it computes 'silu'"),
         ({"hidden_size": "wide"}, r"text_config\) has hidden_size = 'wide', which must be a whole number"),
         ({"num_experts_per_tok": 9}, "exceeds num_local_experts 4"),

@@ -160,7 +160,7 @@ def test_used_fields_change_the_model_and_others_do_not(place: str) -> None:
         ("text_config__hidden_act", "gelu", r"config\.json \(text_config\) has hidden_act = 'gelu'.* computes 'silu'"),
         ("text_config__partial_rotary_factor", 0.5, r"partial_rotary_factor = 0\.5"),
         ("text_config__per_layer_config", {"0": {"head_dim": 8}}, "per_layer_config"),
-        ("text_config__rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "'yarn' is not known"),
+        ("text_config__rope_parameters", {"rope_type": "mystery", "factor": 2.0}, "'mystery' is not known"),
         ("text_config__rope_parameters", {"full_attention": {"rope_type": "default"}}, "full_attention"),
         ("text_config__rope_parameters", {"rope_type": "llama3", "factor": 2.0}, "lacks low_freq_factor and high_freq"),
         ("text_config__rope_scaling", {"type": "linear"}, "lacks factor"),

@@ -120,10 +120,24 @@ MUTATIONS = [
     ),
     Mutation(
         "no RoPE scaling",
-        "llama4/model/positions.py",
-        "    if scaling is None:",
+        "llama4/model/rope_scaling.py",
+        "    if config.rope_scaling is None:",
         "    if True:",
         f"{PARITY}::test_text_across_chunk_borders",
+    ),
+    Mutation(
+        "rows of q and k in halves of a head",
+        "llama4/families/names.py",
+        "return tensor.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)",
+        "return tensor",
+        "tests/families/test_llama.py::test_logits",
+    ),
+    Mutation(
+        "RoPE chosen by the length so far",
+        "llama4/cache/batch.py",
+        "known or end for known, end",
+        "end for known, end",
+        "tests/families/test_llama.py::test_pieces_and_ragged_batches",
     ),
     Mutation(
         "the vision tower's GELU approximated",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llama4.engine.tokens import Token
     from llama4.errors import (
         ArgumentError,
+        BusyError,
         ChatTemplateError,
         CheckpointError,
         ConfigError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
     from llama4.inputs import Inputs, Processor
     from llama4.model.multimodal import Llama4Model
+    from llama4.serve.engine import Engine
     from llama4.text.tokenizer import Tokenizer
     from llama4.text.tool_calls import ToolCall
     from llama4.vision.config import VisionConfig
@@ -51,6 +53,7 @@ _HOMES = {
     "llama4.config.generation": ("GenerationConfig",),
     "llama4.errors": (
         "ArgumentError",
+        "BusyError",
         "ChatTemplateError",
         "CheckpointError",
         "ConfigError",
@@ -63,6 +66,7 @@ _HOMES = {
     "llama4.model.multimodal": ("Llama4Model",),
     "llama4.engine.replies": ("Reply", "Stream", "TextDelta", "ToolCallDelta", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
+    "llama4.serve.engine": ("Engine",),
     "llama4.text.tokenizer": ("Tokenizer",),
     "llama4.text.tool_calls": ("ToolCall",),
     "llama4.vision.config": ("VisionConfig",),
@@ -74,10 +78,12 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "PRESETS",
     "ArgumentError",
+    "BusyError",
     "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "Engine",
     "GenerationConfig",
     "ImageError",
     "ImageLimits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -14,7 +14,7 @@ from llama4.adapters.loaded import Adapters
 from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
-from llama4.engine.generate import generate
+from llama4.engine.generate import generate, stop_strings
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
@@ -47,6 +47,28 @@ logger = logging.getLogger(__name__)
 
 Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of `chat` or `chat_batch`, ready to be computed.
+
+    Attributes:
+        inputs: a row for each conversation.
+        stop, stop_ids: strings and tokens that end a reply.
+    """
+
+    inputs: Inputs
+    sampler: Sampler
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    tools: Sequence[Mapping[str, Any]] | None
+
+    def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
+        """What makes a reply of each row's events."""
+        lengths = self.inputs.attention_mask.sum(dim=1).tolist()
+        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens) for length in lengths]
 
 
 class Options(SamplingOptions, total=False):
@@ -392,6 +414,31 @@ class Llama4:
         return self.chat(self.processor.complete(text, special_tokens=special_tokens), **options)
 
     def _start(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs, **options: Unpack[Options]
+    ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
+        asked = self.prepare(messages, **options)
+        rows = identities(asked.inputs, self.model)
+        cache = self.cache.beginning(rows) if self.cache is not None else None
+        if cache is None:
+            cache = self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
+        events = generate(
+            self.runner,
+            self.tokenizer,
+            asked.inputs,
+            sampler=asked.sampler,
+            max_new_tokens=asked.max_new_tokens,
+            stop_ids=asked.stop_ids,
+            stop=asked.stop,
+            max_context=self.max_context,
+            cache=cache,
+            progress=self.progress,
+        )
+        if len(rows) == 1:
+            self.cache = PromptCache(self.model, cache, rows[0], self.progress)
+            events = self.cache.recorded(events)
+        return events, asked.builders(self.tokenizer)
+
+    def prepare(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs,
         *,
@@ -401,9 +448,14 @@ class Llama4:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
-        tokenizer, defaults = self.tokenizer, self.generation_config
-        inputs = messages
+    ) -> Prepared:
+        """What is computed for these arguments of `chat`: the prompt's tokens and pictures, and how the reply is
+        chosen, the checkpoint's defaults included. Nothing is computed yet.
+
+        Raises:
+            Llama4Error: as `chat`.
+        """
+        defaults, inputs = self.generation_config, messages
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
@@ -412,27 +464,14 @@ class Llama4:
                 chat_template_kwargs=chat_template_kwargs,
             )
         notice_fork()
-        rows = identities(inputs, self.model)
-        cache = self.cache.beginning(rows) if self.cache is not None else None
-        if cache is None:
-            cache = self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
-        events = generate(
-            self.runner,
-            tokenizer,
+        return Prepared(
             inputs,
-            sampler=Sampler.from_options(sampling, defaults),
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stop_ids,
-            stop=defaults.stop_strings if stop is None else stop,
-            max_context=self.max_context,
-            cache=cache,
-            progress=self.progress,
+            Sampler.from_options(sampling, defaults),
+            max_new_tokens,
+            stop_strings(defaults.stop_strings if stop is None else stop),
+            self.stop_ids,
+            tools,
         )
-        if len(rows) == 1:
-            self.cache = PromptCache(self.model, cache, rows[0], self.progress)
-            events = self.cache.recorded(events)
-        lengths = inputs.attention_mask.sum(dim=1).tolist()
-        return events, [ReplyBuilder(length, tools, tokenizer.special_tokens) for length in lengths]
 
     def load_cache(self, path: str | Path) -> None:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.

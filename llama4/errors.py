@@ -39,6 +39,10 @@ class ChatTemplateLimitError(ChatTemplateError):
     """A chat template that would take too long or too much memory, and was stopped."""
 
 
+class BusyError(Llama4Error):
+    """An engine whose queue is full, or that is closing: the same request may be taken later."""
+
+
 class CheckpointError(Llama4Error):
     """A checkpoint that cannot be loaded as it is: every missing, unexpected and mis-shaped key is listed.
 

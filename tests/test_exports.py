@@ -27,10 +27,12 @@ def test_public_names() -> None:
     """People rely on these; a name that leaves this list breaks their code."""
     assert set(llama4.__all__) == {
         "ArgumentError",
+        "BusyError",
         "ChatTemplateError",
         "CheckpointError",
         "ConfigError",
         "ContextLengthError",
+        "Engine",
         "GenerationConfig",
         "ImageError",
         "ImageLimits",

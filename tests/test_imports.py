@@ -31,6 +31,7 @@ LINES = (
     "llama4.engine",
     "llama4.api",
     "llama4.train",
+    "llama4.serve",
     "llama4.analysis",
     "llama4.bench",
     "llama4.cli",

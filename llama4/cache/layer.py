@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.formats import CacheFormat
+from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
 
 READ_SLOTS = 16 * CACHE_BLOCK
@@ -36,10 +37,17 @@ class LayerCache:
     """
 
     def __init__(
-        self, batch_size: int, config: TextConfig, format: CacheFormat, device: torch.device, pinned: bool = False
+        self,
+        batch_size: int,
+        config: TextConfig,
+        format: CacheFormat,
+        device: torch.device,
+        pool: BlockPool | None = None,
+        pinned: bool = False,
     ) -> None:
         self.format = format
         self.pinned = pinned
+        self.pool = pool or BlockPool()
         self.heads = config.num_key_value_heads
         self.device = device
         self.rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
@@ -92,7 +100,7 @@ class LayerCache:
             self._block_table = None
         del blocks[kept:]
         while len(blocks) < wanted:
-            blocks.append(torch.empty(self.block_bytes, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
+            blocks.append(self.pool.take(self.block_bytes, self.device, self.pinned))
 
     def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens behind the first `past` slots of a row; what was there is lost."""
@@ -137,6 +145,7 @@ class LayerCache:
         del blocks[self.num_blocks(slots) :]
         if slots % CACHE_BLOCK:
             blocks[-1] = blocks[-1].clone()  # it may have been full, and shared
+            self.pool.count(blocks[-1])
         self._block_table = None
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -151,3 +160,11 @@ class LayerCache:
         for row, count in enumerate(slots):
             other.truncate(row, count)
         return other
+
+    @staticmethod
+    def join(layers: Sequence[LayerCache]) -> LayerCache:
+        """One layer of the rows of several, which hand their blocks over."""
+        joined = copy.copy(layers[0])
+        joined.rows = [row for layer in layers for row in layer.rows]
+        joined._block_table = None
+        return joined

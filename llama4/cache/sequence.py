@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.cache.layer import LayerCache
-from llama4.config import TextConfig
+from llama4.cache.pool import BlockPool
+from llama4.config import CACHE_BLOCK, TextConfig
 from llama4.config.window import chunk_offset, chunk_start
 from llama4.errors import Llama4Error
 
@@ -44,6 +45,7 @@ class SequenceCache:
         dtype: torch.dtype,
         format: CacheFormat | None = None,
         full_device: torch.device | None = None,
+        pool: BlockPool | None = None,
     ) -> None:
         """An empty cache.
 
@@ -51,6 +53,7 @@ class SequenceCache:
             device, dtype: of the keys and values.
             format, full_device: of layers that see every token, where these differ: what `resolve_format` gave, and
                 the CPU for a model on a GPU.
+            pool: where blocks come from; by default one without a limit.
 
         Raises:
             Llama4Error: no rows, or a `head_dim` that the format cannot store.
@@ -66,12 +69,16 @@ class SequenceCache:
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         full_device = full_device or device
         pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
+        pool = pool or BlockPool()
         self.layers = [
-            LayerCache(batch_size, config, format or Unquantized(dtype), full_device, pinned)
+            LayerCache(batch_size, config, format or Unquantized(dtype), full_device, pool, pinned)
             if window is None
-            else LayerCache(batch_size, config, Unquantized(dtype), device)
+            else LayerCache(batch_size, config, Unquantized(dtype), device, pool)
             for window in self.windows
         ]
+        self._block_bytes: dict[int | None, int] = {}
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            self._block_bytes[window] = self._block_bytes.get(window, 0) + layer.block_bytes
 
     @property
     def batch_size(self) -> int:
@@ -203,3 +210,60 @@ class SequenceCache:
             self._last_logits = None
         self.version += 1
         return position - start
+
+    @staticmethod
+    def join(caches: Sequence[SequenceCache]) -> SequenceCache:
+        """One cache of the rows of several, in order. They hand their blocks over and must not be used any more."""
+        joined = copy.copy(caches[0])
+        joined.start = tuple(start for cache in caches for start in cache.start)
+        joined.next_position = tuple(position for cache in caches for position in cache.next_position)
+        joined.is_consistent = all(cache.is_consistent for cache in caches)
+        joined.layers = [LayerCache.join(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+        joined._last_logits = None
+        joined.version += 1
+        return joined
+
+    def split(self) -> list[SequenceCache]:
+        """A cache of each row. This one hands its blocks over and must not be used any more."""
+        rows = [copy.copy(self) for _ in self.next_position]
+        for i, row in enumerate(rows):
+            row.layers = [copy.copy(layer) for layer in self.layers]
+            row.select_rows([i])
+        return rows
+
+    def growth(self, row: int, tokens: int) -> int:
+        """Bytes of the blocks that a row takes for so many more tokens, which begin no chunk but with the first."""
+        total = 0
+        for window, size in self._block_bytes.items():
+            past = self.cached_tokens(row, self.next_position[row], window)
+            total += (LayerCache.num_blocks(past + tokens) - LayerCache.num_blocks(past)) * size
+        return total
+
+    def num_bytes_of(self, length: int) -> int:
+        """Bytes of the blocks of a row that has come to so many tokens, in the layers where it took most."""
+        return sum(
+            LayerCache.num_blocks(length if window is None else min(length, window)) * size
+            for window, size in self._block_bytes.items()
+        )
+
+    def drop_chunks(self, row: int) -> None:
+        """Free what the next token of a row does not see, at once rather than when that token comes."""
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            layer.reserve(row, self.cached_tokens(row, self.next_position[row], window), 0)
+
+    def full_block(self, row: int, index: int) -> list[Tensor]:
+        """The block of each layer that holds tokens `index * CACHE_BLOCK` and on of a row, whose chunk is still held.
+
+        Every window is a whole number of blocks, and the row begins at position 0.
+        """
+        offsets = [chunk_offset(index * CACHE_BLOCK, window) // CACHE_BLOCK for window in self.windows]
+        return [layer.rows[row][offset] for layer, offset in zip(self.layers, offsets, strict=True)]
+
+    def share(self, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Begin the only row, which is empty, with full blocks of another cache: of each the block of every layer."""
+        assert self.batch_size == 1 and self.next_position == (0,)
+        end = len(blocks) * CACHE_BLOCK
+        for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
+            first = chunk_start(end, window) // CACHE_BLOCK
+            layer.rows[0][:] = [block[i] for block in blocks[first:]]
+        self.commit((0,), (end,))

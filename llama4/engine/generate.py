@@ -62,33 +62,62 @@ def generate(
         ContextLengthError: a prompt leaves no room for a reply.
         Llama4Error: an argument out of its range.
     """
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+    stops = stop_strings(stop)
+    lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()
+    model = runner.model
+    window = model.config.text.max_position_embeddings
+    budgets = [reply_budget(length, max_new_tokens, window, max_context) for length in lengths]
+    silent = frozenset(tokenizer.special_tokens.values())
+    rows = [Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
+    cache = cache or model.new_cache(len(rows))
+    return _generate(runner, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The strings that end a reply, as a caller gives them.
+
+    Raises:
+        ArgumentError: an empty one.
+    """
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in stops:
         raise ArgumentError(
             "a stop string is empty; every text holds that, so give at least one character or none at all"
         )
-    lengths: list[int] = inputs.attention_mask.sum(dim=1).tolist()
-    if 0 in lengths:
+    return stops
+
+
+def reply_budget(prompt_length: int, max_new_tokens: int, window: int, max_context: int | None = None) -> int:
+    """Most tokens of the reply to a prompt.
+
+    Args:
+        window: most tokens of prompt and reply together, where `max_context` does not say fewer.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for a reply.
+        Llama4Error: an empty prompt, or no token wanted.
+    """
+    if max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+    if not prompt_length:
         raise Llama4Error("a prompt is empty: the checkpoint's chat template writes nothing for these messages")
-    model = runner.model
-    window = model.config.text.max_position_embeddings if max_context is None else max_context
-    if max(lengths) >= window:
+    held = window if max_context is None else min(window, max_context)
+    if prompt_length >= held:
         raise ContextLengthError(
-            f"the prompt has {max(lengths)} tokens, but the window holds {window}, reply included; shorten the prompt"
-            + ("" if max_context is None else f", or raise max_context={max_context}")
+            f"the prompt has {prompt_length} tokens, but the window holds {held}, reply included; shorten the prompt"
+            + (f", or raise max_context={max_context}" if held == max_context else "")
         )
-    budgets = [min(max_new_tokens, window - length) for length in lengths]
-    silent = frozenset(tokenizer.special_tokens.values())
-    rows = [_Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
-    cache = cache or model.new_cache(len(rows))
-    return _generate(runner, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
+    return min(max_new_tokens, held - prompt_length)
 
 
 @dataclass
-class _Row:
-    """An unfinished reply."""
+class Row:
+    """An unfinished reply: its tokens -> events.
+
+    Attributes:
+        index: of the reply in its batch.
+        budget: how many tokens it may still have.
+    """
 
     index: int
     budget: int
@@ -107,7 +136,7 @@ def _generate(
     tokenizer: SupportsDecode,
     inputs: Inputs,
     sampler: Sampler,
-    rows: list[_Row],
+    rows: list[Row],
     stop_ids: frozenset[int],
     silent_ids: frozenset[int],
     cache: SequenceCache,

@@ -154,7 +154,7 @@ class ModelRunner:
             raise Llama4Error(
                 f"ids must be [B] integers, not {list(ids_B.shape)} {ids_B.dtype}; one token for each row"
             )
-        return self._run(ids_B.tolist(), cache).logits_BV.clone()
+        return self.run(ids_B.tolist(), cache).logits_BV.clone()
 
     def advance(
         self,
@@ -165,7 +165,7 @@ class ModelRunner:
         seen_BV: Tensor | None = None,
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
-        session = self._run(ids, cache)
+        session = self.run(ids, cache)
         if sampler.takes_largest:
             return session.greedy_token()
         ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV)
@@ -175,7 +175,8 @@ class ModelRunner:
         """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""
         self._sessions.pop(id(cache), None)
 
-    def _run(self, ids: list[int], cache: SequenceCache) -> Session:
+    def run(self, ids: list[int], cache: SequenceCache) -> Session:
+        """One more token in every row -> the session, with the logits of the next, until the cache's next step."""
         # A line of Python between two steps costs ten times what it seems to: weights have evicted it from the caches.
         found = self._sessions.get(id(cache))
         session = found[0] if found is not None and found[0].is_current(cache) else self._open(ids, cache)

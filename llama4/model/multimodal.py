@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llama4.cache.batch import Batch, make_batch
 from llama4.cache.formats import resolve_format
+from llama4.cache.pool import BlockPool
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import Llama4Config
@@ -64,6 +65,7 @@ class Llama4Model(nn.Module):
         batch_size: int = 1,
         dtype: str | torch.dtype | None = None,
         device: torch.device | None = None,
+        pool: BlockPool | None = None,
     ) -> SequenceCache:
         """An empty key/value cache for `batch_size` sequences.
 
@@ -71,12 +73,13 @@ class Llama4Model(nn.Module):
             dtype: of the layers that see every token: "int8", "fp8", "int4", or a dtype; by default the model's.
                 Chunked layers, which hold one chunk at most, keep the model's.
             device: of those layers; the model's by default. On the CPU a GPU's cache is in pinned memory.
+            pool: where its blocks come from; by default from memory without a limit.
 
         Raises:
             Llama4Error: no rows, or a dtype that a cache cannot have.
         """
         format = resolve_format(dtype, self.dtype)
-        return SequenceCache(self.config.text, batch_size, self.device, self.dtype, format, device)
+        return SequenceCache(self.config.text, batch_size, self.device, self.dtype, format, device, pool)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """In training, keep only what goes into each layer and compute the rest again for its gradient: less memory
@@ -175,26 +178,27 @@ class Llama4Model(nn.Module):
             cache.rope_lengths if cache is not None else None,
         )
         ids_N = batch.pack(input_ids.to(self.device))
-        x_ND = self._embed(ids_N, pixel_values, image_features)
+        if pixel_values is not None:
+            if image_features is not None:
+                raise Llama4Error("give pixel_values or image_features, not both")
+            image_features = self.encode_images(pixel_values)
+        x_ND = self._embed(ids_N, image_features, is_decode=batch.is_decode)
         view = CacheView(cache, batch) if cache is not None else None
         x_ND = self.language_model.model(x_ND, batch, view)
         if view is not None:
             view.commit()
         return x_ND, batch
 
-    def _embed(self, ids_N: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
-        """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature."""
+    def _embed(self, ids_N: Tensor, image_features: Tensor | None, is_decode: bool) -> Tensor:
+        """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature. In a step of decoding
+        without features, one that the model itself wrote keeps its embedding."""
         if ids_N.device.type == "cpu" and len(ids_N):
             low, high = ids_N.aminmax()
             check_ids(int(low), int(high), self.config.text.vocab_size)
         x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
-        if pixel_values is not None:
-            if image_features is not None:
-                raise Llama4Error("give pixel_values or image_features, not both")
-            image_features = self.encode_images(pixel_values)
         is_patch = ids_N == self.config.image_token_index
         if image_features is None:
-            if ids_N.device.type == "cpu" and len(ids_N) > 1 and bool(is_patch.any()):
+            if ids_N.device.type == "cpu" and not is_decode and bool(is_patch.any()):
                 raise Llama4Error(
                     f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
                     "or image_features"

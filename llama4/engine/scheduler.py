@@ -1,0 +1,373 @@
+"""Many requests in one model: at every step some join, some leave, and all that stay get a token.
+
+A step is at most two forwards: one more token for each request that is decoding, and pieces of prompts, together
+`budget` tokens at most. A prompt of any length so delays the others' next token by the time of one piece.
+
+Memory is a pool of blocks. Full blocks are entered in a `PrefixIndex`, and prompts that begin like them skip what is
+there. When the pool is full, blocks that only the index holds go first, the least recently used before others; then the
+youngest request is put back, and its tokens are read again when there is room. The oldest is never put back, so it
+ends; then the next is the oldest.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama4.cache.pool import BlockPool
+from llama4.cache.prefixes import PrefixIndex, is_shareable
+from llama4.cache.sequence import SequenceCache
+from llama4.config import CACHE_BLOCK
+from llama4.config.window import chunk_end
+from llama4.engine.prefill import piece_size
+from llama4.engine.request import Request
+from llama4.engine.runner import ModelRunner
+from llama4.engine.sampling import Sampler
+from llama4.engine.tokens import Token
+from llama4.errors import ArgumentError, Llama4Error
+from llama4.units import bytes_text
+
+BUDGET = 512
+"""Tokens of one step, decoding and reading together."""
+MAX_BATCH = 64
+
+
+class SupportsBytes(Protocol):
+    """What the scheduler asks of a tokenizer."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass
+class _Running:
+    """The requests that decode, the oldest first, and their cache, a row of each."""
+
+    requests: list[Request] = field(default_factory=list)
+    cache: SequenceCache | None = None
+
+    def join(self, request: Request) -> None:
+        assert request.cache is not None
+        self.cache = request.cache if self.cache is None else SequenceCache.join([self.cache, request.cache])
+        self.requests.append(request)
+        request.cache = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let go of all requests but these."""
+        if len(rows) == len(self.requests):
+            return
+        self.requests = [self.requests[row] for row in rows]
+        if not rows:
+            self.cache = None
+        elif self.cache is not None:
+            self.cache.select_rows(rows)
+
+
+class Scheduler:
+    """Who is computed when. One thread calls it.
+
+    Attributes:
+        pool: the memory of all keys and values.
+        window: most tokens of a prompt and its reply together: the model's window, or what the pool holds of one.
+        counts: for those who watch.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: SupportsBytes,
+        *,
+        cache_memory: int | None = None,
+        max_batch: int = MAX_BATCH,
+        max_context: int | None = None,
+        budget: int = BUDGET,
+        new_cache: Callable[[BlockPool], SequenceCache] | None = None,
+    ) -> None:
+        """
+        Args:
+            cache_memory: bytes of all keys and values; None for no limit.
+            max_batch: most requests that are read and decoded at once.
+            max_context: most tokens of prompt and reply; by default the model's window.
+            budget: most tokens of a step.
+            new_cache: makes an empty cache of one row; by default the model's own.
+
+        Raises:
+            ArgumentError: `max_batch` or `budget` below 1, or memory that does not hold one sequence of two tokens.
+        """
+        for name, value in (("max_batch", max_batch), ("budget", budget)):
+            if value < 1:
+                raise ArgumentError(f"{name} is {value}; it must be at least 1")
+        self.runner, self.tokenizer = runner, tokenizer
+        self.max_batch, self.budget = max_batch, budget
+        self.pool = BlockPool(cache_memory)
+        self._new_cache = new_cache or (lambda pool: runner.model.new_cache(1, pool=pool))
+        self._empty = self._new_cache(self.pool)
+        self.window = self._window(max_context or runner.model.config.text.max_position_embeddings)
+        self.index = PrefixIndex()
+        self._shares = is_shareable(self._empty)
+        self.counts = Counts()
+        self.waiting: deque[Request] = deque()  # the oldest first
+        self.reading: list[Request] = []
+        self.running = _Running()
+        self._arrivals = 0
+
+    def _window(self, most: int) -> int:
+        """The most tokens of one sequence that the pool holds."""
+        if self.pool.limit is None or self._empty.num_bytes_of(most) <= self.pool.limit:
+            return most
+        blocks = most // CACHE_BLOCK
+        while blocks and self._empty.num_bytes_of(blocks * CACHE_BLOCK) > self.pool.limit:
+            blocks -= 1
+        if not blocks:
+            raise ArgumentError(
+                f"cache_memory is {bytes_text(self.pool.limit)}; the least is "
+                f"{bytes_text(self._empty.num_bytes_of(1))}, for {CACHE_BLOCK} tokens of one conversation"
+            )
+        return blocks * CACHE_BLOCK
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.reading or self.running.requests)
+
+    def add(self, request: Request) -> None:
+        """Take a request. Prompt and reply together are at most `window` tokens."""
+        assert request.prompt_length + request.max_new_tokens <= self.window
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it is; its memory is free at once."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.reading:
+            self.reading.remove(request)
+        elif request in self.running.requests:
+            self.running.keep([i for i, each in enumerate(self.running.requests) if each is not request])
+        request.reset()
+
+    def fail_all(self, error: Exception) -> None:
+        """Forget all requests, and tell them why."""
+        self._fail([*self.waiting, *self.reading, *self.running.requests], error)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One more token for all that decode, and some tokens of prompts. An error that a request causes is delivered
+        to it, or to those that were computed with it, and the others go on."""
+        self.counts.steps += 1
+        decoded = self._decode()
+        self._admit()
+        self._read(max(self.budget - decoded, 1))
+
+    def _decode(self) -> int:
+        self._make_room_to_decode()
+        requests, cache = list(self.running.requests), self.running.cache
+        if cache is None:
+            return 0
+        try:
+            session = self.runner.run([request.ids[-1] for request in requests], cache)
+            greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
+            chosen = _choose(requests, session.logits_BV, greedy)
+        except Exception as error:
+            self._fail(requests, error)
+            return 0
+        kept = []
+        for row, (request, (id_, logprob)) in enumerate(zip(requests, chosen, strict=True)):
+            request.computed += 1
+            self._settle(request, cache, row)
+            if not self._deliver(request, id_, logprob):
+                kept.append(row)
+        self.running.keep(kept)
+        return len(requests)
+
+    def _make_room_to_decode(self) -> None:
+        while (cache := self.running.cache) is not None:
+            needed = sum(cache.growth(row, 1) for row in range(cache.batch_size))
+            if self._has_room(needed):
+                return
+            self._put_back_youngest()
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether so many bytes can be had without putting anybody back."""
+        while self.pool.free < needed:
+            if not self.index.evict():
+                return False
+        return True
+
+    def _put_back_youngest(self) -> Request:
+        admitted = (*self.reading, *self.running.requests)
+        assert len(admitted) > 1, "the pool holds less than one request"
+        request = max(admitted, key=lambda each: each.arrival)
+        self.cancel(request)
+        self.waiting.appendleft(request)  # who waits is younger: the oldest that waited was taken first
+        self.counts.preemptions += 1
+        return request
+
+    def _admit(self) -> None:
+        """Begin to read the prompts that have waited longest, while there is room for each as a whole."""
+        while self.waiting and len(self.reading) + len(self.running.requests) < self.max_batch:
+            request = self.waiting[0]
+            most = (len(request.ids) - 1) // CACHE_BLOCK if self._shares else 0
+            blocks = self.index.find([request.key(i) for i in range(most)])
+            request.share(self._new_cache(self.pool), blocks)
+            others = self.reading or self.running.requests
+            whole = self._left_to_take(request) + sum(map(self._left_to_take, self.reading))
+            if others and not self._has_room(whole):
+                request.reset()
+                return
+            self.waiting.popleft()
+            self.reading.append(request)
+            if request.reused is None:
+                request.reused = request.computed
+                request.times.started = time.monotonic()
+                self.counts.prefix_queries += request.prompt_length
+                self.counts.prefix_hits += request.computed
+
+    def _left_to_take(self, request: Request) -> int:
+        """Bytes that reading the rest of a prompt takes."""
+        return self._empty.num_bytes_of(len(request.ids)) - self._empty.num_bytes_of(request.computed)
+
+    def _read(self, budget: int) -> None:
+        """Read pieces of prompts, chosen so that no prompt waits for ever and a short one does not wait for a long one:
+        half of the budget goes to the oldest, the rest to those with the least left to read."""
+        self.reading.sort(key=lambda each: each.arrival)
+        if not self.reading:
+            return
+        left = min(budget, piece_size(self.runner.model))
+        oldest, rest = self.reading[0], sorted(self.reading[1:], key=lambda each: each.missing)
+        pieces = {oldest: min(oldest.missing, -(-left // 2) if rest else left)}
+        left -= pieces[oldest]
+        for request in rest:
+            pieces[request] = min(request.missing, left)
+            left -= pieces[request]
+        pieces[oldest] += min(left, oldest.missing - pieces[oldest])
+        self._read_pieces({each: self._within_chunks(each, size) for each, size in pieces.items() if size})
+
+    def _within_chunks(self, request: Request, size: int) -> int:
+        """A piece ends with a chunk at the latest: its blocks are then still there, to be entered in the index."""
+        ends = (chunk_end(request.computed, window) for window in set(self._empty.windows))
+        return min(size, *(end - request.computed for end in ends if end is not None), size)
+
+    def _read_pieces(self, pieces: dict[Request, int]) -> None:
+        while not self._has_room(sum(each.own_cache.growth(0, size) for each, size in pieces.items())):
+            pieces.pop(self._put_back_youngest(), None)
+        features: list[Tensor] = []
+        whole: dict[Request, int] = {}
+        for request, size in pieces.items():
+            try:
+                features += request.pictures.of(request.ids, request.computed, request.computed + size)
+                whole[request] = size
+            except Exception as error:
+                self._fail([request], error)
+        if whole:
+            self._forward(whole, features)
+
+    def _forward(self, pieces: dict[Request, int], features: list[Tensor]) -> None:
+        """Compute a piece of each prompt; those that are read to the end get their first token."""
+        requests, columns = list(pieces), max(pieces.values())
+        ids_BT = torch.zeros(len(requests), columns, dtype=torch.long)
+        mask_BT = torch.zeros(len(requests), columns, dtype=torch.bool)
+        for row, (request, size) in enumerate(pieces.items()):
+            ids_BT[row, :size] = torch.tensor(request.ids[request.computed : request.computed + size])
+            mask_BT[row, :size] = True
+        cache = SequenceCache.join([request.own_cache for request in requests])
+        try:
+            logits_BV = self.runner.model(
+                ids_BT,
+                image_features=torch.cat(features) if features else None,
+                cache=cache,
+                attention_mask=mask_BT,
+                last_only=True,
+            )[:, 0]
+            for request, own in zip(requests, cache.split(), strict=True):
+                request.cache = own
+                request.computed += pieces[request]
+                self.counts.prompt_tokens += pieces[request]
+                self._settle(request, own, 0)
+            rows = [row for row, request in enumerate(requests) if not request.missing]
+            done = [requests[row] for row in rows]
+            chosen = _choose(done, logits_BV[rows]) if rows else []
+        except Exception as error:
+            self._fail(requests, error)
+            return
+        for request, (id_, logprob) in zip(done, chosen, strict=True):
+            self.reading.remove(request)
+            if not self._deliver(request, id_, logprob):
+                self.running.join(request)
+
+    def _settle(self, request: Request, cache: SequenceCache, row: int) -> None:
+        """What follows when tokens of a row were computed: blocks that are full are entered in the index, chunks that
+        have ended are dropped."""
+        if self._shares:
+            for i in range(request.entered, request.computed // CACHE_BLOCK):
+                self.index.add(request.key(i - 1), request.key(i), cache.full_block(row, i))
+            request.entered = request.computed // CACHE_BLOCK
+        if any(request.computed % window == 0 for window in set(cache.windows) if window is not None):
+            cache.drop_chunks(row)
+
+    def _deliver(self, request: Request, id_: int, logprob: float) -> bool:
+        """Give a request its next token; -> whether it has ended."""
+        if math.isnan(logprob):
+            error = f"the model's logits are not numbers in {self.runner.model.dtype}; load it with dtype='float32'"
+            request.reset()
+            request.deliver(Llama4Error(error))
+            return True
+        self.counts.generated_tokens += 1
+        ended = request.add(Token(id_, self.tokenizer.decode_bytes([id_]), logprob))
+        if ended:
+            request.reset()
+        return ended
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Tell requests why they have no reply."""
+        for request in requests:
+            self.cancel(request)
+            request.deliver(error)
+
+
+def _choose(
+    requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
+) -> list[tuple[int, float]]:
+    """The next token of each request, and its log-probability. Requests with the same sampler are computed together.
+
+    Args:
+        greedy: the most likely tokens and their log-probabilities, if they are known.
+    """
+    chosen: list[tuple[int, float]] = [(0, 0.0)] * len(requests)
+    groups: dict[Sampler, list[int]] = {}
+    for row, request in enumerate(requests):
+        groups.setdefault(replace(request.sampler, seed=None), []).append(row)
+    for sampler, rows in groups.items():
+        if sampler.takes_largest and greedy is not None:
+            for row in rows:
+                chosen[row] = greedy[0][row], greedy[1][row]
+            continue
+        own_BV = logits_BV[rows]
+        seen = [requests[row].seen_tokens(own_BV) for row in rows]
+        seen_BV = torch.stack([each for each in seen if each is not None]) if seen[0] is not None else None
+        ids_B, logprobs_B = sampler(own_BV, [requests[row].generator for row in rows], seen_BV)
+        for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
+            chosen[row] = id_, logprob
+            if seen_BV is not None:
+                requests[row].seen_V = seen_BV[i]
+    return chosen

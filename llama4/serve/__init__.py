@@ -1,0 +1,1 @@
+"""Many users of one model: the engine, and what stands behind an address."""

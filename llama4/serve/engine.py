@@ -1,0 +1,309 @@
+"""`Engine`: one model for many at once, from asyncio or from threads.
+
+    engine = Engine(llm)
+    async for piece in engine.stream("Hello"):
+        print(piece)
+    reply = await engine.chat(messages)
+
+One thread owns the model and runs the scheduler. Prompts are prepared (pictures read, text tokenized) and tokens made
+text by whoever asks, so that neither keeps the model waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Unpack
+
+from llama4.api import Llama4, Options, Prepared, Prompt
+from llama4.engine.generate import Row, reply_budget
+from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
+from llama4.engine.request import Delivery, Request
+from llama4.engine.scheduler import MAX_BATCH, Scheduler
+from llama4.errors import BusyError, Llama4Error
+from llama4.text.detokenizer import TextAssembler
+from llama4.text.messages import Message
+from llama4.units import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers many conversations at once: requests join and leave at every token.
+
+    A reply's tokens are those of `llm.chat` alone, whatever runs beside it. While an engine is open the model is its
+    own: do not call `llm` itself. Close it, or use it in `with` or `async with`.
+
+    Attributes:
+        llm: the model.
+        scheduler: who is computed when; its counts may be read.
+    """
+
+    def __init__(
+        self,
+        llm: Llama4,
+        cache_memory: int | str | None = "4GiB",
+        max_batch: int = MAX_BATCH,
+        max_waiting: int | None = None,
+    ) -> None:
+        """
+        Args:
+            cache_memory: what all keys and values take at most, in bytes or "4GiB"; None for no limit. It is taken as
+                it is needed, and bounds the length of one conversation.
+            max_batch: most conversations that are computed at once; others wait.
+            max_waiting: most that wait; None for any number.
+
+        Raises:
+            ArgumentError: `max_batch` below 1, or memory too small for a single conversation.
+        """
+        limit = parse_bytes(cache_memory) if isinstance(cache_memory, str) else cache_memory
+        self.llm, self.max_waiting = llm, max_waiting
+        self.scheduler = Scheduler(
+            llm.runner,
+            llm.tokenizer,
+            cache_memory=limit,
+            max_batch=max_batch,
+            max_context=llm.max_context,
+            new_cache=lambda pool: llm.model.new_cache(1, llm.cache_dtype, llm.cache_device, pool),
+        )
+        self.silent_ids = frozenset(llm.tokenizer.special_tokens.values())
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._is_closed = False
+        self._worker = threading.Thread(target=self._work, name="llama4 engine", daemon=True)
+        self._worker.start()
+
+    def stream(self, messages: Prompt, **options: Unpack[Options]) -> EngineStream:
+        """Answer a conversation piece by piece. Arguments are those of `Llama4.chat`; errors come with the first piece.
+
+        Iterate with `async for` or, in a thread that may wait, with `for`. To leave the loop and let go of the stream,
+        or to call `cancel`, stops the model within one token.
+        """
+        return EngineStream(self, messages, options)
+
+    async def chat(self, messages: Prompt, **options: Unpack[Options]) -> Reply:
+        """Answer a conversation; a task that is cancelled cancels the reply."""
+        stream = self.stream(messages, **options)
+        async for _ in stream:
+            pass
+        return stream.reply
+
+    def chat_batch(self, conversations: Sequence[str | Sequence[Message]], **options: Unpack[Options]) -> list[Reply]:
+        """Answer conversations at once, from a thread that may wait; each reply is what `Llama4.chat` gives."""
+        streams = [self.stream(each, **options) for each in conversations]
+        for stream in streams:
+            stream.open(may_wait=True)
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [stream.reply for stream in streams]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that nothing was computed of yet."""
+        return len(self.scheduler.waiting) + self._commands.qsize()
+
+    def close(self) -> None:
+        """Stop; replies that are not complete end with a `BusyError`."""
+        with self._closing:
+            self._is_closed = True
+            self._commands.put(lambda: None)
+        self._worker.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def submit(self, asked: Prepared, deliver: Callable[[Delivery], None], may_wait: bool = False) -> Request:
+        """Give a prepared prompt to the worker.
+
+        Args:
+            deliver: takes its tokens, in the worker's thread.
+            may_wait: whether it is taken although the queue is full.
+
+        Raises:
+            BusyError: the queue is full, or the engine closed.
+            ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
+        """
+        if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
+            raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
+        length = int(asked.inputs.attention_mask.sum())
+        request = Request(
+            asked.inputs,
+            self.llm.model,
+            asked.sampler,
+            max_new_tokens=reply_budget(length, asked.max_new_tokens, self.scheduler.window, self.llm.max_context),
+            stop_ids=asked.stop_ids,
+            deliver=deliver,
+        )
+        with self._closing:
+            if self._is_closed:
+                raise BusyError("the engine is closed; ask another one")
+            self._commands.put(lambda: self.scheduler.add(request))
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request, from any thread; its memory is free after the worker's next token at the latest."""
+        self._commands.put(lambda: self.scheduler.cancel(request))
+
+    def _work(self) -> None:
+        while not self._is_closed:
+            self._run_commands(wait=not self.scheduler.has_work)
+            try:
+                self.scheduler.step()
+            except Exception as error:  # a bug: those who wait must not wait for ever
+                logger.exception("a step of the engine failed")
+                self.scheduler.fail_all(error)
+        self._run_commands(wait=False)
+        self.scheduler.fail_all(BusyError("the engine was closed before the reply was complete"))
+
+    def _run_commands(self, wait: bool) -> None:
+        try:
+            self._commands.get(block=wait)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+
+class EngineStream:
+    """A reply as it comes, to iterate over with `for` or `async for`: pieces of text, never empty or with half a
+    character. `events` and `async_events` have tool calls, too. Iteration may stop at any point."""
+
+    def __init__(self, engine: Engine, messages: Prompt, options: Options) -> None:
+        self._engine, self._messages, self._options = engine, messages, options
+        self._mailbox = _Mailbox()
+        self._deltas: deque[Delta] = deque()
+        self._reader: tuple[Row, ReplyBuilder] | None = None
+        self._stop_ids: frozenset[int] = frozenset()
+        self._cancel: Callable[[], object] | None = None
+        self._has_ended = False
+
+    def open(self, may_wait: bool = False) -> None:
+        """Prepare the prompt and ask the engine; iteration does so by itself.
+
+        Args:
+            may_wait: whether the engine takes it although its queue is full.
+
+        Raises:
+            Llama4Error: as `Llama4.chat`, `BusyError` among others.
+        """
+        if self._cancel is not None:
+            return
+        llm, messages = self._engine.llm, self._messages
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        asked = llm.prepare(messages, **self._options)
+        if len(asked.inputs.input_ids) != 1:
+            raise Llama4Error(
+                f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"
+            )
+        (builder,) = asked.builders(llm.tokenizer)
+        request = self._engine.submit(asked, self._mailbox.put, may_wait)
+        self.request = request
+        self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
+        self._stop_ids = request.stop_ids
+        self._cancel = weakref.finalize(self, self._engine.cancel, request)
+
+    def cancel(self) -> None:
+        """Stop the model's work on it. What has come stays in `reply`."""
+        self._has_ended = True
+        if self._cancel is not None:
+            self._cancel()
+
+    @property
+    def reply(self) -> Reply:
+        """What has come so far; once iteration has ended, the whole reply.
+
+        Raises:
+            Llama4Error: nothing was asked yet.
+        """
+        if self._reader is None:
+            raise Llama4Error("the stream was not begun; iterate over it first")
+        return self._reader[1].reply()
+
+    def __iter__(self) -> Iterator[str]:
+        for delta in self.events():
+            if isinstance(delta, TextDelta):
+                yield delta.text
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for delta in self.async_events():
+            if isinstance(delta, TextDelta):
+                yield delta.text
+
+    def events(self) -> Iterator[Delta]:
+        """The rest of the reply: pieces of text, and tool calls as they come."""
+        self.open()
+        while True:
+            while self._deltas:
+                yield self._deltas.popleft()
+            if self._has_ended:
+                return
+            self._take(self._mailbox.get())
+
+    async def async_events(self) -> AsyncIterator[Delta]:
+        """`events` for asyncio."""
+        await asyncio.to_thread(self.open)
+        while True:
+            while self._deltas:
+                yield self._deltas.popleft()
+            if self._has_ended:
+                return
+            self._take(await self._mailbox.get_async())
+
+    def _take(self, delivery: Delivery) -> None:
+        if isinstance(delivery, Exception):
+            self._has_ended = True
+            raise delivery
+        assert self._reader is not None
+        row, builder = self._reader
+        event = row.push(delivery, delivery.id in self._stop_ids, delivery.id in self._engine.silent_ids)
+        self._deltas.extend(builder.add(event))
+        if event.finish_reason is not None:
+            self.cancel()  # the engine knows no stop strings
+
+
+class _Mailbox:
+    """What the worker's thread gives to one reader, in a thread or a loop of its own."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def put(self, item: Delivery) -> None:
+        self._items.put(item)
+        if self._reader is not None:
+            loop, arrived = self._reader
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
+                loop.call_soon_threadsafe(arrived.set)
+
+    def get(self) -> Delivery:
+        return self._items.get()
+
+    async def get_async(self) -> Delivery:
+        if self._reader is None:
+            self._reader = asyncio.get_running_loop(), asyncio.Event()
+        arrived = self._reader[1]
+        while True:
+            arrived.clear()
+            with contextlib.suppress(queue.Empty):
+                return self._items.get_nowait()
+            await arrived.wait()

@@ -1,0 +1,135 @@
+"""`Engine` from asyncio and from threads: replies are those of `Llama4.chat`, whoever leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llama4 import Engine
+from llama4.api import Llama4
+from llama4.engine.replies import Reply, ToolCallDelta
+from llama4.errors import BusyError, ContextLengthError, ImageError, Llama4Error
+
+QUESTIONS = ["What can you do?", "How many circles are there?", "What is 3 + 4?", "Say hello."]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+@pytest.fixture
+def engine(llm: Llama4) -> Iterator[Engine]:
+    with Engine(llm, cache_memory="64MiB") as engine:
+        yield engine
+
+
+def essence(reply: Reply) -> tuple[object, ...]:
+    """All but the last digits of log-probabilities."""
+    return reply.text, reply.finish_reason, reply.usage, [token.id for token in reply.logprobs]
+
+
+def until(is_so: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_replies_are_those_of_chat(llm: Llama4, engine: Engine) -> None:
+    """From asyncio, from threads and as a batch, all at once."""
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["a"]}, {"max_new_tokens": 3}]
+    asked = [(question, each) for question in QUESTIONS for each in options]
+    expected = [essence(llm.chat(question, **each)) for question, each in asked]
+    batch: list[Reply] = []
+    thread = threading.Thread(target=lambda: batch.extend(engine.chat_batch(QUESTIONS)))
+    thread.start()
+
+    async def ask() -> list[Reply]:
+        return await asyncio.gather(*(engine.chat(question, **each) for question, each in asked))
+
+    assert list(map(essence, asyncio.run(ask()))) == expected
+    thread.join()
+    assert list(map(essence, batch)) == expected[:: len(options)]
+
+
+def test_pieces_join_to_the_reply(llm: Llama4, engine: Engine) -> None:
+    async def pieces() -> list[str]:
+        return [piece async for piece in engine.stream(QUESTIONS[0])]
+
+    expected = llm.chat(QUESTIONS[0]).text
+    assert "".join(asyncio.run(pieces())) == expected == "".join(engine.stream(QUESTIONS[0]))
+
+
+def test_leaving_stops_the_work(engine: Engine) -> None:
+    """By break, by cancelling a task, by letting go of an iterator."""
+
+    async def leave() -> None:
+        async for _ in engine.stream(QUESTIONS[0], max_new_tokens=10**5, stop=[]):
+            break
+        task = asyncio.create_task(engine.chat(QUESTIONS[1], max_new_tokens=10**5))
+        await asyncio.sleep(0.05)
+        task.cancel()
+
+    engine.llm.generation_config, before = (
+        type(engine.llm.generation_config)(eos_token_id=(1,)),
+        (engine.llm.generation_config),
+    )
+    try:
+        asyncio.run(leave())
+        next(iter(engine.stream(QUESTIONS[2], max_new_tokens=10**5)))
+        until(lambda: not engine.scheduler.has_work)
+    finally:
+        engine.llm.generation_config = before
+    while engine.scheduler.index.evict():
+        pass
+    assert engine.scheduler.pool.used == 0
+
+
+def test_errors_are_those_of_chat(llm: Llama4) -> None:
+    with Engine(llm, cache_memory=llm.model.new_cache().num_bytes_of(1)) as engine:
+        for prompt, kind, text in (
+            ([{"role": "user", "content": "word " * 300}], ContextLengthError, "window holds 256"),
+            ([{"role": "nobody", "content": "hello"}], Llama4Error, "role"),
+            ([{"role": "user", "content": [{"type": "image", "image": "/none.png"}]}], ImageError, "none.png"),
+        ):
+            with pytest.raises(kind, match=text):
+                engine.chat_batch([prompt])
+        assert engine.chat_batch(["Hello"])[0].text
+
+
+def test_a_full_queue_refuses(llm: Llama4) -> None:
+    """And one who is closed; those who wait learn of it."""
+    with Engine(llm, max_batch=1, max_waiting=1) as engine:
+        hold = threading.Event()
+        engine._commands.put(hold.wait)
+        until(lambda: engine.num_waiting == 0)
+        waiting = engine.stream("Hello")
+        waiting.open()
+        with pytest.raises(BusyError, match="1 requests wait"):
+            engine.stream("Hello").open()
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        until(lambda: engine._is_closed)
+        hold.set()
+        closing.join()
+        with pytest.raises(BusyError, match="closed before"):
+            list(waiting)
+        with pytest.raises(BusyError, match="is closed"):
+            engine.stream("Hello").open()
+
+
+def test_tool_calls_come_as_events(llm: Llama4, engine: Engine) -> None:
+    tools = [{"type": "function", "function": {"name": "count_shapes", "parameters": {"type": "object"}}}]
+    stream = engine.stream(QUESTIONS[1], tools=tools)
+    deltas = list(stream.events())
+    expected = llm.chat(QUESTIONS[1], tools=tools)
+    assert [delta.name for delta in deltas if isinstance(delta, ToolCallDelta)] == [
+        call.name for call in expected.tool_calls
+    ]
+    assert stream.reply.text == expected.text

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import runpy
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
-from llama4 import Llama4
+from llama4 import Llama4, Reply, ToolCall
 from llama4.tiny import EMBEDDED
 from tests import small_model
 
@@ -59,3 +61,23 @@ def test_look_inside_draws_a_row_per_layer(monkeypatch: pytest.MonkeyPatch, tmp_
         colours = image.getcolors(10_000)
         assert colours is not None
         assert 1 < len(colours) <= llm.config.text.num_local_experts
+
+
+def test_a_call_is_answered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that calls once, and then says what it was told."""
+    seen = []
+
+    def chat(self: Llama4, messages: list[dict[str, Any]], **options: Any) -> Reply:
+        seen.append(self.processor.apply_chat_template(messages, tools=options["tools"], tokenize=False))
+        call = ToolCall("get_weather", {"city": "Zürich"})
+        first = len(messages) == 1
+        reply = Mock(spec=Reply)
+        reply.text, reply.tool_calls = ("", (call,)) if first else (messages[-1]["content"], ())
+        return reply
+
+    monkeypatch.setattr(Llama4, "chat", chat)
+    run("call_tools", monkeypatch)
+    assert capsys.readouterr().out == (
+        "get_weather({'city': 'Zürich'})\n" + '{"city": "Z\\u00fcrich", "sky": "clear", "celsius": 21}\n'
+    )
+    assert "get_weather" in seen[0] and '"celsius": 21' in seen[1].replace("\\", "")

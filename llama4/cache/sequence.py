@@ -217,6 +217,7 @@ class SequenceCache:
         joined = copy.copy(caches[0])
         joined.start = tuple(start for cache in caches for start in cache.start)
         joined.next_position = tuple(position for cache in caches for position in cache.next_position)
+        joined.rope_lengths = tuple(length for cache in caches for length in cache.rope_lengths)
         joined.is_consistent = all(cache.is_consistent for cache in caches)
         joined.layers = [LayerCache.join(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
         joined._last_logits = None
@@ -266,4 +267,4 @@ class SequenceCache:
         for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             first = chunk_start(end, window) // CACHE_BLOCK
             layer.rows[0][:] = [block[i] for block in blocks[first:]]
-        self.commit((0,), (end,))
+        self.commit((0,), (end,), self.rope_lengths)

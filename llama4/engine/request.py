@@ -60,6 +60,7 @@ class Request:
         max_new_tokens: int,
         stop_ids: Sequence[int],
         deliver: Callable[[Delivery], None],
+        alternatives: int = 0,
     ) -> None:
         """
         Args:
@@ -68,6 +69,7 @@ class Request:
             stop_ids: tokens that end it.
             deliver: is called by the thread that computes, with every token as it comes; a token that ends the reply
                 is the last. After an exception nothing follows.
+            alternatives: of how many of the most likely tokens it is told the probability.
         """
         (own,) = identities(inputs, model)
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
@@ -81,10 +83,14 @@ class Request:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = frozenset(stop_ids)
         self.deliver = deliver
+        self.alternatives = alternatives
         self.pictures = Pictures(model, inputs.pixel_values, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
+        scaling = model.config.text.rope_scaling
+        rope_length = scaling.effective_length(self.prompt_length) if scaling is not None else 0
+        self._root = str(rope_length).encode()  # blocks are shared where RoPE rotates them alike
         self._keys: list[bytes] = []
         self.arrival = 0
         self.reused: int | None = None
@@ -104,12 +110,13 @@ class Request:
         """The key in the prefix index of a full block; that before the first is empty."""
         while index >= len(self._keys):
             begin = len(self._keys) * CACHE_BLOCK
-            previous = self._keys[-1] if self._keys else b""
+            previous = self._keys[-1] if self._keys else self._root
             self._keys.append(next_key(previous, self.tokens[begin : begin + CACHE_BLOCK]))
         return self._keys[index] if index >= 0 else b""
 
     def share(self, cache: SequenceCache, blocks: Sequence[Sequence[Tensor]]) -> None:
         """Begin with an empty cache, and in it what another request has computed: full blocks."""
+        cache.announce([self.prompt_length])
         cache.share(blocks)
         self.cache, self.entered, self.computed = cache, len(blocks), cache.lengths[0]
 

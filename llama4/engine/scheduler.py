@@ -90,6 +90,7 @@ class Scheduler:
         pool: the memory of all keys and values.
         window: most tokens of a prompt and its reply together: the model's window, or what the pool holds of one.
         counts: for those who watch.
+        on_step: is told after every step how many tokens it computed.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()  # the oldest first
         self.reading: list[Request] = []
         self.running = _Running()
+        self.on_step: Callable[[int], object] = lambda tokens: None
         self._arrivals = 0
 
     def _window(self, most: int) -> int:
@@ -174,10 +176,12 @@ class Scheduler:
     def step(self) -> None:
         """One more token for all that decode, and some tokens of prompts. An error that a request causes is delivered
         to it, or to those that were computed with it, and the others go on."""
-        self.counts.steps += 1
+        before = self.counts.prompt_tokens
         decoded = self._decode()
         self._admit()
         self._read(max(self.budget - decoded, 1))
+        self.counts.steps += 1
+        self.on_step(decoded + self.counts.prompt_tokens - before)
 
     def _decode(self) -> int:
         self._make_room_to_decode()
@@ -187,15 +191,15 @@ class Scheduler:
         try:
             session = self.runner.run([request.ids[-1] for request in requests], cache)
             greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
-            chosen = _choose(requests, session.logits_BV, greedy)
+            chosen = self._choose(requests, session.logits_BV, greedy)
         except Exception as error:
             self._fail(requests, error)
             return 0
         kept = []
-        for row, (request, (id_, logprob)) in enumerate(zip(requests, chosen, strict=True)):
+        for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             request.computed += 1
             self._settle(request, cache, row)
-            if not self._deliver(request, id_, logprob):
+            if not self._deliver(request, token):
                 kept.append(row)
         self.running.keep(kept)
         return len(requests)
@@ -306,13 +310,13 @@ class Scheduler:
                 self._settle(request, own, 0)
             rows = [row for row, request in enumerate(requests) if not request.missing]
             done = [requests[row] for row in rows]
-            chosen = _choose(done, logits_BV[rows]) if rows else []
+            chosen = self._choose(done, logits_BV[rows]) if rows else []
         except Exception as error:
             self._fail(requests, error)
             return
-        for request, (id_, logprob) in zip(done, chosen, strict=True):
+        for request, token in zip(done, chosen, strict=True):
             self.reading.remove(request)
-            if not self._deliver(request, id_, logprob):
+            if not self._deliver(request, token):
                 self.running.join(request)
 
     def _settle(self, request: Request, cache: SequenceCache, row: int) -> None:
@@ -325,15 +329,33 @@ class Scheduler:
         if any(request.computed % window == 0 for window in set(cache.windows) if window is not None):
             cache.drop_chunks(row)
 
-    def _deliver(self, request: Request, id_: int, logprob: float) -> bool:
+    def _choose(
+        self, requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
+    ) -> list[Token]:
+        """The next token of each request.
+
+        Args:
+            greedy: the most likely tokens and their log-probabilities, if they are known.
+        """
+        alternatives: list[tuple[tuple[int, float], ...]] = [()] * len(requests)
+        for row, request in enumerate(requests):
+            if request.alternatives:
+                values, ids = logits_BV[row].float().log_softmax(0).topk(min(request.alternatives, logits_BV.shape[1]))
+                alternatives[row] = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return [
+            Token(id_, self.tokenizer.decode_bytes([id_]), logprob, likeliest)
+            for (id_, logprob), likeliest in zip(_sample(requests, logits_BV, greedy), alternatives, strict=True)
+        ]
+
+    def _deliver(self, request: Request, token: Token) -> bool:
         """Give a request its next token; -> whether it has ended."""
-        if math.isnan(logprob):
+        if math.isnan(token.logprob):
             error = f"the model's logits are not numbers in {self.runner.model.dtype}; load it with dtype='float32'"
             request.reset()
             request.deliver(Llama4Error(error))
             return True
         self.counts.generated_tokens += 1
-        ended = request.add(Token(id_, self.tokenizer.decode_bytes([id_]), logprob))
+        ended = request.add(token)
         if ended:
             request.reset()
         return ended
@@ -345,14 +367,10 @@ class Scheduler:
             request.deliver(error)
 
 
-def _choose(
+def _sample(
     requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
 ) -> list[tuple[int, float]]:
-    """The next token of each request, and its log-probability. Requests with the same sampler are computed together.
-
-    Args:
-        greedy: the most likely tokens and their log-probabilities, if they are known.
-    """
+    """The next token of each request, and its log-probability. Requests with the same sampler are computed together."""
     chosen: list[tuple[int, float]] = [(0, 0.0)] * len(requests)
     groups: dict[Sampler, list[int]] = {}
     for row, request in enumerate(requests):

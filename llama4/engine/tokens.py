@@ -11,11 +11,13 @@ FinishReason = Literal["stop", "length"]
 @dataclass(frozen=True, slots=True)
 class Token:
     """A generated token: its id, its bytes (perhaps part of a character), and the natural logarithm of the probability
-    that the model gave it, before temperature and the like."""
+    that the model gave it, before temperature and the like; of the most likely tokens, id and the same, where they were
+    asked for."""
 
     id: int
     bytes: bytes
     logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
     @property
     def text(self) -> str:

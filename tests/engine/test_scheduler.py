@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from PIL import Image
 from llama4.api import Llama4
 from llama4.cache import layer, prefixes, sequence
 from llama4.cache.pool import BlockPool
+from llama4.config import RopeScaling
 from llama4.engine import request as requests
 from llama4.engine import scheduler as schedulers
 from llama4.engine.request import Delivery, Request
@@ -205,6 +206,20 @@ def test_full_blocks_are_shared(llm: Llama4) -> None:
         assert case.ids == alone(llm, case)
     length = case.inputs.input_ids.shape[1]
     assert reads == [length, length - (length - 1) // 8 * 8, length - 8]  # before the picture stands one full block
+
+
+def test_blocks_are_shared_where_rope_rotates_them_alike(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose RoPE depends on the length of the prompt."""
+    text = llm.config.text
+    scaling = RopeScaling(rope_type="dynamic", factor=4.0, original_max_position_embeddings=32)
+    monkeypatch.setattr(llm.model, "config", replace(llm.config, text=replace(text, rope_scaling=scaling)))
+    monkeypatch.setattr(llm.model.language_model.model, "config", llm.config.text)
+    scheduler = Scheduler(llm.runner, llm.tokenizer, budget=24)
+    given = [question(llm, " ".join(WORDS * n), 20) for n in (2, 1, 2)]
+    run(llm, scheduler, given, seed=0)
+    for case in given:
+        assert case.ids == alone(llm, case)
+    assert scheduler.counts.prefix_hits
 
 
 def test_requests_that_begin_alike_share_memory(llm: Llama4) -> None:

@@ -1,0 +1,174 @@
+"""`llama4 finetune`: a model and a data file -> an adapter, or a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4.cli.interrupts import INTERRUPTED
+from llama4.errors import ArgumentError
+from llama4.units import bytes_text, count_text
+
+if TYPE_CHECKING:
+    from llama4.train.loop import Run
+
+METHODS = ("lora", "qlora", "full")
+"""Also in `llama4.train.options`, which imports torch."""
+
+LORA: dict[str, dict[str, Any]] = {
+    "rank": {"type": int, "metavar": "R", "help": "of the adapter's matrices (default: 16)"},
+    "alpha": {"type": float, "metavar": "A", "help": "its scale is A / R (default: 32)"},
+    "targets": {
+        "metavar": "PARTS",
+        "help": "attention,experts,shared,dense,router,vision,projector,embeddings (default: the first four); "
+        "experts:4 gives a part a rank of its own",
+    },
+    "dropout": {"type": float, "metavar": "P", "help": "of an adapter's inputs, but for experts (default: 0)"},
+    "rslora": {"action": "store_true", "default": None, "help": "its scale is A / sqrt(R)"},
+}
+"""Arguments of `LoraConfig`."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "epochs": {"type": float, "metavar": "N", "help": "how often the data are gone through (default: 1)"},
+    "steps": {"type": int, "metavar": "N", "help": "batches to learn from, in place of --epochs"},
+    "batch_tokens": {"type": int, "metavar": "N", "help": "most tokens of a batch (default: 4096)"},
+    "max_length": {"type": int, "metavar": "N", "help": "most tokens of an example; more is cut (default: 2048)"},
+    "learn": {"metavar": "WHAT", "help": "assistant, last or all: what counts in the loss (default: assistant)"},
+    "ghost_attention": {
+        "action": "store_true",
+        "default": None,
+        "help": "the system message in every turn, the last reply learnt",
+    },
+    "learning_rate": {"type": float, "metavar": "X", "help": "its peak (default: 2e-4; full: 1e-5)"},
+    "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
+    "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
+    "weight_decay": {"type": float, "metavar": "X", "help": "of matrices (default: 0)"},
+    "clip": {"type": float, "metavar": "X", "help": "most of the gradients' norm; 0 for any (default: 1)"},
+    "balance": {"type": float, "metavar": "X", "help": "weight of the routers' balance loss (default: 0)"},
+    "z_loss": {"type": float, "metavar": "X", "help": "weight of the routers' z-loss (default: 0)"},
+    "eval_every": {"type": int, "metavar": "N", "help": "steps between evaluations (default: a tenth of all)"},
+    "save_every": {"type": int, "metavar": "N", "help": "steps between states to resume from (default: the same)"},
+    "gradient_checkpointing": {
+        "action": "store_true",
+        "default": None,
+        "help": "less memory, for a third more time",
+    },
+    "adapter_format": {
+        "metavar": "NAME",
+        "help": "of experts: peft (default, the newest), peft-0.18, per-expert (vLLM takes the last two)",
+    },
+    "seed": {"type": int, "metavar": "N", "help": "of the order of data and new matrices (default: 0)"},
+}
+"""Arguments of `TrainingOptions`; what is not given is as there."""
+
+
+def add_parser(commands: Any) -> None:
+    about = (
+        "Train an adapter (or all weights) on JSON lines: messages, prompt and completion, instruction and output, "
+        "conversations, or text. Ctrl-C saves the state; --resume goes on from it, bit by bit."
+    )
+    parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
+    parser.add_argument("model", help="embedded name, directory or Hub id")
+    parser.add_argument("--data", required=True, metavar="FILE", help="what to learn: .jsonl or .jsonl.gz")
+    parser.add_argument("--eval", metavar="FILE", help="held-out data; the best on it is kept")
+    parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full, the model")
+    parser.add_argument("--method", choices=METHODS, default="lora", help="(default: lora)")
+    parser.add_argument("--merge", metavar="DIR", help="also write the model with the adapter in its weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
+    parser.add_argument("--dry-run", action="store_true", help="show an example, what is trained, steps and memory")
+    for title, table in (("adapter", LORA), ("training", SETTINGS)):
+        group = parser.add_argument_group(title)
+        for name, settings in table.items():
+            group.add_argument("--" + name.replace("_", "-"), **settings)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `TrainingOptions`."""
+    from llama4.train import LoraConfig
+
+    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    lora = {name: getattr(options, name) for name in LORA if getattr(options, name) is not None}
+    if "targets" in lora:
+        lora |= _targets(lora["targets"])
+    if lora and options.method == "full":
+        options.parser.error(f"--{next(iter(lora))} is for adapters; --method full has none")
+    return given | {"method": options.method, "lora": LoraConfig(**lora)}
+
+
+def _targets(text: str) -> dict[str, Any]:
+    """ "attention,experts:4" -> arguments of `LoraConfig`."""
+    targets, ranks = [], {}
+    for part in text.split(","):
+        name, colon, rank = part.strip().partition(":")
+        targets.append(name)
+        if colon:
+            if not rank.isdigit():
+                raise ArgumentError(f"--targets {part.strip()!r}: the rank must be a whole number, as in experts:4")
+            ranks[name] = int(rank)
+    return {"targets": tuple(targets), "ranks": ranks}
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.output is None and not options.dry_run:
+        options.parser.error("--output is missing: the directory that gets the adapter")
+    if options.merge and options.method == "full":
+        options.parser.error("--merge is for adapters; --method full writes a model")
+    settings = settings_of(options)
+    from llama4.train import Run, TrainingOptions, finetune
+    from llama4.weights.directory import check_free
+
+    if options.dry_run:
+        show(Run(options.model, options.data, options.eval, TrainingOptions(**settings)))
+        return 0
+    if options.merge:
+        check_free(options.merge)
+    result = finetune(options.model, options.data, options.output, eval=options.eval, resume=options.resume, **settings)
+    if not result.is_finished:
+        print(
+            f"llama4: stopped after {result.steps} of {result.of} steps; --resume goes on from {result.output}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    held_out = f", held-out {min(loss for _, loss in result.eval_losses):.4f}" if result.eval_losses else ""
+    print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}", file=sys.stderr)
+    if options.merge:
+        merge(options)
+    return 0
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write the model with the adapter in its weights."""
+    from llama4.api import Llama4
+    from llama4.weights import hub
+    from llama4.weights.checkpoint import read_config
+
+    dtype = read_config(hub.resolve(options.model)).dtype
+    llm = Llama4.from_pretrained(options.model, dtype=dtype or "auto", adapter=Path(options.output))
+    llm.merge_adapter()
+    llm.save_pretrained(options.merge)
+    print(f"{options.merge}: {options.model} with {options.output}", file=sys.stderr)
+
+
+def show(run: Run) -> None:
+    """What a run would do: the first example with what is learnt of it in brackets, the share that is trained, the
+    steps, and the memory."""
+    from llama4.train.memory import available_bytes, estimate
+
+    example, tokenizer = run.data.examples[0], run.llm.tokenizer
+    text, learnt = "", False
+    for token, is_learnt in zip(example.ids, example.is_learnt, strict=True):
+        text += ("⟦" if is_learnt else "⟧") * (is_learnt != learnt) + tokenizer.decode([token])
+        learnt = is_learnt
+    print(f"line {example.line}, {len(example.ids)} tokens, what is learnt in ⟦ ⟧:\n{text}{'⟧' * learnt}\n")
+    total = sum(parameter.numel() for parameter in run.llm.model.parameters())
+    share = 100 * run.num_trained / total
+    print(f"trained: {count_text(run.num_trained)} parameters, {share:.2g}% of the model's")
+    print(f"data: {len(run.data.examples)} examples, {count_text(run.data.num_tokens)} tokens; {run.steps} steps")
+    for note in run.data.notes():
+        print(note)
+    with run.attached():
+        needed, free = estimate(run.llm.model, run.trained, run.longest_batch), available_bytes(run.llm.model.device)
+    print(f"memory: {needed}" + (f"; {bytes_text(free)} are free" if free is not None else ""))

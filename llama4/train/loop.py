@@ -1,0 +1,325 @@
+"""Fine-tuning: from a model and a data file to an adapter, or to a model.
+
+A step follows from the seed, the data and the step before, bit by bit on one machine: a run that was stopped and goes
+on ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4.adapters.files import save_adapter
+from llama4.adapters.lora import Adapter
+from llama4.api import Llama4
+from llama4.errors import ArgumentError, Llama4Error
+from llama4.progress import Bar
+from llama4.quantization.weight import QuantizedWeight
+from llama4.train.data import Batches, Dataset, load_dataset
+from llama4.train.memory import check_memory, estimate
+from llama4.train.optimizer import AdamW, learning_rate_at
+from llama4.train.options import QUANTIZATION, TrainingOptions
+from llama4.train.report import Metrics, is_finished, write_card, write_curve
+from llama4.train.state import STATE_FILE, load_state, read_about, save_state
+from llama4.train.step import evaluate, learn
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(Llama4Error):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        output: the directory of the adapter, or of the model.
+        steps: that were taken, of `of`.
+        losses: of each step.
+        eval_losses: (step, loss) on held-out data.
+        shares: for each layer with experts, the share of tokens that each expert got.
+    """
+
+    output: Path
+    steps: int
+    of: int
+    losses: list[float]
+    eval_losses: list[tuple[int, float]]
+    shares: dict[str, list[float]]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were taken; else it was stopped, and can be resumed."""
+        return self.steps == self.of
+
+
+class Run:
+    """A model, what of it is trained, and the data: all that `finetune` needs before its first step.
+
+    Attributes:
+        llm: the model.
+        adapter: what is trained; None where all weights are.
+        data, held_out: the data sets.
+        batches: of the data.
+        steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Llama4,
+        data: str | Path,
+        eval: str | Path | None,
+        options: TrainingOptions,
+        progress: bool = True,
+    ) -> None:
+        self.options, self.progress = options, progress
+        self.base = str(model.side_files.origin or "") if isinstance(model, Llama4) else str(model)
+        self.llm = model if isinstance(model, Llama4) else load_base(model, options.method, progress)
+        is_packed = any(isinstance(module, QuantizedWeight) for module in self.llm.model.modules())
+        if options.method == "full" and is_packed:
+            raise ArgumentError("packed weights are not trained; use method 'qlora', or the unquantized model")
+        if options.method == "qlora" and not is_packed:
+            raise ArgumentError("method 'qlora' is for packed weights; load the model with quantization='int4'")
+        self.data = self._dataset(data)
+        self.held_out = self._dataset(eval) if eval is not None else None
+        for dataset in filter(None, (self.data, self.held_out)):
+            if dataset.rejected:
+                raise ArgumentError(
+                    f"{dataset.path} holds preferences (chosen, rejected), which this method does not read"
+                )
+            for note in dataset.notes():
+                logger.warning(note)
+        self.batches = Batches(self.data.examples, self.llm.processor, options.batch_tokens, options.seed)
+        self.steps = options.steps or self.batches.steps_of(options.epochs or 1)
+        self.adapter: Adapter | None = None
+        if options.method == "full":
+            self.trained = dict(self.llm.model.named_parameters())
+        else:
+            self.adapter = Adapter.create(self.llm.model, options.lora, seed=options.seed)
+            self.trained = dict(self.adapter.named_parameters())
+
+    def _dataset(self, path: str | Path) -> Dataset:
+        window = self.llm.config.text.max_position_embeddings
+        return load_dataset(
+            path,
+            self.llm.processor,
+            max_length=min(self.options.max_length, window),
+            learn=self.options.learn,
+            ghost_attention=self.options.ghost_attention,
+            progress=self.progress,
+        )
+
+    @property
+    def num_trained(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained.values())
+
+    @property
+    def longest_batch(self) -> int:
+        """Tokens of the largest batch there can be."""
+        longest = max(len(example.ids) for example in self.data.examples)
+        return max(longest, min(self.options.batch_tokens, self.data.num_tokens))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the model computes with what is trained, and keeps what gradients need; afterwards it is as it
+        was."""
+        model = self.llm.model
+        needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.adapter is None and parameter.is_floating_point())
+        model.checkpoint_activations(self.options.gradient_checkpointing)
+        before = self.llm.adapters.active
+        self.llm.set_adapter(None)
+        if self.adapter is not None:
+            self.adapter.train().attach(model)
+        try:
+            yield
+        finally:
+            if self.adapter is not None:
+                self.adapter.eval().detach()
+            model.checkpoint_activations(False)
+            for name, parameter in model.named_parameters():
+                parameter.grad = None
+                parameter.requires_grad_(needed[name])
+            self.llm.set_adapter(before)
+
+    def save(self, output: Path) -> None:
+        """Write the adapter, or the model."""
+        if self.adapter is None:
+            self.llm.save_pretrained(output)
+        else:
+            layout = self.options.adapter_format
+            save_adapter(self.adapter, self.llm.model, output, layout=layout, base=self.base)
+
+
+def load_base(name: str | Path, method: str, progress: bool = True) -> Llama4:
+    """A model to train on: with "qlora", one whose weights are not packed is packed while it is loaded."""
+    llm = Llama4.from_pretrained(name, progress=progress)
+    if method == "qlora" and not any(isinstance(module, QuantizedWeight) for module in llm.model.modules()):
+        return Llama4.from_pretrained(name, quantization=QUANTIZATION, progress=progress)
+    return llm
+
+
+def finetune(
+    model: str | Path | Llama4,
+    data: str | Path,
+    output: str | Path,
+    *,
+    eval: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Train an adapter for a model, or the model.
+
+    Args:
+        model: a name, as `Llama4.from_pretrained` takes it, or a model. What is trained is not left in it, except with
+            method "full".
+        data: JSON lines, see `llama4.train.records`.
+        output: gets the result (with `eval` the best, else the last), the metrics, a curve and a card; and on the way,
+            every `save_every` steps and at Ctrl-C, the state to resume from.
+        eval: held-out data, in the same form.
+        resume: go on from the state in `output`, if there is one; with the same data and settings.
+        progress: show a bar, where somebody sees it.
+        settings: see `TrainingOptions`.
+
+    Raises:
+        Llama4Error: a wrong setting, a wrong line of the data by its number, too little memory, a state of another run;
+            or, as `TrainingError`, a loss that is no number, with the lines of its batch.
+    """
+    options, output = TrainingOptions(**settings), Path(output).expanduser()
+    if resume and is_finished(output):
+        raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
+    run = Run(model, data, eval, options, progress)
+    with torch.random.fork_rng(), run.attached(), _stoppable() as stop:
+        check_memory(estimate(run.llm.model, run.trained, run.longest_batch), run.llm.model.device)
+        torch.manual_seed(options.seed)
+        return _train(run, output, resume, stop)
+
+
+def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
+    options, model = run.options, run.llm.model
+    optimizer = AdamW(run.trained, weight_decay=options.weight_decay, seed=options.seed)
+    about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
+    step, best = 0, math.inf
+    if resume and (output / STATE_FILE).is_file():
+        there = read_about(output)
+        if different := [name for name, value in about.items() if there.get(name) != value]:
+            raise ArgumentError(f"{output} holds a run with other {' and '.join(different)}; resume with the same")
+        load_state(output, optimizer)
+        step, best = there["step"], there["best"] if there["best"] is not None else math.inf
+    metrics = Metrics(output, step if resume else None)
+    held_out = Batches(run.held_out.examples, run.llm.processor, options.batch_tokens, None) if run.held_out else None
+    eval_every = options.eval_every or max(1, run.steps // 10)
+    save_every = options.save_every or eval_every
+    loads: dict[str, Tensor] = {}
+
+    def evaluated() -> None:
+        nonlocal best
+        if held_out is None:
+            return
+        with _evaluating(run.adapter):
+            loss = evaluate(model, held_out)
+        metrics.add(step=step, eval_loss=loss)
+        if loss < best:
+            best = loss
+            run.save(output)
+
+    def saved() -> None:
+        save_state(output, optimizer, about | {"step": step, "best": best if best < math.inf else None})
+
+    if step == 0:
+        evaluated()
+        saved()
+    with Bar("training", run.steps - step, "steps", shown=run.progress) as bar:
+        while step < run.steps and not stop.is_set():
+            began, batch = time.perf_counter(), run.batches[step]
+            with bar.step(1):
+                learnt = learn(model, batch, balance=options.balance, z_loss=options.z_loss)
+                norm = optimizer.clip(options.clip)
+                if not math.isfinite(learnt.loss) or not math.isfinite(norm):
+                    lines = ", ".join(map(str, batch.lines))
+                    raise TrainingError(
+                        f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} of "
+                        f"{run.data.path}; look at them, or lower the learning rate of {options.peak_learning_rate:g}"
+                    )
+                warmup = options.warmup_steps(run.steps)
+                rate = learning_rate_at(step, run.steps, options.peak_learning_rate, options.schedule, warmup)
+                optimizer.step(rate)
+            step += 1
+            seconds = time.perf_counter() - began
+            for name, load_E in learnt.loads.items():
+                loads[name] = loads[name] + load_E if name in loads else load_E
+            metrics.add(
+                step=step,
+                loss=learnt.loss,
+                **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens=batch.num_tokens,
+                seconds=round(seconds, 4),
+            )
+            bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
+            if step == run.steps or step % eval_every == 0:
+                evaluated()
+            if step < run.steps and step % save_every == 0:
+                saved()
+    shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in loads.items()}
+    losses = [loss for _, loss in metrics.values("loss")]
+    result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares)
+    if not result.is_finished:
+        saved()
+        return result
+    if held_out is None:
+        run.save(output)
+    if run.adapter is not None:
+        settings, data = options.describe(), run.data
+        write_card(output, metrics, base=run.base, data=data.path, digest=data.digest, settings=settings)
+    write_curve(output, metrics)
+    metrics.add(step=step, finished=True, expert_shares=shares)
+    (output / STATE_FILE).unlink(missing_ok=True)
+    return result
+
+
+@contextmanager
+def _evaluating(adapter: Adapter | None) -> Iterator[None]:
+    """Inside, nothing is dropped out."""
+    if adapter is None:
+        yield
+        return
+    adapter.eval()
+    yield
+    adapter.train()
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets: the step that is being taken ends first, and its state is saved. A second Ctrl-C
+    interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

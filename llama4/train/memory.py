@@ -1,0 +1,109 @@
+"""What a run takes beyond the loaded model, before it starts.
+
+Activations that the backward pass needs grow in a line with the tokens of a batch, as attention keeps no scores. So
+they are counted, not guessed: two small forwards are run, what autograd keeps of each is added up, and the line through
+both is followed to the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama4.errors import Llama4Error
+from llama4.model.multimodal import Llama4Model
+from llama4.train.data import Batch
+from llama4.train.loss import MAX_LOGIT_BYTES
+from llama4.train.step import batch_loss
+from llama4.units import bytes_text
+
+PROBES = (64, 192)
+"""Tokens of the two forwards."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes beyond the loaded model, the adapter included.
+
+    Attributes:
+        trained: what is trained, if that is not the model itself; its gradients and the optimizer's states.
+        activations: what the backward pass of the largest batch needs.
+        logits: of a slice, with their gradients.
+    """
+
+    trained: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.activations + self.logits
+
+    def __str__(self) -> str:
+        return (
+            f"{bytes_text(self.total)} beyond the model: {bytes_text(self.trained)} for what is trained, "
+            f"{bytes_text(self.activations)} of activations, {bytes_text(self.logits)} of logits"
+        )
+
+
+def estimate(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -> Estimate:
+    """For the largest batch of so many tokens; the model computes with what is trained.
+
+    Args:
+        trained: parameters, by name.
+    """
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    states = 0
+    for parameter in trained.values():
+        wide = parameter.numel() * 4
+        states += 2 * wide + parameter.nbytes + (0 if parameter.data_ptr() in own else parameter.nbytes)
+    small, large = (_kept(model, trained, probe) for probe in PROBES)
+    per_token = max(0.0, (large - small) / (PROBES[1] - PROBES[0]))
+    activations = round(max(small, large + per_token * (tokens - PROBES[1])))
+    vocabulary = model.config.text.vocab_size
+    return Estimate(states, activations, 3 * min(MAX_LOGIT_BYTES, tokens * vocabulary * 4))
+
+
+def _kept(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -> int:
+    """Bytes that autograd keeps of a forward."""
+    parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *trained.values())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    ids = torch.arange(tokens)[None] % min(model.config.text.vocab_size, 97)
+    batch = Batch(ids, torch.ones_like(ids), ids, None, ())
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch_loss(model, batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(needed: Estimate, device: torch.device) -> None:
+    """Raises:
+    Llama4Error: that much is not free on the device; with what would take less.
+    """
+    free = available_bytes(device)
+    if free is not None and needed.total > free:
+        raise Llama4Error(
+            f"training takes {needed}, and {bytes_text(free)} are free; take fewer batch_tokens, a smaller rank, "
+            "gradient_checkpointing, or method 'qlora'"
+        )

@@ -1,0 +1,100 @@
+"""What can be said of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import LAYOUTS
+from llama4.errors import ArgumentError
+from llama4.train.data import LEARN
+from llama4.train.optimizer import SCHEDULES
+
+METHODS = ("lora", "qlora", "full")
+QUANTIZATION = "int4"
+"""Of a base that is not packed yet, with `qlora`."""
+LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Of `finetune`, and under the same names of `llama4 finetune`.
+
+    Attributes:
+        method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder.
+        lora: of the first two.
+        epochs: how often the data are gone through; or
+        steps: how many batches are learnt from.
+        batch_tokens: most tokens of a batch.
+        max_length: most tokens of an example.
+        learn: "assistant", "last" or "all".
+        ghost_attention: the system message in every turn, the last reply learnt.
+        learning_rate: its peak; by default 2e-4 for adapters and 1e-5 for all weights.
+        schedule: "cosine", "linear" or "constant".
+        warmup: share of the steps in which the learning rate rises, or from 1 on, their number.
+        weight_decay: of matrices.
+        clip: most that the norm of the gradients may be; 0 for any.
+        balance: weight of the routers' balance loss.
+        z_loss: weight of the routers' z-loss.
+        eval_every: steps between evaluations; by default a tenth of all. The best is kept.
+        save_every: steps between states to resume from; by default as `eval_every`.
+        gradient_checkpointing: compute activations again in the backward pass, for memory.
+        adapter_format: of stacked experts, see `llama4.adapters.files`.
+        seed: of the order of the data, of new matrices, of dropout.
+
+    Raises:
+        ArgumentError: a value that cannot be.
+    """
+
+    method: str = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    epochs: float | None = None
+    steps: int | None = None
+    batch_tokens: int = 4096
+    max_length: int = 2048
+    learn: str = "assistant"
+    ghost_attention: bool = False
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    balance: float = 0.0
+    z_loss: float = 0.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    gradient_checkpointing: bool = False
+    adapter_format: str = "peft"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {"method": METHODS, "schedule": tuple(SCHEDULES), "learn": LEARN, "adapter_format": LAYOUTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        if self.epochs is not None and self.steps is not None:
+            raise ArgumentError("epochs and steps both say how long to train; give one of them")
+        least = {"epochs": 0, "steps": 1, "batch_tokens": 2, "max_length": 2, "eval_every": 1, "save_every": 1}
+        least |= dict.fromkeys(("learning_rate", "warmup", "weight_decay", "clip", "balance", "z_loss"), 0)
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < math.inf:
+                raise ArgumentError(f"{name} is {value}; it must be at least {lowest}")
+        if self.epochs == 0:
+            raise ArgumentError("epochs is 0; it must be more")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.method]
+
+    def warmup_steps(self, steps: int) -> int:
+        return round(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
+
+    def describe(self) -> dict[str, object]:
+        """As JSON, for files."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora"}
+        if self.method != "full":
+            content["lora"] = {f.name: getattr(self.lora, f.name) for f in fields(self.lora)}
+            content["lora"] |= {"targets": list(self.lora.targets), "ranks": dict(self.lora.ranks)}
+        return content

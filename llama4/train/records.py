@@ -1,0 +1,253 @@
+"""Lines of a data file -> conversations and texts to learn from. Nothing is guessed: a line that is not of one of these
+kinds is named by its number, with the field and what would be right.
+
+| kind | fields |
+|---|---|
+| messages | `messages`: as `chat` takes them, with pictures; `tools`: optional |
+| ShareGPT | `conversations`: a list of `{"from": ..., "value": ...}` |
+| completion | `prompt`: a question or messages; `completion`: the reply |
+| Alpaca | `instruction`, `input` (optional), `output` |
+| preference | `prompt`: a question or messages; `chosen`, `rejected`: replies |
+| text | `text`: as it is, all of it learnt |
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama4.errors import Llama4Error
+from llama4.reading import MAX_JSON_DEPTH, check_regular, json_depth
+from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
+from llama4.text.tool_calls import check_tools, short
+
+MAX_LINE = 64 << 20
+"""Bytes of a line, pictures in it included."""
+
+
+class DataError(Llama4Error):
+    """A data file, or a line of one, that cannot be learnt from."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one line says.
+
+    Attributes:
+        line: its number in the file, from 1.
+        messages: a conversation that ends with what is learnt; none for a text.
+        text: a text without roles.
+        rejected: the conversation with the worse reply; none but for preferences.
+        tools: functions that the conversation may call.
+    """
+
+    line: int
+    messages: tuple[ParsedMessage, ...] = ()
+    text: str | None = None
+    rejected: tuple[ParsedMessage, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The lines of a file of JSON objects, `.jsonl` or `.jsonl.gz`; empty ones are left out.
+
+    Raises:
+        DataError: no such file, or the first line that is wrong, by number.
+    """
+    path = Path(path).expanduser()
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield _record(number, line, path.parent)
+        except Llama4Error as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        check_regular(path)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{path}, line {number}: it is longer than {MAX_LINE >> 20} MiB; split it")
+                yield number, line
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({reason}); give a file of JSON lines, .jsonl or .jsonl.gz") from None
+
+
+def _record(number: int, line: bytes, folder: Path) -> Record:
+    try:
+        content = json.loads(line.rstrip().decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"it is not JSON: {error.msg} at column {error.colno}; write one object in each line") from None
+    except RecursionError:
+        raise DataError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
+    if not isinstance(content, dict):
+        raise DataError(f'it is {short(content)}; write an object, such as {{"prompt": "...", "completion": "..."}}')
+    if json_depth(content) > MAX_JSON_DEPTH:
+        raise DataError(f"it is nested deeper than {MAX_JSON_DEPTH}")
+    for field, read in _KINDS.items():
+        if field in content:
+            return read(number, content, folder)
+    fields = ", ".join(content) or "none"
+    raise DataError(
+        f"its fields are {fields}; there must be messages, conversations, prompt and completion, prompt with chosen "
+        "and rejected, instruction and output, or text"
+    )
+
+
+def _no_constant(name: str) -> None:
+    raise DataError(f"{name} is not JSON; write null, or a number")
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------------
+
+
+def _messages(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    messages = _conversation(content["messages"], folder)
+    _check_learnt(messages, "messages")
+    return Record(number, messages, tools=_tools(content))
+
+
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"} | {
+    name: "ipython" for name in ("tool", "observation", "function_response")
+}
+
+
+def _sharegpt(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    turns = content["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f'conversations is {short(turns)}; it must be a list of {{"from": "human", "value": "..."}}')
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise DataError(f'turn {i} of conversations is {short(turn)}; it must have a text under "value"')
+        if turn.get("from") not in _SHAREGPT:
+            raise DataError(f"turn {i} of conversations is from {turn.get('from')!r}; choose of {', '.join(_SHAREGPT)}")
+        messages.append({"role": _SHAREGPT[turn["from"]], "content": turn["value"]})
+    if isinstance(content.get("system"), str) and content["system"]:
+        messages.insert(0, {"role": "system", "content": content["system"]})
+    parsed = _conversation(messages, folder)
+    _check_learnt(parsed, "conversations")
+    return Record(number, parsed, tools=_tools(content))
+
+
+def _prompted(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    prompt = _conversation(_as_messages(content["prompt"], "prompt", "user"), folder)
+    tools = _tools(content)
+    if "chosen" in content or "rejected" in content:
+        chosen, rejected = (_reply(content, field, folder) for field in ("chosen", "rejected"))
+        return Record(number, (*prompt, *chosen), rejected=(*prompt, *rejected), tools=tools)
+    return Record(number, (*prompt, *_reply(content, "completion", folder)), tools=tools)
+
+
+def _reply(content: Mapping[str, Any], field: str, folder: Path) -> tuple[ParsedMessage, ...]:
+    if field not in content:
+        raise DataError(f"it has a prompt and no {field}; add it")
+    reply = _conversation(_as_messages(content[field], field, "assistant"), folder)
+    _check_learnt(reply, field)
+    return reply
+
+
+def _alpaca(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    instruction, more = _text(content, "instruction"), content.get("input") or ""
+    if not isinstance(more, str):
+        raise DataError(f"input is {short(more)}; it must be a text")
+    question = f"{instruction}\n\n{more}" if more else instruction
+    output = _text(content, "output")
+    return Record(
+        number,
+        _conversation([{"role": "user", "content": question}, {"role": "assistant", "content": output}], folder),
+    )
+
+
+def _plain(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    return Record(number, text=_text(content, "text"))
+
+
+_KINDS: dict[str, Callable[[int, Mapping[str, Any], Path], Record]] = {
+    "messages": _messages,
+    "conversations": _sharegpt,
+    "prompt": _prompted,
+    "instruction": _alpaca,
+    "text": _plain,
+}
+"""The field that tells a kind -> how it is read."""
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _text(content: Mapping[str, Any], field: str) -> str:
+    text = content.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{field} is {short(text)}; it must be a text that is not empty")
+    return text
+
+
+def _as_messages(value: Any, field: str, role: str) -> Any:
+    """A text is one message."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{field} is empty; write a text")
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise DataError(f"{field} is {short(value)}; it must be a text or a list of messages")
+    return value
+
+
+def _conversation(messages: Any, folder: Path) -> tuple[ParsedMessage, ...]:
+    if not isinstance(messages, list):
+        raise DataError(f"messages is {short(messages)}; it must be a list of messages")
+    return tuple(read_messages([_beside(message, folder) for message in messages]))
+
+
+def _beside(message: Any, folder: Path) -> Message:
+    """A message whose pictures, where they are relative paths, are beside the file."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        result: Message = message
+        return result
+    return {**message, "content": [_found(part, folder) for part in content]}
+
+
+def _found(part: Any, folder: Path) -> Any:
+    if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url", "input_image"):
+        return part
+    source = next((part[key] for key in ("image", "url", "path", "image_url") if part.get(key) is not None), None)
+    source = source.get("url") if isinstance(source, Mapping) else source
+    if not isinstance(source, str) or "://" in source[:12] or source[:5].lower() == "data:":
+        return part
+    return {"type": "image", "image": str(folder / source)}
+
+
+def _tools(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tools = content.get("tools") or []
+    if isinstance(tools, str):  # as columns of tables have it
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise DataError(f"tools is {short(tools)}; it must be a list of functions") from None
+    if not isinstance(tools, list):
+        raise DataError(f"tools is {short(tools)}; it must be a list of functions")
+    if tools:
+        check_tools(tools)
+    return tuple(tools)
+
+
+def _check_learnt(messages: Sequence[ParsedMessage], field: str) -> None:
+    if not any(message.role == "assistant" and (any(message.parts) or message.tool_calls) for message in messages):
+        raise DataError(f"{field} has no text of the assistant, so there is nothing to learn; add its reply")
+    for i, message in enumerate(messages):
+        if any(isinstance(part, ImagePart) and part.source is None for part in message.parts):
+            raise DataError(f'message {i} of {field} has an image without a picture; write {{"image": "file.png"}}')

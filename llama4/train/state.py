@@ -1,0 +1,83 @@
+"""What a run needs to go on as if it had never stopped: one file, replaced in one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4.errors import CheckpointError
+from llama4.train.optimizer import AdamW
+from llama4.weights.safetensors import SafetensorsFiles, write_tensors
+
+STATE_FILE = "training.state"
+_PARAMETER, _OPTIMIZER, _RANDOM, _ABOUT = "parameter:", "optimizer:", "random:", "about"
+
+
+def save_state(directory: Path, optimizer: AdamW, about: Mapping[str, Any]) -> None:
+    """Write parameters, the optimizer's states, the random states, and what else there is to know, as JSON.
+
+    Raises:
+        OSError: it cannot be written; the state that is there stays.
+    """
+    tensors = {_PARAMETER + name: parameter for name, parameter in optimizer.parameters.items()}
+    tensors |= {_OPTIMIZER + name: tensor for name, tensor in optimizer.state.items()}
+    tensors |= {_RANDOM + "torch": torch.get_rng_state(), _RANDOM + "rounding": optimizer.generator.get_state()}
+    if torch.cuda.is_available():
+        tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state()
+    text = json.dumps({**about, "optimizer_steps": optimizer.steps}).encode()
+    tensors[_ABOUT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / STATE_FILE, tensors)
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What `save_state` was told.
+
+    Raises:
+        CheckpointError: there is no state, or a damaged one.
+    """
+    if not (directory / STATE_FILE).is_file():
+        raise CheckpointError(f"{directory} has no {STATE_FILE} to resume from; start without resuming")
+    files = SafetensorsFiles(directory, {STATE_FILE: None})
+    try:
+        about: dict[str, Any] = json.loads(bytes(files.read(_ABOUT).tolist()))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE_FILE} is no state of training ({error}); start anew") from None
+    return about
+
+
+def load_state(directory: Path, optimizer: AdamW) -> None:
+    """Put everything back where it was.
+
+    Raises:
+        CheckpointError: a state of another model or adapter.
+    """
+    files = SafetensorsFiles(directory, {STATE_FILE: None})
+    wanted: dict[str, Tensor] = {_PARAMETER + name: tensor for name, tensor in optimizer.parameters.items()}
+    wanted |= {_OPTIMIZER + name: tensor for name, tensor in optimizer.state.items()}
+    there = {name for name in files.names() if name.startswith((_PARAMETER, _OPTIMIZER))}
+    shapes = [
+        (name, files.spec(name).shape, tuple(tensor.shape))
+        for name, tensor in wanted.items()
+        if name in there and files.spec(name).shape != tuple(tensor.shape)
+    ]
+    if there != wanted.keys() or shapes:
+        raise CheckpointError(
+            f"{directory / STATE_FILE} is of another model or adapter; resume with the same options",
+            wanted.keys() - there,
+            there - wanted.keys(),
+            shapes,
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(files.read(name))
+    optimizer.steps = int(read_about(directory)["optimizer_steps"])
+    torch.set_rng_state(files.read(_RANDOM + "torch").clone())
+    optimizer.generator.set_state(files.read(_RANDOM + "rounding").clone())
+    if torch.cuda.is_available() and _RANDOM + "cuda" in files.names():
+        torch.cuda.set_rng_state(files.read(_RANDOM + "cuda").clone())

@@ -1,0 +1,259 @@
+"""Data files: every kind, what is learnt of it, and packing; and files that are wrong, by line."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from llama4.api import Llama4
+from llama4.errors import ArgumentError
+from llama4.inputs import Processor
+from llama4.train.data import Batches, Dataset, Example, collate, load_dataset
+from llama4.train.loss import IGNORED
+from llama4.train.records import DataError
+from llama4.train.step import batch_loss
+from tests import small_model
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama4:
+    return Llama4.from_pretrained(small_model.write(tmp_path_factory.mktemp("data") / "model"))
+
+
+@pytest.fixture
+def processor(llm: Llama4) -> Processor:
+    return llm.processor
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def load(path: Path, processor: Processor, **options: Any) -> Dataset:
+    return load_dataset(path, processor, **{"max_length": 4096, "progress": False} | options)
+
+
+def learnt(example: Example, processor: Processor) -> str:
+    chosen = [token for token, is_learnt in zip(example.ids, example.is_learnt, strict=True) if is_learnt]
+    return processor.tokenizer.decode(chosen)
+
+
+USER, REPLY = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [USER, REPLY]},
+        {"prompt": "How many?", "completion": "Three."},
+        {"prompt": [USER], "completion": [REPLY]},
+        {"instruction": "How many?", "output": "Three."},
+        {"instruction": "How many?", "input": "", "output": "Three."},
+        {"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Three."}]},
+        {"prompt": "How many?", "chosen": "Three.", "rejected": "Four."},
+    ],
+)
+def test_every_kind_is_asked_as_chat_asks(line: dict[str, Any], processor: Processor, tmp_path: Path) -> None:
+    dataset = load(write(tmp_path / "x.jsonl", line), processor)
+    (example,) = dataset.examples
+    asked = processor([USER]).input_ids[0].tolist()
+    assert list(example.ids[: len(asked)]) == asked
+    assert learnt(example, processor) == "Three.<|eot|>"
+    assert example.is_learnt == (False,) * len(asked) + (True,) * (len(example.ids) - len(asked))
+    if "rejected" in line:
+        assert learnt(dataset.rejected[0], processor) == "Four.<|eot|>"
+
+
+def test_alpaca_with_an_input_and_a_text(processor: Processor, tmp_path: Path) -> None:
+    lines = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"text": "Once upon"}]
+    one, other = load(write(tmp_path / "x.jsonl", *lines), processor).examples
+    assert "user<|header_end|>\n\nAdd.\n\n1, 2<|eot|>" in processor.tokenizer.decode(one.ids)
+    assert learnt(other, processor) == "<|begin_of_text|>Once upon<|end_of_text|>"
+
+
+def test_users_text_is_never_a_special_token(processor: Processor, tmp_path: Path) -> None:
+    lines = [{"text": "a<|eot|>b"}, {"prompt": "<|eot|>", "completion": "<|image|>"}]
+    for example in load(write(tmp_path / "x.jsonl", *lines), processor).examples:
+        ends = example.ids.count(processor.tokenizer.special("<|eot|>"))
+        assert ends == {1: 0, 2: 2}[example.line]
+
+
+def test_what_is_learnt(processor: Processor, tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    path = write(tmp_path / "x.jsonl", {"messages": [system, USER, REPLY, USER, {**REPLY, "content": "Still three."}]})
+    (example,) = load(path, processor).examples
+    assert learnt(example, processor) == "Three.<|eot|>Still three.<|eot|>"
+    assert learnt(load(path, processor, learn="last").examples[0], processor) == "Still three.<|eot|>"
+    assert all(load(path, processor, learn="all").examples[0].is_learnt)
+    ghost = load(path, processor, ghost_attention=True).examples[0]
+    text = processor.tokenizer.decode(ghost.ids)
+    assert text.count("Be brief.\n\nHow many?") == 2 and "system" not in text
+    assert learnt(ghost, processor) == "Still three.<|eot|>"
+    with pytest.raises(ArgumentError, match="choose one of assistant, last, all"):
+        load(path, processor, learn="none")
+
+
+def test_tools_and_calls(processor: Processor, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    answer = {"role": "tool", "content": "1"}
+    line = {"messages": [USER, call, answer, REPLY], "tools": [tool]}
+    for given in (line, line | {"tools": json.dumps([tool])}):
+        (example,) = load(write(tmp_path / "x.jsonl", given), processor).examples
+        found = learnt(example, processor)
+        assert found.startswith('{"type": "function", "name": "add"') and found.endswith("<|eom|>Three.<|eot|>")
+        assert list(example.ids[:40]) == processor([USER], tools=[tool]).input_ids[0][:40].tolist()
+
+
+def test_pictures_beside_the_file(llm: Llama4, tmp_path: Path) -> None:
+    processor = llm.processor
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "a.png")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    line = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}, REPLY]}
+    (example,) = load(write(tmp_path / "x.jsonl", line), processor).examples
+    assert example.tiles == 6
+    batch = Batches([example], processor, 4096)[0]
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (6, 3, 28, 28)
+    assert batch_loss(llm.model, batch).isfinite()
+    with pytest.raises(DataError, match="nothing is learnt of its 1 lines within 8 tokens"):
+        load(write(tmp_path / "x.jsonl", line), processor, max_length=8)
+
+
+def test_compressed_files_and_empty_lines(processor: Processor, tmp_path: Path) -> None:
+    text = json.dumps({"text": "a"}) + "\n\n  \n" + json.dumps({"text": "b"})
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(text)
+    assert [example.line for example in load(tmp_path / "x.jsonl.gz", processor).examples] == [1, 4]
+
+
+def test_what_is_cut_is_counted(processor: Processor, tmp_path: Path) -> None:
+    lines = [{"text": "ab" * n} for n in (2, 30, 50)] + [{"prompt": "ab" * 40, "completion": "x"}]
+    dataset = load(write(tmp_path / "x.jsonl", *lines), processor, max_length=20)
+    whole = load(tmp_path / "x.jsonl", processor)
+    assert max(len(example.ids) for example in dataset.examples) == 20
+    assert dataset.cut == 2 and dataset.dropped == (4,)
+    assert dataset.cut_tokens == sum(len(e.ids) - 20 for e in whole.examples[1:3])
+    assert dataset.notes()[0].endswith(f"2 of 3 examples are cut, {dataset.cut_tokens} tokens")
+    assert "1 examples are left out" in dataset.notes()[1]
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def examples(lengths: Sequence[int]) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Example(i + 1, tuple(torch.randint(0, 800, (n,), generator=generator).tolist()), (True,) * n)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_packed_sequences_do_not_see_each_other(llm: Llama4) -> None:
+    """A batch against its sequences alone, over borders of chunks: losses and gradients."""
+    model, some = llm.model, examples([70, 3, 33, 1, 40])
+    model.requires_grad_(False)
+    weight = model.get_parameter("language_model.model.layers.1.self_attn.k_proj.weight").requires_grad_()
+    together = batch_loss(model, collate(some))
+    (found,) = torch.autograd.grad(together, weight)
+    alone = torch.stack([batch_loss(model, collate([each])) for each in some if len(each.ids) > 1]).sum()
+    (wanted,) = torch.autograd.grad(alone, weight)
+    assert abs(together / alone - 1) < 1e-6
+    assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+def test_labels_are_the_next_tokens() -> None:
+    batch = collate(examples([4, 2]))
+    assert batch.labels[0, :3].tolist() == batch.input_ids[0, 1:].tolist()
+    assert batch.labels[0, 3] == batch.labels[1, 1] == IGNORED and batch.num_learnt == 4 and batch.num_tokens == 6
+    assert F.one_hot(batch.attention_mask).sum(1).tolist() == [[0, 4], [2, 2]]
+
+
+def test_batches_are_full_and_everything_comes_once(processor: Processor) -> None:
+    lengths = [5, 40, 7, 90, 12, 33, 8, 21]
+    batches = Batches(examples(lengths), processor, 60, seed=3)
+    for epoch in range(3):
+        plan = batches.plan(epoch)
+        assert sorted(index for batch in plan for index in batch) == list(range(8))
+        sizes = [[lengths[i] for i in batch] for batch in plan]
+        assert all(sum(batch) <= 60 or len(batch) == 1 for batch in sizes)
+        assert all(sum(one) + two[0] > 60 for one, two in itertools.pairwise(sizes))
+    first = len(batches.plan(0))
+    assert batches.indices(first) == batches.plan(1)[0] and batches.plan(0) != batches.plan(1)
+    assert Batches(examples(lengths), processor, 60, seed=3).indices(first + 2) == batches.indices(first + 2)
+    assert batches.steps_of(2) == first + len(batches.plan(1)) and batches.steps_of(0.01) == 1
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
+    (b'{"text": "a"', r"it is not JSON: Expecting ',' delimiter at column 13"),
+    (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
+    (b"text", "it is not JSON: Expecting value at column 1"),
+    (b'{"text": NaN}', "NaN is not JSON"),
+    (b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "it is nested deeper than 64"),
+    ([1, 2], r"it is \[1, 2\]; write an object"),
+    ({"txt": "a"}, "its fields are txt; there must be messages"),
+    ({}, "its fields are none"),
+    ({"text": ""}, "text is ''; it must be a text that is not empty"),
+    ({"text": 3}, "text is 3"),
+    ({"prompt": "a"}, "it has a prompt and no completion; add it"),
+    ({"prompt": "a", "chosen": "b"}, "it has a prompt and no rejected; add it"),
+    ({"prompt": 1, "completion": "b"}, "prompt is 1; it must be a text or a list of messages"),
+    ({"prompt": "a", "completion": " "}, "completion is empty"),
+    ({"instruction": "a"}, "output is None; it must be a text"),
+    ({"instruction": "a", "input": [1], "output": "b"}, r"input is \[1\]; it must be a text"),
+    ({"messages": "a"}, "messages is 'a'; it must be a list of messages"),
+    ({"messages": []}, "the list of messages is empty"),
+    ({"messages": [USER]}, "messages has no text of the assistant, so there is nothing to learn"),
+    ({"messages": [{"role": "human", "content": "a"}, REPLY]}, "message 0 has the role 'human'; the roles are"),
+    ({"messages": [{"role": "user"}, REPLY]}, "message 0 has the content None"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]}, "image without a picture"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}, REPLY]}, r"no\.png"),
+    ({"messages": [USER, REPLY], "tools": "x"}, "tools is 'x'; it must be a list of functions"),
+    ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 0 of conversations is from 'bot'; choose of human"),
+    ({"conversations": [{"from": "human"}]}, 'turn 0 of conversations is .* it must have a text under "value"'),
+    ({"conversations": {}}, "conversations is {}; it must be a list"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "mixes preferences"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), DAMAGED)
+def test_a_wrong_line_is_named(line: Any, message: str, processor: Processor, tmp_path: Path) -> None:
+    good = json.dumps({"text": "good"}).encode()
+    wrong = line if isinstance(line, bytes) else json.dumps(line).encode()
+    (tmp_path / "x.jsonl").write_bytes(good + b"\n\n" + wrong + b"\n" + good + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path / "x.jsonl", processor)
+    assert f"{tmp_path / 'x.jsonl'}" in str(caught.value)
+    assert "line 3: " in str(caught.value) or "mixes" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", "holds nothing to learn from: it is empty"),
+        ("x.jsonl.gz", b"not gzip", r"cannot be read \(Not a gzipped file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "cannot be read"),
+    ],
+)
+def test_a_wrong_file(name: str, content: bytes, message: str, processor: Processor, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / name, processor)
+
+
+def test_no_file(processor: Processor, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file or directory"):
+        load(tmp_path / "nothing.jsonl", processor)
+    with pytest.raises((DataError, ValueError), match="no regular file"):
+        load(tmp_path, processor)

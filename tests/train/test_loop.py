@@ -1,0 +1,197 @@
+"""Runs: they learn, stop, go on, and leave what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama4.adapters.config import LoraConfig
+from llama4.api import Llama4
+from llama4.cli.main import main
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error
+from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
+from llama4.train.memory import Estimate, check_memory
+from llama4.train.report import METRICS_FILE, read_metrics
+from llama4.train.state import STATE_FILE
+from llama4.train.step import learn
+from tests import small_model
+from tests.train.test_data import write
+
+SETTINGS: dict[str, Any] = {"steps": 6, "batch_tokens": 60, "learning_rate": 1e-2, "progress": False, "warmup": 1}
+LORA = LoraConfig(rank=4, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("loop") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("loop") / "data.jsonl"
+    return write(path, *({"prompt": f"say {i}", "completion": f"it is {i % 3}"} for i in range(12)))
+
+
+def run(directory: Path, data: Path, output: Path, **settings: Any) -> Result:
+    return finetune(directory, data, output, **{"lora": LORA, **SETTINGS} | settings)
+
+
+def test_it_learns_and_the_base_stays(directory: Path, data: Path, tmp_path: Path) -> None:
+    llm = Llama4.from_pretrained(directory)
+    before = {name: p.clone() for name, p in llm.model.named_parameters()}
+    result = finetune(llm, data, tmp_path, eval=data, steps=30, **{k: v for k, v in SETTINGS.items() if k != "steps"})
+    assert result.is_finished and result.losses[-1] < 0.5 * result.losses[0]
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in llm.model.named_parameters())
+    assert not any(module._forward_hooks for module in llm.model.modules())
+    losses = dict(result.eval_losses)
+    assert losses[30] < losses[0] and set(losses) == {0, *range(3, 31, 3)}
+    llm.adapters.add("new", tmp_path)
+    llm.set_adapter("new")
+    assert llm.chat("say 1", max_new_tokens=8).text.startswith("it is")
+    lines = read_metrics(tmp_path)
+    assert lines[-1]["finished"] and sum(lines[-1]["expert_shares"].popitem()[1]) == pytest.approx(1)
+    assert (tmp_path / "README.md").read_text().count(str(data)) == 1
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_resumed_is_bit_equal(
+    method: str, directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off between gradients and step, four times."""
+    settings: dict[str, Any] = {"method": method, "save_every": 1, "eval": data, "eval_every": 2}
+    whole = run(directory, data, tmp_path / "whole", **settings)
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    for steps in (1, 1, 2, 1):
+
+        def killed(*args: Any, left: Any = iter(range(steps)), **options: Any) -> Any:
+            learnt = learn(*args, **options)
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return learnt
+
+        monkeypatch.setattr(loop, "learn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(directory, data, tmp_path / "parts", resume=True, **settings)
+    monkeypatch.setattr(loop, "learn", learn)
+    parts = run(directory, data, tmp_path / "parts", resume=True, **settings)
+    assert parts.losses == whole.losses and parts.eval_losses == whole.eval_losses
+    found, wanted = load_file(tmp_path / "parts" / weights), load_file(tmp_path / "whole" / weights)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ArgumentError, match="is finished; there is nothing to resume"):
+        run(directory, data, tmp_path / "parts", resume=True, **settings)
+
+
+def test_ctrl_c_saves(directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if args[1].lines and not (tmp_path / "was").exists():
+            (tmp_path / "was").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(*args, **options)
+
+    monkeypatch.setattr(loop, "learn", interrupted)
+    result = run(directory, data, tmp_path / "out")
+    assert (result.steps, result.is_finished) == (1, False) and (tmp_path / "out" / STATE_FILE).exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again, whole = run(directory, data, tmp_path / "out", resume=True), run(directory, data, tmp_path / "whole")
+    assert again.losses == whole.losses and again.is_finished
+
+
+def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, steps=6), progress=False)
+    with state.attached():
+        loop._train(state, tmp_path, False, stop)
+    with pytest.raises(ArgumentError, match="holds a run with other settings; resume with the same"):
+        run(directory, data, tmp_path, resume=True, learning_rate=1.0, batch_tokens=4096)
+    (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        run(directory, data, tmp_path, resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_lines(directory: Path, data: Path, tmp_path: Path) -> None:
+    llm = Llama4.from_pretrained(directory)
+    small_model.layers(llm.model)[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"at step 1 the loss is nan .* on lines \d+.* of .*data\.jsonl"):
+        finetune(llm, data, tmp_path, **SETTINGS)
+
+
+def test_the_best_is_kept(directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is of the step with the least loss, as a run has it that ends there."""
+    losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 1.0, 2.0])
+    run(directory, data, tmp_path / "short", steps=2, schedule="constant")
+    monkeypatch.setattr(loop, "evaluate", lambda *args: next(losses))
+    run(directory, data, tmp_path / "long", schedule="constant", eval=data, eval_every=1)
+    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("settings", [{"method": "qlora"}, {"gradient_checkpointing": True}, {"balance": 0.1}])
+def test_ways_of_training(settings: dict[str, Any], directory: Path, data: Path, tmp_path: Path) -> None:
+    llm: Any = directory
+    if settings.get("method") == "qlora":
+        llm = Llama4.from_pretrained(directory, quantization="int8")
+        packed = {n: p.clone() for n, p in llm.model.named_parameters() if not p.is_floating_point()}
+    plain = run(directory, data, tmp_path / "plain")
+    result = finetune(llm, data, tmp_path / "out", **{"lora": LORA, **SETTINGS} | settings)
+    assert result.losses[-1] < result.losses[0]
+    if "gradient_checkpointing" in settings:
+        assert result.losses == pytest.approx(plain.losses, rel=1e-4)
+    if "balance" in settings:
+        assert read_metrics(tmp_path / "out")[3]["router_loss"] > 0
+    if "method" in settings:
+        assert all(torch.equal(dict(llm.model.named_parameters())[name], values) for name, values in packed.items())
+
+
+def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) -> None:
+    packed = Llama4.from_pretrained(directory, quantization="int8")
+    with pytest.raises(ArgumentError, match="packed weights are not trained; use method 'qlora'"):
+        finetune(packed, data, tmp_path, method="full", steps=1)
+    with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full"):
+        finetune(directory, data, tmp_path, method="sft")
+    wrong: dict[str, Any] = {"batch_tokens": 1, "learning_rate": -1.0, "steps": 0, "clip": float("nan")}
+    for name, value in wrong.items():
+        with pytest.raises(ArgumentError, match=f"{name} is"):
+            TrainingOptions(**{name: value})
+    with pytest.raises(ArgumentError, match="epochs and steps both"):
+        TrainingOptions(epochs=1, steps=1)
+    pairs = write(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(ArgumentError, match="holds preferences"):
+        finetune(directory, pairs, tmp_path)
+
+
+def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama4.train.memory.available_bytes", lambda device: 1 << 20)
+    with pytest.raises(Llama4Error, match=r"training takes 3\.0 MiB beyond .* 1\.0 MiB are free; take fewer"):
+        check_memory(Estimate(1 << 20, 1 << 20, 1 << 20), torch.device("cpu"))
+
+
+def test_command(directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [str(directory), "--data", str(data), "--targets", "attention,experts:2", "--batch-tokens", "60"]
+    assert main(["finetune", *common, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦it is 0<|eot|>⟧" in shown and "12 examples" in shown and "memory: " in shown
+    output, merged = tmp_path / "out", tmp_path / "merged"
+    training = ["--output", str(output), "--steps", "2", "--merge", str(merged)]
+    assert main(["finetune", *common, *training]) == 0
+    assert json.loads((output / "adapter_config.json").read_text())["rank_pattern"] == {
+        "feed_forward.experts.gate_up_proj": 2,
+        "feed_forward.experts.down_proj": 2,
+    }
+    assert (merged / "config.json").exists() and (output / METRICS_FILE).exists()
+    assert "2 steps, loss" in capsys.readouterr().err
+    adapted = ["generate", "hello", "--model", str(directory), "--adapter", str(output), "--max-new-tokens", "3"]
+    assert main(adapted) == 0
+    capsys.readouterr()
+    assert main(["finetune", *common, "--output", str(output), "--targets", "heads"]) == 2
+    assert "'heads' is not known" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
 from llama4.train.memory import Estimate, check_memory
 from llama4.train.report import METRICS_FILE, read_metrics
 from llama4.train.state import STATE_FILE
-from llama4.train.step import learn
+from llama4.train.step import Learnt, learn
 from tests import small_model
 from tests.train.test_data import write
 
@@ -62,6 +63,19 @@ def test_it_learns_and_the_base_stays(directory: Path, data: Path, tmp_path: Pat
     assert not (tmp_path / STATE_FILE).exists()
 
 
+def breaks_off_after(steps: int) -> Callable[..., Learnt]:
+    """`learn`, but that a process would have died in one of the steps."""
+    left = iter(range(steps))
+
+    def dying(*args: Any, **options: Any) -> Learnt:
+        learnt = learn(*args, **options)
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return learnt
+
+    return dying
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_resumed_is_bit_equal(
     method: str, directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,14 +85,7 @@ def test_resumed_is_bit_equal(
     whole = run(directory, data, tmp_path / "whole", **settings)
     weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     for steps in (1, 1, 2, 1):
-
-        def killed(*args: Any, left: Any = iter(range(steps)), **options: Any) -> Any:
-            learnt = learn(*args, **options)
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return learnt
-
-        monkeypatch.setattr(loop, "learn", killed)
+        monkeypatch.setattr(loop, "learn", breaks_off_after(steps))
         with pytest.raises(KeyboardInterrupt):
             run(directory, data, tmp_path / "parts", resume=True, **settings)
     monkeypatch.setattr(loop, "learn", learn)

@@ -225,7 +225,7 @@ class Processor:
         special_tokens: bool = False,
         padding_side: PaddingSide = "left",
     ) -> Inputs:
-        """Raw text, or a list of texts, after `<|begin_of_text|>`, for the model to continue.
+        """Raw text, or a list of texts, for the model to continue, after the tokenizer's first token if it puts one.
 
         Args:
             images: with `special_tokens`, one for each `<|image|>` in the texts.
@@ -240,6 +240,7 @@ class Processor:
             raise Llama4Error("the prompt is empty; write the text that the model shall continue")
         prompts = [read_pieces(each, self.tokenizer) if special_tokens else [Piece(each)] for each in texts]
         bos, image = Piece(self.tokenizer.bos, special=True), Piece(IMAGE, special=True)
+        begin = [bos] if self.tokenizer.adds_bos else []
         counts = [prompt.count(image) for prompt in prompts]
         if sum(counts) != len(images):
             raise Llama4Error(
@@ -248,7 +249,7 @@ class Processor:
         tiles = [self.tile(source) for source in images]
         remaining = iter(tiles)
         rows = [
-            self._encode(prompt if prompt[0] == bos else [bos, *prompt], [next(remaining) for _ in range(count)]).ids
+            self._encode([*begin, *prompt] if prompt[0] != bos else prompt, [next(remaining) for _ in range(count)]).ids
             for prompt, count in zip(prompts, counts, strict=True)
         ]
         return self._pad(rows, _pixels(tiles), padding_side)

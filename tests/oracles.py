@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-ORACLES = ("transformers", "llama_models", "compressed_tensors", "bitsandbytes", "tokenizers", "accelerate", "peft")
+ORACLES = (
+    "transformers",
+    "llama_models",
+    "compressed_tensors",
+    "bitsandbytes",
+    "tokenizers",
+    "sentencepiece",
+    "accelerate",
+    "peft",
+)
 OURS = ("tests", "llama4.bench")
 """Code that reaches a reference."""
 

@@ -15,7 +15,7 @@ from llama4.errors import ConfigError
 from llama4.families.base import Family
 from llama4.families.names import HalvesToPairs, NameTable
 from llama4.reading import read_json
-from llama4.text.vocabulary import LLAMA4
+from llama4.text.vocabulary import LLAMA3
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _SAME = (*_SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias")
@@ -52,7 +52,7 @@ class LlamaFamily(Family):
     name = "llama"
     title = "Llama 1 to 3"
     model_types = tuple(_DEFAULTS)
-    vocabulary = LLAMA4
+    vocabulary = LLAMA3
 
     def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
         yield FIELDS, content

@@ -1,4 +1,4 @@
-"""Text <-> token ids: a byte-level BPE on tiktoken, read from either of the two files it is published in.
+"""Text <-> token ids, by whichever BPE a model's tokenizer is, from any of the files that it is published in.
 
 The text's own characters never become special tokens: `encode` finds none, and `special_tokens` gives their ids to the
 code that builds prompts (prompt.py). Added tokens that are not special are text: see added_tokens.py.
@@ -7,41 +7,41 @@ code that builds prompts (prompt.py). Added tokens that are not special are text
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tiktoken
-
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, replaced_file
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
+from llama4.text.byte_level import RankedBytes
+from llama4.text.sentencepiece import is_sentencepiece, read_sentencepiece
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
-from llama4.text.tokenizer_files import find_file, read_json, read_tiktoken, to_json
-from llama4.text.vocabulary import LLAMA4, Vocabulary
-
-# In o200k's pattern the lookahead `\s+(?!\S)` backtracks over blanks, and the regex engine fails at a million of them.
-# A long run of blanks is therefore cut out here, as the piece that the pattern would make of it: the whole run, or all
-# but its last blank if text follows. (Blanks before a line break match an alternative that does not backtrack.)
-_BLANK = "\\t\\x0b\\x0c\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
-_LONG_BLANK = re.compile(rf"(?<![{_BLANK}])[{_BLANK}]{{100000,}}+(?![\r\n])")
+from llama4.text.tokenizer_files import TokenModel, find_file, read_json, read_tiktoken, to_json
+from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, LLAMA4, SENTENCEPIECE, Vocabulary
 
 
 class Tokenizer:
-    """Byte-level BPE with special tokens.
+    """BPE with special tokens.
 
     Args:
-        path: tiktoken's `tokenizer.model`, Hugging Face's `tokenizer.json`, or a directory with one of them (if both
-            are there, `tokenizer.json`, which lists its special tokens itself).
-        num_special_tokens: how many special tokens follow the ranks of a `tokenizer.model`; by default as many as the
-            vocabulary's. A `tokenizer.json` says so itself.
-        vocabulary: the family's pattern and special tokens; what the files say of the latter counts more.
+        path: `tokenizer.model`, tiktoken's (Llama 3 and 4) or SentencePiece's (Llama 1 and 2); Hugging Face's
+            `tokenizer.json`; or a directory with one of them (if both are there, `tokenizer.json`, which lists its
+            special tokens itself).
+        num_special_tokens: how many special tokens follow the ranks of a tiktoken file; by default as many as the
+            vocabulary's. Other files say so themselves.
+        vocabulary: pattern and special tokens, which a tiktoken file does not say; by default Llama 3's for a file of
+            128,000 ranks, else Llama 4's. What files say counts more.
+
     Raises:
         FileNotFoundError: neither file is there.
-        Llama4Error: a file is not what its name says, or the tokenizer is not a byte-level BPE.
+        Llama4Error: a file is not what its name says, or the tokenizer is no BPE.
+
+    Attributes:
+        model: what merges characters or bytes into tokens.
+        adds_bos: whether a text to be continued begins with `bos_id`.
     """
 
     added_tokens: tuple[AddedToken, ...]
@@ -52,44 +52,62 @@ class Tokenizer:
     """Highest id + 1."""
 
     def __init__(
-        self, path: str | Path, *, num_special_tokens: int | None = None, vocabulary: Vocabulary = LLAMA4
+        self, path: str | Path, *, num_special_tokens: int | None = None, vocabulary: Vocabulary | None = None
     ) -> None:
         self.path = find_file(Path(path).expanduser())
-        self.vocabulary = vocabulary
         self.config = TokenizerConfig.read(self.path.parent)
-        if self.path.suffix == ".json":
-            ranks, added, pattern = read_json(self.path, self.config, vocabulary.control_names)
-        else:
-            count = vocabulary.num_special_tokens if num_special_tokens is None else num_special_tokens
-            if count < 0:
-                raise Llama4Error(f"num_special_tokens is {count}; it counts tokens, so at least 0")
-            ranks, pattern = read_tiktoken(self.path), vocabulary.pattern
-            names = dict(enumerate(vocabulary.special_token_names(count), max(ranks.values()) + 1))
-            added = self.config.apply_by_id(names, vocabulary.control_names)
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        if missing:
-            raise Llama4Error(
-                f"{self.path} has no token for {len(missing)} of the 256 bytes (the first: {missing[0]:#04x}), so some "
-                "text could not be encoded; a byte-level vocabulary needs all of them"
-            )
-        self.ranks = ranks
-        self.pattern = pattern
-        self.added_tokens = tuple(sorted(added, key=lambda token: token.id))
-        self.special_tokens = {token.content: token.id for token in self.added_tokens if token.special}
-        self.vocab_size = 1 + max(max(ranks.values()), *(token.id for token in added), 0)
-        self._splitter = AddedTokenSplitter(self.added_tokens)
-        in_ranks = set(ranks.values())
-        contents = {token.content: token.id for token in added if token.id not in in_ranks}
         try:
-            self._encoding = tiktoken.Encoding(
-                self.path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=contents
-            )
+            self._read(num_special_tokens, vocabulary)
         except BaseException as error:
             raise self._refused(error) from None
+        added = self.added_tokens
+        self.special_tokens = {token.content: token.id for token in added if token.special}
+        ids = self.model.ranks.values()
+        self.vocab_size = 1 + max(max(ids, default=-1), *(token.id for token in added), 0)
+        self._splitter = AddedTokenSplitter(added)
+        in_ranks = set(ids)
+        self._contents = {
+            token.id: token.content.encode() for token in added if token.special or token.id not in in_ranks
+        }
+
+    def _read(self, num_special_tokens: int | None, vocabulary: Vocabulary | None) -> None:
+        """`model`, `vocabulary`, `added_tokens` and `adds_bos`, from the file."""
+        self.model: TokenModel
+        if self.path.suffix == ".json":
+            self.vocabulary = vocabulary or LLAMA4
+            self.model, added, adds_bos = read_json(self.path, self.config, self.vocabulary.control_names)
+            self.vocabulary = _of_names(self.vocabulary, (token.content for token in added))
+        elif is_sentencepiece(self.path):
+            self.vocabulary, adds_bos = SENTENCEPIECE, True
+            self.model = pieces = read_sentencepiece(self.path, SENTENCEPIECE.control_names)
+            added = self.config.apply(pieces.controls(), ())
+        else:
+            ranks, adds_bos = read_tiktoken(self.path), True
+            self.vocabulary = vocabulary or (LLAMA3 if len(ranks) == LLAMA3_RANKS else LLAMA4)
+            count = self.vocabulary.num_special_tokens if num_special_tokens is None else num_special_tokens
+            if count < 0:
+                raise Llama4Error(f"num_special_tokens is {count}; it counts tokens, so at least 0")
+            self.model = RankedBytes(self.path.name, ranks, self.vocabulary.pattern)
+            names = dict(enumerate(self.vocabulary.special_token_names(count), len(ranks)))
+            added = self.config.apply_by_id(names, self.vocabulary.control_names)
+        self.added_tokens = tuple(sorted(added, key=lambda token: token.id))
+        self.adds_bos = adds_bos if self.config.adds_bos is None else self.config.adds_bos
+
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """Ordinary token -> id."""
+        return self.model.ranks
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that splits a text, if one alone does."""
+        return self.model.pattern
 
     def _refused(self, error: BaseException) -> BaseException:
         """What the tokenizer's library makes of a pattern or of ids that it cannot use: a panic, which is no Exception,
         or an error without the file's name. Others are as they are."""
+        if isinstance(error, Llama4Error):
+            return error
         if type(error).__name__ == "PanicException" or isinstance(error, (ValueError, OverflowError)):
             return Llama4Error(f"{self.path} has a pattern or ids that cannot be used ({error}); fetch it again")
         return error
@@ -97,8 +115,11 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, blank: bool = True) -> list[int]:
         """Text -> ids; every character is text, `<|eot|>` too. Added tokens that are text are found in it.
+
+        Args:
+            blank: whether the vocabularies of Llama 1 and 2 put a blank before it, as they do before a text.
 
         Raises:
             TypeError: `text` is not a string.
@@ -115,22 +136,10 @@ class Tokenizer:
             ) from None
         ids: list[int] = []
         try:
-            for piece in self._splitter.split(text):
-                ids += [piece] if isinstance(piece, int) else self._encode_piece(piece)
+            for i, piece in enumerate(self._splitter.split(text)):
+                ids += [piece] if isinstance(piece, int) else self.model.encode(piece, blank=blank or i > 0)
         except BaseException as error:
             raise self._refused(error) from None
-        return ids
-
-    def _encode_piece(self, text: str) -> list[int]:
-        """Text without added tokens -> ids."""
-        ids: list[int] = []
-        start = 0
-        for run in _LONG_BLANK.finditer(text):
-            stop = run.end() if run.end() == len(text) else run.end() - 1
-            ids += self._encoding.encode_ordinary(text[start : run.start()])
-            ids += self._encoding._encode_single_piece(text[run.start() : stop])
-            start = stop
-        ids += self._encoding.encode_ordinary(text[start:] if start else text)
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -139,12 +148,14 @@ class Tokenizer:
         Raises:
             Llama4Error: an id is not in the vocabulary.
         """
-        ids = [int(i) for i in ids]
+        return b"".join(self._bytes_of(int(i)) for i in ids)
+
+    def _bytes_of(self, i: int) -> bytes:
         try:
-            return self._encoding.decode_bytes(ids)
-        except (KeyError, OverflowError):
-            wrong = next(i for i in ids if not self._is_token(i))
-            raise Llama4Error(f"{wrong} is not the id of a token; this vocabulary has {self.vocab_size}") from None
+            found = self._contents.get(i)
+            return self.model.token_bytes(i) if found is None else found
+        except LookupError:
+            raise Llama4Error(f"{i} is not the id of a token; this vocabulary has {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; bytes that are no whole character become U+FFFD, special tokens give their names."""
@@ -160,7 +171,7 @@ class Tokenizer:
             return self.special_tokens[name]
         except KeyError:
             raise Llama4Error(
-                f"{self.path} has no special token {name!r}, which Llama 4's prompts need; use the tokenizer that "
+                f"{self.path} has no special token {name!r}, which the prompt needs; use the tokenizer that "
                 "belongs to the model"
             ) from None
 
@@ -241,12 +252,12 @@ class Tokenizer:
                 config["model_max_length"] = model_max_length
             replace_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
-    def _is_token(self, i: int) -> bool:
-        try:
-            self._encoding.decode_single_token_bytes(i)
-        except (KeyError, OverflowError):
-            return False
-        return True
+
+def _of_names(vocabulary: Vocabulary, names: Iterable[str]) -> Vocabulary:
+    """That of a family, or of another generation of Llama if a tokenizer.json has its tokens and not the family's."""
+    found = set(names)
+    others = (each for each in (LLAMA4, LLAMA3, SENTENCEPIECE) if {each.bos, each.eos} <= found)
+    return vocabulary if vocabulary.eos in found else next(others, vocabulary)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ FIELDS = FieldTable(
     used=(
         *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
         *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
-        *("added_tokens_decoder", "chat_template"),
+        *("added_tokens_decoder", "chat_template", "add_bos_token"),
     ),
     without_effect={
         **dict.fromkeys(("tokenizer_class", "processor_class", "auto_map"), "names of classes; no code is run"),
@@ -34,9 +34,7 @@ FIELDS = FieldTable(
         **dict.fromkeys(
             ("files_loaded", "tokenizer_file", "vocab_file", "special_tokens_map_file"), "where it comes from"
         ),
-        **dict.fromkeys(
-            ("add_bos_token", "add_eos_token", "post_processor"), "the prompt's format says where they stand"
-        ),
+        **dict.fromkeys(("add_eos_token", "post_processor"), "the prompt's format says where they stand"),
         "split_special_tokens": "a text never becomes a special token",
         "chat_control_tokens": "a text never becomes a special token",
         **dict.fromkeys(("model_max_length", "max_len", "max_length", "stride"), "the model's window counts"),
@@ -67,11 +65,13 @@ class TokenizerConfig:
         names: role -> token, such as `bos_token` -> `<|begin_of_text|>`.
         added: added tokens, in order of id.
         overrides: whether `added` beats what the tokenizer's own file says of the same tokens.
+        adds_bos: whether a text to be continued begins with the first token of a prompt; None where nothing is said.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     added: tuple[AddedToken, ...] = ()
     overrides: bool = False
+    adds_bos: bool | None = None
 
     @classmethod
     def read(cls, directory: Path) -> TokenizerConfig:
@@ -84,16 +84,19 @@ class TokenizerConfig:
         path = directory / TOKENIZER_CONFIG_FILE
         content = _read(path)
         FIELDS.check(content)
+        adds_bos = None if content.get("add_bos_token") is None else bool(content["add_bos_token"])
         if (decoder := content.get("added_tokens_decoder")) is not None:
-            tokens = ({**_object(token, path), "id": i} for i, token in _object(decoder, path).items())
-            return cls(_names(content, path), _sorted(read_added_token(token, path) for token in tokens), True)
+            listed = ({**_object(token, path), "id": i} for i, token in _object(decoder, path).items())
+            tokens = _sorted(read_added_token(token, path) for token in listed)
+            return cls(_names(content, path), tokens, True, adds_bos)
         special = _read(directory / SPECIAL_TOKENS_FILE)
         names = _names(content, path) | _names(special, directory / SPECIAL_TOKENS_FILE)
         controls = {*names.values(), *_listed(content), *_listed(special)}
         path = directory / ADDED_TOKENS_FILE
         found = (read_added_token({"id": i, "content": name}, path) for name, i in _read(path).items())
         is_special = ((token, token.content in controls) for token in found)
-        return cls(names, _sorted(replace(t, special=special, normalized=not special) for t, special in is_special))
+        added = _sorted(replace(t, special=special, normalized=not special) for t, special in is_special)
+        return cls(names, added, adds_bos=adds_bos)
 
     def apply(self, added: Iterable[AddedToken], controls: Collection[str]) -> list[AddedToken]:
         """The added tokens of the tokenizer's own file with what is said here. Special is what one of the two calls so,

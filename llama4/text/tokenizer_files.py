@@ -1,21 +1,24 @@
-"""The two files a byte-level BPE tokenizer is published in: tiktoken's tokenizer.model, Hugging Face's tokenizer.json.
-
-In both, the rank of a token, which is its id, is also its priority when bytes are merged.
-"""
+"""The files a tokenizer is published in: tokenizer.model, which is tiktoken's or SentencePiece's, and Hugging Face's
+tokenizer.json."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llama4.errors import Llama4Error
 from llama4.reading import MAX_INT, MAX_TOKENIZER_BYTES, read_bytes
 from llama4.reading import read_json as read_file
 from llama4.text.added_tokens import AddedToken
+from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, Splitter, by_pattern
+from llama4.text.sentencepiece import BLANK, Kind, Normalizer, Piece, SentencePiece
 from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
 
 
@@ -57,19 +60,48 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
         raise Llama4Error(f"{path} holds no tokens; fetch the tokenizer again")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise Llama4Error(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once; fetch the tokenizer again")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise Llama4Error(
+            f"{path} has no token for {len(missing)} of the 256 bytes (the first: {missing[0]:#04x}), which tiktoken's "
+            "files have; fetch the tokenizer again"
+        )
     return ranks
+
+
+class TokenModel(Protocol):
+    """What merges the characters or bytes of a text into tokens."""
+
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """Token, as the file writes it -> id."""
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression by which a text is split first, where there is one."""
+
+    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+        """A text without added tokens -> ids.
+
+        Args:
+            blank: whether a blank is put before it, if this vocabulary does so at all.
+        """
+
+    def token_bytes(self, i: int) -> bytes:
+        """Raises:
+        LookupError: there is no such token.
+        """
 
 
 def read_json(
     path: Path, config: TokenizerConfig, controls: Collection[str]
-) -> tuple[dict[bytes, int], list[AddedToken], str]:
-    """Read Hugging Face's format -> ranks of the tokens, added tokens, and the pattern.
+) -> tuple[TokenModel, list[AddedToken], bool]:
+    """Read Hugging Face's format -> the model, added tokens, and whether a text begins with a prompt's first token.
 
-    An added token that is text is one of the ranks, too, if bytes merge into it; a special one never is, so that no
+    An added token that is text is one of the model's, too, if bytes merge into it; a special one never is, so that no
     text becomes it.
 
     Raises:
-        Llama4Error: another format, or a tokenizer that is not a byte-level BPE with a pattern of its own.
+        Llama4Error: another format, or a tokenizer that is no BPE.
     """
     try:
         data = read_file(path, MAX_TOKENIZER_BYTES)
@@ -77,45 +109,155 @@ def read_json(
         listed = [read_added_token(token, path) for token in data.get("added_tokens") or []]
         vocabulary: dict[str, int] = model["vocab"]
         kind = model.get("type", "BPE")
-        merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
-        ids = list(vocabulary.values())
+        merges = [_pair(merge) for merge in model["merges"]] if kind == "BPE" else []
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
         if not all(type(i) is int and 0 <= i <= MAX_INT for i in ids) or len(set(ids)) < len(ids):
             raise TypeError("ids are whole numbers, each once")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Llama4Error(
             f"{path} is not a Hugging Face tokenizer.json ({error!r}); fetch the tokenizer again"
         ) from None
-    if kind != "BPE" or not _mentions(data, "ByteLevel") or model.get("byte_fallback"):
-        raise Llama4Error(
-            f"{path} holds a {kind} tokenizer that is not a byte-level BPE; Llama 4's is one: use the tokenizer that "
-            "belongs to the model"
-        )
-    if data.get("normalizer"):
-        raise Llama4Error(f"{path} normalises text before it encodes it, which Llama 4's tokenizer does not")
+    if kind != "BPE":
+        raise Llama4Error(f"{path} holds a {kind} tokenizer; Llama's are BPE: use the tokenizer of the model")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise Llama4Error(f"{path} has {name} {model[name]!r}, which no Llama has; use the tokenizer of the model")
     added = [
         replace(token, id=vocabulary.get(token.content, token.id))
         for token in config.apply(listed, controls)
         if token.content
     ]
     _check_ids(added, vocabulary, path)
-    merged_tokens = set(merges)
+    try:
+        read = _read_pieces if model.get("byte_fallback") else _read_bytes
+        made = read(data, vocabulary, merges, added, path)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise Llama4Error(f"{path} is not a Hugging Face tokenizer.json ({error!r}); fetch it again") from None
+    return made, added, _begins(data.get("post_processor"))
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    if not (isinstance(left, str) and isinstance(right, str)):
+        raise TypeError("merges are pairs of texts")
+    return left, right
+
+
+def _begins(node: Any) -> bool:
+    """Whether a post-processor puts a token before a text."""
+    if not isinstance(node, dict):
+        return False
+    single = node.get("single") if node.get("type") == "TemplateProcessing" else None
+    if isinstance(single, list) and single and isinstance(single[0], dict) and "SpecialToken" in single[0]:
+        return True
+    return any(_begins(child) for child in _nodes(node, "processors"))
+
+
+def _read_bytes(
+    data: Mapping[str, Any],
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    added: Sequence[AddedToken],
+    path: Path,
+) -> TokenModel:
+    """A byte-level BPE."""
+    if not _mentions(data, "ByteLevel"):
+        raise Llama4Error(f"{path} holds a BPE over neither bytes nor SentencePiece's pieces; use the model's own")
+    merged_tokens = {left + right for left, right in merges}
     beside = {
         token.content
         for token in added
         if token.special or not (len(token.content) == 1 or token.content in merged_tokens)
     }
     ranks = _ranks({token: rank for token, rank in vocabulary.items() if token not in beside}, path)
-    merged = [vocabulary.get(token, -1) for token in merges]
-    if merged != sorted(merged):
-        raise Llama4Error(f"{path} merges in another order than its ids, which tiktoken's ranks cannot express")
-    pattern = _split_pattern(data.get("pre_tokenizer"))
-    if pattern is None:
-        raise Llama4Error(f"{path} does not cut text by a regular expression of its own, as Llama 4's tokenizer does")
-    if odd := _odd_settings(data):
-        raise Llama4Error(
-            f"{path} has {odd}, which Llama 4's tokenizer has not; use the tokenizer that belongs to the model"
-        )
-    return ranks, added, pattern
+    prepare = _normalizer(data.get("normalizer"), path)
+    pattern, splitters = _split_pattern(data["pre_tokenizer"]), _splitters(data["pre_tokenizer"], path)
+    whole = bool(data["model"].get("ignore_merges"))
+    merged = [vocabulary.get(left + right, -1) for left, right in merges]
+    follow_from_ids = whole and merged == sorted(merged) and -1 not in merged
+    is_complete = all(bytes([byte]) in ranks for byte in range(256))
+    if pattern is not None and len(splitters) == 1 and follow_from_ids and is_complete and prepare is str:
+        return RankedBytes(path.name, ranks, pattern)
+    order = {pair: i for i, pair in reversed(list(enumerate(merges))) if pair[0] + pair[1] in vocabulary}
+    return MergedBytes(ranks, order, splitters, byte_alphabet(), whole=whole, prepare=prepare)
+
+
+def _read_pieces(
+    data: Mapping[str, Any],
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    added: Sequence[AddedToken],
+    path: Path,
+) -> TokenModel:
+    """SentencePiece's BPE, as transformers converts it: blanks are U+2581, and what is no piece is bytes."""
+    adds_blank = _adds_blank(data.get("normalizer"), data.get("pre_tokenizer"), path)
+    unknown, special = data["model"].get("unk_token"), {token.content for token in added if token.special}
+    pieces = [Piece("", kind=Kind.CONTROL)] * (1 + max(vocabulary.values(), default=0))
+    for text, i in vocabulary.items():
+        kind = Kind.UNKNOWN if text == unknown else Kind.CONTROL if text in special else Kind.NORMAL
+        pieces[i] = Piece(text, kind=Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else kind)
+    order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
+    return SentencePiece(pieces, Normalizer(adds_blank), frozenset(special), order)
+
+
+def _adds_blank(normalizer: Any, splitter: Any, path: Path) -> bool:
+    """Whether a text begins with a blank that it does not have.
+
+    Raises:
+        Llama4Error: text becomes something else than with blanks for U+2581.
+    """
+    normalizers = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+    kinds = [(each or {}).get("type") for each in normalizers]
+    if kinds == [None] and splitter is None:
+        return False
+    if kinds == [None] and splitter.get("type") == "Metaspace" and splitter.get("replacement") == BLANK:
+        scheme = splitter.get("prepend_scheme", "always" if splitter.get("add_prefix_space", True) else "never")
+        return bool(scheme != "never")
+    if splitter is None and kinds in (["Prepend", "Replace"], ["Replace"]):
+        *prepended, replaced = normalizers
+        is_usual = (replaced["pattern"], replaced["content"]) == ({"String": " "}, BLANK)
+        if is_usual and all(each["prepend"] == BLANK for each in prepended):
+            return bool(prepended)
+    raise Llama4Error(
+        f"{path} prepares text with {', '.join(map(str, kinds))} in a way that is not read; take the tokenizer.model "
+        "of the same model"
+    )
+
+
+def _normalizer(node: Any, path: Path) -> Callable[[str], str]:
+    """What is done to a text before it is split.
+
+    Raises:
+        Llama4Error: something else than one of Unicode's normal forms.
+    """
+    if node is None:
+        return str
+    if isinstance(node, dict) and (form := node.get("type")) in ("NFC", "NFD", "NFKC", "NFKD"):
+        return partial(unicodedata.normalize, form)
+    raise Llama4Error(
+        f"{path} normalises text by {str(node)[:80]}, which no Llama does; use the tokenizer of the model"
+    )
+
+
+def _splitters(node: Any, path: Path) -> list[Splitter]:
+    """What cuts a text.
+
+    Raises:
+        Llama4Error: a pre-tokenizer that is not read.
+        ValueError: a pattern that is none.
+    """
+    kind = node.get("type")
+    if kind == "Sequence":
+        return [splitter for child in node["pretokenizers"] for splitter in _splitters(child, path)]
+    if kind == "ByteLevel" and not node.get("add_prefix_space"):
+        return [by_pattern(GPT2)] if node.get("use_regex", True) else []
+    if kind == "Digits":
+        return [by_pattern(r"\p{N}" if node.get("individual_digits") else r"\p{N}+")]
+    if kind == "Split" and (node.get("behavior"), node.get("invert")) in (("Isolated", False), ("Removed", True)):
+        pattern = node["pattern"]
+        text = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+        return [by_pattern(text, only_matches=node["behavior"] == "Removed")]
+    raise Llama4Error(f"{path} cuts text by {str(node)[:200]}, which is not read; use the tokenizer of the model")
 
 
 def _ranks(vocabulary: Mapping[str, int], path: Path) -> dict[bytes, int]:
@@ -126,7 +268,7 @@ def _ranks(vocabulary: Mapping[str, int], path: Path) -> dict[bytes, int]:
     try:
         return {bytes(byte_of[character] for character in token): int(rank) for token, rank in vocabulary.items()}
     except KeyError as error:
-        raise Llama4Error(f"{path}: {error} is no byte of the byte-level alphabet; is this Llama 4's file?") from None
+        raise Llama4Error(f"{path}: {error} is no byte of the byte-level alphabet; is this the model's file?") from None
 
 
 def _check_ids(added: Sequence[AddedToken], vocabulary: Mapping[str, int], path: Path) -> None:
@@ -159,23 +301,7 @@ def _split_pattern(node: Any) -> str | None:
     return next((pattern for pattern in found if pattern), None)
 
 
-def _odd_settings(data: Mapping[str, Any]) -> str | None:
-    """What a byte-level BPE behind one regular expression does not do: further cuts, blanks put first, chance."""
-    model, node = data["model"], data["pre_tokenizer"]
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            return f"{name} {model[name]!r}"
-    nodes = node.get("pretokenizers", [node])
-    if (kinds := [each.get("type") for each in nodes]) != ["Split", "ByteLevel"]:
-        return f"the pre-tokenizers {kinds}, not Split and ByteLevel alone"
-    split, byte_level = nodes
-    if (split.get("behavior"), split.get("invert")) not in (("Isolated", False), ("Removed", True)):
-        return f"a Split with behavior {split.get('behavior')!r} and invert {split.get('invert')!r}"
-    wrong = {"add_prefix_space", "use_regex"} - {name for name, value in byte_level.items() if value is False}
-    return f"a ByteLevel with {' and '.join(sorted(wrong))}" if wrong else None
-
-
-def _mentions(data: dict[str, Any], kind: str) -> bool:
+def _mentions(data: Mapping[str, Any], kind: str) -> bool:
     """Whether the pre-tokenizer or the decoder is, or contains, one of this type."""
     nodes = [data.get("pre_tokenizer"), data.get("decoder")]
     while nodes:

@@ -1,6 +1,7 @@
 """What a tokenizer.model does not say of a vocabulary: the pattern that splits text, and the special tokens.
 
-`LLAMA4` is that of Llama 4; another family's is another `Vocabulary`.
+`LLAMA4` is that of Llama 4, `LLAMA3` that of Llama 3 to 3.3, and `SENTENCEPIECE` that of Llama 1, Llama 2 and Code
+Llama, whose file says all but what the tokens are for.
 """
 
 from __future__ import annotations
@@ -94,4 +95,46 @@ LLAMA4 = Vocabulary(
     pad="<|finetune_right_pad|>",
     stop=("<|end_of_text|>", "<|eom|>", "<|eot|>"),
     image="<|patch|>",
+)
+
+_LLAMA3_NAMES = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
+    *("<|eot_id|>", "<|python_tag|>", "<|image|>"),
+)
+"""Source: llama_models/llama3/tokenizer.py. What has no name yet in the first files (`<|eom_id|>` and others) is as in
+those of 3.3."""
+
+
+def llama3_token_names(count: int = 256) -> list[str]:
+    """The first `count` of the special tokens of Llama 3, in order of id."""
+    rest = range(2, 2 + max(0, count - len(_LLAMA3_NAMES)))
+    return [*_LLAMA3_NAMES, *(f"<|reserved_special_token_{i}|>" for i in rest)][:count]
+
+
+LLAMA3_RANKS = 128000
+"""Of its tokenizer.model."""
+
+LLAMA3 = Vocabulary(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+",
+    llama3_token_names,
+    256,
+    bos="<|begin_of_text|>",
+    eos="<|eot_id|>",
+    pad="<|finetune_right_pad_id|>",
+    stop=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+)
+
+INFILLING = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
+"""Code Llama's tokens around and between what comes before and after a gap, and at the end of what fills it."""
+
+SENTENCEPIECE = Vocabulary(
+    "",
+    lambda count: ["<unk>", "<s>", "</s>", *INFILLING][:count],
+    3 + len(INFILLING),
+    bos="<s>",
+    eos="</s>",
+    pad="<unk>",
+    stop=("</s>", INFILLING[3]),
 )

@@ -10,9 +10,7 @@ import torch
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE, Llama4Config
 from llama4.errors import CheckpointError
-from llama4.families import family_of
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.vocabulary import Vocabulary
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
 from llama4.weights.layout import CheckpointLayout, WriteOptions
@@ -64,7 +62,7 @@ class MetaLayout(CheckpointLayout):
             )
         params = params_from_config(config)
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, family_of(config).vocabulary)
+            _check_tokenizer(tokenizer)
             write_tokenizer_model(tokenizer, directory / "tokenizer.model")
         options.side_files.without(CONFIG_FILE).write(directory)
         if GENERATION_FILE not in options.side_files:  # which tokens end a reply; params.json cannot say it
@@ -73,7 +71,7 @@ class MetaLayout(CheckpointLayout):
         write_ranks(source, config, directory, options.ranks, options.stamp, progress=options.progress)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
     """A tokenizer.model has ranks alone. How text is cut, and which special tokens follow the ranks, in which order, is
     fixed in the code of all who read it.
 
@@ -81,7 +79,7 @@ def _check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
         CheckpointError: the tokenizer is another one.
     """
     keep = "which a tokenizer.model cannot say; keep Hugging Face's layout"
-    first = len(tokenizer.ranks)
+    first, vocabulary = len(tokenizer.ranks), tokenizer.vocabulary
     if sorted(tokenizer.ranks.values()) != list(range(first)):
         raise CheckpointError(f"the ids of {tokenizer.path}'s {first} ordinary tokens are not 0 to {first - 1}, {keep}")
     if tokenizer.pattern != vocabulary.pattern:

@@ -1,0 +1,144 @@
+"""Byte-level BPE: a text is split into pieces by regular expressions, and the bytes of each are merged.
+
+`RankedBytes` merges any two tokens that make up a third, in order of their ids, as tiktoken does; `MergedBytes` those
+that a list names, as Hugging Face's `tokenizers` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import regex
+import tiktoken
+
+from llama4.text.pairs import merge_pairs
+
+# In o200k's pattern the lookahead `\s+(?!\S)` backtracks over blanks, and the regex engine fails at a million of them.
+# A long run of blanks is therefore cut out here, as the piece that the pattern would make of it: the whole run, or all
+# but its last blank if text follows. (Blanks before a line break match an alternative that does not backtrack.)
+_BLANK = "\\t\\x0b\\x0c\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
+_LONG_BLANK = re.compile(rf"(?<![{_BLANK}])[{_BLANK}]{{100000,}}+(?![\r\n])")
+_CACHED_WORDS = 1 << 16
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How GPT-2 splits text, and `ByteLevel` of Hugging Face's `tokenizers`."""
+
+Splitter = Callable[[str], Iterator[str]]
+"""A text -> the pieces of it."""
+
+
+class RankedBytes:
+    """tiktoken's.
+
+    Args:
+        name: of the file, for the library's messages.
+        ranks: token -> id; each byte is one.
+        pattern: what splits a text.
+    """
+
+    def __init__(self, name: str, ranks: Mapping[bytes, int], pattern: str) -> None:
+        self.ranks, self.pattern = ranks, pattern
+        self._tokens = {i: token for token, i in ranks.items()}
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+
+    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+        """Text -> ids."""
+        ids: list[int] = []
+        start = 0
+        for run in _LONG_BLANK.finditer(text):
+            stop = run.end() if run.end() == len(text) else run.end() - 1
+            ids += self._encoding.encode_ordinary(text[start : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : stop])
+            start = stop
+        ids += self._encoding.encode_ordinary(text[start:] if start else text)
+        return ids
+
+    def token_bytes(self, i: int) -> bytes:
+        """Raises:
+        KeyError: there is no such token.
+        """
+        return self._tokens[i]
+
+
+class MergedBytes:
+    """That of a tokenizer.json whose merges are not those that follow from its ids. A byte that is no token is left out
+    of a text.
+
+    Args:
+        ranks: token -> id.
+        merges: two tokens, in the alphabet of `characters` -> when they are merged.
+        splitters: cut a text, one after the other.
+        characters: byte -> the character that stands for it.
+        whole: whether a piece that is a token is taken whole, whatever its merges (`ignore_merges`).
+        prepare: what is done to a text first.
+    """
+
+    pattern = ""
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        merges: Mapping[tuple[str, str], int],
+        splitters: Sequence[Splitter],
+        characters: Mapping[int, str],
+        *,
+        whole: bool = False,
+        prepare: Callable[[str], str] = str,
+    ) -> None:
+        self.ranks = ranks
+        self._tokens = {i: token for token, i in ranks.items()}
+        self._merges, self._splitters, self._characters = merges, splitters, characters
+        self._ids = {"".join(characters[byte] for byte in token): i for token, i in ranks.items()}
+        self._whole, self._prepare = whole, prepare
+        self._cached = lru_cache(_CACHED_WORDS)(self._merged)
+
+    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+        """Text -> ids."""
+        pieces = [self._prepare(text)]
+        for splitter in self._splitters:
+            pieces = [part for piece in pieces for part in splitter(piece)]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self._cached(piece) if len(piece) <= 64 else self._merged(piece)
+        return ids
+
+    def token_bytes(self, i: int) -> bytes:
+        """Raises:
+        KeyError: there is no such token.
+        """
+        return self._tokens[i]
+
+    def _merged(self, piece: str) -> tuple[int, ...]:
+        symbols = [symbol for byte in piece.encode() if (symbol := self._characters[byte]) in self._ids]
+        if self._whole and (found := self._ids.get("".join(symbols))) is not None:
+            return (found,)
+        merged = merge_pairs(symbols, lambda left, right: self._merges.get((left, right)))
+        return tuple(self._ids[symbol] for symbol in merged)
+
+
+def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
+    """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
+    `only_matches`.
+
+    Raises:
+        ValueError: no regular expression.
+    """
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"{pattern!r:.80} is no regular expression: {error}") from None
+
+    def split(text: str) -> Iterator[str]:
+        at = 0
+        for match in compiled.finditer(text):
+            if at < match.start() and not only_matches:
+                yield text[at : match.start()]
+            if match.group():
+                yield match.group()
+            at = match.end()
+        if at < len(text) and not only_matches:
+            yield text[at:]
+
+    return split

@@ -257,7 +257,8 @@ def _splitters(node: Any, path: Path) -> list[Splitter]:
         pattern = node["pattern"]
         text = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
         return [by_pattern(text, only_matches=node["behavior"] == "Removed")]
-    raise Llama4Error(f"{path} cuts text by {str(node)[:200]}, which is not read; use the tokenizer of the model")
+    settings = {name: value for name, value in node.items() if name != "pattern"}
+    raise Llama4Error(f"{path} cuts text by {str(settings)[:200]}, which is not read; use the tokenizer of the model")
 
 
 def _ranks(vocabulary: Mapping[str, int], path: Path) -> dict[bytes, int]:

@@ -341,8 +341,8 @@ def broken(directory: Path, target: Path, **changes: object) -> Path:
 
 
 def test_a_checkpoint_quantized_in_another_way_is_refused(directory: Path, tmp_path: Path) -> None:
-    path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match=r"by AWQ \(quant_method 'awq'\), which .* not read; .*or in bf16"):
+    path = broken(directory, tmp_path / "q", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ValueError, match=r"by HQQ \(quant_method 'hqq'\), which .* not read; .*or in bf16"):
         Llama4.from_pretrained(path)
 
 

@@ -137,11 +137,12 @@ class Scaled(CompressedFormat):
                 return Fp8(columns)
         return None
 
-    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, str]:
+    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, tuple[str, ...]]:
         values = "weight_packed" if "weight_packed" in specs else "weight"
-        return {native.parts[0]: values, "weight_scale": "weight_scale"}
+        return {native.parts[0]: (values,), "weight_scale": ("weight_scale",)}
 
-    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
+    def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        (tensor,) = tensors.values()
         if part == "weight_scale":
             return _per_row(_as_matrix(tensor), self.block[0], slice(0, shape[0]))
         if part == "weight_packed":
@@ -203,8 +204,8 @@ class NativeFormat(CompressedFormat):
     def native(self, specs: Specs) -> WeightFormat:
         return self.format
 
-    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
-        return tensor.expand(self.format.part_specs(shape)[part].shape)
+    def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return tensors[part].expand(self.format.part_specs(shape)[part].shape)
 
     def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
         some = {
@@ -227,17 +228,17 @@ COMPRESSED_FORMATS: tuple[type[CompressedFormat], ...] = (Scaled, NativeFormat)
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Runs of bits [N, W] -> signed integers [N, columns], int8."""
-    return (_codes(packed, bits, columns) - (1 << bits - 1)).view(torch.int8)
+    return (codes(packed, bits, columns) - (1 << bits - 1)).view(torch.int8)
 
 
 def unpack_e2m3(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Runs of bits [N, W] -> [N, columns], float32: a sign, two bits of exponent, three of mantissa (OCP Microscaling
     Formats, v1.0)."""
     eighths = torch.tensor([m if e == 0 else (8 + m) << e - 1 for e in range(4) for m in range(8)]) / 8
-    return torch.cat([eighths, -eighths])[_codes(packed, bits, columns).int()]
+    return torch.cat([eighths, -eighths])[codes(packed, bits, columns).int()]
 
 
-def _codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+def codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Runs of bits [N, W], the lowest first -> what each value is stored as [N, columns], uint8."""
     if -(-columns * bits // (8 * packed.itemsize)) != packed.shape[1]:
         raise Llama4Error(f"{columns} values of {bits} bits are not the {packed.shape[1]} {packed.dtype} of a row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from llama4.reading import read_json
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.weights import modelopt
+from llama4.weights.awq import Awq
 from llama4.weights.bitsandbytes import Bitsandbytes
 from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
 from llama4.weights.experts import stack_experts
 from llama4.weights.fbgemm import FbgemmFp8
+from llama4.weights.gptq import Gptq
 from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.model_card import write_card
 from llama4.weights.mxfp4 import TransformersMxfp4
@@ -42,10 +45,14 @@ from llama4.weights.unreadable import check_unquantized, unread_method
 
 QUANT_METHODS: dict[str, QuantMethod] = {
     method.name: method
-    for method in (CompressedTensors(), FbgemmFp8(), Bitsandbytes(), modelopt.ModelOpt(), TransformersMxfp4())
+    for method in (
+        *(CompressedTensors(), FbgemmFp8(), Bitsandbytes(), modelopt.ModelOpt(), TransformersMxfp4()),
+        *(Gptq(), Awq()),
+    )
 }
 """By `quant_method`; the first that writes a model's formats does."""
 
+_BIAS = re.compile(r"language_model\..*\b(self_attn|feed_forward|lm_head)\b.*\.bias")
 _FLOATS = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
@@ -81,7 +88,7 @@ class HuggingFaceLayout(CheckpointLayout):
         if method is None:
             check_unquantized(directory, files)
         table = family_of(config).names(config, files.names())
-        source: Source = ModelNames(files, table)
+        source = _without_zero_biases(config, ModelNames(files, table))
         if method is not None and content is not None:
             source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16))
         else:
@@ -107,6 +114,18 @@ class HuggingFaceLayout(CheckpointLayout):
             write_card(directory, options.name, config, summary, options.side_files)
         files = FileNames(source, table)
         write_safetensors(files, directory, options.max_shard_bytes, options.stamp, progress=options.progress)
+
+
+def _without_zero_biases(config: Llama4Config, source: Source) -> Source:
+    """AutoGPTQ gives every Linear a bias, of zeros where the model has none."""
+    text = config.text
+    has_bias = {"self_attn": text.attention_bias, "feed_forward": text.mlp_bias, "lm_head": False}
+
+    def is_nothing(name: str) -> bool:
+        match = _BIAS.fullmatch(name)
+        return match is not None and not has_bias[match[1]] and not bool(source.read(name).any())
+
+    return without(source, is_nothing, "they are biases of zeros, and the model has none there")
 
 
 def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class StoredFormat(ABC):
     `str` of it names it in messages, with all that a reader needs to know it by.
     """
 
+    is_in_out: ClassVar[bool] = False
+    """Whether its tensors are in x out, and none of them is a part of a native format as it lies."""
+
     @abstractmethod
     def shape(self, specs: Specs) -> Shape:
         """Raises:
@@ -49,13 +53,18 @@ class StoredFormat(ABC):
         """The format that is run and has the same values, if there is one."""
         return None
 
-    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, str]:
-        """Part of the native format -> the tensor in the file that it is made of."""
-        return {part: part for part in native.parts}
+    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, tuple[str, ...]]:
+        """Part of the native format -> the tensors in the file that it is made of; of one of its shape and dtype alone
+        it is that tensor."""
+        return {part: (part,) for part in native.parts}
 
-    def to_native(self, part: str, tensor: Tensor, shape: Shape) -> Tensor:
-        """The tensor in the file as a part of the native format, for a matrix of this shape."""
-        return tensor
+    def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        """Tensors in the file as a part of the native format, for a matrix of this shape.
+
+        Raises:
+            Llama4Error: values that are not of that format.
+        """
+        return tensors[part]
 
 
 class DecodedSource(ComputedSource):
@@ -152,15 +161,17 @@ def _native(
 ) -> dict[str, str | Computed]:
     """The parts of a matrix in a format that is run: tensors of the file, if they need no change."""
     tensors: dict[str, str | Computed] = {}
-    for part, origin in format.native_parts(native, specs).items():
-        spec, found, at = native.part_specs(shape)[part], specs[origin], f"{module}.{origin}"
+    for part, origins in format.native_parts(native, specs).items():
+        spec, found = native.part_specs(shape)[part], specs[origins[0]]
+        places = {origin: f"{module}.{origin}" for origin in origins}
         if found.dtype.is_floating_point and part != native.parts[0]:
             spec = spec._replace(dtype=found.dtype)  # of scales, it is the file's
 
         def compute(parts: Mapping[str, Tensor], part: str = part) -> Tensor:
-            return format.to_native(part, parts[part], shape)
+            return format.to_native(native, part, parts, shape)
 
-        tensors[f"{module}.{part}"] = at if spec == found else Computed({part: at}, *spec, compute)
+        is_same = spec == found and len(origins) == 1 and not format.is_in_out
+        tensors[f"{module}.{part}"] = places[origins[0]] if is_same else Computed(places, *spec, compute)
     return tensors
 
 

@@ -245,8 +245,8 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
     ("content", "message"),
     [
         (
-            {"quant_method": "gptq"},
-            r"by GPTQ \(quant_method 'gptq'\), which .* not read; .*'compressed-tensors'",
+            {"quant_method": "aqlm"},
+            r"by AQLM \(quant_method 'aqlm'\), which .* not read; .*'compressed-tensors'",
         ),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
         (ct(W4 | {"num_bits": 9}), r"group_0 are .*'num_bits': 9.*take one of those, or bf16"),

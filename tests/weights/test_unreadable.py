@@ -121,8 +121,8 @@ def edited(directory: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "method"),
     [
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"AWQ \(quant_method 'awq'\)"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"GPTQ \(quant_method 'gptq'\)"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, r"HQQ \(quant_method 'hqq'\)"),
+        ({"quantization_config": {"quant_method": "aqlm", "bits": 4}}, r"AQLM \(quant_method 'aqlm'\)"),
         ({"quantization_config": {"quant_method": "exl3", "bits": 4}}, r"ExLlamaV3 \(quant_method 'exl3'\)"),
         ({"quantization_config": {"quant_method": "new"}}, "quant_method 'new'"),
         ({"quantization_config": {}}, None),

@@ -1,0 +1,115 @@
+"""Checkpoints of GPTQ, as AutoGPTQ, GPTQModel and transformers write them.
+
+Beside `qweight`, `qzeros` and `scales` (see in_out.py) there is `g_idx`, the group of each input; groups are not in
+order where inputs were quantized in the order of their activations. In version 1 of the format zero points are stored
+less 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4.errors import CheckpointError
+from llama4.quantization.weight import Shape, TensorSpec
+from llama4.weights.compressed_formats import codes
+from llama4.weights.experts import stack_experts
+from llama4.weights.in_out import WORD, InOut, unstacked, words
+from llama4.weights.quant_method import QuantMethod
+from llama4.weights.source import Source
+from llama4.weights.stored import DecodedSource, Specs
+
+BITS = (2, 3, 4, 8)
+_LESS_ONE, _AS_THEY_ARE = "gptq", "gptq_v2"
+"""`checkpoint_format`: how zero points are stored."""
+
+
+@dataclass(frozen=True)
+class GptqFormat(InOut):
+    """`qweight` [words, O]: the values of an output are one run of bits, the lowest first.
+
+    Attributes:
+        has_less_one: whether zero points are stored less 1.
+    """
+
+    name = "GPTQ"
+
+    has_less_one: bool
+
+    def inputs(self, qweight: Shape) -> int:
+        return qweight[0] * WORD // self.bits
+
+    def qweight(self, shape: Shape) -> Shape:
+        outputs, inputs = shape
+        return words(inputs, self.bits), outputs
+
+    def values(self, qweight: Tensor, rows: slice, inputs: int) -> Tensor:
+        return codes(qweight[:, rows].mT, self.bits, inputs)
+
+    def zero_points(self, qzeros: Tensor, outputs: int) -> Tensor:
+        """Packers subtract 1 from all of a word at once, so that a zero point of 0 borrows from its neighbour; those of
+        3 bits, which lie across words, are on their own."""
+        if not self.has_less_one:
+            return codes(qzeros, self.bits, outputs)
+        if WORD % self.bits:
+            return codes(qzeros, self.bits, outputs) + 1 & (1 << self.bits) - 1
+        return codes(qzeros + sum(1 << at for at in range(0, WORD, self.bits)), self.bits, outputs)
+
+    def repacked(self, qweight: Tensor, shape: Shape) -> Tensor:
+        return qweight.mT if self.bits == 4 else super().repacked(qweight, shape)
+
+
+class Gptq(QuantMethod):
+    """Read only: what is written is in the compressed-tensors format. Which weights are quantized, to how many bits and
+    in which groups, the tensors say."""
+
+    name = "gptq"
+
+    def check(self, content: Mapping[str, Any]) -> None:
+        layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
+        if content.get("is_marlin_format"):
+            layout = "marlin"
+        if layout not in (_LESS_ONE, _AS_THEY_ARE) or content.get("bits", 4) not in BITS:
+            raise CheckpointError(
+                f"the checkpoint is quantized by GPTQ to {content.get('bits')!r} bits in the format {layout!r}, which "
+                f"this library does not read; take one of {', '.join(map(str, BITS))} bits in {_LESS_ONE!r} or "
+                f"{_AS_THEY_ARE!r}, or in bf16"
+            )
+
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+        source = unstacked(source)
+        layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
+        others = (content.get("dynamic") or {}).values()
+        is_symmetric = all((some or {}).get("sym", True) for some in (content, *others))
+        specs: dict[str, dict[str, TensorSpec]] = {}
+        for name in source.names():
+            module, _, part = name.rpartition(".")
+            specs.setdefault(module, {})[part] = source.spec(name)
+        stored = {
+            module: GptqFormat(
+                _bits(own, content.get("bits", 4)),
+                is_symmetric,
+                "g_idx" not in own or _is_in_order(source.read(f"{module}.g_idx"), own),
+                layout == _LESS_ONE,
+            )
+            for module, own in specs.items()
+            if "qweight" in own
+        }
+        return stack_experts(DecodedSource(source, stored, dtype))
+
+
+def _bits(specs: Specs, default: int) -> int:
+    """Of a value: one module may have others than the configuration says of all."""
+    if not {"qzeros", "scales"} <= specs.keys():
+        return default  # they are missing, as will be said
+    found, outputs = specs["qzeros"].shape[-1], specs["scales"].shape[-1]
+    return next((bits for bits in (default, *BITS) if words(outputs, bits) == found), default)
+
+
+def _is_in_order(g_idx: Tensor, specs: Specs) -> bool:
+    groups = specs["scales"].shape[0] if "scales" in specs else 1
+    return torch.equal(g_idx.long(), torch.arange(len(g_idx)) // max(1, -(-len(g_idx) // groups)))

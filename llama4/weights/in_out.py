@@ -1,0 +1,149 @@
+"""Integers of a few bits with a scale and a zero point per group of inputs, in x out, as GPTQ and AWQ have them."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llama4.errors import Llama4Error
+from llama4.progress import each
+from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
+from llama4.quantization.int8 import Int8
+from llama4.quantization.weight import ROWS, Shape, WeightFormat
+from llama4.weights.computed import Computed, ComputedSource
+from llama4.weights.source import Source
+from llama4.weights.stored import Specs, StoredFormat
+
+WORD = 32
+"""Bits of what values are packed in."""
+_STACK = re.compile(
+    r"(?P<path>.*\.feed_forward\.experts)\.(?P<matrix>gate_up|down)_proj\.(?P<part>qweight|qzeros|scales|g_idx)"
+)
+
+
+@dataclass(frozen=True)
+class InOut(StoredFormat):
+    """W = (values - zero point) * scale, with values and zero points from 0 to 2^bits - 1.
+
+    Its tensors are `qweight`, the values, packed; `scales` [G, O]; `qzeros` [G, words], packed along O; and, it may be,
+    `g_idx` [I], the group of each input.
+
+    Attributes:
+        bits: of a value.
+        is_symmetric: whether all zero points are 2^(bits - 1).
+        is_in_order: whether groups are runs of inputs.
+    """
+
+    is_in_out = True
+    name: ClassVar[str]
+
+    bits: int
+    is_symmetric: bool
+    is_in_order: bool
+
+    def __str__(self) -> str:
+        zeros = "" if self.is_symmetric else ", with zero points"
+        order = "" if self.is_in_order else ", groups in the order of activations"
+        return f"{self.name} of {self.bits} bits{zeros}{order}"
+
+    @abstractmethod
+    def inputs(self, qweight: Shape) -> int:
+        """I, by the shape of `qweight`."""
+
+    @abstractmethod
+    def qweight(self, shape: Shape) -> Shape:
+        """The shape of `qweight` of a matrix [O, I]."""
+
+    @abstractmethod
+    def values(self, qweight: Tensor, rows: slice, inputs: int) -> Tensor:
+        """Those of some outputs [rows, I], uint8."""
+
+    @abstractmethod
+    def zero_points(self, qzeros: Tensor, outputs: int) -> Tensor:
+        """[G, O], uint8."""
+
+    # -- what there is to read -----------------------------------------------------------------------------------------
+
+    def shape(self, specs: Specs) -> Shape:
+        (groups, outputs), found = specs["scales"].shape, specs["qweight"]
+        inputs = specs["g_idx"].shape[0] if "g_idx" in specs else self.inputs(found.shape)
+        wanted = {"qweight": self.qweight((outputs, inputs)), "qzeros": (groups, words(outputs, self.bits))}
+        for part, shape in wanted.items():
+            if specs[part] != (shape, torch.int32):
+                spec = specs[part]
+                raise Llama4Error(f"has {part} {list(spec.shape)} in {spec.dtype}, not {list(shape)} in int32")
+        return outputs, inputs
+
+    def native(self, specs: Specs) -> WeightFormat | None:
+        """A group that is larger than int4's is several with the same scale."""
+        (_, inputs), groups = self.shape(specs), specs["scales"].shape[0]
+        if not (self.is_symmetric and self.is_in_order) or inputs % groups:
+            return None
+        if self.bits == 8:
+            return Int8() if groups == 1 else None
+        size = inputs // groups
+        sizes = [size] if size in GROUP_SIZES else [own for own in GROUP_SIZES if size % own == 0]
+        return Int4(max(sizes)) if sizes else None
+
+    def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, tuple[str, ...]]:
+        return {native.parts[0]: ("qweight",), "weight_scale": ("scales", "qzeros")}
+
+    def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        if part == "weight_scale":
+            zeros, middle = self.zero_points(tensors["qzeros"], shape[0]), 1 << self.bits - 1
+            if (others := zeros[zeros != middle]).numel():
+                raise Llama4Error(f"a zero point is {int(others[0])}, which in symmetric weights is {middle}")
+            scales = tensors["scales"].mT
+            return scales.repeat_interleave(native.part_specs(shape)[part].shape[1] // scales.shape[1], dim=1)
+        return self.repacked(tensors["qweight"], shape)
+
+    def repacked(self, qweight: Tensor, shape: Shape) -> Tensor:
+        """Values of up to 4 bits as int4 has them, those of 8 as int8 does."""
+        outputs, inputs = shape
+        blocks = [slice(at, min(at + ROWS, outputs)) for at in range(0, outputs, ROWS)]
+        signed = ((self.values(qweight, rows, inputs) - (1 << self.bits - 1)).view(torch.int8) for rows in each(blocks))
+        return torch.cat([values if self.bits == 8 else pack(values) for values in signed])
+
+    # -- the matrix ----------------------------------------------------------------------------------------------------
+
+    def dequantize(self, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
+        groups, outputs = parts["scales"].shape
+        inputs = len(parts["g_idx"]) if "g_idx" in parts else self.inputs(tuple(parts["qweight"].shape))
+        group_of = torch.arange(inputs) // -(-inputs // groups) if self.is_in_order else parts["g_idx"].long()
+        if group_of.min() < 0 or group_of.max() >= groups:
+            raise Llama4Error(f"its groups are {int(group_of.min())} to {int(group_of.max())}, and there are {groups}")
+        zeros = self.zero_points(parts["qzeros"], outputs)[:, rows].mT.float()
+        values = self.values(parts["qweight"], rows, inputs).float()
+        return values.sub_(zeros[:, group_of]).mul_(parts["scales"][:, rows].mT.float()[:, group_of])
+
+
+def words(count: int, bits: int) -> int:
+    """How many int32 values take."""
+    return -(-count * bits // WORD)
+
+
+def unstacked(source: Source) -> Source:
+    """Experts whose tensors are stacked, `experts.gate_up_proj.qweight` [E, ...] and so on, as three Linears each."""
+    tensors: dict[str, str | Computed] = {}
+    for name in source.names():
+        match, (shape, dtype) = _STACK.fullmatch(name), source.spec(name)
+        if match is None:
+            tensors[name] = name
+            continue
+        halves = ("gate", "up") if match["matrix"] == "gate_up" else ("down",)
+        count = 1 if match["part"] == "g_idx" else len(halves)  # both halves have the same inputs
+        for i, (k, half) in product(range(shape[0]), enumerate(halves)):
+
+            def one(parts: Mapping[str, Tensor], i: int = i, k: int = k % count, count: int = count) -> Tensor:
+                return parts["stack"][i].chunk(count, dim=-1)[k]
+
+            piece = (*shape[1:-1], shape[-1] // count)
+            tensors[f"{match['path']}.{i}.{half}_proj.{match['part']}"] = Computed({"stack": name}, piece, dtype, one)
+    return ComputedSource(source, tensors, source.plan)

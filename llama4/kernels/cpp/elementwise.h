@@ -32,9 +32,9 @@ void apply_rope(const X* x, long C, const float* rotation, float eps, float fact
     f32x16 v = load_floats(x + c);
     if (rotation) {
       f32x16 r = load<f32x16>(rotation + c);
-      f32x16 re = __builtin_shufflevector(r, r, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-      f32x16 im = __builtin_shufflevector(r, r, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
-      f32x16 other = __builtin_shufflevector(v, -v, 17, 0, 19, 2, 21, 4, 23, 6, 25, 8, 27, 10, 29, 12, 31, 14);
+      f32x16 re = shuffle<[](int i) { return i & ~1; }>(r, r);
+      f32x16 im = shuffle<[](int i) { return i | 1; }>(r, r);
+      f32x16 other = shuffle<[](int i) { return i & 1 ? i - 1 : lanes + i + 1; }>(v, -v);
       v = v * re + other * im;
     }
     squares += v * v;

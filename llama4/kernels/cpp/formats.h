@@ -52,8 +52,8 @@ struct Int8 : InOrder<uint8_t> {
   static constexpr const char* name = "int8";
   static constexpr long multiple = 64;
   void read(long o, long block, Plane* out) const {
-    i32x16 values = (i32x16)(load_bytes(at(o, block)) << 24) >> 24;
-    out[0] = __builtin_convertvector(values, f32x16);
+    i32x16 values = (i32x16)(widen(at(o, block)) << 24) >> 24;
+    out[0] = to_floats(values);
   }
 };
 
@@ -61,13 +61,11 @@ struct Fp8 : InOrder<uint8_t> {
   static constexpr const char* name = "fp8";
   static constexpr long multiple = 64;
   static constexpr bool rounds_inputs = true;
-  void read(long o, long block, Plane* out) const { out[0] = from_e4m3(load_bytes(at(o, block))); }
+  void read(long o, long block, Plane* out) const { out[0] = from_e4m3(widen(at(o, block))); }
 };
 
 // Value number `place` of the eight in each of 16 words, -8 to 7; the first is in the lowest bits.
-inline f32x16 read_int4(u32x16 words, int place) {
-  return __builtin_convertvector((i32x16)(words >> (4 * place) & 15) - 8, f32x16);
-}
+inline f32x16 read_int4(u32x16 words, int place) { return to_floats((i32x16)(words >> (4 * place) & 15) - 8); }
 
 // Eight to a word, and a scale for every 32, 64 or a multiple of 128 inputs. 16 outputs are interleaved: 32 inputs (16
 // bytes) of each, then the next 32 of each; and a scale of each, then the next.

@@ -60,6 +60,12 @@ struct Prefetch {
 template <int per_word, int vectors, int rows = tile_rows>
 inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
                                                     float* sums, long sums_row, Prefetch ahead = {}) {
+  if constexpr (2 * rows * vectors > vectors_in_registers) {  // in two halves
+    constexpr int own = vectors > 1 ? rows : rows / 2, columns = (vectors + 1) / 2, next = vectors > 1 ? 16 : 0;
+    add_tile<per_word, columns, own>(a, a_row, b, b_row, count, sums, sums_row, ahead);
+    return add_tile<per_word, columns, own>(a + (rows - own) * a_row, a_row, b + next, b_row, count,
+                                            sums + (rows - own) * sums_row + next, sums_row);
+  }
   f32x16 registers[rows][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)

@@ -12,11 +12,16 @@ constexpr long max_unpacked_rows = 40;
 // Memory for the inputs of N rows, in rows: tiles have more. Rows from n on may begin at padded_rows(n).
 constexpr long padded_rows(long N) { return N + N / 2; }
 
-// sums [R, 16] += R rows of x, [count, R], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for one row
-// in `every`, from row `first` on.
-template <int R>
+// sums [R, 16] += R rows of x, [count, x_rows], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for
+// one row in `every`, from row `first` on.
+template <int R, int x_rows = R>
 void add_column(const float* x, const float* w, long O, long count, float* sums, const char* ahead, long first,
                 long every) {
+  if constexpr (4 * R > 3 * vectors_in_registers) {  // in two halves
+    constexpr int half = (R + 1) / 2;
+    add_column<half, x_rows>(x, w, O, count, sums, ahead, first, every);
+    return add_column<R - half, x_rows>(x + half, w, O, count, sums + 16 * half, nullptr, -1, every);
+  }
   f32x16 registers[R];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++) registers[r] = load<f32x16>(sums + 16 * r);
@@ -24,7 +29,7 @@ void add_column(const float* x, const float* w, long O, long count, float* sums,
     if (i == first) __builtin_prefetch(ahead + i * O * long(sizeof(*w)), 0, 2), first += every;
     f32x16 weights = load<f32x16>(w + i * O);
 #pragma GCC unroll 24
-    for (int r = 0; r < R; r++) registers[r] += x[i * R + r] * weights;
+    for (int r = 0; r < R; r++) registers[r] += x[i * x_rows + r] * weights;
   }
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++) store(sums + 16 * r, registers[r]);

@@ -42,7 +42,7 @@ constexpr bool needs_prefetch = N > 1 || F::planes > 2;
 // Blocks that are multiplied at once. One, where a block is one product: a core that requests more lines than it can
 // wait for is slower.
 template <class F, int N>
-constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : 4;
+constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : std::min(4, std::max(1, vectors_in_registers / 2 / N));
 
 // Blocks of a row, a multiple of 16, whose inputs stay in the nearest cache.
 template <class F, int N>
@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
       for (int n = 0; n < N; n++) {
         const auto* inputs = x + ((block + u) * N + n) * F::planes + plane;
         if constexpr (N * F::planes == 1)  // one instruction more, for the same reason as one block at a time
-          sums[u][n] = multiply_add(sums[u][n], w[u][plane], *inputs);
+          sums[u][n] = multiply_add(sums[u][n], w[u][plane], load<typename F::Plane>(inputs));
         else sums[u][n] = multiply_add(sums[u][n], w[u][plane], inputs);
       }
 }

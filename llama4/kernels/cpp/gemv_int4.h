@@ -84,7 +84,7 @@ const f32x4* initial_sums(const X* x, long N, long I, long group) {
 // Lane 4 j + i is the sum of lanes 4 i to 4 i + 3 of v[j], one of four vectors: that is output 4 j + i.
 inline f32x16 sum_fours(const f32x16* v) {
   const f32x16 all = fold<2>(fold<1>(v[0], v[1]), fold<1>(v[2], v[3]));
-  return __builtin_shufflevector(all, all, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return transpose_fours(all);
 }
 
 // Outputs o to o + 15 of N rows.

@@ -32,10 +32,11 @@ LargestLogit largest_logit(const X* logits, long begin, long end) {
     return last;
   };
   f32x16 most = f32x16{} - INFINITY;
-  i32x16 where{}, is_nan{}, places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  i32x16 where{}, is_nan{}, places;
+  for (int lane = 0; lane < lanes; lane++) places[lane] = lane;
   for (long i = begin; i < end; i += 16) {
     f32x16 v = at(i);
-    where = v > most ? places + int(i) : where, most = max(v, most), is_nan |= v != v;
+    where = select(v > most, places + int(i), where), most = max(v, most), is_nan |= v != v;
   }
   LargestLogit found{horizontal_max(most), end - 1};
   bool has_nan = false;

@@ -42,7 +42,7 @@ float scale_for(const X* x, long C, const Scale& scale) {
 }
 
 inline void store_bytes(char* to, f32x16 integers) {
-  auto whole = __builtin_convertvector(integers, i32x16);
+  auto whole = to_integers(integers);
   for (int i = 0; i < 16; i++) to[i] = (char)whole[i];
 }
 
@@ -52,7 +52,7 @@ struct CacheInt8 {  // -127 to 127
   static constexpr bool scaled = true;
   static long bytes(long C) { return C; }
   static f32x16 read(const char* row, long, long c) {
-    return __builtin_convertvector((i32x16)(load_bytes((const uint8_t*)row + c) << 24) >> 24, f32x16);
+    return to_floats((i32x16)(widen((const uint8_t*)row + c) << 24) >> 24);
   }
   template <class X>
   static float write(char* row, const X* x, long C) {
@@ -68,7 +68,7 @@ struct CacheFp8 {  // e4m3
   static constexpr long multiple = 16;
   static constexpr bool scaled = true;
   static long bytes(long C) { return C; }
-  static f32x16 read(const char* row, long, long c) { return from_e4m3(load_bytes((const uint8_t*)row + c)); }
+  static f32x16 read(const char* row, long, long c) { return from_e4m3(widen((const uint8_t*)row + c)); }
   template <class X>
   static float write(char* row, const X* x, long C) {
     const float scale = scale_for(x, C, [](float most) { return std::abs(most) / max_e4m3; });
@@ -88,8 +88,8 @@ struct CacheInt4 {  // 0 to 15 for -8 to 7; byte i has number i in its low half 
   static long bytes(long C) { return C / 2; }
   static f32x16 read(const char* row, long C, long c) {
     const bool high = c >= C / 2;
-    u32x16 both = load_bytes((const uint8_t*)row + (high ? c - C / 2 : c));
-    return __builtin_convertvector((i32x16)(high ? both >> 4 : both & 15) - 8, f32x16);
+    u32x16 both = widen((const uint8_t*)row + (high ? c - C / 2 : c));
+    return to_floats((i32x16)(high ? both >> 4 : both & 15) - 8);
   }
   template <class X>
   static float write(char* row, const X* x, long C) {

@@ -51,7 +51,7 @@ void quantize_int4(const X* weights, long groups, long size, const float* ranges
     const float scale = best_scale<X>(group, size, ranges, count);
     assign(scales[g], scale);
     for (long i = 0; i < size; i += 16) {
-      i32x16 values = __builtin_convertvector(to_int4(load<f32x16>(group + i), scale), i32x16) + 8;
+      i32x16 values = to_integers(to_int4(load<f32x16>(group + i), scale)) + 8;
       for (long half = 0; half < 2; half++) {
         uint32_t word = 0;
         for (long k = 0; k < 8; k++) word |= uint32_t(values[8 * half + k]) << 4 * k;

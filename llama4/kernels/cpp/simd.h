@@ -1,7 +1,4 @@
-// Vectors of 16 lanes: conversions from and to narrower numbers, reductions, exponentials.
-//
-// Written with GCC's vector extensions, so that any machine runs them; AVX-512 where the compiler misses an
-// instruction.
+// Numbers and vectors of 16 of them: conversions from and to narrower numbers, reductions, exponentials.
 
 #pragma once
 
@@ -12,28 +9,10 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512F__
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's bug 105593
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 #include "threads.h"
+#include "vector.h"
 
 namespace {
-
-constexpr int lanes = 16;
-
-using f32x16 = float __attribute__((vector_size(64), aligned(4), may_alias));
-using i32x16 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
-using u32x16 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
-using f32x4 = float __attribute__((vector_size(16), aligned(4), may_alias));
-using u32x4 = uint32_t __attribute__((vector_size(16), aligned(4), may_alias));
-using bf16 = uint16_t;  // its bits
-
-static_assert(sizeof(f32x16) == lanes * sizeof(float) && sizeof(float) == 4 && sizeof(long) == 8);
 
 // ---- one number
 
@@ -48,42 +27,16 @@ inline void assign(bf16& to, float x) {  // to the nearest, ties to even; NaN st
 
 // ---- loads and stores
 
-template <class V>
-V load(const void* from) {
-  return *static_cast<const V*>(from);
-}
-template <class V>
-void store(void* to, V values) {
-  *static_cast<V*>(to) = values;
-}
-
 inline f32x16 load_floats(const float* from) { return load<f32x16>(from); }
-inline f32x16 load_floats(const bf16* from) {
-#ifdef __AVX512F__
-  return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#else
-  f32x16 v;
-  for (int i = 0; i < lanes; i++) v[i] = upcast(from[i]);
-  return v;
-#endif
-}
+inline f32x16 load_floats(const bf16* from) { return (f32x16)(widen(from) << 16); }
 
 inline void store_floats(float* to, f32x16 values) { store(to, values); }
 inline void store_floats(bf16* to, f32x16 values) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)values));
 #else
-  for (int i = 0; i < lanes; i++) assign(to[i], values[i]);
-#endif
-}
-
-inline u32x16 load_bytes(const uint8_t* from) {
-#ifdef __AVX512F__
-  return (u32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#else
-  u32x16 v;
-  for (int i = 0; i < lanes; i++) v[i] = from[i];
-  return v;
+  const u32x16 bits = (u32x16)values, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  store_narrow(to, select(values != values, u32x16{} + 0x7fc0u, rounded));
 #endif
 }
 
@@ -105,7 +58,7 @@ struct Scales {
 // ---- multiplication
 
 inline f32x16 multiply_add(f32x16 sums, f32x16 a, f32x16 b) { return sums + a * b; }
-inline f32x16 multiply_add(f32x16 sums, f32x16 a, const f32x16* b) { return sums + a * *b; }
+inline f32x16 multiply_add(f32x16 sums, f32x16 a, const f32x16* b) { return sums + a * load<f32x16>(b); }
 #ifdef __AVX512BF16__
 struct bf16x32 {
   __m512i bits;
@@ -133,25 +86,13 @@ void for_each_four(long N, const Run& run) {
 
 // ---- shuffles and reductions
 
-inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
-inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-
-using Lanes = std::make_integer_sequence<int, lanes>;
-
-// Lanes of a and b alternate in runs of s: `lower` takes the even runs of both, `upper` the odd ones.
-template <int s, class V, int... i>
-V lower(V a, V b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (i & s ? lanes + (i ^ s) : i)...);
-}
-template <int s, class V, int... i>
-V upper(V a, V b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (i & s ? lanes + i : i ^ s)...);
-}
+inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
 // Adds lanes i and i ^ s of a, and of b; the sums of both, half of the lanes each.
 template <int s>
 f32x16 fold(f32x16 a, f32x16 b) {
-  return lower<s>(a, b, Lanes()) + upper<s>(a, b, Lanes());
+  return lower<s>(a, b) + upper<s>(a, b);
 }
 
 // Lane i is the sum of all lanes of v[i]. Overwrites v.
@@ -163,17 +104,15 @@ f32x16 horizontal_sums(f32x16* v) {
   return v[0];
 }
 
-inline float horizontal_sum(f32x16 v) {
-  using f32x8 = float __attribute__((vector_size(32)));
-  f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[1]) + (b[2] + b[3]);
+template <class V>
+float horizontal_sum(V v) {
+  if constexpr (lanes_of<V> == 4) return (v[0] + v[1]) + (v[2] + v[3]);
+  else return horizontal_sum(low_half(v) + high_half(v));
 }
 
 template <int s = 8>
 float horizontal_max(f32x16 v) {
-  v = max(v, upper<s>(v, v, Lanes()));
+  v = max(v, upper<s>(v, v));
   if constexpr (s > 1) return horizontal_max<s / 2>(v);
   return v[0];
 }
@@ -185,36 +124,20 @@ void transpose(u32x16* rows) {
   for (int i = 0; i < lanes; i++)
     if (!(i & s)) {
       u32x16 a = rows[i], b = rows[i + s];
-      rows[i] = lower<s>(a, b, Lanes()), rows[i + s] = upper<s>(a, b, Lanes());
+      rows[i] = lower<s>(a, b), rows[i + s] = upper<s>(a, b);
     }
   if constexpr (s > 1) transpose<s / 2>(rows);
 }
 
-// Lanes 0 1 2 3 0 1 2 3 ... of four words.
-template <class V>
-V broadcast_four(const void* from) {
+// Lane 4 j + i is lane 4 i + j.
+inline f32x16 transpose_fours(f32x16 v) {
 #ifdef __AVX512F__
-  return (V)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
+  return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 #else
-  const u32x4 v = load<u32x4>(from);
-  return (V)__builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  f32x16 to;
+  for (int i = 0; i < lanes; i++) to[i] = v[i % 4 * 4 + i / 4];
+  return to;
 #endif
-}
-
-// Lanes 0 0 0 0 1 1 1 1 ... of four numbers.
-inline f32x16 repeat_each_four(f32x4 v) {
-#ifdef __AVX512F__
-  const i32x16 places = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-  return (f32x16)_mm512_permutexvar_ps((__m512i)places, _mm512_castps128_ps512((__m128)v));
-#else
-  return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-#endif
-}
-
-inline u32x16 concat(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
-  const auto low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
-  const auto high = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 // ---- rounding and exponentials
@@ -244,7 +167,7 @@ inline f32x16 exp(f32x16 x) {
   f32x16 p = f32x16{} + 1.f / 5040;
   p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6;
   p = p * r + .5f, p = p * r + 1.f, p = p * r + 1.f;
-  f32x16 power = (f32x16)(((u32x16) __builtin_convertvector(n, i32x16) + 127) << 23);
+  f32x16 power = (f32x16)(((u32x16)to_integers(n) + 127) << 23);
   return (f32x16)((u32x16)(power * p) & ~is_zero);
 }
 
@@ -261,7 +184,7 @@ inline f32x16 round_to_e4m3(f32x16 x) {
   u32x16 bits = (u32x16)x, magnitude = bits & 0x7fffffffu;
   u32x16 normal = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) & 0xfff00000u;
   f32x16 small = (f32x16)magnitude + 0x1p14f * 1.5f - 0x1p14f * 1.5f;
-  f32x16 y = (f32x16)magnitude < 0x1p-6f ? small : (f32x16)normal;
+  f32x16 y = select((f32x16)magnitude < 0x1p-6f, small, (f32x16)normal);
   return (f32x16)((u32x16)min(y, f32x16{} + max_e4m3) | (bits & 0x80000000u));
 }
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
-from llama4.cli import analysis, chat, checkpoints, finetune, generate
+from llama4.cli import analysis, chat, checkpoints, finetune, generate, serve
 from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
 from llama4.cli.parser import USAGE, Parser
 from llama4.errors import ArgumentError
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     options = make_parser().parse_args(arguments)
     try:
-        with nullcontext() if options.run in (chat.run, finetune.run) else answered_soon():  # they answer themselves
+        answers_itself = options.run in (chat.run, finetune.run, serve.run)
+        with nullcontext() if answers_itself else answered_soon():
             code: int = options.run(options)
             sys.stdout.flush()
         return code
@@ -69,13 +70,11 @@ def command() -> NoReturn:
 def make_parser() -> Parser:
     parser = Parser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
-    commands = parser.add_subparsers(
-        title="commands",
-        required=True,
-        metavar="generate | chat | info | plan | finetune | convert | merge | quantize | bench",
-    )
+    names = "generate | chat | serve | info | plan | finetune | convert | merge | quantize | bench"
+    commands = parser.add_subparsers(title="commands", required=True, metavar=names)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    serve.add_parser(commands)
     analysis.add_parsers(commands)
     finetune.add_parser(commands)
     checkpoints.add_parsers(commands)

@@ -80,7 +80,7 @@ CHAT: dict[str, dict[str, Any]] = {
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that loads a model and makes it answer."""
-    model = parser.add_argument_group("model")
+    model = add_model_options(parser)
     model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     model.add_argument(
         "--private-host",
@@ -89,10 +89,17 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="fetch pictures from this host though it is in this machine or its network; repeatable",
     )
-    _add(model, FROM_PRETRAINED)
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
     _add(reply, CHAT)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How a model is loaded, but not its name."""
+    model = parser.add_argument_group("model")
+    _add(model, FROM_PRETRAINED)
+    parser.set_defaults(private_host=[])
+    return model
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:

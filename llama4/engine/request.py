@@ -21,7 +21,7 @@ from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
-from llama4.model.multimodal import Llama4Model
+from llama4.model.multimodal import Llama4Model, check_ids
 
 Delivery = Token | Exception
 """What a request is given: its next token, or why there is none."""
@@ -75,6 +75,7 @@ class Request:
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
         if not self.ids:
             raise Llama4Error("the prompt is empty: the checkpoint's chat template writes nothing for these messages")
+        check_ids(min(self.ids), max(self.ids), model.config.text.vocab_size)
         self.tokens: list[int] = own.tolist()
         self.prompt_length = len(self.ids)
         self.sampler = sampler

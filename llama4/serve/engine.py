@@ -212,6 +212,7 @@ class EngineStream:
         self._deltas: deque[Delta] = deque()
         self._reader: tuple[Row, ReplyBuilder] | None = None
         self._stop_ids: frozenset[int] = frozenset()
+        self._request: Request | None = None
         self._cancel: Callable[[], object] | None = None
         self._has_ended = False
 
@@ -239,7 +240,7 @@ class EngineStream:
             )
         (builder,) = asked.builders(llm.tokenizer)
         request = self._engine.submit(asked, self._mailbox.put, self._options.get("top_logprobs", 0), may_wait)
-        self.request = request
+        self._request = request
         self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
         self._stop_ids = request.stop_ids
         self._cancel = weakref.finalize(self, self._engine.cancel, request)
@@ -249,6 +250,16 @@ class EngineStream:
         self._has_ended = True
         if self._cancel is not None:
             self._cancel()
+
+    @property
+    def request(self) -> Request:
+        """What the engine computes."""
+        assert self._request is not None, "open comes first"
+        return self._request
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Tokens -> bytes, perhaps parts of characters."""
+        return self._engine.llm.tokenizer.decode_bytes(ids)
 
     @property
     def reply(self) -> Reply:

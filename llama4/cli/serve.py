@@ -1,0 +1,62 @@
+"""`llama4 serve`: answer behind an address, in OpenAI's form."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from llama4.cli.options import add_model_options, load_model
+from llama4.errors import ArgumentError
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve", help="answer behind an address", description="Answer behind an address, in OpenAI's form."
+    )
+    parser.add_argument("model", metavar="MODEL", help="embedded name, directory or Hub id")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, help="0 for a free one (default: 8000)")
+    server.add_argument("--api-key", metavar="KEY", help="what clients must show (default: $LLAMA4_API_KEY, or none)")
+    server.add_argument("--served-model-name", metavar="NAME", help="as clients know it (default: MODEL's last part)")
+    server.add_argument("--max-batch", type=int, default=64, metavar="N", help="conversations at once (default: 64)")
+    server.add_argument("--cache-memory", default="4GiB", metavar="SIZE", help="of all keys and values (default: 4GiB)")
+    server.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait (default: 256)")
+    server.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="pages of which may ask; repeatable"
+    )
+    server.add_argument(
+        "--allow-urls", nargs="+", default=[], metavar="HOST", help="fetch pictures from these hosts; * for all public"
+    )
+    server.add_argument("--media-directory", type=Path, metavar="DIR", help="of pictures that file:// may name")
+    server.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve by TLS, with --ssl-keyfile")
+    server.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
+    server.add_argument("--verbose", action="store_true", help="log every request, without its text")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from llama4.serve.app import Server, Settings
+    from llama4.serve.engine import Engine
+    from llama4.serve.run import Address
+    from llama4.serve.run import run as serve
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO if options.verbose else logging.WARNING)
+    if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
+        raise ArgumentError("--ssl-certfile and --ssl-keyfile belong together; give both or none")
+    if options.media_directory is not None and not options.media_directory.is_dir():
+        raise ArgumentError(f"--media-directory {options.media_directory} is no directory")
+    settings = Settings(
+        name=options.served_model_name or Path(options.model.rstrip("/")).name,
+        api_key=options.api_key or os.environ.get("LLAMA4_API_KEY") or None,
+        cors_origins=tuple(options.cors_origin),
+        url_hosts=tuple(options.allow_urls),
+        media_directory=options.media_directory,
+    )
+    engine = Engine(load_model(options), options.cache_memory, options.max_batch, options.queue)
+    serve(Server(engine, settings), Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile))
+    return 0

@@ -1,0 +1,102 @@
+"""Running a server: where it listens, and how it ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import shlex
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from llama4.errors import ArgumentError
+from llama4.serve.app import Server
+from llama4.serve.engine import Engine
+from llama4.units import bytes_text
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 30
+MAX_HEADERS = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; with both files, by TLS."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+def run(server: Server, address: Address) -> None:
+    """Serve until SIGTERM or Ctrl-C; what is being answered then has 30 seconds to end.
+
+    Raises:
+        ArgumentError: the address cannot be had.
+    """
+    listening = _listen(address)
+    config = uvicorn.Config(
+        server.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_certfile=address.certificate,
+        ssl_keyfile=address.key,
+    )
+    _say(server.engine, server.settings.name, server.settings.api_key, address, listening.getsockname()[1])
+    runner = uvicorn.Server(config)
+
+    def end(number: int, frame: object) -> None:
+        """uvicorn stops first, and passes the signal on when it has stopped."""
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    try:
+        runner.run(sockets=[listening])
+    finally:
+        server.engine.close()
+
+
+def _listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot listen at {address.host}:{address.port}: {error.strerror or error}; "
+            "choose another --port or --host"
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _say(engine: Engine, name: str, key: str | None, address: Address, port: int) -> None:
+    """What one needs to know at the start."""
+    scheme = "https" if address.certificate else "http"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    url, limit = f"{scheme}://{host}:{port}", engine.scheduler.pool.limit
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What can you do?"}}]}}'
+    secret = ' -H "Authorization: Bearer $LLAMA4_API_KEY"' if key else ""
+    print(f"llama4 serves {name} at {url}/v1")
+    print(
+        f"  {engine.scheduler.max_batch} conversations at once, {engine.scheduler.window:,} tokens each at most, "
+        f"keys and values in {bytes_text(limit) if limit else 'as much memory as they take'}"
+    )
+    print(f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{secret} -d {shlex.quote(body)}")
+    sys.stdout.flush()
+    if not is_loopback(address.host) and key is None:
+        logger.warning("anybody who reaches %s may ask: give --api-key, or listen at 127.0.0.1", url)

@@ -1,0 +1,313 @@
+"""`llama4 serve` over real connections: OpenAI's routes, errors, limits, and clients that leave."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+from llama4 import Engine, Llama4  # noqa: E402
+from llama4.serve.app import Server, Settings  # noqa: E402
+
+PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
+QUESTION = [{"role": "user", "content": "What can you do?"}]
+FOREVER = {"messages": QUESTION, "ignore_eos": True, "max_tokens": 10**5}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+class Running:
+    """A server in a thread of its own, and a client of it."""
+
+    def __init__(self, llm: Llama4, settings: Settings, **engine: Any) -> None:
+        self.engine = Engine(llm, **{"cache_memory": "8MiB", **engine})
+        self.server = Server(self.engine, settings)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._uvicorn = uvicorn.Server(uvicorn.Config(self.server.app, log_config=None, lifespan="off"))
+        self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._listening]))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def close(self) -> None:
+        self.client.close()
+        self._uvicorn.should_exit = True
+        self._thread.join()
+        self.engine.close()
+
+    def ask(self, **fields: Any) -> Any:
+        answer = self.client.post("/v1/chat/completions", json=fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def is_idle(self) -> bool:
+        return not self.engine.scheduler.has_work and self.engine.num_waiting == 0
+
+
+@pytest.fixture(scope="module")
+def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory = tmp_path_factory.mktemp("media")
+    (directory / "inside.png").write_bytes(PICTURE.read_bytes())
+    (directory / "link.png").symlink_to(PICTURE)
+    limits = llm.processor.image_limits
+    server = Running(llm, Settings("tiny", media_directory=directory, max_body=2**20), max_waiting=8)
+    yield server
+    server.close()
+    llm.processor.image_limits = limits
+
+
+def until(is_so: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alone(llm: Llama4, messages: Any, **options: Any) -> Any:
+    limits, llm.processor.image_limits = llm.processor.image_limits, type(llm.processor.image_limits)()
+    try:
+        return llm.chat(messages, **options)
+    finally:
+        llm.processor.image_limits = limits
+
+
+def test_a_chat_is_that_of_the_library(llm: Llama4, running: Running) -> None:
+    """Greedily and with a seed, asked one after the other; the engine is idle when the library is asked."""
+    for fields in ({}, {"temperature": 1.0, "seed": 7}, {"max_tokens": 4}, {"stop": ["s"]}, {"top_k": -1, "top_p": 1}):
+        answer = running.ask(model="tiny", messages=QUESTION, **fields)
+        until(running.is_idle)
+        options = {"max_new_tokens" if name == "max_tokens" else name: value for name, value in fields.items()}
+        options = {name: value for name, value in options.items() if value != -1}
+        expected = alone(llm, QUESTION, **options)
+        (choice,) = answer["choices"]
+        assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+        assert choice["finish_reason"] == expected.finish_reason
+        assert answer["usage"]["completion_tokens"] == expected.usage.completion_tokens
+        assert answer["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+        assert answer["object"] == "chat.completion" and answer["model"] == "tiny"
+
+
+def test_many_at_once_get_their_own(llm: Llama4, running: Running) -> None:
+    texts = [f"What is {a} + {b}?" for a in range(3) for b in range(2)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(lambda text: running.ask(messages=[{"role": "user", "content": text}]), texts))
+    until(running.is_idle)
+    expected = [alone(llm, text).text for text in texts]
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == expected
+
+
+def events(running: Running, route: str, **fields: Any) -> list[Any]:
+    with running.client.stream("POST", route, json={**fields, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_stream_joins_to_the_answer(running: Running) -> None:
+    options = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2, "n": 2, "temperature": 1.0, "seed": 1}
+    whole = running.ask(**options)
+    *chunks, usage = events(running, "/v1/chat/completions", stream_options={"include_usage": True}, **options)
+    assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] and usage["choices"] == []
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for i, choice in enumerate(whole["choices"]):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(each["delta"].get("content") or "" for each in own) == choice["message"]["content"]
+        assert [each["finish_reason"] for each in own if each["finish_reason"]] == [choice["finish_reason"]]
+        tokens = [token for each in own for token in (each["logprobs"] or {"content": []})["content"]]
+        said = choice["logprobs"]["content"]
+        assert [token["token"] for token in tokens] == [token["token"] for token in said]
+        assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+        assert max(token["logprob"] for token in said[0]["top_logprobs"]) >= said[0]["logprob"] - 1e-4
+    assert whole["choices"][0] != whole["choices"][1]
+
+
+def picture(url: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "How many shapes are there?"}]
+    return [{"role": "user", "content": parts}]
+
+
+def test_pictures(llm: Llama4, running: Running) -> None:
+    """As data and from the media directory; nothing else of this machine or its network is read."""
+    data = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
+    given = [
+        running.ask(messages=picture(url))["choices"][0] for url in (data, "file:///inside.png", "file://inside.png")
+    ]
+    until(running.is_idle)
+    expected = alone(llm, picture(data)).text
+    assert [choice["message"]["content"] for choice in given] == [expected] * 3
+    outside = ["file:///etc/passwd", "file://../inside.png", "file:///link.png", "/etc/passwd", running.url + "/a.png"]
+    for url in outside:
+        answer = running.client.post("/v1/chat/completions", json={"messages": picture(url)})
+        assert answer.status_code == 400 and "root:" not in answer.text, url
+
+
+def test_completions(llm: Llama4, running: Running) -> None:
+    """Of texts and of token ids, several at once, with the prompt repeated."""
+    text = "Once upon a time"
+    until(running.is_idle)
+    reply = llm.complete(text, max_new_tokens=5)
+    expected = reply.text
+    ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(text)]
+    for prompt in (text, ids, [text, text], [ids]):
+        answer = running.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 5, "logprobs": 1}).json()
+        count = 2 if prompt == [text, text] else 1
+        assert [choice["text"] for choice in answer["choices"]] == [expected] * count
+        assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == len(reply.logprobs)
+        assert answer["usage"]["prompt_tokens"] == count * len(ids)
+    answer = running.client.post("/v1/completions", json={"prompt": text, "max_tokens": 5, "echo": True}).json()
+    assert answer["choices"][0]["text"] == text + expected
+    chunks = events(running, "/v1/completions", prompt=text, max_tokens=5)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "field"),
+    [
+        ({}, 400, "messages"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, 400, None),
+        ({"messages": QUESTION, "model": "gpt-5"}, 404, "model"),
+        ({"messages": QUESTION, "temperature": -1}, 400, "temperature"),
+        ({"messages": QUESTION, "temperature": "hot"}, 400, "temperature"),
+        ({"messages": QUESTION, "max_tokens": 0}, 400, "max_tokens"),
+        ({"messages": QUESTION, "n": 99}, 400, "n"),
+        ({"messages": QUESTION, "stop": [""]}, 400, "stop"),
+        ({"messages": QUESTION, "stream": "yes"}, 400, "stream"),
+        ({"messages": QUESTION, "top_logprobs": 2}, 400, "top_logprobs"),
+        ({"messages": QUESTION, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"messages": QUESTION, "logit_bias": {"5": 10}}, 400, "logit_bias"),
+        ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
+    ],
+)
+def test_errors_name_the_field(running: Running, fields: Any, status: int, field: str | None) -> None:
+    answer = running.client.post("/v1/chat/completions", json=fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, field), error
+    assert error["message"] and error["type"]
+
+
+def test_what_does_not_change_the_reply_is_taken(running: Running) -> None:
+    fields = {"user": "me", "parallel_tool_calls": False, "reasoning_effort": "low", "presence_penalty": 0, "xyz": 1}
+    developer = [{"role": "developer", "content": "Be brief."}, *QUESTION]
+    assert running.ask(messages=developer, max_completion_tokens=3, **fields)["usage"]["completion_tokens"] == 3
+
+
+def test_bodies_that_are_none(running: Running) -> None:
+    for body, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b"[" * 10**5, 400), (b'{"n": NaN}', 400)):
+        assert running.client.post("/v1/chat/completions", content=body).status_code == status
+    assert running.client.post("/v1/chat/completions", content=b" " * (2**20 + 1)).status_code == 413
+    assert running.client.get("/v1/chat/completions").status_code == 405
+    answer = running.client.get("/nothing")
+    assert answer.status_code == 404 and answer.json()["error"]["message"]
+
+
+def test_other_routes(llm: Llama4, running: Running) -> None:
+    client = running.client
+    ids = client.post("/tokenize", json={"prompt": "Hello <|eot|>"}).json()
+    assert ids["tokens"] == [llm.tokenizer.bos_id, *llm.tokenizer.encode("Hello <|eot|>")]
+    assert client.post("/tokenize", json={"content": "Hello"}).json()["tokens"] == llm.tokenizer.encode("Hello")
+    chat = client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
+    assert chat == llm.processor(QUESTION).input_ids[0].tolist()
+    assert client.post("/detokenize", json={"tokens": ids["tokens"][1:]}).json()["prompt"] == "Hello <|eot|>"
+    assert client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+    prompt = client.post("/apply-template", json={"messages": QUESTION}).json()["prompt"]
+    assert prompt == llm.processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == "tiny" and client.get("/v1/models/tiny").json() == card
+    assert client.get("/v1/models/other").status_code == 404
+    assert {client.get(route).status_code for route in ("/health", "/ready", "/version", "/props")} == {200}
+    metrics = client.get("/metrics").text
+    samples = {line.partition("{")[0] for line in metrics.splitlines() if not line.startswith("#")}
+    assert {"vllm:prompt_tokens_total", "vllm:num_requests_running", "vllm:request_success_total"} <= samples
+    assert {f"vllm:{name}_seconds_count" for name in ("time_to_first_token", "e2e_request_latency")} <= samples
+
+
+def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
+    until(running.is_idle)
+    with running.client.stream("POST", "/v1/chat/completions", json={**FOREVER, "stream": True}) as answer:
+        next(answer.iter_lines())
+        assert not running.is_idle()
+    until(running.is_idle)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/chat/completions", json=FOREVER, timeout=0.5)
+    until(running.is_idle)
+    while running.engine.scheduler.index.evict():
+        pass
+    assert running.engine.scheduler.pool.used == 0
+
+
+def test_a_key_and_a_full_queue(llm: Llama4) -> None:
+    running = Running(llm, Settings("tiny", api_key="secret"), max_batch=1, max_waiting=1)
+    try:
+        client = running.client
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+        client.headers["authorization"] = "Bearer secret"
+        answer = client.get("/v1/models", headers={"x-request-id": "mine-1"})
+        assert answer.status_code == 200 and answer.headers["x-request-id"] == "mine-1"
+        with client.stream("POST", "/v1/chat/completions", json={**FOREVER, "stream": True}) as first:
+            until(lambda: running.engine.scheduler.running.requests)
+            with ThreadPoolExecutor(1) as pool:
+                second = pool.submit(client.post, "/v1/chat/completions", json={"messages": QUESTION})
+                until(lambda: running.engine.num_waiting == 1)
+                third = client.post("/v1/chat/completions", json={"messages": QUESTION})
+                assert third.status_code == 429 and third.headers["retry-after"]
+                first.close()
+                assert second.result().status_code == 200
+    finally:
+        running.close()
+
+
+def test_openai_s_client(running: Running) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    whole = client.chat.completions.create(model="tiny", messages=QUESTION)
+    pieces = client.chat.completions.create(model="tiny", messages=QUESTION, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+    assert text == whole.choices[0].message.content
+    assert client.models.list().data[0].id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=QUESTION)
+
+
+def test_the_command_ends_what_it_is_at() -> None:
+    """SIGTERM while a reply is streamed: it comes whole, and the exit code is 0."""
+    command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        url = re.search(r"http://[\d.:]+", said[0])
+        assert url is not None and "curl " in said[2]
+        body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300}
+        with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *_, reason, end = [line for line in lines if line]
+        assert '"length"' in reason and end == "data: [DONE]"
+        assert process.wait(60) == 0

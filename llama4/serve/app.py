@@ -330,7 +330,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise RequestError(f"the body is not JSON: it holds {name}")
 
 
 class _Identified:

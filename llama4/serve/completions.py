@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -152,7 +152,7 @@ class Answer:
         }
 
 
-async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta], None]:
     """What several iterators give, as it comes, with the number of each."""
     arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=64)
 
@@ -192,7 +192,7 @@ def choices_of(engine: Engine, prompts: Sequence[Any], asked: Asked, more: Mappi
 
 
 def _seeded(options: Mapping[str, Any], seed: int | None) -> EngineOptions:
-    return {**options, "seed": seed}  # type: ignore[return-value,typeddict-item]
+    return {**options, "seed": seed}  # type: ignore[typeddict-item]
 
 
 def inputs_of(ids: Sequence[int]) -> Inputs:

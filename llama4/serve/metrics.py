@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from llama4.engine.request import Request
 from llama4.serve.engine import Engine
@@ -21,7 +21,7 @@ class Metrics:
     def __init__(self, engine: Engine, model: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model}
-        self.registry.register(_EngineState(engine, model))
+        self.registry.register(cast(Any, _EngineState(engine, model)))
         self._success = Counter(
             "vllm:request_success",
             "Requests that were answered",
@@ -60,7 +60,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _EngineState(Collector):
+class _EngineState:
     """What the engine itself counts."""
 
     def __init__(self, engine: Engine, model: str) -> None:

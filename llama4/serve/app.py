@@ -89,8 +89,15 @@ class Server:
         ]
         middleware = []
         if settings.cors_origins:
-            allowed = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-            middleware.append(Middleware(CORSMiddleware, **allowed))
+            anything = ["*"]
+            middleware.append(
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=settings.cors_origins,
+                    allow_methods=anything,
+                    allow_headers=anything,
+                )
+            )
         handlers: dict[Any, Any] = {404: _refuse, 405: _refuse}
         self.app: ASGIApp = _Identified(Starlette(routes=routes, middleware=middleware, exception_handlers=handlers))
 

@@ -32,6 +32,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import INFILLING
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config
@@ -111,6 +112,7 @@ class Llama4:
         cache_device: str | torch.device | None = None,
         progress: bool = True,
         generation_config: GenerationConfig | None = None,
+        chat_format: str | None = None,
     ) -> None:
         """Put a loaded model together with its tokenizer.
 
@@ -118,7 +120,7 @@ class Llama4:
             model: on its device and in its dtype, with weights.
             tokenizer: the model's; None for a model that only computes logits.
             side_files: what stood beside the weights.
-            max_context, cache_dtype, cache_device, progress: see `from_pretrained`.
+            max_context, cache_dtype, cache_device, progress, chat_format: see `from_pretrained`.
             generation_config: which tokens end a reply, and how tokens are chosen; by default greedily.
 
         Raises:
@@ -140,8 +142,10 @@ class Llama4:
         self.generation_config = generation_config or GenerationConfig()
         self._stored_dtype: str | None = None
         self._tokenizer = tokenizer
-        templates = self.side_files.chat_templates
-        self._processor = Processor.from_config(tokenizer, model.config, templates) if tokenizer is not None else None
+        self._processor = None
+        if tokenizer is not None:
+            templates = self.side_files.chat_templates
+            self._processor = Processor.from_config(tokenizer, model.config, templates, chat_format)
         memory.reuse_freed()
         survive_forks()
 
@@ -163,6 +167,8 @@ class Llama4:
         cache_dtype: str | torch.dtype = "auto",
         cache_device: str | torch.device | None = None,
         memory_map: bool = True,
+        rope_scaling: Mapping[str, Any] | None = None,
+        chat_format: str | None = None,
         adapter: str | Path | Mapping[str, str | Path] | None = None,
         progress: bool = True,
     ) -> Llama4:
@@ -193,6 +199,10 @@ class Llama4:
                 takes longer, decoding may be faster.
             adapter: a directory as PEFT writes it, or several by name, of which the first is used until `set_adapter`
                 says otherwise. A single one has the name "default".
+            rope_scaling: another scaling of RoPE than the checkpoint's, for longer contexts, as config.json has it:
+                {"rope_type": "dynamic", "factor": 4.0}, or "linear", "yarn" and others. The window grows with it.
+            chat_format: how prompts are written, where the checkpoint has no chat template or another than this:
+                "llama4", "llama3" or "llama2".
             progress: show progress bars, on a terminal or in a notebook, of all that takes longer than half a second:
                 downloading, loading, reading long prompts, saving.
 
@@ -205,6 +215,8 @@ class Llama4:
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
         config, source = open_checkpoint(directory, dtype=compute)
+        if rope_scaling is not None:
+            config = replace(config, text=config.text.scaled(rope_scaling))
         for note in source.notes:
             logger.warning("%s: %s", name, note)
         family = family_of(config)
@@ -243,6 +255,7 @@ class Llama4:
             cache_device=cache_device,
             progress=progress,
             generation_config=generation_config,
+            chat_format=chat_format,
         )
         llm._stored_dtype = config.dtype
         if adapter is not None:
@@ -317,7 +330,10 @@ class Llama4:
         Raises:
             Llama4Error: the first two name none, and the model came without a tokenizer.
         """
-        return self.generation_config.eos_token_id or self.config.text.eos_token_id or self.tokenizer.stop_ids
+        said = self.generation_config.eos_token_id or self.config.text.eos_token_id
+        if self._tokenizer is not None and (filled := self._tokenizer.special_tokens.get(INFILLING[3])) is not None:
+            said = (*(said or ()), filled)
+        return said or self.tokenizer.stop_ids
 
     def chat(
         self,
@@ -412,6 +428,17 @@ class Llama4:
             options: as of `chat`.
         """
         return self.chat(self.processor.complete(text, special_tokens=special_tokens), **options)
+
+    def infill(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Reply:
+        """What belongs between two pieces of code or text, of a model that was trained for that: Code Llama 7B and 13B.
+
+        Args:
+            options: as of `chat`.
+
+        Raises:
+            Llama4Error: a model whose tokenizer has no tokens for that.
+        """
+        return self.chat(self.processor.infill(prefix, suffix), **options)
 
     def _start(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs, **options: Unpack[Options]

@@ -16,11 +16,13 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import family_of
+from llama4.text import chat_formats
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
 from llama4.text.template import ChatTemplate
 from llama4.text.template_agreement import Compose, agrees
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import INFILLING
 from llama4.vision.images import load_image
 from llama4.vision.limits import LIMITS, ImageLimits
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
@@ -60,7 +62,7 @@ class Processor:
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
         resize_to_max_canvas, resample, rescale_factor: see `tile_image`.
-        compose: the family's prompt format.
+        compose: the family's prompt format; None for a model of which nothing says that it chats.
         template: the checkpoint's own; it is used unless it writes what the family's does.
 
     Attributes:
@@ -79,7 +81,7 @@ class Processor:
         max_tiles: int = 16,
         mean: float | tuple[float, float, float] = 0.5,
         std: float | tuple[float, float, float] = 0.5,
-        compose: Compose = compose,
+        compose: Compose | None = compose,
         template: ChatTemplate | None = None,
         *,
         resize_to_max_canvas: bool = False,
@@ -102,10 +104,21 @@ class Processor:
 
     @classmethod
     def from_config(
-        cls, tokenizer: Tokenizer, config: Llama4Config, templates: Mapping[str, str] | None = None
+        cls,
+        tokenizer: Tokenizer,
+        config: Llama4Config,
+        templates: Mapping[str, str] | None = None,
+        chat_format: str | None = None,
     ) -> Processor:
-        """The processor of a model with this configuration, and with a checkpoint's own chat templates, if any."""
-        vision, compose = config.vision, family_of(config).compose
+        """The processor of a model with this configuration, and with a checkpoint's own chat templates, if any. The
+        format that is named counts more than those.
+
+        Raises:
+            ArgumentError: an unknown format.
+        """
+        vision, compose = config.vision, family_of(config).chat_format(config, tokenizer)
+        if chat_format is not None:
+            templates, compose = None, chat_formats.chat_format(chat_format)
         template = ChatTemplate(templates, tokenizer) if templates else None
         if vision is None:
             return cls(tokenizer, image_size=None, compose=compose, template=template)
@@ -254,6 +267,24 @@ class Processor:
         ]
         return self._pad(rows, _pixels(tiles), padding_side)
 
+    def infill(self, prefix: str, suffix: str) -> Inputs:
+        """What comes before and after a gap, for a model to fill it, as Code Llama was trained.
+
+        Source: `infilling_prompt_tokens` in llama/generation.py of Meta's Code Llama.
+
+        Raises:
+            Llama4Error: the tokenizer has no tokens for that.
+        """
+        if INFILLING[0] not in self.tokenizer.special_tokens:
+            raise Llama4Error(
+                f"{self.tokenizer.path} has no tokens for infilling; Code Llama's of 7B and 13B have them"
+            )
+        before, after, middle, _ = (Piece(name, special=True) for name in INFILLING)
+        pieces = [Piece(self.tokenizer.bos, special=True), before, Piece(prefix), after]
+        ids = encode(filter(lambda piece: piece.text, pieces), self.tokenizer).ids
+        ids += [*self.tokenizer.encode(suffix, blank=False), self.tokenizer.special(middle.text)]
+        return self._pad([ids], None, "left")
+
     def tile(self, source: Any) -> Tiles:
         """Read one image and cut it into tiles.
 
@@ -350,12 +381,25 @@ class Processor:
                 f"{', '.join(others)} cannot be given, as this checkpoint has no chat template that reads such; what "
                 "Llama 4's own format reads is tools_in_user_message"
             )
+        if self._compose is None:
+            raise Llama4Error(
+                "this model has no chat template, and nothing says that it was trained to chat: continue a text with "
+                "complete(text) or `generate --raw`, or name its format: "
+                f"chat_format={' or '.join(map(repr, chat_formats.CHAT_FORMATS))}"
+            )
         return self._compose(messages, bos=self.tokenizer.bos, **options, **variables)
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a format for conversations."""
+        return self.template is not None or self._compose is not None
 
     @cached_property
     def template_agrees(self) -> bool:
         """Whether the checkpoint's own template writes what the family's format does, so that this is used."""
-        return self.template is None or agrees(self.template, self._compose, self.tokenizer.bos)
+        if self.template is None or self._compose is None:
+            return self.template is None
+        return agrees(self.template, self._compose, self.tokenizer.bos)
 
     def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
         return encode(pieces, self.tokenizer, [(image.rows, image.cols) for image in tiles], self.tokens_per_tile)

@@ -184,15 +184,23 @@ def describe_prompts(model: Model) -> dict[str, Any] | None:
     if model.directory is None:
         return None
     templates = model.side_files.chat_templates
-    tokenizer, agrees, error = model.tokenizer if templates else None, None, None
+    tokenizer, agrees, error, chats = model.tokenizer, None, None, True
     if tokenizer is not None:
         processor = Processor.from_config(tokenizer, model.config, templates)
+        chats = processor.chats
+    if tokenizer is not None and templates:
         try:
             agrees = processor.template_agrees
             processor.apply_chat_template([{"role": "user", "content": "Hello"}])
         except ChatTemplateError as reason:
             error = str(reason)
-    return {"templates": list(templates), "agrees": agrees, "error": error}
+    return {
+        "templates": list(templates),
+        "agrees": agrees,
+        "error": error,
+        "chats": chats,
+        "family": family_of(model.config).title,
+    }
 
 
 def describe_replies(model: Model) -> dict[str, Any] | None:
@@ -341,12 +349,14 @@ def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
 def prompts_line(prompts: dict[str, Any]) -> str:
     """What `describe_prompts` says, as a line of the table."""
     if not prompts["templates"]:
-        return "in Llama 4's format"
+        return (
+            f"in {prompts['family']}'s format" if prompts["chats"] else "none that is known: complete() and --raw alone"
+        )
     line = "by the checkpoint's own chat template"
     if prompts["templates"] != ["default"]:
         line += f" ({', '.join(prompts['templates'])})"
     if prompts["agrees"]:
-        line += ", which writes what Llama 4's format does"
+        line += f", which writes what {prompts['family']}'s format does"
     return f"{line}; {prompts['error']}" if prompts["error"] else line
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
 from llama4.quantization.schemes import SCHEMES
+from llama4.text.chat_formats import CHAT_FORMATS
 
 if TYPE_CHECKING:
     from llama4.api import Llama4, Options
@@ -52,6 +53,12 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
         "help": "copy all weights into memory: slower to load, sometimes faster to decode",
     },
     "adapter": {"metavar": "DIR", "help": "an adapter, as `finetune` or PEFT writes it"},
+    "rope_scaling": {
+        "type": json_object,
+        "metavar": "JSON",
+        "help": """scale RoPE for longer contexts, such as '{"rope_type": "dynamic", "factor": 4}'""",
+    },
+    "chat_format": {"metavar": "NAME", "help": f"how prompts are written: {', '.join(CHAT_FORMATS)}"},
     "max_context": {"type": int, "metavar": "N", "help": "most tokens of prompt and reply together"},
 }
 """Arguments of `Llama4.from_pretrained` -> the settings of their options for argparse."""

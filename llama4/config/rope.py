@@ -162,3 +162,10 @@ def read_scaling(rope: Mapping[str, Any], window: int | None, place: str) -> Rop
     if kind in ("yarn", "longrope") and "factor" not in values and window is not None:
         values["factor"] = max(1.0, window / max(values["original_max_position_embeddings"], 1))
     return RopeScaling(**values)
+
+
+def longer_window(scaling: RopeScaling | None, window: int) -> int:
+    """The window of a model whose `max_position_embeddings` may be those of the model before its scaling."""
+    if scaling is None or scaling.rope_type not in LONGER:
+        return window
+    return max(window, int(scaling.factor * scaling.original_max_position_embeddings))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from llama4.config.rope import RopeScaling
+from llama4.config.rope import RopeScaling, read_scaling
 from llama4.config.window import visible_tokens
 from llama4.errors import ConfigError
 from llama4.reading import LIMITS
@@ -140,6 +142,23 @@ class TextConfig:
     def visible_tokens(self, layer: int, num_tokens: int) -> int:
         """How many tokens the last of `num_tokens` sees in a layer, itself included."""
         return visible_tokens(num_tokens - 1, self.window(layer)) if num_tokens else 0
+
+    def scaled(self, rope_scaling: Mapping[str, Any]) -> TextConfig:
+        """The same with another scaling of RoPE, and the window that it gives.
+
+        Args:
+            rope_scaling: as in config.json; `original_max_position_embeddings` is by default the window of the model.
+
+        Raises:
+            ConfigError: a scaling that cannot be.
+        """
+        before = self.rope_scaling
+        window = before.original_max_position_embeddings if before is not None else self.max_position_embeddings
+        scaling = read_scaling(rope_scaling, window, "rope_scaling")
+        if scaling is None:
+            return replace(self, rope_scaling=None, max_position_embeddings=window)
+        grown = int(scaling.factor * scaling.original_max_position_embeddings)
+        return replace(self, rope_scaling=scaling, max_position_embeddings=max(self.max_position_embeddings, grown))
 
     def num_parameters(self) -> int:
         return self._count(self.num_local_experts)

@@ -16,6 +16,7 @@ from llama4.model.experts import Experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import PARTS
 from llama4.text import prompt
+from llama4.text.template_agreement import Compose
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import Vocabulary
 
@@ -37,6 +38,10 @@ class Family(ABC):
     """Parts of the model that can be quantized, as patterns of parameter names."""
     compose = staticmethod(prompt.compose)
     """The prompt format: messages -> pieces of text and special tokens."""
+
+    def chat_format(self, config: Llama4Config, tokenizer: Tokenizer) -> Compose | None:
+        """`compose`, or that of a generation of the family; None where nothing says that a model chats, and how."""
+        return self.compose
 
     @abstractmethod
     def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:

@@ -9,12 +9,15 @@ from typing import Any
 from llama4.config import CONFIG_FILE, Llama4Config, TextConfig
 from llama4.config.fields import METADATA, ROPE, FieldTable
 from llama4.config.hf_json import TOKEN_IDS
-from llama4.config.rope import LONGER, read_scaling, read_theta, rope_section, write_rope
+from llama4.config.rope import LONGER, longer_window, read_scaling, read_theta, rope_section, write_rope
 from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
 from llama4.families.base import Family
 from llama4.families.names import HalvesToPairs, NameTable
 from llama4.reading import read_json
+from llama4.text.chat_formats import CHAT_FORMATS
+from llama4.text.template_agreement import Compose
+from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA3
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -81,6 +84,12 @@ class LlamaFamily(Family):
             content["quantization_config"] = dict(config.quantization_config)
         return content
 
+    def chat_format(self, config: Llama4Config, tokenizer: Tokenizer) -> Compose | None:
+        """Llama 3's, if its turns end replies: base models have the same tokens, and end with another. Llama 2's has no
+        tokens of its own."""
+        end = tokenizer.special_tokens.get(LLAMA3.eos)
+        return CHAT_FORMATS["llama3"] if end is not None and end in config.text.eos_token_id else None
+
     def names(self, config: Llama4Config, keys: Collection[str] | None = None) -> NameTable:
         return NameTable(
             (
@@ -115,8 +124,7 @@ def read_config(content: Mapping[str, Any]) -> Llama4Config:
     rope, window = rope_section(content, CONFIG_FILE), fields["max_position_embeddings"]
     ROPE.check(rope)
     scaling = read_scaling(rope, window, ROPE.place)
-    if scaling is not None and scaling.rope_type in LONGER:
-        fields["max_position_embeddings"] = max(window, int(scaling.factor * scaling.original_max_position_embeddings))
+    fields["max_position_embeddings"] = longer_window(scaling, window)
     layers = fields["num_hidden_layers"]
     try:
         text = TextConfig(

@@ -16,7 +16,8 @@ from typing import Any
 from llama4.errors import Llama4Error
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import check_tools
+from llama4.text.tool_calls import ToolCall, check_tools
+from llama4.text.tool_calls.spellings import BUILT_IN, CODE_INTERPRETER
 
 IMAGE = "<|image|>"
 """The special token that stands in a prompt's pieces for a whole image."""
@@ -50,6 +51,27 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """The special tokens that stand around messages.
+
+    Attributes:
+        header: before and after the name of a role.
+        turn, message: at the end of a message, and of one after which more comes from the same side: a call of tools.
+        after_tool: at the end of a tool's answer.
+        code: before code for an interpreter, and calls of tools that need no announcing; None where calls are JSON.
+    """
+
+    header: tuple[str, str]
+    turn: str
+    message: str
+    after_tool: str
+    code: str | None = None
+
+
+LLAMA4 = Marks(("<|header_start|>", "<|header_end|>"), "<|eot|>", "<|eom|>", "<|eom|>")
+
+
+@dataclass(frozen=True)
 class Rendered:
     """The token ids of a prompt, and for each whether it belongs to the assistant's messages (their text and the token
     that ends them), not to a header or another role."""
@@ -66,8 +88,9 @@ def compose(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     bos: str = "<|begin_of_text|>",
+    marks: Marks = LLAMA4,
 ) -> list[Piece]:
-    """Messages -> the pieces of Llama 4's prompt.
+    """Messages -> the pieces of Llama 4's prompt, or of Llama 3's.
 
     `<|begin_of_text|>`, then per message `<|header_start|>`role`<|header_end|>` and two line breaks, its content, and
     `<|eot|>` (`<|eom|>` after a tool's answer and after a message that calls tools), then the assistant's header.
@@ -80,6 +103,7 @@ def compose(
         add_generation_prompt: whether to end with the assistant's header, for the model to continue.
         continue_final_message: whether to end within the last message instead.
         bos: name of the first token.
+        marks: what stands around messages.
 
     Raises:
         Llama4Error: a message is not well formed, there is no message to announce tools in, or none to continue.
@@ -96,19 +120,24 @@ def compose(
 
     for message in parsed:
         reply = message.role == "assistant"
-        pieces += _header(message.role)
+        pieces += _header(message.role, marks)
         for part in message.parts:
             if isinstance(part, ImagePart):
                 write(IMAGE, reply, special=True)
             else:
                 write(part, reply)
         for call in message.tool_calls:
-            write(json.dumps({"type": "function", "name": call.name, "parameters": call.arguments}), reply)
-        write("<|eom|>" if message.tool_calls or message.role == "ipython" else "<|eot|>", reply, special=True)
+            if marks.code is not None and (spelled := _built_in(call)) is not None:
+                write(marks.code, reply, special=True)
+                write(spelled, reply)
+            else:
+                write(json.dumps({"type": "function", "name": call.name, "parameters": call.arguments}), reply)
+        end = marks.message if message.tool_calls else marks.after_tool if message.role == "ipython" else marks.turn
+        write(end, reply, special=True)
     if continue_final_message:
         pieces.pop()
     elif add_generation_prompt:
-        pieces += _header("assistant")
+        pieces += _header("assistant", marks)
     return pieces
 
 
@@ -174,9 +203,10 @@ def read_pieces(text: str, tokenizer: Tokenizer) -> list[Piece]:
 def _overlaps(piece: Piece, tokens: Iterable[int], tokenizer: Tokenizer) -> list[bool]:
     """For each token of a text, whether some of its bytes belong to a reply."""
     ranges = [(len(piece.text[:a].encode()), len(piece.text[:b].encode())) for a, b in piece.reply]
-    result, start = [], 0
-    for token in tokens:
-        end = start + len(tokenizer.decode_bytes([token]))
+    lengths = [len(tokenizer.decode_bytes([token])) for token in tokens]
+    result, start = [], len(piece.text.encode()) - sum(lengths)  # below 0 where a blank was put before it
+    for length in lengths:
+        end = start + length
         result.append(any(a < end and start < b for a, b in ranges))
         start = end
     return result
@@ -241,5 +271,15 @@ def _prefixed(text: str, message: ParsedMessage) -> ParsedMessage:
     return replace(message, parts=parts)
 
 
-def _header(role: str) -> list[Piece]:
-    return [Piece("<|header_start|>", True), Piece(role), Piece("<|header_end|>", True), Piece("\n\n")]
+def _header(role: str, marks: Marks) -> list[Piece]:
+    start, end = marks.header
+    return [Piece(start, True), Piece(role), Piece(end, True), Piece("\n\n")]
+
+
+def _built_in(call: ToolCall) -> str | None:
+    """A call of the interpreter, or of a tool that Meta's models know, as Llama 3.1 spells it; None for others."""
+    if call.name == CODE_INTERPRETER and call.arguments.keys() == {"code"}:
+        return str(call.arguments["code"])
+    if call.name in BUILT_IN and call.arguments.keys() == {"query"}:
+        return f"{call.name}.call(query={json.dumps(call.arguments['query'], ensure_ascii=False)})"
+    return None

@@ -35,7 +35,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import INFILLING
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
-from llama4.weights.checkpoint import open_checkpoint, read_config
+from llama4.weights.checkpoint import open_checkpoint, read_config, read_side_files
 from llama4.weights.directory import scratch_directory
 from llama4.weights.ignored import note_ignored
 from llama4.weights.load import load
@@ -157,6 +157,7 @@ class Llama4:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
+        mmproj: str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
@@ -175,11 +176,13 @@ class Llama4:
         """Load a model.
 
         Args:
-            name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, or a Hub id such as
-                "meta-llama/Llama-4-Scout-17B-16E-Instruct".
+            name: an embedded model ("tiny"), a local directory in Hugging Face's or Meta's layout, a GGUF file, or a
+                Hub id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct", which a GGUF file there may follow after a
+                slash.
             revision: branch, tag or commit on the Hub.
             subfolder: of the repository or directory, where the model is.
             token: access token for the Hub; by default the one you logged in with.
+            mmproj: of a model in GGUF the file with the vision tower; by default the one beside it, if there is one.
             device: "auto" is CUDA if there is one, else the CPU.
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantize the weights
@@ -214,7 +217,7 @@ class Llama4:
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
-        config, source = open_checkpoint(directory, dtype=compute)
+        config, source = open_checkpoint(directory, dtype=compute, mmproj=mmproj)
         if rope_scaling is not None:
             config = replace(config, text=config.text.scaled(rope_scaling))
         for note in source.notes:
@@ -225,7 +228,7 @@ class Llama4:
         home = resolve_device(experts_device) if experts_device is not None else target
         room = parse_bytes(str(experts_memory)) if experts_memory is not None else None
         tokenizer = family.load_tokenizer(directory, config)
-        side_files = SideFiles.read(directory)
+        side_files = read_side_files(directory)
         note_ignored(str(name), side_files)
         generation_config = GenerationConfig.from_directory(directory)
         if generation_config.refused:

@@ -37,6 +37,10 @@ LIMITS = {
 """Of some, by name: what is built or looked at one by one."""
 MAX_PARAMETERS = 10**15
 """Of a model: Behemoth has 2 * 10^12."""
+MAX_GGUF_HEADER_BYTES = 32 << 20
+"""Of the head of a GGUF file: Llama 4's vocabulary and merges take 12 MiB."""
+MAX_GGUF_COUNT = 1 << 16
+"""Of keys, and of tensors, in a GGUF file."""
 MAX_ZIP_DIRECTORY = 4 << 20
 """Bytes in which a .pth lists its tensors."""
 MAX_PICKLE_BYTES = 16 << 20

@@ -76,7 +76,7 @@ class Model:
         Raises:
             ConfigError: a config.json that is not JSON.
         """
-        return SideFiles.read(self.directory) if self.directory is not None else NO_SIDE_FILES
+        return checkpoint.read_side_files(self.directory) if self.directory is not None else NO_SIDE_FILES
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -108,7 +108,7 @@ def find(name: str, revision: str | None = None, token: str | None = None, subfo
     found = Model(
         layout.read_config(directory), directory, layout, shards=shards, origin=HubOrigin.of_snapshot(directory)
     )
-    if shards is None:
+    if shards is None or not (layout.in_shards or layout.weight_files):  # GGUF is here as a whole
         if layout.has_weights(directory):
             config, weights = checkpoint.open_checkpoint(directory)
             return replace(found, config=config, weights=weights)

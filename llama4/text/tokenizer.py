@@ -17,6 +17,7 @@ from llama4.errors import Llama4Error
 from llama4.files import replace_text, replaced_file
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.byte_level import RankedBytes
+from llama4.text.gguf_vocabulary import GGUF_SUFFIX, read_gguf, tokenizer_json
 from llama4.text.sentencepiece import is_sentencepiece, read_sentencepiece
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, find_file, read_json, read_tiktoken, to_json
@@ -28,8 +29,8 @@ class Tokenizer:
 
     Args:
         path: `tokenizer.model`, tiktoken's (Llama 3 and 4) or SentencePiece's (Llama 1 and 2); Hugging Face's
-            `tokenizer.json`; or a directory with one of them (if both are there, `tokenizer.json`, which lists its
-            special tokens itself).
+            `tokenizer.json`; a GGUF file; or a directory with one of the first two (if both are there,
+            `tokenizer.json`, which lists its special tokens itself).
         num_special_tokens: how many special tokens follow the ranks of a tiktoken file; by default as many as the
             vocabulary's. Other files say so themselves.
         vocabulary: pattern and special tokens, which a tiktoken file does not say; by default Llama 3's for a file of
@@ -55,7 +56,8 @@ class Tokenizer:
         self, path: str | Path, *, num_special_tokens: int | None = None, vocabulary: Vocabulary | None = None
     ) -> None:
         self.path = find_file(Path(path).expanduser())
-        self.config = TokenizerConfig.read(self.path.parent)
+        is_gguf = self.path.suffix.lower() == GGUF_SUFFIX
+        self.config = TokenizerConfig() if is_gguf else TokenizerConfig.read(self.path.parent)
         try:
             self._read(num_special_tokens, vocabulary)
         except BaseException as error:
@@ -73,7 +75,11 @@ class Tokenizer:
     def _read(self, num_special_tokens: int | None, vocabulary: Vocabulary | None) -> None:
         """`model`, `vocabulary`, `added_tokens` and `adds_bos`, from the file."""
         self.model: TokenModel
-        if self.path.suffix == ".json":
+        if self.path.suffix.lower() == GGUF_SUFFIX:
+            self.vocabulary = vocabulary or LLAMA4
+            self.model, added, adds_bos, self.config = read_gguf(self.path, self.vocabulary.control_names)
+            self.vocabulary = _of_names(self.vocabulary, (token.content for token in added))
+        elif self.path.suffix == ".json":
             self.vocabulary = vocabulary or LLAMA4
             self.model, added, adds_bos = read_json(self.path, self.config, self.vocabulary.control_names)
             self.vocabulary = _of_names(self.vocabulary, (token.content for token in added))
@@ -231,23 +237,30 @@ class Tokenizer:
             directory: that of the model.
             model_max_length: the model's window in tokens, for a new tokenizer_config.json.
         """
-        directory, file = Path(directory), self.path.with_name
-        is_json = self.path.suffix == ".json"
-        _copy(self.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
-        for name in (*(["tokenizer.model"] if is_json else []), *CONFIG_FILES):
-            if file(name).is_file():
-                _copy(file(name), directory / name)
+        directory, suffix = Path(directory), self.path.suffix.lower()
+        is_json, is_gguf = suffix == ".json", suffix == GGUF_SUFFIX
+        beside = [] if is_gguf else [self.path.with_name(name) for name in CONFIG_FILES]
+        if not is_gguf:
+            _copy(self.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
+        for path in (*([self.path.with_name("tokenizer.model")] if is_json else []), *beside):
+            if path.is_file():
+                _copy(path, directory / path.name)
         names = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos, "pad_token": self.vocabulary.pad}
-        if not is_json:
+        if is_gguf:
+            content = tokenizer_json(self.path, self.model, self.added_tokens)
+            replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+        elif not is_json:
             bos = self.config.names.get("bos_token", names["bos_token"])
             content = to_json(self.ranks, self.added_tokens, self.pattern, bos)
             replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-        if not file(TOKENIZER_CONFIG_FILE).is_file():
+        if not any(path.name == TOKENIZER_CONFIG_FILE and path.is_file() for path in beside):
             config: dict[str, Any] = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 **{role: name for role, name in {**names, **self.config.names}.items() if self._find(name) is not None},
                 "clean_up_tokenization_spaces": False,
             }
+            if is_gguf:
+                config["add_bos_token"] = self.adds_bos
             if model_max_length is not None:
                 config["model_max_length"] = model_max_length
             replace_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")

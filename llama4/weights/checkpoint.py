@@ -1,4 +1,4 @@
-"""A directory -> its configuration and weights, in whichever layout it is."""
+"""A directory, or a GGUF file, -> its configuration and weights, in whichever layout it is."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from pathlib import Path
 import torch
 
 from llama4.config import Llama4Config
-from llama4.errors import CheckpointError
+from llama4.errors import ArgumentError, CheckpointError
 from llama4.weights.directory import check_whole
+from llama4.weights.gguf.layout import GgufLayout
 from llama4.weights.huggingface import HuggingFaceLayout
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.meta.layout import MetaLayout
 from llama4.weights.safetensors import Shards
+from llama4.weights.side_files import SideFiles
 from llama4.weights.source import Source
 from llama4.weights.unreadable import check_fetched, files_in, why_unreadable
 
 _LAYER = re.compile(r"language_model\.model\.layers\.(\d{1,9})\.")
-LAYOUTS: dict[str, CheckpointLayout] = {layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout())}
+LAYOUTS: dict[str, CheckpointLayout] = {
+    layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout(), GgufLayout())
+}
 
 
 def recognised_layout(directory: Path) -> CheckpointLayout | None:
@@ -53,20 +57,41 @@ def read_config(directory: str | Path) -> Llama4Config:
     return layout_of(directory).read_config(Path(directory))
 
 
+def read_side_files(directory: str | Path) -> SideFiles:
+    """What stands beside the weights in a directory, or, of a GGUF file, in its metadata.
+
+    Raises:
+        ConfigError: a file that is not what it should be.
+    """
+    return layout_of(directory).read_side_files(Path(directory))
+
+
 def open_checkpoint(
-    directory: str | Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+    directory: str | Path,
+    shards: Shards | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    mmproj: str | Path | None = None,
 ) -> tuple[Llama4Config, Source]:
     """Configuration and weights, of which nothing is read yet.
 
     Args:
         shards: the weights, where they are not in the directory: see `hub.locate`.
         dtype: of what is stored in a format that is not run, and so is dequantized; None: the checkpoint's own.
+        mmproj: of a GGUF model the file with the vision tower; None: the one beside it, if there is one.
 
     Raises:
         ConfigError: see `read_config`.
         CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
     """
-    config, source = layout_of(directory).open(Path(directory), shards, dtype=dtype)
+    layout = layout_of(directory)
+    if mmproj is not None:
+        if not isinstance(layout, GgufLayout):
+            raise ArgumentError(
+                f"mmproj is for models in GGUF, and {directory} is in {layout.title} layout; leave it out"
+            )
+        layout = GgufLayout(Path(mmproj).expanduser())
+    config, source = layout.open(Path(directory), shards, dtype=dtype)
     _check_layers(Path(directory), config, source)
     return config, source
 

@@ -16,7 +16,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
 from llama4.units import bytes_text
 from llama4.version import __version__
-from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
+from llama4.weights.checkpoint import LAYOUTS, open_checkpoint, read_side_files
 from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
@@ -24,7 +24,6 @@ from llama4.weights.load import match_names
 from llama4.weights.quantizing import quantized
 from llama4.weights.safetensors import stamp_of
 from llama4.weights.save import MODEL_FILES, TEXT_FILES
-from llama4.weights.side_files import SideFiles
 from llama4.weights.source import Copied, Source
 from llama4.weights.stamps import stamp_for
 from llama4.weights.verify import verify
@@ -54,7 +53,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     _check_other(source, target)
     with complete_directory(target, must_be_free=True, older=_FILES) as partial:
         config, weights, tokenizer = _open(source)
-        side_files = SideFiles.read(source)
+        side_files = read_side_files(source)
         options = WriteOptions(side_files, target.resolve().name, ranks=ranks, progress=progress)
         LAYOUTS[layout].write(weights, config, tokenizer, partial, options)
         verify(partial, weights, config, tokenizer, progress=progress)
@@ -94,7 +93,7 @@ def quantize(
     source, target = Path(source), Path(target)
     _check_other(source, target)
     if shards is None:
-        files = sorted(path for path in source.glob("*") if path.is_file())
+        files = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.is_file())
         of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     else:
         of = [[shards.origin.repo_id, shards.origin.commit, str(shards.folder)]]
@@ -111,7 +110,7 @@ def quantize(
             shards.downloads = work_of(target) / DOWNLOADS
             weights = Copied(weights)
         options = WriteOptions(
-            SideFiles.read(source),
+            read_side_files(source),
             target.resolve().name,
             max_shard_bytes=max_shard_bytes,
             stamp=stamp,

@@ -7,6 +7,7 @@ import glob
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -15,19 +16,22 @@ from huggingface_hub.hf_api import RepoFile
 
 from llama4.config import PRESETS
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error, nearest
+from llama4.gguf import MAGIC
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
 from llama4.weights.directory import check_whole
+from llama4.weights.gguf.files import is_gguf, mmproj_of, models, parts
 from llama4.weights.hub_client import HTTP_ERROR, hub_errors, progress_bars, reason
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import MODEL_CARD, HubOrigin
-from llama4.weights.unreadable import GGUF, files_in, why_unreadable
+from llama4.weights.unreadable import files_in, why_unreadable
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_FILE = re.compile(rf"(?P<repository>{_HUB_ID.pattern})/(?P<file>[^:]+\.gguf)", re.IGNORECASE)
 _HUB_ADDRESS = re.compile(rf"(?:https?://[^/]+|hf:/)/({_HUB_ID.pattern})")
 
 
@@ -46,12 +50,14 @@ def resolve(
     progress: bool = True,
 ) -> Path:
     """The directory of a model: that of an embedded model, `name` itself, or the Hub's repository in the local cache.
+    Of a model in GGUF its file, of a split the first.
 
     Without a network, what the cache holds is used. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are
     honoured.
 
     Args:
-        name: an embedded model, a directory, or an id such as "meta-llama/Llama-4-Scout-17B-16E-Instruct".
+        name: an embedded model, a directory, a GGUF file, or an id such as
+            "meta-llama/Llama-4-Scout-17B-16E-Instruct", which a GGUF file of the repository may follow after a slash.
         revision: branch, tag or commit on the Hub.
         subfolder: of the directory or repository, where the model is.
         token: for private and gated repositories; by default the one you logged in with.
@@ -71,11 +77,18 @@ def resolve(
         if not path.is_dir():
             raise Llama4Error(f"{name} has no subfolder {subfolder!r}; check its name")
         check_whole(path)
+        if not _is_complete(path) and (model := _only_model(str(name), [each.name for each in path.iterdir()])):
+            return path / model
         if select is all_files and not _is_complete(path) and (why := why_unreadable(files_in(path))):
             raise CheckpointError(f"{path} cannot be loaded: {why}")
         return path
     if path.is_file():
+        if is_gguf(path):
+            return path
         raise CheckpointError(f"{name} cannot be loaded: {_why_no_directory(path)}")
+    fetch = partial(_fetch_gguf, revision=revision, token=token, progress=progress)
+    if isinstance(name, str) and not path.is_absolute() and (file := _HUB_FILE.fullmatch(name)):
+        return fetch(file["repository"], folder / file["file"])
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         address = _HUB_ADDRESS.match(str(name))
         if path.is_absolute() or str(name).startswith((".", "~")):
@@ -91,7 +104,7 @@ def resolve(
             f"{address[1] if address else 'organisation/name'!r}"
         )
     with hub_errors(name, revision), progress_bars(progress):
-        for layout in LAYOUTS.values():
+        for layout in (layout for layout in LAYOUTS.values() if layout.side_files):
             patterns = [str(PurePosixPath(glob.escape(str(folder)), pattern)) for pattern in select(layout)]
             found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)) / folder
             if layout.recognises(found):
@@ -99,6 +112,8 @@ def resolve(
     if not (_is_complete(found) if select is all_files else recognised_layout(found)):
         origin = HubOrigin.of_snapshot(found)
         listed = list(_sizes(origin, folder, token)) if origin is not None else []
+        if model := _only_model(name, listed):
+            return fetch(name, folder / model)
         where = f"{name}/{subfolder}" if subfolder else name
         raise CheckpointError(f"{where} cannot be loaded: {why_unreadable(listed) or 'it holds no weights'}")
     return found
@@ -157,11 +172,56 @@ def _checked(subfolder: str | None) -> PurePosixPath:
     return folder
 
 
+def _only_model(name: str, files: Sequence[str]) -> str | None:
+    """Of a directory's or repository's files the GGUF model, if there is one.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = models(files)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{name} holds {len(found)} models in GGUF; name one of them", [f"{name}/{f}" for f in found]
+        )
+    return found[0] if found else None
+
+
+def _fetch_gguf(
+    repository: str, file: PurePosixPath, *, revision: str | None, token: str | None, progress: bool
+) -> Path:
+    """A GGUF model on the Hub in the local cache: all files of a split, and that of the vision tower beside it.
+
+    Raises:
+        Llama4Error: no such repository or file, or no way to reach it.
+    """
+
+    def fetched(*names: PurePosixPath) -> Path:
+        patterns = [glob.escape(str(name)) for name in names]
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
+
+    with hub_errors(repository, revision), progress_bars(progress):
+        found = fetched(*(file.with_name(name) for name in parts(file.name)))
+    origin = HubOrigin.of_snapshot(found)
+    if not (found / file).is_file():
+        listed = models(_sizes(origin, PurePosixPath(), token)) if origin is not None else []
+        raise CheckpointError(
+            f"{repository} has no file {file}" + ("; its models in GGUF are" if listed else "; check its name"),
+            [f"{repository}/{name}" for name in listed],
+        )
+    if origin is not None:
+        with suppress(Llama4Error):  # without a network, with what is in the cache
+            beside = mmproj_of(name for name in _sizes(origin, file.parent, token) if "/" not in name)
+            if beside is not None:
+                with hub_errors(repository, revision), progress_bars(progress):
+                    fetched(file.with_name(beside))
+    return found / file
+
+
 def _why_no_directory(path: Path) -> str:
     """Why a file is given in vain."""
     with path.open("rb") as file:
-        if file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf":
-            return f"it is {GGUF}"
+        if file.read(len(MAGIC)) == MAGIC:
+            return f"it is a GGUF file by its content; name it {path.with_suffix('.gguf').name}"
     if _is_complete(path.parent):
         return f"it is a file; name the directory {path.parent}"
     why = why_unreadable([path.name])

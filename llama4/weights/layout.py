@@ -70,6 +70,14 @@ class CheckpointLayout(ABC):
         ConfigError: no configuration, or one that is damaged or of another model.
         """
 
+    def read_side_files(self, directory: Path) -> SideFiles:
+        """What stands beside the weights.
+
+        Raises:
+            ConfigError: a file that is not what it should be.
+        """
+        return SideFiles.read(directory)
+
     @abstractmethod
     def open(
         self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None

@@ -14,10 +14,9 @@ from llama4.weights.meta.params import PARAMS_FILE
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE
 from llama4.weights.source import Source
 
-GGUF = "GGUF, llama.cpp's format, which is not read yet; take the safetensors of the same model"
 _OTHERS = "take the safetensors of the same model"
 _FOREIGN = {
-    "*.gguf": f"its weights are {GGUF}",
+    "*.gguf": "it holds a vision tower in GGUF, and not the model that belongs to it; fetch that, too",
     "adapter_config.json": "it is an adapter for the model that adapter_config.json names; merge it into that model, "
     "with PEFT's merge_and_unload, and save the result",
     "model_index.json": "it is a pipeline of diffusers, which makes pictures, and no language model",
@@ -79,7 +78,7 @@ def why_unreadable(files: Collection[str]) -> str | None:
     folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(models)})
     reasons = [reason for pattern, reason in _FOREIGN.items() if _match(files, pattern)][:1]
     if not reasons and not folders and (elsewhere := fnmatch.filter(files, "*/*.gguf")):
-        reasons.append(f"its weights ({elsewhere[0]}) are {GGUF}")
+        reasons.append(f"its weights are GGUF in a folder; name the file, such as {elsewhere[0]}, behind its own name")
     if PARAMS_FILE not in here and (meta := fnmatch.filter(here, "consolidated.*.pth")):
         reasons.append(f"{PARAMS_FILE} does not stand beside Meta's {meta[0]}; fetch it, too")
     elif pickles := [file for file in here if file.endswith(_PICKLES) and file != "training_args.bin"]:

@@ -1,0 +1,300 @@
+"""GGUF's metadata -> a configuration.
+
+Keys begin with the architecture's name. What Llama 4's files do not say (chunk, temperature, layers without RoPE,
+QK-norm) is as llama.cpp sets it (src/models/llama4.cpp), unless keys of our own say it: see `OWN`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama4.config import Llama4Config, TextConfig
+from llama4.config.text import RopeScaling
+from llama4.errors import ConfigError
+from llama4.gguf import GgufFile
+from llama4.reading import LIMITS, MAX_INT
+from llama4.text.gguf_vocabulary import CONTROL
+from llama4.vision.config import VisionConfig
+from llama4.weights.gguf.files import ARCHITECTURE, FLOATS, GgufModel, GgufTensors
+from llama4.weights.gguf.names import ROPE_DIVISORS
+
+OWN = {
+    "chunk": "attention.chunk_size",
+    "temperature": "attention.temperature_scale",
+    "floor": "attention.temperature_floor",
+    "nope": "attention.no_rope_layers",
+    "qk_norm": "attention.qk_norm",
+}
+"""Keys of ours, behind the architecture: the chunk's tokens (0: none); the scale (0: no tuning of the temperature) and
+the tokens after which it grows; per layer whether RoPE is used, 1, or not; whether queries and keys are normalised."""
+_SCALED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale")
+"""Keys of other models, which change what is computed."""
+_IMAGE_TOKENS = {
+    "boi_token_index": "<|image_start|>",
+    "eoi_token_index": "<|image_end|>",
+    "image_token_index": "<|patch|>",
+}
+_EOS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_ENDS = (
+    *("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>"),
+    *("<|end|>", "</s>", "<EOT>"),
+)
+"""Names of control tokens that end a reply even where no key says so, as in llama.cpp."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The metadata of a file, by keys behind the architecture's name, with checks of what is read.
+
+    Attributes:
+        prefix: what keys begin with.
+        place: the file, for errors.
+    """
+
+    metadata: Mapping[str, Any]
+    prefix: str
+    place: str
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.prefix}.{key}" in self.metadata
+
+    def integer(self, key: str, default: int | None = None, limit: int = MAX_INT) -> int:
+        """A whole number from 0 on; of a list, one for each layer, the one that all are.
+
+        Raises:
+            ConfigError: it is missing, or something else.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if value is None:
+            raise ConfigError(f"{self.place} lacks {self.prefix}.{key}; fetch the file again")
+        if isinstance(value, np.ndarray):
+            if len({*value.tolist()}) != 1:
+                raise ConfigError(
+                    f"{self.place}: {self.prefix}.{key} differs by layer, which this library does not run"
+                )
+            value = value[0].item()
+        if type(value) is not int or not 0 <= value <= limit:
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be 0 to {limit:,}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number; one that was rounded to float32 is the shortest that rounds so.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a number")
+        return float(str(np.float32(value)))
+
+    def text(self, key: str, default: str) -> str:
+        """Raises:
+        ConfigError: it is no text.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a text")
+        return value
+
+
+def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
+    """The configuration of a model.
+
+    Args:
+        tensors: of all its files but the vision tower's: what is there says more than keys do.
+
+    Raises:
+        ConfigError: an architecture that is not run, or a value that cannot be.
+    """
+    place, metadata = str(model.path), model.metadata
+    architecture = metadata.get(ARCHITECTURE)
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{place} holds a model of architecture {architecture!r:.80}; this library runs "
+            f"{' and '.join(map(repr, ARCHITECTURES))}, and llama.cpp all others"
+        )
+    keys = Keys(metadata, architecture, place)
+    if scaled := [f"{architecture}.{key}" for key in _SCALED if key in keys]:
+        raise ConfigError(f"{place} has {', '.join(scaled)}, which this library does not compute; run it by llama.cpp")
+    names = set(tensors.names())
+    if "token_embd.weight" not in names:
+        raise ConfigError(f"{place} has no token_embd.weight, and so no weights; Tokenizer({place!r}) reads the rest")
+    vocabulary, width = (*tensors.tensor("token_embd.weight").shape, 0)[:2]
+    heads = max(keys.integer("attention.head_count", limit=LIMITS["num_attention_heads"]), 1)
+    head_dim = keys.integer("attention.key_length", width // heads)
+    tokens = Keys(metadata, "tokenizer.ggml", place)
+    fields: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": keys.integer("block_count", limit=LIMITS["num_hidden_layers"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size_mlp": keys.integer("feed_forward_length"),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(keys, tensors, head_dim),
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        **{f"{name}_token_id": _token(tokens, f"{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))},
+        "eos_token_id": _ends(tokens),
+    }
+    for key, other in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
+        if keys.integer(key, head_dim) != other:
+            raise ConfigError(f"{place}: {architecture}.{key} is not the {head_dim} of keys, which is not run")
+    try:
+        fields |= ARCHITECTURES[architecture](keys, fields["num_hidden_layers"])
+        text = TextConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    images: dict[str, Any] = {"image_token_index": -1}
+    if model.mmproj is not None:
+        names = metadata.get("tokenizer.ggml.tokens")
+        images = {field: names.index(name) for field, name in _IMAGE_TOKENS.items() if names and name in names}
+    vision = read_vision(model.mmproj) if model.mmproj is not None else None
+    return Llama4Config(text, vision, dtype=_dtype(tensors), family=architecture, **images)
+
+
+def _token(tokens: Keys, key: str) -> int | None:
+    return tokens.integer(key) if key in tokens else None
+
+
+def _ends(tokens: Keys) -> tuple[int, ...]:
+    """The tokens that end a reply."""
+    said = (_token(tokens, key) for key in _EOS)
+    names, kinds = tokens.metadata.get("tokenizer.ggml.tokens"), tokens.metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(names, list) or not isinstance(kinds, np.ndarray) or len(names) != len(kinds):
+        names, kinds = [], np.empty(0)
+    named = (int(i) for i in np.flatnonzero(kinds == CONTROL) if names[i] in _ENDS)
+    return tuple(dict.fromkeys(i for i in (*said, *named) if i is not None))
+
+
+def _dtype(tensors: GgufTensors) -> str:
+    """That of the largest tensor; of one that is quantized, bfloat16."""
+    largest = max(map(tensors.tensor, tensors.names()), key=lambda tensor: tensor.nbytes)
+    return str(FLOATS.get(largest.type.name, FLOATS["BF16"])).removeprefix("torch.")
+
+
+def _llama4(keys: Keys, layers: int) -> dict[str, Any]:
+    experts = keys.integer("expert_count", 0, LIMITS["num_local_experts"])
+    scale = keys.number(OWN["temperature"], 0.1)
+    chunk = keys.integer(OWN["chunk"], 8192)
+    no_rope = keys.metadata.get(f"{keys.prefix}.{OWN['nope']}")
+    if no_rope is not None and (not isinstance(no_rope, np.ndarray) or len(no_rope) != layers):
+        raise ConfigError(f"{keys.prefix}.{OWN['nope']} must have a number for each of {layers} layers")
+    rope = (
+        tuple(int(i) for i in no_rope) if no_rope is not None else tuple(int((i + 1) % 4 != 0) for i in range(layers))
+    )
+    kinds = tuple("chunked_attention" if uses_rope and chunk else "full_attention" for uses_rope in rope)
+    return {
+        "intermediate_size": keys.integer("expert_feed_forward_length", 0),
+        "num_local_experts": experts,
+        "num_experts_per_tok": keys.integer("expert_used_count", 0),
+        "interleave_moe_layer_step": keys.integer("interleave_moe_layer_step", 1),
+        "use_qk_norm": bool(keys.metadata.get(f"{keys.prefix}.{OWN['qk_norm']}", experts != 128)),
+        "no_rope_layers": rope,
+        "layer_types": kinds,
+        "attention_chunk_size": chunk or None,
+        "attn_temperature_tuning": scale > 0,
+        "attn_scale": scale,
+        "floor_scale": keys.integer(OWN["floor"], 8192),
+    }
+
+
+def _llama(keys: Keys, layers: int) -> dict[str, Any]:
+    if experts := keys.integer("expert_count", 0):
+        raise ConfigError(f"{keys.prefix}.expert_count is {experts}: Mixtral and its like are not run here")
+    return {
+        "intermediate_size": 0,
+        "num_local_experts": 0,
+        "use_qk_norm": False,
+        "no_rope_layers": (1,) * layers,
+        "layer_types": ("full_attention",) * layers,
+        "attention_chunk_size": None,
+        "attn_temperature_tuning": False,
+    }
+
+
+ARCHITECTURES: dict[str, Callable[[Keys, int], dict[str, Any]]] = {"llama4": _llama4, "llama": _llama}
+"""Architecture, which is the family's name -> what is particular to its configuration."""
+
+
+def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScaling | None:
+    """RoPE's scaling: a rule by its keys, or divisors, which are of the rule `llama3` or of no known one."""
+    if ROPE_DIVISORS in tensors.names():
+        return _by_divisors(tensors.read(ROPE_DIVISORS).double().tolist(), keys, head_dim)
+    kind = keys.text("rope.scaling.type", "none")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    if kind == "none" and factor == 1:
+        return None
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{keys.place}: {keys.prefix}.rope.scaling.type {kind!r:.80} is not run")
+    return RopeScaling("linear", factor)
+
+
+_WINDOWS = (8192, *(2**n for n in range(4, 24)))
+"""What the original window may be, the most common first."""
+
+
+def _by_divisors(divisors: list[float], keys: Keys, head_dim: int) -> RopeScaling:
+    theta = keys.number("rope.freq_base", 10000.0)
+    if len(divisors) != head_dim // 2 or not all(1 <= divisor < 1e6 for divisor in divisors):
+        raise ConfigError(f"{keys.place}: {ROPE_DIVISORS} must have {head_dim // 2} numbers from 1 on")
+    factor = round(max(divisors), 4)
+    bands = {"llama4": ((1.0, 1.0), (1.0, 4.0))}.get(keys.prefix, ((1.0, 4.0), (1.0, 1.0)))
+    for (low, high), window in itertools.product(bands, _WINDOWS):
+        scaling = RopeScaling("llama3", factor, low, high, window)
+        if np.allclose(divisors, llama3_divisors(scaling, theta, head_dim), rtol=1e-5):
+            return scaling
+    raise ConfigError(f"{keys.place}: {ROPE_DIVISORS} follows no rule that this library knows")
+
+
+def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+    """What the rule `llama3` divides the frequency of each pair by, [C / 2]: see model/positions.py."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    rotations = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = ((rotations - low) / max(high - low, 1e-30)).clip(0, 1)
+    return 1 / ((1 - blend) / scaling.factor + blend)
+
+
+def read_vision(file: GgufFile) -> VisionConfig:
+    """The vision tower that a file of its own holds.
+
+    Raises:
+        ConfigError: it is not Llama 4's.
+    """
+    metadata, place = file.metadata, str(file.path)
+    projector = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
+    if projector != "llama4":
+        raise ConfigError(f"{place} holds the vision tower of {projector!r:.80}, and not of 'llama4'")
+    keys = Keys(metadata, "clip.vision", place)
+    adapter = file.tensors.get("mm.model.mlp.2.weight")
+    if adapter is None:
+        raise ConfigError(f"{place} lacks mm.model.mlp.2.weight; fetch the file again")
+    means = {name: metadata.get(f"clip.vision.{name}") for name in ("image_mean", "image_std")}
+    try:
+        return VisionConfig(
+            hidden_size=keys.integer("embedding_length"),
+            num_hidden_layers=keys.integer("block_count", limit=LIMITS["num_hidden_layers"]),
+            num_attention_heads=keys.integer("attention.head_count", limit=LIMITS["num_attention_heads"]),
+            intermediate_size=keys.integer("feed_forward_length"),
+            **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), adapter.shape[0]),
+            image_size=keys.integer("image_size", limit=LIMITS["image_size"]),
+            patch_size=keys.integer("patch_size", limit=LIMITS["patch_size"]),
+            pixel_shuffle_ratio=1 / max(keys.integer("projector.scale_factor", 2), 1),
+            norm_eps=keys.number("attention.layer_norm_epsilon", 1e-5),
+            max_tiles=keys.integer("preproc_max_tiles", 16, LIMITS["max_tiles"]),
+            **{name: tuple(float(v) for v in value) for name, value in means.items() if isinstance(value, np.ndarray)},
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None

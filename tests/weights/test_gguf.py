@@ -1,0 +1,401 @@
+"""Models in GGUF: read as llama.cpp writes them, computed as they lie, refused where they are damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llama4 import Llama4
+from llama4.cli.main import main
+from llama4.config import Llama4Config, TextConfig
+from llama4.errors import CheckpointError, Llama4Error
+from llama4.gguf import _TYPES, GgufFile
+from llama4.model.multimodal import Llama4Model
+from llama4.quantization.gguf_blocks import GGUF_FORMATS
+from llama4.quantization.weight import QuantizedWeight
+from llama4.text.tokenizer import Tokenizer
+from llama4.weights.checkpoint import open_checkpoint
+from tests import small_model
+from tests.weights import gguf_files
+from tests.weights.local_hub import LocalHub, use
+
+QUESTION = [{"role": "user", "content": "ab?"}]
+PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
+
+
+def loaded(path: Path | str, **options: Any) -> Llama4:
+    return Llama4.from_pretrained(path, dtype="float32", progress=False, **options)
+
+
+def logits(llm: Llama4, length: int = 80) -> Tensor:
+    ids = torch.arange(length)[None] * 7 % llm.config.text.vocab_size
+    with torch.inference_mode():
+        found: Tensor = llm.model(ids)
+    return found
+
+
+# -- a whole model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_model` in GGUF, with its vision tower beside it."""
+    directory = tmp_path_factory.mktemp("gguf")
+    gguf_files.small(
+        directory / "small-f32.gguf", **{"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    )
+    gguf_files.small_mmproj(directory / "mmproj-small-f32.gguf")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Llama4:
+    return loaded(small_model.write(tmp_path_factory.mktemp("hf") / "model"))
+
+
+def test_the_same_model(directory: Path, original: Llama4) -> None:
+    """Past the chunk's border, with a picture, and with the tokens of the other layout."""
+    llm = loaded(directory)
+    wanted = dataclasses.replace(original.config, dtype="float32")
+    assert llm.config.text == dataclasses.replace(wanted.text, eos_token_id=llm.config.text.eos_token_id)
+    assert set(llm.config.text.eos_token_id) == set(wanted.text.eos_token_id)
+    assert llm.config.vision == wanted.vision and llm.config.image_token_index == wanted.image_token_index
+    assert torch.equal(logits(llm), logits(original))
+    picture = [{"role": "user", "content": [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "abc"}]}]
+    inputs = original.processor(picture)
+    with torch.inference_mode():
+        both = [m.model(inputs.input_ids, pixel_values=inputs.pixel_values) for m in (llm, original)]
+    assert torch.equal(*both)
+    for text in ("ab cd  12345 it's\n\n é 日本", "<|eot|>", "CamelCase"):
+        assert llm.tokenizer.encode(text) == original.tokenizer.encode(text)
+    assert llm.tokenizer.special_tokens == original.tokenizer.special_tokens
+    assert (llm.tokenizer.bos_id, llm.tokenizer.eos_id, llm.tokenizer.pad_id) == (896, 904, 914)
+
+
+def test_weights_stay_in_the_file(directory: Path) -> None:
+    path = directory / "small-f32.gguf"
+    embedding = loaded(path).model.language_model.model.embed_tokens.weight
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("small-f32.gguf")]
+    begins = [[int(address, 16) for address in line.split()[0].split("-")] for line in maps]
+    assert any(begin <= embedding.data_ptr() < end for begin, end in begins)
+
+
+def test_the_files_template_writes_prompts(directory: Path) -> None:
+    llm = loaded(directory / "small-f32.gguf")
+    assert llm.processor(QUESTION).input_ids[0].tolist() == [896, *llm.tokenizer.encode("ab?")]
+
+
+@pytest.mark.parametrize(
+    "command", [["info"], ["info", "--json"], ["plan"], ["generate", "ab", "--max-new-tokens", "2"]]
+)
+def test_commands(directory: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name, *options = command
+    model = ["--model", str(directory)] if name == "generate" else [str(directory / "small-f32.gguf")]
+    assert main([name, *model, *options]) == 0
+    assert name == "generate" or "float32" in capsys.readouterr().out
+
+
+def test_as_another_layout(directory: Path, original: Llama4, tmp_path: Path) -> None:
+    assert main(["convert", str(directory), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    llm = loaded(tmp_path / "hf")
+    assert torch.equal(logits(llm), logits(original))
+    assert llm.tokenizer.encode("ab it's 12") == original.tokenizer.encode("ab it's 12")
+
+
+# -- which files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(directory: Path, tmp_path: Path) -> Path:
+    """Three files, the first with the metadata alone, as llama-gguf-split writes them."""
+    whole = GgufFile.read(directory / "small-f32.gguf")
+    data = whole.path.read_bytes()
+    stored = {
+        name: (tensor.type.name, tensor.shape, data[tensor.offset : tensor.offset + tensor.nbytes])
+        for name, tensor in whole.tensors.items()
+    }
+    names = list(stored)
+    for i, some in enumerate(([], names[:20], names[20:])):
+        metadata = {key: value for key, value in whole.metadata.items() if i == 0}
+        metadata |= {"split.no": i, "split.count": 3, "split.tensors.count": len(names)}
+        path = tmp_path / f"small-{i + 1:05d}-of-00003.gguf"
+        gguf_files.write(path, metadata, {name: stored[name] for name in some})
+    return tmp_path
+
+
+def test_a_split(split: Path, original: Llama4) -> None:
+    for name in (split, split / "small-00001-of-00003.gguf", split / "small-00002-of-00003.gguf"):
+        assert torch.equal(logits(loaded(name)), logits(original))
+    (split / "small-00003-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match="is one of 3 files; fetch the others, too\n  missing: small-00003-of"):
+        loaded(split)
+
+
+def test_files_of_two_splits(split: Path, directory: Path) -> None:
+    (split / "small-00003-of-00003.gguf").write_bytes((split / "small-00002-of-00003.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match=r"number 0 of 3 files.* tensors, and is number 0 of 3 with"):
+        loaded(split)
+
+
+def test_several_models(directory: Path, tmp_path: Path) -> None:
+    for name in ("a-Q4_K_M.gguf", "a-Q8_0.gguf"):
+        (tmp_path / name).write_bytes((directory / "small-f32.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds 2 models in GGUF; name one of them\n  missing: .*/a-Q4_K_M.gguf"):
+        loaded(tmp_path)
+    assert loaded(tmp_path / "a-Q8_0.gguf").config.vision is None
+
+
+def test_a_vision_tower_elsewhere(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes((directory / "small-f32.gguf").read_bytes())
+    assert loaded(tmp_path / "a.gguf").config.vision is None
+    llm = loaded(tmp_path / "a.gguf", mmproj=directory / "mmproj-small-f32.gguf")
+    assert llm.config.vision == small_model.config().vision
+    with pytest.raises(Llama4Error, match="mmproj is for models in GGUF"):
+        Llama4.from_pretrained("tiny", mmproj=directory / "mmproj-small-f32.gguf")
+
+
+@pytest.fixture
+def server(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    several = tmp_path / "several"
+    (several / "Q8_0").mkdir(parents=True)
+    for name in ("a-f32.gguf", "Q8_0/a-q8_0.gguf"):
+        (several / name).write_bytes((directory / "small-f32.gguf").read_bytes())
+    local = LocalHub({"org/one": directory, "org/several": several})
+    use(local, tmp_path / "cache", monkeypatch)
+    yield local
+    local.shutdown()
+    local.server_close()
+
+
+def test_on_the_hub(server: LocalHub) -> None:
+    assert loaded("org/one").config.vision is not None
+    assert loaded("org/one/small-f32.gguf").config.vision is not None
+    assert loaded("org/several/a-f32.gguf").config.vision is None
+    assert loaded("org/several/Q8_0/a-q8_0.gguf").config.vision is None
+    assert loaded("org/several", subfolder="Q8_0").config.vision is None
+    with pytest.raises(
+        CheckpointError, match=r"has no file b\.gguf; its models in GGUF are\n  missing: org/several/Q8_0/a-"
+    ):
+        loaded("org/several/b.gguf")
+    with pytest.raises(
+        CheckpointError, match="holds 2 models in GGUF; name one of them\n  missing: org/several/Q8_0/a-"
+    ):
+        loaded("org/several")
+
+
+# -- quantized -------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}
+"""Where in a block its float16 are; of other types at its beginning alone."""
+
+
+def random_blocks(kind: str, *shape: int, seed: int = 0) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor of a type with every bit drawn, and scales that are about as large as in models."""
+    type_ = next(each for each in _TYPES.values() if each.name == kind)
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // type_.block, type_.nbytes), np.uint8)
+    for at in NUMBERS.get(kind, (0,)):
+        scales = rng.uniform(-0.01, 0.01, blocks.shape[:-1]).astype(np.float16)
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = rng.integers(115, 124, blocks.shape[:-1])
+    return kind, shape, blocks.tobytes()
+
+
+def truth(stored: tuple[str, tuple[int, ...], bytes]) -> Tensor:
+    """What the package `gguf` makes of a tensor."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is the truth of its types")
+    kind, shape, content = stored
+    rows = np.frombuffer(content, np.uint8).reshape(*shape[:-1], -1)
+    return torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("kind", GGUF_FORMATS)
+def test_blocks(kind: str) -> None:
+    """Bit by bit; products by their definition."""
+    stored = random_blocks(kind, 48, 512)
+    format = GGUF_FORMATS[kind]
+    with torch.device("meta"):
+        weight = QuantizedWeight(format, (48, 512))
+    weight.set_parts({"weight": torch.frombuffer(bytearray(stored[2]), dtype=torch.uint8).view(48, -1)})
+    wanted = truth(stored)
+    assert torch.equal(weight.dequantize(), wanted)
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weight(x), (x.double() @ wanted.double().T).float(), rtol=1e-4, atol=1e-4)
+    assert format.weights_in("weight", weight.specs["weight"]) == 48 * 512
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 254, 255])
+def test_powers_of_mxfp4(exponent: int) -> None:
+    kind, shape, content = random_blocks("MXFP4", 1, 32)
+    stored = kind, shape, bytes([exponent]) + content[1:]
+    found = GGUF_FORMATS["MXFP4"].decode(torch.frombuffer(bytearray(stored[2]), dtype=torch.uint8)[None])
+    with np.errstate(over="ignore"):
+        assert torch.equal(found, truth(stored))
+
+
+def quantized(path: Path, kinds: dict[str, str]) -> tuple[Path, Llama4Model]:
+    """A model with experts, of which tensors are in these types, by what their names hold; and the model that it is."""
+    text = TextConfig(
+        **{"vocab_size": 96, "hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 256},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+        **{"num_local_experts": 3, "interleave_moe_layer_step": 2, "max_position_embeddings": 8192},
+        **{"bos_token_id": None, "eos_token_id": (), "pad_token_id": None},
+    )
+    config = Llama4Config(text, vision=None, dtype="float32")
+    model = Llama4Model(config).eval()
+    model.init_weights(torch.Generator().manual_seed(1))
+    tensors: dict[str, Any] = dict(gguf_files.tensors_of(model))
+    for i, name in enumerate(tensors):
+        kind = next((kind for part, kind in kinds.items() if part in name), None)
+        if kind is not None and tensors[name].ndim > 1:
+            tensors[name] = random_blocks(kind, *tensors[name].shape, seed=i)
+    there = {name: truth(tensor) if isinstance(tensor, tuple) else tensor for name, tensor in tensors.items()}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in range(4):
+            path_ = f"language_model.model.layers.{layer}.feed_forward"
+            if f"{path_}.experts.down_proj" in parameters:
+                gate, up, down = (
+                    there.pop(f"blk.{layer}.ffn_{matrix}_exps.weight") for matrix in ("gate", "up", "down")
+                )
+                parameters[f"{path_}.experts.gate_up_proj"].copy_(torch.cat((gate, up), dim=1).mT)
+                parameters[f"{path_}.experts.down_proj"].copy_(down.mT)
+        back = {id(tensor): name for name, tensor in parameters.items()}
+        assert back
+        for name, target in _names(model).items():
+            if name in there:
+                parameters[target].copy_(there[name])
+    return gguf_files.write(path, gguf_files.metadata_of(config), tensors), model
+
+
+def _names(model: Llama4Model) -> dict[str, str]:
+    """Name in the file -> parameter; experts aside."""
+    names: dict[str, str] = {}
+    for name in dict(model.named_parameters()):
+        if name in gguf_files.OTHERS:
+            names[gguf_files.OTHERS[name]] = name
+        elif ".experts." not in name:
+            layer, _, rest = name.partition(".model.layers.")[2].partition(".")
+            module, _, part = rest.rpartition(".")
+            names[f"blk.{layer}.{gguf_files.NAMES[module]}.{part}"] = name
+    return names
+
+
+MIXES = {
+    "K": {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn": "Q4_K", "ffn": "Q4_K", "token_embd": "Q4_K", "output.": "Q6_K"},
+    "one type each": {
+        **{"attn_q": "Q8_0", "attn_k": "Q5_0", "attn_v": "Q5_1", "attn_output": "IQ4_NL", "ffn_gate": "Q4_0"},
+        **{"ffn_up": "Q4_1", "ffn_down": "Q5_K", "output.": "MXFP4"},
+    },
+    "experts in part": {"ffn_gate_exps": "IQ4_XS", "ffn_up_exps": "Q8_0", "attn_q": "Q2_K"},
+    "routers": {"ffn_gate_inp": "Q8_0", "exps": "MXFP4"},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_quantized_models(mix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Logits are those of the dequantized model."""
+    path, model = quantized(tmp_path / "a.gguf", MIXES[mix])
+    with caplog.at_level(logging.WARNING):
+        llm = loaded(path)
+    wanted = logits(Llama4(model, None, progress=False), 40)
+    found = logits(llm, 40)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    said = [record.message for record in caplog.records if "dequantized" in record.message]
+    assert [word for word in ("IQ4_XS", "Q2_K") if any(word in each for each in said)] == (
+        ["IQ4_XS", "Q2_K"] if mix == "experts in part" else []
+    )
+    if mix == "K":
+        assert llm.model.get_submodule("language_model.lm_head").format == GGUF_FORMATS["Q6_K"]  # type: ignore[union-attr]
+    half = Llama4.from_pretrained(path, dtype="bfloat16", progress=False)
+    assert (logits(half, 40).float() - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = quantized(tmp_path / "a.gguf", {"attn_q": "Q2_K"})
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(CheckpointError, match=r"tensors in Q2_K, which the package gguf decodes.* `pip install gguf`"):
+        loaded(path)
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"general.architecture": "qwen2"}, "a model of architecture 'qwen2'; this library runs 'llama4' and 'llama'"),
+        ({"llama4.block_count": 3_000_000}, "llama4.block_count is 3000000, which should be 0 to 1,024"),
+        ({"llama4.block_count": "4"}, "llama4.block_count is '4'"),
+        ({"llama4.attention.scale": 0.5}, "has llama4.attention.scale, which this library does not compute"),
+        ({"llama4.rope.dimension_count": 8}, "llama4.rope.dimension_count is not the 12"),
+        ({"llama4.attention.head_count_kv": np.array([2, 2, 2, 1], np.int32)}, "head_count_kv differs by layer"),
+        ({"general.alignment": 3}, "general.alignment is 3, which should be a power of two"),
+        ({"tokenizer.ggml.pre": "other"}, "splits text as 'other' does, which is not known"),
+        ({"tokenizer.ggml.model": "t5"}, "a vocabulary of kind 't5'"),
+        ({"tokenizer.ggml.bos_token_id": 5000}, "bos_token_id is 5000, and there are 1024 tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = gguf_files.small(tmp_path / "a.gguf", **changes)
+    with pytest.raises(Llama4Error, match=reason):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "content", "reason"),
+    [
+        (0, b"GGML", "it begins with b'GGML'"),
+        (4, struct.pack("<I", 1), "version 1, and versions 2 and 3 are read"),
+        (4, struct.pack(">I", 3), "big-endian"),
+        (8, struct.pack("<Q", 1 << 60), "it says that it has .* tensors"),
+        (16, struct.pack("<Q", 1 << 60), "it says that it has .* keys"),
+        (24, struct.pack("<Q", 1 << 63), "it is cut short"),
+        (24 + 8 + len("general.architecture"), struct.pack("<I", 77), "is of a type, 77, that is not known"),
+    ],
+)
+def test_damaged_heads(at: int, content: bytes, reason: str, directory: Path, tmp_path: Path) -> None:
+    data = bytearray((directory / "small-f32.gguf").read_bytes())
+    data[at : at + len(content)] = content
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf cannot be read as GGUF: .*{reason}.*; fetch it again"):
+        loaded(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 3, 24, 5000, 100_000])
+def test_cut_short(size: int, directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes((directory / "small-f32.gguf").read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"cannot be read as GGUF: .*(too short|cut short)"):
+        loaded(tmp_path / "a.gguf")
+
+
+def test_mutated_files(directory: Path, tmp_path: Path) -> None:
+    """Each loads or is refused: nothing else is raised, and nothing is read beside the file. `python -m
+    tests.weights.mutated_gguf 1000` runs more of them."""
+    from tests.weights.mutated_gguf import run
+
+    assert run(directory / "small-f32.gguf", tmp_path, 60) > 30
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="holds pointers of Git LFS"):
+        loaded(tmp_path / "a.gguf")
+
+
+def test_a_vocabulary_alone(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "vocab.gguf", {"general.architecture": "llama4"} | gguf_files.vocabulary(), {})
+    assert Tokenizer(path).decode(Tokenizer(path).encode("ab 12 é")) == "ab 12 é"
+    with pytest.raises(Llama4Error, match=r"has no token_embd\.weight, and so no weights"):
+        open_checkpoint(path)

@@ -47,16 +47,16 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(options: argparse.Namespace) -> int:
     from llama4.weights import hub
-    from llama4.weights.checkpoint import LAYOUTS
+    from llama4.weights.checkpoint import WRITTEN
     from llama4.weights.convert import convert
 
-    if options.to not in LAYOUTS:
-        options.parser.error(f"--to {options.to}: choose one of {', '.join(LAYOUTS)}")
+    if options.to not in WRITTEN:
+        options.parser.error(f"--to {options.to}: choose one of {', '.join(WRITTEN)}")
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
     convert(source, options.target, options.to, ranks=options.ranks)
-    print(f"{options.target}: {LAYOUTS[options.to].title} layout", file=sys.stderr)
+    print(f"{options.target}: {WRITTEN[options.to].title} layout", file=sys.stderr)
     return 0
 
 

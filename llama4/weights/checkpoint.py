@@ -23,6 +23,7 @@ _LAYER = re.compile(r"language_model\.model\.layers\.(\d{1,9})\.")
 LAYOUTS: dict[str, CheckpointLayout] = {
     layout.name: layout for layout in (HuggingFaceLayout(), MetaLayout(), GgufLayout())
 }
+WRITTEN = {name: layout for name, layout in LAYOUTS.items() if layout.is_written}
 
 
 def recognised_layout(directory: Path) -> CheckpointLayout | None:

@@ -16,7 +16,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
 from llama4.units import bytes_text
 from llama4.version import __version__
-from llama4.weights.checkpoint import LAYOUTS, open_checkpoint, read_side_files
+from llama4.weights.checkpoint import WRITTEN, open_checkpoint, read_side_files
 from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
@@ -39,7 +39,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     Args:
         source: a directory in any layout.
         target: appears complete, under its name, when all is done; it must not hold anything yet.
-        layout: a key of `checkpoint.LAYOUTS`: "hf" (one shard at a time is in memory) or "meta" (one rank at a time).
+        layout: a key of `checkpoint.WRITTEN`: "hf" (one shard at a time is in memory) or "meta" (one rank at a time).
         ranks: files of Meta's layout, one per GPU of Meta's runtime.
         progress: show a bar, where somebody sees it.
 
@@ -48,14 +48,14 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
             other layout; or one of its classes `ConfigError` and `CheckpointError`.
     """
     source, target = Path(source), Path(target)
-    if layout not in LAYOUTS:
-        raise ArgumentError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+    if layout not in WRITTEN:
+        raise ArgumentError(f"layout {layout!r} is not written; choose one of {', '.join(WRITTEN)}")
     _check_other(source, target)
     with complete_directory(target, must_be_free=True, older=_FILES) as partial:
         config, weights, tokenizer = _open(source)
         side_files = read_side_files(source)
         options = WriteOptions(side_files, target.resolve().name, ranks=ranks, progress=progress)
-        LAYOUTS[layout].write(weights, config, tokenizer, partial, options)
+        WRITTEN[layout].write(weights, config, tokenizer, partial, options)
         verify(partial, weights, config, tokenizer, progress=progress)
 
 
@@ -116,7 +116,7 @@ def quantize(
             stamp=stamp,
             progress=progress,
         )
-        LAYOUTS["hf"].write(weights, config, tokenizer, partial, options)
+        WRITTEN["hf"].write(weights, config, tokenizer, partial, options)
 
 
 def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[str], object]) -> None:

@@ -55,6 +55,8 @@ class CheckpointLayout(ABC):
     """Patterns of those with the weights. Both together are what is fetched from the Hub."""
     in_shards: ClassVar[bool] = False
     """Whether a tensor is in one file, so that `open` can do with `Shards`."""
+    is_written: ClassVar[bool] = True
+    """Whether `write` does."""
 
     @abstractmethod
     def recognises(self, directory: Path) -> bool:

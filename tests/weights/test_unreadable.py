@@ -30,11 +30,10 @@ def refusal(path: Path) -> str:
     ("files", "reason"),
     [
         ([], "it is empty"),
-        (
-            ["model-Q4_K_M.gguf"],
-            "its weights are GGUF, llama.cpp's format, which is not read yet; take the",
-        ),
-        (["config.json", "a.gguf"], "its weights are GGUF"),
+        (["model-Q4_K_M.gguf"], "model-Q4_K_M.gguf cannot be read as GGUF: it is too short; fetch it again"),
+        (["config.json", "a.gguf"], "a.gguf cannot be read as GGUF"),
+        (["a-Q4_0.gguf", "a-Q8_0.gguf"], "holds 2 models in GGUF; name one of them"),
+        (["mmproj-f16.gguf"], "it holds a vision tower in GGUF, and not the model that belongs to it; fetch that, too"),
         (["adapter_config.json", "adapter_model.safetensors"], "it is an adapter for the model that .* merge it into"),
         (["model_index.json", "unet/config.json"], "it is a pipeline of diffusers"),
         (["config.json", "pytorch_model.bin"], r"its weights are pickles \(pytorch_model.bin\).* take its safetensors"),
@@ -51,8 +50,8 @@ def refusal(path: Path) -> str:
             r"holds model-.*, but no model\.safetensors\.index\.json",
         ),
         (["README.md"], r"config\.json does not exist"),
-        (["UD-Q4_K_XL/model-00001-of-00002.gguf"], r"its weights \(UD-Q4_K_XL/model-.*\.gguf\) are GGUF"),
-        (["config.json", "Q4/a.gguf", "Q8/a.gguf"], r"its weights \(Q[48]/a\.gguf\) are GGUF"),
+        (["UD-Q4_K_XL/model-00001-of-00002.gguf"], r"GGUF in a folder; name the file, such as UD-Q4_K_XL/model-00001"),
+        (["config.json", "Q4/a.gguf", "Q8/a.gguf"], r"GGUF in a folder; name the file, such as Q[48]/a\.gguf"),
         (["8b/config.json", "8b/model.safetensors"], r"there is a model in '8b': name it with subfolder='8b'"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
@@ -69,8 +68,7 @@ def test_what_a_directory_is(tmp_path: Path, files: list[str], reason: str) -> N
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.gguf", b"GGUF", "it is GGUF, llama.cpp's format"),
-        ("a.bin", b"GGUF\3", "it is GGUF, llama.cpp's format"),
+        ("a.bin", b"GGUF\3", r"it is a GGUF file by its content; name it a\.gguf"),
         ("pytorch_model.bin", b"PK", r"its weights are pickles \(pytorch_model\.bin\)"),
         ("model.onnx", b"", "its weights are ONNX; take the safetensors"),
         ("model.safetensors", b"", r"config\.json does not stand beside model\.safetensors"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llama4.config import Llama4Config, TextConfig
-from llama4.config.text import RopeScaling
+from llama4.config.rope import RopeScaling
 from llama4.errors import ConfigError
 from llama4.gguf import GgufFile
 from llama4.reading import LIMITS, MAX_INT
@@ -143,6 +143,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         "rope_scaling": _rope_scaling(keys, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_gate.bias" in names,
         **{f"{name}_token_id": _token(tokens, f"{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))},
         "eos_token_id": _ends(tokens),
     }
@@ -227,16 +228,22 @@ ARCHITECTURES: dict[str, Callable[[Keys, int], dict[str, Any]]] = {"llama4": _ll
 
 
 def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScaling | None:
-    """RoPE's scaling: a rule by its keys, or divisors, which are of the rule `llama3` or of no known one."""
+    """RoPE's scaling: divisors, which are of the rule `llama3` or of none that is known, or a rule by its keys."""
     if ROPE_DIVISORS in tensors.names():
         return _by_divisors(tensors.read(ROPE_DIVISORS).double().tolist(), keys, head_dim)
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    if kind == "none" and factor == 1:
-        return None
-    if kind not in ("none", "linear"):
+    if kind in ("none", "linear"):
+        return RopeScaling("linear", factor) if factor != 1 else None
+    if kind != "yarn":
         raise ConfigError(f"{keys.place}: {keys.prefix}.rope.scaling.type {kind!r:.80} is not run")
-    return RopeScaling("linear", factor)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=keys.integer("rope.scaling.original_context_length"),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
+    )
 
 
 _WINDOWS = (8192, *(2**n for n in range(4, 24)))
@@ -253,7 +260,8 @@ def _by_divisors(divisors: list[float], keys: Keys, head_dim: int) -> RopeScalin
         scaling = RopeScaling("llama3", factor, low, high, window)
         if np.allclose(divisors, llama3_divisors(scaling, theta, head_dim), rtol=1e-5):
             return scaling
-    raise ConfigError(f"{keys.place}: {ROPE_DIVISORS} follows no rule that this library knows")
+    factors = tuple(float(divisor) for divisor in divisors)
+    return RopeScaling("longrope", 1.0, attention_factor=1.0, short_factor=factors, long_factor=factors)
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:

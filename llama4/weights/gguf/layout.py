@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from llama4.config import Llama4Config
-from llama4.errors import CheckpointError
 from llama4.reading import MAX_CONFIG_BYTES, check_size
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.gguf.config import read_config
@@ -35,6 +34,7 @@ class GgufLayout(CheckpointLayout):
     config_files = ()
     side_files = ()
     weight_files = ()
+    is_written = False
 
     def __init__(self, mmproj: Path | None = None) -> None:
         self._mmproj = mmproj
@@ -82,4 +82,4 @@ class GgufLayout(CheckpointLayout):
         directory: Path,
         options: WriteOptions,
     ) -> None:
-        raise CheckpointError("GGUF is read, and not written yet; choose 'hf' or 'meta'")
+        raise AssertionError("GGUF is read, not written")

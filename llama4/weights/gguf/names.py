@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from llama4.families.names import NameTable
 
 _LAYER, _BLOCK = "language_model.model.layers.*", "vision_model.model.layers.*"
@@ -54,7 +56,7 @@ _VISION = (
 )
 """Of the vision tower and the projection, in a file of their own."""
 
-NAMES = NameTable((*_TEXT, *_VISION))
-
 ROPE_DIVISORS = "rope_freqs.weight"
 """What RoPE's frequencies are divided by, one number for each pair of a head."""
+
+NAMES = NameTable((*_TEXT, *_VISION), dropped=re.escape(ROPE_DIVISORS))

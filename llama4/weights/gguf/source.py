@@ -16,8 +16,8 @@ from llama4.quantization.weight import ROWS, Shape, WeightFormat
 from llama4.weights import memory
 from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.gguf.files import FLOATS, GgufTensors
-from llama4.weights.gguf.names import NAMES, ROPE_DIVISORS
-from llama4.weights.source import ModelNames, Source, View
+from llama4.weights.gguf.names import NAMES
+from llama4.weights.source import ModelNames, Source
 
 _EXPERTS = re.compile(r"(?P<path>.*\.experts)\.(?P<matrix>gate|up|down)_proj\.weight")
 _MATRICES = ("gate", "up", "down")
@@ -37,8 +37,7 @@ def model_source(files: GgufTensors, dtype: torch.dtype) -> Source:
     Raises:
         CheckpointError: experts of which matrices are missing, or a type that cannot be read.
     """
-    kept = {name: name for name in files.names() if name != ROPE_DIVISORS}
-    return _Decoding(files, ModelNames(View(files, kept, {}), NAMES), dtype).source()
+    return _Decoding(files, ModelNames(files, NAMES), dtype).source()
 
 
 class _Decoding:

@@ -45,9 +45,7 @@ _BY_MERGES: Mapping[str, tuple[str, ...]] = {
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token", "eot": "eot_token"}
 
 
-def read_gguf(
-    path: Path, controls: Collection[str]
-) -> tuple[TokenModel, list[AddedToken], bool, TokenizerConfig]:
+def read_gguf(path: Path, controls: Collection[str]) -> tuple[TokenModel, list[AddedToken], bool, TokenizerConfig]:
     """What merges tokens, added tokens, whether a text to be continued begins with BOS, and which tokens have a role.
 
     Args:

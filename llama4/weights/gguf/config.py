@@ -18,7 +18,7 @@ from llama4.config.rope import RopeScaling
 from llama4.errors import ConfigError
 from llama4.gguf import GgufFile
 from llama4.reading import LIMITS, MAX_INT
-from llama4.text.gguf_vocabulary import CONTROL
+from llama4.text.sentencepiece import Kind
 from llama4.vision.config import VisionConfig
 from llama4.weights.gguf.files import ARCHITECTURE, FLOATS, GgufModel, GgufTensors
 from llama4.weights.gguf.names import ROPE_DIVISORS
@@ -157,8 +157,8 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         raise ConfigError(f"{place}: {error}") from None
     images: dict[str, Any] = {"image_token_index": -1}
     if model.mmproj is not None:
-        names = metadata.get("tokenizer.ggml.tokens")
-        images = {field: names.index(name) for field, name in _IMAGE_TOKENS.items() if names and name in names}
+        known = metadata.get("tokenizer.ggml.tokens") or []
+        images = {field: known.index(name) for field, name in _IMAGE_TOKENS.items() if name in known}
     vision = read_vision(model.mmproj) if model.mmproj is not None else None
     return Llama4Config(text, vision, dtype=_dtype(tensors), family=architecture, **images)
 
@@ -173,7 +173,7 @@ def _ends(tokens: Keys) -> tuple[int, ...]:
     names, kinds = tokens.metadata.get("tokenizer.ggml.tokens"), tokens.metadata.get("tokenizer.ggml.token_type")
     if not isinstance(names, list) or not isinstance(kinds, np.ndarray) or len(names) != len(kinds):
         names, kinds = [], np.empty(0)
-    named = (int(i) for i in np.flatnonzero(kinds == CONTROL) if names[i] in _ENDS)
+    named = (int(i) for i in np.flatnonzero(kinds == Kind.CONTROL) if names[i] in _ENDS)
     return tuple(dict.fromkeys(i for i in (*said, *named) if i is not None))
 
 
@@ -287,20 +287,23 @@ def read_vision(file: GgufFile) -> VisionConfig:
     adapter = file.tensors.get("mm.model.mlp.2.weight")
     if adapter is None:
         raise ConfigError(f"{place} lacks mm.model.mlp.2.weight; fetch the file again")
-    means = {name: metadata.get(f"clip.vision.{name}") for name in ("image_mean", "image_std")}
+    found = ((name, metadata.get(f"clip.vision.{name}")) for name in ("image_mean", "image_std"))
+    means: dict[str, Any] = {name: tuple(map(float, value)) for name, value in found if isinstance(value, np.ndarray)}
     try:
         return VisionConfig(
             hidden_size=keys.integer("embedding_length"),
             num_hidden_layers=keys.integer("block_count", limit=LIMITS["num_hidden_layers"]),
             num_attention_heads=keys.integer("attention.head_count", limit=LIMITS["num_attention_heads"]),
             intermediate_size=keys.integer("feed_forward_length"),
-            **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), adapter.shape[0]),
+            vision_output_dim=adapter.shape[0],
+            projector_input_dim=adapter.shape[0],
+            projector_output_dim=adapter.shape[0],
             image_size=keys.integer("image_size", limit=LIMITS["image_size"]),
             patch_size=keys.integer("patch_size", limit=LIMITS["patch_size"]),
             pixel_shuffle_ratio=1 / max(keys.integer("projector.scale_factor", 2), 1),
             norm_eps=keys.number("attention.layer_norm_epsilon", 1e-5),
             max_tiles=keys.integer("preproc_max_tiles", 16, LIMITS["max_tiles"]),
-            **{name: tuple(float(v) for v in value) for name, value in means.items() if isinstance(value, np.ndarray)},
+            **means,
         )
     except ConfigError:
         raise

@@ -16,7 +16,7 @@ from llama4.tiny import EMBEDDED
 from tests import small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("needle", "train_tiny"))
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("needle", "train_tiny", "chat_gguf"))
 
 
 @pytest.fixture(autouse=True)

@@ -138,7 +138,7 @@ def reference_model(path: Path) -> LlamaForCausalLM:
         num_key_value_heads=3,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        rope_theta=100000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=True,
     )
     weights: dict[str, Tensor] = {}

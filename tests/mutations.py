@@ -240,13 +240,11 @@ COMPILED = [
         "load_floats(from + d));",
         STEP,
         (
-            "    multiply_experts(l.down, m.inner, m.out);",
-            "    for_rows(R, [&](long i) {\n"
-            "      for (long f = 0; f < F_expert; f++)\n"
-            "        assign(m.inner[i * F_expert + f],\n"
-            "               upcast(m.inner[i * F_expert + f]) * routes.scores[routes.choices[i]]);\n"
-            "    });\n"
-            "    multiply_experts(l.down, m.inner, m.out);",
+            "    multiply_experts(down, l.down, routed_inner, routed_out);",
+            "    for (long i = 0; i < R * F_expert; i++)\n"
+            "      assign(routed_inner[i],\n"
+            "             upcast(routed_inner[i]) * routes.scores[routes.choices[i / F_expert]]);\n"
+            "    multiply_experts(down, l.down, routed_inner, routed_out);",
         ),
     ),
     Mutation(
@@ -283,8 +281,8 @@ COMPILED = [
     Mutation(
         "compiled: no temperature",
         f"{CPP}/decoder.h",
-        "k < 0 ? s.temperatures[step * N + n] : 1;",
-        "k < 0 ? 1 : 1;",
+        "key < 0 ? s.temperatures[step * N + n] : 1;",
+        "key < 0 ? 1 : 1;",
         STEP,
     ),
     Mutation(

@@ -14,6 +14,8 @@ Shapes: B rows, V vocabulary, S steps.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -24,7 +26,7 @@ from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
 from llama4.engine.fused_model import Description
-from llama4.kernels import loader
+from llama4.kernels import loader, threads
 from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
@@ -79,7 +81,7 @@ class FusedSession:
         self._layers = (LayerStep * len(tables))()
         self._alive = factors, lengths_SB, tables, description.weights()
         self._decode = loader.function("decode", dtype)
-        self._model = description.decoder, self._layers
+        self._model = threads.count(), description.decoder, self._layers
         self._tokens = Tokens(
             ids=ctypes.addressof(self._ids),
             B=rows,
@@ -125,6 +127,16 @@ class FusedSession:
         return self._greedy[:], self._logprobs[:]
 
 
+@contextmanager
+def only_our_threads(model: Llama4Model, cache: SequenceCache) -> Iterator[None]:
+    """Around a forward: where every product and attention is that of a kernel, torch computes with one thread."""
+    if FusedCpuRunner(model).unsupported_reason(cache) is not None:
+        yield
+        return
+    with threads.torch_by_one_thread():
+        yield
+
+
 class FusedCpuRunner:
     """Steps by compiled code."""
 
@@ -135,15 +147,13 @@ class FusedCpuRunner:
         self._description: Description | None = None
 
     def is_worthwhile(self) -> bool:
-        """Whether the model is on a CPU, there are kernels for it, and its tokens are wide enough to gain."""
+        """Whether the model is on a CPU, and there are kernels."""
         return self._not_worthwhile_reason() is None
 
     def _not_worthwhile_reason(self) -> str | None:
         weight = self.model.language_model.model.norm.weight
         if not weight.is_cpu:
             return f"the model is on {weight.device}"
-        if len(weight) < cpu_kernels.MIN_WIDTH:
-            return f"tokens of {len(weight)} elements are too narrow to gain; {cpu_kernels.MIN_WIDTH} are wide enough"
         return cpu_kernels.library_unsupported_reason()
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
+from llama4.engine.fused_cpu import only_our_threads
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import free_memory
@@ -46,7 +47,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
         for start in starts:
             piece = slice(start, start + size)
             mask = mask_BT[:, piece]
-            with bar.step(int(mask.sum())):
+            with bar.step(int(mask.sum())), only_our_threads(model, cache):
                 logits_B1V = model(
                     ids_BT[:, piece],
                     image_features=images.of(piece),

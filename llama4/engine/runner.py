@@ -13,6 +13,7 @@ import logging
 import random
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.sampling import Sampler
 from llama4.errors import Llama4Error
+from llama4.kernels import threads
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
 
@@ -168,7 +170,8 @@ class ModelRunner:
         session = self.run(ids, cache)
         if sampler.takes_largest:
             return session.greedy_token()
-        ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV)
+        with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
+            ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV)
         return ids_B.tolist(), logprobs_B.tolist()
 
     def release(self, cache: SequenceCache) -> None:

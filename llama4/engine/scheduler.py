@@ -28,6 +28,7 @@ from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import chunk_end
+from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Request
 from llama4.engine.runner import ModelRunner
@@ -296,13 +297,14 @@ class Scheduler:
             mask_BT[row, :size] = True
         cache = SequenceCache.join([request.own_cache for request in requests])
         try:
-            logits_BV = self.runner.model(
-                ids_BT,
-                image_features=torch.cat(features) if features else None,
-                cache=cache,
-                attention_mask=mask_BT,
-                last_only=True,
-            )[:, 0]
+            with only_our_threads(self.runner.model, cache):
+                logits_BV = self.runner.model(
+                    ids_BT,
+                    image_features=torch.cat(features) if features else None,
+                    cache=cache,
+                    attention_mask=mask_BT,
+                    last_only=True,
+                )[:, 0]
             for request, own in zip(requests, cache.split(), strict=True):
                 request.cache = own
                 request.computed += pieces[request]

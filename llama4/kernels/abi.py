@@ -147,8 +147,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     # model, what each layer needs, which of its steps, tokens
     "decode": (POINTER(Decoder), POINTER(LayerStep), c_int64, POINTER(Tokens)),
 }
-"""Arguments of each kernel; there is one for each of `DTYPES`. Tensors go by their addresses. It returns None, or what
-is wrong with the arguments (kernels/cpp/check.h), in which case nothing was computed."""
+"""Arguments of each kernel, behind the number of threads; there is one for each of `DTYPES`. Tensors go by their
+addresses. It returns None, or what is wrong with the arguments (kernels/cpp/check.h), in which case nothing was
+computed."""
 
 
 class Format(NamedTuple):
@@ -211,7 +212,7 @@ def bind(library: ctypes.CDLL) -> Library:
     if differences:
         raise AbiError(f"kernels/abi.py and kernels/cpp/api.cpp disagree: {'; '.join(differences)}")
     kernels = {
-        (name, dtype): ctypes.CFUNCTYPE(c_char_p, *types)(functions[name, DTYPES[dtype]].address)
+        (name, dtype): ctypes.CFUNCTYPE(c_char_p, c_int64, *types)(functions[name, DTYPES[dtype]].address)
         for name, types in SIGNATURES.items()
         for dtype in DTYPES
     }
@@ -243,7 +244,7 @@ def expected_arguments() -> dict[tuple[str, str], str]:
     """The types of the arguments of each kernel, a letter each, as api.cpp derives them."""
     letters = {c_int64: "q", c_float: "f"}
     return {
-        (name, dtype): "".join(letters.get(type_, "p") for type_ in types)
+        (name, dtype): "".join(letters.get(type_, "p") for type_ in (c_int64, *types))
         for name, types in SIGNATURES.items()
         for dtype in DTYPES.values()
     }

@@ -38,12 +38,12 @@ LEVELS_VARIABLE = "LLAMA4_BUILD_LEVELS"
 COMPILERS = ("c++", "g++", "clang++")
 
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"),
+    *("-std=c++20", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 """No vector is an argument of what a library exports, which -Wpsabi is about."""
 LINK = {"Darwin": ("-dynamiclib", "-undefined", "dynamic_lookup")}
-"""By system. OpenMP is not linked: its functions are those that torch has loaded, so that both share their threads."""
+"""By system."""
 
 
 class Level(NamedTuple):
@@ -177,8 +177,7 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
     flags = [*LEVELS[machine()][name].flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)])
-    linker = [part for part in command if part != "-fopenmp"]
-    _run([*linker, *LINK.get(platform.system(), ("-shared",)), str(objects), "-o", str(library)])
+    _run([*command, *LINK.get(platform.system(), ("-shared",)), str(objects), "-o", str(library)])
     return library, round(time.monotonic() - began)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, loader
+from llama4.kernels import abi, loader, threads
 from llama4.kernels.abi import Matrix, MatrixLayout
 
 
@@ -129,4 +129,4 @@ def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | 
 def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | float | None) -> None:
     """The kernel for rows of the dtype of `like`; tensors go by their addresses."""
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    abi.check(loader.function(name, like.dtype)(*given))
+    abi.check(loader.function(name, like.dtype)(threads.count(), *given))

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from llama4.kernels import abi, loader
 
-MIN_MATRIX = 1 << 18
-"""Elements from which a matrix is worth the call: a smaller one stays in the processor's caches, where torch is as
-fast."""
-MIN_WIDTH = 512
+MIN_MATRIX = 1 << 11
+"""Elements from which a matrix is worth the call."""
+MIN_WIDTH = 128
 """Elements of a token from which the small operations between matrix products are worth the call."""
-MIN_ATTENTION = 1 << 28
+MIN_ATTENTION = 1 << 20
 """Multiplications of queries with keys from which attention is worth the call, however narrow the heads are."""
 
 

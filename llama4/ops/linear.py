@@ -1,13 +1,10 @@
 """Products with a matrix in a float dtype, each by the fastest exact way for its device, dtype and number of rows.
 
-| on a CPU, matrices of 2^18 elements or more | up to 12 rows | more |
-|---|---|---|
-| out x in, float32 | compiled kernel | oneDNN |
-| out x in, bfloat16 | compiled kernel | torch, which is oneDNN |
-| in x out, as experts are | compiled kernel | compiled kernel |
-
-In x out, the kernel is 1.3 to 2 times as fast as oneDNN with tens of rows, and equal with hundreds.
-Everything else (smaller matrices, other devices and dtypes, gradients, torch.compile) is torch's own product.
+On a CPU matrices go through the compiled kernels; with more than a few rows, if their outputs fill whole strips. With
+hundreds of rows these are as fast as oneDNN, with tens of them up to 1.5 times slower (out x in) or 2 times faster (in
+x out); and they leave no threads of OpenMP behind, which spin on cores that the next kernel wants.
+Other matrices in float32 go through oneDNN. Everything else (smaller matrices, other devices and dtypes, gradients,
+torch.compile) is torch's own product.
 
 Shapes: N rows, I inputs, O outputs, E experts.
 """
@@ -34,7 +31,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """x W^T + bias, [..., I] -> [..., O]."""
     if bias_O is not None or x.ndim != 2:
         return F.linear(x, weight_OI, bias_O)
-    if len(x) <= abi.MAX_GEMV_ROWS and not unsupported_reason(x, weight_OI):
+    if _takes_rows(x, outputs=len(weight_OI)) and not unsupported_reason(x, weight_OI):
         return cpu.linear(x, weight_OI)
     if not onednn_unsupported_reason(x, weight_OI):
         return _onednn(x, weight_OI)
@@ -43,12 +40,16 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O], for matrices that are stored in x out, as experts are."""
-    is_whole_strips = weight_IO.shape[1] % abi.STRIP == 0  # what more rows than a few are computed in
-    if (len(x_NI) <= abi.MAX_GEMV_ROWS or is_whole_strips) and not unsupported_reason(x_NI, weight_IO):
+    if _takes_rows(x_NI, outputs=weight_IO.shape[1]) and not unsupported_reason(x_NI, weight_IO):
         return cpu.linear_in_out(x_NI, weight_IO)
     if not onednn_unsupported_reason(x_NI, weight_IO):
         return _onednn(x_NI, weight_IO.mT)
     return x_NI @ weight_IO
+
+
+def _takes_rows(x_NI: Tensor, outputs: int) -> bool:
+    """Whether the compiled kernels take so many rows: more than a few are computed in strips of outputs."""
+    return len(x_NI) <= abi.MAX_GEMV_ROWS or outputs % abi.STRIP == 0
 
 
 def unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:

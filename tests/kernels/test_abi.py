@@ -71,7 +71,7 @@ def test_other_structures_are_refused(compiled: ctypes.CDLL, monkeypatch: pytest
 @needs_kernels
 def test_another_signature_is_refused(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(abi.SIGNATURES, "swiglu", abi.SIGNATURES["swiglu"][:-1])
-    with pytest.raises(abi.AbiError, match=r"'swiglu', 'float32'.* is ppqqq in Python and ppqqqp in C"):
+    with pytest.raises(abi.AbiError, match=r"'swiglu', 'float32'.* is qppqqq in Python and qppqqqp in C"):
         abi.bind(compiled)
 
 
@@ -112,10 +112,10 @@ class TestArguments:
         x = torch.zeros(1, 64)
         at, linear = x.data_ptr(), loader.function("linear", x.dtype)
         with pytest.raises(abi.ArgumentError, match="layout that is not known"):
-            abi.check(linear(at, 1, 64, 1, 99, at, None, 0, 0, at))
+            abi.check(linear(1, at, 1, 64, 1, 99, at, None, 0, 0, at))
         kind = loader.loaded().weight_formats["int8"].number
         with pytest.raises(abi.ArgumentError, match="no scales"):
-            abi.check(linear(at, 1, 64, 1, kind, at, None, 0, 0, at))
+            abi.check(linear(1, at, 1, 64, 1, kind, at, None, 0, 0, at))
         with pytest.raises(abi.ArgumentError, match="rows of a dense matrix are odd"):
             cpu.linear(torch.zeros(1, 17), torch.zeros(3, 17))
         with pytest.raises(abi.ArgumentError, match="multiple of key heads"):
@@ -125,7 +125,7 @@ class TestArguments:
         with pytest.raises(abi.ArgumentError, match="fit the format"):
             cpu.attend_causal(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), None, 0, "int4")
         with pytest.raises(abi.ArgumentError, match="an address is null"):
-            abi.check(loader.function("rms_norm", x.dtype)(None, 1, 64, x.data_ptr(), 0.0, x.data_ptr()))
+            abi.check(loader.function("rms_norm", x.dtype)(1, None, 1, 64, x.data_ptr(), 0.0, x.data_ptr()))
 
     def test_a_step(self) -> None:
         """Whatever is wrong with it, nothing is computed."""
@@ -136,14 +136,14 @@ class TestArguments:
             runner = FusedCpuRunner(llm.model)
             runner._description = Description.of(llm.model)
             session = runner.open(cache)
-        model, layers, tokens = *session._model, session._tokens
+        threads, model, layers, tokens = *session._model, session._tokens
         decode = loader.function("decode", llm.model.dtype)
-        assert decode(model, layers, 0, tokens) is None
+        assert decode(threads, model, layers, 0, tokens) is None
         width = layers[0].width
 
         def refused(problem: str, step: int = 0) -> None:
             with pytest.raises(abi.ArgumentError, match=problem):
-                abi.check(decode(model, layers, step, tokens))
+                abi.check(decode(threads, model, layers, step, tokens))
 
         refused("no such step", step=-1)
         session._ids[0] = -1

@@ -57,7 +57,6 @@ def test_a_level_that_fails_leaves_the_others(fake: Path, tmp_path: Path) -> Non
     for level, entry in told["levels"].items():
         assert entry["sha256"] == build.file_hash(directory / f"llama4-{level}.so")
         assert entry["compiler"] == "fake 1.0"
-    assert "-fopenmp" not in (directory / "llama4-avx2.so").read_text(), "the functions are those torch has loaded"
 
 
 @on_x86

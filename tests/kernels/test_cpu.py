@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from llama4.cache.formats import QUANTIZED, CacheFormat, resolve_format
 from llama4.cache.layer import LayerCache
 from llama4.config import TextConfig
-from llama4.kernels import abi, cpu, loader
+from llama4.kernels import abi, cpu, loader, threads
 from llama4.ops import linear, quantized
 from llama4.quantization.int4 import RANGES, pack, quantize_groups, unpack
 from llama4.vision.rope import rotate
@@ -276,22 +276,28 @@ class TestGreedyToken:
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_any_number_of_threads(threads: int) -> None:
-    """In x out, threads share the inputs: seven of them are less than a block for each. Out x in, they share outputs,
-    32 at a time, and help each other: 72 are three pieces, fewer than threads."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for inputs, dtype in itertools.product((1, 7, 100, 300), DTYPES):
-            x, weight = normal(2, inputs).to(dtype), normal(inputs, 64, seed=1).to(dtype)
-            assert close(cpu.linear_in_out(x, weight), x.double() @ weight.double())
-        for outputs, dtype in itertools.product((72, 1000, 4096), DTYPES):
-            x, weight = normal(2, 1024).to(dtype), normal(outputs, 1024, seed=1).to(dtype)
-            for _ in range(10):
-                assert close(cpu.linear(x, weight), x.double() @ weight.double().mT)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_any_number_of_threads(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give the same bits. In x out, a few rows share the inputs in parts, and where threads are more than parts,
+    the outputs, too. Out x in, threads share outputs, 32 at a time: 96 are three pieces, fewer than threads."""
+
+    def products() -> Iterator[Tensor]:
+        for inputs, outputs in ((1, 64), (7, 64), (100, 1024), (300, 4096), (2048, 2048)):
+            x, weight = normal(rows, inputs).to(dtype), normal(inputs, outputs, seed=1).to(dtype)
+            if rows < 9 or inputs % 32 == 0:
+                yield cpu.linear_in_out(x, weight)
+                assert close(cpu.linear_in_out(x, weight), x.double() @ weight.double())
+        for outputs in (96, 1024, 4096):
+            x, weight = normal(rows, 1024).to(dtype), normal(outputs, 1024, seed=1).to(dtype)
+            yield cpu.linear(x, weight)
+            assert close(cpu.linear(x, weight), x.double() @ weight.double().mT)
+
+    alone = list(products())
+    for count in (2, 3, 7, 20):
+        monkeypatch.setenv(threads.VARIABLE, str(count))
+        for _ in range(3):
+            assert all(map(torch.equal, products(), alone))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])

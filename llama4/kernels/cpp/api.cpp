@@ -19,70 +19,71 @@ namespace api {
 
 using namespace check;
 
-// Calls run(n) for N rows of so many numbers, by all cores if that pays off.
+// Calls run(n) for N rows of so many numbers, by all threads if that pays off.
 template <class Run>
-void for_each_row(long N, long numbers, const Run& run) {
-#pragma omp parallel for schedule(static) if (N > 1 && N * numbers > min_parallel)
-  for (long n = 0; n < N; n++) run(n);
+void for_each_row(long threads, long N, long numbers, const Run& run) {
+  Team(N * numbers > min_parallel ? threads : 1).for_each(N, numbers, run);
 }
 
-// Every function gives nullptr, or what is wrong with its arguments, before anything is computed.
+// Every function computes with so many threads. It gives nullptr, or what is wrong with its arguments, before anything
+// is computed.
 
 template <class X>
-Problem linear(const X* x, long N, long I, long O, long layout, const char* w, const void* scales, long float32_scales,
-               long group_size, X* y) {
+Problem linear(long threads, const X* x, long N, long I, long O, long layout, const char* w, const void* scales,
+               long float32_scales, long group_size, X* y) {
   if (!N) return nullptr;  // an empty tensor has no address
   const Matrix a{w, {scales, float32_scales}, layout, group_size, I, O, 0, 0};
   if (Problem problem = first(addresses(x, y), require(N >= 0, "negative rows"), matrix<X>(a))) return problem;
-  ::linear(a, x, N, y);
+  ::linear(threads, a, x, N, y);
   return nullptr;
 }
 
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
 template <class X>
-Problem experts(const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
+Problem experts(long threads, const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
   if (Problem problem = first(addresses(gate_up, down, counts), require(E > 0, "there are no experts"))) return problem;
   if (Problem problem = first(check::experts<X>(*gate_up, *down),
                               require(*std::min_element(counts, counts + E) >= 0, "an expert has negative rows")))
     return problem;
   const long D = gate_up->I, F = down->I, most = *std::max_element(counts, counts + E);
   if (Problem problem = most ? addresses(x, y) : nullptr) return problem;
-  X *wide = scratch<X, Use::expert_activations>(most * 3 * F), *inner = wide + most * 2 * F;
+  X *wide = scratch<X, Use::wide>(most * 3 * F), *inner = wide + most * 2 * F;
   for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
     if (!counts[e]) continue;
-    ::linear(gate_up->expert(e), x, counts[e], wide);
-    for_each_row(counts[e], F, [&](long i) { ::swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
-    ::linear(down->expert(e), inner, counts[e], y);
+    ::linear(threads, gate_up->expert(e), x, counts[e], wide);
+    for_each_row(threads, counts[e], F,
+                 [&](long i) { ::swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
+    ::linear(threads, down->expert(e), inner, counts[e], y);
   }
   return nullptr;
 }
 
 template <class X>
-Problem quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
-                      X* scales) {
+Problem quantize_int4(long threads, const X* weights, long groups, long size, const float* ranges, long count,
+                      uint32_t* words, X* scales) {
   if (!groups) return nullptr;
   if (Problem problem =
           first(addresses(weights, ranges, words, scales), require(groups >= 0 && count > 0, "no ranges"), width(size)))
     return problem;
-  ::quantize_int4(weights, groups, size, ranges, count, words, scales);
+  ::quantize_int4(threads, weights, groups, size, ranges, count, words, scales);
   return nullptr;
 }
 
 template <class X>
-Problem rms_norm(const float* x, long N, long D, const X* weight, float eps, X* y) {
+Problem rms_norm(long threads, const float* x, long N, long D, const X* weight, float eps, X* y) {
   if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(x, weight, y), require(N >= 0, "negative rows"), width(D))) return problem;
-  for_each_row(N, D, [&](long n) { ::rms_norm(x + n * D, D, weight, eps, y + n * D); });
+  for_each_row(threads, N, D, [&](long n) { ::rms_norm(x + n * D, D, weight, eps, y + n * D); });
   return nullptr;
 }
 
 template <class X>
-Problem apply_rope(const X* x, long stride, long N, long H, long C, const float* rotation, float eps,
+Problem apply_rope(long threads, const X* x, long stride, long N, long H, long C, const float* rotation, float eps,
                    const float* factors, X* y) {
   if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(x, y), require(N >= 0 && stride >= H * C, "rows overlap"), heads(H, H, C)))
     return problem;
-  for_each_row(N, H * C, [&](long n) {
+  for_each_row(threads, N, H * C, [&](long n) {
     const float* own = rotation ? rotation + n * C : nullptr;
     const float factor = factors ? factors[n] : 1;
     for (long h = 0; h < H; h++) ::apply_rope(x + n * stride + h * C, C, own, eps, factor, y + (n * H + h) * C);
@@ -91,45 +92,43 @@ Problem apply_rope(const X* x, long stride, long N, long H, long C, const float*
 }
 
 template <class X>
-Problem swiglu(const X* gate, const X* up, long N, long F, long stride, X* y) {
+Problem swiglu(long threads, const X* gate, const X* up, long N, long F, long stride, X* y) {
   if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(gate, up, y), require(N >= 0 && stride >= F, "rows overlap"), width(F)))
     return problem;
-  for_each_row(N, F, [&](long n) { ::swiglu(gate + n * stride, up + n * stride, F, y + n * F); });
+  for_each_row(threads, N, F, [&](long n) { ::swiglu(gate + n * stride, up + n * stride, F, y + n * F); });
   return nullptr;
 }
 
 template <class X>
-Problem greedy_token(const X* logits, long N, long V, long* ids, float* logprobs) {
+Problem greedy_token(long threads, const X* logits, long N, long V, long* ids, float* logprobs) {
   if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(logits, ids, logprobs), require(N >= 0 && V > 0, "there are no logits")))
     return problem;
-  auto* parts = scratch<LargestLogit, Use::greedy_parts>(N * greedy_parts);
-#pragma omp parallel if (N * V > min_parallel)
-  ::greedy_token(logits, N, V, parts, ids, logprobs);
+  Team team(N * V > min_parallel ? threads : 1);
+  ::greedy_token(team, logits, N, V, ids, logprobs);
   return nullptr;
 }
 
 // One query per sequence.
 template <class X>
-Problem attend(const X* q, const char* const* block_table, long width, const long* lengths, long B, long H, long K,
-               long C, long format, X* y) {
+Problem attend(long threads, const X* q, const char* const* block_table, long width, const long* lengths, long B,
+               long H, long K, long C, long format, X* y) {
   if (!B) return nullptr;
   const Sequences sequences{nullptr, B};
   if (Problem problem = first(addresses(q, y), check::sequences(nullptr, B), heads(H, K, C), cache_format<X>(format, C),
                               spans(sequences, lengths, block_table, width)))
     return problem;
-  float* parts = scratch<float, Use::partial_results>(attention_floats(lengths, B, H, C));
   CacheFormats<X>::visit(format, [&](auto cache) {
-#pragma omp parallel
-    ::attend<decltype(cache)>(q, block_table, width, lengths, sequences, H, K, C, parts, y);
+    Team team(threads);
+    ::attend<decltype(cache)>(team, q, block_table, width, lengths, sequences, H, K, C, y);
   });
   return nullptr;
 }
 
 template <class X>
-Problem attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long width, long past,
-                      long H, long K, long C, long format, X* y) {
+Problem attend_causal(long threads, const X* q, const X* k, const X* v, long N, const char* const* blocks, long width,
+                      long past, long H, long K, long C, long format, X* y) {
   if (!N) return nullptr;  // an empty tensor has no address
   if (Problem problem = first(addresses(q, k, v, y), require(N >= 0 && past >= 0, "negative tokens"), heads(H, K, C),
                               cache_format<X>(format, C)))
@@ -137,16 +136,16 @@ Problem attend_causal(const X* q, const X* k, const X* v, long N, const char* co
   if (Problem problem =
           past ? first(addresses(blocks), blocks ? check::blocks(blocks, width, past) : nullptr) : nullptr)
     return problem;
-  CacheFormats<X>::visit(format,
-                         [&](auto cache) { ::attend_causal<decltype(cache)>(q, k, v, N, blocks, past, H, K, C, y); });
+  CacheFormats<X>::visit(
+      format, [&](auto cache) { ::attend_causal<decltype(cache)>(threads, q, k, v, N, blocks, past, H, K, C, y); });
   return nullptr;
 }
 
 template <class X>
-Problem decode(const Decoder* decoder, const LayerStep* layer_steps, long step, const Tokens* tokens) {
+Problem decode(long threads, const Decoder* decoder, const LayerStep* layer_steps, long step, const Tokens* tokens) {
   if (Problem problem = addresses(decoder, tokens)) return problem;
   if (Problem problem = check::decode<X>(*decoder, layer_steps, step, *tokens)) return problem;
-  ::decode<X>(*decoder, layer_steps, step, *tokens);
+  DecoderStep<X>(threads, *decoder, layer_steps, step, *tokens).run();
   return nullptr;
 }
 

@@ -186,24 +186,19 @@ inline long blocks_for(long tokens) { return (tokens + block_slots - 1) / block_
 // A query's part of a block: [C] sums, `most`, the sum of the weights, and a gap that keeps them aligned.
 constexpr long part_floats(long C) { return C + 16; }
 
-// Floats of memory that `attend` needs.
-inline long attention_floats(const long* lengths, long N, long H, long C) {
-  return N * H * blocks_for(*std::max_element(lengths, lengths + N)) * part_floats(C);
-}
-
 // y [N, H, C] of queries [N, H, C]. Token n sees the first lengths[n] tokens of its sequence, its own included, which
 // are in the blocks that block_table[b * width] and what follows point to. A task is a block of a sequence and a key
-// head; last blocks, which may be short, come first, when tasks are handed out in large portions. `parts` is memory for
-// attention_floats. Of a team.
+// head; last blocks, which may be short, come first, when tasks are handed out in large portions.
 template <class F, class X>
-void attend(const X* q, const char* const* block_table, long width, const long* lengths, const Sequences& sequences,
-            long H, long K, long C, float* parts, X* y) {
+void attend(Team& team, const X* q, const char* const* block_table, long width, const long* lengths,
+            const Sequences& sequences, long H, long K, long C, X* y) {
   const long N = sequences.N(), group = H / K, part = part_floats(C);
   const long blocks = blocks_for(*std::max_element(lengths, lengths + N));
-  float* queries = scratch<float, Use::attention_queries>(max_queries * C);
-  float* scores = scratch<float, Use::attention_scores>(max_queries * block_slots);
-#pragma omp for schedule(guided) nowait
-  for (long task = 0; task < sequences.B * blocks * K; task++) {
+  float* parts = team.memory<float>(N * H * blocks * part);
+  const long keys = std::min(*std::max_element(lengths, lengths + N), block_slots);
+  team.for_each(sequences.B * blocks * K, 2 * keys * C, [=](long task) {
+    float* queries = scratch<float, Use::queries>(max_queries * C);
+    float* scores = scratch<float, Use::scores>(max_queries * block_slots);
     const long b = task / K / blocks, block = blocks - 1 - task / K % blocks, k = task % K;
     for (long token = sequences.begin(b); token < sequences.end(b); token++) {
       const long n = std::min(lengths[token] - block * block_slots, block_slots);
@@ -223,10 +218,8 @@ void attend(const X* q, const char* const* block_table, long width, const long* 
       if (group == max_queries) attend_queries(std::integral_constant<int, max_queries>(), 0);
       else for_each_four(group, attend_queries);
     }
-  }
-  barrier();
-#pragma omp for schedule(static) nowait
-  for (long head = 0; head < N * H; head++) {
+  });
+  team.for_each(N * H, blocks * C, [=](long head) {
     const float* own = parts + head * blocks * part;
     const long used = blocks_for(lengths[head / H]);
     float most = own[C], total = 0;
@@ -238,7 +231,7 @@ void attend(const X* q, const char* const* block_table, long width, const long* 
       for (long c = 0; c < C; c += 16) sums[c / 16] += load<f32x16>(own + i * part + c) * factor;
     }
     for (long c = 0; c < C; c += 16) store_floats(y + head * C + c, sums[c / 16] / total);
-  }
+  });
 }
 
 }  // namespace

@@ -51,39 +51,6 @@ struct Tokens {
   float* logprobs;  // [num_outputs], its log_softmax
 };
 
-// Memory that a team shares: each buffer is written and read by all threads, with a barrier between. Routed rows come
-// first, those of the shared expert behind them.
-template <class X>
-struct StepMemory {
-  X *q, *k, *v, *heads, *gate_up, *inner, *out, *normed, *routed;
-  float *logits, *residual;
-  long* sequence_of;  // [N], of each token
-  Workspace<X> workspace;
-
-  StepMemory(const Decoder& d, const LayerStep* layer_steps, long step, long N) {
-    const long D = d.head.I;
-    long queries = 0, keys = 0, gate_up_size = 0, inner_size = 0, rows = 0, experts = 0, partial = 0, inputs = 0;
-    for (long i = 0; i < d.num_layers; i++) {
-      const Layer& l = d.layers[i];
-      const long R = N * l.experts_per_token, widest = std::max({D, l.H * l.C, l.down.I, l.gate.O});
-      queries = std::max(queries, l.H * l.C), keys = std::max(keys, l.K * l.C), experts = std::max(experts, l.E);
-      gate_up_size = std::max(gate_up_size, R * l.gate_up.O + 2 * N * l.gate.O);
-      inner_size = std::max(inner_size, R * l.down.I + N * l.gate.O);
-      rows = std::max(rows, R + N), inputs = std::max(inputs, (padded_rows(R) + padded_rows(N)) * widest);
-      partial = std::max({partial, partial_floats(l.gate_up, R), partial_floats(l.down, R),
-                          attention_floats(layer_steps[i].lengths + step * N, N, l.H, l.C)});
-    }
-    q = scratch<X, Use::step_activations>(N * (2 * queries + 2 * keys) + gate_up_size + inner_size + rows * D);
-    heads = q + N * queries, k = heads + N * queries, v = k + N * keys, gate_up = v + N * keys;
-    inner = gate_up + gate_up_size, out = inner + inner_size;
-    logits = scratch<float, Use::step_logits>(N * experts), residual = scratch<float, Use::step_residual>(N * D);
-    normed = scratch<X, Use::step_normed>(N * D), routed = scratch<X, Use::step_routed_rows>((rows - N) * D);
-    sequence_of = scratch<long, Use::step_sequences>(N);
-    workspace = {scratch<float, Use::partial_results>(partial), scratch<WordNumber<X>, Use::gemm_inputs>(inputs),
-                 scratch<float, Use::row_scales>(rows)};
-  }
-};
-
 // The k largest logits, the lowest index on ties, and their sigmoid.
 inline void choose_experts(const float* logits, long E, long k, long* experts, float* scores) {
   for (long i = 0; i < k; i++) {
@@ -99,9 +66,9 @@ struct Routes {
   long R, k, *experts, *choices, *rows;  // expert of a choice; choice of a row; rows of a token's choices
   float* scores;                         // of a choice
 
-  Routes(const float* logits, long N, long E, long k) : R(N * k), k(k) {
-    experts = scratch<long, Use::step_routes>(3 * R), choices = experts + R, rows = choices + R;
-    scores = scratch<float, Use::step_scores>(R);
+  Routes(Team& team, const float* logits, long N, long E, long k) : R(N * k), k(k) {
+    experts = team.memory<long>(3 * R), choices = experts + R, rows = choices + R;
+    scores = team.memory<float>(R);
     for (long n = 0; n < N; n++) choose_experts(logits + n * E, E, k, experts + n * k, scores + n * k);
     for (long i = 0; i < R; i++) choices[i] = i;
     std::sort(choices, choices + R,
@@ -125,8 +92,6 @@ void add(float* to, const X* from, long count) {
   for (long i = 0; i < count; i += 16) store(to + i, load<f32x16>(to + i) + load_floats(from + i));
 }
 
-// The step of a team, every thread of which calls run(). Of few tokens each thread keeps a residual stream of its own
-// and adds to it what all of them computed, which saves barriers; of many they share one.
 template <class X>
 class DecoderStep {
   const Decoder& d;
@@ -135,109 +100,99 @@ class DecoderStep {
   const Tokens tokens;
   const Sequences sequences;
   const long N, D;
-  const bool shares_rows;
-  const StepMemory<X> memory;
-  WorkStealing work;
+  Team team;
+  const long* sequence_of;  // [N], of each token
+  float* h;                 // [N, D], the residual stream
+  X* x;                     // [N, D], normalised
 
-  // Calls run(n) for rows of this thread.
-  template <class Run>
-  void for_rows(long count, const Run& run) const {
-    if (shares_rows) {
-#pragma omp for schedule(static)
-      for (long n = 0; n < count; n++) run(n);
-    } else {
-      for (long n = 0; n < count; n++) run(n);
-    }
+  void norm(const void* weight, double eps, long from, long to) const {
+    rms_norm(h + from * D, D, (const X*)weight, eps, x + to * D);
   }
 
-  // swiglu for rows of gate and up, `stride` apart, a piece at a time. Of the team.
-  static void swiglu_rows(const X* gate, const X* up, long count, long F, long stride, X* y) {
+  // swiglu for rows of gate and up, `stride` apart, a piece at a time.
+  static void swiglu_rows(Phase& phase, const X* gate, const X* up, long count, long F, long stride, X* y) {
     constexpr long piece = 256;
     const long pieces = (F + piece - 1) / piece;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < count * pieces; i++) {
+    phase.add(count * pieces, piece, [=](long i) {
       const long n = i / pieces, f = i % pieces * piece;
       swiglu(gate + n * stride + f, up + n * stride + f, std::min(piece, F - f), y + n * F + f);
-    }
+    });
   }
 
-  void attention(const Layer& l, const LayerStep& s, X* x, float* h) {
-    const StepMemory<X>& m = memory;
+  void attention(const Layer& l, const LayerStep& s) {
+    const auto scope = team.scope();
     const long H = l.H, K = l.K, C = l.C, *lengths = s.lengths + step * N;
-    for_rows(N, [&](long n) { rms_norm(h + n * D, D, (const X*)l.input_norm, l.eps, x + n * D); });
-    multiply(work, {{l.q, m.q}, {l.k, m.k}, {l.v, m.v}}, x, N, m.workspace);
-    barrier();
+    X *q = team.memory<X>(N * H * C), *k = team.memory<X>(N * K * C), *v = team.memory<X>(N * K * C);
+    X *heads = team.memory<X>(N * H * C), *out = team.memory<X>(N * D);
+    team.for_each(N, D, [&](long n) { norm(l.input_norm, l.eps, n, n); });
+    Phase inputs(team);
+    multiply(inputs, {{l.q, q}, {l.k, k}, {l.v, v}}, x, N);
+    inputs.run();
     CacheFormats<X>::visit(s.format, [&](auto format) {
       using F = decltype(format);
-#pragma omp for schedule(static)
-      for (long i = 0; i < N * (H + K); i++) {
-        const long n = i / (H + K), head = i % (H + K), k = head - H;
+      team.for_each(N * (H + K), C, [&](long i) {
+        const long n = i / (H + K), head = i % (H + K), key = head - H;
         const float* rotation = s.rotations ? s.rotations + (step * N + n) * C : nullptr;
-        const float temperature = s.temperatures && k < 0 ? s.temperatures[step * N + n] : 1;
-        X* own = k < 0 ? m.q + (n * H + head) * C : m.k + (n * K + k) * C;
+        const float temperature = s.temperatures && key < 0 ? s.temperatures[step * N + n] : 1;
+        X* own = key < 0 ? q + (n * H + head) * C : k + (n * K + key) * C;
         if (rotation || l.qk_eps >= 0 || temperature != 1) apply_rope(own, C, rotation, l.qk_eps, temperature, own);
-        if (k < 0) continue;
+        if (key < 0) return;
         const long slot = lengths[n] - 1;
-        char* block = s.block_table[m.sequence_of[n] * s.width + slot / block_slots];
-        write_head<F>(block, slot % block_slots, k, K, C, own);
-        write_head<F>(block, slot % block_slots, K + k, K, C, m.v + (n * K + k) * C);
-      }
-      attend<F>(m.q, s.block_table, s.width, lengths, sequences, H, K, C, m.workspace.partial, m.heads);
+        char* block = s.block_table[sequence_of[n] * s.width + slot / block_slots];
+        write_head<F>(block, slot % block_slots, key, K, C, own);
+        write_head<F>(block, slot % block_slots, K + key, K, C, v + (n * K + key) * C);
+      });
+      attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, heads);
     });
-    barrier();
-    multiply(work, {{l.o, m.out}}, m.heads, N, m.workspace);
-    barrier();
-    for_rows(N, [&](long n) { add(h + n * D, m.out + n * D, D); });
+    Phase output(team);
+    multiply(output, {{l.o, out}}, heads, N);
+    output.run();
+    team.for_each(N, D, [&](long n) { add(h + n * D, out + n * D, D); });
   }
 
-  // The experts, if there are any, and the shared one beside them; or the dense MLP. Threads' shares of experts in x
-  // out are fixed; what follows is shared by work stealing, which makes up for threads that are late.
-  void feed_forward(const Layer& l, const X* x, float* h) {
-    const StepMemory<X>& m = memory;
+  // The experts, if there are any, and the shared one beside them; or the dense MLP.
+  void feed_forward(const Layer& l) {
+    const auto scope = team.scope();
+    float* logits = team.memory<float>(N * l.E);
+    team.for_each(N, D, [&](long n) { norm(l.post_norm, l.eps, n, n); });
     if (l.router) {
-      const Product<Fastest<Float32, X>, float> router{{(const X*)l.router, D}, l.E, Scales{}, m.logits};
-      gemv(work, &router, 1, x, N);
-      barrier();
+      const Product<Fastest<Float32, X>, float> router{{(const X*)l.router, D}, l.E, Scales{}, logits};
+      Phase phase(team);
+      gemv(phase, &router, 1, x, N);
+      phase.run();
     }
-    const Routes routes(m.logits, N, l.E, l.experts_per_token);
+    const Routes routes(team, logits, N, l.E, l.experts_per_token);
     const long R = routes.R, F_expert = l.down.I, F = l.gate.O;
-    X* routed = shares_rows ? m.routed : scratch<X, Use::step_routed_rows>(R * D);
-    for_rows(R, [&](long i) {
+    X *routed = team.memory<X>(R * D), *gate_up = team.memory<X>(R * 2 * F_expert);
+    X *gate = team.memory<X>(N * F), *up = team.memory<X>(N * F), *inner = team.memory<X>(N * F);
+    X *routed_inner = team.memory<X>(R * F_expert), *routed_out = team.memory<X>(R * D), *out = team.memory<X>(N * D);
+    team.for_each(R, D, [&](long i) {
       const long choice = routes.choices[i];
       const X* from = x + choice / routes.k * D;
       for (long d = 0; d < D; d += 16) store_floats(routed + i * D + d, load_floats(from + d) * routes.scores[choice]);
     });
-    X *gate = m.gate_up + R * 2 * F_expert, *up = gate + N * F, *inner = m.inner + R * F_expert, *out = m.out + R * D;
-    const auto multiply_experts = [&](const Matrix& a, const X* rows, X* y) {
-      routes.for_each_expert([&](long e, long i, long count) {
-        multiply(work, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count, m.workspace.from(a, i));
-      });
-    };
-    const auto finish_experts = [&](const Matrix& a, X* y) {
-      if (!R || a.layout != IN_OUT) return;
+    const auto multiply_experts = [&](Phase& phase, const Matrix& a, const X* rows, X* y) {
       routes.for_each_expert(
-          [&](long, long i, long count) { finish_product(a, count, m.workspace.from(a, i), y + i * a.O); });
-      barrier();
+          [&](long e, long i, long count) { multiply(phase, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count); });
     };
-    multiply_experts(l.gate_up, routed, m.gate_up);
-    multiply(work, {{l.gate, gate}, {l.up, up}}, x, N, m.workspace.behind(R, D));
-    barrier();
-    finish_experts(l.gate_up, m.gate_up);
-    swiglu_rows(m.gate_up, m.gate_up + F_expert, R, F_expert, 2 * F_expert, m.inner);
-    swiglu_rows(gate, up, N, F, F, inner);
-    barrier();
-    multiply_experts(l.down, m.inner, m.out);
-    multiply(work, {{l.shared_down, out}}, inner, N, m.workspace.behind(R, std::max(F_expert, F)));
-    barrier();
-    finish_experts(l.down, m.out);
-    for_rows(N, [&](long n) {
-      for (long i = n * routes.k; i < (n + 1) * routes.k; i++) add(h + n * D, m.out + routes.rows[i] * D, D);
+    Phase wide(team), between(team), down(team);
+    multiply_experts(wide, l.gate_up, routed, gate_up);
+    multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N);
+    wide.run();
+    swiglu_rows(between, gate_up, gate_up + F_expert, R, F_expert, 2 * F_expert, routed_inner);
+    swiglu_rows(between, gate, up, N, F, F, inner);
+    between.run();
+    multiply_experts(down, l.down, routed_inner, routed_out);
+    multiply(down, {{l.shared_down, out}}, inner, N);
+    down.run();
+    team.for_each(N, D, [&](long n) {
+      for (long i = n * routes.k; i < (n + 1) * routes.k; i++) add(h + n * D, routed_out + routes.rows[i] * D, D);
       add(h + n * D, out + n * D, D);
     });
   }
 
  public:
-  DecoderStep(const Decoder& d, const LayerStep* layer_steps, long step, const Tokens& tokens)
+  DecoderStep(long threads, const Decoder& d, const LayerStep* layer_steps, long step, const Tokens& tokens)
       : d(d),
         layer_steps(layer_steps),
         step(step),
@@ -245,44 +200,29 @@ class DecoderStep {
         sequences{tokens.sequence_starts, tokens.B},
         N(sequences.N()),
         D(d.head.I),
-        shares_rows(N > max_gemv_rows),
-        memory(d, layer_steps, step, N) {
-    for (long b = 0; b < tokens.B; b++)
-      std::fill(memory.sequence_of + sequences.begin(b), memory.sequence_of + sequences.end(b), b);
+        team(d.layers[0].gate.numbers() > min_parallel ? threads : 1),
+        h(team.memory<float>(N * D)),
+        x(team.memory<X>(N * D)) {
+    long* sequence = team.memory<long>(N);
+    for (long b = 0; b < tokens.B; b++) std::fill(sequence + sequences.begin(b), sequence + sequences.end(b), b);
+    sequence_of = sequence;
   }
 
-  void run(LargestLogit* parts) {
-    float* h = shares_rows ? memory.residual : scratch<float, Use::step_residual>(N * D);
-    X* x = shares_rows ? memory.normed : scratch<X, Use::step_normed>(N * D);
-    const auto norm = [&](const void* weight, double eps, long from, long to) {
-      rms_norm(h + from * D, D, (const X*)weight, eps, x + to * D);
-    };
-    for_rows(N, [&](long n) {
+  void run() {
+    team.for_each(N, D, [&](long n) {
       const X* embedding = (const X*)d.embedding + tokens.ids[n] * D;
       for (long i = 0; i < D; i += 16) store(h + n * D + i, load_floats(embedding + i));
     });
-    for (long i = 0; i < d.num_layers; i++) {
-      const Layer& l = d.layers[i];
-      attention(l, layer_steps[i], x, h);
-      for_rows(N, [&](long n) { norm(l.post_norm, l.eps, n, n); });
-      feed_forward(l, x, h);
-    }
+    for (long i = 0; i < d.num_layers; i++) attention(d.layers[i], layer_steps[i]), feed_forward(d.layers[i]);
     const long outputs = tokens.num_outputs;
     if (!outputs) return;
     X* logits = (X*)tokens.logits;
-    for_rows(outputs, [&](long i) { norm(d.norm, d.eps, tokens.outputs ? tokens.outputs[i] : i, i); });
-    multiply(work, {{d.head, logits}}, x, outputs, memory.workspace);
-    barrier();
-    greedy_token(logits, outputs, d.head.O, parts, tokens.greedy, tokens.logprobs);
+    team.for_each(outputs, D, [&](long i) { norm(d.norm, d.eps, tokens.outputs ? tokens.outputs[i] : i, i); });
+    Phase head(team);
+    multiply(head, {{d.head, logits}}, x, outputs);
+    head.run();
+    greedy_token(team, logits, outputs, d.head.O, tokens.greedy, tokens.logprobs);
   }
 };
-
-template <class X>
-void decode(const Decoder& d, const LayerStep* layer_steps, long step, const Tokens& tokens) {
-  DecoderStep<X> decoder_step(d, layer_steps, step, tokens);
-  auto* parts = scratch<LargestLogit, Use::greedy_parts>(tokens.num_outputs * greedy_parts);
-#pragma omp parallel if (d.layers[0].gate.numbers() > min_parallel)
-  decoder_step.run(parts);
-}
 
 }  // namespace

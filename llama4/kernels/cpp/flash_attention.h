@@ -22,10 +22,10 @@ struct QueryTile {
 
   QueryTile(long rows, long C) : rows(rows), C(C) {
     const long words = C / per_word;
-    queries = scratch<Word, Use::attention_words>(rows * words + words * block_slots + block_slots / per_word * C +
-                                                  tile_rows * block_slots);
+    queries = scratch<Word, Use::words>(rows * words + words * block_slots + block_slots / per_word * C +
+                                        tile_rows * block_slots);
     keys = queries + rows * words, values = keys + words * block_slots, weights = values + block_slots / per_word * C;
-    sums = scratch<float, Use::attention_floats>(rows * C + tile_rows * block_slots + 2 * block_slots + 2 * rows);
+    sums = scratch<float, Use::floats>(rows * C + tile_rows * block_slots + 2 * block_slots + 2 * rows);
     scores = sums + rows * C, key_scales = scores + tile_rows * block_slots, value_scales = key_scales + block_slots;
     most = value_scales + block_slots, total = most + rows;
     std::fill(sums, sums + rows * C, 0.f), std::fill(total, total + rows, 0.f);
@@ -121,11 +121,11 @@ struct QueryTile {
 // y [N, H, C] of queries [N, H, C], each of which sees `past` tokens in blocks and of the new keys and values [N, K, C]
 // those up to its own.
 template <class F, class X>
-void attend_causal(const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H, long K,
-                   long C, X* y) {
+void attend_causal(long threads, const X* q, const X* k, const X* v, long N, const char* const* blocks, long past,
+                   long H, long K, long C, X* y) {
   const long group = H / K, tokens = std::max(8l, 512 / group), tiles = (N + tokens - 1) / tokens;
-#pragma omp parallel for schedule(dynamic) if (N * (past + N) * H * C > min_parallel)
-  for (long task = 0; task < K * tiles; task++) {
+  const long numbers = N * (past + N) * H * C / (K * tiles);
+  Team(threads).for_each(K * tiles, numbers, [=](long task) {
     const long head = task % K, begin = (tiles - 1 - task / K) * tokens, end = std::min(N, begin + tokens);
     const long rows = (end - begin) * group;
     QueryTile<X> tile((rows + tile_rows - 1) / tile_rows * tile_rows, C);
@@ -151,7 +151,7 @@ void attend_causal(const X* q, const X* k, const X* v, long N, const char* const
       for (long c = 0; c < C; c += 16)
         store_floats(y + ((begin + r / group) * H + head * group + r % group) * C + c,
                      load<f32x16>(tile.sums + r * C + c) / tile.total[r]);
-  }
+  });
 }
 
 }  // namespace

@@ -157,17 +157,22 @@ void pack_format(const F& f, long o, Word* to) {
   }
 }
 
-// x [count] as words, in the order in which a format's planes have the inputs: in `to`, if it has to be converted. Of a
-// team, which waits until all is there.
+// x [count] as words, in the order in which a format's planes have the inputs.
 template <class F, class X>
-const Word* arrange_words(const X* x, long count, WordNumber<X>* to) {
+const Word* arrange_words(Team& team, const X* x, long count) {
   if (F::planes == 1 && std::is_same_v<X, WordNumber<X>>) return (const Word*)x;
   constexpr int plane_inputs = F::inputs / F::planes;
-#pragma omp for schedule(static)
-  for (long from = 0; from < count; from += F::inputs)
+  auto* to = team.memory<WordNumber<X>>(count);
+  team.for_each((count + F::inputs - 1) / F::inputs, F::inputs, [=](long block) {
+    const long from = block * F::inputs;
+    if (count - from < F::inputs) {  // of a dense matrix [I, O], whose inputs may be any number
+      for (long i = from; i < count; i++) assign(to[i], upcast(x[i]));
+      return;
+    }
     for (int plane = 0; plane < F::planes; plane++)
       for (int lane = 0; lane < plane_inputs; lane++)
         assign(to[from + plane * plane_inputs + lane], upcast(x[from + F::place(plane, lane)]));
+  });
   return (const Word*)to;
 }
 
@@ -177,18 +182,17 @@ constexpr long large_panel = 256 << 10, small_panel = 32 << 10;  // bytes
 
 // y = x W for at least 8 rows of x, in words. W comes in panels of `depth` words by as many strips as `bytes` hold:
 // pack(o, strips, k, depth, to) packs one from output o and word k on; prefetch(o, strips, k, tile, tiles) says which
-// part of the next panel to prefetch during a tile of this one. Outputs and rows may have scales. Of a team.
+// part of the next panel to prefetch during a tile of this one. Outputs and rows may have scales.
 template <class X, class Pack, class PrefetchOf>
-void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const Pack& pack, const PrefetchOf& prefetch,
-          Scales scales, const float* row_scales, X* y) {
+void gemm(Phase& phase, const Word* x, long N, long I, long O, long depth, long bytes, const Pack& pack,
+          const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
   constexpr int per_word = numbers_per_word<X>, most = tile_rows, half = most / 2;
   const long words = I / per_word, strips = O / strip, tiles = (N + most - 1) / most;
-  const long panel = std::max(1l, std::min(bytes / (depth * strip * 4), strips / omp_get_num_threads()));
-#pragma omp for schedule(static) nowait
-  for (long begin = 0; begin < strips; begin += panel) {
-    const long count = std::min(panel, strips - begin);
-    Word* w = scratch<Word, Use::gemm_panel>(count * depth * strip);
-    float* sums = scratch<float, Use::gemm_sums>(count * tiles * most * strip);
+  const long panel = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
+  phase.add((strips + panel - 1) / panel, panel * strip * I, [=](long task) {
+    const long begin = task * panel, count = std::min(panel, strips - begin);
+    Word* w = scratch<Word, Use::panel>(count * depth * strip);
+    float* sums = scratch<float, Use::sums>(count * tiles * most * strip);
     std::fill(sums, sums + count * tiles * most * strip, 0.f);
     for (long k = 0; k < words; k += depth) {
       const bool is_last = k + depth >= words;
@@ -217,20 +221,20 @@ void gemm(const Word* x, long N, long I, long O, long depth, long bytes, const P
           else add(std::integral_constant<int, most>(), std::min(tile * most, N - most), tile);
       }
     }
-  }
+  });
 }
 
 // y = x W for W [I, O]. With few rows a panel is used few times, and is best where it is nearest; with many, sums that
 // leave registers cost more.
 template <class X>
-void gemm_in_out(const Word* x, long N, long I, long O, const X* w, X* y) {
+void gemm_in_out(Phase& phase, const Word* x, long N, long I, long O, const X* w, X* y) {
   constexpr int per_word = numbers_per_word<X>;
   const bool is_short = N < 192;
   const long words = I / per_word, depth = is_short ? std::min(words, 128l / per_word) : words;
-  const auto pack = [&](long o, long strips, long k, long deep, Word* to) {
+  const auto pack = [=](long o, long strips, long k, long deep, Word* to) {
     for (long i = 0; i < deep; i++) pack_row(w + (k + i) * per_word * O + o, O, strips, deep, to + i * strip);
   };
-  const auto prefetch = [&](long o, long strips, long k, long tile, long tiles) {  // spread over the tiles
+  const auto prefetch = [=](long o, long strips, long k, long tile, long tiles) {  // spread over the tiles
     const long rows = depth * per_word, lines = strips * strip * long(sizeof(X)) / 64;
     const long each = std::min(long(per_word), (lines * rows + tiles * depth - 1) / (tiles * depth));
     const long first = tile * depth * each;
@@ -238,20 +242,20 @@ void gemm_in_out(const Word* x, long N, long I, long O, const X* w, X* y) {
     const char* line = (const char*)(w + (k * per_word + first % rows) * O + o) + first / rows * 64 + 63;
     return first / rows < lines ? Prefetch{line, O * long(sizeof(X)), each} : Prefetch{};
   };
-  gemm(x, N, I, O, depth, is_short ? small_panel : large_panel, pack, prefetch, Scales{}, nullptr, y);
+  gemm(phase, x, N, I, O, depth, is_short ? small_panel : large_panel, pack, prefetch, Scales{}, nullptr, y);
 }
 
 // y = x W^T for W [O, I], of which pack_half(o, to) packs half a strip.
 template <class X, class PackHalf>
-void gemm_out_in(const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales,
+void gemm_out_in(Phase& phase, const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales,
                  const float* row_scales, X* y) {
   const long words = I / numbers_per_word<X>;
-  const auto pack = [&](long o, long strips, long, long, Word* to) {
+  const auto pack = [=](long o, long strips, long, long, Word* to) {
     for (long half = 0; half < 2 * strips; half++)
       pack_half(o + 16 * half, to + half / 2 * strip * words + 16 * (half % 2));
   };
   const auto prefetch = [](long, long, long, long, long) { return Prefetch{}; };
-  gemm(x, N, I, O, words, large_panel, pack, prefetch, scales, row_scales, y);
+  gemm(phase, x, N, I, O, words, large_panel, pack, prefetch, scales, row_scales, y);
 }
 
 }  // namespace

@@ -9,9 +9,6 @@ namespace {
 
 constexpr long max_unpacked_rows = 40;
 
-// Memory for the inputs of N rows, in rows: tiles have more. Rows from n on may begin at padded_rows(n).
-constexpr long padded_rows(long N) { return N + N / 2; }
-
 // sums [R, 16] += R rows of x, [count, x_rows], times 16 outputs of `count` rows of W. Prefetches a line `ahead` for
 // one row in `every`, from row `first` on.
 template <int R, int x_rows = R>
@@ -36,24 +33,24 @@ void add_column(const float* x, const float* w, long O, long count, float* sums,
 }
 
 // In tiles of R rows, of which the fewest that suffice are chosen, from 10 to 24: their sums, 16 outputs each, fill the
-// registers. W is read in panels of columns, `depth` rows at a time; the sums of a panel wait in the cache. `inputs` is
-// memory for padded_rows(N) rows. Of a team.
+// registers. W is read in panels of columns, `depth` rows at a time; the sums of a panel wait in the cache.
 template <int R = 10>
-void gemm_unpacked(const float* x, long N, long I, long O, const float* w, float* inputs, float* y) {
+void gemm_unpacked(Phase& phase, const float* x, long N, long I, long O, const float* w, float* y) {
   constexpr long most = 24, depth = 32, width = 16;
   const long tiles = (N + most - 1) / most, columns = O / 16;
   if constexpr (R < most)
-    if (N > tiles * R) return gemm_unpacked<R + 2>(x, N, I, O, w, inputs, y);
-#pragma omp for schedule(static)
-  for (long begin = 0; begin < I; begin += depth)  // to [tiles, I, R], with zeros behind the last row
+    if (N > tiles * R) return gemm_unpacked<R + 2>(phase, x, N, I, O, w, y);
+  float* inputs = phase.team.memory<float>(tiles * R * I);  // [tiles, I, R], with zeros behind the last row
+  phase.team.for_each((I + depth - 1) / depth, depth * N, [=](long task) {
+    const long begin = task * depth;
     for (long n = 0; n < tiles * R; n++)
       for (long i = begin; i < std::min(I, begin + depth); i++)
         inputs[(n / R * I + i) * R + n % R] = n < N ? x[n * I + i] : 0;
-  const long panel = std::clamp(columns / omp_get_num_threads(), 1l, width);
-  float* sums = scratch<float, Use::gemm_sums>(panel * tiles * R * 16);
-#pragma omp for schedule(static) nowait
-  for (long begin = 0; begin < columns; begin += panel) {
-    const long count = std::min(panel, columns - begin);
+  });
+  const long panel = std::clamp(columns / phase.team.size(), 1l, width);
+  phase.add((columns + panel - 1) / panel, panel * 16 * I, [=](long task) {
+    const long begin = task * panel, count = std::min(panel, columns - begin);
+    float* sums = scratch<float, Use::sums>(panel * tiles * R * 16);
     std::fill(sums, sums + count * tiles * R * 16, 0.f);
     for (long i = 0; i < I; i += depth)
       for (long n = 0; n < count; n++)
@@ -67,7 +64,7 @@ void gemm_unpacked(const float* x, long N, long I, long O, const float* w, float
     for (long n = 0; n < count; n++)
       for (long row = 0; row < N; row++)
         store(y + row * O + (begin + n) * 16, load<f32x16>(sums + (n * tiles * R + row) * 16));
-  }
+  });
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
 // y = x W^T for few rows x [N, I] and W [O, I]: as fast as W is read from memory, if every byte is read once, in order,
 // by all cores, and converted in registers.
 //
-// An output is the dot product of a row of x with a row of W. Every thread of a team may pass a copy of x of its own.
+// An output is the dot product of a row of x with a row of W.
 
 #pragma once
-
-#include <vector>
 
 #include "formats.h"
 
@@ -14,10 +12,10 @@ namespace {
 // x in the order of a format's planes and in their precision. For each four rows (or those that are left): all rows'
 // inputs of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
 template <class F, class X>
-const typename F::Plane* arrange_inputs(const X* x, long N, long I) {
+const typename F::Plane* arrange_inputs(Team& team, const X* x, long N, long I) {
   constexpr int plane_inputs = F::inputs / F::planes;
   using To = std::conditional_t<plane_inputs == 32, bf16, float>;
-  To *first = scratch<To, Use::gemv_inputs>(N * I), *to = first;
+  To *first = team.memory<To>(N * I), *to = first;
   for_each_four(N, [&](auto rows, long n) {
     for (long block = 0; block < I; block += F::inputs)
       for (int row = 0; row < rows; row++)
@@ -139,26 +137,23 @@ struct Product {
   Y* y;
 };
 
-// Calls run(product, begin, end) for all outputs of several products, shared by a team as if they were one.
+// Adds run(product, begin, end) for all outputs of several products.
 template <class F, class Y, class Run>
-void for_each_task(WorkStealing& work, const Product<F, Y>* products, long count, const Run& run) {
-  const auto tasks = [&](long i) { return (products[i].O + task_outputs - 1) / task_outputs; };
-  long total = 0;
-  for (long i = 0; i < count; i++) total += tasks(i);
-  work.for_each(total, [&](long task) {
-    long i = 0;
-    while (task >= tasks(i)) task -= tasks(i++);
-    run(products[i], task * task_outputs, std::min(products[i].O, (task + 1) * task_outputs));
-  });
+void add_products(Phase& phase, const Product<F, Y>* products, long count, const Run& run) {
+  for (long i = 0; i < count; i++)
+    phase.add((products[i].O + task_outputs - 1) / task_outputs, task_outputs * products[i].f.I,
+              [own = products[i], run](long task) {
+                run(own, task * task_outputs, std::min(own.O, (task + 1) * task_outputs));
+              });
 }
 
-// y = x W^T for matrices of one format with equally many inputs. Of a team.
+// y = x W^T for matrices of one format with equally many inputs.
 template <class F, class X, class Y>
-void gemv(WorkStealing& work, const Product<F, Y>* products, long count, const X* x, long N,
+void gemv(Phase& phase, const Product<F, Y>* products, long count, const X* x, long N,
           const float* row_scales = nullptr) {
   const long blocks = products->f.I / F::inputs;
-  const auto* inputs = arrange_inputs<F>(x, N, products->f.I);
-  for_each_task(work, products, count, [&](const Product<F, Y>& own, long begin, long end) {
+  const auto* inputs = arrange_inputs<F>(phase.team, x, N, products->f.I);
+  add_products(phase, products, count, [=](const Product<F, Y>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
       gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, begin, end, own.O, own.scales,
                             row_scales ? row_scales + n : nullptr, own.y + n * own.O);

@@ -52,11 +52,13 @@ struct Bfloat16Rows {
 template <class X>
 using RowsOf = std::conditional_t<std::is_same_v<X, float>, Float32Rows, Bfloat16Rows>;
 
-// Adds K rows of W, `stride` apart, times N rows of factors to sums [N, O], which are in the order of the planes.
+// Adds K rows of W, `stride` apart, times N rows of factors to outputs [o, until) of sums [N, O], which are in the
+// order of the planes.
 template <class F, int K, int N>
-void add_weight_rows(const typename F::Number* w, long stride, long O, const typename F::Factor* x, float* sums) {
+void add_weight_rows(const typename F::Number* w, long stride, long O, long o, long until, const typename F::Factor* x,
+                     float* sums) {
   constexpr int steps = (K + F::together - 1) / F::together, ahead = 2048 / sizeof(*w);
-  for (long o = 0; o < O; o += F::outputs) {
+  for (; o < until; o += F::outputs) {
     f32x16 registers[N][F::planes];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
@@ -82,16 +84,16 @@ void add_weight_rows(const typename F::Number* w, long stride, long O, const typ
   }
 }
 
-// Partial results of y = x W in [threads, N, O], which sum_partial_results adds up after a barrier. Each thread of a
-// team multiplies its share of the inputs; shares are fixed, so that results are the same in every run. It reads W in
-// eight runs of rows side by side: a processor prefetches each.
+// Parts in which the inputs of a matrix are added up, whatever the number of threads and rows: results are the same.
+inline long parts_of(long I) { return std::clamp(I / 512, 1l, 8l); }
+
+// Partial results of y = x W in `sums` [N, O]: inputs [i, end) for outputs [o, until). Reads W in eight runs of rows
+// side by side: a processor prefetches each.
 template <class X>
-void gemv_in_out(const X* w, const X* x, long N, long I, long O, float* partial) {
+void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end, long o, long until, float* sums) {
   using F = RowsOf<X>;
   constexpr long runs = 8, longest = 16;
-  const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = (thread + 1) * I / threads;
-  float* sums = partial + thread * N * O;
-  std::fill(sums, sums + N * O, 0.f);
+  for (long n = 0; n < N; n++) std::fill(sums + n * O + o, sums + n * O + until, 0.f);
   const auto add = [&](auto count, long first, long run) {  // so many rows of W, `run` apart
     constexpr int K = count, steps = (K + F::together - 1) / F::together;
     for_each_four(N, [&](auto rows, long n) {
@@ -101,10 +103,10 @@ void gemv_in_out(const X* w, const X* x, long N, long I, long O, float* partial)
           const X* own = x + (n + k) * I + first + step * F::together * run;
           factors[k * steps + step] = F::factor(own[0], K == 1 ? X(0) : own[run]);
         }
-      add_weight_rows<F, K, rows>(w + first * O, run * O, O, factors, sums + n * O);
+      add_weight_rows<F, K, rows>(w + first * O, run * O, O, o, until, factors, sums + n * O);
     });
   };
-  for (long i = thread * I / threads; i < end;) {
+  while (i < end) {
     const long run = std::min(longest, (end - i) / runs);
     for (long k = 0; k < run; k++) add(std::integral_constant<int, runs>(), i + k, run);
     for (long k = i; !run && k < end; k++) add(std::integral_constant<int, 1>(), k, 0);
@@ -112,19 +114,30 @@ void gemv_in_out(const X* w, const X* x, long N, long I, long O, float* partial)
   }
 }
 
-// y [N, O] from the partial results of all threads, some outputs by each thread of a team.
+// y = x W. A task is a part of the inputs and, if there are more threads than parts, a slice of the outputs.
 template <class X>
-void sum_partial_results(const float* partial, long N, long O, X* y) {
+void gemv_in_out(Phase& phase, const X* w, const X* x, long N, long I, long O, X* y) {
   using F = RowsOf<X>;
-  const long threads = omp_get_num_threads();
-#pragma omp for schedule(static) nowait
-  for (long o = 0; o < N * O; o += F::outputs) {
-    f32x16 totals[F::planes] = {};
-    for (long t = 0; t < threads; t++)
-      for (int plane = 0; plane < F::planes; plane++)
-        totals[plane] += load<f32x16>(partial + t * N * O + o + 16 * plane);
-    F::store_sums(y + o, totals);
-  }
+  constexpr long least = 16 * F::outputs;
+  const long parts = parts_of(I), slices = std::clamp(phase.team.size() / parts, 1l, std::max(O / least, 1l));
+  const long width = (O / slices + F::outputs - 1) / F::outputs * F::outputs;
+  float* partial = phase.team.memory<float>(parts * N * O);
+  phase.add(parts * slices, I / parts * width, [=](long task) {
+    const long part = task / slices, o = task % slices * width;
+    if (o < O)
+      add_inputs(w, x, N, I, O, part * I / parts, (part + 1) * I / parts, o, std::min(o + width, O),
+                 partial + part * N * O);
+  });
+  constexpr long piece = 32 * F::outputs;
+  phase.add_after((N * O + piece - 1) / piece, parts * piece, [=](long task) {
+    for (long o = task * piece; o < std::min(N * O, (task + 1) * piece); o += F::outputs) {
+      f32x16 totals[F::planes] = {};
+      for (long part = 0; part < parts; part++)
+        for (int plane = 0; plane < F::planes; plane++)
+          totals[plane] += load<f32x16>(partial + part * N * O + o + 16 * plane);
+      F::store_sums(y + o, totals);
+    }
+  });
 }
 
 }  // namespace

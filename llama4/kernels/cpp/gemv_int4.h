@@ -46,8 +46,8 @@ struct Int4For<bf16> {
 // x in the order of the planes. For each four rows (or those that are left): of the first 32 inputs each plane of every
 // row, then of the next 32.
 template <class V, class X>
-const typename V::Number* arrange_int4_inputs(const X* x, long N, long I) {
-  auto *first = scratch<typename V::Number, Use::gemv_inputs>(N * I), *to = first;
+const typename V::Number* arrange_int4_inputs(Team& team, const X* x, long N, long I) {
+  auto *first = team.memory<typename V::Number>(N * I), *to = first;
   for_each_four(N, [&](auto rows, long n) {
     for (long i = 0; i < I; i += Int4::step_inputs)
       for (int plane = 0; plane < V::planes; plane++)
@@ -64,8 +64,8 @@ const typename V::Number* arrange_int4_inputs(const X* x, long N, long I) {
 // What the sums of each group of inputs begin with, to cancel the excess: four lanes, which add up to -excess * sum(x
 // of the group). For each four rows (or those that are left): of the first group for every row, then of the next.
 template <class V, class X>
-const f32x4* initial_sums(const X* x, long N, long I, long group) {
-  auto* to = reinterpret_cast<f32x4*>(scratch<float, Use::gemv_initial_sums>(N * I / group * 4));
+const f32x4* initial_sums(Team& team, const X* x, long N, long I, long group) {
+  auto* to = team.memory<f32x4>(N * I / group);
   if (V::excess == 0) return std::fill_n(to, N * I / group, f32x4{}) - N * I / group;
   for_each_four(N, [&](auto rows, long n) {
     for (long i = 0; i < I; i += group)
@@ -133,14 +133,14 @@ void gemv_int4_outputs(const Int4& f, long o, const typename V::Number* x, const
   for (int n = 0; n < N; n++) store_floats(y + n * O + o, sum_fours(totals[n]));
 }
 
-// y = x W^T for matrices with equally many inputs and groups. Of a team.
+// y = x W^T for matrices with equally many inputs and groups.
 template <class X>
-void gemv_int4(WorkStealing& work, const Product<Int4, X>* products, long count, const X* x, long N) {
+void gemv_int4(Phase& phase, const Product<Int4, X>* products, long count, const X* x, long N) {
   using V = typename Int4For<X>::Values;
   const long I = products->f.I, group = products->f.group;
-  const auto* inputs = arrange_int4_inputs<V>(x, N, I);
-  const auto* begin_sums = initial_sums<V>(x, N, I, group);
-  for_each_task(work, products, count, [&](const Product<Int4, X>& own, long begin, long end) {
+  const auto* inputs = arrange_int4_inputs<V>(phase.team, x, N, I);
+  const auto* begin_sums = initial_sums<V>(phase.team, x, N, I, group);
+  add_products(phase, products, count, [=](const Product<Int4, X>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
       for (long o = begin; o < end; o += Int4::interleave)
         gemv_int4_outputs<V, rows>(own.f, o, inputs + n * I, begin_sums + n * (I / group), own.O, own.y + n * own.O);

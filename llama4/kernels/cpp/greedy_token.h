@@ -55,16 +55,14 @@ LargestLogit largest_logit(const X* logits, long begin, long end) {
 
 constexpr long greedy_parts = 16;  // of a row, for more threads than rows
 
-// ids [N]: the index of the largest of V logits, of equals the first; logprobs [N]: its log_softmax. `parts` is memory
-// for [N, greedy_parts]. Of a team.
+// ids [N]: the index of the largest of V logits, of equals the first; logprobs [N]: its log_softmax.
 template <class X>
-void greedy_token(const X* logits, long N, long V, LargestLogit* parts, long* ids, float* logprobs) {
-#pragma omp for schedule(static)
-  for (long i = 0; i < N * greedy_parts; i++) {
+void greedy_token(Team& team, const X* logits, long N, long V, long* ids, float* logprobs) {
+  auto* parts = team.memory<LargestLogit>(N * greedy_parts);
+  team.for_each(N * greedy_parts, V / greedy_parts, [=](long i) {
     const long row = i / greedy_parts, part = i % greedy_parts;
     parts[i] = largest_logit(logits + row * V, part * V / greedy_parts, (part + 1) * V / greedy_parts);
-  }
-#pragma omp for schedule(static) nowait
+  });
   for (long n = 0; n < N; n++) {
     LargestLogit all;
     for (long part = 0; part < greedy_parts; part++) all.merge(parts[n * greedy_parts + part]);

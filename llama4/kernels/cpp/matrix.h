@@ -56,26 +56,6 @@ static_assert(reads<Fastest<Float32, bf16>, bf16>(bfloat16_inputs));
 static_assert(reads_all<float>(QuantizedFormats()) && reads_all<bf16>(QuantizedFormats()));
 static_assert(strip % 16 == 0 && strip % Int4::interleave == 0 && task_outputs % Int4::interleave == 0);
 
-// Memory that a team shares while it multiplies.
-template <class X>
-struct Workspace {
-  float* partial;         // of each thread: partial_floats
-  WordNumber<X>* inputs;  // x as a product wants it: padded_rows(N) rows of I
-  float* row_scales;      // [N]
-
-  // For rows of an expert, from row n of all routed rows on.
-  Workspace from(const Matrix& a, long n) const;
-  // For other rows, behind n routed ones of at most I inputs.
-  Workspace behind(long n, long I) const { return {nullptr, inputs + padded_rows(n) * I, row_scales + n}; }
-};
-
-inline long partial_floats(const Matrix& a, long N) { return a.layout == IN_OUT ? omp_get_max_threads() * N * a.O : 0; }
-
-template <class X>
-Workspace<X> Workspace<X>::from(const Matrix& a, long n) const {
-  return {partial + partial_floats(a, n), inputs + padded_rows(n) * a.I, row_scales + n};
-}
-
 // A matrix, and where its product [N, O] goes.
 template <class X>
 struct MatrixProduct {
@@ -97,9 +77,19 @@ F read_as(const Matrix& a) {
   else return F{(const W*)a.w, a.I};
 }
 
+// Rows of x rounded to e4m3, and a scale for each.
 template <class X>
-void multiply_gemv(WorkStealing& work, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
-                   float* partial) {
+struct RoundedRows {
+  WordNumber<X>* rows;
+  float* scales;
+  RoundedRows(Team& team, const X* x, long N, long I)
+      : rows(team.memory<WordNumber<X>>(N * I)), scales(team.memory<float>(N)) {
+    team.for_each(N, I, [=, *this](long n) { scales[n] = quantize_row_e4m3(x + n * I, I, rows + n * I); });
+  }
+};
+
+template <class X>
+void multiply_gemv(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N) {
   const Matrix& a = begin->matrix;
   const auto products_of = [&](auto read) {
     std::vector<Product<decltype(read(a)), X>> products;
@@ -107,103 +97,76 @@ void multiply_gemv(WorkStealing& work, const MatrixProduct<X>* begin, const Matr
     return products;
   };
   const long count = end - begin;
-  if (a.layout == OUT_IN) return gemv(work, products_of(read_as<Fastest<Float32, X>, X>).data(), count, x, N);
-  if (a.layout == IN_OUT) return gemv_in_out((const X*)a.w, x, N, a.I, a.O, partial);
+  if (a.layout == OUT_IN) return gemv(phase, products_of(read_as<Fastest<Float32, X>, X>).data(), count, x, N);
+  if (a.layout == IN_OUT) return gemv_in_out(phase, (const X*)a.w, x, N, a.I, a.O, begin->y);
   QuantizedFormats::visit(a.layout, [&](auto format) {
     using F = decltype(format);
     const auto products = products_of(read_as<Fastest<F, X>, uint8_t>);
     if constexpr (F::rounds_inputs) {
-      float* row_scales = scratch<float, Use::gemv_row_scales>(N);
-      auto* rows = scratch<WordNumber<X>, Use::gemv_fp8_rows>(N * a.I);
-      for (long n = 0; n < N; n++) row_scales[n] = quantize_row_e4m3(x + n * a.I, a.I, rows + n * a.I);
-      gemv(work, products.data(), count, rows, N, row_scales);
+      const RoundedRows<X> rounded(phase.team, x, N, a.I);
+      gemv(phase, products.data(), count, rounded.rows, N, rounded.scales);
     } else if constexpr (F::interleaved) {
-      gemv_int4(work, products.data(), count, x, N);
+      gemv_int4(phase, products.data(), count, x, N);
     } else {
-      gemv(work, products.data(), count, x, N);
+      gemv(phase, products.data(), count, x, N);
     }
   });
 }
 
 template <class X>
-void multiply_gemm(const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
-                   const Workspace<X>& workspace) {
+void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N) {
   const long I = begin->matrix.I, layout = begin->matrix.layout;
   if constexpr (std::is_same_v<X, float>)
     if (layout == IN_OUT && N <= max_unpacked_rows) {
       const Matrix& a = begin->matrix;
-      return gemm_unpacked(x, N, I, a.O, (const float*)a.w, workspace.inputs, begin->y);
+      return gemm_unpacked(phase, x, N, I, a.O, (const float*)a.w, begin->y);
     }
   if (layout == OUT_IN || layout == IN_OUT) {
-    const Word* words = arrange_words<Float32>(x, N * I, workspace.inputs);
+    const Word* words = arrange_words<Float32>(phase.team, x, N * I);
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto* w = (const X*)a.w;
-      if (layout == IN_OUT) gemm_in_out(words, N, I, a.O, w, p->y);
-      else gemm_out_in(words, N, I, a.O, [=](long o, Word* to) { pack_dense(w, I, o, to); }, Scales{}, nullptr, p->y);
+      const auto pack = [=](long o, Word* to) { pack_dense(w, I, o, to); };
+      if (layout == IN_OUT) gemm_in_out(phase, words, N, I, a.O, w, p->y);
+      else gemm_out_in(phase, words, N, I, a.O, pack, Scales{}, nullptr, p->y);
     }
     return;
   }
   QuantizedFormats::visit(layout, [&](auto format) {
     using F = decltype(format);
     const Word* words = nullptr;
+    const float* row_scales = nullptr;
     if constexpr (F::rounds_inputs) {
-#pragma omp for schedule(static)
-      for (long n = 0; n < N; n++) workspace.row_scales[n] = quantize_row_e4m3(x + n * I, I, workspace.inputs + n * I);
-      words = (const Word*)workspace.inputs;
+      const RoundedRows<X> rounded(phase.team, x, N, I);
+      words = (const Word*)rounded.rows, row_scales = rounded.scales;
     } else {
-      words = arrange_words<F>(x, N * I, workspace.inputs);
+      words = arrange_words<F>(phase.team, x, N * I);
     }
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) { pack_format<X>(f, o, to); };
-      gemm_out_in(words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales,
-                  F::rounds_inputs ? workspace.row_scales : nullptr, p->y);
+      gemm_out_in(phase, words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
     }
   });
 }
 
-// Products with N rows of x, those side by side that go with each other. Of those in x out that do not use tiles only
-// partial results, which finish_product adds up after a barrier. Of a team, of which each thread may pass a copy of x
-// of its own.
+// Adds products with N rows of x, those side by side that go with each other.
 template <class X>
-void multiply(WorkStealing& work, std::initializer_list<MatrixProduct<X>> all, const X* x, long N,
-              const Workspace<X>& workspace) {
+void multiply(Phase& phase, std::initializer_list<MatrixProduct<X>> all, const X* x, long N) {
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     for (end = first + 1; end != all.end() && first->goes_with(*end, N);) end++;
-    if (uses_gemm<X>(first->matrix, N)) multiply_gemm(first, end, x, N, workspace);
-    else multiply_gemv(work, first, end, x, N, workspace.partial);
+    if (uses_gemm<X>(first->matrix, N)) multiply_gemm(phase, first, end, x, N);
+    else multiply_gemv(phase, first, end, x, N);
   }
-}
-
-template <class X>
-bool is_partial(const Matrix& a, long N) {
-  return a.layout == IN_OUT && !uses_gemm<X>(a, N);
-}
-
-template <class X>
-void finish_product(const Matrix& a, long N, const Workspace<X>& workspace, X* y) {
-  if (is_partial<X>(a, N)) sum_partial_results(workspace.partial, N, a.O, y);
 }
 
 // y = x W or x W^T, for any number of rows.
 template <class X>
-void linear(const Matrix& a, const X* x, long N, X* y) {
-  const bool is_tiled = uses_gemm<X>(a, N), is_native = std::is_same_v<X, WordNumber<X>>;
-  const bool is_dense = a.layout == OUT_IN || a.layout == IN_OUT;
-  const bool converts = is_tiled && !(is_dense && is_native && N > max_unpacked_rows);
-  const Workspace<X> workspace{
-      scratch<float, Use::partial_results>(is_tiled ? 0 : partial_floats(a, N)),
-      scratch<WordNumber<X>, Use::gemm_inputs>(converts ? padded_rows(N) * a.I : 0),
-      scratch<float, Use::row_scales>(N),
-  };
-  WorkStealing work;
-#pragma omp parallel if (a.numbers() > min_parallel)
-  {
-    multiply(work, {{a, y}}, x, N, workspace);
-    if (is_partial<X>(a, N)) barrier();
-    finish_product(a, N, workspace, y);
-  }
+void linear(long threads, const Matrix& a, const X* x, long N, X* y) {
+  Team team(a.numbers() > min_parallel ? threads : 1);
+  Phase phase(team);
+  multiply(phase, {{a, y}}, x, N);
+  phase.run();
 }
 
 }  // namespace

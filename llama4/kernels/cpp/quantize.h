@@ -42,11 +42,10 @@ float best_scale(const float* group, long size, const float* ranges, long count)
 // Groups of `size` weights, a multiple of 16, to values, eight in a word, the first in the lowest bits, and a scale per
 // group.
 template <class X>
-void quantize_int4(const X* weights, long groups, long size, const float* ranges, long count, uint32_t* words,
-                   X* scales) {
-#pragma omp parallel for schedule(static)
-  for (long g = 0; g < groups; g++) {
-    float* group = scratch<float, Use::quantize_group>(size);
+void quantize_int4(long threads, const X* weights, long groups, long size, const float* ranges, long count,
+                   uint32_t* words, X* scales) {
+  Team(threads).for_each(groups, size * count, [=](long g) {
+    float* group = scratch<float, Use::group>(size);
     for (long i = 0; i < size; i += 16) store(group + i, load_floats(weights + g * size + i));
     const float scale = best_scale<X>(group, size, ranges, count);
     assign(scales[g], scale);
@@ -58,7 +57,7 @@ void quantize_int4(const X* weights, long groups, long size, const float* ranges
         words[(g * size + i) / 8 + half] = word;
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+"""How many threads the compiled kernels compute with.
+
+They have threads of their own (`kernels/cpp/threads.h`), as many as torch computes with, but never more than run at the
+same time: `limit()`. `LLAMA4_THREADS` says another number, whatever torch and the machine say.
+
+torch's threads are OpenMP's. After each operation they spin for milliseconds, on cores that the next kernel wants, and
+within one they wait for a thread that the system does not run. So where kernels do the work, what torch does between
+them is done by one thread: `torch_by_one_thread()`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from llama4.errors import ArgumentError
+
+VARIABLE = "LLAMA4_THREADS"
+
+
+_kept = threading.local()
+
+
+@contextmanager
+def torch_by_one_thread() -> Iterator[None]:
+    """Inside, the kernels compute with as many threads as before, and torch, called by this thread, with one."""
+    before, kernels = torch.get_num_threads(), count()
+    if before == 1:
+        yield
+        return
+    _kept.count = kernels
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        del _kept.count
+
+
+def count() -> int:
+    """Threads of the next call.
+
+    Raises:
+        ArgumentError: LLAMA4_THREADS is no number of threads.
+    """
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        kept: int | None = getattr(_kept, "count", None)
+        return kept if kept is not None else min(torch.get_num_threads(), limit())
+    if not (asked.isdecimal() and int(asked)):
+        raise ArgumentError(f"{VARIABLE} is {asked!r}; it must be a number of threads, 1 or more")
+    return int(asked)
+
+
+@cache
+def limit() -> int:
+    """Cores that this process may use at once: the physical ones of its CPUs, within its control group's quota."""
+    quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    cores = physical_cores(_allowed(), Path("/sys/devices/system/cpu"))
+    return max(1, math.ceil(min(cores, quota)))
+
+
+def _allowed() -> Iterable[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
+
+
+def physical_cores(cpus: Iterable[int], directory: Path) -> int:
+    """Cores of these CPUs, of which several may be one core's; the system's directory of CPUs says so."""
+    siblings = {_read(directory / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return len(siblings)
+
+
+def cpu_quota(membership: Path, root: Path) -> float:
+    """Seconds of computing per second that the control groups of this process allow, of versions 1 and 2; infinite
+    where none says."""
+    least = math.inf
+    for line in _read(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "cpu" if controllers else root
+        group = mount / path.lstrip("/")
+        for directory in (group, *group.parents):  # a container may not see what its group is called outside
+            if not directory.is_relative_to(mount):
+                break
+            if controllers:
+                numbers = f"{_read(directory / 'cpu.cfs_quota_us')} {_read(directory / 'cpu.cfs_period_us')}".split()
+            else:
+                numbers = _read(directory / "cpu.max").split()
+            if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and int(numbers[1]):
+                least = min(least, int(numbers[0]) / int(numbers[1]))
+    return least
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,188 @@
+"""Threads of the compiled kernels: how many, on a busy machine, in forked processes, and beside those of torch."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama4 import Llama4
+from llama4.engine.sampling import Sampler
+from llama4.errors import ArgumentError
+from llama4.kernels import build, cpu, loader, threads
+
+needs_kernels = pytest.mark.skipif(loader.library() is None, reason="there are no kernels")
+
+
+class TestCount:
+    def test_as_many_as_torch_within_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(threads.VARIABLE, raising=False)
+        for asked, limit, count in ((1, 8, 1), (4, 8, 4), (4, 2, 2)):
+            monkeypatch.setattr(torch, "get_num_threads", lambda asked=asked: asked)
+            monkeypatch.setattr(threads, "limit", lambda limit=limit: limit)
+            assert threads.count() == count
+
+    def test_the_variable_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "limit", lambda: 2)
+        monkeypatch.setenv(threads.VARIABLE, "5")
+        assert threads.count() == 5
+        for wrong in ("0", "-1", "two", "1.5"):
+            monkeypatch.setenv(threads.VARIABLE, wrong)
+            with pytest.raises(ArgumentError, match=f"LLAMA4_THREADS is '{wrong}'"):
+                threads.count()
+
+    def test_hyperthreads_are_one_core(self, tmp_path: Path) -> None:
+        for cpu_, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+            (tmp_path / f"cpu{cpu_}/topology").mkdir(parents=True)
+            (tmp_path / f"cpu{cpu_}/topology/thread_siblings_list").write_text(siblings + "\n")
+        assert threads.physical_cores(range(4), tmp_path) == 2
+        assert threads.physical_cores([0, 2], tmp_path) == 1
+        assert threads.physical_cores([0, 1, 7], tmp_path) == 3  # of 7 the system says nothing
+
+    @pytest.mark.parametrize(
+        ("membership", "files", "quota"),
+        [
+            ("0::/", {}, math.inf),
+            ("0::/a/b", {"a/b/cpu.max": "max 100000"}, math.inf),
+            ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
+            ("0::/a/b", {"a/cpu.max": "100000 200000", "a/b/cpu.max": "150000 100000"}, 0.5),
+            ("0::/not/seen/here", {"cpu.max": "150000 100000"}, 1.5),
+            ("2:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+            ("2:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, math.inf),
+            ("3:cpuset:/a", {"cpu/a/cpu.cfs_quota_us": "1", "cpu/a/cpu.cfs_period_us": "1"}, math.inf),
+        ],
+    )
+    def test_quotas_of_control_groups(
+        self, membership: str, files: dict[str, str], quota: float, tmp_path: Path
+    ) -> None:
+        (tmp_path / "membership").write_text(membership + "\n")
+        for name, text in files.items():
+            (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "groups" / name).write_text(text + "\n")
+        assert threads.cpu_quota(tmp_path / "membership", tmp_path / "groups") == quota
+
+    def test_torch_by_one_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the calling thread; another goes on with as many as it had."""
+        monkeypatch.delenv(threads.VARIABLE, raising=False)
+        monkeypatch.setattr(threads, "limit", lambda: 2)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == 2
+                with threads.torch_by_one_thread():
+                    assert (torch.get_num_threads(), threads.count()) == (1, 2)
+                    with threads.torch_by_one_thread():
+                        assert (torch.get_num_threads(), threads.count()) == (1, 2)
+                    assert pool.submit(torch.get_num_threads).result() == 2
+                assert (torch.get_num_threads(), threads.count()) == (2, 2)
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_no_openmp_in_the_library() -> None:
+    for path in build.directory().glob("*.so"):
+        assert b"GOMP_" not in path.read_bytes()
+
+
+@needs_kernels
+def test_callers_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them has the workers, the others compute alone."""
+    monkeypatch.setenv(threads.VARIABLE, "3")
+    x, weight = torch.randn(3, 1024), torch.randn(2048, 1024)
+    expected = cpu.linear(x, weight)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(ours, expected) for ours in pool.map(lambda _: cpu.linear(x, weight), range(200)))
+
+
+@needs_kernels
+def test_torch_has_one_thread_where_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama4.from_pretrained("tiny", progress=False)
+    seen: list[int | str] = []
+
+    def watch(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            seen.append(name)
+            return call(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(type(llm.model), "forward")
+    watch(Sampler, "__call__")
+    monkeypatch.setattr(threads, "count", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    llm.chat("Hello", max_new_tokens=2, temperature=1.0)
+    assert seen == [1, "forward", 2, "__call__", 1, "__call__", 2]
+    seen.clear()
+    llm.model.language_model.model.layers[0].register_forward_hook(lambda *_: None)  # now torch may do all of it
+    llm.chat("Another", max_new_tokens=1)
+    assert seen == ["forward", "__call__"]
+
+
+FORK = """
+import os, torch
+from llama4.kernels import cpu
+x, weight = torch.randn(2, 1024), torch.randn(1024, 1024)
+expected = cpu.linear(x, weight)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    equal = all(torch.equal(cpu.linear(x, weight), expected) for _ in range(20))
+    os._exit(0 if equal and len(os.listdir("/proc/self/task")) == 3 else 1)
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_process_has_workers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(threads.VARIABLE, "3")
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="stops processes")
+def test_beside_a_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two cores half of the speed is left; a quarter is asked for. Threads that wait for each other at barriers have
+    a fifth. Other tests may run beside this one, so it may try several times."""
+    monkeypatch.setenv(threads.VARIABLE, str(max(2, threads.limit())))
+    llm = Llama4.from_pretrained("tiny", progress=False)
+    cache = llm.model.new_cache(1)
+    llm.model(torch.tensor([[5]]), cache=cache)
+
+    def milliseconds() -> float:
+        taken, end = [], time.perf_counter() + 0.4
+        while (begin := time.perf_counter()) < end:
+            llm.runner.advance([5], cache, Sampler(), [])
+            taken.append((time.perf_counter() - begin) * 1e3)
+        return statistics.fmean(taken)
+
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(1)]
+    try:
+        ratios = []
+        for _ in range(5):
+            for process in busy:
+                process.send_signal(signal.SIGSTOP)
+            quiet = milliseconds()
+            for process in busy:
+                process.send_signal(signal.SIGCONT)
+            ratios.append(quiet / milliseconds())
+            if max(ratios) > 0.25:
+                return
+        pytest.fail(f"of its speed were left {ratios}")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

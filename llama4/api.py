@@ -15,6 +15,7 @@ from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate, stop_strings
+from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
@@ -32,6 +33,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tool_calls import chosen_tools
 from llama4.text.vocabulary import INFILLING
 from llama4.units import parse_bytes
 from llama4.weights import hub, memory
@@ -65,11 +67,18 @@ class Prepared:
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     tools: Sequence[Mapping[str, Any]] | None
+    form: Form | None = None
+
+    def matcher(self, llm: Llama4) -> Matcher | None:
+        """What one reply is held to; None for any text."""
+        if self.form is None:
+            return None
+        return Matcher(self.form, Vocabulary.of(llm.tokenizer, llm.config.text.vocab_size, llm.stop_ids))
 
     def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
         """What makes a reply of each row's events."""
         lengths = self.inputs.attention_mask.sum(dim=1).tolist()
-        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens) for length in lengths]
+        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens, self.form) for length in lengths]
 
 
 class Options(SamplingOptions, total=False):
@@ -80,6 +89,11 @@ class Options(SamplingOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     continue_final_message: bool | None
     chat_template_kwargs: Mapping[str, Any] | None
+    response_format: Any
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+    tool_choice: str | Mapping[str, Any] | None
 
 
 class Llama4:
@@ -353,6 +367,11 @@ class Llama4:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        response_format: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
     ) -> Reply:
         """Answer a conversation.
 
@@ -376,6 +395,13 @@ class Llama4:
                 calls no tools.
             chat_template_kwargs: further variables of the prompt's format, such as `tools_in_user_message=False`, which
                 announces tools in the system message, or those that the checkpoint's own template reads.
+            response_format: a JSON schema or a pydantic class: the reply is JSON of that, and `reply.parsed` what it
+                says. {"type": "json_object"} is any object. OpenAI's {"type": "json_schema", ...} is taken, too.
+            regex: what the whole reply matches, instead of a schema.
+            choices: texts, one of which the reply is.
+            grammar: what the reply follows, in Lark's syntax.
+            tool_choice: "auto" (or None) lets the model choose, "none" hides the tools from it, "required" makes it
+                call one, and {"type": "function", "function": {"name": ...}} that one.
 
         Raises:
             Llama4Error: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
@@ -395,6 +421,11 @@ class Llama4:
             tools=tools,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
+            response_format=response_format,
+            regex=regex,
+            choices=choices,
+            grammar=grammar,
+            tool_choice=tool_choice,
         )
         for _ in stream:
             pass
@@ -456,6 +487,7 @@ class Llama4:
             self.tokenizer,
             asked.inputs,
             sampler=asked.sampler,
+            matchers=[asked.matcher(self) for _ in rows] if asked.form is not None else (),
             max_new_tokens=asked.max_new_tokens,
             stop_ids=asked.stop_ids,
             stop=asked.stop,
@@ -477,6 +509,11 @@ class Llama4:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        response_format: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Prepared:
         """What is computed for these arguments of `chat`: the prompt's tokens and pictures, and how the reply is
@@ -486,6 +523,8 @@ class Llama4:
             Llama4Error: as `chat`.
         """
         defaults, inputs = self.generation_config, messages
+        tools, called = chosen_tools(tools, tool_choice)
+        form = Form.of(response_format, regex, choices, grammar, called)
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
@@ -501,6 +540,7 @@ class Llama4:
             stop_strings(defaults.stop_strings if stop is None else stop),
             self.stop_ids,
             tools,
+            form,
         )
 
     def load_cache(self, path: str | Path) -> None:

@@ -78,13 +78,19 @@ def test_the_signature_of_chat() -> None:
         "tools": None,
         "continue_final_message": None,
         "chat_template_kwargs": None,
+        "response_format": None,
+        "regex": None,
+        "choices": None,
+        "grammar": None,
+        "tool_choice": None,
     }
 
 
 def test_options_have_the_same_names_everywhere() -> None:
     chat = set(inspect.signature(llama4.Llama4.chat).parameters) - {"self", "messages"}
     assert set(Options.__annotations__) == chat
-    assert set(CHAT) == chat - {"tools", "continue_final_message"}
+    forms = {"response_format", "regex", "choices", "grammar", "tool_choice"}
+    assert set(CHAT) == chat - {"tools", "continue_final_message"} - forms
     assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(llama4.Sampler)}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llama4.cache.sequence import SequenceCache
+from llama4.engine.grammar import Matcher
 from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
@@ -34,6 +35,7 @@ def generate(
     inputs: Inputs,
     *,
     sampler: Sampler,
+    matchers: Sequence[Matcher | None] = (),
     max_new_tokens: int = 256,
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] | None = None,
@@ -48,6 +50,7 @@ def generate(
 
     Args:
         inputs: prompts as the processor makes them, padded on the left.
+        matchers: of each row, what its reply must be; none for any text.
         stop_ids: tokens that end a reply; their text is not part of it.
         stop: strings that end a reply and are not part of it.
         max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
@@ -70,7 +73,7 @@ def generate(
     silent = frozenset(tokenizer.special_tokens.values())
     rows = [Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
     cache = cache or model.new_cache(len(rows))
-    return _generate(runner, tokenizer, inputs, sampler, rows, frozenset(stop_ids), silent, cache, progress)
+    return _generate(runner, tokenizer, inputs, sampler, matchers, rows, frozenset(stop_ids), silent, cache, progress)
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -136,6 +139,7 @@ def _generate(
     tokenizer: SupportsDecode,
     inputs: Inputs,
     sampler: Sampler,
+    matchers: Sequence[Matcher | None],
     rows: list[Row],
     stop_ids: frozenset[int],
     silent_ids: frozenset[int],
@@ -146,7 +150,7 @@ def _generate(
     logits_BV = prefill(runner.model, inputs, cache, progress)
     prompts = (ids_T[mask_T.bool()] for ids_T, mask_T in zip(inputs.input_ids, inputs.attention_mask, strict=True))
     seen_BV = sampler.seen_tokens(logits_BV, prompts)
-    ids_B, logprobs_B = sampler(logits_BV, generators, seen_BV)
+    ids_B, logprobs_B = sampler(logits_BV, generators, seen_BV, matchers)
     ids, logprobs = ids_B.tolist(), logprobs_B.tolist()
     try:
         while True:
@@ -165,8 +169,9 @@ def _generate(
             if len(live) < len(rows):
                 rows, generators = [rows[i] for i in live], [generators[i] for i in live]
                 ids = [ids[i] for i in live]
+                matchers = [matchers[i] for i in live] if matchers else ()
                 seen_BV = seen_BV[live] if seen_BV is not None else None
                 cache.select_rows(live)
-            ids, logprobs = runner.advance(ids, cache, sampler, generators, seen_BV)
+            ids, logprobs = runner.advance(ids, cache, sampler, generators, seen_BV, matchers)
     finally:
         runner.release(cache)

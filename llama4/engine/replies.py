@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llama4.engine.grammar import Form
 from llama4.engine.tokens import Event, FinishReason, Token
 from llama4.text.tool_calls import MARKS, CallReader, ToolCall, names_of
 
@@ -62,6 +63,7 @@ class Reply:
             a limit, None if interrupted.
         usage: how many tokens it took.
         logprobs: every generated token with its log-probability before temperature and the like.
+        parsed: where JSON was asked for and the reply is complete, what it says: a dictionary, or the pydantic object.
     """
 
     text: str
@@ -69,6 +71,7 @@ class Reply:
     finish_reason: FinishReason | Literal["tool_calls"] | None
     usage: Usage
     logprobs: list[Token]
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
@@ -83,11 +86,17 @@ class ReplyBuilder:
             in the conversation: its calls are read after `<|python_start|>`, and at the end of a reply that ends with
             `<|eom|>`.
         special_tokens: the tokenizer's, name -> id.
+        form: what the reply must be.
     """
 
     def __init__(
-        self, prompt_tokens: int, tools: Sequence[Mapping[str, Any]] | None, special_tokens: Mapping[str, int]
+        self,
+        prompt_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        special_tokens: Mapping[str, int],
+        form: Form | None = None,
     ) -> None:
+        self._form = form
         self._prompt_tokens = prompt_tokens
         self._reader = CallReader(names_of(tools), certain=bool(tools))
         self._marks = {special_tokens[name]: name for name in MARKS if name in special_tokens}
@@ -117,13 +126,15 @@ class ReplyBuilder:
 
     def reply(self) -> Reply:
         """What is certain so far; after the last token, the whole reply."""
-        count = len(self._tokens)
+        count, text = len(self._tokens), "".join(self._text)
+        is_complete = self._form is not None and self._finish_reason is not None
         return Reply(
-            "".join(self._text),
+            text,
             list(self._tool_calls),
             "tool_calls" if self._tool_calls else self._finish_reason,
             Usage(self._prompt_tokens, count, self._prompt_tokens + count),
             list(self._tokens),
+            self._form.parse(text) if self._form is not None and is_complete else None,
         )
 
 

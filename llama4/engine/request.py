@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4.cache.prefixes import next_key
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
+from llama4.engine.grammar import Matcher
 from llama4.engine.prefix_cache import identities
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
@@ -61,6 +62,7 @@ class Request:
         stop_ids: Sequence[int],
         deliver: Callable[[Delivery], None],
         alternatives: int = 0,
+        matcher: Matcher | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +71,7 @@ class Request:
             stop_ids: tokens that end it.
             deliver: is called by the thread that computes, with every token as it comes; a token that ends the reply
                 is the last. After an exception nothing follows.
+            matcher: what its reply must be.
             alternatives: of how many of the most likely tokens it is told the probability.
         """
         (own,) = identities(inputs, model)
@@ -85,6 +88,7 @@ class Request:
         self.stop_ids = frozenset(stop_ids)
         self.deliver = deliver
         self.alternatives = alternatives
+        self.matcher = matcher
         self.pictures = Pictures(model, inputs.pixel_values, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.engine.grammar import Matcher
 from llama4.engine.sampling import Sampler
 from llama4.errors import Llama4Error
 from llama4.kernels import threads
@@ -165,13 +166,14 @@ class ModelRunner:
         sampler: Sampler,
         generators: Sequence[random.Random],
         seen_BV: Tensor | None = None,
+        matchers: Sequence[Matcher | None] = (),
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
         session = self.run(ids, cache)
-        if sampler.takes_largest:
+        if sampler.takes_largest and not any(matchers):
             return session.greedy_token()
         with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
-            ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV)
+            ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV, matchers)
         return ids_B.tolist(), logprobs_B.tolist()
 
     def release(self, cache: SequenceCache) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama4.config.generation import RANGES, GenerationConfig, check_setting
+from llama4.engine.grammar import Matcher
 from llama4.errors import ArgumentError
 from llama4.ops.sampling import greedy_token
 
@@ -92,19 +93,24 @@ class Sampler:
         return seen_BV
 
     def __call__(
-        self, logits_BV: Tensor, generators: Sequence[random.Random], seen_BV: Tensor | None = None
+        self,
+        logits_BV: Tensor,
+        generators: Sequence[random.Random],
+        seen_BV: Tensor | None = None,
+        matchers: Sequence[Matcher | None] = (),
     ) -> tuple[Tensor, Tensor]:
         """Choose one token per row.
 
         Args:
             seen_BV: from `seen_tokens`; the tokens chosen are added to it.
+            matchers: of each row, what its reply must be; they are told the tokens chosen.
 
         Returns:
             The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before all settings.
         """
         assert len(generators) == len(logits_BV)
         assert (seen_BV is None) == (self.repetition_penalty == 1)
-        if self.takes_largest:
+        if self.takes_largest and not any(matchers):
             return greedy_token(logits_BV)
         logits_BV = logits_BV.float()
         scores_BV = logits_BV
@@ -112,9 +118,15 @@ class Sampler:
             penalty = float(self.repetition_penalty)
             penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
             scores_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+        if any(matchers):
+            rows = zip(scores_BV, matchers, strict=True)
+            scores_BV = torch.stack([matcher.allow(row_V) if matcher else row_V for row_V, matcher in rows])
         ids_B = self._draw(scores_BV, generators) if self.temperature else scores_BV.argmax(dim=-1)
         if seen_BV is not None:
             seen_BV.scatter_(1, ids_B[:, None], True)
+        for matcher, id_ in zip(matchers, ids_B.tolist(), strict=False):
+            if matcher is not None:
+                matcher.accept(id_)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
     def _draw(self, scores_BV: Tensor, generators: Sequence[random.Random]) -> Tensor:

@@ -374,18 +374,19 @@ def _sample(
 ) -> list[tuple[int, float]]:
     """The next token of each request, and its log-probability. Requests with the same sampler are computed together."""
     chosen: list[tuple[int, float]] = [(0, 0.0)] * len(requests)
-    groups: dict[Sampler, list[int]] = {}
+    groups: dict[tuple[Sampler, bool], list[int]] = {}
     for row, request in enumerate(requests):
-        groups.setdefault(replace(request.sampler, seed=None), []).append(row)
-    for sampler, rows in groups.items():
-        if sampler.takes_largest and greedy is not None:
+        groups.setdefault((replace(request.sampler, seed=None), request.matcher is None), []).append(row)
+    for (sampler, is_free), rows in groups.items():
+        if sampler.takes_largest and is_free and greedy is not None:
             for row in rows:
                 chosen[row] = greedy[0][row], greedy[1][row]
             continue
         own_BV = logits_BV[rows]
         seen = [requests[row].seen_tokens(own_BV) for row in rows]
         seen_BV = torch.stack([each for each in seen if each is not None]) if seen[0] is not None else None
-        ids_B, logprobs_B = sampler(own_BV, [requests[row].generator for row in rows], seen_BV)
+        generators, matchers = ([getattr(requests[row], name) for row in rows] for name in ("generator", "matcher"))
+        ids_B, logprobs_B = sampler(own_BV, generators, seen_BV, matchers)
         for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
             chosen[row] = id_, logprob
             if seen_BV is not None:

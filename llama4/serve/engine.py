@@ -28,7 +28,7 @@ from llama4.engine.generate import Row, reply_budget
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
-from llama4.errors import BusyError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, Llama4Error
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
 from llama4.units import parse_bytes
@@ -171,6 +171,7 @@ class Engine:
             stop_ids=asked.stop_ids,
             deliver=deliver,
             alternatives=alternatives,
+            matcher=asked.matcher(self.llm),
         )
         with self._closing:
             if self._is_closed:
@@ -233,6 +234,8 @@ class EngineStream:
         own = {key: value for key, value in self._options.items() if key in Options.__annotations__}
         asked = llm.prepare(messages, **cast(Options, own))
         if self._options.get("ignore_eos"):
+            if asked.form is not None:
+                raise ArgumentError("ignore_eos is given with a form of the reply, which has an end; choose one")
             asked = replace(asked, stop_ids=())
         if len(asked.inputs.input_ids) != 1:
             raise Llama4Error(

@@ -33,7 +33,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "web_search_options": (),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "min_tokens": (0,),
 }
 """Fields that would change the reply in ways that are not there -> values that, like null, change nothing."""
@@ -150,6 +149,7 @@ def read_common(body: Body, window: int, *, is_chat: bool) -> Asked:
         shown = body.integer("logprobs", 0, MAX_ALTERNATIVES)
     options["top_logprobs"] = shown or 0
     stream = body.flag("stream")
+    options |= _form(body)
     usage = body.take("stream_options", lambda value: isinstance(value, dict), "an object", {})
     if usage and not stream:
         raise RequestError("stream_options is for stream: true", field="stream_options")
@@ -165,6 +165,29 @@ def read_common(body: Body, window: int, *, is_chat: bool) -> Asked:
     )
 
 
+def _form(body: Body) -> dict[str, Any]:
+    """What the reply must be: OpenAI's `response_format`, or vLLM's `structured_outputs`."""
+
+    def is_object(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    form: dict[str, Any] = {}
+    wanted = body.take("response_format", is_object, "an object")
+    if wanted is not None:
+        if wanted.get("type") not in ("text", "json_object", "json_schema"):
+            message = "response_format.type must be text, json_object or json_schema"
+            raise RequestError(message, field="response_format")
+        form["response_format"] = wanted
+    inner = Body(body.take("structured_outputs", is_object, "an object", {}))
+    schema = inner.take("json", is_object, "a JSON schema")
+    if schema is not None:
+        form["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    form["regex"], form["grammar"] = inner.text("regex"), inner.text("grammar")
+    form["choices"] = inner.take("choice", lambda value: isinstance(value, list), "a list of texts")
+    inner.end()
+    return {name: value for name, value in form.items() if value is not None}
+
+
 def read_chat(body: Body, media_directory: Path | None) -> tuple[list[Any], dict[str, Any]]:
     """Messages, and the options that only a chat has.
 
@@ -175,10 +198,9 @@ def read_chat(body: Body, media_directory: Path | None) -> tuple[list[Any], dict
     if not messages:
         raise RequestError("messages is empty or missing; give at least one", field="messages")
     tools = body.take("tools", _are_tools, 'a list of {"type": "function", "function": {...}}', [])
-    choice = body.take("tool_choice", lambda value: isinstance(value, (str, dict)), '"none" or "auto"', "auto")
-    if choice not in ("none", "auto"):
-        raise RequestError(f"tool_choice {choice!r:.80} is not supported; give 'none' or 'auto'", field="tool_choice")
-    options: dict[str, Any] = {"tools": tools if tools and choice == "auto" else None}
+    choices = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    choice = body.take("tool_choice", lambda value: isinstance(value, (str, dict)), choices)
+    options: dict[str, Any] = {"tools": tools or None, "tool_choice": choice}
     kwargs = body.take("chat_template_kwargs", lambda value: isinstance(value, dict), "an object")
     options["chat_template_kwargs"] = kwargs
     if not body.flag("add_generation_prompt", True):

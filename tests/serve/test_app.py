@@ -197,6 +197,8 @@ def test_completions(llm: Llama4, running: Running) -> None:
         ({"messages": QUESTION, "stream": "yes"}, 400, "stream"),
         ({"messages": QUESTION, "top_logprobs": 2}, 400, "top_logprobs"),
         ({"messages": QUESTION, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"messages": QUESTION, "structured_outputs": {"regex": 5}}, 400, "regex"),
         ({"messages": QUESTION, "logit_bias": {"5": 10}}, 400, "logit_bias"),
         ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages"),
@@ -208,6 +210,28 @@ def test_errors_name_the_field(running: Running, fields: Any, status: int, field
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, field), error
     assert error["message"] and error["type"]
+
+
+def test_structured_output(running: Running) -> None:
+    """Of a chat and of a completion; a keyword that is not held is named."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}}
+    schema |= {"required": ["n"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    text = running.ask(messages=QUESTION, response_format=wanted)["choices"][0]["message"]["content"]
+    assert 1 <= json.loads(text)["n"] <= 9
+    body = {"prompt": "Once", "structured_outputs": {"choice": ["red", "blue"]}}
+    assert running.client.post("/v1/completions", json=body).json()["choices"][0]["text"] in ("red", "blue")
+    wanted["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}  # type: ignore[index]
+    answer = running.client.post("/v1/chat/completions", json={"messages": QUESTION, "response_format": wanted})
+    assert answer.status_code == 400 and "uniqueItems" in answer.json()["error"]["message"]
+    tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
+    choice = running.ask(messages=QUESTION, tools=[tool], tool_choice="required")["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "count"
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    fields = {"messages": QUESTION, "tools": [tool], "tool_choice": "required"}
+    chunks = events(running, "/v1/chat/completions", **fields)
+    calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert [call["function"]["name"] for call in calls] == ["count"] and calls[0]["index"] == 0
 
 
 def test_what_does_not_change_the_reply_is_taken(running: Running) -> None:

@@ -1,0 +1,202 @@
+"""Replies in a given form: JSON of a schema, a regular expression, one of several texts, or a grammar.
+
+Before each token is chosen, those that the form does not allow are ruled out. What is allowed is computed by
+llguidance, in some 50 microseconds.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama4.errors import ArgumentError
+
+_WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As Python writes JSON: a model that may write spaces without end may do so."""
+
+
+class SupportsBytes(Protocol):
+    """What a grammar asks of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a reply may be.
+
+    Attributes:
+        grammar: in llguidance's words.
+        model: a pydantic class that the reply becomes, or None.
+        is_json: whether the reply is JSON.
+    """
+
+    grammar: str
+    model: Any = None
+    is_json: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        response_format: Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> Form | None:
+        """The form that a caller asks for; None for any text.
+
+        Args:
+            response_format: a JSON schema, a pydantic class, or OpenAI's {"type": "json_object"} or
+                {"type": "json_schema", "json_schema": {"schema": ...}}.
+            regex: what the whole reply matches.
+            choices: texts, one of which the reply is.
+            grammar: in Lark's syntax.
+            call: the JSON schema of a tool call.
+
+        Raises:
+            ArgumentError: more than one of these, or one that is not well formed or not supported; its name is in the
+                message.
+        """
+        given = {"response_format": response_format, "regex": regex, "choices": choices}
+        given |= {"grammar": grammar, "tool_choice": call}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise ArgumentError(f"{' and '.join(names)} are given; a reply has one form, so choose one")
+        if call is not None:
+            return cls._of_schema(call, name="the schema of a tool")
+        if response_format is not None:
+            return cls._of_format(response_format)
+        if choices is not None:
+            if isinstance(choices, str) or not choices or not all(isinstance(each, str) and each for each in choices):
+                raise ArgumentError(f"choices is {choices!r:.80}; it must be a list of texts, none of them empty")
+            regex = "|".join(f"({re.escape(each)})" for each in choices)
+        if regex is not None:
+            return cls._checked(_llguidance().LLMatcher.grammar_from_regex(regex), names[0])
+        if grammar is not None:
+            return cls._checked(_llguidance().LLMatcher.grammar_from_lark(grammar), "grammar")
+        return None
+
+    @classmethod
+    def _of_format(cls, wanted: Any) -> Form | None:
+        if isinstance(wanted, type) and hasattr(wanted, "model_json_schema"):
+            return cls._of_schema(wanted.model_json_schema(), wanted)
+        if not isinstance(wanted, Mapping):
+            raise ArgumentError(f"response_format is {wanted!r:.80}; it must be a JSON schema or a pydantic class")
+        kind = wanted.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return cls._of_schema({"type": "object"})
+        if kind == "json_schema" and isinstance(inner := wanted.get("json_schema"), Mapping):
+            if not isinstance(schema := inner.get("schema"), Mapping):
+                raise ArgumentError("response_format.json_schema has no schema; give one, as an object")
+            return cls._of_schema(schema)
+        return cls._of_schema(wanted)
+
+    @classmethod
+    def _of_schema(cls, schema: Mapping[str, Any], model: Any = None, name: str = "response_format") -> Form:
+        plain = {key: value for key, value in schema.items() if key != "x-guidance"}  # options of the library
+        try:
+            grammar = _llguidance().LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=_WRITING)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ArgumentError(f"{name} is no JSON schema ({error})") from None
+        return cls._checked(grammar, name, model, is_json=True)
+
+    @classmethod
+    def _checked(cls, grammar: str, name: str, model: Any = None, is_json: bool = False) -> Form:
+        if problem := _llguidance().LLMatcher.validate_grammar(grammar):
+            raise ArgumentError(f"{name} cannot be followed: {problem.splitlines()[0]:.300}")
+        return cls(grammar, model, is_json)
+
+    def parse(self, text: str) -> Any:
+        """What a complete reply says; None if it is no JSON, or was cut off."""
+        if not self.is_json:
+            return None
+        try:
+            return self.model.model_validate_json(text) if self.model is not None else json.loads(text)
+        except ValueError:
+            return None
+
+
+class Vocabulary:
+    """A tokenizer's tokens, as llguidance reads them."""
+
+    def __init__(self, tokenizer: SupportsBytes, size: int, stop_ids: Sequence[int]) -> None:
+        library = _llguidance()
+        self.eos_token_id, self.bos_token_id = stop_ids[0], None
+        self.special_token_ids = sorted(tokenizer.special_tokens.values())
+        self.tokens = [tokenizer.decode_bytes([id_]) for id_ in range(size)]
+        self._encode = tokenizer.encode
+        wrapper = library.TokenizerWrapper(self)
+        self.size = size
+        self.stop_ids = torch.tensor(stop_ids)
+        self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            raise TypeError("texts, not bytes")
+        return self._encode(text)
+
+    @classmethod
+    def of(cls, tokenizer: SupportsBytes, size: int, stop_ids: Sequence[int]) -> Vocabulary:
+        """That of a tokenizer; made once, in about a second for 200,000 tokens."""
+        made = _VOCABULARIES.setdefault(tokenizer, {})
+        key = size, tuple(stop_ids)
+        if key not in made:
+            made[key] = cls(tokenizer, size, stop_ids)
+        return made[key]
+
+
+_VOCABULARIES: WeakKeyDictionary[SupportsBytes, dict[tuple[int, tuple[int, ...]], Vocabulary]] = WeakKeyDictionary()
+
+
+class Matcher:
+    """Follows one reply, and says which tokens may come next."""
+
+    def __init__(self, form: Form, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ArgumentError(f"the reply's form cannot be followed: {self._matcher.get_error()}")
+
+    def allow(self, scores_V: Tensor) -> Tensor:
+        """Scores of the tokens that may come next; minus infinity for all others."""
+        if self._matcher.is_stopped():
+            allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+            allowed_V[self._vocabulary.stop_ids] = True
+        else:
+            packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            self._check()
+            bits = np.unpackbits(packed, bitorder="little")[: len(scores_V)].astype(bool)
+            allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+            allowed_V[: len(bits)] = torch.from_numpy(bits)
+        return scores_V.masked_fill(~allowed_V.to(scores_V.device), -torch.inf)
+
+    def accept(self, id_: int) -> None:
+        """The token that was chosen."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(id_)
+            self._check()
+
+
+def _llguidance() -> Any:
+    import llguidance
+
+    return llguidance

@@ -1,0 +1,160 @@
+"""Replies in a given form, whatever the model would rather say."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+from llama4 import Engine, Llama4
+from llama4.errors import ArgumentError
+
+QUESTION = "What can you do?"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+COUNT = {
+    "type": "function",
+    "function": {
+        "name": "count",
+        "parameters": {
+            "type": "object",
+            "properties": {"shape": {"enum": ["circle", "square"]}},
+            "required": ["shape"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_forms_are_kept(llm: Llama4, temperature: float) -> None:
+    sampling: dict[str, Any] = {"temperature": temperature, "seed": 1}
+    reply = llm.chat(QUESTION, response_format=PERSON, **sampling)
+    assert reply.finish_reason == "stop" and reply.parsed == json.loads(reply.text)
+    assert set(reply.parsed) == {"name", "age"} and 0 <= reply.parsed["age"] <= 150 and len(reply.parsed["name"]) <= 8
+    reply = llm.chat(QUESTION, regex=r"[0-9]{3}-[a-f]+", max_new_tokens=20, **sampling)
+    assert re.fullmatch(r"[0-9]{3}-[a-f]+", reply.text) and reply.parsed is None
+    assert llm.chat(QUESTION, choices=["yes", "no", "perhaps (not)"], **sampling).text in ("yes", "no", "perhaps (not)")
+    assert re.fullmatch("(ab)+", llm.chat(QUESTION, grammar='start: ("ab")+', max_new_tokens=9, **sampling).text + "")
+
+
+def test_a_form_that_the_reply_has_anyway_changes_nothing(llm: Llama4) -> None:
+    """Nor the log-probabilities: they are the model's own."""
+    free = llm.chat(QUESTION)
+    held = llm.chat(QUESTION, regex=r"(?s:.*)")
+    assert held.text == free.text and held.usage == free.usage
+    assert [token.logprob for token in held.logprobs] == pytest.approx(
+        [token.logprob for token in free.logprobs], abs=1e-4
+    )
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """Of keywords that are held."""
+    kinds = ["integer", "boolean", "null", "enum", "string", *(["object", "array"] if depth else [])]
+    kind = rng.choice(kinds)
+    if kind == "enum":
+        return {"enum": rng.sample(["a", 1, None, "b c", 2.5], 2)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": 0, "maximum": rng.choice((1, 99))}
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.choice((0, 4))}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(rng, depth - 1), "maxItems": rng.choice((0, 2))}
+    if kind == "object":
+        inner = {name: random_schema(rng, depth - 1) for name in rng.sample("xyz", 2)}
+        required = rng.sample(sorted(inner), rng.randrange(3))
+        return {"type": "object", "properties": inner, "required": required, "additionalProperties": False}
+    return {"type": kind}
+
+
+def holds(schema: dict[str, Any], value: Any) -> bool:
+    """Those keywords, by hand."""
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema["type"]
+    if kind == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    if kind == "string":
+        return isinstance(value, str) and len(value) <= schema["maxLength"]
+    if kind == "array":
+        fits = isinstance(value, list) and len(value) <= schema["maxItems"]
+        return fits and all(holds(schema["items"], each) for each in value)
+    if kind == "object":
+        known = schema["properties"]
+        has_all = isinstance(value, dict) and set(schema["required"]) <= set(value) <= set(known)
+        return has_all and all(holds(known[name], each) for name, each in value.items())
+    return isinstance(value, bool) if kind == "boolean" else value is None
+
+
+def test_random_schemas_in_one_engine(llm: Llama4) -> None:
+    """Each request is held to its own, beside others."""
+    rng = random.Random(0)
+    schemas = [random_schema(rng) for _ in range(24)]
+    with Engine(llm) as engine:
+        streams = [
+            engine.stream(QUESTION, response_format={"type": "json_schema", "json_schema": {"schema": schema}},
+                          temperature=rng.choice((0.0, 1.0, 3.0)), seed=i, max_new_tokens=200)
+            for i, schema in enumerate(schemas)
+        ]  # fmt: skip
+        for stream in streams:
+            stream.open()
+        for stream, schema in zip(streams, schemas, strict=True):
+            list(stream)
+            assert stream.reply.finish_reason == "stop", stream.reply.text
+            assert holds(schema, json.loads(stream.reply.text)), (schema, stream.reply.text)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"response_format": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"response_format": {"not": {"type": "null"}}}, "not"),
+        ({"response_format": {"if": {"type": "null"}}}, "if"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "schema"),
+        ({"regex": "("}, "regex"),
+        ({"choices": []}, "choices"),
+        ({"grammar": "nothing"}, "grammar"),
+        ({"regex": "a", "choices": ["b"]}, "regex and choices"),
+        ({"tool_choice": "required"}, "tools"),
+        ({"tool_choice": "sometimes", "tools": [COUNT]}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": "other"}}, "tools": [COUNT]}, "other"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(llm: Llama4, options: Any, text: str) -> None:
+    with pytest.raises(ArgumentError, match=text):
+        llm.chat(QUESTION, **options)
+
+
+def test_tools_that_must_be_called(llm: Llama4) -> None:
+    for choice in ("required", {"type": "function", "function": {"name": "count"}}):
+        reply = llm.chat(QUESTION, tools=[COUNT], tool_choice=choice, temperature=2.0, seed=3)
+        (call,) = reply.tool_calls
+        assert call.name == "count" and call.arguments["shape"] in ("circle", "square")
+        assert reply.finish_reason == "tool_calls" and reply.text == "" and reply.parsed is None
+    assert llm.chat(QUESTION, tools=[COUNT], tool_choice="none").text == llm.chat(QUESTION).text
+
+
+def test_a_pydantic_class(llm: Llama4) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    shape = pydantic.create_model("Shape", __config__={"extra": "forbid"}, sides=(int, pydantic.Field(ge=3, le=9)))
+    reply = llm.chat(QUESTION, response_format=shape)
+    assert isinstance(reply.parsed, shape) and 3 <= reply.parsed.sides <= 9  # type: ignore[attr-defined]
+    assert llm.chat(QUESTION, response_format=shape, max_new_tokens=1).parsed is None

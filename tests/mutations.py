@@ -226,8 +226,8 @@ MUTATIONS = [
     Mutation(
         "compiled greedy choice without the penalty",
         "llama4/engine/runner.py",
-        "if sampler.takes_largest:",
-        "if sampler.temperature == 0:",
+        "if sampler.takes_largest and not any(matchers):",
+        "if sampler.temperature == 0 and not any(matchers):",
         "tests/engine/test_fused_cpu.py::test_advancing_is_a_step_and_a_choice",
     ),
 ]

@@ -214,14 +214,14 @@ def test_errors_name_the_field(running: Running, fields: Any, status: int, field
 
 def test_structured_output(running: Running) -> None:
     """Of a chat and of a completion; a keyword that is not held is named."""
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}}
+    schema: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}}
     schema |= {"required": ["n"], "additionalProperties": False}
-    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    wanted: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     text = running.ask(messages=QUESTION, response_format=wanted)["choices"][0]["message"]["content"]
     assert 1 <= json.loads(text)["n"] <= 9
     body = {"prompt": "Once", "structured_outputs": {"choice": ["red", "blue"]}}
     assert running.client.post("/v1/completions", json=body).json()["choices"][0]["text"] in ("red", "blue")
-    wanted["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}  # type: ignore[index]
+    wanted["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
     answer = running.client.post("/v1/chat/completions", json={"messages": QUESTION, "response_format": wanted})
     assert answer.status_code == 400 and "uniqueItems" in answer.json()["error"]["message"]
     tool = {"type": "function", "function": {"name": "count", "parameters": schema}}

@@ -1,7 +1,7 @@
-"""Renders docs/performance.json into the pages and the picture: `python docs/figures.py`.
+"""Renders docs/performance.json and docs/faults.json into the pages and the picture: `python docs/figures.py`.
 
 A page has `<!-- figures: NAME -->` and `<!-- end -->`; what stands between is the run NAME with its command, date and
-tables, or the summary "speed". docs/measure.py writes the JSON.
+tables, the summary "speed", or the tables "faults". docs/measure.py and `python -m tests.faults` write the JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llama4.bench.report import number, table
 from llama4.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
+FAULTS = ROOT / "docs" / "faults.json"
 RESULTS, PICTURE = ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.svg"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -64,12 +65,40 @@ def render_summary(run: dict[str, Any]) -> str:
     return f"{table(['', *SUMMARY.values()], rows, markdown=True)}\n\n{below}\n"
 
 
+def render_faults(groups: dict[str, Any]) -> str:
+    """A table for each group of faults: how many were tried, and how many failed before and after they were mended."""
+
+    def cell(counts: dict[str, Any], kind: str) -> str:
+        tried, failed = counts.get(kind, (0, 0))
+        return f"{failed:,} of {tried:,}" if tried else "not measured"
+
+    def version(group: dict[str, Any], column: str) -> str:
+        return f"{group[column]['version']}, {group[column]['date']}".removeprefix(", ")
+
+    parts = []
+    for group in groups.values():
+        before = group.get("before", {"counts": {}})["counts"]
+        after = group["after"]["counts"]
+        rows = [[kind, cell(before, kind), cell(after, kind)] for kind in after]
+        sums = [[sum(counts[kind][i] for kind in counts) for i in (0, 1)] for counts in (before, after)]
+        rows.append(["in all", *(cell({"": each}, "") for each in sums)])
+        measured = f"After: {version(group, 'after')}."
+        if before:
+            measured = f"Before: {version(group, 'before')}. {measured}"
+        columns = ["", "failed before", "failed after"]
+        parts.append(f"**{group['title']}**\n\n{table(columns, rows, markdown=True)}\n\n{measured}\n")
+    return "\n".join(parts)
+
+
 def render(page: str, results: dict[str, Any]) -> str:
     """The page with every block as the results give it."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        text = render_summary(results["small"]) if name == "speed" else render_run(results[name])
+        if name == "faults":
+            text = render_faults(json.loads(FAULTS.read_text(encoding="utf-8")))
+        else:
+            text = render_summary(results["small"]) if name == "speed" else render_run(results[name])
         return f"{match['begin']}{text}{match['end']}"
 
     return BLOCK.sub(block, page)

@@ -1,5 +1,5 @@
 """Damaged files: each kind of file that is read is changed at random, and loading it either works or ends in a
-`Llama4Error` or an `OSError` that says where, within two seconds.
+`Llama4Error` or an `OSError` that says where, within two seconds and 300 MB (child.py).
 
 `python -m tests.faults.damage [TRIES] [SEED]` tries many and prints, for every kind, how many were tried and failed.
 """
@@ -14,10 +14,6 @@ import random
 import sys
 import tempfile
 import threading
-import time
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +23,12 @@ import torch
 from PIL import Image
 
 from llama4.api import Llama4
-from llama4.errors import ConfigError, Llama4Error
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.images import load_image
 from llama4.weights.convert import convert, quantize
 from tests import small_model
-
-SECONDS = 2.0
-"""Of this process's own time."""
+from tests.faults.child import call
+from tests.faults.tally import Tally
 
 
 def nested(depth: int) -> list[Any]:
@@ -226,63 +220,42 @@ def attempt(kind: Kind, data: bytes) -> str | None:
         _linked(kind.directory, directory)
         (directory / kind.file).unlink()
         (directory / kind.file).write_bytes(data)
-        threads, begin = threading.active_count(), time.process_time()
-        found: BaseException | None = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            try:
-                kind.load(directory)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                found = error
-        spent = time.process_time() - begin
-    if found is not None and not isinstance(found, (Llama4Error, OSError)):
-        frames = traceback.extract_tb(found.__traceback__)
-        ours = [
-            f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llama4/" in f.filename or "vision/" in f.filename
-        ]
-        return f"{type(found).__name__}: {str(found)[:150]} at {' '.join(ours[-3:])}"
-    if isinstance(found, ConfigError) and "configuration" not in str(found) and kind.file not in str(found):
-        return f"the message names no file: {str(found)[:150]}"
-    if spent > SECONDS:
-        return f"took {spent:.1f} s"
-    if threading.active_count() > threads:
-        return "left a thread"
-    return None
+        ended = call(lambda: _without_threads(lambda: kind.load(directory)))
+    if ended.error == "ConfigError" and "configuration" not in ended.message and kind.file not in ended.message:
+        return f"the message names no file: {ended.message[:150]}"
+    return ended.problem
 
 
-def run(tries: int, seed: int, root: Path, *, only: str = "") -> tuple[Counter[str], list[tuple[str, str]]]:
-    """Damage every kind of file so many times -> tries per kind, and what failed."""
-    tried, failed = Counter[str](), list[tuple[str, str]]()
+def _without_threads(action: Callable[[], object]) -> None:
+    """Call a function that leaves no thread."""
+    threads = threading.active_count()
+    try:
+        action()
+    finally:
+        assert threading.active_count() <= threads, "left a thread"
+
+
+def run(tries: int, seed: int, root: Path, *, only: str = "") -> Tally:
+    """Damage every kind of file so many times."""
+    tally = Tally()
     for kind in kinds(root):
         if only not in kind.name:
             continue
         data = (kind.directory / kind.file).read_bytes()
         kind.load(kind.directory)
         dice = random.Random(f"{seed} {kind.name}")
-        for _ in range(tries):
-            tried[kind.name] += 1
-            if (problem := attempt(kind, damaged(data, kind.is_json, dice))) is not None:
-                failed.append((kind.name, problem))
-    return tried, failed
-
-
-def table(tried: Counter[str], failed: list[tuple[str, str]]) -> str:
-    wrong = Counter(name for name, _ in failed)
-    lines = [f"{name:24}{count:>8} tried{wrong[name]:>6} failed" for name, count in tried.items()]
-    return "\n".join([*lines, f"{'in all':24}{tried.total():>8} tried{len(failed):>6} failed"])
+        for i in range(tries):
+            tally.note(kind.name, attempt(kind, damaged(data, kind.is_json, dice)), str(i))
+    return tally
 
 
 def main(arguments: list[str]) -> int:
     tries, seed = (int(each) for each in [*arguments, *("100", "0")[len(arguments) :]][:2])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        tried, failed = run(tries, seed, Path(root), only="".join(arguments[2:]))
-    for (name, problem), count in Counter(failed).most_common():
-        print(f"{count:4} {name}: {problem}")
-    print(table(tried, failed))
-    return 1 if failed else 0
+        tally = run(tries, seed, Path(root), only="".join(arguments[2:]))
+    print(tally)
+    return 1 if tally.failed else 0
 
 
 if __name__ == "__main__":

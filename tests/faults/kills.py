@@ -3,7 +3,7 @@ try succeeds and leaves nothing else behind.
 
     python -m tests.faults.kills [--sample N] [--only NAME] [--folder DIRECTORY]
 
-Prints for each writer and each kind of end (`events.Kind`) how many were tried and how many failed. Some seconds with a
+Prints for each writer how many ends were tried, of each kind (`events.Kind`), and how many failed. Some seconds with a
 sample of N events each, as a test of every run; all of them take some minutes.
 """
 
@@ -19,9 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +41,7 @@ from llama4.weights.save import save
 from tests import small_model
 from tests.faults import events
 from tests.faults.events import Kind, Outcome
+from tests.faults.tally import Tally
 
 SHARD = 100_000
 """Bytes of a file, so that the small model is in several."""
@@ -310,10 +309,36 @@ def _forked(action: Callable[[], object]) -> int:
     return child
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def run(folder: Path, sample: int | None = None, pairs: int = 24, *, only: str = "") -> Tally:
+    """Every writer, ended in every way.
+
+    Args:
+        sample: events of each writer, of each kind; None for all.
+        pairs: times that two write at once.
+        only: writers with this in their names.
+    """
+    tally, chance = Tally(), random.Random(0)
     with mock.patch.dict(os.environ, {"TQDM_DISABLE": "1"}):
-        yield
+        models = Models(folder)
+        for writer in writers(models):
+            if only not in writer.name:
+                continue
+            place = folder / writer.name.replace(" ", "-").replace(",", "")
+            place.mkdir()
+            trial = Trial(writer, place)
+            count = len(trial.whole.events)
+            for kind in get_args(Kind):
+                numbers: Sequence[int] = range(count)
+                if sample is not None and sample < count:
+                    numbers = sorted(chance.sample(numbers, sample))
+                for at in numbers:
+                    tally.note(writer.name, trial.failure(kind, at), f"{kind} at {at} ({trial.whole.events[at]})")
+            print(f"{writer.name}: {count} events, {tally.failed[writer.name]} failed", flush=True)
+            shutil.rmtree(place)
+        if only in "two at once":
+            for seed in range(pairs):
+                tally.note("two at once", both_at_once(models, folder / "both", seed), str(seed))
+    return tally
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -327,38 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("this needs Linux on x86-64")
         return 0
     torch.set_num_threads(1)
-    tried, failed = Counter[str](), Counter[str]()
-    chance = random.Random(0)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, _quiet():
-        folder = Path(name).resolve()
-        models = Models(folder)
-        for writer in writers(models):
-            if options.only not in writer.name:
-                continue
-            place = folder / writer.name.replace(" ", "-").replace(",", "")
-            place.mkdir()
-            trial = Trial(writer, place)
-            count = len(trial.whole.events)
-            for kind in get_args(Kind):
-                numbers: Sequence[int] = range(count)
-                if options.sample is not None and options.sample < count:
-                    numbers = sorted(chance.sample(numbers, options.sample))
-                for at in numbers:
-                    tried[kind] += 1
-                    if problem := trial.failure(kind, at):
-                        failed[kind] += 1
-                        print(f"{writer.name}, {kind} at {at} ({trial.whole.events[at]}): {problem}", flush=True)
-            print(f"{writer.name}: {count} events", flush=True)
-            shutil.rmtree(place)
-        if not options.only or options.only in "two at once":
-            for seed in range(options.pairs):
-                tried["two at once"] += 1
-                if problem := both_at_once(models, folder / "both", seed):
-                    failed["two at once"] += 1
-                    print(f"two at once, {seed}: {problem}", flush=True)
-    for what in tried:
-        print(f"{what}: {tried[what]} tried, {failed[what]} failed")
-    return 1 if any(failed.values()) else 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        tally = run(Path(name).resolve(), options.sample, options.pairs, only=options.only)
+    print(tally)
+    return 1 if tally.failed else 0
 
 
 if __name__ == "__main__":

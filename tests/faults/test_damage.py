@@ -10,8 +10,8 @@ from tests.faults import damage
 
 
 def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tried, failed = damage.run(3, 0, tmp_path)
+    tally = damage.run(3, 0, tmp_path)
     with capsys.disabled():
-        print(f"\n{damage.table(tried, failed)}")
-    assert tried.total() == 3 * len(tried) > 70
-    assert not failed
+        print(f"\n{tally}")
+    assert tally.tried.total() == 3 * len(tally.tried) > 70
+    assert not tally.failed

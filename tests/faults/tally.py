@@ -1,0 +1,30 @@
+"""How often each kind was tried, and what failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class Tally:
+    """Counts, in the order in which kinds come.
+
+    Attributes:
+        tried: kind -> how often.
+        failed: kind -> how often.
+    """
+
+    def __init__(self) -> None:
+        self.tried: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+
+    def note(self, kind: str, problem: str | None, case: str = "") -> None:
+        """One try; `problem` is what is wrong, which is printed, or None."""
+        self.tried[kind] += 1
+        if problem is not None:
+            self.failed[kind] += 1
+            print(f"{kind}{', ' if case else ''}{case}: {problem}", flush=True)
+
+    def __str__(self) -> str:
+        counts = [(kind, self.tried[kind], self.failed[kind]) for kind in self.tried]
+        counts.append(("in all", self.tried.total(), self.failed.total()))
+        return "\n".join(f"{kind:24}{tried:>8} tried{failed:>6} failed" for kind, tried, failed in counts)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         ContextLengthError,
+        DiskError,
         ImageError,
         Llama4Error,
     )
@@ -58,6 +59,7 @@ _HOMES = {
         "CheckpointError",
         "ConfigError",
         "ContextLengthError",
+        "DiskError",
         "ImageError",
         "Llama4Error",
     ),
@@ -83,6 +85,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "DiskError",
     "Engine",
     "GenerationConfig",
     "ImageError",

@@ -71,6 +71,21 @@ class CheckpointError(Llama4Error):
         super().__init__("\n".join(lines))
 
 
+class DiskError(CheckpointError, OSError):
+    """A checkpoint or a cache that cannot be written, as the disk is full or refuses it: an `OSError` as well.
+
+    Attributes:
+        errno, strerror, filename: what the system says.
+    """
+
+    def __init__(self, message: str, cause: OSError) -> None:
+        super().__init__(message)
+        self.errno, self.strerror, self.filename = cause.errno, cause.strerror, cause.filename
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """What was surely meant, as the end of a sentence; "" if nothing is near."""
     found = difflib.get_close_matches(name, list(known), n=1)

@@ -18,7 +18,7 @@ from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import family_of
 from llama4.text import chat_formats
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
-from llama4.text.prompt import IMAGE, Piece, Rendered, compose, encode, read_pieces
+from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
 from llama4.text.template import ChatTemplate
 from llama4.text.template_agreement import Compose, agrees
 from llama4.text.tokenizer import Tokenizer
@@ -255,10 +255,7 @@ class Processor:
         bos, image = Piece(self.tokenizer.bos, special=True), Piece(IMAGE, special=True)
         begin = [bos] if self.tokenizer.adds_bos else []
         counts = [prompt.count(image) for prompt in prompts]
-        if sum(counts) != len(images):
-            raise Llama4Error(
-                f"the prompt has places for {sum(counts)} images, but {len(images)} images were given; make them agree"
-            )
+        check_images(sum(counts), len(images))
         tiles = [self.tile(source) for source in images]
         remaining = iter(tiles)
         rows = [

@@ -1,4 +1,4 @@
-"""Progress bars: one spelling for all that may take longer than two seconds.
+"""Progress bars: one spelling for all that may take long.
 
 Whoever works in steps opens a `Bar`, and wraps each in `step`. What happens inside a step, in whatever file, goes
 through its parts with `each`, which moves the bar, and needs to know nothing of it.

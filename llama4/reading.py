@@ -28,7 +28,7 @@ MAX_JSON_MEMORY = 300 << 20
 """Of what JSON becomes when it is read, as `_memory` estimates it: Llama 4's tokenizer.json takes 170 MiB."""
 MAX_INT = 2**31 - 1
 """Of any size, count or token id in a configuration."""
-LIMITS = {
+LIMIT_OF = {
     **dict.fromkeys(("num_hidden_layers", "n_layers"), 1024),
     **dict.fromkeys(("num_local_experts", "num_experts", "num_attention_heads", "n_heads"), 4096),
     **dict.fromkeys(("image_size", "patch_size"), 4096),
@@ -76,6 +76,17 @@ def check_regular(path: Path) -> None:
     OSError: it cannot be opened.
     """
     os.close(_open(path))
+
+
+def check_safetensors(path: Path) -> None:
+    """See that a safetensors file's header may be read.
+
+    Raises:
+        Llama4Error: no regular file, or a header of more bytes than an index has.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(_open(path), "rb") as file:
+        check_size(f"the header of {path}", int.from_bytes(file.read(8), "little"), MAX_INDEX_BYTES)
 
 
 def _open(path: Path) -> int:

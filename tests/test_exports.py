@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "CheckpointError",
         "ConfigError",
         "ContextLengthError",
+        "DiskError",
         "Engine",
         "GenerationConfig",
         "ImageError",
@@ -100,6 +101,7 @@ def test_errors_are_value_errors() -> None:
         llama4.CheckpointError,
         llama4.ConfigError,
         llama4.ContextLengthError,
+        llama4.DiskError,
         llama4.ImageError,
     ):
         assert issubclass(error, ValueError)

@@ -71,7 +71,7 @@ def save_adapter(
 
     Raises:
         ArgumentError: an unknown layout.
-        CheckpointError: the directory cannot be written.
+        DiskError: the directory cannot be written.
     """
     if layout not in LAYOUTS:
         raise ArgumentError(f"adapter format {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from llama4.errors import ArgumentError
+from llama4.arguments import report
 
 BENCHES = {
     "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
@@ -42,10 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         code: int = import_module(f"llama4.bench.{module}").main(options)
         return code
     except (ValueError, OSError) as error:
-        if "--json" in options:
-            print(json.dumps({"error": str(error), "type": type(error).__name__}))
-        print(f"llama4: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        return report(error, as_json="--json" in options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ With `--filled` nothing is prefilled: the cache gets random keys and values, and
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from llama4.api import Llama4
+from llama4.arguments import Parser
 from llama4.bench.long import text_vocabulary
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.peak_rates import PeakProbe, PeakRates, timed
@@ -183,7 +183,7 @@ def _fits(report: Mapping[str, Any], markdown: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llama4 bench growth", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench growth", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
     parser.add_argument("--context", type=parse_tokens, default=65536, metavar="N", help="tokens (default: 65536)")
     parser.add_argument("--filled", action="store_true", help="fill the cache with random numbers, and only decode")

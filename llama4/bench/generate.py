@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from llama4.arguments import Parser
 from llama4.bench import roofline
 from llama4.bench.engine import EngineConfig
 from llama4.bench.engines import BASELINES, version
@@ -133,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama4 bench generate", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="llama4 bench generate", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
     parser.add_argument("--vs", action="append", default=[], choices=BASELINES, help="a baseline; repeatable")
     parser.add_argument("--dtype", nargs="+", default=["auto"], choices=["auto", *DTYPES], metavar="DTYPE")

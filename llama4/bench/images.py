@@ -9,7 +9,6 @@ are measured before each run of the tower.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from llama4.analysis.info import read_config
+from llama4.arguments import Parser
 from llama4.bench import roofline
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.peak_rates import PeakProbe, PeakRates, timed
@@ -116,7 +116,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llama4 bench images", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench images", description=__doc__.splitlines()[0])
     parser.add_argument(
         "model",
         nargs="?",

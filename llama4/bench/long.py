@@ -9,7 +9,6 @@ files included. With `--vs transformers` the same prompt goes to transformers in
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llama4.analysis import costs
 from llama4.api import Llama4
+from llama4.arguments import Parser
 from llama4.bench.engine import EngineConfig
 from llama4.bench.engines import BASELINES
 from llama4.bench.process_memory import peak_bytes, reset_peak
@@ -111,7 +111,7 @@ def line(engine: str, facts: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llama4 bench long", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench long", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
     parser.add_argument("--tokens", type=parse_tokens, default=131072, metavar="N", help="of the prompt: 131072, 1M")
     parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")

@@ -11,7 +11,6 @@ Shapes: N tokens, D hidden size, E experts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from llama4.analysis.costs import stored_bytes
 from llama4.analysis.info import read_config
+from llama4.arguments import Parser
 from llama4.bench import roofline
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.peak_rates import PeakProbe, PeakRates, timed
@@ -172,7 +172,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     packed = [kind for kind in FORMATS if kind in SCHEMES]
     backends = [*backends_for(torch.device("cpu"), torch.bfloat16), *packed]
-    parser = argparse.ArgumentParser(prog="llama4 bench moe", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench moe", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="whose sizes to take: scout, maverick, tiny, a directory or a Hub id")
     parser.add_argument("--hidden-size", type=positive, default=1024, metavar="D", help="without MODEL (default: 1024)")
     parser.add_argument("--width", type=positive, default=2048, metavar="F", help="of an expert (default: 2048)")

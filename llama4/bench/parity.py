@@ -9,7 +9,6 @@ Shapes: N tokens, E experts, k experts per token.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.api import Llama4
+from llama4.arguments import Parser
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES
@@ -161,7 +161,7 @@ def _inputs(llm: Llama4, prompt: str, images: Sequence[str]) -> Inputs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 if every stage agrees, 1 if one does not."""
-    parser = argparse.ArgumentParser(prog="python -m llama4.bench parity", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench parity", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
     parser.add_argument("--against", default="transformers", choices=["transformers"], help="the reference")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES), help="of both models (default: float32)")

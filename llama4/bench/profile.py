@@ -9,7 +9,6 @@ whole step is listed as all else. Each part that multiplies stands beside the me
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from llama4.api import Llama4
+from llama4.arguments import Parser
 from llama4.bench import roofline
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.model_parts import bytes_by_part, flops_by_part, plan_of
@@ -147,7 +147,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llama4 bench profile", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench profile", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", choices=[*SCHEMES], metavar="SCHEME", help="while loading")

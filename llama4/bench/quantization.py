@@ -10,7 +10,6 @@ format, and the rounding errors of single matrices.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.api import Llama4
+from llama4.arguments import Parser
 from llama4.bench import rounding_errors
 from llama4.bench.absmax_rounding import write_plain
 from llama4.bench.peak_rates import median_seconds
@@ -181,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llama4.bench quantization", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench quantization", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="SCHEME")
     parser.add_argument("--plain", action="store_true", help="plain rounding beside each (by compressed-tensors)")

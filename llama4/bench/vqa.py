@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama4.arguments import Parser
 from llama4.errors import Llama4Error
 from llama4.model.moe import Router
 from llama4.tiny.shapes_dataset import KINDS_OF_QUESTION, Question, draw, fresh_question, is_right
@@ -159,7 +159,7 @@ class ExpertShares:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llama4.bench vqa", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench vqa", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
     parser.add_argument("--pictures", type=int, default=200, metavar="N", help="questions per kind, each a new picture")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other pictures and questions")

@@ -18,9 +18,10 @@ from torch import Tensor
 from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.errors import Llama4Error
+from llama4.errors import DiskError, Llama4Error
 from llama4.files import replaced_file, write_pieces
 from llama4.progress import Bar
+from llama4.reading import check_safetensors
 
 _TOKENS = "tokens"
 _VERSION = "3"
@@ -37,7 +38,7 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, pro
         progress: show a bar, where somebody sees it.
 
     Raises:
-        Llama4Error: the file cannot be written.
+        DiskError: the file cannot be written.
     """
     start, next_position = cache.start[0], cache.next_position[0]
     tensors = {_TOKENS: tokens}
@@ -63,9 +64,10 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, pro
                 with bar.step(tensor.nbytes):
                     write_pieces(file, tensor.contiguous().view(torch.uint8).numpy().data)
     except OSError as error:
-        raise Llama4Error(
+        raise DiskError(
             f"could not write the cache to {path}: {error.strerror or error}; free {end:,} bytes "
-            "or choose another place"
+            "or choose another place",
+            error,
         ) from error
 
 
@@ -77,10 +79,10 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
 
     Raises:
         Llama4Error: no such file, a damaged one, or the cache of another model or dtype.
+        OSError: it cannot be read.
     """
-    if not Path(path).is_file():
-        raise Llama4Error(f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote")
     try:
+        check_safetensors(Path(path))
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             _check_metadata(path, metadata, cache, model)
@@ -112,7 +114,11 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
                     if (found := shape(name, "U8")) != [layer.block_bytes]:
                         raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
             tensors = {name: file.get_tensor(name) for name in (_TOKENS, *(n for of_layer in names for n in of_layer))}
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError:
+        raise Llama4Error(
+            f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote"
+        ) from None
+    except SafetensorError as error:
         raise Llama4Error(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its content does not have its checksum")

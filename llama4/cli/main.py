@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
+from llama4.arguments import Parser, report
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
 from llama4.cli import analysis, chat, checkpoints, finetune, generate, serve
 from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
-from llama4.cli.parser import USAGE, Parser
-from llama4.errors import ArgumentError
 from llama4.version import __version__
 
 BROKEN_PIPE = 141
 """Exit code of a shell's commands that end by SIGPIPE."""
-
-
-SHOWN = 3
-"""Of the lines that follow a message's first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,17 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        if getattr(options, "json", False):
-            print(json.dumps({"error": str(error), "type": type(error).__name__}))
-        print(f"llama4: error: {one_line(error)}", file=sys.stderr)
-        return USAGE if isinstance(error, ArgumentError) else 1
-
-
-def one_line(error: Exception) -> str:
-    """A message without line breaks; of a long list, such as that of missing keys, the beginning."""
-    first, *more = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
-    rest = f"; and {len(more) - SHOWN} more" if len(more) > SHOWN else ""
-    return "; ".join([first, *more[:SHOWN]]) + rest
+        return report(error, as_json=getattr(options, "json", False))
 
 
 def command() -> NoReturn:

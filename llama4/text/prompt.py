@@ -149,6 +149,14 @@ def check_continued(messages: Sequence[ParsedMessage]) -> None:
         raise Llama4Error("the last message calls tools, so it cannot be continued; leave continue_final_message out")
 
 
+def check_images(places: int, given: int) -> None:
+    """Raises:
+    Llama4Error: a prompt has more or fewer places for images than there are.
+    """
+    if places != given:
+        raise Llama4Error(f"the prompt has places for {places} images, but {given} images were given; make them agree")
+
+
 def encode(
     pieces: Iterable[Piece], tokenizer: Tokenizer, grids: Sequence[tuple[int, int]] = (), tokens_per_tile: int = 144
 ) -> Rendered:
@@ -162,11 +170,7 @@ def encode(
         Llama4Error: there are more or fewer grids than images; the tokenizer lacks a special token.
     """
     pieces = list(pieces)
-    wanted = sum(piece.special and piece.text == IMAGE for piece in pieces)
-    if wanted != len(grids):
-        raise Llama4Error(
-            f"the prompt has places for {wanted} images, but {len(grids)} images were given; make them agree"
-        )
+    check_images(sum(piece.special and piece.text == IMAGE for piece in pieces), len(grids))
     remaining = iter(grids)
     ids: list[int] = []
     is_reply: list[bool] = []

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, DiskError
 from llama4.files import exchange, permissions, replaced_file, sync_directory, sync_file
 from llama4.weights.workplace import clear, workplace
 
@@ -48,8 +48,8 @@ def complete_directory(
             which this is true.
 
     Raises:
-        CheckpointError: the directory cannot be written, or the disk is full; it is in use, or another process writes
-            it.
+        DiskError: the directory cannot be written, or the disk is full.
+        CheckpointError: it is in use, or another process writes it.
     """
     target = Path(directory).resolve()
     work = work_of(target)
@@ -76,8 +76,9 @@ def complete_directory(
         if error.filename is not None and Path(os.fsdecode(error.filename)) != target:
             about += f" ({Path(os.fsdecode(error.filename)).name})"
         kept = f". What is done stays in {work} for another try" if keep is not None and work.exists() else ""
-        raise CheckpointError(
-            f"could not write the model to {target}: {about}; free space or choose another directory{kept}"
+        raise DiskError(
+            f"could not write the model to {target}: {about}; free space or choose another directory{kept}",
+            error,
         ) from error
 
 
@@ -87,7 +88,7 @@ def scratch_directory(name: str) -> Iterator[Path]:
     of the same name goes first.
 
     Raises:
-        CheckpointError: it cannot be made.
+        DiskError: it cannot be made.
     """
     work = Path(tempfile.gettempdir()) / f"llama4-{os.geteuid()}-{name}"
     try:
@@ -98,8 +99,9 @@ def scratch_directory(name: str) -> Iterator[Path]:
             finally:
                 shutil.rmtree(work / _CONTENT, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(
-            f"could not write to {work}: {error.strerror or error}; free space, or set TMPDIR to another directory"
+        raise DiskError(
+            f"could not write to {work}: {error.strerror or error}; free space, or set TMPDIR to another directory",
+            error,
         ) from error
 
 

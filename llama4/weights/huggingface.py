@@ -30,7 +30,7 @@ from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.model_card import write_card
 from llama4.weights.mxfp4 import TransformersMxfp4
 from llama4.weights.quant_method import QuantMethod
-from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE, Shards, open_safetensors, write_safetensors
+from llama4.weights.safetensors import INDEX_FILE, SHARDS, SINGLE_FILE, Shards, open_safetensors, write_safetensors
 from llama4.weights.side_files import (
     ORIGIN_FIELD,
     SIDE_FILES,
@@ -65,7 +65,7 @@ class HuggingFaceLayout(CheckpointLayout):
     title = "Hugging Face's"
     config_files = (CONFIG_FILE, *IMAGE_CONFIG_FILES, GENERATION_FILE, modelopt.CONFIG_FILE)
     side_files = (*config_files, *SIDE_FILES, INDEX_FILE, "tokenizer.json", "tokenizer.model")
-    weight_files = (SINGLE_FILE, "model-*-of-*.safetensors")
+    weight_files = (SINGLE_FILE, SHARDS)
     in_shards = True
 
     def recognises(self, directory: Path) -> bool:

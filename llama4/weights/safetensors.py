@@ -16,11 +16,12 @@ from llama4.files import replaced_file, write_pieces
 from llama4.progress import Bar
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
-from llama4.reading import MAX_INDEX_BYTES, check_regular, check_size, read_json
+from llama4.reading import MAX_INDEX_BYTES, check_safetensors, read_json
 from llama4.weights.source import Origin, Source, Tensors
 from llama4.weights.stamps import STAMP, check_stamps
 
 SINGLE_FILE = "model.safetensors"
+SHARDS = "model-*-of-*.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {
@@ -90,13 +91,11 @@ class LocalShards:
 
 def _open(path: Path) -> Any:
     try:
-        check_regular(path)
-        with path.open("rb") as file:
-            check_size(f"the header of {path}", int.from_bytes(file.read(8), "little"), MAX_INDEX_BYTES)
+        check_safetensors(path)
         return safe_open(path, framework="pt")
     except Llama4Error as error:
         raise CheckpointError(str(error)) from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
 
 
@@ -182,7 +181,7 @@ def open_safetensors(directory: str | Path, shards: Shards | None = None) -> Saf
     index = directory / INDEX_FILE
     if not index.is_file():
         if SINGLE_FILE not in (shards if shards is not None else LocalShards(directory)):
-            if found := sorted(directory.glob("model-*-of-*.safetensors")):
+            if found := sorted(directory.glob(SHARDS)):
                 raise CheckpointError(f"{directory} holds {found[0].name}, but no {INDEX_FILE}; fetch it, too")
             raise CheckpointError(f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         return SafetensorsFiles(directory, {SINGLE_FILE: None}, shards)

@@ -49,7 +49,7 @@ def save(
         progress: show a bar, where somebody sees it.
 
     Raises:
-        CheckpointError: the directory cannot be written, or the disk is full; nothing is left half written.
+        DiskError: the directory cannot be written, or the disk is full; nothing is left half written.
     """
     tensors = ModelSource(source) if isinstance(source, nn.Module) else source
     older = MODEL_FILES if tokenizer is None else (*MODEL_FILES, *TEXT_FILES)

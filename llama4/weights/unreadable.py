@@ -10,7 +10,7 @@ from typing import Any
 from llama4.config import CONFIG_FILE
 from llama4.errors import CheckpointError
 from llama4.weights import modelopt
-from llama4.weights.meta.params import PARAMS_FILE
+from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES
 from llama4.weights.safetensors import INDEX_FILE, SINGLE_FILE
 from llama4.weights.source import Source
 
@@ -79,7 +79,7 @@ def why_unreadable(files: Collection[str]) -> str | None:
     reasons = [reason for pattern, reason in _FOREIGN.items() if _match(files, pattern)][:1]
     if not reasons and not folders and (elsewhere := fnmatch.filter(files, "*/*.gguf")):
         reasons.append(f"its weights are GGUF in a folder; name the file, such as {elsewhere[0]}, behind its own name")
-    if PARAMS_FILE not in here and (meta := fnmatch.filter(here, "consolidated.*.pth")):
+    if PARAMS_FILE not in here and (meta := fnmatch.filter(here, RANK_FILES)):
         reasons.append(f"{PARAMS_FILE} does not stand beside Meta's {meta[0]}; fetch it, too")
     elif pickles := [file for file in here if file.endswith(_PICKLES) and file != "training_args.bin"]:
         more = ", ..." if len(pickles) > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,16 +43,15 @@ def verify(
     # Without a tokenizer nothing in Meta's layout says which token is the image's.
     says_image = config.vision is not None and tokenizer is not None
     if says_image and written_config.image_token_index != config.image_token_index:
-        raise CheckpointError(
-            f"in the converted checkpoint image_token_index is {written_config.image_token_index}, in its source "
-            f"{config.image_token_index}; nothing is kept of it"
+        raise _different(
+            f"image_token_index is {written_config.image_token_index}, in its source {config.image_token_index}"
         )
     if tokenizer is not None:
         _compare_tokenizers(tokenizer, family_of(config).load_tokenizer(directory, written_config))
     tied = {HEAD: EMBEDDING} if config.text.tie_word_embeddings else {}
     names = set(source.names())
     if lost := sorted(names - set(written.names())):
-        raise CheckpointError("the converted checkpoint lacks tensors of its source; nothing is kept of it", lost)
+        raise _different("tensors of its source are missing", lost)
     different = []
     sizes = {name: written.spec(name).nbytes for name in written.names()}
     with Bar("checking", sum(sizes.values()), "bytes", shown=progress) as bar:
@@ -65,23 +65,24 @@ def verify(
                     if side.is_mapped(its_name):
                         memory.release(tensor)
     if different:
-        raise CheckpointError(
-            f"{len(different)} tensors of the converted checkpoint are not those of its source, the first is "
-            f"{different[0]}; nothing is kept of it"
-        )
+        raise _different(f"{len(different)} tensors are not those of its source, the first is {different[0]}")
     if config.num_parameters() <= MAX_PARAMETERS:
         ids = torch.tensor([_prompt(tokenizer, config)])
         if not _is_same(_logits(written_config, written, ids), _logits(config, source, ids)):
-            raise CheckpointError("the converted checkpoint gives other logits than its source; nothing is kept of it")
+            raise _different("logits are others than those of its source")
 
 
 def _compare_tokenizers(source: Tokenizer, written: Tokenizer | None) -> None:
     if written is None:
-        raise CheckpointError("the converted checkpoint has no tokenizer; nothing is kept of it")
+        raise _different("there is no tokenizer")
     moved = [name for name, i in source.special_tokens.items() if written.special_tokens.get(name) != i]
     if moved or source.encode(SAMPLE) != written.encode(SAMPLE):
         what = f"{moved[0]} and {len(moved) - 1} more special tokens have" if moved else "ordinary text has"
-        raise CheckpointError(f"in the converted checkpoint {what} other ids than in its source; nothing is kept of it")
+        raise _different(f"{what} other ids than in its source")
+
+
+def _different(what: str, missing: Sequence[str] = ()) -> CheckpointError:
+    return CheckpointError(f"in the converted checkpoint {what}; nothing is kept of it", missing)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""The pages and the picture show what docs/performance.json and docs/faults.json have, and the JSON comes from the commands
-that it names."""
+"""The pages and the picture show what docs/performance.json and docs/faults.json have, and the JSON comes from the
+commands that it names."""
 
 from __future__ import annotations
 

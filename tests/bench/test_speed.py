@@ -390,3 +390,13 @@ def test_every_bench_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit, match="0"):
         main(["bench", name, "--help"])
     assert f"bench {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_an_unknown_option_is_named_with_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["bench", name, "--hlep", "3"])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    begin = f"llama4 bench {name}: error:"
+    assert told == f"{begin} --hlep is not known (did you mean --help?); see llama4 bench {name} --help\n"

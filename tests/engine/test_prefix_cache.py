@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from llama4 import Llama4
 from llama4.cache.saved import load_cache
 from llama4.engine.prefix_cache import fingerprint
+from llama4.errors import DiskError
 from tests import small_model
 
 RED, BLUE = (Image.new("RGB", (50, 40), color) for color in ((255, 0, 0), (0, 0, 255)))
@@ -277,7 +278,7 @@ def test_what_does_not_fit_is_refused(llm: Llama4, directory: Path, tmp_path: Pa
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         llm.load_cache(path)
-    with pytest.raises(ValueError, match="could not write"):
+    with pytest.raises(DiskError, match="could not write"):
         llm.cache.save(tmp_path / "no" / "such" / "place")
     with pytest.raises(ValueError, match=r"cache_dtype='int3' is not known; choose"):
         Llama4.from_pretrained(directory, cache_dtype="int3")

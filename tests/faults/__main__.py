@@ -1,8 +1,8 @@
-"""All that files, crashes and strangers may do: `python -m tests.faults [GROUP ...] [--sample N] [--tries N] [--save COLUMN]`
-prints, for every kind, how many were tried and how many failed. All of it takes the better part of an hour on two cores.
+"""All that files, crashes and strangers may do: `python -m tests.faults [GROUP ...] [--sample N] [--tries N]` prints,
+for every kind, how many were tried and how many failed. All of it takes the better part of an hour on two cores.
 
-With `--save after` the counts become those of docs/reliability.md; with `--save before` they stand beside them, as what was
-so before it was mended.
+With `--save after` the counts become those of docs/reliability.md; with `--save before` they stand beside them, as what
+was so before it was mended.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ class Trial:
     def _wrong(self, outcome: Outcome) -> str | None:
         if outcome.error is not None:  # on a full disk
             name, _, text = outcome.error.partition(": ")
-            if name not in ("CheckpointError", "Llama4Error") or "could not write" not in text or "free" not in text:
+            if name != "DiskError" or "could not write" not in text or "free" not in text:
                 return f"the error is {outcome.error}"
             if str(self.folder) not in text:
                 return f"no file is named: {text}"

@@ -1,5 +1,5 @@
-"""Files that would hang a machine, or eat it: each ends in an error within two seconds and 300 MB above what it takes to
-import torch and llama4 (child.py).
+"""Files that would hang a machine, or eat it: each ends in an error within two seconds and 300 MB above what it takes
+to import torch and llama4 (child.py).
 
 `python -m tests.faults.limits` tries each by every command that reads it, and prints what was tried and what failed.
 """
@@ -133,7 +133,7 @@ def commands(directory: Path, result: Path) -> dict[str, Callable[[], object]]:
     """All that reads a model."""
     return {
         "from_pretrained": lambda: Llama4.from_pretrained(directory, progress=False),
-        "info": lambda: describe_model(find(directory), None),
+        "info": lambda: describe_model(find(str(directory)), None),
         "plan": lambda: _plan(directory),
         "convert": lambda: convert(directory, result, "hf", progress=False),
         "quantize": lambda: quantize(directory, result, "int8", progress=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -233,8 +234,10 @@ def test_a_failure_half_way_leaves_the_old_model(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface, "write_safetensors", full_disk)
-    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+    with pytest.raises(CheckpointError, match="No space left on device; free space") as caught:
         save(small_model.model(seed=1), small_model.config(), directory)
+    assert isinstance(caught.value, OSError), "the disk is the user's"
+    assert caught.value.errno == errno.ENOSPC
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -10,12 +10,12 @@ only that every step runs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama4.arguments import Parser
 from llama4.bench.device import machine
 from llama4.bench.device.plan import PLAN, Step
 from llama4.bench.device.report import Report
@@ -54,7 +54,7 @@ def run(steps: Sequence[Step], out: Path, *, device: str, minutes: float, dry: b
 
 def main(arguments: Sequence[str] | None = None) -> int:
     names = [step.name for step in PLAN]
-    parser = argparse.ArgumentParser(prog="llama4 bench device", description=__doc__.splitlines()[0])
+    parser = Parser(prog="llama4 bench device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="for results; made if need be")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="for everything (default: 8)")
     parser.add_argument("--device", default="cuda", help="(default: cuda)")

@@ -14,7 +14,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
 from llama4.weights.layout import CheckpointLayout, WriteOptions
-from llama4.weights.meta.params import PARAMS_FILE, params_from_config, read_params
+from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.safetensors import Shards
@@ -31,7 +31,7 @@ class MetaLayout(CheckpointLayout):
     title = "Meta's"
     config_files = (PARAMS_FILE, "tokenizer.model")  # special tokens follow its ranks
     side_files = (*config_files, *SIDE_FILES)
-    weight_files = ("consolidated.*.pth", "fp8_scales_*.pt")
+    weight_files = (RANK_FILES, "fp8_scales_*.pt")
 
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).is_file()

@@ -17,6 +17,7 @@ from llama4.text.vocabulary import NUM_SPECIAL_TOKENS
 from llama4.vision.config import VisionConfig
 
 PARAMS_FILE = "params.json"
+RANK_FILES = "consolidated.*.pth"
 
 
 @dataclass(frozen=True)

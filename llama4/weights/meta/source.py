@@ -22,12 +22,13 @@ from llama4.quantization.weight import TensorSpec
 from llama4.reading import check_zip
 from llama4.weights import memory
 from llama4.weights.meta.names import Piece, pieces
+from llama4.weights.meta.params import RANK_FILES
 from llama4.weights.source import Origin
 from llama4.weights.stamps import STAMP, check_stamps
 
 RANK_FILE = "consolidated.{:02d}.pth"
 SCALES_FILE = "fp8_scales_{}.pt"
-_RANK_FILES = re.compile(r"consolidated\.(\d\d)\.pth")
+_RANK_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 STAMP_RECORD = f".data/{STAMP}"
 """In the archive that a file is."""
 _DROPPED = re.compile(r"rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
@@ -128,7 +129,7 @@ class MetaSource:
 
 
 def _rank_files(directory: Path) -> list[Path]:
-    found = sorted(path for path in directory.glob("consolidated.*.pth") if _RANK_FILES.fullmatch(path.name))
+    found = sorted(path for path in directory.glob(RANK_FILES) if _RANK_NAME.fullmatch(path.name))
     if not found:
         raise CheckpointError(f"{directory} holds params.json but no {RANK_FILE.format(0)}; fetch the weights too")
     names = {path.name for path in found}

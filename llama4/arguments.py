@@ -1,0 +1,60 @@
+"""Options of the command line: one line for a mistake, which names the nearest of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, NoReturn
+
+from llama4.errors import ArgumentError, nearest
+
+USAGE = 2
+"""Exit code for a command that is not written right."""
+SHOWN = 3
+"""Of the lines that follow a message's first."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command and, through it, of each of its commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """An option that is not known is an error of the command that it was given to, and the first one: what is
+        missing may be what was meant."""
+        given = list(sys.argv[1:] if args is None else args)
+        known = self._option_string_actions
+        if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            names = [text.partition("=")[0] for text in given[: (*given, "--").index("--")] if text.startswith("--")]
+            for name in names:
+                if not any(option.startswith(name) for option in known):
+                    self.error(f"{name} is not known{nearest(name, known)}")
+        found, unknown = super().parse_known_args(given, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"{name} is not known{nearest(name, known if name.startswith('-') else ())}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            reason = f"{value!r} is not known{nearest(str(value), choices)}; choose one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, reason)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def report(error: Exception, *, as_json: bool) -> int:
+    """Say what a user caused in one line on stderr, and as JSON where that was asked for; -> the exit code."""
+    if as_json:
+        print(json.dumps({"error": str(error), "type": type(error).__name__}))
+    print(f"llama4: error: {one_line(error)}", file=sys.stderr)
+    return USAGE if isinstance(error, ArgumentError) else 1
+
+
+def one_line(error: Exception) -> str:
+    """A message without line breaks; of a long list, such as that of missing keys, the beginning."""
+    first, *more = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
+    rest = f"; and {len(more) - SHOWN} more" if len(more) > SHOWN else ""
+    return "; ".join([first, *more[:SHOWN]]) + rest

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama4.errors import ArgumentError
 from llama4.kernels import abi, build
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def found() -> Found:
     """The kernels that this process uses. Why there are none is logged once, unless they are switched off.
 
     Raises:
-        ValueError: `LLAMA4_CPU` names a level that is unknown, that this CPU does not run, or that was not built.
+        ArgumentError: `LLAMA4_CPU` names a level that is unknown, that this CPU does not run, or that was not built.
     """
     global _found
     if not _found:
@@ -75,7 +76,7 @@ def library() -> abi.Library | None:
     """The compiled kernels; None where torch serves.
 
     Raises:
-        ValueError: as `found` does.
+        ArgumentError: as `found` does.
     """
     return found().library
 
@@ -107,7 +108,7 @@ def _find(directory: Path) -> Found:
         level = forced or _best(manifest, usable)
         if level not in levels:
             built = ", ".join(levels) or "none"
-            raise ValueError(f"{LEVEL}={forced}: this level was not built (built: {built}); {BUILD}")
+            raise ArgumentError(f"{LEVEL}={forced}: this level was not built (built: {built}); {BUILD}")
         return nothing._replace(
             library=_load(directory, levels[level]),
             level=level,
@@ -122,10 +123,12 @@ def _find(directory: Path) -> Found:
 def _check_level(level: str, usable: list[str]) -> None:
     levels = build.LEVELS.get(build.machine(), {})
     if level not in levels:
-        raise ValueError(f"{LEVEL}={level}: there is no such level on {build.machine()}; {', '.join(levels) or 'none'}")
+        raise ArgumentError(
+            f"{LEVEL}={level}: there is no such level on {build.machine()}; {', '.join(levels) or 'none'}"
+        )
     if level not in usable:
         missing = ", ".join(sorted(levels[level].features - build.cpu_features()))
-        raise ValueError(f"{LEVEL}={level}: this CPU lacks {missing}; it runs {', '.join(usable) or 'no level'}")
+        raise ArgumentError(f"{LEVEL}={level}: this CPU lacks {missing}; it runs {', '.join(usable) or 'no level'}")
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
         told = [type(manifest[name]) for name in ("sources", "levels", "problems")]
         entries = manifest["levels"].values()
         if told != [str, dict, dict] or not all({"file", "sha256", "compiler"} <= {*entry} for entry in entries):
-            raise ValueError("it is not a manifest")
+            raise TypeError("it is not a manifest")
     except FileNotFoundError:
         raise _UnusableError(f"they were not built, {path} is not there; {BUILD}") from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:

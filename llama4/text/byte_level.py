@@ -13,6 +13,7 @@ from functools import lru_cache
 import regex
 import tiktoken
 
+from llama4.errors import Llama4Error
 from llama4.text.pairs import merge_pairs
 
 # In o200k's pattern the lookahead `\s+(?!\S)` backtracks over blanks, and the regex engine fails at a million of them.
@@ -123,12 +124,12 @@ def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
     `only_matches`.
 
     Raises:
-        ValueError: no regular expression.
+        Llama4Error: no regular expression.
     """
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"{pattern!r:.80} is no regular expression: {error}") from None
+        raise Llama4Error(f"{pattern!r:.80} is no regular expression: {error}") from None
 
     def split(text: str) -> Iterator[str]:
         at = 0

@@ -28,7 +28,7 @@ MAX_JSON_MEMORY = 300 << 20
 """Of what JSON becomes when it is read, as `_memory` estimates it: Llama 4's tokenizer.json takes 170 MiB."""
 MAX_INT = 2**31 - 1
 """Of any size, count or token id in a configuration."""
-LIMIT_OF = {
+LIMITS = {
     **dict.fromkeys(("num_hidden_layers", "n_layers"), 1024),
     **dict.fromkeys(("num_local_experts", "num_experts", "num_attention_heads", "n_heads"), 4096),
     **dict.fromkeys(("image_size", "patch_size"), 4096),

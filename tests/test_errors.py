@@ -10,8 +10,8 @@ import pytest
 from llama4 import errors
 from tests.test_imports import is_in, modules
 
-GRAMMARS = ("llama4.text.tool_calls.literals", "llama4.text.tool_calls.spellings")
-"""Their ValueErrors say that a text is no tool call, and stay inside the package."""
+GRAMMARS = ("llama4.text.tool_calls.literals", "llama4.text.tool_calls.spellings", "llama4.text.protobuf")
+"""Their ValueErrors say that a text is no tool call, or bytes are no message, and stay inside the package."""
 
 
 def test_there_is_one_base_class() -> None:

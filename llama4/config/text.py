@@ -9,7 +9,7 @@ from typing import Any
 from llama4.config.rope import RopeScaling, read_scaling
 from llama4.config.window import visible_tokens
 from llama4.errors import ConfigError
-from llama4.reading import LIMIT_OF
+from llama4.reading import LIMITS
 
 CACHE_BLOCK = 256
 """Tokens in a block of the key/value cache; memory is taken a block at a time."""
@@ -64,8 +64,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         layers, interval = self.num_hidden_layers, self.no_rope_layer_interval
-        if layers > LIMIT_OF["num_hidden_layers"]:
-            raise ConfigError(f"num_hidden_layers is {layers:,}; it may be at most {LIMIT_OF['num_hidden_layers']:,}")
+        if layers > LIMITS["num_hidden_layers"]:
+            raise ConfigError(f"num_hidden_layers is {layers:,}; it may be at most {LIMITS['num_hidden_layers']:,}")
         if not self.no_rope_layers and interval < 1:
             raise ConfigError(
                 f"no_rope_layer_interval must be at least 1, not {interval}, where no_rope_layers does not say which "

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from llama4.errors import ConfigError
-from llama4.reading import LIMIT_OF, MAX_INT
+from llama4.reading import LIMITS, MAX_INT
 
 
 def read_fields(cls: type, content: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _whole(value: Any, name: str, place: str) -> int:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(value, name, place, "a whole number")
-    if abs(value) > (limit := LIMIT_OF.get(name, MAX_INT)):
+    if abs(value) > (limit := LIMITS.get(name, MAX_INT)):
         raise _wrong(value, name, place, f"at most {limit:,}")
     return value
 

@@ -19,7 +19,7 @@ from llama4.errors import Llama4Error
 
 SECONDS, BYTES = 2.0, 300 << 20
 """What an error may cost, of the processor's time and of memory."""
-PATIENCE, ROOM = 20.0, 2 << 30
+PATIENCE, ROOM = 120.0, 2 << 30
 """Where a process is ended: seconds, and bytes more than it began with."""
 
 

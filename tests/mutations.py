@@ -302,8 +302,8 @@ COMPILED = [
     Mutation(
         "compiled: a block too few at the end of a row of a gemv",
         f"{CPP}/gemv.h",
-        "for (; U > 1 && block < until; block++)",
-        "for (; U > 1 && block < until - 1; block++)",
+        "for (; U > 1 && block < end; block++)",
+        "for (; U > 1 && block < end - 1; block++)",
         f"{KERNELS}::TestProducts::test_dense",
     ),
     Mutation(

@@ -147,10 +147,11 @@ class FusedCpuRunner:
         self._description: Description | None = None
 
     def is_worthwhile(self) -> bool:
-        """Whether the model is on a CPU, and there are kernels."""
-        return self._not_worthwhile_reason() is None
+        """Whether the model is on a CPU, there are kernels, and it is so wide that another way is a loss to be told."""
+        width = len(self.model.language_model.model.norm.weight)
+        return width >= 4 * cpu_kernels.MIN_WIDTH and self._absent_reason() is None
 
-    def _not_worthwhile_reason(self) -> str | None:
+    def _absent_reason(self) -> str | None:
         weight = self.model.language_model.model.norm.weight
         if not weight.is_cpu:
             return f"the model is on {weight.device}"
@@ -158,7 +159,7 @@ class FusedCpuRunner:
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:
         model, head_dim = self.model, self.model.config.text.head_dim
-        if (reason := self._not_worthwhile_reason()) is not None:
+        if (reason := self._absent_reason()) is not None:
             return reason
         if torch.compiler.is_compiling():
             return "torch.compile is tracing"

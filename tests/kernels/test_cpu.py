@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -276,6 +276,31 @@ class TestGreedyToken:
 
 
 @needs_kernels
+@pytest.mark.skipif(loader.library() is None or loader.found().level == "avx2", reason="AVX2 has too few registers")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [640, 4736])
+def test_a_row_is_the_same_bits_in_any_company(inputs: int, dtype: torch.dtype) -> None:
+    """Of up to 12 rows; in x out, of up to 8. Long rows are read in segments."""
+    x, scale = normal(12, inputs).to(dtype), normal(96, 1).abs().bfloat16()
+    codes = torch.randint(0, 120, (96, inputs), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    weight_OI, weight_IO = normal(96, inputs).to(dtype), normal(inputs, 96).to(dtype)
+    fours = torch.randint(-8, 8, (96, inputs), generator=torch.Generator().manual_seed(1))
+    scales = normal(96, inputs // 32).to(dtype)
+    products: dict[str, Callable[[Tensor], Tensor]] = {
+        "dense": lambda x: cpu.linear(x, weight_OI),
+        "int8": lambda x: cpu.linear_quantized("int8", x, codes, scale),
+        "fp8": lambda x: cpu.linear_quantized("fp8", x, codes, scale),
+        "int4": lambda x: linear_int4(x, fours, scales, 32),
+        "in x out": lambda x: cpu.linear_in_out(x, weight_IO),
+    }
+    for name, product in products.items():
+        alone = torch.cat([product(row[None]) for row in x])
+        for rows in range(2, 9 if name == "in x out" else 13):
+            for first in range(0, 12 - rows + 1, 3):
+                part = slice(first, first + rows)
+                assert torch.equal(product(x[part]), alone[part]), (name, rows)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_any_number_of_threads(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

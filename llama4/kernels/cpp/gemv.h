@@ -37,14 +37,17 @@ constexpr long task_outputs = 32;  // rows of W of a task: read from memory once
 template <class F, int N>
 constexpr bool needs_prefetch = N > 1 || F::planes > 2;
 
-// Blocks that are multiplied at once. One, where a block is one product: a core that requests more lines than it can
-// wait for is slower.
+// Blocks that are multiplied at once, each to sums of its own. Like all that the order of a sum depends on, it does not
+// depend on how many rows of x there are, where registers suffice (not with AVX2): the result for a row is the same
+// bits, whatever stands beside it. One, where a block is one product: a core that requests more lines than it can wait
+// for is slower.
 template <class F, int N>
-constexpr int unrolled_blocks = N * F::planes == 1 ? 1 : std::min(4, std::max(1, vectors_in_registers / 2 / N));
+constexpr int unrolled_blocks =
+    F::planes == 1 && F::inputs == 64 / sizeof(*F::w) ? 1 : std::min(4, std::max(1, vectors_in_registers / 2 / N));
 
-// Blocks of a row, a multiple of 16, whose inputs stay in the nearest cache.
-template <class F, int N>
-constexpr long max_segment = std::max<long>(1024 / (N * F::planes * sizeof(typename F::Plane)), 1) * 16;
+// Blocks of a row, a multiple of 16, of which the inputs of four rows of x stay in the nearest cache.
+template <class F>
+constexpr long max_segment = std::max<long>(256 / (F::planes * sizeof(typename F::Plane)), 1) * 16;
 
 // Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what
 // lies `ahead` bytes behind.
@@ -70,55 +73,53 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
       }
 }
 
-// Blocks [from, until) of `count` <= 16 rows of W times N rows of x; the lanes of a result add up to the dot product.
-// Rows of W are read one after the other: several at once are read at half the rate. Nothing stands between two rows
-// that can stand before them: it would cost 10%.
+// Blocks [from, until) of `count` <= 16 rows of W times N rows of x, added to results, of which the lanes add up to the
+// dot product; a segment's are added up first. Rows of W are read one after the other: several at once are read at half
+// the rate. Nothing stands between two rows that can stand before them: it would cost 10%.
 template <class F, int N>
-__attribute__((noinline)) void dot_segments(const F f, long first, long count, long from, long until,
+__attribute__((noinline)) void dot_segments(const F f, long first, long count, long from, long until, long segment,
                                             const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
   constexpr int U = unrolled_blocks<F, N>;
-  for (long i = 0; i < count; i++) {
-    f32x16 sums[U][N] = {};
-    long block = from;
-    for (; block + U <= until; block += U) add_blocks<U, F, N>(f, first + i, block, x, ahead, sums);
-    for (; U > 1 && block < until; block++) add_blocks<1, F, N>(f, first + i, block, x, ahead, sums);
+  for (long i = 0; i < count; i++)
+    for (long block = from; block < until;) {
+      const long end = std::min(block + segment, until);
+      f32x16 sums[U][N] = {};
+      for (; block + U <= end; block += U) add_blocks<U, F, N>(f, first + i, block, x, ahead, sums);
+      for (; U > 1 && block < end; block++) add_blocks<1, F, N>(f, first + i, block, x, ahead, sums);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      f32x16 total = sums[0][n];
+      for (int n = 0; n < N; n++) {
+        f32x16 total = sums[0][n];
 #pragma GCC unroll 4
-      for (int u = 1; u < U; u++) total += sums[u][n];
-      results[n][i] = total;
+        for (int u = 1; u < U; u++) total += sums[u][n];
+        results[n][i] += total;
+      }
     }
-  }
 }
 
-// Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of x stays in the nearest
-// cache, forwards and backwards in turn, since the last segment is there already. What is prefetched is the next
-// segment of the same row, or the same segment 16 rows later; nothing is read behind the end of W.
+// Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of several rows of x
+// stays in the nearest cache. What is prefetched is the next segment of the same row, or the first one 16 rows later;
+// nothing is read behind the end of W.
 template <class F, int N, class Y>
 void gemv_outputs(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
                   const float* row_scales, Y* y) {
-  constexpr long rows = 16, longest = max_segment<F, N>, U = unrolled_blocks<F, N>;
+  constexpr long rows = 16, longest = max_segment<F>;
   const long blocks = f.I / F::inputs, segments = std::max((blocks + longest - 1) / longest, 1l);
-  const long segment = (blocks + segments * U - 1) / (segments * U) * U;
+  const long segment = (blocks + segments * 4 - 1) / (segments * 4) * 4;
   const long row_bytes = (const char*)f.at(1, 0) - (const char*)f.at(0, 0);
   const long segment_bytes = blocks ? segment * row_bytes / blocks : 0;
   for (long first = begin; first < end; first += rows) {
     const long count = std::min(end - first, rows);
-    const bool backwards = first / rows % 2;
-    f32x16 results[N][rows], more[N][rows];
-    for (long s = 0; s < segments; s++) {
-      const long from = (backwards ? segments - 1 - s : s) * segment, until = std::min(blocks, from + segment);
-      const long ahead = segments == 1       ? prefetch_bytes
-                         : s + 1 == segments ? rows * row_bytes
-                         : backwards         ? -segment_bytes
-                                             : segment_bytes;
-      dot_segments<F, N>(f, first, count, from, until, x, ahead, s ? more : results);
-      for (int n = 0; n < N && s; n++)
-        for (long i = 0; i < count; i++) results[n][i] += more[n][i];
+    f32x16 results[N][rows] = {};
+    if (N == 1 || segments == 1) {
+      dot_segments<F, N>(f, first, count, 0, blocks, segment, x, prefetch_bytes, results);
+    } else {
+      for (long s = 0; s < segments; s++) {
+        const long ahead = s + 1 < segments ? segment_bytes : rows * row_bytes - s * segment_bytes;
+        dot_segments<F, N>(f, first, count, s * segment, std::min(blocks, (s + 1) * segment), segment, x, ahead,
+                           results);
+      }
     }
     for (int n = 0; n < N; n++) {
-      for (long i = count; i < rows; i++) results[n][i] = f32x16{};
       f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
       for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
       Y* to = y + n * O + first;

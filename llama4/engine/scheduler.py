@@ -17,6 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -35,6 +36,7 @@ from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.kernels import threads
 from llama4.units import bytes_text
 
 BUDGET = 512
@@ -192,7 +194,8 @@ class Scheduler:
         try:
             session = self.runner.run([request.ids[-1] for request in requests], cache)
             greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
-            chosen = self._choose(requests, session.logits_BV, greedy)
+            with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
+                chosen = self._choose(requests, session.logits_BV, greedy)
         except Exception as error:
             self._fail(requests, error)
             return 0

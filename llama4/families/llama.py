@@ -74,7 +74,7 @@ class LlamaFamily(Family):
             "intermediate_size": text.intermediate_size_mlp,
             "rope_parameters": write_rope(text.rope_theta, scaling),
             "bos_token_id": text.bos_token_id,
-            "eos_token_id": list(text.eos_token_id),
+            "eos_token_id": list(text.eos_token_id) or None,
             "pad_token_id": text.pad_token_id,
             "dtype": config.dtype,
         }

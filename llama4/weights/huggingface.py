@@ -176,6 +176,8 @@ def _write_side_files(
     before = _configs(family.read_config(directory), side_files) if CONFIG_FILE in side_files else now
     if side_files.origin is not None:
         now[CONFIG_FILE] = now[CONFIG_FILE] | {ORIGIN_FIELD: dataclasses.asdict(side_files.origin)}
+    if tokenizer is not None and not config.text.eos_token_id and GENERATION_FILE not in side_files:
+        now[GENERATION_FILE]["eos_token_id"] = list(tokenizer.stop_ids)
     for name, content in now.items():
         raw = side_files.json(name)
         changed = updated(raw, before[name], content) if name in side_files and name in before else content

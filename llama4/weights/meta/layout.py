@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE, Llama4Config
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, Llama4Error
+from llama4.reading import read_json
+from llama4.text.sentencepiece import SentencePiece
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
 from llama4.weights.layout import CheckpointLayout, WriteOptions
+from llama4.weights.meta import llama
 from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
@@ -37,12 +42,12 @@ class MetaLayout(CheckpointLayout):
         return (directory / PARAMS_FILE).is_file() and not (directory / CONFIG_FILE).is_file()
 
     def read_config(self, directory: Path) -> Llama4Config:
-        return read_params(directory)
+        return _read_config(directory)
 
     def open(
         self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
     ) -> tuple[Llama4Config, Source]:
-        config = read_params(directory)
+        config = _read_config(directory)
         source = MetaSource(directory, config)
         if _NORM in source.names():  # params.json does not say the dtype
             config = dataclasses.replace(config, dtype=str(source.spec(_NORM).dtype).removeprefix("torch."))
@@ -60,15 +65,38 @@ class MetaLayout(CheckpointLayout):
             raise CheckpointError(
                 "the model is quantized, for which Meta's layout has no form; convert its bf16 original"
             )
-        params = params_from_config(config)
+        params = _PARAMS[config.family](config)
         if tokenizer is not None:
-            _check_tokenizer(tokenizer)
-            write_tokenizer_model(tokenizer, directory / "tokenizer.model")
+            if isinstance(tokenizer.model, SentencePiece):
+                _copy_model(tokenizer, directory)
+            else:
+                _check_tokenizer(tokenizer)
+                write_tokenizer_model(tokenizer, directory / "tokenizer.model")
         options.side_files.without(CONFIG_FILE).write(directory)
         if GENERATION_FILE not in options.side_files:  # which tokens end a reply; params.json cannot say it
             write_json(directory / GENERATION_FILE, generation_content(config, options.side_files))
         write_json(directory / PARAMS_FILE, params)
         write_ranks(source, config, directory, options.ranks, options.stamp, progress=options.progress)
+
+
+_PARAMS: dict[str, Callable[[Llama4Config], dict[str, Any]]] = {
+    "llama4": params_from_config,
+    "llama": llama.params_from_config,
+}
+"""What writes params.json, by family."""
+
+
+def _read_config(directory: Path) -> Llama4Config:
+    """That of Llama 4, or of Llama 1 to 3."""
+    path = directory / PARAMS_FILE
+    return llama.read_params(directory) if path.is_file() and _is_llama(path) else read_params(directory)
+
+
+def _is_llama(path: Path) -> bool:
+    try:
+        return llama.is_llama(read_json(path))
+    except Llama4Error:
+        return False  # who reads it says what is wrong
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -96,6 +124,18 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
             f"{name} is {i} in {tokenizer.path}, where Meta's layout has {fixed.get(name, 'no such token')}; "
             f"{len(moved)} special tokens have ids of their own, {keep}"
         )
+
+
+def _copy_model(tokenizer: Tokenizer, directory: Path) -> None:
+    """Raises:
+    CheckpointError: the tokenizer was read from another file, which does not say when pieces are merged.
+    """
+    path = tokenizer.path.with_name("tokenizer.model")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{tokenizer.path} is no tokenizer.model of sentencepiece, which Meta's layout has; put that beside it"
+        )
+    (directory / path.name).write_bytes(path.read_bytes())
 
 
 def write_tokenizer_model(tokenizer: Tokenizer, path: Path) -> None:

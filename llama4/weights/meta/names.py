@@ -5,11 +5,14 @@ A rank holds a slice of most tensors, under names and in shapes of its own. Read
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from llama4.config import Llama4Config
+from llama4.quantization.weight import Shape
+from llama4.text.vocabulary import LLAMA3_RANKS
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,45 @@ class Piece:
         return parameter.flatten(0, 1) if self.experts is not None else parameter
 
 
-def pieces(config: Llama4Config) -> dict[str, tuple[Piece, ...]]:
-    """Parameter -> its pieces, concatenated along the last dimension."""
+def pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None = None) -> dict[str, tuple[Piece, ...]]:
+    """Parameter -> its pieces, concatenated along the last dimension.
+
+    Args:
+        shapes: of the tensors in a rank's file, where there is one.
+    """
+    return _FAMILIES[config.family](config, shapes)
+
+
+def _llama_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> dict[str, tuple[Piece, ...]]:
+    """Of Llama 1 to 3.3. Ranks divide the embeddings by their width in Llama 1 and 2, by the vocabulary in Llama 3; a
+    model whose head is the embeddings need not have it."""
+    text, embeddings = config.text, "tok_embeddings.weight"
+    if shapes is not None and embeddings in shapes:
+        by_width = shapes[embeddings][-1] < text.hidden_size
+    else:
+        by_width = text.vocab_size < LLAMA3_RANKS
+    head = "output.weight" if shapes is None or "output.weight" in shapes else embeddings
+    table: dict[str, tuple[Piece, ...]] = {
+        "language_model.model.embed_tokens.weight": (Piece(embeddings, 1 if by_width else 0),),
+        "language_model.model.norm.weight": (Piece("norm.weight"),),
+        "language_model.lm_head.weight": (Piece(head, 1 if by_width and head == embeddings else 0),),
+    }
+    for i in range(text.num_hidden_layers):
+        ours, theirs = f"language_model.model.layers.{i}", f"layers.{i}"
+        joins = [
+            *((f"self_attn.{x}_proj", f"attention.w{x}", 0) for x in "qkv"),
+            ("self_attn.o_proj", "attention.wo", 1),
+            ("feed_forward.gate_proj", "feed_forward.w1", 0),
+            ("feed_forward.down_proj", "feed_forward.w2", 1),
+            ("feed_forward.up_proj", "feed_forward.w3", 0),
+            ("input_layernorm", "attention_norm", None),
+            ("post_attention_layernorm", "ffn_norm", None),
+        ]
+        table |= {f"{ours}.{name}.weight": (Piece(f"{theirs}.{key}.weight", join),) for name, key, join in joins}
+    return table
+
+
+def _llama4_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> dict[str, tuple[Piece, ...]]:
     text, vision = config.text, config.vision
     H, K, E = text.num_attention_heads, text.num_key_value_heads, text.num_local_experts
     table: dict[str, tuple[Piece, ...]] = {
@@ -113,3 +153,10 @@ def _vision_pieces(layers: int) -> dict[str, tuple[Piece, ...]]:
                 (f"{ours}.mlp.fc2.{kind}", f"{theirs}.mlp.c_proj.{kind}", 1 if kind == "weight" else None),
             ]
     return {ours: (Piece(theirs, join),) for ours, theirs, join in joins}
+
+
+_FAMILIES: dict[str, Callable[[Llama4Config, Mapping[str, Shape] | None], dict[str, tuple[Piece, ...]]]] = {
+    "llama4": _llama4_pieces,
+    "llama": _llama_pieces,
+}
+"""By `Llama4Config.family`."""

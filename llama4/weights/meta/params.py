@@ -98,13 +98,13 @@ def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -
     The window is not among Meta's fields: it is what we wrote as `max_position_embeddings`, else that of the released
     models: Scout's with scaled RoPE, Maverick's without.
     """
-    params = _read(_Params, section(params, "model", PARAMS_FILE) or params, PARAMS_FILE)
+    params = read_object(_Params, section(params, "model", PARAMS_FILE) or params, PARAMS_FILE)
     dim, layers, heads = params["dim"], params["n_layers"], params["n_heads"]
     moe, vision = (section(params, name, PARAMS_FILE) for name in ("moe_args", "vision_args"))
     if moe:
         if params.get("ffn_exp") is None:
             raise ConfigError(f"{PARAMS_FILE} has moe_args, but no ffn_exp; fetch the file again")
-        moe = _read(_MoeArgs, moe, f"{PARAMS_FILE} (moe_args)")
+        moe = read_object(_MoeArgs, moe, f"{PARAMS_FILE} (moe_args)")
         params = {**params, "moe_args": moe}
     scaled, interval = params.get("use_scaled_rope", False), params.get("nope_layer_interval")
     vocab_size = params.get("vocab_size", -1)
@@ -146,7 +146,7 @@ def config_from_params(params: Mapping[str, Any], first_special: int = 200000) -
     )
 
 
-def _read(cls: type, content: Mapping[str, Any], place: str) -> dict[str, Any]:
+def read_object(cls: type, content: Mapping[str, Any], place: str) -> dict[str, Any]:
     """An object, with values of the kinds that a class says. null stands for what is absent."""
     fields = read_fields(cls, {name: value for name, value in content.items() if value is not None}, place)
     if missing := [
@@ -158,9 +158,9 @@ def _read(cls: type, content: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _vision(args: Mapping[str, Any]) -> VisionConfig:
     place = f"{PARAMS_FILE} (vision_args)"
-    args = _read(_VisionArgs, args, place)
+    args = read_object(_VisionArgs, args, place)
     image, patch = (
-        _read(_Size, section(args, name, place), f"{place}: {name}") for name in ("image_size", "patch_size")
+        read_object(_Size, section(args, name, place), f"{place}: {name}") for name in ("image_size", "patch_size")
     )
     width = args["output_dim"]
     return VisionConfig(

@@ -47,11 +47,11 @@ class MetaSource:
     def __init__(self, directory: str | Path, config: Llama4Config) -> None:
         self.plan: QuantizationPlan = {}
         self.notes: Sequence[str] = ()
-        self._table = pieces(config)
         files = _rank_files(Path(directory))
         stamps = {path.name: _stamp(path) for path in files}
         check_stamps(Path(directory), stamps, next(iter(stamps.values())))
         self._ranks = [_read(path) for path in files]
+        self._table = pieces(config, {key: tuple(tensor.shape) for key, tensor in self._ranks[0].items()})
         self._scales = _read_scales(Path(directory), self._ranks, self._table)
         first = self._ranks[0]
         for i, rank in enumerate(self._ranks):

@@ -10,7 +10,7 @@ from llama4.cache.formats import QUANTIZED
 from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
 
-MODEL = {"help": "scout, maverick, guard4, behemoth, tiny, a directory or a Hub id"}
+MODEL = {"help": "scout, maverick, guard4, behemoth, llama-3.1-8b and the like, tiny, a directory or a Hub id"}
 DEVICES = ("h100", "h200", "b200", "cpu")
 
 

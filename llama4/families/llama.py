@@ -13,6 +13,7 @@ from llama4.config.rope import LONGER, longer_window, read_scaling, read_theta, 
 from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
 from llama4.families.base import Family
+from llama4.families.llama_presets import PRESETS
 from llama4.families.names import HalvesToPairs, NameTable
 from llama4.reading import read_json
 from llama4.text.chat_formats import CHAT_FORMATS
@@ -55,6 +56,7 @@ class LlamaFamily(Family):
     name = "llama"
     title = "Llama 1 to 3"
     model_types = tuple(_DEFAULTS)
+    presets = PRESETS
     vocabulary = LLAMA3
 
     def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:

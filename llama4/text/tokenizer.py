@@ -18,7 +18,7 @@ from llama4.files import replace_text, replaced_file
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.byte_level import RankedBytes
 from llama4.text.gguf_vocabulary import GGUF_SUFFIX, read_gguf, tokenizer_json
-from llama4.text.sentencepiece import is_sentencepiece, read_sentencepiece
+from llama4.text.sentencepiece import SentencePiece, is_sentencepiece, read_sentencepiece
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, LLAMA4, SENTENCEPIECE, Vocabulary
@@ -231,7 +231,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
         """Write the files that this one was read from, and what of `tokenizer.json` and `tokenizer_config.json` is not
-        among them, from which transformers builds the same tokenizer.
+        among them, from which transformers builds the same tokenizer. It reads SentencePiece's file itself.
 
         Args:
             directory: that of the model.
@@ -239,6 +239,7 @@ class Tokenizer:
         """
         directory, suffix = Path(directory), self.path.suffix.lower()
         is_json, is_gguf = suffix == ".json", suffix == GGUF_SUFFIX
+        is_pieces = isinstance(self.model, SentencePiece)
         beside = [] if is_gguf else [self.path.with_name(name) for name in CONFIG_FILES]
         if not is_gguf:
             _copy(self.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
@@ -249,13 +250,13 @@ class Tokenizer:
         if is_gguf:
             content = tokenizer_json(self.path, self.model, self.added_tokens)
             replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-        elif not is_json:
+        elif isinstance(self.model, RankedBytes) and not is_json:
             bos = self.config.names.get("bos_token", names["bos_token"])
             content = to_json(self.ranks, self.added_tokens, self.pattern, bos)
             replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
         if not any(path.name == TOKENIZER_CONFIG_FILE and path.is_file() for path in beside):
             config: dict[str, Any] = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
+                "tokenizer_class": "LlamaTokenizer" if is_pieces else "PreTrainedTokenizerFast",
                 **{role: name for role, name in {**names, **self.config.names}.items() if self._find(name) is not None},
                 "clean_up_tokenization_spaces": False,
             }

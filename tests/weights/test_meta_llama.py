@@ -56,7 +56,7 @@ def meta_names(model: LlamaForCausalLM) -> dict[str, Tensor]:
         module = ".".join(parts[2:])
         is_turned = module in ("self_attn.q_proj", "self_attn.k_proj")
         key = f"layers.{parts[1]}.{OURS[module]}.weight"
-        tensors[key] = in_pairs(tensor, model.config.head_dim) if is_turned else tensor
+        tensors[key] = in_pairs(tensor, tensor.shape[1] // 8) if is_turned else tensor
     return tensors
 
 
@@ -106,7 +106,7 @@ def test_llama2(ranks: int, tmp_path: Path) -> None:
 def test_llama3(ranks: int, tmp_path: Path) -> None:
     """Grouped heads and scaled RoPE; ranks divide the embeddings by the vocabulary."""
     size = small_model.RANKS + LLAMA3.num_special_tokens
-    params = {"dim": 96, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": size, "multiple_of": 256}
+    params: dict[str, Any] = {"dim": 96, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": size}
     params |= {"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
@@ -126,7 +126,14 @@ def test_llama3(ranks: int, tmp_path: Path) -> None:
 
 def test_released_configurations() -> None:
     """As Meta published them, with the shapes that transformers' configurations of the same models have."""
-    small = {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16}
+    small: dict[str, Any] = {
+        "dim": 2048,
+        "ffn_dim_multiplier": 1.5,
+        "multiple_of": 256,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "n_layers": 16,
+    }
     small |= {"norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 128256}
     text = config_from_params(small).text
     assert (text.intermediate_size_mlp, text.head_dim, text.max_position_embeddings) == (8192, 64, 131072)

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
-from llama4.families import PRESETS
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error, nearest
+from llama4.families import PRESETS
 from llama4.gguf import MAGIC
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout

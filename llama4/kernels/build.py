@@ -6,7 +6,8 @@
 
 `pip install` runs the last (CMakeLists.txt), before anything else is installed: it imports the standard library only. A
 checkout has its libraries in the user's cache, by the hash of the sources, so that all checkouts of the same sources
-share them. The compiler is `$CXX`, else c++, g++ or clang++, whichever is there; `$CXXFLAGS` come last.
+share them. The compiler is `$CXX`, else c++, g++ or clang++, whichever is there, else that of the package `ziglang`,
+which scripts/backend.py asks for where there is no other; `$CXXFLAGS` come last.
 `$LLAMA4_BUILD_LEVELS` names the levels where none is on the command line, "none" for none. Whatever fails is written to
 the manifest, beside what was built.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -36,14 +38,15 @@ MANIFEST = "manifest.json"
 LEVELS_VARIABLE = "LLAMA4_BUILD_LEVELS"
 
 COMPILERS = ("c++", "g++", "clang++")
+ZIG = [sys.executable, "-m", "ziglang", "c++"]
+GLIBC = "2.28"
+"""The oldest C library that what `ziglang` builds runs with: manylinux_2_28."""
 
 FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 """No vector is an argument of what a library exports, which -Wpsabi is about."""
-LINK = {"Darwin": ("-dynamiclib", "-undefined", "dynamic_lookup")}
-"""By system."""
 
 
 class Level(NamedTuple):
@@ -51,10 +54,12 @@ class Level(NamedTuple):
 
     Attributes:
         flags: what the compiler is told.
+        zig: what `ziglang` is told instead.
         features: what a CPU must have, in the words of Linux's /proc/cpuinfo.
     """
 
     flags: tuple[str, ...]
+    zig: str
     features: frozenset[str]
 
 
@@ -64,11 +69,13 @@ _AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512vbmi"}
 
 LEVELS: dict[str, dict[str, Level]] = {
     "x86_64": {
-        "avx2": Level(("-march=x86-64-v3",), _AVX2),
-        "avx512": Level(("-march=x86-64-v4",), _AVX512),
-        "avx512bf16": Level(("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"), _AVX512_BF16),
+        "avx2": Level(("-march=x86-64-v3",), "x86_64_v3", _AVX2),
+        "avx512": Level(("-march=x86-64-v4",), "x86_64_v4", _AVX512),
+        "avx512bf16": Level(
+            ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"), "x86_64_v4+avx512bf16+avx512vbmi", _AVX512_BF16
+        ),
     },
-    "aarch64": {"neon": Level((), frozenset({"asimd"}))},
+    "aarch64": {"neon": Level((), "generic", frozenset({"asimd"}))},
 }
 """Machine -> name -> level, the best last. Each is here because the sources are faster with it; they have nothing yet
 for VNNI, AMX, or NEON's dotprod, i8mm and bf16."""
@@ -115,7 +122,8 @@ def compiler() -> list[str] | None:
     """The command of a C++ compiler; None if there is none. scikit-build-core sets `$CXX` to what Python was compiled
     with, which need not be there."""
     commands = [os.environ.get("CXX", ""), *COMPILERS]
-    return next((found for found in map(shlex.split, commands) if found and shutil.which(found[0])), None)
+    found = next((found for found in map(shlex.split, commands) if found and shutil.which(found[0])), None)
+    return found or (ZIG if importlib.util.find_spec("ziglang") else None)
 
 
 def directory() -> Path:
@@ -146,7 +154,7 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
             except (OSError, subprocess.SubprocessError, IndexError) as error:
                 manifest["problems"][""] = f"the C++ compiler does not run: {_first_line(error)}"
                 names = ()
-            jobs = {name: pool.submit(_compile, [*command, *FLAGS], name, Path(work)) for name in names}
+            jobs = {name: pool.submit(_compile, command, name, Path(work)) for name in names}
             for name, job in jobs.items():
                 manifest["levels"].pop(name, None)
                 try:
@@ -175,10 +183,18 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     """A level's library, and the seconds that it took."""
     began = time.monotonic()
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
-    flags = [*LEVELS[machine()][name].flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)])
-    _run([*command, *LINK.get(platform.system(), ("-shared",)), str(objects), "-o", str(library)])
+    level = LEVELS[machine()][name]
+    flags = [*FLAGS, *(_zig_flags(level) if "ziglang" in command else level.flags)]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    environment = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), **os.environ}  # not in a user's home
+    _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)], environment)
+    _run([*command, *flags, "-shared", str(objects), "-o", str(library)], environment)
     return library, round(time.monotonic() - began)
+
+
+def _zig_flags(level: Level) -> list[str]:
+    target = ["-target", f"{machine()}-linux-gnu.{GLIBC}"] if platform.system() == "Linux" else []
+    return [*target, f"-mcpu={level.zig}"]
 
 
 def _move(path: Path, directory: Path) -> None:
@@ -188,8 +204,8 @@ def _move(path: Path, directory: Path) -> None:
     unfinished.replace(directory / path.name)
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if done.returncode:
         raise subprocess.SubprocessError(done.stderr.strip() or f"{command[0]} ended with {done.returncode}")
     return done.stdout

@@ -183,18 +183,13 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     """A level's library, and the seconds that it took."""
     began = time.monotonic()
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
-    level = LEVELS[machine()][name]
-    flags = [*FLAGS, *(_zig_flags(level) if "ziglang" in command else level.flags)]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    level, zig = LEVELS[machine()][name], "ziglang" in command
+    target = ["-target", f"{machine()}-linux-gnu.{GLIBC}"] if zig and platform.system() == "Linux" else []
+    flags = [*target, *([f"-mcpu={level.zig}"] if zig else level.flags), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     environment = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), **os.environ}  # not in a user's home
-    _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)], environment)
-    _run([*command, *flags, "-shared", str(objects), "-o", str(library)], environment)
+    _run([*command, *FLAGS, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)], environment)
+    _run([*command, *FLAGS, *target, "-shared", str(objects), "-o", str(library)], environment)
     return library, round(time.monotonic() - began)
-
-
-def _zig_flags(level: Level) -> list[str]:
-    target = ["-target", f"{machine()}-linux-gnu.{GLIBC}"] if platform.system() == "Linux" else []
-    return [*target, f"-mcpu={level.zig}"]
 
 
 def _move(path: Path, directory: Path) -> None:

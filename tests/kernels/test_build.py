@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -88,7 +89,7 @@ def test_a_checkout_has_its_libraries_in_the_cache(tmp_path: Path, monkeypatch: 
 def test_flags(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the level, and of the user."""
     monkeypatch.setenv("CXXFLAGS", "-g -DOWN='a b'")
-    build._compile([str(fake), *build.FLAGS], "avx512", tmp_path)
+    build._compile([str(fake)], "avx512", tmp_path)
     flags = (tmp_path / "avx512.o").read_text().splitlines()
     assert flags[len(build.FLAGS) : len(build.FLAGS) + 3] == ["-march=x86-64-v4", "-g", "-DOWN=a b"]
 
@@ -101,9 +102,46 @@ def test_the_compiler_that_is_named_or_else_another(
     monkeypatch.setenv("CXX", f"{fake} -v")
     assert build.compiler() == [str(fake), "-v"]
     monkeypatch.setenv("CXX", "clang++ -pthread")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert build.compiler() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert build.compiler() == [sys.executable, "-m", "ziglang", "c++"], "of PyPI's package, where there is no other"
     fake.rename(tmp_path / "g++")
     assert build.compiler() == ["g++"]
+
+
+@on_x86
+@pytest.mark.skipif(platform.system() != "Linux", reason="glibc")
+def test_flags_of_ziglang(fake: Path, tmp_path: Path) -> None:
+    """It names CPUs in its own way, and builds for an older C library than that of this machine."""
+    for level, name in (("avx2", "x86_64_v3"), ("avx512", "x86_64_v4")):
+        build._compile([str(fake), "ziglang"], level, tmp_path)
+        flags = (tmp_path / f"{level}.o").read_text().splitlines()
+        assert [flag for flag in flags if "x86" in flag] == ["x86_64-linux-gnu.2.28", f"-mcpu={name}"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scikit_build_core") is None, reason="scikit-build-core is not installed")
+@pytest.mark.parametrize("there", [True, False], ids=["a compiler", "none"])
+def test_pip_brings_a_compiler_where_there_is_none(there: bool, fake: Path) -> None:
+    """By the hook that pip asks for what a build requires."""
+    root = Path(build.__file__).parents[2]
+    script = """if True:
+        import sys
+        sys.modules["ziglang"] = None  # as where it is not installed
+        import backend
+        print(backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable())
+        """
+    tools = {tool: shutil.which(tool) for tool in ("cmake", "ninja")}
+    for tool, path in tools.items():
+        if path:
+            (fake.parent / tool).symlink_to(path)
+    environment = os.environ | {"PYTHONPATH": str(root / "scripts"), "PATH": str(fake.parent)}
+    if not there:
+        environment["CXX"] = "nowhere"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'ziglang>=0.17,<0.18'") == (0 if there else 2)
 
 
 @pytest.mark.parametrize("compiler", ["nowhere/c++", "false"])

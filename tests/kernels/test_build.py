@@ -147,7 +147,7 @@ def test_pip_brings_a_compiler_where_there_is_none(there: bool, fake: Path) -> N
 @pytest.mark.parametrize("compiler", ["nowhere/c++", "false"])
 def test_without_a_compiler_the_manifest_says_so(compiler: str, tmp_path: Path) -> None:
     """Run as `pip install` does: nothing of ours can be imported, and it does not fail."""
-    script = [sys.executable, "-I", str(Path(build.__file__)), "--to", str(tmp_path)]
+    script = [sys.executable, "-I", "-S", str(Path(build.__file__)), "--to", str(tmp_path)]
     environment = os.environ | {"CXX": shutil.which(compiler) or compiler, "PATH": "/nowhere"}
     environment.pop(build.LEVELS_VARIABLE, None)
     for optional, code in ((["--optional"], 0), ([], 1)):

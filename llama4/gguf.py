@@ -73,6 +73,8 @@ _TYPES = {
     40: TensorType("NVFP4", 64, 36),
 }
 
+TYPE_NUMBERS = {type_.name: number for number, type_ in _TYPES.items()}
+
 
 @dataclass(frozen=True)
 class GgufTensor:

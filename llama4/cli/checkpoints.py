@@ -17,7 +17,15 @@ def add_parsers(commands: Any) -> None:
     about = "Write a checkpoint in another layout; the bits of the weights do not change."
     convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
     _add_paths(convert)
-    convert.add_argument("--to", required=True, metavar="LAYOUT", help="hf: safetensors; meta: consolidated.NN.pth")
+    convert.add_argument(
+        "--to",
+        metavar="LAYOUT",
+        help="hf: safetensors; meta: consolidated.NN.pth; gguf: DST is a file (known by .gguf)",
+    )
+    convert.add_argument(
+        "--type", default="bf16", metavar="TYPE", help="of GGUF: f32, f16, bf16, q8_0, q4_0 (default: bf16)"
+    )
+    convert.add_argument("--for", dest="reader", choices=("llama.cpp",), help="refuse what it would compute otherwise")
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
     add_hub_options(convert)
     convert.set_defaults(run=run_convert, parser=convert)
@@ -48,10 +56,17 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 def run_convert(options: argparse.Namespace) -> int:
     from llama4.weights import hub
     from llama4.weights.checkpoint import WRITTEN
-    from llama4.weights.convert import convert
+    from llama4.weights.convert import convert, convert_to_gguf
 
+    if options.to is None and options.target.lower().endswith(".gguf"):
+        options.to = "gguf"
+    if options.to == "gguf":
+        source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
+        convert_to_gguf(source, options.target, options.type, for_llama_cpp=options.reader is not None)
+        print(f"{options.target}: GGUF, {options.type}", file=sys.stderr)
+        return 0
     if options.to not in WRITTEN:
-        options.parser.error(f"--to {options.to}: choose one of {', '.join(WRITTEN)}")
+        options.parser.error(f"--to {options.to}: choose one of {', '.join(WRITTEN)}, gguf")
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)

@@ -184,3 +184,41 @@ def tokenizer_json(path: Path, model: TokenModel, added: Sequence[AddedToken]) -
     content["pre_tokenizer"]["pretokenizers"] = [*splits, byte_level]
     content["added_tokens"] = [asdict(token) for token in added]
     return content
+
+
+def vocabulary_metadata(
+    path: Path, model: TokenModel, added: Sequence[AddedToken], roles: Mapping[str, int | None], size: int
+) -> dict[str, Any]:
+    """The keys of a tokenizer.
+
+    Args:
+        path: the file that it was read from. If that is GGUF, its keys stay.
+        roles: "bos", "eos" and "padding" -> id.
+        size: rows of the model's embedding; ids beyond the tokenizer's are unused tokens.
+
+    Raises:
+        Llama4Error: it splits text in a way that GGUF has no name for.
+    """
+    if path.suffix.lower() == GGUF_SUFFIX:
+        return {key: value for key, value in GgufFile.read(path).metadata.items() if key.startswith("tokenizer.")}
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [Kind.UNUSED] * size
+    keys: dict[str, Any] = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
+    if isinstance(model, SentencePiece):
+        scores = [-1000.0] * size
+        for i, piece in enumerate(model.pieces):
+            tokens[i], kinds[i], scores[i] = piece.text, piece.kind, piece.score
+        blank = model.normalizer.adds_blank
+        keys |= {"model": "llama", "pre": "default", "scores": np.array(scores, np.float32), "add_space_prefix": blank}
+    else:
+        names = {pattern: name for name, pattern in reversed(list(_BY_IDS.items()))}
+        if not isinstance(model, RankedBytes) or model.pattern not in names:
+            raise Llama4Error(f"{path} splits text in a way that GGUF has no name for; keep the model's layout")
+        content = to_json(model.ranks, (), model.pattern)["model"]
+        for token, i in content["vocab"].items():
+            tokens[i], kinds[i] = token, Kind.NORMAL
+        merges = [f"{left} {right}" for left, right in content["merges"]]
+        keys |= {"model": "gpt2", "pre": names[model.pattern], "merges": merges}
+    for token in added:
+        tokens[token.id], kinds[token.id] = token.content, Kind.CONTROL if token.special else Kind.USER_DEFINED
+    keys |= {"tokens": tokens, "token_type": np.array(kinds, np.int32), "add_bos_token": True}
+    return {f"{_KEY}.{key}": value for key, value in keys.items()}

@@ -18,6 +18,8 @@ from llama4.units import bytes_text
 from llama4.version import __version__
 from llama4.weights.checkpoint import WRITTEN, open_checkpoint, read_side_files
 from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
+from llama4.weights.gguf.files import is_gguf
+from llama4.weights.gguf.write import FILE_TYPES, differences, write_gguf
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.load import match_names
@@ -57,6 +59,37 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
         options = WriteOptions(side_files, target.resolve().name, ranks=ranks, progress=progress)
         WRITTEN[layout].write(weights, config, tokenizer, partial, options)
         verify(partial, weights, config, tokenizer, progress=progress)
+
+
+def convert_to_gguf(
+    source: str | Path, target: str | Path, type_: str = "bf16", *, for_llama_cpp: bool = False, progress: bool = True
+) -> None:
+    """Write a checkpoint as a GGUF file, which llama.cpp, Ollama, LM Studio and llamafile read, and its vision tower as
+    `mmproj-NAME` beside it. Both appear under their names when they are complete.
+
+    Args:
+        source: a directory in any layout, not quantized, or a GGUF file.
+        target: the file.
+        type_: of the weights, a key of `gguf.write.FILE_TYPES`; vectors and routers are in float32.
+        for_llama_cpp: refuse a model that llama.cpp would compute otherwise, instead of logging how.
+
+    Raises:
+        Llama4Error: an unknown type, or a model or tokenizer that GGUF has no form for.
+    """
+    source, target = Path(source), Path(target)
+    if type_ not in FILE_TYPES:
+        raise ArgumentError(f"type {type_!r} is not written; choose one of {', '.join(FILE_TYPES)}")
+    if not is_gguf(target):
+        raise ArgumentError(f"{target} is no name of a GGUF file; let it end in .gguf")
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another name, or remove it first")
+    config, weights, tokenizer = _open(source, dtype=torch.float32)
+    if others := differences(config):
+        about = f"llama.cpp will compute this model otherwise: {'; '.join(others)}"
+        if for_llama_cpp:
+            raise CheckpointError(f"{about}; leave out --for llama.cpp to write it all the same")
+        logger.warning("%s: %s", target, about)
+    write_gguf(weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress)
 
 
 def quantize(
@@ -147,9 +180,11 @@ def _check_other(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target} is the source itself; choose a new directory")
 
 
-def _open(source: Path, shards: HubShards | None = None) -> tuple[Llama4Config, Source, Tokenizer | None]:
-    """A complete checkpoint."""
-    config, weights = open_checkpoint(source, shards)
+def _open(
+    source: Path, shards: HubShards | None = None, dtype: torch.dtype | None = None
+) -> tuple[Llama4Config, Source, Tokenizer | None]:
+    """A complete checkpoint; what is dequantized is in this dtype, by default the checkpoint's own."""
+    config, weights = open_checkpoint(source, shards, dtype=dtype)
     for note in weights.notes:
         logger.warning("%s: %s", source, note)
     family = family_of(config)

@@ -210,7 +210,7 @@ def _fetch_gguf(
         )
     if origin is not None:
         with suppress(Llama4Error):  # without a network, with what is in the cache
-            beside = mmproj_of(name for name in _sizes(origin, file.parent, token) if "/" not in name)
+            beside = mmproj_of(file.name, (name for name in _sizes(origin, file.parent, token) if "/" not in name))
             if beside is not None:
                 with hub_errors(repository, revision), progress_bars(progress):
                     fetched(file.with_name(beside))

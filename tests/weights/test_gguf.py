@@ -155,6 +155,11 @@ def test_several_models(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds 2 models in GGUF; name one of them\n  missing: .*/a-Q4_K_M.gguf"):
         loaded(tmp_path)
     assert loaded(tmp_path / "a-Q8_0.gguf").config.vision is None
+    gguf_files.small_mmproj(tmp_path / "mmproj-a-Q8_0.gguf")
+    other = dict(gguf_files.tensors_of(small_model.model()))["mm.model.fc.weight"].new_zeros(7, 24)
+    gguf_files.write(tmp_path / "mmproj-BF16.gguf", {"general.architecture": "clip"}, {"mm.model.fc.weight": other})
+    assert loaded(tmp_path / "a-Q8_0.gguf").config.vision is not None
+    assert loaded(tmp_path / "a-Q4_K_M.gguf").config.vision is None  # another model's
 
 
 def test_a_vision_tower_elsewhere(directory: Path, tmp_path: Path) -> None:

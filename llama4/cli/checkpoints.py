@@ -58,15 +58,16 @@ def run_convert(options: argparse.Namespace) -> int:
     from llama4.weights.checkpoint import WRITTEN
     from llama4.weights.convert import convert, convert_to_gguf
 
-    if options.to is None and options.target.lower().endswith(".gguf"):
-        options.to = "gguf"
-    if options.to == "gguf":
+    is_file = options.target.lower().endswith(".gguf")
+    if options.to == "gguf" and not is_file:
+        options.parser.error(f"--to gguf makes a file; let {options.target} end in .gguf")
+    if options.to in (None, "gguf") and is_file:
         source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
         convert_to_gguf(source, options.target, options.type, for_llama_cpp=options.reader is not None)
         print(f"{options.target}: GGUF, {options.type}", file=sys.stderr)
         return 0
     if options.to not in WRITTEN:
-        options.parser.error(f"--to {options.to}: choose one of {', '.join(WRITTEN)}, gguf")
+        options.parser.error(f"--to {options.to or '?'}: choose one of {', '.join(WRITTEN)}, gguf")
     if options.to == "hf" and options.ranks != 1:
         options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)

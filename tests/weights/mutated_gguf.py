@@ -49,7 +49,7 @@ def run(path: Path, folder: Path, count: int, seed: int = 0) -> int:
             for name in source.names():
                 source.read(name).sum()
             Tokenizer(file).encode("ab é")
-        except Llama4Error:
+        except (Llama4Error, FileNotFoundError):  # the latter where it has no vocabulary
             refused += 1
     return refused
 

@@ -14,6 +14,8 @@ import pytest
 
 from llama4.bench.__main__ import BENCHES
 from llama4.cli.main import main
+from tests.faults import __main__ as faults
+from tests.faults import limits
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -38,6 +40,17 @@ def test_pages_and_picture_show_the_results(figures: ModuleType) -> None:
     assert figures.bars.draw(results["small"]["report"]) == figures.PICTURE.read_text(encoding="utf-8")
     assert set(found) == {"speed", "faults", *results}, "every run is shown"
     assert len(found) == len(set(found)), "once"
+
+
+def test_nothing_that_was_tried_fails(figures: ModuleType) -> None:
+    """And all cases of today are on the page."""
+    groups = json.loads(figures.FAULTS.read_text(encoding="utf-8"))
+    counts = {name: group["after"]["counts"] for name, group in groups.items()}
+    assert not {kind: failed for group in counts.values() for kind, (_, failed) in group.items() if failed}
+    assert set(counts["limits"]) == set(limits.CASES)
+    assert set(counts["tests"]) <= set(faults.TESTS)
+    assert sum(tried for tried, _ in counts["writers"].values()) > 5000
+    assert len(counts["damage"]) > 25
 
 
 def test_results_are_of_the_commands(measure: ModuleType, figures: ModuleType) -> None:

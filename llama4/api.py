@@ -30,7 +30,7 @@ from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import swap_modules
-from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.schemes import CALIBRATED, SCHEMES
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
@@ -621,6 +621,11 @@ def _check_arguments(
     quantization: str | None, experts_device: str | torch.device | None, experts_memory: int | str | None
 ) -> None:
     """What can be known to be wrong before anything is fetched."""
+    if quantization in CALIBRATED:
+        raise ArgumentError(
+            f"quantization={quantization!r} takes texts, and is done once: `llama4 quantize SRC DST --scheme "
+            f"{quantization} --calibration FILE`; load what it writes"
+        )
     if quantization is not None and quantization not in SCHEMES:
         raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
     if experts_memory is not None and experts_device is None:

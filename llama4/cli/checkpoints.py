@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llama4.cli.options import add_hub_options
-from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.schemes import CALIBRATED, SCHEMES
 from llama4.units import bytes_text
+
+MAX_TEXT_BYTES = 1 << 30
+"""Of a file with texts for calibration."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -41,7 +44,8 @@ def add_parsers(commands: Any) -> None:
     about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
     _add_paths(quantize)
-    quantize.add_argument("--scheme", required=True, choices=SCHEMES, help="which weights, and how")
+    quantize.add_argument("--scheme", required=True, choices=[*SCHEMES, *CALIBRATED], help="which weights, and how")
+    quantize.add_argument("--calibration", metavar="FILE", help="texts to calibrate gptq with")
     quantize.add_argument("--head", action="store_true", help="also the output head")
     quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     add_hub_options(quantize)
@@ -92,18 +96,40 @@ def run_merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _read_text(path: str) -> str:
+    """Raises:
+    ArgumentError: a file that is not there, or is no text.
+    """
+    from llama4.errors import ArgumentError
+    from llama4.reading import read_bytes
+
+    try:
+        return read_bytes(Path(path), MAX_TEXT_BYTES).decode()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is no text in UTF-8 ({error}); give one that is") from None
+
+
 def run_quantize(options: argparse.Namespace) -> int:
     from llama4.weights import hub
     from llama4.weights.convert import quantize
 
     if not options.shard_gb > 0:
         options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
-    source, shards = hub.locate(options.source, revision=options.revision, subfolder=options.subfolder)
+    if (options.scheme in CALIBRATED) != (options.calibration is not None):
+        options.parser.error(f"--calibration FILE goes with --scheme {' or '.join(CALIBRATED)}, and with no other")
+    place = {"revision": options.revision, "subfolder": options.subfolder}
+    if options.calibration is None:
+        texts, (source, shards) = None, hub.locate(options.source, **place)
+    else:
+        texts, source, shards = _read_text(options.calibration), hub.resolve(options.source, **place), None
     quantize(
         source,
         options.target,
         options.scheme,
         head=options.head,
+        calibration=texts,
         shards=shards,
         max_shard_bytes=int(options.shard_gb * 1e9),
         say=partial(print, file=sys.stderr),

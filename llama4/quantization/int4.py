@@ -96,8 +96,11 @@ class Int4(WeightFormat):
         return some
 
 
-def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantized values [..., g] from -8 to 7, int8, and scales [..., 1] with the least squared error among `RANGES`.
+def quantize_groups(
+    groups: Tensor, scale_dtype: torch.dtype, importance: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Quantized values [..., g] from -8 to 7, int8, and scales [..., 1] with the least squared error among `RANGES`,
+    times the importance of each number, [..., g].
 
     Each candidate range gives a scale, which is then refitted to its quantized values by least squares; errors are
     those after rounding the scale to its dtype. As there is one value more below zero than above, the largest weight
@@ -111,10 +114,13 @@ def quantize_groups(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, T
         scale = not_zero((largest * (part_of_largest / -8)).to(scale_dtype).float())
         for _ in range(2):
             values = (groups / scale).round_().clamp_(-8, 7)
-            error = (values * scale).sub_(groups).square_().sum(-1, keepdim=True)
+            error = (values * scale).sub_(groups).square_().mul_(importance).sum(-1, keepdim=True)
             better = error < best_error
             best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-            fitted = (values * groups).sum(-1, keepdim=True) / values.square_().sum(-1, keepdim=True).clamp_(min=1e-9)
+            weighted = values * importance
+            fitted = (weighted * groups).sum(-1, keepdim=True) / weighted.mul_(values).sum(-1, keepdim=True).clamp_(
+                min=1e-9
+            )
             scale = not_zero(fitted.to(scale_dtype).float())
     return (groups / best_scale).round_().clamp_(-8, 7).to(torch.int8), best_scale.to(scale_dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["SCHEMES", "Scheme"]
+__all__ = ["CALIBRATED", "SCHEMES", "Scheme"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,6 @@ SCHEMES: dict[str, Scheme] = {
     "fp8_mixed": Scheme("fp8", ("experts",), ends=False),
 }
 """The mixed ones are Meta's own choices for Llama 4."""
+
+CALIBRATED: dict[str, str] = {"gptq": "int4"}
+"""What `llama4 quantize` alone can do, with texts for calibration -> the scheme that has the same format."""

@@ -12,12 +12,15 @@ import torch
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
 from llama4.families import family_of
+from llama4.quantization.int4 import Int4
 from llama4.quantization.modules import swap_modules
+from llama4.quantization.schemes import CALIBRATED
 from llama4.text.tokenizer import Tokenizer
 from llama4.units import bytes_text
 from llama4.version import __version__
+from llama4.weights.calibrating import calibrated, read_texts
 from llama4.weights.checkpoint import WRITTEN, open_checkpoint, read_side_files
-from llama4.weights.directory import DOWNLOADS, complete_directory, work_of
+from llama4.weights.directory import DOWNLOADS, STEPS, complete_directory, work_of
 from llama4.weights.gguf.files import is_gguf
 from llama4.weights.gguf.write import FILE_TYPES, differences, write_gguf
 from llama4.weights.hub_shards import HubShards
@@ -98,6 +101,7 @@ def quantize(
     scheme: str,
     *,
     head: bool = False,
+    calibration: str | None = None,
     shards: HubShards | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
@@ -111,8 +115,10 @@ def quantize(
     Args:
         source: a directory in any layout, not quantized.
         target: appears complete, under its name, when all is done; it must not hold anything yet.
-        scheme: a key of `llama4.quantization.schemes.SCHEMES`.
+        scheme: a key of `llama4.quantization.schemes.SCHEMES`, or of its `CALIBRATED`.
         head: quantize the head, too.
+        calibration: texts, for the schemes that take them; see `calibrating`. Interrupted, these continue after the
+            last complete layer.
         shards: the source's weights, if they are on the Hub (see `hub.locate`). They are fetched file by file, and
             deleted when they have been read, so that the disk needs one of them beyond the result.
         max_shard_bytes: more than this and the weights are split.
@@ -125,19 +131,29 @@ def quantize(
     """
     source, target = Path(source), Path(target)
     _check_other(source, target)
+    if (scheme in CALIBRATED) != (calibration is not None):
+        raise ArgumentError(f"texts for calibration go with the schemes {', '.join(CALIBRATED)}, and with no others")
+    assert shards is None or calibration is None, "layers are read more than once"
     if shards is None:
         files = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.is_file())
         of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     else:
         of = [[shards.origin.repo_id, shards.origin.commit, str(shards.folder)]]
-    stamp = stamp_for({"llama4": __version__, "scheme": [scheme, head, max_shard_bytes], "source": of})
+    how = [scheme, head, max_shard_bytes, *([calibration] if calibration is not None else [])]
+    stamp = stamp_for({"llama4": __version__, "scheme": how, "source": of})
 
     def is_done(path: Path) -> bool:
         return path.suffix == ".safetensors" and stamp_of(path) == stamp
 
     with complete_directory(target, must_be_free=True, older=_FILES, keep=is_done) as partial:
         config, weights, tokenizer = _open(source, shards)
-        weights = quantized(weights, scheme, head=head, parts=family_of(config).quantizable)
+        plain = quantized(weights, CALIBRATED.get(scheme, scheme), head=head, parts=family_of(config).quantizable)
+        if calibration is not None:
+            texts, folder = read_texts(calibration, tokenizer, config), work_of(target) / STEPS
+            plan = {name: format for name, format in plain.plan.items() if isinstance(format, Int4)}
+            weights = calibrated(weights, config, plan, texts, folder, stamp, say=say, progress=progress)
+        else:
+            weights = plain
         if shards is not None:
             _check_room(shards, weights, target, say)
             shards.downloads = work_of(target) / DOWNLOADS

@@ -18,6 +18,8 @@ from llama4.weights.workplace import clear, workplace
 
 DOWNLOADS = "downloads"
 """Folder beside the temporary directory for files that are needed on the way; it is not part of the result."""
+STEPS = "steps"
+"""Folder beside it for what is computed before there is a file of the result; kept as these are."""
 INSIDE = ".llama4-partial"
 """Folder to work in, in a directory beside which nothing can be written."""
 _CONTENT = "content"
@@ -68,9 +70,9 @@ def complete_directory(
                 _publish(content, target, older)
                 done = True
             finally:
-                if done or keep is None or not (content.is_dir() and any(content.iterdir())):
-                    shutil.rmtree(content, ignore_errors=True)
-                    shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
+                if done or keep is None or not any(map(_has_files, (content, work / STEPS))):
+                    for folder in (content, work / DOWNLOADS, work / STEPS):
+                        shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         about = f"{error.strerror or error}"
         if error.filename is not None and Path(os.fsdecode(error.filename)) != target:
@@ -149,6 +151,11 @@ def _begin(content: Path, keep: Callable[[Path], bool] | None) -> None:
             clear(path)
     if keep is None:
         clear(content.with_name(DOWNLOADS))
+        clear(content.with_name(STEPS))
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _publish(content: Path, target: Path, older: Collection[str]) -> None:

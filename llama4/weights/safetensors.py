@@ -235,13 +235,13 @@ def write_safetensors(
         (directory / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], stamp: str | None = None) -> None:
     """Write one file, see `replaced_file`.
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
-    _save_shard(Tensors(tensors), list(tensors), path, None, Bar("writing", shown=False))
+    _save_shard(Tensors(tensors), list(tensors), path, stamp, Bar("writing", shown=False))
 
 
 def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:

@@ -123,7 +123,7 @@ def calibrated(
             formats = {name.removeprefix(prefix): plan[name] for name in plan if name.startswith(prefix)}
             path = folder / f"layer-{i:05d}.safetensors"
             with bar.step(1):
-                if stamp_of(path) != stamp:
+                if not path.is_file() or stamp_of(path) != stamp:
                     load(layer, _below(source, prefix))
                     parts, without = _quantize(layer, formats, lambda: _forward(layer, config, hidden))  # noqa: B023
                     few += without

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import tokenizers
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
@@ -123,7 +122,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(path: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+def train(path: Path, **options: Any) -> Any:
+    """A model of sentencepiece, of the extra `test`, and its processor."""
+    sentencepiece: Any = pytest.importorskip("sentencepiece")
     usual = {"vocab_size": 700, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
     usual |= {"remove_extra_whitespaces": False, "character_coverage": 0.99, "allow_whitespace_only_pieces": True}
     written = io.BytesIO()

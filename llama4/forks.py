@@ -1,7 +1,7 @@
 """Processes that are forked from one that has computed.
 
-The threads of OpenMP, which torch and the CPU kernels compute with, do not survive a fork: the child waits for them for
-ever. GNU's OpenMP cannot be told to make new ones, so the child computes with one thread.
+The threads of OpenMP, which torch computes with, do not survive a fork: the child waits for them for ever. GNU's OpenMP
+cannot be told to make new ones, so the child computes with one thread. (The CPU kernels' own threads are made anew.)
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_we_compute_what_peft_writes(llm: Llama4, directory: Path, tmp_path: Pat
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     adapter = load_adapter(tmp_path / "adapter", llm.model)
     assert len(adapter.names) == 4 * (2 + 3 + 2)
     adapter.attach(llm.model)
@@ -86,7 +86,7 @@ def test_peft_around_our_model_writes_what_it_writes_around_transformers(
 
     config = PeftConfig(r=2, target_modules=["q_proj", "fc1"], target_parameters=STACKS)
     for name, base in {"theirs": theirs(directory), "ours": llm.model}.items():
-        get_peft_model(base, config).save_pretrained(tmp_path / name)
+        get_peft_model(base, config).save_pretrained(str(tmp_path / name))
     found, wanted = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "theirs"))
     assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in wanted.items()}
 

@@ -44,7 +44,7 @@ def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
     config = PeftConfig(r=4, lora_alpha=8, target_modules=linears, target_parameters=STACKS)
     torch.manual_seed(0)
     model = get_peft_model(theirs(directory), config)
-    model.save_pretrained(tmp_path / "start")
+    model.save_pretrained(str(tmp_path / "start"))
     adapter = load_adapter(tmp_path / "start", run.llm.model).requires_grad_(True)
     assert set(adapter.names) == set(run.adapter.names) if run.adapter else False
     run.adapter, run.trained = adapter, dict(adapter.named_parameters())

@@ -29,6 +29,11 @@ def chunk_end(position: int, window: int | None) -> int | None:
     return None if window is None else position - position % window + window
 
 
+def ends_chunk(num_tokens: int, window: int | None) -> bool:
+    """Whether a sequence of so many tokens, counted from position 0, ends with a chunk."""
+    return window is not None and num_tokens % window == 0
+
+
 def chunk_offset(position: Position, window: int | None) -> Position:
     """Where in its chunk a position is, counted from 0; an integer or a tensor of them."""
     return position if window is None else position % window

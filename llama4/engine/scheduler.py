@@ -28,7 +28,7 @@ from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import chunk_end
+from llama4.config.window import chunk_end, ends_chunk
 from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Request
@@ -331,7 +331,7 @@ class Scheduler:
             for i in range(request.entered, request.computed // CACHE_BLOCK):
                 self.index.add(request.key(i - 1), request.key(i), cache.full_block(row, i))
             request.entered = request.computed // CACHE_BLOCK
-        if any(request.computed % window == 0 for window in set(cache.windows) if window is not None):
+        if any(ends_chunk(request.computed, window) for window in set(cache.windows)):
             cache.drop_chunks(row)
 
     def _choose(

@@ -124,12 +124,9 @@ def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
     `only_matches`.
 
     Raises:
-        Llama4Error: no regular expression.
+        regex.error: no regular expression.
     """
-    try:
-        compiled = regex.compile(pattern)
-    except regex.error as error:
-        raise Llama4Error(f"{pattern!r:.80} is no regular expression: {error}") from None
+    compiled = regex.compile(pattern)
 
     def split(text: str) -> Iterator[str]:
         at = 0

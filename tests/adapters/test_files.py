@@ -19,6 +19,8 @@ from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Err
 from tests import small_model
 from tests.adapters.test_lora import IDS, logits, random_adapter
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+
 STACKS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
 CONFIG = LoraConfig(rank=3, alpha=6.0, ranks={"experts": 2}, targets=("attention", "experts", "shared", "projector"))
 

@@ -124,7 +124,7 @@ def test_flags_of_ziglang(fake: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", [True, False], ids=["a compiler", "none"])
 def test_pip_brings_a_compiler_where_there_is_none(there: bool, fake: Path) -> None:
     """By the hook that pip asks for what a build requires."""
-    root = Path(build.__file__).parents[2]
+    root = Path(__file__).parents[2]
     script = """if True:
         import sys
         sys.modules["ziglang"] = None  # as where it is not installed

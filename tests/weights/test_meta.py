@@ -584,8 +584,8 @@ class TestSelfCheck:
         def wrong(config: Llama4Config) -> dict[str, Any]:
             return params_from_config(config) | {"rope_theta": 10000.0}
 
-        monkeypatch.setattr(meta_layout, "params_from_config", wrong)
-        self.refuses(hf, "meta", "other logits")
+        monkeypatch.setitem(meta_layout._PARAMS, "llama4", wrong)
+        self.refuses(hf, "meta", "logits are others")
 
 
 class Perturbed(View):

@@ -13,7 +13,6 @@ from functools import lru_cache
 import regex
 import tiktoken
 
-from llama4.errors import Llama4Error
 from llama4.text.pairs import merge_pairs
 
 # In o200k's pattern the lookahead `\s+(?!\S)` backtracks over blanks, and the regex engine fails at a million of them.

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama4.errors import CheckpointError, Llama4Error
-from llama4.reading import MAX_GGUF_COUNT, MAX_GGUF_HEADER_BYTES, check_regular
+from llama4.errors import CheckpointError, ConfigError, Llama4Error
+from llama4.reading import MAX_GGUF_COUNT, MAX_GGUF_HEADER_BYTES, MAX_INT, check_regular
 from llama4.units import bytes_text
 
 MAGIC = b"GGUF"
@@ -125,6 +125,84 @@ class GgufFile:
         except (Llama4Error, struct.error, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}; fetch it again") from None
         return cls(path, metadata, tensors)
+
+    def keys(self, prefix: str) -> Keys:
+        """The metadata whose keys begin so, to be read with checks: its values are of whatever type the file says."""
+        return Keys(self.metadata, prefix, str(self.path))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The metadata of a file, by keys behind the architecture's name, with checks of what is read.
+
+    Attributes:
+        prefix: what keys begin with.
+        place: the file, for errors.
+    """
+
+    metadata: Mapping[str, Any]
+    prefix: str
+    place: str
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.prefix}.{key}" in self.metadata
+
+    def integer(self, key: str, default: int | None = None, limit: int = MAX_INT) -> int:
+        """A whole number from 0 on; of a list, one for each layer, the one that all are.
+
+        Raises:
+            ConfigError: it is missing, or something else.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if value is None:
+            raise ConfigError(f"{self.place} lacks {self.prefix}.{key}; fetch the file again")
+        if isinstance(value, np.ndarray):
+            if len({*value.tolist()}) != 1:
+                raise ConfigError(
+                    f"{self.place}: {self.prefix}.{key} differs by layer, which this library does not run"
+                )
+            value = value[0].item()
+        if type(value) is not int or not 0 <= value <= limit:
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be 0 to {limit:,}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number; one that was rounded to float32 is the shortest that rounds so.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a number")
+        return float(str(np.float32(value)))
+
+    def text(self, key: str, default: str) -> str:
+        """Raises:
+        ConfigError: it is no text.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a text")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Raises:
+        ConfigError: it is neither a boolean nor 0 or 1.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be true or false")
+        return bool(value)
+
+    def texts(self, key: str) -> list[str]:
+        """Raises:
+        ConfigError: it is no list of texts.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", [])
+        if not isinstance(value, list):
+            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a list of texts")
+        return value
 
 
 class _Head:

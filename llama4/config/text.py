@@ -93,7 +93,7 @@ class TextConfig:
 
     def _check(self) -> None:
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-        positive += ["head_dim", "max_position_embeddings"]
+        positive += ["head_dim", "max_position_embeddings", "floor_scale"]
         if self.moe_layers:
             positive += ["intermediate_size", "num_experts_per_tok"]
         if len(self.moe_layers or ()) < self.num_hidden_layers:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama4.errors import Llama4Error
-from llama4.gguf import GgufFile
+from llama4.gguf import GgufFile, Keys
 from llama4.text.added_tokens import AddedToken
 from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, by_pattern
 from llama4.text.sentencepiece import Kind, Normalizer, Piece, SentencePiece
@@ -55,9 +55,9 @@ def read_gguf(path: Path, controls: Collection[str]) -> tuple[TokenModel, list[A
         FileNotFoundError: there is no vocabulary.
         Llama4Error: it is of another kind, or damaged.
     """
-    metadata = GgufFile.read(path).metadata
-    kind = metadata.get(f"{_KEY}.model")
-    if kind is None:
+    file = GgufFile.read(path)
+    metadata, kind = file.metadata, file.keys(_KEY).text("model", "")
+    if not kind:
         raise FileNotFoundError(f"{path} has no {_KEY}.model, and so no vocabulary; give a file that has one")
     if kind not in ("gpt2", "llama"):
         raise Llama4Error(f"{path} has a vocabulary of kind {kind!r:.80}; 'gpt2' and 'llama' are read")
@@ -113,11 +113,11 @@ def _pre(metadata: Mapping[str, Any], path: Path) -> str:
     Raises:
         Llama4Error: in a way that is not known.
     """
-    pre = metadata.get(f"{_KEY}.pre", "default")
+    pre = Keys(metadata, _KEY, str(path)).text("pre", "default")
     if pre not in _BY_IDS and pre not in _BY_MERGES:
         known = ", ".join((*_BY_IDS, *_BY_MERGES))
         raise Llama4Error(f"{path} splits text as {pre!r:.80} does, which is not known; known are {known}")
-    return str(pre)
+    return pre
 
 
 def _ranks(tokens: Mapping[int, str], path: Path) -> dict[bytes, int]:

@@ -33,7 +33,9 @@ def text(value: str) -> bytes:
 
 
 def value(content: Any) -> bytes:
-    """With the type of the value before it."""
+    """With the type of the value before it; bytes are that already."""
+    if isinstance(content, bytes):
+        return content
     if isinstance(content, bool):
         return struct.pack("<I?", 7, content)
     if isinstance(content, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"general.alignment": 3}, "general.alignment is 3, which should be a power of two"),
         ({"tokenizer.ggml.pre": "other"}, "splits text as 'other' does, which is not known"),
         ({"tokenizer.ggml.model": "t5"}, "a vocabulary of kind 't5'"),
+        ({"llama4.rope.freq_base": 0.0}, "llama4.rope.freq_base is 0.0, which must be above 0"),
+        ({"llama4.attention.temperature_floor": 0}, "floor_scale must be at least 1, not 0"),
+        ({"llama4.attention.no_rope_layers": np.array([2, 1, 1, 0], np.int32)}, "must have 0 or 1 for each of 4"),
+        *(
+            ({key: np.array(content, np.int32)}, rf"a\.gguf.* {re.escape(key)} is .*, which should be ")
+            for key in ("general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.model")
+            for content in ([], [1, 2])
+        ),
+        ({"llama4.attention.qk_norm": np.array([1], np.int32)}, "qk_norm is .*, which should be true or false"),
+        ({"split.count": np.array([], np.int32)}, "split.count differs by layer"),
+        ({"tokenizer.chat_templates": 5}, "tokenizer.chat_templates is 5, which should be a list of texts"),
         ({"tokenizer.ggml.bos_token_id": 5000}, "bos_token_id is 5000, and there are 1024 tokens"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

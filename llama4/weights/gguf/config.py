@@ -7,8 +7,7 @@ QK-norm) is as llama.cpp sets it (src/models/llama4.cpp), unless keys of our own
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ import numpy as np
 from llama4.config import Llama4Config, TextConfig
 from llama4.config.rope import RopeScaling
 from llama4.errors import ConfigError
-from llama4.gguf import GgufFile
-from llama4.reading import LIMITS, MAX_INT
+from llama4.gguf import GgufFile, Keys
+from llama4.reading import LIMITS
 from llama4.text.sentencepiece import Kind
 from llama4.vision.config import VisionConfig
-from llama4.weights.gguf.files import ARCHITECTURE, FLOATS, GgufModel, GgufTensors
+from llama4.weights.gguf.files import FLOATS, GgufModel, GgufTensors, architecture_of
 from llama4.weights.gguf.names import ROPE_DIVISORS
 
 OWN = {
@@ -47,62 +46,6 @@ _ENDS = (
 """Names of control tokens that end a reply even where no key says so, as in llama.cpp."""
 
 
-@dataclass(frozen=True)
-class Keys:
-    """The metadata of a file, by keys behind the architecture's name, with checks of what is read.
-
-    Attributes:
-        prefix: what keys begin with.
-        place: the file, for errors.
-    """
-
-    metadata: Mapping[str, Any]
-    prefix: str
-    place: str
-
-    def __contains__(self, key: str) -> bool:
-        return f"{self.prefix}.{key}" in self.metadata
-
-    def integer(self, key: str, default: int | None = None, limit: int = MAX_INT) -> int:
-        """A whole number from 0 on; of a list, one for each layer, the one that all are.
-
-        Raises:
-            ConfigError: it is missing, or something else.
-        """
-        value = self.metadata.get(f"{self.prefix}.{key}", default)
-        if value is None:
-            raise ConfigError(f"{self.place} lacks {self.prefix}.{key}; fetch the file again")
-        if isinstance(value, np.ndarray):
-            if len({*value.tolist()}) != 1:
-                raise ConfigError(
-                    f"{self.place}: {self.prefix}.{key} differs by layer, which this library does not run"
-                )
-            value = value[0].item()
-        if type(value) is not int or not 0 <= value <= limit:
-            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be 0 to {limit:,}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number; one that was rounded to float32 is the shortest that rounds so.
-
-        Raises:
-            ConfigError: it is something else.
-        """
-        value = self.metadata.get(f"{self.prefix}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a number")
-        return float(str(np.float32(value)))
-
-    def text(self, key: str, default: str) -> str:
-        """Raises:
-        ConfigError: it is no text.
-        """
-        value = self.metadata.get(f"{self.prefix}.{key}", default)
-        if not isinstance(value, str):
-            raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be a text")
-        return value
-
-
 def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
     """The configuration of a model.
 
@@ -112,14 +55,14 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
     Raises:
         ConfigError: an architecture that is not run, or a value that cannot be.
     """
-    place, metadata = str(model.path), model.metadata
-    architecture = metadata.get(ARCHITECTURE)
+    place, file = str(model.path), model.files[0]
+    architecture = architecture_of(file)
     if architecture not in ARCHITECTURES:
         raise ConfigError(
             f"{place} holds a model of architecture {architecture!r:.80}; this library runs "
             f"{' and '.join(map(repr, ARCHITECTURES))}, and llama.cpp all others"
         )
-    keys = Keys(metadata, architecture, place)
+    keys = file.keys(architecture)
     if scaled := [f"{architecture}.{key}" for key in _SCALED if key in keys]:
         raise ConfigError(f"{place} has {', '.join(scaled)}, which this library does not compute; run it by llama.cpp")
     names = set(tensors.names())
@@ -128,7 +71,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
     vocabulary, width = (*tensors.tensor("token_embd.weight").shape, 0)[:2]
     heads = max(keys.integer("attention.head_count", limit=LIMITS["num_attention_heads"]), 1)
     head_dim = keys.integer("attention.key_length", width // heads)
-    tokens = Keys(metadata, "tokenizer.ggml", place)
+    tokens = file.keys("tokenizer.ggml")
     fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -139,7 +82,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         "intermediate_size_mlp": keys.integer("feed_forward_length"),
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-5),
-        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "rope_theta": _theta(keys),
         "rope_scaling": _rope_scaling(keys, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
@@ -157,7 +100,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         raise ConfigError(f"{place}: {error}") from None
     images: dict[str, Any] = {"image_token_index": -1}
     if model.mmproj is not None:
-        known = metadata.get("tokenizer.ggml.tokens") or []
+        known = tokens.texts("tokens")
         images = {field: known.index(name) for field, name in _IMAGE_TOKENS.items() if name in known}
     vision = read_vision(model.mmproj) if model.mmproj is not None else None
     return Llama4Config(text, vision, dtype=_dtype(tensors), family=architecture, **images)
@@ -188,8 +131,9 @@ def _llama4(keys: Keys, layers: int) -> dict[str, Any]:
     scale = keys.number(OWN["temperature"], 0.1)
     chunk = keys.integer(OWN["chunk"], 8192)
     no_rope = keys.metadata.get(f"{keys.prefix}.{OWN['nope']}")
-    if no_rope is not None and (not isinstance(no_rope, np.ndarray) or len(no_rope) != layers):
-        raise ConfigError(f"{keys.prefix}.{OWN['nope']} must have a number for each of {layers} layers")
+    is_list = isinstance(no_rope, np.ndarray) and len(no_rope) == layers and {*no_rope.tolist()} <= {0, 1}
+    if no_rope is not None and not is_list:
+        raise ConfigError(f"{keys.prefix}.{OWN['nope']} must have 0 or 1 for each of {layers} layers")
     rope = (
         tuple(int(i) for i in no_rope) if no_rope is not None else tuple(int((i + 1) % 4 != 0) for i in range(layers))
     )
@@ -199,7 +143,7 @@ def _llama4(keys: Keys, layers: int) -> dict[str, Any]:
         "num_local_experts": experts,
         "num_experts_per_tok": keys.integer("expert_used_count", 0),
         "interleave_moe_layer_step": keys.integer("interleave_moe_layer_step", 1),
-        "use_qk_norm": bool(keys.metadata.get(f"{keys.prefix}.{OWN['qk_norm']}", experts != 128)),
+        "use_qk_norm": keys.flag(OWN["qk_norm"], experts != 128),
         "no_rope_layers": rope,
         "layer_types": kinds,
         "attention_chunk_size": chunk or None,
@@ -246,12 +190,19 @@ def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScalin
     )
 
 
+def _theta(keys: Keys) -> float:
+    theta = keys.number("rope.freq_base", 10000.0)
+    if theta <= 0:
+        raise ConfigError(f"{keys.place}: {keys.prefix}.rope.freq_base is {theta}, which must be above 0")
+    return theta
+
+
 _WINDOWS = (8192, *(2**n for n in range(4, 24)))
 """What the original window may be, the most common first."""
 
 
 def _by_divisors(divisors: list[float], keys: Keys, head_dim: int) -> RopeScaling:
-    theta = keys.number("rope.freq_base", 10000.0)
+    theta = _theta(keys)
     if len(divisors) != head_dim // 2 or not all(1 <= divisor < 1e6 for divisor in divisors):
         raise ConfigError(f"{keys.place}: {ROPE_DIVISORS} must have {head_dim // 2} numbers from 1 on")
     factor = round(max(divisors), 4)
@@ -280,10 +231,10 @@ def read_vision(file: GgufFile) -> VisionConfig:
         ConfigError: it is not Llama 4's.
     """
     metadata, place = file.metadata, str(file.path)
-    projector = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
+    projector = file.keys("clip").text("projector_type", file.keys("clip.vision").text("projector_type", ""))
     if projector != "llama4":
         raise ConfigError(f"{place} holds the vision tower of {projector!r:.80}, and not of 'llama4'")
-    keys = Keys(metadata, "clip.vision", place)
+    keys = file.keys("clip.vision")
     adapter = file.tensors.get("mm.model.mlp.2.weight")
     if adapter is None:
         raise ConfigError(f"{place} lacks mm.model.mlp.2.weight; fetch the file again")

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from llama4.quantization.weight import TensorSpec
 from llama4.weights.source import Origin
 
 SUFFIX = ".gguf"
-ARCHITECTURE = "general.architecture"
 WITH_VISION = ("llama4",)
 """Architectures whose models may have a vision tower here."""
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -98,7 +96,7 @@ class GgufModel:
             raise CheckpointError(f"{path} is one of {len(paths)} files; fetch the others, too", missing)
         files = [GgufFile.read(each) for each in paths]
         _check_split(files)
-        if mmproj is None and files[0].metadata.get(ARCHITECTURE) in WITH_VISION:
+        if mmproj is None and architecture_of(files[0]) in WITH_VISION:
             name = mmproj_of(path.name, (each.name for each in path.parent.iterdir()))
             beside = GgufFile.read(path.with_name(name)) if name is not None else None
             return cls(files, beside if beside is not None and _belongs(beside, files) else None)
@@ -108,14 +106,19 @@ class GgufModel:
     def path(self) -> Path:
         return self.files[0].path
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return dict(self.files[0].metadata)
+
+def architecture_of(file: GgufFile) -> str:
+    """What a model is, in llama.cpp's words.
+
+    Raises:
+        ConfigError: the file has something else than a text for it.
+    """
+    return file.keys("general").text("architecture", "")
 
 
 def _belongs(mmproj: GgufFile, files: Sequence[GgufFile]) -> bool:
     """Whether a vision tower ends in features of a model's width."""
-    width = files[0].metadata.get(f"{files[0].metadata.get(ARCHITECTURE)}.embedding_length")
+    width = files[0].keys(architecture_of(files[0])).integer("embedding_length", 0)
     projection = mmproj.tensors.get("mm.model.fc.weight")
     return projection is None or projection.shape[0] == width
 
@@ -126,8 +129,9 @@ def _check_split(files: Sequence[GgufFile]) -> None:
     """
     count = sum(len(file.tensors) for file in files)
     for i, file in enumerate(files):
-        said = (file.metadata.get("split.no", 0), file.metadata.get("split.count", 1) or 1)
-        total = file.metadata.get("split.tensors.count", count)
+        keys = file.keys("split")
+        said = (keys.integer("no", 0), keys.integer("count", 1) or 1)
+        total = keys.integer("tensors.count", count)
         if said != (i, len(files)) or total != count:
             raise CheckpointError(
                 f"{file.path} says that it is number {said[0]} of {said[1]} files, counted from 0, with {total} "

@@ -50,11 +50,12 @@ class GgufLayout(CheckpointLayout):
 
     def read_side_files(self, directory: Path) -> SideFiles:
         """The chat templates, as files of Hugging Face's layout."""
-        metadata = GgufModel.read(directory).metadata
+        file = GgufModel.read(directory).files[0]
+        metadata, further = file.metadata, file.keys("tokenizer").texts("chat_templates")
         templates = {TEMPLATE_FILE: metadata.get(_TEMPLATE)}
         templates |= {
             FURTHER_TEMPLATES.replace("*", name): metadata.get(f"{_TEMPLATE}.{name}")
-            for name in metadata.get(f"{_TEMPLATE}s") or ()
+            for name in further
             if re.fullmatch(r"\w{1,64}", name)
         }
         files = SideFiles(origin=HubOrigin.of_snapshot(directory))

@@ -25,7 +25,7 @@ MAX_INDEX_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
 """Objects and lists inside each other."""
 MAX_JSON_MEMORY = 300 << 20
-"""Of what JSON becomes when it is read, as `_memory` estimates it: Llama 4's tokenizer.json takes 170 MiB."""
+"""Of what JSON becomes when it is read, as `json_memory` estimates it: Llama 4's tokenizer.json takes 170 MiB."""
 MAX_INT = 2**31 - 1
 """Of any size, count or token id in a configuration."""
 LIMITS = {
@@ -43,6 +43,8 @@ MAX_GGUF_COUNT = 1 << 16
 """Of keys, and of tensors, in a GGUF file."""
 MAX_ZIP_DIRECTORY = 4 << 20
 """Bytes in which a .pth lists its tensors."""
+MAX_TEXT_RATIO = 100
+"""Bytes that one of a packed text may become: of prose it is four, of the same line again and again a thousand."""
 MAX_PICKLE_BYTES = 16 << 20
 """Of the part of a .pth that is not tensors."""
 
@@ -124,7 +126,7 @@ def parse_json(data: bytes, name: object) -> dict[str, Any]:
     Raises:
         ConfigError: no JSON object, or one that is beyond the limits.
     """
-    if (needed := _memory(data)) > MAX_JSON_MEMORY:
+    if (needed := json_memory(data)) > MAX_JSON_MEMORY:
         raise ConfigError(f"{name} holds JSON that takes {bytes_text(needed)} of memory; fetch the file again")
     try:
         content = json.loads(data.decode("utf-8"))
@@ -140,7 +142,7 @@ def parse_json(data: bytes, name: object) -> dict[str, Any]:
     return content
 
 
-def _memory(data: bytes) -> int:
+def json_memory(data: bytes | bytearray) -> int:
     """Bytes that JSON takes at most while it is read: 64 for each value, and its text, of which a character that is not
     ASCII may make all others take four bytes."""
     values = sum(map(data.count, (b",", b"[", b"{")))

@@ -21,6 +21,7 @@ TARGETS = {
     "embeddings": r"language_model\.(model\.embed_tokens|lm_head)",
 }
 """Parts of the model that an adapter may change, as patterns of modules and of stacked experts' parameters."""
+MAX_RANK = 4096
 DEFAULT_TARGETS = ("attention", "experts", "shared", "dense")
 
 
@@ -56,8 +57,8 @@ class LoraConfig:
         if not self.targets:
             raise ArgumentError(f"targets is empty; choose of {', '.join(TARGETS)}")
         for rank in (self.rank, *self.ranks.values()):
-            if not isinstance(rank, int) or not 1 <= rank <= 4096:
-                raise ArgumentError(f"rank is {rank!r}; it must be a whole number from 1 to 4096")
+            if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+                raise ArgumentError(f"rank is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
         if not 0 < self.alpha < math.inf:
             raise ArgumentError(f"alpha is {self.alpha}; it must be more than 0")
         if not 0 <= self.dropout < 1:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4.adapters.config import TARGETS, LoraConfig, target_of
+from llama4.adapters.config import MAX_RANK, TARGETS, LoraConfig, target_of
 from llama4.adapters.lora import STACKS, Adapter, EmbeddingLora, Lora, targets_of
 from llama4.errors import ArgumentError, CheckpointError, ConfigError
 from llama4.families import family_of
@@ -39,6 +39,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
 PREFIX = "base_model.model."
+_MAX_ALPHA = 1e9
 LAYOUTS = ("peft", "peft-0.18", "per-expert")
 
 _UNSUPPORTED = {
@@ -52,7 +53,7 @@ _UNSUPPORTED = {
 }
 """Fields of adapter_config.json -> the only value, besides none, with which the adapter is what this file reads."""
 _PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<part>[AB]))(?:\.weight)?")
-_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate|up|down)_proj")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<matrix>gate|up|down)_proj")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -183,7 +184,8 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
     content = read_json(directory / CONFIG_FILE)
-    scale_of = _scales(directory / CONFIG_FILE, content)
+    _check_config(directory / CONFIG_FILE, content)
+    scale_of = _scales(content)
     if not (directory / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; write the adapter with PEFT's save_pretrained")
     files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
@@ -192,6 +194,8 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     shapes = targets_of(model)
     loras: dict[str, Lora] = {}
     for name, (a, b, rank) in _matrices(pairs, table, shapes, content, unexpected).items():
+        if a.shape[-2] > 2 * MAX_RANK:  # of gate and up in one
+            raise CheckpointError(f"{directory} has rank {a.shape[-2]} for {name}, and may have {MAX_RANK}")
         kind = EmbeddingLora if name.endswith("embed_tokens") else Lora
         loras[name] = kind(shapes[name], a.shape[-2], scale_of(_file_name(table, name), rank))
         with torch.no_grad():
@@ -206,20 +210,31 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     return adapter.eval().requires_grad_(False)
 
 
-def _scales(path: Path, content: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """Name in the file and rank -> scale."""
+def _check_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: an adapter that is no LoRA, of a kind that is not computed, or fields of other types than PEFT's.
+    """
     if content.get("peft_type") != "LORA":
-        raise ConfigError(f"{path} has peft_type {content.get('peft_type')!r}; this library computes LORA")
+        raise ConfigError(f"{path} has peft_type {content.get('peft_type')!r:.80}; this library computes LORA")
     for field, known in _UNSUPPORTED.items():
         if content.get(field) not in (None, known, []):
-            raise ConfigError(f"{path} has {field} {content[field]!r}, which is not computed; merge it with PEFT first")
-    alpha, alphas, root = content.get("lora_alpha", 8), content.get("alpha_pattern") or {}, content.get("use_rslora")
-    patterns = [*alphas, *(content.get("rank_pattern") or {})] if isinstance(alphas, dict) else [None]
-    if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigError(
+                f"{path} has {field} {content[field]!r:.80}, which is not computed; merge it with PEFT first"
+            )
+    alphas, ranks = (content.get(f"{name}_pattern") or {} for name in ("alpha", "rank"))
+    if not isinstance(alphas, dict) or not isinstance(ranks, dict):
         raise ConfigError(f"{path} has rank_pattern or alpha_pattern that are no objects of names; write them again")
-    values = [alpha, *alphas.values()]
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-        raise ConfigError(f"{path} has lora_alpha {alpha!r} and alpha_pattern {alphas!r}; they must be numbers")
+    for value in (content.get("lora_alpha", 8), *alphas.values()):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _MAX_ALPHA:
+            raise ConfigError(f"{path} has lora_alpha or alpha_pattern {value!r:.80}; it must be a number above 0")
+    stacks = content.get("target_parameters") or []
+    if not isinstance(stacks, list) or not all(isinstance(name, str) for name in stacks):
+        raise ConfigError(f"{path} has target_parameters {stacks!r:.80}; it must be a list of names")
+
+
+def _scales(content: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """Name in the file and rank -> scale."""
+    alpha, alphas, root = content.get("lora_alpha", 8), content.get("alpha_pattern") or {}, content.get("use_rslora")
 
     def scale(name: str, rank: int) -> float:
         own = next((value for pattern, value in alphas.items() if _is_meant(pattern, name)), alpha)
@@ -257,7 +272,7 @@ def _pairs(files: SafetensorsFiles) -> tuple[dict[str, tuple[Tensor, Tensor]], l
             unexpected.append(key)  # PEFT keeps a copy of embeddings beside what it adds to them
     pairs = {}
     for module, both in parts.items():
-        if both.keys() != {"A", "B"} or any(tensor.ndim != 2 for tensor in both.values()):
+        if both.keys() != {"A", "B"} or any(tensor.ndim != 2 or not tensor.numel() for tensor in both.values()):
             unexpected.append(module)
         else:
             pairs[module] = both["A"], both["B"]
@@ -327,7 +342,7 @@ def _unwrapped(path: str, both: Mapping[bool, Pair], shapes: Shapes, content: Ma
 
 def _version(content: Mapping[str, Any]) -> tuple[int, ...]:
     """Of the PEFT that wrote; files of this library, and of those too new to be doubted, count as the newest."""
-    match = re.match(r"(\d+)\.(\d+)", str(content.get("peft_version") or ""))
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", str(content.get("peft_version") or ""))
     return (int(match[1]), int(match[2])) if match else (99,)
 
 

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama4.inputs import Inputs
+from llama4.reading import MAX_JSON_MEMORY, json_memory
 from llama4.serve.completions import Answer, as_event, choices_of, inputs_of
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
@@ -132,6 +133,8 @@ class Server:
             if len(data) > self.settings.max_body:
                 limit = f"{self.settings.max_body >> 20} MiB"
                 raise RequestError(f"the body has more than {limit}; send smaller pictures", status=413)
+        if json_memory(data) > MAX_JSON_MEMORY:
+            raise RequestError("the body has too many values; send fewer", status=413)
         try:
             return Body(json.loads(data, parse_constant=_no_constant))
         except (ValueError, RecursionError) as error:

@@ -244,10 +244,13 @@ def read_sentencepiece(path: Path, controls: frozenset[str] = frozenset()) -> Se
         raise Llama4Error(f"{path} is {name}; Llama's are BPE, which is read: take the tokenizer of the model")
     if not pieces:
         raise Llama4Error(f"{path} holds no pieces; fetch the tokenizer again")
+    charsmap = _last(normalizer, 2, b"")
+    if charsmap and not _is_charsmap(charsmap):
+        raise Llama4Error(f"{path} has a map of characters that is none; fetch the tokenizer again")
     rules = Normalizer(
         adds_blank=bool(_last(normalizer, 3, 1)),
         removes_blanks=bool(_last(normalizer, 4, 1)),
-        charsmap=_last(normalizer, 2, b""),
+        charsmap=charsmap,
     )
     return SentencePiece(pieces, rules, controls)
 
@@ -272,11 +275,17 @@ def _last(message: Sequence[Field], number: int, default: Any) -> Any:
     return value
 
 
+def _is_charsmap(charsmap: bytes) -> bool:
+    """Whether it has a trie, and texts of which the last one ends."""
+    size = int.from_bytes(charsmap[:4], "little")
+    return size >= 4 and size % 4 == 0 and len(charsmap) > 4 + size and charsmap.endswith(b"\0")
+
+
 def _replaced(text: str, charsmap: bytes) -> str:
     """A text with the longest matches of a compiled map of characters replaced: four bytes, the size of a double-array
     trie; the trie, in 32-bit units; and what its values point into, texts that end with a zero."""
     size = int.from_bytes(charsmap[:4], "little")
-    units = memoryview(charsmap[4 : 4 + size - size % 4]).cast("I")
+    units = memoryview(charsmap[4 : 4 + size]).cast("I")
     texts, data, out, at = charsmap[4 + size :], text.encode(), bytearray(), 0
     while at < len(data):
         found = _longest(units, data, at)
@@ -285,7 +294,7 @@ def _replaced(text: str, charsmap: bytes) -> str:
             out += data[at : at + length]
         else:
             length, start = found
-            out += texts[start : texts.index(b"\0", start)]
+            out += texts[start : texts.find(b"\0", start)]  # the last one ends so, see `_is_charsmap`
         at += length
     return out.decode(errors="replace")
 

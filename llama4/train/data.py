@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.inputs import Processor
-from llama4.progress import Bar
+from llama4.progress import PIECE, Bar
 from llama4.text.messages import ParsedMessage, image_sources
 from llama4.train.loss import IGNORED
 from llama4.train.records import DataError, Record, read_records
@@ -148,10 +148,13 @@ def load_dataset(
     if max_length < 2:
         raise ArgumentError(f"max_length is {max_length}; an example has at least 2 tokens")
     dataset, dropped = Dataset(str(path), []), []
-    records = list(read_records(path))
+    path = Path(path).expanduser()
+    size = path.stat().st_size if path.is_file() else 0
+    with Bar("reading data", size, "bytes", shown=progress) as bar:
+        records = list(read_records(path, bar))
     if len({bool(record.rejected) for record in records}) > 1:
         raise DataError(f"{path} mixes preferences (chosen, rejected) with other lines; put them in two files")
-    with Bar("reading data", len(records), "steps", shown=progress) as bar:
+    with Bar("tokenizing data", len(records), "steps", shown=progress) as bar:
         for record in records:
             with bar.step(1):
                 try:
@@ -176,7 +179,11 @@ def load_dataset(
     if not dataset.examples:
         why = f"nothing is learnt of its {len(records)} lines within {max_length} tokens" if records else "it is empty"
         raise DataError(f"{path} holds nothing to learn from: {why}")
-    dataset.digest = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    dataset.digest = digest.hexdigest()
     return dataset
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from llama4.errors import Llama4Error
-from llama4.reading import MAX_JSON_DEPTH, check_regular, json_depth
+from llama4.progress import Bar
+from llama4.reading import MAX_JSON_DEPTH, MAX_JSON_MEMORY, MAX_TEXT_RATIO, check_regular, json_depth, json_memory
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tool_calls import check_tools, short
 
@@ -52,14 +53,17 @@ class Record:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
     """The lines of a file of JSON objects, `.jsonl` or `.jsonl.gz`; empty ones are left out.
+
+    Args:
+        bar: is moved by the bytes of the file.
 
     Raises:
         DataError: no such file, or the first line that is wrong, by number.
     """
     path = Path(path).expanduser()
-    for number, line in _lines(path):
+    for number, line in _lines(path, bar):
         if not line.strip():
             continue
         try:
@@ -68,15 +72,20 @@ def read_records(path: str | Path) -> Iterator[Record]:
             raise DataError(f"{path}, line {number}: {error}") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, bar: Bar | None) -> Iterator[tuple[int, bytes]]:
     try:
         check_regular(path)
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            number = 0
+        with path.open("rb") as packed, gzip.open(packed) if path.suffix == ".gz" else packed as file:
+            number = size = at = 0
             while line := file.readline(MAX_LINE + 1):
-                number += 1
+                number, size, before = number + 1, size + len(line), at
                 if len(line) > MAX_LINE:
                     raise DataError(f"{path}, line {number}: it is longer than {MAX_LINE >> 20} MiB; split it")
+                at = packed.tell()
+                if size > MAX_LINE and size > MAX_TEXT_RATIO * at:
+                    raise DataError(f"{path}, line {number}: no text packs so well; unpack the file and look at it")
+                if bar is not None:
+                    bar.advance(at - before)
                 yield number, line
     except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
         reason = getattr(error, "strerror", None) or error
@@ -84,12 +93,18 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _record(number: int, line: bytes, folder: Path) -> Record:
+    if json_memory(line) > MAX_JSON_MEMORY:
+        raise DataError("it has too many values; write them as texts, or split it")
     try:
         content = json.loads(line.rstrip().decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"it is not JSON: {error.msg} at column {error.colno}; write one object in each line") from None
+    except DataError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"it is not JSON that can be read: {error}") from None
     except RecursionError:
         raise DataError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
     if not isinstance(content, dict):
@@ -132,9 +147,10 @@ def _sharegpt(number: int, content: Mapping[str, Any], folder: Path) -> Record:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError(f'turn {i} of conversations is {short(turn)}; it must have a text under "value"')
-        if turn.get("from") not in _SHAREGPT:
-            raise DataError(f"turn {i} of conversations is from {turn.get('from')!r}; choose of {', '.join(_SHAREGPT)}")
-        messages.append({"role": _SHAREGPT[turn["from"]], "content": turn["value"]})
+        role = _SHAREGPT.get(speaker) if isinstance(speaker := turn.get("from"), str) else None
+        if role is None:
+            raise DataError(f"turn {i} of conversations is from {short(speaker)}; choose of {', '.join(_SHAREGPT)}")
+        messages.append({"role": role, "content": turn["value"]})
     if isinstance(content.get("system"), str) and content["system"]:
         messages.insert(0, {"role": "system", "content": content["system"]})
     parsed = _conversation(messages, folder)

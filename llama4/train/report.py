@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from llama4.files import replace_text
+from llama4.reading import MAX_INT, read_bytes
 from llama4.version import __version__
 
 METRICS_FILE, CURVE_FILE, CARD_FILE = "metrics.jsonl", "loss.png", "README.md"
+
+NUMBERS = {"step": None, "loss": 0, "eval_loss": 0, "tokens": 0}
+"""Fields of a line that are numbers -> what they count as where they are not there."""
+MAX_METRICS_BYTES = 1 << 30
 
 _CARD = """---
 library_name: peft
@@ -64,20 +69,28 @@ class Metrics:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run that are whole."""
+    """The lines of a run that are whole.
+
+    Raises:
+        Llama4Error: no regular file.
+    """
     try:
-        text = (directory / METRICS_FILE).read_text(encoding="utf-8")
+        text = read_bytes(directory / METRICS_FILE, MAX_METRICS_BYTES).decode(errors="replace")
     except OSError:
         return []
     lines = []
     for line in text.splitlines():
         try:
             content = json.loads(line)
-        except ValueError:  # the process was killed while it wrote
+        except (ValueError, RecursionError):  # the process was killed while it wrote
             continue
-        if isinstance(content, dict):
+        if isinstance(content, dict) and all(map(_is_number, map(content.get, NUMBERS, NUMBERS.values()))):
             lines.append(content)
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < MAX_INT  # type: ignore[arg-type]
 
 
 def is_finished(directory: Path) -> bool:

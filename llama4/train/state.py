@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, ConfigError
+from llama4.reading import MAX_INT, parse_json
 from llama4.train.optimizer import AdamW
 from llama4.weights.safetensors import SafetensorsFiles, write_tensors
 
@@ -43,11 +44,17 @@ def read_about(directory: Path) -> dict[str, Any]:
     """
     if not (directory / STATE_FILE).is_file():
         raise CheckpointError(f"{directory} has no {STATE_FILE} to resume from; start without resuming")
-    files = SafetensorsFiles(directory, {STATE_FILE: None})
+    path, files = directory / STATE_FILE, SafetensorsFiles(directory, {STATE_FILE: None})
+    if _ABOUT not in files.names() or files.spec(_ABOUT).dtype != torch.uint8:
+        raise CheckpointError(f"{path} is no state of training; start anew")
     try:
-        about: dict[str, Any] = json.loads(bytes(files.read(_ABOUT).tolist()))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory / STATE_FILE} is no state of training ({error}); start anew") from None
+        about = parse_json(files.read(_ABOUT).numpy().tobytes(), path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    counts, best = (about.get(name) for name in ("step", "optimizer_steps")), about.get("best")
+    is_best = best is None or (type(best) in (int, float) and abs(best) < MAX_INT)
+    if not all(type(count) is int and 0 <= count <= MAX_INT for count in counts) or not is_best:
+        raise CheckpointError(f"{path} is no state of training: its steps or its best loss are no numbers; start anew")
     return about
 
 
@@ -77,7 +84,12 @@ def load_state(directory: Path, optimizer: AdamW) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(files.read(name))
     optimizer.steps = int(read_about(directory)["optimizer_steps"])
-    torch.set_rng_state(files.read(_RANDOM + "torch").clone())
-    optimizer.generator.set_state(files.read(_RANDOM + "rounding").clone())
-    if torch.cuda.is_available() and _RANDOM + "cuda" in files.names():
-        torch.cuda.set_rng_state(files.read(_RANDOM + "cuda").clone())
+    try:
+        torch.set_rng_state(files.read(_RANDOM + "torch").clone())
+        optimizer.generator.set_state(files.read(_RANDOM + "rounding").clone())
+        if torch.cuda.is_available() and _RANDOM + "cuda" in files.names():
+            torch.cuda.set_rng_state(files.read(_RANDOM + "cuda").clone())
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory / STATE_FILE} has no states of random numbers ({error}); start anew"
+        ) from None

@@ -18,7 +18,7 @@ from llama4.errors import CheckpointError
 from llama4.quantization.weight import Shape, TensorSpec
 from llama4.weights.compressed_formats import codes
 from llama4.weights.experts import stack_experts
-from llama4.weights.in_out import WORD, InOut, unstacked, words
+from llama4.weights.in_out import WORD, InOut, is_shaped, unstacked, words
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.source import Source
 from llama4.weights.stored import DecodedSource, Specs
@@ -83,17 +83,18 @@ class Gptq(QuantMethod):
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
         source = unstacked(source)
         layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
-        others = (content.get("dynamic") or {}).values()
-        is_symmetric = all((some or {}).get("sym", True) for some in (content, *others))
+        dynamic = content.get("dynamic")
+        others = dynamic.values() if isinstance(dynamic, dict) else ()
+        is_symmetric = all(some.get("sym", True) for some in (content, *others) if isinstance(some, dict))
         specs: dict[str, dict[str, TensorSpec]] = {}
         for name in source.names():
             module, _, part = name.rpartition(".")
             specs.setdefault(module, {})[part] = source.spec(name)
         stored = {
             module: GptqFormat(
-                _bits(own, content.get("bits", 4)),
+                _bits(own, int(content.get("bits", 4))),
                 is_symmetric,
-                "g_idx" not in own or _is_in_order(source.read(f"{module}.g_idx"), own),
+                not is_shaped(own, "g_idx", "scales") or _is_in_order(source.read(f"{module}.g_idx"), own),
                 layout == _LESS_ONE,
             )
             for module, own in specs.items()
@@ -104,12 +105,12 @@ class Gptq(QuantMethod):
 
 def _bits(specs: Specs, default: int) -> int:
     """Of a value: one module may have others than the configuration says of all."""
-    if not {"qzeros", "scales"} <= specs.keys():
-        return default  # they are missing, as will be said
+    if not is_shaped(specs, "qzeros", "scales"):
+        return default  # they are missing or of another shape, as will be said
     found, outputs = specs["qzeros"].shape[-1], specs["scales"].shape[-1]
     return next((bits for bits in (default, *BITS) if words(outputs, bits) == found), default)
 
 
 def _is_in_order(g_idx: Tensor, specs: Specs) -> bool:
-    groups = specs["scales"].shape[0] if "scales" in specs else 1
-    return torch.equal(g_idx.long(), torch.arange(len(g_idx)) // max(1, -(-len(g_idx) // groups)))
+    groups = specs["scales"].shape[0]
+    return torch.equal(g_idx.long(), torch.arange(len(g_idx)) // -(-len(g_idx) // groups))

@@ -12,11 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama4.errors import Llama4Error
+from llama4.errors import CheckpointError, Llama4Error
 from llama4.progress import each
 from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
 from llama4.quantization.int8 import Int8
 from llama4.quantization.weight import ROWS, Shape, WeightFormat
+from llama4.reading import LIMITS
 from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.source import Source
 from llama4.weights.stored import Specs, StoredFormat
@@ -26,6 +27,10 @@ WORD = 32
 _STACK = re.compile(
     r"(?P<path>.*\.feed_forward\.experts)\.(?P<matrix>gate_up|down)_proj\.(?P<part>qweight|qzeros|scales|g_idx)"
 )
+
+
+_DIMENSIONS = {"qweight": 2, "scales": 2, "qzeros": 2, "g_idx": 1}
+"""Of the tensors of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,9 @@ class InOut(StoredFormat):
     # -- what there is to read -----------------------------------------------------------------------------------------
 
     def shape(self, specs: Specs) -> Shape:
+        for part in _DIMENSIONS:
+            if part in specs and not is_shaped(specs, part):
+                raise Llama4Error(f"has {part} of the shape {list(specs[part].shape)}")
         (groups, outputs), found = specs["scales"].shape, specs["qweight"]
         inputs = specs["g_idx"].shape[0] if "g_idx" in specs else self.inputs(found.shape)
         wanted = {"qweight": self.qweight((outputs, inputs)), "qzeros": (groups, words(outputs, self.bits))}
@@ -129,14 +137,27 @@ def words(count: int, bits: int) -> int:
     return -(-count * bits // WORD)
 
 
+def is_shaped(specs: Specs, *parts: str) -> bool:
+    """Whether tensors are there, have as many dimensions as they should, and something in each."""
+    return all(
+        part in specs and len(specs[part].shape) == _DIMENSIONS[part] and 0 not in specs[part].shape for part in parts
+    )
+
+
 def unstacked(source: Source) -> Source:
-    """Experts whose tensors are stacked, `experts.gate_up_proj.qweight` [E, ...] and so on, as three Linears each."""
+    """Experts whose tensors are stacked, `experts.gate_up_proj.qweight` [E, ...] and so on, as three Linears each.
+
+    Raises:
+        CheckpointError: stacks of other shapes.
+    """
     tensors: dict[str, str | Computed] = {}
     for name in source.names():
         match, (shape, dtype) = _STACK.fullmatch(name), source.spec(name)
         if match is None:
             tensors[name] = name
             continue
+        if len(shape) != _DIMENSIONS[match["part"]] + 1 or not 0 < shape[0] <= LIMITS["num_local_experts"]:
+            raise CheckpointError(f"{source.origin(name).key} has the shape {list(shape)}; fetch it again")
         halves = ("gate", "up") if match["matrix"] == "gate_up" else ("down",)
         count = 1 if match["part"] == "g_idx" else len(halves)  # both halves have the same inputs
         for i, (k, half) in product(range(shape[0]), enumerate(halves)):

@@ -241,8 +241,16 @@ def test_other_layouts_are_refused(plain: Path, tmp_path: Path, config: dict[str
         (lambda parts: parts["scales"].resize_(1, 64), r"o_proj is stored in GPTQ of 4 bits.* and has qzeros \[4, 8\]"),
         (lambda parts: parts["g_idx"].fill_(9), r"o_proj.* cannot be read: its groups are 9 to 9, and there are 4"),
         (lambda parts: parts["qzeros"].fill_(0x66666666), r"a zero point is 7, which in symmetric weights is 8"),
+        (
+            lambda parts: parts["g_idx"].unsqueeze_(1),
+            r"o_proj is stored in GPTQ.* and has g_idx of the shape \[128, 1\]",
+        ),
+        (
+            lambda parts: parts["scales"].resize_(0, 64),
+            r"o_proj is stored in GPTQ.* and has scales of the shape \[0, 64\]",
+        ),
     ],
-    ids=["missing", "shape", "groups", "zero points"],
+    ids=["missing", "shape", "groups", "zero points", "dimensions", "nothing"],
 )
 def test_damaged(plain: Path, tmp_path: Path, changed: Any, message: str) -> None:
     write(plain, tmp_path / "model", Writer())

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama4.errors import CheckpointError, ConfigError, Llama4Error
-from llama4.reading import MAX_GGUF_COUNT, MAX_GGUF_HEADER_BYTES, MAX_INT, check_regular
+from llama4.reading import MAX_GGUF_COUNT, MAX_GGUF_HEADER_BYTES, MAX_GGUF_TEXTS, MAX_INT, check_regular
 from llama4.units import bytes_text
 
 MAGIC = b"GGUF"
@@ -287,6 +287,8 @@ class _Head:
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 
     def _texts(self, count: int) -> list[str]:
+        if count > MAX_GGUF_TEXTS:
+            raise Llama4Error(f"it says that it has a list of {count:,} texts, and may have {MAX_GGUF_TEXTS:,}")
         if count > (len(self._data) - self._at) // 8:  # each has its length
             self._take(8 * count)
         data, at, end, texts = self._data, self._at, len(self._data), list[str]()

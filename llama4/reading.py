@@ -41,6 +41,8 @@ MAX_GGUF_HEADER_BYTES = 32 << 20
 """Of the head of a GGUF file: Llama 4's vocabulary and merges take 12 MiB."""
 MAX_GGUF_COUNT = 1 << 16
 """Of keys, and of tensors, in a GGUF file."""
+MAX_GGUF_TEXTS = 1 << 20
+"""Of a list in a GGUF file: Llama 4's vocabulary has 202,048, and 439,802 merges."""
 MAX_ZIP_DIRECTORY = 4 << 20
 """Bytes in which a .pth lists its tensors."""
 MAX_TEXT_RATIO = 100

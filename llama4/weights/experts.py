@@ -17,11 +17,12 @@ from torch import Tensor
 from llama4.errors import CheckpointError
 from llama4.progress import each
 from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
+from llama4.reading import LIMITS
 from llama4.weights import memory
 from llama4.weights.source import Origin, Source
 
 EXPERT = re.compile(
-    r"(?P<path>.*\.feed_forward\.experts)\.(?P<index>\d+)\.(?P<matrix>gate|up|down)_proj\.(?P<part>\w+)"
+    r"(?P<path>.*\.feed_forward\.experts)\.(?P<index>\d{1,9})\.(?P<matrix>gate|up|down)_proj\.(?P<part>\w+)"
 )
 """A tensor of one expert."""
 _STACK = re.compile(r"(?P<path>.*\.feed_forward\.experts)\.(?P<matrix>gate_up|down)_proj(\.(?P<part>\w+))?")
@@ -74,6 +75,8 @@ class StackedSource:
 
     def _stack(self, path: str, matrices: dict[tuple[str, str], dict[int, str]]) -> None:
         count = 1 + max(index for names in matrices.values() for index in names)
+        if count > LIMITS["num_local_experts"]:
+            raise CheckpointError(f"{path} has an expert {count - 1}, and may have {LIMITS['num_local_experts']}")
         parts = sorted({part for _, part in matrices})
         wanted = [(i, matrix, part) for i in range(count) for matrix in ("gate", "up", "down") for part in parts]
         if missing := [

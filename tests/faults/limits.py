@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from llama4.analysis.info import describe_model, find
 from llama4.api import Llama4
 from llama4.cli.main import main as command_line
 from llama4.errors import Llama4Error
+from llama4.weights import hub
 from llama4.weights.convert import convert, quantize
 from tests import small_model
 from tests.faults.child import call
 from tests.faults.tally import Tally
+from tests.weights import gguf_files
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -88,6 +91,48 @@ def bomb(directory: Path) -> None:
         file.writestr("archive/data.pkl", b"\x80\x02" + bytes(1 << 29))
 
 
+def expert(index: int) -> Callable[[Path], None]:
+    """Weights with one expert more, which has a number of its own."""
+
+    def change(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        key = f"language_model.model.layers.1.feed_forward.experts.{index}.gate_proj.weight"
+        save_file(load_file(path) | {key: torch.zeros(1)}, path, metadata={"format": "pt"})
+
+    return change
+
+
+def gguf(change: Callable[[Path], None], **metadata: Any) -> Callable[[Path], None]:
+    """One file in place of the directory's."""
+
+    def changed(directory: Path) -> None:
+        for path in directory.iterdir():
+            path.unlink()
+        gguf_files.small(directory / "a.gguf", **metadata)
+        change(directory)
+
+    return changed
+
+
+def counted(at: int) -> Callable[[Path], None]:
+    """A GGUF file that says it has a billion of something."""
+
+    def change(directory: Path) -> None:
+        data = bytearray((directory / "a.gguf").read_bytes())
+        data[at : at + 8] = (10**9).to_bytes(8, "little")
+        (directory / "a.gguf").write_bytes(data)
+
+    return change
+
+
+def split(directory: Path) -> None:
+    (directory / "a.gguf").rename(directory / "a-00001-of-99999.gguf")
+
+
+def nothing(directory: Path) -> None:
+    pass
+
+
 def layers(count: int) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         path = directory / "params.json"
@@ -119,6 +164,19 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a zip bomb": (meta(bomb), "consolidated.00.pth"),
     "a pipe for a .pth": (meta(pipe("consolidated.00.pth")), "consolidated.00.pth"),
     "Meta's billion layers": (meta(layers(10**9)), "n_layers"),
+    "a billionth expert": (expert(10**9 - 1), "999999999"),
+    "a pipe for a GGUF file": (gguf(pipe("a.gguf")), "a.gguf"),
+    "a billion keys": (gguf(counted(16)), "a.gguf"),
+    "a billion GGUF tensors": (gguf(counted(8)), "a.gguf"),
+    "a GGUF file of a large head": (gguf(nothing, **{"x": [""] * 5_000_000}), "a.gguf"),
+    "GGUF's millions of tokens": (
+        gguf(nothing, **{"tokenizer.ggml.tokens": [f"{i:x}" for i in range(2_000_000)]}),
+        "a.gguf",
+    ),
+    "GGUF's billion layers": (gguf(nothing, **{"llama4.block_count": 10**9}), "block_count"),
+    "GGUF's thousand layers": (gguf(nothing, **{"llama4.block_count": 1000}), "1000"),
+    "GGUF's wide heads": (gguf(nothing, **{"llama4.attention.key_length": 2**31 - 2}), ""),
+    "a split of many files": (gguf(split), "fetch the others"),
 }
 
 
@@ -135,8 +193,8 @@ def commands(directory: Path, result: Path) -> dict[str, Callable[[], object]]:
         "from_pretrained": lambda: Llama4.from_pretrained(directory, progress=False),
         "info": lambda: describe_model(find(str(directory)), None),
         "plan": lambda: _plan(directory),
-        "convert": lambda: convert(directory, result, "hf", progress=False),
-        "quantize": lambda: quantize(directory, result, "int8", progress=False),
+        "convert": lambda: convert(hub.resolve(str(directory)), result, "hf", progress=False),
+        "quantize": lambda: quantize(hub.resolve(str(directory)), result, "int8", progress=False),
     }
 
 

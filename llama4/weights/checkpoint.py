@@ -9,6 +9,7 @@ import torch
 
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
+from llama4.reading import check_regular
 from llama4.weights.directory import check_whole
 from llama4.weights.gguf.layout import GgufLayout
 from llama4.weights.huggingface import HuggingFaceLayout
@@ -38,6 +39,8 @@ def layout_of(directory: str | Path) -> CheckpointLayout:
         CheckpointError: files that are not there themselves, files of another format, or of two models.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        check_regular(directory)
     check_whole(directory)
     layout = recognised_layout(directory)
     if layout is None:

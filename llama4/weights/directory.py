@@ -51,6 +51,7 @@ def complete_directory(
 
     Raises:
         DiskError: the directory cannot be written, or the disk is full.
+        OSError: of the block, of another file.
         CheckpointError: it is in use, or another process writes it.
     """
     target = Path(directory).resolve()
@@ -74,6 +75,8 @@ def complete_directory(
                     for folder in (content, work / DOWNLOADS, work / STEPS):
                         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
+        if error.filename is not None and not _is_of(Path(os.fsdecode(error.filename)).resolve(), target, work):
+            raise  # of what is read, say
         about = f"{error.strerror or error}"
         if error.filename is not None and Path(os.fsdecode(error.filename)) != target:
             about += f" ({Path(os.fsdecode(error.filename)).name})"
@@ -82,6 +85,11 @@ def complete_directory(
             f"could not write the model to {target}: {about}; free space or choose another directory{kept}",
             error,
         ) from error
+
+
+def _is_of(path: Path, target: Path, work: Path) -> bool:
+    """Whether a path is one of those that are made for a target."""
+    return path in target.parents or path.is_relative_to(target) or path.is_relative_to(work)
 
 
 @contextmanager

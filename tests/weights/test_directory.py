@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama4.errors import CheckpointError
+from llama4.errors import CheckpointError, DiskError
 from llama4.files import replaced_file
 from llama4.weights import directory as directories
 from llama4.weights.checkpoint import open_checkpoint
@@ -271,3 +271,13 @@ def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
     sizes = {"F16": 2, "F32": 4}
     assert all(v["data_offsets"][0] % sizes[v["dtype"]] == 0 for k, v in header.items() if k != "__metadata__")
+
+
+def test_an_error_of_another_file_is_its_own(tmp_path: Path) -> None:
+    """What is read, such as the model to convert, is not said to be a disk that is full."""
+    with pytest.raises(FileNotFoundError) as caught, complete_directory(tmp_path / "target"):
+        (tmp_path / "source.json").read_text()
+    assert not isinstance(caught.value, DiskError)
+    with pytest.raises(DiskError), complete_directory(tmp_path / "target") as partial:
+        (partial / "folder" / "file").write_text("")
+    assert not any(tmp_path.iterdir())

@@ -45,8 +45,9 @@ MAX_GGUF_TEXTS = 1 << 20
 """Of a list in a GGUF file: Llama 4's vocabulary has 202,048, and 439,802 merges."""
 MAX_ZIP_DIRECTORY = 4 << 20
 """Bytes in which a .pth lists its tensors."""
-MAX_TEXT_RATIO = 100
-"""Bytes that one of a packed text may become: of prose it is four, of the same line again and again a thousand."""
+MAX_TEXT_RATIO = 200
+"""Bytes that one of a packed text of more than a MiB may become: of prose it is four, of one line again and again a
+thousand."""
 MAX_PICKLE_BYTES = 16 << 20
 """Of the part of a .pth that is not tensors."""
 

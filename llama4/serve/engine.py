@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import weakref
@@ -90,6 +91,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._is_closed = False
+        self._process = os.getpid()
         self._worker = threading.Thread(target=self._work, name="llama4 engine", daemon=True)
         self._worker.start()
 
@@ -126,7 +128,10 @@ class Engine:
         return len(self.scheduler.waiting) + self._commands.qsize()
 
     def close(self) -> None:
-        """Stop; replies that are not complete end with a `BusyError`."""
+        """Stop; replies that are not complete end with a `BusyError`. In a process that was forked from the engine's
+        there is nothing to stop."""
+        if os.getpid() != self._process:
+            return
         with self._closing:
             self._is_closed = True
             self._commands.put(lambda: None)
@@ -158,8 +163,13 @@ class Engine:
 
         Raises:
             BusyError: the queue is full, or the engine closed.
+            Llama4Error: it is the engine of a process that this one was forked from.
             ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
         """
+        if os.getpid() != self._process:
+            raise Llama4Error(
+                "this process was forked from the engine's, whose thread is not here; make an Engine in each process"
+            )
         if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
             raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
         length = int(asked.inputs.attention_mask.sum())

@@ -118,6 +118,10 @@ class MergedBytes:
         return tuple(self._ids[symbol] for symbol in merged)
 
 
+_PATIENCE, _PACE = 5.0, 1e4
+"""Seconds, and characters a second, of a pattern that does not backtrack without end."""
+
+
 def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
     """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
     `only_matches`.
@@ -129,7 +133,7 @@ def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
 
     def split(text: str) -> Iterator[str]:
         at = 0
-        for match in compiled.finditer(text):
+        for match in compiled.finditer(text, timeout=_PATIENCE + len(text) / _PACE):
             if at < match.start() and not only_matches:
                 yield text[at : match.start()]
             if match.group():

@@ -116,7 +116,8 @@ class Tokenizer:
         or an error without the file's name. Others are as they are."""
         if isinstance(error, Llama4Error):
             return error
-        if type(error).__name__ == "PanicException" or isinstance(error, (ValueError, OverflowError, regex.error)):
+        known = (ValueError, OverflowError, TimeoutError, regex.error)
+        if type(error).__name__ == "PanicException" or isinstance(error, known):
             return Llama4Error(f"{self.path} has a pattern or ids that cannot be used ({error}); fetch it again")
         return error
 

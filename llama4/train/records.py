@@ -82,7 +82,7 @@ def _lines(path: Path, bar: Bar | None) -> Iterator[tuple[int, bytes]]:
                 if len(line) > MAX_LINE:
                     raise DataError(f"{path}, line {number}: it is longer than {MAX_LINE >> 20} MiB; split it")
                 at = packed.tell()
-                if size > MAX_LINE and size > MAX_TEXT_RATIO * at:
+                if size > 1 << 20 and size > MAX_TEXT_RATIO * at:
                     raise DataError(f"{path}, line {number}: no text packs so well; unpack the file and look at it")
                 if bar is not None:
                     bar.advance(at - before)

@@ -177,8 +177,12 @@ def damage(directory: Path, **fields: Any) -> None:
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; this library computes LORA"),
         ({"use_dora": True}, "has use_dora True, which is not computed"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"lora_alpha": "much"}, "has lora_alpha 'much'"),
+        ({"lora_alpha": "much"}, "has lora_alpha or alpha_pattern 'much'"),
         ({"alpha_pattern": ["x"]}, "alpha_pattern that are no objects"),
+        ({"rank_pattern": 5}, "rank_pattern or alpha_pattern that are no objects"),
+        ({"lora_alpha": 10**400}, r"adapter_config\.json has lora_alpha or alpha_pattern 10"),
+        ({"lora_alpha": -1}, "must be a number above 0"),
+        ({"target_parameters": 5}, "has target_parameters 5; it must be a list of names"),
     ],
 )
 def test_what_is_not_computed_is_refused(llm: Llama4, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -194,6 +198,15 @@ def test_weights_that_do_not_fit(llm: Llama4, tmp_path: Path) -> None:
     bad = next(key for key in tensors if "q_proj.lora_A" in key)
     save_file(tensors | {bad: torch.zeros(3, 47)}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"does not fit this model[\s\S]*layers\.0\.self_attn\.q_proj"):
+        load_adapter(tmp_path, llm.model)
+    a, b = bad, bad.replace("lora_A", "lora_B")
+    for pair in ((torch.zeros(0, 48), torch.zeros(48, 0)), (torch.zeros(9000, 48), torch.zeros(48, 9000))):
+        save_file(tensors | {a: pair[0], b: pair[1]}, tmp_path / WEIGHTS_FILE)
+        with pytest.raises(CheckpointError, match=r"q_proj"):
+            load_adapter(tmp_path, llm.model)
+    number = bad.replace("self_attn.q_proj", f"feed_forward.experts.{'9' * 5000}.up_proj")
+    save_file(tensors | {number: torch.zeros(3, 48)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
         load_adapter(tmp_path, llm.model)
     (tmp_path / WEIGHTS_FILE).write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match="cut short or damaged"):

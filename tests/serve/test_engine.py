@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -133,3 +135,36 @@ def test_tool_calls_come_as_events(llm: Llama4, engine: Engine) -> None:
         call.name for call in expected.tool_calls
     ]
     assert stream.reply.text == expected.text
+
+
+FORK = """
+import os, signal, sys
+from llama4 import Llama4
+from llama4.errors import Llama4Error
+from llama4.serve.engine import Engine
+
+signal.alarm(60)
+engine = Engine(Llama4.from_pretrained("tiny", progress=False))
+asked = "What is two and two?"
+before = engine.chat_batch([asked], max_new_tokens=3)[0].text
+child = os.fork()
+if not child:
+    signal.alarm(40)
+    try:
+        engine.chat_batch([asked], max_new_tokens=3)
+    except Llama4Error as error:
+        assert "make an Engine in each process" in str(error)
+        engine.close()
+        with Engine(engine.llm) as own:
+            os._exit(0 if own.chat_batch([asked], max_new_tokens=3)[0].text == before else 1)
+    os._exit(2)
+assert os.waitpid(child, 0)[1] == 0
+assert engine.chat_batch([asked], max_new_tokens=3)[0].text == before
+engine.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_process_makes_its_own() -> None:
+    """In place of waiting for ever for the thread that is not there."""
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=90)

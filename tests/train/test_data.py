@@ -223,6 +223,9 @@ DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
     ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 0 of conversations is from 'bot'; choose of human"),
     ({"conversations": [{"from": "human"}]}, 'turn 0 of conversations is .* it must have a text under "value"'),
     ({"conversations": {}}, "conversations is {}; it must be a list"),
+    ({"conversations": [{"from": [], "value": "a"}]}, r"turn 0 of conversations is from \[\]; choose of human"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "it is not JSON that can be read: .*4300"),
+    (b'{"text": [' + b"[]," * 3_000_000 + b"[]]}", "it has too many values"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "mixes preferences"),
 ]
 
@@ -244,6 +247,7 @@ def test_a_wrong_line_is_named(line: Any, message: str, processor: Processor, tm
         ("x.jsonl", b"", "holds nothing to learn from: it is empty"),
         ("x.jsonl.gz", b"not gzip", r"cannot be read \(Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b"\n" * (2 << 20)), "no text packs so well"),
     ],
 )
 def test_a_wrong_file(name: str, content: bytes, message: str, processor: Processor, tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""Kinds of files that are read: each of a small model that loads, with what reads it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import save_adapter
+from llama4.adapters.lora import Adapter
+from llama4.api import Llama4
+from llama4.text.tokenizer import Tokenizer
+from llama4.train.data import load_dataset
+from llama4.train.loop import Run, finetune
+from llama4.train.optimizer import AdamW
+from llama4.train.options import TrainingOptions
+from llama4.train.report import METRICS_FILE, Metrics
+from llama4.train.state import STATE_FILE, save_state
+from llama4.vision.images import load_image
+from llama4.weights.convert import convert, quantize
+from tests import small_model
+from tests.faults import changes
+from tests.quantization.test_gptq import Writer, write
+from tests.weights import gguf_files
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        name: in the table.
+        directory: a model's directory that loads.
+        file: which of its files is damaged.
+        load: what reads it, given a directory.
+        change: how it is damaged.
+    """
+
+    name: str
+    directory: Path
+    file: str
+    load: Callable[[Path], object]
+    change: Callable[[bytes, random.Random], bytes] = changes.of_json
+
+
+def talk(directory: Path) -> None:
+    """Load a model, and let it answer."""
+    llm = Llama4.from_pretrained(directory, progress=False)
+    llm.chat([{"role": "user", "content": "ab <x> 1"}], max_new_tokens=1)
+
+
+def kinds(root: Path) -> Iterator[Kind]:
+    """All kinds of files, of models made in a folder."""
+    meta, hf, int4, sharded = (root / name for name in ("meta", "hf", "int4", "sharded"))
+    llm = Llama4.from_pretrained(small_model.write(root / "source"), progress=False)
+    llm.save_pretrained(hf)
+    (hf / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|eot|>"}))
+    (hf / "added_tokens.json").write_text(json.dumps({"<|eot|>": small_model.RANKS + 8}))
+    config = json.loads((hf / "generation_config.json").read_text())
+    (hf / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, **config}))
+    _expressible(hf, root / "expressible")
+    convert(root / "expressible", meta, "meta", progress=False)
+    quantize(hf, int4, "int8", progress=False)
+    quantize(hf, sharded, "int8", progress=False, max_shard_bytes=60_000)
+    for name in ("config", "generation_config", "preprocessor_config", "processor_config", "tokenizer_config"):
+        yield Kind(f"{name}.json", hf, f"{name}.json", talk)
+    for name in ("special_tokens_map", "added_tokens", "tokenizer"):
+        yield Kind(f"{name}.json", hf, f"{name}.json", talk)
+    yield Kind("chat_template.jinja", hf, "chat_template.jinja", talk, changes.of_bytes)
+    yield Kind("safetensors", hf, "model.safetensors", talk, changes.of_safetensors)
+    yield Kind("index of shards", sharded, "model.safetensors.index.json", talk)
+    yield Kind("compressed-tensors", int4, "config.json", talk)
+    modelopt = root / "modelopt"
+    linked(int4, modelopt)
+    content = json.loads((int4 / "config.json").read_text())
+    content.pop("quantization_config")
+    (modelopt / "config.json").unlink()
+    (modelopt / "config.json").write_text(json.dumps(content))
+    quantization = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["x"]}}
+    (modelopt / "hf_quant_config.json").write_text(json.dumps(quantization))
+    yield Kind("hf_quant_config.json", modelopt, "hf_quant_config.json", talk)
+    yield Kind("params.json", meta, "params.json", talk)
+    yield Kind("consolidated.00.pth", meta, "consolidated.00.pth", talk, changes.of_bytes)
+    yield Kind(
+        "tokenizer.model", meta, "tokenizer.model", lambda path: Tokenizer(path / "tokenizer.model"), changes.of_bytes
+    )
+    llm.chat("ab", max_new_tokens=1)
+    assert llm.cache is not None
+    saved = root / "saved"
+    saved.mkdir()
+    llm.cache.save(saved / "cache.safetensors")
+    yield Kind(
+        "prompt cache",
+        saved,
+        "cache.safetensors",
+        lambda path: llm.load_cache(path / "cache.safetensors"),
+        changes.of_safetensors,
+    )
+    pictures = root / "pictures"
+    pictures.mkdir()
+    picture = Image.effect_noise((64, 48), 50).convert("RGB")
+    for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"):
+        picture.save(pictures / f"a.{form.lower()}", form)
+        yield Kind(f"picture {form}", pictures, f"a.{form.lower()}", _reader(f"a.{form.lower()}"), changes.of_bytes)
+    message = {"role": "user", "content": [{"type": "text", "text": "ab"}]}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    content = {
+        "messages": [
+            {"role": "system", "content": "be"},
+            message,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "x"},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _data_url(picture)}}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}],
+    }
+    (saved / "messages.json").write_text(json.dumps(content))
+
+    def ask(path: Path) -> None:
+        try:
+            given = json.loads((path / "messages.json").read_bytes())
+            given = {"messages": given["messages"], "tools": given.get("tools")}
+        except Exception:  # what users give is no file, but what is in it
+            return
+        llm.chat(**given, max_new_tokens=1)
+
+    yield Kind("messages and tools", saved, "messages.json", ask)
+    yield from gguf(root)
+    yield from quantized(root / "source", root)
+    yield from adapters(llm, root)
+    yield from training(llm, root)
+    yield from pieces(root)
+
+
+def _data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.resize((8, 8)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _reader(name: str) -> Callable[[Path], object]:
+    return lambda path: load_image(path / name)
+
+
+def _expressible(source: Path, target: Path) -> None:
+    """The same model with what Meta's layout can say: RoPE as released, and as many tiles."""
+    linked(source, target)
+    for name, change in (("config", "text_config"), ("preprocessor_config", "max_patches")):
+        content = json.loads((target / f"{name}.json").read_text())
+        if change == "max_patches":
+            content[change] = 16
+        else:
+            content[change]["rope_parameters"]["original_max_position_embeddings"] = 8192
+        (target / f"{name}.json").unlink()
+        (target / f"{name}.json").write_text(json.dumps(content))
+
+
+def linked(source: Path, target: Path) -> None:
+    """A directory with the same files."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).symlink_to(path)
+
+
+def gguf(root: Path) -> Iterator[Kind]:
+    """A model in one file, and the vision tower beside it."""
+    directory = root / "gguf"
+    directory.mkdir()
+    gguf_files.small(directory / "a.gguf")
+    gguf_files.small_mmproj(directory / "mmproj-a.gguf")
+    for name in ("a.gguf", "mmproj-a.gguf"):
+        yield Kind(name.replace("a.gguf", "gguf"), directory, name, lambda path: talk(path / "a.gguf"), changes.of_gguf)
+
+
+def quantized(source: Path, root: Path) -> Iterator[Kind]:
+    """Checkpoints of packages that quantize."""
+    for writer in (Writer(group=-1), Writer("awq", symmetric=False, group=-1)):
+        directory = root / writer.method
+        write(source, directory, writer)
+        name = writer.method.upper()
+        yield Kind(f"{name}, config.json", directory, "config.json", talk)
+        yield Kind(f"{name}, safetensors", directory, "model.safetensors", talk, changes.of_safetensors)
+
+
+def adapters(llm: Llama4, root: Path) -> Iterator[Kind]:
+    """An adapter of all layouts' kinds of names."""
+    for layout in ("peft", "per-expert"):
+        directory = root / f"adapter, {layout}"
+        targets = ("attention", "experts", "shared", "router", "embeddings")
+        config = LoraConfig(rank=2, alpha=3.0, ranks={"experts": 1}, targets=targets)
+        save_adapter(Adapter.create(llm.model, config), llm.model, directory, layout=layout)
+
+        def use(path: Path) -> None:
+            llm.adapters.add("it", path)
+            llm.set_adapter("it")
+            llm.chat("ab", max_new_tokens=1)
+            llm.set_adapter(None)
+
+        yield Kind(f"adapter_config, {layout}", directory, "adapter_config.json", use)
+        yield Kind(f"adapter, {layout}", directory, "adapter_model.safetensors", use, changes.of_safetensors)
+
+
+def training(llm: Llama4, root: Path) -> Iterator[Kind]:
+    """What is learnt, and what a run left to go on from."""
+    directory, text = root / "training", {"type": "text", "text": "b"}
+    directory.mkdir()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    answer = {"role": "assistant", "content": "it is"}
+    Image.new("RGB", (8, 8)).save(directory / "a.png")
+    lines: list[dict[str, Any]] = [
+        {
+            "messages": [{"role": "user", "content": [text, {"type": "image", "image": "a.png"}]}, answer],
+            "tools": [tool],
+        },
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be"},
+        {"prompt": "a", "completion": "b", "tools": "[]"},
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"text": "abc"},
+    ]
+    (directory / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = directory / "data.jsonl"
+    yield Kind(
+        "training data",
+        directory,
+        data.name,
+        lambda path: load_dataset(path / data.name, llm.processor, max_length=99, progress=False),
+        changes.of_lines,
+    )
+    options = TrainingOptions(steps=2, lora=LoraConfig(rank=1))
+
+    def resume(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # the files are links
+            output = shutil.copytree(path, Path(folder) / "output")
+            finetune(llm, data, output, resume=True, progress=False, steps=2, lora=LoraConfig(rank=1))
+
+    run = Run(llm, data, None, options, progress=False)
+    about = {"data": run.data.digest, "settings": options.describe(), "steps": 2, "step": 1, "best": None}
+    save_state(directory, AdamW(run.trained), about)
+    Metrics(directory).add(step=1, loss=1.0, tokens=3)
+    yield Kind("training.state", directory, STATE_FILE, resume, changes.of_safetensors)
+    yield Kind("training.state's values", directory, STATE_FILE, resume, _of_about)
+    yield Kind("metrics.jsonl", directory, METRICS_FILE, resume, changes.of_lines)
+
+
+def _of_about(data: bytes, dice: random.Random) -> bytes:
+    """What a state says of its run."""
+    tensors = load(data)
+    about = changes.of_json(tensors["about"].numpy().tobytes(), dice)
+    return save(tensors | {"about": torch.frombuffer(bytearray(about or b" "), dtype=torch.uint8)})
+
+
+def pieces(root: Path) -> Iterator[Kind]:
+    """A vocabulary of Llama 1 and 2."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size = len(content)
+        return (
+            bytes([number << 3 | 2]) + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])) + content
+        )
+
+    def piece(text: str, kind: int, score: float = 0.0) -> bytes:
+        return field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([3 << 3, kind]))
+
+    directory = root / "sentencepiece"
+    directory.mkdir()
+    letters = [*"▁ab", "ab", "▁ab", "<X>"]
+    all_pieces = [piece("<unk>", 2), piece("<s>", 3), piece("</s>", 3)]
+    all_pieces += [piece(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    all_pieces += [piece(text, 4 if text == "<X>" else 1, -i) for i, text in enumerate(letters)]
+    trie = struct.pack("<I", 64) + bytes(64) + b"x\0"  # nothing is replaced
+    path = directory / "tokenizer.model"
+    path.write_bytes(b"".join(all_pieces) + field(2, bytes([3 << 3, 2])) + field(3, field(2, trie)))
+    yield Kind(
+        "sentencepiece",
+        directory,
+        path.name,
+        lambda path: Tokenizer(path / "tokenizer.model").encode("ab <X> é\0"),
+        changes.of_bytes,
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.cli.options import add_model_options, load_model
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, Llama4Error
 
 
 def add_parser(commands: Any) -> None:
@@ -40,10 +40,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from llama4.serve.app import Server, Settings
-    from llama4.serve.engine import Engine
-    from llama4.serve.run import Address
-    from llama4.serve.run import run as serve
+    try:
+        from llama4.serve.app import Server, Settings
+        from llama4.serve.engine import Engine
+        from llama4.serve.run import Address
+        from llama4.serve.run import run as serve
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("llama4"):
+            raise
+        raise Llama4Error(f"the package {error.name} is missing; run `pip install 'llama4[serve]'`") from None
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO if options.verbose else logging.WARNING)
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):

@@ -317,6 +317,7 @@ def _stoppable() -> Iterator[threading.Event]:
     def handler(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, before)
         stop.set()
+        logger.warning("stopping after this step, whose state is saved; Ctrl-C again stops now, and loses the step")
 
     before = signal.signal(signal.SIGINT, handler)
     try:

@@ -97,12 +97,15 @@ def test_resumed_is_bit_equal(
         run(directory, data, tmp_path / "parts", resume=True, **settings)
 
 
-def test_ctrl_c_saves(directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves(
+    directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if args[1].lines and not (tmp_path / "was").exists():
             (tmp_path / "was").touch()
             os.kill(os.getpid(), signal.SIGINT)
+            assert "stopping after this step" in caplog.text  # at once
         return learn(*args, **options)
 
     monkeypatch.setattr(loop, "learn", interrupted)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
+from llama4.families.names import NameTable
 from llama4.quantization.weight import Shape
 from llama4.weights.compressed_formats import codes
 from llama4.weights.experts import stack_experts
@@ -62,7 +63,7 @@ class Awq(QuantMethod):
                 f"does not read; take one of {_BITS} bits in 'gemm', or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         source = unstacked(source)
         modules = (name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight"))
         return stack_experts(DecodedSource(source, dict.fromkeys(modules, AwqFormat()), dtype))

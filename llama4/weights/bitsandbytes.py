@@ -26,6 +26,8 @@ from llama4.weights.source import Origin, Source
 
 _STATE = ".quant_state.bitsandbytes__"
 _ROUTER = ".router.weight"
+_SKIPPED = "llm_int8_skip_modules"
+"""Where a configuration lists what is not quantized, whatever the kind."""
 _STACK = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
@@ -45,8 +47,8 @@ class Bitsandbytes(QuantMethod):
                 f"does not run; take one in {Nf4.kind!r}, stored in uint8, or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
-        return BitsandbytesSource(source)
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
+        return BitsandbytesSource(source, table)
 
     def writes(self, plan: QuantizationPlan) -> bool:
         return all(format is None or isinstance(format, Nf4) for format in plan.values())
@@ -54,23 +56,41 @@ class Bitsandbytes(QuantMethod):
     def encode(
         self, source: Source, content: Mapping[str, Any] | None, table: NameTable
     ) -> tuple[Source, Mapping[str, Any] | None]:
-        return WrittenSource(source), content
+        return WrittenSource(source), content and _without_moved(content, source, table)
+
+
+def _without_moved(content: Mapping[str, Any], source: Source, table: NameTable) -> Mapping[str, Any]:
+    """The configuration, with the matrices in it that were dequantized as their rows have another order."""
+    moved = {
+        name.removesuffix(".weight")
+        for name in source.names()
+        if name.endswith(".weight") and name not in source.plan and table.transform(name)
+    }
+    if not moved:
+        return content
+    skipped = {
+        *(content.get("llm_int8_skip_modules") or ("lm_head",)),
+        *(table.to_file(name) or name for name in moved),
+    }
+    return {**content, "llm_int8_skip_modules": sorted(skipped)}
 
 
 class BitsandbytesSource:
     """Such a checkpoint as parts of packed weights. Which weights are quantized, the keys say.
 
-    A router that is quantized, as older versions of transformers did, is dequantized.
+    A router that is quantized, as older versions of transformers did, is dequantized; so is a matrix whose rows have
+    another order in the files than in the model (q and k of Llama 1 to 3): scales that are quantized themselves reach
+    over many rows.
 
     Raises:
         CheckpointError: a kind that is not run, or parts that are missing, of another shape or of another dtype.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, table: NameTable) -> None:
         self._source = source
         self.notes = source.notes
         self._names: dict[str, str] = {}
-        self._routers: dict[str, Nf4] = {}
+        self._dequantized: dict[str, Nf4] = {}
         self.plan: dict[str, WeightFormat | None] = {}
         names = source.names()
         formats = {name.partition(_STATE)[0]: self._format(name) for name in names if _STATE in name}
@@ -83,8 +103,8 @@ class BitsandbytesSource:
                 self._names[name] = name
                 if _EXPERT.fullmatch(name):
                     self.plan[name] = None
-            elif weight.endswith(_ROUTER):
-                self._routers[weight] = formats[weight]
+            elif weight.endswith(_ROUTER) or table.transform(weight):
+                self._dequantized[weight] = formats[weight]
             else:
                 path = weight.removesuffix(".weight")
                 self._names[f"{path}.{part}"] = name
@@ -119,17 +139,17 @@ class BitsandbytesSource:
             )
 
     def names(self) -> Collection[str]:
-        return [*self._names, *self._routers]
+        return [*self._names, *self._dequantized]
 
     def spec(self, name: str) -> TensorSpec:
-        if name in self._routers:
-            return TensorSpec(self._routers[name].stored, self._routers[name].dtype)
+        if name in self._dequantized:
+            return TensorSpec(self._dequantized[name].stored, self._dequantized[name].dtype)
         return self._source.spec(self._names[name])
 
     def read(self, name: str) -> Tensor:
-        if name not in self._routers:
+        if name not in self._dequantized:
             return self._source.read(self._names[name])
-        format = self._routers[name]
+        format = self._dequantized[name]
         with torch.device("meta"):
             matrix = QuantizedWeight(format, format.stored)
         names = {part: name if part == "weight" else f"{name}.{part}" for part in matrix.specs}
@@ -137,7 +157,7 @@ class BitsandbytesSource:
         return matrix.dequantize()
 
     def is_mapped(self, name: str) -> bool:
-        return name not in self._routers and self._source.is_mapped(self._names[name])
+        return name not in self._dequantized and self._source.is_mapped(self._names[name])
 
     def origin(self, name: str) -> Origin:
         return self._source.origin(self._names.get(name, name))

@@ -40,7 +40,7 @@ class CompressedTensors(QuantMethod):
     def check(self, content: Mapping[str, Any]) -> None:
         read_groups(content)
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         groups = read_groups(content)
         if content.get("kv_cache_scheme"):
             source = without_cache_scales(source)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
+from llama4.families.names import NameTable
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.weight import TensorSpec, WeightFormat
 from llama4.weights.quant_method import QuantMethod
@@ -23,7 +24,7 @@ class FbgemmFp8(QuantMethod):
 
     name = "fbgemm_fp8"
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         return FbgemmSource(source)
 
 

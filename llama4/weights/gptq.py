@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
+from llama4.families.names import NameTable
 from llama4.quantization.weight import Shape, TensorSpec
 from llama4.weights.compressed_formats import codes
 from llama4.weights.experts import stack_experts
@@ -80,7 +81,7 @@ class Gptq(QuantMethod):
                 f"{_AS_THEY_ARE!r}, or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         source = unstacked(source)
         layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
         dynamic = content.get("dynamic")

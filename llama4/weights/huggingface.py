@@ -90,7 +90,7 @@ class HuggingFaceLayout(CheckpointLayout):
         table = family_of(config).names(config, files.names())
         source = _without_zero_biases(config, ModelNames(files, table))
         if method is not None and content is not None:
-            source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16))
+            source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16), table)
         else:
             source = stack_experts(source)
         return _match_vision(config, in_model_order(source, table) if table.transforms else source)

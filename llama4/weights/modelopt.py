@@ -18,6 +18,7 @@ import torch
 
 from llama4.config.typed import section
 from llama4.errors import CheckpointError
+from llama4.families.names import NameTable
 from llama4.ops.fp8 import E4M3
 from llama4.quantization.fp4 import Fp4, Mxfp4, Nvfp4
 from llama4.quantization.fp8 import Fp8
@@ -50,7 +51,7 @@ class ModelOpt(QuantMethod):
                 f"{CONFIG_FILE}), which this library does not run; take one in {', '.join(_ALGORITHMS)}, or in bf16"
             )
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         """Which weights are quantized, and how, the tensors say."""
         source = without_cache_scales(source)
         tensors: dict[str, str | Computed] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llama4.errors import CheckpointError
+from llama4.families.names import NameTable
 from llama4.quantization.fp4 import Mxfp4
 from llama4.quantization.weight import WeightFormat
 from llama4.weights.computed import Computed, ComputedSource
@@ -23,7 +24,7 @@ class TransformersMxfp4(QuantMethod):
 
     name = "mxfp4"
 
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         tensors: dict[str, str | Computed] = {}
         plan: dict[str, WeightFormat] = {}
         present = set(source.names())

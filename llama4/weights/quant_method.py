@@ -32,12 +32,13 @@ class QuantMethod(ABC):
         """
 
     @abstractmethod
-    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         """A checkpoint's tensors, under the model's names, as parts of packed weights; what is stored in a format that
         is not run, dequantized.
 
         Args:
             dtype: of what is dequantized.
+            table: says which matrices have their rows in another order in the files.
 
         Raises:
             CheckpointError: tensors that are missing, or do not fit together.

@@ -18,6 +18,7 @@ import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama4.api import Llama4
 from llama4.cli.main import main
@@ -362,3 +363,30 @@ def test_info_and_refusals(
     assert "nf4, a scale per 64 weights, in a byte; " in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"quantized already \(nf4\)"):
         quantize(directory, tmp_path / "again", "int4", progress=False)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@torch.inference_mode()
+def test_dense_llama(tmp_path: Path, nested: bool) -> None:
+    """Rows of q and k move between file and model, so these are dequantized; what is saved transformers reads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1},
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "plain")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "plain" / "model.safetensors").items()}
+    written, truth = quantized(tensors, "apart", nested)
+    directory = write(tmp_path / "model", tmp_path / "plain", written)
+    model.load_state_dict({name: tensor.float() for name, tensor in truth.items()})
+    ours = loaded(directory)
+    packed = {name.rpartition(".")[2] for name, module in ours.named_modules() if isinstance(module, QuantizedWeight)}
+    assert packed == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert relative_error(ours(IDS), model(IDS).logits) < 1e-5
+    Llama4(loaded(directory, "bfloat16"), None).save_pretrained(tmp_path / "saved")
+    assert relative_error(loaded(tmp_path / "saved")(IDS), ours(IDS)) < 1e-2  # q and k are now in bfloat16
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in theirs.named_modules()}
+    assert (kinds["q_proj"], kinds["k_proj"], kinds["v_proj"]) == ("Linear", "Linear", "Linear4bit")
+    assert relative_error(ours(IDS), theirs(IDS).logits.float()) < 0.05  # bitsandbytes multiplies in bfloat16 here

@@ -14,7 +14,8 @@ import torch
 logger = logging.getLogger("llama4")
 
 _registered = False
-_notice = ""
+_notices: list[str] = []
+"""What is to be said; whoever takes it says it, be it one of several threads."""
 
 
 def survive_forks() -> None:
@@ -26,10 +27,9 @@ def survive_forks() -> None:
 
 
 def _after_fork() -> None:
-    global _notice
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-        _notice = (
+        _notices.append(
             "this process was forked from one that had loaded a model, so it computes with one thread; for more, load "
             "the model in the child, start it by 'spawn' or 'forkserver', or answer in threads of the child's own"
         )
@@ -37,7 +37,8 @@ def _after_fork() -> None:
 
 def notice_fork() -> None:
     """Log once what a fork has changed."""
-    global _notice
-    if _notice:
-        logger.warning(_notice)
-        _notice = ""
+    try:
+        notice = _notices.pop()
+    except IndexError:
+        return
+    logger.warning(notice)

@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -370,10 +371,8 @@ def test_info_and_refusals(
 def test_dense_llama(tmp_path: Path, nested: bool) -> None:
     """Rows of q and k move between file and model, so these are dequantized; what is saved transformers reads."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1},
-    )
+    sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "plain")
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "plain" / "model.safetensors").items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def save(group: str, title: str, column: str, version: str, tally: Tally, order:
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(results, indent=1))
     RESULTS.write_text(f"{text}\n")
     if column == "after":
-        subprocess.run([sys.executable, str(ROOT / "docs/figures.py")], check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # tests set it
+        subprocess.run([sys.executable, str(ROOT / "docs/figures.py")], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,13 @@ class Adapter(nn.Module):
 
         Raises:
             ArgumentError: the model has nothing of what shall be changed, or ties its embeddings, which then cannot
-                be.
+                be; or its experts stay on another device.
         """
+        if "experts" in config.targets and (elsewhere := _experts_elsewhere(model)):
+            raise ArgumentError(
+                f"{elsewhere[0]} stay on another device, where no adapter reaches them; load the model without "
+                "experts_device, or leave the target 'experts' out"
+            )
         generator = torch.Generator().manual_seed(seed)
         loras: dict[str, Lora] = {}
         for name, shape in targets_of(model).items():
@@ -236,7 +241,10 @@ class Adapter(nn.Module):
 def targets_of(model: Llama4Model) -> dict[str, tuple[int, ...]]:
     """All that an adapter could change: names, and shapes (O, I) or (E, O, I)."""
     shapes: dict[str, tuple[int, ...]] = {}
+    elsewhere = tuple(f"{name}." for name in _experts_elsewhere(model))
     for name, module in model.named_modules():
+        if name.startswith(elsewhere):
+            continue
         if isinstance(module, (Experts, QuantizedExperts)):
             E, D, F_ = model.config.text.num_local_experts, model.config.text.hidden_size, _width(model)
             shapes |= {f"{name}.gate_up_proj": (E, 2 * F_, D), f"{name}.down_proj": (E, D, F_)}
@@ -245,6 +253,12 @@ def targets_of(model: Llama4Model) -> dict[str, tuple[int, ...]]:
         elif target_of(name) is not None and isinstance(module, nn.Embedding):
             shapes[name] = (module.embedding_dim, module.num_embeddings)
     return shapes
+
+
+def _experts_elsewhere(model: Llama4Model) -> list[str]:
+    """Layers' experts that something else computes, with copies of their weights."""
+    layers = ((name, module) for name, module in model.named_modules() if name.endswith(".experts"))
+    return [name for name, module in layers if not isinstance(module, (Experts, QuantizedExperts))]
 
 
 def _width(model: Llama4Model) -> int:

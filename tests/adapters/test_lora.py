@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 from llama4.adapters.config import TARGETS, LoraConfig
 from llama4.adapters.lora import Adapter, Lora, targets_of
 from llama4.adapters.merge import merge_adapter
+from llama4.api import Llama4
+from llama4.engine.offload import offload_experts
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.model.experts import BACKENDS, Experts
 from llama4.model.moe import Router
@@ -215,3 +218,16 @@ def test_routers_and_experts_compute_by_classes_again_afterwards() -> None:
     assert all("forward" in vars(m) for m in replaced)
     adapter.detach()
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_experts_elsewhere_are_not_left_out_in_silence(tmp_path: Path, quantization: str | None) -> None:
+    directory = small_model.write(tmp_path / "model")
+    model = Llama4.from_pretrained(directory, quantization=quantization).model
+    adapter = Adapter.create(model, LoraConfig(targets=("experts",)))
+    offload_experts(model, torch.device("cpu"))
+    with pytest.raises(ArgumentError, match=r"experts stay on another device.*leave the target 'experts' out"):
+        Adapter.create(model, LoraConfig(targets=("attention", "experts")))
+    with pytest.raises(Llama4Error, match="does not have or cannot adapt"):
+        adapter.attach(model)
+    assert all(".experts" not in name for name in Adapter.create(model, LoraConfig(targets=("attention",))).names)

@@ -13,7 +13,7 @@ from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.reading import read_json
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, SENTENCEPIECE
-from llama4.weights.meta.params import PARAMS_FILE, dense_width, read_object
+from llama4.weights.meta.params import PARAMS_FILE, DecoderParams, dense_width, read_object
 
 _LLAMA4 = ("moe_args", "vision_args", "nope_layer_interval", "attention_chunk_size", "use_qk_norm", "ffn_exp")
 """Fields that only Llama 4's files have."""
@@ -23,21 +23,10 @@ _LONG = 131072
 
 
 @dataclass(frozen=True)
-class _Params:
-    """What is read of params.json. What has no default must be there."""
+class _Params(DecoderParams):
+    """That of Llama 1 to 3."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    vocab_size: int = -1
-    ffn_dim_multiplier: float | None = None
-    multiple_of: int = 256
-    norm_eps: float = 1e-5
-    max_position_embeddings: int | None = None
     rope_theta: float = 10000.0
-    use_scaled_rope: bool = False
-    rope_scaling_factor: float | None = None
 
 
 def is_llama(params: Mapping[str, Any]) -> bool:

@@ -21,23 +21,30 @@ RANK_FILES = "consolidated.*.pth"
 
 
 @dataclass(frozen=True)
-class _Params:
-    """What is read of params.json, without the objects in it. What has no default must be there."""
+class DecoderParams:
+    """What is read of the params.json of every generation, without the objects in it. What has no default must be
+    there."""
 
     dim: int
     n_layers: int
     n_heads: int
     n_kv_heads: int | None = None
     vocab_size: int = -1
-    ffn_exp: float | None = None
     ffn_dim_multiplier: float | None = None
     multiple_of: int = 256
     norm_eps: float = 1e-5
     max_position_embeddings: int | None = None
-    use_qk_norm: bool = False
-    rope_theta: float = 500000.0
     use_scaled_rope: bool = False
     rope_scaling_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class _Params(DecoderParams):
+    """And what Llama 4 has beside."""
+
+    ffn_exp: float | None = None
+    use_qk_norm: bool = False
+    rope_theta: float = 500000.0
     rope_high_freq_factor: float | None = None
     nope_layer_interval: int | None = None
     attention_chunk_size: int | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -15,7 +15,7 @@ from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate, stop_strings
-from llama4.engine.grammar import Form, Matcher, Vocabulary
+from llama4.engine.grammar import Form
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
@@ -29,6 +29,7 @@ from llama4.inputs import Inputs, Processor
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
+from llama4.options import Options, Prepared, Prompt, conversation
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import CALIBRATED, SCHEMES
 from llama4.text.messages import Message
@@ -47,53 +48,6 @@ from llama4.weights.save import save
 from llama4.weights.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
-
-Prompt: TypeAlias = str | Sequence[Message] | Inputs
-"""A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A call of `chat` or `chat_batch`, ready to be computed.
-
-    Attributes:
-        inputs: a row for each conversation.
-        stop, stop_ids: strings and tokens that end a reply.
-    """
-
-    inputs: Inputs
-    sampler: Sampler
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    tools: Sequence[Mapping[str, Any]] | None
-    form: Form | None = None
-
-    def matcher(self, llm: Llama4) -> Matcher | None:
-        """What one reply is held to; None for any text."""
-        if self.form is None:
-            return None
-        return Matcher(self.form, Vocabulary.of(llm.tokenizer, llm.config.text.vocab_size, llm.stop_ids))
-
-    def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
-        """What makes a reply of each row's events."""
-        lengths = self.inputs.attention_mask.sum(dim=1).tolist()
-        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens, self.form) for length in lengths]
-
-
-class Options(SamplingOptions, total=False):
-    """Keyword arguments of `Llama4.chat`, where they are explained."""
-
-    max_new_tokens: int
-    stop: str | Sequence[str] | None
-    tools: Sequence[Mapping[str, Any]] | None
-    continue_final_message: bool | None
-    chat_template_kwargs: Mapping[str, Any] | None
-    response_format: Any
-    regex: str | None
-    choices: Sequence[str] | None
-    grammar: str | None
-    tool_choice: str | Mapping[str, Any] | None
 
 
 class Llama4:
@@ -434,7 +388,7 @@ class Llama4:
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
         """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments and
         errors are those of `chat`; errors come at once."""
-        prompt = messages if isinstance(messages, Inputs) else _conversation(messages)
+        prompt = messages if isinstance(messages, Inputs) else conversation(messages)
         events, builders = self._start(prompt, **options)
         if len(builders) != 1:
             raise Llama4Error(f"these are {len(builders)} conversations; use chat_batch for more than one")
@@ -447,7 +401,7 @@ class Llama4:
         if not isinstance(conversations, Inputs) and not conversations:
             return []
         prompts = (
-            conversations if isinstance(conversations, Inputs) else [list(_conversation(row)) for row in conversations]
+            conversations if isinstance(conversations, Inputs) else [list(conversation(row)) for row in conversations]
         )
         events, builders = self._start(prompts, **options)
         for event in events:
@@ -487,7 +441,9 @@ class Llama4:
             self.tokenizer,
             asked.inputs,
             sampler=asked.sampler,
-            matchers=[asked.matcher(self) for _ in rows] if asked.form is not None else (),
+            matchers=[asked.matcher(self.tokenizer, self.config.text.vocab_size) for _ in rows]
+            if asked.form is not None
+            else (),
             max_new_tokens=asked.max_new_tokens,
             stop_ids=asked.stop_ids,
             stop=asked.stop,
@@ -610,11 +566,6 @@ class Llama4:
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
-
-
-def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
-    """A string is one question."""
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
 def _check_arguments(

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import llama4
-from llama4.api import Options
 from llama4.cli.options import CHAT
 from llama4.engine.sampling import SamplingOptions
+from llama4.options import Options
 
 
 def test_every_exported_name_is_there() -> None:

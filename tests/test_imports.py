@@ -30,6 +30,7 @@ LINES = (
     "llama4.adapters",
     "llama4.inputs",
     "llama4.engine",
+    "llama4.options",
     "llama4.api",
     "llama4.train",
     "llama4.serve",

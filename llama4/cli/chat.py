@@ -14,7 +14,8 @@ from llama4.cli.options import add_chat_options, chat_options, load_model, openi
 from llama4.errors import Llama4Error
 
 if TYPE_CHECKING:
-    from llama4.api import Llama4, Options
+    from llama4.api import Llama4
+    from llama4.options import Options
 
 HELP = """\
 Write a message and press Enter.

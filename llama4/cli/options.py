@@ -12,7 +12,8 @@ from llama4.quantization.schemes import SCHEMES
 from llama4.text.chat_formats import CHAT_FORMATS
 
 if TYPE_CHECKING:
-    from llama4.api import Llama4, Options
+    from llama4.api import Llama4
+    from llama4.options import Options
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Unpack, cast
 
-from llama4.api import Llama4, Options, Prepared, Prompt
+from llama4.api import Llama4
 from llama4.engine.generate import Row, reply_budget
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
 from llama4.errors import ArgumentError, BusyError, Llama4Error
+from llama4.options import Options, Prepared, Prompt
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
 from llama4.units import parse_bytes
@@ -181,7 +182,7 @@ class Engine:
             stop_ids=asked.stop_ids,
             deliver=deliver,
             alternatives=alternatives,
-            matcher=asked.matcher(self.llm),
+            matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
         )
         with self._closing:
             if self._is_closed:

@@ -1,0 +1,66 @@
+"""What a call of `chat` takes: `Options`, and `Prepared`, what is computed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from llama4.engine.grammar import Form, Matcher, Vocabulary
+from llama4.engine.replies import ReplyBuilder
+from llama4.engine.sampling import Sampler, SamplingOptions
+from llama4.inputs import Inputs
+from llama4.text.messages import Message
+from llama4.text.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[Message] | Inputs
+"""A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of `chat` or `chat_batch`, ready to be computed.
+
+    Attributes:
+        inputs: a row for each conversation.
+        stop, stop_ids: strings and tokens that end a reply.
+    """
+
+    inputs: Inputs
+    sampler: Sampler
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    tools: Sequence[Mapping[str, Any]] | None
+    form: Form | None = None
+
+    def matcher(self, tokenizer: Tokenizer, vocab_size: int) -> Matcher | None:
+        """What one reply is held to; None for any text."""
+        if self.form is None:
+            return None
+        return Matcher(self.form, Vocabulary.of(tokenizer, vocab_size, self.stop_ids))
+
+    def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
+        """What makes a reply of each row's events."""
+        lengths = self.inputs.attention_mask.sum(dim=1).tolist()
+        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens, self.form) for length in lengths]
+
+
+class Options(SamplingOptions, total=False):
+    """Keyword arguments of `Llama4.chat`, where they are explained."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    continue_final_message: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    response_format: Any
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+    tool_choice: str | Mapping[str, Any] | None
+
+
+def conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
+    """A string is one question."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO if options.verbose else logging.WARNING)
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
         raise ArgumentError("--ssl-certfile and --ssl-keyfile belong together; give both or none")
+    if options.api_key == "":
+        raise ArgumentError("--api-key is empty, so anybody could ask; give a key, or leave the option out")
     if options.media_directory is not None and not options.media_directory.is_dir():
         raise ArgumentError(f"--media-directory {options.media_directory} is no directory")
     settings = Settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import shlex
@@ -10,6 +11,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30
 MAX_HEADERS = 64 * 2**10
+MAX_FILES = 2**16
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,9 @@ def run(server: Server, address: Address) -> None:
         ArgumentError: the address cannot be had.
     """
     listening = _listen(address)
-    config = uvicorn.Config(
-        server.app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        h11_max_incomplete_event_size=MAX_HEADERS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        ssl_certfile=address.certificate,
-        ssl_keyfile=address.key,
-    )
+    _allow_many_connections()
     _say(server.engine, server.settings.name, server.settings.api_key, address, listening.getsockname()[1])
-    runner = uvicorn.Server(config)
+    runner = _Runner(server, address)
 
     def end(number: int, frame: object) -> None:
         """uvicorn stops first, and passes the signal on when it has stopped."""
@@ -64,6 +57,43 @@ def run(server: Server, address: Address) -> None:
         runner.run(sockets=[listening])
     finally:
         server.engine.close()
+
+
+class _Runner(uvicorn.Server):
+    def __init__(self, server: Server, address: Address) -> None:
+        super().__init__(http_config(server, address))
+        self._server = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """What comes by a connection that is still open is refused."""
+        self._server.is_draining = True
+        super().handle_exit(sig, frame)
+
+
+def http_config(server: Server, address: Address) -> uvicorn.Config:
+    """How connections are served. The parser is h11, whatever is installed: others set no limit to headers."""
+    return uvicorn.Config(
+        server.app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_certfile=address.certificate,
+        ssl_keyfile=address.key,
+    )
+
+
+def _allow_many_connections() -> None:
+    """Each is an open file, of which a shell allows 1,024 where the system would allow more."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MAX_FILES), most))
 
 
 def _listen(address: Address) -> socket.socket:

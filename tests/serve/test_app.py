@@ -7,11 +7,8 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,48 +17,19 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
-from llama4 import Engine, Llama4  # noqa: E402
-from llama4.serve.app import Server, Settings  # noqa: E402
+from llama4 import Llama4  # noqa: E402
+from llama4.serve.app import Settings  # noqa: E402
+from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 
 PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
-QUESTION = [{"role": "user", "content": "What can you do?"}]
-FOREVER = {"messages": QUESTION, "ignore_eos": True, "max_tokens": 10**5}
 
 
 @pytest.fixture(scope="module")
 def llm() -> Llama4:
     return Llama4.from_pretrained("tiny", progress=False)
-
-
-class Running:
-    """A server in a thread of its own, and a client of it."""
-
-    def __init__(self, llm: Llama4, settings: Settings, **engine: Any) -> None:
-        self.engine = Engine(llm, **{"cache_memory": "8MiB", **engine})
-        self.server = Server(self.engine, settings)
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self._uvicorn = uvicorn.Server(uvicorn.Config(self.server.app, log_config=None, lifespan="off"))
-        self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._listening]))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def close(self) -> None:
-        self.client.close()
-        self._uvicorn.should_exit = True
-        self._thread.join()
-        self.engine.close()
-
-    def ask(self, **fields: Any) -> Any:
-        answer = self.client.post("/v1/chat/completions", json=fields)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def is_idle(self) -> bool:
-        return not self.engine.scheduler.has_work and self.engine.num_waiting == 0
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +42,6 @@ def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     yield server
     server.close()
     llm.processor.image_limits = limits
-
-
-def until(is_so: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def alone(llm: Llama4, messages: Any, **options: Any) -> Any:

@@ -1,0 +1,57 @@
+"""A server within a test."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import uvicorn
+
+from llama4 import Engine, Llama4
+from llama4.serve.app import Server, Settings
+from llama4.serve.run import Address, http_config
+
+QUESTION = [{"role": "user", "content": "What can you do?"}]
+FOREVER = {"messages": QUESTION, "ignore_eos": True, "max_tokens": 10**5}
+
+
+class Running:
+    """A server in a thread of its own, and a client of it."""
+
+    def __init__(self, llm: Llama4, settings: Settings, **engine: Any) -> None:
+        self.engine = Engine(llm, **{"cache_memory": "8MiB", **engine})
+        self.server = Server(self.engine, settings)
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self._uvicorn = uvicorn.Server(http_config(self.server, Address()))
+        self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self.listening]))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def connections(self) -> Any:
+        return self._uvicorn.server_state.connections
+
+    def close(self) -> None:
+        self.client.close()
+        self._uvicorn.should_exit = True
+        self._thread.join()
+        self.engine.close()
+
+    def ask(self, **fields: Any) -> Any:
+        answer = self.client.post("/v1/chat/completions", json=fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def is_idle(self) -> bool:
+        return not self.engine.scheduler.has_work and self.engine.num_waiting == 0
+
+
+def until(is_so: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,233 @@
+"""`llama4 serve` among strangers: who may ask, what is told, what is logged, and who leaves or reads slowly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+from llama4 import Engine, Llama4  # noqa: E402
+from llama4.cli import serve as command  # noqa: E402
+from llama4.errors import ArgumentError  # noqa: E402
+from llama4.serve import run as running_module  # noqa: E402
+from llama4.serve.app import Server, Settings  # noqa: E402
+from llama4.serve.run import MAX_HEADERS, Address, run  # noqa: E402
+from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
+
+CHAT = "/v1/chat/completions"
+PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+@pytest.fixture(scope="module")
+def running(llm: Llama4) -> Iterator[Running]:
+    server = Running(llm, Settings("tiny"))
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [("127.0.0.1", None, False), ("localhost", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)],
+)
+def test_an_open_address_without_a_key_is_warned_of(
+    llm: Llama4, host: str, key: str | None, warns: bool, monkeypatch: Any, caplog: Any
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    listened: list[str] = []
+    monkeypatch.setattr(
+        running_module._Runner, "run", lambda self, sockets: listened.append(sockets[0].getsockname()[0])
+    )
+    try:
+        run(Server(Engine(llm), Settings("tiny", api_key=key)), Address(host, 0))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert listened == ["127.0.0.1" if host == "localhost" else host]
+    assert ("anybody who reaches" in caplog.text) == warns
+    assert "secret" not in caplog.text
+
+
+def test_the_command_listens_at_loopback() -> None:
+    assert Address().host == "127.0.0.1"
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["serve", "tiny"])
+    assert options.host == "127.0.0.1" and options.cors_origin == [] and options.allow_urls == []
+    with pytest.raises(ArgumentError, match="--api-key is empty"):  # as of an unset variable
+        command.run(parser.parse_args(["serve", "tiny", "--api-key", ""]))
+
+
+def test_no_other_page_may_ask_unless_named(llm: Llama4, running: Running) -> None:
+    page = {"origin": "http://page.example", "access-control-request-method": "POST"}
+    for answer in (running.client.options(CHAT, headers=page), running.client.get("/health", headers=page)):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    named = Running(llm, Settings("tiny", cors_origins=("http://page.example",)))
+    try:
+        assert named.client.options(CHAT, headers=page).headers["access-control-allow-origin"] == page["origin"]
+        other = named.client.get("/health", headers={"origin": "http://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+    finally:
+        named.close()
+
+
+def test_headers_are_limited(running: Running) -> None:
+    """By the parser that `http_config` names, before anything is read of what they say."""
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: ")
+        try:
+            for _ in range(2 * MAX_HEADERS // 1024):
+                connection.sendall(b"a" * 1024)
+            answer = connection.recv(1024)
+        except (ConnectionResetError, BrokenPipeError):
+            answer = b""
+    assert b" 200 " not in answer
+    assert running.client.get("/health", headers={"x-long": "a" * (MAX_HEADERS // 2)}).status_code == 200
+
+
+def test_this_network_is_not_reached_unless_named(llm: Llama4) -> None:
+    """A picture's address that leads to this machine: no connection is made, whatever public hosts are allowed."""
+    asked: list[str] = []
+
+    class Private(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PICTURE.read_bytes())
+
+        def log_message(self, format: str, *values: object) -> None:
+            pass
+
+    private = HTTPServer(("127.0.0.1", 0), Private)
+    threading.Thread(target=private.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{private.server_port}/a.png"
+    message = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    statuses = {}
+    limits = llm.processor.image_limits
+    for hosts in ((), ("*",), ("example.com",), ("127.0.0.1",)):
+        server = Running(llm, Settings("tiny", url_hosts=hosts))
+        statuses[hosts] = server.client.post(CHAT, json={"messages": message, "max_tokens": 1}).status_code
+        assert len(asked) == (hosts == ("127.0.0.1",)), hosts
+        server.close()
+    llm.processor.image_limits = limits
+    private.shutdown()
+    private.server_close()
+    assert statuses == {(): 400, ("*",): 400, ("example.com",): 400, ("127.0.0.1",): 200}
+
+
+def test_prompts_are_not_logged(running: Running, monkeypatch: Any, caplog: Any) -> None:
+    """Neither of answers nor of errors; each line of a request has its id, which its answer has, too."""
+    caplog.set_level(logging.DEBUG, logger="llama4")
+    caplog.set_level(logging.INFO)
+    secret = "xyzzy-4711"
+    message = [{"role": "user", "content": secret}]
+    bodies: list[Any] = [
+        {"messages": message, "max_tokens": 2},
+        {"messages": message, "max_tokens": 2, "stream": True},
+        {"messages": message, "n": secret},
+        {"messages": message, "max_tokens": 1, "unheard_of": secret},
+        {"messages": [{"role": secret, "content": secret}]},
+    ]
+    for number, body in enumerate(bodies):
+        answer = running.client.post(CHAT, json=body, headers={"x-request-id": f"mine-{number}"})
+        assert answer.headers["x-request-id"] == f"mine-{number}" and f"mine-{number} POST {CHAT}" in caplog.text
+    running.client.post(CHAT, content=json.dumps(bodies[0])[:-1])
+    monkeypatch.setattr(Engine, "stream", lambda *given, **options: 1 // 0)
+    answer = running.client.post(CHAT, json=bodies[0], headers={"x-request-id": "failed-1"})
+    assert answer.status_code == 500 and "ZeroDivision" not in answer.text
+    assert "ZeroDivisionError" in caplog.text and "unheard_of" in caplog.text
+    assert secret not in caplog.text
+    new = {running.client.get("/health").headers["x-request-id"] for _ in range(3)}
+    assert len(new) == 3
+    odd = running.client.get("/health", headers={"x-request-id": "a b\tc" * 100}).headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{32}", odd)
+
+
+def test_work_stops_within_a_step(running: Running, monkeypatch: Any) -> None:
+    """Of a client that leaves: after the engine is told, at most one more token of it is computed; memory is free."""
+    until(running.is_idle)
+    counts, cancel, told = running.engine.scheduler.counts, Engine.cancel, []
+
+    def note(engine: Engine, request: Any) -> None:
+        told.append(counts.generated_tokens)
+        cancel(engine, request)
+
+    monkeypatch.setattr(Engine, "cancel", note)
+    with running.client.stream("POST", CHAT, json={**FOREVER, "stream": True}) as answer:
+        next(answer.iter_lines())
+    until(running.is_idle)
+    assert told and counts.generated_tokens - told[0] <= 1
+    while running.engine.scheduler.index.evict():
+        pass
+    assert running.engine.scheduler.pool.used == 0
+
+
+def test_who_reads_slowly_holds_nobody_up(running: Running) -> None:
+    """A client that does not read: its reply is computed to the end, what waits to be sent is bounded, others are
+    answered; when it reads, everything is there."""
+    running.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = {**FOREVER, "max_tokens": 200, "stream": True, "logprobs": True, "top_logprobs": 20, "seed": 1}
+    content = json.dumps(body).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(running.listening.getsockname())
+        slow.settimeout(60)
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+        before = running.engine.scheduler.counts.generated_tokens
+        slow.sendall(head.encode() + content)
+        until(lambda: running.engine.scheduler.counts.generated_tokens - before == 200)
+        until(running.is_idle)
+        assert running.ask(messages=QUESTION)["choices"][0]["message"]["content"]
+        waiting = [each.transport.get_write_buffer_size() for each in running.connections if each.transport]
+        assert 0 < max(waiting) < 2**17
+        answer = b""
+        while piece := slow.recv(2**16):
+            answer += piece
+    assert len(answer) > 2**18 and b"[DONE]" in answer
+    assert len(re.findall(rb'"logprob"', answer)) == 200 * 21
+    running.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+
+
+def test_the_command_does_not_wait_for_ever() -> None:
+    """SIGTERM during a reply without end: nobody else is let in, it is cut when time is over, the exit code is 0."""
+    code = "import llama4.serve.run as r; r.DRAIN_SECONDS = 1; from llama4.__main__ import run; run()"
+    arguments = [sys.executable, "-c", code, "serve", "tiny", "--port", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        url = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert url is not None
+        with httpx.stream("POST", f"{url[0]}{CHAT}", json={**FOREVER, "stream": True}, timeout=60) as answer:
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            time.sleep(0.5)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url[0]}/health")
+            assert process.poll() is None
+            assert process.wait(60) == 0
+            assert 0.9 < time.monotonic() - begun < 10

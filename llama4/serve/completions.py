@@ -1,198 +1,118 @@
-"""Chats and completions in OpenAI's form: JSON or a stream of events <-> the engine's streams."""
+"""OpenAI's completions: texts or token ids -> what follows them."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import torch
+from starlette.responses import Response
 
-from llama4.engine.replies import Delta, Reply, TextDelta
 from llama4.engine.tokens import Token
 from llama4.inputs import Inputs
-from llama4.serve.engine import Engine, EngineOptions, EngineStream
-from llama4.serve.schema import Asked
+from llama4.serve.engine import EngineStream
+from llama4.serve.errors import RequestError
+from llama4.serve.http import Call, Route, Service, respond
+from llama4.serve.openai_chat import USED, OpenAIAnswer
+from llama4.serve.options import (
+    FORM,
+    MAX_ALTERNATIVES,
+    MAX_CHOICES,
+    MAX_LENGTH,
+    SAMPLING,
+    USAGE,
+    WITHOUT_EFFECT,
+    check_usage,
+    choices_of,
+    sampling_of,
+)
+from llama4.serve.schema import (
+    FLAG,
+    MAX_ID,
+    STRING,
+    TEXT,
+    Field,
+    Fields,
+    Schema,
+    any_of,
+    array,
+    integer,
+    one_of,
+    record,
+    refused,
+    required,
+)
+
+MAX_PROMPTS = 128
+
+IDS = array(integer(0, MAX_ID), 1)
+PROMPT: Schema = {
+    **any_of(TEXT, IDS, array(any_of(TEXT, IDS), 1, MAX_PROMPTS)),
+    "description": f"a text, a list of token ids, or a list of up to {MAX_PROMPTS} of these; none may be empty",
+}
+
+COMPLETE = Fields(
+    "CompletionRequest",
+    prompt=required(PROMPT),
+    model=Field(STRING),
+    **SAMPLING,
+    response_format=Field(FORM),
+    n=Field(integer(1, MAX_CHOICES), 1),
+    max_tokens=Field(integer(1, MAX_LENGTH), 16),
+    logprobs=Field(integer(0, MAX_ALTERNATIVES)),
+    echo=Field(FLAG, False),
+    stream=Field(FLAG, False),
+    stream_options=Field(USAGE),
+    **WITHOUT_EFFECT,
+    suffix=refused(""),
+)
+
+COMPLETION = record(
+    ("id", "object", "created", "model", "choices", "usage"),
+    id=TEXT,
+    object=one_of("text_completion"),
+    model=STRING,
+    choices=array(record(("index", "text", "finish_reason"), text=STRING), 1),
+    usage=USED,
+)
 
 
-class Answer:
-    """The replies to one request, as the engine gives them.
-
-    Attributes:
-        streams: one for each choice.
-        asked: the request.
-        name: of the model.
-    """
-
-    def __init__(self, streams: Sequence[EngineStream], asked: Asked, name: str, *, is_chat: bool) -> None:
-        self.streams, self.asked, self.name, self.is_chat = list(streams), asked, name, is_chat
-        prefix, self.kind = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
-        self.id, self.created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
-
-    async def open(self) -> None:
-        """Prepare all prompts; what is wrong with them is raised here, before anything is sent."""
-        await asyncio.gather(*(asyncio.to_thread(stream.open) for stream in self.streams))
-
-    def cancel(self) -> None:
-        for stream in self.streams:
-            stream.cancel()
-
-    async def whole(self, echo: Sequence[str] = ()) -> dict[str, Any]:
-        """The answer in one piece."""
-
-        async def run(stream: EngineStream) -> Reply:
-            async for _ in stream.async_events():
-                pass
-            return stream.reply
-
-        replies = await asyncio.gather(*map(run, self.streams))
-        choices = [self._choice(i, reply, echo[i] if echo else "") for i, reply in enumerate(replies)]
-        return {**self._frame(self.kind), "choices": choices, "usage": self._usage()}
-
-    async def events(self, echo: Sequence[str] = ()) -> AsyncIterator[dict[str, Any]]:
-        """The answer in pieces."""
-        kind = f"{self.kind}.chunk" if self.is_chat else self.kind
-        reported = [0] * len(self.streams)
-        for i in range(len(self.streams)):
-            if self.is_chat:
-                yield self._chunk(kind, i, {"role": "assistant", "content": ""})
-            elif echo:
-                yield self._chunk(kind, i, echo[i])
-        async with aclosing(_merged([stream.async_events() for stream in self.streams])) as deltas:
-            async for i, delta in deltas:
-                new = self._new_tokens(i, reported)
-                yield self._chunk(kind, i, self._delta(delta), new)
-        for i, stream in enumerate(self.streams):
-            left = self._new_tokens(i, reported)
-            yield self._chunk(kind, i, {} if self.is_chat else "", left, stream.reply.finish_reason)
-        if self.asked.include_usage:
-            yield {**self._frame(kind), "choices": [], "usage": self._usage()}
-
-    def _new_tokens(self, index: int, reported: list[int]) -> Sequence[Token]:
-        """The tokens since the last event, if their probabilities are wanted."""
-        if self.asked.alternatives is None:
-            return ()
-        tokens = self.streams[index].reply.logprobs
-        new, reported[index] = tokens[reported[index] :], len(tokens)
-        return new
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
-
-    def _choice(self, index: int, reply: Reply, echo: str) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(reply.logprobs)}
-        if self.is_chat:
-            message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
-            if reply.tool_calls:
-                message["tool_calls"] = [call.to_openai() for call in reply.tool_calls]
-                message["content"] = reply.text or None
-            choice["message"] = message
-        else:
-            choice["text"] = echo + reply.text
-        return {**choice, "finish_reason": reply.finish_reason, "stop_reason": None}
-
-    def _chunk(
-        self, kind: str, index: int, piece: Any, tokens: Sequence[Token] = (), reason: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta" if self.is_chat else "text": piece, "finish_reason": reason}
-        choice["logprobs"] = self._logprobs(tokens) if tokens else None
-        usage = {"usage": None} if self.asked.include_usage else {}
-        return {**self._frame(kind), "choices": [choice], **usage}
-
-    def _delta(self, delta: Delta) -> Any:
-        if isinstance(delta, TextDelta):
-            return {"content": delta.text} if self.is_chat else delta.text
-        function = {"name": delta.name, "arguments": delta.arguments}
-        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
-
-    def _usage(self) -> dict[str, Any]:
-        """A prompt that several choices answer counts once."""
-        usages = [stream.reply.usage for stream in self.streams]
-        prompt = sum(usage.prompt_tokens for usage in usages[:: self.asked.choices])
-        completion = sum(usage.completion_tokens for usage in usages)
-        reused = sum(stream.request.reused or 0 for stream in self.streams[:: self.asked.choices])
-        details = {"prompt_tokens_details": {"cached_tokens": reused}}
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            **details,
-        }
-
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if self.asked.alternatives is None:
-            return None
-        decode = self.streams[0].decode_bytes
-        if not self.is_chat:
-            return {
-                "tokens": [token.text for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [
-                    {decode([id_]).decode(errors="replace"): value for id_, value in token.alternatives}
-                    for token in tokens
-                ],
-            }
-
-        def entry(data: bytes, value: float) -> dict[str, Any]:
-            return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
-
-        return {
-            "content": [
-                {
-                    **entry(token.bytes, token.logprob),
-                    "top_logprobs": [entry(decode([id_]), value) for id_, value in token.alternatives],
-                }
-                for token in tokens
-            ],
-            "refusal": None,
-        }
-
-
-async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """What several iterators give, as it comes, with the number of each."""
-    arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=64)
-
-    async def pump(index: int, source: AsyncIterator[Delta]) -> None:
-        try:
-            async for item in source:
-                await arrived.put((index, item))
-            await arrived.put((index, None))
-        except Exception as error:
-            await arrived.put((index, error))
-
-    tasks = [asyncio.create_task(pump(i, source)) for i, source in enumerate(sources)]
-    try:
-        left = len(tasks)
-        while left:
-            index, item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def choices_of(engine: Engine, prompts: Sequence[Any], asked: Asked, more: Mapping[str, Any]) -> list[EngineStream]:
-    """A stream for each prompt and choice; each choice draws for itself."""
-    options: dict[str, Any] = {**asked.options, **more}
-    seed = options["seed"]
-    return [
-        engine.stream(prompt, **_seeded(options, seed + i if seed is not None else None))
-        for prompt in prompts
-        for i in range(asked.choices)
+async def complete(service: Service, call: Call) -> Response:
+    fields = call.fields
+    if fields["echo"] and fields["logprobs"] is not None:
+        raise RequestError("echo with logprobs is not supported; ask for one of them", field="echo")
+    tells_usage = check_usage(fields)
+    service.check_model(fields["model"])
+    prompts = prompts_of(fields["prompt"])
+    llm = service.engine.llm
+    inputs = await asyncio.to_thread(lambda: [_inputs_of(service, prompt) for prompt in prompts])
+    options = {**sampling_of(fields), "max_new_tokens": fields["max_tokens"], "top_logprobs": fields["logprobs"] or 0}
+    streams = [each for row in inputs for each in choices_of(service.engine, row, fields["n"], options)]
+    echo = [
+        prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+        for prompt in (prompts if fields["echo"] else ())
+        for _ in range(fields["n"])
     ]
+    answer = Completion(
+        streams, service.settings.name, tells_usage, fields["n"], echo, tells_logprobs=fields["logprobs"] is not None
+    )
+    return await respond(service, call, answer)
 
 
-def _seeded(options: Mapping[str, Any], seed: int | None) -> EngineOptions:
-    return {**options, "seed": seed}  # type: ignore[typeddict-item]
+def prompts_of(value: Any) -> list[str | list[int]]:
+    """A text, a list of token ids, or a list of these -> the list."""
+    if isinstance(value, str):
+        return [value]
+    if all(isinstance(each, (int, float)) for each in value):
+        return [list(map(int, value))]
+    return [each if isinstance(each, str) else list(map(int, each)) for each in value]
+
+
+def _inputs_of(service: Service, prompt: str | list[int]) -> Inputs:
+    if isinstance(prompt, str):
+        return service.engine.llm.processor.complete(prompt)
+    return inputs_of(prompt)
 
 
 def inputs_of(ids: Sequence[int]) -> Inputs:
@@ -201,7 +121,66 @@ def inputs_of(ids: Sequence[int]) -> Inputs:
     return Inputs(input_ids, torch.ones_like(input_ids), None)
 
 
-def as_event(content: Mapping[str, Any] | str) -> str:
-    """One event of a stream."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n"
+class Completion(OpenAIAnswer):
+    """The answer to completions.
+
+    Args:
+        echo: what stands before each reply; nothing if it is empty.
+        tells_logprobs: whether with the probability of each token.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[EngineStream],
+        name: str,
+        tells_usage: bool,
+        choices: int,
+        echo: Sequence[str],
+        *,
+        tells_logprobs: bool,
+    ) -> None:
+        super().__init__(streams, "text_completion", "cmpl", name, tells_usage, choices)
+        self._echo = list(echo) or [""] * len(streams)
+        self._tells_logprobs = tells_logprobs
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": i,
+                "text": self._echo[i] + stream.reply.text,
+                "logprobs": self._logprobs(stream.reply.logprobs),
+                "finish_reason": stream.reply.finish_reason,
+                "stop_reason": None,
+            }
+            for i, stream in enumerate(self.streams)
+        ]
+        return self.body(choices, self.usage())
+
+    async def events(self) -> AsyncIterator[str]:
+        for i, text in enumerate(self._echo):
+            if text:
+                yield self._piece(i, text)
+        async for i, delta in self.deltas():
+            yield self._piece(i, getattr(delta, "text", ""), self.new_tokens(i))
+        for i, stream in enumerate(self.streams):
+            yield self._piece(i, "", self.new_tokens(i), stream.reply.finish_reason)
+        yield self.usage_chunk()
+
+    def _piece(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
+        logprobs = self._logprobs(tokens) if tokens else None
+        return self.chunk({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._tells_logprobs:
+            return None
+        decode = self.streams[0].decode_bytes
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {decode([id_]).decode(errors="replace"): value for id_, value in token.alternatives} for token in tokens
+            ],
+        }
+
+
+ROUTES = (Route("POST", "/v1/completions", complete, "Continue texts", COMPLETE, COMPLETION, can_stream=True),)

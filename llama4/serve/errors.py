@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from llama4.errors import BusyError, ContextLengthError, Llama4Error
+from llama4.errors import BusyError, ChatTemplateError, ContextLengthError, Llama4Error
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -31,8 +33,35 @@ class RequestError(Exception):
             return cls(str(error), status=503 if "closed" in str(error) else 429, code="busy")
         if isinstance(error, ContextLengthError):
             return cls(str(error), field="messages", code="context_length_exceeded")
+        if isinstance(error, ChatTemplateError):
+            return cls(str(error), field="messages", status=422)
         return cls(str(error)) if isinstance(error, Llama4Error) else None
 
     def to_json(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class ErrorForm:
+    """How errors are told.
+
+    Attributes:
+        name, schema: for /openapi.json.
+        to_json: an error in this form.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+    to_json: Callable[[RequestError], dict[str, Any]]
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TEXT = {"type": "string"}
+_PERHAPS = {"type": ["string", "null"]}
+OPENAI = ErrorForm(
+    "Error", _object(error=_object(message=_TEXT, type=_TEXT, param=_PERHAPS, code=_PERHAPS)), RequestError.to_json
+)

@@ -66,7 +66,7 @@ class _Runner(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What comes by a connection that is still open is refused."""
-        self._server.is_draining = True
+        self._server.service.is_draining = True
         super().handle_exit(sig, frame)
 
 

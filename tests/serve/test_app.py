@@ -148,21 +148,21 @@ def test_completions(llm: Llama4, running: Running) -> None:
     [
         ({}, 400, "messages"),
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "nobody", "content": "x"}]}, 400, None),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages[0].role"),
         ({"messages": QUESTION, "model": "gpt-5"}, 404, "model"),
         ({"messages": QUESTION, "temperature": -1}, 400, "temperature"),
         ({"messages": QUESTION, "temperature": "hot"}, 400, "temperature"),
         ({"messages": QUESTION, "max_tokens": 0}, 400, "max_tokens"),
         ({"messages": QUESTION, "n": 99}, 400, "n"),
-        ({"messages": QUESTION, "stop": [""]}, 400, "stop"),
+        ({"messages": QUESTION, "stop": [""]}, 400, "stop[0]"),
         ({"messages": QUESTION, "stream": "yes"}, 400, "stream"),
         ({"messages": QUESTION, "top_logprobs": 2}, 400, "top_logprobs"),
         ({"messages": QUESTION, "stream_options": {"include_usage": True}}, 400, "stream_options"),
-        ({"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
-        ({"messages": QUESTION, "structured_outputs": {"regex": 5}}, 400, "regex"),
+        ({"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format.type"),
+        ({"messages": QUESTION, "structured_outputs": {"regex": 5}}, 400, "structured_outputs.regex"),
         ({"messages": QUESTION, "logit_bias": {"5": 10}}, 400, "logit_bias"),
         ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
     ],
 )
@@ -225,6 +225,8 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
     assert card["id"] == "tiny" and client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/other").status_code == 404
     assert {client.get(route).status_code for route in ("/health", "/ready", "/version", "/props")} == {200}
+    description = client.get("/openapi.json").json()
+    assert "ChatRequest" in description["components"]["schemas"] and "/v1/completions" in description["paths"]
     metrics = client.get("/metrics").text
     samples = {line.partition("{")[0] for line in metrics.splitlines() if not line.startswith("#")}
     assert {"vllm:prompt_tokens_total", "vllm:num_requests_running", "vllm:request_success_total"} <= samples

@@ -1,0 +1,76 @@
+"""Messages and tools of a request in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama4.serve.errors import RequestError
+from llama4.serve.schema import NULL, OBJECT, STRING, Schema, any_of, array, one_of, record
+from llama4.text.messages import ROLES
+
+LINK = any_of(STRING, record(("url",), url=STRING))
+PART: Schema = {
+    **any_of(
+        record(("type", "text"), type=one_of("text", "input_text", "output_text"), text=STRING),
+        record(("type", "image_url"), type=one_of("image_url", "input_image"), image_url=LINK),
+        record(("type",), type=one_of("image"), image=STRING, url=STRING, data=STRING, base64=STRING),
+    ),
+    "description": "a part of type text or image_url; this model reads text and images",
+}
+CALL = record(("function",), id=STRING, function=record(("name",), name=STRING, arguments=any_of(STRING, OBJECT)))
+MESSAGE = record(
+    ("role",),
+    role=one_of(*ROLES),
+    content=any_of(STRING, array(PART), OBJECT, NULL),
+    name=STRING,
+    tool_calls=any_of(array(CALL), NULL),
+    tool_call_id=STRING,
+)
+FUNCTION = record(("name",), name={"type": "string", "minLength": 1}, description=STRING, parameters=OBJECT)
+TOOL = record(("type", "function"), type=one_of("function"), function=FUNCTION)
+TOOL_CHOICE: Schema = {
+    **any_of(
+        one_of("none", "auto", "required"),
+        record(("type", "function"), type=one_of("function"), function=record(("name",), name=STRING)),
+    ),
+    "description": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+}
+
+
+def with_media(messages: Sequence[Mapping[str, Any]], directory: Path | None) -> list[Mapping[str, Any]]:
+    """Pictures that messages name by `file://` are read, if they are in the media directory; here, as the reader of
+    pictures opens no file for a server.
+
+    Raises:
+        RequestError: one is elsewhere.
+    """
+    return [_read_pictures(message, f"messages[{i}]", directory) for i, message in enumerate(messages)]
+
+
+def _read_pictures(message: Mapping[str, Any], at: str, directory: Path | None) -> Mapping[str, Any]:
+    if not isinstance(content := message.get("content"), list):
+        return message
+    parts = []
+    for i, part in enumerate(content):
+        link = part.get("image_url")
+        url = link.get("url") if isinstance(link, dict) else link
+        if isinstance(url, str) and url.startswith("file://"):
+            field = f"{at}.content[{i}].image_url"
+            part = {"type": "image", "image": read_media(url.removeprefix("file://"), directory, field)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def read_media(name: str, directory: Path | None, field: str) -> bytes:
+    """Raises:
+    RequestError: no file in the media directory.
+    """
+    if directory is None:
+        raise RequestError("file:// pictures are not read here; send the data, as a data: URL", field=field)
+    root = directory.resolve()
+    for path in ((root / name.lstrip("/")).resolve(), Path(name).resolve()):
+        if path.is_relative_to(root) and path.is_file():
+            return path.read_bytes()
+    raise RequestError(f"file://{name:.200} is no file in the media directory", field=field)

@@ -1,0 +1,234 @@
+"""What all routes share: the service that they belong to, how a request is checked, and how an answer is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from llama4.reading import MAX_JSON_MEMORY, json_memory
+from llama4.serve.answer import Answer
+from llama4.serve.engine import Engine
+from llama4.serve.errors import OPENAI, ErrorForm, RequestError
+from llama4.serve.metrics import Metrics
+from llama4.serve.schema import OBJECT, Fields, Schema
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves.
+
+    Attributes:
+        name: of the model, as clients know it.
+        api_key: what clients must show; None for none.
+        cors_origins: pages of which origins may ask; none by default.
+        url_hosts: hosts from which pictures are fetched; "*" for any public one.
+        media_directory: pictures of which `file://` addresses are read.
+        max_body: bytes of a request.
+    """
+
+    name: str
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    media_directory: Path | None = None
+    max_body: int = 64 * 2**20
+
+
+@dataclass
+class Service:
+    """What the routes of one server work with.
+
+    Attributes:
+        created: when it began, in seconds since 1970.
+        is_draining: whether it takes nothing new.
+    """
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+
+    def check_model(self, name: str | None) -> None:
+        """Raises:
+        RequestError: another model than the one that is here.
+        """
+        if name not in (None, self.settings.name):
+            message = f"there is no model {name!r:.80} here; the name is {self.settings.name!r}"
+            raise RequestError(message, field="model", status=404, code="model_not_found")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: what HTTP says, and its fields, checked."""
+
+    request: Request
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What is answered at a path.
+
+    Attributes:
+        handle: does it.
+        summary: a line for /openapi.json.
+        fields: of the body; None where there is none.
+        query: the schema of each parameter behind the path's question mark.
+        answer: the JSON Schema of what is answered; None where that is text.
+        can_stream: whether `"stream": true` is answered by events.
+        is_open: whether no key is asked for.
+        errors: the form of errors.
+        is_served: whether the route is there.
+    """
+
+    method: str
+    path: str
+    handle: Callable[[Service, Call], Awaitable[Response]]
+    summary: str
+    fields: Fields | None = None
+    answer: Schema | None = field(default_factory=lambda: OBJECT)
+    can_stream: bool = False
+    is_open: bool = False
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    errors: ErrorForm = OPENAI
+    is_served: Callable[[Service], bool] = lambda service: True
+
+    async def serve(self, service: Service, request: Request) -> Response:
+        """Check a request and answer it; its errors are answers, too."""
+        try:
+            if not self.is_open:
+                check_key(request, service.settings.api_key)
+            body = await read_body(request, service.settings.max_body) if self.fields is not None else None
+            fields = self.fields.read(body) if self.fields is not None else {}
+            return await self.handle(service, Call(request, fields))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            return refusal(error, self.errors)
+
+
+def check_key(request: Request, key: str | None) -> None:
+    """Raises:
+    RequestError: the client does not show the key, as OpenAI's or as Anthropic's do.
+    """
+    if key is None:
+        return
+    shown = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not hmac.compare_digest(shown.encode(), key.encode()):
+        raise RequestError("the API key is missing or wrong; send Authorization: Bearer KEY", status=401)
+
+
+async def read_body(request: Request, limit: int) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        RequestError: it is too long, or no JSON.
+    """
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limit:
+            raise RequestError(f"the body has more than {limit >> 20} MiB; send smaller pictures", status=413)
+    if json_memory(data) > MAX_JSON_MEMORY:
+        raise RequestError("the body has too many values; send fewer", status=413)
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error})") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise RequestError(f"the body is not JSON: it holds {name}")
+
+
+def refusal(error: Exception, form: ErrorForm = OPENAI) -> Response:
+    """The answer to a request that failed."""
+    told = RequestError.of(error) or _internal(error)
+    headers = {"retry-after": "1"} if told.status in (429, 503) else {}
+    return JSONResponse(form.to_json(told), told.status, headers)
+
+
+def _internal(error: Exception) -> RequestError:
+    logger.error("a request failed", exc_info=error)
+    return RequestError("an error of the server; its log says more", status=500)
+
+
+async def respond(service: Service, call: Call, answer: Answer) -> Response:
+    """Have the engine answer, and send that whole or as events, as the client asked.
+
+    Raises:
+        RequestError: it cannot be answered.
+        ClientDisconnect: the client has hung up; the engine's work has stopped.
+    """
+    if service.is_draining:
+        raise RequestError("the server is about to stop; ask another one", status=503)
+    try:
+        await unless_gone(call.request, answer.open())
+        if not call.fields["stream"]:
+            await unless_gone(call.request, answer.finish())
+            _note(service, answer)
+            return JSONResponse(answer.whole())
+    except BaseException:
+        answer.cancel()
+        raise
+    return StreamingResponse(_sent(service, answer), media_type="text/event-stream", headers=_NO_BUFFER)
+
+
+_NO_BUFFER = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+async def _sent(service: Service, answer: Answer) -> AsyncIterator[str]:
+    """The events of an answer. Who reads slowly is waited for here; the engine goes on, up to the reply's limit."""
+    try:
+        async for event in answer.events():
+            yield event
+        _note(service, answer)
+    except Exception as error:
+        yield answer.failure(RequestError.of(error) or _internal(error))
+    finally:
+        answer.cancel()
+    if answer.last_event:
+        yield answer.last_event
+
+
+def _note(service: Service, answer: Answer) -> None:
+    for stream in answer.streams:
+        service.metrics.note(stream.request, stream.reply.finish_reason or "abort")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled when the client hangs up.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

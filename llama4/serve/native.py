@@ -1,0 +1,158 @@
+"""The model, its tokenizer and its prompt format, as vLLM's and llama.cpp's servers show them; health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from llama4.serve.errors import RequestError
+from llama4.serve.http import Call, Route, Service
+from llama4.serve.openai_chat import FORMAT, prompt_of
+from llama4.serve.options import MAX_LENGTH
+from llama4.serve.schema import (
+    FLAG,
+    MAX_ID,
+    STRING,
+    Field,
+    Fields,
+    array,
+    integer,
+    one_of,
+    record,
+    required,
+)
+from llama4.version import __version__
+
+CARD = record(("id", "object", "created", "owned_by"), id=STRING, object=one_of("model"), owned_by=STRING)
+CARDS = record(("object", "data"), object=one_of("list"), data=array(CARD))
+IDS = array(integer(0, MAX_ID))
+TOKENS = record(("tokens", "count"), tokens=IDS, count=integer(0, MAX_LENGTH))
+PROMPT = record(("prompt",), prompt=STRING)
+STATUS = record(("status",), status=STRING)
+
+TOKENIZE = Fields(
+    "TokenizeRequest",
+    model=Field(STRING),
+    prompt=Field(STRING, note="as vLLM's"),
+    content=Field(STRING, note="as llama.cpp's"),
+    add_special_tokens=Field(FLAG, note="begin with <|begin_of_text|>; prompt does, content does not"),
+    **{name: FORMAT[name] for name in FORMAT.keys() - {"messages", "model"}},
+    messages=Field(FORMAT["messages"].schema),
+)
+DETOKENIZE = Fields("DetokenizeRequest", model=Field(STRING), tokens=required(IDS))
+APPLY = Fields("ApplyTemplateRequest", **FORMAT)
+
+
+def _card(service: Service) -> dict[str, Any]:
+    name = service.settings.name
+    card = {"id": name, "object": "model", "created": service.created, "owned_by": "llama4"}
+    return card | {"root": name, "parent": None, "max_model_len": service.engine.scheduler.window}
+
+
+async def models(service: Service, call: Call) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(service)]})
+
+
+async def model(service: Service, call: Call) -> Response:
+    service.check_model(call.request.path_params["name"])
+    return JSONResponse(_card(service))
+
+
+async def tokenize(service: Service, call: Call) -> Response:
+    llm, fields = service.engine.llm, call.fields
+    service.check_model(fields["model"])
+    if fields["messages"] is not None:
+        messages, options = prompt_of(service, fields)
+        del options["tool_choice"]
+        inputs = await asyncio.to_thread(llm.processor, messages, **options)
+        ids: list[int] = inputs.input_ids[0].tolist()
+    else:
+        content, prompt = fields["content"], fields["prompt"]
+        text = content if content is not None else prompt
+        if text is None:
+            raise RequestError("give prompt, content or messages", field="prompt")
+        adds_bos = fields["add_special_tokens"]
+        ids = await asyncio.to_thread(llm.tokenizer.encode, text)
+        ids = [llm.tokenizer.bos_id, *ids] if (content is None if adds_bos is None else adds_bos) else ids
+    return JSONResponse({"count": len(ids), "max_model_len": service.engine.scheduler.window, "tokens": ids})
+
+
+async def detokenize(service: Service, call: Call) -> Response:
+    service.check_model(call.fields["model"])
+    llm, ids = service.engine.llm, list(map(int, call.fields["tokens"]))
+    size = llm.config.text.vocab_size
+    if any(id_ >= size for id_ in ids):
+        raise RequestError(f"tokens has {max(ids)}; ids are from 0 to {size - 1}", field="tokens")
+    text = llm.tokenizer.decode(ids)
+    return JSONResponse({"prompt": text, "content": text})
+
+
+async def apply_template(service: Service, call: Call) -> Response:
+    messages, options = prompt_of(service, call.fields)
+    variables = options["chat_template_kwargs"] or {}
+    continues = bool(options["continue_final_message"])
+    text = await asyncio.to_thread(
+        lambda: service.engine.llm.processor.apply_chat_template(
+            messages,
+            tools=options["tools"],
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            **variables,
+        )
+    )
+    return JSONResponse({"prompt": text})
+
+
+async def health(service: Service, call: Call) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(service: Service, call: Call) -> Response:
+    if service.is_draining:
+        raise RequestError("the server is about to stop", status=503)
+    return JSONResponse({"status": "ok"})
+
+
+async def version(service: Service, call: Call) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def props(service: Service, call: Call) -> Response:
+    """What llama.cpp's clients ask."""
+    llm, scheduler = service.engine.llm, service.engine.scheduler
+    template = llm.side_files.chat_templates.get("default", "") if llm.side_files.chat_templates else ""
+    special = {number: name for name, number in llm.tokenizer.special_tokens.items()}
+    defaults = {**llm.generation_config.sampling(), "n_ctx": scheduler.window}
+    return JSONResponse(
+        {
+            "default_generation_settings": {**defaults, "params": llm.generation_config.sampling()},
+            "total_slots": scheduler.max_batch,
+            "model_path": service.settings.name,
+            "model_alias": service.settings.name,
+            "chat_template": template,
+            "bos_token": special.get(llm.tokenizer.bos_id, ""),
+            "eos_token": special.get(llm.stop_ids[0], ""),
+            "modalities": {"vision": llm.config.vision is not None, "audio": False},
+            "build_info": f"llama4 {__version__}",
+        }
+    )
+
+
+async def metrics(service: Service, call: Call) -> Response:
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+ROUTES = (
+    Route("GET", "/v1/models", models, "The model, in a list", answer=CARDS),
+    Route("GET", "/v1/models/{name:path}", model, "The model", answer=CARD),
+    Route("POST", "/tokenize", tokenize, "Text or messages -> token ids", TOKENIZE, TOKENS),
+    Route("POST", "/detokenize", detokenize, "Token ids -> text", DETOKENIZE, PROMPT),
+    Route("POST", "/apply-template", apply_template, "Messages -> the prompt's text", APPLY, PROMPT),
+    Route("GET", "/health", health, "Whether the server runs", answer=STATUS, is_open=True),
+    Route("GET", "/ready", ready, "Whether it takes requests", answer=STATUS, is_open=True),
+    Route("GET", "/version", version, "Of llama4", answer=record(("version",), version=STRING), is_open=True),
+    Route("GET", "/props", props, "What llama.cpp's clients ask", answer=record(("total_slots",))),
+    Route("GET", "/metrics", metrics, "For Prometheus", answer=None, is_open=True),
+)

@@ -1,0 +1,101 @@
+"""How replies are chosen and what form they have: the fields that routes share -> options of `Engine.stream`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from llama4.serve.engine import Engine, EngineOptions, EngineStream
+from llama4.serve.errors import RequestError
+from llama4.serve.schema import (
+    ANYTHING,
+    FLAG,
+    OBJECT,
+    STRING,
+    TEXT,
+    Field,
+    any_of,
+    array,
+    ignored,
+    integer,
+    number,
+    one_of,
+    record,
+    refused,
+)
+
+MAX_CHOICES = 16
+MAX_ALTERNATIVES = 20
+MAX_LENGTH = 2**31
+
+STOP = any_of(TEXT, array(TEXT, most=64))
+USAGE = record(include_usage=FLAG)
+
+SAMPLING: Mapping[str, Field] = {
+    "temperature": Field(number(0, 100), note="0: the most likely token; absent: what the checkpoint says, else 0"),
+    "top_p": Field(number(1e-9, 1)),
+    "top_k": Field(integer(-1, MAX_LENGTH), note="-1 or 0: all tokens"),
+    "min_p": Field(number(0, 1)),
+    "repetition_penalty": Field(number(0.01, 100)),
+    "seed": Field(integer(-(2**63), 2**64 - 1)),
+    "stop": Field(STOP),
+    "ignore_eos": Field(FLAG, False),
+    "structured_outputs": Field(
+        record(json=OBJECT, regex=STRING, choice=array(TEXT, 1), grammar=STRING), note="as vLLM's; one of them"
+    ),
+    "presence_penalty": refused(0),
+    "frequency_penalty": refused(0),
+    "logit_bias": refused({}),
+    "min_tokens": refused(0),
+}
+"""Of every route that generates in OpenAI's form."""
+
+FORM = any_of(
+    record(("type",), type=one_of("text", "json_object")),
+    record(("type", "json_schema"), type=one_of("json_schema"), json_schema=record(("schema",), schema=OBJECT)),
+)
+"""OpenAI's `response_format`."""
+
+WITHOUT_EFFECT: Mapping[str, Field] = {
+    name: ignored(schema)
+    for name, schema in {
+        **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), STRING),
+        **dict.fromkeys(("service_tier", "reasoning_effort", "verbosity"), STRING),
+        **dict.fromkeys(("metadata", "prediction", "best_of", "priority"), ANYTHING),
+    }.items()
+}
+"""Fields that are known and change nothing here."""
+
+
+def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `SAMPLING` and `response_format` ask for."""
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "ignore_eos", "stop")
+    options = {name: fields[name] for name in names}
+    options["seed"] = fields["seed"] % 2**64 if fields["seed"] is not None else None
+    options["top_k"] = fields["top_k"] if (fields["top_k"] or 0) > 0 else None
+    form: dict[str, Any] = {"response_format": fields.get("response_format")}
+    outputs: Mapping[str, Any] = fields["structured_outputs"] or {}
+    if (schema := outputs.get("json")) is not None:
+        if form["response_format"] is not None:
+            raise RequestError("give response_format or structured_outputs.json, not both", field="structured_outputs")
+        form["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    form |= {"regex": outputs.get("regex"), "choices": outputs.get("choice"), "grammar": outputs.get("grammar")}
+    return {**options, **{name: value for name, value in form.items() if value is not None}}
+
+
+def check_usage(fields: Mapping[str, Any]) -> bool:
+    """Whether a stream shall end with how many tokens it took.
+
+    Raises:
+        RequestError: that is asked for without a stream.
+    """
+    if fields["stream_options"] and not fields["stream"]:
+        raise RequestError("stream_options is for stream: true", field="stream_options")
+    return bool((fields["stream_options"] or {}).get("include_usage"))
+
+
+def choices_of(engine: Engine, prompt: Any, count: int, options: Mapping[str, Any]) -> list[EngineStream]:
+    """A stream for each choice; each draws for itself."""
+    seed = options["seed"]
+    seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(count)]
+    return [engine.stream(prompt, **cast(EngineOptions, {**options, "seed": each})) for each in seeds]

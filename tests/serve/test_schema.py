@@ -1,0 +1,95 @@
+"""What /openapi.json says of requests is what is checked: both against jsonschema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+import pytest
+
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("starlette")
+
+from llama4.serve.app import ROUTES  # noqa: E402
+from llama4.serve.errors import RequestError  # noqa: E402
+from llama4.serve.http import Settings  # noqa: E402
+from llama4.serve.openapi import describe  # noqa: E402
+
+PARTS = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    "tools": [TOOL],
+    "tool_choice": "auto",
+    "stop": ["a"],
+    "n": 2,
+    "temperature": 0.5,
+    "seed": 1,
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    "structured_outputs": {"choice": ["a", "b"]},
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": ["a", [1, 2]], "logprobs": 1, "max_tokens": 3, "stop": "x"},
+    "/tokenize": {"messages": CHAT["messages"], "add_special_tokens": True},
+    "/detokenize": {"tokens": [1, 2, 3]},
+    "/apply-template": {"messages": CHAT["messages"], "tools": [TOOL]},
+}
+VALUES: list[Any] = [None, True, 0, 1, -1, 1.0, 0.5, 10**40, "", "x", "function", "text", [], ["x"], [1], [[]], {}]
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all that is in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, each in inside for place in places(each, (*at, key)))]
+
+
+def mutated(body: Any, rng: random.Random) -> Any:
+    """A copy with one value exchanged or taken out."""
+    body = copy.deepcopy(body)
+    *way, last = rng.choice(places(body)[1:])
+    inner = body
+    for key in way:
+        inner = inner[key]
+    if rng.random() < 0.2:
+        del inner[last]
+    else:
+        inner[last] = rng.choice(VALUES)
+    return body
+
+
+@pytest.mark.parametrize("path", sorted(BODIES))
+def test_what_is_described_is_what_is_checked(path: str) -> None:
+    (route,) = (route for route in ROUTES if route.path == path)
+    assert route.fields is not None
+    schema = json.loads(json.dumps(route.fields.to_json()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    rng, verdicts = random.Random(0), []
+    for _ in range(300):
+        body = mutated(BODIES[path], rng)
+        refusal = None
+        try:
+            route.fields.read(body)
+        except RequestError as error:
+            refusal = error
+        assert refusal is None or refusal.field, refusal
+        assert (refusal is None) == validator.is_valid(body), (body, refusal, list(validator.iter_errors(body)))
+        verdicts.append(refusal is None)
+    assert 20 < sum(verdicts) < 280, "the test sees nothing"
+
+
+def test_every_route_is_described() -> None:
+    described = describe(ROUTES, Settings("tiny"))
+    assert {(path.partition("{")[0], method) for path, each in described["paths"].items() for method in each} == {
+        (route.path.partition("{")[0], route.method.lower()) for route in ROUTES
+    }
+    names = set(described["components"]["schemas"])
+    assert {route.fields.name for route in ROUTES if route.fields is not None} <= names
+    ids = [each["operationId"] for path in described["paths"].values() for each in path.values()]
+    assert len(set(ids)) == len(ids)

@@ -198,7 +198,7 @@ class Llama4:
         tokenizer = family.load_tokenizer(directory, config)
         side_files = read_side_files(directory)
         note_ignored(str(name), side_files)
-        generation_config = GenerationConfig.from_directory(directory)
+        generation_config = side_files.generation_config
         if generation_config.refused:
             logger.warning("%s will not answer: %s", name, generation_config.why_refused())
         with torch.device("meta"):

@@ -73,6 +73,7 @@ _TYPES = {
     40: TensorType("NVFP4", 64, 36),
 }
 
+TYPES = {type_.name: type_ for type_ in _TYPES.values()}
 TYPE_NUMBERS = {type_.name: number for number, type_ in _TYPES.items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
-from llama4.config import GenerationConfig, Llama4Config
+from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ChatTemplateError
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
@@ -211,7 +211,7 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     """
     if model.directory is None:
         return None
-    said = GenerationConfig.from_directory(model.directory)
+    said = model.side_files.generation_config
     tokenizer = model.tokenizer
     if tokenizer is not None:
         names: dict[int, Any] = {id_: name for name, id_ in tokenizer.special_tokens.items()}

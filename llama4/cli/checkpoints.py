@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
         help="hf: safetensors; meta: consolidated.NN.pth; gguf: DST is a file (known by .gguf)",
     )
     convert.add_argument(
-        "--type", default="bf16", metavar="TYPE", help="of GGUF: f32, f16, bf16, q8_0, q4_0 (default: bf16)"
+        "--type", default="bf16", metavar="TYPE", help="of GGUF: f32, f16, bf16 (default), q8_0, q4_0, q4_k_m, mxfp4"
     )
     convert.add_argument("--for", dest="reader", choices=("llama.cpp",), help="refuse what it would compute otherwise")
     convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")

@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from llama4.config.fields import FieldTable
 from llama4.config.hf_json import CONFIG_FILE
 from llama4.errors import ArgumentError, ConfigError
-from llama4.reading import MAX_INT, read_json
+from llama4.reading import MAX_INT
 
 GENERATION_FILE = "generation_config.json"
 
@@ -126,18 +125,6 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] | None = None
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
     file: str = field(default=GENERATION_FILE, repr=False, compare=False)
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> GenerationConfig:
-        """Read generation_config.json, or, where that is not there, the same fields of config.json, as transformers.
-
-        Raises:
-            ConfigError: a file that is not JSON, or a field of the wrong kind.
-        """
-        path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
-        if path.is_file():
-            return cls.from_dict(read_json(path))
-        return cls.from_config(read_json(fallback) if fallback.is_file() else {})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GenerationConfig:

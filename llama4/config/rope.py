@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -94,6 +95,19 @@ class RopeScaling:
     def by_length(self) -> bool:
         """Whether the frequencies depend on the length of the sequence."""
         return self.rope_type in ("dynamic", "longrope")
+
+    @property
+    def yarn_attention_factor(self) -> float:
+        """What queries and keys are multiplied by under yarn (Peng et al. 2023)."""
+
+        def temperature(scale: float) -> float:
+            return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return temperature(self.mscale) / temperature(self.mscale_all_dim)
+        return temperature(1.0)
 
     def effective_length(self, length: int) -> int:
         """Sequences of two lengths have the same frequencies if this is equal."""

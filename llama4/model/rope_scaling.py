@@ -80,18 +80,7 @@ def _yarn(
     low, high = max(low, 0), min(high, config.head_dim - 1)
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)
     stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
-    return torch.lerp(frequencies, frequencies / scaling.factor, stretched), _yarn_attention_factor(scaling)
-
-
-def _yarn_attention_factor(scaling: RopeScaling) -> float:
-    def temperature(scale: float) -> float:
-        return 0.1 * scale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
-    return temperature(1.0)
+    return torch.lerp(frequencies, frequencies / scaling.factor, stretched), scaling.yarn_attention_factor
 
 
 def _longrope(

@@ -22,7 +22,8 @@ from llama4.weights.calibrating import calibrated, read_texts
 from llama4.weights.checkpoint import WRITTEN, open_checkpoint, read_side_files
 from llama4.weights.directory import DOWNLOADS, STEPS, complete_directory, work_of
 from llama4.weights.gguf.files import is_gguf
-from llama4.weights.gguf.write import FILE_TYPES, differences, write_gguf
+from llama4.weights.gguf.types import FILE_TYPES
+from llama4.weights.gguf.write import differences, write_gguf
 from llama4.weights.hub_shards import HubShards
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.load import match_names
@@ -73,7 +74,7 @@ def convert_to_gguf(
     Args:
         source: a directory in any layout, not quantized, or a GGUF file.
         target: the file.
-        type_: of the weights, a key of `gguf.write.FILE_TYPES`; vectors and routers are in float32.
+        type_: of the weights, a key of `gguf.types.FILE_TYPES`; vectors and routers are in float32.
         for_llama_cpp: refuse a model that llama.cpp would compute otherwise, instead of logging how.
 
     Raises:

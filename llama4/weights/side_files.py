@@ -154,6 +154,18 @@ class SideFiles:
             path.write_bytes(content)
 
     @property
+    def generation_config(self) -> GenerationConfig:
+        """What the checkpoint says of generation: generation_config.json, or, where that is not there, the same fields
+        of config.json, as in transformers.
+
+        Raises:
+            ConfigError: a file that is not JSON, or a field of the wrong kind.
+        """
+        if GENERATION_FILE in self:
+            return GenerationConfig.from_dict(self.json(GENERATION_FILE))
+        return GenerationConfig.from_config(self.json(CONFIG_FILE))
+
+    @property
     def chat_templates(self) -> dict[str, str]:
         """The checkpoint's own templates by name, "default" and others; where several places have one, the first of
         those in which transformers looks: processor_config.json, chat_template.json, chat_template.jinja with its

@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from llama4.config import GenerationConfig
 from llama4.config.generation import RANGES, REFUSED, REFUSED_SAMPLED, SAMPLED, USED, WITHOUT_EFFECT
 from llama4.errors import ConfigError
+from llama4.weights.side_files import SideFiles
 from tests import small_model
 
 FIELDS = {name for name in vars(Theirs()) if not name.startswith("_")}
@@ -96,7 +97,7 @@ def test_what_is_read_from_where(
         (tmp_path / "generation_config.json").write_text(json.dumps(file))
     reference.adjust_generation_fn(None, False, False, str(tmp_path), None, False, None, True, None, "main", "", False)
     theirs, _ = reference._prepare_generation_config(None)
-    ours = GenerationConfig.from_directory(tmp_path)
+    ours = SideFiles.read(tmp_path).generation_config
     eos = theirs.eos_token_id
     assert ours.eos_token_id == (eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos))
     penalty = {"repetition_penalty": theirs.repetition_penalty}
@@ -123,7 +124,7 @@ def test_what_is_refused(name: str, sampled: bool) -> None:
 
 def test_the_file_that_asks_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_beams": 4, "hidden_size": 48}))
-    read = GenerationConfig.from_directory(tmp_path)
+    read = SideFiles.read(tmp_path).generation_config
     assert read.content == {"num_beams": 4}
     with pytest.raises(ConfigError, match=r"^config\.json asks for num_beams = 4"):
         read.sampling()
@@ -164,7 +165,7 @@ def test_values_out_of_range_name_the_file(name: str) -> None:
 def test_fields_of_the_wrong_kind(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=rf"generation_config\.json: {message.replace('|', chr(92) + '|')}"):
-        GenerationConfig.from_directory(tmp_path)
+        _ = SideFiles.read(tmp_path).generation_config
 
 
 def test_what_was_read_is_written_but_for_what_changed() -> None:

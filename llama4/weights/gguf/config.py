@@ -31,6 +31,8 @@ OWN = {
 }
 """Keys of ours, behind the architecture: the chunk's tokens (0: none); the scale (0: no tuning of the temperature) and
 the tokens after which it grows; per layer whether RoPE is used, 1, or not; whether queries and keys are normalised."""
+YARN_FACTOR = "rope.scaling.attn_factor"
+"""Key of what queries and keys are multiplied by under yarn, beside what follows from its factor."""
 _SCALED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale")
 """Keys of other models, which change what is computed."""
 _IMAGE_TOKENS = {
@@ -88,7 +90,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_gate.bias" in names,
         **{f"{name}_token_id": _token(tokens, f"{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))},
-        "eos_token_id": _ends(tokens),
+        "eos_token_id": reply_ends(tokens),
     }
     for key, other in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
         if keys.integer(key, head_dim) != other:
@@ -110,7 +112,7 @@ def _token(tokens: Keys, key: str) -> int | None:
     return tokens.integer(key) if key in tokens else None
 
 
-def _ends(tokens: Keys) -> tuple[int, ...]:
+def reply_ends(tokens: Keys) -> tuple[int, ...]:
     """The tokens that end a reply."""
     said = (_token(tokens, key) for key in _EOS)
     names, kinds = tokens.metadata.get("tokenizer.ggml.tokens"), tokens.metadata.get("tokenizer.ggml.token_type")
@@ -181,9 +183,11 @@ def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScalin
         return RopeScaling("linear", factor) if factor != 1 else None
     if kind != "yarn":
         raise ConfigError(f"{keys.place}: {keys.prefix}.rope.scaling.type {kind!r:.80} is not run")
+    usual = RopeScaling("yarn", factor).yarn_attention_factor
     return RopeScaling(
         "yarn",
         factor,
+        attention_factor=usual * keys.number(YARN_FACTOR, 1.0) if YARN_FACTOR in keys else None,
         original_max_position_embeddings=keys.integer("rope.scaling.original_context_length"),
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),

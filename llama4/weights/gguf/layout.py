@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from llama4.config import Llama4Config
+from llama4.config import GENERATION_FILE, Llama4Config
 from llama4.reading import MAX_CONFIG_BYTES, check_size
 from llama4.text.tokenizer import Tokenizer
-from llama4.weights.gguf.config import read_config
+from llama4.weights.gguf.config import read_config, reply_ends
 from llama4.weights.gguf.files import GgufModel, GgufTensors, is_gguf
+from llama4.weights.gguf.sampling import read_sampling
 from llama4.weights.gguf.source import model_source
 from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.safetensors import Shards
@@ -49,7 +50,7 @@ class GgufLayout(CheckpointLayout):
         return self.open(directory)[0]
 
     def read_side_files(self, directory: Path) -> SideFiles:
-        """The chat templates, as files of Hugging Face's layout."""
+        """The chat templates, and how tokens are chosen, as files of Hugging Face's layout."""
         file = GgufModel.read(directory).files[0]
         metadata, further = file.metadata, file.keys("tokenizer").texts("chat_templates")
         templates = {TEMPLATE_FILE: metadata.get(_TEMPLATE)}
@@ -63,6 +64,9 @@ class GgufLayout(CheckpointLayout):
             if isinstance(template, str):
                 check_size(f"{name} in {directory}", len(template), MAX_CONFIG_BYTES)
                 files = files.with_text(name, template)
+        if sampling := read_sampling(file):
+            ends = {"eos_token_id": list(reply_ends(file.keys("tokenizer.ggml")))}
+            files = files.with_json(GENERATION_FILE, {**ends, **sampling})
         return files
 
     def open(

@@ -14,79 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama4.config import Llama4Config
+from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.errors import CheckpointError
 from llama4.files import replaced_file
-from llama4.gguf import MAGIC, TYPE_NUMBERS
+from llama4.gguf import MAGIC, TYPE_NUMBERS, TYPES
 from llama4.progress import Bar, each
 from llama4.quantization.gguf_blocks import GgufBlocks
+from llama4.quantization.gguf_encoding import ENCODERS
 from llama4.quantization.weight import Shape
 from llama4.text.gguf_vocabulary import vocabulary_metadata
 from llama4.text.tokenizer import Tokenizer
-from llama4.weights.gguf.config import OWN, llama3_divisors
+from llama4.weights.gguf.config import OWN, YARN_FACTOR, llama3_divisors
 from llama4.weights.gguf.names import NAMES, ROPE_DIVISORS
+from llama4.weights.gguf.sampling import sampling_metadata
+from llama4.weights.gguf.types import FileType, type_of
 from llama4.weights.side_files import SideFiles
 from llama4.weights.source import Source
 
 ALIGNMENT = 32
-_ROWS = 4096
+_WEIGHTS = 1 << 20
 """Of a matrix, which are converted at a time."""
-
-
-def _q8_0(rows: Tensor) -> Tensor:
-    """Source: `quantize_row_q8_0_ref` in ggml-quants.c."""
-    blocks = rows.unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    scaled = blocks * inverse
-    values = torch.where(scaled < 0, -((-scaled + 0.5).floor()), (scaled + 0.5).floor())
-    return torch.cat((_half(scale), values.to(torch.int8).view(torch.uint8)), dim=-1).flatten(-2)
-
-
-def _q4_0(rows: Tensor) -> Tensor:
-    """Source: `quantize_row_q4_0_ref` in ggml-quants.c."""
-    blocks = rows.unflatten(-1, (-1, 32))
-    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    scale = largest / -8
-    inverse = torch.where(scale != 0, 1 / scale, 0)
-    values = (blocks * inverse + 8.5).to(torch.uint8).clamp(max=15)
-    low, high = values.chunk(2, dim=-1)
-    return torch.cat((_half(scale), low | high << 4), dim=-1).flatten(-2)
-
-
-def _half(scale: Tensor) -> Tensor:
-    return scale.to(torch.float16).view(torch.uint8)
-
-
-def _as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows.to(dtype).contiguous().view(torch.uint8)
-
-
-@dataclass(frozen=True)
-class FileType:
-    """What `llama4 convert --type` may be.
-
-    Attributes:
-        type: ggml's name of it.
-        number: `general.file_type`.
-        encode: rows in float32 -> bytes.
-        block, nbytes: numbers in a block, and its bytes.
-    """
-
-    type: str
-    number: int
-    encode: Callable[[Tensor], Tensor]
-    block: int = 1
-    nbytes: int = 2
-
-
-FILE_TYPES = {
-    "f32": FileType("F32", 0, _as(torch.float32), nbytes=4),
-    "f16": FileType("F16", 1, _as(torch.float16)),
-    "bf16": FileType("BF16", 32, _as(torch.bfloat16)),
-    "q8_0": FileType("Q8_0", 7, _q8_0, 32, 34),
-    "q4_0": FileType("Q4_0", 2, _q4_0, 32, 18),
-}
 
 
 @dataclass(frozen=True)
@@ -112,10 +59,11 @@ def write_gguf(
     Raises:
         CheckpointError: weights in a format, or a tokenizer, that is not written.
     """
+    _check_expressible(config.text)
     tensors = _tensors(source)
     if config.text.tie_word_embeddings:
         tensors.pop("output.weight", None)
-    metadata = _metadata(config, path.stem, type_)
+    metadata = _metadata(config, path.stem, type_) | sampling_metadata(side_files.generation_config)
     if tokenizer is not None:
         roles = {"bos": config.text.bos_token_id, "eos": tokenizer.eos_id, "padding": config.text.pad_token_id}
         vocabulary = tokenizer.path, tokenizer.model, tokenizer.added_tokens, roles, config.text.vocab_size
@@ -125,30 +73,57 @@ def write_gguf(
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith(("v.", "mm."))}
     if (divisors := _divisors(config)) is not None:
         text[ROPE_DIVISORS] = _Written(tuple(divisors.shape), lambda: divisors)
-    _write(path, metadata, text, type_, progress)
+    kinds = {name: type_of(name, tensor.shape, type_, config.text) for name, tensor in text.items()}
+    _write(path, metadata, text, kinds, progress)
     if config.vision is not None:
         vision = {name: tensor for name, tensor in tensors.items() if name not in text}
-        _write(path.with_name(f"mmproj-{path.name}"), _vision(config), vision, FILE_TYPES["f32"], progress)
+        _write(path.with_name(f"mmproj-{path.name}"), _vision(config), vision, dict.fromkeys(vision, "F32"), progress)
 
 
 def differences(config: Llama4Config) -> list[str]:
-    """In what llama.cpp would compute a model otherwise than this library, in words."""
-    text = config.text
+    """In what llama.cpp would compute a model otherwise than this library within its window, in words."""
+    text, layers = config.text, range(config.text.num_hidden_layers)
     if config.family != "llama4":
         return []
-    every_fourth = tuple(int((i + 1) % 4 != 0) for i in range(text.num_hidden_layers))
-    wanted = {
-        "experts": (text.num_local_experts > 0, True, "it refuses models without experts"),
-        "chunk": (text.attention_chunk_size, 8192, f"its chunk is 8192 tokens, not {text.attention_chunk_size}"),
-        "temperature": (
-            (text.attn_temperature_tuning, text.attn_scale, text.floor_scale),
-            (True, 0.1, 8192),
-            "its temperature grows by 0.1 after 8192 tokens",
+    window, chunks = text.max_position_embeddings, {text.window(i) for i in layers if text.uses_rope(i)}
+    others = {
+        "it refuses models without experts": text.num_local_experts == 0,
+        f"its chunk is {_CHUNK} tokens, not {text.attention_chunk_size}": any(
+            min(chunk or window, window) != min(_CHUNK, window) for chunk in chunks
         ),
-        "rope": (text.no_rope_layers, every_fourth, "every fourth of its layers is without RoPE"),
-        "norm": (text.use_qk_norm, text.num_local_experts != 128, "it norms queries and keys unless experts are 128"),
+        f"its temperature grows by {_TEMPERATURE[0]} after {_TEMPERATURE[1]} tokens": _growth(text, window)
+        != (_TEMPERATURE if _TEMPERATURE[1] <= window else None),
+        "every fourth of its layers is without RoPE": text.no_rope_layers
+        != tuple(int((i + 1) % 4 != 0) for i in layers),
+        "it norms queries and keys unless experts are 128": text.use_qk_norm != (text.num_local_experts != 128),
+        "its attention has no bias": text.attention_bias,
     }
-    return [words for found, other, words in wanted.values() if found != other]
+    return [words for words, differs in others.items() if differs]
+
+
+_CHUNK = 8192
+_TEMPERATURE = 0.1, 8192
+"""What llama.cpp has fixed for Llama 4; source: src/models/llama4.cpp."""
+
+
+def _growth(text: TextConfig, window: int) -> tuple[float, int] | None:
+    """By how much the temperature grows after how many tokens; None where it does not within the window."""
+    grows = text.attn_temperature_tuning and text.attn_scale != 0 and text.floor_scale <= window
+    return (text.attn_scale, text.floor_scale) if grows else None
+
+
+def _check_expressible(text: TextConfig) -> None:
+    """Raises:
+    CheckpointError: a model with what no key says.
+    """
+    step, layers = text.interleave_moe_layer_step, range(text.num_hidden_layers)
+    experts = tuple(range(step - 1, len(layers), step)) if text.num_local_experts and step else ()
+    chunked = all(text.window(i) == (text.attention_chunk_size if text.uses_rope(i) else None) for i in layers)
+    if text.moe_layers != experts or not chunked:
+        raise CheckpointError(
+            "GGUF has no key for which layers have experts other than every n-th, or chunks other than those with "
+            "RoPE; keep the model's layout"
+        )
 
 
 def _tensors(source: Source) -> dict[str, _Written]:
@@ -225,7 +200,14 @@ def _metadata(config: Llama4Config, name: str, type_: FileType) -> dict[str, Any
     if scaling is not None and scaling.rope_type in ("linear", "yarn"):
         keys |= {"rope.scaling.type": scaling.rope_type, "rope.scaling.factor": float(scaling.factor)}
         if scaling.rope_type == "yarn":
-            keys["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
+            if not scaling.truncate:
+                raise CheckpointError("GGUF has no key for yarn without truncate; keep the model's layout")
+            keys |= {
+                "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
+                "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
+                "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
+                YARN_FACTOR: scaling.yarn_attention_factor / RopeScaling("yarn", scaling.factor).yarn_attention_factor,
+            }
     if config.family == "llama4":
         keys |= {
             "expert_count": text.num_local_experts,
@@ -277,17 +259,18 @@ def _vision(config: Llama4Config) -> dict[str, Any]:
 
 
 def _write(
-    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, _Written], type_: FileType, progress: bool
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, _Written], kinds: Mapping[str, str], progress: bool
 ) -> None:
     """One tensor at a time is in memory, a few rows of it in float32."""
-    kinds = {name: _type_of(name, tensor.shape, type_) for name, tensor in tensors.items()}
-    sizes = {name: math.prod(t.shape) // kinds[name].block * kinds[name].nbytes for name, t in tensors.items()}
+    sizes = {
+        name: math.prod(t.shape) // TYPES[kinds[name]].block * TYPES[kinds[name]].nbytes for name, t in tensors.items()
+    }
     head = struct.pack("<4sIQQ", MAGIC, 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + _value(value) for key, value in metadata.items())
     offset = 0
     for name, tensor in tensors.items():
         head += _text(name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        head += struct.pack("<IQ", TYPE_NUMBERS[kinds[name].type], offset)
+        head += struct.pack("<IQ", TYPE_NUMBERS[kinds[name]], offset)
         offset += sizes[name] + -sizes[name] % ALIGNMENT
     with replaced_file(path) as file, Bar("writing", offset, "bytes", shown=progress) as bar:
         file.write(head + b"\0" * (-len(head) % ALIGNMENT))
@@ -295,16 +278,10 @@ def _write(
             with bar.step(sizes[name]):
                 values = tensor.read()
                 rows = values.reshape(-1, values.shape[-1])
-                for at in each(range(0, len(rows), _ROWS)):
-                    file.write(kinds[name].encode(rows[at : at + _ROWS].float()).numpy().tobytes())
+                count = max(1, _WEIGHTS // rows.shape[1])
+                for at in each(range(0, len(rows), count)):
+                    file.write(ENCODERS[kinds[name]](rows[at : at + count].float()).numpy().tobytes())
                 file.write(b"\0" * (-sizes[name] % ALIGNMENT))
-
-
-def _type_of(name: str, shape: Shape, type_: FileType) -> FileType:
-    """Vectors and routers are in float32, as llama.cpp has them; widths that blocks do not fill in float16."""
-    if len(shape) < 2 or "ffn_gate_inp" in name or name.startswith("v.position_embd"):
-        return FILE_TYPES["f32"]
-    return type_ if shape[-1] % type_.block == 0 else FILE_TYPES["f16"]
 
 
 def _text(value: str) -> bytes:
@@ -317,7 +294,7 @@ def _value(value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", 4, value) if value >= 0 else struct.pack("<Ii", 5, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, str):

@@ -11,6 +11,7 @@ from llama4.arguments import report
 
 BENCHES = {
     "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
+    "make": ("make", "a model of a known shape with random weights, to measure with"),
     "profile": ("profile", "where the time of prefill and decoding goes"),
     "growth": ("context_scaling", "time per token against the length of the context"),
     "moe": ("moe", "the experts' backends over tokens per expert"),

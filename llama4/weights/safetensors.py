@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.files import replaced_file, write_pieces
-from llama4.progress import Bar
+from llama4.progress import PIECE, Bar, each
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import MAX_INDEX_BYTES, check_safetensors, read_json
@@ -276,5 +276,14 @@ def _save_shard(files: Source, keys: Sequence[str], path: Path, stamp: str | Non
                 tensor = files.read(key)
                 assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), key
                 file.seek(8 + len(text) + places[key])
-                write_pieces(file, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                for part in each(_parts(tensor)):
+                    write_pieces(file, part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.truncate(8 + len(text) + end)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor as rows of at most a piece each, if it is not one block of memory: its copy is then a piece."""
+    if tensor.is_contiguous() or not tensor.shape[0]:
+        return [tensor]
+    rows = max(1, PIECE * tensor.shape[0] // tensor.nbytes)
+    return tensor.split(rows)

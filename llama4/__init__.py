@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llama4.inputs import Inputs, Processor
     from llama4.model.multimodal import Llama4Model
     from llama4.serve.engine import Engine
+    from llama4.text.guard import Category, Moderation
     from llama4.text.tokenizer import Tokenizer
     from llama4.text.tool_calls import ToolCall
     from llama4.vision.config import VisionConfig
@@ -69,6 +70,7 @@ _HOMES = {
     "llama4.engine.replies": ("Reply", "Stream", "TextDelta", "ToolCallDelta", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
     "llama4.serve.engine": ("Engine",),
+    "llama4.text.guard": ("Category", "Moderation"),
     "llama4.text.tokenizer": ("Tokenizer",),
     "llama4.text.tool_calls": ("ToolCall",),
     "llama4.vision.config": ("VisionConfig",),
@@ -81,6 +83,7 @@ __all__ = [
     "PRESETS",
     "ArgumentError",
     "BusyError",
+    "Category",
     "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
@@ -95,6 +98,7 @@ __all__ = [
     "Llama4Config",
     "Llama4Error",
     "Llama4Model",
+    "Moderation",
     "Processor",
     "Reply",
     "Sampler",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,16 +13,18 @@ import torch
 from llama4.adapters.loaded import Adapters
 from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
+from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
+from llama4.engine.moderation import MAX_REPLY, ask, judge
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
@@ -32,6 +34,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.options import Options, Prepared, Prompt, conversation
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import CALIBRATED, SCHEMES
+from llama4.text.guard import Moderation
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
@@ -428,14 +431,57 @@ class Llama4:
         """
         return self.chat(self.processor.infill(prefix, suffix), **options)
 
+    def moderate(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        categories: Mapping[str, str] | None = None,
+        excluded: Collection[str] = (),
+        threshold: float = 0.5,
+        guard: str | None = None,
+    ) -> Moderation:
+        """Whether the last message of a conversation is safe, by a Llama Guard: a user's prompt or an assistant's
+        response. The prompt is written by the checkpoint's own chat template, if it has one.
+
+        Args:
+            messages: of a user and an assistant in turn; a string is one prompt.
+            categories: what is unsafe, in place of the model's own categories: {"S1": "Spoilers"}, or with lines that
+                describe it: {"S1": "Spoilers.\nAI models should not tell how a story ends."}.
+            excluded: ids of categories that are not asked for: ["S6"].
+            threshold: probability from which a message is unsafe.
+            guard: which Llama Guard this is, where its chat template does not say: "llama-guard-1", "llama-guard-2",
+                "llama-guard-3-1b", "llama-guard-3-8b", "llama-guard-3-11b-vision" or "llama-guard-4".
+
+        Raises:
+            Llama4Error: a model that is no Llama Guard, malformed messages or categories, or its subclasses as in
+                `chat`.
+        """
+        if not 0 <= threshold <= 1:
+            raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
+        asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard)
+        rows = identities(asked.inputs, self.model)
+        window = self.config.text.max_position_embeddings
+        if len(rows[0]) + MAX_REPLY > (window := min(window, self.max_context or window)):
+            raise ContextLengthError(
+                f"the prompt has {len(rows[0])} tokens; with an answer it may have {window}: moderate fewer messages"
+            )
+        notice_fork()
+        cache = self._cache_of(rows)
+        judged = judge(self.runner, self.tokenizer, asked, cache, threshold, self.stop_ids)
+        self.cache = PromptCache(self.model, cache, rows[0], self.progress)
+        return judged
+
+    def _cache_of(self, rows: Sequence[torch.Tensor]) -> SequenceCache:
+        """A cache with what the last one has of these prompts, or empty."""
+        cache = self.cache.beginning(rows) if self.cache is not None else None
+        return cache or self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
+
     def _start(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
         asked = self.prepare(messages, **options)
         rows = identities(asked.inputs, self.model)
-        cache = self.cache.beginning(rows) if self.cache is not None else None
-        if cache is None:
-            cache = self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
+        cache = self._cache_of(rows)
         events = generate(
             self.runner,
             self.tokenizer,

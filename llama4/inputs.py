@@ -282,6 +282,23 @@ class Processor:
         ids += [*self.tokenizer.encode(suffix, blank=False), self.tokenizer.special(middle.text)]
         return self._pad([ids], None, "left")
 
+    def read(self, messages: Sequence[Message]) -> tuple[list[ParsedMessage], list[Tiles]]:
+        """One conversation, checked, with the tiles of its images.
+
+        Raises:
+            Llama4Error: as a call of the processor.
+        """
+        ((row, tiles),) = self._tiled(messages, None)
+        return row, tiles
+
+    def pack(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Inputs:
+        """A prompt in whatever format, with the tiles of its images.
+
+        Raises:
+            Llama4Error: there are more or fewer tiles than places for images; the tokenizer lacks a special token.
+        """
+        return self._pad([self._encode(pieces, tiles).ids], _pixels(tiles), "left")
+
     def tile(self, source: Any) -> Tiles:
         """Read one image and cut it into tiles.
 

@@ -28,6 +28,7 @@ def test_public_names() -> None:
     assert set(llama4.__all__) == {
         "ArgumentError",
         "BusyError",
+        "Category",
         "ChatTemplateError",
         "CheckpointError",
         "ConfigError",
@@ -42,6 +43,7 @@ def test_public_names() -> None:
         "Llama4Config",
         "Llama4Error",
         "Llama4Model",
+        "Moderation",
         "PRESETS",
         "Processor",
         "Reply",

@@ -1,0 +1,81 @@
+"""`llama4 moderate`: is a message safe?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4.cli.generate import read_stdin
+from llama4.cli.options import add_model_options, load_model
+
+if TYPE_CHECKING:
+    from llama4.text.guard import Moderation
+
+UNSAFE = 3
+"""Exit code where a message is unsafe; 0 is safe, 1 and 2 are errors, as of every command."""
+
+
+def add_parser(commands: Any) -> None:
+    about = (
+        "Ask a Llama Guard whether a prompt, or the response to it, is safe, or a Prompt Guard whether a text attacks "
+        f"a model. Exit code: 0 safe, {UNSAFE} unsafe, 1 or 2 an error."
+    )
+    parser = commands.add_parser("moderate", help="ask a Llama Guard or Prompt Guard", description=about)
+    parser.add_argument("model", metavar="MODEL", help="a directory, a GGUF file or a Hub id")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("text", nargs="?", metavar="TEXT", help="what a user says; - reads it from stdin")
+    text.add_argument("--file", type=Path, metavar="FILE", help="the text of a file")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture beside it: path or URL; repeatable"
+    )
+    parser.add_argument("--response", metavar="TEXT", help="what an assistant answers: that is judged")
+    parser.add_argument(
+        "--category", action="append", type=_category, metavar="ID=NAME", help="in place of the model's; repeatable"
+    )
+    parser.add_argument("--exclude", action="append", default=[], metavar="ID", help="do not ask for it; repeatable")
+    parser.add_argument("--guard", metavar="NAME", help="which Llama Guard it is, where its template does not say")
+    parser.add_argument("--threshold", type=float, default=0.5, metavar="P", help="unsafe from there (default: 0.5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_options(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.file is not None:
+        text = options.file.read_text(encoding="utf-8")
+    else:
+        text = read_stdin() if options.text == "-" else options.text
+    found = _asked(options, text)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
+    else:
+        named = ", ".join(f"{category.id} {category.name}" for category in found.categories)
+        print(f"{'safe' if found.safe else 'unsafe'} ({found.probability:.2f})" + (f": {named}" if named else ""))
+    return 0 if found.safe else UNSAFE
+
+
+def _asked(options: argparse.Namespace, text: str) -> Moderation:
+    pictures = [{"type": "image", "image": image} for image in options.image]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    if options.response is not None:
+        messages.append({"role": "assistant", "content": options.response})
+    return load_model(options).moderate(
+        messages,
+        categories=dict(options.category) if options.category else None,
+        excluded=options.exclude,
+        threshold=options.threshold,
+        guard=options.guard,
+    )
+
+
+def _category(text: str) -> tuple[str, str]:
+    """Raises:
+    argparse.ArgumentTypeError: it is not ID=NAME.
+    """
+    id_, equals, name = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no category; write it as S1=Name")
+    return id_, name

@@ -329,6 +329,13 @@ class Llama4:
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int | None = None,
+        ignore_eos: bool = False,
+        top_logprobs: int = 0,
+        n: int = 1,
     ) -> Reply:
         """Answer a conversation.
 
@@ -359,14 +366,22 @@ class Llama4:
             grammar: what the reply follows, in Lark's syntax.
             tool_choice: "auto" (or None) lets the model choose, "none" hides the tools from it, "required" makes it
                 call one, and {"type": "function", "function": {"name": ...}} that one.
+            presence_penalty: above 0, up to 2, tokens that the reply already holds become less likely; below 0 more.
+            frequency_penalty: the same, the more the more often it holds them.
+            logit_bias: ids of tokens -> what is added to their logits, from -100 (hardly ever) to 100 (nearly always).
+            min_tokens: tokens before which the reply does not end by itself; a stop string still ends it.
+            ignore_eos: whether the reply goes on to its limit, whatever the model says.
+            top_logprobs: of how many of the most likely tokens each of `reply.logprobs` tells the probability, too.
+            n: replies; those after the first are in its `others`. Each draws for itself, with `seed`, `seed + 1`, ...
 
         Raises:
             Llama4Error: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
                 read, `ContextLengthError` for a prompt beyond the window, `ChatTemplateError` where the checkpoint's
                 template fails or refuses the messages.
         """
-        stream = self.stream(
-            messages,
+        if n < 1:
+            raise ArgumentError(f"n is {n}; there is at least 1 reply")
+        options = Options(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -383,7 +398,21 @@ class Llama4:
             choices=choices,
             grammar=grammar,
             tool_choice=tool_choice,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
+            top_logprobs=top_logprobs,
         )
+        first = self._reply(messages, options)
+        if n == 1:
+            return first
+        seeds = [seed + i if seed is not None else None for i in range(1, n)]
+        return replace(first, others=tuple(self._reply(messages, {**options, "seed": each}) for each in seeds))
+
+    def _reply(self, messages: Prompt, options: Options) -> Reply:
+        stream = self.stream(messages, **options)
         for _ in stream:
             pass
         return stream.reply
@@ -491,6 +520,7 @@ class Llama4:
             if asked.form is not None
             else (),
             max_new_tokens=asked.max_new_tokens,
+            top_logprobs=asked.top_logprobs,
             stop_ids=asked.stop_ids,
             stop=asked.stop,
             max_context=self.max_context,
@@ -516,6 +546,8 @@ class Llama4:
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        ignore_eos: bool = False,
+        top_logprobs: int = 0,
         **sampling: Unpack[SamplingOptions],
     ) -> Prepared:
         """What is computed for these arguments of `chat`: the prompt's tokens and pictures, and how the reply is
@@ -527,6 +559,11 @@ class Llama4:
         defaults, inputs = self.generation_config, messages
         tools, called = chosen_tools(tools, tool_choice)
         form = Form.of(response_format, regex, choices, grammar, called)
+        sampler = Sampler.from_options(sampling, defaults)
+        _check_choice(sampler, self.config.text.vocab_size, top_logprobs)
+        if form is not None and (ignore_eos or sampler.min_tokens):
+            name = "ignore_eos" if ignore_eos else "min_tokens"
+            raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
@@ -537,12 +574,13 @@ class Llama4:
         notice_fork()
         return Prepared(
             inputs,
-            Sampler.from_options(sampling, defaults),
+            sampler,
             max_new_tokens,
             stop_strings(defaults.stop_strings if stop is None else stop),
-            self.stop_ids,
+            () if ignore_eos else self.stop_ids,
             tools,
             form,
+            top_logprobs,
         )
 
     def load_cache(self, path: str | Path) -> None:
@@ -612,6 +650,15 @@ class Llama4:
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
+
+
+def _check_choice(sampler: Sampler, vocab_size: int, top_logprobs: int) -> None:
+    """What only the vocabulary decides."""
+    if not 0 <= top_logprobs <= vocab_size:
+        raise ArgumentError(f"top_logprobs is {top_logprobs}; it must be from 0 to {vocab_size}")
+    for id_, _ in sampler.logit_bias:
+        if not 0 <= id_ < vocab_size:
+            raise ArgumentError(f"logit_bias names token {id_}; ids are from 0 to {vocab_size - 1}")
 
 
 def _check_arguments(

@@ -24,6 +24,7 @@ class Prepared:
     Attributes:
         inputs: a row for each conversation.
         stop, stop_ids: strings and tokens that end a reply.
+        top_logprobs: of how many of the most likely tokens each token tells the probability.
     """
 
     inputs: Inputs
@@ -33,6 +34,7 @@ class Prepared:
     stop_ids: tuple[int, ...]
     tools: Sequence[Mapping[str, Any]] | None
     form: Form | None = None
+    top_logprobs: int = 0
 
     def matcher(self, tokenizer: Tokenizer, vocab_size: int) -> Matcher | None:
         """What one reply is held to; None for any text."""
@@ -59,6 +61,8 @@ class Options(SamplingOptions, total=False):
     choices: Sequence[str] | None
     grammar: str | None
     tool_choice: str | Mapping[str, Any] | None
+    ignore_eos: bool
+    top_logprobs: int
 
 
 def conversation(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -212,22 +212,22 @@ MUTATIONS = [
     Mutation(
         "padding counts as a token that came before",
         "llama4/engine/generate.py",
-        "ids_T[mask_T.bool()] for ids_T, mask_T",
-        "ids_T for ids_T, mask_T",
+        "ids_T[mask_T.bool()].tolist() for ids_T, mask_T",
+        "ids_T.tolist() for ids_T, mask_T",
         "tests/test_generation.py::test_a_repetition_penalty_of_a_batch_is_that_of_transformers",
     ),
     Mutation(
         "rows that end keep their penalty for others",
         "llama4/engine/generate.py",
-        "seen_BV[live] if",
-        "seen_BV[: len(live)] if",
+        "[states[i] for i in live]",
+        "states[: len(live)]",
         "tests/test_generation.py::test_a_penalty_stays_with_its_row",
     ),
     Mutation(
         "compiled greedy choice without the penalty",
         "llama4/engine/runner.py",
-        "if sampler.takes_largest and not any(matchers):",
-        "if sampler.temperature == 0 and not any(matchers):",
+        "if sampler.takes_largest and not any(row.matcher",
+        "if sampler.temperature == 0 and not any(row.matcher",
         "tests/engine/test_fused_cpu.py::test_advancing_is_a_step_and_a_choice",
     ),
 ]

@@ -6,7 +6,6 @@ Shapes: B rows, T prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib.metadata
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.bench.engine import Engine, EngineConfig, image_message
 from llama4.engine.prefill import prefill
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import RowState, Sampler
 from llama4.inputs import Inputs
 from llama4.kernels import loader
 from llama4.model.moe import Router
@@ -36,7 +35,6 @@ class Llama4Engine:
             progress=False,
         )
         self._sampler = Sampler(temperature=0)
-        self._generator = random.Random()
 
     def prefill(self, ids_BT: Tensor) -> tuple[Tensor, Any]:
         cache = self.llm.model.new_cache(len(ids_BT))
@@ -47,11 +45,11 @@ class Llama4Engine:
         return self.llm.runner.step(ids_B, cache)
 
     def greedy(self, logits_BV: Tensor) -> list[int]:
-        ids: list[int] = self._sampler(logits_BV, [self._generator] * len(logits_BV))[0].tolist()
+        ids: list[int] = self._sampler(logits_BV, [RowState()] * len(logits_BV))[0].tolist()
         return ids
 
     def decode_greedy(self, ids: list[int], cache: Any) -> list[int]:
-        return self.llm.runner.advance(ids, cache, self._sampler, [self._generator] * len(ids))[0]
+        return self.llm.runner.advance(ids, cache, self._sampler, [RowState()] * len(ids))[0]
 
     def prefill_image(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         inputs = self.llm.processor([image_message(picture, question)])

@@ -14,7 +14,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.engine.grammar import Matcher
 from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import RowState, Sampler, likeliest
 from llama4.engine.tokens import Event, FinishReason, Token
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.inputs import Inputs
@@ -37,6 +37,7 @@ def generate(
     sampler: Sampler,
     matchers: Sequence[Matcher | None] = (),
     max_new_tokens: int = 256,
+    top_logprobs: int = 0,
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] | None = None,
     max_context: int | None = None,
@@ -51,6 +52,7 @@ def generate(
     Args:
         inputs: prompts as the processor makes them, padded on the left.
         matchers: of each row, what its reply must be; none for any text.
+        top_logprobs: of how many of the most likely tokens each token tells the probability.
         stop_ids: tokens that end a reply; their text is not part of it.
         stop: strings that end a reply and are not part of it.
         max_context: most tokens of prompt and reply together; by default the model's window. A reply that reaches it
@@ -73,7 +75,12 @@ def generate(
     silent = frozenset(tokenizer.special_tokens.values())
     rows = [Row(i, budget, TextAssembler(stops)) for i, budget in enumerate(budgets)]
     cache = cache or model.new_cache(len(rows))
-    return _generate(runner, tokenizer, inputs, sampler, matchers, rows, frozenset(stop_ids), silent, cache, progress)
+    pairs = zip(inputs.input_ids, inputs.attention_mask, strict=True)
+    prompts = [ids_T[mask_T.bool()].tolist() for ids_T, mask_T in pairs]
+    own = matchers or [None] * len(rows)
+    states = [sampler.row(ids, stop_ids, matcher) for ids, matcher in zip(prompts, own, strict=True)]
+    ends = frozenset(stop_ids)
+    return _generate(runner, tokenizer, inputs, sampler, states, rows, ends, silent, cache, top_logprobs, progress)
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -139,39 +146,37 @@ def _generate(
     tokenizer: SupportsDecode,
     inputs: Inputs,
     sampler: Sampler,
-    matchers: Sequence[Matcher | None],
+    states: list[RowState],
     rows: list[Row],
     stop_ids: frozenset[int],
     silent_ids: frozenset[int],
     cache: SequenceCache,
+    top_logprobs: int,
     progress: bool,
 ) -> Iterator[Event]:
-    generators = sampler.generators(len(rows))
     logits_BV = prefill(runner.model, inputs, cache, progress)
-    prompts = (ids_T[mask_T.bool()] for ids_T, mask_T in zip(inputs.input_ids, inputs.attention_mask, strict=True))
-    seen_BV = sampler.seen_tokens(logits_BV, prompts)
-    ids_B, logprobs_B = sampler(logits_BV, generators, seen_BV, matchers)
+    ids_B, logprobs_B = sampler(logits_BV, states)
     ids, logprobs = ids_B.tolist(), logprobs_B.tolist()
     try:
         while True:
-            live = []
+            live, others = [], likeliest(logits_BV, top_logprobs) if top_logprobs else None
             for i, (row, id_, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
                 if math.isnan(logprob):
                     raise Llama4Error(
                         f"the model's logits are not numbers in {runner.model.dtype}; load it with dtype='float32'"
                     )
-                event = row.push(Token(id_, tokenizer.decode_bytes([id_]), logprob), id_ in stop_ids, id_ in silent_ids)
+                token = Token(id_, tokenizer.decode_bytes([id_]), logprob, others[i] if others else ())
+                event = row.push(token, id_ in stop_ids, id_ in silent_ids)
                 if event.finish_reason is None:
                     live.append(i)
                 yield event
             if not live:
                 return
             if len(live) < len(rows):
-                rows, generators = [rows[i] for i in live], [generators[i] for i in live]
+                rows, states = [rows[i] for i in live], [states[i] for i in live]
                 ids = [ids[i] for i in live]
-                matchers = [matchers[i] for i in live] if matchers else ()
-                seen_BV = seen_BV[live] if seen_BV is not None else None
                 cache.select_rows(live)
-            ids, logprobs = runner.advance(ids, cache, sampler, generators, seen_BV, matchers)
+            ids, logprobs = runner.advance(ids, cache, sampler, states)
+            logits_BV = runner.logits(cache) if top_logprobs else logits_BV
     finally:
         runner.release(cache)

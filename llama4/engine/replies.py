@@ -64,6 +64,7 @@ class Reply:
         usage: how many tokens it took.
         logprobs: every generated token with its log-probability before temperature and the like.
         parsed: where JSON was asked for and the reply is complete, what it says: a dictionary, or the pydantic object.
+        others: where `n` asked for more replies, those after this one.
     """
 
     text: str
@@ -72,6 +73,7 @@ class Reply:
     usage: Usage
     logprobs: list[Token]
     parsed: Any = None
+    others: tuple[Reply, ...] = ()
 
     def __str__(self) -> str:
         return self.text

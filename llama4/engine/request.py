@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from llama4.cache.prefixes import next_key
@@ -49,6 +48,7 @@ class Request:
         cache: of this request alone; None while it waits, and while it decodes in a cache with others.
         entered: how many of its blocks have been entered in the index.
         arrival: a number that orders requests.
+        state: what the choice of its next token depends on.
         reused: tokens of the prompt that were not computed again when it was first read.
     """
 
@@ -82,13 +82,11 @@ class Request:
         self.tokens: list[int] = own.tolist()
         self.prompt_length = len(self.ids)
         self.sampler = sampler
-        self.generator = sampler.generators(1)[0]
-        self.seen_V: Tensor | None = None
+        self.state = sampler.row(self.ids[:], tuple(stop_ids), matcher)
         self.max_new_tokens = max_new_tokens
         self.stop_ids = frozenset(stop_ids)
         self.deliver = deliver
         self.alternatives = alternatives
-        self.matcher = matcher
         self.pictures = Pictures(model, inputs.pixel_values, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
@@ -129,13 +127,6 @@ class Request:
         """Forget what was computed, for others to have the memory."""
         self.cache, self.computed, self.entered = None, 0, 0
         self.pictures.forget()
-
-    def seen_tokens(self, logits_BV: Tensor) -> Tensor | None:
-        """The tokens of prompt and reply as a mask [V], None if the sampler needs none."""
-        if self.seen_V is None:
-            seen_BV = self.sampler.seen_tokens(logits_BV[:1], [torch.tensor(self.ids)])
-            self.seen_V = seen_BV[0] if seen_BV is not None else None
-        return self.seen_V
 
     def add(self, token: Token) -> bool:
         """Take the next token of the reply; -> whether it is the last."""

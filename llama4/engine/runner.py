@@ -10,7 +10,6 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import logging
-import random
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
-from llama4.engine.grammar import Matcher
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import RowState, Sampler
 from llama4.errors import Llama4Error
 from llama4.kernels import threads
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
@@ -164,17 +162,19 @@ class ModelRunner:
         ids: list[int],
         cache: SequenceCache,
         sampler: Sampler,
-        generators: Sequence[random.Random],
-        seen_BV: Tensor | None = None,
-        matchers: Sequence[Matcher | None] = (),
+        rows: Sequence[RowState],
     ) -> tuple[list[int], list[float]]:
         """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
         session = self.run(ids, cache)
-        if sampler.takes_largest and not any(matchers):
+        if sampler.takes_largest and not any(row.matcher for row in rows):
             return session.greedy_token()
         with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
-            ids_B, logprobs_B = sampler(session.logits_BV, generators, seen_BV, matchers)
+            ids_B, logprobs_B = sampler(session.logits_BV, rows)
         return ids_B.tolist(), logprobs_B.tolist()
+
+    def logits(self, cache: SequenceCache) -> Tensor:
+        """Those after the last step of a cache, [B, V]; valid until the next."""
+        return self._sessions[id(cache)][0].logits_BV
 
     def release(self, cache: SequenceCache) -> None:
         """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""

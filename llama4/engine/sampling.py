@@ -1,4 +1,4 @@
-"""Logits -> token ids: greedy, or drawn with temperature, top-k, top-p and min-p; with a penalty on repetition or not.
+"""Logits -> token ids: greedy, or drawn with temperature, top-k, top-p and min-p; with penalties and biases or not.
 
 Shapes: B rows, V vocabulary, K or F of its tokens.
 """
@@ -6,8 +6,9 @@ Shapes: B rows, V vocabulary, K or F of its tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
@@ -27,7 +28,57 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int | None
     seed: int | None
+
+
+@dataclass
+class RowState:
+    """What the choices in one row depend on, beside its logits.
+
+    Attributes:
+        generator: what is drawn with, one number for each token.
+        prompt: its ids, for `repetition_penalty`.
+        stop_ids: tokens that end the reply, for `min_tokens`.
+        matcher: what the reply must be; None for any text.
+        reply: the ids that were chosen.
+    """
+
+    generator: random.Random = field(default_factory=random.Random)
+    prompt: Sequence[int] = ()
+    stop_ids: Sequence[int] = ()
+    matcher: Matcher | None = None
+    reply: list[int] = field(default_factory=list)
+    _seen_V: Tensor | None = None
+    _counts_V: Tensor | None = None
+
+    def accept(self, id_: int) -> None:
+        """A token that was chosen."""
+        self.reply.append(id_)
+        if self._seen_V is not None:
+            self._seen_V[id_] = True
+        if self._counts_V is not None:
+            self._counts_V[id_] += 1
+        if self.matcher is not None:
+            self.matcher.accept(id_)
+
+    def seen(self, like_V: Tensor) -> Tensor:
+        """Whether prompt or reply hold a token, [V] bool."""
+        if self._seen_V is None:
+            self._seen_V = torch.zeros_like(like_V, dtype=torch.bool)
+            self._seen_V[torch.tensor([*self.prompt, *self.reply], device=like_V.device)] = True
+        return self._seen_V
+
+    def counts(self, like_V: Tensor) -> Tensor:
+        """How often the reply holds a token, [V] float32."""
+        if self._counts_V is None:
+            self._counts_V = torch.zeros_like(like_V, dtype=torch.float32)
+            for id_, count in Counter(self.reply).items():
+                self._counts_V[id_] = count
+        return self._counts_V
 
 
 @dataclass(frozen=True)
@@ -45,6 +96,10 @@ class Sampler:
         min_p: draw from tokens at least so likely, after temperature, as this share of the most likely one.
         repetition_penalty: logits of tokens that prompt or reply already hold are divided by this if positive, else
             multiplied, before all else (CTRL, arXiv 1909.05858, as in transformers); 1 for none.
+        presence_penalty: what is then taken from the logits of tokens that the reply already holds (OpenAI's).
+        frequency_penalty: the same, times how often it holds them.
+        logit_bias: ids of tokens, and what is added to their logits; of each id once, in order.
+        min_tokens: tokens before which none that ends the reply is chosen.
 
     Raises:
         Llama4Error: a setting out of its range.
@@ -56,11 +111,23 @@ class Sampler:
     seed: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in RANGES:
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= (value := getattr(self, name)) <= 2:
+                raise ArgumentError(f"{name} is {value}; it must be from -2 to 2, 0 for none")
+        for id_, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise ArgumentError(f"logit_bias of token {id_} is {bias}; it must be from -100 to 100")
+        if self.min_tokens < 0:
+            raise ArgumentError(f"min_tokens is {self.min_tokens}; it must be 0 or more")
         if self.seed is not None and self.seed < 0:
             raise ArgumentError(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
 
@@ -72,64 +139,61 @@ class Sampler:
             Llama4Error: an option out of its range, or its subclass `ConfigError`: see `GenerationConfig.sampling`.
         """
         given = {name: value for name, value in options.items() if value is not None}
+        if isinstance(bias := given.get("logit_bias"), Mapping):
+            given["logit_bias"] = tuple(sorted((int(id_), float(value)) for id_, value in bias.items()))
         return cls(**{**defaults.sampling(), **given})
 
     @property
     def takes_largest(self) -> bool:
-        """Whether the token chosen is that of the largest logit, as the model gave it."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        """Whether the token chosen is that of the largest logit, as the model gave it, if the reply may be any text."""
+        return self.temperature == 0 and not self._adjusts
 
-    def generators(self, batch_size: int) -> list[random.Random]:
-        """One generator per row, all with the same seed."""
-        return [random.Random(self.seed) for _ in range(batch_size)]
+    @property
+    def _adjusts(self) -> bool:
+        has_penalty = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(has_penalty or self.logit_bias or self.min_tokens)
 
-    def seen_tokens(self, logits_BV: Tensor, prompts: Iterable[Tensor]) -> Tensor | None:
-        """The tokens of each prompt, ids [T], as a mask [B, V] for `repetition_penalty`; None if there is none."""
-        if self.repetition_penalty == 1:
-            return None
-        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-        for seen_V, ids_T in zip(seen_BV, prompts, strict=True):
-            seen_V[ids_T.to(seen_V.device)] = True
-        return seen_BV
+    def row(self, prompt: Sequence[int] = (), stop_ids: Sequence[int] = (), matcher: Matcher | None = None) -> RowState:
+        """The state of a row that begins."""
+        return RowState(random.Random(self.seed), prompt, stop_ids, matcher)
 
-    def __call__(
-        self,
-        logits_BV: Tensor,
-        generators: Sequence[random.Random],
-        seen_BV: Tensor | None = None,
-        matchers: Sequence[Matcher | None] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Choose one token per row.
-
-        Args:
-            seen_BV: from `seen_tokens`; the tokens chosen are added to it.
-            matchers: of each row, what its reply must be; they are told the tokens chosen.
+    def __call__(self, logits_BV: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
+        """Choose one token per row, and tell the rows.
 
         Returns:
             The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before all settings.
         """
-        assert len(generators) == len(logits_BV)
-        assert (seen_BV is None) == (self.repetition_penalty == 1)
-        if self.takes_largest and not any(matchers):
+        assert len(rows) == len(logits_BV)
+        has_form = any(row.matcher for row in rows)
+        if self.takes_largest and not has_form:
             return greedy_token(logits_BV)
         logits_BV = logits_BV.float()
-        scores_BV = logits_BV
-        if seen_BV is not None:
-            penalty = float(self.repetition_penalty)
-            penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-            scores_BV = torch.where(seen_BV, penalised_BV, logits_BV)
-        if any(matchers):
-            rows = zip(scores_BV, matchers, strict=True)
-            scores_BV = torch.stack([matcher.allow(row_V) if matcher else row_V for row_V, matcher in rows])
-        ids_B = self._draw(scores_BV, generators) if self.temperature else scores_BV.argmax(dim=-1)
-        if seen_BV is not None:
-            seen_BV.scatter_(1, ids_B[:, None], True)
-        for matcher, id_ in zip(matchers, ids_B.tolist(), strict=False):
-            if matcher is not None:
-                matcher.accept(id_)
+        scores_BV = self._adjusted(logits_BV, rows) if self._adjusts else logits_BV
+        if has_form:
+            pairs = zip(scores_BV, rows, strict=True)
+            scores_BV = torch.stack([row.matcher.allow(row_V) if row.matcher else row_V for row_V, row in pairs])
+        ids_B = self._draw(scores_BV, rows) if self.temperature else scores_BV.argmax(dim=-1)
+        for row, id_ in zip(rows, ids_B.tolist(), strict=True):
+            row.accept(id_)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
-    def _draw(self, scores_BV: Tensor, generators: Sequence[random.Random]) -> Tensor:
+    def _adjusted(self, logits_BV: Tensor, rows: Sequence[RowState]) -> Tensor:
+        """Scores [B, V], with all penalties and biases."""
+        scores_BV = logits_BV.clone()
+        for scores_V, row in zip(scores_BV, rows, strict=True):
+            if (penalty := float(self.repetition_penalty)) != 1:
+                penalised_V = torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty)
+                scores_V.copy_(torch.where(row.seen(scores_V), penalised_V, scores_V))
+            if self.presence_penalty or self.frequency_penalty:
+                counts_V = row.counts(scores_V)
+                scores_V -= float(self.frequency_penalty) * counts_V + float(self.presence_penalty) * (counts_V > 0)
+            for id_, bias in self.logit_bias:
+                scores_V[id_] += bias
+            if len(row.reply) < self.min_tokens:
+                scores_V[list(row.stop_ids)] = -torch.inf
+        return scores_BV
+
+    def _draw(self, scores_BV: Tensor, rows: Sequence[RowState]) -> Tensor:
         """Inverse transform sampling, in order of id, over the tokens that top_k, top_p and min_p leave."""
         # The largest score is subtracted first, so that no temperature, however small, overflows.
         shifted_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
@@ -140,11 +204,20 @@ class Sampler:
             ids_BK = ids_BK.gather(1, chosen_BK)
         sums_BK = weights_BK.masked_fill(weights_BK < self.min_p, 0).cumsum(dim=-1)  # the largest weight is 1
         totals_B1 = sums_BK[:, -1:]
-        uniform_B1 = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
+        uniform_B1 = torch.tensor([[row.generator.random()] for row in rows], dtype=torch.float64)
         targets_B1 = uniform_B1.to(totals_B1.device) * totals_B1
         below_B1 = targets_B1.minimum(totals_B1.nextafter(torch.zeros_like(totals_B1)))  # however the product rounds
         drawn_B1 = torch.searchsorted(sums_BK, below_B1, right=True).clamp(max=sums_BK.shape[1] - 1)  # NaN, too
         return ids_BK.gather(1, drawn_B1).squeeze(1)
+
+
+def likeliest(logits_BV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """Of each row the ids of so many of the most likely tokens, and log_softmax(logits) in float32 of each."""
+    if not count:
+        return [()] * len(logits_BV)
+    values_BK, ids_BK = logits_BV.float().log_softmax(-1).topk(min(count, logits_BV.shape[1]))
+    rows = zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
+    return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
 
 
 def largest(values_BK: Tensor, count: int) -> Tensor:

@@ -33,7 +33,7 @@ from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Request
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.kernels import threads
@@ -342,14 +342,12 @@ class Scheduler:
         Args:
             greedy: the most likely tokens and their log-probabilities, if they are known.
         """
-        alternatives: list[tuple[tuple[int, float], ...]] = [()] * len(requests)
-        for row, request in enumerate(requests):
-            if request.alternatives:
-                values, ids = logits_BV[row].float().log_softmax(0).topk(min(request.alternatives, logits_BV.shape[1]))
-                alternatives[row] = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        alternatives = [
+            likeliest(logits_BV[row : row + 1], request.alternatives)[0] for row, request in enumerate(requests)
+        ]
         return [
-            Token(id_, self.tokenizer.decode_bytes([id_]), logprob, likeliest)
-            for (id_, logprob), likeliest in zip(_sample(requests, logits_BV, greedy), alternatives, strict=True)
+            Token(id_, self.tokenizer.decode_bytes([id_]), logprob, others)
+            for (id_, logprob), others in zip(_sample(requests, logits_BV, greedy), alternatives, strict=True)
         ]
 
     def _deliver(self, request: Request, token: Token) -> bool:
@@ -379,19 +377,13 @@ def _sample(
     chosen: list[tuple[int, float]] = [(0, 0.0)] * len(requests)
     groups: dict[tuple[Sampler, bool], list[int]] = {}
     for row, request in enumerate(requests):
-        groups.setdefault((replace(request.sampler, seed=None), request.matcher is None), []).append(row)
+        groups.setdefault((replace(request.sampler, seed=None), request.state.matcher is None), []).append(row)
     for (sampler, is_free), rows in groups.items():
         if sampler.takes_largest and is_free and greedy is not None:
             for row in rows:
                 chosen[row] = greedy[0][row], greedy[1][row]
             continue
-        own_BV = logits_BV[rows]
-        seen = [requests[row].seen_tokens(own_BV) for row in rows]
-        seen_BV = torch.stack([each for each in seen if each is not None]) if seen[0] is not None else None
-        generators, matchers = ([getattr(requests[row], name) for row in rows] for name in ("generator", "matcher"))
-        ids_B, logprobs_B = sampler(own_BV, generators, seen_BV, matchers)
-        for i, (row, id_, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True)):
+        ids_B, logprobs_B = sampler(logits_BV[rows], [requests[row].state for row in rows])
+        for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             chosen[row] = id_, logprob
-            if seen_BV is not None:
-                requests[row].seen_V = seen_BV[i]
     return chosen

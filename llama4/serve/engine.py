@@ -20,34 +20,21 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
 from types import TracebackType
-from typing import Unpack, cast
+from typing import Unpack
 
 from llama4.api import Llama4
 from llama4.engine.generate import Row, reply_budget
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
-from llama4.errors import ArgumentError, BusyError, Llama4Error
+from llama4.errors import BusyError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
 from llama4.units import parse_bytes
 
 logger = logging.getLogger(__name__)
-
-
-class EngineOptions(Options, total=False):
-    """Keyword arguments of `Engine.chat`: those of `Llama4.chat`, and more.
-
-    Attributes:
-        top_logprobs: of how many of the most likely tokens each token of the reply tells the probability.
-        ignore_eos: whether the reply goes on to its limit, whatever the model says.
-    """
-
-    top_logprobs: int
-    ignore_eos: bool
 
 
 class Engine:
@@ -96,7 +83,7 @@ class Engine:
         self._worker = threading.Thread(target=self._work, name="llama4 engine", daemon=True)
         self._worker.start()
 
-    def stream(self, messages: Prompt, **options: Unpack[EngineOptions]) -> EngineStream:
+    def stream(self, messages: Prompt, **options: Unpack[Options]) -> EngineStream:
         """Answer a conversation piece by piece. Arguments are those of `Llama4.chat`; errors come with the first piece.
 
         Iterate with `async for` or, in a thread that may wait, with `for`. To leave the loop and let go of the stream,
@@ -104,16 +91,14 @@ class Engine:
         """
         return EngineStream(self, messages, options)
 
-    async def chat(self, messages: Prompt, **options: Unpack[EngineOptions]) -> Reply:
+    async def chat(self, messages: Prompt, **options: Unpack[Options]) -> Reply:
         """Answer a conversation; a task that is cancelled cancels the reply."""
         stream = self.stream(messages, **options)
         async for _ in stream:
             pass
         return stream.reply
 
-    def chat_batch(
-        self, conversations: Sequence[str | Sequence[Message]], **options: Unpack[EngineOptions]
-    ) -> list[Reply]:
+    def chat_batch(self, conversations: Sequence[str | Sequence[Message]], **options: Unpack[Options]) -> list[Reply]:
         """Answer conversations at once, from a thread that may wait; each reply is what `Llama4.chat` gives."""
         streams = [self.stream(each, **options) for each in conversations]
         for stream in streams:
@@ -152,14 +137,11 @@ class Engine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def submit(
-        self, asked: Prepared, deliver: Callable[[Delivery], None], alternatives: int = 0, may_wait: bool = False
-    ) -> Request:
+    def submit(self, asked: Prepared, deliver: Callable[[Delivery], None], may_wait: bool = False) -> Request:
         """Give a prepared prompt to the worker.
 
         Args:
             deliver: takes its tokens, in the worker's thread.
-            alternatives: of how many of the most likely tokens it is told the probability.
             may_wait: whether it is taken although the queue is full.
 
         Raises:
@@ -181,7 +163,7 @@ class Engine:
             max_new_tokens=reply_budget(length, asked.max_new_tokens, self.scheduler.window, self.llm.max_context),
             stop_ids=asked.stop_ids,
             deliver=deliver,
-            alternatives=alternatives,
+            alternatives=asked.top_logprobs,
             matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
         )
         with self._closing:
@@ -218,7 +200,7 @@ class EngineStream:
     """A reply as it comes, to iterate over with `for` or `async for`: pieces of text, never empty or with half a
     character. `events` and `async_events` have tool calls, too. Iteration may stop at any point."""
 
-    def __init__(self, engine: Engine, messages: Prompt, options: EngineOptions) -> None:
+    def __init__(self, engine: Engine, messages: Prompt, options: Options) -> None:
         self._engine, self._messages, self._options = engine, messages, options
         self._mailbox = _Mailbox()
         self._deltas: deque[Delta] = deque()
@@ -242,18 +224,13 @@ class EngineStream:
         llm, messages = self._engine.llm, self._messages
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        own = {key: value for key, value in self._options.items() if key in Options.__annotations__}
-        asked = llm.prepare(messages, **cast(Options, own))
-        if self._options.get("ignore_eos"):
-            if asked.form is not None:
-                raise ArgumentError("ignore_eos is given with a form of the reply, which has an end; choose one")
-            asked = replace(asked, stop_ids=())
+        asked = llm.prepare(messages, **self._options)
         if len(asked.inputs.input_ids) != 1:
             raise Llama4Error(
                 f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"
             )
         (builder,) = asked.builders(llm.tokenizer)
-        request = self._engine.submit(asked, self._mailbox.put, self._options.get("top_logprobs", 0), may_wait)
+        request = self._engine.submit(asked, self._mailbox.put, may_wait)
         self._request = request
         self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
         self._stop_ids = request.stop_ids

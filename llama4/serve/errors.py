@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llama4.errors import BusyError, ChatTemplateError, ContextLengthError, Llama4Error
 
+_FIELDS = {
+    **{name: name for name in ("logit_bias", "min_tokens", "ignore_eos", "response_format", "tool_choice")},
+    **{name: f"structured_outputs.{name}" for name in ("regex", "grammar")},
+    "choices": "structured_outputs.choice",
+}
+"""An argument of `Llama4.chat`, which begins the message of its error -> the field of requests."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -35,11 +42,18 @@ class RequestError(Exception):
             return cls(str(error), field="messages", code="context_length_exceeded")
         if isinstance(error, ChatTemplateError):
             return cls(str(error), field="messages", status=422)
-        return cls(str(error)) if isinstance(error, Llama4Error) else None
+        return cls(str(error), field=_field_of(str(error))) if isinstance(error, Llama4Error) else None
 
     def to_json(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
+
+def _field_of(message: str) -> str | None:
+    """The field that an error of the library is about, by its first words."""
+    if found := re.match(r"(?:part (\d+) of )?message (\d+)\b", message):
+        return f"messages[{found[2]}]" + (f".content[{found[1]}]" if found[1] else "")
+    return _FIELDS.get(message.partition(" ")[0])
 
 
 @dataclass(frozen=True)

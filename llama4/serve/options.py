@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from llama4.serve.engine import Engine, EngineOptions, EngineStream
+from llama4.options import Options
+from llama4.serve.engine import Engine, EngineStream
 from llama4.serve.errors import RequestError
 from llama4.serve.schema import (
     ANYTHING,
@@ -14,6 +15,7 @@ from llama4.serve.schema import (
     STRING,
     TEXT,
     Field,
+    Schema,
     any_of,
     array,
     ignored,
@@ -21,7 +23,6 @@ from llama4.serve.schema import (
     number,
     one_of,
     record,
-    refused,
 )
 
 MAX_CHOICES = 16
@@ -29,6 +30,11 @@ MAX_ALTERNATIVES = 20
 MAX_LENGTH = 2**31
 
 STOP = any_of(TEXT, array(TEXT, most=64))
+BIAS: Schema = {
+    "type": "object",
+    "propertyNames": {"type": "string", "pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": number(-100, 100),
+}
 USAGE = record(include_usage=FLAG)
 
 SAMPLING: Mapping[str, Field] = {
@@ -43,10 +49,10 @@ SAMPLING: Mapping[str, Field] = {
     "structured_outputs": Field(
         record(json=OBJECT, regex=STRING, choice=array(TEXT, 1), grammar=STRING), note="as vLLM's; one of them"
     ),
-    "presence_penalty": refused(0),
-    "frequency_penalty": refused(0),
-    "logit_bias": refused({}),
-    "min_tokens": refused(0),
+    "presence_penalty": Field(number(-2, 2)),
+    "frequency_penalty": Field(number(-2, 2)),
+    "logit_bias": Field(BIAS, note="ids of tokens -> what is added to their logits"),
+    "min_tokens": Field(integer(0, MAX_LENGTH), note="as vLLM's"),
 }
 """Of every route that generates in OpenAI's form."""
 
@@ -69,8 +75,9 @@ WITHOUT_EFFECT: Mapping[str, Field] = {
 
 def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The options that `SAMPLING` and `response_format` ask for."""
-    names = ("temperature", "top_p", "min_p", "repetition_penalty", "ignore_eos", "stop")
-    options = {name: fields[name] for name in names}
+    options = {name: fields[name] for name in SAMPLING if name != "structured_outputs"}
+    if fields["logit_bias"] is not None:
+        options["logit_bias"] = {int(id_): value for id_, value in fields["logit_bias"].items()}
     options["seed"] = fields["seed"] % 2**64 if fields["seed"] is not None else None
     options["top_k"] = fields["top_k"] if (fields["top_k"] or 0) > 0 else None
     form: dict[str, Any] = {"response_format": fields.get("response_format")}
@@ -98,4 +105,4 @@ def choices_of(engine: Engine, prompt: Any, count: int, options: Mapping[str, An
     """A stream for each choice; each draws for itself."""
     seed = options["seed"]
     seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(count)]
-    return [engine.stream(prompt, **cast(EngineOptions, {**options, "seed": each})) for each in seeds]
+    return [engine.stream(prompt, **cast(Options, {**options, "seed": each})) for each in seeds]

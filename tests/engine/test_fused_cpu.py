@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llama4.api import Llama4
 from llama4.engine import fused_cpu
 from llama4.engine.runner import EagerRunner, ModelRunner
-from llama4.engine.sampling import Sampler
+from llama4.engine.sampling import RowState, Sampler
 from llama4.kernels import loader, threads
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
@@ -314,16 +314,13 @@ def test_advancing_is_a_step_and_a_choice(directory: Path, settings: dict[str, f
     cache, sampler, runner = model.new_cache(3), Sampler(**settings), ModelRunner(model)  # type: ignore[arg-type]
     ids = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1].argmax(-1).tolist()
     fork, their_ids = cache.fork(), list(ids)
-    generators, others = sampler.generators(3), [random.Random(i) for i in range(3)]
-    for i, generator in enumerate(generators):
-        generator.seed(i)
-    prompts = [ids_T[mask_T] for ids_T, mask_T in zip(PROMPT, MASK, strict=True)]
-    seen, their_seen = (sampler.seen_tokens(torch.empty(3, 512), prompts) for _ in range(2))
+    prompts = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(PROMPT, MASK, strict=True)]
+    rows, others = ([RowState(random.Random(i), ids) for i, ids in enumerate(prompts)] for _ in range(2))
     kept = []
     for _ in range(20):
-        ids, logprobs = runner.advance(ids, cache, sampler, generators, seen)
+        ids, logprobs = runner.advance(ids, cache, sampler, rows)
         kept.append(runner.step(torch.tensor(their_ids), fork))
-        ids_B, logprobs_B = sampler(kept[-1], others, their_seen)
+        ids_B, logprobs_B = sampler(kept[-1], others)
         their_ids = ids_B.tolist()
         assert ids == their_ids
         assert logprobs == logprobs_B.tolist()

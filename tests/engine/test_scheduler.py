@@ -98,6 +98,10 @@ def alone(llm: Llama4, case: Case) -> list[int]:
         top_k=sampler.top_k,
         seed=sampler.seed,
         repetition_penalty=sampler.repetition_penalty,
+        presence_penalty=sampler.presence_penalty,
+        frequency_penalty=sampler.frequency_penalty,
+        logit_bias=dict(sampler.logit_bias),
+        min_tokens=sampler.min_tokens,
     )
     return [token.id for token in reply.logprobs]
 
@@ -117,6 +121,10 @@ def cases(llm: Llama4, count: int, seed: int) -> list[Case]:
         sampler = Sampler(
             **(drawn if rng.random() < 0.5 else {}),  # type: ignore[arg-type]
             repetition_penalty=rng.choice((1.0, 1.0, 1.3)),
+            presence_penalty=rng.choice((0.0, 0.0, 0.5)),
+            frequency_penalty=rng.choice((0.0, 0.0, -0.5)),
+            logit_bias=rng.choice(((), (), ((7, 3.0), (9, -100.0)))),
+            min_tokens=rng.choice((0, 0, 5)),
         )
         inputs = llm.processor([{"role": "user", "content": parts}])
         found.append(Case(inputs, sampler, rng.choice((1, 3, 10, 40)), llm.stop_ids))

@@ -46,6 +46,8 @@ def until(is_so: Any) -> None:
 def test_replies_are_those_of_chat(llm: Llama4, engine: Engine) -> None:
     """From asyncio, from threads and as a batch, all at once."""
     options: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["a"]}, {"max_new_tokens": 3}]
+    options += [{"presence_penalty": 1.5, "logit_bias": {70: 5.0}}, {"frequency_penalty": 2.0, "min_tokens": 40}]
+    options += [{"ignore_eos": True, "max_new_tokens": 30}]
     asked = [(question, each) for question in QUESTIONS for each in options]
     expected = [essence(llm.chat(question, **each)) for question, each in asked]
     batch: list[Reply] = []
@@ -168,3 +170,15 @@ engine.close()
 def test_a_forked_process_makes_its_own() -> None:
     """In place of waiting for ever for the thread that is not there."""
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=90)
+
+
+def test_several_replies_and_likely_tokens(llm: Llama4, engine: Engine) -> None:
+    reply = llm.chat(QUESTIONS[0], temperature=1.5, seed=5, n=3, top_logprobs=3, max_new_tokens=12)
+    alone = [llm.chat(QUESTIONS[0], temperature=1.5, seed=seed, max_new_tokens=12) for seed in (5, 6, 7)]
+    assert list(map(essence, (reply, *reply.others))) == list(map(essence, alone))
+    (other,) = engine.chat_batch([QUESTIONS[0]], temperature=1.5, seed=5, top_logprobs=3, max_new_tokens=12)
+    for token, same in zip(reply.logprobs, other.logprobs, strict=True):
+        assert [id_ for id_, _ in token.alternatives] == [id_ for id_, _ in same.alternatives]
+        values = dict(token.alternatives)
+        assert len(values) == 3 and max(values.values()) >= token.logprob
+        assert values.get(token.id, token.logprob) == pytest.approx(token.logprob, abs=1e-5)

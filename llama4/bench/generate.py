@@ -53,7 +53,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
     for task in dict.fromkeys(figure["task"] for figure in figures):
         unit = found[task, engines[0]]["unit"]
         named = task if task.endswith(f", {unit}") else f"{task}, {unit}"
-        rows.append([named, *(_cell(found[task, engine]) for engine in engines)])
+        rows.append([named, *(_cell(found[task, engine], report["rounds"]) for engine in engines)])
     rates = [
         (kind, *(str(Spread.from_json(seen[rate], 1e-9)) for rate in ("memory", "gemm")))
         for kind, seen in report["peak_rates"].items()
@@ -61,7 +61,8 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
     head = (
         f"{report['model']}: {number(report['parameters'] / 1e6)} M parameters, "
         f"{number(report['active'] / 1e6)} M active per token; {machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}; median (lowest-highest) of {report['rounds']} rounds, share of the roofline"
+        f"kernels {machine['kernels']}, torch {machine['torch']}; "
+        f"median (lowest-highest) of {report['rounds']} rounds, share of the roofline"
     )
     return "\n\n".join(
         [
@@ -72,9 +73,11 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
     )
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
+def _cell(figure: Mapping[str, Any], rounds: int) -> str:
     share = f", {figure['roofline_share']:.0%}" if "roofline_share" in figure else ""
-    return f"{Spread.from_json(figure)}{share}"
+    count = len(figure["samples"])
+    fewer = f", {count} of {rounds} rounds" if share and count < rounds else ""
+    return f"{Spread.from_json(figure)}{share}{fewer}"
 
 
 def engine_configs(
@@ -117,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise Llama4Error(f"{longest} tokens are beyond this model's window, {config.text.max_position_embeddings}")
     engines, plans = engine_configs(directory, config, options)
     has_picture = config.vision is not None and any(Path(directory).glob("tokenizer*"))
-    tasks = TaskList(tuple(options.lengths), options.reply, has_picture, options.rounds, options.patience)
+    tasks = TaskList(
+        tuple(options.lengths), options.reply, has_picture, options.rounds, options.patience, options.limit
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     report = {
         "model": options.model,
@@ -130,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save:
         replace_text(options.save, content + "\n")
     print(content if options.json else tables(report, options.markdown))
-    warn_of_other_processes(report["share_of_other_processes"])
+    warn_of_other_processes(report["share_of_other_processes"], report["stolen"])
     return 0
 
 
@@ -155,6 +160,13 @@ def _parser() -> Parser:
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="samples of each task (default: 5)")
     parser.add_argument(
         "--patience", type=int, default=2, metavar="N", help="times to repeat a disturbed sample (default: 2)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="of a figure, after which no further samples of it are taken (default: 60)",
     )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file, besides what is printed")
     add_output_options(parser)

@@ -73,6 +73,15 @@ class OtherProcesses:
 
     def __init__(self) -> None:
         self._last = self._now([os.getpid()])
+        self._stolen = _stolen_ticks()
+
+    def stolen(self) -> float | None:
+        """The share of the cores' time since this was made that the host of a virtual machine gave to others; None
+        where the system does not tell."""
+        if self._stolen is None or (now := _stolen_ticks()) is None:
+            return None
+        stolen, all_ticks = (after - before for before, after in zip(self._stolen, now, strict=True))
+        return stolen / max(all_ticks, 1)
 
     def share(self, own: Iterable[int] = ()) -> float | None:
         """0 to 1, since the last call; None where the system does not tell. `own` are ids of processes beside this one
@@ -98,3 +107,12 @@ class OtherProcesses:
             return None
         idle = ticks[3] + ticks[4]
         return (idle, sum(ticks) - idle), own
+
+
+def _stolen_ticks() -> tuple[int, int] | None:
+    """Clock ticks of all cores: stolen, and all."""
+    try:
+        ticks = [int(tick) for tick in STAT.read_text(encoding="ascii").split("\n")[0].split()[1:9]]
+        return ticks[7], sum(ticks)
+    except (OSError, ValueError, IndexError):
+        return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -13,11 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from llama4.bench.peak_rates import PeakRates
-from llama4.progress import Bar
+from llama4.progress import Bar, has_display
 
 T = TypeVar("T")
 DISTURBED = 0.05
 """Share of the cores used by other processes from which measurements suffer."""
+LINE_EVERY = 15.0
+"""Seconds after which somebody who sees no bar gets a line."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = 
 
 
 def shown(items: Sequence[T], name: Callable[[T], object] = str) -> Iterator[T]:
-    """The items, with a progress bar that names the current one."""
+    """The items, with a progress bar that names the current one; where nobody sees that, with a line now and then."""
+    said = time.monotonic()
     with Bar("measuring", len(items), "steps") as bar:
-        for item in items:
+        for i, item in enumerate(items):
             bar.describe(str(name(item)))
+            if not has_display() and time.monotonic() - said > LINE_EVERY:
+                warn(f"measuring, {i} of {len(items)} done: {name(item)}")
+                said = time.monotonic()
             with bar.step(1):
                 yield item
 
@@ -96,11 +104,20 @@ def warn(text: str) -> None:
     print(f"llama4: {text}", file=sys.stderr)
 
 
-def warn_of_other_processes(shares: Sequence[float | None]) -> None:
-    """A warning if other processes used so much that measurements suffer."""
+def warn_of_other_processes(shares: Sequence[float | None], stolen: float | None = None) -> None:
+    """A warning if other processes, or other guests of a virtual machine's host, used so much that measurements
+    suffer."""
     known = [share for share in shares if share is not None]
-    if known and (worst := max(known)) >= DISTURBED:
-        warn(f"other processes used up to {worst:.0%} of the cores meanwhile, which makes the figures worse")
+    if not known or (worst := max(known)) < DISTURBED:
+        return
+    disturbed = sum(share >= DISTURBED for share in known)
+    how_often = f" during {disturbed} of {len(known)} samples" if len(known) > 1 else ""
+    of_these = f"; the host took {stolen:.0%}" if stolen is not None and stolen >= 0.005 else ""
+    load = f"; load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    warn(
+        f"the machine was busy{how_often}: other processes used up to {worst:.0%} of the cores{of_these}{load}, which "
+        "makes the figures worse"
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,8 @@ is timed in fresh processes, with the files in the page cache.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,14 +36,15 @@ UNSTEADY = 0.15
 
 @dataclass(frozen=True)
 class TaskList:
-    """Lengths of prompts, tokens to decode, whether there is a picture, the number of rounds, and how often a disturbed
-    sample is taken again."""
+    """Lengths of prompts, tokens to decode, whether there is a picture, the number of rounds, how often a disturbed
+    sample is taken again, and the seconds after which no further sample of a figure is taken."""
 
     lengths: tuple[int, ...]
     new: int
     picture: bool
     rounds: int
     retries: int
+    limit: float = math.inf
 
     def all(self) -> list[Task]:
         tasks = [Task("prefill", prompt=length) for length in self.lengths]
@@ -128,10 +131,15 @@ def measure(
     with ExitStack() as stack:
         session = _Session(stack, config, engines, plans, tasks.all(), vocabulary)
         turns = [*product(range(tasks.rounds), tasks.all(), engines)]
-        for _, task, name in shown(turns, lambda turn: f"round {turn[0] + 1}, {turn[1]}, {turn[2]}"):
+        left = dict.fromkeys(product(tasks.all(), engines), tasks.limit)
+        for turn, task, name in shown(turns, lambda turn: f"round {turn[0] + 1}, {turn[1]}, {turn[2]}"):
+            if turn and left[task, name] <= 0:
+                continue
             for _ in range(1 + tasks.retries):
+                begin = time.monotonic()
                 sample = session.sample(task, name)
-                if sample.is_steady:
+                left[task, name] -= time.monotonic() - begin
+                if sample.is_steady or left[task, name] <= 0:
                     break
             shares.append(sample.others)
             dtype_and_threads = f"{engines[name].dtype}, {thread_count(engines[name].threads)}"
@@ -146,6 +154,7 @@ def measure(
         "figures": [figure.to_json() for figure in (*loads, *peaks, *figures.values())],
         "peak_rates": {kind: rates_json(seen) for kind, seen in rates.items()},
         "share_of_other_processes": shares,
+        "stolen": session.others.stolen(),
     }
 
 
@@ -172,7 +181,7 @@ class _Session:
         vocabulary: int,
     ) -> None:
         self._config, self._engines, self._plans = config, engines, plans
-        self._others = OtherProcesses()
+        self.others = OtherProcesses()
         self.workers = {
             name: stack.enter_context(Worker(TimedEngine, engine, vocabulary))
             for name, engine in shown([*engines.items()], lambda item: f"{item[0]}: load")
@@ -192,12 +201,12 @@ class _Session:
         experts, picture = self.experts.get(task, 0.0), self._pictures[name]
         work = work_of(task, self._config, self._plans[name], DTYPES[engine.dtype], experts, picture)
         pids = [worker.pid for worker in self.workers.values()]
-        self._others.share(pids)
+        self.others.share(pids)
         before = probe.measure()
         seconds = worker.call("seconds", task)
         after = probe.measure()
         bounds = work.seconds(before), work.seconds(after)
-        return Sample(seconds, bounds, (before, after), self._others.share(pids))
+        return Sample(seconds, bounds, (before, after), self.others.share(pids))
 
 
 def thread_count(count: int) -> str:

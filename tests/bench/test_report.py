@@ -51,10 +51,22 @@ def test_own_processes_do_not_count_as_others(
     assert share == pytest.approx(0.5, abs=0.05), "2000 ticks of 4000, less the few of this process"
     report.warn_of_other_processes([0.01, share])
     assert "other processes used up to 5" in capsys.readouterr().err
+    assert others.stolen() == 0.0
     report.warn_of_other_processes([None, 0.01])
     assert not capsys.readouterr().err
+    stat.write_text("cpu  2500 0 1000 10000 100 0 0 1000 0 0\n")
+    report.warn_of_other_processes([0.01, 0.2, 0.5], others.stolen())
+    said = capsys.readouterr().err
+    assert "during 2 of 3 samples" in said
+    assert "the host took 20%" in said, "1000 ticks of 5000"
     stat.unlink()
-    assert others.share() is None
+    assert (others.share(), others.stolen()) == (None, None)
+
+
+def test_who_sees_no_bar_gets_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "LINE_EVERY", 0.0)
+    assert list(report.shown(["one", "two"])) == ["one", "two"]
+    assert capsys.readouterr().err.splitlines()[-1] == "llama4: measuring, 1 of 2 done: two"
 
 
 def test_peak_rates_run_on_the_threads_that_were_asked_for() -> None:

@@ -215,6 +215,25 @@ def test_a_run_during_which_the_machine_changed_is_done_again(
     assert sample["roofline_share"] == pytest.approx(1.5 * steady), "the bound is the mean of before and after"
 
 
+def test_a_slow_figure_is_of_fewer_rounds(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock() -> float:
+        now.append(now[-1] + 25)
+        return now[-1]
+
+    now = [0.0]
+    monkeypatch.setattr("llama4.bench.throughput.Worker", InProcess)
+    monkeypatch.setattr("llama4.bench.throughput.time.monotonic", clock)
+    monkeypatch.setattr(throughput.TaskList, "all", lambda self: [Task("decode", new=2)])
+    arguments = ["generate", directory, "--rounds", "5", "--patience", "0", "--limit"]
+    for limit, samples in (("1", 1), ("60", 3), ("999", 5)):
+        report = run(capsys, *arguments, limit)
+        assert len(report["figures"][-1]["samples"]) == samples, "of 25 seconds each"
+    assert main(["bench", *arguments, "60"]) == 0
+    assert "3 of 5 rounds" in capsys.readouterr().out
+
+
 def test_profile_accounts_for_all_work_and_time(
     directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_the_wheel_has_one_name_and_all_it_needs(wheel: Path) -> None:
         *(str(path.relative_to(ROOT)) for path in (ROOT / "llama4").rglob("*.py")),
         *(f"llama4/{path.relative_to(ROOT)}" for path in (ROOT / "vision").rglob("*.py")),
     }
-    for folder in ("kernels/cpp", "tiny/checkpoint"):
+    for folder in ("kernels/cpp", "serve/page", "tiny/checkpoint"):
         there = {path.name for path in (ROOT / "llama4" / folder).iterdir() if path.is_file()}
         assert there
         assert {f"llama4/{folder}/{name}" for name in there} <= set(files)

@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
     server.add_argument("--media-directory", type=Path, metavar="DIR", help="of pictures that file:// may name")
     server.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve by TLS, with --ssl-keyfile")
     server.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
+    server.add_argument("--no-page", dest="page", action="store_false", help="serve no page to chat at /")
     server.add_argument("--verbose", action="store_true", help="log every request, without its text")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         cors_origins=tuple(options.cors_origin),
         url_hosts=tuple(options.allow_urls),
         media_directory=options.media_directory,
+        has_page=options.page,
     )
     engine = Engine(load_model(options), options.cache_memory, options.max_batch, options.queue)
     serve(Server(engine, settings), Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile))

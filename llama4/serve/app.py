@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama4.serve import completions, native, openai_chat
+from llama4.serve import completions, native, openai_chat, page
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, Settings, refusal
@@ -64,6 +64,7 @@ class Server:
             )
         handlers: dict[Any, Any] = {404: _refuse, 405: _refuse}
         routes = [routing.Route(route.path, self._endpoint(route), methods=[route.method]) for route in served]
+        routes += page.routes() if settings.has_page else ()
         app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
         app.router.redirect_slashes = False
         self.app: ASGIApp = _Identified(app)

@@ -38,6 +38,7 @@ class Settings:
         url_hosts: hosts from which pictures are fetched; "*" for any public one.
         media_directory: pictures of which `file://` addresses are read.
         max_body: bytes of a request.
+        has_page: whether there is a page to chat at `/`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Settings:
     url_hosts: tuple[str, ...] = ()
     media_directory: Path | None = None
     max_body: int = 64 * 2**20
+    has_page: bool = True
 
 
 @dataclass

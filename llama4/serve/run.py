@@ -17,7 +17,6 @@ import uvicorn
 
 from llama4.errors import ArgumentError
 from llama4.serve.app import Server
-from llama4.serve.engine import Engine
 from llama4.units import bytes_text
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def run(server: Server, address: Address) -> None:
     """
     listening = _listen(address)
     _allow_many_connections()
-    _say(server.engine, server.settings.name, server.settings.api_key, address, listening.getsockname()[1])
+    _say(server, address, listening.getsockname()[1])
     runner = _Runner(server, address)
 
     def end(number: int, frame: object) -> None:
@@ -114,8 +113,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _say(engine: Engine, name: str, key: str | None, address: Address, port: int) -> None:
+def _say(server: Server, address: Address, port: int) -> None:
     """What one needs to know at the start."""
+    engine, name, key = server.engine, server.settings.name, server.settings.api_key
     scheme = "https" if address.certificate else "http"
     host = f"[{address.host}]" if ":" in address.host else address.host
     url, limit = f"{scheme}://{host}:{port}", engine.scheduler.pool.limit
@@ -126,6 +126,8 @@ def _say(engine: Engine, name: str, key: str | None, address: Address, port: int
         f"  {engine.scheduler.max_batch} conversations at once, {engine.scheduler.window:,} tokens each at most, "
         f"keys and values in {bytes_text(limit) if limit else 'as much memory as they take'}"
     )
+    if server.settings.has_page:
+        print(f"  in a browser: {url}/")
     print(f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{secret} -d {shlex.quote(body)}")
     sys.stdout.flush()
     if not is_loopback(address.host) and key is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -25,7 +25,8 @@ TYPES = {
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 """Content-Security-Policy: no script or style but ours, no other address, no HTML made of text."""
 
@@ -38,7 +39,7 @@ HEADERS = {
 }
 
 
-def routes() -> list[BaseRoute]:
+def routes() -> list[Route]:
     """`/` and the files that it names, `/page/NAME`. None needs a key; what they ask of the server does."""
     return [Route("/", _send), Route("/page/{name}", _send)]
 

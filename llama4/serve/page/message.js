@@ -55,7 +55,7 @@ export class MessageView {
 
   resultForm(toolCalls) {
     const fields = toolCalls.map((call) => element("textarea", { rows: 1, name: call.id, dir: "auto" }));
-    const labels = toolCalls.map((call, i) => element("label", {}, `What ${call.name} gives`, fields[i]));
+    const labels = toolCalls.map((call, i) => element("label", {}, `Result of ${call.name}`, fields[i]));
     const submit = (event) => {
       event.preventDefault();
       this.actions.answerTools(this.message, fields.map((field) => field.value));
@@ -63,7 +63,7 @@ export class MessageView {
     return element(
       "form",
       { class: "tool-results", on: { submit } },
-      labels, element("button", { class: "button", type: "submit" }, "Give to the model"),
+      labels, element("button", { class: "button", type: "submit" }, toolCalls.length > 1 ? "Send results" : "Send result"),
     );
   }
 

@@ -105,7 +105,7 @@ def opened(browser: Any, server: Running, **options: Any) -> Iterator[Any]:
     context.on("request", lambda request: asked.append(request.url))
     page = context.new_page()
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.on("console", lambda message: problems.extend([message.text] if message.type == "error" else []))
     page.goto(server.url)
     wait(page, "document.title === 'tiny' || document.querySelector('dialog[open]')")
     yield page
@@ -136,7 +136,7 @@ def script(page: Any, *replies: str | list[dict[str, Any]]) -> list[dict[str, An
         reply = replies[len(bodies)]
         bodies.append(route.request.post_data_json)
         deltas = [{"content": reply}] if isinstance(reply, str) else reply
-        events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        events: list[Any] = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
         events.append({"choices": [], "usage": {"completion_tokens": 9, "prompt_tokens": 8, "total_tokens": 17}})
         text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         route.fulfill(content_type="text/event-stream", body=text)

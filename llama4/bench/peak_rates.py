@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,16 +81,19 @@ class PeakProbe:
             torch.set_num_threads(before)
 
 
-def _products(x: Tensor, weight: Tensor) -> Iterator[Callable[[], object]]:
+def _products(x: Tensor, weight: Tensor) -> list[Callable[[], object]]:
     """The ways to multiply with a weight that is stored as it comes."""
+
+    def run(way: Callable[[Tensor, Tensor], Tensor]) -> object:
+        return way(x, weight)[0, 0].item()
+
     ways: list[Callable[[Tensor, Tensor], Tensor]] = [torch.nn.functional.linear]
     if x.is_cpu:
         ways += [linear.linear, linear.linear_in_out]
     if x.is_cpu and torch.backends.mkldnn.is_available() and x.dtype != torch.float64:
         onednn = torch.ops.mkldnn._linear_pointwise
         ways.append(lambda x, weight: onednn(x, weight, None, "none", [], ""))
-    for way in ways:
-        yield lambda way=way: way(x, weight)[0, 0].item()
+    return [partial(run, way) for way in ways]
 
 
 def _fastest(run: Callable[[], object], repeats: int) -> float:

@@ -19,6 +19,7 @@ BENCHES = {
     "quantization": ("quantization", "size, memory, speed and accuracy of the quantization schemes"),
     "vqa": ("vqa", "accuracy on questions about fresh drawings"),
     "long": ("long", "one long prompt: time, memory, and the tokens after it"),
+    "serve": ("serving.command", "a server under load: tokens a second, many connections, many requests"),
     "parity": ("parity", "logits against transformers, layer by layer"),
     "device": ("device.command", "what only a GPU can show: checks, speed and memory within minutes"),
 }

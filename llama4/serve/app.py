@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama4.serve import completions, native, openai_chat, page
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service, Settings, refusal
+from llama4.serve.http import Call, Route, Service, Settings, refusal, request_id
 from llama4.serve.metrics import Metrics
 from llama4.serve.openapi import describe
 from llama4.vision.limits import SERVER_LIMITS
@@ -92,7 +92,8 @@ class _Identified:
             await self._app(scope, receive, send)
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        identity = sent if re.fullmatch(r"[\w.-]{1,100}", sent) else uuid.uuid4().hex
+        identity = sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else uuid.uuid4().hex
+        request_id.set(identity)
         begun, status = time.monotonic(), 0
 
         async def noted(message: Message) -> None:
@@ -106,4 +107,5 @@ class _Identified:
             await self._app(scope, receive, noted)
         finally:
             took = 1000 * (time.monotonic() - begun)
-            logger.info("%s %s %s %d in %.0f ms", identity, scope["method"], scope["path"], status, took)
+            path = scope["raw_path"].decode("latin-1")  # as it was sent: without line breaks
+            logger.info("%s %s %.200s %d in %.0f ms", identity, scope["method"], path, status, took)

@@ -6,8 +6,10 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,12 @@ from llama4.serve.metrics import Metrics
 from llama4.serve.schema import OBJECT, Fields, Schema
 
 logger = logging.getLogger(__name__)
+
+BODY_SECONDS = 60.0
+"""In which the next piece of a body must come."""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="a request")
+"""Of the request that is being answered: in its answer's headers and in the log."""
 
 T = TypeVar("T")
 
@@ -130,8 +138,10 @@ def check_key(request: Request, key: str | None) -> None:
     """
     if key is None:
         return
-    shown = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(shown.encode(), key.encode()):
+    shown = request.headers.get("x-api-key") or re.sub(
+        "^bearer +", "", request.headers.get("authorization", ""), flags=re.I
+    )
+    if not hmac.compare_digest(shown.encode("latin-1"), key.encode()):  # headers are bytes, read as Latin-1
         raise RequestError("the API key is missing or wrong; send Authorization: Bearer KEY", status=401)
 
 
@@ -139,11 +149,16 @@ async def read_body(request: Request, limit: int) -> Any:
     """The JSON of a request.
 
     Raises:
-        RequestError: it is too long, or no JSON.
+        RequestError: it is too long, does not come, or is no JSON.
     """
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
+    data, pieces = bytearray(), request.stream()
+    while True:
+        try:
+            data += await asyncio.wait_for(anext(pieces), BODY_SECONDS)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            raise RequestError(f"nothing more of the body came for {BODY_SECONDS:g} seconds", status=408) from None
         if len(data) > limit:
             raise RequestError(f"the body has more than {limit >> 20} MiB; send smaller pictures", status=413)
     if json_memory(data) > MAX_JSON_MEMORY:
@@ -166,7 +181,7 @@ def refusal(error: Exception, form: ErrorForm = OPENAI) -> Response:
 
 
 def _internal(error: Exception) -> RequestError:
-    logger.error("a request failed", exc_info=error)
+    logger.error("%s failed", request_id.get(), exc_info=error)
     return RequestError("an error of the server; its log says more", status=500)
 
 

@@ -13,6 +13,7 @@ STATUSES = {
     400: "a field has a value that it cannot have",
     401: "the API key is missing or wrong",
     404: "there is no such model, or no such thing",
+    408: "the body does not come",
     413: "the body is too large",
     422: "the model's chat template refuses the messages",
     429: "too many requests wait",

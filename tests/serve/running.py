@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -25,11 +26,25 @@ class Running:
         self.engine = Engine(llm, **{"cache_memory": "8MiB", **engine})
         self.server = Server(self.engine, settings)
         self.listening = socket.create_server(("127.0.0.1", 0))
-        self._uvicorn = uvicorn.Server(http_config(self.server, Address()))
+        config = http_config(self.server, Address())
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            self._loop = asyncio.get_running_loop()
+            await self.server.app(scope, receive, send)
+
+        config.app = app
+        self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self.listening]))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def num_tasks(self) -> int:
+        """Of the server's loop, after its first request."""
+        assert self._loop is not None
+        return len(asyncio.all_tasks(self._loop))
 
     @property
     def connections(self) -> Any:

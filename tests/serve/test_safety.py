@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ pytest.importorskip("starlette")
 from llama4 import Engine, Llama4  # noqa: E402
 from llama4.cli import serve as command  # noqa: E402
 from llama4.errors import ArgumentError  # noqa: E402
+from llama4.serve import http  # noqa: E402
 from llama4.serve import run as running_module  # noqa: E402
 from llama4.serve.app import Server, Settings  # noqa: E402
 from llama4.serve.run import MAX_HEADERS, Address, run  # noqa: E402
@@ -79,6 +81,49 @@ def test_the_command_listens_at_loopback() -> None:
     assert options.host == "127.0.0.1" and options.cors_origin == [] and options.allow_urls == []
     with pytest.raises(ArgumentError, match="--api-key is empty"):  # as of an unset variable
         command.run(parser.parse_args(["serve", "tiny", "--api-key", ""]))
+
+
+def test_every_route_but_some_asks_for_the_key(llm: Llama4, monkeypatch: Any) -> None:
+    """The key is compared in constant time, byte by byte, also one that is not ASCII."""
+    key, compared = "sésame", []
+    compare = hmac.compare_digest
+
+    def note(shown: bytes, known: bytes) -> bool:
+        compared.append((shown, known))
+        return compare(shown, known)
+
+    monkeypatch.setattr(hmac, "compare_digest", note)
+    server = Running(llm, Settings("tiny", api_key=key))
+    try:
+        client, headers = server.client, [("authorization", f"bearer {key}".encode())]
+        paths = client.get("/openapi.json", headers=headers).json()["paths"]
+        open_routes = {"/", "/health", "/ready", "/version", "/metrics"}
+        assert len(set(paths) - open_routes) > 8
+        for path, methods in paths.items():
+            for method in methods:
+                answer = client.request(method, re.sub("{.*?}", "x", path))
+                assert (answer.status_code == 401) == (path not in open_routes), (method, path)
+        for shown in ("wrong", key.upper(), "séSame", key + "x"):
+            for given in ({"authorization": f"Bearer {shown}".encode()}, {"x-api-key": shown.encode()}):
+                assert client.get("/v1/models", headers=given).status_code == 401
+        for given in ({"authorization": f"Bearer {key}".encode()}, {"x-api-key": key.encode()}):
+            assert client.get("/v1/models", headers=given).status_code == 200
+    finally:
+        server.close()
+    assert (key.encode(), key.encode()) in compared and (b"wrong", key.encode()) in compared
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(running: Running, monkeypatch: Any) -> None:
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.3)
+    with socket.create_connection(running.listening.getsockname(), timeout=60) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        time.sleep(0.2)
+        connection.sendall(b" ")
+        begun = time.monotonic()
+        answer = connection.recv(2**16)
+        assert b" 408 " in answer and time.monotonic() - begun > 0.2
+        while connection.recv(2**16):
+            pass
 
 
 def test_no_other_page_may_ask_unless_named(llm: Llama4, running: Running) -> None:
@@ -162,6 +207,9 @@ def test_prompts_are_not_logged(running: Running, monkeypatch: Any, caplog: Any)
     assert answer.status_code == 500 and "ZeroDivision" not in answer.text
     assert "ZeroDivisionError" in caplog.text and "unheard_of" in caplog.text
     assert secret not in caplog.text
+    assert "failed-1 failed" in caplog.text
+    running.client.get("/a%0Amine-0 POST forged")
+    assert "/a%0Amine-0%20POST" in caplog.text
     new = {running.client.get("/health").headers["x-request-id"] for _ in range(3)}
     assert len(new) == 3
     odd = running.client.get("/health", headers={"x-request-id": "a b\tc" * 100}).headers["x-request-id"]

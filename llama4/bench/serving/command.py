@@ -156,7 +156,7 @@ def functional(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     allow_many_files(options.connections + 200)
     llm = Llama4.from_pretrained(TINY, progress=False)
-    with Served(TINY, "--queue", str(options.connections), "--cache-memory", "256MiB") as served:
+    with Served(TINY, "--queue", str(max(options.connections, 64)), "--cache-memory", "256MiB") as served:
         if "connections" in options.parts:
             with Bar("connections", options.connections, "steps") as bar:
                 seen, replies = asyncio.run(

@@ -83,6 +83,10 @@ def test_the_command_listens_at_loopback() -> None:
         command.run(parser.parse_args(["serve", "tiny", "--api-key", ""]))
 
 
+def shown_as(key: str) -> list[dict[bytes, bytes]]:
+    return [{b"authorization": f"Bearer {key}".encode()}, {b"x-api-key": key.encode()}]
+
+
 def test_every_route_but_some_asks_for_the_key(llm: Llama4, monkeypatch: Any) -> None:
     """The key is compared in constant time, byte by byte, also one that is not ASCII."""
     key, compared = "sésame", []
@@ -95,7 +99,7 @@ def test_every_route_but_some_asks_for_the_key(llm: Llama4, monkeypatch: Any) ->
     monkeypatch.setattr(hmac, "compare_digest", note)
     server = Running(llm, Settings("tiny", api_key=key))
     try:
-        client, headers = server.client, [("authorization", f"bearer {key}".encode())]
+        client, headers = server.client, {b"authorization": f"bearer {key}".encode()}
         paths = client.get("/openapi.json", headers=headers).json()["paths"]
         open_routes = {"/", "/health", "/ready", "/version", "/metrics"}
         assert len(set(paths) - open_routes) > 8
@@ -104,10 +108,8 @@ def test_every_route_but_some_asks_for_the_key(llm: Llama4, monkeypatch: Any) ->
                 answer = client.request(method, re.sub("{.*?}", "x", path))
                 assert (answer.status_code == 401) == (path not in open_routes), (method, path)
         for shown in ("wrong", key.upper(), "séSame", key + "x"):
-            for given in ({"authorization": f"Bearer {shown}".encode()}, {"x-api-key": shown.encode()}):
-                assert client.get("/v1/models", headers=given).status_code == 401
-        for given in ({"authorization": f"Bearer {key}".encode()}, {"x-api-key": key.encode()}):
-            assert client.get("/v1/models", headers=given).status_code == 200
+            assert [client.get("/v1/models", headers=given).status_code for given in shown_as(shown)] == [401, 401]
+        assert [client.get("/v1/models", headers=given).status_code for given in shown_as(key)] == [200, 200]
     finally:
         server.close()
     assert (key.encode(), key.encode()) in compared and (b"wrong", key.encode()) in compared

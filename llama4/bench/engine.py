@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """An engine, and how it runs the model in `directory`."""
+    """An engine, and how it runs the model in `directory`; `programs` is where those of an engine are that is not in
+    Python."""
 
     engine: str
     directory: str
@@ -23,6 +24,7 @@ class EngineConfig:
     quantization: str | None = None
     device: str = "cpu"
     memory_map: bool = True
+    programs: str | None = None
 
 
 class Engine(Protocol):

@@ -1,6 +1,7 @@
 """Speed and memory of a model: loading, prompts, decoding, pictures.
 
-`llama4 bench generate PATH [--vs transformers] [--dtype DTYPE ...] [--quantization SCHEME ...] [--threads N ...]`
+`llama4 bench generate PATH [--vs transformers] [--vs llama.cpp=DIRECTORY] [--dtype DTYPE ...]
+[--quantization SCHEME ...] [--threads N ...]`
 
 How it measures stands in throughput.py.
 """
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 from llama4.arguments import Parser
-from llama4.bench import roofline
+from llama4.bench import llama_cpp, roofline
 from llama4.bench.engine import EngineConfig
-from llama4.bench.engines import BASELINES, version
+from llama4.bench.engines import BASELINES, ENGINES, version
 from llama4.bench.report import (
     Spread,
     add_output_options,
@@ -34,13 +35,15 @@ from llama4.bench.report import (
 from llama4.bench.tasks import Task
 from llama4.bench.throughput import TaskList, measure, thread_count
 from llama4.config import Llama4Config
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import replace_text
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
 from llama4.weights import hub
 from llama4.weights.checkpoint import layout_of, open_checkpoint
+from llama4.weights.convert import convert_to_gguf
+from llama4.weights.directory import scratch_directory
 from llama4.weights.quantizing import quantized
 
 
@@ -51,9 +54,10 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
     found = {(figure["task"], figure["engine"]): figure for figure in figures}
     rows = []
     for task in dict.fromkeys(figure["task"] for figure in figures):
-        unit = found[task, engines[0]]["unit"]
+        unit = next(figure["unit"] for figure in figures if figure["task"] == task)
         named = task if task.endswith(f", {unit}") else f"{task}, {unit}"
-        rows.append([named, *(_cell(found[task, engine], report["rounds"]) for engine in engines)])
+        cells = (found.get((task, engine)) for engine in engines)
+        rows.append([named, *(_cell(figure, report["rounds"]) if figure else "" for figure in cells)])
     rates = [
         (kind, *(str(Spread.from_json(seen[rate], 1e-9)) for rate in ("memory", "gemm")))
         for kind, seen in report["peak_rates"].items()
@@ -81,10 +85,10 @@ def _cell(figure: Mapping[str, Any], rounds: int) -> str:
 
 
 def engine_configs(
-    directory: Path, config: Llama4Config, options: argparse.Namespace
+    directory: Path, config: Llama4Config, options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, EngineConfig], dict[str, QuantizationPlan]]:
     """Name in the report -> the engine's configuration, and its weights' formats. A name leaves out what is the same
-    for all.
+    for all. What llama.cpp runs is written to `scratch`.
 
     Raises:
         Llama4Error: an option that does not fit the model.
@@ -93,15 +97,27 @@ def engine_configs(
     configs: dict[str, EngineConfig] = {}
     plans: dict[str, QuantizationPlan] = {}
     _, weights = open_checkpoint(directory)
-    engines = ["llama4", *dict.fromkeys(options.vs)]
-    for engine, dtype, threads, scheme in product(engines, options.dtype, options.threads, options.quantization):
-        chosen = None if scheme == "none" or engine != "llama4" else scheme
+    engines = {"llama4": None, **dict(options.vs)}
+    for (engine, programs), dtype, threads, scheme in product(
+        engines.items(), options.dtype, options.threads, options.quantization
+    ):
+        chosen = None if scheme == "none" or (engine in ENGINES and engine != "llama4") else scheme
         compute = str(resolve_dtype(dtype, config, device)).removeprefix("torch.")
         parts = [engine if engine == "llama4" else version(engine)]
         parts += [chosen or compute] if chosen or len(options.dtype) > 1 or len(options.quantization) > 1 else []
         parts += [thread_count(threads)] if len(options.threads) > 1 else []
+        runs = directory
+        if programs is not None:
+            if (type_ := llama_cpp.TYPES.get(chosen or compute)) is None:
+                continue
+            parts[1:2] = [type_.upper()]
+            runs = scratch / f"{type_}.gguf"
+            if not runs.exists():
+                convert_to_gguf(directory, runs, type_)
         name = ", ".join(parts)
-        configs[name] = EngineConfig(engine, str(directory), compute, threads, chosen, str(device), options.memory_map)
+        configs[name] = EngineConfig(
+            engine, str(runs), compute, threads, chosen, str(device), options.memory_map, programs
+        )
         plans[name] = quantized(weights, chosen).plan if chosen else weights.plan
     return configs, plans
 
@@ -110,27 +126,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     directory = hub.resolve(options.model)
     config, _ = open_checkpoint(directory)
-    if options.vs and layout_of(directory).name == "meta":
+    if any(engine in BASELINES for engine, _ in options.vs) and layout_of(directory).name == "meta":
         raise Llama4Error(
-            f"{options.model} is in Meta's layout, which {options.vs[0]} does not read; convert it first: "
+            f"{options.model} is in Meta's layout, which {options.vs[0][0]} does not read; convert it first: "
             f"`llama4 convert {options.model} DST --to hf`"
         )
     longest = max([*options.lengths, Task("decode").prompt + options.reply])
     if longest > config.text.max_position_embeddings:
         raise Llama4Error(f"{longest} tokens are beyond this model's window, {config.text.max_position_embeddings}")
-    engines, plans = engine_configs(directory, config, options)
     has_picture = config.vision is not None and any(Path(directory).glob("tokenizer*"))
     tasks = TaskList(
         tuple(options.lengths), options.reply, has_picture, options.rounds, options.patience, options.limit
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    report = {
-        "model": options.model,
-        "parameters": config.num_parameters(),
-        "active": roofline.active_numbers(config.text),
-        "rounds": options.rounds,
-        "engines": {name: asdict(engine) for name, engine in engines.items()},
-    } | measure(config, engines, plans, tasks)
+    with scratch_directory("bench") as scratch:
+        engines, plans = engine_configs(directory, config, options, scratch)
+        report = {
+            "model": options.model,
+            "parameters": config.num_parameters(),
+            "active": roofline.active_numbers(config.text),
+            "rounds": options.rounds,
+            "engines": {name: asdict(engine) for name, engine in engines.items()},
+        } | measure(config, engines, plans, tasks)
     content = json.dumps(report, indent=2)
     if options.save:
         replace_text(options.save, content + "\n")
@@ -139,10 +156,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _peer(text: str) -> tuple[str, str | None]:
+    """Name of an engine, and where its programs are.
+
+    Raises:
+        ArgumentTypeError: another name, or no programs there.
+    """
+    name, _, programs = text.partition("=")
+    if name == llama_cpp.NAME and programs:
+        try:
+            llama_cpp.check_programs(programs)
+        except ArgumentError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return name, programs
+    if text not in BASELINES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not known; choose {', '.join(BASELINES)}, or {llama_cpp.NAME}=DIRECTORY"
+        )
+    return text, None
+
+
 def _parser() -> Parser:
     parser = Parser(prog="llama4 bench generate", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
-    parser.add_argument("--vs", action="append", default=[], choices=BASELINES, help="a baseline; repeatable")
+    parser.add_argument(
+        "--vs",
+        action="append",
+        default=[],
+        type=_peer,
+        metavar="ENGINE",
+        help=f"a peer, repeatable: {', '.join(BASELINES)}, or {llama_cpp.NAME}=DIRECTORY with its llama-bench",
+    )
     parser.add_argument("--dtype", nargs="+", default=["auto"], choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument(
         "--quantization", nargs="+", default=["none"], choices=["none", *SCHEMES], metavar="SCHEME", help="of llama4"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llama4.bench import roofline
+from llama4.bench import llama_cpp, roofline
 from llama4.bench.engine import EngineConfig
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.peak_rates import PeakProbe, PeakRates
@@ -124,14 +124,14 @@ def measure(
         Llama4Error: an engine cannot run this model.
     """
     vocabulary = min(config.text.vocab_size, config.boi_token_index)
-    loads = _measure_loads(engines, vocabulary, tasks.rounds)
+    loads = _measure_loads({n: e for n, e in engines.items() if e.programs is None}, vocabulary, tasks.rounds)
     figures: dict[tuple[Task, str], Figure] = {}
     rates: dict[str, list[PeakRates]] = {}
     shares: list[float | None] = []
     with ExitStack() as stack:
         session = _Session(stack, config, engines, plans, tasks.all(), vocabulary)
-        turns = [*product(range(tasks.rounds), tasks.all(), engines)]
-        left = dict.fromkeys(product(tasks.all(), engines), tasks.limit)
+        turns = [(turn, *pair) for turn in range(tasks.rounds) for pair in session.pairs]
+        left = dict.fromkeys(session.pairs, tasks.limit)
         for turn, task, name in shown(turns, lambda turn: f"round {turn[0] + 1}, {turn[1]}, {turn[2]}"):
             if turn and left[task, name] <= 0:
                 continue
@@ -182,16 +182,23 @@ class _Session:
     ) -> None:
         self._config, self._engines, self._plans = config, engines, plans
         self.others = OtherProcesses()
-        self.workers = {
-            name: stack.enter_context(Worker(TimedEngine, engine, vocabulary))
+        self.workers: dict[str, Worker | llama_cpp.Programs] = {
+            name: _start(stack, engine, vocabulary)
             for name, engine in shown([*engines.items()], lambda item: f"{item[0]}: load")
         }
-        for task, name in shown([*product(tasks, engines)], lambda turn: f"{turn[1]}: warm up, {turn[0]}"):
-            self.workers[name].call("seconds", task)
+        self.pairs = [
+            (task, name)
+            for task, (name, worker) in product(tasks, self.workers.items())
+            if not isinstance(worker, llama_cpp.Programs) or worker.can(task)
+        ]
+        for task, name in shown(self.pairs, lambda pair: f"{pair[1]}: warm up, {pair[0]}"):
+            if engines[name].programs is None:  # each of those warms up by itself
+                self.workers[name].call("seconds", task)
         llama4 = next(iter(self.workers.values()))
         self.experts = {task: llama4.call("distinct_experts", task) for task in tasks if task.kind == "decode"}
         has_picture = any(task.kind == "picture" for task in tasks)
-        self._pictures = {n: w.call("picture_size") if has_picture else (0, 0) for n, w in self.workers.items()}
+        seen = {name for task, name in self.pairs if task.kind == "picture"} if has_picture else set()
+        self._pictures = {n: w.call("picture_size") if n in seen else (0, 0) for n, w in self.workers.items()}
         kinds = dict.fromkeys((engine.dtype, engine.threads, engine.device) for engine in engines.values())
         self._probes = {kind: PeakProbe(DTYPES[kind[0]], *kind[1:]) for kind in kinds}
 
@@ -200,13 +207,19 @@ class _Session:
         probe = self._probes[engine.dtype, engine.threads, engine.device]
         experts, picture = self.experts.get(task, 0.0), self._pictures[name]
         work = work_of(task, self._config, self._plans[name], DTYPES[engine.dtype], experts, picture)
-        pids = [worker.pid for worker in self.workers.values()]
+        pids = [worker.pid for worker in self.workers.values() if worker.pid]
         self.others.share(pids)
         before = probe.measure()
         seconds = worker.call("seconds", task)
         after = probe.measure()
         bounds = work.seconds(before), work.seconds(after)
         return Sample(seconds, bounds, (before, after), self.others.share(pids))
+
+
+def _start(stack: ExitStack, engine: EngineConfig, vocabulary: int) -> Worker | llama_cpp.Programs:
+    if engine.programs is not None:
+        return stack.enter_context(llama_cpp.Programs(engine))
+    return stack.enter_context(Worker(TimedEngine, engine, vocabulary))
 
 
 def thread_count(count: int) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,48 @@ def test_a_slow_figure_is_of_fewer_rounds(
         assert len(report["figures"][-1]["samples"]) == samples, "of 25 seconds each"
     assert main(["bench", *arguments, "60"]) == 0
     assert "3 of 5 rounds" in capsys.readouterr().out
+
+
+PROGRAM = """#!{python}
+import json, sys
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert open(given["-m"], "rb").read(4) == b"GGUF"
+print("noise")
+print(json.dumps({{"avg_ns": 64e6, "t_tg": 0.5}}))
+"""
+
+
+def test_llama_cpp_stands_beside_ours(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that say what they were asked, in place of its own."""
+    monkeypatch.setattr("llama4.bench.throughput.Worker", InProcess)
+    log = tmp_path / "log"
+    for name in ("llama-bench", "llama-batched-bench"):
+        (tmp_path / name).write_text(PROGRAM.format(python=sys.executable, log=str(log)))
+        (tmp_path / name).chmod(0o755)
+    arguments = ["generate", directory, "--rounds", "1", "--patience", "0", "--threads", "1", "--lengths", "16"]
+    arguments += ["--vs", f"llama.cpp={tmp_path}", "--reply", "8"]
+    report = run(capsys, *arguments, "--quantization", "none", "int8")
+    theirs = {figure["task"]: figure for figure in report["figures"] if figure["engine"] == "llama.cpp, Q8_0"}
+    assert theirs["prefill, 16 tokens"]["median"] == pytest.approx(16 / 0.064)
+    assert theirs["decode, batch 1"]["median"] == pytest.approx(8 / 0.064)
+    assert theirs["decode, batch 4"]["median"] == pytest.approx(4 * 8 / 0.5)
+    assert "first token with a picture" not in theirs
+    asked = [line.split(" -t 1 ")[1] for line in log.read_text().splitlines()]
+    assert set(asked) == {
+        "-p 16 -n 0 -r 1 -o jsonl",
+        "-p 0 -n 8 -d 128 -r 1 -o jsonl",
+        "-npp 128 -ntg 8 -npl 4 -c 800 --output-format jsonl",
+    }
+    (tmp_path / "llama-batched-bench").unlink()
+    assert main(["bench", *arguments]) == 0
+    assert "llama.cpp, F32" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "generate", directory, "--vs", "llama.cpp=/nowhere"])
+    assert "there is no llama-bench in /nowhere" in capsys.readouterr().err
 
 
 def test_profile_accounts_for_all_work_and_time(

@@ -29,9 +29,12 @@ def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     return _product(MatrixLayout.IN_OUT, x_NI, weight_IO, weight_IO.shape[1])
 
 
-def linear_quantized(kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor, group_size: int = 0) -> Tensor:
+def linear_quantized(
+    kind: str, x_NI: Tensor, values: Tensor, scale_OG: Tensor | None = None, group_size: int = 0
+) -> Tensor:
     """x W^T, [N, O], with a matrix in a format that the library has: "int8", [O, I]; "fp8", bytes of e4m3, for
-    which x is rounded as well; "int4", packed [O, I / 8], and scales of groups, both interleaved."""
+    which x is rounded as well; "int4", packed [O, I / 8], and scales of groups, both interleaved; blocks of GGUF, bytes
+    that hold their scales."""
     layout = loader.loaded().weight_formats[kind].number
     return _product(layout, x_NI, values, values.shape[0], scale_OG, group_size)
 

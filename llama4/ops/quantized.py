@@ -32,8 +32,9 @@ class Parts(NamedTuple):
 
     Attributes:
         kind: of the format.
-        values: [O, I] int8, or bytes of e4m3; "int4": [O, I / 8] int32, eight values each.
-        scale: [O, 1]; "int4": [O, G].
+        values: [O, I] int8, or bytes of e4m3; "int4": [O, I / 8] int32, eight values each; blocks of GGUF: their bytes.
+        scale: [O, 1]; "int4": [O, G]; None where it stands beside the values.
+        inputs: I.
         group_size: of "int4", inputs per scale.
         is_interleaved: whether they are `interleaved16`, which the CPU kernels want of "int4", and those of a GPU of
             nothing.
@@ -41,13 +42,10 @@ class Parts(NamedTuple):
 
     kind: str
     values: Tensor
-    scale: Tensor
+    scale: Tensor | None
+    inputs: int
     group_size: int = 0
     is_interleaved: bool = False
-
-    @property
-    def inputs(self) -> int:
-        return self.values.shape[-1] * (8 if self.kind == "int4" else 1)
 
 
 def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor]) -> Tensor:
@@ -58,8 +56,8 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
     """
     if parts is None:
         return readable()
-    kind, values, scale, group_size, _ = parts
-    if not quantized_gpu.unsupported_reason(kind, x_NI, group_size):
+    kind, values, scale, _, group_size, _ = parts
+    if scale is not None and not quantized_gpu.unsupported_reason(kind, x_NI, group_size):
         return quantized_gpu.linear(kind, x_NI, values, scale)
     if not unsupported_reason(x_NI, parts):
         return cpu.linear_quantized(kind, x_NI, values, scale, group_size)
@@ -81,7 +79,11 @@ def swiglu_experts(
     """
     if gate_up is None or down is None:
         return experts.loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
-    if not any(quantized_gpu.unsupported_reason(stack.kind, x_RD, stack.group_size) for stack in (gate_up, down)):
+    if (
+        gate_up.scale is not None
+        and down.scale is not None
+        and not any(quantized_gpu.unsupported_reason(stack.kind, x_RD, stack.group_size) for stack in (gate_up, down))
+    ):
         counts_E = num_tokens_per_expert_E
         gate_up_R2F = quantized_gpu.linear(gate_up.kind, x_RD, gate_up.values, gate_up.scale, counts_E)
         return quantized_gpu.linear(down.kind, swiglu(*gate_up_R2F.chunk(2, dim=-1)), down.values, down.scale, counts_E)
@@ -102,25 +104,31 @@ def matrix(parts: Parts) -> Matrix | None:
     read it."""
     if torch.compiler.is_compiling() or _matrix_unsupported_reason(parts):
         return None
-    kind, values, scale, group_size, _ = parts
-    return Matrix(
+    kind, values, scale, inputs, group_size, _ = parts
+    described = Matrix(
         w=values.data_ptr(),
-        scales=scale.data_ptr(),
-        float32_scales=scale.dtype == torch.float32,
         layout=loader.loaded().weight_formats[kind].number,
         group_size=group_size,
-        I=parts.inputs,
+        I=inputs,
         O=values.shape[-2],
-        stride=values.stride(0) * values.element_size() if values.ndim == 3 else 0,
-        scale_stride=scale.stride(0) * scale.element_size() if scale.ndim == 3 else 0,
+        stride=_stride(values),
     )
+    if scale is not None:
+        described.scales, described.scale_stride = scale.data_ptr(), _stride(scale)
+        described.float32_scales = scale.dtype == torch.float32
+    return described
+
+
+def _stride(part: Tensor) -> int:
+    """Bytes from one expert to the next."""
+    return part.stride(0) * part.element_size() if part.ndim == 3 else 0
 
 
 def _matrix_unsupported_reason(parts: Parts) -> str | None:
-    kind, values, scale, group_size, is_interleaved = parts
-    if scale.dtype not in abi.DTYPES:
+    kind, values, scale, _, group_size, is_interleaved = parts
+    if scale is not None and scale.dtype not in abi.DTYPES:
         return "scales are neither float32 nor bfloat16"
-    if not (values.is_cpu and scale.is_cpu and values.is_contiguous() and scale.is_contiguous()):
+    if not all(part.is_cpu and part.is_contiguous() for part in (values, scale) if part is not None):
         return "the matrix is not contiguous on the CPU"
     if reason := cpu_kernels.library_unsupported_reason():
         return reason
@@ -131,7 +139,7 @@ def _matrix_unsupported_reason(parts: Parts) -> str | None:
         return f"the inputs are no multiple of {multiple}"
     if kind == "int4" and not is_interleaved:
         return "int4 values are in a checkpoint's order"
-    return _group_unsupported_reason(kind, group_size)
+    return None if scale is None else _group_unsupported_reason(kind, group_size)
 
 
 def _group_unsupported_reason(kind: str, group_size: int) -> str | None:

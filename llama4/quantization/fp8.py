@@ -60,7 +60,7 @@ class Fp8(WeightFormat):
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
         G = scale.shape[1]
         if G == 1:
-            parts = quantized.Parts(self.kind, values, scale)
+            parts = quantized.Parts(self.kind, values, scale, weight.shape[-1])
             return quantized.linear(x_NI, parts, readable=lambda: _product(x_NI, values, scale))
         groups = zip(x_NI.chunk(G, -1), values.chunk(G, -1), scale.split(1, dim=-1), strict=True)
         return functools.reduce(torch.Tensor.add_, (_product(*group).float() for group in groups)).to(x_NI.dtype)

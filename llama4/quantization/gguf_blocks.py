@@ -1,12 +1,15 @@
 """The formats of GGUF that are computed as they lie: each row of a matrix is cut into blocks, and a block holds its
 scales and its quantized values one after the other, in bytes. A file's tensor is the weight's only part, unchanged.
 
+CPU kernels read them so (`kernels/cpp/gguf_blocks.h`).
+
 What a block is: ggml's ggml-common.h; what its values mean: `dequantize_row_*` in ggml-quants.c.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -45,15 +48,23 @@ class GgufBlocks(WeightFormat):
         return spec.nbytes // self.nbytes * self.block
 
     def stack(self, weight: QuantizedWeight) -> quantized.Parts | None:
-        return None
+        return quantized.Parts(self.kind, weight.part("weight"), None, weight.shape[-1])
 
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         return self.decode(weight.part("weight", expert))
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         blocks = weight.part("weight", expert)
-        dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
-        return in_blocks(lambda rows: self.decode(blocks[rows]), len(blocks), x_NI.to(dtype)).to(x_NI.dtype)
+
+        def readable() -> Tensor:
+            dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
+            return in_blocks(lambda rows: self.decode(blocks[rows]), len(blocks), x_NI.to(dtype)).to(x_NI.dtype)
+
+        return quantized.linear(x_NI, quantized.Parts(self.kind, blocks, None, weight.shape[-1]), readable=readable)
+
+    def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        blocks = weight.part("weight", expert)
+        return lambda rows: self.decode(blocks[rows]).to(dtype)
 
     def decode(self, stored: Tensor) -> Tensor:
         """Rows as they are stored [..., bytes] -> their weights [..., I], in float32."""

@@ -81,7 +81,7 @@ class Int4(WeightFormat):
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
-        parts = quantized.Parts(self.kind, packed, scale, self.group_size, weight.in_kernel_layout)
+        parts = quantized.Parts(self.kind, packed, scale, weight.shape[-1], self.group_size, weight.in_kernel_layout)
         rows_of = self.rows_of(weight, expert, x_NI.dtype)
         return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
 

@@ -50,7 +50,7 @@ class Int8(WeightFormat):
             sums = in_blocks(lambda rows: values[rows].to(dtype), len(values), x_NI.to(dtype))
             return (sums * scale.mT).to(x_NI.dtype)
 
-        return quantized.linear(x_NI, quantized.Parts(self.kind, values, scale), readable=readable)
+        return quantized.linear(x_NI, quantized.Parts(self.kind, values, scale, weight.shape[-1]), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)

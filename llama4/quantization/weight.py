@@ -184,7 +184,9 @@ class WeightFormat(ABC):
         if "weight_scale" not in self.parts:
             return None
         values, scale = weight.part(self.parts[0]), weight.part("weight_scale")
-        return quantized.Parts(self.kind, values, scale, self.group_size or 0, weight.in_kernel_layout)
+        return quantized.Parts(
+            self.kind, values, scale, weight.shape[-1], self.group_size or 0, weight.in_kernel_layout
+        )
 
     def matrix(self, weight: QuantizedWeight) -> Matrix | None:
         """What the fused CPU kernels need to know of a matrix, valid as long as its parameters stay where they are;

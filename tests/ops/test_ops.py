@@ -137,11 +137,11 @@ REASONS: dict[str, tuple[Callable[[], str | None], str]] = {
     "odd heads": (lambda: attention.unsupported_reason(normal(1, 2, 48), 9, QUANTIZED["int4"]), "multiple of 32"),
     "inputs of experts": (lambda: linear.in_out_unsupported_reason(MATRIX[None, :40], MATRIX.dtype), "multiple of 16"),
     "a format": (
-        lambda: quantized.unsupported_reason(ROW, quantized.Parts("nf4", MATRIX, MATRIX)),
+        lambda: quantized.unsupported_reason(ROW, quantized.Parts("nf4", MATRIX, MATRIX, 64)),
         "no kernels for nf4",
     ),
     "groups": (
-        lambda: quantized.unsupported_reason(ROW, Parts("int8", MATRIX.char(), MATRIX[:, :2].contiguous(), 32)),
+        lambda: quantized.unsupported_reason(ROW, Parts("int8", MATRIX.char(), MATRIX[:, :2].contiguous(), 64, 32)),
         "more than one scale",
     ),
     "groups of int4": (lambda: quantized.interleave_unsupported_reason(64, 128, 48), "groups are not"),

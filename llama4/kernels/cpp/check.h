@@ -42,9 +42,10 @@ Problem matrix(const Matrix& a) {
   }
   Problem problem = "a matrix has a layout that is not known";
   QuantizedFormats::visit(a.layout, [&](auto format) {
-    const bool fits = a.I % decltype(format)::multiple == 0;
+    using F = decltype(format);
+    const bool fits = a.I % F::multiple == 0, has_scales = is_block_format<F> || a.scales;
     problem = first(
-        require(fits, "a quantized matrix has odd inputs"), require(bool(a.scales), "a quantized matrix has no scales"),
+        require(fits, "a quantized matrix has odd inputs"), require(has_scales, "a quantized matrix has no scales"),
         require(a.group_size >= 0 && (!a.group_size || a.I % a.group_size == 0), "groups do not fit a row"));
   });
   return problem;

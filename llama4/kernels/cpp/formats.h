@@ -4,7 +4,7 @@
 // floats or 32 bfloat16. Input place(plane, lane) of the block stands in that lane of that plane; `run` inputs are
 // neighbours there, too. Where a format is `grouped`, its scales are for groups of inputs, and it applies them itself.
 //
-// To add a quantized format: a struct here that says
+// To add a quantized format (of GGUF's blocks see gguf_blocks.h): a struct here that says
 //   name, multiple   as Python knows it, and of what its inputs are a multiple, whatever the dtype of x and the machine
 //   rounds_inputs    whether rows of x are rounded to e4m3
 //   interleaved      whether it is read by gemv_int4.h
@@ -13,6 +13,7 @@
 #pragma once
 
 #include "format_list.h"
+#include "gguf_blocks.h"
 #include "simd.h"
 
 namespace {
@@ -145,9 +146,10 @@ struct BytePairs {  // a byte is a sign and an index into tables
 };
 
 struct Int8Pairs : BytePairs {
-  void read(long o, long block, Plane* out) const {
+  void read(long o, long block, Plane* out) const { convert(_mm512_loadu_si512(at(o, block)), out); }
+  static void convert(__m512i values, Plane* out) {
     static constexpr ByteTables integers([](int i) { return i; });
-    __m512i values = _mm512_loadu_si512(at(o, block)), magnitudes = _mm512_abs_epi8(values);
+    __m512i magnitudes = _mm512_abs_epi8(values);
     __m512i high = with_sign_of(look_up(integers.high, magnitudes), values);
     high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitudes), _mm512_set1_epi8(0xc3));  // -128
     join(high, look_up(integers.low, magnitudes), out);
@@ -166,7 +168,8 @@ struct Fp8Pairs : BytePairs {
 
 // ---- the registered formats
 
-using QuantizedFormats = FormatList<2, Int8, Fp8, Int4>;  // 0 and 1 are dense
+using QuantizedFormats = FormatList<2, Int8, Fp8, Int4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Iq4Nl,
+                                    GgufMxfp4>;  // 0 and 1 are dense
 
 // A format as it is read fastest for few rows of a dtype.
 template <class F, class X>

@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "gemm_unpacked.h"
 #include "gemv.h"
+#include "gemv_blocks.h"
 #include "gemv_in_out.h"
 #include "gemv_int4.h"
 
@@ -45,7 +46,8 @@ constexpr long float32_inputs = 16, bfloat16_inputs = 32;
 
 template <class F, class X>
 constexpr bool reads(long inputs) {  // in whole blocks, and when packed
-  return inputs % F::inputs == 0 && inputs % (16 * numbers_per_word<X>) == 0;
+  if constexpr (is_block_format<F>) return inputs % (16 * numbers_per_word<X>) == 0;
+  else return inputs % F::inputs == 0 && inputs % (16 * numbers_per_word<X>) == 0;
 }
 template <class X, long first, class... F>
 constexpr bool reads_all(FormatList<first, F...>) {
@@ -73,7 +75,7 @@ struct MatrixProduct {
 // A matrix in a format that reads numbers of a type.
 template <class F, class W>
 F read_as(const Matrix& a) {
-  if constexpr (F::grouped) return F{(const W*)a.w, a.I, a.scales, a.group_size};
+  if constexpr (F::grouped && !is_block_format<F>) return F{(const W*)a.w, a.I, a.scales, a.group_size};
   else return F{(const W*)a.w, a.I};
 }
 
@@ -102,7 +104,9 @@ void multiply_gemv(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
   QuantizedFormats::visit(a.layout, [&](auto format) {
     using F = decltype(format);
     const auto products = products_of(read_as<Fastest<F, X>, uint8_t>);
-    if constexpr (F::rounds_inputs) {
+    if constexpr (is_block_format<F>) {
+      gemv_blocks(phase, products.data(), count, x, N);
+    } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, a.I);
       gemv(phase, products.data(), count, rounded.rows, N, rounded.scales);
     } else if constexpr (F::interleaved) {
@@ -139,12 +143,17 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, I);
       words = (const Word*)rounded.rows, row_scales = rounded.scales;
+    } else if constexpr (is_block_format<F>) {
+      words = arrange_words<Float32>(phase.team, x, N * I);
     } else {
       words = arrange_words<F>(phase.team, x, N * I);
     }
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
-      const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) { pack_format<X>(f, o, to); };
+      const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) {
+        if constexpr (is_block_format<F>) pack_blocks<X>(f, o, to);
+        else pack_format<X>(f, o, to);
+      };
       gemm_out_in(phase, words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
     }
   });

@@ -73,7 +73,7 @@ struct Pair {
 #define COMPARISON(op)                                                                               \
   friend INLINE auto operator op(Pair a, Pair b) { return truth(a.low op b.low, a.high op b.high); } \
   friend INLINE auto operator op(Pair a, Number b) { return truth(a.low op b, a.high op b); }
-  OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|)
+  OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|) OPERATOR(^)
   SHIFT(<<) SHIFT(>>)
   COMPARISON(<) COMPARISON(>) COMPARISON(!=)
 #undef OPERATOR

@@ -1,0 +1,395 @@
+// The formats of GGUF whose blocks are multiplied as they lie in the file (llama4/quantization/gguf_blocks.py): rows of
+// W [O, I] are cut into blocks, and a block holds its scales and its values one after the other, in bytes.
+//
+// A row is read in steps of 128 weights: four blocks of 32, or half of one of 256. A step has two halves of 64 bytes,
+// each byte the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a
+// quarter of a half, are codes of sixteen inputs side by side, from place(half, quarter) on, and share a scale. Where a
+// format has one part, both halves have the same scales; with two parts each has its own. A weight is scale * value, or
+// scale * value + minimum.
+//
+// To add a format: a struct here, and its name in QuantizedFormats (formats.h). Beside what is said there it has
+//   codes, value         how many codes there are, and the integer of each
+//   parts, has_minimum   as above
+//   place, row, read     as above; the last step of a row is not `whole` where four blocks are more than are left
+
+#pragma once
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+constexpr long step_weights = 128;
+
+template <int parts>
+struct BlockStep {
+  u32x16 halves[2];
+  f32x4 scales[parts], minima[parts];
+};
+
+// ---- numbers of 16 bits, and small integers, as floats
+
+INLINE f32x4 from_halves(uint64_t four) {
+#ifdef __F16C__
+  return (f32x4)_mm_cvtph_ps(_mm_cvtsi64_si128(four));
+#else
+  f32x4 floats;
+  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(_Float16, uint16_t(four >> 16 * i)));
+  return floats;
+#endif
+}
+INLINE uint64_t half_at(const uint8_t* from) {
+  uint16_t half;
+  __builtin_memcpy(&half, from, 2);
+  return half;
+}
+INLINE uint32_t word_at(const uint8_t* from) {
+  uint32_t word;
+  __builtin_memcpy(&word, from, 4);
+  return word;
+}
+INLINE f32x4 from_unsigned_bytes(uint32_t four) {
+  const u32x4 words = {four & 255, four >> 8 & 255, four >> 16 & 255, four >> 24};
+  return __builtin_convertvector((i32x4)words, f32x4);
+}
+INLINE f32x4 from_signed_bytes(uint32_t four) {
+  const i32x4 words = {int8_t(four), int8_t(four >> 8), int8_t(four >> 16), int8_t(four >> 24)};
+  return __builtin_convertvector(words, f32x4);
+}
+
+// ---- sixty-four bytes
+
+// The bytes of a table of sixteen, of which codes are the places.
+INLINE auto look_up16(auto codes, const uint8_t* table) {
+  using V = decltype(codes);
+  if constexpr (requires { codes.low; }) {
+    return V{look_up16(codes.low, table), look_up16(codes.high, table)};
+  } else {
+#ifdef __AVX2__
+    const __m128i own = _mm_loadu_si128((const __m128i*)table);
+#endif
+#ifdef __AVX512F__
+    if constexpr (sizeof(V) == 64) return (V)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(own), (__m512i)codes);
+#endif
+#ifdef __AVX2__
+    if constexpr (sizeof(V) == 32) return (V)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(own), (__m256i)codes);
+#elif defined(__aarch64__)
+    return (V)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)codes);
+#endif
+  }
+}
+
+// Each byte less a number, without borrowing from its neighbour. Bytes are below 128.
+INLINE u32x16 subtract_bytes(u32x16 bytes, uint32_t number) {
+  return ((bytes | 0x80808080u) - number * 0x01010101u) ^ 0x80808080u;
+}
+
+// 16 for each bit of four words of which only the lower halves count: of the first word's bit 0, then bit 1, and so on.
+INLINE u32x16 sixteen_per_bit(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#ifdef __AVX512BW__
+  const uint64_t bits = (b << 16 | (a & 0xffff)) | uint64_t(d << 16 | (c & 0xffff)) << 32;
+  return (u32x16)_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16));
+#else
+  // Of each four bits one byte each: 0x204081 moves bit i to bit 8 i.
+  const auto own = [](uint32_t word) {
+    const u32x4 fours = {word & 15, word >> 4 & 15, word >> 8 & 15, word >> 12 & 15};
+    return (fours * 0x204081u & 0x01010101u) << 4;
+  };
+  return concat(own(a), own(b), own(c), own(d));
+#endif
+}
+
+// ---- blocks of 32
+
+template <int bytes>
+struct SmallBlocks {
+  static constexpr long multiple = 32;
+  static constexpr int parts = 1, nbytes = bytes;
+  static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
+  static int place(int half, int quarter) { return 32 * quarter + 16 * half; }
+  const uint8_t* w;
+  long I;
+  const uint8_t* row(long o) const { return w + o * (I / 32) * bytes; }
+
+ protected:
+  // Four blocks; where fewer are left, the last one again: its inputs are zero then.
+  template <bool whole>
+  struct Four {
+    const uint8_t* first;
+    long step, last;
+    const uint8_t* operator[](int i) const {
+      if constexpr (whole) return first + (4 * step + i) * bytes;
+      return first + std::min(4 * step + i, last) * bytes;
+    }
+    // A number in 16 bits of each.
+    f32x4 halves(int at) const {
+      return from_halves(half_at((*this)[0] + at) | half_at((*this)[1] + at) << 16 | half_at((*this)[2] + at) << 32 |
+                         half_at((*this)[3] + at) << 48);
+    }
+    u32x16 sixteens(int at) const {
+      return concat(load<u32x4>((*this)[0] + at), load<u32x4>((*this)[1] + at), load<u32x4>((*this)[2] + at),
+                    load<u32x4>((*this)[3] + at));
+    }
+    void nibbles(int at, u32x16* halves) const {
+      const u32x16 words = sixteens(at);
+      halves[0] = words & 0x0f0f0f0fu, halves[1] = words >> 4 & 0x0f0f0f0fu;
+    }
+    void fifth_bits(int at, u32x16* halves) const {
+      const uint32_t a = word_at((*this)[0] + at), b = word_at((*this)[1] + at), c = word_at((*this)[2] + at),
+                     d = word_at((*this)[3] + at);
+      halves[0] |= sixteen_per_bit(a, b, c, d);
+      halves[1] |= sixteen_per_bit(a >> 16, b >> 16, c >> 16, d >> 16);
+    }
+  };
+  template <bool whole>
+  Four<whole> four(const uint8_t* row, long step) const {
+    return {row, step, I / 32 - 1};
+  }
+};
+
+struct Q8_0 : SmallBlocks<34> {
+  static constexpr const char* name = "q8_0";
+  static constexpr int codes = 256, parts = 2;
+  static constexpr int value(int code) { return int8_t(code); }
+  static int place(int half, int quarter) { return 64 * half + 16 * quarter; }
+  template <bool whole>
+  BlockStep<2> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    const f32x4 d = blocks.halves(0);
+    BlockStep<2> s;
+    s.scales[0] = __builtin_shufflevector(d, d, 0, 0, 1, 1), s.scales[1] = __builtin_shufflevector(d, d, 2, 2, 3, 3);
+    for (int half = 0; half < 2; half++) {
+      const uint8_t *a = blocks[2 * half] + 2, *b = blocks[2 * half + 1] + 2;
+      s.halves[half] = concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
+    }
+    return s;
+  }
+};
+
+struct Q4_0 : SmallBlocks<18> {
+  static constexpr const char* name = "q4_0";
+  static constexpr int codes = 16;
+  static constexpr int value(int code) { return code - 8; }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(2, s.halves);
+    s.scales[0] = blocks.halves(0);
+    return s;
+  }
+};
+
+struct Q4_1 : SmallBlocks<20> {
+  static constexpr const char* name = "q4_1";
+  static constexpr int codes = 16;
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(4, s.halves);
+    s.scales[0] = blocks.halves(0), s.minima[0] = blocks.halves(2);
+    return s;
+  }
+};
+
+struct Q5_0 : SmallBlocks<22> {
+  static constexpr const char* name = "q5_0";
+  static constexpr int codes = 32;
+  static constexpr int value(int code) { return code - 16; }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(6, s.halves), blocks.fifth_bits(2, s.halves);
+    s.scales[0] = blocks.halves(0);
+    return s;
+  }
+};
+
+struct Q5_1 : SmallBlocks<24> {
+  static constexpr const char* name = "q5_1";
+  static constexpr int codes = 32;
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(8, s.halves), blocks.fifth_bits(4, s.halves);
+    s.scales[0] = blocks.halves(0), s.minima[0] = blocks.halves(2);
+    return s;
+  }
+};
+
+struct Iq4Nl : SmallBlocks<18> {
+  static constexpr const char* name = "iq4_nl";
+  static constexpr int codes = 16;
+  static constexpr int value(int code) {
+    constexpr int values[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    return values[code];
+  }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(2, s.halves);
+    s.scales[0] = blocks.halves(0);
+    return s;
+  }
+};
+
+struct GgufMxfp4 : SmallBlocks<17> {
+  static constexpr const char* name = "gguf_mxfp4";
+  static constexpr int codes = 16;
+  static constexpr int value(int code) {  // twice e2m1
+    constexpr int values[] = {0, 1, 2, 3, 4, 6, 8, 12};
+    return code & 8 ? -values[code & 7] : values[code];
+  }
+  template <bool whole>
+  BlockStep<1> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<1> s;
+    blocks.nibbles(1, s.halves);
+    // 2^(e - 128), half of the block's power; the two smallest are not normal numbers
+    const i32x4 e = {*blocks[0], *blocks[1], *blocks[2], *blocks[3]};
+    const i32x4 normal = (e - 1) << 23, small = (e << 21) + (1 << 21);  // of 0: 1 << 21, of 1: 2 << 21
+    s.scales[0] = (f32x4)(e < 2 ? small : normal);
+    return s;
+  }
+};
+
+// ---- blocks of 256
+
+template <int bytes>
+struct LargeBlocks {
+  static constexpr long multiple = 256;
+  static constexpr int parts = 2, nbytes = bytes;
+  static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
+  const uint8_t* w;
+  long I;
+  const uint8_t* row(long o) const { return w + o * (I / 256) * bytes; }
+
+ protected:
+  // Four groups of 32, of which two neighbours share bytes: the low halves are the first.
+  static int pairs_place(int half, int quarter) { return 64 * (quarter / 2) + 32 * half + 16 * (quarter % 2); }
+  // Scales and minima of eight groups have six bits each: of groups 0 to 3 the low six of bytes 0 to 3 and 4 to 7; of
+  // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
+  static void read_scales(const uint8_t* block, int odd, BlockStep<2>& s) {
+    const uint32_t scales = word_at(block + 4), minima = word_at(block + 8), rest = word_at(block + 12);
+    const uint32_t d = odd ? (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030) : scales & 0x3f3f3f3f;
+    const uint32_t m = odd ? (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030) : minima & 0x3f3f3f3f;
+    const f32x4 both = from_halves(word_at(block));
+    const f32x4 scale = from_unsigned_bytes(d) * both[0], minimum = from_unsigned_bytes(m) * -both[1];
+    s.scales[0] = __builtin_shufflevector(scale, scale, 0, 0, 2, 2);
+    s.scales[1] = __builtin_shufflevector(scale, scale, 1, 1, 3, 3);
+    s.minima[0] = __builtin_shufflevector(minimum, minimum, 0, 0, 2, 2);
+    s.minima[1] = __builtin_shufflevector(minimum, minimum, 1, 1, 3, 3);
+  }
+};
+
+struct Q4_K : LargeBlocks<144> {
+  static constexpr const char* name = "q4_k";
+  static constexpr int codes = 16;
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  static int place(int half, int quarter) { return pairs_place(half, quarter); }
+  template <bool>
+  BlockStep<2> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step / 2 * nbytes;
+    const int odd = step % 2;
+    BlockStep<2> s;
+    const u32x16 words = load<u32x16>(block + 16 + 64 * odd);
+    s.halves[0] = words & 0x0f0f0f0fu, s.halves[1] = words >> 4 & 0x0f0f0f0fu;
+    read_scales(block, odd, s);
+    return s;
+  }
+};
+
+struct Q5_K : LargeBlocks<176> {
+  static constexpr const char* name = "q5_k";
+  static constexpr int codes = 32;
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  static int place(int half, int quarter) { return pairs_place(half, quarter); }
+  template <bool>
+  BlockStep<2> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step / 2 * nbytes;
+    const int odd = step % 2;
+    BlockStep<2> s;
+    const u32x16 words = load<u32x16>(block + 48 + 64 * odd);
+    // Bit i of the 32 bytes before is that of group i.
+    const u32x4 low = load<u32x4>(block + 16) >> 4 * odd, high = load<u32x4>(block + 32) >> 4 * odd;
+    const u32x16 bits = concat(low, high, low >> 2, high >> 2);
+    s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x10101010u);
+    s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits << 3 & 0x10101010u);
+    read_scales(block, odd, s);
+    return s;
+  }
+};
+
+struct Q6_K : LargeBlocks<210> {
+  static constexpr const char* name = "q6_k";
+  static constexpr int codes = 64;
+  static constexpr int value(int code) { return code - 32; }
+  static int place(int half, int quarter) { return 64 * half + 16 * quarter; }
+  template <bool>
+  BlockStep<2> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step / 2 * nbytes;
+    const int odd = step % 2;
+    BlockStep<2> s;
+    const u32x16 words = load<u32x16>(block + 64 * odd);
+    const u32x4 low = load<u32x4>(block + 128 + 32 * odd), high = load<u32x4>(block + 144 + 32 * odd);
+    const u32x16 bits = concat(low, high, low >> 2, high >> 2);  // two of each byte
+    s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x30303030u);
+    s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits & 0x30303030u);
+    const float d = from_halves(half_at(block + 208))[0];
+    for (int half = 0; half < 2; half++)
+      s.scales[half] = from_signed_bytes(word_at(block + 192 + 8 * odd + 4 * half)) * d;
+    return s;
+  }
+};
+
+// ---- integers of codes
+
+template <class F>
+constexpr bool is_block_format = requires { F::nbytes; };
+
+// Whether codes are the integers, but for an offset.
+template <class F>
+constexpr bool is_linear() {
+  for (int code = 0; code < F::codes; code++)
+    if (F::value(code) - F::value(0) != code) return false;
+  return true;
+}
+
+template <class F>
+struct CodeTables {
+  alignas(64) uint8_t bytes[F::codes];
+  alignas(64) float floats[F::codes];
+  alignas(64) uint8_t high[F::codes], low[F::codes];  // of a bfloat16
+  constexpr CodeTables() : bytes(), floats(), high(), low() {
+    for (int code = 0; code < F::codes; code++) {
+      bytes[code] = uint8_t(F::value(code)), floats[code] = F::value(code);
+      const auto bits = __builtin_bit_cast(uint32_t, floats[code]);
+      high[code] = bits >> 24, low[code] = bits >> 16;
+    }
+  }
+};
+template <class F>
+constexpr CodeTables<F> code_tables;
+
+// Codes -> integers, as signed bytes.
+template <class F>
+INLINE u32x16 integers_of(u32x16 codes) {
+  if constexpr (F::codes == 256 || (F::value(0) == 0 && is_linear<F>())) return codes;
+  else if constexpr (F::codes == 16) return look_up16(codes, code_tables<F>.bytes);
+  else return subtract_bytes(codes, -F::value(0));
+}
+
+}  // namespace

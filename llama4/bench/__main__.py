@@ -17,6 +17,7 @@ BENCHES = {
     "moe": ("moe", "the experts' backends over tokens per expert"),
     "images": ("images", "the vision tower, and the preprocessing of a picture"),
     "quantization": ("quantization", "size, memory, speed and accuracy of the quantization schemes"),
+    "perplexity": ("perplexity", "how well models foretell a text, beside transformers and llama.cpp"),
     "vqa": ("vqa", "accuracy on questions about fresh drawings"),
     "long": ("long", "one long prompt: time, memory, and the tokens after it"),
     "serve": ("serving.command", "a server under load: tokens a second, many connections, many requests"),

@@ -187,7 +187,13 @@ def tokenizer_json(path: Path, model: TokenModel, added: Sequence[AddedToken]) -
 
 
 def vocabulary_metadata(
-    path: Path, model: TokenModel, added: Sequence[AddedToken], roles: Mapping[str, int | None], size: int
+    path: Path,
+    model: TokenModel,
+    added: Sequence[AddedToken],
+    roles: Mapping[str, int | None],
+    size: int,
+    *,
+    adds_bos: bool = True,
 ) -> dict[str, Any]:
     """The keys of a tokenizer.
 
@@ -195,6 +201,7 @@ def vocabulary_metadata(
         path: the file that it was read from. If that is GGUF, its keys stay.
         roles: "bos", "eos" and "padding" -> id.
         size: rows of the model's embedding; ids beyond the tokenizer's are unused tokens.
+        adds_bos: whether a text to be continued begins with BOS.
 
     Raises:
         Llama4Error: it splits text in a way that GGUF has no name for.
@@ -220,5 +227,5 @@ def vocabulary_metadata(
         keys |= {"model": "gpt2", "pre": names[model.pattern], "merges": merges}
     for token in added:
         tokens[token.id], kinds[token.id] = token.content, Kind.CONTROL if token.special else Kind.USER_DEFINED
-    keys |= {"tokens": tokens, "token_type": np.array(kinds, np.int32), "add_bos_token": True}
+    keys |= {"tokens": tokens, "token_type": np.array(kinds, np.int32), "add_bos_token": adds_bos}
     return {f"{_KEY}.{key}": value for key, value in keys.items()}

@@ -113,6 +113,7 @@ def calibrated(
     result = CalibratedSource(source, plan)
     embeddings = source.read("language_model.model.embed_tokens.weight")
     hidden = [upcast(F.embedding(ids, embeddings)) for ids in sequences]
+    dtype = embeddings.dtype  # norms may be in another
     del embeddings
     few = 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def calibrated(
             path = folder / f"layer-{i:05d}.safetensors"
             with bar.step(1):
                 if not path.is_file() or stamp_of(path) != stamp:
-                    load(layer, _below(source, prefix))
+                    load(layer, _below(source, prefix), dtype=dtype)
                     parts, without = _quantize(layer, formats, lambda: _forward(layer, config, hidden))  # noqa: B023
                     few += without
                     write_tensors(path, {prefix + name: part for name, part in parts.items()}, stamp)
@@ -132,7 +133,7 @@ def calibrated(
             result.done |= {prefix + name: stored for name in formats}
             with bar.step(1):
                 swap_modules(layer, formats)
-                load(layer, _below(result, prefix))
+                load(layer, _below(result, prefix), dtype=dtype)
                 hidden = _forward(layer, config, hidden)
     if few:
         say(f"{few} experts got fewer than {MIN_ROWS} tokens of the texts, and are rounded as without calibration")

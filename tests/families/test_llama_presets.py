@@ -33,3 +33,26 @@ def test_info_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["parameters"] == 13_015_864_320
     assert main(["plan", "llama-3-70b", "--weights", "int4", "--device", "h100"]) == 0
     assert "llama-3-70b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every model has one; its weights are those that `quantize` writes."""
+    options = ["--device", "h100", "--devices", "1", "--device-memory", "2TB", "--json"]
+    assert main(["plan", name, "--weights", "int8", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = PRESETS[name]().text
+    wanted = sum(costs.parameter_bytes(config, costs.quantization_plan(config, "int8")).values())
+    assert found["fits"] and found["bytes_per_device"]["weights"] == wanted
+
+
+@pytest.mark.parametrize(("name", "published"), [("llama-2-7b", 5.5), ("llama-2-13b", 8.9), ("llama-2-70b", 37.6)])
+def test_four_bits_beside_what_is_published(name: str, published: float) -> None:
+    """Half a byte and a scale of two bytes per 128 for matrices of layers, two bytes for embedding, head and norms, to
+    the byte. What is published for a running engine is 1.2 to 1.8 GB more: see docs/families.md."""
+    text = PRESETS[name]().text
+    ends = 2 * text.vocab_size * text.hidden_size + (2 * text.num_hidden_layers + 1) * text.hidden_size
+    layers = PUBLISHED[name] - ends
+    found = sum(costs.parameter_bytes(text, costs.quantization_plan(text, "int4")).values())
+    assert found == layers // 2 + layers // 128 * 2 + 2 * ends
+    assert 1.2e9 < published * 1e9 - found < 1.8e9

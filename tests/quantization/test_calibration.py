@@ -20,7 +20,7 @@ from llama4.quantization.gptq import Hessian
 from llama4.quantization.int4 import Int4, quantize_groups, unpack
 from llama4.tiny import EMBEDDED
 from llama4.weights import calibrating
-from llama4.weights.convert import quantize
+from llama4.weights.convert import convert_to_gguf, quantize
 from llama4.weights.safetensors import write_tensors
 from tests.parity.references import relative_error
 from tests.quantization.test_checkpoints import loaded, same
@@ -97,9 +97,9 @@ TEXTS, HELD_OUT = TEXT[:4000], TEXT[-1500:]
 TINY = EMBEDDED["tiny"]
 
 
-def run(target: Path) -> list[str]:
+def run(target: Path, source: Path = TINY) -> list[str]:
     said: list[str] = []
-    quantize(TINY, target, "gptq", calibration=TEXTS, say=said.append, progress=False)
+    quantize(source, target, "gptq", calibration=TEXTS, say=said.append, progress=False)
     return said
 
 
@@ -125,6 +125,15 @@ def test_a_model_on_held_out_text(written: tuple[Path, list[str]], tmp_path: Pat
     key = "language_model.model.layers.{}.feed_forward.experts.{}.gate_proj.weight_packed"
     as_plain = sum(torch.equal(found[key.format(i, e)], plain[key.format(i, e)]) for i in range(6) for e in range(8))
     assert said == [f"{as_plain} experts got fewer than 32 tokens of the texts, and are rounded as without calibration"]
+
+
+def test_norms_in_another_dtype(written: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """GGUF has them in float32, with the same numbers: the packed values are the same."""
+    convert_to_gguf(TINY, tmp_path / "a.gguf", progress=False)
+    run(tmp_path / "model", tmp_path / "a.gguf")
+    found, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "model", written[0]))
+    packed = [key for key in wanted if key.endswith("weight_packed")]
+    assert packed and all(torch.equal(found[key], wanted[key]) for key in packed)
 
 
 def test_interrupted_it_continues_after_the_last_layer(

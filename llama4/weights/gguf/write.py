@@ -65,9 +65,10 @@ def write_gguf(
         tensors.pop("output.weight", None)
     metadata = _metadata(config, path.stem, type_) | sampling_metadata(side_files.generation_config)
     if tokenizer is not None:
-        roles = {"bos": config.text.bos_token_id, "eos": tokenizer.eos_id, "padding": config.text.pad_token_id}
+        bos = tokenizer.bos_id if tokenizer.adds_bos else config.text.bos_token_id
+        roles = {"bos": bos, "eos": tokenizer.eos_id, "padding": config.text.pad_token_id}
         vocabulary = tokenizer.path, tokenizer.model, tokenizer.added_tokens, roles, config.text.vocab_size
-        metadata |= vocabulary_metadata(*vocabulary)
+        metadata |= vocabulary_metadata(*vocabulary, adds_bos=tokenizer.adds_bos)
     if template := side_files.chat_templates.get("default"):
         metadata["tokenizer.chat_template"] = template
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith(("v.", "mm."))}

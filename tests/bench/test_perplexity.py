@@ -1,0 +1,57 @@
+"""Perplexity, against arithmetic and against transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.bench import perplexity
+from llama4.bench.__main__ import main
+from llama4.weights.convert import convert_to_gguf, quantize
+from tests.families import test_llama_api as dense
+
+
+def test_a_known_distribution() -> None:
+    """Who gives the next token a chance of p has the perplexity 1 / p; the first half of a window does not count."""
+    ids = torch.randint(8, (2, 10), generator=torch.Generator().manual_seed(0))
+
+    def logits(ids_1T: Tensor) -> Tensor:
+        found = torch.full((1, 10, 8), math.log(0.75 / 7))
+        found[0, torch.arange(9), ids_1T[0, 1:]] = math.log(0.25)
+        found[0, :5] = torch.arange(8.0)
+        return found
+
+    assert perplexity.perplexity(logits, list(ids)) == pytest.approx(4)
+
+
+def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One command for several formats; transformers gives the same figure, of the dequantized weights."""
+    dense.write(tmp_path / "model")
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", "q8_0", progress=False)
+    quantize(tmp_path / "model", tmp_path / "int4", "int4", progress=False)
+    (tmp_path / "text").write_text("Some words, and others. " * 20)
+    models = [str(tmp_path / name) for name in ("model", "a.gguf", "int4")]
+    options = ["--text", str(tmp_path / "text"), "--context", "64", "--windows", "3"]
+    assert main(["perplexity", *models, *options, "--json"]) == 0
+    plain, eight, four = json.loads(capsys.readouterr().out)["rows"]
+    assert [round(row["bits"], 2) for row in (plain, eight, four)] == [32, 8.5, 4.25]
+    assert plain["tokens"] == 3 * 31 and plain["llama_cpp"] is None
+    assert eight["ours"] == pytest.approx(plain["ours"], rel=0.02) and four["ours"] != plain["ours"]
+    assert main(["perplexity", models[0], *options, "--transformers"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    _, _, _, ours, theirs, *_ = map(str.strip, line.split("|"))
+    assert float(theirs) == pytest.approx(float(ours), rel=1e-4) and float(ours) == pytest.approx(
+        plain["ours"], rel=1e-3
+    )
+
+
+def test_a_text_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("ab")
+    dense.write(tmp_path / "model")
+    assert main(["perplexity", str(tmp_path / "model"), "--text", str(tmp_path / "text")]) == 2
+    assert "give a longer text" in capsys.readouterr().err

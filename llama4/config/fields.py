@@ -92,7 +92,11 @@ CONFIG = FieldTable(
 TEXT = FieldTable(
     "config.json (text_config)",
     used=(
-        *(name for name in names_of(TextConfig) if name not in ("rope_scaling", "rope_theta", "mlp_bias")),
+        *(
+            name
+            for name in names_of(TextConfig)
+            if name not in ("rope_scaling", "rope_theta", "mlp_bias", "sliding_window")
+        ),
         *("rope_parameters", "rope_scaling", "rope_theta"),
         *("dtype", "torch_dtype", "quantization_config", "quantization"),
     ),

@@ -601,12 +601,21 @@ class Llama4:
         """
         self._save(directory)
 
-    def _save(self, directory: str | Path, name: str | None = None) -> None:
+    def _save(self, directory: str | Path, name: str | None = None, *, must_be_free: bool = False) -> None:
         side_files, generation = self.side_files, self.generation_config.to_dict()
         if generation != self.generation_config.content:
             side_files = side_files.with_json(GENERATION_FILE, generation)
         source = ModelSource(self.model, DTYPES.get(self._stored_dtype or ""))
-        save(source, self.config, directory, tokenizer=self._tokenizer, side_files=side_files, name=name)
+        save(
+            source,
+            self.config,
+            directory,
+            tokenizer=self._tokenizer,
+            side_files=side_files,
+            name=name,
+            progress=self.progress,
+            must_be_free=must_be_free,
+        )
 
     def push_to_hub(
         self,

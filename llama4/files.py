@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from llama4.errors import DiskError
 from llama4.progress import PIECE, each
 
 _SYNC = 256 << 20
@@ -28,22 +29,50 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     What a killed process left of the same file is deleted.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        DiskError: it cannot be written; `path` is as it was.
+        OSError: of the block, of another file.
     """
     path = path.resolve()  # a link stays one
-    _delete_leftovers(path)
-    descriptor, partial = _temporary_file(path)
+    with writes(path):
+        _delete_leftovers(path)
+        descriptor, partial = _temporary_file(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fchmod(file.fileno(), permissions(path))
+                os.fsync(file.fileno())
+                partial.replace(path)  # while it is locked: another process takes it for no leftover
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """What the system says of a file that is written, as users are told it.
+
+    Raises:
+        DiskError: it cannot be written.
+        OSError: of the block, of another file.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), permissions(path))
-            os.fsync(file.fileno())
-            partial.replace(path)  # while it is locked: another process takes it for no leftover
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError) or (error.filename is not None and not _is_of(error.filename, path)):
+            raise
+        raise DiskError(
+            f"could not write {path}: {error.strerror or error}; free space or choose another place", error
+        ) from error
+
+
+def _is_of(name: str | bytes, path: Path) -> bool:
+    """Whether a file is one that is made for `path`: itself, its directories, or a temporary one."""
+    about = Path(os.fsdecode(name))
+    if about == path or about in path.parents:
+        return True
+    return about.is_relative_to(path.parent) and about.relative_to(path.parent).parts[0].startswith(f".{path.name}-")
 
 
 def write_pieces(file: BinaryIO, data: memoryview) -> None:
@@ -63,7 +92,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file as `replaced_file` does.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        DiskError: it cannot be written; `path` is as it was.
     """
     with replaced_file(path) as file:
         file.write(text.encode("utf-8"))

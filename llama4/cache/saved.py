@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.cache.formats import Unquantized
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.errors import DiskError, Llama4Error
+from llama4.errors import Llama4Error
 from llama4.files import replaced_file, write_pieces
 from llama4.progress import Bar
 from llama4.reading import check_safetensors
@@ -56,19 +56,12 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, pro
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        bar = Bar("saving", end, "bytes", shown=progress)
-        with bar, replaced_file(path) as file:  # tensor after tensor: the package's own function first copies them all
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                with bar.step(tensor.nbytes):
-                    write_pieces(file, tensor.contiguous().view(torch.uint8).numpy().data)
-    except OSError as error:
-        raise DiskError(
-            f"could not write the cache to {path}: {error.strerror or error}; free {end:,} bytes "
-            "or choose another place",
-            error,
-        ) from error
+    bar = Bar("saving", end, "bytes", shown=progress)
+    with bar, replaced_file(path) as file:  # tensor after tensor: the package's own function first copies them all
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            with bar.step(tensor.nbytes):
+                write_pieces(file, tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: int) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama4.cli.checkpoints import write_merged
 from llama4.cli.interrupts import INTERRUPTED
 from llama4.errors import ArgumentError
 from llama4.units import bytes_text, count_text
@@ -118,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--merge is for adapters; --method full writes a model")
     settings = settings_of(options)
     from llama4.train import Run, TrainingOptions, finetune
+    from llama4.weights import hub
     from llama4.weights.directory import check_free
 
     if options.dry_run:
@@ -135,21 +136,9 @@ def run(options: argparse.Namespace) -> int:
     held_out = f", held-out {min(loss for _, loss in result.eval_losses):.4f}" if result.eval_losses else ""
     print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}", file=sys.stderr)
     if options.merge:
-        merge(options)
+        write_merged(hub.resolve(options.model), options.output, options.merge)
+        print(f"{options.merge}: {options.model} with {options.output}", file=sys.stderr)
     return 0
-
-
-def merge(options: argparse.Namespace) -> None:
-    """Write the model with the adapter in its weights."""
-    from llama4.api import Llama4
-    from llama4.weights import hub
-    from llama4.weights.checkpoint import read_config
-
-    dtype = read_config(hub.resolve(options.model)).dtype
-    llm = Llama4.from_pretrained(options.model, dtype=dtype or "auto", adapter=Path(options.output))
-    llm.merge_adapter()
-    llm.save_pretrained(options.merge)
-    print(f"{options.merge}: {options.model} with {options.output}", file=sys.stderr)
 
 
 def show(run: Run) -> None:

@@ -202,6 +202,7 @@ def finetune(
     """
     options, output = TrainingOptions(**settings), Path(output).expanduser()
     if resume and is_finished(output):
+        (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
     run = Run(model, data, eval, options, progress)
     with torch.random.fork_rng(), run.attached(), _stoppable() as stop:
@@ -239,6 +240,7 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
             run.save(output)
 
     def saved() -> None:
+        metrics.sync()
         save_state(output, optimizer, about | {"step": step, "best": best if best < math.inf else None})
 
     if step == 0:
@@ -290,6 +292,7 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
         write_card(output, metrics, base=run.base, data=data.path, digest=data.digest, settings=settings)
     write_curve(output, metrics)
     metrics.add(step=step, finished=True, expert_shares=shares)
+    metrics.sync()
     (output / STATE_FILE).unlink(missing_ok=True)
     return result
 

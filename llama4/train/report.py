@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llama4.files import replace_text
+from llama4.files import replace_text, replaced_file, sync_file, writes
 from llama4.reading import MAX_INT, read_bytes
 from llama4.version import __version__
 
@@ -53,15 +53,25 @@ class Metrics:
 
     def __init__(self, directory: Path, upto: int | None = None) -> None:
         self._path = directory / METRICS_FILE
-        directory.mkdir(parents=True, exist_ok=True)
+        with writes(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(directory) if upto is not None else []
         self.lines = [line for line in lines if line.get("step", 0) <= (upto or 0)]
+        if upto is None:  # what an earlier run left is not said of this one
+            (directory / CURVE_FILE).unlink(missing_ok=True)
+            if _is_ours(directory / CARD_FILE):
+                (directory / CARD_FILE).unlink()
         replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
-        with self._path.open("a", encoding="utf-8") as file:
+        with writes(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Make what was added last through a power failure."""
+        with writes(self._path):
+            sync_file(self._path)
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of the lines that have one."""
@@ -98,6 +108,11 @@ def is_finished(directory: Path) -> bool:
     return any(line.get("finished") for line in read_metrics(directory))
 
 
+def _is_ours(card: Path) -> bool:
+    """Whether a card is there, and one that this library wrote."""
+    return card.is_file() and "Trained by llama4" in card.read_text(encoding="utf-8", errors="replace")
+
+
 def write_curve(directory: Path, metrics: Metrics) -> None:
     """The losses over the steps, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
@@ -110,7 +125,8 @@ def write_curve(directory: Path, metrics: Metrics) -> None:
         if points := metrics.values(name):
             axes.plot(*zip(*points, strict=True), label=label, marker="." if name == "eval_loss" else None)
     axes.legend(frameon=False)
-    figure.savefig(directory / CURVE_FILE, dpi=150)
+    with replaced_file(directory / CURVE_FILE) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def write_card(
@@ -118,7 +134,7 @@ def write_card(
 ) -> None:
     """What was trained on what, with which losses. A card that a user wrote stays."""
     card = directory / CARD_FILE
-    if card.exists() and "Trained by llama4" not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.exists() and not _is_ours(card):
         return
     losses, held_out = metrics.values("loss"), metrics.values("eval_loss")
     text = _CARD.format(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError, ConfigError
+from llama4.files import writes
 from llama4.reading import MAX_INT, parse_json
 from llama4.train.optimizer import AdamW
 from llama4.weights.safetensors import SafetensorsFiles, write_tensors
@@ -23,7 +24,7 @@ def save_state(directory: Path, optimizer: AdamW, about: Mapping[str, Any]) -> N
     """Write parameters, the optimizer's states, the random states, and what else there is to know, as JSON.
 
     Raises:
-        OSError: it cannot be written; the state that is there stays.
+        DiskError: it cannot be written; the state that is there stays.
     """
     tensors = {_PARAMETER + name: parameter for name, parameter in optimizer.parameters.items()}
     tensors |= {_OPTIMIZER + name: tensor for name, tensor in optimizer.state.items()}
@@ -32,7 +33,8 @@ def save_state(directory: Path, optimizer: AdamW, about: Mapping[str, Any]) -> N
         tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state()
     text = json.dumps({**about, "optimizer_steps": optimizer.steps}).encode()
     tensors[_ABOUT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writes(directory / STATE_FILE):
+        directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / STATE_FILE, tensors)
 
 

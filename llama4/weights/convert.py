@@ -12,6 +12,7 @@ import torch
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
 from llama4.families import family_of
+from llama4.files import writes
 from llama4.quantization.int4 import Int4
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import CALIBRATED
@@ -33,6 +34,7 @@ from llama4.weights.save import MODEL_FILES, TEXT_FILES
 from llama4.weights.source import Copied, Source
 from llama4.weights.stamps import stamp_for
 from llama4.weights.verify import verify
+from llama4.weights.workplace import workplace
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def convert_to_gguf(
     source: str | Path, target: str | Path, type_: str = "bf16", *, for_llama_cpp: bool = False, progress: bool = True
 ) -> None:
     """Write a checkpoint as a GGUF file, which llama.cpp, Ollama, LM Studio and llamafile read, and its vision tower as
-    `mmproj-NAME` beside it. Both appear under their names when they are complete.
+    `mmproj-NAME` beside it. Both appear under their names when they are complete, the model last.
 
     Args:
         source: a directory in any layout, not quantized, or a GGUF file.
@@ -78,22 +80,37 @@ def convert_to_gguf(
         for_llama_cpp: refuse a model that llama.cpp would compute otherwise, instead of logging how.
 
     Raises:
-        Llama4Error: an unknown type, or a model or tokenizer that GGUF has no form for.
+        Llama4Error: an unknown type, a model or tokenizer that GGUF has no form for, or a file that is there.
+        DiskError: the files cannot be written.
     """
     source, target = Path(source), Path(target)
     if type_ not in FILE_TYPES:
         raise ArgumentError(f"type {type_!r} is not written; choose one of {', '.join(FILE_TYPES)}")
     if not is_gguf(target):
         raise ArgumentError(f"{target} is no name of a GGUF file; let it end in .gguf")
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; choose another name, or remove it first")
-    config, weights, tokenizer = _open(source, dtype=torch.float32)
-    if others := differences(config):
-        about = f"llama.cpp will compute this model otherwise: {'; '.join(others)}"
-        if for_llama_cpp:
-            raise CheckpointError(f"{about}; leave out --for llama.cpp to write it all the same")
-        logger.warning("%s: %s", target, about)
-    write_gguf(weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress)
+    work = work_of(target)
+    was_killed = work.exists()  # or is at work, and will be told below
+    with writes(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with workplace(work, f"writing {target}", wait=False):
+            config, weights, tokenizer = _open(source, dtype=torch.float32)
+            beside = target.with_name(f"mmproj-{target.name}")
+            for path in (target, *([beside] if config.vision is not None and not was_killed else [])):
+                if path.exists():
+                    raise CheckpointError(f"{path} exists already; choose another name, or remove it first")
+            if others := differences(config):
+                about = f"llama.cpp will compute this model otherwise: {'; '.join(others)}"
+                if for_llama_cpp:
+                    raise CheckpointError(f"{about}; leave out --for llama.cpp to write it all the same")
+                logger.warning("%s: %s", target, about)
+            try:
+                write_gguf(
+                    weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress
+                )
+            except BaseException:
+                if config.vision is not None:
+                    beside.unlink(missing_ok=True)
+                raise
 
 
 def quantize(

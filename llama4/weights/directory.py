@@ -61,7 +61,7 @@ def complete_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         with workplace(work, f"writing {target}", wait=not must_be_free):
             if must_be_free:
-                check_free(target)
+                _check_free(target)
             if target.exists() and not target.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
             _begin(content, keep)
@@ -124,9 +124,19 @@ def work_of(directory: str | Path) -> Path:
 
 
 def check_free(directory: str | Path) -> None:
-    """Raises:
-    CheckpointError: a directory that holds something, or a file.
+    """For those who write there later. What a process left that was killed when all was done goes.
+
+    Raises:
+        CheckpointError: a directory that holds something, or a file, or another process writes it.
     """
+    if (work := work_of(directory)).exists():
+        with workplace(work, f"writing {directory}", wait=False):
+            _check_free(directory)
+    else:
+        _check_free(directory)
+
+
+def _check_free(directory: str | Path) -> None:
     target = Path(directory).resolve()
     if target.is_dir():
         names = {path.name for path in target.iterdir()} - {work_of(target).name}

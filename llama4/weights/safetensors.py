@@ -239,7 +239,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], stamp: str | None =
     """Write one file, see `replaced_file`.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        DiskError: it cannot be written; `path` is as it was.
     """
     _save_shard(Tensors(tensors), list(tensors), path, stamp, Bar("writing", shown=False))
 

@@ -36,6 +36,7 @@ def save(
     name: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
+    must_be_free: bool = False,
 ) -> None:
     """Write weights, configurations and the tokenizer's files.
 
@@ -47,6 +48,7 @@ def save(
         name: under which the model is loaded, for its card; by default that of the directory.
         max_shard_bytes: more than this and the weights are split, with an index.
         progress: show a bar, where somebody sees it.
+        must_be_free: the directory must not hold anything.
 
     Raises:
         DiskError: the directory cannot be written, or the disk is full; nothing is left half written.
@@ -55,5 +57,5 @@ def save(
     older = MODEL_FILES if tokenizer is None else (*MODEL_FILES, *TEXT_FILES)
     name = name or Path(directory).resolve().name
     options = WriteOptions(side_files, name, max_shard_bytes=max_shard_bytes, progress=progress)
-    with complete_directory(directory, older=older) as partial:
+    with complete_directory(directory, must_be_free=must_be_free, older=older) as partial:
         LAYOUTS["hf"].write(tensors, config, tokenizer, partial, options)

@@ -27,6 +27,8 @@ from tests.faults.tally import Tally
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "faults.json"
+MEMORY = Path("/dev/shm")
+"""A disk that is none, where files are synced at once."""
 TESTS = {
     "pictures that ask for much": "vision/test_memory.py",
     "pictures from addresses": "vision/test_download.py",
@@ -62,13 +64,17 @@ def run_tests() -> Tally:
 
 def main() -> int:
     def in_folder(run: Callable[[Path], Tally]) -> Tally:
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
             return run(Path(name).resolve())
 
     groups: dict[str, tuple[str, Callable[[], Tally]]] = {
         "writers": (
             "Writers, ended at an event of their files: killed, cut off from power, on a full disk",
-            lambda: in_folder(lambda folder: kills.run(folder, options.sample)) if events.is_supported() else Tally(),
+            lambda: (
+                in_folder(lambda folder: kills.run_in_parts(folder, options.sample, options.jobs))
+                if events.is_supported()
+                else Tally()
+            ),
         ),
         "damage": ("Damaged files", lambda: in_folder(lambda folder: damage.run(options.tries, 0, folder))),
         "limits": ("Absurd files, by five commands", lambda: in_folder(limits.run)),
@@ -79,6 +85,7 @@ def main() -> int:
     parser.add_argument(
         "--sample", type=int, metavar="N", help="events of each writer at which it is ended (default: all)"
     )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that try writers (default: 2)")
     parser.add_argument("--tries", type=int, default=100, metavar="N", help="damaged files of each kind (default: 100)")
     parser.add_argument("--save", choices=("before", "after"), help="the column of docs/reliability.md that this is")
     parser.add_argument("--version", default="", metavar="COMMIT", help="what is tried, for the page")

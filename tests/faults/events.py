@@ -121,7 +121,8 @@ class _Watch:
         self.events: list[str] = []
         self.killed = False
         self._child, self._folder, self._kind, self._at = child, folder, kind, at
-        self._dirty: dict[tuple[int, int], int] = {}
+        self._dirty: dict[tuple[int, int], tuple[int, int]] = {}
+        """Of each file that is not synced: it, open, and its size when it was."""
 
     def run(self) -> None:
         os.waitpid(self._child, 0)
@@ -141,9 +142,10 @@ class _Watch:
             _ptrace(_CONT, process, 0, passed)
 
     def close(self) -> None:
-        for file in self._dirty.values():
+        for file, size in self._dirty.values():
             if self._kind == "power" and self.killed:
-                os.ftruncate(file, os.fstat(file).st_size // 2)
+                now = os.fstat(file).st_size
+                os.ftruncate(file, min(now, (size + now) // 2))
             os.close(file)
 
     def _stops(self, process: int) -> bool:
@@ -203,12 +205,13 @@ class _Watch:
         if self._kind == "power":
             about = os.stat(f"/proc/{process}/fd/{file}")
             if (about.st_dev, about.st_ino) not in self._dirty:
-                self._dirty[about.st_dev, about.st_ino] = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+                opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+                self._dirty[about.st_dev, about.st_ino] = opened, about.st_size
 
     def _forget(self, process: int, file: int) -> None:
         about = os.stat(f"/proc/{process}/fd/{file}")
         if (opened := self._dirty.pop((about.st_dev, about.st_ino), None)) is not None:
-            os.close(opened)
+            os.close(opened[0])
 
 
 def _string(process: int, address: int) -> bytes:

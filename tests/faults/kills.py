@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,14 +32,22 @@ from unittest import mock
 import torch
 
 from llama4 import Llama4
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import ADAPTER_FILES, save_adapter
+from llama4.adapters.lora import Adapter
+from llama4.cli.checkpoints import write_merged
 from llama4.config import Llama4Config, RopeScaling
 from llama4.engine.prefix_cache import PromptCache
 from llama4.errors import Llama4Error
-from llama4.files import sync_file
+from llama4.files import replace_text, sync_file
+from llama4.train.loop import finetune
+from llama4.train.optimizer import AdamW
+from llama4.train.report import is_finished, read_metrics
+from llama4.train.state import STATE_FILE, read_about, save_state
 from llama4.weights import directory as directories
 from llama4.weights import hub
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
-from llama4.weights.convert import convert, quantize
+from llama4.weights.convert import convert, convert_to_gguf, quantize
 from llama4.weights.save import save
 from tests import small_model
 from tests.faults import events
@@ -59,6 +70,8 @@ class Writer:
         write: write, in such a folder; what it writes is called "target".
         read: -> what "target" holds, as something to compare.
         says: "target" may also be refused with these words.
+        again: with these words a second try may be refused, if the first one has written all.
+        keeps: what it leaves when it fails is needed by the next try.
     """
 
     name: str
@@ -66,6 +79,8 @@ class Writer:
     write: Callable[[Path], object]
     read: Callable[[Path], Any]
     says: str | None = None
+    again: str | None = None
+    keeps: bool = False
 
 
 def digest(path: Path) -> str:
@@ -90,8 +105,30 @@ def read_model(folder: Path) -> Any:
     return {name: hashlib.sha256(value).hexdigest() for name, value in tensors.items()}, beside
 
 
-def read_file(folder: Path) -> Any:
-    return digest(folder / "target") if (folder / "target").exists() else None
+def read_gguf(folder: Path) -> Any:
+    """The model with its vision tower, which may be there before it."""
+    names = "target.gguf", "mmproj-target.gguf"
+    return read_files(*names)(folder) if (folder / names[0]).exists() else None
+
+
+def read_files(*names: str) -> Callable[[Path], Any]:
+    """-> what reads files of a folder that belong together."""
+
+    def read(folder: Path) -> Any:
+        return {name: digest(folder / name) for name in names if (folder / name).exists()} or None
+
+    return read
+
+
+def read_run(folder: Path) -> Any:
+    """The adapter that a run came to; and that nothing is missing of what is said of the run."""
+    target = folder / "target"
+    if (target / STATE_FILE).exists():
+        read_about(target)
+    elif is_finished(target):
+        steps = [line["step"] for line in read_metrics(target) if "loss" in line]
+        assert steps == [1, 2, 3], steps
+    return read_files(*(f"target/{name}" for name in ADAPTER_FILES))(folder)
 
 
 def _config() -> Llama4Config:
@@ -121,10 +158,17 @@ class Models:
                 parameter.add_(1)
         self.old.complete("the cat", max_new_tokens=2)
         self.new.complete("a longer document about a cat", max_new_tokens=2)
+        self.adapters = [Adapter.create(self.old.model, LoraConfig(rank=2), seed=seed) for seed in (0, 1)]
 
     def save(self, llm: Llama4, target: Path, shard: int = SHARD) -> None:
         files = llm.side_files.with_text("NOTICE", str(shard))
         save(llm.model, llm.config, target, tokenizer=llm.tokenizer, side_files=files, max_shard_bytes=shard)
+
+    def save_adapter(self, adapter: Adapter, folder: Path) -> None:
+        save_adapter(adapter, self.old.model, folder)
+
+    def save_state(self, adapter: Adapter, folder: Path) -> None:
+        save_state(folder, AdamW(dict(adapter.named_parameters())), {"step": 1, "best": None})
 
     def sharded(self, folder: Path) -> None:
         """An older model in more files, and things of the user's own."""
@@ -171,6 +215,25 @@ def writers(models: Models) -> Iterator[Writer]:
             shutil.rmtree(folder / "target", ignore_errors=True)
             models.new.push_to_hub("someone/something")
 
+    def adapter_there(folder: Path) -> None:
+        models.save_adapter(models.adapters[0], folder / "target")
+        (folder / "target/notes.txt").write_text("mine")
+
+    def to_merge(folder: Path) -> None:
+        models.save_adapter(models.adapters[0], folder / "adapter")
+
+    def train(folder: Path) -> None:
+        data = models.hf.with_name("data.jsonl")
+        data.write_text("".join(f'{{"text": "it is {i}"}}\n' for i in range(4)))
+        once: dict[str, Any] = {
+            "steps": 3,
+            "save_every": 1,
+            "batch_tokens": 20,
+            "lora": LoraConfig(rank=1),
+            "progress": False,
+        }
+        finetune(models.old, data, folder / "target", resume=True, **once)
+
     def cache(llm: Llama4) -> PromptCache:
         assert llm.cache is not None
         return llm.cache
@@ -178,22 +241,63 @@ def writers(models: Models) -> Iterator[Writer]:
     def nothing(folder: Path) -> None:
         pass
 
-    model = read_model
+    model, there = read_model, "exists already"
     yield Writer("save, nothing there", nothing, lambda f: models.save(models.new, f / "target"), model)
     yield Writer("save over shards", models.sharded, lambda f: models.save(models.new, f / "target"), model)
     yield Writer("save over itself", models.sharded, over_itself, model)
     yield Writer("save, no exchange", models.sharded, in_place, model, BROKEN_OFF)
     yield Writer("save to a mount", models.sharded, inside, model, BROKEN_OFF)
-    yield Writer("convert to meta", nothing, lambda f: convert(models.hf, f / "target", "meta", progress=False), model)
-    yield Writer("convert to hf", nothing, lambda f: convert(models.meta, f / "target", "hf", progress=False), model)
-    yield Writer("quantize", nothing, int8, model)
-    yield Writer("quantize, resumed", half, int8, model)
+    yield Writer(
+        "convert to meta",
+        nothing,
+        lambda f: convert(models.hf, f / "target", "meta", progress=False),
+        model,
+        again=there,
+    )
+    yield Writer(
+        "convert to hf", nothing, lambda f: convert(models.meta, f / "target", "hf", progress=False), model, again=there
+    )
+    yield Writer(
+        "convert to GGUF",
+        nothing,
+        lambda f: convert_to_gguf(models.hf, f / "target.gguf", "q8_0", progress=False),
+        read_gguf,
+        again=there,
+    )
+    yield Writer("quantize", nothing, int8, model, again=there, keeps=True)
+    yield Writer("quantize, resumed", half, int8, model, again=there, keeps=True)
     yield Writer("push", lambda folder: (folder / "temporary").mkdir(), push, model)
+    yield Writer(
+        "merge",
+        to_merge,
+        lambda f: write_merged(models.hf, f / "adapter", str(f / "target")),
+        model,
+        again=there,
+    )
+    yield Writer(
+        "adapter",
+        adapter_there,
+        lambda f: models.save_adapter(models.adapters[1], f / "target"),
+        read_files(*(f"target/{name}" for name in (*ADAPTER_FILES, "notes.txt"))),
+    )
+    yield Writer(
+        "state of training",
+        lambda f: models.save_state(models.adapters[0], f),
+        lambda f: models.save_state(models.adapters[1], f),
+        read_files(STATE_FILE),
+    )
+    yield Writer("finetune", nothing, train, read_run, again="is finished", keeps=True)
     yield Writer(
         "prompt cache",
         lambda folder: cache(models.old).save(folder / "target"),
         lambda folder: cache(models.new).save(folder / "target"),
-        read_file,
+        read_files("target"),
+    )
+    yield Writer(
+        "text, as of a benchmark",
+        lambda folder: replace_text(folder / "target", "old"),
+        lambda folder: replace_text(folder / "target", "new" * 10_000),
+        read_files("target"),
     )
 
 
@@ -226,16 +330,12 @@ class Trial:
         if problem := self._wrong(outcome):
             return problem
         again = events.run(lambda: self.writer.write(self.folder), self.folder)
-        if self.writer.name in ("convert to meta", "convert to hf", "quantize", "quantize, resumed"):
-            if again.error is not None and not (
-                "exists already" in again.error and self._read(self.folder) == self.new
-            ):
-                return f"a second try: {again.error}"
-        elif again.error is not None:
+        may_say = self.writer.again
+        if again.error is not None and (may_say is None or may_say not in again.error):
             return f"a second try: {again.error}"
         if self._read(self.folder) != self.new:
-            return "a second try made something else"
-        if names_in(self.folder) != self.names and again.error is None:
+            return f"a second try made something else{f', and said {again.error}' if again.error else ''}"
+        if names_in(self.folder) != self.names:
             return f"a second try left {sorted(set(names_in(self.folder)) ^ set(self.names))[:4]}"
         return None
 
@@ -246,9 +346,9 @@ class Trial:
                 return f"the error is {outcome.error}"
             if str(self.folder) not in text:
                 return f"no file is named: {text}"
-            if self._read(self.folder) != self.old:
+            if self._read(self.folder) not in ((self.old, self.new) if self.writer.keeps else (self.old,)):
                 return "it failed, and the old is not there any more"
-            if "resumed" not in self.writer.name and "quantize" not in self.writer.name:
+            if not self.writer.keeps:
                 left = set(names_in(self.folder)) - set(names_in(self.before))
                 left = {name for name in left if not name.startswith("sent")}  # which stands for the Hub
                 if left:
@@ -309,19 +409,22 @@ def _forked(action: Callable[[], object]) -> int:
     return child
 
 
-def run(folder: Path, sample: int | None = None, pairs: int = 24, *, only: str = "") -> Tally:
+def run(
+    folder: Path, sample: int | None = None, pairs: int = 24, *, only: str = "", part: tuple[int, int] = (0, 1)
+) -> Tally:
     """Every writer, ended in every way.
 
     Args:
         sample: events of each writer, of each kind; None for all.
         pairs: times that two write at once.
         only: writers with this in their names.
+        part: (i, n) for the i-th of every n of them.
     """
     tally, chance = Tally(), random.Random(0)
     with mock.patch.dict(os.environ, {"TQDM_DISABLE": "1"}):
         models = Models(folder)
-        for writer in writers(models):
-            if only not in writer.name:
+        for i, writer in enumerate(writers(models)):
+            if only not in writer.name or i % part[1] != part[0]:
                 continue
             place = folder / writer.name.replace(" ", "-").replace(",", "")
             place.mkdir()
@@ -335,10 +438,25 @@ def run(folder: Path, sample: int | None = None, pairs: int = 24, *, only: str =
                     tally.note(writer.name, trial.failure(kind, at), f"{kind} at {at} ({trial.whole.events[at]})")
             print(f"{writer.name}: {count} events, {tally.failed[writer.name]} failed", flush=True)
             shutil.rmtree(place)
-        if only in "two at once":
+        if only in "two at once" and part[0] == part[1] - 1:
             for seed in range(pairs):
                 tally.note("two at once", both_at_once(models, folder / "both", seed), str(seed))
     return tally
+
+
+def run_in_parts(folder: Path, sample: int | None = None, jobs: int = 1) -> Tally:
+    """As `run`, in so many processes."""
+    places = [folder / str(i) for i in range(jobs)]
+    for place in places:
+        place.mkdir()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare) as pool:
+        parts = [pool.submit(run, places[i], sample, part=(i, jobs)) for i in range(jobs)]
+        return Tally.of(part.result() for part in parts)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # what converting says, at each of thousands of tries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -351,7 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not events.is_supported():
         print("this needs Linux on x86-64")
         return 0
-    torch.set_num_threads(1)
+    _prepare()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         tally = run(Path(name).resolve(), options.sample, options.pairs, only=options.only)
     print(tally)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import zip_longest
 
 
 class Tally:
@@ -23,6 +25,16 @@ class Tally:
         if problem is not None:
             self.failed[kind] += 1
             print(f"{kind}{', ' if case else ''}{case}: {problem}", flush=True)
+
+    @classmethod
+    def of(cls, parts: Iterable[Tally]) -> Tally:
+        """Of parts that took the kinds in turn."""
+        whole, parts = cls(), list(parts)
+        for kinds in zip_longest(*(part.tried for part in parts)):
+            for part, kind in zip(parts, kinds, strict=True):
+                if kind is not None:
+                    whole.tried[kind], whole.failed[kind] = part.tried[kind], part.failed[kind]
+        return whole
 
     def __str__(self) -> str:
         counts = [(kind, self.tried[kind], self.failed[kind]) for kind in self.tried]

@@ -54,7 +54,7 @@ def write_gguf(
     *,
     progress: bool = False,
 ) -> None:
-    """Write a model as one file, and its vision tower, in float32, as `mmproj-NAME` beside it.
+    """Write a model as one file, and before it its vision tower, in float32, as `mmproj-NAME` beside it.
 
     Raises:
         CheckpointError: weights in a format, or a tokenizer, that is not written.
@@ -74,11 +74,11 @@ def write_gguf(
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith(("v.", "mm."))}
     if (divisors := _divisors(config)) is not None:
         text[ROPE_DIVISORS] = _Written(tuple(divisors.shape), lambda: divisors)
-    kinds = {name: type_of(name, tensor.shape, type_, config.text) for name, tensor in text.items()}
-    _write(path, metadata, text, kinds, progress)
     if config.vision is not None:
         vision = {name: tensor for name, tensor in tensors.items() if name not in text}
         _write(path.with_name(f"mmproj-{path.name}"), _vision(config), vision, dict.fromkeys(vision, "F32"), progress)
+    kinds = {name: type_of(name, tensor.shape, type_, config.text) for name, tensor in text.items()}
+    _write(path, metadata, text, kinds, progress)  # the last, as its name says that all is there
 
 
 def differences(config: Llama4Config) -> list[str]:

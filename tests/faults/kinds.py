@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from PIL import Image
 from safetensors.torch import load, save
@@ -22,7 +24,10 @@ from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
+from llama4.serve.app import Server, Settings
+from llama4.serve.engine import Engine
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.vocabulary import LLAMA3
 from llama4.train.data import load_dataset
 from llama4.train.loop import Run, finetune
 from llama4.train.optimizer import AdamW
@@ -60,6 +65,11 @@ def talk(directory: Path) -> None:
     """Load a model, and let it answer."""
     llm = Llama4.from_pretrained(directory, progress=False)
     llm.chat([{"role": "user", "content": "ab <x> 1"}], max_new_tokens=1)
+
+
+def complete(directory: Path) -> None:
+    """As `talk`, of a model that was not trained to."""
+    Llama4.from_pretrained(directory, progress=False).complete("ab <x> 1", max_new_tokens=1)
 
 
 def kinds(root: Path) -> Iterator[Kind]:
@@ -139,11 +149,67 @@ def kinds(root: Path) -> Iterator[Kind]:
         llm.chat(**given, max_new_tokens=1)
 
     yield Kind("messages and tools", saved, "messages.json", ask)
+    yield from requests(Llama4.from_pretrained(hf, max_context=64, progress=False), saved)
+    yield from dense(root)
     yield from gguf(root)
     yield from quantized(root / "source", root)
     yield from adapters(llm, root)
     yield from training(llm, root)
     yield from pieces(root)
+
+
+def requests(llm: Llama4, directory: Path) -> Iterator[Kind]:
+    """What a client sends to the server: the answer is never an error of ours."""
+    question = {"role": "user", "content": "ab <x> 1"}
+    asked = {"temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["x"], "n": 1, "logprobs": True, "top_logprobs": 2}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [question], "max_tokens": 2, "tools": [tool], "tool_choice": "auto"},
+        "/v1/completions": {"prompt": ["ab", [1, 2]], "max_tokens": 2, "echo": True},
+        "/tokenize": {"messages": [question]},
+        "/detokenize": {"tokens": [1, 2]},
+    }
+    bodies["/v1/chat/completions"] |= asked | {"response_format": form, "logit_bias": {"5": 1.0}}
+
+    async def post(path: str, body: bytes) -> None:
+        engine = Engine(llm, cache_memory="8MiB")
+        try:
+            transport = httpx.ASGITransport(Server(engine, Settings("x")).app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                answer = await client.post(path, content=body, timeout=60)
+            assert answer.status_code < 500, answer.text
+            assert answer.status_code == 200 or answer.json()["error"], answer.text
+        finally:
+            engine.close()
+
+    for path, body in bodies.items():
+        file = f"{path.replace('/', '_')}.json"
+        (directory / file).write_text(json.dumps(body))
+
+        def ask(folder: Path, path: str = path, file: str = file) -> None:
+            asyncio.run(post(path, (folder / file).read_bytes()))
+
+        yield Kind(f"POST {path}", directory, file, ask)
+
+
+def dense(root: Path) -> Iterator[Kind]:
+    """Meta's files of Llama 3."""
+    directory, D, F = root / "llama3", 48, 128
+    directory.mkdir()
+    size = small_model.RANKS + LLAMA3.num_special_tokens
+    params = {"dim": D, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": size, "multiple_of": 32}
+    params |= {"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
+    (directory / "params.json").write_text(json.dumps(params))
+    shapes = {"attention.wq": (D, D), "attention.wk": (D // 2, D), "attention.wv": (D // 2, D), "attention.wo": (D, D)}
+    shapes |= {"feed_forward.w1": (F, D), "feed_forward.w2": (D, F), "feed_forward.w3": (F, D)}
+    names = {f"layers.0.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    names |= {f"layers.0.{name}.weight": torch.ones(D) for name in ("attention_norm", "ffn_norm")}
+    names |= {"norm.weight": torch.ones(D)} | {f"{n}.weight": torch.ones(size, D) for n in ("tok_embeddings", "output")}
+    torch.save(names, directory / "consolidated.00.pth")
+    small_model.write_tokenizer(directory / "tokenizer.model")
+    for file, change in (("params.json", changes.of_json), ("consolidated.00.pth", changes.of_bytes)):
+        yield Kind(f"Llama 3, {file}", directory, file, complete, change)
 
 
 def _data_url(picture: Image.Image) -> str:

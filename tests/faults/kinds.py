@@ -198,7 +198,14 @@ def dense(root: Path) -> Iterator[Kind]:
     directory, D, F = root / "llama3", 48, 128
     directory.mkdir()
     size = small_model.RANKS + LLAMA3.num_special_tokens
-    params = {"dim": D, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": size, "multiple_of": 32}
+    params: dict[str, float | bool] = {
+        "dim": D,
+        "n_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": size,
+        "multiple_of": 32,
+    }
     params |= {"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
     (directory / "params.json").write_text(json.dumps(params))
     shapes = {"attention.wq": (D, D), "attention.wk": (D // 2, D), "attention.wv": (D // 2, D), "attention.wo": (D, D)}

@@ -1,5 +1,5 @@
-"""`llama4 serve` through clients that others wrote: `pip install 'llama4[clients]'`; for JavaScript `npm install openai`, and
-LLAMA4_NODE_MODULES names its directory. Each test is skipped without its client."""
+"""`llama4 serve` through clients that others wrote: `pip install 'llama4[clients]'`, and for JavaScript `npm install
+openai` in the directory that LLAMA4_NODE_MODULES names. Each test is skipped without its client."""
 
 from __future__ import annotations
 

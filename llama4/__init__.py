@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         Llama4Error,
     )
     from llama4.inputs import Inputs, Processor
-    from llama4.integrations.accelerate import accelerate
     from llama4.model.multimodal import Llama4Model
     from llama4.serve.engine import Engine
     from llama4.text.guard import Category, Moderation
@@ -67,7 +66,6 @@ _HOMES = {
     ),
     "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
-    "llama4.integrations.accelerate": ("accelerate",),
     "llama4.model.multimodal": ("Llama4Model",),
     "llama4.engine.replies": ("Reply", "Stream", "TextDelta", "ToolCallDelta", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
@@ -114,7 +112,6 @@ __all__ = [
     "Usage",
     "VisionConfig",
     "__version__",
-    "accelerate",
     "load_image",
 ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import family_of
+from llama4.families.pictures import EarlyFusion
 from llama4.text import chat_formats
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
@@ -48,7 +49,9 @@ class Inputs:
     attention_mask: Tensor
     """[B, T] int64: 1 for tokens, 0 for padding."""
     pixel_values: Tensor | None
-    """[n, 3, A, A] float32, or None if no row has an image."""
+    """[n, 3, A, A] float32, or None if no row has an image; with layers of cross-attention [m, T, 3, A, A]."""
+    image_grids: Tensor | None = None
+    """[m, 2] int64, of such models: rows and columns of each picture's tiles."""
 
 
 class Processor:
@@ -62,6 +65,7 @@ class Processor:
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
         resize_to_max_canvas, resample, rescale_factor: see `tile_image`.
+        pictures: how the family's models take pictures.
         compose: the family's prompt format; None for a model of which nothing says that it chats.
         template: the checkpoint's own; it is used unless it writes what the family's does.
 
@@ -87,6 +91,7 @@ class Processor:
         resize_to_max_canvas: bool = False,
         resample: str = "bilinear",
         rescale_factor: float = 1 / 255,
+        pictures: EarlyFusion | None = None,
     ) -> None:
         if max_tiles < 1:
             raise ArgumentError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
@@ -98,6 +103,7 @@ class Processor:
         self.resample = resample
         self.rescale_factor = rescale_factor
         self.template = template
+        self.pictures = pictures or EarlyFusion()
         self.image_limits: ImageLimits = LIMITS
         self._compose = compose
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
@@ -116,7 +122,8 @@ class Processor:
         Raises:
             ArgumentError: an unknown format.
         """
-        vision, compose = config.vision, family_of(config).chat_format(config, tokenizer)
+        vision, family = config.vision, family_of(config)
+        compose = family.chat_format(config, tokenizer)
         if chat_format is not None:
             templates, compose = None, chat_formats.chat_format(chat_format)
         template = ChatTemplate(templates, tokenizer) if templates else None
@@ -135,6 +142,7 @@ class Processor:
             resize_to_max_canvas=vision.resize_to_max_canvas,
             resample=vision.resample,
             rescale_factor=vision.rescale_factor,
+            pictures=family.pictures,
         )
 
     def __call__(
@@ -180,7 +188,7 @@ class Processor:
             )
             rows.append(self._encode(pieces, row_tiles).ids)
             tiles += row_tiles
-        return self._pad(rows, _pixels(tiles), padding_side)
+        return self._pad(rows, tiles, padding_side)
 
     def apply_chat_template(
         self,
@@ -253,16 +261,17 @@ class Processor:
             raise Llama4Error("the prompt is empty; write the text that the model shall continue")
         prompts = [read_pieces(each, self.tokenizer) if special_tokens else [Piece(each)] for each in texts]
         bos, image = Piece(self.tokenizer.bos, special=True), Piece(IMAGE, special=True)
-        begin = [bos] if self.tokenizer.adds_bos else []
         counts = [prompt.count(image) for prompt in prompts]
         check_images(sum(counts), len(images))
         tiles = [self.tile(source) for source in images]
         remaining = iter(tiles)
+        if self.tokenizer.adds_bos:
+            prompts = [self.pictures.begun(prompt, bos) for prompt in prompts]
         rows = [
-            self._encode([*begin, *prompt] if prompt[0] != bos else prompt, [next(remaining) for _ in range(count)]).ids
+            self._encode(prompt, [next(remaining) for _ in range(count)]).ids
             for prompt, count in zip(prompts, counts, strict=True)
         ]
-        return self._pad(rows, _pixels(tiles), padding_side)
+        return self._pad(rows, tiles, padding_side)
 
     def infill(self, prefix: str, suffix: str) -> Inputs:
         """What comes before and after a gap, for a model to fill it, as Code Llama was trained.
@@ -280,7 +289,7 @@ class Processor:
         pieces = [Piece(self.tokenizer.bos, special=True), before, Piece(prefix), after]
         ids = encode(filter(lambda piece: piece.text, pieces), self.tokenizer).ids
         ids += [*self.tokenizer.encode(suffix, blank=False), self.tokenizer.special(middle.text)]
-        return self._pad([ids], None, "left")
+        return self._pad([ids], (), "left")
 
     def read(self, messages: Sequence[Message]) -> tuple[list[ParsedMessage], list[Tiles]]:
         """One conversation, checked, with the tiles of its images.
@@ -297,7 +306,7 @@ class Processor:
         Raises:
             Llama4Error: there are more or fewer tiles than places for images; the tokenizer lacks a special token.
         """
-        return self._pad([self._encode(pieces, tiles).ids], _pixels(tiles), "left")
+        return self._pad([self._encode(pieces, tiles).ids], tiles, "left")
 
     def tile(self, source: Any) -> Tiles:
         """Read one image and cut it into tiles.
@@ -318,6 +327,7 @@ class Processor:
             resize_to_max_canvas=self.resize_to_max_canvas,
             resample=self.resample,
             rescale_factor=self.rescale_factor,
+            **self.pictures.tiling,
         )
 
     def render(
@@ -416,26 +426,24 @@ class Processor:
         return agrees(self.template, self._compose, self.tokenizer.bos)
 
     def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
-        return encode(pieces, self.tokenizer, [(image.rows, image.cols) for image in tiles], self.tokens_per_tile)
+        grids = [(image.rows, image.cols) for image in tiles]
+        return encode(pieces, self.tokenizer, grids, self.tokens_per_tile, self.pictures.token_ids)
 
-    def _pad(self, rows: Sequence[Sequence[int]], pixel_values: Tensor | None, side: PaddingSide) -> Inputs:
+    def _pad(self, rows: Sequence[Sequence[int]], tiles: Sequence[Tiles], side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):
             raise ArgumentError(f"padding_side is {side!r}; it must be 'left' or 'right'")
+        pictures = self.pictures.tensors(tiles, self.max_tiles)
         longest = max(map(len, rows))
         if all(len(row) == longest for row in rows):  # no padding, and no need of a padding token
             input_ids = torch.tensor(rows)
-            return Inputs(input_ids, torch.ones_like(input_ids), pixel_values)
+            return Inputs(input_ids, torch.ones_like(input_ids), *pictures)
         input_ids = torch.full((len(rows), longest), self.tokenizer.pad_id)
         attention_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):
             place = slice(longest - len(row), None) if side == "left" else slice(len(row))
             input_ids[i, place] = torch.tensor(row)
             attention_mask[i, place] = 1
-        return Inputs(input_ids, attention_mask, pixel_values)
-
-
-def _pixels(tiles: Sequence[Tiles]) -> Tensor | None:
-    return torch.cat([image.pixel_values for image in tiles]) if tiles else None
+        return Inputs(input_ids, attention_mask, *pictures)
 
 
 def _is_batch(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> bool:

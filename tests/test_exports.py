@@ -58,7 +58,6 @@ def test_public_names() -> None:
         "Usage",
         "VisionConfig",
         "__version__",
-        "accelerate",
         "load_image",
     }
 

@@ -98,3 +98,7 @@ class VisionConfig:
         patches = self.num_channels * self.patch_size**2 * width
         embeddings = width + (self.num_patches + 1) * width + 4 * width
         return patches + embeddings + self.num_hidden_layers * layer + mlp * out + out * out
+
+    def projection_parameters(self, hidden_size: int) -> int:
+        """Parameters of the projection into a decoder of this width."""
+        return self.vision_output_dim * hidden_size

@@ -49,14 +49,21 @@ class PatchEmbedding(nn.Module):
         return out
 
 
-class VisionAttention(nn.Module):
-    """Full attention among the patches of one tile, with 2-D RoPE; all four projections have biases."""
+class Projections(nn.Module):
+    """The matrices of attention."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, bias: bool) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         width = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias) for _ in range(4))
+
+
+class VisionAttention(Projections):
+    """Full attention among the patches of one tile, with 2-D RoPE; all four projections have biases."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config, bias=True)
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
@@ -131,6 +138,9 @@ class VisionModel(nn.Module):
         self.model = VisionEncoder(config)
         self.layernorm_post = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.vision_adapter = VisionAdapter(config)
+
+    def set_run_layer(self, run_layer: Callable[..., Tensor]) -> None:
+        self.model.run_layer = run_layer
 
     def encode(self, pixels_n3AA: Tensor) -> Tensor:
         """Features of the single patches, before the adapter: [n, P, W]."""

@@ -52,13 +52,19 @@ def tokens_per_tile(tile: int, patch: int, pixel_shuffle_ratio: float = 0.5) -> 
 
 
 def best_canvas(
-    height: int, width: int, tile: int = 336, max_tiles: int = 16, largest: bool = False
+    height: int,
+    width: int,
+    tile: int = 336,
+    max_tiles: int = 16,
+    largest: bool = False,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[int, int]:
     """The grid (rows, cols) of at most `max_tiles` tiles that an image of `height` x `width` pixels is resized into.
 
     With scale = min(rows * tile / height, cols * tile / width): the smallest scale >= 1 if there is one, else, or if
-    `largest`, the largest of all; among equal scales the fewest tiles. Scales are compared in float32, as the
-    references do: in large images two fractions that differ by less than its precision are equal.
+    `largest`, the largest of all; among equal scales the fewest tiles. Scales are compared in float32, as Llama 4's
+    references do: in large images two fractions that differ by less than its precision are equal. Llama 3.2's compare
+    in float64.
 
     Raises:
         Llama4Error: an image without pixels, or a size below 1.
@@ -68,7 +74,7 @@ def best_canvas(
     if tile < 1 or max_tiles < 1:
         raise Llama4Error(f"tile side {tile} and max_tiles {max_tiles} must both be at least 1")
     grids = torch.tensor([(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)])
-    sides = (grids * tile).to(torch.float32)
+    sides = (grids * tile).to(precision)
     scales = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
     enlarging = scales[scales >= 1]
     chosen = enlarging.min() if enlarging.numel() and not largest else scales.max()
@@ -95,11 +101,14 @@ def tile_image(
     resize_to_max_canvas: bool = False,
     resample: str = "bilinear",
     rescale_factor: float = 1 / 255,
+    global_tile: bool = True,
+    precision: torch.dtype = torch.float32,
 ) -> Tiles:
     """Resize with the aspect ratio kept, pad right and below with black, normalise, and cut into tiles.
 
     An image is enlarged at most until its longer side is a tile's, unless `resize_to_max_canvas`. If there is more than
-    one tile, a global tile comes last: the whole image resized to one tile, its aspect ratio not kept.
+    one tile, and `global_tile`, a global tile comes last: the whole image resized to one tile, its aspect ratio not
+    kept.
 
     Args:
         image: an RGB image (see `load_image`).
@@ -108,6 +117,7 @@ def tile_image(
         mean, std: of the normalisation (x * rescale_factor - mean) / std, for all channels or one each.
         resize_to_max_canvas: enlarge as far as `max_tiles` allow. Sizes are exact, as in Meta's code; transformers
             rounds to float32 there, and has one pixel less in some.
+        precision: in which grids are compared, see `best_canvas`.
         resample: filter of both resizes: bilinear, bicubic and lanczos with antialiasing, or nearest-exact.
 
     Raises:
@@ -116,7 +126,7 @@ def tile_image(
     if image.mode != "RGB":
         raise Llama4Error(f"tile_image needs an RGB image, this one is {image.mode}; pass it through load_image first")
     width, height = image.size
-    rows, cols = best_canvas(height, width, tile, max_tiles, largest=resize_to_max_canvas)
+    rows, cols = best_canvas(height, width, tile, max_tiles, resize_to_max_canvas, precision)
     canvas_height, canvas_width = rows * tile, cols * tile
     pixels = _pixels(image)
 
@@ -128,7 +138,7 @@ def tile_image(
     canvas[:, : resized.shape[1], : resized.shape[2]] = resized
 
     tiles = canvas.view(3, rows, tile, cols, tile).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, tile, tile)
-    if rows * cols > 1:
+    if rows * cols > 1 and global_tile:
         tiles = torch.cat([tiles, _resize(pixels, tile, tile, resample).unsqueeze(0)])
     return Tiles(_normalise(tiles, rescale_factor, mean, std), rows, cols)
 

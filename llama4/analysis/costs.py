@@ -18,6 +18,7 @@ from llama4.config.window import most_visible_tokens, visible_pairs
 from llama4.families.names import HEAD
 from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
 from llama4.quantization.weight import WeightFormat
+from llama4.vision.tiled_config import TiledVisionConfig
 
 _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -27,13 +28,17 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """The decoder's parameters as the model names them: Linear weights [O, I], experts [E, I, O]."""
     D, C = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * C, config.num_key_value_heads * C
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.num_embeddings, D)}
     for i in range(config.num_hidden_layers):
         layer = _LAYER.format(i)
+        attention = f"{layer}{'cross' if config.is_cross(i) else 'self'}_attn."
+        if config.is_cross(i):
+            shapes |= {f"{attention}{norm}_norm.weight": (C,) for norm in "qk"}
+            shapes |= {f"{layer}cross_attn_{gate}_gate": (1,) for gate in ("attn", "mlp")}
         for part, rows, columns in (("q", queries, D), ("k", keys, D), ("v", keys, D), ("o", D, queries)):
-            shapes[f"{layer}self_attn.{part}_proj.weight"] = (rows, columns)
+            shapes[f"{attention}{part}_proj.weight"] = (rows, columns)
             if config.attention_bias:
-                shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
+                shapes[f"{attention}{part}_proj.bias"] = (rows,)
         forward, width = f"{layer}feed_forward.", config.intermediate_size_mlp
         if config.mlp_bias and not config.uses_experts(i):
             shapes |= {f"{forward}{part}_proj.bias": (width,) for part in ("gate", "up")}
@@ -94,7 +99,7 @@ def share_per_token(config: TextConfig, name: str) -> float:
     if re.search(r"\.experts\.\w+$", name):
         return config.num_experts_per_tok / config.num_local_experts
     if name == EMBEDDING and not config.tie_word_embeddings:
-        return 1 / config.vocab_size
+        return 1 / config.num_embeddings
     return 1.0
 
 
@@ -137,6 +142,15 @@ def layer_cache_bytes(
     return blocks * CACHE_BLOCK * key_value_bytes(config, layer, dtype, cache_dtype)
 
 
+def picture_cache_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
+    """Bytes that layers of cross-attention keep of a picture of the most tiles."""
+    vision, text = config.vision, config.text
+    if not isinstance(vision, TiledVisionConfig):
+        return 0
+    keys = vision.max_tiles * vision.keys_per_tile
+    return 2 * keys * len(text.cross_layers) * text.num_key_value_heads * text.head_dim * getattr(torch, dtype).itemsize
+
+
 def key_value_bytes(config: TextConfig, layer: int, dtype: str = "bfloat16", cache_dtype: str = "auto") -> int:
     """Bytes of one token's keys and values in one layer."""
     wanted = cache_dtype if config.window(layer) is None else "auto"
@@ -166,7 +180,7 @@ def parameter_flops(config: TextConfig) -> dict[str, float]:
 
 def attention_flops(config: TextConfig, tokens: int) -> int:
     """FLOPs of attention over a whole prompt: 4 C for every query head and every pair of a token and one it sees."""
-    windows = (config.window(i) for i in range(config.num_hidden_layers))
+    windows = (config.window(i) for i in config.self_layers)
     return _attention_flops(config, (visible_pairs(tokens, window) for window in windows))
 
 

@@ -241,11 +241,12 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
     """
     text, vision = config.text, config.vision
     window, total = text.max_position_embeddings, config.num_parameters()
-    growing = (i for i in range(text.num_hidden_layers) if text.window(i) is None)
+    growing = (i for i in text.self_layers if text.window(i) is None)
     facts: dict[str, Any] = {
         "layers": text.num_hidden_layers,
         "layers_with_experts": len(text.moe_layers or ()),
-        "layers_without_rope": text.num_hidden_layers - sum(text.no_rope_layers or ()),
+        "layers_without_rope": len(text.self_layers) - sum(text.no_rope_layers or ()),
+        "layers_of_cross_attention": len(text.cross_layers),
         "hidden_size": text.hidden_size,
         "attention_heads": text.num_attention_heads,
         "key_value_heads": text.num_key_value_heads,
@@ -257,7 +258,6 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
         "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
         "window": window,
         "attention_chunk": text.attention_chunk_size,
-        "sliding_window": text.sliding_window,
         "cache_bytes_per_token": sum(costs.key_value_bytes(text, i) for i in growing),
         "cache_bytes_full": costs.cache_bytes(text, window),
         "vision": None,
@@ -280,6 +280,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
             "tile": vision.image_size,
             "max_tiles": vision.max_tiles,
             "tokens_per_tile": vision.tokens_per_tile,
+            "picture_cache_bytes": costs.picture_cache_bytes(config),
         }
     return facts
 
@@ -288,7 +289,8 @@ def table(name: str, facts: dict[str, Any]) -> str:
     """The facts as lines of text."""
     lines = {
         "layers": f"{facts['layers']}, {facts['layers_with_experts']} with experts, "
-        f"{facts['layers_without_rope']} without RoPE",
+        f"{facts['layers_without_rope']} without RoPE"
+        + (f", {crossing} of cross-attention" if (crossing := facts["layers_of_cross_attention"]) else ""),
         "width": f"{facts['hidden_size']}, {facts['attention_heads']} query and {facts['key_value_heads']} key heads",
         "experts": f"{facts['experts']}, {facts['experts_per_token']} per token, and a shared one"
         if facts["experts_per_token"]
@@ -298,8 +300,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
         "active": f"{facts['active_parameters']:,} ({count_text(facts['active_parameters'])}) per token",
         "weights": ", ".join(f"{bytes_text(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
         "window": f"{facts['window']:,} tokens"
-        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else "")
-        + (f", of which a token sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""),
+        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else ""),
         "cache": f"{bytes_text(facts['cache_bytes_per_token'])} per token, {bytes_text(facts['cache_bytes_full'])} at "
         "the full window, in bfloat16",
     }
@@ -311,8 +312,12 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if vision := facts["vision"]:
         lines["vision"] = (
             f"{vision['layers']} layers, width {vision['hidden_size']}, up to {vision['max_tiles']} tiles of "
-            f"{vision['tile']} pixels and a global one, {vision['tokens_per_tile']} tokens each"
+            f"{vision['tile']} pixels"
         )
+        if cached := vision["picture_cache_bytes"]:
+            lines["vision"] += f"; a picture is one token, and takes up to {bytes_text(cached)} in the cache"
+        else:
+            lines["vision"] += f" and a global one, {vision['tokens_per_tile']} tokens each"
     else:
         lines["vision"] = "none"
     if stored := facts.get("quantization"):

@@ -127,7 +127,8 @@ class Memory:
 
     Attributes:
         weights: scales of quantized parameters and the vision tower included.
-        full_cache: keys and values of the layers that see the whole context.
+        full_cache: keys and values of the layers that see the whole context, and of one picture of the most tiles where
+            layers of cross-attention keep them.
         chunked_cache: of the chunked layers, when a chunk is full.
         activations: of one piece of a prompt.
     """
@@ -164,14 +165,14 @@ def memory(placement: Placement, context: int) -> Memory:
     """The memory that a sequence of `context` tokens needs on each device."""
     text = placement.config.text
     full = chunked = 0
-    for i in range(text.num_hidden_layers):
+    for i in text.self_layers:
         window = text.window(i)
         most = most_visible_tokens(context, window)
         held = costs.layer_cache_bytes(text, i, most, placement.dtype, placement.cache_dtype)
         full, chunked = (full + held, chunked) if window is None else (full, chunked + held)
     return Memory(
         weights=_per_device(placement, lambda name: 1.0) + costs.vision_bytes(placement.config, placement.dtype),
-        full_cache=full / placement.devices,
+        full_cache=(full + costs.picture_cache_bytes(placement.config, placement.dtype)) / placement.devices,
         chunked_cache=chunked / placement.tensor_parallel,
         activations=_activations(placement, context),
     )
@@ -302,7 +303,7 @@ def describe(name: str, placement: Placement, context: int, rates: Rates) -> dic
     """The figures of `llama4 plan`, ready for JSON; bytes, tokens, seconds."""
     need, spent = memory(placement, context), times(placement, context, rates)
     it_fits = fits(placement, context)
-    windows = [placement.config.text.window(i) for i in range(placement.config.text.num_hidden_layers)]
+    windows = [placement.config.text.window(i) for i in placement.config.text.self_layers]
     return {
         "model": name,
         "context": context,

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from llama4.cache.pictures import Sight
 from llama4.config.window import chunk_end, chunk_start
 from llama4.errors import Llama4Error
 
@@ -26,10 +27,7 @@ class Span:
     first `past` slots of the row in the cache of a layer with this window, behind which they go.
 
     `is_last` says that the row's next token may see them: of a row that crosses chunk borders only the last chunk is
-    kept. With a window that slides nothing is cut, and `past` is what the first of them sees.
-
-    Attributes:
-        before: tokens of the row's sequence before them.
+    kept.
     """
 
     row: int
@@ -37,7 +35,6 @@ class Span:
     end: int
     past: int
     is_last: bool
-    before: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Batch:
         columns: T.
         positions_N: position of each packed token.
         index_N: flat places b * T + t of the packed tokens; None if nothing is padded.
+        sight: what layers of cross-attention see; None if no token sees a picture.
     """
 
     start: tuple[int, ...]
@@ -61,6 +59,7 @@ class Batch:
     columns: int
     positions_N: Tensor
     index_N: Tensor | None
+    sight: Sight | None = None
     _spans: dict[int | None, list[Span]] = field(default_factory=dict)
     _key_lengths: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -118,8 +117,7 @@ class Batch:
             while position < end:
                 border = min(end, chunk_end(position, window) or end)
                 begin, past = offset + position - first, position - chunk_start(position, window, self.start[row])
-                before = position - self.start[row]
-                yield Span(row, begin, begin + border - position, past, is_last=border == end, before=before)
+                yield Span(row, begin, begin + border - position, past, is_last=border == end)
                 position = border
             offset += length
 

@@ -77,5 +77,5 @@ def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 def is_shareable(cache: SequenceCache) -> bool:
     """Whether a chunk of every layer is a whole number of blocks: else positions do not fill the same blocks
-    everywhere."""
-    return all(window is None or window % CACHE_BLOCK == 0 for window in cache.windows)
+    everywhere. What layers of cross-attention see is in no block."""
+    return not cache.cross_layers and all(window is None or window % CACHE_BLOCK == 0 for window in cache.windows)

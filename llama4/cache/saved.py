@@ -1,4 +1,4 @@
-"""A cache of one sequence as a file: safetensors, with a tensor of bytes per layer and block.
+"""A cache of one sequence as a file: safetensors, with a tensor of bytes per layer and block, or picture.
 
 A file is untrusted: what its header says is compared with the model before anything of it is read, and what is read
 with a checksum before the model's cache changes.
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4.cache.formats import Unquantized
+from llama4.cache.pictures import Picture
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.errors import Llama4Error
@@ -24,6 +25,7 @@ from llama4.progress import Bar
 from llama4.reading import check_safetensors
 
 _TOKENS = "tokens"
+_PICTURE = "picture.{}.{}"
 _VERSION = "3"
 _DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -46,7 +48,12 @@ def save_cache(path: Path, cache: SequenceCache, tokens: Tensor, model: str, pro
     for i, (layer, used) in enumerate(zip(cache.layers, slots, strict=True)):
         for j, block in enumerate(layer.used_blocks(0, used)):
             tensors[f"{i}.{j}"] = block.cpu()
+    for i, picture in enumerate(cache.pictures[0]):
+        for j, keys_values in enumerate(picture.layers):
+            tensors[_PICTURE.format(i, j)] = keys_values.cpu().contiguous().view(torch.uint8)
     metadata = {"version": _VERSION, "model": model, "first": str(start), **_layout(cache)}
+    if cache.pictures[0]:
+        metadata["pictures"] = " ".join(str(picture.position) for picture in cache.pictures[0])
     metadata["rope_length"] = str(cache.rope_lengths[0])
     metadata["checksum"] = _checksum(metadata, tensors)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -100,13 +107,20 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
             start, end = int(first), int(first) + length[0]
             counts = cache.num_blocks(start, end)
             names = [[f"{i}.{j}" for j in range(count)] for i, count in enumerate(counts)]
-            if len(keys) != 1 + sum(counts):
-                raise _damaged(path, f"it has {len(keys) - 1} blocks; {length[0]} tokens take {sum(counts)}")
+            places = _positions(path, metadata, start, end)
+            seen = [[_PICTURE.format(i, j) for j in range(len(cache.cross_layers))] for i in range(len(places))]
+            wanted = sum(counts) + sum(map(len, seen))
+            if len(keys) != 1 + wanted:
+                raise _damaged(path, f"it has {len(keys) - 1} blocks; {length[0]} tokens take {wanted}")
             for layer, of_layer in zip(cache.layers, names, strict=True):
                 for name in of_layer:
                     if (found := shape(name, "U8")) != [layer.block_bytes]:
                         raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
-            tensors = {name: file.get_tensor(name) for name in (_TOKENS, *(n for of_layer in names for n in of_layer))}
+            for of_picture in seen:
+                if len({tuple(_check_picture(path, name, shape(name, "U8"), cache)) for name in of_picture}) > 1:
+                    raise _damaged(path, f"the keys of a picture, {of_picture[0]} and others, differ in number")
+            blocks = (name for group in (*names, *seen) for name in group)
+            tensors = {name: file.get_tensor(name) for name in (_TOKENS, *blocks)}
     except FileNotFoundError:
         raise Llama4Error(
             f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote"
@@ -115,8 +129,28 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
         raise Llama4Error(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its content does not have its checksum")
-    cache.restore(start, end, int(rope_length), [[tensors[name] for name in of_layer] for of_layer in names])
+    pictures = [
+        Picture(place, tuple(tensors[name].view(cache.dtype).to(cache.device) for name in of_picture))
+        for place, of_picture in zip(places, seen, strict=True)
+    ]
+    cache.restore(start, end, int(rope_length), [[tensors[name] for name in group] for group in names], pictures)
     return tensors[_TOKENS]
+
+
+def _positions(path: str | Path, metadata: dict[str, str], start: int, end: int) -> list[int]:
+    """Of the tokens that stand for pictures."""
+    words = metadata.get("pictures", "").split()
+    places = [int(word) if word.isdecimal() else -1 for word in words]
+    if places != sorted(set(places)) or not all(start <= place < end for place in places):
+        raise _damaged(path, f"its pictures are at {words}")
+    return places
+
+
+def _check_picture(path: str | Path, name: str, found: list[int], cache: SequenceCache) -> list[int]:
+    heads, width = cache.picture_shape
+    if len(found) != 4 or found[:2] != [2, heads] or found[2] < 1 or found[3] != width * cache.dtype.itemsize:
+        raise _damaged(path, f"{name} is {found}, but must be [2, {heads}, keys, {width * cache.dtype.itemsize}]")
+    return found
 
 
 def _check_metadata(path: str | Path, metadata: dict[str, str], cache: SequenceCache, model: str) -> None:

@@ -1,5 +1,5 @@
 """The key/value cache of a batch of sequences: a chunked layer never holds more than one chunk, a NoPE layer every
-token, and one with a sliding window as many as that.
+token.
 
 At a chunk border a layer's slots count anew and the old chunk is dropped, so attention reads slots [0, past + new) and
 needs no mask.
@@ -10,6 +10,7 @@ Shapes: B rows.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.cache.layer import LayerCache
+from llama4.cache.pictures import Picture, before
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
-from llama4.config.window import Sliding, chunk_offset, chunk_start, held_tokens, slot_of
+from llama4.config.window import chunk_offset, chunk_start
 from llama4.errors import Llama4Error
 
 
@@ -33,8 +35,13 @@ class SequenceCache:
             those for this length, where they depend on it: keys in the cache are rotated already.
         version: a number that grows with every change.
         is_consistent: false while a forward is adding tokens, and for good if that broke off.
-        windows: the window of each layer.
-        layers: the keys and values of each layer.
+        windows: the window of each layer whose keys come from tokens.
+        layers: the keys and values of each of these.
+        pictures: of each row those that layers of cross-attention see, in the model's dtype.
+        cross_layers: which layers of the decoder these are.
+        picture_shape: heads and width of their keys.
+        picture_bytes: bytes of one key and value in all of them.
+        device, dtype: of the model.
     """
 
     def __init__(
@@ -66,10 +73,15 @@ class SequenceCache:
         self.version = 0
         self.is_consistent = True
         self._last_logits: tuple[int, Tensor] | None = None
-        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        self.windows = [config.window(i) for i in config.self_layers]
+        self.cross_layers = config.cross_layers
+        self.pictures: tuple[tuple[Picture, ...], ...] = ((),) * batch_size
+        self.device, self.dtype = device, dtype
+        self.picture_shape = config.num_key_value_heads, config.head_dim
+        self.picture_bytes = 2 * len(self.cross_layers) * math.prod(self.picture_shape) * dtype.itemsize
         full_device = full_device or device
         pinned = full_device.type == "cpu" and device.type == "cuda"  # a GPU reads that without the host's help
-        pool = pool or BlockPool()
+        self.pool = pool = pool or BlockPool()
         self.layers = [
             LayerCache(batch_size, config, format or Unquantized(dtype), full_device, pool, pinned)
             if window is None
@@ -93,11 +105,12 @@ class SequenceCache:
     def num_bytes(self) -> int:
         """Bytes that the keys and values occupy now, what rows share counted once."""
         blocks = {id(b): b.numel() for layer in self.layers for blocks in layer.rows for b in blocks}
-        return sum(blocks.values())
+        pictures = {id(picture): picture.num_bytes for row in self.pictures for picture in row}
+        return sum(blocks.values()) + sum(pictures.values())
 
     def cached_tokens(self, row: int, end: int, window: int | None) -> int:
-        """Slots of a row that are kept in a layer for its next token, at position `end`; none if it begins a chunk."""
-        return held_tokens(end, window, self.start[row])
+        """Slots of a row that its next token, at position `end`, reads in a layer; none if it begins a chunk."""
+        return end - chunk_start(end, window, self.start[row])
 
     def begin_write(self) -> None:
         """Say that keys and values of new tokens are about to be written."""
@@ -106,19 +119,34 @@ class SequenceCache:
 
     def num_blocks(self, start: int, next_position: int) -> list[int]:
         """Blocks of each layer that hold what a row from `start` to `next_position` keeps."""
-        slots = [held_tokens(next_position, window, start) for window in self.windows]
+        slots = [next_position - chunk_start(next_position, window, start) for window in self.windows]
         return [layer.num_blocks(count) for layer, count in zip(self.layers, slots, strict=True)]
+
+    def add_pictures(self, new: Sequence[Sequence[Picture]]) -> None:
+        """Keep the new pictures of each row, once all layers have their keys and values."""
+        for picture in (each for row in new for each in row):
+            for layer in picture.layers:
+                self.pool.count(layer)
+        self.pictures = tuple((*known, *added) for known, added in zip(self.pictures, new, strict=True))
 
     def announce(self, lengths: Sequence[int]) -> None:
         """Say how long the prompts of rows that have not begun are, before they come in pieces."""
         self.rope_lengths = tuple(known or length for known, length in zip(self.rope_lengths, lengths, strict=True))
 
-    def restore(self, start: int, next_position: int, rope_length: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+    def restore(
+        self,
+        start: int,
+        next_position: int,
+        rope_length: int,
+        blocks: Sequence[Sequence[Tensor]],
+        pictures: Sequence[Picture] = (),
+    ) -> None:
         """Replace what the only row holds by copies of the blocks of another cache. Nothing changes if they do not fit.
 
         Args:
             start, next_position, rope_length: of the other cache.
             blocks: of each layer, as many as `num_blocks` says, uint8.
+            pictures: in order.
 
         Raises:
             Llama4Error: positions that cannot be; blocks of another number, size or dtype.
@@ -140,6 +168,8 @@ class SequenceCache:
         self._last_logits = None
         for layer, given in zip(self.layers, blocks, strict=True):
             layer.restore(0, given)
+        self.pictures = ((),)
+        self.add_pictures([pictures])
         self.commit((start,), (next_position,), (rope_length,))
 
     def commit(self, start: tuple[int, ...], next_position: tuple[int, ...], rope_lengths: tuple[int, ...]) -> None:
@@ -169,6 +199,7 @@ class SequenceCache:
         self.start, self.next_position, self.rope_lengths = (
             tuple(values[row] for row in rows) for values in (self.start, self.next_position, self.rope_lengths)
         )
+        self.pictures = tuple(self.pictures[row] for row in rows)
         for layer in self.layers:
             layer.select_rows(rows)
         self._last_logits = self._last_logits if len(rows) == 1 else None
@@ -182,26 +213,13 @@ class SequenceCache:
         other.start, other.next_position, other.rope_lengths = (
             tuple(values[row] for row in rows) for values in (self.start, self.next_position, self.rope_lengths)
         )
+        other.pictures = tuple(self.pictures[row] for row in rows)
         other.layers = [
             layer.fork(rows, [self.cached_tokens(row, self.next_position[row], window) for row in rows])
             for layer, window in zip(self.layers, self.windows, strict=True)
         ]
         other._last_logits = self._last_logits if len(rows) == 1 else None
-        other._detach_rings()
         return other
-
-    def _next_slot(self, row: int, window: int | None) -> int:
-        """Where the next token of a row goes in a layer."""
-        return slot_of(self.next_position[row], window, self.start[row])
-
-    def _detach_rings(self) -> None:
-        """Rings that have come round write to full blocks, which may be shared: each has its own from its first slot on
-        (see `LayerCache.write_ring`), and the one in the middle of which they are, here."""
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            if isinstance(window, Sliding):
-                for row, length in enumerate(self.lengths):
-                    if length >= window and (slot := self._next_slot(row, window)) % CACHE_BLOCK:
-                        layer.detach(row, slot)
 
     def truncate(self, length: int) -> int:
         """Forget all but the first `length` tokens of the only row.
@@ -213,17 +231,13 @@ class SequenceCache:
         start, next_position = self.start[0], self.next_position[0]
         position = min(start + length, next_position)
         for window in set(self.windows):
-            if isinstance(window, Sliding):  # a ring has one token more than the next one sees
-                lacks = next_position - start > window and position < next_position - 1
-                position = start if lacks else position
-                continue
             is_dropped = chunk_start(position, window) < chunk_start(next_position, window)
             if is_dropped and chunk_offset(position, window):
                 position = chunk_start(position, window, start)
         for layer, window in zip(self.layers, self.windows, strict=True):
             layer.truncate(0, self.cached_tokens(0, position, window))
         self.next_position = (position,)
-        self._detach_rings()
+        self.pictures = (before(self.pictures[0], position),)
         self.rope_lengths = self.rope_lengths if position > start else (0,)
         if self._last_logits is not None and self._last_logits[0] > position - start:
             self._last_logits = None
@@ -237,6 +251,7 @@ class SequenceCache:
         joined.start = tuple(start for cache in caches for start in cache.start)
         joined.next_position = tuple(position for cache in caches for position in cache.next_position)
         joined.rope_lengths = tuple(length for cache in caches for length in cache.rope_lengths)
+        joined.pictures = tuple(pictures for cache in caches for pictures in cache.pictures)
         joined.is_consistent = all(cache.is_consistent for cache in caches)
         joined.layers = [LayerCache.join(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
         joined._last_logits = None
@@ -255,7 +270,7 @@ class SequenceCache:
         """Bytes of the blocks that a row takes for so many more tokens, which begin no chunk but with the first."""
         total = 0
         for window, size in self._block_bytes.items():
-            past = self._next_slot(row, window)
+            past = self.cached_tokens(row, self.next_position[row], window)
             total += (LayerCache.num_blocks(past + tokens) - LayerCache.num_blocks(past)) * size
         return total
 
@@ -276,7 +291,7 @@ class SequenceCache:
 
         Every window is a whole number of blocks, and the row begins at position 0.
         """
-        offsets = [slot_of(index * CACHE_BLOCK, window) // CACHE_BLOCK for window in self.windows]
+        offsets = [chunk_offset(index * CACHE_BLOCK, window) // CACHE_BLOCK for window in self.windows]
         return [layer.rows[row][offset] for layer, offset in zip(self.layers, offsets, strict=True)]
 
     def share(self, blocks: Sequence[Sequence[Tensor]]) -> None:
@@ -284,8 +299,6 @@ class SequenceCache:
         assert self.batch_size == 1 and self.next_position == (0,)
         end = len(blocks) * CACHE_BLOCK
         for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
-            first = (end - held_tokens(end, window)) // CACHE_BLOCK
-            kept = [block[i] for block in blocks[first:]]
-            turn = first % len(kept) if kept and isinstance(window, Sliding) else 0
-            layer.rows[0][:] = kept[len(kept) - turn :] + kept[: len(kept) - turn]
+            first = chunk_start(end, window) // CACHE_BLOCK
+            layer.rows[0][:] = [block[i] for block in blocks[first:]]
         self.commit((0,), (end,), self.rope_lengths)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llama4.cache.batch import Batch
 from llama4.cache.layer import LayerCache
+from llama4.cache.pictures import Picture, PictureView
 from llama4.cache.sequence import SequenceCache
-from llama4.config.window import Sliding
 
 
 class LayerView:
@@ -24,23 +24,17 @@ class LayerView:
     def __init__(self, cache: SequenceCache, layer: int, batch: Batch) -> None:
         self._cache = cache
         self.blocks: LayerCache = cache.layers[layer]
-        self._window = cache.windows[layer]
-        self._spans = [span for span in batch.spans(self._window) if span.is_last]
+        self._spans = [span for span in batch.spans(cache.windows[layer]) if span.is_last]
 
     def write(self, k_NKC: Tensor, v_NKC: Tensor) -> None:
         """Write the keys and values of the batch. Of a row that crosses chunk borders only the last chunk is kept: no
         token will see the others again."""
         self._cache.begin_write()
         for span in self._spans:
-            k, v = k_NKC[span.begin : span.end], v_NKC[span.begin : span.end]
-            if isinstance(self._window, Sliding):
-                self.blocks.write_ring(span.row, span.before, self._window, k, v)
-            else:
-                self.blocks.write(span.row, span.past, k, v)
+            self.blocks.write(span.row, span.past, k_NKC[span.begin : span.end], v_NKC[span.begin : span.end])
 
     def reserve(self) -> Tensor:
-        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table. No ring has come
-        to its end."""
+        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table."""
         for span in self._spans:
             self.blocks.reserve(span.row, span.past, span.end - span.begin)
         return self.blocks.block_table()
@@ -48,14 +42,35 @@ class LayerView:
 
 class CacheView:
     """A cache for the tokens of one batch. `commit` comes after all layers are written, or a kernel that writes does
-    both: after `reserve_step`, `SequenceCache.commit_step` counts what it wrote."""
+    both: after `reserve_step`, `SequenceCache.commit_step` counts what it wrote.
+
+    Attributes:
+        layers: those whose keys come from tokens.
+        cross_layers: those whose keys come from pictures.
+        of_layer: each layer of the decoder, of one or the other kind.
+    """
 
     def __init__(self, cache: SequenceCache, batch: Batch) -> None:
         self.cache, self.batch = cache, batch
         self.layers = [LayerView(cache, i, batch) for i in range(len(cache.layers))]
+        self.cross_layers = [PictureView(cache.pictures, i) for i in range(len(cache.cross_layers))]
+        tokens, pictures = iter(self.layers), iter(self.cross_layers)
+        count = len(self.layers) + len(self.cross_layers)
+        self.of_layer = [next(pictures) if i in cache.cross_layers else next(tokens) for i in range(count)]
 
     def commit(self) -> None:
-        """Count the batch's tokens."""
+        """Count the batch's tokens, and its pictures."""
+        sight = self.batch.sight
+        if sight is not None:
+            self.cache.add_pictures(
+                [
+                    [
+                        Picture(picture.position, tuple(layer.new[row][i] for layer in self.cross_layers))
+                        for i, picture in enumerate(pictures)
+                    ]
+                    for row, pictures in enumerate(sight.new)
+                ]
+            )
         self.cache.commit(self.batch.start, self.batch.next_position, self.batch.rope_lengths)
 
     def reserve_step(self) -> list[Tensor]:

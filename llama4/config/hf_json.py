@@ -25,7 +25,8 @@ MODEL_TYPES = ("llama4", "llama4_text")
 """`model_type` of what is read here: a multimodal model, or the decoder alone."""
 OTHER_MODELS = {
     "llama4": "a part of Llama 4 alone",
-    "mllama": "Llama 3.2 Vision",
+    "mllama": "a part of Llama 3.2 Vision alone",
+    "mistral": "a model of Mistral AI",
     "ministral": "a model of Mistral AI",
     "mixtral": "a model of Mistral AI",
     "pixtral": "a model of Mistral AI",

@@ -79,13 +79,24 @@ def read_image_files(
     return read_image_config(preprocessor, vision)
 
 
-def read_image_config(content: Mapping[str, Any], vision: VisionConfig, place: str = IMAGE_FILE) -> dict[str, Any]:
-    """Raises:
-    ConfigError: a value that cannot be.
+def read_image_config(
+    content: Mapping[str, Any],
+    vision: VisionConfig,
+    place: str = IMAGE_FILE,
+    table: FieldTable = IMAGE,
+    max_tiles: str = "max_patches",
+) -> dict[str, Any]:
+    """Args:
+        place: the file, and the object in it, for errors.
+        table: its fields.
+        max_tiles: the field that says how many tiles a picture may have.
+
+    Raises:
+        ConfigError: a value that cannot be.
     """
     if not isinstance(content, Mapping):
         raise ConfigError(f"{place} must be a JSON object, not {content!r:.80}")
-    dataclasses.replace(IMAGE, place=place).check(content)
+    dataclasses.replace(table, place=place).check(content)
     fields: dict[str, Any] = {}
     side = _square(content["size"]) if content.get("size") is not None else vision.image_size
     if side != vision.image_size:
@@ -93,8 +104,8 @@ def read_image_config(content: Mapping[str, Any], vision: VisionConfig, place: s
             f"{place} has size = {content['size']!r}, but the model's tiles are squares of {vision.image_size} pixels "
             f'(image_size in config.json); write {{"height": {vision.image_size}, "width": {vision.image_size}}}'
         )
-    if content.get("max_patches") is not None:
-        fields["max_tiles"] = _whole(content["max_patches"], "max_patches", place)
+    if content.get(max_tiles) is not None:
+        fields["max_tiles"] = _whole(content[max_tiles], max_tiles, place)
     if content.get("resize_to_max_canvas"):
         fields["resize_to_max_canvas"] = True
     if content.get("resample") is not None:

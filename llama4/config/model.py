@@ -12,6 +12,7 @@ from llama4.config.text import TextConfig
 from llama4.errors import ConfigError
 from llama4.reading import MAX_PARAMETERS
 from llama4.vision.config import VisionConfig
+from llama4.vision.tiled_config import TiledVisionConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Llama4Config:
     """Shown by `llama4 info`; says for instance which numbers of a preset are guessed."""
 
     def __post_init__(self) -> None:
+        if self.text.cross_layers and self.vision is not None and not isinstance(self.vision, TiledVisionConfig):
+            raise ConfigError("layers of cross-attention see the pictures of Llama 3.2's vision tower alone")
         if (count := self.num_parameters()) > MAX_PARAMETERS:
             raise ConfigError(
                 f"the sizes in the configuration make {count:.1e} parameters, and may make {MAX_PARAMETERS:.0e}; fetch "
@@ -43,7 +46,7 @@ class Llama4Config:
         """All parameters, without allocating any."""
         if self.vision is None:
             return self.text.num_parameters()
-        projector = self.vision.vision_output_dim * self.text.hidden_size
+        projector = self.vision.projection_parameters(self.text.hidden_size)
         return self.text.num_parameters() + self.vision.num_parameters() + projector
 
     def num_active_parameters(self) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4.config.rope import RopeScaling, read_scaling
-from llama4.config.window import Sliding, visible_tokens
+from llama4.config.window import visible_tokens
 from llama4.errors import ConfigError
 from llama4.reading import LIMITS
 
+LAYER_TYPES = frozenset({"chunked_attention", "full_attention", "cross_attention"})
 CACHE_BLOCK = 256
 """Tokens in a block of the key/value cache; memory is taken a block at a time."""
 
@@ -20,14 +21,17 @@ class TextConfig:
     """The decoder. The defaults are Llama 4 Scout's.
 
     `no_rope_layers[i]` is 1 where layer i USES RoPE (the name is Hugging Face's); `moe_layers` lists the layers with
-    experts; `layer_types[i]` is "chunked_attention" or "full_attention". Where they are None, the first two follow from
-    their intervals and the third from the first (layers with RoPE are chunked). After construction they are tuples.
+    experts; `layer_types[i]` is "chunked_attention", "full_attention" or "cross_attention", which sees pictures alone.
+    Where they are None, the first two follow from their intervals and the third from the first (layers with RoPE are
+    chunked). After construction they are tuples.
 
     Raises:
         ConfigError: shapes that do not fit together.
     """
 
     vocab_size: int = 202048
+    extra_embeddings: int = 0
+    """Rows of the embeddings behind the vocabulary, for tokens that the head never gives."""
     hidden_size: int = 5120
     intermediate_size: int = 8192
     """Width of every expert's MLP, the shared expert's included."""
@@ -55,8 +59,6 @@ class TextConfig:
     no_rope_layer_interval: int = 4
     attention_chunk_size: int | None = 8192
     layer_types: tuple[str, ...] | None = None
-    sliding_window: int | None = None
-    """Tokens that a token sees in every layer, itself included; None for no such limit."""
     attn_temperature_tuning: bool = True
     floor_scale: int = 8192
     attn_scale: float = 0.1
@@ -118,13 +120,13 @@ class TextConfig:
             )
         if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
             raise ConfigError(f"attention_chunk_size must be at least 1 or null, not {self.attention_chunk_size}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window must be at least 1 or null, not {self.sliding_window}")
         for name, values in (("no_rope_layers", self.no_rope_layers), ("layer_types", self.layer_types)):
             if values is None or len(values) != self.num_hidden_layers:
                 raise ConfigError(f"{name} must name all {self.num_hidden_layers} layers, not {values}")
-        if unknown := set(self.layer_types or ()) - {"chunked_attention", "full_attention"}:
-            raise ConfigError(f"layer_types may hold chunked_attention and full_attention, not {sorted(unknown)}")
+        if unknown := set(self.layer_types or ()) - LAYER_TYPES:
+            raise ConfigError(f"layer_types may hold {', '.join(sorted(LAYER_TYPES))}, not {sorted(unknown)}")
+        if any(self.is_cross(i) and (self.uses_rope(i) or self.uses_experts(i)) for i in range(self.num_hidden_layers)):
+            raise ConfigError("a layer of cross-attention has neither RoPE nor experts")
         if any(not 0 <= i < self.num_hidden_layers for i in self.moe_layers or ()):
             raise ConfigError(
                 f"moe_layers {self.moe_layers} names layers beyond the {self.num_hidden_layers} there are"
@@ -138,16 +140,34 @@ class TextConfig:
         assert self.moe_layers is not None
         return layer in self.moe_layers
 
-    def window(self, layer: int) -> int | None:
-        """Tokens in a chunk of a layer's attention, or in the window that slides over all layers, or None where a token
-        sees every token before it: see window.py."""
+    def is_cross(self, layer: int) -> bool:
+        """Whether a layer's keys come from pictures, not from tokens."""
         assert self.layer_types is not None
-        if self.sliding_window is not None:
-            return Sliding(self.sliding_window)
+        return self.layer_types[layer] == "cross_attention"
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_cross(i))
+
+    @property
+    def self_layers(self) -> tuple[int, ...]:
+        """Layers whose keys come from tokens."""
+        return tuple(i for i in range(self.num_hidden_layers) if not self.is_cross(i))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Ids that can be read; those from `vocab_size` on are never written."""
+        return self.vocab_size + self.extra_embeddings
+
+    def window(self, layer: int) -> int | None:
+        """Tokens in a chunk of a layer's attention, or None where a token sees every token before it: see window.py."""
+        assert self.layer_types is not None
         return self.attention_chunk_size if self.layer_types[layer] == "chunked_attention" else None
 
     def visible_tokens(self, layer: int, num_tokens: int) -> int:
-        """How many tokens the last of `num_tokens` sees in a layer, itself included."""
+        """How many tokens the last of `num_tokens` sees in a layer, itself included; none where it sees pictures."""
+        if self.is_cross(layer):
+            return 0
         return visible_tokens(num_tokens - 1, self.window(layer)) if num_tokens else 0
 
     def scaled(self, rope_scaling: Mapping[str, Any]) -> TextConfig:
@@ -183,7 +203,8 @@ class TextConfig:
         dense += (2 * self.intermediate_size_mlp + width) if self.mlp_bias else 0
         mlps = sum(moe if self.uses_experts(i) else dense for i in range(self.num_hidden_layers))
         norms = (2 * self.num_hidden_layers + 1) * width
-        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        embeddings = self.num_embeddings * width + (0 if self.tie_word_embeddings else self.vocab_size * width)
+        norms += len(self.cross_layers) * (2 * self.head_dim + 2)  # of queries and keys, and two gates
         return embeddings + self.num_hidden_layers * self._attention_parameters() + mlps + norms
 
     def _attention_parameters(self) -> int:

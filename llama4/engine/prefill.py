@@ -37,7 +37,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
     if past == int(mask_BT.sum()) and (remembered := cache.logits_after(past)) is not None:
         return remembered
     mask_BT = mask_BT & (mask_BT.cumsum(1) > past)
-    images = ImageFeatures(model, inputs.pixel_values, is_patch_BT, is_patch_BT & mask_BT, progress)
+    images = ImageFeatures(model, inputs, is_patch_BT, is_patch_BT & mask_BT, progress)
     batch_size, columns = ids_BT.shape
     size = max(piece_size(model) // batch_size, 1)
     first = int(mask_BT.any(0).int().argmax())
@@ -50,7 +50,7 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
             with bar.step(int(mask.sum())), only_our_threads(model, cache):
                 logits_B1V = model(
                     ids_BT[:, piece],
-                    image_features=images.of(piece),
+                    **images.of(piece),
                     cache=cache,
                     attention_mask=mask,
                     last_only=True,
@@ -63,8 +63,10 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
 class ImageFeatures:
     """Image features for the pieces of a prompt, [n * Q, D] in all; tiles whose tokens are all cached are not encoded.
 
+    A tile is a whole picture where layers of cross-attention see it: it is one token, Q = 1.
+
     Args:
-        pixel_values: [n, 3, A, A], None if there is no image.
+        inputs: the prompts.
         is_patch_BT: where the prompts have `<|patch|>`; is_new_BT: those among them that the cache does not hold.
 
     Raises:
@@ -74,43 +76,53 @@ class ImageFeatures:
     def __init__(
         self,
         model: Llama4Model,
-        pixel_values: Tensor | None,
+        inputs: Inputs,
         is_patch_BT: Tensor,
         is_new_BT: Tensor,
         progress: bool = False,
     ) -> None:
         self.is_new_BT = is_new_BT
-        self.features_ND = None
+        self.features_ND, self.grids = None, None
+        pixel_values, grids = inputs.pixel_values, inputs.image_grids
         if pixel_values is None:
             return
         vision, count = model.config.vision, int(is_patch_BT.sum())
         per_tile = vision.tokens_per_tile if vision is not None else 0
-        if count != len(pixel_values) * per_tile:
+        given = len(pixel_values) * per_tile
+        if count != given:
             raise Llama4Error(
-                f"the prompt holds {count} <|patch|> tokens, but its images give {len(pixel_values) * per_tile} "
-                "features; let the processor of this model prepare both"
+                f"the prompt holds {count} {model.image_name} tokens, but its images give {given} features; let the "
+                "processor of this model prepare both"
             )
         places_BT = (is_patch_BT.flatten().cumsum(0) - 1).view_as(is_patch_BT)
         tiles, inverse = torch.unique(places_BT[is_new_BT] // max(per_tile, 1), return_inverse=True)
         places_BT[is_new_BT] = inverse * per_tile + places_BT[is_new_BT] % max(per_tile, 1)
         self.places_BT = places_BT
-        self.features_ND = encode_tiles(model, pixel_values[tiles], progress) if len(tiles) else None
+        if len(tiles):
+            self.grids = grids[tiles] if grids is not None else None
+            self.features_ND = encode_tiles(model, pixel_values[tiles], self.grids, progress)
 
-    def of(self, columns: slice) -> Tensor | None:
-        """Those of some columns of the prompts, None if the prompts have none."""
+    def of(self, columns: slice) -> dict[str, Tensor | None]:
+        """Those of some columns of the prompts, and their grids, as arguments of the model; {} if the prompts have
+        none."""
         if self.features_ND is None:
-            return None
+            return {}
         places = self.places_BT[:, columns][self.is_new_BT[:, columns]]
-        return self.features_ND[places.to(self.features_ND.device)]
+        features = self.features_ND[places.to(self.features_ND.device)]
+        return {"image_features": features, "image_grids": self.grids[places] if self.grids is not None else None}
 
 
-def encode_tiles(model: Llama4Model, pixel_values: Tensor, progress: bool = False) -> Tensor:
+def encode_tiles(
+    model: Llama4Model, pixel_values: Tensor, image_grids: Tensor | None = None, progress: bool = False
+) -> Tensor:
     """Tiles [n, 3, A, A] -> image tokens [n * Q, D], a few tiles at a time."""
     features = []
     with Bar("looking at pictures", len(pixel_values), "tiles", shown=progress) as bar:
-        for tiles in torch.split(pixel_values, VISION_TILES):
-            with bar.step(len(tiles)):
-                features.append(model.encode_images(tiles))
+        for begin in range(0, len(pixel_values), VISION_TILES):
+            some = slice(begin, begin + VISION_TILES)
+            with bar.step(len(pixel_values[some])):
+                grids = image_grids[some] if image_grids is not None else None
+                features.append(model.encode_images(pixel_values[some], grids))
     return torch.cat(features)
 
 

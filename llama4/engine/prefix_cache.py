@@ -29,14 +29,18 @@ MIN_SHARED = 64
 def identities(inputs: Inputs, model: Llama4Model) -> list[Tensor]:
     """What each token of each row stands for, [T] int64 without padding: its id; of an image, the picture.
 
-    A `<|patch|>` is a number below zero that is drawn from the pixels of its tile.
+    A `<|patch|>` is a number below zero that is drawn from the pixels of its tile, or an `<|image|>` one drawn from
+    those of its picture and from how its tiles are arranged.
     """
     vision, patch = model.config.vision, model.config.image_token_index
     tokens_BT = inputs.input_ids.clone()
     is_patch_BT = (tokens_BT == patch) & inputs.attention_mask.bool()
     if inputs.pixel_values is not None and vision is not None:
-        digests = [hashlib.blake2b(tile.numpy(), digest_size=7).digest() for tile in inputs.pixel_values.cpu()]
-        of_tiles = torch.tensor([-1 - int.from_bytes(digest, "little") for digest in digests])
+        digests = [hashlib.blake2b(tile.numpy(), digest_size=7) for tile in inputs.pixel_values.cpu()]
+        if inputs.image_grids is not None:
+            for digest, grid in zip(digests, inputs.image_grids, strict=True):
+                digest.update(grid.numpy())
+        of_tiles = torch.tensor([-1 - int.from_bytes(digest.digest(), "little") for digest in digests])
         count = int(is_patch_BT.sum())
         if count == len(digests) * vision.tokens_per_tile:
             tokens_BT[is_patch_BT] = of_tiles.repeat_interleave(vision.tokens_per_tile)

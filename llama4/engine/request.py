@@ -22,6 +22,7 @@ from llama4.engine.tokens import Token
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model, check_ids
+from llama4.vision.tiled_config import TiledVisionConfig
 
 Delivery = Token | Exception
 """What a request is given: its next token, or why there is none."""
@@ -78,7 +79,7 @@ class Request:
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
         if not self.ids:
             raise Llama4Error("the prompt is empty: the checkpoint's chat template writes nothing for these messages")
-        check_ids(min(self.ids), max(self.ids), model.config.text.vocab_size)
+        check_ids(min(self.ids), max(self.ids), model.config.text.num_embeddings)
         self.tokens: list[int] = own.tolist()
         self.prompt_length = len(self.ids)
         self.sampler = sampler
@@ -87,7 +88,7 @@ class Request:
         self.stop_ids = frozenset(stop_ids)
         self.deliver = deliver
         self.alternatives = alternatives
-        self.pictures = Pictures(model, inputs.pixel_values, self.ids)
+        self.pictures = Pictures(model, inputs, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
@@ -146,8 +147,9 @@ class Pictures:
         Llama4Error: the prompt has more or fewer patches than the tiles give.
     """
 
-    def __init__(self, model: Llama4Model, pixel_values: Tensor | None, ids: Sequence[int]) -> None:
-        self._model, self._pixel_values = model, pixel_values
+    def __init__(self, model: Llama4Model, inputs: Inputs, ids: Sequence[int]) -> None:
+        self._model, self._pixel_values, self._grids = model, inputs.pixel_values, inputs.image_grids
+        pixel_values = inputs.pixel_values
         self._prompt_length = len(ids)
         self._patch, vision = model.config.image_token_index, model.config.vision
         self._places = [i for i, id_ in enumerate(ids) if id_ == self._patch]
@@ -155,8 +157,8 @@ class Pictures:
         given = self._per_tile * (len(pixel_values) if pixel_values is not None else 0)
         if len(self._places) != given:
             raise Llama4Error(
-                f"the prompt holds {len(self._places)} <|patch|> tokens, but its images give {given} features; "
-                "let the processor of this model prepare both"
+                f"the prompt holds {len(self._places)} {model.image_name} tokens, but its images give {given} "
+                "features; let the processor of this model prepare both"
             )
         self._encoded: tuple[int, Tensor] | None = None  # a tile may be read in two pieces
 
@@ -176,8 +178,22 @@ class Pictures:
             parts.append(self._model.language_model.model.embed_tokens.weight[self._patch].expand(written, -1))
         return parts
 
+    def grids(self, begin: int, end: int) -> list[Tensor]:
+        """`image_grids` of the pictures among these tokens, in parts; none where the model takes none."""
+        if self._grids is None:
+            return []
+        return [self._grids[bisect_left(self._places, begin) : bisect_left(self._places, end)]]
+
+    def keys(self, begin: int, end: int) -> int:
+        """Keys that layers of cross-attention keep of the pictures among these tokens."""
+        vision = self._model.config.vision
+        if not isinstance(vision, TiledVisionConfig):
+            return 0
+        return sum(int(part.prod(dim=1).sum()) for part in self.grids(begin, end)) * vision.keys_per_tile
+
     def _tile(self, index: int) -> Tensor:
         assert self._pixel_values is not None
         if self._encoded is None or self._encoded[0] != index:
-            self._encoded = index, self._model.encode_images(self._pixel_values[index : index + 1])
+            grids = self._grids[index : index + 1] if self._grids is not None else None
+            self._encoded = index, self._model.encode_images(self._pixel_values[index : index + 1], grids)
         return self._encoded[1]

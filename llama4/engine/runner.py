@@ -191,7 +191,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _open(self, ids: list[int], cache: SequenceCache) -> Session:
         check_rows(len(ids), cache)
-        check_ids(min(ids), max(ids), self.model.config.text.vocab_size)
+        check_ids(min(ids), max(ids), self.model.config.text.num_embeddings)
         session, key, sessions = self.choose(cache).open(cache), id(cache), self._sessions
         sessions[key] = session, weakref.ref(cache, lambda _: sessions.pop(key, None))
         return session

@@ -28,14 +28,14 @@ from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import ends_chunk, slots_end
+from llama4.config.window import chunk_end, ends_chunk
 from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Request
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import Token
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.kernels import threads
 from llama4.units import bytes_text
 
@@ -154,6 +154,22 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.reading or self.running.requests)
 
+    def check(self, request: Request) -> None:
+        """Raises:
+        ContextLengthError: the memory does not hold a request with its pictures.
+        """
+        most = request.prompt_length + request.max_new_tokens
+        needed = self._empty.num_bytes_of(most) + self._picture_bytes(request, 0, most)
+        if needed > (self.pool.limit or needed):
+            raise ContextLengthError(
+                f"prompt, pictures and reply take {bytes_text(needed)}, and cache_memory is "
+                f"{bytes_text(self.pool.limit or 0)}; raise it, or send fewer pictures"
+            )
+
+    def _picture_bytes(self, request: Request, begin: int, end: int) -> int:
+        """What layers of cross-attention keep of the pictures among these tokens."""
+        return request.pictures.keys(begin, end) * self._empty.picture_bytes
+
     def add(self, request: Request) -> None:
         """Take a request. Prompt and reply together are at most `window` tokens."""
         assert request.prompt_length + request.max_new_tokens <= self.window
@@ -253,7 +269,8 @@ class Scheduler:
 
     def _left_to_take(self, request: Request) -> int:
         """Bytes that reading the rest of a prompt takes."""
-        return self._empty.num_bytes_of(len(request.ids)) - self._empty.num_bytes_of(request.computed)
+        tokens = self._empty.num_bytes_of(len(request.ids)) - self._empty.num_bytes_of(request.computed)
+        return tokens + self._picture_bytes(request, request.computed, len(request.ids))
 
     def _read(self, budget: int) -> None:
         """Read pieces of prompts, chosen so that no prompt waits for ever and a short one does not wait for a long one:
@@ -272,26 +289,32 @@ class Scheduler:
         self._read_pieces({each: self._within_chunks(each, size) for each, size in pieces.items() if size})
 
     def _within_chunks(self, request: Request, size: int) -> int:
-        """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
-        entered in the index."""
-        ends = (slots_end(request.computed, window) for window in set(self._empty.windows))
+        """A piece ends with a chunk at the latest: its blocks are then still there, to be entered in the index."""
+        ends = (chunk_end(request.computed, window) for window in set(self._empty.windows))
         return min(size, *(end - request.computed for end in ends if end is not None), size)
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
-        while not self._has_room(sum(each.own_cache.growth(0, size) for each, size in pieces.items())):
+        while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):
             pieces.pop(self._put_back_youngest(), None)
         features: list[Tensor] = []
+        grids: list[Tensor] = []
         whole: dict[Request, int] = {}
         for request, size in pieces.items():
             try:
                 features += request.pictures.of(request.ids, request.computed, request.computed + size)
+                grids += request.pictures.grids(request.computed, request.computed + size)
                 whole[request] = size
             except Exception as error:
                 self._fail([request], error)
         if whole:
-            self._forward(whole, features)
+            self._forward(whole, features, grids)
 
-    def _forward(self, pieces: dict[Request, int], features: list[Tensor]) -> None:
+    def _growth(self, request: Request, size: int) -> int:
+        """Bytes that the next piece of a prompt takes."""
+        pictures = self._picture_bytes(request, request.computed, request.computed + size)
+        return request.own_cache.growth(0, size) + pictures
+
+    def _forward(self, pieces: dict[Request, int], features: list[Tensor], grids: list[Tensor]) -> None:
         """Compute a piece of each prompt; those that are read to the end get their first token."""
         requests, columns = list(pieces), max(pieces.values())
         ids_BT = torch.zeros(len(requests), columns, dtype=torch.long)
@@ -305,6 +328,7 @@ class Scheduler:
                 logits_BV = self.runner.model(
                     ids_BT,
                     image_features=torch.cat(features) if features else None,
+                    image_grids=torch.cat(grids) if grids else None,
                     cache=cache,
                     attention_mask=mask_BT,
                     last_only=True,

@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llama4.config import Llama4Config
+from llama4.config import Llama4Config, image_json
 from llama4.config.fields import FieldTable
 from llama4.errors import Llama4Error
 from llama4.families.names import NameTable
+from llama4.families.pictures import EarlyFusion
 from llama4.model.experts import Experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import PARTS
@@ -36,6 +37,10 @@ class Family(ABC):
     """How its tokenizer.model cuts text, and the special tokens behind its ranks."""
     quantizable: ClassVar[Mapping[str, str]] = PARTS
     """Parts of the model that can be quantized, as patterns of parameter names."""
+    pictures: ClassVar[EarlyFusion] = EarlyFusion()
+    """How its models take pictures."""
+    image_tables: ClassVar[tuple[FieldTable, FieldTable]] = (image_json.PROCESSOR, image_json.IMAGE)
+    """What becomes of the fields of processor_config.json, and of its image processor."""
     compose = staticmethod(prompt.compose)
     """The prompt format: messages -> pieces of text and special tokens."""
 
@@ -58,6 +63,10 @@ class Family(ABC):
     @abstractmethod
     def write_config(self, config: Llama4Config) -> dict[str, Any]:
         """The content of config.json, from which `read_config` makes the same configuration."""
+
+    def image_files(self, config: Llama4Config) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of preprocessor_config.json and processor_config.json."""
+        return config.preprocessor_dict(), config.processor_dict()
 
     def chat_template(self) -> str | None:
         """`compose` as a Jinja template for transformers and others; None if it is not written as one."""
@@ -83,7 +92,7 @@ class Family(ABC):
         except FileNotFoundError:
             return None
         # A tokenizer.model does not say how many special tokens follow its ranks; the size of the embeddings does.
-        excess = tokenizer.vocab_size - config.text.vocab_size
+        excess = tokenizer.vocab_size - config.text.num_embeddings
         if 0 < excess < len(tokenizer.added_tokens) and tokenizer.path.suffix == ".model":
             count = len(tokenizer.added_tokens) - excess
             tokenizer = Tokenizer(directory, num_special_tokens=count, vocabulary=self.vocabulary)
@@ -96,10 +105,10 @@ class Family(ABC):
         Raises:
             Llama4Error: it is of another model; with what disagrees.
         """
-        if tokenizer.vocab_size > config.text.vocab_size:
+        if tokenizer.vocab_size > config.text.num_embeddings:
             raise Llama4Error(
                 f"{tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the model embeds "
-                f"{config.text.vocab_size}; use the tokenizer that belongs to the model"
+                f"{config.text.num_embeddings}; use the tokenizer that belongs to the model"
             )
         image = self.vocabulary.image
         image_id = tokenizer.special_tokens.get(image or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -52,11 +52,13 @@ class NameTable:
         transforms: pairs (pattern of the model's modules, transform), for instance for Llama 1 to 3, whose files in
             Hugging Face's layout have the rows of q and k in halves where the model has them in pairs.
         dropped: pattern of names in the file that hold no weights, such as tables of RoPE.
+        modules: modules of the model that transformers calls otherwise than the file calls their tensors.
     """
 
     paths: tuple[tuple[str, str], ...]
     transforms: tuple[tuple[str, Transform], ...] = field(default=())
     dropped: str = r"(?!)"
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor of the file is none of the model's."""

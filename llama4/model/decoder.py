@@ -15,6 +15,7 @@ from llama4.cache.batch import Batch
 from llama4.cache.view import CacheView, LayerView
 from llama4.config import TextConfig
 from llama4.model.attention import Attention
+from llama4.model.cross_attention import CrossAttentionLayer
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts
@@ -46,6 +47,14 @@ class DecoderLayer(nn.Module):
         return out
 
 
+LAYERS: dict[str, type[DecoderLayer | CrossAttentionLayer]] = {
+    "chunked_attention": DecoderLayer,
+    "full_attention": DecoderLayer,
+    "cross_attention": CrossAttentionLayer,
+}
+"""Kind of a layer in `TextConfig.layer_types` -> its module."""
+
+
 class Decoder(nn.Module):
     """Embeddings, layers and final norm, over packed tokens.
 
@@ -56,8 +65,9 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, experts) for i in range(config.num_hidden_layers))
+        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
+        kinds = enumerate(config.layer_types or ())
+        self.layers = nn.ModuleList(LAYERS[kind](config, i, experts) for i, kind in kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.run_layer: Callable[..., Tensor] = run
 
@@ -65,7 +75,7 @@ class Decoder(nn.Module):
         factors = PositionFactors.of_batch(self.config, batch, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
         for i, layer in enumerate(each(self.layers)):
-            x_ND = self.run_layer(layer, x_ND, batch, factors, cache.layers[i] if cache is not None else None)
+            x_ND = self.run_layer(layer, x_ND, batch, factors, cache.of_layer[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out
 

@@ -7,6 +7,8 @@ Shapes: B rows, T columns, N packed tokens (cache/batch.py), D hidden size, V vo
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from llama4.config import Llama4Config
 from llama4.errors import Llama4Error
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
+from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel, run, run_recomputed
 from llama4.vision.projector import Projector
 
@@ -41,16 +44,25 @@ class Llama4Model(nn.Module):
 
     Parameters are allocated and not initialised where that costs (experts, class and position embeddings): load a
     checkpoint or call `init_weights`.
+
+    Attributes:
+        image_name: the token that stands for a picture, or for a part of one.
     """
+
+    image_name: ClassVar[str] = "<|patch|>"
 
     def __init__(self, config: Llama4Config, experts: type[Experts] = LoopExperts) -> None:
         super().__init__()
         self.config = config
         self.language_model = LanguageModel(config.text, experts)
-        self.vision_model = VisionModel(config.vision) if config.vision is not None else None
-        self.multi_modal_projector = (
-            Projector(config.vision, config.text.hidden_size) if config.vision is not None else None
-        )
+        self.vision_model: VisionModel | None = None
+        self.multi_modal_projector: Projector | None = None
+        if config.vision is not None:
+            self._add_vision(config.vision)
+
+    def _add_vision(self, vision: VisionConfig) -> None:
+        self.vision_model = VisionModel(vision)
+        self.multi_modal_projector = Projector(vision, self.config.text.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -87,14 +99,15 @@ class Llama4Model(nn.Module):
         run_layer = run_recomputed if enable else run
         self.language_model.model.run_layer = run_layer
         if self.vision_model is not None:
-            self.vision_model.model.run_layer = run_layer
+            self.vision_model.set_run_layer(run_layer)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
         """Tiles -> image tokens, in the order of the tiles.
 
         Args:
-            pixel_values: [n, 3, A, A], normalised, of any floating-point dtype and on any device; S is
+            pixel_values: [n, 3, A, A], normalised, of any floating-point dtype and on any device; A is
                 `config.vision.image_size`.
+            image_grids: None; see `CrossAttentionModel`.
 
         Returns:
             [n * Q, D], of the model's dtype and on its device.
@@ -114,6 +127,7 @@ class Llama4Model(nn.Module):
         positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_grids: Tensor | None = None,
         cache: SequenceCache | None = None,
         attention_mask: Tensor | None = None,
         last_only: bool = False,
@@ -126,6 +140,7 @@ class Llama4Model(nn.Module):
             pixel_values: [n, 3, A, A], the tiles of all rows in order.
             image_features: [n * Q, D], in place of `pixel_values`: what `encode_images` gave, cut to the `<|patch|>`
                 tokens of this call. With it an image may be spread over several calls.
+            image_grids: None; of models with layers of cross-attention, see `CrossAttentionModel`.
             cache: keys and values of earlier tokens; the new ones are appended.
             attention_mask: [B, T], 1 at tokens and 0 at padding, on either side.
             last_only: logits of each row's last token alone, [B, 1, V], zeros for a row that is all padding.
@@ -142,6 +157,7 @@ class Llama4Model(nn.Module):
             positions=positions,
             pixel_values=pixel_values,
             image_features=image_features,
+            image_grids=image_grids,
             cache=cache,
             attention_mask=attention_mask,
         )
@@ -155,6 +171,7 @@ class Llama4Model(nn.Module):
         positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_grids: Tensor | None = None,
         cache: SequenceCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Batch]:
@@ -181,36 +198,49 @@ class Llama4Model(nn.Module):
         if pixel_values is not None:
             if image_features is not None:
                 raise Llama4Error("give pixel_values or image_features, not both")
-            image_features = self.encode_images(pixel_values)
-        x_ND = self._embed(ids_N, image_features, is_decode=batch.is_decode)
+            image_features = self.encode_images(pixel_values, image_grids)
+        x_ND, batch = self._fuse(ids_N, batch, image_features, image_grids, cache)
         view = CacheView(cache, batch) if cache is not None else None
         x_ND = self.language_model.model(x_ND, batch, view)
         if view is not None:
             view.commit()
         return x_ND, batch
 
-    def _embed(self, ids_N: Tensor, image_features: Tensor | None, is_decode: bool) -> Tensor:
-        """Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature. In a step of decoding
-        without features, one that the model itself wrote keeps its embedding."""
+    def _embed(self, ids_N: Tensor) -> Tensor:
         if ids_N.device.type == "cpu" and len(ids_N):
             low, high = ids_N.aminmax()
-            check_ids(int(low), int(high), self.config.text.vocab_size)
+            check_ids(int(low), int(high), self.config.text.num_embeddings)
         x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
+        return x_ND
+
+    def _fuse(
+        self,
+        ids_N: Tensor,
+        batch: Batch,
+        image_features: Tensor | None,
+        image_grids: Tensor | None,
+        cache: SequenceCache | None,
+    ) -> tuple[Tensor, Batch]:
+        """Tokens and pictures -> what goes into the layers, and what these see beside.
+
+        Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature. In a step of decoding
+        without features, one that the model itself wrote keeps its embedding."""
+        x_ND = self._embed(ids_N)
         is_patch = ids_N == self.config.image_token_index
         if image_features is None:
-            if ids_N.device.type == "cpu" and not is_decode and bool(is_patch.any()):
+            if ids_N.device.type == "cpu" and not batch.is_decode and bool(is_patch.any()):
                 raise Llama4Error(
                     f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
                     "or image_features"
                 )
-            return x_ND
+            return x_ND, batch
         places = is_patch.nonzero().squeeze(1)
         if len(places) != len(image_features):
             raise Llama4Error(
                 f"the input holds {len(places)} <|patch|> tokens, but the images give {len(image_features)} features; "
                 "each tile needs as many <|patch|> tokens as it has features"
             )
-        return x_ND.index_copy(0, places, image_features.to(x_ND.dtype))
+        return x_ND.index_copy(0, places, image_features.to(x_ND.dtype)), batch
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

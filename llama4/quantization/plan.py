@@ -23,7 +23,7 @@ PARTS = {
     "experts": _FEED_FORWARD + r"experts\.(gate_up|down)_proj",
     "shared": _FEED_FORWARD + r"shared_expert\.(gate|up|down)_proj\.weight",
     "dense": _FEED_FORWARD + r"(gate|up|down)_proj\.weight",
-    "attention": r"language_model\.model\.layers\.(?P<layer>\d+)\.self_attn\.[qkvo]_proj\.weight",
+    "attention": r"language_model\.model\.layers\.(?P<layer>\d+)\.(?:self|cross)_attn\.[qkvo]_proj\.weight",
     "head": r"language_model\.lm_head\.weight",
 }
 """Parts of the model that can be quantized, as patterns of parameter names. Routers, norms, embeddings and the vision

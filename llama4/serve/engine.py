@@ -166,6 +166,7 @@ class Engine:
             alternatives=asked.top_logprobs,
             matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
         )
+        self.scheduler.check(request)
         with self._closing:
             if self._is_closed:
                 raise BusyError("the engine is closed; ask another one")

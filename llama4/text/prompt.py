@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,13 +158,18 @@ def check_images(places: int, given: int) -> None:
 
 
 def encode(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, grids: Sequence[tuple[int, int]] = (), tokens_per_tile: int = 144
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    grids: Sequence[tuple[int, int]] = (),
+    tokens_per_tile: int = 144,
+    picture_ids: Callable[[int, int, int, Tokenizer], list[int]] | None = None,
 ) -> Rendered:
     """Pieces -> token ids.
 
     Args:
         grids: (rows, cols) of tiles for each image, in the order in which the images come.
         tokens_per_tile: `<|patch|>` tokens per tile.
+        picture_ids: what an image stands for; by default `image_tokens`.
 
     Raises:
         Llama4Error: there are more or fewer grids than images; the tokenizer lacks a special token.
@@ -178,7 +183,7 @@ def encode(
         if not piece.special:
             tokens = tokenizer.encode(piece.text)
         elif piece.text == IMAGE:
-            tokens = image_tokens(*next(remaining), tokens_per_tile, tokenizer)
+            tokens = (picture_ids or image_tokens)(*next(remaining), tokens_per_tile, tokenizer)
         else:
             tokens = [tokenizer.bos_id if piece.text == tokenizer.bos else tokenizer.special(piece.text)]
         ids += tokens

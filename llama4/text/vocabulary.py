@@ -7,7 +7,7 @@ Llama, whose file says all but what the tokens are for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -125,6 +125,17 @@ LLAMA3 = Vocabulary(
     pad="<|finetune_right_pad_id|>",
     stop=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
 )
+
+LLAMA32_VISION = replace(
+    LLAMA3,
+    special_token_names=lambda count: [*llama3_token_names(257)[:11], *llama3_token_names(257)[12:], "<|image|>"][
+        :count
+    ],
+    num_special_tokens=257,
+    image="<|image|>",
+)
+"""Llama 3's file, but that `<|image|>` has the first id behind the vocabulary. Source: transformers'
+convert_mllama_weights_to_hf.py."""
 
 INFILLING = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 """Code Llama's tokens around and between what comes before and after a gap, and at the end of what fills it."""

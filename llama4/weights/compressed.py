@@ -160,7 +160,10 @@ def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, A
             f"group_{i}": group_config(format, ["Linear"] if is_one else sorted(_in_file(modules, table)))
             for i, (format, modules) in enumerate(groups.items())
         },
-        "ignore": sorted(_ignored(_in_file(ignored, table), source.formats)),
+        "ignore": sorted(
+            _ignored(_in_file(ignored, table), source.formats)
+            | {name for module, name in table.modules.items() if module in ignored}
+        ),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

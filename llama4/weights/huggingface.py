@@ -195,8 +195,9 @@ def _configs(config: Llama4Config, side_files: SideFiles) -> dict[str, dict[str,
     }
     if config.vision is not None:
         images, processor = IMAGE_CONFIG_FILES
+        of_images, of_processor = family_of(config).image_files(config)
         if "image_processor" in side_files.json(processor):
-            files[processor] = config.processor_dict() | {"image_processor": config.preprocessor_dict()}
+            files[processor] = of_processor | {"image_processor": of_images}
         else:
-            files |= {images: config.preprocessor_dict(), processor: config.processor_dict()}
+            files |= {images: of_images, processor: of_processor}
     return files

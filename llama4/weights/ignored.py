@@ -41,10 +41,11 @@ def note_ignored(name: str, files: SideFiles) -> None:
 def _objects(files: SideFiles) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
     """The objects that have a table."""
     config = files.json(CONFIG_FILE)
-    yield from family_of_type(config.get("model_type")).described(config)
-    processor = files.json(image_json.PROCESSOR_FILE)
-    yield image_json.PROCESSOR, processor
-    yield image_json.IMAGE, processor.get("image_processor") or files.json(image_json.IMAGE_FILE)
+    family = family_of_type(config.get("model_type"))
+    yield from family.described(config)
+    processor, (of_processor, of_images) = files.json(image_json.PROCESSOR_FILE), family.image_tables
+    yield of_processor, processor
+    yield of_images, processor.get("image_processor") or files.json(image_json.IMAGE_FILE)
     tokens = files.json(tokenizer_config.TOKENIZER_CONFIG_FILE)
     yield tokenizer_config.FIELDS, {name: value for name, value in tokens.items() if not name.endswith("_token")}
     yield generation.FIELDS, files.json(generation.GENERATION_FILE)

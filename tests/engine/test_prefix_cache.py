@@ -47,9 +47,9 @@ def read(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["tokens"] += int(mask.sum()) if mask is not None else ids.numel()
         return forward(ids, **options)
 
-    def count_tiles(pixels: Any) -> Any:
+    def count_tiles(pixels: Any, grids: Any) -> Any:
         counts["tiles"] += len(pixels)
-        return encode(pixels)
+        return encode(pixels, grids)
 
     monkeypatch.setattr(llm.model, "forward", count_tokens)
     monkeypatch.setattr(llm.model, "encode_images", count_tiles)

@@ -264,7 +264,7 @@ def test_an_error_reaches_those_it_concerns(llm: Llama4, monkeypatch: pytest.Mon
     scheduler = Scheduler(llm.runner, llm.tokenizer)
     good, bad = question(llm, "hello"), question(llm, "what?", 3, Image.new("RGB", (28, 28)))
     expected = alone(llm, good)
-    monkeypatch.setattr(llm.model, "encode_images", lambda _: 1 / 0)
+    monkeypatch.setattr(llm.model, "encode_images", lambda *_: 1 / 0)
     for case in (bad, good):
         scheduler.add(case.request(llm))
     while scheduler.has_work:

@@ -12,6 +12,7 @@ import torch
 
 from llama4.config import CONFIG_FILE, GENERATION_FILE, Llama4Config
 from llama4.errors import CheckpointError, Llama4Error
+from llama4.families import family_of
 from llama4.reading import read_json
 from llama4.text.sentencepiece import SentencePiece
 from llama4.text.tokenizer import Tokenizer
@@ -65,6 +66,10 @@ class MetaLayout(CheckpointLayout):
             raise CheckpointError(
                 "the model is quantized, for which Meta's layout has no form; convert its bf16 original"
             )
+        if config.family not in _PARAMS:
+            raise CheckpointError(
+                f"{family_of(config).title} is not written in Meta's layout; convert to Hugging Face's layout"
+            )
         params = _PARAMS[config.family](config)
         if tokenizer is not None:
             if isinstance(tokenizer.model, SentencePiece):
@@ -82,7 +87,6 @@ class MetaLayout(CheckpointLayout):
 _PARAMS: dict[str, Callable[[Llama4Config], dict[str, Any]]] = {
     "llama4": params_from_config,
     "llama": llama.params_from_config,
-    "mistral": llama.params_from_config,
 }
 """What writes params.json, by family."""
 

@@ -1,0 +1,62 @@
+"""How the models of a family take pictures: as tokens of the prompt, and as tensors.
+
+Shapes: n tiles of all pictures, m pictures, T most tiles of a picture, A side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llama4.text.prompt import IMAGE, Piece, image_tokens
+from llama4.text.tokenizer import Tokenizer
+from llama4.vision.tiling import Tiles
+
+
+class EarlyFusion:
+    """Llama 4: each tile, and a global one, stands as so many tokens in the prompt."""
+
+    tiling: ClassVar[dict[str, Any]] = {}
+    """Arguments of `tile_image`."""
+
+    def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
+        """What a picture of so many tiles stands for in a prompt."""
+        return image_tokens(rows, cols, tokens_per_tile, tokenizer)
+
+    def tensors(self, pictures: Sequence[Tiles], max_tiles: int) -> tuple[Tensor | None, Tensor | None]:
+        """`pixel_values` and `image_grids` of the model: [n, 3, A, A], and none; nothing without pictures."""
+        return (torch.cat([picture.pixel_values for picture in pictures]) if pictures else None), None
+
+    def begun(self, prompt: list[Piece], bos: Piece) -> list[Piece]:
+        """A raw prompt with its first token."""
+        return prompt if prompt[0] == bos else [bos, *prompt]
+
+
+class SeenByCrossAttention(EarlyFusion):
+    """Llama 3.2 Vision: a picture is one token, and its tiles are seen by layers of cross-attention."""
+
+    tiling: ClassVar[dict[str, Any]] = {"global_tile": False, "precision": torch.float64}
+
+    def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
+        return [tokenizer.special(IMAGE)]
+
+    def tensors(self, pictures: Sequence[Tiles], max_tiles: int) -> tuple[Tensor | None, Tensor | None]:
+        """[m, T, 3, A, A], zeros in tiles that a picture does not have, and rows and columns of each, [m, 2]."""
+        if not pictures:
+            return None, None
+        first = pictures[0].pixel_values
+        pixels = first.new_zeros(len(pictures), max_tiles, *first.shape[1:])
+        for i, picture in enumerate(pictures):
+            pixels[i, : len(picture.pixel_values)] = picture.pixel_values
+        return pixels, torch.tensor([(picture.rows, picture.cols) for picture in pictures])
+
+    def begun(self, prompt: list[Piece], bos: Piece) -> list[Piece]:
+        """Pictures at the beginning come before the first token, as transformers' MllamaProcessor writes it."""
+        if bos in prompt:
+            return prompt
+        count = len(list(takewhile(lambda piece: piece == Piece(IMAGE, special=True), prompt)))
+        return [*prompt[:count], bos, *prompt[count:]]

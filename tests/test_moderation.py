@@ -22,11 +22,13 @@ from llama4.cli.main import main
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.model.multimodal import Llama4Model
+from llama4.serve.app import Settings
 from llama4.text.guard import GUARDS, Category, with_categories
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_files import to_json
 from llama4.text.vocabulary import LLAMA3
 from tests import small_model
+from tests.serve.running import Running
 
 FIRST = small_model.RANKS
 HEADER, TURN = FIRST + 7, FIRST + 9
@@ -310,6 +312,42 @@ def test_pictures_go_through_llama_4(tmp_path: Path) -> None:
 
 
 _AFTER_TEXT = ("vision", "boi_token_index", "eoi_token_index", "image_token_index", "dtype")
+
+
+def test_server(guard: Path, llm_tiny: Llama4) -> None:
+    """As `Llama4.moderate`, in OpenAI's form; another model has no such route."""
+    own: dict[str, Any] = {"categories": OWN}
+    server = Running(Llama4.from_pretrained(guard, progress=False), Settings("guard"), cache_memory="64MiB")
+    try:
+
+        def ask(status: int = 200, **fields: Any) -> Any:
+            answer = server.client.post("/v1/moderations", json=fields)
+            assert answer.status_code == status, answer.text
+            return answer.json()
+
+        (result,) = ask(input="Hello", **own)["results"]
+        assert result["flagged"] and result["categories"] == {"Spoilers": True, "Puns": True}
+        assert result["category_scores"]["Puns"] == result["probability"] == pytest.approx(0.8808, abs=1e-3)
+        assert result["violated"] == [{"id": "S1", "name": "Spoilers"}, {"id": "T2", "name": "Puns"}]
+        two = ask(input=["Hello", "Bye"], threshold=0.9)["results"]
+        assert [each["flagged"] for each in two] == [False, False]
+        assert two[0]["categories"] == {"Violent Crimes": False, "Non-Violent Crimes": False, "Hate": False}
+        parts = [{"type": "text", "text": "Hello"}]
+        assert ask(input=parts, **own)["results"][0]["categories"] == result["categories"]
+        assert ask(messages=RESPONSE, **own)["results"][0]["flagged"]
+        assert "give input or messages" in ask(400, input="a", messages=PROMPT)["error"]["message"]
+        assert "no category S9" in ask(400, input="a", excluded=["S9"])["error"]["message"]
+        assert "/v1/moderations" in server.client.get("/openapi.json").json()["paths"]
+    finally:
+        server.close()
+    server = Running(llm_tiny, Settings("tiny"))
+    assert server.client.post("/v1/moderations", json={"input": "Hello"}).status_code == 404
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def llm_tiny() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
 
 
 def test_command(guard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

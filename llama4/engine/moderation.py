@@ -43,6 +43,13 @@ class Asked:
     excluded: frozenset[str]
 
 
+def is_guard(processor: Processor, config: Llama4Config) -> bool:
+    """Whether a model says that it is a Llama Guard: by its chat template, or as it has Llama Guard 4's shape."""
+    if processor.template is not None and MARK in processor.template.source():
+        return True
+    return config.family == "llama4" and config.num_parameters() == PRESETS["guard4"]().num_parameters()
+
+
 def ask(
     processor: Processor,
     config: Llama4Config,
@@ -71,7 +78,7 @@ def _format(
     template, bos = processor.template, processor.tokenizer.bos
     if name is None and template is not None and MARK in template.source():
         return template.compose
-    if name is None and config.family == "llama4" and config.num_parameters() == PRESETS["guard4"]().num_parameters():
+    if name is None and is_guard(processor, config):
         name = "llama-guard-4"
     if name is None:
         raise Llama4Error(
@@ -121,7 +128,7 @@ def judge(
                 f"the model's logits are not numbers in {runner.model.dtype}; load it with dtype='float32'"
             )
         if probability < threshold:
-            return Moderation(True, probability, (), "safe")
+            return Moderation(True, probability, (), "safe", tuple(asked.categories.values()))
         begun = unsafe[max(unsafe, key=lambda first: float(logits_V[first]))]
         logits_V = runner.model(torch.tensor([begun]), cache=cache, last_only=True)[0, -1]
         listed = _line(runner, tokenizer, cache, logits_V, stop_ids)
@@ -130,7 +137,8 @@ def judge(
         cache.truncate(length)
     named = dict.fromkeys(listed.replace(",", " ").split())
     found = tuple(asked.categories[id_] for id_ in named if id_ in asked.categories)
-    return Moderation(bool(named) and named.keys() <= asked.excluded, probability, found, f"unsafe\n{listed}")
+    is_excluded = bool(named) and named.keys() <= asked.excluded
+    return Moderation(is_excluded, probability, found, f"unsafe\n{listed}", tuple(asked.categories.values()))
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> dict[int, list[int]]:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama4.serve import completions, native, openai_chat, page
+from llama4.serve import completions, moderations, native, openai_chat, page
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, Settings, refusal, request_id
@@ -31,7 +31,7 @@ __all__ = ["Server", "Settings"]
 
 logger = logging.getLogger(__name__)
 
-ROUTES = (*openai_chat.ROUTES, *completions.ROUTES, *native.ROUTES)
+ROUTES = (*openai_chat.ROUTES, *completions.ROUTES, *moderations.ROUTES, *native.ROUTES)
 
 
 class Server:

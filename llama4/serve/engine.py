@@ -20,8 +20,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 from llama4.api import Llama4
 from llama4.engine.generate import Row, reply_budget
@@ -35,6 +36,8 @@ from llama4.text.messages import Message
 from llama4.units import parse_bytes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -172,6 +175,29 @@ class Engine:
                 raise BusyError("the engine is closed; ask another one")
             self._commands.put(lambda: self.scheduler.add(request))
         return request
+
+    async def compute(self, work: Callable[[Llama4], T]) -> T:
+        """Something that no request of the scheduler computes, between two tokens of those that run: they wait.
+
+        Raises:
+            BusyError: the queue is full, or the engine closed.
+        """
+        if self.max_waiting is not None and self.num_waiting >= self.max_waiting:
+            raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
+        result: Future[T] = Future()
+
+        def run() -> None:
+            if result.set_running_or_notify_cancel():
+                try:
+                    result.set_result(work(self.llm))
+                except BaseException as error:
+                    result.set_exception(error)
+
+        with self._closing:
+            if self._is_closed:
+                raise BusyError("the engine is closed; ask another one")
+            self._commands.put(run)
+        return await asyncio.wrap_future(result)
 
     def cancel(self, request: Request) -> None:
         """Stop a request, from any thread; its memory is free after the worker's next token at the latest."""

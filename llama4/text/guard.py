@@ -41,12 +41,14 @@ class Moderation:
         probability: that the message is unsafe.
         categories: those that it violates, in the order in which the model names them.
         text: what the model wrote.
+        asked: all categories that were asked for.
     """
 
     safe: bool
     probability: float
     categories: tuple[Category, ...]
     text: str
+    asked: tuple[Category, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
         "--allow-urls", nargs="+", default=[], metavar="HOST", help="fetch pictures from these hosts; * for all public"
     )
     server.add_argument("--media-directory", type=Path, metavar="DIR", help="of pictures that file:// may name")
+    server.add_argument("--store", type=Path, metavar="FILE", help="keep responses in this file (default: in memory)")
     server.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve by TLS, with --ssl-keyfile")
     server.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
     server.add_argument("--no-page", dest="page", action="store_false", help="serve no page to chat at /")
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         url_hosts=tuple(options.allow_urls),
         media_directory=options.media_directory,
         has_page=options.page,
+        store=options.store,
     )
     engine = Engine(load_model(options), options.cache_memory, options.max_batch, options.queue)
     serve(Server(engine, settings), Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile))

@@ -19,19 +19,27 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama4.serve import completions, moderations, native, openai_chat, page
+from llama4.serve import completions, moderations, native, openai_chat, page, responses
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service, Settings, refusal, request_id
+from llama4.serve.http import Call, Route, Service, refusal, request_id
 from llama4.serve.metrics import Metrics
 from llama4.serve.openapi import describe
+from llama4.serve.settings import Settings
+from llama4.serve.store import Store
 from llama4.vision.limits import SERVER_LIMITS
 
 __all__ = ["Server", "Settings"]
 
 logger = logging.getLogger(__name__)
 
-ROUTES = (*openai_chat.ROUTES, *completions.ROUTES, *moderations.ROUTES, *native.ROUTES)
+ROUTES = (
+    *openai_chat.ROUTES,
+    *completions.ROUTES,
+    *moderations.ROUTES,
+    *native.ROUTES,
+    *responses.ROUTES,
+)
 
 
 class Server:
@@ -39,7 +47,7 @@ class Server:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
-        self.service = Service(engine, settings, Metrics(engine, settings.name))
+        self.service = Service(engine, settings, Metrics(engine, settings.name), Store(settings.store))
         hosts = None if "*" in settings.url_hosts else settings.url_hosts
         private = () if hosts is None else hosts  # what is named may be in this network
         engine.llm.processor.image_limits = replace(SERVER_LIMITS, hosts=hosts, private_hosts=private)

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,6 +22,8 @@ from llama4.serve.engine import Engine
 from llama4.serve.errors import OPENAI, ErrorForm, RequestError
 from llama4.serve.metrics import Metrics
 from llama4.serve.schema import OBJECT, Fields, Schema
+from llama4.serve.settings import Settings
+from llama4.serve.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +36,13 @@ request_id: ContextVar[str] = ContextVar("request_id", default="a request")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a server behaves.
-
-    Attributes:
-        name: of the model, as clients know it.
-        api_key: what clients must show; None for none.
-        cors_origins: pages of which origins may ask; none by default.
-        url_hosts: hosts from which pictures are fetched; "*" for any public one.
-        media_directory: pictures of which `file://` addresses are read.
-        max_body: bytes of a request.
-        has_page: whether there is a page to chat at `/`.
-    """
-
-    name: str
-    api_key: str | None = None
-    cors_origins: tuple[str, ...] = ()
-    url_hosts: tuple[str, ...] = ()
-    media_directory: Path | None = None
-    max_body: int = 64 * 2**20
-    has_page: bool = True
-
-
 @dataclass
 class Service:
     """What the routes of one server work with.
 
     Attributes:
+        store: responses that clients may ask for again.
+        background: what is being answered although nobody waits, by the ids of responses.
         created: when it began, in seconds since 1970.
         is_draining: whether it takes nothing new.
     """
@@ -70,6 +50,8 @@ class Service:
     engine: Engine
     settings: Settings
     metrics: Metrics
+    store: Store
+    background: dict[str, tuple[asyncio.Task[None], Any]] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
 
@@ -84,10 +66,11 @@ class Service:
 
 @dataclass(frozen=True)
 class Call:
-    """One request: what HTTP says, and its fields, checked."""
+    """One request: what HTTP says, and its fields and what stands behind the question mark, checked."""
 
     request: Request
     fields: Mapping[str, Any]
+    query: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ class Route:
         handle: does it.
         summary: a line for /openapi.json.
         fields: of the body; None where there is none.
-        query: the schema of each parameter behind the path's question mark.
+        query: parameters behind the path's question mark.
         answer: the JSON Schema of what is answered; None where that is text.
         can_stream: whether `"stream": true` is answered by events.
         is_open: whether no key is asked for.
@@ -114,7 +97,7 @@ class Route:
     answer: Schema | None = field(default_factory=lambda: OBJECT)
     can_stream: bool = False
     is_open: bool = False
-    query: Mapping[str, Schema] = field(default_factory=dict)
+    query: Fields | None = None
     errors: ErrorForm = OPENAI
     is_served: Callable[[Service], bool] = lambda service: True
 
@@ -125,7 +108,8 @@ class Route:
                 check_key(request, service.settings.api_key)
             body = await read_body(request, service.settings.max_body) if self.fields is not None else None
             fields = self.fields.read(body) if self.fields is not None else {}
-            return await self.handle(service, Call(request, fields))
+            query = read_query(request, self.query) if self.query is not None else {}
+            return await self.handle(service, Call(request, fields, query))
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
@@ -169,6 +153,17 @@ async def read_body(request: Request, limit: int) -> Any:
         raise RequestError(f"the body is not JSON ({error})") from None
 
 
+def read_query(request: Request, known: Fields) -> dict[str, Any]:
+    """Raises:
+    RequestError: a parameter with a value that it cannot have.
+    """
+    given: dict[str, Any] = {}
+    for name, value in request.query_params.items():
+        is_number = name in known.fields and known.fields[name].schema.get("type") == "integer"
+        given[name] = int(value) if is_number and re.fullmatch(r"-?[0-9]{1,18}", value) else value
+    return known.read(given)
+
+
 def _no_constant(name: str) -> Any:
     raise RequestError(f"the body is not JSON: it holds {name}")
 
@@ -185,6 +180,14 @@ def _internal(error: Exception) -> RequestError:
     return RequestError("an error of the server; its log says more", status=500)
 
 
+def check_taking(service: Service) -> None:
+    """Raises:
+    RequestError: the server stops.
+    """
+    if service.is_draining:
+        raise RequestError("the server is about to stop; ask another one", status=503)
+
+
 async def respond(service: Service, call: Call, answer: Answer) -> Response:
     """Have the engine answer, and send that whole or as events, as the client asked.
 
@@ -192,13 +195,12 @@ async def respond(service: Service, call: Call, answer: Answer) -> Response:
         RequestError: it cannot be answered.
         ClientDisconnect: the client has hung up; the engine's work has stopped.
     """
-    if service.is_draining:
-        raise RequestError("the server is about to stop; ask another one", status=503)
+    check_taking(service)
     try:
         await unless_gone(call.request, answer.open())
         if not call.fields["stream"]:
             await unless_gone(call.request, answer.finish())
-            _note(service, answer)
+            note(service, answer)
             return JSONResponse(answer.whole())
     except BaseException:
         answer.cancel()
@@ -214,7 +216,7 @@ async def _sent(service: Service, answer: Answer) -> AsyncIterator[str]:
     try:
         async for event in answer.events():
             yield event
-        _note(service, answer)
+        note(service, answer)
     except Exception as error:
         yield answer.failure(RequestError.of(error) or _internal(error))
     finally:
@@ -223,7 +225,8 @@ async def _sent(service: Service, answer: Answer) -> AsyncIterator[str]:
         yield answer.last_event
 
 
-def _note(service: Service, answer: Answer) -> None:
+def note(service: Service, answer: Answer) -> None:
+    """Count what was answered."""
     for stream in answer.streams:
         service.metrics.note(stream.request, stream.reply.finish_reason or "abort")
 

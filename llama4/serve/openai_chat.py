@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -224,19 +224,22 @@ class Chat(OpenAIAnswer):
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._tells_logprobs:
             return None
-        decode = self.streams[0].decode_bytes
+        return {"content": logprob_entries(tokens, self.streams[0].decode_bytes), "refusal": None}
 
-        def entry(data: bytes, value: float) -> dict[str, Any]:
-            return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
 
-        content = [
-            {
-                **entry(token.bytes, token.logprob),
-                "top_logprobs": [entry(decode([id_]), value) for id_, value in token.alternatives],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+def logprob_entries(tokens: Sequence[Token], decode: Callable[[Sequence[int]], bytes]) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities, and the likely ones beside each."""
+
+    def entry(data: bytes, value: float) -> dict[str, Any]:
+        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+
+    return [
+        {
+            **entry(token.bytes, token.logprob),
+            "top_logprobs": [entry(decode([id_]), value) for id_, value in token.alternatives],
+        }
+        for token in tokens
+    ]
 
 
 def as_delta(delta: Delta) -> dict[str, Any]:

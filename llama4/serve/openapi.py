@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from llama4.serve.http import Route, Settings
+from llama4.serve.http import Route
+from llama4.serve.settings import Settings
 from llama4.version import __version__
 
 STATUSES = {
@@ -65,7 +66,8 @@ def _operation(route: Route) -> dict[str, Any]:
         for name in re.findall(r"\{(\w+)", route.path)
     ]
     parameters += [
-        {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in route.query.items()
+        {"name": name, "in": "query", "required": False, "schema": field.schema}
+        for name, field in (route.query.fields.items() if route.query is not None else ())
     ]
     if parameters:
         operation["parameters"] = parameters

@@ -110,8 +110,9 @@ def _check_any(value: Any, schema: Schema, at: str) -> None:
     """One of several; if it is none of them, what is told is the error of the one whose `type` it has, or else the
     error furthest inside."""
     kinds = [kind for each in schema["anyOf"] for kind in each.get("properties", {}).get("type", {}).get("enum", ())]
-    if isinstance(value, dict) and kinds:
-        check(value.get("type"), one_of(*kinds), f"{at}.type")
+    kinds = kinds if isinstance(value, dict) and "type" in value else []
+    if kinds:
+        check(value["type"], one_of(*kinds), f"{at}.type")
     errors: list[RequestError] = []
     for each in schema["anyOf"]:
         try:

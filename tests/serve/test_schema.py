@@ -14,8 +14,8 @@ pytest.importorskip("starlette")
 
 from llama4.serve.app import ROUTES  # noqa: E402
 from llama4.serve.errors import RequestError  # noqa: E402
-from llama4.serve.http import Settings  # noqa: E402
 from llama4.serve.openapi import describe  # noqa: E402
+from llama4.serve.settings import Settings  # noqa: E402
 
 PARTS = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -37,6 +37,17 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": {"prompt": ["a", [1, 2]], "logprobs": 1, "max_tokens": 3, "stop": "x"},
     "/tokenize": {"messages": CHAT["messages"], "add_special_tokens": True},
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "x"},
+        ],
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
+        "tool_choice": {"type": "function", "name": "f"},
+        "tools": [{"type": "function", "name": "f"}],
+        "store": True,
+    },
     "/detokenize": {"tokens": [1, 2, 3]},
     "/apply-template": {"messages": CHAT["messages"], "tools": [TOOL]},
 }
@@ -65,7 +76,7 @@ def mutated(body: Any, rng: random.Random) -> Any:
 
 @pytest.mark.parametrize("path", sorted(BODIES))
 def test_what_is_described_is_what_is_checked(path: str) -> None:
-    (route,) = (route for route in ROUTES if route.path == path)
+    (route,) = (route for route in ROUTES if (route.method, route.path) == ("POST", path))
     assert route.fields is not None
     schema = json.loads(json.dumps(route.fields.to_json()))
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -1,0 +1,158 @@
+"""/v1/responses: events, conversations that go on, what is stored and cancelled, and what a killed server has kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+
+from llama4 import Llama4  # noqa: E402
+from llama4.serve.settings import Settings  # noqa: E402
+from tests.serve.running import Running, until  # noqa: E402
+
+ASKED = "What can you do?"
+TOOL = {
+    "type": "function",
+    "name": "count",
+    "parameters": {
+        "type": "object",
+        "properties": {"shape": {"enum": ["circle"]}},
+        "required": ["shape"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+@pytest.fixture(scope="module")
+def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    limits = llm.processor.image_limits
+    server = Running(llm, Settings("tiny", store=tmp_path_factory.mktemp("store") / "responses.db"))
+    yield server
+    server.close()
+    llm.processor.image_limits = limits
+
+
+def respond(running: Running, **fields: Any) -> Any:
+    answer = running.client.post("/v1/responses", json=fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def text_of(response: Any) -> str:
+    return "".join(part["text"] for item in response["output"] for part in item.get("content", ()))
+
+
+def test_a_conversation_goes_on(llm: Llama4, running: Running) -> None:
+    """A response that continues another is the chat's answer to the same messages, each time with its instructions."""
+    first = respond(running, input=ASKED, instructions="Be brief.")
+    second = respond(running, input=[{"role": "user", "content": "And then?"}], previous_response_id=first["id"])
+    said = {"role": "assistant", "content": text_of(first)}
+    whole = [{"role": "user", "content": ASKED}, said, {"role": "user", "content": "And then?"}]
+    chats = [
+        running.ask(messages=messages)["choices"][0]["message"]["content"]
+        for messages in ([{"role": "system", "content": "Be brief."}, whole[0]], whole)
+    ]
+    assert [text_of(first), text_of(second)] == chats
+    assert first["status"] == second["status"] == "completed" and second["previous_response_id"] == first["id"]
+    assert first["usage"]["total_tokens"] == first["usage"]["input_tokens"] + first["usage"]["output_tokens"]
+    cut = respond(running, input=ASKED, max_output_tokens=2)
+    assert cut["status"] == "incomplete" and cut["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def test_events_join_to_the_response(running: Running) -> None:
+    whole = respond(running, input=ASKED)
+    with running.client.stream("POST", "/v1/responses", json={"input": ASKED, "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines.pop() == "data: [DONE]"
+    names = [line.removeprefix("event: ") for line in lines[::2]]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[1::2]]
+    assert names == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    begin, end = ["created", "in_progress", "output_item.added", "content_part.added"], names[-4:]
+    assert names[:4] == [f"response.{name}" for name in begin]
+    assert end == [
+        f"response.{name}" for name in ("output_text.done", "content_part.done", "output_item.done", "completed")
+    ]
+    deltas = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert deltas == text_of(events[-1]["response"]) == text_of(whole)
+    kept = running.client.get(f"/v1/responses/{events[-1]['response']['id']}").json()
+    assert kept == events[-1]["response"]
+
+
+def test_tools_and_forms(running: Running) -> None:
+    response = respond(running, input=ASKED, tools=[TOOL], tool_choice="required")
+    (call,) = response["output"]
+    assert call["type"] == "function_call" and json.loads(call["arguments"]) == {"shape": "circle"}
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "3"}
+    after = respond(running, input=[result], tools=[TOOL], previous_response_id=response["id"])
+    assert after["usage"]["input_tokens"] > response["usage"]["input_tokens"]
+    form = {"type": "json_schema", "name": "x", "schema": TOOL["parameters"]}
+    assert json.loads(text_of(respond(running, input=ASKED, text={"format": form}))) == {"shape": "circle"}
+
+
+def test_what_is_stored(running: Running) -> None:
+    client = running.client
+    response = respond(running, input=[{"role": "user", "content": "a"}, {"role": "user", "content": ASKED}])
+    route = f"/v1/responses/{response['id']}"
+    assert client.get(route).json() == response
+    newest, oldest = (client.get(f"{route}/input_items?limit=1&order={order}").json() for order in ("desc", "asc"))
+    assert newest["data"][0]["content"] == ASKED and oldest["data"][0]["content"] == "a" and newest["has_more"]
+    rest = client.get(f"{route}/input_items?after={newest['last_id']}").json()
+    assert [item["content"] for item in rest["data"]] == ["a"] and not rest["has_more"]
+    assert client.get(f"{route}/input_items?limit=0").json()["error"]["param"] == "limit"
+    assert client.post(f"{route}/cancel").status_code == 400  # it was not in the background
+    assert client.delete(route).json()["deleted"] and client.get(route).status_code == 404
+    answer = client.post("/v1/responses", json={"input": ASKED, "previous_response_id": response["id"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "previous_response_id")
+    secret = respond(running, input=ASKED, store=False)
+    assert client.get(f"/v1/responses/{secret['id']}").status_code == 404
+
+
+def test_in_the_background(running: Running) -> None:
+    response = respond(running, input=ASKED, background=True)
+    route = f"/v1/responses/{response['id']}"
+    assert response["status"] == "in_progress"
+    until(lambda: running.client.get(route).json()["status"] == "completed")
+    assert text_of(running.client.get(route).json()) == text_of(respond(running, input=ASKED))
+    endless = respond(running, input=ASKED, background=True, ignore_eos=True)
+    until(lambda: running.engine.scheduler.running.requests)
+    assert running.client.post(f"/v1/responses/{endless['id']}/cancel").json()["status"] == "cancelled"
+    until(running.is_idle)
+    assert running.client.get(f"/v1/responses/{endless['id']}").json()["status"] == "cancelled"
+
+
+def test_a_killed_server_has_kept_what_it_answered(tmp_path: Path) -> None:
+    """And says of what it was at that it failed."""
+    command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0", "--store", str(tmp_path / "store.db")]
+    ended: list[Any] = []
+    for turn in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+            assert process.stdout is not None
+            url = re.search(r"http://[\d.:]+", process.stdout.readline())
+            assert url is not None
+            route = f"{url[0]}/v1/responses"
+            if turn:
+                assert httpx.get(f"{route}/{ended[0]['id']}").json() == ended[0]
+                assert httpx.get(f"{route}/{ended[1]['id']}").json()["status"] == "failed"
+                body = {"input": "And then?", "previous_response_id": ended[0]["id"]}
+                assert httpx.post(route, json=body, timeout=60).json()["status"] == "completed"
+            else:
+                for fields in ({}, {"background": True, "ignore_eos": True}):
+                    ended.append(httpx.post(route, json={"input": ASKED, **fields}, timeout=60).json())
+            process.send_signal(signal.SIGKILL)

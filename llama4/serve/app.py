@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama4.serve import completions, moderations, native, openai_chat, page, responses
+from llama4.serve import anthropic, completions, moderations, native, openai_chat, page, responses
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, refusal, request_id
@@ -39,6 +39,7 @@ ROUTES = (
     *moderations.ROUTES,
     *native.ROUTES,
     *responses.ROUTES,
+    *anthropic.ROUTES,
 )
 
 

@@ -150,7 +150,7 @@ class Completion(OpenAIAnswer):
                 "text": self._echo[i] + stream.reply.text,
                 "logprobs": self._logprobs(stream.reply.logprobs),
                 "finish_reason": stream.reply.finish_reason,
-                "stop_reason": None,
+                "stop_reason": stream.stop_string,
             }
             for i, stream in enumerate(self.streams)
         ]

@@ -290,6 +290,11 @@ class EngineStream:
             raise Llama4Error("the stream was not begun; iterate over it first")
         return self._reader[1].reply()
 
+    @property
+    def stop_string(self) -> str | None:
+        """The string that ended the reply; None if another thing did."""
+        return self._reader[0].text.stop_string if self._reader is not None else None
+
     def __iter__(self) -> Iterator[str]:
         for delta in self.events():
             if isinstance(delta, TextDelta):

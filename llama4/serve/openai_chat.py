@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from llama4.engine.replies import Delta, Reply, TextDelta
+from llama4.engine.replies import Delta, TextDelta
 from llama4.engine.tokens import Token
 from llama4.serve.answer import Answer, as_event
 from llama4.serve.conversation import MESSAGE, TOOL, TOOL_CHOICE, with_media
@@ -191,10 +191,11 @@ class Chat(OpenAIAnswer):
         self._tells_logprobs = tells_logprobs
 
     def whole(self) -> dict[str, Any]:
-        choices = [self._choice(i, stream.reply) for i, stream in enumerate(self.streams)]
+        choices = [self._choice(i, stream) for i, stream in enumerate(self.streams)]
         return self.body(choices, self.usage())
 
-    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+    def _choice(self, index: int, stream: EngineStream) -> dict[str, Any]:
+        reply = stream.reply
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
         if reply.tool_calls:
             message["tool_calls"] = [call.to_openai() for call in reply.tool_calls]
@@ -204,7 +205,7 @@ class Chat(OpenAIAnswer):
             "message": message,
             "logprobs": self._logprobs(reply.logprobs),
             "finish_reason": reply.finish_reason,
-            "stop_reason": None,
+            "stop_reason": stream.stop_string,
         }
 
     async def events(self) -> AsyncIterator[str]:

@@ -57,7 +57,7 @@ def _operation(route: Route) -> dict[str, Any]:
         answers[str(status)] = {"description": text, "content": error}
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": route.handle.__name__,
+        "operationId": f"{route.method.lower()}{route.path}",
         "responses": answers,
         **({"security": []} if route.is_open else {}),
     }

@@ -80,7 +80,7 @@ def messages_of(items: Sequence[Mapping[str, Any]], settings: Settings) -> list[
 def _content(content: str | Sequence[Mapping[str, Any]], at: str, settings: Settings) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    parts = []
+    parts: list[dict[str, Any]] = []
     for i, part in enumerate(content):
         if part["type"] == "input_image":
             url: str = part["image_url"]

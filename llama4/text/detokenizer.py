@@ -16,6 +16,7 @@ class TextAssembler:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stop = tuple(stop)
         self.stopped = False
+        self.stop_string: str | None = None  # that which came
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -23,10 +24,11 @@ class TextAssembler:
         """Add bytes; return the text that is certain now."""
         assert not self.stopped
         self._held += self._decoder.decode(data)
-        ends = [(at + len(stop), at) for stop in self.stop if (at := self._held.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True
-            return self._release(min(ends)[1])
+            _, at, self.stop_string = min(ends)
+            return self._release(at)
         return self._release(len(self._held) - self._begun())
 
     def flush(self) -> str:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -289,9 +290,11 @@ def test_the_command_ends_what_it_is_at() -> None:
     command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
-        url = re.search(r"http://[\d.:]+", said[0])
-        assert url is not None and "curl " in said[2]
+        stuck = threading.Timer(120, process.kill)  # so that a failure is one
+        stuck.start()
+        said = next(line for line in process.stdout if "curl " in line)
+        url = re.search(r"http://[\d.:]+", said)
+        assert url is not None
         body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300}
         with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -300,3 +303,4 @@ def test_the_command_ends_what_it_is_at() -> None:
             *_, reason, end = [line for line in lines if line]
         assert '"length"' in reason and end == "data: [DONE]"
         assert process.wait(60) == 0
+        stuck.cancel()

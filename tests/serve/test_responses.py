@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def test_a_killed_server_has_kept_what_it_answered(tmp_path: Path) -> None:
     for turn in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
             assert process.stdout is not None
+            stuck = threading.Timer(120, process.kill)
+            stuck.start()
             url = re.search(r"http://[\d.:]+", process.stdout.readline())
             assert url is not None
             route = f"{url[0]}/v1/responses"
@@ -156,3 +159,4 @@ def test_a_killed_server_has_kept_what_it_answered(tmp_path: Path) -> None:
                 for fields in ({}, {"background": True, "ignore_eos": True}):
                     ended.append(httpx.post(route, json={"input": ASKED, **fields}, timeout=60).json())
             process.send_signal(signal.SIGKILL)
+            stuck.cancel()

@@ -26,7 +26,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.ops.experts import grouped_product
 from llama4.ops.precision import upcast
 from llama4.ops.swiglu import swiglu
-from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts
 from llama4.quantization.weight import QuantizedWeight
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -248,6 +248,8 @@ def targets_of(model: Llama4Model) -> dict[str, tuple[int, ...]]:
         if isinstance(module, (Experts, QuantizedExperts)):
             E, D, F_ = model.config.text.num_local_experts, model.config.text.hidden_size, _width(model)
             shapes |= {f"{name}.gate_up_proj": (E, 2 * F_, D), f"{name}.down_proj": (E, D, F_)}
+        elif target_of(name) is not None and isinstance(module, QuantizedEmbedding):
+            shapes[name] = module.shape[::-1]
         elif target_of(name) is not None and isinstance(module, (nn.Linear, QuantizedWeight)):
             shapes[name] = tuple(module.weight.shape) if isinstance(module, nn.Linear) else module.shape
         elif target_of(name) is not None and isinstance(module, nn.Embedding):

@@ -26,12 +26,12 @@ from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.ops.linear import Linear, in_out_matrix, in_out_unsupported_reason, matrix_unsupported_reason, out_in_matrix
-from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts, SplitExperts
 from llama4.quantization.weight import QuantizedWeight
 
 _MODULES = {
     *(Attention, DecoderLayer, FeedForward, Linear, LoopExperts, MixtureOfExperts, RMSNorm, Router),
-    *(QuantizedExperts, QuantizedWeight),
+    *(QuantizedEmbedding, QuantizedExperts, QuantizedWeight, SplitExperts),
 }
 """Modules whose forward the compiled step computes; a subclass may compute something else."""
 
@@ -140,15 +140,12 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
             raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
             raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
-    _check(type(embedding) is nn.Embedding and embedding.max_norm is None, "embed_tokens was replaced")
     _check(type(norm) is RMSNorm, "the last norm was replaced")
-    _check(embedding.weight.dtype == dtype, f"embeddings are {embedding.weight.dtype} in a model of {dtype}")
-    _check(embedding.weight.is_contiguous(), "embeddings are not contiguous")
     layers = (Layer * len(inner.layers))(*(_layer(f"layers.{i}", x, dtype) for i, x in enumerate(inner.layers)))
     decoder = Decoder(
         layers=ctypes.addressof(layers),
         num_layers=len(layers),
-        embedding=embedding.weight.data_ptr(),
+        embedding=_embedding(embedding, dtype),
         norm=norm.weight.data_ptr(),
         head=_matrix("lm_head", head, dtype, is_head=True),
         eps=norm.eps,
@@ -182,7 +179,8 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
         _check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
         described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
         described.experts_per_token = router.k
-        described.gate_up, described.down = _experts(f"{path}.experts", dense.experts, dtype)
+        for part, matrix in _experts(f"{path}.experts", dense.experts, dtype):
+            setattr(described, part, matrix)
         dense, path = dense.shared_expert, f"{path}.shared_expert"
     parts = {part: _matrix(f"{path}.{part}_proj", getattr(dense, f"{part}_proj"), dtype) for part in ("gate", "up")}
     described.gate, described.up = parts["gate"], parts["up"]
@@ -190,13 +188,28 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     return described
 
 
-def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[Matrix]:
-    for part in ("gate_up_proj", "down_proj"):
+def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Matrix]]:
+    """The matrices of a layer's experts, by their fields of `Layer`."""
+    fields = {"gate_up": "gate_up_proj", "down": "down_proj"}
+    if isinstance(experts, SplitExperts):
+        fields = {"gate_up": "gate_proj", "expert_up": "up_proj", "down": "down_proj"}
+    for field_, part in fields.items():
         weight = getattr(experts, part)
         if isinstance(weight, QuantizedWeight):
-            yield _matrix(f"{name}.{part}", weight, dtype)
+            yield field_, _matrix(f"{name}.{part}", weight, dtype)
         else:
-            yield _known(f"{name}.{part}", in_out_matrix(weight, dtype), in_out_unsupported_reason(weight, dtype))
+            reason = in_out_unsupported_reason(weight, dtype)
+            yield field_, _known(f"{name}.{part}", in_out_matrix(weight, dtype), reason)
+
+
+def _embedding(embedding: nn.Module, dtype: torch.dtype) -> Matrix:
+    if type(embedding) is QuantizedEmbedding:
+        return _matrix("embed_tokens", embedding, dtype, is_head=True)
+    _check(type(embedding) is nn.Embedding and embedding.max_norm is None, "embed_tokens was replaced")
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    _check(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")
+    return _known("embed_tokens", out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
 
 
 def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from llama4.cache.prefixes import next_key
@@ -175,7 +176,8 @@ class Pictures:
             place = tile * self._per_tile
             parts.append(self._tile(tile)[max(first - place, 0) : last - place])
         if written := ids[max(begin, self._prompt_length) : end].count(self._patch):
-            parts.append(self._model.language_model.model.embed_tokens.weight[self._patch].expand(written, -1))
+            patches = torch.full((written,), self._patch, device=self._model.device)
+            parts.append(self._model.language_model.model.embed_tokens(patches))
         return parts
 
     def grids(self, begin: int, end: int) -> list[Tensor]:

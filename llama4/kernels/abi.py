@@ -63,7 +63,7 @@ class Layer(ctypes.Structure):
     """A decoder layer: H query heads and K key/value heads of dimension C.
 
     Fields:
-        gate_up, down: experts.
+        gate_up, expert_up, down: experts; the address of `expert_up` is 0 where `gate_up` holds both.
         gate, up, shared_down: the shared expert, or the MLP of a dense layer.
         input_norm, post_norm, router: addresses of weights; the router's is 0 in a dense layer.
         E, experts_per_token: 0 in a dense layer.
@@ -71,17 +71,19 @@ class Layer(ctypes.Structure):
     """
 
     _fields_ = [
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate_up", "down", "gate", "up", "shared_down")),
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate_up", "expert_up", "down", "gate", "up", "shared_down")),
         *((name, c_int64) for name in ("input_norm", "post_norm", "router", "H", "K", "C", "E", "experts_per_token")),
         *((name, c_double) for name in ("eps", "qk_eps")),
     ]
 
 
 class Decoder(ctypes.Structure):
-    """A model. `layers` is the address of an array of `Layer`, `embedding` and `norm` are those of weights."""
+    """A model. `layers` is the address of an array of `Layer`, `norm` that of weights."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("layers", "num_layers", "embedding", "norm")),
+        *((name, c_int64) for name in ("layers", "num_layers")),
+        ("embedding", Matrix),
+        ("norm", c_int64),
         ("head", Matrix),
         ("eps", c_double),
     ]

@@ -28,6 +28,7 @@ class GgufBlocks(WeightFormat):
     """Blocks of `block` weights in `nbytes` bytes; inputs are not rounded."""
 
     parts = ("weight",)
+    has_rows = True
     block: ClassVar[int] = 32
     nbytes: ClassVar[int]
 
@@ -65,6 +66,9 @@ class GgufBlocks(WeightFormat):
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         blocks = weight.part("weight", expert)
         return lambda rows: self.decode(blocks[rows]).to(dtype)
+
+    def rows(self, weight: QuantizedWeight, ids: Tensor) -> Tensor:
+        return self.decode(weight.part("weight")[ids])
 
     def decode(self, stored: Tensor) -> Tensor:
         """Rows as they are stored [..., bytes] -> their weights [..., I], in float32."""

@@ -20,6 +20,13 @@ _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|u
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of a packed matrix [V, D] by their numbers, in float32, in which the decoder adds them up."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.format.rows(self, ids)
+
+
 class QuantizedExperts(nn.Module):
     """The routed experts over packed weights: all of them at once on a GPU, elsewhere one after the other. Experts that
     no token chose are not read."""
@@ -111,11 +118,27 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
                 continue
             path = name.removesuffix(".weight")
             linear = model.get_submodule(path)
+            if isinstance(linear, nn.Embedding) and format.has_rows:
+                _pack_embedding(model, name, linear, format)
+                continue
             if type(linear) not in (nn.Linear, Linear):
                 raise CheckpointError(f"{name} is quantized, which this library does not run; take it unquantized")
             assert isinstance(linear, nn.Linear)
             shape = (linear.out_features, linear.in_features)
             _put(model, path, _packed(name, format, shape, bias=linear.bias is not None))
+
+
+def _pack_embedding(model: nn.Module, name: str, embedding: nn.Embedding, format: WeightFormat) -> None:
+    """Also in a head that is tied to it."""
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    packed = _packed(name, format, shape, kind=QuantizedEmbedding)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear) and module.weight is embedding.weight:
+            head = _packed(name, format, shape)
+            for part in format.parts:
+                head.register_parameter(part, packed.get_parameter(part))
+            _put(model, path, head)
+    _put(model, name.removesuffix(".weight"), packed)
 
 
 def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
@@ -134,9 +157,11 @@ def _pack_experts(model: nn.Module, path: str, plan: QuantizationPlan) -> None:
     _put(model, path, experts)
 
 
-def _packed(name: str, format: WeightFormat, shape: Shape, bias: bool = False) -> QuantizedWeight:
+def _packed(
+    name: str, format: WeightFormat, shape: Shape, bias: bool = False, kind: type[QuantizedWeight] = QuantizedWeight
+) -> QuantizedWeight:
     try:
-        return QuantizedWeight(format, shape, bias=bias)
+        return kind(format, shape, bias=bias)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from None
 

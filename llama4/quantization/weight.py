@@ -68,6 +68,8 @@ class WeightFormat(ABC):
     """Of `parts`, those that have the same value for every output of a matrix, and lie in files once."""
     rounds_inputs: ClassVar[bool] = False
     """Whether inputs are rounded, too, while the model runs."""
+    has_rows: ClassVar[bool] = False
+    """Whether rows are dequantized alone, as those of embeddings are (`rows`)."""
     compressed_name: ClassVar[str | None] = None
     """What compressed-tensors calls the format on disk; None if it has no such format."""
 
@@ -149,6 +151,10 @@ class WeightFormat(ABC):
         format that can dequantize rows alone does so."""
         weight_OI = self.dequantize(weight, expert)
         return lambda rows: weight_OI[rows].to(dtype)
+
+    def rows(self, weight: QuantizedWeight, ids: Tensor) -> Tensor:
+        """Rows of the matrix, [..., I], in float32; only if `has_rows`."""
+        raise AssertionError(f"{self.kind} has no rows")
 
     def input_gradient(self, weight: QuantizedWeight, gradient_NO: Tensor, expert: int | None = None) -> Tensor:
         """The gradient of x for that of `product`, [N, I], in its dtype: dy W, some rows of W at a time. Where inputs

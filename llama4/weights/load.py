@@ -82,6 +82,8 @@ def _load_one(model: nn.Module, name: str, aliases: Mapping[str, Sequence[str]],
     module = model.get_submodule(path)
     if _is_part(module, leaf):
         module.set_part(leaf, placement.part(name, module, leaf))
+        for alias in aliases[name][1:]:
+            model.get_submodule(alias.rpartition(".")[0]).register_parameter(leaf, module.get_parameter(leaf))
         return
     values = placement.parameter(name, module)
     parameter = nn.Parameter(values, requires_grad=values.is_floating_point())

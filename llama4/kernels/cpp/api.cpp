@@ -203,6 +203,7 @@ const Constant constants[] = {
     FIELD(Layer, v),
     FIELD(Layer, o),
     FIELD(Layer, gate_up),
+    FIELD(Layer, expert_up),
     FIELD(Layer, down),
     FIELD(Layer, gate),
     FIELD(Layer, up),

@@ -97,6 +97,26 @@ Problem experts(const Matrix& gate_up, const Matrix& down) {
       require(gate_up.O == 2 * down.I && gate_up.I == down.O, "the matrices of experts do not fit each other"));
 }
 
+// The experts of a layer, of which up may be apart from gate.
+template <class X>
+Problem experts(const Layer& l, long D) {
+  if (!l.expert_up.w)
+    return first(experts<X>(l.gate_up, l.down), require(l.gate_up.I == D, "experts do not fit their layer"));
+  const Matrix &gate = l.gate_up, &up = l.expert_up, &down = l.down;
+  return first(matrix<X>(gate), matrix<X>(up), matrix<X>(down),
+               require(gate.I == D && up.I == D && down.O == D && gate.O == down.I && up.O == down.I,
+                       "experts do not fit their layer"));
+}
+
+// A matrix whose rows are read one by one.
+template <class X>
+Problem embedding(const Matrix& a, long V, long D) {
+  bool has_rows = a.layout == OUT_IN;
+  QuantizedFormats::visit(a.layout, [&](auto format) { has_rows = is_block_format<decltype(format)>; });
+  return first(matrix<X>(a), require(has_rows, "embeddings are in a layout without rows"),
+               require(a.I == D && a.O >= V, "embeddings do not fit the head"));
+}
+
 template <class X>
 Problem layer(const Layer& l, long D) {
   const auto maps = [](const Matrix& a, long I, long O) {
@@ -105,17 +125,16 @@ Problem layer(const Layer& l, long D) {
   return first(addresses(l.input_norm, l.post_norm), heads(l.H, l.K, l.C), maps(l.q, D, l.H * l.C),
                maps(l.k, D, l.K * l.C), maps(l.v, D, l.K * l.C), maps(l.o, l.H * l.C, D), maps(l.gate, D, l.gate.O),
                maps(l.up, D, l.gate.O), maps(l.shared_down, l.gate.O, D),
-               l.router
-                   ? first(experts<X>(l.gate_up, l.down), require(l.gate_up.I == D, "experts do not fit their layer"),
-                           require(0 < l.experts_per_token && l.experts_per_token <= l.E, "too many experts per token"))
-                   : require(!l.experts_per_token, "experts without a router"));
+               l.router ? first(experts<X>(l, D), require(0 < l.experts_per_token && l.experts_per_token <= l.E,
+                                                          "too many experts per token"))
+                        : require(!l.experts_per_token, "experts without a router"));
 }
 
 // A step. The layers of a model do not change from step to step: they are checked where `step` is 0.
 template <class X>
 Problem decode(const Decoder& d, const LayerStep* layer_steps, long step, const Tokens& t) {
   if (Problem problem =
-          first(addresses(d.layers, d.embedding, d.norm, d.head.w, layer_steps, t.ids),
+          first(addresses(d.layers, d.norm, d.head.w, layer_steps, t.ids),
                 require(d.num_layers > 0 && step >= 0, "there is no layer, or no such step"),
                 sequences(t.sequence_starts, t.B), require(t.num_outputs >= 0, "the number of outputs is negative")))
     return problem;
@@ -127,7 +146,8 @@ Problem decode(const Decoder& d, const LayerStep* layer_steps, long step, const 
     if (t.outputs[i] < 0 || t.outputs[i] >= N) return "an output is no token of the step";
   for (long n = 0; n < N; n++)
     if (t.ids[n] < 0 || t.ids[n] >= d.head.O) return "a token is outside the vocabulary";
-  if (Problem problem = step ? nullptr : matrix<X>(d.head)) return problem;
+  if (Problem problem = step ? nullptr : first(matrix<X>(d.head), embedding<X>(d.embedding, d.head.O, d.head.I)))
+    return problem;
   for (long i = 0; i < d.num_layers; i++) {
     const LayerStep& s = layer_steps[i];
     const long* lengths = s.lengths ? s.lengths + step * N : nullptr;

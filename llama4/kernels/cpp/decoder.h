@@ -14,7 +14,7 @@
 namespace {
 
 struct Layer {
-  Matrix q, k, v, o, gate_up, down;
+  Matrix q, k, v, o, gate_up, expert_up, down;  // expert_up: where it is apart, and gate_up is the gate alone
   Matrix gate, up, shared_down;                 // of the shared expert, or of the dense MLP
   const void *input_norm, *post_norm, *router;  // router: nullptr in a dense layer
   int64_t H, K, C, E, experts_per_token;        // none in a dense layer
@@ -24,7 +24,8 @@ struct Layer {
 struct Decoder {
   const Layer* layers;
   int64_t num_layers;
-  const void *embedding, *norm;
+  Matrix embedding;
+  const void* norm;
   Matrix head;
   double eps;
 };
@@ -176,10 +177,13 @@ class DecoderStep {
           [&](long e, long i, long count) { multiply(phase, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count); });
     };
     Phase wide(team), between(team), down(team);
+    const bool is_apart = l.expert_up.w;
+    X* expert_up = gate_up + (is_apart ? R * F_expert : F_expert);
     multiply_experts(wide, l.gate_up, routed, gate_up);
+    if (is_apart) multiply_experts(wide, l.expert_up, routed, expert_up);
     multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N);
     wide.run();
-    swiglu_rows(between, gate_up, gate_up + F_expert, R, F_expert, 2 * F_expert, routed_inner);
+    swiglu_rows(between, gate_up, expert_up, R, F_expert, l.gate_up.O, routed_inner);
     swiglu_rows(between, gate, up, N, F, F, inner);
     between.run();
     multiply_experts(down, l.down, routed_inner, routed_out);
@@ -210,8 +214,10 @@ class DecoderStep {
 
   void run() {
     team.for_each(N, D, [&](long n) {
-      const X* embedding = (const X*)d.embedding + tokens.ids[n] * D;
-      for (long i = 0; i < D; i += 16) store(h + n * D + i, load_floats(embedding + i));
+      float* to = h + n * D;
+      const X* embedding = (const X*)d.embedding.w + tokens.ids[n] * D;
+      if (d.embedding.layout != OUT_IN) return read_row(d.embedding, tokens.ids[n], to);
+      for (long i = 0; i < D; i += 16) store(to + i, load_floats(embedding + i));
     });
     for (long i = 0; i < d.num_layers; i++) attention(d.layers[i], layer_steps[i]), feed_forward(d.layers[i]);
     const long outputs = tokens.num_outputs;

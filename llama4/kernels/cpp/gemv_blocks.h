@@ -215,6 +215,37 @@ void gemv_blocks(Phase& phase, const Product<F, X>* products, long count, const 
   });
 }
 
+// The weights of a step in order, sixteen at a time.
+template <class F>
+INLINE void read_weights(const F& f, long o, long step, f32x16* out) {
+  const uint8_t* row = f.row(o);
+  const auto read =
+      f.I - step * step_weights >= step_weights ? f.template read<true>(row, step) : f.template read<false>(row, step);
+  int8_t bytes[step_weights];
+  for (int half = 0; half < 2; half++) store(bytes + 64 * half, integers_of<F>(read.halves[half]));
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++)
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const int part = F::parts == 2 ? half : 0;
+      const u32x16 words = widen((const uint8_t*)bytes + 64 * half + 16 * quarter);
+      f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[part][quarter];
+      if constexpr (F::has_minimum) values = values + read.minima[part][quarter];
+      out[F::place(half, quarter) / 16] = values;
+    }
+}
+
+// Row o of W, in float32.
+template <class F>
+void read_row(const F& f, long o, float* to) {
+  f32x16 weights[step_weights / 16];
+  for (long step = 0; step * step_weights < f.I; step++) {
+    read_weights(f, o, step, weights);
+    for (long i = step * step_weights; i < std::min(f.I, (step + 1) * step_weights); i += 16)
+      store(to + i, weights[i % step_weights / 16]);
+  }
+}
+
 // Half a strip, outputs o to o + 15, for a product of many rows; inputs in order.
 template <class X, class F>
 void pack_blocks(const F& f, long o, Word* to) {
@@ -222,20 +253,7 @@ void pack_blocks(const F& f, long o, Word* to) {
   f32x16 w[16][step_weights / 16];
   for (long step = 0; step * step_weights < f.I; step++) {
     const long left = std::min(f.I - step * step_weights, step_weights);
-    for (int i = 0; i < 16; i++) {
-      const auto read =
-          left == step_weights ? f.template read<true>(f.row(o + i), step) : f.template read<false>(f.row(o + i), step);
-      int8_t bytes[step_weights];
-      for (int half = 0; half < 2; half++) store(bytes + 64 * half, integers_of<F>(read.halves[half]));
-      for (int half = 0; half < 2; half++)
-        for (int quarter = 0; quarter < 4; quarter++) {
-          const int part = F::parts == 2 ? half : 0;
-          const u32x16 words = widen((const uint8_t*)bytes + 64 * half + 16 * quarter);
-          f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[part][quarter];
-          if constexpr (F::has_minimum) values = values + read.minima[part][quarter];
-          w[i][F::place(half, quarter) / 16] = values;
-        }
-    }
+    for (int i = 0; i < 16; i++) read_weights(f, o + i, step, w[i]);
     for (int k = 0; k < left / 16; k += per_word, to += 16 * strip) {
       u32x16 words[16];
 #pragma GCC unroll 16

@@ -79,6 +79,14 @@ F read_as(const Matrix& a) {
   else return F{(const W*)a.w, a.I};
 }
 
+// Row o of a matrix in blocks, in float32.
+inline void read_row(const Matrix& a, long o, float* to) {
+  QuantizedFormats::visit(a.layout, [&](auto format) {
+    using F = decltype(format);
+    if constexpr (is_block_format<F>) read_row(read_as<F, uint8_t>(a), o, to);
+  });
+}
+
 // Rows of x rounded to e4m3, and a scale for each.
 template <class X>
 struct RoundedRows {

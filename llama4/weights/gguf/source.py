@@ -21,7 +21,7 @@ from llama4.weights.source import ModelNames, Source
 
 _EXPERTS = re.compile(r"(?P<path>.*\.experts)\.(?P<matrix>gate|up|down)_proj\.weight")
 _MATRICES = ("gate", "up", "down")
-_NEVER_QUANTIZED = re.compile(r"(.*\.(router|embed_tokens)|vision_model\..*|multi_modal_projector\..*)\.weight")
+_NEVER_QUANTIZED = re.compile(r"(.*\.router|vision_model\..*|multi_modal_projector\..*)\.weight")
 """What the model has in no quantized format."""
 
 Decode = Callable[[Tensor], Tensor]

@@ -18,11 +18,15 @@ from torch import Tensor
 from llama4 import Llama4
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig
+from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.gguf import _TYPES, GgufFile
+from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
 from llama4.model.rope_scaling import rope_frequencies
+from llama4.ops import cpu_kernels
 from llama4.quantization.gguf_blocks import GGUF_FORMATS
+from llama4.quantization.modules import QuantizedEmbedding
 from llama4.quantization.weight import QuantizedWeight
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.checkpoint import open_checkpoint
@@ -252,7 +256,7 @@ def test_powers_of_mxfp4(exponent: int) -> None:
         assert torch.equal(found, truth(stored))
 
 
-def quantized(path: Path, kinds: dict[str, str]) -> tuple[Path, Llama4Model]:
+def quantized(path: Path, kinds: dict[str, str], **changes: Any) -> tuple[Path, Llama4Model]:
     """A model with experts, of which tensors are in these types, by what their names hold; and the model that it is."""
     sizes: dict[str, Any] = {
         **{"vocab_size": 96, "hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 256},
@@ -260,14 +264,14 @@ def quantized(path: Path, kinds: dict[str, str]) -> tuple[Path, Llama4Model]:
         **{"num_local_experts": 3, "interleave_moe_layer_step": 2, "max_position_embeddings": 8192},
         **{"bos_token_id": None, "eos_token_id": (), "pad_token_id": None},
     }
-    text = TextConfig(**sizes)
+    text = TextConfig(**sizes | changes)
     config = Llama4Config(text, vision=None, dtype="float32")
     model = Llama4Model(config).eval()
     model.init_weights(torch.Generator().manual_seed(1))
     tensors: dict[str, Any] = dict(gguf_files.tensors_of(model))
     for i, name in enumerate(tensors):
         kind = next((kind for part, kind in kinds.items() if part in name), None)
-        if kind is not None and tensors[name].ndim > 1:
+        if kind not in (None, "F32") and tensors[name].ndim > 1:
             tensors[name] = random_blocks(kind, *tensors[name].shape, seed=i)
     there = {name: truth(tensor) if isinstance(tensor, tuple) else tensor for name, tensor in tensors.items()}
     parameters = dict(model.named_parameters())
@@ -327,6 +331,38 @@ def test_quantized_models(mix: str, tmp_path: Path, caplog: pytest.LogCaptureFix
         assert llm.model.get_submodule("language_model.lm_head").format == GGUF_FORMATS["Q6_K"]
     half = Llama4.from_pretrained(path, dtype="bfloat16", progress=False)
     assert (logits(half, 40).float() - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mix", ["K", "one type each"])
+def test_steps_of_packed_models(
+    mix: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is one call, with embeddings as they lie in the file, also as the head, and gate and up of experts apart."""
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDTH", 1)
+    kinds = {"ffn_gate_inp": "F32", "token_embd": "Q5_0", **MIXES[mix]}
+    path, _ = quantized(tmp_path / "a.gguf", kinds, tie_word_embeddings=tied)
+    model = Llama4.from_pretrained(path, dtype=dtype, progress=False).model
+    language_model = model.language_model
+    embedding, head = language_model.model.embed_tokens, language_model.lm_head
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert (head.weight is embedding.weight) == tied
+    maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "a.gguf" in line]
+    for weight in (embedding.weight, head.weight):
+        assert any(int(begin, 16) <= weight.data_ptr() < int(end, 16) for begin, end in maps)
+    ids, runner = torch.arange(12)[None], FusedCpuRunner(model)
+    with torch.inference_mode():
+        wanted = model(ids)[0, 4:]
+        cache = model.new_cache(1)
+        model(ids[:, :4], cache=cache)
+        assert runner.unsupported_reason(cache) is None
+        session = runner.open(cache)
+        for step, token in enumerate(ids[0, 4:].tolist()):
+            session.run([token], cache)
+            error = (session.logits_BV[0] - wanted[step]).float().abs().max() / wanted.float().abs().max()
+            assert error < (1e-5 if dtype == "float32" else 5e-2)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

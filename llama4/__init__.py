@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Llama4Error,
     )
     from llama4.inputs import Inputs, Processor
+    from llama4.integrations.accelerate import accelerate
     from llama4.model.multimodal import Llama4Model
     from llama4.serve.engine import Engine
     from llama4.text.guard import Category, Moderation
@@ -66,6 +67,7 @@ _HOMES = {
     ),
     "llama4.engine.tokens": ("Token",),
     "llama4.inputs": ("Inputs", "Processor"),
+    "llama4.integrations.accelerate": ("accelerate",),
     "llama4.model.multimodal": ("Llama4Model",),
     "llama4.engine.replies": ("Reply", "Stream", "TextDelta", "ToolCallDelta", "Usage"),
     "llama4.engine.sampling": ("Sampler",),
@@ -112,6 +114,7 @@ __all__ = [
     "Usage",
     "VisionConfig",
     "__version__",
+    "accelerate",
     "load_image",
 ]
 

@@ -58,6 +58,7 @@ def test_public_names() -> None:
         "Usage",
         "VisionConfig",
         "__version__",
+        "accelerate",
         "load_image",
     }
 

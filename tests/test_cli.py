@@ -547,13 +547,13 @@ def test_models_that_cannot_be_loaded(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mixtral"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     cases = {
         "gpt-5": r"'gpt-5' is no model.*directory.*organisation/name",
         str(tmp_path / "empty"): r"it is empty; fetch the model again",
-        str(tmp_path / "other"): r"'mistral' is not Llama 4",
+        str(tmp_path / "other"): r"'mixtral' is not Llama 4",
         str(tmp_path / "broken"): r"config\.json is not valid JSON",
         str(directory / "config.json"): r"is a file; name the directory",
     }

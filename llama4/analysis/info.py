@@ -258,6 +258,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
         "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
         "window": window,
         "attention_chunk": text.attention_chunk_size,
+        "sliding_window": text.sliding_window,
         "cache_bytes_per_token": sum(costs.key_value_bytes(text, i) for i in growing),
         "cache_bytes_full": costs.cache_bytes(text, window),
         "vision": None,
@@ -300,7 +301,8 @@ def table(name: str, facts: dict[str, Any]) -> str:
         "active": f"{facts['active_parameters']:,} ({count_text(facts['active_parameters'])}) per token",
         "weights": ", ".join(f"{bytes_text(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
         "window": f"{facts['window']:,} tokens"
-        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else ""),
+        + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else "")
+        + (f", of which a token sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""),
         "cache": f"{bytes_text(facts['cache_bytes_per_token'])} per token, {bytes_text(facts['cache_bytes_full'])} at "
         "the full window, in bfloat16",
     }

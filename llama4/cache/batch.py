@@ -27,7 +27,10 @@ class Span:
     first `past` slots of the row in the cache of a layer with this window, behind which they go.
 
     `is_last` says that the row's next token may see them: of a row that crosses chunk borders only the last chunk is
-    kept.
+    kept. With a window that slides nothing is cut, and `past` is what the first of them sees.
+
+    Attributes:
+        before: tokens of the row's sequence before them.
     """
 
     row: int
@@ -35,6 +38,7 @@ class Span:
     end: int
     past: int
     is_last: bool
+    before: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class Batch:
             while position < end:
                 border = min(end, chunk_end(position, window) or end)
                 begin, past = offset + position - first, position - chunk_start(position, window, self.start[row])
-                yield Span(row, begin, begin + border - position, past, is_last=border == end)
+                before = position - self.start[row]
+                yield Span(row, begin, begin + border - position, past, is_last=border == end, before=before)
                 position = border
             offset += length
 

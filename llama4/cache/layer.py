@@ -17,6 +17,7 @@ from torch import Tensor
 from llama4.cache.formats import CacheFormat
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
+from llama4.config.window import Sliding, slot_of
 
 READ_SLOTS = 16 * CACHE_BLOCK
 """Slots that are concatenated, and dequantized, at once where attention reads keys and values as one tensor."""
@@ -104,15 +105,40 @@ class LayerCache:
 
     def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens behind the first `past` slots of a row; what was there is lost."""
-        end = past + len(keys_NKC)
         self.reserve(row, past, len(keys_NKC))
+        self._fill(row, past, keys_NKC, values_NKC)
+
+    def write_ring(self, row: int, before: int, window: Sliding, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+        """Write new tokens, behind the first `before` of the row's sequence, into a ring of `window` slots, where they
+        take the places of the oldest."""
+        before, new = before + max(0, len(keys_NKC) - window), len(keys_NKC[-window:])
+        held = min(before, window)
+        self.reserve(row, held, min(held + new, window) - held)
+        begin = len(keys_NKC) - new
+        while begin < len(keys_NKC):
+            slot = slot_of(before, window)
+            end = begin + min(len(keys_NKC) - begin, CACHE_BLOCK - slot % CACHE_BLOCK, window - slot)
+            if slot % CACHE_BLOCK == 0:
+                self.detach(row, slot)
+            self._fill(row, slot, keys_NKC[begin:end], values_NKC[begin:end])
+            before, begin = before + end - begin, end
+
+    def detach(self, row: int, slot: int) -> None:
+        """Make the block of a slot, if there is one, this row's own: it will be written to, and may be shared."""
+        if slot // CACHE_BLOCK < len(blocks := self.rows[row]):
+            blocks[slot // CACHE_BLOCK] = block = blocks[slot // CACHE_BLOCK].clone()
+            self.pool.count(block)
+            self._block_table = None
+
+    def _fill(self, row: int, begin: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+        """Write to slots from `begin` on, whose blocks are there."""
+        first, end = begin, begin + len(keys_NKC)
         new = self.format.encode(torch.stack((keys_NKC.detach(), values_NKC.detach())).transpose(1, 2))
-        begin = past
         while begin < end:
             slot, stop = begin % CACHE_BLOCK, min(end, begin - begin % CACHE_BLOCK + CACHE_BLOCK)
             for stored, given in zip(self.parts(self.rows[row][begin // CACHE_BLOCK]), new, strict=True):
                 if stored is not None and given is not None:
-                    stored[:, :, slot : slot + stop - begin] = given[:, :, begin - past : stop - past]
+                    stored[:, :, slot : slot + stop - begin] = given[:, :, begin - first : stop - first]
             begin = stop
 
     def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,5 @@
 """The key/value cache of a batch of sequences: a chunked layer never holds more than one chunk, a NoPE layer every
-token.
+token, and one with a sliding window as many as that.
 
 At a chunk border a layer's slots count anew and the old chunk is dropped, so attention reads slots [0, past + new) and
 needs no mask.
@@ -21,7 +21,7 @@ from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, before
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
-from llama4.config.window import chunk_offset, chunk_start
+from llama4.config.window import Sliding, chunk_offset, chunk_start, held_tokens, slot_of
 from llama4.errors import Llama4Error
 
 
@@ -109,8 +109,8 @@ class SequenceCache:
         return sum(blocks.values()) + sum(pictures.values())
 
     def cached_tokens(self, row: int, end: int, window: int | None) -> int:
-        """Slots of a row that its next token, at position `end`, reads in a layer; none if it begins a chunk."""
-        return end - chunk_start(end, window, self.start[row])
+        """Slots of a row that are kept in a layer for its next token, at position `end`; none if it begins a chunk."""
+        return held_tokens(end, window, self.start[row])
 
     def begin_write(self) -> None:
         """Say that keys and values of new tokens are about to be written."""
@@ -119,7 +119,7 @@ class SequenceCache:
 
     def num_blocks(self, start: int, next_position: int) -> list[int]:
         """Blocks of each layer that hold what a row from `start` to `next_position` keeps."""
-        slots = [next_position - chunk_start(next_position, window, start) for window in self.windows]
+        slots = [held_tokens(next_position, window, start) for window in self.windows]
         return [layer.num_blocks(count) for layer, count in zip(self.layers, slots, strict=True)]
 
     def add_pictures(self, new: Sequence[Sequence[Picture]]) -> None:
@@ -219,7 +219,21 @@ class SequenceCache:
             for layer, window in zip(self.layers, self.windows, strict=True)
         ]
         other._last_logits = self._last_logits if len(rows) == 1 else None
+        other._detach_rings()
         return other
+
+    def _next_slot(self, row: int, window: int | None) -> int:
+        """Where the next token of a row goes in a layer."""
+        return slot_of(self.next_position[row], window, self.start[row])
+
+    def _detach_rings(self) -> None:
+        """Rings that have come round write to full blocks, which may be shared: each has its own from its first slot on
+        (see `LayerCache.write_ring`), and the one in the middle of which they are, here."""
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            if isinstance(window, Sliding):
+                for row, length in enumerate(self.lengths):
+                    if length >= window and (slot := self._next_slot(row, window)) % CACHE_BLOCK:
+                        layer.detach(row, slot)
 
     def truncate(self, length: int) -> int:
         """Forget all but the first `length` tokens of the only row.
@@ -231,6 +245,10 @@ class SequenceCache:
         start, next_position = self.start[0], self.next_position[0]
         position = min(start + length, next_position)
         for window in set(self.windows):
+            if isinstance(window, Sliding):  # a ring has one token more than the next one sees
+                lacks = next_position - start > window and position < next_position - 1
+                position = start if lacks else position
+                continue
             is_dropped = chunk_start(position, window) < chunk_start(next_position, window)
             if is_dropped and chunk_offset(position, window):
                 position = chunk_start(position, window, start)
@@ -238,6 +256,7 @@ class SequenceCache:
             layer.truncate(0, self.cached_tokens(0, position, window))
         self.next_position = (position,)
         self.pictures = (before(self.pictures[0], position),)
+        self._detach_rings()
         self.rope_lengths = self.rope_lengths if position > start else (0,)
         if self._last_logits is not None and self._last_logits[0] > position - start:
             self._last_logits = None
@@ -270,7 +289,7 @@ class SequenceCache:
         """Bytes of the blocks that a row takes for so many more tokens, which begin no chunk but with the first."""
         total = 0
         for window, size in self._block_bytes.items():
-            past = self.cached_tokens(row, self.next_position[row], window)
+            past = self._next_slot(row, window)
             total += (LayerCache.num_blocks(past + tokens) - LayerCache.num_blocks(past)) * size
         return total
 
@@ -291,7 +310,7 @@ class SequenceCache:
 
         Every window is a whole number of blocks, and the row begins at position 0.
         """
-        offsets = [chunk_offset(index * CACHE_BLOCK, window) // CACHE_BLOCK for window in self.windows]
+        offsets = [slot_of(index * CACHE_BLOCK, window) // CACHE_BLOCK for window in self.windows]
         return [layer.rows[row][offset] for layer, offset in zip(self.layers, offsets, strict=True)]
 
     def share(self, blocks: Sequence[Sequence[Tensor]]) -> None:
@@ -299,6 +318,8 @@ class SequenceCache:
         assert self.batch_size == 1 and self.next_position == (0,)
         end = len(blocks) * CACHE_BLOCK
         for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
-            first = chunk_start(end, window) // CACHE_BLOCK
-            layer.rows[0][:] = [block[i] for block in blocks[first:]]
+            first = (end - held_tokens(end, window)) // CACHE_BLOCK
+            kept = [block[i] for block in blocks[first:]]
+            turn = first % len(kept) if kept and isinstance(window, Sliding) else 0
+            layer.rows[0][:] = kept[len(kept) - turn :] + kept[: len(kept) - turn]
         self.commit((0,), (end,), self.rope_lengths)

@@ -11,6 +11,7 @@ from llama4.cache.batch import Batch
 from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, PictureView
 from llama4.cache.sequence import SequenceCache
+from llama4.config.window import Sliding
 
 
 class LayerView:
@@ -24,17 +25,23 @@ class LayerView:
     def __init__(self, cache: SequenceCache, layer: int, batch: Batch) -> None:
         self._cache = cache
         self.blocks: LayerCache = cache.layers[layer]
-        self._spans = [span for span in batch.spans(cache.windows[layer]) if span.is_last]
+        self._window = cache.windows[layer]
+        self._spans = [span for span in batch.spans(self._window) if span.is_last]
 
     def write(self, k_NKC: Tensor, v_NKC: Tensor) -> None:
         """Write the keys and values of the batch. Of a row that crosses chunk borders only the last chunk is kept: no
         token will see the others again."""
         self._cache.begin_write()
         for span in self._spans:
-            self.blocks.write(span.row, span.past, k_NKC[span.begin : span.end], v_NKC[span.begin : span.end])
+            k, v = k_NKC[span.begin : span.end], v_NKC[span.begin : span.end]
+            if isinstance(self._window, Sliding):
+                self.blocks.write_ring(span.row, span.before, self._window, k, v)
+            else:
+                self.blocks.write(span.row, span.past, k, v)
 
     def reserve(self) -> Tensor:
-        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table."""
+        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table. No ring has come
+        to its end."""
         for span in self._spans:
             self.blocks.reserve(span.row, span.past, span.end - span.begin)
         return self.blocks.block_table()

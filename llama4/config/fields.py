@@ -95,7 +95,7 @@ TEXT = FieldTable(
         *(
             name
             for name in names_of(TextConfig)
-            if name not in ("rope_scaling", "rope_theta", "mlp_bias", "extra_embeddings")
+            if name not in ("rope_scaling", "rope_theta", "mlp_bias", "extra_embeddings", "sliding_window")
         ),
         *("rope_parameters", "rope_scaling", "rope_theta"),
         *("dtype", "torch_dtype", "quantization_config", "quantization"),

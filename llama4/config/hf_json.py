@@ -26,7 +26,6 @@ MODEL_TYPES = ("llama4", "llama4_text")
 OTHER_MODELS = {
     "llama4": "a part of Llama 4 alone",
     "mllama": "a part of Llama 3.2 Vision alone",
-    "mistral": "a model of Mistral AI",
     "ministral": "a model of Mistral AI",
     "mixtral": "a model of Mistral AI",
     "pixtral": "a model of Mistral AI",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4.config.rope import RopeScaling, read_scaling
-from llama4.config.window import visible_tokens
+from llama4.config.window import Sliding, visible_tokens
 from llama4.errors import ConfigError
 from llama4.reading import LIMITS
 
@@ -59,6 +59,8 @@ class TextConfig:
     no_rope_layer_interval: int = 4
     attention_chunk_size: int | None = 8192
     layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
+    """Tokens that a token sees in every layer, itself included; None for no such limit."""
     attn_temperature_tuning: bool = True
     floor_scale: int = 8192
     attn_scale: float = 0.1
@@ -120,6 +122,8 @@ class TextConfig:
             )
         if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
             raise ConfigError(f"attention_chunk_size must be at least 1 or null, not {self.attention_chunk_size}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window must be at least 1 or null, not {self.sliding_window}")
         for name, values in (("no_rope_layers", self.no_rope_layers), ("layer_types", self.layer_types)):
             if values is None or len(values) != self.num_hidden_layers:
                 raise ConfigError(f"{name} must name all {self.num_hidden_layers} layers, not {values}")
@@ -160,8 +164,11 @@ class TextConfig:
         return self.vocab_size + self.extra_embeddings
 
     def window(self, layer: int) -> int | None:
-        """Tokens in a chunk of a layer's attention, or None where a token sees every token before it: see window.py."""
+        """Tokens in a chunk of a layer's attention, or in the window that slides over all layers, or None where a token
+        sees every token before it: see window.py."""
         assert self.layer_types is not None
+        if self.sliding_window is not None:
+            return Sliding(self.sliding_window)
         return self.attention_chunk_size if self.layer_types[layer] == "chunked_attention" else None
 
     def visible_tokens(self, layer: int, num_tokens: int) -> int:

@@ -24,7 +24,7 @@ from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import chunk_end
+from llama4.config.window import Sliding, slots_end
 from llama4.engine.fused_model import Description
 from llama4.kernels import loader, threads
 from llama4.kernels.abi import LayerStep, Tokens, check
@@ -64,7 +64,8 @@ class FusedSession:
         )
         windows = set(cache.windows)
         room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
-        room += [end - p for window in windows for p in batch.query_start if (end := chunk_end(p, window)) is not None]
+        places = list(zip(batch.query_start, batch.start, strict=True))
+        room += [end - p for window in windows for p, s in places if (end := slots_end(p, window, s)) is not None]
         self.count = min(MAX_STEPS, *room)
         ahead_S1 = torch.arange(self.count)[:, None]
         factors = PositionFactors.of_batch(config, batch, dtype, self.count)
@@ -169,6 +170,8 @@ class FusedCpuRunner:
             return f"it computes in float32 and bfloat16, not in {model.dtype}"
         if not cache.is_consistent:
             return "a forward that was adding tokens to the cache broke off"
+        if any(isinstance(window, Sliding) and max(cache.lengths) >= window for window in set(cache.windows)):
+            return "the window of attention slides"
         for layer in cache.layers:
             if layer.device.type != "cpu":
                 return f"keys and values are on {layer.device}"

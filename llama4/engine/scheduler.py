@@ -28,7 +28,7 @@ from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import chunk_end, ends_chunk
+from llama4.config.window import ends_chunk, slots_end
 from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Request
@@ -289,8 +289,9 @@ class Scheduler:
         self._read_pieces({each: self._within_chunks(each, size) for each, size in pieces.items() if size})
 
     def _within_chunks(self, request: Request, size: int) -> int:
-        """A piece ends with a chunk at the latest: its blocks are then still there, to be entered in the index."""
-        ends = (chunk_end(request.computed, window) for window in set(self._empty.windows))
+        """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
+        entered in the index."""
+        ends = (slots_end(request.computed, window) for window in set(self._empty.windows))
         return min(size, *(end - request.computed for end in ends if end is not None), size)
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:

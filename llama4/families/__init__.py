@@ -9,9 +9,12 @@ from llama4.config.hf_json import check_model_type
 from llama4.families.base import Family
 from llama4.families.llama import LlamaFamily
 from llama4.families.llama4 import Llama4Family
+from llama4.families.mistral import MistralFamily
 from llama4.families.mllama import MllamaFamily
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llama4Family(), LlamaFamily(), MllamaFamily())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Llama4Family(), LlamaFamily(), MistralFamily(), MllamaFamily())
+}
 PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 

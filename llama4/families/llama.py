@@ -1,4 +1,4 @@
-"""Dense Llama: Llama 1 to 3.3, Code Llama, and models of their architecture such as SmolLM2, Vicuna and Mistral 7B."""
+"""Dense Llama: Llama 1 to 3.3, Code Llama, and models of their architecture such as SmolLM2 and Vicuna."""
 
 from __future__ import annotations
 
@@ -40,14 +40,12 @@ FIELDS = FieldTable(
     fixed={"hidden_act": ("silu",), "partial_rotary_factor": (1, 1.0), "per_layer_config": ({},)},
 )
 
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        **{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-        **{"bos_token_id": 1, "eos_token_id": 2},
-    },
+DEFAULTS: Mapping[str, Any] = {
+    **{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    **{"bos_token_id": 1, "eos_token_id": 2},
 }
-"""`model_type` -> what a file means that is silent on a field (transformers' LlamaConfig)."""
+"""What a file means that is silent on a field (transformers' LlamaConfig)."""
 
 
 class LlamaFamily(Family):
@@ -55,7 +53,7 @@ class LlamaFamily(Family):
 
     name = "llama"
     title = "Llama 1 to 3"
-    model_types = tuple(_DEFAULTS)
+    model_types = ("llama",)
     presets = PRESETS
     vocabulary = LLAMA3
 
@@ -104,14 +102,19 @@ class LlamaFamily(Family):
         )
 
 
-def read_config(content: Mapping[str, Any]) -> Llama4Config:
+def read_config(
+    content: Mapping[str, Any], table: FieldTable = FIELDS, defaults: Mapping[str, Any] = DEFAULTS
+) -> Llama4Config:
     """From the content of config.json.
+
+    Args:
+        table, defaults: of a family whose files are much like these.
 
     Raises:
         ConfigError: a value that cannot be, or that asks for what this library does not compute.
     """
-    FIELDS.check(content)
-    content = {**_DEFAULTS[content.get("model_type", "llama")], **content}
+    table.check(content)
+    content = {**defaults, **content}
     heads = read_value(int, content["num_attention_heads"], "num_attention_heads", CONFIG_FILE)
     width = read_value(int, content["hidden_size"], "hidden_size", CONFIG_FILE)
     for name, value in {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)}.items():

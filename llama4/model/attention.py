@@ -1,4 +1,5 @@
-"""Grouped-query attention of the decoder: RoPE layers in chunks, NoPE layers over everything with a temperature.
+"""Grouped-query attention of the decoder: RoPE layers in chunks, NoPE layers over everything with a temperature; of
+Mistral all layers in a window that slides.
 
 Shapes: N packed tokens, D hidden size, H query heads, K key/value heads, C head_dim.
 """
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from llama4.cache.batch import Batch
 from llama4.cache.view import LayerView
 from llama4.config import TextConfig
+from llama4.config.window import Sliding
 from llama4.model.positions import PositionFactors
-from llama4.ops.attention import causal_attention, decode_attention
+from llama4.ops.attention import causal_attention, decode_attention, sliding_attention
 from llama4.ops.linear import Linear
 from llama4.ops.rope import apply_rope
 
@@ -54,7 +56,11 @@ class Attention(nn.Module):
         for span in spans:
             new = slice(span.begin, span.end)
             blocks = cache.blocks if cache is not None else None
-            outputs.append(causal_attention(q_NHC[new], k_NKC[new], v_NKC[new], blocks, span.row, span.past))
+            q, k, v = q_NHC[new], k_NKC[new], v_NKC[new]
+            if isinstance(self.window, Sliding):
+                outputs.append(sliding_attention(q, k, v, self.window, blocks, span.row, span.before))
+            else:
+                outputs.append(causal_attention(q, k, v, blocks, span.row, span.past))
         if cache is not None:
             cache.write(k_NKC, v_NKC)
         return torch.cat(outputs) if outputs else q_NHC

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.config import CACHE_BLOCK
+from llama4.config.window import Sliding, slot_of
 from llama4.kernels import abi, cpu, loader
 from llama4.ops import cpu_kernels
 from llama4.ops.precision import upcast
@@ -113,6 +114,58 @@ def causal_attention(
     spans = cache.read(row, past, q_HNC.dtype, q_HNC.device)
     old = (softmax_attention(q_HNC, k, v, causal=False) for k, v in spans)
     return merge(itertools.chain([new], old)).type_as(q_NHC).transpose(0, 1)
+
+
+def sliding_attention(
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    window: int,
+    cache: KeyValueBlocks | None = None,
+    row: int = 0,
+    before: int = 0,
+) -> Tensor:
+    """New tokens of one sequence each see themselves and the `window - 1` tokens before them, of which a row of the
+    cache holds the last `window` in a ring (see config/window.py).
+
+    Of some queries at once, the keys are those that all see, their own, seen causally, and as many at the far edge of
+    the window, of which the first query sees all and each that follows one less: the same triangle, read backwards.
+
+    Args:
+        before: tokens of the sequence before the new ones.
+
+    Returns:
+        [N, H, C]; the softmax scale is C^-0.5.
+    """
+    N, held = len(q_NHC), min(before, window) if cache is not None else 0
+    if held + N <= window:
+        return causal_attention(q_NHC, k_NKC, v_NKC, cache, row, held)
+    q_HNC, k_KSC, v_KSC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
+    if cache is not None and held:
+        kept = zip(*cache.read(row, held, q_NHC.dtype, q_NHC.device), strict=True)
+        turn = slot_of(before, Sliding(window)) if held == window else 0
+        old = (torch.cat(parts, dim=1).roll(-turn, dims=1) for parts in kept)
+        k_KSC, v_KSC = (torch.cat(both, dim=1) for both in zip(old, (k_KSC, v_KSC), strict=True))
+
+    def attend(q: Tensor, keys: slice, causal: bool = False, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        k, v = k_KSC[:, keys], v_KSC[:, keys]
+        if not backwards:
+            return softmax_attention(q, k, v, causal)
+        out, lse = softmax_attention(q.flip(1), k.flip(1), v.flip(1), causal)
+        return out.flip(1), lse.flip(1)
+
+    outs, at = [], held  # the place of a query's own key
+    while at < held + N:
+        end = min(held + N, window if at < window else at + max(window - 1, 1))
+        q, edge = q_HNC[:, at - held : end - held], max(0, end - window)
+        parts = [attend(q, slice(at, end), causal=True)]
+        if edge and window > 1:
+            parts.append(attend(q, slice(edge - (end - at) + 1, edge + 1), causal=True, backwards=True))
+        if (seen := slice(edge + 1 if edge else 0, at)).start < at:
+            parts.append(attend(q, seen))
+        outs.append(merge(parts).type_as(q_NHC))
+        at = end
+    return torch.cat(outs, dim=1).transpose(0, 1)
 
 
 def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int], lengths_B: Tensor) -> Tensor:

@@ -9,20 +9,27 @@ import pytest
 import torch
 
 from llama4.config.window import (
+    Sliding,
     chunk_end,
     chunk_offset,
     chunk_start,
+    ends_chunk,
+    held_tokens,
     most_visible_tokens,
+    slots_end,
     visible_pairs,
     visible_tokens,
 )
 
-WINDOWS = (None, 1, 2, 3, 7, 8)
+CHUNKS = (None, 1, 2, 3, 7, 8)
+WINDOWS = (*CHUNKS, *(Sliding(size) for size in (1, 2, 3, 7, 8, 40)))
 POSITIONS = range(25)
 
 
 def sees(query: int, key: int, window: int | None, start: int) -> bool:
-    """Meta's mask, for one pair: the same chunk, and not the future."""
+    """Meta's mask, for one pair: the same chunk, and not the future; of Mistral `sliding_window_overlay`'s."""
+    if isinstance(window, Sliding):
+        return start <= key <= query and key > query - window
     same_chunk = window is None or query // window == key // window
     return start <= key <= query and same_chunk
 
@@ -36,7 +43,7 @@ def test_a_token_sees_its_chunk_up_to_itself(window: int | None, start: int) -> 
         assert visible_tokens(position, window, start) == len(visible)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", CHUNKS)
 def test_the_next_chunk_begins_where_a_chunk_ends(window: int | None) -> None:
     for position in POSITIONS:
         end = chunk_end(position, window)
@@ -48,7 +55,7 @@ def test_the_next_chunk_begins_where_a_chunk_ends(window: int | None) -> None:
             assert chunk_start(end, window) == end
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", CHUNKS)
 def test_offsets_count_from_the_first_visible_token_of_an_endless_sequence(window: int | None) -> None:
     offsets = [visible_tokens(position, window) - 1 for position in POSITIONS]
     assert [chunk_offset(position, window) for position in POSITIONS] == offsets
@@ -65,6 +72,24 @@ def test_pairs_are_the_sum_over_tokens(window: int | None) -> None:
 def test_the_most_that_a_token_sees(window: int | None) -> None:
     for n in range(1, 25):
         assert most_visible_tokens(n, window) == max(visible_tokens(position, window) for position in range(n))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("start", [0, 5])
+def test_slots_are_those_of_tokens_that_are_seen_again(window: int | None, start: int) -> None:
+    """A token takes the slot of one that no later token sees, and the first slot where `slots_end` says so."""
+    for end in POSITIONS[start:]:
+        seen = [key for key in range(start, end) if sees(end, key, window, start)]
+        ring = isinstance(window, Sliding) and end - start >= window
+        assert held_tokens(end, window, start) == len(seen) + ring
+        first = [n for n in range(end + 1, 99) if window is not None and slot(n, window, start) == 0]
+        assert slots_end(end, window, start) == (first[0] if first else None)
+        assert chunk_offset(end, window) == (end if window is None or isinstance(window, Sliding) else end % window)
+        assert not (isinstance(window, Sliding) and ends_chunk(end, window))
+
+
+def slot(position: int, window: int, start: int) -> int:
+    return (position - start if isinstance(window, Sliding) else position) % window
 
 
 def test_the_rule_stands_in_one_place() -> None:

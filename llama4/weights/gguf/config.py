@@ -28,9 +28,11 @@ OWN = {
     "floor": "attention.temperature_floor",
     "nope": "attention.no_rope_layers",
     "qk_norm": "attention.qk_norm",
+    "sliding": "attention.sliding_window",
 }
 """Keys of ours, behind the architecture: the chunk's tokens (0: none); the scale (0: no tuning of the temperature) and
-the tokens after which it grows; per layer whether RoPE is used, 1, or not; whether queries and keys are normalised."""
+the tokens after which it grows; per layer whether RoPE is used, 1, or not; whether queries and keys are normalised;
+Mistral's window (0: none)."""
 YARN_FACTOR = "rope.scaling.attn_factor"
 """Key of what queries and keys are multiplied by under yarn, beside what follows from its factor."""
 _SCALED = ("attention.scale", "attention.clamp_kqv", "logit_scale", "embedding_scale", "residual_scale")
@@ -105,7 +107,8 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         known = tokens.texts("tokens")
         images = {field: known.index(name) for field, name in _IMAGE_TOKENS.items() if name in known}
     vision = read_vision(model.mmproj) if model.mmproj is not None else None
-    return Llama4Config(text, vision, dtype=_dtype(tensors), family=architecture, **images)
+    family = architecture if text.sliding_window is None else "mistral"
+    return Llama4Config(text, vision, dtype=_dtype(tensors), family=family, **images)
 
 
 def _token(tokens: Keys, key: str) -> int | None:
@@ -165,12 +168,13 @@ def _llama(keys: Keys, layers: int) -> dict[str, Any]:
         "no_rope_layers": (1,) * layers,
         "layer_types": ("full_attention",) * layers,
         "attention_chunk_size": None,
+        "sliding_window": keys.integer(OWN["sliding"], 0) or None,
         "attn_temperature_tuning": False,
     }
 
 
 ARCHITECTURES: dict[str, Callable[[Keys, int], dict[str, Any]]] = {"llama4": _llama4, "llama": _llama}
-"""Architecture, which is the family's name -> what is particular to its configuration."""
+"""Architecture, which is the family's name but for Mistral's -> what is particular to its configuration."""
 
 
 def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScaling | None:

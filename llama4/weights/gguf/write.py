@@ -85,7 +85,8 @@ def differences(config: Llama4Config) -> list[str]:
     """In what llama.cpp would compute a model otherwise than this library within its window, in words."""
     text, layers = config.text, range(config.text.num_hidden_layers)
     if config.family != "llama4":
-        return []
+        slides = text.sliding_window is not None and text.sliding_window < text.max_position_embeddings
+        return ["its tokens see all before them, however many"] if slides else []
     window, chunks = text.max_position_embeddings, {text.window(i) for i in layers if text.uses_rope(i)}
     others = {
         "it refuses models without experts": text.num_local_experts == 0,
@@ -122,7 +123,7 @@ def _check_expressible(text: TextConfig) -> None:
     step, layers = text.interleave_moe_layer_step, range(text.num_hidden_layers)
     experts = tuple(range(step - 1, len(layers), step)) if text.num_local_experts and step else ()
     chunked = all(text.window(i) == (text.attention_chunk_size if text.uses_rope(i) else None) for i in layers)
-    if text.moe_layers != experts or not chunked:
+    if text.moe_layers != experts or not (chunked or text.sliding_window):
         raise CheckpointError(
             "GGUF has no key for which layers have experts other than every n-th, or chunks other than those with "
             "RoPE; keep the model's layout"
@@ -223,14 +224,17 @@ def _metadata(config: Llama4Config, name: str, type_: FileType) -> dict[str, Any
             OWN["nope"]: np.array(text.no_rope_layers, np.int32),
             OWN["qk_norm"]: text.use_qk_norm,
         }
+    elif text.sliding_window is not None:
+        keys[OWN["sliding"]] = text.sliding_window
+    architecture = "llama4" if config.family == "llama4" else "llama"
     general = {
-        "general.architecture": config.family,
+        "general.architecture": architecture,
         "general.type": "model",
         "general.name": name,
         "general.file_type": type_.number,
         "general.quantization_version": 2,
     }
-    return general | {f"{config.family}.{key}": value for key, value in keys.items()}
+    return general | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def _vision(config: Llama4Config) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class MetaLayout(CheckpointLayout):
 _PARAMS: dict[str, Callable[[Llama4Config], dict[str, Any]]] = {
     "llama4": params_from_config,
     "llama": llama.params_from_config,
+    "mistral": llama.params_from_config,
 }
 """What writes params.json, by family."""
 

@@ -158,5 +158,6 @@ def _vision_pieces(layers: int) -> dict[str, tuple[Piece, ...]]:
 _FAMILIES: dict[str, Callable[[Llama4Config, Mapping[str, Shape] | None], dict[str, tuple[Piece, ...]]]] = {
     "llama4": _llama4_pieces,
     "llama": _llama_pieces,
+    "mistral": _llama_pieces,
 }
 """By `Llama4Config.family`."""

@@ -128,7 +128,12 @@ def _answers(llm: Llama4, pictures: int) -> tuple[Tensor, Tensor]:
             answered = [[*messages, {"role": "assistant", "content": q.answer}] for messages, q in batch]
             whole = llm.processor(answered, add_generation_prompt=False)  # padded on the left
             lengths = whole.attention_mask.sum(1) - llm.processor(asked).attention_mask.sum(1)
-            logits = llm.model(whole.input_ids, pixel_values=whole.pixel_values, attention_mask=whole.attention_mask)
+            logits = llm.model(
+                whole.input_ids,
+                pixel_values=whole.pixel_values,
+                image_grids=whole.image_grids,
+                attention_mask=whole.attention_mask,
+            )
             for row, ids, length in zip(logits, whole.input_ids, lengths.tolist(), strict=True):
                 pairs.append((row[-length - 1 : -1].clone(), ids[-length:]))
     logits, targets = zip(*pairs, strict=True)

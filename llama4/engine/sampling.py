@@ -69,7 +69,8 @@ class RowState:
         """Whether prompt or reply hold a token, [V] bool."""
         if self._seen_V is None:
             self._seen_V = torch.zeros_like(like_V, dtype=torch.bool)
-            self._seen_V[torch.tensor([*self.prompt, *self.reply], device=like_V.device)] = True
+            ids = [id_ for id_ in (*self.prompt, *self.reply) if id_ < len(like_V)]  # others are never written
+            self._seen_V[torch.tensor(ids, dtype=torch.long, device=like_V.device)] = True
         return self._seen_V
 
     def counts(self, like_V: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Batch:
         input_ids: [B, T] int64, padded on the right.
         attention_mask: [B, T] int64.
         labels: [B, T] int64, the token that comes next, or `IGNORED`.
-        pixel_values: [n, 3, A, A], or None.
+        pixel_values, image_grids: of the pictures, see `Inputs`; or None.
         lines: of the data file.
     """
 
@@ -77,6 +77,7 @@ class Batch:
     labels: Tensor
     pixel_values: Tensor | None
     lines: tuple[int, ...]
+    image_grids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -303,21 +304,23 @@ class Batches:
     def batch(self, examples: Sequence[Example], indices: Sequence[int]) -> Batch:
         """Some examples as one batch."""
         chosen = [examples[i] for i in indices]
-        pixels = [self._pixels(source) for example in chosen for source in example.sources]
-        return collate(chosen, torch.cat(pixels) if pixels else None)
+        tiles = [self._tile(source) for example in chosen for source in example.sources]
+        return collate(chosen, *self._processor.pictures.tensors(tiles, self._processor.max_tiles))
 
-    def _pixels(self, source: object) -> Tensor:
+    def _tile(self, source: object) -> Tiles:
         key = source if isinstance(source, str) else id(source)
         if key not in self._tiles:
             tiles = self._processor.tile(source)
             if self._kept > KEPT_PIXELS:
-                return tiles.pixel_values
+                return tiles
             self._tiles[key] = tiles
             self._kept += tiles.pixel_values.nbytes
-        return self._tiles[key].pixel_values
+        return self._tiles[key]
 
 
-def collate(examples: Sequence[Example], pixel_values: Tensor | None = None) -> Batch:
+def collate(
+    examples: Sequence[Example], pixel_values: Tensor | None = None, image_grids: Tensor | None = None
+) -> Batch:
     """Examples -> a batch, padded on the right."""
     T = max(len(example.ids) for example in examples)
 
@@ -334,4 +337,5 @@ def collate(examples: Sequence[Example], pixel_values: Tensor | None = None) -> 
         torch.stack([padded(row, IGNORED) for row in labels]),
         pixel_values,
         tuple(e.line for e in examples),
+        image_grids,
     )

@@ -36,7 +36,10 @@ def head_parameters(head: nn.Module) -> list[Tensor]:
 def batch_loss(model: Llama4Model, batch: Batch) -> Tensor:
     """The sum of the cross-entropy over the tokens that are learnt."""
     hidden_ND, packed = model.hidden_states(
-        batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
+        batch.input_ids,
+        attention_mask=batch.attention_mask,
+        pixel_values=batch.pixel_values,
+        image_grids=batch.image_grids,
     )
     head = model.language_model.lm_head
     return cross_entropy(

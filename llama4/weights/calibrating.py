@@ -107,7 +107,14 @@ def calibrated(
         folder: for the parts of each layer.
         stamp: of the files of such a run; those that are there already are used.
         say: called with the number of experts that had too few tokens.
+
+    Raises:
+        ArgumentError: a model with layers that no text reaches.
     """
+    if config.text.cross_layers:
+        raise ArgumentError(
+            "texts do not reach layers of cross-attention, which see pictures alone; take --scheme int4"
+        )
     with torch.device("meta"):
         layers = list(family_of(config).build(config).language_model.model.layers)
     result = CalibratedSource(source, plan)

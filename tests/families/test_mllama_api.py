@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor, PreTrainedTokenizerFast
 from transformers.image_processing_utils import INIT_SERVICE_KWARGS
 
 from llama4.api import Llama4
 from llama4.cli.main import main
-from llama4.errors import ContextLengthError
+from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.families import mllama_images
 from llama4.quantization.weight import QuantizedWeight
 from llama4.serve.engine import Engine
 from llama4.text.vocabulary import LLAMA3, LLAMA32_VISION, llama3_token_names
+from llama4.train.data import Batches, load_dataset
+from llama4.train.step import batch_loss
 from tests.config.test_fields import missing
 from tests.families import mllama_models as made
 from tests.families.mllama_models import FIRST, IMAGE
 from tests.parity.references import relative_error
+from tests.quantization.test_nf4 import CONFIG, quantized
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,16 @@ def test_chat(llm: Llama4) -> None:
     assert "".join(llm.stream(question, max_new_tokens=4)) == reply.text
 
 
+def test_the_token_of_a_picture_is_none_that_is_chosen(llm: Llama4) -> None:
+    """It is behind the vocabulary of the head: penalties, biases and grammars know nothing of it."""
+    question = talk(picture(60, 20))
+    free = ids_of(llm.chat(question, max_new_tokens=4))
+    assert ids_of(llm.chat(question, max_new_tokens=4, repetition_penalty=1.0001, presence_penalty=1e-4)) == free
+    assert llm.chat(question, choices=["yes", "no"]).text in ("yes", "no")
+    with pytest.raises(ArgumentError, match="logit_bias names token 1152"):
+        llm.chat(question, logit_bias={IMAGE: 1.0})
+
+
 def test_saved_caches(llm: Llama4, directory: Path, tmp_path: Path) -> None:
     question = talk(picture(60, 20, 1), picture(30, 30, 2))
     reply = llm.chat(question, max_new_tokens=4)
@@ -210,6 +226,52 @@ def test_quantized(llm: Llama4, directory: Path, tmp_path: Path, scheme: str, to
     assert relative_error(got, llm.model(inputs.input_ids, **given)) > 0.01
 
 
+@torch.inference_mode()
+def test_nf4(directory: Path, tmp_path: Path) -> None:
+    """What bitsandbytes makes of the decoder is computed as what it stands for."""
+    left = ("embed", "lm_head", "vision_model", "multi_modal_projector")
+    written, truth = quantized(load_file(directory / "model.safetensors"), "apart", left=left)
+    logits = []
+    inputs = None
+    for name, tensors, extra in (("nf4", written, {"quantization_config": CONFIG}), ("truth", truth, {})):
+        shutil.copytree(directory, tmp_path / name)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((directory / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | extra))
+        loaded = Llama4.from_pretrained(tmp_path / name, dtype="float32", progress=False)
+        inputs = inputs or loaded.processor(talk(picture(60, 20)))
+        given = {"pixel_values": inputs.pixel_values, "image_grids": inputs.image_grids}
+        logits.append(loaded.model(inputs.input_ids, **given))
+    assert relative_error(*logits) < 1e-5
+
+
+def test_learning_from_pictures(llm: Llama4, tmp_path: Path) -> None:
+    """The loss of a line with pictures is that of transformers' logits; activations that are computed again give the
+    same gradients."""
+    for i, image in enumerate((picture(60, 20), picture(30, 30))):
+        image.save(tmp_path / f"{i}.png")
+    parts = [{"type": "image", "image": str(tmp_path / f"{i}.png")} for i in range(2)]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Two pictures."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    dataset = load_dataset(tmp_path / "data.jsonl", llm.processor, max_length=64)
+    (batch,) = Batches(dataset.examples, llm.processor, 64)
+    assert batch.pixel_values is not None and batch.image_grids is not None
+    with torch.no_grad():
+        logits = made.theirs(batch.input_ids, batch.pixel_values, batch.image_grids)
+    wanted = torch.nn.functional.cross_entropy(logits[0], batch.labels[0], reduction="sum")
+    gradients = []
+    for recomputed in (False, True):
+        llm.model.zero_grad()
+        llm.model.checkpoint_activations(recomputed)
+        loss = batch_loss(llm.model, batch)
+        torch.testing.assert_close(loss.detach(), wanted)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in llm.model.parameters()])
+    assert all(gradient is not None for gradient in gradients[0])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_image_fields_of_transformers_are_in_a_table() -> None:
     images = {
         *MllamaImageProcessor.valid_kwargs.__annotations__,
@@ -238,3 +300,47 @@ def test_layouts_without_a_place_for_it_are_refused(
     assert main(["convert", str(directory), str(tmp_path / target), *to]) == 1
     assert "convert to Hugging Face's layout" in capsys.readouterr().err
     assert not (tmp_path / target).exists()
+
+
+def test_texts_alone_calibrate_no_layer_of_cross_attention(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("Some words of a text. " * 200)
+    options = ["--scheme", "gptq", "--calibration", str(tmp_path / "texts.txt")]
+    assert main(["quantize", str(directory), str(tmp_path / "q"), *options]) != 0
+    assert "take --scheme int4" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_template_writes_the_ids_that_transformers_writes(directory: Path, tmp_path: Path) -> None:
+    """Published models have theirs in chat_template.json."""
+    template = (
+        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+        "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\nHm: {% endif %}"
+    )
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    llm = Llama4.from_pretrained(tmp_path / "model", progress=False)
+    images, question = [picture(60, 20), picture(9, 9)], talk(*[picture(60, 20), picture(9, 9)], text="Which?")
+    theirs = their_processor(llm, tmp_path)
+    bare: Any = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}
+    ]
+    text = theirs.apply_chat_template(bare, chat_template=template, add_generation_prompt=True)
+    wanted = theirs(images=[images], text=[text], add_special_tokens=False)
+    assert llm.processor(question).input_ids.tolist() == wanted["input_ids"]
+
+
+def test_files_without_pictures_read_text(directory: Path, tmp_path: Path) -> None:
+    """Weights without a tower are a model of text, whose layers of cross-attention do nothing."""
+    shutil.copytree(directory, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}
+    save_file(text, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    llm = Llama4.from_pretrained(tmp_path / "model", progress=False)
+    whole = Llama4.from_pretrained(directory, progress=False)
+    assert ids_of(llm.chat("Hi", max_new_tokens=4)) == ids_of(whole.chat("Hi", max_new_tokens=4))
+    with pytest.raises(Llama4Error, match="this model reads text alone"):
+        llm.chat(talk(picture(9, 9)))

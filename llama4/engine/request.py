@@ -17,6 +17,7 @@ from llama4.cache.prefixes import next_key
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.engine.grammar import Matcher
+from llama4.engine.observers import Observer
 from llama4.engine.prefix_cache import identities
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
@@ -65,6 +66,7 @@ class Request:
         deliver: Callable[[Delivery], None],
         alternatives: int = 0,
         matcher: Matcher | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +77,7 @@ class Request:
                 is the last. After an exception nothing follows.
             matcher: what its reply must be.
             alternatives: of how many of the most likely tokens it is told the probability.
+            observer: is told the hidden states of the prompt as it is read.
         """
         (own,) = identities(inputs, model)
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
@@ -89,6 +92,7 @@ class Request:
         self.stop_ids = frozenset(stop_ids)
         self.deliver = deliver
         self.alternatives = alternatives
+        self.observer = observer
         self.pictures = Pictures(model, inputs, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
@@ -124,6 +128,8 @@ class Request:
         cache.announce([self.prompt_length])
         cache.share(blocks)
         self.cache, self.entered, self.computed = cache, len(blocks), cache.lengths[0]
+        if self.observer is not None:
+            self.observer.begin()
 
     def reset(self) -> None:
         """Forget what was computed, for others to have the memory."""

@@ -251,7 +251,8 @@ class Scheduler:
         """Begin to read the prompts that have waited longest, while there is room for each as a whole."""
         while self.waiting and len(self.reading) + len(self.running.requests) < self.max_batch:
             request = self.waiting[0]
-            most = (len(request.ids) - 1) // CACHE_BLOCK if self._shares else 0
+            shares = self._shares and request.observer is None
+            most = (len(request.ids) - 1) // CACHE_BLOCK if shares else 0
             blocks = self.index.find([request.key(i) for i in range(most)])
             request.share(self._new_cache(self.pool), blocks)
             others = self.reading or self.running.requests
@@ -326,14 +327,18 @@ class Scheduler:
         cache = SequenceCache.join([request.own_cache for request in requests])
         try:
             with only_our_threads(self.runner.model, cache):
-                logits_BV = self.runner.model(
+                x_ND, batch = self.runner.model.hidden_states(
                     ids_BT,
                     image_features=torch.cat(features) if features else None,
                     image_grids=torch.cat(grids) if grids else None,
                     cache=cache,
                     attention_mask=mask_BT,
-                    last_only=True,
-                )[:, 0]
+                )
+                head = self.runner.model.language_model.lm_head
+                logits_BV = head(x_ND[batch.last_tokens()])
+                for request, own_ND in zip(requests, x_ND.split(list(pieces.values())), strict=True):
+                    if request.observer is not None:
+                        request.observer.read(own_ND, request.ids, request.computed, head)
             for request, own in zip(requests, cache.split(), strict=True):
                 request.cache = own
                 request.computed += pieces[request]

@@ -33,7 +33,7 @@ class Answer(ABC):
 
     async def finish(self) -> None:
         """Wait for all of it."""
-        await asyncio.gather(*map(_read, self.streams))
+        await asyncio.gather(*map(read, self.streams))
 
     def cancel(self) -> None:
         """Stop the engine's work on it."""
@@ -65,7 +65,8 @@ def as_event(content: Mapping[str, Any] | str, name: str | None = None) -> str:
     return f"event: {name}\ndata: {text}\n\n" if name is not None else f"data: {text}\n\n"
 
 
-async def _read(stream: EngineStream) -> None:
+async def read(stream: EngineStream) -> None:
+    """Wait for all of it."""
     async for _ in stream.async_events():
         pass
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from starlette.responses import Response
 
+from llama4.engine.observers import PromptLogprobs
 from llama4.engine.tokens import Token
 from llama4.inputs import Inputs
 from llama4.serve.engine import EngineStream
@@ -59,7 +63,7 @@ COMPLETE = Fields(
     **SAMPLING,
     response_format=Field(FORM),
     n=Field(integer(1, MAX_CHOICES), 1),
-    max_tokens=Field(integer(1, MAX_LENGTH), 16),
+    max_tokens=Field(integer(0, MAX_LENGTH), 16, note="0 with echo alone"),
     logprobs=Field(integer(0, MAX_ALTERNATIVES)),
     echo=Field(FLAG, False),
     stream=Field(FLAG, False),
@@ -80,24 +84,55 @@ COMPLETION = record(
 
 async def complete(service: Service, call: Call) -> Response:
     fields = call.fields
-    if fields["echo"] and fields["logprobs"] is not None:
-        raise RequestError("echo with logprobs is not supported; ask for one of them", field="echo")
+    if not fields["max_tokens"] and not fields["echo"]:
+        raise RequestError("max_tokens is 0; it must be at least 1, without echo", field="max_tokens")
     tells_usage = check_usage(fields)
     service.check_model(fields["model"])
     prompts = prompts_of(fields["prompt"])
     llm = service.engine.llm
-    inputs = await asyncio.to_thread(lambda: [_inputs_of(service, prompt) for prompt in prompts])
-    options = {**sampling_of(fields), "max_new_tokens": fields["max_tokens"], "top_logprobs": fields["logprobs"] or 0}
-    streams = [each for row in inputs for each in choices_of(service.engine, row, fields["n"], options)]
-    echo = [
-        prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
-        for prompt in (prompts if fields["echo"] else ())
-        for _ in range(fields["n"])
-    ]
+    inputs = await asyncio.to_thread(lambda: [input_of(service, prompt) for prompt in prompts])
+    count = fields["logprobs"]
+    options = {**sampling_of(fields), "max_new_tokens": max(fields["max_tokens"], 1), "top_logprobs": count or 0}
+    streams: list[EngineStream] = []
+    echoes: list[Echo | None] = []
+    for prompt, row in zip(prompts, inputs, strict=True):
+        echo = Echo() if fields["echo"] else None
+        if echo is not None:
+            echo.text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+            if count is not None:
+                echo.first = _first_token(service, row)
+                echo.rest = PromptLogprobs(row.input_ids.shape[1], count, llm.tokenizer.decode_bytes)
+        streams += choices_of(service.engine, row, fields["n"], options, echo.rest if echo is not None else None)
+        echoes += [echo] * fields["n"]
     answer = Completion(
-        streams, service.settings.name, tells_usage, fields["n"], echo, tells_logprobs=fields["logprobs"] is not None
+        streams,
+        service.settings.name,
+        tells_usage,
+        fields["n"],
+        echoes,
+        tells_logprobs=count is not None,
+        only_echo=not fields["max_tokens"],
     )
     return await respond(service, call, answer)
+
+
+@dataclass
+class Echo:
+    """A prompt that is repeated before its replies.
+
+    Attributes:
+        first: its first token, of which no probability is known; None where probabilities are not told.
+        rest: those of its other tokens, once it has been read.
+    """
+
+    text: str = ""
+    first: Token | None = None
+    rest: PromptLogprobs | None = None
+
+
+def _first_token(service: Service, row: Inputs) -> Token:
+    id_ = int(row.input_ids[0, 0])
+    return Token(id_, service.engine.llm.tokenizer.decode_bytes([id_]), math.nan)
 
 
 def prompts_of(value: Any) -> list[str | list[int]]:
@@ -109,7 +144,7 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     return [each if isinstance(each, str) else list(map(int, each)) for each in value]
 
 
-def _inputs_of(service: Service, prompt: str | list[int]) -> Inputs:
+def input_of(service: Service, prompt: str | list[int]) -> Inputs:
     if isinstance(prompt, str):
         return service.engine.llm.processor.complete(prompt)
     return inputs_of(prompt)
@@ -125,8 +160,9 @@ class Completion(OpenAIAnswer):
     """The answer to completions.
 
     Args:
-        echo: what stands before each reply; nothing if it is empty.
+        echoes: what stands before each reply.
         tells_logprobs: whether with the probability of each token.
+        only_echo: whether there is nothing behind it.
     """
 
     def __init__(
@@ -135,20 +171,21 @@ class Completion(OpenAIAnswer):
         name: str,
         tells_usage: bool,
         choices: int,
-        echo: Sequence[str],
+        echoes: Sequence[Echo | None],
         *,
         tells_logprobs: bool,
+        only_echo: bool,
     ) -> None:
         super().__init__(streams, "text_completion", "cmpl", name, tells_usage, choices)
-        self._echo = list(echo) or [""] * len(streams)
-        self._tells_logprobs = tells_logprobs
+        self._echoes = list(echoes)
+        self._tells_logprobs, self._only_echo = tells_logprobs, only_echo
 
     def whole(self) -> dict[str, Any]:
         choices = [
             {
                 "index": i,
-                "text": self._echo[i] + stream.reply.text,
-                "logprobs": self._logprobs(stream.reply.logprobs),
+                "text": self._echoed(i) + ("" if self._only_echo else stream.reply.text),
+                "logprobs": self._logprobs([*self._prompt(i), *self._told(stream.reply.logprobs)]),
                 "finish_reason": stream.reply.finish_reason,
                 "stop_reason": stream.stop_string,
             }
@@ -157,14 +194,37 @@ class Completion(OpenAIAnswer):
         return self.body(choices, self.usage())
 
     async def events(self) -> AsyncIterator[str]:
-        for i, text in enumerate(self._echo):
-            if text:
-                yield self._piece(i, text)
+        waiting = {i for i, echo in enumerate(self._echoes) if echo is not None}
         async for i, delta in self.deltas():
-            yield self._piece(i, getattr(delta, "text", ""), self.new_tokens(i))
+            if i in waiting and self._is_read(i):
+                waiting.discard(i)
+                yield self._piece(i, self._echoed(i), self._prompt(i))
+            if not self._only_echo:
+                yield self._piece(i, getattr(delta, "text", ""), self.new_tokens(i))
         for i, stream in enumerate(self.streams):
-            yield self._piece(i, "", self.new_tokens(i), stream.reply.finish_reason)
+            if i in waiting:
+                yield self._piece(i, self._echoed(i), self._prompt(i))
+            yield self._piece(i, "", self._told(self.new_tokens(i)), stream.reply.finish_reason)
         yield self.usage_chunk()
+
+    def _echoed(self, index: int) -> str:
+        echo = self._echoes[index]
+        return echo.text if echo is not None else ""
+
+    def _prompt(self, index: int) -> list[Token]:
+        """The tokens of a prompt whose probabilities are told; its replies have the same."""
+        echo = self._echoes[index]
+        if echo is None or echo.first is None or echo.rest is None:
+            return []
+        return [echo.first, *echo.rest.tokens]
+
+    def _is_read(self, index: int) -> bool:
+        """Whether all probabilities of a prompt are known: another choice may be the one that is observed."""
+        echo = self._echoes[index]
+        return echo is None or echo.rest is None or echo.rest.is_complete
+
+    def _told(self, tokens: Sequence[Token]) -> Sequence[Token]:
+        return () if self._only_echo else tokens
 
     def _piece(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
         logprobs = self._logprobs(tokens) if tokens else None
@@ -174,11 +234,16 @@ class Completion(OpenAIAnswer):
         if not self._tells_logprobs:
             return None
         decode = self.streams[0].decode_bytes
+        likely = [
+            {decode([id_]).decode(errors="replace"): value for id_, value in token.alternatives} for token in tokens
+        ]
+        ends = accumulate(len(token.text) for token in tokens)
         return {
+            "text_offset": [0, *ends][: len(tokens)],
             "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
+            "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token in tokens],
             "top_logprobs": [
-                {decode([id_]).decode(errors="replace"): value for id_, value in token.alternatives} for token in tokens
+                None if math.isnan(token.logprob) else each for token, each in zip(tokens, likely, strict=True)
             ],
         }
 

@@ -26,6 +26,7 @@ from typing import TypeVar, Unpack
 
 from llama4.api import Llama4
 from llama4.engine.generate import Row, reply_budget
+from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
@@ -94,6 +95,10 @@ class Engine:
         """
         return EngineStream(self, messages, options)
 
+    def observe(self, messages: Prompt, observer: Observer, **options: Unpack[Options]) -> EngineStream:
+        """`stream`, with an observer that learns of the prompt what it is for; it knows all with the first piece."""
+        return EngineStream(self, messages, options, observer)
+
     async def chat(self, messages: Prompt, **options: Unpack[Options]) -> Reply:
         """Answer a conversation; a task that is cancelled cancels the reply."""
         stream = self.stream(messages, **options)
@@ -140,12 +145,19 @@ class Engine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def submit(self, asked: Prepared, deliver: Callable[[Delivery], None], may_wait: bool = False) -> Request:
+    def submit(
+        self,
+        asked: Prepared,
+        deliver: Callable[[Delivery], None],
+        may_wait: bool = False,
+        observer: Observer | None = None,
+    ) -> Request:
         """Give a prepared prompt to the worker.
 
         Args:
             deliver: takes its tokens, in the worker's thread.
             may_wait: whether it is taken although the queue is full.
+            observer: learns of the prompt.
 
         Raises:
             BusyError: the queue is full, or the engine closed.
@@ -168,6 +180,7 @@ class Engine:
             deliver=deliver,
             alternatives=asked.top_logprobs,
             matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
+            observer=observer,
         )
         self.scheduler.check(request)
         with self._closing:
@@ -227,8 +240,8 @@ class EngineStream:
     """A reply as it comes, to iterate over with `for` or `async for`: pieces of text, never empty or with half a
     character. `events` and `async_events` have tool calls, too. Iteration may stop at any point."""
 
-    def __init__(self, engine: Engine, messages: Prompt, options: Options) -> None:
-        self._engine, self._messages, self._options = engine, messages, options
+    def __init__(self, engine: Engine, messages: Prompt, options: Options, observer: Observer | None = None) -> None:
+        self._engine, self._messages, self._options, self._observer = engine, messages, options, observer
         self._mailbox = _Mailbox()
         self._deltas: deque[Delta] = deque()
         self._reader: tuple[Row, ReplyBuilder] | None = None
@@ -257,7 +270,7 @@ class EngineStream:
                 f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"
             )
         (builder,) = asked.builders(llm.tokenizer)
-        request = self._engine.submit(asked, self._mailbox.put, may_wait)
+        request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer)
         self._request = request
         self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
         self._stop_ids = request.stop_ids

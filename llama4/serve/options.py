@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from llama4.engine.observers import Observer
 from llama4.options import Options
 from llama4.serve.engine import Engine, EngineStream
 from llama4.serve.errors import RequestError
@@ -101,8 +102,12 @@ def check_usage(fields: Mapping[str, Any]) -> bool:
     return bool((fields["stream_options"] or {}).get("include_usage"))
 
 
-def choices_of(engine: Engine, prompt: Any, count: int, options: Mapping[str, Any]) -> list[EngineStream]:
-    """A stream for each choice; each draws for itself."""
+def choices_of(
+    engine: Engine, prompt: Any, count: int, options: Mapping[str, Any], observer: Observer | None = None
+) -> list[EngineStream]:
+    """A stream for each choice; each draws for itself. An observer sees the first read its prompt."""
     seed = options["seed"]
     seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(count)]
-    return [engine.stream(prompt, **cast(Options, {**options, "seed": each})) for each in seeds]
+    first, *others = [cast(Options, {**options, "seed": each}) for each in seeds]
+    begin = engine.observe(prompt, observer, **first) if observer is not None else engine.stream(prompt, **first)
+    return [begin, *(engine.stream(prompt, **each) for each in others)]

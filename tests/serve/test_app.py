@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -140,8 +142,44 @@ def test_completions(llm: Llama4, running: Running) -> None:
         assert answer["usage"]["prompt_tokens"] == count * len(ids)
     answer = running.client.post("/v1/completions", json={"prompt": text, "max_tokens": 5, "echo": True}).json()
     assert answer["choices"][0]["text"] == text + expected
+    body = {"prompt": [ids, text], "max_tokens": 0, "echo": True, "logprobs": 2}
+    with torch.inference_mode():
+        logprobs = llm.model(torch.tensor([ids])).float().log_softmax(-1)[0]
+    for choice in running.client.post("/v1/completions", json=body).json()["choices"]:
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        assert told["token_logprobs"][1:] == pytest.approx(
+            [logprobs[i, id_].item() for i, id_ in enumerate(ids[1:])], abs=1e-4
+        )
+        largest = [max(each.values()) for each in told["top_logprobs"][1:]]
+        assert largest == pytest.approx(logprobs.amax(-1)[:-1].tolist(), abs=1e-4)
+        assert len(told["tokens"]) == len(told["text_offset"]) == len(ids)
+    (chunk, *_) = events(running, "/v1/completions", **{**body, "prompt": ids})
+    streamed = chunk["choices"][0]["logprobs"]
+    assert streamed["tokens"] == told["tokens"]
+    assert streamed["token_logprobs"][1:] == pytest.approx(told["token_logprobs"][1:], abs=1e-4)
     chunks = events(running, "/v1/completions", prompt=text, max_tokens=5)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+
+
+def test_embeddings_are_means_of_hidden_states(llm: Llama4, running: Running) -> None:
+    """Also of a text that is read in pieces, and whatever was read before it."""
+    texts = ["Once upon a time", "word " * 700, "Once upon a time"]
+    answers = [
+        running.client.post("/v1/embeddings", json={"input": texts, "encoding_format": form}).json()
+        for form in ("float", "base64")
+    ]
+    until(running.is_idle)
+    for text, *data in zip(texts, *(answer["data"] for answer in answers), strict=True):
+        input_ids = llm.processor.complete(text).input_ids
+        with torch.inference_mode():
+            mean = llm.model.hidden_states(input_ids)[0].float().mean(0)
+        assert data[0]["embedding"] == pytest.approx(mean.tolist(), abs=1e-4)
+        packed = base64.b64decode(data[1]["embedding"])
+        assert struct.unpack(f"<{len(mean)}f", packed) == pytest.approx(mean.tolist(), abs=1e-4)
+    assert answers[0]["usage"]["prompt_tokens"] == sum(
+        llm.processor.complete(text).input_ids.shape[1] for text in texts
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,18 @@ BODIES: dict[str, dict[str, Any]] = {
         "tools": [{"type": "function", "name": "f"}],
         "store": True,
     },
+    "/v1/messages": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": ""}}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}]},
+        ],
+        "system": [{"type": "text", "text": "x"}],
+        "max_tokens": 5,
+        "tool_choice": {"type": "any"},
+        "tools": [{"name": "f", "input_schema": {}}],
+    },
+    "/v1/embeddings": {"input": ["a", [1, 2]], "encoding_format": "base64"},
     "/detokenize": {"tokens": [1, 2, 3]},
     "/apply-template": {"messages": CHAT["messages"], "tools": [TOOL]},
 }

@@ -1,0 +1,82 @@
+"""OpenAI's embeddings: of each text the mean of the last hidden states, behind the last norm, not scaled."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from llama4.engine.observers import MeanHidden
+from llama4.serve.answer import read
+from llama4.serve.completions import PROMPT, input_of, prompts_of
+from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
+from llama4.serve.options import MAX_LENGTH
+from llama4.serve.schema import (
+    STRING,
+    Field,
+    Fields,
+    any_of,
+    array,
+    ignored,
+    integer,
+    one_of,
+    record,
+    refused,
+    required,
+)
+
+EMBED = Fields(
+    "EmbeddingRequest",
+    input=required(PROMPT),
+    model=Field(STRING),
+    encoding_format=Field(one_of("float", "base64"), "float"),
+    dimensions=refused(),
+    user=ignored(STRING),
+)
+NUMBERS = any_of(array({"type": "number"}), STRING)
+EMBEDDINGS = record(
+    ("object", "data", "model", "usage"),
+    object=one_of("list"),
+    data=array(record(("object", "index", "embedding"), index=integer(0, MAX_LENGTH), embedding=NUMBERS)),
+    usage=record(("prompt_tokens", "total_tokens")),
+)
+
+
+async def embed(service: Service, call: Call) -> Response:
+    fields = call.fields
+    service.check_model(fields["model"])
+    check_taking(service)
+    prompts = prompts_of(fields["input"])
+    inputs = await asyncio.to_thread(lambda: [input_of(service, prompt) for prompt in prompts])
+    means = [MeanHidden() for _ in inputs]
+    streams = [service.engine.observe(row, mean, max_new_tokens=1) for row, mean in zip(inputs, means, strict=True)]
+    try:
+        await unless_gone(call.request, _all(streams))
+    finally:
+        for stream in streams:
+            stream.cancel()
+    count = sum(row.input_ids.shape[1] for row in inputs)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _told(mean.mean_D, fields["encoding_format"])}
+        for i, mean in enumerate(means)
+    ]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": service.settings.name, "usage": usage})
+
+
+async def _all(streams: list[Any]) -> None:
+    await asyncio.gather(*map(read, streams))
+
+
+def _told(mean_D: Tensor, form: str) -> list[float] | str:
+    """Numbers, or the base64 of their float32, the lowest byte first."""
+    if form == "float":
+        numbers: list[float] = mean_D.tolist()
+        return numbers
+    return base64.b64encode(mean_D.numpy().astype("<f4").tobytes()).decode()
+
+
+ROUTES = (Route("POST", "/v1/embeddings", embed, "The mean of a text's last hidden states", EMBED, EMBEDDINGS),)

@@ -58,11 +58,9 @@ def _mxfp4(rows: Tensor) -> Tensor:
     exponents = torch.where(largest > 0, largest.log2().floor() + 125, 0).clamp(0, 255).to(torch.uint8)
     steps = torch.where(exponents < 2, 1 << 21 << exponents.int().clamp(max=1), exponents.int() - 1 << 23)
     wanted = groups / steps.view(torch.float32)
-    best, least = torch.zeros_like(groups, dtype=torch.uint8), wanted.abs()
-    for i, value in enumerate(GgufMxfp4.VALUES):
-        error = (wanted - value).abs()
-        best[error < least] = i
-        least = torch.minimum(least, error)
+    sizes = torch.tensor(GgufMxfp4.VALUES[:8])
+    nearest = torch.bucketize(wanted.abs(), (sizes[1:] + sizes[:-1]) / 2).to(torch.uint8)
+    best = torch.where((wanted < 0) & (nearest > 0), nearest + 8, nearest)
     return torch.cat((exponents, _nibbles(best)), dim=-1).flatten(-2)
 
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama4 import Llama4
 from llama4.gguf import GgufFile
 from llama4.weights import checkpoint
+from llama4.weights.convert import convert_to_gguf
 
 NEW_TOKENS = 8
 QUESTIONS = [
@@ -174,6 +175,21 @@ def test_replies(llm: Llama4, path: Path) -> None:
         assert logits.argmax(-1).tolist() == ids, reply.text
         likely = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         assert (likely - torch.tensor([token.logprob for token in reply.logprobs])).abs().max() < 1e-3
+
+
+def test_llama_cpp_says_the_same(llm: Llama4, path: Path, tmp_path: Path) -> None:
+    """On a copy of the file in float32; of the file itself it rounds inputs, and may part."""
+    llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama.cpp's Python package is not installed")
+    convert_to_gguf(path, tmp_path / "a.gguf", "f32", progress=False)
+    options = {"n_ctx": 512, "n_threads": 1, "type_k": 0, "type_v": 0, "logits_all": True, "flash_attn": False}
+    other = llama_cpp.Llama(str(tmp_path / "a.gguf"), **options, verbose=False)
+    for question in PROMPTS:
+        conversation = [{"role": "user", "content": question}]
+        prompt = llm.processor(conversation).input_ids[0].tolist()
+        ids = [token.id for token in llm.chat(conversation, max_new_tokens=NEW_TOKENS, temperature=0).logprobs]
+        other.reset()
+        other.eval(prompt + ids[:-1])
+        assert other.scores[len(prompt) - 1 : len(prompt) + len(ids) - 1].argmax(-1).tolist() == ids, question
 
 
 def test_weights_are_as_they_lie(llm: Llama4, path: Path) -> None:

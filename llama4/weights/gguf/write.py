@@ -59,7 +59,7 @@ def write_gguf(
     Raises:
         CheckpointError: weights in a format, a tokenizer, or a model, that is not written.
     """
-    _check_expressible(config.text)
+    _check_expressible(config)
     tensors = _tensors(source)
     if config.text.tie_word_embeddings:
         tensors.pop("output.weight", None)
@@ -114,12 +114,15 @@ def _growth(text: TextConfig, window: int) -> tuple[float, int] | None:
     return (text.attn_scale, text.floor_scale) if grows else None
 
 
-def _check_expressible(text: TextConfig) -> None:
+def _check_expressible(config: Llama4Config) -> None:
     """Raises:
     CheckpointError: a model with what no key says.
     """
+    text = config.text
     if text.cross_layers:
         raise CheckpointError("layers of cross-attention have no place in GGUF; convert to Hugging Face's layout")
+    if config.family != "llama4":
+        return
     step, layers = text.interleave_moe_layer_step, range(text.num_hidden_layers)
     experts = tuple(range(step - 1, len(layers), step)) if text.num_local_experts and step else ()
     chunked = all(text.window(i) == (text.attention_chunk_size if text.uses_rope(i) else None) for i in layers)

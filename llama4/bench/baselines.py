@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from llama4.model.device import DTYPES
 from llama4.weights.checkpoint import read_config
 
 try:
-    from transformers import AutoProcessor, Llama4ForCausalLM, Llama4ForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoProcessor, Llama4ForCausalLM, Llama4ForConditionalGeneration
     from transformers import __version__ as transformers_version
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 except ImportError:
@@ -45,6 +46,22 @@ def load_transformers(directory: str, dtype: torch.dtype, attention: str) -> Any
     if not text_only:
         model.language_model.register_forward_hook(_add_image_outputs)
     return model
+
+
+def load_dense(path: Path) -> Any:
+    """transformers' model of a directory or of a GGUF file, which it dequantizes, in float32.
+
+    Raises:
+        Llama4Error: transformers cannot load it.
+    """
+    is_file = path.is_file()
+    place: dict[str, Any] = {"gguf_file": path.name} if is_file else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent if is_file else path, dtype=torch.float32, **place
+        ).eval()
+    except FAILURES as error:
+        raise transformers_error(str(path), error) from error
 
 
 def _add_image_outputs(module: nn.Module, inputs: object, output: Any) -> None:

@@ -101,19 +101,12 @@ def _transformers(path: Path) -> Callable[[Tensor], Tensor]:
     """Raises:
     Llama4Error: transformers cannot load it.
     """
-    from llama4.bench.baselines import FAILURES, load_transformers, transformers_error
+    from llama4.bench.baselines import load_dense, load_transformers
 
     if not is_gguf(path) and read_config(path).family == "llama4":
         model = load_transformers(str(path), torch.float32, "sdpa")
     else:
-        from transformers import AutoModelForCausalLM
-
-        place: dict[str, Any] = {"gguf_file": path.name} if is_gguf(path) else {}
-        directory = path.parent if is_gguf(path) else path
-        try:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **place).eval()
-        except FAILURES as error:
-            raise transformers_error(str(path), error) from error
+        model = load_dense(path)
     return lambda ids: model(ids, use_cache=False).logits
 
 

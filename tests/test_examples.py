@@ -33,6 +33,8 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if name.startswith("ray_"):
+        pytest.importorskip("ray")
     run(name, monkeypatch)
     assert capsys.readouterr().out.strip()
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.cli.generate import read_stdin
 from llama4.cli.options import add_model_options, load_model
+from llama4.errors import ArgumentError, Llama4Error
+from llama4.reading import read_json
 
 if TYPE_CHECKING:
     from llama4.text.guard import Moderation
@@ -37,6 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--exclude", action="append", default=[], metavar="ID", help="do not ask for it; repeatable")
     parser.add_argument("--guard", metavar="NAME", help="which Llama Guard it is, where its template does not say")
+    parser.add_argument("--third-party", action="store_true", help="of Prompt Guard: the text is of a page or a tool")
     parser.add_argument("--threshold", type=float, default=0.5, metavar="P", help="unsafe from there (default: 0.5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
@@ -58,6 +61,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _asked(options: argparse.Namespace, text: str) -> Moderation:
+    if _is_prompt_guard(options):
+        return _by_prompt_guard(options, text)
+    if options.third_party:
+        raise ArgumentError("--third-party is for Prompt Guard; leave it out")
     pictures = [{"type": "image", "image": image} for image in options.image]
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
     if options.response is not None:
@@ -69,6 +76,38 @@ def _asked(options: argparse.Namespace, text: str) -> Moderation:
         threshold=options.threshold,
         guard=options.guard,
     )
+
+
+def _is_prompt_guard(options: argparse.Namespace) -> bool:
+    """Whether config.json says so; Meta's layout and GGUF have none."""
+    from llama4.weights import hub
+
+    directory = hub.resolve(
+        options.model,
+        revision=options.revision,
+        subfolder=options.subfolder,
+        select=lambda layout: layout.config_files,
+        progress=False,
+    )
+    path = directory / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == "deberta-v2"
+
+
+def _by_prompt_guard(options: argparse.Namespace, text: str) -> Moderation:
+    given = {"image": options.image, "response": options.response, "category": options.category}
+    for name, value in {**given, "exclude": options.exclude, "guard": options.guard}.items():
+        if value:
+            raise ArgumentError(f"--{name} is for Llama Guard; leave it out")
+    try:
+        from llama4.integrations.prompt_guard import PromptGuard
+    except ImportError as error:
+        if str(error.name).startswith("llama4"):
+            raise
+        raise Llama4Error("Prompt Guard needs transformers; run `pip install 'llama4[prompt-guard]'`") from None
+    model = PromptGuard.from_pretrained(
+        options.model, revision=options.revision, subfolder=options.subfolder, device=options.device
+    )
+    return model.moderate(text, threshold=options.threshold, third_party=options.third_party)
 
 
 def _category(text: str) -> tuple[str, str]:

@@ -32,7 +32,7 @@ LINES = (
     "llama4.inputs",
     "llama4.engine",
     "llama4.options",
-    "llama4.api",
+    "llama4.api llama4.integrations.prompt_guard",
     "llama4.train",
     "llama4.serve",
     "llama4.analysis",

@@ -1,0 +1,218 @@
+"""Who answers: a model in this process, or a server in OpenAI's form."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from urllib.parse import urlsplit
+
+from llama4.cli.chat.printing import printable
+from llama4.errors import ArgumentError, Llama4Error
+from llama4.vision.limits import LIMITS, ImageLimits
+
+if TYPE_CHECKING:
+    from llama4.api import Llama4
+    from llama4.options import Options
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+TIMEOUT = 600.0
+"""Seconds of silence after which a server is given up: it may read a long prompt meanwhile."""
+MAX_EVENT = 16 << 20
+"""Bytes of one event of a stream."""
+NOT_OPENAI = "the server does not answer in OpenAI's form; is the address right?"
+NAMES = {"max_new_tokens": "max_tokens"}
+"""Options that a server knows by another name."""
+
+
+@dataclass
+class Answer:
+    """A reply, as far as it has come.
+
+    Attributes:
+        tool_calls: in OpenAI's form.
+        tokens: of the reply; where a server does not tell, its pieces are counted.
+        has_begun: whether the model took the question.
+    """
+
+    text: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    tokens: int = 0
+    has_begun: bool = False
+
+
+class Answerer(Protocol):
+    """What a conversation asks.
+
+    Attributes:
+        name: of the model.
+        image_limits: of the pictures that it is shown.
+    """
+
+    name: str
+    image_limits: ImageLimits
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+    ) -> Iterator[str]:
+        """The text of a reply, piece by piece; `answer` is filled meanwhile, also when the reader leaves."""
+        ...
+
+
+class Local:
+    """A model in this process."""
+
+    def __init__(self, llm: Llama4, name: str) -> None:
+        self.llm, self.name = llm, name
+        self.image_limits = llm.processor.image_limits
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+    ) -> Iterator[str]:
+        stream = self.llm.stream(messages, **cast("Options", options))
+        try:
+            for piece in stream:
+                answer.has_begun = True
+                yield piece
+            answer.has_begun = True
+        finally:
+            reply = stream.reply
+            answer.has_begun |= bool(reply.usage.completion_tokens)
+            answer.text, answer.finish_reason = reply.text, reply.finish_reason
+            answer.tokens = reply.usage.completion_tokens
+            answer.tool_calls = [call.to_openai() for call in reply.tool_calls]
+
+
+class Remote:
+    """A server that speaks OpenAI's chat completions."""
+
+    def __init__(self, url: str, key: str | None, name: str | None = None, private_hosts: Sequence[str] = ()) -> None:
+        """
+        Args:
+            url: of the server, with or without `/v1`.
+            key: sent as `Authorization: Bearer KEY`.
+            name: of a model there; None for its first.
+
+        Raises:
+            Llama4Error: no such address, nobody who answers there, or nobody who takes the key.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ArgumentError(f"--server {url} is no address; write it as http://127.0.0.1:8000")
+        base = url.rstrip("/")
+        self._base = base if base.endswith("/v1") else f"{base}/v1"
+        self._key = key
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        self.image_limits = replace(LIMITS, private_hosts=tuple(private_hosts))
+        self.name = name or printable(self._first_model())
+
+    def _first_model(self) -> str:
+        with self._open("models") as response:
+            content = _json(response.read(MAX_EVENT))
+        data = content.get("data")
+        name = data[0].get("id") if isinstance(data, list) and data and isinstance(data[0], dict) else None
+        if not isinstance(name, str):
+            raise Llama4Error(f"{self._base}/models names no model; name one with --model")
+        return name
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+    ) -> Iterator[str]:
+        fields = {NAMES.get(name, name): value for name, value in options.items() if value is not None}
+        body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        with self._open("chat/completions", {**fields, **body}) as response:
+            answer.has_begun = True
+            try:
+                for event in _events(response):
+                    yield from self._read(event, answer)
+            except (OSError, http.client.HTTPException) as error:
+                raise Llama4Error(f"the server broke off ({error}); /retry asks again") from None
+            except (AttributeError, KeyError, TypeError):
+                raise Llama4Error(NOT_OPENAI) from None
+
+    def _read(self, event: Mapping[str, Any], answer: Answer) -> Iterator[str]:
+        if isinstance(error := event.get("error"), dict):
+            raise Llama4Error(printable(f"the server says: {error.get('message')}"))
+        usage = event.get("usage")
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            answer.tokens = usage["completion_tokens"]
+        for choice in (event.get("choices") or [])[:1]:
+            delta = choice.get("delta") or {}
+            _add_calls(answer, delta.get("tool_calls") or [])
+            answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+            if text := delta.get("content"):
+                answer.text += text
+                answer.tokens += 1
+                yield text
+
+    def _open(self, path: str, body: Mapping[str, Any] | None = None) -> http.client.HTTPResponse:
+        headers = {
+            "content-type": "application/json",
+            **({"authorization": f"Bearer {self._key}"} if self._key else {}),
+        }
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self._base}/{path}", data, headers)
+        try:
+            return cast(http.client.HTTPResponse, self._opener.open(request, timeout=TIMEOUT))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise Llama4Error(_told(error)) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise Llama4Error(f"{self._base} does not answer ({reason}); is the server running?") from None
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A server that sends elsewhere would get the key and the conversation sent there."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    try:
+        content = _json(error.read(1 << 16))
+        inner = content.get("error")
+        message = inner.get("message") if isinstance(inner, dict) else content.get("message") or inner
+    except (Llama4Error, OSError, http.client.HTTPException):
+        message = None
+    hint = "; give --api-key, or set LLAMA4_API_KEY" if error.code == 401 else ""
+    return printable(f"the server says: {message or f'{error.code} {error.reason}'}{hint}")
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The objects of a stream of events, up to `[DONE]`."""
+    while line := response.readline(MAX_EVENT):
+        if line.startswith(b"data:"):
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            yield _json(data)
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise Llama4Error(NOT_OPENAI)
+    return content
+
+
+def _add_calls(answer: Answer, deltas: Sequence[Mapping[str, Any]]) -> None:
+    for delta in deltas:
+        index = delta.get("index") or 0
+        while len(answer.tool_calls) <= min(index, 99):
+            function = {"name": "", "arguments": ""}
+            answer.tool_calls.append({"id": "", "type": "function", "function": function})
+        call, told = answer.tool_calls[min(index, 99)], delta.get("function") or {}
+        call["id"] = delta.get("id") or call["id"]
+        call["function"]["name"] = told.get("name") or call["function"]["name"]
+        call["function"]["arguments"] += told.get("arguments") or ""

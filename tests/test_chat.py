@@ -1,0 +1,439 @@
+"""`llama4 chat`: its commands, its files, its keys in a terminal, and a server that answers."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama4 import Llama4
+from llama4.cli.chat.commands import completions, file_names
+from llama4.cli.chat.printing import printable, speed, split_blocks
+from llama4.cli.main import main
+
+PICTURE = Path(__file__).parents[1] / "examples" / "shapes.png"
+HAS_PROMPT = importlib.util.find_spec("prompt_toolkit") is not None
+HAS_RICH = importlib.util.find_spec("rich") is not None
+
+
+class Fake(ThreadingHTTPServer):
+    """A server in OpenAI's form, whose replies are written here.
+
+    Attributes:
+        replies: the next answers: the pieces of a text, or a status with a body.
+        bodies: what was asked.
+        gone: set when a client left an answer that has no end.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.replies: list[list[str] | tuple[int, bytes] | None] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.gone = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers["authorization"])
+        self.send(200, b'{"data": [{"id": "fake\\u001b[31m"}]}')
+
+    def event(self, content: Any) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+
+    def piece(self, text: str) -> None:
+        self.event({"choices": [{"delta": {"content": text}, "finish_reason": None}]})
+
+    def do_POST(self) -> None:
+        self.server.keys.append(self.headers["authorization"])
+        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        reply = self.server.replies.pop(0)
+        if isinstance(reply, tuple):
+            self.send(*reply, location=f"{self.server.url}/elsewhere")
+            return
+        self.send(200)
+        if reply is None:
+            try:
+                while True:
+                    self.piece("on and ")
+                    time.sleep(0.01)
+            except OSError:
+                self.server.gone.set()
+                return
+        for text in reply:
+            self.piece(text)
+        self.event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        self.event({"choices": [], "usage": {"completion_tokens": 7}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    server = Fake()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+Talk = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Lines in, and what a pipe sees."""
+
+    def run(lines: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = main(["chat", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def said(fake: Fake) -> list[list[str]]:
+    return [[message["content"] for message in body["messages"]] for body in fake.bodies]
+
+
+# -- through pipes -------------------------------------------------------------------------------------------------
+
+
+def test_commands(fake: Fake, talk: Talk, tmp_path: Path) -> None:
+    fake.replies = [["one"], ["two"], ["three"], ["four"], ["five"], ["six"]]
+    file = tmp_path / "my talk.json"
+    lines = f"""\
+/system Be brief.
+a
+b
+/retry
+/undo
+c
+/save "{file}"
+/clear
+d
+/load '{file}'
+/set temperature 0.5
+/set max_new_tokens 9
+/system ""
+\"\"\"
+/several
+  lines
+\"\"\"
+/set
+/nonsense
+/quit
+never
+"""
+    code, out, err = talk(lines, "--server", fake.url, "--seed", "3")
+    assert (code, err) == (0, "")
+    assert said(fake) == [
+        ["Be brief.", "a"],
+        ["Be brief.", "a", "one", "b"],
+        ["Be brief.", "a", "one", "b"],
+        ["Be brief.", "a", "one", "c"],
+        ["Be brief.", "d"],
+        ["a", "one", "c", "four", "/several\n  lines"],
+    ]
+    assert [body["seed"] for body in fake.bodies] == [3, 3, 4, 4, 4, 4], "a reply that is asked again is another one"
+    assert [(body.get("temperature"), body["max_tokens"]) for body in fake.bodies[-2:]] == [(None, 256), (0.5, 9)]
+    assert f"Saved 5 messages in {file}." in out and f"Loaded 4 messages of {file}." in out
+    assert "temperature 0.5\n" in out and "top_p (not set)\n" in out
+    assert "/nonsense is no command" in out and out.endswith("there are.\n")
+    assert json.loads(file.read_text())["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_picture_with_blanks_in_its_name_is_seen_saved_and_loaded(talk: Talk, tmp_path: Path) -> None:
+    picture = shutil.copy(PICTURE, tmp_path / "my 'own' picture.png")
+    written = str(picture).replace(" ", "\\ ").replace("'", "\\'")
+    file = tmp_path / "talk.json"
+    names = (str(picture), f'"{picture}"', written)
+    asked = "".join(f"/clear\n/image {name}\nWhat colour is the circle?\n" for name in names)
+    code, out, err = talk(f"{asked}/save {file}\n", "--model", "tiny")
+    each = "A new conversation.\nAdded picture 1 to your next message.\nRed.\n"
+    assert (code, err, out) == (0, "", f"{each * 3}Saved 2 messages in {file}.\n")
+    code, out, err = talk(f"/load {file}\nWhat colour is the star?\n/undo\n/retry\n", "--model", "tiny")
+    assert (err, out.splitlines()[1:]) == ("", ["Blue.", "Took back your last message and its reply.", "Red."])
+
+
+def test_a_server_of_ours_answers_as_the_model_does(talk: Talk) -> None:
+    pytest.importorskip("starlette")
+    pytest.importorskip("httpx")
+    from llama4.serve.app import Settings
+    from tests.serve.running import Running
+
+    running = Running(Llama4.from_pretrained("tiny", progress=False), Settings("tiny", api_key="secret"))
+    lines = f"/image {PICTURE}\nWhat colour is the circle?\nAnd the star?\n/set temperature 1\n/set seed 7\nHello\n"
+    try:
+        remote = talk(lines, "--server", f"{running.url}/v1/", "--api-key", "secret")
+        wrong = talk("", "--server", running.url, "--api-key", "wrong")
+    finally:
+        running.close()
+    assert remote == talk(lines, "--model", "tiny")
+    assert wrong[0] == 1 and wrong[2].startswith("llama4: error: the server says: the API key is missing or wrong")
+
+
+def test_files_of_others_are_left_alone(fake: Fake, talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    part = {"type": "image_url", "image_url": {"url": "/etc/hostname"}}
+    (tmp_path / "bad.json").write_text(json.dumps({"messages": [{"role": "user", "content": [part]}]}))
+    (tmp_path / "not.json").write_text("no")
+    lines = "\n".join(f"{line}" for line in (
+        f"/save {tmp_path}/notes.json", f"/load {tmp_path}/notes.json", f"/load {tmp_path}/bad.json",
+        f"/load {tmp_path}/not.json", "/load", '/image "a', "/retry", "/undo", "/set nothing 1", "/set seed x",
+    ))  # fmt: skip
+    code, out, err = talk(lines, "--server", fake.url)
+    assert (code, out) == (0, "")
+    reasons = [
+        "is no conversation; choose another name", 'has no list of "messages"', "without its data", "is not valid JSON",
+        "/load needs one file", "a quote is open", "there is no question yet", "nothing to take back",
+        "there is no option 'nothing'", "is no value for seed",
+    ]  # fmt: skip
+    errors = err.splitlines()
+    assert len(errors) == len(reasons)
+    for line, reason in zip(errors, reasons, strict=True):
+        assert line.startswith("error: ") and reason in line
+    assert (tmp_path / "notes.json").read_text() == '{"a": 1}'
+
+
+def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA4_API_KEY", "of-the-environment")
+    error = json.dumps({"error": {"message": "too\u001b[2Jlong"}}).encode()
+    fake.replies = [(400, error), (307, b""), (500, b"<html>"), ["fine"], ["again"]]
+    code, out, err = talk("a\nb\nc\nd\n/retry\n", "--server", fake.url)
+    assert (code, out) == (0, "fine\nagain\n")
+    assert err.splitlines() == [
+        "error: the server says: too\ufffd[2Jlong",
+        "error: the server says: 307 Temporary Redirect",
+        "error: the server says: 500 Internal Server Error",
+    ]
+    assert said(fake) == [["a"], ["b"], ["c"], ["d"], ["d"]], "what failed was not said"
+    assert set(fake.keys) == {"Bearer of-the-environment"}
+    for arguments, reason in (
+        (["--server", "localhost:8000"], "is no address"),
+        (["--server", f"{fake.url}/none/v1"], None),
+        (["--server", "http://127.0.0.1:9"], "does not answer"),
+        (["--api-key", "x"], "--api-key is for --server"),
+    ):
+        code, _, err = talk("", *arguments)
+        assert (code == 0) == (reason is None)
+        assert (reason or "") in err
+
+
+# -- by themselves -------------------------------------------------------------------------------------------------
+
+
+def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a b.PNG", "a.txt", ".hidden.png", "talk.json", "it's.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "my dir").mkdir()
+    (tmp_path / "my dir" / "in.gif").touch()
+    assert completions("/im") == ["/image "]
+    assert completions("/s") == ["/system ", "/set ", "/save "]
+    assert completions("hello") == completions("/image")[1:] == completions("") == completions("/clear x") == []
+    assert completions("/set te") == ["/set temperature "]
+    assert completions("/image a") == ["/image 'a b.PNG'", "/image a.png"]
+    assert completions("/image a.png 'a ") == ["/image a.png 'a b.PNG'"]
+    assert completions("/image a\\ ") == ["/image 'a b.PNG'"]
+    assert completions("/image my") == ["/image 'my dir/"]
+    assert completions("/image 'my dir/") == ["/image 'my dir/in.gif'"]
+    assert completions("/load ") == ["/load 'my dir/", "/load talk.json"]
+    (line,) = completions("/image it")
+    assert file_names(line.removeprefix("/image ")) == ["it's.jpg"]
+    assert file_names("a b.PNG") == ["a b.PNG"]
+    assert file_names("a.png b.png") == ["a.png", "b.png"]
+    assert completions("/image " + "x/" * 5000) == []
+
+
+def test_blocks_and_control_characters() -> None:
+    assert split_blocks("a\n\nb") == ("a\n\n", "b")
+    assert split_blocks("```\na\n\nb") == ("", "```\na\n\nb")
+    assert split_blocks("````\n```\n\n````\n\nc") == ("````\n```\n\n````\n\n", "c")
+    assert split_blocks("\n\n") == ("", "\n\n")
+    assert printable("a\x1b]0;x\x07\tb\r\nc\r\u202ed\x9b") == "a\ufffd]0;x\ufffd\tb\nc\ufffd\ufffdd\ufffd"
+    assert [speed(1, 0.0), speed(2, 0.5), speed(1001, 2)] == [
+        "1 token",
+        "2 tokens, 2.0 a second",
+        "1,001 tokens, 500 a second",
+    ]
+
+
+# -- in a terminal -------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A program with a terminal of its own."""
+
+    def __init__(self, *arguments: str, state: Path, term: str) -> None:
+        import pty
+
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (30, 80))
+        environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": term, "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llama4", "chat", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def until(self, wanted: str) -> str:
+        """What is written up to this expression."""
+        end = time.monotonic() + 60
+        while not (found := re.search(wanted, self.seen)):
+            assert time.monotonic() < end, f"{wanted!r} did not come, but {self.seen[-2000:]!r}"
+            if select.select([self._ours], [], [], 1)[0]:
+                self.seen += os.read(self._ours, 4096).decode(errors="replace")
+        before, self.seen = self.seen[: found.start()], self.seen[found.end() :]
+        return before
+
+    def ends(self) -> int:
+        return self._process.wait(60)
+
+
+PROMPT = r">( |\x08\x1b\[2C)"
+"""`> `, as it is and as prompt_toolkit writes it."""
+HOSTILE = ["x\x1b[2J\x1b]0;title\x07", "**bold**\n\n", "```\n\x9b31m\n```"]
+
+
+def test_a_plain_terminal(fake: Fake, tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    fake.replies = [HOSTILE, None, ["after"]]
+    shutil.copy(PICTURE, tmp_path / "only one.png")
+    with Terminal("--server", fake.url, state=tmp_path, term="dumb") as terminal:
+        assert "fake\ufffd[31m. /help" in terminal.until(PROMPT)
+        terminal.type("hi\n")
+        shown = terminal.until("7 tokens")
+        assert "x\ufffd[2J\ufffd]0;title\ufffd**bold**" in shown and "\ufffd31m" in shown
+        assert "\x1b[2J" not in shown and "\x1b]0" not in shown
+        terminal.until(PROMPT)
+        terminal.type("half a line\x03")
+        terminal.until(r"\(Ctrl-D leaves\)")
+        terminal.until(PROMPT)
+        terminal.type(f"/im\t{tmp_path}/on\t\n")
+        terminal.until("Added picture 1")
+        terminal.until("1 picture")
+        terminal.until(PROMPT)
+        terminal.type("go on\n")
+        terminal.until("on and on and ")
+        terminal.type("\x03")
+        terminal.until(r"\(stopped\)")
+        assert fake.gone.wait(20), "the server is left"
+        terminal.until(PROMPT)
+        terminal.type('"""\n')
+        terminal.until(r"\. ")
+        terminal.type("two\n")
+        terminal.until(r"\. ")
+        terminal.type('lines"""\n')
+        terminal.until("after")
+        terminal.until(PROMPT)
+        terminal.type("\x04")
+        assert terminal.ends() == 0
+    assert [part["type"] for part in fake.bodies[1]["messages"][-1]["content"]] == ["image_url", "text"]
+    stopped, asked = (message["content"] for message in fake.bodies[2]["messages"][-2:])
+    assert re.fullmatch("(on and )+", stopped) and asked == "two\nlines"
+    (history,) = (path for path in (tmp_path / "llama4").iterdir() if path.stat().st_size)
+    assert history.stat().st_mode & 0o777 == 0o600
+    fake.replies = [["again"]]
+    with Terminal("--server", fake.url, state=tmp_path, term="dumb") as terminal:
+        terminal.until(PROMPT)
+        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")
+        terminal.until("again")
+    assert fake.bodies[3]["messages"] == [{"role": "user", "content": "go on"}]
+
+
+@pytest.mark.skipif(not HAS_RICH, reason="rich is not installed")
+def test_markdown_in_a_terminal(fake: Fake, tmp_path: Path) -> None:
+    fake.replies = [[*HOSTILE, "\n\n[a link](http://example.org/)"], None]
+    with Terminal("--server", fake.url, "--no-history", state=tmp_path, term="xterm") as terminal:
+        terminal.until(PROMPT)
+        terminal.type("hi\r")
+        shown = terminal.until("7 tokens")
+        assert "\x1b[1mbold\x1b[0m" in shown and "**bold**" not in shown
+        assert "\x1b[2J" not in shown and "\x1b]" not in shown and "\x9b" not in shown
+        assert "http://example.org/" in shown
+        terminal.until(PROMPT)
+        terminal.type("go on\r")
+        terminal.until("on and on and ")
+        terminal.type("\x03")
+        terminal.until(r"\(stopped\)")
+        terminal.until(PROMPT)
+        terminal.type("\x04")
+        assert terminal.ends() == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not HAS_PROMPT, reason="prompt_toolkit is not installed")
+def test_several_lines_history_and_tab_of_prompt_toolkit(fake: Fake, tmp_path: Path) -> None:
+    fake.replies = [["done"], ["done"]]
+    shutil.copy(PICTURE, tmp_path / "only one.png")
+    for keys in ("one\x1b\rtwo\r", "\x1b[A\x1b[A\r"):
+        with Terminal("--server", fake.url, state=tmp_path, term="xterm") as terminal:
+            terminal.until(PROMPT)
+            if keys.startswith("one"):
+                terminal.type("half\x03")
+                terminal.until(r"\(Ctrl-D leaves\)")
+                terminal.until(PROMPT)
+                terminal.type("/ima\t")
+                terminal.until("/image")
+                terminal.type(f"{tmp_path}/on\t\r")
+                terminal.until("Added picture 1")
+                terminal.until("1 picture")
+                terminal.until(PROMPT)
+            terminal.type(keys)
+            terminal.until("7 tokens")
+            terminal.until(PROMPT)
+            terminal.type("\x04")
+            assert terminal.ends() == 0
+    parts = fake.bodies[0]["messages"][0]["content"]
+    assert parts[1] == {"type": "text", "text": "one\ntwo"} and parts[0]["type"] == "image_url"
+    assert fake.bodies[1]["messages"][0]["content"] == "one\ntwo"
+    assert (tmp_path / "llama4" / "chat_history").stat().st_mode & 0o777 == 0o600

@@ -300,7 +300,7 @@ class Terminal:
         import pty
 
         self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (30, 80))
+        termios.tcsetwinsize(theirs, (30, 300))  # no line is wrapped
         environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": term, "PROMPT_TOOLKIT_NO_CPR": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "llama4", "chat", *arguments],
@@ -339,7 +339,7 @@ class Terminal:
         return self._process.wait(60)
 
 
-PROMPT = r">( |\x08\x1b\[2C)"
+PROMPT = r">( |\x08|\x1b\[\d+[CD])"
 """`> `, as it is and as prompt_toolkit writes it."""
 HOSTILE = ["x\x1b[2J\x1b]0;title\x07", "**bold**\n\n", "```\n\x9b31m\n```"]
 
@@ -423,8 +423,10 @@ def test_several_lines_history_and_tab_of_prompt_toolkit(fake: Fake, tmp_path: P
                 terminal.until(r"\(Ctrl-D leaves\)")
                 terminal.until(PROMPT)
                 terminal.type("/ima\t")
-                terminal.until("/image")
-                terminal.type(f"{tmp_path}/on\t\r")
+                terminal.until("ge\x1b")  # what changed of /image
+                terminal.type(f"{tmp_path}/on\t")
+                terminal.until("png'")
+                terminal.type("\r")
                 terminal.until("Added picture 1")
                 terminal.until("1 picture")
                 terminal.until(PROMPT)

@@ -9,7 +9,7 @@ from typing import Any
 from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.vision.tiled_config import TiledVisionConfig
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def layer_kinds(layers: int, cross: Collection[int]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def _vision_model(layers: int, width: int, heads: int, mlp: int) -> Llama4Config
         pad_token_id=128004,
         **layer_kinds(layers, range(3, layers, 5)),
     )
-    vision = TiledVisionConfig(image_mean=_MEAN, image_std=_STD)
+    vision = TiledVisionConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD)
     return Llama4Config(text, vision, -1, -1, 128256, family="mllama")
 
 

@@ -41,15 +41,14 @@ def config(**text: Any) -> MllamaConfig:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     ids = {"bos_token_id": FIRST, "eos_token_id": [FIRST + 1, FIRST + 9], "pad_token_id": FIRST + 4}
     rope = {**ROPE, "rope_theta": 500000.0, "original_max_position_embeddings": 16}
-    decoder = MllamaTextConfig(**{**sizes, **ids, "cross_attention_layers": [1, 3], "rope_parameters": rope, **text})
+    decoder = MllamaTextConfig(**{**sizes, **ids, "cross_attention_layers": [1, 3], "rope_parameters": rope} | text)
     return MllamaConfig(vision_config=vision, text_config=decoder, image_token_index=IMAGE)
 
 
-@functools.cache
-def reference() -> MllamaForConditionalGeneration:
+def fresh(**text: Any) -> MllamaForConditionalGeneration:
     """Gates are open, and every embedding of a grid is another, of empty tiles too."""
     torch.manual_seed(0)
-    model = MllamaForConditionalGeneration(config()).eval()
+    model = MllamaForConditionalGeneration(config(**text)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             torch.nn.init.normal_(parameter, 1.0, 0.1)
@@ -59,6 +58,11 @@ def reference() -> MllamaForConditionalGeneration:
             torch.nn.init.normal_(parameter, 0.0, 0.12)
     model.lm_head.weight.data[FIRST:] = 0  # greedy replies run to their limit
     return model
+
+
+@functools.cache
+def reference() -> MllamaForConditionalGeneration:
+    return fresh()
 
 
 def write(directory: Path) -> Path:

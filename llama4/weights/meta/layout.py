@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
 from llama4.weights.layout import CheckpointLayout, WriteOptions
-from llama4.weights.meta import llama
+from llama4.weights.meta import llama, mllama
 from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES, params_from_config, read_params
 from llama4.weights.meta.source import MetaSource
 from llama4.weights.meta.write import write_ranks
@@ -52,6 +52,8 @@ class MetaLayout(CheckpointLayout):
         source = MetaSource(directory, config)
         if _NORM in source.names():  # params.json does not say the dtype
             config = dataclasses.replace(config, dtype=str(source.spec(_NORM).dtype).removeprefix("torch."))
+        if config.family in _SHAPES:
+            return config, _SHAPES[config.family](source, config)
         return config, FbgemmSource(source) if source.is_quantized else source
 
     def write(
@@ -92,15 +94,21 @@ _PARAMS: dict[str, Callable[[Llama4Config], dict[str, Any]]] = {
 """What writes params.json, by family."""
 
 
+_SHAPES: dict[str, Callable[[MetaSource, Llama4Config], Source]] = {"mllama": mllama.in_model_shapes}
+"""What shows the tensors of a family's files in the model's shapes, where these differ."""
+
+
 def _read_config(directory: Path) -> Llama4Config:
-    """That of Llama 4, or of Llama 1 to 3."""
+    """That of Llama 4, of Llama 1 to 3, or of Llama 3.2 Vision."""
     path = directory / PARAMS_FILE
-    return llama.read_params(directory) if path.is_file() and _is_llama(path) else read_params(directory)
+    if path.is_file() and _says(path, mllama.is_mllama):
+        return mllama.read_params(directory)
+    return llama.read_params(directory) if path.is_file() and _says(path, llama.is_llama) else read_params(directory)
 
 
-def _is_llama(path: Path) -> bool:
+def _says(path: Path, is_of: Callable[[Mapping[str, Any]], bool]) -> bool:
     try:
-        return llama.is_llama(read_json(path))
+        return is_of(read_json(path))
     except Llama4Error:
         return False  # who reads it says what is wrong
 

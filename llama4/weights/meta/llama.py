@@ -61,13 +61,7 @@ def config_from_params(params: Mapping[str, Any], tokenizer: Tokenizer | None = 
     whose base of RoPE and epsilon these are. Replies of Llama 3 end at whichever of its tokens ends them, as base and
     instructed models have the same file.
     """
-    params = section(params, "model", PARAMS_FILE) or params
-    if "vision_chunk_size" in params:
-        raise ConfigError(
-            "it is of Llama 3.2 Vision, which is read in Hugging Face's layout; convert it with transformers' "
-            "convert_mllama_weights_to_hf.py"
-        )
-    params = read_object(_Params, params, PARAMS_FILE)
+    params = read_object(_Params, section(params, "model", PARAMS_FILE) or params, PARAMS_FILE)
     heads, layers, size = params["n_heads"], params["n_layers"], params.get("vocab_size", -1)
     theta, scaled = float(params.get("rope_theta", 10000.0)), params.get("use_scaled_rope", False)
     if size < 1:

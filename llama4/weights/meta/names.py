@@ -13,6 +13,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.quantization.weight import Shape
 from llama4.text.vocabulary import LLAMA3_RANKS
+from llama4.vision.tiled_config import TiledVisionConfig
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,77 @@ def _vision_pieces(layers: int) -> dict[str, tuple[Piece, ...]]:
     return {ours: (Piece(theirs, join),) for ours, theirs, join in joins}
 
 
+OF_TEXT = "language_model.model.embed_tokens.weight/text"
+LEARNABLE = "language_model.model.embed_tokens.weight/images"
+UNFOLDED = "vision_model.patch_embedding.weight/unfolded"
+OF_GRIDS = (
+    "vision_model.gated_positional_embedding.tile_embedding.weight/grids",
+    "vision_model.pre_tile_positional_embedding.embedding.weight/grids",
+    "vision_model.post_tile_positional_embedding.embedding.weight/grids",
+)
+"""Parts of Llama 3.2 Vision's parameters, or these in Meta's shape: see mllama.py."""
+
+
+def _mllama_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> dict[str, tuple[Piece, ...]]:
+    vision, encoder = config.vision, "vision_model.vision_encoder"
+    assert isinstance(vision, TiledVisionConfig)
+    joins: list[tuple[str, str, int | None]] = [  # ours, Meta's, joined along
+        (OF_TEXT, "text_model.tok_embeddings.weight", 0),
+        (LEARNABLE, "text_model.learnable_embedding.weight", 0),
+        ("language_model.model.norm.weight", "text_model.norm.weight", None),
+        ("language_model.lm_head.weight", "text_model.output.weight", 0),
+        *((f"multi_modal_projector.{kind}", f"vision_model.vision_projection.{kind}", 0) for kind in _KINDS),
+        (UNFOLDED, f"{encoder}.conv1._linear.weight", 0),
+        (OF_GRIDS[0], f"{encoder}.gated_positional_embedding", None),
+        (OF_GRIDS[1], f"{encoder}.pre_tile_pos_embed.embedding", None),
+        (OF_GRIDS[2], f"{encoder}.post_tile_pos_embed.embedding", None),
+        ("vision_model.class_embedding", f"{encoder}.class_embedding", None),
+        ("vision_model.gated_positional_embedding.embedding", f"{encoder}.positional_embedding", None),
+        ("vision_model.gated_positional_embedding.gate", f"{encoder}.gated_positional_embedding_gate", None),
+    ]
+    for at in ("pre", "post"):
+        joins.append((f"vision_model.{at}_tile_positional_embedding.gate", f"{encoder}.{at}_tile_pos_embed.gate", None))
+        joins += [(f"vision_model.layernorm_{at}.{kind}", f"{encoder}.ln_{at}.{kind}", None) for kind in _KINDS]
+    for stack, count in (("transformer", vision.num_hidden_layers), ("global_transformer", vision.num_global_layers)):
+        for i in range(count):
+            ours, theirs = f"vision_model.{stack}.layers.{i}", f"{encoder}.{stack}.resblocks.{i}"
+            joins += [(f"{ours}.self_attn.{x}_proj.weight", f"{theirs}.attn.w{x}.weight", 0) for x in "qkv"]
+            joins.append((f"{ours}.self_attn.o_proj.weight", f"{theirs}.attn.wo.weight", 1))
+            for kind in _KINDS:
+                joins += [
+                    (f"{ours}.input_layernorm.{kind}", f"{theirs}.ln_1.{kind}", None),
+                    (f"{ours}.post_attention_layernorm.{kind}", f"{theirs}.ln_2.{kind}", None),
+                    (f"{ours}.mlp.fc1.{kind}", f"{theirs}.mlp.c_fc.{kind}", 0),
+                    (f"{ours}.mlp.fc2.{kind}", f"{theirs}.mlp.c_proj.{kind}", 1 if kind == "weight" else None),
+                ]
+            if stack == "global_transformer":
+                joins += [(f"{ours}.{gate}", f"{theirs}.{gate}", None) for gate in ("gate_attn", "gate_ffn")]
+    for i in range(config.text.num_hidden_layers):
+        ours = f"language_model.model.layers.{i}"
+        if config.text.is_cross(i):
+            theirs, attention = f"text_model.cross_attention_layers.{config.text.cross_layers.index(i)}", "cross_attn"
+            joins += [(f"{ours}.cross_attn.{x}_norm.weight", f"{theirs}.attention.{x}_norm.weight", None) for x in "qk"]
+            joins.append((f"{ours}.cross_attn_attn_gate", f"{theirs}.gate_attn", None))
+            joins.append((f"{ours}.cross_attn_mlp_gate", f"{theirs}.gate_ffwd", None))
+        else:
+            theirs, attention = f"text_model.layers.{config.text.self_layers.index(i)}", "self_attn"
+        joins += [(f"{ours}.{attention}.{x}_proj.weight", f"{theirs}.attention.w{x}.weight", 0) for x in "qkv"]
+        joins += [
+            (f"{ours}.{attention}.o_proj.weight", f"{theirs}.attention.wo.weight", 1),
+            (f"{ours}.feed_forward.gate_proj.weight", f"{theirs}.feed_forward.w1.weight", 0),
+            (f"{ours}.feed_forward.down_proj.weight", f"{theirs}.feed_forward.w2.weight", 1),
+            (f"{ours}.feed_forward.up_proj.weight", f"{theirs}.feed_forward.w3.weight", 0),
+            (f"{ours}.input_layernorm.weight", f"{theirs}.attention_norm.weight", None),
+            (f"{ours}.post_attention_layernorm.weight", f"{theirs}.ffn_norm.weight", None),
+        ]
+    return {ours: (Piece(theirs, join),) for ours, theirs, join in joins}
+
+
+_KINDS = ("weight", "bias")
 _FAMILIES: dict[str, Callable[[Llama4Config, Mapping[str, Shape] | None], dict[str, tuple[Piece, ...]]]] = {
     "llama4": _llama4_pieces,
     "llama": _llama_pieces,
     "mistral": _llama_pieces,
+    "mllama": _mllama_pieces,
 }
 """By `Llama4Config.family`."""

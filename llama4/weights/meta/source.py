@@ -31,7 +31,7 @@ SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 STAMP_RECORD = f".data/{STAMP}"
 """In the archive that a file is."""
-_DROPPED = re.compile(r"rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
+_DROPPED = re.compile(r"(text_model\.)?rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
 """Keys that hold no weights of the model: tables, states of training and its statistics."""
 
 

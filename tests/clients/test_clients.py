@@ -361,3 +361,15 @@ def test_ogx(running: Running, expected: str, tmp_path: Path) -> None:
             process.terminate()
             process.wait(30)
             log.close()
+
+
+def test_schemathesis(running: Running, tmp_path: Path) -> None:
+    """Requests drawn from /openapi.json: none is answered by an error of the server, or by what is not described.
+    LLAMA4_FUZZ sets how many of each route."""
+    installed("schemathesis")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{running.url}/openapi.json"]
+    command += ["--checks", checks, "--phases", "fuzzing", "-n", os.environ.get("LLAMA4_FUZZ", "5"), "--seed", "1"]
+    command += ["--header", "Authorization: Bearer secret", "--request-timeout", "60", "--continue-on-failure"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -12,6 +12,7 @@ from llama4.arguments import report
 BENCHES = {
     "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
     "make": ("make", "a model of a known shape with random weights, to measure with"),
+    "gguf": ("gguf", "files in GGUF, beside llama.cpp on the same files"),
     "profile": ("profile", "where the time of prefill and decoding goes"),
     "growth": ("context_scaling", "time per token against the length of the context"),
     "moe": ("moe", "the experts' backends over tokens per expert"),

@@ -108,12 +108,15 @@ def engine_configs(
         parts += [thread_count(threads)] if len(options.threads) > 1 else []
         runs = directory
         if programs is not None:
-            if (type_ := llama_cpp.TYPES.get(chosen or compute)) is None:
+            if chosen is None and weights.plan and directory.suffix == ".gguf":
+                parts[1:2] = ["the same file"]
+            elif (type_ := llama_cpp.TYPES.get(chosen or compute)) is None:
                 continue
-            parts[1:2] = [type_.upper()]
-            runs = scratch / f"{type_}.gguf"
-            if not runs.exists():
-                convert_to_gguf(directory, runs, type_)
+            else:
+                parts[1:2] = [type_.upper()]
+                runs = scratch / f"{type_}.gguf"
+                if not runs.exists():
+                    convert_to_gguf(directory, runs, type_)
         name = ", ".join(parts)
         configs[name] = EngineConfig(
             engine, str(runs), compute, threads, chosen, str(device), options.memory_map, programs
@@ -122,8 +125,12 @@ def engine_configs(
     return configs, plans
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a model, as `--json` prints them.
+
+    Raises:
+        Llama4Error: an option that does not fit the model.
+    """
     directory = hub.resolve(options.model)
     config, _ = open_checkpoint(directory)
     if any(engine in BASELINES for engine, _ in options.vs) and layout_of(directory).name == "meta":
@@ -141,13 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with scratch_directory("bench") as scratch:
         engines, plans = engine_configs(directory, config, options, scratch)
-        report = {
+        return {
             "model": options.model,
             "parameters": config.num_parameters(),
             "active": roofline.active_numbers(config.text),
             "rounds": options.rounds,
             "engines": {name: asdict(engine) for name, engine in engines.items()},
         } | measure(config, engines, plans, tasks)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser("llama4 bench generate").parse_args(arguments)
+    report = measured(options)
     content = json.dumps(report, indent=2)
     if options.save:
         replace_text(options.save, content + "\n")
@@ -176,9 +188,10 @@ def _peer(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="llama4 bench generate", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
+def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) -> Parser:
+    """The options of `bench generate`, for a command of that name; `model` says more of its first argument."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("model", **{"metavar": "PATH", "help": "embedded name, directory, file or Hub id", **model})
     parser.add_argument(
         "--vs",
         action="append",

@@ -277,6 +277,25 @@ def test_llama_cpp_stands_beside_ours(
     assert "there is no llama-bench in /nowhere" in capsys.readouterr().err
 
 
+def test_files_in_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp runs the very files; the last table has a row for each and each task."""
+    monkeypatch.setattr("llama4.bench.throughput.Worker", InProcess)
+    log = tmp_path / "log"
+    (tmp_path / "llama-bench").write_text(PROGRAM.format(python=sys.executable, log=str(log)))
+    (tmp_path / "llama-bench").chmod(0o755)
+    files = [str(tmp_path / f"{name}.gguf") for name in ("a", "b")]
+    for file in files:
+        assert main(["convert", str(EMBEDDED["tiny"]), file, "--type", "q8_0"]) == 0
+    capsys.readouterr()
+    options = ["--rounds", "1", "--patience", "0", "--threads", "1", "--lengths", "16", "--reply", "8"]
+    assert main(["bench", "gguf", *files, "--vs", f"llama.cpp={tmp_path}", *options]) == 0
+    asked = [line.split() for line in log.read_text().splitlines()]
+    assert {line[line.index("-m") + 1] for line in asked} == {*files}
+    last = [line for line in capsys.readouterr().out.split("\n\n")[-1].splitlines() if line.startswith(("a ", "b "))]
+    assert [line.split()[:2] for line in last[:2]] == [["a", "prefill,"], ["a", "decode,"]]
+    assert all(" 250.0 " in line for line in last if "prefill" in line)
+
+
 def test_profile_accounts_for_all_work_and_time(
     directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,7 @@ template <class V>
 struct BlockInputs {
   const typename V::Plane* planes;
   const f32x16* begin;  // of each part of each step of every row: what sums begin with, to cancel the excess
-  const f32x4* sums;    // of the inputs of each quarter
+  const f32x4* sums;    // of each step of every row: those of its four times 32 inputs
 };
 
 template <class F, class V, class X>
@@ -100,7 +100,7 @@ BlockInputs<V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
   const long steps = (I + step_weights - 1) / step_weights, tail = steps * step_weights - I;
   auto* numbers = team.memory<Number>(N * steps * step_weights);
   auto* begin = team.memory<f32x16>(V::excess ? N * steps * parts : 0);
-  auto* sums = team.memory<f32x4>(F::has_minimum ? N * steps * parts : 0);
+  auto* sums = team.memory<f32x4>(F::has_minimum ? N * steps : 0);
   team.for_each((N + 3) / 4, 4 * I, [=](long fours) {
     const long n = 4 * fours, rows = std::min(N - n, 4l);
     for (long step = 0; step < steps; step++) {
@@ -122,16 +122,37 @@ BlockInputs<V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
           f32x16 total{};
           for (int plane = part * V::planes; plane < (parts == 1 ? planes : (part + 1) * V::planes); plane++)
             total += lane_sums(own + plane * rows + row);
-          const long at = (n * steps + rows * step) * parts + part * rows + row;
-          if (V::excess) store(begin + at, total * -V::excess);
-          if (F::has_minimum)
-            for (int quarter = 0; quarter < 4; quarter++)
-              sums[at][quarter] =
-                  (total[4 * quarter] + total[4 * quarter + 1]) + (total[4 * quarter + 2] + total[4 * quarter + 3]);
+          const long at = n * steps + rows * step;
+          if (V::excess) store(begin + at * parts + part * rows + row, total * -V::excess);
+          for (int quarter = 0; F::has_minimum && quarter < 4; quarter++) {
+            float* sum = (float*)(sums + at + row) + F::place(part, quarter) / 32;
+            if (F::place(part, quarter) % 32 == 0) *sum = 0;
+            for (int i = 0; i < 4; i++) *sum += total[4 * quarter + i];
+          }
         }
     }
   });
   return {(const typename V::Plane*)numbers, begin, sums};
+}
+
+// The scale of each lane of a part: four lanes have a quarter.
+template <class F, class Step>
+INLINE f32x16 scales_of(const Step& s, int part) {
+  if constexpr (F::group == 16) return repeat_each_four(s.scales[part]);
+#ifdef __AVX512F__
+  constexpr auto places = [](int half) {
+    std::array<int32_t, 16> all{};
+    for (int i = 0; i < 16; i++) all[i] = F::place(half, i / 4) / 32;
+    return all;
+  };
+  alignas(64) static constexpr std::array<int32_t, 16> both[2] = {places(0), places(1)};
+  return (f32x16)_mm512_permutexvar_ps(_mm512_load_si512(both[part].data()),
+                                       _mm512_castps128_ps512((__m128)s.scales[0]));
+#else
+  f32x4 own;
+  for (int quarter = 0; quarter < 4; quarter++) own[quarter] = s.scales[0][F::place(part, quarter) / 32];
+  return repeat_each_four(own);
+#endif
 }
 
 // Adds a step of a row of W times N rows of x to their totals, of which the lanes, and those of `minima`, add up to the
@@ -156,14 +177,14 @@ INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInput
       for (int n = 0; n < N; n++)
         sums[n] = multiply_add(sums[n], w[plane], x.planes + ((2 * step + half) * V::planes + plane) * N + n);
     if (half == 1 || F::parts == 2) {
-      const f32x16 scales = repeat_each_four(read.scales[part]);
+      const f32x16 scales = scales_of<F>(read, part);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) {
-        totals[n] += sums[n] * scales;
-        if constexpr (F::has_minimum) minima[n] += read.minima[part] * load<f32x4>(x.sums + at + n);
-      }
+      for (int n = 0; n < N; n++) totals[n] += sums[n] * scales;
     }
   }
+  if constexpr (F::has_minimum)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) minima[n] += read.minima * load<f32x4>(x.sums + step * N + n);
 }
 
 // Outputs [begin, end), 16 at a time.
@@ -209,7 +230,7 @@ void gemv_blocks(Phase& phase, const Product<F, X>* products, long count, const 
   add_products(phase, products, count, [=](const Product<F, X>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
       const BlockInputs<V> four{inputs.planes + n * steps * 2 * V::planes, inputs.begin + n * steps * F::parts,
-                                inputs.sums + n * steps * F::parts};
+                                inputs.sums + n * steps};
       gemv_block_outputs<F, V, rows>(own.f, four, begin, end, own.O, own.y + n * own.O);
     });
   });
@@ -227,11 +248,11 @@ INLINE void read_weights(const F& f, long o, long step, f32x16* out) {
   for (int half = 0; half < 2; half++)
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
-      const int part = F::parts == 2 ? half : 0;
+      const int place = F::place(half, quarter), group = place / F::group;
       const u32x16 words = widen((const uint8_t*)bytes + 64 * half + 16 * quarter);
-      f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[part][quarter];
-      if constexpr (F::has_minimum) values = values + read.minima[part][quarter];
-      out[F::place(half, quarter) / 16] = values;
+      f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[group / 4][group % 4];
+      if constexpr (F::has_minimum) values = values + read.minima[place / 32];
+      out[place / 16] = values;
     }
 }
 

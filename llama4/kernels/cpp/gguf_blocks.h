@@ -3,13 +3,13 @@
 //
 // A row is read in steps of 128 weights: four blocks of 32, or half of one of 256. A step has two halves of 64 bytes,
 // each byte the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a
-// quarter of a half, are codes of sixteen inputs side by side, from place(half, quarter) on, and share a scale. Where a
-// format has one part, both halves have the same scales; with two parts each has its own. A weight is scale * value, or
-// scale * value + minimum.
+// quarter of a half, are codes of sixteen inputs side by side, from place(half, quarter) on. A group of 16 or 32 inputs
+// side by side shares a scale. Where a format has one part, both halves have the same scales in the same places; with
+// two parts each has its own. A weight is scale * value, or scale * value + minimum; a minimum is for 32 inputs.
 //
 // To add a format: a struct here, and its name in QuantizedFormats (formats.h). Beside what is said there it has
 //   codes, value         how many codes there are, and the integer of each
-//   parts, has_minimum   as above
+//   group, parts, has_minimum   as above
 //   place, row, read     as above; the last step of a row is not `whole` where four blocks are more than are left
 
 #pragma once
@@ -24,10 +24,10 @@ namespace {
 
 constexpr long step_weights = 128;
 
-template <int parts>
+template <int group>
 struct BlockStep {
   u32x16 halves[2];
-  f32x4 scales[parts], minima[parts];
+  f32x4 scales[step_weights / group / 4], minima;  // of groups in order
 };
 
 // ---- numbers of 16 bits, and small integers, as floats
@@ -37,7 +37,7 @@ INLINE f32x4 from_halves(uint64_t four) {
   return (f32x4)_mm_cvtph_ps(_mm_cvtsi64_si128(four));
 #else
   f32x4 floats;
-  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(_Float16, uint16_t(four >> 16 * i)));
+  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(__fp16, uint16_t(four >> 16 * i)));
   return floats;
 #endif
 }
@@ -52,12 +52,20 @@ INLINE uint32_t word_at(const uint8_t* from) {
   return word;
 }
 INLINE f32x4 from_unsigned_bytes(uint32_t four) {
-  const u32x4 words = {four & 255, four >> 8 & 255, four >> 16 & 255, four >> 24};
-  return __builtin_convertvector((i32x4)words, f32x4);
+#ifdef __AVX2__
+  return (f32x4)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+#else
+  const i32x4 words = {uint8_t(four), uint8_t(four >> 8), uint8_t(four >> 16), uint8_t(four >> 24)};
+  return __builtin_convertvector(words, f32x4);
+#endif
 }
 INLINE f32x4 from_signed_bytes(uint32_t four) {
+#ifdef __AVX2__
+  return (f32x4)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
+#else
   const i32x4 words = {int8_t(four), int8_t(four >> 8), int8_t(four >> 16), int8_t(four >> 24)};
   return __builtin_convertvector(words, f32x4);
+#endif
 }
 
 // ---- sixty-four bytes
@@ -102,14 +110,26 @@ INLINE u32x16 sixteen_per_bit(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #endif
 }
 
+// Eight words to both ends, shifted to the right: those of the lower end by `low`, of the upper one by `low` + 2.
+INLINE u32x16 eight_twice(const uint8_t* from, int low) {
+#ifdef __AVX512F__
+  const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
+  const __m512i upper = _mm512_mask_set1_epi32(_mm512_setzero_si512(), 0xff00, 2);
+  return (u32x16)_mm512_srlv_epi32(words, _mm512_add_epi32(upper, _mm512_set1_epi32(low)));
+#else
+  const u32x4 first = load<u32x4>(from) >> low, last = load<u32x4>(from + 16) >> low;
+  return concat(first, last, first >> 2, last >> 2);
+#endif
+}
+
 // ---- blocks of 32
 
 template <int bytes>
 struct SmallBlocks {
   static constexpr long multiple = 32;
-  static constexpr int parts = 1, nbytes = bytes;
+  static constexpr int parts = 1, group = 32, nbytes = bytes;
   static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
-  static int place(int half, int quarter) { return 32 * quarter + 16 * half; }
+  static constexpr int place(int half, int quarter) { return 32 * quarter + 16 * half; }
   const uint8_t* w;
   long I;
   const uint8_t* row(long o) const { return w + o * (I / 32) * bytes; }
@@ -154,13 +174,12 @@ struct Q8_0 : SmallBlocks<34> {
   static constexpr const char* name = "q8_0";
   static constexpr int codes = 256, parts = 2;
   static constexpr int value(int code) { return int8_t(code); }
-  static int place(int half, int quarter) { return 64 * half + 16 * quarter; }
+  static constexpr int place(int half, int quarter) { return 64 * half + 16 * quarter; }
   template <bool whole>
-  BlockStep<2> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    const f32x4 d = blocks.halves(0);
-    BlockStep<2> s;
-    s.scales[0] = __builtin_shufflevector(d, d, 0, 0, 1, 1), s.scales[1] = __builtin_shufflevector(d, d, 2, 2, 3, 3);
+    BlockStep<32> s;
+    s.scales[0] = blocks.halves(0);
     for (int half = 0; half < 2; half++) {
       const uint8_t *a = blocks[2 * half] + 2, *b = blocks[2 * half + 1] + 2;
       s.halves[half] = concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
@@ -174,9 +193,9 @@ struct Q4_0 : SmallBlocks<18> {
   static constexpr int codes = 16;
   static constexpr int value(int code) { return code - 8; }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(2, s.halves);
     s.scales[0] = blocks.halves(0);
     return s;
@@ -189,11 +208,11 @@ struct Q4_1 : SmallBlocks<20> {
   static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(4, s.halves);
-    s.scales[0] = blocks.halves(0), s.minima[0] = blocks.halves(2);
+    s.scales[0] = blocks.halves(0), s.minima = blocks.halves(2);
     return s;
   }
 };
@@ -203,9 +222,9 @@ struct Q5_0 : SmallBlocks<22> {
   static constexpr int codes = 32;
   static constexpr int value(int code) { return code - 16; }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(6, s.halves), blocks.fifth_bits(2, s.halves);
     s.scales[0] = blocks.halves(0);
     return s;
@@ -218,11 +237,11 @@ struct Q5_1 : SmallBlocks<24> {
   static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(8, s.halves), blocks.fifth_bits(4, s.halves);
-    s.scales[0] = blocks.halves(0), s.minima[0] = blocks.halves(2);
+    s.scales[0] = blocks.halves(0), s.minima = blocks.halves(2);
     return s;
   }
 };
@@ -235,9 +254,9 @@ struct Iq4Nl : SmallBlocks<18> {
     return values[code];
   }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(2, s.halves);
     s.scales[0] = blocks.halves(0);
     return s;
@@ -252,9 +271,9 @@ struct GgufMxfp4 : SmallBlocks<17> {
     return code & 8 ? -values[code & 7] : values[code];
   }
   template <bool whole>
-  BlockStep<1> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<1> s;
+    BlockStep<32> s;
     blocks.nibbles(1, s.halves);
     // 2^(e - 128), half of the block's power; the two smallest are not normal numbers
     const i32x4 e = {*blocks[0], *blocks[1], *blocks[2], *blocks[3]};
@@ -269,7 +288,7 @@ struct GgufMxfp4 : SmallBlocks<17> {
 template <int bytes>
 struct LargeBlocks {
   static constexpr long multiple = 256;
-  static constexpr int parts = 2, nbytes = bytes;
+  static constexpr int parts = 2, group = 32, nbytes = bytes;
   static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
   const uint8_t* w;
   long I;
@@ -277,19 +296,17 @@ struct LargeBlocks {
 
  protected:
   // Four groups of 32, of which two neighbours share bytes: the low halves are the first.
-  static int pairs_place(int half, int quarter) { return 64 * (quarter / 2) + 32 * half + 16 * (quarter % 2); }
+  static constexpr int pairs_place(int half, int quarter) {
+    return 64 * (quarter / 2) + 32 * half + 16 * (quarter % 2);
+  }
   // Scales and minima of eight groups have six bits each: of groups 0 to 3 the low six of bytes 0 to 3 and 4 to 7; of
   // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
-  static void read_scales(const uint8_t* block, int odd, BlockStep<2>& s) {
+  static void read_scales(const uint8_t* block, int odd, BlockStep<32>& s) {
     const uint32_t scales = word_at(block + 4), minima = word_at(block + 8), rest = word_at(block + 12);
     const uint32_t d = odd ? (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030) : scales & 0x3f3f3f3f;
     const uint32_t m = odd ? (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030) : minima & 0x3f3f3f3f;
     const f32x4 both = from_halves(word_at(block));
-    const f32x4 scale = from_unsigned_bytes(d) * both[0], minimum = from_unsigned_bytes(m) * -both[1];
-    s.scales[0] = __builtin_shufflevector(scale, scale, 0, 0, 2, 2);
-    s.scales[1] = __builtin_shufflevector(scale, scale, 1, 1, 3, 3);
-    s.minima[0] = __builtin_shufflevector(minimum, minimum, 0, 0, 2, 2);
-    s.minima[1] = __builtin_shufflevector(minimum, minimum, 1, 1, 3, 3);
+    s.scales[0] = from_unsigned_bytes(d) * both[0], s.minima = from_unsigned_bytes(m) * -both[1];
   }
 };
 
@@ -298,12 +315,12 @@ struct Q4_K : LargeBlocks<144> {
   static constexpr int codes = 16;
   static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
-  static int place(int half, int quarter) { return pairs_place(half, quarter); }
+  static constexpr int place(int half, int quarter) { return pairs_place(half, quarter); }
   template <bool>
-  BlockStep<2> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const uint8_t* block = row + step / 2 * nbytes;
     const int odd = step % 2;
-    BlockStep<2> s;
+    BlockStep<32> s;
     const u32x16 words = load<u32x16>(block + 16 + 64 * odd);
     s.halves[0] = words & 0x0f0f0f0fu, s.halves[1] = words >> 4 & 0x0f0f0f0fu;
     read_scales(block, odd, s);
@@ -316,16 +333,14 @@ struct Q5_K : LargeBlocks<176> {
   static constexpr int codes = 32;
   static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
-  static int place(int half, int quarter) { return pairs_place(half, quarter); }
+  static constexpr int place(int half, int quarter) { return pairs_place(half, quarter); }
   template <bool>
-  BlockStep<2> read(const uint8_t* row, long step) const {
+  BlockStep<32> read(const uint8_t* row, long step) const {
     const uint8_t* block = row + step / 2 * nbytes;
     const int odd = step % 2;
-    BlockStep<2> s;
+    BlockStep<32> s;
     const u32x16 words = load<u32x16>(block + 48 + 64 * odd);
-    // Bit i of the 32 bytes before is that of group i.
-    const u32x4 low = load<u32x4>(block + 16) >> 4 * odd, high = load<u32x4>(block + 32) >> 4 * odd;
-    const u32x16 bits = concat(low, high, low >> 2, high >> 2);
+    const u32x16 bits = eight_twice(block + 16, 4 * odd);  // bit i of those 32 bytes is that of group i
     s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x10101010u);
     s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits << 3 & 0x10101010u);
     read_scales(block, odd, s);
@@ -335,17 +350,16 @@ struct Q5_K : LargeBlocks<176> {
 
 struct Q6_K : LargeBlocks<210> {
   static constexpr const char* name = "q6_k";
-  static constexpr int codes = 64;
+  static constexpr int codes = 64, group = 16;
   static constexpr int value(int code) { return code - 32; }
-  static int place(int half, int quarter) { return 64 * half + 16 * quarter; }
+  static constexpr int place(int half, int quarter) { return 64 * half + 16 * quarter; }
   template <bool>
-  BlockStep<2> read(const uint8_t* row, long step) const {
+  BlockStep<16> read(const uint8_t* row, long step) const {
     const uint8_t* block = row + step / 2 * nbytes;
     const int odd = step % 2;
-    BlockStep<2> s;
+    BlockStep<16> s;
     const u32x16 words = load<u32x16>(block + 64 * odd);
-    const u32x4 low = load<u32x4>(block + 128 + 32 * odd), high = load<u32x4>(block + 144 + 32 * odd);
-    const u32x16 bits = concat(low, high, low >> 2, high >> 2);  // two of each byte
+    const u32x16 bits = eight_twice(block + 128 + 32 * odd, 0);  // two of each byte
     s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x30303030u);
     s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits & 0x30303030u);
     const float d = from_halves(half_at(block + 208))[0];

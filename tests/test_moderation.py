@@ -28,6 +28,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_files import to_json
 from llama4.text.vocabulary import LLAMA3
 from tests import small_model
+from tests.families import mllama_models
 from tests.serve.running import Running
 
 FIRST = small_model.RANKS
@@ -306,6 +307,25 @@ def test_pictures_go_through_llama_4(tmp_path: Path) -> None:
     prompt = "".join(piece.text for piece in composed).replace("\n\nTask", "\n\n<|image|> Task", 1)
     inputs = llm.processor.complete(prompt, images=[picture], special_tokens=True)
     logits = model(inputs.input_ids, pixel_values=inputs.pixel_values)[0, -1]
+    assert llm.tokenizer.decode([int(logits.argmax())]).strip(), "no blank first"
+    words = [llm.tokenizer.encode(word)[0] for word in ("safe", "unsafe")]
+    assert found.probability == pytest.approx(float(logits[words].softmax(0)[1]), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_pictures_go_through_llama_3_2_vision(tmp_path: Path) -> None:
+    """Llama Guard 3's prompt with a picture, against transformers' logits."""
+    llm = Llama4.from_pretrained(mllama_models.write(tmp_path), progress=False)
+    picture = Image.new("RGB", (28, 28), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    found = llm.moderate([{"role": "user", "content": content}], guard="llama-guard-3-11b-vision")
+    composed = GUARDS["llama-guard-3-11b-vision"].compose(
+        [{"role": "user", "content": "What is it?"}], "<|begin_of_text|>"
+    )
+    prompt = "".join(piece.text for piece in composed).replace("\n\nTask", "\n\n<|image|> Task", 1)
+    inputs = llm.processor.complete(prompt, images=[picture], special_tokens=True)
+    assert inputs.pixel_values is not None and (inputs.input_ids == mllama_models.IMAGE).sum() == 1
+    logits = mllama_models.theirs(inputs.input_ids, inputs.pixel_values, torch.tensor([[1, 1]]))[0, -1]
     assert llm.tokenizer.decode([int(logits.argmax())]).strip(), "no blank first"
     words = [llm.tokenizer.encode(word)[0] for word in ("safe", "unsafe")]
     assert found.probability == pytest.approx(float(logits[words].softmax(0)[1]), abs=1e-5)

@@ -21,6 +21,7 @@ from llama4.inputs import Inputs, Processor
 from llama4.text.guard import GUARDS, MARK, Category, Moderation, with_categories
 from llama4.text.messages import Message, ParsedMessage
 from llama4.text.prompt import Piece
+from llama4.text.template import ChatTemplate
 from llama4.text.tokenizer import Tokenizer
 
 MAX_REPLY = 64
@@ -45,9 +46,13 @@ class Asked:
 
 def is_guard(processor: Processor, config: Llama4Config) -> bool:
     """Whether a model says that it is a Llama Guard: by its chat template, or as it has Llama Guard 4's shape."""
-    if processor.template is not None and MARK in processor.template.source():
+    if _has_categories(processor.template):
         return True
     return config.family == "llama4" and config.num_parameters() == PRESETS["guard4"]().num_parameters()
+
+
+def _has_categories(template: ChatTemplate | None) -> bool:
+    return template is not None and any(MARK in source for source in template.sources.values())
 
 
 def ask(
@@ -76,7 +81,7 @@ def _format(
     if name is not None and name not in GUARDS:
         raise ArgumentError(f"guard={name!r} is not known; choose one of {', '.join(GUARDS)}")
     template, bos = processor.template, processor.tokenizer.bos
-    if name is None and template is not None and MARK in template.source():
+    if name is None and template is not None and _has_categories(template):
         return template.compose
     if name is None and is_guard(processor, config):
         name = "llama-guard-4"

@@ -155,6 +155,7 @@ def _generate(
     progress: bool,
 ) -> Iterator[Event]:
     logits_BV = prefill(runner.model, inputs, cache, progress)
+    runner.choose(cache)  # what it logs comes before the reply, not within
     ids_B, logprobs_B = sampler(logits_BV, states)
     ids, logprobs = ids_B.tolist(), logprobs_B.tolist()
     try:

@@ -240,6 +240,17 @@ def test_a_reason_is_logged_once(model: Llama4Model, caplog: pytest.LogCaptureFi
     )
 
 
+def test_it_is_said_before_the_reply(caplog: pytest.LogCaptureFixture) -> None:
+    llm = Llama4.from_pretrained("tiny", progress=False)
+    adapt(llm.model)
+    pieces = llm.stream("ab", max_new_tokens=6)
+    with caplog.at_level(logging.DEBUG, "llama4.engine"):
+        next(pieces)
+        assert len(caplog.records) == 1
+        list(pieces)
+    assert len(caplog.records) == 1
+
+
 def test_no_warning_where_nothing_is_lost(
     model: Llama4Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -238,6 +238,19 @@ def test_stop(page: Any, running: Running, how: str) -> None:
     ask(page, "What can you do?", ABLE)
 
 
+def test_what_is_deleted_while_it_is_written_stays_deleted(page: Any, running: Running) -> None:
+    never_ending(page)
+    page.fill("#message", "Go on")
+    page.keyboard.press("Enter")
+    wait(page, f"(document.querySelector('{REPLY}')?.innerText.length ?? 0) > 30")
+    page.click(".conversation.current [aria-label^=Delete]")
+    until(running.is_idle)
+    page.wait_for_timeout(200)
+    page.reload()
+    wait(page, "document.title === 'tiny'")
+    assert page.locator(".conversation").count() == 0 and page.is_visible("#welcome")
+
+
 def test_edit_and_regenerate_keep_versions(page: Any) -> None:
     bodies = script(page, "first", "second", "third", "fourth")
     ask(page, "one", "first")

@@ -142,6 +142,7 @@ class Page {
       this.history.put(conversation);
     });
     this.runs.delete(conversation.id);
+    if (run.isDiscarded) return;
     conversation.updated = Date.now();
     await this.store(conversation);
     if (this.current === conversation) this.draw();
@@ -156,7 +157,7 @@ class Page {
   }
 
   async delete(conversation) {
-    this.runs.get(conversation.id)?.stop();
+    this.runs.get(conversation.id)?.discard();
     await this.history.delete(conversation.id);
     await this.refresh();
     if (conversation.id === this.current.id) await this.open(null);
@@ -168,7 +169,7 @@ class Page {
 
   async deleteAll() {
     const deleted = this.conversations;
-    this.runs.forEach((run) => run.stop());
+    this.runs.forEach((run) => run.discard());
     await this.history.clear();
     await this.refresh();
     await this.open(null);

@@ -13,6 +13,12 @@ export class Run {
     this.abort.abort();
   }
 
+  /** Stop, and keep nothing: the conversation was deleted. */
+  discard() {
+    this.isDiscarded = true;
+    this.stop();
+  }
+
   /** Until the reply has ended, however it does. `onPiece` is called when something has come. */
   async write(body, key, onPiece) {
     const { message } = this;

@@ -87,14 +87,22 @@ def test_the_signature_of_chat() -> None:
         "choices": None,
         "grammar": None,
         "tool_choice": None,
+        "presence_penalty": None,
+        "frequency_penalty": None,
+        "logit_bias": None,
+        "min_tokens": None,
+        "ignore_eos": False,
+        "top_logprobs": 0,
+        "n": 1,
     }
 
 
 def test_options_have_the_same_names_everywhere() -> None:
     chat = set(inspect.signature(llama4.Llama4.chat).parameters) - {"self", "messages"}
-    assert set(Options.__annotations__) == chat
+    assert set(Options.__annotations__) == chat - {"n"}, "a stream is of one reply"
     forms = {"response_format", "regex", "choices", "grammar", "tool_choice"}
-    assert set(CHAT) == chat - {"tools", "continue_final_message"} - forms
+    for_programs = {"tools", "continue_final_message", "logit_bias", "ignore_eos", "top_logprobs", "n"}
+    assert set(CHAT) == chat - for_programs - forms
     assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(llama4.Sampler)}
 
 

@@ -24,7 +24,6 @@ LINES = (
     "llama4.ops",
     "llama4.cache",
     "llama4.model",
-    "llama4.integrations",
     "llama4.quantization",
     "llama4.families",
     "llama4.weights",
@@ -57,6 +56,7 @@ def modules() -> dict[str, Path]:
 COMPARE_WITH_TRANSFORMERS = (
     "llama4.bench.parity",
     "llama4.bench.baselines",
+    "llama4.bench.perplexity",
     "llama4.bench.device.transformers_baseline",
 )
 

@@ -1,0 +1,86 @@
+"""TRL's trainers and lm-eval with `LlamaForTransformers`: an extra of their own, `pip install '.[trainers]'`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from llama4.integrations.transformers import LlamaForTransformers
+from llama4.tiny import EMBEDDED
+
+DIRECTORY = str(EMBEDDED["tiny"])
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def model() -> Any:
+    return LlamaForTransformers.from_pretrained("tiny", dtype="float32")
+
+
+def settings(tmp_path: Path) -> dict[str, Any]:
+    common: dict[str, Any] = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return common | {"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+
+
+def longer(completions: list[str], **about: object) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
+    "SFT": ("SFT", {"max_length": 64}, {}, [{"prompt": "What is red?", "completion": "A circle"}]),
+    "SFT, LoRA, recomputed": (
+        "SFT",
+        {"max_length": 64, "gradient_checkpointing": True},
+        {"peft_config": LORA},
+        [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
+    ),
+    "DPO, LoRA": ("DPO", {}, {"peft_config": LORA}, [{"prompt": "What?", "chosen": "Yes it is", "rejected": "No"}]),
+    "GRPO": ("GRPO", {"num_generations": 2, "max_completion_length": 6}, {"reward_funcs": longer}, [{"prompt": "Hi"}]),
+    "RLOO, LoRA": (
+        "RLOO",
+        {"num_generations": 2, "max_completion_length": 6},
+        {"reward_funcs": longer, "peft_config": LORA},
+        [{"prompt": "Hi"}],
+    ),
+}
+"""Name -> trainer, its options, further arguments, and the data."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trainers_of_trl(case: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trainers]'")
+    datasets = pytest.importorskip("datasets")
+    kind, options, arguments, rows = CASES[case]
+    made, tokenizer = model(), AutoTokenizer.from_pretrained(DIRECTORY)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=made,
+        args=getattr(trl, f"{kind}Config")(**settings(tmp_path), **options),
+        train_dataset=datasets.Dataset.from_list(rows * 4),
+        processing_class=tokenizer,
+        **arguments,
+    )
+    before = {name: weight.detach().clone() for name, weight in made.named_parameters()}
+    trainer.train()
+    changed = [n for n, weight in trainer.model.named_parameters() if weight.requires_grad and n.endswith("weight")]
+    assert changed
+    assert any(
+        name not in before or not torch.equal(before[name], weight)
+        for name, weight in trainer.model.named_parameters()
+        if weight.requires_grad
+    )
+    assert all("loss" not in entry or entry["loss"] == entry["loss"] for entry in trainer.state.log_history)
+
+
+def test_lm_eval() -> None:
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    asked: Any = lm_eval.HFLM(pretrained=model(), tokenizer=AutoTokenizer.from_pretrained(DIRECTORY), batch_size=2)
+    Instance = pytest.importorskip("lm_eval.api.instance").Instance
+    pairs = [("What is", " red"), ("A red", " circle")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    scores = asked.loglikelihood(requests)
+    assert len(scores) == 2
+    assert all(score < 0 for score, _ in scores)

@@ -1,7 +1,7 @@
 """Replies in a given form: JSON of a schema, a regular expression, one of several texts, or a grammar.
 
 Before each token is chosen, those that the form does not allow are ruled out. What is allowed is computed by
-llguidance, in some 50 microseconds.
+llguidance, in 50 microseconds or some milliseconds, in a thread of its own while the model computes the next logits.
 
 Shapes: V vocabulary.
 """
@@ -9,13 +9,17 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -171,6 +175,7 @@ class Matcher:
         self._vocabulary = vocabulary
         self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar)
         self._check()
+        self._allowed = _thread().submit(self._compute)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -178,22 +183,39 @@ class Matcher:
 
     def allow(self, scores_V: Tensor) -> Tensor:
         """Scores of the tokens that may come next; minus infinity for all others."""
-        if self._matcher.is_stopped():
-            allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+        allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+        allowed = self._allowed.result()
+        if allowed is None:
             allowed_V[self._vocabulary.stop_ids] = True
         else:
-            packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            self._check()
-            bits = np.unpackbits(packed, bitorder="little")[: len(scores_V)].astype(bool)
-            allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+            bits = np.unpackbits(allowed, bitorder="little")[: len(scores_V)].astype(bool)
             allowed_V[: len(bits)] = torch.from_numpy(bits)
         return scores_V.masked_fill(~allowed_V.to(scores_V.device), -torch.inf)
 
     def accept(self, id_: int) -> None:
-        """The token that was chosen."""
-        if not self._matcher.is_stopped():
+        """The token that was chosen; what may follow it is computed from now on."""
+        self._allowed = _thread().submit(self._compute, id_)
+
+    def _compute(self, id_: int | None = None) -> npt.NDArray[np.uint8] | None:
+        """The tokens that may come after this one, a bit for each; None for those that end a reply."""
+        if id_ is not None and not self._matcher.is_stopped():
             self._matcher.consume_token(id_)
             self._check()
+        if self._matcher.is_stopped():
+            return None
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return packed
+
+
+@lru_cache(maxsize=1)
+def _thread() -> ThreadPoolExecutor:
+    """That in which masks are computed; llguidance lets others run meanwhile."""
+    return ThreadPoolExecutor(1, "llama4 masks")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_thread.cache_clear)  # a fork has no threads
 
 
 def _llguidance() -> Any:

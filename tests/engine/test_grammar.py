@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from typing import Any
@@ -15,6 +16,8 @@ from llama4 import Engine, Llama4
 from llama4.errors import ArgumentError
 
 QUESTION = "What can you do?"
+SCHEMAS = int(os.environ.get("LLAMA4_SCHEMAS", "100"))
+"""Replies to random schemas: set it to 10000 for the long run."""
 PERSON = {
     "type": "object",
     "properties": {
@@ -106,8 +109,8 @@ def holds(schema: dict[str, Any], value: Any) -> bool:
 def test_random_schemas_in_one_engine(llm: Llama4) -> None:
     """Each request is held to its own, beside others."""
     rng = random.Random(0)
-    schemas = [random_schema(rng) for _ in range(24)]
-    with Engine(llm) as engine:
+    schemas, cut = [random_schema(rng) for _ in range(SCHEMAS)], 0
+    with Engine(llm, cache_memory=None) as engine:
         streams = [
             engine.stream(QUESTION, response_format={"type": "json_schema", "json_schema": {"schema": schema}},
                           temperature=rng.choice((0.0, 1.0, 3.0)), seed=i, max_new_tokens=200)
@@ -117,8 +120,11 @@ def test_random_schemas_in_one_engine(llm: Llama4) -> None:
             stream.open()
         for stream, schema in zip(streams, schemas, strict=True):
             list(stream)
-            assert stream.reply.finish_reason == "stop", stream.reply.text
+            if stream.reply.finish_reason == "length":
+                cut += 1
+                continue
             assert holds(schema, json.loads(stream.reply.text)), (schema, stream.reply.text)
+    assert cut <= SCHEMAS // 100
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 import uvicorn
 
 from llama4.errors import ArgumentError
@@ -126,6 +127,11 @@ def _say(server: Server, address: Address, port: int) -> None:
         f"  {engine.scheduler.max_batch} conversations at once, {engine.scheduler.window:,} tokens each at most, "
         f"keys and values in {bytes_text(limit) if limit else 'as much memory as they take'}"
     )
+    if engine.llm.model.dtype != torch.float32:
+        print(
+            "  in company sums may be rounded differently: where two tokens are about equally likely, a reply may go "
+            "on otherwise than alone"
+        )
     if server.settings.has_page:
         print(f"  in a browser: {url}/")
     print(f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{secret} -d {shlex.quote(body)}")

@@ -75,7 +75,11 @@ CHAT: dict[str, dict[str, Any]] = {
         "help": "sample from tokens at least P times as likely as the best",
     },
     "repetition_penalty": {"type": float, "metavar": "X", "help": "above 1, tokens that came become less likely"},
-    "presence_penalty": {"type": float, "metavar": "X", "help": "above 0, tokens that the reply has become less likely"},
+    "presence_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "above 0, tokens that the reply has become less likely",
+    },
     "frequency_penalty": {"type": float, "metavar": "X", "help": "the same, for each time that the reply has them"},
     "min_tokens": {"type": int, "metavar": "N", "help": "least tokens of a reply"},
     "seed": {"type": int, "metavar": "N", "help": "makes sampling repeatable"},

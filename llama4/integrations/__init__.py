@@ -1,1 +1,1 @@
-"""Parts of this library inside other people's tools."""
+"""This library inside other tools, and other tools inside this one. What is imported here need not be installed."""

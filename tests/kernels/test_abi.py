@@ -151,6 +151,12 @@ class TestArguments:
         session._ids[0] = llm.config.text.vocab_size
         refused("outside the vocabulary")
         session._ids[0] = 0
+        embedding, (outputs, layout) = model.embedding, (model.embedding.O, model.embedding.layout)
+        embedding.O = 1
+        refused("embeddings do not fit the head")
+        embedding.O, embedding.layout = outputs, 99
+        refused("layout that is not known")
+        embedding.layout = layout
         layers[0].width = 0
         refused("there are no blocks")
         layers[0].width, layers[0].format = width, 77

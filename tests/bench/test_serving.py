@@ -169,6 +169,25 @@ def test_a_server_that_fails_is_quoted(status: int, content: bytes, said: str) -
             asyncio.run(Target(f"http://127.0.0.1:{server.server_port}/v1", "x").chat({"messages": []}))
 
 
+def test_a_server_that_refuses_a_field_is_asked_without() -> None:
+    class Strict(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(422 if "ignore_eos" in body else 200)
+            self.end_headers()
+            said = b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'
+            self.wfile.write(b"Unexpected fields: {'ignore_eos'}" if "ignore_eos" in body else said)
+
+        def log_message(self, format: str, *values: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Strict) as server:
+        Thread(target=server.serve_forever).start()
+        target = Target(f"http://127.0.0.1:{server.server_port}", "x")
+        assert command._warmed(target, {"messages": [], "ignore_eos": True}).leaves_out == ("ignore_eos",)
+        server.shutdown()
+
+
 def test_mistakes() -> None:
     for options in (["--parts", "throughput"], ["tiny", "--lengths", "9", "8"], ["tiny", "--shared", "512"]):
         with pytest.raises(ArgumentError):

@@ -63,11 +63,13 @@ class Target:
         url: "http://127.0.0.1:8000", or with what stands before /chat/completions behind it.
         model: the name that it knows.
         key: that it asks for.
+        leaves_out: fields that it refuses, and is not sent.
     """
 
     url: str
     model: str
     key: str | None = None
+    leaves_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -102,7 +104,8 @@ class Target:
 
     def chat_request(self, body: Mapping[str, Any]) -> bytes:
         usage = {"stream": True, "stream_options": {"include_usage": True}}
-        return self.request("POST", "/v1/chat/completions", {"model": self.model, **body, **usage})
+        taken = {name: value for name, value in body.items() if name not in self.leaves_out}
+        return self.request("POST", "/v1/chat/completions", {"model": self.model, **taken, **usage})
 
     def request(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> bytes:
         """The bytes of a request, after which the server closes the connection."""

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from llama4.bench.serving.crowd import Visitor, crowd, distinct, endurance, judg
 from llama4.bench.serving.load import Prompts, StreamTimer, Workload, under_load
 from llama4.bench.serving.process import Held, Served, allow_many_files
 from llama4.bench.workers import Worker
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import replace_text
 from llama4.progress import Bar
 from llama4.quantization.schemes import SCHEMES
@@ -83,8 +84,8 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         figures: dict[tuple[str, int], list[dict[str, Any]]] = {}
         shares = []
         with Bar("asking", total, "steps") as bar:
-            for target in servers.values():
-                asyncio.run(target.chat(Prompts(options.model, workload, -1).bodies(1)[0]))  # warm
+            for name, target in servers.items():
+                servers[name] = _warmed(target, Prompts(options.model, workload, -1).bodies(1)[0])
             others.share(pids)
             for turn in range(options.rounds):
                 for level, clients in enumerate(options.clients):
@@ -103,6 +104,20 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         "one_client_against_stream": alone,
         "share_of_other_processes": shares if not options.vs else [None],
     }
+
+
+def _warmed(target: Target, body: dict[str, Any]) -> Target:
+    """A server that has answered once, without `ignore_eos` if it refuses that (transformers does): its replies may end
+    before the others'."""
+    try:
+        asyncio.run(target.chat(body))
+        return target
+    except Llama4Error as error:
+        if "ignore_eos" not in str(error):
+            raise
+    plain = replace(target, leaves_out=("ignore_eos",))
+    asyncio.run(plain.chat(body))
+    return plain
 
 
 def _against_stream(

@@ -24,7 +24,7 @@ import pytest
 
 from llama4 import Llama4
 from llama4.cli.chat.commands import completions, file_names
-from llama4.cli.chat.printing import printable, speed, split_blocks
+from llama4.cli.chat.printing import MarkdownPrinter, printable, speed, split_blocks
 from llama4.cli.main import main
 
 PICTURE = Path(__file__).parents[1] / "examples" / "shapes.png"
@@ -288,6 +288,19 @@ def test_blocks_and_control_characters() -> None:
         "2 tokens, 2.0 a second",
         "1,001 tokens, 500 a second",
     ]
+
+
+@pytest.mark.skipif(not HAS_RICH, reason="rich is not installed")
+def test_one_empty_line_between_blocks() -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    printer = MarkdownPrinter(Console(file=out, width=40))
+    for piece in "a\n\n- b\n- c\n\n\n```py\nd = 1\n\ne = 2\n```\n\n| f |\n|---|\n| g |\n\nh":
+        printer.write(piece)
+    printer.end("")
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines == ["a", "", " • b", " • c", "", " d = 1", "", " e = 2", "", " f", " ─", " g", "", "h"]
 
 
 # -- in a terminal -------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class MarkdownPrinter(Printer):
         self._reset()
 
     def _reset(self) -> None:
-        self._text, self._next, self._live = "", 0.0, None
+        self._text, self._next, self._live, self._has_printed = "", 0.0, None, False
 
     _text: str
     _live: Any
@@ -84,7 +84,7 @@ class MarkdownPrinter(Printer):
             self._print(done)
         begun = time.monotonic()
         if done or begun > self._next:
-            self._live.update(_Tail(self._render(self._text[-MAX_DRAWN:])), refresh=True)
+            self._live.update(_Lines(self._render(self._text[-MAX_DRAWN:]), fits=True), refresh=True)
             took = time.monotonic() - begun
             self._next = begun + max(PERIOD, 10 * took)  # the model computes meanwhile
 
@@ -93,7 +93,7 @@ class MarkdownPrinter(Printer):
             self._live.update("")
             self._live.stop()
         if self._text.strip():
-            self._print(self._text, last=True)
+            self._print(self._text)
         if remark:
             self._console.print(remark.strip(), style="dim", markup=False)
         self._reset()
@@ -101,26 +101,29 @@ class MarkdownPrinter(Printer):
     def figures(self, tokens: int, seconds: float) -> None:
         self._console.print(speed(tokens, seconds), style="dim", markup=False)
 
-    def _print(self, text: str, last: bool = False) -> None:
-        self._console.print(self._render(text))
-        if not last:
+    def _print(self, text: str) -> None:
+        if self._has_printed:
             self._console.print()
+        self._console.print(_Lines(self._render(text)), end="")
+        self._has_printed = True
 
     def _render(self, text: str) -> Any:
         return self._markdown(text, hyperlinks=False, code_theme="ansi_dark")
 
 
-class _Tail:
-    """The last lines of something, as many as the screen holds."""
+class _Lines:
+    """Something without the empty lines around it; its last ones, as many as the screen holds, if that is wanted."""
 
-    def __init__(self, content: Any) -> None:
-        self._content = content
+    def __init__(self, content: Any, *, fits: bool = False) -> None:
+        self._content, self._fits = content, fits
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.segment import Segment
 
         lines = console.render_lines(self._content, options.update(height=None), pad=False)
-        for line in lines[-max(1, options.max_height - 2) :]:
+        full = [i for i, line in enumerate(lines) if "".join(segment.text for segment in line).strip()]
+        lines = lines[full[0] : full[-1] + 1] if full else []
+        for line in lines[-max(1, options.max_height - 2) :] if self._fits else lines:
             yield from line
             yield Segment.line()
 

@@ -194,5 +194,7 @@ def test_llama_cpp_says_the_same(llm: Llama4, path: Path, tmp_path: Path) -> Non
 
 def test_weights_are_as_they_lie(llm: Llama4, path: Path) -> None:
     _, source = checkpoint.open_checkpoint(path)
-    assert len(source.plan) == 210 and {format.kind for format in source.plan.values() if format} == {"q4_1"}
+    embedding = source.plan["language_model.model.embed_tokens.weight"]
+    assert embedding is not None and embedding.kind == "q8_0"
+    assert len(source.plan) == 211 and {format.kind for format in source.plan.values() if format} == {"q4_1", "q8_0"}
     assert all(source.is_mapped(name) for name in source.plan)

@@ -3,15 +3,24 @@ line, and nothing half written."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
+import httpx
 import pytest
 
+from llama4 import Llama4
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import save_adapter
+from llama4.adapters.lora import Adapter
 from llama4.cli.interrupts import PATIENCE
+from llama4.train.state import read_about
+from llama4.weights.convert import convert_to_gguf
 from tests import small_model
 
 ANSWER = 1.0 + 1.5
@@ -45,7 +54,7 @@ def interrupted(process: subprocess.Popen[bytes]) -> tuple[float, bytes]:
 @pytest.mark.parametrize("where", ["call", "threads"])
 def test_where_python_cannot_answer(where: str) -> None:
     code = STUCK.replace("sys.argv[1]", repr(where)) + "run()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     seconds, error = interrupted(process)
@@ -58,24 +67,119 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model.write(tmp_path_factory.mktemp("models") / "model")
 
 
+@pytest.fixture(scope="module")
+def made(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What commands work with."""
+    folder = tmp_path_factory.mktemp("made")
+    llm = Llama4.from_pretrained(directory, progress=False)
+    config = LoraConfig(rank=2, targets=("attention", "experts"))
+    save_adapter(Adapter.create(llm.model, config), llm.model, folder / "adapter")
+    convert_to_gguf(directory, folder / "a.gguf", "f32", progress=False)
+    (folder / "text").write_text("the cat sat on the mat " * 2000)
+    (folder / "data.jsonl").write_text('{"prompt": "say", "completion": "it is what it is"}\n' * 2000)
+    return {"source": directory, **{path.stem: path for path in folder.iterdir()}}
+
+
 COMMANDS = {
+    "merge": ["merge", "{source}", "{adapter}", "{target}"],
+    "to GGUF": ["convert", "{source}", "{target}.gguf"],
+    "from GGUF": ["convert", "{a}", "{target}", "--to", "hf"],
+    "gptq": ["quantize", "{source}", "{target}", "--scheme", "gptq", "--calibration", "{text}"],
+    "bench": ["bench", "generate", "{source}", "--rounds", "99"],
+    "serve": ["serve", "{source}", "--port", "0"],
+    "finetune": ["finetune", "{source}", "--data", "{data}", "--output", "{target}", "--steps", "5000"],
     "generate": ["generate", "--model", "{source}", "--max-new-tokens", "4000", "hi"],
     "convert": ["convert", "{source}", "{target}", "--to", "hf"],
     "quantize": ["quantize", "{source}", "{target}", "--scheme", "int8"],
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("after", [0.4, 1.6])
-def test_at_any_time(directory: Path, tmp_path: Path, command: str, after: float) -> None:
-    arguments = [part.format(source=directory, target=tmp_path / "target") for part in COMMANDS[command]]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llama4", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    time.sleep(after)
+def started(command: str, made: dict[str, Path], target: Path) -> subprocess.Popen[bytes]:
+    arguments = [part.format(target=target, **made) for part in COMMANDS[command]]
+    return subprocess.Popen([sys.executable, "-m", "llama4", *arguments], stdout=PIPE, stderr=PIPE)
+
+
+def has_used(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process has had so much of the processor's time, or is done, or waits."""
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return process.poll() is not None or sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") >= seconds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("command", "after"), [("generate", 0.4), *((each, 3.0) for each in COMMANDS)])
+def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after: float) -> None:
+    """Before it is at its work, and while it may be: after so many seconds of the processor's time."""
+    process = started(command, made, tmp_path / "target")
+    patience = time.monotonic() + 20
+    while time.monotonic() < patience and not has_used(process, after):
+        time.sleep(0.02)
     seconds, error = interrupted(process)
     if process.returncode == 0:  # it was done before
         return
-    assert (process.returncode, error) == (130, b"llama4: interrupted\n")
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == b"llama4: interrupted"
     assert seconds < ANSWER
-    assert not (tmp_path / "target").exists()
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+STEP = """
+import ctypes, sys
+import llama4.train.loop as loop
+def learn(*arguments, **options):
+    print("ready", flush=True)
+    ctypes.CDLL(None).usleep(4_000_000)  # as a long backward pass
+    return step(*arguments, **options)
+step, loop.learn = loop.learn, learn
+from llama4.__main__ import run
+sys.argv[0] = "llama4"
+run()
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, times: int) -> None:
+    """The first Ctrl-C is answered by words at once, and by the state at the step's end; the second by the end."""
+    arguments = [part.format(target=tmp_path / "target", **made) for part in COMMANDS["finetune"]]
+    process = subprocess.Popen([sys.executable, "-c", STEP, *arguments], stdout=PIPE, stderr=PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    while not (line := process.stderr.readline()).startswith(b"stopping after this step, whose state is saved"):
+        assert line
+    assert time.monotonic() - begun < ANSWER
+    if times == 2:
+        seconds, error = interrupted(process)
+        assert (process.returncode, error) == (130, b"llama4: interrupted\n")
+        assert seconds < PATIENCE + ANSWER
+        return
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"stopped after 1 of 5000 steps; --resume goes on from" in error
+    assert read_about(tmp_path / "target")["step"] == 1
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_server(made: dict[str, Path], is_busy: bool) -> None:
+    """An idle one ends at once; one that answers says for how long it goes on, and a second Ctrl-C ends it."""
+    process = started("serve", made, Path())
+    assert process.stdout is not None and process.stderr is not None
+    words = b""
+    while b"/v1\n" not in words:
+        words = process.stdout.readline()
+        assert words
+    url = words.split()[-1].decode()
+    assert httpx.get(url.replace("/v1", "/health"), timeout=60).status_code == 200
+    if not is_busy:
+        seconds, error = interrupted(process)
+        assert (process.returncode, error) == (0, b"") and seconds < ANSWER
+        return
+    endless = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/chat/completions", json=endless, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert b"what is being answered has 30 seconds; Ctrl-C again stops now" in process.stderr.readline()
+        assert time.monotonic() - begun < ANSWER
+        seconds, _ = interrupted(process)
+    assert process.returncode == 130 and seconds < ANSWER

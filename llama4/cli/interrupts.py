@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 INTERRUPTED = 130
 """Exit code of a shell's commands that end by SIGINT."""
@@ -17,11 +17,18 @@ PATIENCE = 0.7
 """Seconds that a command has to end by itself."""
 
 
+@runtime_checkable
+class Gentle(Protocol):
+    """A handler of Ctrl-C that lets what is at work come to an end; a second Ctrl-C does not wait for that."""
+
+    def request(self) -> None: ...
+
+
 @contextmanager
 def answered_soon() -> Iterator[None]:
     """Python answers Ctrl-C between two of its own instructions, and a kernel, a download or an import may keep it from
     that. If the block has not ended some time after it, the process does: what it was writing has no name yet, and the
-    next run deletes it, or continues from there.
+    next run deletes it, or continues from there. A handler that can stop the block by itself is asked first, once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,9 +48,16 @@ def answered_soon() -> Iterator[None]:
 
 def _watch(ours: socket.socket, ended: threading.Event) -> None:
     """Signals come as bytes, at once, whatever the main thread does."""
+    asked = None
     with ours:
         while received := ours.recv(1):
-            if received[0] == signal.SIGINT and not ended.wait(PATIENCE):
+            if received[0] != signal.SIGINT:
+                continue
+            handler = signal.getsignal(signal.SIGINT)
+            if isinstance(handler, Gentle) and handler is not asked:
+                asked = handler
+                handler.request()
+            elif not ended.wait(PATIENCE):
                 say_interrupted()
                 os._exit(INTERRUPTED)
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     options = make_parser().parse_args(arguments)
     try:
-        answers_itself = options.run in (chat.run, finetune.run, serve.run)
+        answers_itself = options.run in (chat.run, serve.run)
         with nullcontext() if answers_itself else answered_soon():
             code: int = options.run(options)
             sys.stdout.flush()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
+from llama4.cli.interrupts import answered_soon
 from llama4.quantization.schemes import SCHEMES
 from llama4.text.chat_formats import CHAT_FORMATS
 
@@ -133,9 +134,10 @@ def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) ->
 
 
 def load_model(options: argparse.Namespace) -> Llama4:
-    from llama4.api import Llama4
+    with answered_soon():  # also of commands that answer Ctrl-C themselves afterwards
+        from llama4.api import Llama4
 
-    llm = Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
+        llm = Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
     if options.private_host:
         llm.processor.image_limits = replace(llm.processor.image_limits, private_hosts=options.private_host)
     return llm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import uvicorn
@@ -38,24 +40,27 @@ class Address:
 
 
 def run(server: Server, address: Address) -> None:
-    """Serve until SIGTERM or Ctrl-C; what is being answered then has 30 seconds to end.
+    """Serve until SIGTERM or Ctrl-C; what is being answered then has 30 seconds to end. A second one ends the process.
 
     Raises:
         ArgumentError: the address cannot be had.
     """
     listening = _listen(address)
     _allow_many_connections()
-    _say(server, address, listening.getsockname()[1])
     runner = _Runner(server, address)
 
     def end(number: int, frame: object) -> None:
-        """uvicorn stops first, and passes the signal on when it has stopped."""
+        """Before uvicorn listens to signals, and after it has stopped, when it passes on what it got."""
+        runner.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    _say(server, address, listening.getsockname()[1])
     try:
         runner.run(sockets=[listening])
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _leave)  # the engine may be at a long prompt
         server.engine.close()
 
 
@@ -66,8 +71,18 @@ class _Runner(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What comes by a connection that is still open is refused."""
+        if self._server.service.is_draining:
+            _leave(sig, frame)
         self._server.service.is_draining = True
+        if self.server_state.tasks:
+            told = f"stopping; what is being answered has {DRAIN_SECONDS} seconds; Ctrl-C again stops now"
+            print(f"llama4: {told}", file=sys.stderr, flush=True)
         super().handle_exit(sig, frame)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process now, with the code that a shell has for a signal."""
+    os._exit(128 + number)
 
 
 def http_config(server: Server, address: Address) -> uvicorn.Config:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from llama4.train.options import QUANTIZATION, TrainingOptions
 from llama4.train.report import Metrics, is_finished, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
+from llama4.train.stopping import stoppable
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def finetune(
         (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
     run = Run(model, data, eval, options, progress)
-    with torch.random.fork_rng(), run.attached(), _stoppable() as stop:
+    with torch.random.fork_rng(), run.attached(), stoppable() as stop:
         check_memory(estimate(run.llm.model, run.trained, run.longest_batch), run.llm.model.device)
         torch.manual_seed(options.seed)
         return _train(run, output, resume, stop)
@@ -306,24 +306,3 @@ def _evaluating(adapter: Adapter | None) -> Iterator[None]:
     adapter.eval()
     yield
     adapter.train()
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets: the step that is being taken ends first, and its state is saved. A second Ctrl-C
-    interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop.set()
-        logger.warning("stopping after this step, whose state is saved; Ctrl-C again stops now, and loses the step")
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

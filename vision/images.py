@@ -26,6 +26,16 @@ MIN_IMAGE_BYTES = 32
 BAND_PIXELS = 2**21
 """Of the band of an image that is converted to RGB at a time."""
 
+ALLOWED = 4
+"""Bytes a pixel beside the decoded picture that preparing one may take, and `max_decoding` beyond that."""
+
+DECODERS = {
+    **{"WEBP": 8.8, "AVIF": 8.0, "JPEG2000": 19.0},
+    **{"JPEG of several scans, RGB": 6.2, "JPEG of several scans, CMYK": 8.0},
+}
+"""Bytes a pixel that some formats' decoders take beside the decoded picture, measured by tests/vision/test_memory.py;
+others take less than what is allowed."""
+
 # Only formats that PIL decodes itself: no PostScript, which it would hand to an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -152,9 +162,11 @@ def _decode(file: IO[bytes], name: str, limits: ImageLimits) -> Image.Image:
         ) from error
     with image:
         _check_pixels(image, name, limits)
-        if image.format in ("JPEG", "MPO"):
-            _check_scans(file, name, limits)
-        return _upright_rgb(image, name)
+        kind = str(image.format)
+        if kind in ("JPEG", "MPO") and _check_scans(file, name, limits) > 1:
+            kind = f"JPEG of several scans, {image.mode}"
+        _check_decoder(image, kind, name, limits)
+        return _upright_rgb(_of_webp(image, name) if image.format == "WEBP" else image, name)
 
 
 def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
@@ -170,8 +182,32 @@ def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
         )
 
 
-def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> None:
-    """A JPEG may pass over its pixels any number of times, each for a few bytes of file."""
+def _check_decoder(image: Image.Image, kind: str, name: str, limits: ImageLimits) -> None:
+    taken = (DECODERS.get(kind, 0) - ALLOWED) * image.width * image.height
+    if taken > limits.max_decoding:
+        raise ImageError(
+            f"{name} is too large for {kind} ({image.width} x {image.height}): decoding it takes "
+            f"{taken / 1e6:.0f} MB beside what other formats do, more than {limits.max_decoding / 1e6:.0f}; make it "
+            "smaller, save it as PNG, or raise max_decoding of ImageLimits if you trust it"
+        )
+
+
+def _of_webp(image: Image.Image, name: str) -> Image.Image:
+    """Without two of the copies that PIL makes, for which its decoder is let go before the picture is made."""
+    try:
+        data = image._get_next()[0]  # type: ignore[attr-defined]
+        raw_mode, image._decoder = image.rawmode, None  # type: ignore[attr-defined]
+    except AttributeError:  # PIL of another version
+        return image
+    except Exception as error:  # as for other decoders
+        raise ImageError(f"{name} is truncated or damaged ({error}); fetch it again") from error
+    decoded = Image.frombytes(image.mode, image.size, data, "raw", raw_mode)
+    decoded.info = image.info
+    return decoded
+
+
+def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> int:
+    """A JPEG may pass over its pixels any number of times, each for a few bytes of file; -> how often it does."""
     place = file.tell()
     file.seek(0)
     data = file.read()
@@ -191,6 +227,7 @@ def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> None:
             f"{name} is a JPEG of {scans:,} scans, more than {limits.max_scans}; save it again, or raise max_scans of "
             "ImageLimits if you trust it"
         )
+    return scans
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

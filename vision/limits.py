@@ -17,6 +17,8 @@ class ImageLimits:
         max_pixels: width times height. PIL has a limit of its own, twice `PIL.Image.MAX_IMAGE_PIXELS`.
         max_side: the longer side. What resizing takes grows with it, however few pixels there are.
         max_bytes: of the file, however it comes.
+        max_decoding: bytes that a format's decoder takes beside the picture, above 4 a pixel: it bounds WebP at 20
+            million pixels, for instance.
         max_scans: passes over a JPEG, each of which a decoder makes over all of its pixels; encoders write about ten.
         max_seconds: for fetching a URL, from looking up its host to the last byte.
         hosts: from which URLs are fetched, by name or address; None for any.
@@ -28,6 +30,7 @@ class ImageLimits:
     max_pixels: int = 89_478_485
     max_side: int = 1_000_000
     max_bytes: int = 64 * 2**20
+    max_decoding: int = 100_000_000
     max_scans: int = 100
     max_seconds: float = 30.0
     hosts: Collection[str] | None = None

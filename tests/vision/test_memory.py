@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from llama4.errors import ImageError
-from llama4.vision import tiling
+from llama4.vision import images, tiling
 from llama4.vision.images import load_image
+from llama4.vision.limits import ImageLimits
 
 SCRIPT = """
 import resource, sys
@@ -35,6 +36,21 @@ pixels = image.width * image.height
 tiles = tile_image(image)
 print(pixels, peak() - before, *tiles.pixel_values.shape)
 """
+
+
+EACH = (
+    SCRIPT.partition("before =")[0]
+    + """
+import os
+for path in sys.argv[1:]:  # each in a process of its own, whose peak begins at what it has now
+    if os.fork() == 0:
+        before = peak()
+        image = load_image(path)
+        print((peak() - before) / image.width / image.height, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+)
 
 
 def png(width: int, height: int, colour: int, channels: int) -> bytes:
@@ -67,6 +83,64 @@ def test_memory(width: int, height: int, colour: int, channels: int, tmp_path: P
     assert pixels == width * height
     decoded = 4 * pixels + 8 * height  # as PIL has it: 4 bytes a pixel, and an address for each row
     assert used < decoded + 4 * pixels + 100e6
+
+
+FORMS = {
+    "WebP": ("RGB", "WEBP", {"lossless": True, "method": 0}),
+    "WebP with alpha": ("RGBA", "WEBP", {"method": 0}),
+    "JPEG 2000": ("RGBA", "JPEG2000", {}),
+    "AVIF": ("RGBA", "AVIF", {"speed": 10, "quality": 30}),
+    "JPEG in scans": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+    "CMYK in scans": ("CMYK", "JPEG", {"progressive": True}),
+    "GIF": ("P", "GIF", {}),
+    "TIFF": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+    "PPM": ("RGB", "PPM", {}),
+    "BMP": ("RGB", "BMP", {}),
+    "TGA": ("RGB", "TGA", {"compression": "tga_rle"}),
+    "grey PNG of 16 bits": ("I;16", "PNG", {"compress_level": 1}),
+}
+MEBIPIXELS = 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_decoders(tmp_path: Path) -> None:
+    """Bytes a pixel do not exceed what is said of a format, or what is allowed: a picture at its limit takes no more
+    than 100 MB beyond it."""
+    noise, wanted = Image.effect_noise((2048, 512 * MEBIPIXELS), 50), {}
+    for mode, name, options in FORMS.values():
+        if features.check({"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(name, "zlib")):
+            path = tmp_path / f"{len(wanted)}.{name}"
+            image = Image.merge(mode, [noise] * len(mode)) if mode in ("RGB", "RGBA", "CMYK") else noise.convert(mode)
+            image.save(path, name, **options)
+            kind = f"JPEG of several scans, {mode}" if options.get("progressive") else name
+            wanted[str(path)] = 4 + max(images.DECODERS.get(kind, 0), images.ALLOWED)
+    command = [sys.executable, "-c", EACH, *wanted]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    used = dict(zip(wanted, map(float, result.stdout.split()), strict=True))
+    print({Path(path).name: round(value, 1) for path, value in used.items()})
+    assert not {Path(path).name: value for path, value in used.items() if value > wanted[path] + 3}
+
+
+def test_a_decoder_that_would_take_too_much() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "WEBP")
+    with pytest.raises(ImageError, match=r"too large for WEBP \(64 x 64\).*save it as PNG, or raise max_decoding"):
+        load_image(file.getvalue(), ImageLimits(max_decoding=10_000))
+    assert load_image(file.getvalue(), ImageLimits(max_decoding=30_000)).size == (64, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_is_as_pil_decodes_it(mode: str) -> None:
+    file = io.BytesIO()
+    image = Image.merge(mode, [Image.effect_noise((60, 40), 50) for _ in mode])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(file, "WEBP", save_all=True, append_images=[image.rotate(90)], exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(file))
+    white = Image.new("RGB", upright.size, (255, 255, 255))
+    white.paste(upright, mask=upright.getchannel("A") if mode == "RGBA" else None)
+    assert load_image(file.getvalue()).tobytes() == white.tobytes()
 
 
 def test_a_file_of_74_bytes() -> None:

@@ -158,9 +158,8 @@ def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, times: i
     assert read_about(tmp_path / "target")["step"] == 1
 
 
-@pytest.mark.parametrize("is_busy", [False, True])
-def test_a_server(made: dict[str, Path], is_busy: bool) -> None:
-    """An idle one ends at once; one that answers says for how long it goes on, and a second Ctrl-C ends it."""
+def test_a_server_that_answers(made: dict[str, Path]) -> None:
+    """It says for how long it goes on, and a second Ctrl-C ends it."""
     process = started("serve", made, Path())
     assert process.stdout is not None and process.stderr is not None
     words = b""
@@ -168,16 +167,6 @@ def test_a_server(made: dict[str, Path], is_busy: bool) -> None:
         words = process.stdout.readline()
         assert words
     url = words.split()[-1].decode()
-    assert httpx.get(url.replace("/v1", "/health"), timeout=60).status_code == 200
-    if not is_busy:
-        process.send_signal(signal.SIGINT)
-        begun = time.monotonic()
-        with pytest.raises(httpx.ConnectError):
-            while time.monotonic() < begun + ANSWER:
-                httpx.get(url, timeout=60)
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (0, b"")
-        return
     endless = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/chat/completions", json=endless, timeout=60) as answer:
         lines = answer.iter_lines()

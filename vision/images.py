@@ -30,7 +30,7 @@ ALLOWED = 4
 """Bytes a pixel beside the decoded picture that preparing one may take, and `max_decoding` beyond that."""
 
 DECODERS = {
-    **{"WEBP": 8.8, "AVIF": 8.0, "JPEG2000": 19.0},
+    **{"WEBP": 8.8, "AVIF": 10.5, "JPEG2000": 19.0},
     **{"JPEG of several scans, RGB": 6.2, "JPEG of several scans, CMYK": 8.0},
 }
 """Bytes a pixel that some formats' decoders take beside the decoded picture, measured by tests/vision/test_memory.py;

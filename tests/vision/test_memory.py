@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_memory(width: int, height: int, colour: int, channels: int, tmp_path: P
     assert used < decoded + 4 * pixels + 100e6
 
 
-FORMS = {
+FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "WebP": ("RGB", "WEBP", {"lossless": True, "method": 0}),
     "WebP with alpha": ("RGBA", "WEBP", {"method": 0}),
     "JPEG 2000": ("RGBA", "JPEG2000", {}),

@@ -62,10 +62,11 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
         (kind, *(str(Spread.from_json(seen[rate], 1e-9)) for rate in ("memory", "gemm")))
         for kind, seen in report["peak_rates"].items()
     ]
+    kernels = f"kernels {machine['kernels']}, " if "kernels" in machine else ""  # older reports do not tell
     head = (
         f"{report['model']}: {number(report['parameters'] / 1e6)} M parameters, "
         f"{number(report['active'] / 1e6)} M active per token; {machine['cpu']}, {machine['cores']} cores, "
-        f"kernels {machine['kernels']}, torch {machine['torch']}; "
+        f"{kernels}torch {machine['torch']}; "
         f"median (lowest-highest) of {report['rounds']} rounds, share of the roofline"
     )
     return "\n\n".join(
@@ -79,7 +80,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 
 def _cell(figure: Mapping[str, Any], rounds: int) -> str:
     share = f", {figure['roofline_share']:.0%}" if "roofline_share" in figure else ""
-    count = len(figure["samples"])
+    count = len(figure.get("samples", range(rounds)))  # a stored report has the spread alone
     fewer = f", {count} of {rounds} rounds" if share and count < rounds else ""
     return f"{Spread.from_json(figure)}{share}{fewer}"
 

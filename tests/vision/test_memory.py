@@ -107,7 +107,8 @@ MEBIPIXELS = 5
 def test_decoders(tmp_path: Path) -> None:
     """Bytes a pixel do not exceed what is said of a format, or what is allowed: a picture at its limit takes no more
     than 100 MB beyond it."""
-    noise, wanted = Image.effect_noise((2048, 512 * MEBIPIXELS), 50), {}
+    noise = Image.effect_noise((2048, 512 * MEBIPIXELS), 50)
+    wanted: dict[str, float] = {}
     for mode, name, options in FORMS.values():
         if features.check({"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(name, "zlib")):
             path = tmp_path / f"{len(wanted)}.{name}"

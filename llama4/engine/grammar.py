@@ -179,7 +179,13 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ArgumentError(f"the reply's form cannot be followed: {self._matcher.get_error()}")
+            problem = self._matcher.get_error().partition("\n<state>")[0]  # behind it is what the reply says
+            raise ArgumentError(f"the reply's form cannot be followed: {problem:.300}")
+
+    def problem(self) -> Exception | None:
+        """Why it says of no token whether it may come next; None if it does."""
+        error = self._allowed.exception()
+        return error if isinstance(error, Exception | None) else RuntimeError(f"a grammar cannot be followed: {error}")
 
     def allow(self, scores_V: Tensor) -> Tensor:
         """Scores of the tokens that may come next; minus infinity for all others."""

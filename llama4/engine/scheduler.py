@@ -31,7 +31,7 @@ from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
 from llama4.engine.fused_cpu import only_our_threads
 from llama4.engine.prefill import piece_size
-from llama4.engine.request import Request
+from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import Token
@@ -293,7 +293,7 @@ class Scheduler:
         """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
         entered in the index."""
         ends = (slots_end(request.computed, window) for window in set(self._empty.windows))
-        return min(size, *(end - request.computed for end in ends if end is not None), size)
+        return min([size, *(end - request.computed for end in ends if end is not None)])
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
         while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):
@@ -367,26 +367,30 @@ class Scheduler:
 
     def _choose(
         self, requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
-    ) -> list[Token]:
-        """The next token of each request.
+    ) -> list[Delivery]:
+        """The next token of each request, or why there is none.
 
         Args:
             greedy: the most likely tokens and their log-probabilities, if they are known.
         """
-        alternatives = [
-            likeliest(logits_BV[row : row + 1], request.alternatives)[0] for row, request in enumerate(requests)
-        ]
-        return [
-            Token(id_, self.tokenizer.decode_bytes([id_]), logprob, others)
-            for (id_, logprob), others in zip(_sample(requests, logits_BV, greedy), alternatives, strict=True)
-        ]
+        chosen: list[Delivery] = []
+        for row, (request, found) in enumerate(zip(requests, _sample(requests, logits_BV, greedy), strict=True)):
+            if isinstance(found, Exception):
+                chosen.append(found)
+                continue
+            id_, logprob = found
+            others = likeliest(logits_BV[row : row + 1], request.alternatives)[0]
+            chosen.append(Token(id_, self.tokenizer.decode_bytes([id_]), logprob, others))
+        return chosen
 
-    def _deliver(self, request: Request, token: Token) -> bool:
-        """Give a request its next token; -> whether it has ended."""
-        if math.isnan(token.logprob):
-            error = f"the model's logits are not numbers in {self.runner.model.dtype}; load it with dtype='float32'"
+    def _deliver(self, request: Request, token: Delivery) -> bool:
+        """Give a request its next token, or tell it why there is none; -> whether it has ended."""
+        if isinstance(token, Token) and math.isnan(token.logprob):
+            dtype = self.runner.model.dtype
+            token = Llama4Error(f"the model's logits are not numbers in {dtype}; load it with dtype='float32'")
+        if isinstance(token, Exception):
             request.reset()
-            request.deliver(Llama4Error(error))
+            request.deliver(token)
             return True
         self.counts.generated_tokens += 1
         ended = request.add(token)
@@ -403,11 +407,15 @@ class Scheduler:
 
 def _sample(
     requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
-) -> list[tuple[int, float]]:
-    """The next token of each request, and its log-probability. Requests with the same sampler are computed together."""
-    chosen: list[tuple[int, float]] = [(0, 0.0)] * len(requests)
+) -> list[tuple[int, float] | Exception]:
+    """The next token of each request, and its log-probability; or why its form allows none. Requests with the same
+    sampler are computed together."""
+    chosen: list[tuple[int, float] | Exception] = [(0, 0.0)] * len(requests)
     groups: dict[tuple[Sampler, bool], list[int]] = {}
     for row, request in enumerate(requests):
+        if request.state.matcher is not None and (problem := request.state.matcher.problem()) is not None:
+            chosen[row] = problem
+            continue
         groups.setdefault((replace(request.sampler, seed=None), request.state.matcher is None), []).append(row)
     for (sampler, is_free), rows in groups.items():
         if sampler.takes_largest and is_free and greedy is not None:

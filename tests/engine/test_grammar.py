@@ -164,3 +164,18 @@ def test_a_pydantic_class(llm: Llama4) -> None:
     reply = llm.chat(QUESTION, response_format=shape)
     assert isinstance(reply.parsed, shape) and 3 <= reply.parsed.sides <= 9
     assert llm.chat(QUESTION, response_format=shape, max_new_tokens=1).parsed is None
+
+
+def test_a_grammar_that_is_given_up_fails_its_own_reply_alone(llm: Llama4) -> None:
+    """2100 rules that all go on: more than a parser of llguidance follows at once."""
+    rules = range(2100)
+    grammar = f"start: {' | '.join(f'r{i}' for i in rules)}\n" + "\n".join(f'r{i}: "a" /[a-z]/ "z{i}"' for i in rules)
+    free = llm.chat(QUESTION)
+    with Engine(llm, cache_memory=None) as engine:
+        beside, failing = engine.stream(QUESTION), engine.stream(QUESTION, grammar=grammar)
+        for stream in (beside, failing):
+            stream.open()
+        with pytest.raises(ArgumentError, match="cannot be followed") as error:
+            list(failing)
+        assert "".join(beside) == free.text
+    assert "max is 2000" in str(error.value) and "state" not in str(error.value) and len(str(error.value)) < 400

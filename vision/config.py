@@ -90,6 +90,11 @@ class VisionConfig:
         """Image tokens that one tile becomes in the decoder's sequence."""
         return round(self.num_patches * self.pixel_shuffle_ratio**2)
 
+    @property
+    def keys_per_tile(self) -> int:
+        """Keys of a tile in layers of cross-attention; 0 in models without such layers."""
+        return 0
+
     def num_parameters(self) -> int:
         """Parameters of the tower and the adapter, without the projection into the decoder."""
         width, mlp, out = self.hidden_size, self.intermediate_size, self.vision_output_dim

@@ -18,7 +18,6 @@ from llama4.config.window import most_visible_tokens, visible_pairs
 from llama4.families.names import HEAD
 from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
 from llama4.quantization.weight import WeightFormat
-from llama4.vision.tiled_config import TiledVisionConfig
 
 _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -145,7 +144,7 @@ def layer_cache_bytes(
 def picture_cache_bytes(config: Llama4Config, dtype: str = "bfloat16") -> int:
     """Bytes that layers of cross-attention keep of a picture of the most tiles."""
     vision, text = config.vision, config.text
-    if not isinstance(vision, TiledVisionConfig):
+    if vision is None:
         return 0
     keys = vision.max_tiles * vision.keys_per_tile
     return 2 * keys * len(text.cross_layers) * text.num_key_value_heads * text.head_dim * getattr(torch, dtype).itemsize

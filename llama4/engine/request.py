@@ -24,7 +24,6 @@ from llama4.engine.tokens import Token
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model, check_ids
-from llama4.vision.tiled_config import TiledVisionConfig
 
 Delivery = Token | Exception
 """What a request is given: its next token, or why there is none."""
@@ -195,9 +194,8 @@ class Pictures:
     def keys(self, begin: int, end: int) -> int:
         """Keys that layers of cross-attention keep of the pictures among these tokens."""
         vision = self._model.config.vision
-        if not isinstance(vision, TiledVisionConfig):
-            return 0
-        return sum(int(part.prod(dim=1).sum()) for part in self.grids(begin, end)) * vision.keys_per_tile
+        per_tile = vision.keys_per_tile if vision is not None else 0
+        return sum(int(part.prod(dim=1).sum()) for part in self.grids(begin, end)) * per_tile
 
     def _tile(self, index: int) -> Tensor:
         assert self._pixel_values is not None

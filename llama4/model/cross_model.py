@@ -88,7 +88,7 @@ class CrossAttentionModel(Llama4Model):
         if image_features is None:
             return []
         vision, grids = self.config.vision, _given(image_grids)
-        assert isinstance(vision, TiledVisionConfig)
+        assert vision is not None
         if image_features.ndim != 3 or len(grids) != len(image_features):
             raise Llama4Error(
                 f"image_features must be [pictures, tiles * patches, D] with a row of image_grids each, not "

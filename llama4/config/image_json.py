@@ -29,8 +29,8 @@ IMAGE = FieldTable(
     ),
     without_effect={
         "do_convert_rgb": "every picture becomes RGB",
-        **dict.fromkeys(("do_center_crop", "crop_size", "do_pad", "pad_size"), "Llama4ImageProcessor does neither"),
-        **dict.fromkeys(("default_to_square", "image_seq_length"), "Llama4ImageProcessor does not read it"),
+        **dict.fromkeys(("do_center_crop", "crop_size", "do_pad", "pad_size"), "the image processor does neither"),
+        **dict.fromkeys(("default_to_square", "image_seq_length"), "the image processor does not read it"),
         **dict.fromkeys(("data_format", "input_data_format", "return_tensors"), "of input and output"),
         **dict.fromkeys(("device", "disable_grouping"), "of speed"),
         **dict.fromkeys(("auto_map", "feature_extractor_type"), "names of classes; no code is run"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llama4.config import CONFIG_FILE, Llama4Config, TextConfig
 from llama4.config.fields import METADATA, ROPE, FieldTable
@@ -56,14 +57,26 @@ class LlamaFamily(Family):
     model_types = ("llama",)
     presets = PRESETS
     vocabulary = LLAMA3
+    fields: ClassVar[FieldTable] = FIELDS
+    """Of config.json."""
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    """What a file means that is silent on a field."""
 
     def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
-        yield FIELDS, content
+        yield self.fields, content
         for name in ("rope_parameters", "rope_scaling"):
             yield ROPE, content.get(name) or {}
 
     def read_config(self, directory: Path) -> Llama4Config:
-        return read_config(read_json(directory / CONFIG_FILE))
+        return self.config_of(read_json(directory / CONFIG_FILE))
+
+    def config_of(self, content: Mapping[str, Any]) -> Llama4Config:
+        """From the content of config.json.
+
+        Raises:
+            ConfigError: a value that cannot be, or that asks for what this library does not compute.
+        """
+        return replace(read_config(content, self.fields, self.defaults), family=self.name)
 
     def write_config(self, config: Llama4Config) -> dict[str, Any]:
         text, scaling = config.text, config.text.rope_scaling

@@ -3,25 +3,22 @@ slides over the context."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from llama4.config import CONFIG_FILE, Llama4Config
-from llama4.config.fields import ROPE, FieldTable
 from llama4.config.typed import read_value
 from llama4.families import llama
 from llama4.families.llama_presets import dense
-from llama4.reading import read_json
 
 FIELDS = replace(
     llama.FIELDS,
     used=(*(name for name in llama.FIELDS.used if name not in ("attention_bias", "mlp_bias")), "sliding_window"),
     fixed={**llama.FIELDS.fixed, "attention_bias": (False,), "mlp_bias": (False,), "layer_types": ()},
 )
-_DEFAULTS = {
+DEFAULTS: Mapping[str, Any] = {
     **llama.DEFAULTS,
     **{"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 }
@@ -48,14 +45,13 @@ class MistralFamily(llama.LlamaFamily):
     title = "Mistral"
     model_types = ("mistral",)
     presets = PRESETS
+    fields = FIELDS
+    defaults = DEFAULTS
 
-    def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:
-        yield FIELDS, content
-        for name in ("rope_parameters", "rope_scaling"):
-            yield ROPE, content.get(name) or {}
-
-    def read_config(self, directory: Path) -> Llama4Config:
-        return read_config(read_json(directory / CONFIG_FILE))
+    def config_of(self, content: Mapping[str, Any]) -> Llama4Config:
+        config = super().config_of(content)
+        window = read_value(int | None, {**DEFAULTS, **content}["sliding_window"], "sliding_window", CONFIG_FILE)
+        return replace(config, text=replace(config.text, sliding_window=window))
 
     def write_config(self, config: Llama4Config) -> dict[str, Any]:
         content = super().write_config(config) | {
@@ -64,14 +60,3 @@ class MistralFamily(llama.LlamaFamily):
             "sliding_window": config.text.sliding_window,
         }
         return {name: value for name, value in content.items() if name not in ("attention_bias", "mlp_bias")}
-
-
-def read_config(content: Mapping[str, Any]) -> Llama4Config:
-    """From the content of config.json.
-
-    Raises:
-        ConfigError: a value that cannot be, or that asks for what this library does not compute.
-    """
-    config = llama.read_config(content, FIELDS, _DEFAULTS)
-    window = read_value(int | None, {**_DEFAULTS, **content}["sliding_window"], "sliding_window", CONFIG_FILE)
-    return replace(config, text=replace(config.text, sliding_window=window), family="mistral")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llama4.config import image_json
 from llama4.config.fields import FieldTable
 from llama4.config.image_json import IMAGE_FILE, PROCESSOR_FILE, read_image_config, write_image_config
 from llama4.reading import read_json
@@ -13,20 +15,13 @@ from llama4.vision.config import VisionConfig
 
 _MAX_TILES = "max_image_tiles"
 
-IMAGE = FieldTable(
-    IMAGE_FILE,
+IMAGE = replace(
+    image_json.IMAGE,
     used=(
         *("size", _MAX_TILES, "resample"),
         *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
     ),
-    without_effect={
-        "do_convert_rgb": "every picture becomes RGB",
-        **dict.fromkeys(("do_center_crop", "crop_size", "pad_size"), "MllamaImageProcessor does neither"),
-        **dict.fromkeys(("default_to_square", "image_seq_length"), "MllamaImageProcessor does not read it"),
-        **dict.fromkeys(("data_format", "input_data_format", "return_tensors"), "of input and output"),
-        **dict.fromkeys(("device", "disable_grouping"), "of speed"),
-        **dict.fromkeys(("auto_map", "feature_extractor_type"), "names of classes; no code is run"),
-    },
+    without_effect={name: why for name, why in image_json.IMAGE.without_effect.items() if name != "do_pad"},
     fixed={
         **dict.fromkeys(("do_resize", "do_pad"), (True,)),
         "image_processor_type": ("MllamaImageProcessor", "MllamaImageProcessorFast", "MllamaImageProcessorPil"),

@@ -199,6 +199,9 @@ def test_quantized(tmp_path: Path) -> None:
     assert_equal(ours, MistralForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval())
 
 
+read_config = mistral.MistralFamily().config_of
+
+
 def test_configurations() -> None:
     assert not missing(mistral.FIELDS, of_config(MistralConfig))
     old: dict[str, Any] = {
@@ -208,13 +211,13 @@ def test_configurations() -> None:
         "num_attention_heads": 4,
         "num_hidden_layers": 1,
     }
-    text = mistral.read_config({**old, "num_key_value_heads": 2}).text
+    text = read_config({**old, "num_key_value_heads": 2}).text
     assert (text.sliding_window, text.window(0), text.head_dim) == (4096, Sliding(4096), 16)
     assert MistralConfig(**old).sliding_window == 4096
-    assert mistral.read_config({**old, "num_key_value_heads": 2, "sliding_window": None}).text.window(0) is None
+    assert read_config({**old, "num_key_value_heads": 2, "sliding_window": None}).text.window(0) is None
     for field, value in {"sliding_window": 0, "layer_types": ["full_attention"], "attention_bias": True}.items():
         with pytest.raises(ConfigError, match=field):
-            mistral.read_config({**old, "num_key_value_heads": 2, field: value})
+            read_config({**old, "num_key_value_heads": 2, field: value})
 
 
 PUBLISHED = {"mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.2": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552}
@@ -226,6 +229,6 @@ def test_presets(name: str) -> None:
     config = PRESETS[name]()
     assert config.num_parameters() == PUBLISHED[name]
     written = family_of(config).write_config(config)
-    assert mistral.read_config(written).text == config.text
+    assert read_config(written).text == config.text
     assert MistralConfig(**written).sliding_window == config.text.sliding_window
     assert json.dumps(written)

@@ -127,6 +127,8 @@ class LlamaForTransformers(PreTrainedModel, GenerationMixin):
             options: those of `LOADING`; others, which are about transformers' own models, have no effect.
         """
         given = {key: value for key, value in options.items() if key in LOADING}
+        if options.get("quantization_config") is not None:
+            raise ArgumentError("quantization_config is transformers' own; give quantization='int4', 'int8' or 'fp8'")
         if isinstance(device_map, Mapping):
             raise ArgumentError(f"device_map={device_map!r}: this model lives on one device; name that, or 'auto'")
         kind = dtype or torch_dtype or "auto"
@@ -140,9 +142,22 @@ class LlamaForTransformers(PreTrainedModel, GenerationMixin):
             _register(auto, CONFIG_MAPPING[kind], cls)
         _register(AutoModelForCausalLM, CONFIG_MAPPING["llama4"], cls)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """As `Llama4.save_pretrained`: a checkpoint for this library or for transformers."""
-        self.llm.save_pretrained(save_directory)
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """As `Llama4.save_pretrained`: a checkpoint for this library or for transformers.
+
+        Args:
+            is_main_process: of several processes with the same model one writes it.
+            options: how transformers would write it, which has no effect.
+
+        Raises:
+            ArgumentError: `push_to_hub`.
+        """
+        if push_to_hub:
+            raise ArgumentError("push_to_hub is not done here; call model.llm.push_to_hub(name)")
+        if is_main_process:
+            self.llm.save_pretrained(save_directory)
 
     @property
     def base_model(self) -> Any:
@@ -252,15 +267,18 @@ class LlamaForTransformers(PreTrainedModel, GenerationMixin):
             past_key_values = LlamaCache(self.llm.model.new_cache(B, self.llm.cache_dtype, self.llm.cache_device))
         wants_logits = options.get("output_router_logits", self.config.get_text_config().output_router_logits)
         self._router_logits.begin(wants_logits)
-        x_ND, batch = self.llm.model.hidden_states(
-            input_ids,
-            pixel_values=pixel_values,
-            attention_mask=mask_BT,
-            cache=past_key_values.cache if past_key_values is not None else None,
-        )
+        try:
+            x_ND, batch = self.llm.model.hidden_states(
+                input_ids,
+                pixel_values=pixel_values,
+                attention_mask=mask_BT,
+                cache=past_key_values.cache if past_key_values is not None else None,
+            )
+        finally:
+            router_logits = self._router_logits.end()
         if past_key_values is not None:
             past_key_values.columns += T
-        found: Any = tuple(batch.unpack(logits_NE).flatten(0, 1) for logits_NE in self._router_logits.end())
+        found: Any = tuple(batch.unpack(of_layer_NE).flatten(0, 1) for of_layer_NE in router_logits)
         return MoeModelOutputWithPast(
             last_hidden_state=batch.unpack(x_ND), past_key_values=past_key_values, router_logits=found or None
         )

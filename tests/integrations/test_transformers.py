@@ -162,4 +162,9 @@ def test_what_it_does_not_take(ours: Any) -> None:
         ours(IDS_BT, position_ids=torch.tensor([[*range(9), *range(8)]]))
     with pytest.raises(ArgumentError, match="lives on one device"):
         LlamaForTransformers.from_pretrained("tiny", device_map={"": 0})
+    with pytest.raises(ArgumentError, match="give quantization="):
+        LlamaForTransformers.from_pretrained("tiny", quantization_config={"load_in_4bit": True})
+    with pytest.raises(ArgumentError, match="push_to_hub"):
+        ours.save_pretrained("/nowhere", push_to_hub=True)
+    ours.save_pretrained("/nowhere", is_main_process=False)  # another process writes
     assert isinstance(LlamaForTransformers.from_llama4(Llama4.from_pretrained("tiny")), LlamaForTransformers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,17 @@ def started(command: str, made: dict[str, Path], target: Path) -> subprocess.Pop
     return subprocess.Popen([sys.executable, "-m", "llama4", *arguments], stdout=PIPE, stderr=PIPE)
 
 
+def served(made: dict[str, Path]) -> tuple[subprocess.Popen[bytes], str]:
+    """A server that is ready, and its address."""
+    process = started("serve", made, Path())
+    assert process.stdout is not None
+    words = b""
+    while b"/v1\n" not in words:
+        words = process.stdout.readline()
+        assert words
+    return process, words.split()[-1].decode()
+
+
 def has_used(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Whether a process has had so much of the processor's time, or is done, or waits."""
     ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
@@ -123,12 +135,17 @@ def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after:
 
 
 STEP = """
-import ctypes, sys
+import ctypes, signal, sys, time
 import llama4.train.loop as loop
 def learn(*arguments, **options):
+    if case == "late":  # the thread that sees the signal, too, looks for the handler after the main thread called it
+        signal.getsignal = lambda number: (time.sleep(0.3), of_signal(number))[1]
+    else:  # as a long backward pass: no signal ends it early
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     print("ready", flush=True)
-    ctypes.CDLL(None).usleep(4_000_000)  # as a long backward pass
+    ctypes.CDLL(None).usleep(4_000_000 if case == "twice" else 1_500_000)
     return step(*arguments, **options)
+case, of_signal = sys.argv.pop(1), signal.getsignal
 step, loop.learn = loop.learn, learn
 from llama4.__main__ import run
 sys.argv[0] = "llama4"
@@ -136,11 +153,11 @@ run()
 """
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize("case", ["once", "twice", "late"])
+def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, case: str) -> None:
     """The first Ctrl-C is answered by words at once, and by the state at the step's end; the second by the end."""
     arguments = [part.format(target=tmp_path / "target", **made) for part in COMMANDS["finetune"]]
-    process = subprocess.Popen([sys.executable, "-c", STEP, *arguments], stdout=PIPE, stderr=PIPE)
+    process = subprocess.Popen([sys.executable, "-c", STEP, case, *arguments], stdout=PIPE, stderr=PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     begun = time.monotonic()
@@ -148,7 +165,7 @@ def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, times: i
     while not (line := process.stderr.readline()).startswith(b"stopping after this step, whose state is saved"):
         assert line
     assert time.monotonic() - begun < ANSWER
-    if times == 2:
+    if case == "twice":
         seconds, error = interrupted(process)
         assert (process.returncode, error) == (130, b"llama4: interrupted\n")
         assert seconds < PATIENCE + ANSWER
@@ -158,15 +175,23 @@ def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, times: i
     assert read_about(tmp_path / "target")["step"] == 1
 
 
+def test_an_idle_server(made: dict[str, Path]) -> None:
+    """It does not wait for clients that keep a connection, or have asked half a question."""
+    process, url = served(made)
+    with httpx.Client() as client:
+        assert client.get(url.replace("/v1", "/health"), timeout=60).status_code == 200
+        half = socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])))
+        with half:
+            half.send(b"GET /hea")
+            seconds, error = interrupted(process)
+    assert (process.returncode, error) == (0, b"")
+    assert seconds < ANSWER
+
+
 def test_a_server_that_answers(made: dict[str, Path]) -> None:
     """It says for how long it goes on, and a second Ctrl-C ends it."""
-    process = started("serve", made, Path())
-    assert process.stdout is not None and process.stderr is not None
-    words = b""
-    while b"/v1\n" not in words:
-        words = process.stdout.readline()
-        assert words
-    url = words.split()[-1].decode()
+    process, url = served(made)
+    assert process.stderr is not None
     endless = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/chat/completions", json=endless, timeout=60) as answer:
         lines = answer.iter_lines()

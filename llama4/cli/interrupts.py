@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -67,8 +68,12 @@ def say_interrupted() -> None:
     print("\nllama4: interrupted" if sys.stderr.isatty() else "llama4: interrupted", file=sys.stderr, flush=True)
 
 
-def leave() -> NoReturn:
-    """End the process now, without waiting for threads that download or compute."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    os._exit(INTERRUPTED)
+def leave(code: int = INTERRUPTED) -> NoReturn:
+    """End the process now, without waiting for threads that download or compute. Python would take torch apart first,
+    which takes half a second, and seconds on a busy machine."""
+    if code != INTERRUPTED:
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

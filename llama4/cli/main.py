@@ -45,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The command of a shell."""
-    code = main()
-    if code == INTERRUPTED:
-        leave()
-    sys.exit(code)
+    leave(main())
 
 
 def make_parser() -> Parser:

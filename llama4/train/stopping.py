@@ -24,10 +24,15 @@ class Stopper:
         self.event = threading.Event()
         self.before: Any = signal.SIG_DFL
         self._lock = threading.Lock()
+        self._was_called = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        """It stays the handler after the first Ctrl-C: a thread that sees the same one later must find it."""
         self.request()
+        if self._was_called:
+            signal.signal(signal.SIGINT, self.before)
+            signal.raise_signal(signal.SIGINT)
+        self._was_called = True
 
     def request(self) -> None:
         """Any thread may ask, also where the main thread is in a kernel and cannot answer yet."""

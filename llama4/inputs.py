@@ -1,6 +1,6 @@
 """Messages with images -> the tensors that the model reads.
 
-Shapes: B rows, T columns, n tiles of all rows in order, A side of a tile in pixels.
+Shapes: B rows, T columns, n tiles of all rows in order, or the most of each of m pictures, A side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import family_of
-from llama4.families.pictures import EarlyFusion
+from llama4.families.fusion import EarlyFusion, Fusion
 from llama4.text import chat_formats
 from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
@@ -49,7 +49,7 @@ class Inputs:
     attention_mask: Tensor
     """[B, T] int64: 1 for tokens, 0 for padding."""
     pixel_values: Tensor | None
-    """[n, 3, A, A] float32, or None if no row has an image; with layers of cross-attention [m, T, 3, A, A]."""
+    """[n, 3, A, A] float32, or None if no row has an image; with layers of cross-attention [m, n, 3, A, A]."""
     image_grids: Tensor | None = None
     """[m, 2] int64, of such models: rows and columns of each picture's tiles."""
 
@@ -65,7 +65,7 @@ class Processor:
         max_tiles: most tiles in an image's grid, not counting the global tile.
         mean, std: normalisation of the pixels, which are between 0 and 1.
         resize_to_max_canvas, resample, rescale_factor: see `tile_image`.
-        pictures: how the family's models take pictures.
+        fusion: how the family's models take pictures.
         compose: the family's prompt format; None for a model of which nothing says that it chats.
         template: the checkpoint's own; it is used unless it writes what the family's does.
 
@@ -91,7 +91,7 @@ class Processor:
         resize_to_max_canvas: bool = False,
         resample: str = "bilinear",
         rescale_factor: float = 1 / 255,
-        pictures: EarlyFusion | None = None,
+        fusion: Fusion | None = None,
     ) -> None:
         if max_tiles < 1:
             raise ArgumentError(f"max_tiles is {max_tiles}; an image takes at least 1 tile")
@@ -103,7 +103,7 @@ class Processor:
         self.resample = resample
         self.rescale_factor = rescale_factor
         self.template = template
-        self.pictures = pictures or EarlyFusion()
+        self.fusion = fusion or EarlyFusion()
         self.image_limits: ImageLimits = LIMITS
         self._compose = compose
         self.tokens_per_tile = tokens_per_tile(image_size, patch_size, pixel_shuffle_ratio) if image_size else 0
@@ -142,7 +142,7 @@ class Processor:
             resize_to_max_canvas=vision.resize_to_max_canvas,
             resample=vision.resample,
             rescale_factor=vision.rescale_factor,
-            pictures=family.pictures,
+            fusion=family.fusion,
         )
 
     def __call__(
@@ -266,7 +266,7 @@ class Processor:
         tiles = [self.tile(source) for source in images]
         remaining = iter(tiles)
         if self.tokenizer.adds_bos:
-            prompts = [self.pictures.begun(prompt, bos) for prompt in prompts]
+            prompts = [self.fusion.begun(prompt, bos) for prompt in prompts]
         rows = [
             self._encode(prompt, [next(remaining) for _ in range(count)]).ids
             for prompt, count in zip(prompts, counts, strict=True)
@@ -327,7 +327,7 @@ class Processor:
             resize_to_max_canvas=self.resize_to_max_canvas,
             resample=self.resample,
             rescale_factor=self.rescale_factor,
-            **self.pictures.tiling,
+            **self.fusion.tiling,
         )
 
     def render(
@@ -427,12 +427,12 @@ class Processor:
 
     def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
         grids = [(image.rows, image.cols) for image in tiles]
-        return encode(pieces, self.tokenizer, grids, self.tokens_per_tile, self.pictures.token_ids)
+        return encode(pieces, self.tokenizer, grids, self.tokens_per_tile, self.fusion.token_ids)
 
     def _pad(self, rows: Sequence[Sequence[int]], tiles: Sequence[Tiles], side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):
             raise ArgumentError(f"padding_side is {side!r}; it must be 'left' or 'right'")
-        pictures = self.pictures.tensors(tiles, self.max_tiles)
+        pictures = self.fusion.tensors(tiles, self.max_tiles)
         longest = max(map(len, rows))
         if all(len(row) == longest for row in rows):  # no padding, and no need of a padding token
             input_ids = torch.tensor(rows)

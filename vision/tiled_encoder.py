@@ -6,7 +6,7 @@ Source: `VisionEncoder` in models/llama3/multimodal/model.py of Meta's llama-mod
 A picture is always `max_tiles` tiles, of which those behind its own are empty, and every tile's patches are filled up
 to a multiple of 8. What is empty sees only what is not, but is seen by all, as in training.
 
-Shapes: m pictures, T tiles of a picture, A side of a tile in pixels, P patches of a tile, L = P + 1 with the class
+Shapes: m pictures, n tiles of a picture, A side of a tile in pixels, P patches of a tile, L = P + 1 with the class
 token, S tokens of a picture with the empty ones, W width of the tower, D hidden size of the decoder.
 """
 
@@ -104,7 +104,7 @@ class GridEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, grid: int) -> Tensor:
-        """[T, 1, W]."""
+        """[n, 1, W]."""
         return self.gate.tanh() * self.embedding.weight[grid].view(self.shape)
 
 
@@ -119,7 +119,7 @@ class PositionEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, grid: int) -> Tensor:
-        """[T, L, W]."""
+        """[n, L, W]."""
         gate = self.gate.tanh()
         return (1 - gate) * self.embedding + gate * self.tile_embedding.weight[grid].view(self.shape)
 
@@ -148,57 +148,57 @@ class TiledVisionModel(nn.Module):
     def set_run_layer(self, run_layer: Callable[..., Tensor]) -> None:
         self.transformer.run_layer = self.global_transformer.run_layer = run_layer
 
-    def forward(self, pixels_mT3AA: Tensor, grids: Tensor) -> Tensor:
+    def forward(self, pixels_mn3AA: Tensor, grids: Tensor) -> Tensor:
         """Features of pictures.
 
         Args:
-            pixels_mT3AA: [m, T, 3, A, A], normalised, zeros in tiles that a picture does not have.
+            pixels_mn3AA: [m, n, 3, A, A], normalised, zeros in tiles that a picture does not have.
             grids: rows and columns of each picture's tiles, [m, 2].
 
         Returns:
-            [m, T * L, vision_output_dim], zeros for tiles that a picture does not have.
+            [m, n * L, vision_output_dim], zeros for tiles that a picture does not have.
 
         Raises:
             Llama4Error: tiles of another shape, or a grid that there is not.
         """
         config, side = self.config, self.config.image_size
-        if pixels_mT3AA.ndim != 5 or pixels_mT3AA.shape[1:] != (config.max_tiles, config.num_channels, side, side):
+        if pixels_mn3AA.ndim != 5 or pixels_mn3AA.shape[1:] != (config.max_tiles, config.num_channels, side, side):
             raise Llama4Error(
                 f"pixel_values must be [pictures, {config.max_tiles}, 3, {side}, {side}], "
-                f"not {list(pixels_mT3AA.shape)}"
+                f"not {list(pixels_mn3AA.shape)}"
             )
         arrangements = [(int(rows), int(cols)) for rows, cols in grids.tolist()]
-        if len(arrangements) != len(pixels_mT3AA) or not set(arrangements) <= set(config.grids):
+        if len(arrangements) != len(pixels_mn3AA) or not set(arrangements) <= set(config.grids):
             raise Llama4Error(
                 f"image_grids must be rows and columns of at most {config.max_tiles} tiles for each of "
-                f"{len(pixels_mT3AA)} pictures, not {arrangements}"
+                f"{len(pixels_mn3AA)} pictures, not {arrangements}"
             )
-        pixels = pixels_mT3AA.to(self.class_embedding.dtype)
+        pixels = pixels_mn3AA.to(self.class_embedding.dtype)
         return torch.stack([self.encode(*each_one) for each_one in zip(pixels, arrangements, strict=True)])
 
-    def encode(self, pixels_T3AA: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features of one picture, [T * L, vision_output_dim]."""
-        x_TLW, id_ = self.embed(pixels_T3AA, grid)
-        tiles, length = x_TLW.shape[:2]
-        x_TLW = F.pad(x_TLW, (0, 0, 0, -length % MULTIPLE))
-        tile_S = torch.arange(tiles, device=x_TLW.device).repeat_interleave(x_TLW.shape[1])
-        patch_S = torch.arange(x_TLW.shape[1], device=x_TLW.device).repeat(tiles)
+    def encode(self, pixels_n3AA: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features of one picture, [n * L, vision_output_dim]."""
+        x_nLW, id_ = self.embed(pixels_n3AA, grid)
+        tiles, length = x_nLW.shape[:2]
+        x_nLW = F.pad(x_nLW, (0, 0, 0, -length % MULTIPLE))
+        tile_S = torch.arange(tiles, device=x_nLW.device).repeat_interleave(x_nLW.shape[1])
+        patch_S = torch.arange(x_nLW.shape[1], device=x_nLW.device).repeat(tiles)
         is_filled_S = (tile_S < grid[0] * grid[1]) & (patch_S < length)
         order_S = torch.cat((is_filled_S.nonzero(), (~is_filled_S).nonzero())).squeeze(1)  # attention has no order
         filled = grid[0] * grid[1] * length
-        local = self.transformer(x_TLW.flatten(0, 1)[order_S], filled)
-        of_tiles_TW = self.post_tile_positional_embedding(id_)[:, 0]
-        x_SW = self.layernorm_post(local[-1]) + of_tiles_TW[tile_S[order_S]]
+        local = self.transformer(x_nLW.flatten(0, 1)[order_S], filled)
+        of_tiles_nW = self.post_tile_positional_embedding(id_)[:, 0]
+        x_SW = self.layernorm_post(local[-1]) + of_tiles_nW[tile_S[order_S]]
         last = self.global_transformer(x_SW, filled)[-1]
         between = [local[i] for i in self.config.intermediate_layers]
         features = torch.cat((last, torch.stack(between, dim=-1).flatten(1)), dim=-1)[:filled]
         return F.pad(features, (0, 0, 0, tiles * length - filled))
 
-    def embed(self, pixels_T3AA: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
-        """Patches, class token and what says where they are, [T, L, W]; and the number of the grid."""
+    def embed(self, pixels_n3AA: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
+        """Patches, class token and what says where they are, [n, L, W]; and the number of the grid."""
         id_ = 1 + self.config.grids.index(grid)
-        x_TPW = self.patch_embedding(pixels_T3AA).flatten(2).transpose(1, 2)
-        x_TPW = x_TPW + self.pre_tile_positional_embedding(id_)
-        class_token = self.class_embedding.expand(len(x_TPW), 1, -1)
-        x_TLW = torch.cat((class_token, x_TPW), dim=1) + self.gated_positional_embedding(id_)
-        return self.layernorm_pre(x_TLW), id_
+        x_nPW = self.patch_embedding(pixels_n3AA).flatten(2).transpose(1, 2)
+        x_nPW = x_nPW + self.pre_tile_positional_embedding(id_)
+        class_token = self.class_embedding.expand(len(x_nPW), 1, -1)
+        x_nLW = torch.cat((class_token, x_nPW), dim=1) + self.gated_positional_embedding(id_)
+        return self.layernorm_pre(x_nLW), id_

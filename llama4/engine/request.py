@@ -92,7 +92,7 @@ class Request:
         self.deliver = deliver
         self.alternatives = alternatives
         self.observer = observer
-        self.pictures = Pictures(model, inputs, self.ids)
+        self.pictures = PromptPictures(model, inputs, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
@@ -146,7 +146,7 @@ class Request:
         return ends
 
 
-class Pictures:
+class PromptPictures:
     """The tiles of a prompt, each encoded when the tokens that stand for it are read.
 
     Raises:

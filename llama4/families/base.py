@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from llama4.config import Llama4Config, image_json
 from llama4.config.fields import FieldTable
 from llama4.errors import Llama4Error
+from llama4.families.fusion import EarlyFusion, Fusion
 from llama4.families.names import NameTable
-from llama4.families.pictures import EarlyFusion
 from llama4.model.experts import Experts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import PARTS
@@ -37,7 +37,7 @@ class Family(ABC):
     """How its tokenizer.model cuts text, and the special tokens behind its ranks."""
     quantizable: ClassVar[Mapping[str, str]] = PARTS
     """Parts of the model that can be quantized, as patterns of parameter names."""
-    pictures: ClassVar[EarlyFusion] = EarlyFusion()
+    fusion: ClassVar[Fusion] = EarlyFusion()
     """How its models take pictures."""
     image_tables: ClassVar[tuple[FieldTable, FieldTable]] = (image_json.PROCESSOR, image_json.IMAGE)
     """What becomes of the fields of processor_config.json, and of its image processor."""

@@ -1,10 +1,11 @@
 """How the models of a family take pictures: as tokens of the prompt, and as tensors.
 
-Shapes: n tiles of all pictures, m pictures, T most tiles of a picture, A side of a tile in pixels.
+Shapes: m pictures, n tiles: of all pictures, or the most of one; A side of a tile in pixels.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
@@ -17,26 +18,40 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.vision.tiling import Tiles
 
 
-class EarlyFusion:
-    """Llama 4: each tile, and a global one, stands as so many tokens in the prompt."""
+class Fusion(ABC):
+    """How pictures come to the text."""
 
     tiling: ClassVar[dict[str, Any]] = {}
     """Arguments of `tile_image`."""
 
+    @abstractmethod
     def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
         """What a picture of so many tiles stands for in a prompt."""
+
+    @abstractmethod
+    def tensors(self, pictures: Sequence[Tiles], max_tiles: int) -> tuple[Tensor | None, Tensor | None]:
+        """`pixel_values` and `image_grids` of the model; nothing without pictures."""
+
+    @abstractmethod
+    def begun(self, prompt: list[Piece], bos: Piece) -> list[Piece]:
+        """A raw prompt with its first token."""
+
+
+class EarlyFusion(Fusion):
+    """Llama 4: each tile, and a global one, stands as so many tokens in the prompt."""
+
+    def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
         return image_tokens(rows, cols, tokens_per_tile, tokenizer)
 
     def tensors(self, pictures: Sequence[Tiles], max_tiles: int) -> tuple[Tensor | None, Tensor | None]:
-        """`pixel_values` and `image_grids` of the model: [n, 3, A, A], and none; nothing without pictures."""
+        """[n, 3, A, A], and no grids."""
         return (torch.cat([picture.pixel_values for picture in pictures]) if pictures else None), None
 
     def begun(self, prompt: list[Piece], bos: Piece) -> list[Piece]:
-        """A raw prompt with its first token."""
         return prompt if prompt[0] == bos else [bos, *prompt]
 
 
-class SeenByCrossAttention(EarlyFusion):
+class SeenByCrossAttention(Fusion):
     """Llama 3.2 Vision: a picture is one token, and its tiles are seen by layers of cross-attention."""
 
     tiling: ClassVar[dict[str, Any]] = {"global_tile": False, "precision": torch.float64}
@@ -45,7 +60,7 @@ class SeenByCrossAttention(EarlyFusion):
         return [tokenizer.special(IMAGE)]
 
     def tensors(self, pictures: Sequence[Tiles], max_tiles: int) -> tuple[Tensor | None, Tensor | None]:
-        """[m, T, 3, A, A], zeros in tiles that a picture does not have, and rows and columns of each, [m, 2]."""
+        """[m, n, 3, A, A], zeros in tiles that a picture does not have, and rows and columns of each, [m, 2]."""
         if not pictures:
             return None, None
         first = pictures[0].pixel_values

@@ -16,9 +16,9 @@ from llama4.config.typed import read_fields, read_value, section
 from llama4.errors import ConfigError
 from llama4.families import mllama_images
 from llama4.families.base import Family
+from llama4.families.fusion import SeenByCrossAttention
 from llama4.families.mllama_presets import PRESETS, layer_kinds
 from llama4.families.names import HalvesToPairs, NameTable
-from llama4.families.pictures import SeenByCrossAttention
 from llama4.model.cross_model import CrossAttentionModel
 from llama4.model.experts import Experts, LoopExperts
 from llama4.reading import read_json
@@ -102,7 +102,7 @@ class MllamaFamily(Family):
     model_types = ("mllama",)
     presets = PRESETS
     vocabulary = LLAMA32_VISION
-    pictures = SeenByCrossAttention()
+    fusion = SeenByCrossAttention()
     image_tables = (mllama_images.PROCESSOR, mllama_images.IMAGE)
 
     def described(self, content: Mapping[str, Any]) -> Iterator[tuple[FieldTable, Mapping[str, Any]]]:

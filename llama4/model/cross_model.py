@@ -1,6 +1,7 @@
 """The model whose layers of cross-attention look at pictures: Llama 3.2 Vision's.
 
-Shapes: m pictures, T tiles of a picture, A side of a tile in pixels, S patches of a picture's tiles, D hidden size.
+Shapes: m pictures, n tiles of a picture, A side of a tile in pixels, L patches of a tile and its class token, S
+those of all tiles that a picture has, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class CrossAttentionModel(Llama4Model):
     """Token ids and pictures in, logits out: an `<|image|>` keeps its embedding, and layers of cross-attention see the
     picture that it stands for.
 
-    `pixel_values` are pictures of T tiles each, and `image_grids` say how these are arranged.
+    `pixel_values` are pictures of n tiles each, and `image_grids` say how these are arranged.
     """
 
     image_name = "<|image|>"
@@ -40,11 +41,11 @@ class CrossAttentionModel(Llama4Model):
         """Pictures -> features of their patches.
 
         Args:
-            pixel_values: [m, T, 3, A, A], normalised, zeros in tiles that a picture does not have.
+            pixel_values: [m, n, 3, A, A], normalised, zeros in tiles that a picture does not have.
             image_grids: [m, 2], rows and columns of each picture's tiles.
 
         Returns:
-            [m, T * S, D], of the model's dtype; what is of no tile is to be cut off.
+            [m, n * L, D], of the model's dtype; what is of no tile is to be cut off.
 
         Raises:
             Llama4Error: a text-only model, pictures without their grids, or tiles of another shape.

@@ -305,7 +305,7 @@ class Batches:
         """Some examples as one batch."""
         chosen = [examples[i] for i in indices]
         tiles = [self._tile(source) for example in chosen for source in example.sources]
-        return collate(chosen, *self._processor.pictures.tensors(tiles, self._processor.max_tiles))
+        return collate(chosen, *self._processor.fusion.tensors(tiles, self._processor.max_tiles))
 
     def _tile(self, source: object) -> Tiles:
         key = source if isinstance(source, str) else id(source)

@@ -3,7 +3,7 @@
 params.json says nothing of the tower but the size and number of tiles: the rest stands in Meta's code,
 models/llama3/multimodal/model.py of llama-models.
 
-Shapes: T most tiles of a picture, P patches of a tile and its class token, W width of the tower.
+Shapes: n most tiles of a picture, P patches of a tile and its class token, W width of the tower.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def in_model_shapes(files: MetaSource, config: Llama4Config) -> Source:
     return ComputedSource(files, tensors, {})
 
 
-def _rows(grids_TTPW: Tensor, vision: TiledVisionConfig) -> Tensor:
-    """[T, T, P, W], by the row and column of a tile -> a row for each grid of tiles, zeros for tiles that it does not
+def _rows(grids_nnPW: Tensor, vision: TiledVisionConfig) -> Tensor:
+    """[n, n, P, W], by the row and column of a tile -> a row for each grid of tiles, zeros for tiles that it does not
     have; row 0 is of no picture."""
-    table = grids_TTPW.new_zeros(len(vision.grids) + 1, vision.max_tiles, *grids_TTPW.shape[2:])
+    table = grids_nnPW.new_zeros(len(vision.grids) + 1, vision.max_tiles, *grids_nnPW.shape[2:])
     for i, (rows, cols) in enumerate(vision.grids, 1):
-        table[i, : rows * cols] = grids_TTPW[:rows, :cols].flatten(0, 1)
+        table[i, : rows * cols] = grids_nnPW[:rows, :cols].flatten(0, 1)
     return table

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from llama4 import Llama4
+from llama4.cli.chat.answers import Remote
 from llama4.cli.chat.commands import completions, file_names
 from llama4.cli.chat.printing import MarkdownPrinter, printable, speed, split_blocks
 from llama4.cli.main import main
@@ -204,6 +205,25 @@ def test_a_server_of_ours_answers_as_the_model_does(talk: Talk) -> None:
     assert wrong[0] == 1 and wrong[2].startswith("llama4: error: the server says: the API key is missing or wrong")
 
 
+def test_a_question_stopped_before_its_answer_leaves_its_pictures(
+    fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, stops = Remote.stream, iter([True, False, False])
+
+    def stopped_once(self: Remote, *arguments: Any) -> Iterator[str]:
+        if next(stops):
+            raise KeyboardInterrupt
+        return stream(self, *arguments)
+
+    monkeypatch.setattr(Remote, "stream", stopped_once)
+    fake.replies = [["one"], ["two"]]
+    code, out, _ = talk(f"/image {PICTURE}\na\nb\nc\n", "--server", fake.url)
+    assert code == 0 and "(stopped)" in out
+    first, second = (body["messages"] for body in fake.bodies)
+    assert [part["type"] for part in first[0]["content"]] == ["image_url", "text"]
+    assert first[0]["content"][1]["text"] == "b" and second[-1]["content"] == "c"
+
+
 def test_files_of_others_are_left_alone(fake: Fake, talk: Talk, tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text('{"a": 1}')
     part = {"type": "image_url", "image_url": {"url": "/etc/hostname"}}
@@ -245,6 +265,10 @@ def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.Monkey
         (["--server", f"{fake.url}/none/v1"], None),
         (["--server", "http://127.0.0.1:9"], "does not answer"),
         (["--api-key", "x"], "--api-key is for --server"),
+        (
+            ["--server", fake.url, "--quantization", "int4", "--adapter", "a", "--no-memory-map"],
+            "leave out --quantization, --no-memory-map, --adapter",
+        ),
     ):
         code, _, err = talk("", *arguments)
         assert (code == 0) == (reason is None)

@@ -133,6 +133,16 @@ def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) ->
     return {name: getattr(options, name) for name in names}
 
 
+def loading_options_given(options: argparse.Namespace) -> list[str]:
+    """Those of `FROM_PRETRAINED` that are not at their defaults, as they are typed."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add(parser, FROM_PRETRAINED)
+    defaults = parser.parse_args([])
+    names = {name: settings.get("dest", name) for name, settings in FROM_PRETRAINED.items()}
+    chosen = [name for name, dest in names.items() if getattr(options, dest) != getattr(defaults, dest)]
+    return ["--" + name.replace("_", "-") for name in chosen]
+
+
 def load_model(options: argparse.Namespace) -> Llama4:
     with answered_soon():  # also of commands that answer Ctrl-C themselves afterwards
         from llama4.api import Llama4

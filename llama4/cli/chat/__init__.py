@@ -13,7 +13,7 @@ from llama4.cli.chat.commands import COMMANDS, LEAVING, completions, help_text, 
 from llama4.cli.chat.conversation import Conversation, errors_printed
 from llama4.cli.chat.printing import make_printer
 from llama4.cli.chat.reading import QUOTES, LineReader, make_reader
-from llama4.cli.options import add_chat_options, chat_options, load_model
+from llama4.cli.options import add_chat_options, chat_options, load_model, loading_options_given
 from llama4.errors import ArgumentError, Llama4Error
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def _answerer(options: argparse.Namespace) -> Answerer:
             raise ArgumentError("--api-key is for --server; a model here needs none")
         options.model = options.model or "tiny"
         return Local(load_model(options), Path(options.model.rstrip("/")).name)
+    if given := loading_options_given(options):
+        raise ArgumentError(f"the model of --server is loaded already; leave out {', '.join(given)}")
     return Remote(options.server, options.api_key or os.environ.get(KEY), options.model, options.private_host)
 
 

@@ -87,12 +87,14 @@ class Conversation:
         return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
 
     def ask(self, text: str) -> None:
-        """Print the reply as it comes. After Ctrl-C the conversation has as much of it as was printed."""
+        """Print the reply as it comes. After Ctrl-C the conversation has as much of it as was printed; before anything
+        was, the question is not kept, and its pictures are those of the next."""
         content: Any = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
-        self._answer({"role": "user", "content": content})
-        self.pictures = []
+        if self._answer({"role": "user", "content": content}):
+            self.pictures = []
 
-    def _answer(self, question: dict[str, Any]) -> None:
+    def _answer(self, question: dict[str, Any]) -> bool:
+        """Whether there is an answer, which is now in the conversation with its question."""
         answer, first = Answer(), None
         remark = ""
         try:
@@ -113,10 +115,11 @@ class Conversation:
         for call in answer.tool_calls:
             self.printer.line(json.dumps(_as_shown(call), ensure_ascii=False))
         if not answer.has_begun:  # Ctrl-C came before the first token
-            return
+            return False
         self.printer.figures(answer.tokens, took)
         said: dict[str, Any] = {"role": "assistant", "content": answer.text}
         self.messages += [question, {**said, **({"tool_calls": answer.tool_calls} if answer.tool_calls else {})}]
+        return True
 
     def undo(self) -> bool:
         """Take back the last question and what came of it; whether there was one."""

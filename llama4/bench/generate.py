@@ -35,7 +35,7 @@ from llama4.bench.report import (
 from llama4.bench.tasks import Task
 from llama4.bench.throughput import TaskList, measure, thread_count
 from llama4.config import Llama4Config
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import Llama4Error
 from llama4.files import replace_text
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.plan import QuantizationPlan
@@ -175,13 +175,8 @@ def _peer(text: str) -> tuple[str, str | None]:
     Raises:
         ArgumentTypeError: another name, or no programs there.
     """
-    name, _, programs = text.partition("=")
-    if name == llama_cpp.NAME and programs:
-        try:
-            llama_cpp.check_programs(programs)
-        except ArgumentError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return name, programs
+    if (programs := llama_cpp.directory_of(text, "llama-bench")) is not None:
+        return llama_cpp.NAME, programs
     if text not in BASELINES:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not known; choose {', '.join(BASELINES)}, or {llama_cpp.NAME}=DIRECTORY"

@@ -1,4 +1,4 @@
-"""llama.cpp through its own benchmark programs, `llama-bench` and `llama-batched-bench`, in the place of a worker.
+"""llama.cpp through its own programs: `llama-bench` and `llama-batched-bench` in the place of a worker.
 
 Every sample is a process that maps the file, warms up, and runs one task. The model is written as GGUF before, in the
 type that is nearest to the weights that this library computes with.
@@ -6,17 +6,19 @@ type that is nearest to the weights that this library computes with.
 
 from __future__ import annotations
 
+import argparse
 import json
-import resource
 import subprocess
-import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from llama4.bench.engine import EngineConfig
+from llama4.bench.process_memory import peak_bytes_of
 from llama4.bench.tasks import Task
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import Llama4Error
 
 NAME = "llama.cpp"
 TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "q8_0", "int4": "q4_0"}
@@ -25,15 +27,66 @@ TIMEOUT = 1800.0
 """Seconds after which a program is ended."""
 
 
-def check_programs(directory: str) -> None:
-    """Raises:
-    ArgumentError: `llama-bench` is not there.
+POLL = 0.1
+"""Seconds between looks at a program's memory."""
+
+
+def directory_of(text: str, program: str) -> str | None:
+    """DIRECTORY of `llama.cpp=DIRECTORY`; None if it is something else.
+
+    Raises:
+        argparse.ArgumentTypeError: the program is not there.
     """
-    if not (Path(directory) / "llama-bench").is_file():
-        raise ArgumentError(
-            f"there is no llama-bench in {directory}; build llama.cpp and name the directory with its "
+    name, _, directory = text.partition("=")
+    if name != NAME or not directory:
+        return None
+    if not (Path(directory) / program).is_file():
+        raise argparse.ArgumentTypeError(
+            f"there is no {program} in {directory}; build llama.cpp and name the directory with its "
             "programs, such as build/bin"
         )
+    return directory
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a program wrote, and the most memory that it had."""
+
+    stdout: str
+    stderr: str
+    peak_bytes: int
+
+
+def run_program(path: Path, *arguments: str, timeout: float = TIMEOUT) -> Output:
+    """Raises:
+    Llama4Error: it cannot be run, fails, or is not done within so many seconds.
+    """
+    try:
+        process = subprocess.Popen(
+            [path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
+    except OSError as error:
+        raise Llama4Error(f"{path} cannot be run: {error}") from None
+    peak, end = 0, time.monotonic() + timeout
+    with process:
+        try:
+            while True:
+                peak = max(peak, peak_bytes_of(process.pid))
+                try:
+                    stdout, stderr = process.communicate(timeout=POLL)
+                    break
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > end:
+                        raise Llama4Error(f"{path.name} was not done within {timeout:.0f} seconds") from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        said = stderr.strip().splitlines()
+        raise Llama4Error(
+            f"{path.name} failed with code {process.returncode}: {said[-1] if said else 'it said nothing'}"
+        )
+    return Output(stdout, stderr, max(peak, peak_bytes_of(process.pid)))
 
 
 class Programs:
@@ -44,11 +97,12 @@ class Programs:
     """
 
     pid = 0
-    """No process stays; those that ran are children of this one."""
+    """No process stays."""
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.programs is not None
         self._directory, self._config = Path(config.programs), config
+        self._peak = 0
 
     def can(self, task: Task) -> bool:
         """Pictures are not in these programs; several rows are in a program that may not have been built."""
@@ -60,8 +114,7 @@ class Programs:
         if method == "seconds":
             return self._seconds(*arguments)
         assert method == "peak_bytes", method
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+        return self._peak
 
     def _seconds(self, task: Task) -> float:
         """Of a prompt, or of one step on average."""
@@ -77,19 +130,12 @@ class Programs:
 
     def _run(self, program: str, *arguments: str) -> dict[str, Any]:
         """The last line of its output, which is JSON."""
-        command = [str(self._directory / program), "-m", self._config.directory, "-t", str(self._config.threads)]
-        try:
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        except OSError as error:
-            raise Llama4Error(f"{command[0]} cannot be run: {error}") from None
-        except subprocess.TimeoutExpired:
-            raise Llama4Error(f"{program} was not done within {TIMEOUT:.0f} seconds") from None
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            said = done.stderr.strip().splitlines()
-            raise Llama4Error(
-                f"{program} failed with code {done.returncode}: {said[-1] if said else 'it said nothing'}"
-            )
+        model = ["-m", self._config.directory, "-t", str(self._config.threads)]
+        output = run_program(self._directory / program, *model, *arguments)
+        self._peak = max(self._peak, output.peak_bytes)
+        lines = [line for line in output.stdout.splitlines() if line.startswith("{")]
+        if not lines:
+            raise Llama4Error(f"{program} printed no JSON; build a newer llama.cpp")
         found: dict[str, Any] = json.loads(lines[-1])
         return found
 

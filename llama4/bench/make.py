@@ -25,6 +25,7 @@ from llama4.bench.report import positive
 from llama4.config import Llama4Config, TextConfig
 from llama4.config.presets import maverick, scout
 from llama4.config.rope import RopeScaling
+from llama4.errors import ArgumentError
 from llama4.families import family_of
 from llama4.model.device import DTYPES
 from llama4.model.experts import BACKENDS
@@ -199,6 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_free(options.target)
     config = MODELS[options.model]()
     if options.layers is not None:
+        if options.layers > config.text.num_hidden_layers:
+            raise ArgumentError(f"{options.model} has {config.text.num_hidden_layers} layers; --layers may be no more")
         text = replace(config.text, num_hidden_layers=options.layers, moe_layers=None, layer_types=None)
         config = replace(config, text=replace(text, no_rope_layers=None))
     with torch.device("meta"):

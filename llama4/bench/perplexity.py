@@ -1,6 +1,6 @@
 """How well models foretell a text: perplexity as llama-perplexity measures it, so that its figures can stand beside.
 
-`llama4 bench perplexity MODEL [MODEL ...] [--text FILE] [--context N] [--transformers] [--llama-perplexity PROGRAM]`
+`llama4 bench perplexity MODEL [MODEL ...] [--text FILE] [--context N] [--transformers] [--vs llama.cpp=DIRECTORY]`
 
 The text is cut into windows of as many tokens, each read for itself, with BOS in its first place if the tokenizer adds
 one; what is foretold in its second half counts.
@@ -8,10 +8,10 @@ one; what is foretold in its second half counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from llama4.api import Llama4
 from llama4.arguments import Parser
+from llama4.bench import llama_cpp
+from llama4.bench.report import positive
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.ops.linear import Linear
 from llama4.progress import Bar
@@ -31,6 +33,7 @@ from llama4.quantization.weight import QuantizedWeight
 from llama4.weights.checkpoint import read_config
 from llama4.weights.gguf.files import is_gguf
 
+PROGRAM = "llama-perplexity"
 _ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+)")
 
 
@@ -110,20 +113,21 @@ def _transformers(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda ids: model(ids, use_cache=False).logits
 
 
-def _llama_cpp(program: str, path: Path, text: Path, length: int, windows: int) -> float:
+def _llama_cpp(programs: str, path: Path, text: Path, length: int, windows: int) -> float:
     """Raises:
-    Llama4Error: it gives no estimate.
+    Llama4Error: the program fails, or gives no estimate.
     """
     options = ["-c", str(length), "-b", str(length), "--chunks", str(windows), "-t", str(torch.get_num_threads())]
-    result = subprocess.run([program, "-m", str(path), "-f", str(text), *options], capture_output=True, text=True)
-    found = _ESTIMATE.search(result.stdout + result.stderr)
+    program, files = Path(programs) / PROGRAM, ["-m", str(path), "-f", str(text)]
+    output = llama_cpp.run_program(program, *files, *options, timeout=llama_cpp.TIMEOUT + 60 * windows)
+    found = _ESTIMATE.search(output.stdout + output.stderr)
     if found is None:
-        raise Llama4Error(f"{program} gives no estimate for {path}: {result.stderr[-300:]}")
+        raise Llama4Error(f"{program} gives no estimate for {path}: {output.stderr[-300:]}")
     return float(found[1])
 
 
-def measure(path: Path, text: Path, length: int, most: int | None, *, transformers: bool, llama_cpp: str | None) -> Row:
-    """One model, in float32 but for what is quantized."""
+def measure(path: Path, text: Path, length: int, most: int | None, *, transformers: bool, programs: str | None) -> Row:
+    """One model, in float32 but for what is quantized; `programs` is the directory with llama.cpp's."""
     llm = Llama4.from_pretrained(path, dtype="float32", progress=False)
     windows = windows_of(llm, text.read_text(encoding="utf-8"), length, most)
     ours = perplexity(llm.model, windows, progress=True)
@@ -135,8 +139,8 @@ def measure(path: Path, text: Path, length: int, most: int | None, *, transforme
     others: dict[str, float] = {}
     if transformers:
         others["transformers"] = perplexity(_transformers(path), windows, progress=True)
-    if llama_cpp is not None and is_gguf(path):
-        others["llama_cpp"] = _llama_cpp(llama_cpp, path, text, length, len(windows))
+    if programs is not None and is_gguf(path):
+        others["llama_cpp"] = _llama_cpp(programs, path, text, length, len(windows))
     return Row(path.name, bits, tokens, ours, **others)
 
 
@@ -153,21 +157,30 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _programs(text: str) -> str:
+    directory = llama_cpp.directory_of(text, PROGRAM)
+    if directory is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; write {llama_cpp.NAME}=DIRECTORY")
+    return directory
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="llama4 bench perplexity", description="Perplexity on a text, as llama-perplexity measures it."
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="directories, or GGUF files")
     parser.add_argument("--text", metavar="FILE", required=True, help="in UTF-8")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a window (default: 512)")
-    parser.add_argument("--windows", type=int, metavar="N", help="at most so many (default: all)")
+    parser.add_argument("--context", type=positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    parser.add_argument("--windows", type=positive, metavar="N", help="at most so many (default: all)")
     parser.add_argument("--transformers", action="store_true", help="also by transformers, in float32")
-    parser.add_argument("--llama-perplexity", metavar="PROGRAM", help="also by llama.cpp's program, of GGUF files")
+    parser.add_argument(
+        "--vs", type=_programs, metavar="llama.cpp=DIRECTORY", help=f"also by its {PROGRAM}, of GGUF files"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for name in options.models:
-        how: dict[str, Any] = {"transformers": options.transformers, "llama_cpp": options.llama_perplexity}
+        how: dict[str, Any] = {"transformers": options.transformers, "programs": options.vs}
         rows.append(measure(Path(name), Path(options.text), options.context, options.windows, **how))
         if not options.json:
             print(f"{rows[-1].model}: {rows[-1].ours:.3f}", file=sys.stderr)

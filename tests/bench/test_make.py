@@ -81,3 +81,9 @@ def test_target_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["make", "small", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_more_layers_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["make", "small", str(tmp_path / "model"), "--layers", "9"]) == 2
+    assert "small has 8 layers" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from llama4.bench import perplexity
+from llama4.bench import llama_cpp, perplexity
 from llama4.bench.__main__ import main
+from llama4.errors import Llama4Error
 from llama4.weights.convert import convert_to_gguf, quantize
 from tests.families import test_llama_api as dense
 
@@ -55,3 +57,57 @@ def test_a_text_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[
     dense.write(tmp_path / "model")
     assert main(["perplexity", str(tmp_path / "model"), "--text", str(tmp_path / "text")]) == 2
     assert "give a longer text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--windows", "--context"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_below_one(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["perplexity", "model", "--text", "text", option, value])
+    assert f"{option}: invalid positive value" in capsys.readouterr().err
+
+
+PROGRAM = f"""#!{sys.executable}
+import sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert open(given["-m"], "rb").read(4) == b"GGUF"
+if given["-c"] == "32":
+    sys.exit("no room")
+print("Final estimate: PPL = 12.5 +/- 0.1" if given["--chunks"] == "3" else "nan", file=sys.stderr)
+"""
+
+
+def test_beside_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that says what it was asked, in place of its own."""
+    dense.write(tmp_path / "model")
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", "q8_0", progress=False)
+    (tmp_path / "text").write_text("Some words, and others. " * 20)
+    command = ["perplexity", str(tmp_path / "a.gguf"), "--text", str(tmp_path / "text"), "--windows", "3", "--json"]
+    command += ["--vs", f"llama.cpp={tmp_path}", "--context"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "64"])
+    assert f"there is no llama-perplexity in {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "llama-perplexity").write_text(PROGRAM)
+    assert main([*command, "64"]) == 1
+    assert "llama-perplexity cannot be run" in capsys.readouterr().err
+    (tmp_path / "llama-perplexity").chmod(0o755)
+    assert main([*command, "64"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["llama_cpp"] == 12.5
+    assert main([*command, "32"]) == 1
+    assert "llama-perplexity failed with code 1: no room" in capsys.readouterr().err
+
+
+def test_a_program_that_does_not_end() -> None:
+    with pytest.raises(Llama4Error, match="was not done within 0 seconds"):
+        llama_cpp.run_program(Path(sys.executable), "-c", "import time; time.sleep(100)", timeout=0.2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is that of any child")
+def test_memory_is_that_of_the_program() -> None:
+    """And neither another child's nor this process's, which has torch."""
+    code = "import sys, time; kept = b'1' * (int(sys.argv[1]) << 20); time.sleep(0.3)"
+    large, small = (
+        llama_cpp.run_program(Path(sys.executable), "-c", code, size).peak_bytes / 2**20 for size in ("150", "0")
+    )
+    assert 150 < large < 200 and 1 < small < 50

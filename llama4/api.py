@@ -17,7 +17,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
-from llama4.engine.moderation import MAX_REPLY, ask, judge
+from llama4.engine.moderation import MAX_REPLY, Asked, ask, judge
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
@@ -488,6 +488,14 @@ class Llama4:
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
         asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard)
+        return self.judge(asked, threshold)
+
+    def judge(self, asked: Asked, threshold: float = 0.5) -> Moderation:
+        """What `moderate` says of a prompt that is prepared already.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+        """
         rows = identities(asked.inputs, self.model)
         window = self.config.text.max_position_embeddings
         if len(rows[0]) + MAX_REPLY > (window := min(window, self.max_context or window)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -334,10 +335,18 @@ def test_pictures_go_through_llama_3_2_vision(tmp_path: Path) -> None:
 _AFTER_TEXT = ("vision", "boi_token_index", "eoi_token_index", "image_token_index", "dtype")
 
 
-def test_server(guard: Path, llm_tiny: Llama4) -> None:
+def test_server(guard: Path, llm_tiny: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `Llama4.moderate`, in OpenAI's form; another model has no such route."""
     own: dict[str, Any] = {"categories": OWN}
     server = Running(Llama4.from_pretrained(guard, progress=False), Settings("guard"), cache_memory="64MiB")
+    processor, readers = server.engine.llm.processor, set[str]()
+    read = processor.read
+
+    def noted(row: Any) -> Any:
+        readers.add(current_thread().name)
+        return read(row)
+
+    monkeypatch.setattr(processor, "read", noted)
     try:
 
         def ask(status: int = 200, **fields: Any) -> Any:
@@ -353,7 +362,10 @@ def test_server(guard: Path, llm_tiny: Llama4) -> None:
         assert [each["flagged"] for each in two] == [False, False]
         assert two[0]["categories"] == {"Violent Crimes": False, "Non-Violent Crimes": False, "Hate": False}
         parts = [{"type": "text", "text": "Hello"}]
-        assert ask(input=parts, **own)["results"][0]["categories"] == result["categories"]
+        (of_parts,) = ask(input=parts, **own)["results"]
+        assert of_parts["categories"] == result["categories"]
+        assert of_parts["category_applied_input_types"]["Puns"] == ["text"]
+        assert readers and "llama4 engine" not in readers, "who reads prompts is not who computes"
         assert ask(messages=RESPONSE, **own)["results"][0]["flagged"]
         assert "give input or messages" in ask(400, input="a", messages=PROMPT)["error"]["message"]
         assert "no category S9" in ask(400, input="a", excluded=["S9"])["error"]["message"]

@@ -172,8 +172,8 @@ def _parts(blocks: Sequence[Any], at: str, settings: Settings) -> list[dict[str,
                 url = f"data:{source.get('media_type', '')};base64,{source['data']}"
                 parts.append({"type": "image_url", "image_url": {"url": url}})
             elif source["url"].startswith("file://"):
-                name, place = source["url"].removeprefix("file://"), f"{at}[{i}].source.url"
-                parts.append({"type": "image", "image": read_media(name, settings.media_directory, place)})
+                data = read_media(source["url"], settings.media_directory, f"{at}[{i}].source.url")
+                parts.append({"type": "image", "image": data})
             else:
                 parts.append({"type": "image_url", "image_url": {"url": source["url"]}})
     return parts
@@ -213,14 +213,15 @@ async def create(service: Service, call: Call) -> Response:
     }
     if (form := (fields["output_config"] or {}).get("format")) is not None:
         options["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
-    (stream,) = choices_of(service.engine, messages_of(fields, service.settings), 1, options)
+    messages = await asyncio.to_thread(messages_of, fields, service.settings)
+    (stream,) = choices_of(service.engine, messages, 1, options)
     return await respond(service, call, MessageAnswer(stream, service.settings.name))
 
 
 async def count_tokens(service: Service, call: Call) -> Response:
     fields = call.fields
     service.check_model(fields["model"])
-    messages, tools = messages_of(fields, service.settings), tools_of(fields)
+    messages, tools = await asyncio.to_thread(messages_of, fields, service.settings), tools_of(fields)
     shown = tools["tools"] if tools["tool_choice"] != "none" else None
     inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown)
     return JSONResponse({"input_tokens": inputs.input_ids.shape[1]})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+from llama4.reading import read_bytes
 from llama4.serve.errors import RequestError
 from llama4.serve.schema import NULL, OBJECT, STRING, Schema, any_of, array, one_of, record
 from llama4.text.messages import ROLES
+from llama4.vision.limits import LIMITS
 
 LINK = any_of(STRING, record(("url",), url=STRING))
 PART: Schema = {
@@ -57,20 +62,29 @@ def _read_pictures(message: Mapping[str, Any], at: str, directory: Path | None) 
         link = part.get("image_url")
         url = link.get("url") if isinstance(link, dict) else link
         if isinstance(url, str) and url.startswith("file://"):
-            field = f"{at}.content[{i}].image_url"
-            part = {"type": "image", "image": read_media(url.removeprefix("file://"), directory, field)}
+            part = {"type": "image", "image": read_media(url, directory, f"{at}.content[{i}].image_url")}
         parts.append(part)
     return {**message, "content": parts}
 
 
-def read_media(name: str, directory: Path | None, field: str) -> bytes:
-    """Raises:
-    RequestError: no file in the media directory.
+def has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    return any(not part["type"].endswith("text") for content in contents for part in content)
+
+
+def read_media(url: str, directory: Path | None, field: str) -> bytes:
+    """What a `file://` URL names, in the media directory or by its whole path.
+
+    Raises:
+        RequestError: no file in the media directory.
     """
     if directory is None:
         raise RequestError("file:// pictures are not read here; send the data, as a data: URL", field=field)
     root = directory.resolve()
-    for path in ((root / name.lstrip("/")).resolve(), Path(name).resolve()):
-        if path.is_relative_to(root) and path.is_file():
-            return path.read_bytes()
-    raise RequestError(f"file://{name:.200} is no file in the media directory", field=field)
+    with suppress(OSError, RuntimeError, ValueError):  # names that are too long, circles of links, no names
+        parts = urlsplit(url)
+        name = url2pathname(("" if parts.netloc == "localhost" else parts.netloc) + parts.path)
+        for path in ((root / name.lstrip("/")).resolve(), Path(name).resolve()):
+            if path.is_relative_to(root) and path.is_file():
+                return read_bytes(path, LIMITS.max_bytes)
+    raise RequestError(f"{url!r:.200} is no picture in the media directory", field=field)

@@ -6,6 +6,7 @@ the others have 0.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,10 +15,10 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from llama4.api import Llama4
-from llama4.engine.moderation import is_guard
-from llama4.serve.conversation import MESSAGE, PART, with_media
+from llama4.engine.moderation import Asked, ask, is_guard
+from llama4.serve.conversation import MESSAGE, PART, has_pictures, with_media
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service
+from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
 from llama4.serve.schema import FLAG, OBJECT, STRING, TEXT, Field, Fields, any_of, array, number, record
 from llama4.text.guard import Moderation
 
@@ -41,20 +42,24 @@ async def moderate(service: Service, call: Call) -> Response:
     service.check_model(fields["model"])
     if (fields["input"] is None) == (fields["messages"] is None):
         raise RequestError("give input or messages", field="input")
-    if service.is_draining:
-        raise RequestError("the server is about to stop; ask another one", status=503)
-    results = []
-    for messages in _conversations(fields):
-        read = with_media(messages, service.settings.media_directory)
-        found = await service.engine.compute(partial(_moderate, messages=read, fields=fields))
-        results.append(_result(found, has_pictures=any(isinstance(each.get("content"), list) for each in read)))
+    check_taking(service)
+    results = await unless_gone(call.request, _results(service, fields))
     return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": service.settings.name, "results": results})
 
 
-def _moderate(llm: Llama4, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> Moderation:
-    return llm.moderate(
-        messages, categories=fields["categories"], excluded=fields["excluded"], threshold=fields["threshold"]
-    )
+async def _results(service: Service, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results = []
+    for messages in _conversations(fields):
+        asked = await asyncio.to_thread(_asked, service, messages, fields)
+        found = await service.engine.compute(partial(Llama4.judge, asked=asked, threshold=fields["threshold"]))
+        results.append(_result(found, has_pictures(messages)))
+    return results
+
+
+def _asked(service: Service, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> Asked:
+    """The prompt, its pictures read: nothing of that is done while the model waits."""
+    llm, read = service.engine.llm, with_media(messages, service.settings.media_directory)
+    return ask(llm.processor, llm.config, read, fields["categories"], fields["excluded"], guard=None)
 
 
 def _conversations(fields: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
@@ -65,8 +70,8 @@ def _conversations(fields: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
     return [[{"role": "user", "content": content}] for content in contents]
 
 
-def _result(found: Moderation, has_pictures: bool) -> dict[str, Any]:
-    kinds = ["text", "image"] if has_pictures else ["text"]
+def _result(found: Moderation, shows_pictures: bool) -> dict[str, Any]:
+    kinds = ["text", "image"] if shows_pictures else ["text"]
     named = {category.name for category in found.categories}
     names = [category.name for category in found.asked]
     return {

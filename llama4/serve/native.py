@@ -64,7 +64,7 @@ async def tokenize(service: Service, call: Call) -> Response:
     llm, fields = service.engine.llm, call.fields
     service.check_model(fields["model"])
     if fields["messages"] is not None:
-        messages, options = prompt_of(service, fields)
+        messages, options = await prompt_of(service, fields)
         del options["tool_choice"]
         inputs = await asyncio.to_thread(llm.processor, messages, **options)
         ids: list[int] = inputs.input_ids[0].tolist()
@@ -90,7 +90,7 @@ async def detokenize(service: Service, call: Call) -> Response:
 
 
 async def apply_template(service: Service, call: Call) -> Response:
-    messages, options = prompt_of(service, call.fields)
+    messages, options = await prompt_of(service, call.fields)
     variables = options["chat_template_kwargs"] or {}
     continues = bool(options["continue_final_message"])
     text = await asyncio.to_thread(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -101,12 +102,12 @@ COMPLETION = record(
 )
 
 
-def prompt_of(service: Service, fields: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+async def prompt_of(service: Service, fields: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """Messages, and the options of `Engine.stream` that `FORMAT` asks for."""
     service.check_model(fields["model"])
     options = {name: fields[name] for name in ("tool_choice", "chat_template_kwargs")}
     options |= {"tools": fields["tools"] or None, "continue_final_message": fields["continue_final_message"] or None}
-    return with_media(fields["messages"], service.settings.media_directory), options
+    return await asyncio.to_thread(with_media, fields["messages"], service.settings.media_directory), options
 
 
 async def chat(service: Service, call: Call) -> Response:
@@ -114,7 +115,7 @@ async def chat(service: Service, call: Call) -> Response:
     if fields["top_logprobs"] and not fields["logprobs"]:
         raise RequestError("top_logprobs is for logprobs: true", field="top_logprobs")
     tells_usage = check_usage(fields)
-    messages, options = prompt_of(service, fields)
+    messages, options = await prompt_of(service, fields)
     options |= sampling_of(fields)
     options["max_new_tokens"] = (
         fields["max_completion_tokens"] or fields["max_tokens"] or service.engine.scheduler.window

@@ -85,7 +85,7 @@ def _content(content: str | Sequence[Mapping[str, Any]], at: str, settings: Sett
         if part["type"] == "input_image":
             url: str = part["image_url"]
             if url.startswith("file://"):
-                data = read_media(url.removeprefix("file://"), settings.media_directory, f"{at}[{i}].image_url")
+                data = read_media(url, settings.media_directory, f"{at}[{i}].image_url")
                 parts.append({"type": "image", "image": data})
             else:
                 parts.append({"type": "image_url", "image_url": {"url": url}})

@@ -100,7 +100,7 @@ async def create(service: Service, call: Call) -> Response:
         raise RequestError("background is for store: true, without stream", field="background")
     items = with_ids(fields["input"])
     before = await asyncio.to_thread(_before, service, fields["previous_response_id"])
-    messages = messages_of([*before, *items], service.settings)
+    messages = await asyncio.to_thread(messages_of, [*before, *items], service.settings)
     if not messages:
         raise RequestError("input has no message", field="input")
     if fields["instructions"]:

@@ -62,6 +62,7 @@ def run(server: Server, address: Address) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave)  # the engine may be at a long prompt
         server.engine.close()
+        server.service.store.close()
 
 
 class _Runner(uvicorn.Server):

@@ -86,44 +86,56 @@ _LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 def check(value: Any, schema: Schema, at: str) -> None:
     """Raises:
-    RequestError: a value that a schema does not allow; `at` is its field.
+    RequestError: a value that a schema does not allow, or half a character; `at` is its field.
     """
+    _check_characters(value, at)
     if "anyOf" in schema:
         _check_any(value, schema, at)
     if not all(holds(value, schema[name]) for name, holds in _LIMITS.items() if name in schema):
         raise RequestError(f"{at} is {value!r:.80}; it must be {wanted(schema)}", field=at)
-    if isinstance(value, list) and "items" in schema:
+    if isinstance(value, list):
         for i, item in enumerate(value):
-            check(item, schema["items"], f"{at}[{i}]")
+            check(item, schema.get("items", ANYTHING), f"{at}[{i}]")
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         for name in schema.get("required", ()):
             if name not in value:
                 raise RequestError(f"{at}.{name} is missing", field=f"{at}.{name}")
         for name, own in value.items():
+            _check_characters(name, at)
             if "propertyNames" in schema:
                 check(name, schema["propertyNames"], at)
             check(own, properties.get(name, schema.get("additionalProperties", ANYTHING)), f"{at}.{name:.80}")
 
 
+def _check_characters(value: Any, at: str) -> None:
+    if isinstance(value, str) and not value.isascii() and re.search(r"[\ud800-\udfff]", value):
+        raise RequestError(f"{at} has half of a surrogate pair, which is no character; send both halves", field=at)
+
+
 def _check_any(value: Any, schema: Schema, at: str) -> None:
     """One of several; if it is none of them, what is told is the error of the one whose `type` it has, or else the
     error furthest inside."""
-    kinds = [kind for each in schema["anyOf"] for kind in each.get("properties", {}).get("type", {}).get("enum", ())]
-    kinds = kinds if isinstance(value, dict) and "type" in value else []
-    if kinds:
-        check(value["type"], one_of(*kinds), f"{at}.type")
+    choices = schema["anyOf"]
+    if isinstance(value, dict) and "type" in value and any(_kinds(each) for each in choices):
+        check(value["type"], one_of(*(kind for each in choices for kind in _kinds(each))), f"{at}.type")
+        choices = [each for each in choices if value["type"] in (_kinds(each) or [value["type"]])]
     errors: list[RequestError] = []
-    for each in schema["anyOf"]:
+    for each in choices:
         try:
             return check(value, each, at)
         except RequestError as error:
-            if error.field != f"{at}.type" or not kinds:
-                errors.append(error)
+            errors.append(error)
     deepest = max(errors, key=lambda error: len(error.field or ""))
     if deepest.field != at:
         raise deepest
     raise RequestError(f"{at} is {value!r:.80}; it must be {wanted(schema)}", field=at)
+
+
+def _kinds(schema: Schema) -> Sequence[Any]:
+    """What the `type` of an object may be."""
+    kinds: Sequence[Any] = schema.get("properties", {}).get("type", {}).get("enum", ())
+    return kinds
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -45,9 +45,9 @@ class Store:
             self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(_TABLE)
+            self._fail_unfinished()
         except sqlite3.Error as error:
             raise ArgumentError(f"responses cannot be stored in {path}: {error}; choose another --store") from error
-        self._fail_unfinished()
 
     def put(self, stored: Stored) -> None:
         """Keep a response, in place of an earlier state of it."""

@@ -38,7 +38,8 @@ def llm() -> Llama4:
 @pytest.fixture(scope="module")
 def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("media")
-    (directory / "inside.png").write_bytes(PICTURE.read_bytes())
+    for name in ("inside.png", "in side.png"):
+        (directory / name).write_bytes(PICTURE.read_bytes())
     (directory / "link.png").symlink_to(PICTURE)
     limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny", media_directory=directory, max_body=2**20), max_waiting=8)
@@ -115,13 +116,20 @@ def picture(url: str) -> list[dict[str, Any]]:
 def test_pictures(llm: Llama4, running: Running) -> None:
     """As data and from the media directory; nothing else of this machine or its network is read."""
     data = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
-    given = [
-        running.ask(messages=picture(url))["choices"][0] for url in (data, "file:///inside.png", "file://inside.png")
-    ]
+    named = ["file:///inside.png", "file://inside.png", "file://localhost/inside.png", "file:///in%20side.png"]
+    given = [running.ask(messages=picture(url))["choices"][0] for url in (data, *named)]
     until(running.is_idle)
     expected = alone(llm, picture(data)).text
-    assert [choice["message"]["content"] for choice in given] == [expected] * 3
+    assert [choice["message"]["content"] for choice in given] == [expected] * 5
     outside = ["file:///etc/passwd", "file://../inside.png", "file:///link.png", "/etc/passwd", running.url + "/a.png"]
+    outside += [
+        "file:///%2e%2e/inside.png",
+        "file:///\u0000",
+        "file:///%00",
+        f"file:///{'a' * 300}",
+        "file://[",
+        "file:///",
+    ]
     for url in outside:
         answer = running.client.post("/v1/chat/completions", json={"messages": picture(url)})
         assert answer.status_code == 400 and "root:" not in answer.text, url
@@ -202,13 +210,16 @@ def test_embeddings_are_means_of_hidden_states(llm: Llama4, running: Running) ->
         ({"messages": QUESTION, "logit_bias": {"5": 101}}, 400, "logit_bias.5"),
         ({"messages": QUESTION, "logit_bias": {"99999999": 1}}, 400, "logit_bias"),
         ({"messages": QUESTION, "min_tokens": 2, "structured_outputs": {"regex": "a"}}, 400, "min_tokens"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages[0].content"),
+        ({"messages": QUESTION, "chat_template_kwargs": {"a": [{"b": "\ude00"}]}}, 400, "chat_template_kwargs.a[0].b"),
+        ({"messages": QUESTION, "chat_template_kwargs": {"\ude00": 1}}, 400, "chat_template_kwargs"),
         ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
     ],
 )
 def test_errors_name_the_field(running: Running, fields: Any, status: int, field: str | None) -> None:
-    answer = running.client.post("/v1/chat/completions", json=fields)
+    answer = running.client.post("/v1/chat/completions", content=json.dumps(fields))
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, field), error
     assert error["message"] and error["type"]

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
 from llama4 import Llama4  # noqa: E402
+from llama4.errors import ArgumentError  # noqa: E402
 from llama4.serve.settings import Settings  # noqa: E402
+from llama4.serve.store import Store  # noqa: E402
 from tests.serve.running import Running, until  # noqa: E402
 
 ASKED = "What can you do?"
@@ -123,6 +127,28 @@ def test_what_is_stored(running: Running) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "previous_response_id")
     secret = respond(running, input=ASKED, store=False)
     assert client.get(f"/v1/responses/{secret['id']}").status_code == 404
+
+
+def test_half_a_character_is_refused(running: Running) -> None:
+    """A database and an answer hold whole ones; both halves, in JSON's escapes, are one."""
+    ways: tuple[Any, ...] = ("\ud83d", [{"role": "user", "content": [{"type": "input_text", "text": "\ude00"}]}])
+    for given, field in zip(ways, ("input", "input[0].content[0].text"), strict=True):
+        answer = running.client.post("/v1/responses", content=json.dumps({"input": given}))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    whole = json.dumps({"input": ASKED, "metadata": {"a": "\U0001f600"}})
+    assert "\U0001f600" in running.client.post("/v1/responses", content=whole).text
+
+
+@pytest.mark.parametrize("has_columns", [True, False])
+def test_another_program_s_file(tmp_path: Path, has_columns: bool) -> None:
+    with closing(sqlite3.connect(tmp_path / "other.db")) as database:
+        columns = "number INTEGER, id TEXT, response TEXT, input TEXT" if has_columns else "name TEXT"
+        database.execute(f"CREATE TABLE responses ({columns})")
+        if has_columns:
+            database.execute("INSERT INTO responses VALUES (1, 'a', 'no JSON', '')")
+            database.commit()
+    with pytest.raises(ArgumentError, match=r"other.db.*--store"):
+        Store(tmp_path / "other.db")
 
 
 def test_in_the_background(running: Running) -> None:

@@ -3,13 +3,15 @@
 Whoever works in steps opens a `Bar`, and wraps each in `step`. What happens inside a step, in whatever file, goes
 through its parts with `each`, which moves the bar, and needs to know nothing of it.
 
-A bar is seen on a terminal or in a notebook (with `ipywidgets`, as a widget), never in a pipe or a log file.
+A bar is seen on a terminal or in a notebook (with `ipywidgets`, as a widget), never in a pipe or a log file: those get
+a line now and then of what may last for hours.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -23,6 +25,8 @@ DELAY = 0.5
 """Seconds before a bar appears: what is done by then needs none."""
 INTERVAL = 0.1
 """Seconds from which a bar is drawn anew when something is done."""
+LINE_EVERY = 15.0
+"""Seconds after which a log of a long run gets a line."""
 TICK = 0.5
 """Seconds after which the time on a bar moves by itself."""
 PIECE = 16 << 20
@@ -65,13 +69,18 @@ class Bar:
         total: of all steps; None if nobody knows, and only the time is shown.
         unit: "bytes", "tokens", "tiles" or "steps".
         shown: false shows nothing, nor does any bar that is opened inside.
+        logged: where nobody sees it, what `describe` says is a line on stderr, now and then.
     """
 
-    def __init__(self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
+    def __init__(
+        self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True, logged: bool = False
+    ) -> None:
         outer = _current.get()
         self.shown: bool = shown and (outer is None or outer.shown)
         self._bar: Any = None
         self._settings = {"desc": doing, "total": total, **_UNITS[unit]}
+        self._is_logged = logged and self.shown and not has_display()
+        self._opened = self._said = time.monotonic()
         self._at = self._begin = self._extent = 0.0
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -88,6 +97,15 @@ class Bar:
         if self._bar is not None:
             with self._lock:
                 self._bar.set_description_str(doing, refresh=False)
+        elif self._is_logged and time.monotonic() - self._said > LINE_EVERY:
+            self._said, total = time.monotonic(), self._settings["total"]
+            left = (self._said - self._opened) / self._at * (total - self._at) if self._at else 0
+            in_time = f", {left / 60:.0f} min left" if left >= 60 else ""
+            print(
+                f"llama4: {doing}, {self._at:g} of {total:g}{self._settings['unit']}{in_time}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @contextmanager
     def step(self, amount: float) -> Iterator[None]:

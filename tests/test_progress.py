@@ -17,6 +17,9 @@ import pytest
 import torch
 
 from llama4 import files, progress
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.lora import Adapter
+from llama4.adapters.merge import merge_adapter
 from llama4.api import Llama4
 from llama4.engine.prefill import prefill
 from llama4.engine.prefix_cache import PromptCache
@@ -24,8 +27,9 @@ from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
 from llama4.progress import Bar, each
 from llama4.quantization import weight
+from llama4.train import finetune
 from llama4.weights import memory
-from llama4.weights.convert import convert, quantize
+from llama4.weights.convert import convert, convert_to_gguf, quantize
 from llama4.weights.load import load
 from llama4.weights.meta.write import write_ranks
 from llama4.weights.model_source import ModelSource
@@ -119,6 +123,30 @@ def converting(llm: Llama4, plain: Path) -> None:
     write_ranks(ModelSource(llm.model), llm.config, plain, 2, progress=True)
 
 
+def whole(plain: Path) -> Path:
+    """A directory with a tokenizer."""
+    return small_model.write(plain.parent / "whole")
+
+
+def training(plain: Path) -> None:
+    (plain.parent / "data.jsonl").write_text('{"prompt": "say", "completion": "it is what it is"}\n')
+    finetune(whole(plain), plain.parent / "data.jsonl", plain.parent / "adapter", steps=5, lora=LoraConfig(rank=2))
+
+
+def merging(llm: Llama4, plain: Path) -> None:
+    model = small_model.model()
+    merge_adapter(Adapter.create(model, LoraConfig(rank=2)), model, progress=True)
+
+
+def writing_gguf(llm: Llama4, plain: Path) -> None:
+    convert_to_gguf(whole(plain), plain.parent / "a.gguf", "f32")
+
+
+def loading_gguf(llm: Llama4, plain: Path) -> None:
+    writing_gguf(llm, plain)
+    Llama4.from_pretrained(plain.parent / "a.gguf")
+
+
 WAITS: dict[str, tuple[str, int, Callable[[Llama4, Path], Any]]] = {
     "loading": ("loading", 50, loading),
     "quantizing while loading": (
@@ -137,6 +165,8 @@ WAITS: dict[str, tuple[str, int, Callable[[Llama4, Path], Any]]] = {
     "a prompt": ("reading", 4, reading),
     "pictures": ("looking at pictures", 2, looking),
     "hashing weights": ("hashing weights", 50, saving_a_cache),
+    "loading GGUF": ("loading", 20, loading_gguf),
+    "merging": ("merging", 10, merging),
     "a cache": ("saving", 20, saving_a_cache),
 }
 """What may take long -> what its bar says, at how many places it must be seen, and how to begin it. A prompt here is a
@@ -274,6 +304,39 @@ def test_a_notebook_without_widgets_has_text(
 def test_ipython_in_a_pipe_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
     assert not progress.in_notebook()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_writing_gguf_moves(llm: Llama4, plain: Path) -> None:
+    """Two files, and a bar of each: the vision tower, then the model."""
+    with Terminal() as terminal:
+        writing_gguf(llm, plain)
+    seen = percentages(terminal.text, "writing")
+    (second,) = [i for i in range(1, len(seen)) if seen[i] < seen[i - 1]]
+    for of_file in (seen[:second], seen[second:]):
+        assert of_file[-1] == 100 and len(set(of_file)) > 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_training_shows_its_loss(plain: Path) -> None:
+    with Terminal() as terminal:
+        training(plain)
+    assert re.search(r"training, loss \d\.\d{3}, \d+ tokens/s: +80%.* 4\.00/5\.00 \[00:0\d<00:0\d, ", terminal.text)
+
+
+def test_a_log_of_training_shows_its_loss(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training(plain)
+    assert capfd.readouterr().err == "", "that took no 15 seconds"
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    with Bar("computing", 240, "steps", logged=True) as bar:
+        monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)
+        with bar.step(40):
+            pass
+        bar.describe("computing, loss 2.5")
+    assert capfd.readouterr().err == "llama4: computing, loss 2.5, 40 of 240 steps, 5 min left\n"
+    monkeypatch.undo()
 
 
 def test_importing_is_light() -> None:

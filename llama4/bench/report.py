@@ -7,7 +7,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -15,13 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 from llama4.bench.peak_rates import PeakRates
-from llama4.progress import Bar, has_display
+from llama4.progress import Bar
 
 T = TypeVar("T")
 DISTURBED = 0.05
 """Share of the cores used by other processes from which measurements suffer."""
-LINE_EVERY = 15.0
-"""Seconds after which somebody who sees no bar gets a line."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = 
 
 def shown(items: Sequence[T], name: Callable[[T], object] = str) -> Iterator[T]:
     """The items, with a progress bar that names the current one; where nobody sees that, with a line now and then."""
-    said = time.monotonic()
-    with Bar("measuring", len(items), "steps") as bar:
-        for i, item in enumerate(items):
-            bar.describe(str(name(item)))
-            if not has_display() and time.monotonic() - said > LINE_EVERY:
-                warn(f"measuring, {i} of {len(items)} done: {name(item)}")
-                said = time.monotonic()
+    with Bar("measuring", len(items), "steps", logged=True) as bar:
+        for item in items:
+            bar.describe(f"measuring {name(item)}")
             with bar.step(1):
                 yield item
 

@@ -232,7 +232,7 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
         nonlocal best
         if held_out is None:
             return
-        with _evaluating(run.adapter):
+        with _evaluating(run.adapter), Bar("evaluating", shown=run.progress):
             loss = evaluate(model, held_out)
         metrics.add(step=step, eval_loss=loss)
         if loss < best:
@@ -246,7 +246,7 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
     if step == 0:
         evaluated()
         saved()
-    with Bar("training", run.steps - step, "steps", shown=run.progress) as bar:
+    with Bar("training", run.steps - step, "steps", shown=run.progress, logged=True) as bar:
         while step < run.steps and not stop.is_set():
             began, batch = time.perf_counter(), run.batches[step]
             with bar.step(1):

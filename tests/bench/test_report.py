@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama4 import progress
 from llama4.bench import machine, report
 from llama4.bench.machine import OtherProcesses
 from llama4.bench.peak_rates import PeakProbe
@@ -64,9 +65,9 @@ def test_own_processes_do_not_count_as_others(
 
 
 def test_who_sees_no_bar_gets_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     assert list(report.shown(["one", "two"])) == ["one", "two"]
-    assert capsys.readouterr().err.splitlines()[-1] == "llama4: measuring, 1 of 2 done: two"
+    assert capsys.readouterr().err.splitlines()[-1] == "llama4: measuring two, 1 of 2 steps"
 
 
 def test_peak_rates_run_on_the_threads_that_were_asked_for() -> None:

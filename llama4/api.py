@@ -24,7 +24,7 @@ from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions
 from llama4.engine.tokens import Event
-from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
+from llama4.errors import ArgumentError, ConfigError, ContextLengthError, Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
@@ -190,7 +190,10 @@ class Llama4:
         compute = resolve_dtype(dtype, read_config(directory), target)
         config, source = open_checkpoint(directory, dtype=compute, mmproj=mmproj)
         if rope_scaling is not None:
-            config = replace(config, text=config.text.scaled(rope_scaling))
+            try:
+                config = replace(config, text=config.text.scaled(rope_scaling))
+            except ConfigError as error:
+                raise ArgumentError(f"rope_scaling: {error}") from None
         for note in source.notes:
             logger.warning("%s: %s", name, note)
         family = family_of(config)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import errno
 import io
+import math
 import stat
 import urllib.parse
 import urllib.request
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import BmpImagePlugin, Image, ImageOps, PngImagePlugin
 
 from llama4.errors import ImageError
 from llama4.vision.download import download
@@ -30,11 +31,17 @@ ALLOWED = 4
 """Bytes a pixel beside the decoded picture that preparing one may take, and `max_decoding` beyond that."""
 
 DECODERS = {
-    **{"WEBP": 8.8, "AVIF": 10.5, "JPEG2000": 19.0},
+    **{"WEBP": 8.1, "AVIF": 17.0, "JPEG2000": 25.0, "TIFF of more than 32 bits": 8.3},
     **{"JPEG of several scans, RGB": 6.2, "JPEG of several scans, CMYK": 8.0},
 }
-"""Bytes a pixel that some formats' decoders take beside the decoded picture, measured by tests/vision/test_memory.py;
-others take less than what is allowed."""
+"""Bytes a pixel that some formats' decoders take beside the decoded picture and the file, as measured; of AVIF with 16
+bits a sample (13 with 8), of TIFF in a single strip. Others take less than what is allowed."""
+
+BITS_PER_SAMPLE = 258
+"""Tag of a TIFF."""
+
+MIN_SIDE = 32
+"""As which a shorter side of a picture counts there: decoders work by blocks."""
 
 # Only formats that PIL decodes itself: no PostScript, which it would hand to an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -150,7 +157,10 @@ def _decode(file: IO[bytes], name: str, limits: ImageLimits) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower, or meant
+            _check_icon(file, name, limits)
             image = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{name} is too large ({error}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels of "
@@ -163,10 +173,24 @@ def _decode(file: IO[bytes], name: str, limits: ImageLimits) -> Image.Image:
     with image:
         _check_pixels(image, name, limits)
         kind = str(image.format)
-        if kind in ("JPEG", "MPO") and _check_scans(file, name, limits) > 1:
+        if kind in ("JPEG", "MPO") and _has_several_scans(file, image, name, limits):
             kind = f"JPEG of several scans, {image.mode}"
-        _check_decoder(image, kind, name, limits)
+        if kind == "TIFF" and sum(image.tag_v2.get(BITS_PER_SAMPLE, ())) > 32:  # type: ignore[attr-defined]
+            kind = "TIFF of more than 32 bits"
+        _check_decoder(image, kind, size, name, limits)
         return _upright_rgb(_of_webp(image, name) if image.format == "WEBP" else image, name)
+
+
+def _check_icon(file: IO[bytes], name: str, limits: ImageLimits) -> None:
+    """PIL decodes an icon when it is opened, so what is in one is looked at before."""
+    head = file.read(6)
+    entries = file.read(16 * int.from_bytes(head[4:], "little")) if head[:4] == b"\0\0\1\0" else b""
+    for place in {int.from_bytes(entries[end - 4 : end], "little") for end in range(16, len(entries) + 1, 16)}:
+        file.seek(place)
+        kind = PngImagePlugin.PngImageFile if file.read(4) == b"\x89PNG" else BmpImagePlugin.DibImageFile
+        file.seek(place)
+        _check_pixels(kind(file), name, limits)
+    file.seek(0)
 
 
 def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
@@ -182,9 +206,9 @@ def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
         )
 
 
-def _check_decoder(image: Image.Image, kind: str, name: str, limits: ImageLimits) -> None:
-    taken = (DECODERS.get(kind, 0) - ALLOWED) * image.width * image.height
-    if taken > limits.max_decoding:
+def _check_decoder(image: Image.Image, kind: str, size: int, name: str, limits: ImageLimits) -> None:
+    taken = (DECODERS.get(kind, ALLOWED) - ALLOWED) * math.prod(max(side, MIN_SIDE) for side in image.size) + size
+    if kind in DECODERS and taken > limits.max_decoding:
         raise ImageError(
             f"{name} is too large for {kind} ({image.width} x {image.height}): decoding it takes "
             f"{taken / 1e6:.0f} MB beside what other formats do, more than {limits.max_decoding / 1e6:.0f}; make it "
@@ -206,13 +230,16 @@ def _of_webp(image: Image.Image, name: str) -> Image.Image:
     return decoded
 
 
-def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> int:
-    """A JPEG may pass over its pixels any number of times, each for a few bytes of file; -> how often it does."""
+def _has_several_scans(file: IO[bytes], image: Image.Image, name: str, limits: ImageLimits) -> bool:
+    """A JPEG may pass over its pixels any number of times, each for a few bytes of file. Whether its decoder is ready
+    for several, for which it keeps the whole picture's coefficients: of one that is progressive, or whose first scan
+    has not all components."""
     place = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(place)
     at = scans = 0
+    is_partial = "progressive" in image.info
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # of the data, or without content
@@ -220,14 +247,16 @@ def _check_scans(file: IO[bytes], name: str, limits: ImageLimits) -> int:
             continue
         if marker == 0xD9:
             break
-        scans += marker == 0xDA
+        if marker == 0xDA:
+            scans += 1
+            is_partial |= data[at + 4 : at + 5] < bytes([len(image.getbands())])
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if scans > limits.max_scans:
         raise ImageError(
             f"{name} is a JPEG of {scans:,} scans, more than {limits.max_scans}; save it again, or raise max_scans of "
             "ImageLimits if you trust it"
         )
-    return scans
+    return is_partial or scans > 1
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ImageLimits:
     def __post_init__(self) -> None:
         for host in (*(self.hosts or ()), *self.private_hosts):
             if "/" in host or host.count(":") == 1:  # an IPv6 address has more
-                raise Llama4Error(f"{host!r} is no host; give its name or address alone, without scheme and port")
+                raise ArgumentError(f"{host!r} is no host; give its name or address alone, without scheme and port")
 
 
 LIMITS = ImageLimits()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
             return Unquantized(given)
     elif name in QUANTIZED:
         return QUANTIZED[name]
-    raise Llama4Error(
+    raise ArgumentError(
         f"cache_dtype={name!r} is not known; choose 'auto', 'bfloat16', {', '.join(map(repr, QUANTIZED))}"
     )
 

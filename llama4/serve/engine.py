@@ -30,7 +30,7 @@ from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
-from llama4.errors import BusyError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
@@ -67,8 +67,10 @@ class Engine:
             max_waiting: most that wait; None for any number.
 
         Raises:
-            ArgumentError: `max_batch` below 1, or memory too small for a single conversation.
+            ArgumentError: `max_batch` below 1, `max_waiting` below 1, or memory too small for a single conversation.
         """
+        if max_waiting is not None and max_waiting < 1:
+            raise ArgumentError(f"max_waiting is {max_waiting}; it must be at least 1, or None for any number")
         limit = parse_bytes(cache_memory) if isinstance(cache_memory, str) else cache_memory
         self.llm, self.max_waiting = llm, max_waiting
         self.scheduler = Scheduler(

@@ -28,7 +28,7 @@ class RequestError(Exception):
     """
 
     def __init__(self, message: str, field: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
         self.status, self.field, self.code = status, field, code
 
     @classmethod

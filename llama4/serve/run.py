@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import NoReturn
 import torch
 import uvicorn
 
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.serve.app import Server
 from llama4.units import bytes_text
 
@@ -44,7 +45,9 @@ def run(server: Server, address: Address) -> None:
 
     Raises:
         ArgumentError: the address cannot be had.
+        Llama4Error: the certificate or its key cannot be read.
     """
+    _check_certificate(address)
     listening = _listen(address)
     _allow_many_connections()
     runner = _Runner(server, address)
@@ -116,10 +119,23 @@ def _listen(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # of a port beyond 65535
         raise ArgumentError(
-            f"cannot listen at {address.host}:{address.port}: {error.strerror or error}; "
+            f"cannot listen at {address.host}:{address.port}: {getattr(error, 'strerror', None) or error}; "
             "choose another --port or --host"
+        ) from error
+
+
+def _check_certificate(address: Address) -> None:
+    """As uvicorn will read it."""
+    if address.certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(address.certificate, address.key)
+    except OSError as error:
+        raise Llama4Error(
+            f"{address.certificate} and {address.key} are no certificate and its key ({error.strerror or error}); "
+            "give both in PEM"
         ) from error
 
 

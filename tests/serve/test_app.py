@@ -41,6 +41,12 @@ def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     for name in ("inside.png", "in side.png"):
         (directory / name).write_bytes(PICTURE.read_bytes())
     (directory / "link.png").symlink_to(PICTURE)
+    (directory / "round.png").symlink_to("round.png")
+    (directory / "far").symlink_to("/etc")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(directory / "pipe.png")
+    with (directory / "large.png").open("wb") as file:
+        file.truncate(1 << 40)
     limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny", media_directory=directory, max_body=2**20), max_waiting=8)
     yield server
@@ -130,8 +136,14 @@ def test_pictures(llm: Llama4, running: Running) -> None:
         "file://[",
         "file:///",
     ]
+    outside += ["file:///..%2f..%2fetc/passwd", "file:///far/passwd", "FILE:///etc/passwd", "file:////etc/passwd"]
+    outside += [
+        "file:///dev/zero",
+        "file:///~/a.png",
+        *(f"file:///{n}.png" for n in ("round", "pipe", "large", "\ud800")),
+    ]
     for url in outside:
-        answer = running.client.post("/v1/chat/completions", json={"messages": picture(url)})
+        answer = running.client.post("/v1/chat/completions", content=json.dumps({"messages": picture(url)}))
         assert answer.status_code == 400 and "root:" not in answer.text, url
 
 

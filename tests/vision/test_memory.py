@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from llama4.errors import ImageError
 from llama4.vision import images, tiling
@@ -43,10 +43,11 @@ EACH = (
     SCRIPT.partition("before =")[0]
     + """
 import os
+from llama4.vision.limits import ImageLimits
 for path in sys.argv[1:]:  # each in a process of its own, whose peak begins at what it has now
     if os.fork() == 0:
         before = peak()
-        image = load_image(path)
+        image = load_image(path, ImageLimits(max_decoding=10**10))
         print((peak() - before) / image.width / image.height, flush=True)
         os._exit(0)
     os.wait()
@@ -115,7 +116,8 @@ def test_decoders(tmp_path: Path) -> None:
             image = Image.merge(mode, [noise] * len(mode)) if mode in ("RGB", "RGBA", "CMYK") else noise.convert(mode)
             image.save(path, name, **options)
             kind = f"JPEG of several scans, {mode}" if options.get("progressive") else name
-            wanted[str(path)] = 4 + max(images.DECODERS.get(kind, 0), images.ALLOWED)
+            taken = images.DECODERS.get(kind, images.ALLOWED)  # and, if it is named there, the file
+            wanted[str(path)] = 4 + taken + (kind in images.DECODERS) * path.stat().st_size / image.width / image.height
     command = [sys.executable, "-c", EACH, *wanted]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -131,6 +133,19 @@ def test_a_decoder_that_would_take_too_much() -> None:
     with pytest.raises(ImageError, match=r"too large for WEBP \(64 x 64\).*save it as PNG, or raise max_decoding"):
         load_image(file.getvalue(), ImageLimits(max_decoding=10_000))
     assert load_image(file.getvalue(), ImageLimits(max_decoding=30_000)).size == (64, 64)
+
+
+def test_a_long_picture_of_blocks_and_a_tiff_of_many_bits() -> None:
+    thin, wide = io.BytesIO(), io.BytesIO()
+    if features.check("jpg_2000"):
+        Image.new("L", (1000, 1)).save(thin, "JPEG2000")
+        with pytest.raises(ImageError, match=r"too large for JPEG2000 \(1000 x 1\)"):
+            load_image(thin.getvalue(), ImageLimits(max_decoding=100_000))
+    Image.new("CMYK", (64, 64)).save(wide, "TIFF")
+    load_image(wide.getvalue(), ImageLimits(max_decoding=1))
+    of_16_bits = wide.getvalue().replace(b"\x08\0\x08\0\x08\0\x08\0", b"\x10\0\x10\0\x10\0\x10\0")
+    with pytest.raises(ImageError, match="too large for TIFF of more than 32 bits"):
+        load_image(of_16_bits, ImageLimits(max_decoding=1))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -150,6 +165,30 @@ def test_a_file_of_74_bytes() -> None:
     """Claims 1 x 89,478,485 pixels, for which resizing took 90 GB."""
     with pytest.raises(ImageError, match=r"more than 1,000,000 pixels on a side.*max_side"):
         load_image(png(1, 89_478_485, 0, 1)[:74])
+
+
+def test_an_icon_is_not_opened_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL decodes it when it opens it, whatever size it says it has."""
+    inner = png(3000, 1000, 0, 1)
+    icon = b"\0\0\1\0\1\0" + struct.pack("<8xII", len(inner), 22) + inner
+    assert load_image(icon).size == (3000, 1000)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("it is decoded"))
+    with pytest.raises(ImageError, match=r"too large \(3000 x 1000.*max_pixels"):
+        load_image(icon, ImageLimits(max_pixels=1_000_000))
+
+
+@pytest.mark.parametrize("change", ["one scan", "no interleaving"])
+def test_a_jpeg_whose_decoder_keeps_coefficients(change: str) -> None:
+    """As of several scans, though there is but one."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=change == "one scan")
+    data = file.getvalue()
+    at = data.index(b"\xff\xda")
+    cut = data[: data.index(b"\xff\xda", at + 2)] if change == "one scan" else data
+    if change == "no interleaving":  # as if the first scan were of the first component alone
+        cut = data[:at] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + data[at + 14 :]
+    with pytest.raises(ImageError, match=r"too large for JPEG of several scans, RGB.*max_decoding"):
+        load_image(cut, ImageLimits(max_decoding=1000))
 
 
 def test_columns_first_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,10 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     """Every server in turns, at each number of clients, in several rounds."""
     shortest, longest = options.lengths
     workload = Workload(shortest, longest, options.shared, options.reply)
-    if not workload.shortest <= workload.longest or workload.shared >= workload.longest:
-        raise ArgumentError("--lengths are the shortest and the longest, and --shared is below the longest")
+    if not workload.shortest <= workload.longest or not 0 <= workload.shared < workload.longest:
+        raise ArgumentError("--lengths are the shortest and the longest, and --shared is from 0 to below the longest")
+    if not options.seconds > 0:
+        raise ArgumentError(f"--seconds is {options.seconds:g}; it must be above 0")
     per_client, others = options.requests_per_client, OtherProcesses()
     with ExitStack() as stack:
         servers, pids = {}, []

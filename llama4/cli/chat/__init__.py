@@ -72,7 +72,9 @@ def _answerer(options: argparse.Namespace) -> Answerer:
         if options.api_key is not None:
             raise ArgumentError("--api-key is for --server; a model here needs none")
         options.model = options.model or "tiny"
-        return Local(load_model(options), Path(options.model.rstrip("/")).name)
+        local = Local(load_model(options), Path(options.model.rstrip("/")).name)
+        local.check(chat_options(options))
+        return local
     if given := loading_options_given(options):
         raise ArgumentError(f"the model of --server is loaded already; leave out {', '.join(given)}")
     return Remote(options.server, options.api_key or os.environ.get(KEY), options.model, options.private_host)

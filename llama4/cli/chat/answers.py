@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from llama4.cli.chat.printing import printable
+from llama4.engine.generate import reply_budget
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.vision.limits import LIMITS, ImageLimits
 
@@ -71,6 +72,13 @@ class Local:
     def __init__(self, llm: Llama4, name: str) -> None:
         self.llm, self.name = llm, name
         self.image_limits = llm.processor.image_limits
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raises:
+        ArgumentError: options that no reply can have.
+        """
+        prepared = self.llm.prepare([{"role": "user", "content": "?"}], **cast("Options", options))
+        reply_budget(1, prepared.max_new_tokens, 2)
 
     def stream(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer

@@ -1,0 +1,75 @@
+"""What a user gets wrong on the command line: one line, exit code 2 for usage and 1 for a file or a server."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llama4.cli.main import main
+
+TRAIN = "finetune tiny --output {0}/new --data {0}/data.jsonl"
+USAGE = {
+    f"{TRAIN} --lora-rank 3": "--lora-rank is not known",
+    f"{TRAIN} --batch-size 3": "--batch-size is not known (did you mean --batch-tokens?)",
+    f"{TRAIN} --method lroa": "'lroa' is not known (did you mean lora?)",
+    f"{TRAIN} --rank 0": "rank is 0; it must be a whole number",
+    f"{TRAIN} --learning-rate nan": "learning_rate is nan; it must be at least 0",
+    "merge tiny {0} {0}/new --shard-size 3": "--shard-size is not known",
+    "serve tiny --hots x": "--hots is not known (did you mean --host?)",
+    "serve tiny --port 99999": "cannot listen at 127.0.0.1:99999",
+    "serve tiny --port 0 --queue 0": "max_waiting is 0; it must be at least 1",
+    "serve tiny --port 0 --max-batch 0": "max_batch is 0; it must be at least 1",
+    "serve tiny --port 0 --allow-urls http://x/y": "'http://x/y' is no host",
+    "serve tiny --media-directory {0}/nowhere": "nowhere is no directory",
+    "moderate tiny hi --treshold 1": "--treshold is not known (did you mean --threshold?)",
+    "moderate tiny hi --threshold 7": "threshold is 7.0; it must be between 0 and 1",
+    "convert tiny {0}/new --to gguf": "let {0}/new end in .gguf",
+    "convert tiny {0}/new.gguf --to ggfu": "choose one of hf, meta, gguf",
+    "bench mkae": "'mkae' is not known (did you mean make?)",
+    "bench make smal {0}/new": "'smal' is not known (did you mean small?)",
+    "bench serve tiny --seconds -1": "--seconds is -1; it must be above 0",
+    "bench serve tiny --shared -5": "--shared is from 0",
+    "bench gguf a.gguf --vs nope": "'nope' is not known",
+    "bench perplexity tiny --text {0}/data.jsonl --context 0": "--context is 0",
+    "chat --sever x": "--sever is not known (did you mean --server?)",
+    "chat --server nowhere": "--server nowhere is no address",
+    "chat --max-new-tokens 0": "max_new_tokens is 0; a reply has at least 1 token",
+    "chat --temperature -1": "temperature is -1.0; it must be 0 (greedy) or more",
+    "generate --cache-dtype nope hi": "cache_dtype='nope' is not known",
+    """generate --rope-scaling '{{"rope_type": "nope"}}' hi""": "rope_scaling: rope_type 'nope' is not known",
+    "generate --private-host http://x hi": "'http://x' is no host",
+}
+FAILURES = {
+    "finetune tiny --output {0}/new --data {0}/not.jsonl": "not.jsonl, line 1: it is not JSON",
+    "finetune tiny --output {0}/new --data {0}/nowhere": "nowhere cannot be read",
+    "merge tiny {0}/nowhere {0}/new": "nowhere is no directory",
+    "serve {0} --port 0": "{0}",
+    "serve tiny --port 0 --ssl-certfile {0}/not.jsonl --ssl-keyfile {0}/not.jsonl": "no certificate and its key",
+    "moderate tiny --file {0}/nowhere": "nowhere",
+    "convert {0} {0}/new.gguf --to gguf": "{0}",
+    "bench make small {0}": "{0} exists already",
+    "bench gguf {0}/not.jsonl": "not.jsonl cannot be loaded",
+    "bench perplexity tiny --text {0}/nowhere": "nowhere",
+    "chat --server http://127.0.0.1:1": "http://127.0.0.1:1/v1 does not answer",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [*((c, 2, m) for c, m in USAGE.items()), *((c, 1, m) for c, m in FAILURES.items())],
+    ids=[*USAGE, *FAILURES],
+)
+def test_errors(command: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "abc"}\n')
+    (tmp_path / "not.jsonl").write_text("{\n")
+    try:
+        found = main(shlex.split(command.format(tmp_path)))
+    except SystemExit as left:  # argparse
+        found = int(left.code or 0)
+    said = capsys.readouterr().err
+    assert found == code, said
+    assert message.format(tmp_path) in said
+    assert said.count("\n") == 1 and said.endswith("\n")
+    assert not (tmp_path / "new").exists()

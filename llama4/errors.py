@@ -43,6 +43,10 @@ class BusyError(Llama4Error):
     """An engine whose queue is full, or that is closing: the same request may be taken later."""
 
 
+class ClosedError(BusyError):
+    """An engine that is closing: another may take the request."""
+
+
 class CheckpointError(Llama4Error):
     """A checkpoint that cannot be loaded as it is: every missing, unexpected and mis-shaped key is listed.
 

@@ -1,4 +1,4 @@
-"""`llama4 serve`: answer behind an address, in OpenAI's form."""
+"""`llama4 serve`: answer behind an address, in OpenAI's form and Anthropic's, and to a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from llama4.errors import ArgumentError, Llama4Error
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "serve", help="answer behind an address", description="Answer behind an address, in OpenAI's form."
+        "serve",
+        help="answer behind an address",
+        description="Answer behind an address, in OpenAI's form and Anthropic's, and to a page in a browser.",
     )
     parser.add_argument("model", metavar="MODEL", help="embedded name, directory or Hub id")
     server = parser.add_argument_group("server")

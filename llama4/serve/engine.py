@@ -30,7 +30,7 @@ from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
-from llama4.errors import ArgumentError, BusyError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, ClosedError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
@@ -166,12 +166,7 @@ class Engine:
             Llama4Error: it is the engine of a process that this one was forked from.
             ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
         """
-        if os.getpid() != self._process:
-            raise Llama4Error(
-                "this process was forked from the engine's, whose thread is not here; make an Engine in each process"
-            )
-        if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
-            raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
+        self._check_room(may_wait)
         length = int(asked.inputs.attention_mask.sum())
         request = Request(
             asked.inputs,
@@ -185,33 +180,44 @@ class Engine:
             observer=observer,
         )
         self.scheduler.check(request)
+        self._put(lambda: self.scheduler.add(request))
+        return request
+
+    def _check_room(self, may_wait: bool = False) -> None:
+        if os.getpid() != self._process:
+            raise Llama4Error(
+                "this process was forked from the engine's, whose thread is not here; make an Engine in each process"
+            )
+        if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
+            raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
+
+    def _put(self, command: Callable[[], object]) -> None:
+        """Have the worker do something; it goes on to the next step where that says True."""
         with self._closing:
             if self._is_closed:
-                raise BusyError("the engine is closed; ask another one")
-            self._commands.put(lambda: self.scheduler.add(request))
-        return request
+                raise ClosedError("the engine is closed; ask another one")
+            self._commands.put(command)
 
     async def compute(self, work: Callable[[Llama4], T]) -> T:
         """Something that no request of the scheduler computes, between two tokens of those that run: they wait.
 
         Raises:
             BusyError: the queue is full, or the engine closed.
+            Llama4Error: it is the engine of a process that this one was forked from.
         """
-        if self.max_waiting is not None and self.num_waiting >= self.max_waiting:
-            raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
+        self._check_room()
         result: Future[T] = Future()
 
-        def run() -> None:
-            if result.set_running_or_notify_cancel():
-                try:
-                    result.set_result(work(self.llm))
-                except BaseException as error:
-                    result.set_exception(error)
+        def run() -> bool:
+            if not result.set_running_or_notify_cancel():
+                return False
+            try:
+                result.set_result(work(self.llm))
+            except BaseException as error:
+                result.set_exception(error)
+            return True
 
-        with self._closing:
-            if self._is_closed:
-                raise BusyError("the engine is closed; ask another one")
-            self._commands.put(run)
+        self._put(run)
         return await asyncio.wrap_future(result)
 
     def cancel(self, request: Request) -> None:
@@ -226,16 +232,16 @@ class Engine:
             except Exception as error:  # a bug: those who wait must not wait for ever
                 logger.exception("a step of the engine failed")
                 self.scheduler.fail_all(error)
-        self._run_commands(wait=False)
-        self.scheduler.fail_all(BusyError("the engine was closed before the reply was complete"))
+        while not self._commands.empty():
+            self._run_commands(wait=False)
+        self.scheduler.fail_all(ClosedError("the engine was closed before the reply was complete"))
 
     def _run_commands(self, wait: bool) -> None:
-        try:
-            self._commands.get(block=wait)()
-            while True:
-                self._commands.get_nowait()()
-        except queue.Empty:
-            pass
+        """Those that came, up to the first that has computed something: then those that run get a token."""
+        with contextlib.suppress(queue.Empty):
+            has_computed = self._commands.get(block=wait)()
+            while has_computed is not True:
+                has_computed = self._commands.get_nowait()()
 
 
 class EngineStream:

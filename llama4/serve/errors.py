@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama4.errors import BusyError, ChatTemplateError, ContextLengthError, Llama4Error
+from llama4.errors import BusyError, ChatTemplateError, ClosedError, ContextLengthError, Llama4Error
 
 _FIELDS = {
     **{name: name for name in ("logit_bias", "min_tokens", "ignore_eos", "response_format", "tool_choice")},
@@ -37,7 +37,7 @@ class RequestError(Exception):
         if isinstance(error, RequestError):
             return error
         if isinstance(error, BusyError):
-            return cls(str(error), status=503 if "closed" in str(error) else 429, code="busy")
+            return cls(str(error), status=503 if isinstance(error, ClosedError) else 429, code="busy")
         if isinstance(error, ContextLengthError):
             return cls(str(error), field="messages", code="context_length_exceeded")
         if isinstance(error, ChatTemplateError):

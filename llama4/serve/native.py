@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service
+from llama4.serve.http import Call, Route, Service, check_taking
 from llama4.serve.openai_chat import FORMAT, prompt_of
 from llama4.serve.options import MAX_LENGTH
 from llama4.serve.schema import (
@@ -38,7 +38,7 @@ TOKENIZE = Fields(
     prompt=Field(STRING, note="as vLLM's"),
     content=Field(STRING, note="as llama.cpp's"),
     add_special_tokens=Field(FLAG, note="begin with <|begin_of_text|>; prompt does, content does not"),
-    **{name: FORMAT[name] for name in FORMAT.keys() - {"messages", "model"}},
+    **{name: field for name, field in FORMAT.items() if name not in ("messages", "model")},
     messages=Field(FORMAT["messages"].schema),
 )
 DETOKENIZE = Fields("DetokenizeRequest", model=Field(STRING), tokens=required(IDS))
@@ -110,8 +110,7 @@ async def health(service: Service, call: Call) -> Response:
 
 
 async def ready(service: Service, call: Call) -> Response:
-    if service.is_draining:
-        raise RequestError("the server is about to stop", status=503)
+    check_taking(service)
     return JSONResponse({"status": "ok"})
 
 
@@ -133,7 +132,7 @@ async def props(service: Service, call: Call) -> Response:
             "model_alias": service.settings.name,
             "chat_template": template,
             "bos_token": special.get(llm.tokenizer.bos_id, ""),
-            "eos_token": special.get(llm.stop_ids[0], ""),
+            "eos_token": special.get(next(iter(llm.stop_ids), -1), ""),
             "modalities": {"vision": llm.config.vision is not None, "audio": False},
             "build_info": f"llama4 {__version__}",
         }

@@ -57,7 +57,7 @@ def _operation(route: Route) -> dict[str, Any]:
         answers[str(status)] = {"description": text, "content": error}
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": f"{route.method.lower()}{route.path}",
+        "operationId": f"{route.handle.__module__.rpartition('.')[2]}_{route.handle.__name__}",
         "responses": answers,
         **({"security": []} if route.is_open else {}),
     }

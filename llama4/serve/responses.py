@@ -149,9 +149,12 @@ def _before(service: Service, identity: str | None) -> list[dict[str, Any]]:
     turns: list[list[dict[str, Any]]] = []
     while identity is not None:
         stored = service.store.get(identity)
-        if stored is None or len(turns) == MAX_CHAIN:
-            what = f"there is no response {identity!r:.80}" if stored is None else f"more than {MAX_CHAIN} responses"
-            raise RequestError(f"{what} to continue", field="previous_response_id", status=404)
+        if stored is None:
+            message = f"there is no response {identity!r:.80} to continue"
+            raise RequestError(message, field="previous_response_id", status=404)
+        if len(turns) == MAX_CHAIN:
+            message = f"more than {MAX_CHAIN} responses are before this one; begin anew, with the items that matter"
+            raise RequestError(message, field="previous_response_id")
         if stored.response["status"] in ("queued", "in_progress"):
             raise RequestError(f"response {identity} is not complete", field="previous_response_id")
         turns.append([*stored.input, *stored.response["output"]])
@@ -197,6 +200,15 @@ class ResponseAnswer(Answer):
             pass
 
     async def events(self) -> AsyncIterator[str]:
+        try:
+            async for event in self._told():
+                yield event
+        except Exception as error:
+            self.fail(RequestError.of(error) or RequestError("an error of the server", status=500))
+            await self.save()
+            raise
+
+    async def _told(self) -> AsyncIterator[str]:
         yield self._event({"type": "response.created", "response": self.whole()})
         yield self._event({"type": "response.in_progress", "response": self.whole()})
         async for event in self._events():
@@ -221,15 +233,21 @@ class ResponseAnswer(Answer):
     async def save(self) -> None:
         """Keep it for those who ask again, unless the client does not want that."""
         if self._fields["store"]:
-            await asyncio.to_thread(self._service.store.put, Stored(self.whole(), self._input))
+            stored = Stored(self.whole(), self._input)
+            saving = asyncio.ensure_future(asyncio.to_thread(self._service.store.put, stored))
+            try:
+                await asyncio.shield(saving)
+            finally:
+                await asyncio.wait((saving,))  # also when cancelled: a later state, or none, is not put back
 
     def fail(self, error: RequestError) -> None:
         self._status = "failed"
         self._error = {"code": error.code or "server_error", "message": str(error)}
 
     def stop(self) -> None:
-        """At the client's wish."""
-        self._status = "cancelled"
+        """At the client's wish, unless it is complete."""
+        if self._status == "in_progress":
+            self._status = "cancelled"
         self.cancel()
 
     def failure(self, error: RequestError) -> str:

@@ -128,6 +128,25 @@ def test_a_full_queue_refuses(llm: Llama4) -> None:
             engine.stream("Hello").open()
 
 
+def test_computations_let_those_who_run_have_a_token_between(llm: Llama4) -> None:
+    with Engine(llm) as engine:
+        steps: list[int] = []
+
+        async def three() -> None:
+            hold = threading.Event()
+            engine._commands.put(hold.wait)
+            asked = [
+                asyncio.ensure_future(engine.compute(lambda llm: steps.append(engine.scheduler.counts.steps)))
+                for _ in range(3)
+            ]
+            await asyncio.sleep(0)
+            hold.set()
+            await asyncio.gather(*asked)
+
+        asyncio.run(three())
+        assert len(set(steps)) == 3
+
+
 def test_tool_calls_come_as_events(llm: Llama4, engine: Engine) -> None:
     tools = [{"type": "function", "function": {"name": "count_shapes", "parameters": {"type": "object"}}}]
     stream = engine.stream(QUESTIONS[1], tools=tools)
@@ -140,7 +159,7 @@ def test_tool_calls_come_as_events(llm: Llama4, engine: Engine) -> None:
 
 
 FORK = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from llama4 import Llama4
 from llama4.errors import Llama4Error
 from llama4.serve.engine import Engine
@@ -156,6 +175,10 @@ if not child:
         engine.chat_batch([asked], max_new_tokens=3)
     except Llama4Error as error:
         assert "make an Engine in each process" in str(error)
+        try:
+            asyncio.run(engine.compute(lambda llm: None))
+        except Llama4Error:
+            pass
         engine.close()
         with Engine(engine.llm) as own:
             os._exit(0 if own.chat_batch([asked], max_new_tokens=3)[0].text == before else 1)

@@ -129,6 +129,18 @@ def test_what_is_stored(running: Running) -> None:
     assert client.get(f"/v1/responses/{secret['id']}").status_code == 404
 
 
+def test_a_stream_that_fails_is_kept(running: Running) -> None:
+    """By a grammar that is given up."""
+    rules = range(2100)
+    grammar = f"start: {' | '.join(f'r{i}' for i in rules)}\n" + "\n".join(f'r{i}: "a" /[a-z]/ "z{i}"' for i in rules)
+    body = {"input": ASKED, "structured_outputs": {"grammar": grammar}, "stream": True}
+    with running.client.stream("POST", "/v1/responses", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    response = json.loads(lines[-1].removeprefix("data: "))["response"]
+    assert response["status"] == "failed"
+    assert running.client.get(f"/v1/responses/{response['id']}").json() == response
+
+
 def test_half_a_character_is_refused(running: Running) -> None:
     """A database and an answer hold whole ones; both halves, in JSON's escapes, are one."""
     ways: tuple[Any, ...] = ("\ud83d", [{"role": "user", "content": [{"type": "input_text", "text": "\ude00"}]}])

@@ -112,6 +112,8 @@ def test_every_route_is_described() -> None:
     assert {(path.partition("{")[0], method) for path, each in described["paths"].items() for method in each} == {
         (route.path.partition("{")[0], route.method.lower()) for route in ROUTES
     }
+    operations = [each["operationId"] for methods in described["paths"].values() for each in methods.values()]
+    assert len(set(operations)) == len(ROUTES) and all(map(str.isidentifier, operations))
     names = set(described["components"]["schemas"])
     assert {route.fields.name for route in ROUTES if route.fields is not None} <= names
     ids = [each["operationId"] for path in described["paths"].values() for each in path.values()]

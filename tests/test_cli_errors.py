@@ -32,7 +32,7 @@ USAGE = {
     "bench serve tiny --seconds -1": "--seconds is -1; it must be above 0",
     "bench serve tiny --shared -5": "--shared is from 0",
     "bench gguf a.gguf --vs nope": "'nope' is not known",
-    "bench perplexity tiny --text {0}/data.jsonl --context 0": "--context is 0",
+    "bench perplexity tiny --text {0}/data.jsonl --context 0": "--context: invalid positive value",
     "chat --sever x": "--sever is not known (did you mean --server?)",
     "chat --server nowhere": "--server nowhere is no address",
     "chat --max-new-tokens 0": "max_new_tokens is 0; a reply has at least 1 token",

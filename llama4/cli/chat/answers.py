@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from llama4.cli.chat.printing import printable
-from llama4.engine.generate import reply_budget
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.vision.limits import LIMITS, ImageLimits
 
@@ -77,6 +76,8 @@ class Local:
         """Raises:
         ArgumentError: options that no reply can have.
         """
+        from llama4.engine.generate import reply_budget  # imports torch
+
         prepared = self.llm.prepare([{"role": "user", "content": "?"}], **cast("Options", options))
         reply_budget(1, prepared.max_new_tokens, 2)
 

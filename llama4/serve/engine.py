@@ -291,6 +291,10 @@ class EngineStream:
             self._cancel()
 
     @property
+    def was_taken(self) -> bool:
+        return self._request is not None and self._reader is not None
+
+    @property
     def request(self) -> Request:
         """What the engine computes."""
         assert self._request is not None, "open comes first"

@@ -200,10 +200,12 @@ async def respond(service: Service, call: Call, answer: Answer) -> Response:
         await unless_gone(call.request, answer.open())
         if not call.fields["stream"]:
             await unless_gone(call.request, answer.finish())
+            whole = answer.whole()
             note(service, answer)
-            return JSONResponse(answer.whole())
+            return JSONResponse(whole)
     except BaseException:
         answer.cancel()
+        note(service, answer)
         raise
     return StreamingResponse(_sent(service, answer), media_type="text/event-stream", headers=_NO_BUFFER)
 
@@ -216,18 +218,20 @@ async def _sent(service: Service, answer: Answer) -> AsyncIterator[str]:
     try:
         async for event in answer.events():
             yield event
-        note(service, answer)
     except Exception as error:
         yield answer.failure(RequestError.of(error) or _internal(error))
     finally:
         answer.cancel()
+        note(service, answer)
     if answer.last_event:
         yield answer.last_event
 
 
 def note(service: Service, answer: Answer) -> None:
-    """Count what was answered."""
+    """Count what was answered, to the end or not; not what the engine did not take."""
     for stream in answer.streams:
+        if not stream.was_taken:
+            continue
         service.metrics.note(stream.request, stream.reply.finish_reason or "abort")
 
 

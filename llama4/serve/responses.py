@@ -166,13 +166,13 @@ async def _run(service: Service, answer: ResponseAnswer) -> None:
     """Answer in the background."""
     try:
         await answer.finish()
-        note(service, answer)
     except Exception as error:
         answer.fail(RequestError.of(error) or RequestError("an error of the server", status=500))
         logger.info("a response in the background failed", exc_info=error)
         await answer.save()
     finally:
         answer.cancel()
+        note(service, answer)
 
 
 class ResponseAnswer(Answer):

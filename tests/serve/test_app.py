@@ -298,7 +298,16 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
 
 
 def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
+    """And is counted as one that has left."""
+
+    def aborted() -> int:
+        found = re.search(
+            r'request_success_total\{finished_reason="abort".*\} (\d+)', running.client.get("/metrics").text
+        )
+        return int(found[1]) if found else 0
+
     until(running.is_idle)
+    before = aborted()
     with running.client.stream("POST", "/v1/chat/completions", json={**FOREVER, "stream": True}) as answer:
         next(answer.iter_lines())
         assert not running.is_idle()
@@ -306,6 +315,7 @@ def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{running.url}/v1/chat/completions", json=FOREVER, timeout=0.5)
     until(running.is_idle)
+    until(lambda: aborted() == before + 2)
     while running.engine.scheduler.index.evict():
         pass
     assert running.engine.scheduler.pool.used == 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -132,6 +133,20 @@ def directory() -> Path:
         return INSTALLED
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "llama4" / "kernels" / sources_hash()[:16]
+
+
+def found_directory() -> Path:
+    """`directory()`; or, for a checkout that has none, the libraries of the llama4 that is installed in this environment,
+    if they are of the same sources: Python that is started in the checkout's folder imports the checkout."""
+    own = directory()
+    if (own / MANIFEST).exists():
+        return own
+    try:
+        installed = Path(str(importlib.metadata.distribution("llama4").locate_file("llama4/kernels"))) / INSTALLED.name
+        same = json.loads((installed / MANIFEST).read_text(encoding="utf-8"))["sources"] == sources_hash()
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError, LookupError, TypeError):
+        return own
+    return installed if same else own
 
 
 def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:

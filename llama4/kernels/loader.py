@@ -68,7 +68,7 @@ def found() -> Found:
     global _found
     if not _found:
         with _lock:
-            _found = _found or _find(build.directory())
+            _found = _found or _find(build.found_directory())
     return _found
 
 

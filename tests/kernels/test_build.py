@@ -86,6 +86,29 @@ def test_a_checkout_has_its_libraries_in_the_cache(tmp_path: Path, monkeypatch: 
 
 
 @on_x86
+def test_a_checkout_without_libraries_takes_those_of_its_installation(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is after `pip install .` where Python is started in the checkout; not those of other sources."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "checkout" / "lib")
+    site = tmp_path / "site"
+    (site / "llama4-9.dist-info").mkdir(parents=True)
+    (site / "llama4-9.dist-info" / "METADATA").write_text("Name: llama4\nVersion: 9\n")
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert build.found_directory() == build.directory(), "an installation without libraries"
+    build.build(site / "llama4" / "kernels" / "lib", ["avx2"])
+    assert build.found_directory() == site / "llama4" / "kernels" / "lib"
+    assert build.directory().parent == tmp_path / "llama4" / "kernels", "where a checkout's are built"
+    build.build(build.directory(), ["avx2"])
+    assert build.found_directory() == build.directory(), "its own come first"
+    shutil.rmtree(build.directory())
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "cpp"))
+    (tmp_path / "cpp" / "api.cpp").write_text("")
+    assert build.found_directory() == build.directory()
+
+
+@on_x86
 def test_flags(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the level, and of the user."""
     monkeypatch.setenv("CXXFLAGS", "-g -DOWN='a b'")

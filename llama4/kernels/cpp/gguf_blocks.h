@@ -86,6 +86,10 @@ INLINE auto look_up16(auto codes, const uint8_t* table) {
     if constexpr (sizeof(V) == 32) return (V)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(own), (__m256i)codes);
 #elif defined(__aarch64__)
     return (V)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)codes);
+#else
+    V found;
+    for (size_t i = 0; i < sizeof(V); i++) ((uint8_t*)&found)[i] = table[((const uint8_t*)&codes)[i] & 15];
+    return found;
 #endif
   }
 }

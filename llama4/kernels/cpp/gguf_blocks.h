@@ -36,8 +36,13 @@ INLINE f32x4 from_halves(uint64_t four) {
 #ifdef __F16C__
   return (f32x4)_mm_cvtph_ps(_mm_cvtsi64_si128(four));
 #else
+#ifdef __aarch64__
+  using half = __fp16;
+#else
+  using half = _Float16;
+#endif
   f32x4 floats;
-  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(__fp16, uint16_t(four >> 16 * i)));
+  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(half, uint16_t(four >> 16 * i)));
   return floats;
 #endif
 }

@@ -136,8 +136,10 @@ def directory() -> Path:
 
 
 def found_directory() -> Path:
-    """`directory()`; or, for a checkout that has none, what the llama4 installed in this environment has, if it is of the
-    same sources: Python that is started in the checkout's folder imports the checkout."""
+    """`directory()`; or, for a checkout that has none, what the llama4 installed in this environment has.
+
+    That is if it is of the same sources: Python that is started in the checkout's folder imports the checkout.
+    """
     own = directory()
     if (own / MANIFEST).exists():
         return own

@@ -291,6 +291,7 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
     assert {client.get(route).status_code for route in ("/health", "/ready", "/version", "/props")} == {200}
     description = client.get("/openapi.json").json()
     assert "ChatRequest" in description["components"]["schemas"] and "/v1/completions" in description["paths"]
+    assert client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1}).status_code == 200
     metrics = client.get("/metrics").text
     samples = {line.partition("{")[0] for line in metrics.splitlines() if not line.startswith("#")}
     assert {"vllm:prompt_tokens_total", "vllm:num_requests_running", "vllm:request_success_total"} <= samples

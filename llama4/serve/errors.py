@@ -28,8 +28,8 @@ class RequestError(Exception):
     """
 
     def __init__(self, message: str, field: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
-        self.status, self.field, self.code = status, field, code
+        super().__init__(_whole(message))
+        self.status, self.field, self.code = status, _whole(field) if field is not None else None, code
 
     @classmethod
     def of(cls, error: Exception) -> RequestError | None:
@@ -47,6 +47,11 @@ class RequestError(Exception):
     def to_json(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
+
+def _whole(text: str) -> str:
+    """Of what JSON may hold, halves of surrogate pairs cannot be sent."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _field_of(message: str) -> str | None:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -148,7 +149,7 @@ async def read_body(request: Request, limit: int) -> Any:
     if json_memory(data) > MAX_JSON_MEMORY:
         raise RequestError("the body has too many values; send fewer", status=413)
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON ({error})") from None
 
@@ -166,6 +167,12 @@ def read_query(request: Request, known: Fields) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise RequestError(f"the body is not JSON: it holds {name}")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise RequestError(f"the body holds the number {text:.80}, which is too large")
+    return number
 
 
 def refusal(error: Exception, form: ErrorForm = OPENAI) -> Response:

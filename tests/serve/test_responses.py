@@ -22,6 +22,7 @@ pytest.importorskip("starlette")
 
 from llama4 import Llama4  # noqa: E402
 from llama4.errors import ArgumentError  # noqa: E402
+from llama4.serve.errors import RequestError  # noqa: E402
 from llama4.serve.settings import Settings  # noqa: E402
 from llama4.serve.store import Store  # noqa: E402
 from tests.serve.running import Running, until  # noqa: E402
@@ -149,6 +150,17 @@ def test_half_a_character_is_refused(running: Running) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
     whole = json.dumps({"input": ASKED, "metadata": {"a": "\U0001f600"}})
     assert "\U0001f600" in running.client.post("/v1/responses", content=whole).text
+
+
+def test_a_number_without_end_is_refused(running: Running) -> None:
+    """What a response repeats can be sent; Anthropic's errors have their own form."""
+    for number in ("1e999", "-1e999", "NaN"):
+        body = f'{{"input": "{ASKED}", "max_tokens": 1, "messages": [], "metadata": {{"a": {number}}}}}'
+        for route in ("/v1/responses", "/v1/messages"):
+            answer = running.client.post(route, content=body)
+            assert answer.status_code == 400 and number in answer.json()["error"]["message"]
+            assert (answer.json().get("type") == "error") == (route == "/v1/messages")
+    assert RequestError("\ud83d", field="\ud83d").to_json()["error"]["param"] == "?"
 
 
 @pytest.mark.parametrize("has_columns", [True, False])

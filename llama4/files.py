@@ -15,11 +15,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from llama4.errors import DiskError
+from llama4.errors import ArgumentError, DiskError
 from llama4.progress import PIECE, each
 
 _SYNC = 256 << 20
 """Bytes after which a file that is being written is synced: at once, at its end, that may take a minute."""
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as users write it: ~ is their home.
+
+    Raises:
+        ArgumentError: ~NAME of a user who is not there.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ArgumentError(f"{name} cannot be found: no such user has a home here; write the whole path") from None
+
+
+def real_path(path: str | Path) -> Path:
+    """A whole path without links, whether it is there or not.
+
+    Raises:
+        OSError: a circle of links.
+    """
+    real = os.path.realpath(path)
+    if os.path.islink(real):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return Path(real)
 
 
 @contextmanager
@@ -32,8 +56,8 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
         DiskError: it cannot be written; `path` is as it was.
         OSError: of the block, of another file.
     """
-    path = path.resolve()  # a link stays one
     with writes(path):
+        path = real_path(path)  # a link stays one
         _delete_leftovers(path)
         descriptor, partial = _temporary_file(path)
         try:

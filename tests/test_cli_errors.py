@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from llama4.cli.main import main
+from llama4.errors import ArgumentError
+from llama4.files import replace_text, user_path
 
 TRAIN = "finetune tiny --output {0}/new --data {0}/data.jsonl"
 USAGE = {
@@ -73,3 +76,13 @@ def test_errors(command: str, code: int, message: str, tmp_path: Path, capsys: p
     assert message.format(tmp_path) in said
     assert said.count("\n") == 1 and said.endswith("\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="~nobody-here/x cannot be found"):
+        user_path("~nobody-here/x")
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match=re.escape(f"could not write {loop}")):
+        replace_text(loop, "x")
+    assert loop.is_symlink()

@@ -30,6 +30,7 @@ from llama4.adapters.lora import STACKS, Adapter, EmbeddingLora, Lora, targets_o
 from llama4.errors import ArgumentError, CheckpointError, ConfigError
 from llama4.families import family_of
 from llama4.families.names import NameTable
+from llama4.files import user_path
 from llama4.model.multimodal import Llama4Model
 from llama4.reading import read_json
 from llama4.weights.directory import complete_directory, write_json
@@ -180,7 +181,7 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
         ConfigError: no adapter_config.json, or one of an adapter that is no LoRA, or of a kind that is not computed.
         CheckpointError: no weights, damaged ones, or such as do not fit the model.
     """
-    directory = Path(directory).expanduser()
+    directory = user_path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
     content = read_json(directory / CONFIG_FILE)

@@ -16,7 +16,7 @@ from typing import Any
 import regex
 
 from llama4.errors import Llama4Error
-from llama4.files import replace_text, replaced_file
+from llama4.files import real_path, replace_text, replaced_file, user_path
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.byte_level import RankedBytes
 from llama4.text.gguf_vocabulary import GGUF_SUFFIX, read_gguf, tokenizer_json
@@ -57,7 +57,7 @@ class Tokenizer:
     def __init__(
         self, path: str | Path, *, num_special_tokens: int | None = None, vocabulary: Vocabulary | None = None
     ) -> None:
-        self.path = find_file(Path(path).expanduser())
+        self.path = find_file(user_path(path))
         is_gguf = self.path.suffix.lower() == GGUF_SUFFIX
         self.config = TokenizerConfig() if is_gguf else TokenizerConfig.read(self.path.parent)
         try:
@@ -278,6 +278,6 @@ def _of_names(vocabulary: Vocabulary, names: Iterable[str]) -> Vocabulary:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if source.resolve() != target.resolve():
+    if real_path(source) != real_path(target):
         with source.open("rb") as content, replaced_file(target) as copy:
             shutil.copyfileobj(content, copy)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.files import user_path
 from llama4.inputs import Processor
 from llama4.progress import PIECE, Bar
 from llama4.text.messages import ParsedMessage, image_sources
@@ -149,7 +150,7 @@ def load_dataset(
     if max_length < 2:
         raise ArgumentError(f"max_length is {max_length}; an example has at least 2 tokens")
     dataset, dropped = Dataset(str(path), []), []
-    path = Path(path).expanduser()
+    path = user_path(path)
     size = path.stat().st_size if path.is_file() else 0
     with Bar("reading data", size, "bytes", shown=progress) as bar:
         records = list(read_records(path, bar))

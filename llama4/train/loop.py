@@ -23,6 +23,7 @@ from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.files import user_path
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
@@ -200,7 +201,7 @@ def finetune(
         Llama4Error: a wrong setting, a wrong line of the data by its number, too little memory, a state of another run;
             or, as `TrainingError`, a loss that is no number, with the lines of its batch.
     """
-    options, output = TrainingOptions(**settings), Path(output).expanduser()
+    options, output = TrainingOptions(**settings), user_path(output)
     if resume and is_finished(output):
         (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.errors import Llama4Error
+from llama4.files import user_path
 from llama4.progress import Bar
 from llama4.reading import MAX_JSON_DEPTH, MAX_JSON_MEMORY, MAX_TEXT_RATIO, check_regular, json_depth, json_memory
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
@@ -62,7 +63,7 @@ def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
     Raises:
         DataError: no such file, or the first line that is wrong, by number.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     for number, line in _lines(path, bar):
         if not line.strip():
             continue

@@ -9,6 +9,7 @@ import torch
 
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
+from llama4.files import user_path
 from llama4.reading import check_regular
 from llama4.weights.directory import check_whole
 from llama4.weights.gguf.layout import GgufLayout
@@ -94,7 +95,7 @@ def open_checkpoint(
             raise ArgumentError(
                 f"mmproj is for models in GGUF, and {directory} is in {layout.title} layout; leave it out"
             )
-        layout = GgufLayout(Path(mmproj).expanduser())
+        layout = GgufLayout(user_path(mmproj))
     config, source = layout.open(Path(directory), shards, dtype=dtype)
     _check_layers(Path(directory), config, source)
     return config, source

@@ -12,7 +12,7 @@ import torch
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
 from llama4.families import family_of
-from llama4.files import writes
+from llama4.files import real_path, writes
 from llama4.quantization.int4 import Int4
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import CALIBRATED
@@ -62,7 +62,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
     with complete_directory(target, must_be_free=True, older=_FILES) as partial:
         config, weights, tokenizer = _open(source)
         side_files = read_side_files(source)
-        options = WriteOptions(side_files, target.resolve().name, ranks=ranks, progress=progress)
+        options = WriteOptions(side_files, real_path(target).name, ranks=ranks, progress=progress)
         WRITTEN[layout].write(weights, config, tokenizer, partial, options)
         verify(partial, weights, config, tokenizer, progress=progress)
 
@@ -178,7 +178,7 @@ def quantize(
             weights = Copied(weights)
         options = WriteOptions(
             read_side_files(source),
-            target.resolve().name,
+            real_path(target).name,
             max_shard_bytes=max_shard_bytes,
             stamp=stamp,
             progress=progress,
@@ -194,7 +194,7 @@ def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[
     """
     missing = sorted(shards.sizes[file] for file in shards.used if shards.cached(file) is None)
     size, at_once = sum(result.spec(name).nbytes for name in result.names()), sum(missing[-shards.kept :])
-    place, work = next(folder for folder in target.resolve().parents if folder.is_dir()), work_of(target)
+    place, work = next(folder for folder in real_path(target).parents if folder.is_dir()), work_of(target)
     done = sum(path.stat().st_size for path in work.rglob("*/*") if path.is_file())
     free = disk_usage(place).free + done
     say(
@@ -210,7 +210,7 @@ def _check_room(shards: HubShards, result: Source, target: Path, say: Callable[[
 
 
 def _check_other(source: Path, target: Path) -> None:
-    if source.resolve() == target.resolve():
+    if real_path(source) == real_path(target):
         raise CheckpointError(f"{target} is the source itself; choose a new directory")
 
 

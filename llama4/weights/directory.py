@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llama4.errors import CheckpointError, DiskError
-from llama4.files import exchange, permissions, replaced_file, sync_directory, sync_file
+from llama4.files import exchange, permissions, real_path, replaced_file, sync_directory, sync_file
 from llama4.weights.workplace import clear, workplace
 
 DOWNLOADS = "downloads"
@@ -54,7 +54,7 @@ def complete_directory(
         OSError: of the block, of another file.
         CheckpointError: it is in use, or another process writes it.
     """
-    target = Path(directory).resolve()
+    target = real_path(directory)
     work = work_of(target)
     content = work / _CONTENT
     try:
@@ -75,7 +75,7 @@ def complete_directory(
                     for folder in (content, work / DOWNLOADS, work / STEPS):
                         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        if error.filename is not None and not _is_of(Path(os.fsdecode(error.filename)).resolve(), target, work):
+        if error.filename is not None and not _is_of(real_path(os.fsdecode(error.filename)), target, work):
             raise  # of what is read, say
         about = f"{error.strerror or error}"
         if error.filename is not None and Path(os.fsdecode(error.filename)) != target:
@@ -118,7 +118,7 @@ def scratch_directory(name: str) -> Iterator[Path]:
 def work_of(directory: str | Path) -> Path:
     """The folder in which `complete_directory` works: beside the target, or in it where only that is on its disk or may
     be written."""
-    target = Path(directory).resolve()
+    target = real_path(directory)
     inside = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
     return target / INSIDE if inside else target.with_name(f".{target.name}-partial")
 
@@ -137,7 +137,7 @@ def check_free(directory: str | Path) -> None:
 
 
 def _check_free(directory: str | Path) -> None:
-    target = Path(directory).resolve()
+    target = real_path(directory)
     if target.is_dir():
         names = {path.name for path in target.iterdir()} - {work_of(target).name}
         if not names or _BROKEN_OFF in names:

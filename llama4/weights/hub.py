@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error, nearest
 from llama4.families import PRESETS
+from llama4.files import user_path
 from llama4.gguf import MAGIC
 from llama4.tiny import EMBEDDED
 from llama4.weights.checkpoint import LAYOUTS, recognised_layout
@@ -71,7 +72,7 @@ def resolve(
     folder = _checked(subfolder)
     if str(name) in EMBEDDED:
         return EMBEDDED[str(name)]
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() and name != "":
         path = path / folder
         if not path.is_dir():
@@ -153,7 +154,7 @@ def shards_on_hub(
 ) -> HubShards | None:
     """The files on the Hub beside those in a directory that `resolve` gave for a name; None if the model is not on the
     Hub, or the Hub cannot be reached."""
-    origin = HubOrigin.of_snapshot(directory) if not Path(name).expanduser().is_dir() else None
+    origin = HubOrigin.of_snapshot(directory) if not user_path(name).is_dir() else None
     if origin is None:
         return None
     folder = _checked(subfolder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from llama4.config import Llama4Config
+from llama4.files import real_path
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import CONFIG_FILES
 from llama4.weights.checkpoint import LAYOUTS
@@ -55,7 +56,7 @@ def save(
     """
     tensors = ModelSource(source) if isinstance(source, nn.Module) else source
     older = MODEL_FILES if tokenizer is None else (*MODEL_FILES, *TEXT_FILES)
-    name = name or Path(directory).resolve().name
+    name = name or real_path(directory).name
     options = WriteOptions(side_files, name, max_shard_bytes=max_shard_bytes, progress=progress)
     with complete_directory(directory, must_be_free=must_be_free, older=older) as partial:
         LAYOUTS["hf"].write(tensors, config, tokenizer, partial, options)

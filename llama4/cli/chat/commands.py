@@ -13,6 +13,7 @@ from typing import Any
 from llama4.cli.chat.conversation import Conversation
 from llama4.cli.options import CHAT
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.files import user_path
 
 LEAVING = ("/quit", "/exit", "/bye")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -159,8 +160,8 @@ def file_names(text: str) -> list[str]:
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError):
+        return user_path(text).is_file()
+    except (OSError, ValueError):
         return False
 
 
@@ -168,7 +169,7 @@ def _one_file(argument: str, command: str) -> Path:
     names = file_names(argument)
     if len(names) != 1:
         raise Llama4Error(f"{command} needs one file, such as {command} talk.json")
-    return Path(names[0]).expanduser()
+    return user_path(names[0])
 
 
 def completions(line: str) -> list[str]:
@@ -207,7 +208,7 @@ def _paths(typed: str, endings: tuple[str, ...]) -> list[str]:
     head, tail = os.path.split(typed)
     found = []
     try:
-        with os.scandir(Path(head or ".").expanduser()) as entries:
+        with os.scandir(user_path(head or ".")) as entries:
             for entry in entries:
                 if not entry.name.startswith(tail) or (entry.name.startswith(".") and not tail):
                     continue
@@ -215,7 +216,7 @@ def _paths(typed: str, endings: tuple[str, ...]) -> list[str]:
                     found.append(os.path.join(head, entry.name) + "/")
                 elif entry.name.lower().endswith(endings):
                     found.append(os.path.join(head, entry.name))
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError):
         return []
     return sorted(found)[:MAX_COMPLETIONS]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.cli.chat.answers import Answer, Answerer
 from llama4.errors import Llama4Error
-from llama4.files import replace_text
+from llama4.files import replace_text, user_path
 from llama4.reading import parse_json, read_bytes
 from llama4.text.messages import image_sources, read_messages
 
@@ -75,7 +75,7 @@ class Conversation:
         from llama4.vision.images import load_image
 
         image = load_image(name, self.answerer.image_limits)
-        path = Path(name).expanduser()
+        path = user_path(name)
         if "://" not in name[:12] and not name.startswith("data:") and path.is_file():
             data = read_bytes(path, self.answerer.image_limits.max_bytes)
             with Image.open(io.BytesIO(data)) as opened:

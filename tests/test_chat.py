@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import termios
@@ -22,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from llama4 import Llama4
+from llama4 import Llama4, Llama4Error
+from llama4.cli.chat import answers
 from llama4.cli.chat.answers import Remote
 from llama4.cli.chat.commands import completions, file_names
 from llama4.cli.chat.printing import MarkdownPrinter, printable, speed, split_blocks
@@ -37,7 +39,7 @@ class Fake(ThreadingHTTPServer):
     """A server in OpenAI's form, whose replies are written here.
 
     Attributes:
-        replies: the next answers: the pieces of a text, or a status with a body.
+        replies: the next answers: the pieces of a text, a status with a body, or all bytes.
         bodies: what was asked.
         gone: set when a client left an answer that has no end.
     """
@@ -46,7 +48,7 @@ class Fake(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.replies: list[list[str] | tuple[int, bytes] | None] = []
+        self.replies: list[list[str] | tuple[int, bytes] | bytes | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.gone = threading.Event()
@@ -81,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         reply = self.server.replies.pop(0)
         if isinstance(reply, tuple):
             self.send(*reply, location=f"{self.server.url}/elsewhere")
+            return
+        if isinstance(reply, bytes):
+            self.wfile.write(reply)
             return
         self.send(200)
         if reply is None:
@@ -273,6 +278,73 @@ def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.Monkey
         code, _, err = talk("", *arguments)
         assert (code == 0) == (reason is None)
         assert (reason or "") in err
+
+
+def stream_of(*events: Any, end: bytes = b"data: [DONE]\n\n") -> bytes:
+    lines = [f"data: {json.dumps(event)}\n\n".encode() for event in events]
+    return b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(lines) + end
+
+
+def delta(**fields: Any) -> dict[str, Any]:
+    return {"choices": [{"delta": fields}]}
+
+
+def test_a_hostile_server_costs_a_line(fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_STREAM", 4000)
+    one = len(f"data: {json.dumps(delta(content='y'))}\n\n")
+    deep = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "[" * 100_000}}
+    cases: list[tuple[bytes, str, str]] = [
+        (stream_of(delta(tool_calls=[{"index": -200}])), "", "tool call -200"),
+        (stream_of(delta(tool_calls=[{"index": 0, "function": {"name": ["f"]}}])), "", "OpenAI's form"),
+        (stream_of(delta(content="x"), {"usage": {"completion_tokens": 10**400}}), "x\n", ""),
+        (stream_of(*[delta(content="y")] * 200), "y" * (4001 // one) + "\n", "more than 3.9 KiB"),
+        (stream_of(delta(content="cut"), end=b""), "cut\n", "the server broke off"),
+        (stream_of(delta(content="cut"), {"error": "boom\x1b[2J"}), "cut\n", "the server says: boom\ufffd[2J"),
+        (b"HTTP/1.0 500 no\x1b[31m\x9b31m\r\n\r\n", "", "500 no\ufffd[31m\ufffd31m"),
+    ]
+    for reply, shown, reason in cases:
+        fake.replies = [reply, ["fine"]]
+        code, out, err = talk("a\nb\n", "--server", fake.url)
+        assert (code, out) == (0, f"{shown}fine\n"), reason
+        assert reason in err and len(err.splitlines()) == bool(reason)
+        assert not set(err) & {"\x1b", "\x9b"}
+    monkeypatch.undo()
+    fake.replies = [stream_of(delta(tool_calls=[deep])), ["fine"]]
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    code, out, err = talk("a\nb\n", "--server", fake.url)
+    assert (code, out, err) == (0, json.dumps({"name": "f", "arguments": "[" * 100_000}) + "\nfine\n", "")
+
+
+@pytest.mark.parametrize(
+    ("server", "key", "named"),
+    [
+        ("http://user:secret@127.0.0.1:1", "x", "--server"),
+        ("user:secret@127.0.0.1:1", "x", "--server"),
+        ("http://h\u00e9/", "x", "--server"),
+        ("http://127.0.0.1:99999999", "x", "--server"),
+        ("http://127.0.0.1:1", "secret\n", "--api-key"),
+        ("http://127.0.0.1:1", "secr\u00e9t", "--api-key"),
+    ],
+)
+def test_errors_name_the_option_and_show_no_secret(talk: Talk, server: str, key: str, named: str) -> None:
+    code, _, err = talk("", "--server", server, "--api-key", key)
+    assert code == 2 and named in err and "secr" not in err
+
+
+def test_models_that_break_off() -> None:
+    broken = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(65536)
+                client.sendall(broken)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Llama4Error, match="the server broke off"):
+            Remote(f"http://127.0.0.1:{server.getsockname()[1]}", None)
+        thread.join()
 
 
 # -- by themselves -------------------------------------------------------------------------------------------------

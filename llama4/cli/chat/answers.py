@@ -7,12 +7,14 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from llama4.cli.chat.printing import printable
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.units import bytes_text
 from llama4.vision.limits import LIMITS, ImageLimits
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ TIMEOUT = 600.0
 """Seconds of silence after which a server is given up: it may read a long prompt meanwhile."""
 MAX_EVENT = 16 << 20
 """Bytes of one event of a stream."""
+MAX_STREAM = 64 << 20
+"""Bytes of a stream: 300,000 tokens, each with an event around it."""
+MAX_CALLS = 100
+"""Tool calls of a reply."""
+MAX_TOKENS = 2**31 - 1
+"""Of a reply, as a server counts them."""
 NOT_OPENAI = "the server does not answer in OpenAI's form; is the address right?"
 NAMES = {"max_new_tokens": "max_tokens"}
 """Options that a server knows by another name."""
@@ -111,9 +119,11 @@ class Remote:
         Raises:
             Llama4Error: no such address, nobody who answers there, or nobody who takes the key.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ArgumentError(f"--server {url} is no address; write it as http://127.0.0.1:8000")
+        _check_address(url)
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ArgumentError(
+                "--api-key (or LLAMA4_API_KEY) has a line end or another character that no key has; copy it again"
+            )
         base = url.rstrip("/")
         self._base = base if base.endswith("/v1") else f"{base}/v1"
         self._key = key
@@ -122,7 +132,7 @@ class Remote:
         self.name = name or printable(self._first_model())
 
     def _first_model(self) -> str:
-        with self._open("models") as response:
+        with self._open("models") as response, _read_from_server():
             content = _json(response.read(MAX_EVENT))
         data = content.get("data")
         name = data[0].get("id") if isinstance(data, list) and data and isinstance(data[0], dict) else None
@@ -137,20 +147,21 @@ class Remote:
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         with self._open("chat/completions", {**fields, **body}) as response:
             answer.has_begun = True
-            try:
+            with _read_from_server():
                 for event in _events(response):
+                    if event is None:
+                        return
                     yield from self._read(event, answer)
-            except (OSError, http.client.HTTPException) as error:
-                raise Llama4Error(f"the server broke off ({error}); /retry asks again") from None
-            except (AttributeError, KeyError, TypeError):
-                raise Llama4Error(NOT_OPENAI) from None
+                if answer.finish_reason is None:
+                    raise http.client.HTTPException("its stream has no end")
 
     def _read(self, event: Mapping[str, Any], answer: Answer) -> Iterator[str]:
-        if isinstance(error := event.get("error"), dict):
-            raise Llama4Error(printable(f"the server says: {error.get('message')}"))
-        usage = event.get("usage")
-        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
-            answer.tokens = usage["completion_tokens"]
+        if error := event.get("error"):
+            message = error.get("message") if isinstance(error, dict) else error
+            raise Llama4Error(printable(f"the server says: {message}"))
+        tokens = (event.get("usage") or {}).get("completion_tokens")
+        if isinstance(tokens, int) and 0 <= tokens <= MAX_TOKENS:
+            answer.tokens = tokens
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
             _add_calls(answer, delta.get("tool_calls") or [])
@@ -173,8 +184,36 @@ class Remote:
             with error:
                 raise Llama4Error(_told(error)) from None
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = printable(str(getattr(error, "reason", error)))
             raise Llama4Error(f"{self._base} does not answer ({reason}); is the server running?") from None
+
+
+def _check_address(url: str) -> None:
+    """Raises:
+    ArgumentError: one that cannot be asked; a password in it is not shown.
+    """
+    if "@" in url:
+        raise ArgumentError("--server has a name or a password in its address; leave it out and give --api-key")
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not (is_address and url.isascii() and url.isprintable() and " " not in url):
+        raise ArgumentError(f"--server {url!r:.200} is no address; write it as http://127.0.0.1:8000")
+
+
+@contextmanager
+def _read_from_server() -> Iterator[None]:
+    """Raises:
+    Llama4Error: it broke off, or what it sends is not in OpenAI's form.
+    """
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise Llama4Error(printable(f"the server broke off ({error}): its answer is incomplete; ask again")) from None
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise Llama4Error(NOT_OPENAI) from None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -195,12 +234,21 @@ def _told(error: urllib.error.HTTPError) -> str:
     return printable(f"the server says: {message or f'{error.code} {error.reason}'}{hint}")
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The objects of a stream of events, up to `[DONE]`."""
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | None]:
+    """The objects of a stream of events; None for `[DONE]`.
+
+    Raises:
+        Llama4Error: one that is no object, or more than a reply has.
+    """
+    size = 0
     while line := response.readline(MAX_EVENT):
+        size += len(line)
+        if size > MAX_STREAM:
+            raise Llama4Error(f"the server sent more than {bytes_text(MAX_STREAM)}; no reply is so long")
         if line.startswith(b"data:"):
             data = line[5:].strip()
             if data == b"[DONE]":
+                yield None
                 return
             yield _json(data)
 
@@ -218,10 +266,13 @@ def _json(data: bytes) -> dict[str, Any]:
 def _add_calls(answer: Answer, deltas: Sequence[Mapping[str, Any]]) -> None:
     for delta in deltas:
         index = delta.get("index") or 0
-        while len(answer.tool_calls) <= min(index, 99):
+        if not 0 <= index < MAX_CALLS:
+            raise Llama4Error(f"the server sends tool call {index!s:.20}; a reply has at most {MAX_CALLS}")
+        while len(answer.tool_calls) <= index:
             function = {"name": "", "arguments": ""}
             answer.tool_calls.append({"id": "", "type": "function", "function": function})
-        call, told = answer.tool_calls[min(index, 99)], delta.get("function") or {}
-        call["id"] = delta.get("id") or call["id"]
-        call["function"]["name"] = told.get("name") or call["function"]["name"]
+        call, told = answer.tool_calls[index], delta.get("function") or {}
+        for record, given, name in ((call, delta, "id"), (call["function"], told, "name")):
+            if value := given.get(name):
+                record[name] = "" + value
         call["function"]["arguments"] += told.get("arguments") or ""

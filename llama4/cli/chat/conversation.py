@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.cli.chat.answers import Answer, Answerer
+from llama4.cli.chat.printing import printable
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, user_path
 from llama4.reading import parse_json, read_bytes
@@ -34,7 +35,7 @@ def errors_printed() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 class Conversation:
@@ -113,7 +114,7 @@ class Conversation:
         if answer.text or remark or not answer.tool_calls:
             self.printer.end(remark)
         for call in answer.tool_calls:
-            self.printer.line(json.dumps(_as_shown(call), ensure_ascii=False))
+            self.printer.line(_as_shown(call))
         if not answer.has_begun:  # Ctrl-C came before the first token
             return False
         self.printer.figures(answer.tokens, took)
@@ -197,9 +198,10 @@ def _messages_of(path: Path) -> list[dict[str, Any]]:
     return messages
 
 
-def _as_shown(call: Mapping[str, Any]) -> dict[str, Any]:
+def _as_shown(call: Mapping[str, Any]) -> str:
+    """As one object, also where the arguments are no JSON."""
     function = call["function"]
-    arguments = function["arguments"]
-    with contextlib.suppress(ValueError, TypeError):
-        arguments = json.loads(arguments)
-    return {"name": function["name"], "arguments": arguments}
+    shown = {"name": function["name"], "arguments": function["arguments"]}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return json.dumps({**shown, "arguments": json.loads(function["arguments"])}, ensure_ascii=False)
+    return json.dumps(shown, ensure_ascii=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama4.engine.replies import Delta, TextDelta
 from llama4.serve.conversation import read_media
-from llama4.serve.schema import NULL, STRING, Schema, any_of, array, one_of, record
+from llama4.serve.schema import NULL, STRING, Schema, any_of, array, known, maybe, one_of, record
 from llama4.serve.settings import Settings
 from llama4.text.messages import ROLES
 
@@ -29,27 +29,29 @@ CALL = record(
     call_id=STRING,
     name={"type": "string", "minLength": 1},
     arguments=STRING,
+    id=maybe(STRING),
 )
 OUTPUT = record(
     ("type", "call_id", "output"),
     type=one_of("function_call_output"),
     call_id=STRING,
     output=any_of(STRING, array(PART)),
+    id=maybe(STRING),
 )
-REASONING = record(("type",), type=one_of("reasoning"))
+REASONING = record(("type",), type=one_of("reasoning"), id=maybe(STRING))
 ITEM: Schema = any_of(MESSAGE, CALL, OUTPUT, REASONING)
 INPUT: Schema = {**any_of(STRING, array(ITEM, 1)), "description": "a text, or a list of items"}
 
 
 def with_ids(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked, as items, each with an id."""
+    """What is asked, as items, each with an id. They are kept: fields that nothing reads are left out."""
     if isinstance(given, str):
         given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = []
     for item in given:
         kind = item.get("type", "message")
         prefix = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}.get(kind, "rs")
-        items.append({"type": kind, **item, "id": item.get("id") or new_id(prefix)})
+        items.append({**known({"type": kind, **item}, ITEM), "id": item.get("id") or new_id(prefix)})
     return items
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -110,8 +111,12 @@ async def create(service: Service, call: Call) -> Response:
     if not fields["background"]:
         return await respond(service, call, answer)
     check_taking(service)
-    await answer.open()
-    await answer.save()
+    try:
+        await answer.open()
+        await answer.save()
+    except BaseException:
+        answer.cancel()
+        raise
     task = asyncio.create_task(_run(service, answer))
     service.background[answer.id] = task, answer
     task.add_done_callback(lambda _: service.background.pop(answer.id, None))
@@ -169,7 +174,7 @@ async def _run(service: Service, answer: ResponseAnswer) -> None:
     except Exception as error:
         answer.fail(RequestError.of(error) or RequestError("an error of the server", status=500))
         logger.info("a response in the background failed", exc_info=error)
-        await answer.save()
+        await answer.save_if_possible()
     finally:
         answer.cancel()
         note(service, answer)
@@ -205,7 +210,7 @@ class ResponseAnswer(Answer):
                 yield event
         except Exception as error:
             self.fail(RequestError.of(error) or RequestError("an error of the server", status=500))
-            await self.save()
+            await self.save_if_possible()
             raise
 
     async def _told(self) -> AsyncIterator[str]:
@@ -239,6 +244,11 @@ class ResponseAnswer(Answer):
                 await asyncio.shield(saving)
             finally:
                 await asyncio.wait((saving,))  # also when cancelled: a later state, or none, is not put back
+
+    async def save_if_possible(self) -> None:
+        """The end of what did not end well. What a full disk does not take is in memory, if it is known by its id."""
+        with suppress(RequestError):
+            await self.save()
 
     def fail(self, error: RequestError) -> None:
         self._status = "failed"
@@ -346,7 +356,7 @@ async def cancel(service: Service, call: Call) -> Response:
         raise RequestError("only a response in the background can be cancelled; hang up, to stop another")
     if (running := service.background.get(identity)) is not None:
         await _stop(*running)
-        await running[1].save()
+        await running[1].save_if_possible()
         stored = await asyncio.to_thread(_stored, service, identity)
     return JSONResponse(stored.response)
 

@@ -132,6 +132,23 @@ def _check_any(value: Any, schema: Schema, at: str) -> None:
     raise RequestError(f"{at} is {value!r:.80}; it must be {wanted(schema)}", field=at)
 
 
+def known(value: Any, schema: Schema) -> Any:
+    """A value that `check` has taken, without the properties that its schema does not name."""
+    if "anyOf" in schema:
+        choices = schema["anyOf"]
+        if isinstance(value, dict):
+            choices = [each for each in choices if value["type"] in _kinds(each)]
+        else:
+            choices = [each for each in choices if each.get("type") == "array"] if isinstance(value, list) else []
+        return known(value, choices[0]) if choices else value
+    if isinstance(value, list) and "items" in schema:
+        return [known(each, schema["items"]) for each in value]
+    if isinstance(value, dict) and "properties" in schema:
+        properties = schema["properties"]
+        return {name: known(own, properties[name]) for name, own in value.items() if name in properties}
+    return value
+
+
 def _kinds(schema: Schema) -> Sequence[Any]:
     """What the `type` of an object may be."""
     kinds: Sequence[Any] = schema.get("properties", {}).get("type", {}).get("enum", ())

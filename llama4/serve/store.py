@@ -6,18 +6,46 @@ What `put` has returned from is there after the process was killed.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama4.errors import ArgumentError
+from llama4.reading import check_regular
+from llama4.serve.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 MAX_IN_MEMORY = 1000
 """Responses that are kept where there is no file; the oldest go."""
+MAX_BYTES_IN_MEMORY = 64 << 20
+"""Of these, and of what they answer."""
 
-_TABLE = "CREATE TABLE IF NOT EXISTS responses (number INTEGER PRIMARY KEY, id TEXT UNIQUE, response TEXT, input TEXT)"
+_APPLICATION = 0x4C346C34
+"""Stands in the file's head, so that another program's file is known as such."""
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS responses "
+    "(number INTEGER PRIMARY KEY, id TEXT UNIQUE, size INTEGER, response TEXT, input TEXT)"
+)
+_PUT = (
+    "INSERT INTO responses (id, size, response, input) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+    "size = excluded.size, response = excluded.response, input = excluded.input"
+)
+_FORGET = (
+    "DELETE FROM responses WHERE number IN (SELECT number FROM (SELECT number, COUNT(*) OVER newest AS place, "
+    "SUM(size) OVER newest AS total FROM responses WINDOW newest AS (ORDER BY number DESC)) "
+    "WHERE place > ? OR total > ?)"
+)
+_FAIL_UNFINISHED = (
+    "UPDATE responses SET response = json_set(response, '$.status', 'failed', '$.error', json(?)) WHERE CASE WHEN "
+    "json_valid(response) THEN json_extract(response, '$.status') IN ('queued', 'in_progress') ELSE FALSE END"
+)
+_ENDED = json.dumps({"code": "server_error", "message": "the server ended before the response was complete"})
 
 
 @dataclass(frozen=True)
@@ -29,61 +57,118 @@ class Stored:
 
 
 class Store:
-    """Responses by their ids. Several threads may use it."""
+    """Responses by their ids. Several threads may use it; of several processes one has the file."""
 
     def __init__(self, path: Path | None = None) -> None:
         """
         Args:
-            path: of the file, which is made if it is not there; None to keep the last thousand in memory.
+            path: of the file, which is made if it is not there; None to keep the last ones in memory.
 
         Raises:
-            ArgumentError: the file cannot be used.
+            ArgumentError: the file cannot be used, is another program's, or another server has it.
         """
         self._lock = threading.Lock()
-        self._limit = MAX_IN_MEMORY if path is None else None
+        self._is_limited = path is None
+        self._unwritten: dict[str, Stored] = {}  # later states of what is in the file, which it had no room for
         try:
-            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute(_TABLE)
-            self._fail_unfinished()
-        except sqlite3.Error as error:
-            raise ArgumentError(f"responses cannot be stored in {path}: {error}; choose another --store") from error
+            if path is not None:
+                _check_ours(path)
+            self._database = sqlite3.connect(path or ":memory:", 1, check_same_thread=False, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
+        except (OSError, ValueError, sqlite3.Error) as error:
+            said = "another server has it" if "locked" in str(error) else getattr(error, "strerror", None) or error
+            raise ArgumentError(f"responses cannot be stored in {path}: {said}; choose another --store") from error
+
+    def _prepare(self) -> None:
+        database = self._database
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")  # from the first write until it is closed
+        database.execute(f"PRAGMA application_id={_APPLICATION}")  # before WAL: at once in the file's head
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute(_TABLE)
+        database.execute(_FAIL_UNFINISHED, (_ENDED,))
 
     def put(self, stored: Stored) -> None:
-        """Keep a response, in place of an earlier state of it."""
-        row = stored.response["id"], json.dumps(stored.response), json.dumps(stored.input)
+        """Keep a response, in place of an earlier state of it.
+
+        Raises:
+            RequestError: it cannot be written. A later state of what is in the file is then kept in memory.
+        """
+        identity, response, given = stored.response["id"], json.dumps(stored.response), json.dumps(stored.input)
         with self._lock:
-            self._database.execute(
-                "INSERT INTO responses (id, response, input) VALUES (?, ?, ?) "
-                "ON CONFLICT (id) DO UPDATE SET response = excluded.response, input = excluded.input",
-                row,
-            )
-            if self._limit is not None:
-                last = "SELECT number FROM responses ORDER BY number DESC LIMIT 1 OFFSET ?"
-                self._database.execute(f"DELETE FROM responses WHERE number <= ({last})", (self._limit,))
+            try:
+                with _writes():
+                    self._database.execute(_PUT, (identity, len(response) + len(given), response, given))
+                    if self._is_limited:
+                        self._database.execute(_FORGET, (MAX_IN_MEMORY, MAX_BYTES_IN_MEMORY))
+            except RequestError:
+                if self._row(identity) is not None:
+                    self._unwritten[identity] = stored
+                raise
+            self._unwritten.pop(identity, None)
 
     def get(self, identity: str) -> Stored | None:
         with self._lock:
-            query = "SELECT response, input FROM responses WHERE id = ?"
-            row = self._database.execute(query, (identity,)).fetchone()
-        return Stored(json.loads(row[0]), json.loads(row[1])) if row is not None else None
+            if identity in self._unwritten:
+                return self._unwritten[identity]
+            row = self._row(identity)
+        try:
+            stored = Stored(*map(json.loads, row)) if row is not None else None
+            if stored is None or (stored.response["id"] == identity and isinstance(stored.input, list)):
+                return stored
+        except (ValueError, TypeError, KeyError):
+            pass
+        logger.warning("what is stored of response %.80r is damaged", identity)
+        return None
 
     def delete(self, identity: str) -> bool:
-        """Forget a response; -> whether it was there."""
-        with self._lock:
-            return self._database.execute("DELETE FROM responses WHERE id = ?", (identity,)).rowcount > 0
+        """Forget a response; -> whether it was there.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        with self._lock, _writes():
+            is_there = self._database.execute("DELETE FROM responses WHERE id = ?", (identity,)).rowcount > 0
+            self._unwritten.pop(identity, None)
+            return is_there
 
     def close(self) -> None:
         with self._lock:
             self._database.close()
 
-    def _fail_unfinished(self) -> None:
-        """What was being answered in the background when an earlier process ended."""
-        rows = self._database.execute(
-            "SELECT id FROM responses WHERE json_extract(response, '$.status') IN ('queued', 'in_progress')"
-        ).fetchall()
-        for (identity,) in rows:
-            stored = self.get(identity)
-            assert stored is not None
-            error = {"code": "server_error", "message": "the server ended before the response was complete"}
-            self.put(Stored({**stored.response, "status": "failed", "error": error}, stored.input))
+    def _row(self, identity: str) -> tuple[Any, Any] | None:
+        query = "SELECT response, input FROM responses WHERE id = ?"
+        try:
+            row: tuple[Any, Any] | None = self._database.execute(query, (identity,)).fetchone()
+        except sqlite3.Error as error:
+            logger.warning("the file of responses cannot be read: %s", error)
+            return None
+        return row
+
+
+def _check_ours(path: Path) -> None:
+    """Before SQLite opens a file, which may write to it.
+
+    Raises:
+        ValueError: it is another program's.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return
+    check_regular(path)
+    with path.open("rb") as file:
+        head = file.read(100)
+    if head and (head[:16] != b"SQLite format 3\0" or head[68:72] != _APPLICATION.to_bytes(4, "big")):
+        raise ValueError("it is another program's file")
+
+
+@contextmanager
+def _writes() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        message = f"the server cannot store the response ({error}); free space there, or send store: false"
+        raise RequestError(message, status=507, code="store_full") from error

@@ -24,7 +24,7 @@ from llama4 import Llama4  # noqa: E402
 from llama4.errors import ArgumentError  # noqa: E402
 from llama4.serve.errors import RequestError  # noqa: E402
 from llama4.serve.settings import Settings  # noqa: E402
-from llama4.serve.store import Store  # noqa: E402
+from llama4.serve.store import Store, Stored  # noqa: E402
 from tests.serve.running import Running, until  # noqa: E402
 
 ASKED = "What can you do?"
@@ -173,6 +173,81 @@ def test_another_program_s_file(tmp_path: Path, has_columns: bool) -> None:
             database.commit()
     with pytest.raises(ArgumentError, match=r"other.db.*--store"):
         Store(tmp_path / "other.db")
+
+
+def stored(identity: str, status: str = "completed", text: str = "") -> Stored:
+    return Stored({"id": identity, "status": status, "text": text}, [])
+
+
+def test_the_store_is_ours_alone(tmp_path: Path) -> None:
+    """Another program's database stays byte for byte; a second process is refused; damage is told in a line."""
+    with closing(sqlite3.connect(tmp_path / "other.db")) as database:
+        database.execute("CREATE TABLE notes (text TEXT)")
+    (tmp_path / "text.db").write_text("Dear diary")
+    for name in ("other.db", "text.db"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(ArgumentError, match=r"another program's file; choose another --store"):
+            Store(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(ArgumentError, match=r"no regular file"):
+        Store(tmp_path)
+    path = tmp_path / "ours.db"
+    with closing(Store(path)) as store:
+        store.put(stored("a", "in_progress"))
+        code = "import pathlib, sys; from llama4.serve.store import Store; Store(pathlib.Path(sys.argv[1]))"
+        second = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+        assert "another server has it; choose another --store" in second.stderr
+        got = store.get("a")
+        assert got is not None and got.response["status"] == "in_progress"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("INSERT INTO responses (id, response, input) VALUES ('b', 'no JSON', '')")
+        database.execute("INSERT INTO responses (id, response, input) VALUES ('c', '[]', '[]')")
+    with closing(Store(path)) as store:
+        got = store.get("a")
+        assert got is not None and got.response["status"] == "failed" and got.response["error"]["message"]
+        assert store.get("b") is None and store.get("c") is None
+    path.write_bytes(path.read_bytes()[:100] + b"x" * 4000)
+    with pytest.raises(ArgumentError, match=r"ours.db.*--store"):
+        Store(path)
+
+
+def test_memory_holds_the_last_bytes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what is asked only what is read."""
+    monkeypatch.setattr("llama4.serve.store.MAX_BYTES_IN_MEMORY", 1000)
+    with closing(Store()) as store:
+        for identity in "abc":
+            store.put(stored(identity, text="x" * 400))
+        assert [store.get(identity) is not None for identity in "abc"] == [False, True, True]
+    part = {"type": "input_text", "text": ASKED}
+    items = [{"role": "user", "content": [{**part, "more": "x"}]}, {"type": "reasoning", "encrypted_content": "x"}]
+    identity = respond(running, input=items, max_output_tokens=1)["id"]
+    kept = running.client.get(f"/v1/responses/{identity}/input_items?order=asc").json()["data"]
+    expected = [{"type": "message", "role": "user", "content": [part]}, {"type": "reasoning"}]
+    assert [{name: value for name, value in item.items() if name != "id"} for item in kept] == expected
+
+
+def test_a_full_disk(running: Running) -> None:
+    """A response that cannot be stored is refused; one in the background ends, and is known until the server ends."""
+    endless = respond(running, input=ASKED, background=True, ignore_eos=True)
+    short = respond(running, input=ASKED, background=True, ignore_eos=True, max_output_tokens=50)
+    database = running.server.service.store._database
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count={pages}")
+    try:
+        items = [{"role": "user", "content": ASKED}, *({"type": "reasoning"} for _ in range(2000))]
+        for fields in ({}, {"background": True}):
+            answer = running.client.post("/v1/responses", json={"input": items, "max_output_tokens": 1, **fields})
+            assert answer.status_code == 507 and "full" in answer.json()["error"]["message"]
+        trigger = "CREATE TEMP TRIGGER full BEFORE UPDATE ON responses BEGIN SELECT RAISE(FAIL, 'full'); END"
+        database.execute(trigger)
+        route = f"/v1/responses/{endless['id']}"
+        assert running.client.post(f"{route}/cancel").json()["status"] == "cancelled"
+        assert running.client.get(route).json()["status"] == "cancelled"
+        until(lambda: running.client.get(f"/v1/responses/{short['id']}").json()["status"] != "in_progress")
+        until(running.is_idle)
+    finally:
+        database.execute("DROP TRIGGER IF EXISTS full")
+        database.execute("PRAGMA max_page_count=1073741823")
 
 
 def test_in_the_background(running: Running) -> None:

@@ -92,5 +92,6 @@ class DiskError(CheckpointError, OSError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What was surely meant, as the end of a sentence; "" if nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    words = {text.lstrip("-"): text for text in known}  # the dashes of options would make any two alike
+    found = difflib.get_close_matches(name.lstrip("-"), words, n=1)
+    return f" (did you mean {words[found[0]]}?)" if found else ""

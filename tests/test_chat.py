@@ -280,6 +280,24 @@ def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.Monkey
         assert (reason or "") in err
 
 
+def test_what_is_saved_and_loaded_can_be_used(fake: Fake, talk: Talk, tmp_path: Path) -> None:
+    def user(content: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "a"}, {"role": "user", "content": content}]
+
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    (tmp_path / "picture.json").write_text(json.dumps({"messages": user([part])}))
+    (tmp_path / "half.json").write_text(json.dumps({"messages": user("\ud800")}))
+    fake.replies = [stream_of(delta(content="x\udc00y"))]
+    lines = f"/load {tmp_path}/picture.json\n/load {tmp_path}/half.json\nb\n/save {tmp_path}/new.json\n"
+    code, out, err = talk(lines, "--server", fake.url)
+    assert code == 0 and f"Saved 2 messages in {tmp_path}/new.json" in out
+    first, second = err.splitlines()
+    assert f"the picture of message 1 of {tmp_path}/picture.json cannot be used" in first
+    assert f"message 1 of {tmp_path}/half.json has half of a surrogate pair" in second
+    saved = json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))
+    assert saved["messages"][1]["content"] == "x\udc00y"
+
+
 def stream_of(*events: Any, end: bytes = b"data: [DONE]\n\n") -> bytes:
     lines = [f"data: {json.dumps(event)}\n\n".encode() for event in events]
     return b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(lines) + end

@@ -67,8 +67,8 @@ def run_convert(options: argparse.Namespace) -> int:
         options.parser.error(f"--to gguf makes a file; let {options.target} end in .gguf")
     if options.to in (None, "gguf") and is_file:
         source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
-        convert_to_gguf(source, options.target, options.type, for_llama_cpp=options.reader is not None)
-        print(f"{options.target}: GGUF, {options.type}", file=sys.stderr)
+        written = convert_to_gguf(source, options.target, options.type, for_llama_cpp=options.reader is not None)
+        print(f"{' and '.join(map(str, written))}: GGUF, {options.type}", file=sys.stderr)
         return 0
     if options.to not in WRITTEN:
         options.parser.error(f"--to {options.to or '?'}: choose one of {', '.join(WRITTEN)}, gguf")

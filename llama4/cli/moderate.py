@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     )
     parser = commands.add_parser("moderate", help="ask a Llama Guard or Prompt Guard", description=about)
     parser.add_argument("model", metavar="MODEL", help="a directory, a GGUF file or a Hub id")
-    text = parser.add_mutually_exclusive_group(required=True)
+    text = parser.add_mutually_exclusive_group()
     text.add_argument("text", nargs="?", metavar="TEXT", help="what a user says; - reads it from stdin")
     text.add_argument("--file", type=Path, metavar="FILE", help="the text of a file")
     parser.add_argument(
@@ -47,6 +47,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.file is None and options.text is None:
+        options.parser.error(f"MODEL comes first, then TEXT or --file FILE; {options.model!r:.80} was taken as MODEL")
     if options.file is not None:
         text = options.file.read_text(encoding="utf-8")
     else:

@@ -89,7 +89,7 @@ def _format(
         raise Llama4Error(
             "nothing says that this model is a Llama Guard: it has no chat template with categories of unsafe content. "
             f"Load one that is, such as meta-llama/Llama-Guard-3-1B; if this is one, say which: "
-            f"guard={' or '.join(map(repr, GUARDS))}"
+            f"guard={' or '.join(map(repr, GUARDS))} (on the command line --guard)"
         )
     return partial(GUARDS[name].compose, bos=bos)
 

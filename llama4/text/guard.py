@@ -119,7 +119,7 @@ def with_categories(
     if at is None or found is None:
         raise Llama4Error(
             "the checkpoint's chat template writes no categories of unsafe content; say how this model is asked: "
-            f"guard={' or '.join(map(repr, GUARDS))}"
+            f"guard={' or '.join(map(repr, GUARDS))} (on the command line --guard)"
         )
     given = dict(categories) if categories is not None else _read(found[2])
     for id_, text in given.items():

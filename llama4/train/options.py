@@ -8,12 +8,17 @@ from dataclasses import dataclass, field, fields
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import LAYOUTS
 from llama4.errors import ArgumentError
+from llama4.reading import MAX_INT
 from llama4.train.data import LEARN
 from llama4.train.optimizer import SCHEDULES
 
 METHODS = ("lora", "qlora", "full")
 QUANTIZATION = "int4"
 """Of a base that is not packed yet, with `qlora`."""
+MAX_SEED = 2**63 - 1
+"""Of torch's generators."""
+MAX_EPOCHS = 1000
+"""Each is laid out before the first step, to know how many steps there are; `steps` knows no such limit."""
 LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
 
 
@@ -81,6 +86,14 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
                 raise ArgumentError(f"{name} is {value}; it must be at least {lowest}")
+        most = {"epochs": MAX_EPOCHS, **dict.fromkeys(("steps", "batch_tokens", "max_length"), MAX_INT)}
+        most |= dict.fromkeys(("eval_every", "save_every"), MAX_INT)
+        for name, highest in most.items():
+            value = getattr(self, name)
+            if value is not None and value > highest:
+                raise ArgumentError(f"{name} is {value!s:.40}; it must be at most {highest}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ArgumentError(f"seed is {self.seed!s:.40}; it must be between 0 and {MAX_SEED}")
         if self.epochs == 0:
             raise ArgumentError("epochs is 0; it must be more")
 

@@ -69,7 +69,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
 
 def convert_to_gguf(
     source: str | Path, target: str | Path, type_: str = "bf16", *, for_llama_cpp: bool = False, progress: bool = True
-) -> None:
+) -> tuple[Path, ...]:
     """Write a checkpoint as a GGUF file, which llama.cpp, Ollama, LM Studio and llamafile read, and its vision tower as
     `mmproj-NAME` beside it. Both appear under their names when they are complete, the model last.
 
@@ -78,6 +78,9 @@ def convert_to_gguf(
         target: the file.
         type_: of the weights, a key of `gguf.types.FILE_TYPES`; vectors and routers are in float32.
         for_llama_cpp: refuse a model that llama.cpp would compute otherwise, instead of logging how.
+
+    Returns:
+        The files: that of the model, and that of its vision tower if it has one.
 
     Raises:
         Llama4Error: an unknown type, a model or tokenizer that GGUF has no form for, or a file that is there.
@@ -111,6 +114,7 @@ def convert_to_gguf(
                 if config.vision is not None:
                     beside.unlink(missing_ok=True)
                 raise
+    return (target,) if config.vision is None else (target, beside)
 
 
 def quantize(

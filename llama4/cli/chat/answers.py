@@ -200,7 +200,7 @@ def _check_address(url: str) -> None:
     except ValueError:
         is_address = False
     if not (is_address and url.isascii() and url.isprintable() and " " not in url):
-        raise ArgumentError(f"--server {url!r:.200} is no address; write it as http://127.0.0.1:8000")
+        raise ArgumentError(f"--server {printable(url):.200} is no address; write it as http://127.0.0.1:8000")
 
 
 @contextmanager

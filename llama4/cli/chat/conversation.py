@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_FILE = 256 << 20
 """Bytes of a conversation that is loaded: it has its pictures in it."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair: JSON may hold it, UTF-8 may not."""
 CUT = " (cut at --max-new-tokens or the window)"
 
 
@@ -86,6 +89,17 @@ class Conversation:
             image.save(buffer, "PNG")
             data, kind = buffer.getvalue(), "image/png"
         return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+    def _check_pictures(self, message: dict[str, Any], where: str) -> None:
+        for source in image_sources(read_messages([message])):
+            if not str(source).startswith("data:"):
+                raise Llama4Error(f"{where} names the picture {source!s:.80} without its data; add it with /image")
+            from llama4.vision.images import load_image
+
+            try:
+                load_image(source, self.answerer.image_limits)
+            except Llama4Error as error:
+                raise Llama4Error(f"the picture of {where} cannot be used: {error}") from None
 
     def ask(self, text: str) -> None:
         """Print the reply as it comes. After Ctrl-C the conversation has as much of it as was printed; before anything
@@ -165,8 +179,8 @@ class Conversation:
             except ValueError:
                 raise Llama4Error(f"{path} is there and is no conversation; choose another name") from None
         messages = [*self.opening, *self.messages]
-        content = {"model": self.answerer.name, "messages": messages}
-        replace_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        content = json.dumps({"model": self.answerer.name, "messages": messages}, ensure_ascii=False, indent=2)
+        replace_text(path, SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", content) + "\n")
         return len(messages)
 
     def load(self, path: Path) -> int:
@@ -177,9 +191,12 @@ class Conversation:
             OSError: it cannot be read.
         """
         messages = _messages_of(path)
-        for source in image_sources(read_messages(messages)):
-            if not str(source).startswith("data:"):
-                raise Llama4Error(f"{path} names the picture {source!s:.80} without its data; add it with /image")
+        for i, message in enumerate(messages):
+            if SURROGATE.search(json.dumps(message, ensure_ascii=False)):
+                raise Llama4Error(
+                    f"message {i} of {path} has half of a surrogate pair; remove it"
+                )
+            self._check_pictures(message, f"message {i} of {path}")
         self.clear()
         self.system = None
         if messages[0]["role"] in ("system", "developer"):

@@ -286,7 +286,7 @@ def test_what_is_refused(guard: Path, tmp_path: Path, tokenizer: Tokenizer) -> N
     with pytest.raises(Llama4Error, match="leave out those of system"):
         llm.moderate([{"role": "system", "content": "Be brief."}, *PROMPT], guard="llama-guard-3-8b")
     other = Llama4.from_pretrained(write(tmp_path, dense(), None), progress=False)
-    with pytest.raises(Llama4Error, match=r"no chat template with categories.*guard='llama-guard-1' or"):
+    with pytest.raises(Llama4Error, match=r"no chat template with categories.*guard='llama-guard-1' or .*--guard"):
         other.moderate("Hello")
     assert 0 < other.moderate("Hello", guard="llama-guard-3-8b").probability < 1
 

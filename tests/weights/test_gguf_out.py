@@ -52,6 +52,7 @@ def original(directory: Path) -> Llama4:
 def test_the_same_model(directory: Path, original: Llama4, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit by bit, with vision tower, tokenizer, and what llama.cpp has fixed: chunk, temperature and the rest."""
     assert main(["convert", str(directory), str(tmp_path / "a.gguf"), "--type", "f32"]) == 0
+    assert f"{tmp_path}/a.gguf and {tmp_path}/mmproj-a.gguf: GGUF, f32" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "mmproj-a.gguf"]
     llm = Llama4.from_pretrained(tmp_path, dtype="float32", progress=False)
     assert torch.equal(logits(llm), logits(original))

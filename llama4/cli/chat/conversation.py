@@ -193,9 +193,7 @@ class Conversation:
         messages = _messages_of(path)
         for i, message in enumerate(messages):
             if SURROGATE.search(json.dumps(message, ensure_ascii=False)):
-                raise Llama4Error(
-                    f"message {i} of {path} has half of a surrogate pair; remove it"
-                )
+                raise Llama4Error(f"message {i} of {path} has half of a surrogate pair; remove it")
             self._check_pictures(message, f"message {i} of {path}")
         self.clear()
         self.system = None

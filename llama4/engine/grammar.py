@@ -180,6 +180,7 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             problem = self._matcher.get_error().partition("\n<state>")[0]  # behind it is what the reply says
+            problem = "no text has it" if problem == "NoExtensionBias" else problem
             raise ArgumentError(f"the reply's form cannot be followed: {problem:.300}")
 
     def problem(self) -> Exception | None:

@@ -33,7 +33,11 @@ MAX_LENGTH = 2**31
 STOP = any_of(TEXT, array(TEXT, most=64))
 BIAS: Schema = {
     "type": "object",
-    "propertyNames": {"type": "string", "pattern": "^[0-9]{1,10}$"},
+    "propertyNames": {
+        "type": "string",
+        "pattern": "^[0-9]{1,10}$",
+        "description": "a token's id, in the digits 0 to 9",
+    },
     "additionalProperties": number(-100, 100),
 }
 USAGE = record(include_usage=FLAG)

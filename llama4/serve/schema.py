@@ -25,6 +25,8 @@ OBJECT: Schema = {"type": "object"}
 NULL: Schema = {"type": "null"}
 ANYTHING: Schema = {}
 MAX_ID = 2**31 - 1
+MAX_DEPTH = 128
+"""Objects and lists inside one another in a field: llguidance reads no deeper schemas, and templates indent them."""
 MAX_NOTICED = 1000
 """Names of unknown fields that are logged: who sends others would fill the log."""
 
@@ -106,6 +108,17 @@ def check(value: Any, schema: Schema, at: str) -> None:
             if "propertyNames" in schema:
                 check(name, schema["propertyNames"], at)
             check(own, properties.get(name, schema.get("additionalProperties", ANYTHING)), f"{at}.{name:.80}")
+
+
+def _check_depth(value: Any, at: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [inner for each in lists for inner in each]
+        if not level:
+            return
+    message = f"{at} has more than {MAX_DEPTH} objects and lists inside one another; make it flatter"
+    raise RequestError(message, field=at)
 
 
 def _check_characters(value: Any, at: str) -> None:
@@ -243,6 +256,7 @@ class Fields:
             if field.is_required:
                 raise RequestError(f"{name} is missing", field=name)
             return field.default
+        _check_depth(value, name)
         try:
             check(value, field.schema, name)
         except RequestError as error:

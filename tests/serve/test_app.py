@@ -274,6 +274,23 @@ def test_bodies_that_are_none(running: Running) -> None:
     assert answer.status_code == 404 and answer.json()["error"]["message"]
 
 
+def test_what_is_too_deep_is_refused(running: Running) -> None:
+    """Wherever it is, by the name of the field; and ids of a bias are in plain digits."""
+    deep: Any = {"type": "integer"}
+    for _ in range(400):
+        deep = {"type": "object", "properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    form = {"type": "json_schema", "json_schema": {"schema": deep}}
+    for field, value in (("tools", [tool]), ("response_format", form), ("metadata", deep)):
+        answer = running.client.post("/v1/chat/completions", json={"messages": QUESTION, field: value})
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(f"{field} has more than 128")
+    itself = {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}
+    answer = running.client.post("/v1/chat/completions", json={"messages": QUESTION, "response_format": itself})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].endswith("followed: no text has it")
+    answer = running.client.post("/v1/chat/completions", json={"messages": QUESTION, "logit_bias": {"\u0663": 1}})
+    assert answer.status_code == 400 and "digits 0 to 9" in answer.json()["error"]["message"]
+
+
 def test_other_routes(llm: Llama4, running: Running) -> None:
     client = running.client
     ids = client.post("/tokenize", json={"prompt": "Hello <|eot|>"}).json()

@@ -17,7 +17,7 @@ from llama4.engine.tokens import Token
 from llama4.inputs import Inputs
 from llama4.serve.engine import EngineStream
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service, respond
+from llama4.serve.http import Call, Route, Service, respond, unless_gone
 from llama4.serve.openai_chat import USED, OpenAIAnswer
 from llama4.serve.options import (
     FORM,
@@ -90,7 +90,7 @@ async def complete(service: Service, call: Call) -> Response:
     service.check_model(fields["model"])
     prompts = prompts_of(fields["prompt"])
     llm = service.engine.llm
-    inputs = await asyncio.to_thread(lambda: [input_of(service, prompt) for prompt in prompts])
+    inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     count = fields["logprobs"]
     options = {**sampling_of(fields), "max_new_tokens": max(fields["max_tokens"], 1), "top_logprobs": count or 0}
     streams: list[EngineStream] = []
@@ -142,6 +142,11 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     if all(isinstance(each, (int, float)) for each in value):
         return [list(map(int, value))]
     return [each if isinstance(each, str) else list(map(int, each)) for each in value]
+
+
+async def inputs_of_all(service: Service, prompts: Sequence[str | list[int]]) -> list[Inputs]:
+    """One after the other: a client that leaves is seen between them."""
+    return [await asyncio.to_thread(input_of, service, prompt) for prompt in prompts]
 
 
 def input_of(service: Service, prompt: str | list[int]) -> Inputs:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.engine.observers import MeanHidden
 from llama4.serve.answer import read
-from llama4.serve.completions import PROMPT, input_of, prompts_of
+from llama4.serve.completions import PROMPT, inputs_of_all, prompts_of
 from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
 from llama4.serve.options import MAX_LENGTH
 from llama4.serve.schema import (
@@ -50,7 +50,7 @@ async def embed(service: Service, call: Call) -> Response:
     service.check_model(fields["model"])
     check_taking(service)
     prompts = prompts_of(fields["input"])
-    inputs = await asyncio.to_thread(lambda: [input_of(service, prompt) for prompt in prompts])
+    inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     means = [MeanHidden() for _ in inputs]
     streams = [service.engine.observe(row, mean, max_new_tokens=1) for row, mean in zip(inputs, means, strict=True)]
     try:

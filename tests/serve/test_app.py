@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -337,6 +338,24 @@ def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
     while running.engine.scheduler.index.evict():
         pass
     assert running.engine.scheduler.pool.used == 0
+
+
+@pytest.mark.parametrize(("route", "field"), [("/v1/embeddings", "input"), ("/v1/completions", "prompt")])
+def test_a_client_that_leaves_stops_the_reading(
+    running: Running, monkeypatch: pytest.MonkeyPatch, route: str, field: str
+) -> None:
+    """Of texts, before the engine has them."""
+    read: list[str] = []
+
+    def slowly(service: Any, prompt: str) -> None:
+        time.sleep(0.1)
+        read.append(prompt)
+
+    monkeypatch.setattr("llama4.serve.completions.input_of", slowly)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(running.url + route, json={field: ["text"] * 12}, timeout=0.3)
+    time.sleep(1.2)
+    assert 0 < len(read) < 8
 
 
 def test_a_key_and_a_full_queue(llm: Llama4) -> None:

@@ -20,6 +20,7 @@ STATUSES = {
     429: "too many requests wait",
     500: "an error of the server",
     503: "the server is about to stop",
+    507: "the server has no room to store a response",
 }
 
 

@@ -17,6 +17,8 @@ from llama4 import ArgumentError, accelerate
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.tiny import EMBEDDED
 
+# PEFT and Trainer ask by a name that transformers is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 IDS_BT = torch.randint(0, 90, (2, 23), generator=torch.Generator().manual_seed(1))
 
 

@@ -25,6 +25,8 @@ from llama4.tiny import EMBEDDED
 from tests.integrations import test_accelerate
 from tests.integrations.test_accelerate import apart
 
+# PEFT and Trainer ask by a name that transformers is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 DIRECTORY = str(EMBEDDED["tiny"])
 IDS_BT = torch.randint(0, 800, (2, 17), generator=torch.Generator().manual_seed(1))
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from llama4.integrations.transformers import LlamaForTransformers
 from llama4.tiny import EMBEDDED
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 DIRECTORY = str(EMBEDDED["tiny"])
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

@@ -58,9 +58,13 @@ def test_an_open_address_without_a_key_is_warned_of(
 ) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     listened: list[str] = []
-    monkeypatch.setattr(
-        running_module._Runner, "run", lambda self, sockets: listened.append(sockets[0].getsockname()[0])
-    )
+
+    def run_nothing(self: Any, sockets: list[socket.socket]) -> None:
+        for each in sockets:
+            listened.append(each.getsockname()[0])
+            each.close()
+
+    monkeypatch.setattr(running_module._Runner, "run", run_nothing)
     try:
         run(Server(Engine(llm), Settings("tiny", api_key=key)), Address(host, 0))
     finally:
@@ -200,7 +204,8 @@ def test_prompts_are_not_logged(running: Running, monkeypatch: Any, caplog: Any)
     ]
     for number, body in enumerate(bodies):
         answer = running.client.post(CHAT, json=body, headers={"x-request-id": f"mine-{number}"})
-        assert answer.headers["x-request-id"] == f"mine-{number}" and f"mine-{number} POST {CHAT}" in caplog.text
+        assert answer.headers["x-request-id"] == f"mine-{number}"
+        until(lambda line=f"mine-{number} POST {CHAT}": line in caplog.text)  # written when the answer has gone
     running.client.post(CHAT, content=json.dumps(bodies[0])[:-1])
     monkeypatch.setattr(Engine, "stream", lambda *given, **options: 1 // 0)
     answer = running.client.post(CHAT, json=bodies[0], headers={"x-request-id": "failed-1"})
@@ -263,7 +268,7 @@ def test_who_reads_slowly_holds_nobody_up(running: Running) -> None:
 
 def test_the_command_does_not_wait_for_ever() -> None:
     """SIGTERM during a reply without end: nobody else is let in, it is cut when time is over, the exit code is 0."""
-    code = "import llama4.serve.run as r; r.DRAIN_SECONDS = 1; from llama4.__main__ import run; run()"
+    code = "import llama4.serve.run as r; r.DRAIN_SECONDS = 4; from llama4.__main__ import run; run()"
     arguments = [sys.executable, "-c", code, "serve", "tiny", "--port", "0"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None
@@ -278,4 +283,4 @@ def test_the_command_does_not_wait_for_ever() -> None:
                 httpx.get(f"{url[0]}/health")
             assert process.poll() is None
             assert process.wait(60) == 0
-            assert 0.9 < time.monotonic() - begun < 10
+            assert 3.9 < time.monotonic() - begun < 15

@@ -194,7 +194,7 @@ def test_quantized_without_a_word(tmp_path: Path, part: str, by: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "about"),
-    [("mllama", "Llama 3.2 Vision"), ("mixtral", "Mistral AI"), ("gemma3", "Gemma")],
+    [("mixtral", "Mistral AI"), ("gemma3", "Gemma")],
 )
 def test_other_models_are_named(tmp_path: Path, model_type: str, about: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{model_type}' is not Llama 4 or .* and this is .*{about}"):

@@ -97,7 +97,8 @@ def test_urls(server: str) -> None:
 
 def test_this_machine_and_its_network_are_refused(server: str) -> None:
     port = server.rsplit(":", 1)[1]
-    for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0.0.0.0"):
+    other_ways = ("127.1", "2130706433", "0177.0.0.1", "0x7f000001", "ⓛocalhost", "allowed.example@127.0.0.1")
+    for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", *other_ways):
         with pytest.raises(ImageError, match="in this machine or its network"):
             load_image(f"http://{host}:{port}/a.png")
     with pytest.raises(ImageError, match=r"169\.254\.169\.254 is in this machine"):

@@ -24,7 +24,7 @@ USAGE = {
     f"{TRAIN} --seed {10**29}": "seed is 100000000000000000000000000000; it must be between 0 and",
     "merge tiny {0} {0}/new --shard-size 3": "--shard-size is not known",
     "serve tiny --hots x": "--hots is not known (did you mean --host?)",
-    "serve tiny --port 99999": "cannot listen at 127.0.0.1:99999",
+    "serve tiny --port 99999": "--port is 99999; it must be from 0 (any that is free) to 65535",
     "serve tiny --port 0 --queue 0": "max_waiting is 0; it must be at least 1",
     "serve tiny --port 0 --max-batch 0": "max_batch is 0; it must be at least 1",
     "serve tiny --port 0 --allow-urls http://x/y": "'http://x/y' is no host",

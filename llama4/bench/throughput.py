@@ -9,11 +9,11 @@ is timed in fresh processes, with the files in the page cache.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
+from time import monotonic
 from typing import Any
 
 import torch
@@ -136,9 +136,9 @@ def measure(
             if turn and left[task, name] <= 0:
                 continue
             for _ in range(1 + tasks.retries):
-                begin = time.monotonic()
+                begin = monotonic()
                 sample = session.sample(task, name)
-                left[task, name] -= time.monotonic() - begin
+                left[task, name] -= monotonic() - begin
                 if sample.is_steady or left[task, name] <= 0:
                     break
             shares.append(sample.others)

@@ -116,12 +116,14 @@ def _allow_many_connections() -> None:
 
 
 def _listen(address: Address) -> socket.socket:
+    if not 0 <= address.port <= 65535:
+        raise ArgumentError(f"--port is {address.port}; it must be from 0 (any that is free) to 65535")
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:  # of a port beyond 65535
+    except OSError as error:
         raise ArgumentError(
-            f"cannot listen at {address.host}:{address.port}: {getattr(error, 'strerror', None) or error}; "
+            f"cannot listen at {address.host}:{address.port}: {error.strerror or error}; "
             "choose another --port or --host"
         ) from error
 

@@ -153,7 +153,7 @@ def _check_ours(path: Path) -> None:
     """Before SQLite opens a file, which may write to it.
 
     Raises:
-        ValueError: it is another program's.
+        ArgumentError: it is another program's.
         OSError: it cannot be read.
     """
     if not path.exists():
@@ -162,7 +162,7 @@ def _check_ours(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(100)
     if head and (head[:16] != b"SQLite format 3\0" or head[68:72] != _APPLICATION.to_bytes(4, "big")):
-        raise ValueError("it is another program's file")
+        raise ArgumentError("it is another program's file")
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def test_a_slow_figure_is_of_fewer_rounds(
 
     now = [0.0]
     monkeypatch.setattr("llama4.bench.throughput.Worker", InProcess)
-    monkeypatch.setattr("llama4.bench.throughput.time.monotonic", clock)
+    monkeypatch.setattr("llama4.bench.throughput.monotonic", clock)
     monkeypatch.setattr(throughput.TaskList, "all", lambda self: [Task("decode", new=2)])
     arguments = ["generate", directory, "--rounds", "5", "--patience", "0", "--limit"]
     for limit, samples in (("1", 1), ("60", 3), ("999", 5)):

@@ -275,7 +275,8 @@ def test_the_command_does_not_wait_for_ever() -> None:
         url = re.search(r"http://[\d.:]+", process.stdout.readline())
         assert url is not None
         with httpx.stream("POST", f"{url[0]}{CHAT}", json={**FOREVER, "stream": True}, timeout=60) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: a generator that goes closes the connection
+            next(lines)
             process.send_signal(signal.SIGTERM)
             begun = time.monotonic()
             time.sleep(0.5)

@@ -167,6 +167,7 @@ def test_a_file_of_74_bytes() -> None:
         load_image(png(1, 89_478_485, 0, 1)[:74])
 
 
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")  # PIL's, of a size that the file makes up
 def test_an_icon_is_not_opened_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL decodes it when it opens it, whatever size it says it has."""
     inner = png(3000, 1000, 0, 1)

@@ -224,15 +224,15 @@ class LlamaForTransformers(PreTrainedModel, GenerationMixin):
         assert out.last_hidden_state is not None
         hidden_BTD = out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state
         logits_BTV = self.get_output_embeddings()(hidden_BTD)
-        loss = None
+        loss, text = None, self.config.get_text_config()
         if labels is not None:
-            items = options.get("num_items_in_batch")
-            loss = ForCausalLMLoss(logits_BTV, labels, self.config.get_text_config().vocab_size, items)
-        text = self.config.get_text_config()
+            loss = ForCausalLMLoss(logits_BTV, labels, text.vocab_size, options.get("num_items_in_batch"))
         aux_loss: Tensor | None = None
         if out.router_logits is not None:
+            assert input_ids is not None
+            mask_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]  # not the cache's
             logits = out.router_logits
-            balance = load_balancing_loss_func(logits, text.num_experts, text.num_experts_per_tok, attention_mask)
+            balance = load_balancing_loss_func(logits, text.num_experts, text.num_experts_per_tok, mask_BT)
             aux_loss = torch.as_tensor(balance)
             loss = loss + text.router_aux_loss_coef * aux_loss if loss is not None else None
         return MoeCausalLMOutputWithPast(

@@ -144,6 +144,14 @@ def test_router_logits(ours: Any, theirs: Any) -> None:
     out.loss.backward()
 
 
+def test_generate_where_the_configuration_asks_for_router_logits(ours: Any, prompts: dict[str, Tensor]) -> None:
+    """As TRL leaves it after training."""
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    plain = ours.generate(**prompts, **settings)
+    ours.config.get_text_config().output_router_logits = True
+    assert torch.equal(ours.generate(**prompts, **settings), plain)
+
+
 def test_pipeline(ours: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     asked: Any = pipeline("text-generation", model=ours, tokenizer=tokenizer)

@@ -39,7 +39,7 @@ from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
 from llama4.text.vocabulary import INFILLING
-from llama4.units import parse_bytes
+from llama4.units import count_text, parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config, read_side_files
 from llama4.weights.directory import scratch_directory
@@ -593,6 +593,11 @@ class Llama4:
             form,
             top_logprobs,
         )
+
+    def __repr__(self) -> str:
+        size, window = count_text(self.config.num_parameters()), self.config.text.max_position_embeddings
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"Llama4({size} parameters, {dtype} on {self.model.device}, up to {self.max_context or window:,} tokens)"
 
     def load_cache(self, path: str | Path) -> None:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.

@@ -69,6 +69,11 @@ def test_a_reply(llm: Llama4) -> None:
     assert all(token.logprob <= 0 for token in reply.logprobs)
 
 
+def test_what_is_printed_of_it(directory: Path) -> None:
+    printed = repr(Llama4.from_pretrained(directory, max_context=512, progress=False))
+    assert printed == "Llama4(313K parameters, float32 on cpu, up to 512 tokens)"
+
+
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["e", "on"]}])
 def test_pieces_of_a_stream_join_to_the_reply(llm: Llama4, settings: dict[str, object]) -> None:
     for conversation in CONVERSATIONS:

@@ -522,6 +522,11 @@ def test_an_error_for_machines(directory: Path, capsys: pytest.CaptureFixture[st
     assert "no such image file" in err
 
 
+def test_pictures_are_looked_at_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "generate", "--model", str(tmp_path), "--image", "none.png", "what?")
+    assert (code, err) == (1, "llama4: error: no such image file: none.png; check the path\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

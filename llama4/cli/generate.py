@@ -41,7 +41,12 @@ def run(options: argparse.Namespace) -> int:
     if options.special_tokens and not options.raw:
         options.parser.error("--special-tokens is for --raw; in a chat the prompt's format writes them")
     question = read_stdin() if options.question == "-" else options.question
-    content = [*({"type": "image", "image": image} for image in options.image), {"type": "text", "text": question}]
+    pictures = []
+    if options.image:
+        from llama4.vision.images import load_image  # and torch, which --help should not wait for
+
+        pictures = [{"type": "image", "image": load_image(image)} for image in options.image]  # before the model
+    content = [*pictures, {"type": "text", "text": question}]
     llm = load_model(options)
     messages = [*opening(options), {"role": "user", "content": content}]
     if options.prefill is not None:

@@ -37,9 +37,10 @@ class BlockPool:
 
     def count(self, block: Tensor) -> None:
         """Count a block that was made elsewhere."""
-        assert block.nbytes <= self.free, "a block was taken that nobody made room for"
-        self.used += block.nbytes
-        weakref.finalize(block, self._give_back, block.nbytes).atexit = False
+        size = block.nbytes
+        assert size <= self.free, "a block was taken that nobody made room for"
+        self.used += size
+        weakref.finalize(block, self._give_back, size).atexit = False
 
     def _give_back(self, size: int) -> None:
         self.used -= size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Request:
         cache: of this request alone; None while it waits, and while it decodes in a cache with others.
         entered: how many of its blocks have been entered in the index.
         arrival: a number that orders requests.
+        choice: how its tokens are chosen, but for the seed, and whether they may be any; equal where that is alike.
         state: what the choice of its next token depends on.
         reused: tokens of the prompt that were not computed again when it was first read.
     """
@@ -86,6 +87,7 @@ class Request:
         self.tokens: list[int] = own.tolist()
         self.prompt_length = len(self.ids)
         self.sampler = sampler
+        self.choice = replace(sampler, seed=None), matcher is None
         self.state = sampler.row(self.ids[:], tuple(stop_ids), matcher)
         self.max_new_tokens = max_new_tokens
         self.stop_ids = frozenset(stop_ids)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
+from llama4.engine.choice import SupportsBytes, next_tokens
 from llama4.engine.fused_cpu import only_our_threads
+from llama4.engine.generate import reply_budget
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.kernels import threads
@@ -42,12 +43,6 @@ from llama4.units import bytes_text
 BUDGET = 512
 """Tokens of one step, decoding and reading together."""
 MAX_BATCH = 64
-
-
-class SupportsBytes(Protocol):
-    """What the scheduler asks of a tokenizer."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
 
 
 @dataclass
@@ -126,7 +121,9 @@ class Scheduler:
         self.pool = BlockPool(cache_memory)
         self._new_cache = new_cache or (lambda pool: runner.model.new_cache(1, pool=pool))
         self._empty = self._new_cache(self.pool)
-        self.window = self._window(max_context or runner.model.config.text.max_position_embeddings)
+        self._max_context = max_context
+        self._longest = max_context or runner.model.config.text.max_position_embeddings
+        self.window = self._window(self._longest)
         self.index = PrefixIndex()
         self._shares = is_shareable(self._empty)
         self.counts = Counts()
@@ -153,6 +150,20 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.reading or self.running.requests)
+
+    def reply_budget(self, prompt_length: int, max_new_tokens: int) -> int:
+        """Most tokens of the reply to a prompt.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a reply, in the window or in memory.
+            Llama4Error: an empty prompt, or no token wanted.
+        """
+        if self.window <= prompt_length < self._longest:
+            raise ContextLengthError(
+                f"the prompt has {prompt_length} tokens, but cache_memory={bytes_text(self.pool.limit or 0)} holds "
+                f"{self.window} of one conversation, reply included; shorten the prompt, or raise cache_memory"
+            )
+        return reply_budget(prompt_length, max_new_tokens, self.window, self._max_context)
 
     def check(self, request: Request) -> None:
         """Raises:
@@ -204,25 +215,29 @@ class Scheduler:
 
     def _decode(self) -> int:
         self._make_room_to_decode()
-        requests, cache = list(self.running.requests), self.running.cache
-        if cache is None:
+        requests = list(self.running.requests)
+        if not requests:
             return 0
         try:
-            session = self.runner.run([request.ids[-1] for request in requests], cache)
-            greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
-            with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
-                chosen = self._choose(requests, session.logits_BV, greedy)
+            chosen = self._advance(requests)
         except Exception as error:
             self._fail(requests, error)
             return 0
-        kept = []
-        for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
+        pairs = zip(requests, chosen, strict=True)
+        self.running.keep([row for row, (request, token) in enumerate(pairs) if not self._deliver(request, token)])
+        return len(requests)
+
+    def _advance(self, requests: Sequence[Request]) -> list[Delivery]:
+        """Compute one more token of all that decode."""
+        cache = self.running.cache
+        assert cache is not None
+        session = self.runner.run([request.ids[-1] for request in requests], cache)
+        greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
+        for row, request in enumerate(requests):
             request.computed += 1
             self._settle(request, cache, row)
-            if not self._deliver(request, token):
-                kept.append(row)
-        self.running.keep(kept)
-        return len(requests)
+        with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
+            return next_tokens(requests, session.logits_BV, self.tokenizer, greedy)
 
     def _make_room_to_decode(self) -> None:
         while (cache := self.running.cache) is not None:
@@ -318,6 +333,19 @@ class Scheduler:
 
     def _forward(self, pieces: dict[Request, int], features: list[Tensor], grids: list[Tensor]) -> None:
         """Compute a piece of each prompt; those that are read to the end get their first token."""
+        try:
+            first_tokens = self._compute(pieces, features, grids)
+        except Exception as error:
+            self._fail(list(pieces), error)
+            return
+        for request, token in first_tokens:
+            self.reading.remove(request)
+            if not self._deliver(request, token):
+                self.running.join(request)
+
+    def _compute(
+        self, pieces: dict[Request, int], features: list[Tensor], grids: list[Tensor]
+    ) -> list[tuple[Request, Delivery]]:
         requests, columns = list(pieces), max(pieces.values())
         ids_BT = torch.zeros(len(requests), columns, dtype=torch.long)
         mask_BT = torch.zeros(len(requests), columns, dtype=torch.bool)
@@ -325,35 +353,27 @@ class Scheduler:
             ids_BT[row, :size] = torch.tensor(request.ids[request.computed : request.computed + size])
             mask_BT[row, :size] = True
         cache = SequenceCache.join([request.own_cache for request in requests])
-        try:
-            with only_our_threads(self.runner.model, cache):
-                x_ND, batch = self.runner.model.hidden_states(
-                    ids_BT,
-                    image_features=torch.cat(features) if features else None,
-                    image_grids=torch.cat(grids) if grids else None,
-                    cache=cache,
-                    attention_mask=mask_BT,
-                )
-                head = self.runner.model.language_model.lm_head
-                logits_BV = head(x_ND[batch.last_tokens()])
-                for request, own_ND in zip(requests, x_ND.split(list(pieces.values())), strict=True):
-                    if request.observer is not None:
-                        request.observer.read(own_ND, request.ids, request.computed, head)
-            for request, own in zip(requests, cache.split(), strict=True):
-                request.cache = own
-                request.computed += pieces[request]
-                self.counts.prompt_tokens += pieces[request]
-                self._settle(request, own, 0)
-            rows = [row for row, request in enumerate(requests) if not request.missing]
-            done = [requests[row] for row in rows]
-            chosen = self._choose(done, logits_BV[rows]) if rows else []
-        except Exception as error:
-            self._fail(requests, error)
-            return
-        for request, token in zip(done, chosen, strict=True):
-            self.reading.remove(request)
-            if not self._deliver(request, token):
-                self.running.join(request)
+        with only_our_threads(self.runner.model, cache):
+            x_ND, batch = self.runner.model.hidden_states(
+                ids_BT,
+                image_features=torch.cat(features) if features else None,
+                image_grids=torch.cat(grids) if grids else None,
+                cache=cache,
+                attention_mask=mask_BT,
+            )
+            head = self.runner.model.language_model.lm_head
+            logits_BV = head(x_ND[batch.last_tokens()])
+            for request, own_ND in zip(requests, x_ND.split(list(pieces.values())), strict=True):
+                if request.observer is not None:
+                    request.observer.read(own_ND, request.ids, request.computed, head)
+        for request, own in zip(requests, cache.split(), strict=True):
+            request.cache = own
+            request.computed += pieces[request]
+            self.counts.prompt_tokens += pieces[request]
+            self._settle(request, own, 0)
+        rows = [row for row, request in enumerate(requests) if not request.missing]
+        done = [requests[row] for row in rows]
+        return list(zip(done, next_tokens(done, logits_BV[rows], self.tokenizer) if rows else [], strict=True))
 
     def _settle(self, request: Request, cache: SequenceCache, row: int) -> None:
         """What follows when tokens of a row were computed: blocks that are full are entered in the index, chunks that
@@ -364,24 +384,6 @@ class Scheduler:
             request.entered = request.computed // CACHE_BLOCK
         if any(ends_chunk(request.computed, window) for window in set(cache.windows)):
             cache.drop_chunks(row)
-
-    def _choose(
-        self, requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
-    ) -> list[Delivery]:
-        """The next token of each request, or why there is none.
-
-        Args:
-            greedy: the most likely tokens and their log-probabilities, if they are known.
-        """
-        chosen: list[Delivery] = []
-        for row, (request, found) in enumerate(zip(requests, _sample(requests, logits_BV, greedy), strict=True)):
-            if isinstance(found, Exception):
-                chosen.append(found)
-                continue
-            id_, logprob = found
-            others = likeliest(logits_BV[row : row + 1], request.alternatives)[0]
-            chosen.append(Token(id_, self.tokenizer.decode_bytes([id_]), logprob, others))
-        return chosen
 
     def _deliver(self, request: Request, token: Delivery) -> bool:
         """Give a request its next token, or tell it why there is none; -> whether it has ended."""
@@ -399,30 +401,18 @@ class Scheduler:
         return ended
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """Tell requests why they have no reply."""
+        """Tell requests why they have no reply.
+
+        Who catches or tells an error holds no cache: those who ask may keep it, and with it the frames it went through.
+        """
+        _clear_frames(error)
         for request in requests:
             self.cancel(request)
             request.deliver(error)
 
 
-def _sample(
-    requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None = None
-) -> list[tuple[int, float] | Exception]:
-    """The next token of each request, and its log-probability; or why its form allows none. Requests with the same
-    sampler are computed together."""
-    chosen: list[tuple[int, float] | Exception] = [(0, 0.0)] * len(requests)
-    groups: dict[tuple[Sampler, bool], list[int]] = {}
-    for row, request in enumerate(requests):
-        if request.state.matcher is not None and (problem := request.state.matcher.problem()) is not None:
-            chosen[row] = problem
-            continue
-        groups.setdefault((replace(request.sampler, seed=None), request.state.matcher is None), []).append(row)
-    for (sampler, is_free), rows in groups.items():
-        if sampler.takes_largest and is_free and greedy is not None:
-            for row in rows:
-                chosen[row] = greedy[0][row], greedy[1][row]
-            continue
-        ids_B, logprobs_B = sampler(logits_BV[rows], [requests[row].state for row in rows])
-        for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
-            chosen[row] = id_, logprob
-    return chosen
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that an error ended had at hand: blocks of the pool, among others."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

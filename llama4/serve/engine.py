@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TypeVar, Unpack
 
 from llama4.api import Llama4
-from llama4.engine.generate import Row, reply_budget
+from llama4.engine.generate import Row
 from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
@@ -172,7 +172,7 @@ class Engine:
             asked.inputs,
             self.llm.model,
             asked.sampler,
-            max_new_tokens=reply_budget(length, asked.max_new_tokens, self.scheduler.window, self.llm.max_context),
+            max_new_tokens=self.scheduler.reply_budget(length, asked.max_new_tokens),
             stop_ids=asked.stop_ids,
             deliver=deliver,
             alternatives=asked.top_logprobs,

@@ -149,7 +149,17 @@ def run(llm: Llama4, scheduler: Scheduler, cases: list[Case], seed: int, cancell
             scheduler.cancel(left.pop(i))
             gone.add(i)
         scheduler.step()
+        assert scheduler.pool.used == held(scheduler), "blocks that nobody names are held"
     return gone
+
+
+def held(scheduler: Scheduler) -> int:
+    """Bytes of the blocks that requests and the index name."""
+    caches = [scheduler.running.cache, *(request.cache for request in scheduler.reading)]
+    layers = [layer for cache in caches if cache is not None for layer in cache.layers]
+    blocks = [block for layer in layers for row in layer.rows for block in row]
+    blocks += [block for entry in scheduler.index._entries.values() for block in entry.layers]
+    return sum({id(block): block.nbytes for block in blocks}.values())
 
 
 @pytest.mark.parametrize("blocks", [1.0, 2.0, None])
@@ -265,18 +275,16 @@ def test_an_error_reaches_those_it_concerns(llm: Llama4, monkeypatch: pytest.Mon
     good, bad = question(llm, "hello"), question(llm, "what?", 3, Image.new("RGB", (28, 28)))
     expected = alone(llm, good)
     monkeypatch.setattr(llm.model, "encode_images", lambda *_: 1 / 0)
-    for case in (bad, good):
-        scheduler.add(case.request(llm))
-    while scheduler.has_work:
-        scheduler.step()
+    run(llm, scheduler, [bad, good], seed=0)
     assert [type(each) for each in bad.got] == [ZeroDivisionError] and good.ids == expected
     with monkeypatch.context() as patch:
         patch.setattr(llm.model.language_model.lm_head, "forward", lambda x: x.new_full((len(x), 1024), torch.nan))
-        scheduler.add(bad.request(llm))
-        scheduler.add(good.request(llm))
-        while scheduler.has_work:
-            scheduler.step()
+        run(llm, scheduler, [bad, good], seed=0)
     assert "not numbers" in str(good.got[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model.language_model.lm_head, "forward", lambda x: 1 / 0)
+        run(llm, scheduler, [good], seed=0)
+    assert [type(each) for each in good.got] == [ZeroDivisionError]
     scheduler.add(good.request(llm))
     while scheduler.has_work:
         scheduler.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from llama4 import Engine
 from llama4.api import Llama4
+from llama4.engine.observers import MeanHidden
 from llama4.engine.replies import Reply, ToolCallDelta
 from llama4.errors import BusyError, ContextLengthError, ImageError, Llama4Error
 
@@ -98,13 +100,31 @@ def test_leaving_stops_the_work(engine: Engine) -> None:
 def test_errors_are_those_of_chat(llm: Llama4) -> None:
     with Engine(llm, cache_memory=llm.model.new_cache().num_bytes_of(1)) as engine:
         for prompt, kind, text in (
-            ([{"role": "user", "content": "word " * 300}], ContextLengthError, "window holds 256"),
+            ([{"role": "user", "content": "word " * 300}], ContextLengthError, "cache_memory=1.5 MiB holds 256"),
             ([{"role": "nobody", "content": "hello"}], Llama4Error, "role"),
             ([{"role": "user", "content": [{"type": "image", "image": "/none.png"}]}], ImageError, "none.png"),
         ):
             with pytest.raises(kind, match=text):
                 engine.chat_batch([prompt])
         assert engine.chat_batch(["Hello"])[0].text
+
+
+def test_an_error_that_is_kept_keeps_no_memory(llm: Llama4) -> None:
+    """What fails is forgotten at once, although who asked keeps the error: the next gets all of the pool."""
+
+    class Failing(MeanHidden):
+        def read(self, *_: Any) -> None:
+            raise ArithmeticError
+
+    with Engine(llm, cache_memory=llm.model.new_cache().num_bytes_of(1)) as engine:
+        with pytest.raises(ArithmeticError) as kept:
+            list(engine.observe("Hello", Failing(), max_new_tokens=1))
+        gc.disable()
+        try:
+            reply = list(engine.stream("Hello", max_new_tokens=10**5, ignore_eos=True))
+        finally:
+            gc.enable()
+        assert kept.tb and reply
 
 
 def test_a_full_queue_refuses(llm: Llama4) -> None:

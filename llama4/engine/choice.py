@@ -1,0 +1,66 @@
+"""The next token of each of several requests, from the logits of all.
+
+Shapes: B requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from llama4.engine.request import Delivery, Request
+from llama4.engine.sampling import Sampler, likeliest
+from llama4.engine.tokens import Token
+
+
+class SupportsBytes(Protocol):
+    """What is asked of a tokenizer."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+
+
+def next_tokens(
+    requests: Sequence[Request],
+    logits_BV: Tensor,
+    tokenizer: SupportsBytes,
+    greedy: tuple[list[int], list[float]] | None = None,
+) -> list[Delivery]:
+    """The next token of each request, or why there is none.
+
+    Args:
+        greedy: the most likely tokens and their log-probabilities, if they are known.
+    """
+    chosen: list[Delivery] = []
+    for row, (request, found) in enumerate(zip(requests, _sample(requests, logits_BV, greedy), strict=True)):
+        if isinstance(found, Exception):
+            chosen.append(found)
+            continue
+        id_, logprob = found
+        others = likeliest(logits_BV[row : row + 1], request.alternatives)[0]
+        chosen.append(Token(id_, tokenizer.decode_bytes([id_]), logprob, others))
+    return chosen
+
+
+def _sample(
+    requests: Sequence[Request], logits_BV: Tensor, greedy: tuple[list[int], list[float]] | None
+) -> list[tuple[int, float] | Exception]:
+    """The next token of each request, and its log-probability; or why its form allows none. Requests that choose alike
+    are computed together."""
+    chosen: list[tuple[int, float] | Exception] = [(0, 0.0)] * len(requests)
+    groups: dict[tuple[Sampler, bool], list[int]] = {}
+    for row, request in enumerate(requests):
+        if request.state.matcher is not None and (problem := request.state.matcher.problem()) is not None:
+            chosen[row] = problem
+            continue
+        groups.setdefault(request.choice, []).append(row)
+    for (sampler, is_free), rows in groups.items():
+        if sampler.takes_largest and is_free and greedy is not None:
+            for row in rows:
+                chosen[row] = greedy[0][row], greedy[1][row]
+            continue
+        ids_B, logprobs_B = sampler(logits_BV[rows], [requests[row].state for row in rows])
+        for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+            chosen[row] = id_, logprob
+    return chosen

@@ -28,7 +28,13 @@ class ContextLengthError(Llama4Error):
 
 
 class ImageError(Llama4Error):
-    """An image that cannot be read; the message names it and says what to do."""
+    """An image that cannot be read; the message names it and says what to do.
+
+    Attributes:
+        place: the number of the message that has it, and of the part in that message; None where no message has it.
+    """
+
+    place: tuple[int, int] | None = None
 
 
 class ChatTemplateError(Llama4Error):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
+from llama4.errors import ArgumentError, ChatTemplateError, ImageError, Llama4Error
 from llama4.families import family_of
 from llama4.families.fusion import EarlyFusion, Fusion
 from llama4.text import chat_formats
-from llama4.text.messages import Message, ParsedMessage, image_sources, read_messages
+from llama4.text.messages import ImagePart, Message, ParsedMessage, image_places, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
 from llama4.text.template import ChatTemplate
 from llama4.text.template_agreement import Compose, agrees
@@ -315,7 +315,7 @@ class Processor:
             Llama4Error: the image cannot be read, or the model reads text alone.
         """
         if self.image_size is None:
-            raise Llama4Error(
+            raise ImageError(
                 "this model reads text alone, but the messages hold an image; use a model with a vision tower"
             )
         return tile_image(
@@ -369,8 +369,17 @@ class Processor:
             )
         given = iter(images or ())
         for row in conversations:
-            sources = [next(given) if source is None else source for source in image_sources(row)]
-            yield row, [self.tile(source) for source in sources]
+            yield row, [self._tile_of(message, part, row, given) for message, part in image_places(row)]
+
+    def _tile_of(self, message: int, part: int, row: Sequence[ParsedMessage], given: Iterator[Any]) -> Tiles:
+        """The tiles of one image of a conversation; an error says which."""
+        image = row[message].parts[part]
+        assert isinstance(image, ImagePart)
+        try:
+            return self.tile(next(given) if image.source is None else image.source)
+        except ImageError as error:
+            error.place = message, part
+            raise
 
     def _pieces(
         self,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from llama4.engine.replies import Delta
 from llama4.serve.engine import EngineStream
-from llama4.serve.errors import RequestError
+from llama4.serve.errors import Names, RequestError
 
 
 class Answer(ABC):
@@ -24,16 +24,28 @@ class Answer(ABC):
 
     last_event = ""
 
-    def __init__(self, streams: Sequence[EngineStream]) -> None:
-        self.streams = list(streams)
+    def __init__(self, streams: Sequence[EngineStream], names: Names) -> None:
+        self.streams, self._names = list(streams), names
+
+    def names(self, index: int) -> Names:
+        """How the request's fields are called that a reply's errors are about."""
+        return self._names
 
     async def open(self) -> None:
-        """Prepare all prompts; what is wrong with them is raised here, before anything is sent."""
-        await asyncio.gather(*(asyncio.to_thread(stream.open) for stream in self.streams))
+        """Prepare all prompts; what is wrong with them is raised here, before anything is sent.
+
+        Raises:
+            RequestError: they cannot be answered.
+        """
+        await asyncio.gather(*(asyncio.to_thread(self._open, i) for i in range(len(self.streams))))
+
+    def _open(self, index: int) -> None:
+        with self.names(index).told():
+            self.streams[index].open()
 
     async def finish(self) -> None:
-        """Wait for all of it."""
-        await asyncio.gather(*map(read, self.streams))
+        """Wait for all of it; as `open`, raises RequestError."""
+        await read_all(self._sources())
 
     def cancel(self) -> None:
         """Stop the engine's work on it."""
@@ -42,9 +54,12 @@ class Answer(ABC):
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The pieces of all replies as they come, each with the number of its reply."""
-        async with aclosing(_merged([stream.async_events() for stream in self.streams])) as merged:
+        async with aclosing(_merged(self._sources())) as merged:
             async for each in merged:
                 yield each
+
+    def _sources(self) -> list[AsyncIterator[Delta]]:
+        return [named(stream.async_events(), self.names(i)) for i, stream in enumerate(self.streams)]
 
     @abstractmethod
     def whole(self) -> dict[str, Any]:
@@ -65,10 +80,26 @@ def as_event(content: Mapping[str, Any] | str, name: str | None = None) -> str:
     return f"event: {name}\ndata: {text}\n\n" if name is not None else f"data: {text}\n\n"
 
 
-async def read(stream: EngineStream) -> None:
-    """Wait for all of it."""
-    async for _ in stream.async_events():
-        pass
+async def named(deltas: AsyncIterator[Delta], names: Names) -> AsyncIterator[Delta]:
+    """The same; errors have the names of the request."""
+    with names.told():
+        async for delta in deltas:
+            yield delta
+
+
+async def read_all(sources: Iterable[AsyncIterator[Delta]]) -> None:
+    """Wait for all of some replies; where one fails, no other is waited for."""
+
+    async def read(source: AsyncIterator[Delta]) -> None:
+        async for _ in source:
+            pass
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for source in sources:
+                group.create_task(read(source))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta], None]:

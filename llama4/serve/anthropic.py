@@ -13,7 +13,7 @@ from llama4.engine.replies import Delta, TextDelta
 from llama4.serve.answer import Answer, as_event
 from llama4.serve.conversation import read_media
 from llama4.serve.engine import EngineStream
-from llama4.serve.errors import ErrorForm, RequestError
+from llama4.serve.errors import ErrorForm, Names, Place, RequestError
 from llama4.serve.http import Call, Route, Service, respond
 from llama4.serve.options import MAX_LENGTH, choices_of
 from llama4.serve.schema import (
@@ -125,45 +125,54 @@ ERRORS = ErrorForm(
 )
 
 
-def messages_of(fields: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    """Messages in the form of chats."""
-    messages: list[dict[str, Any]] = []
+def messages_of(fields: Mapping[str, Any], settings: Settings) -> tuple[list[dict[str, Any]], Names]:
+    """Messages in the form of chats, and where the request says them."""
+    turns: list[tuple[dict[str, Any], Place]] = []
     if system := fields["system"]:
         text = system if isinstance(system, str) else "\n".join(block["text"] for block in system)
-        messages.append({"role": "system", "content": text})
+        turns.append(({"role": "system", "content": text}, Place("system")))
     for i, message in enumerate(fields["messages"]):
         content = message["content"]
         if isinstance(content, str):
-            messages.append({"role": message["role"], "content": content})
+            turns.append(({"role": message["role"], "content": content}, Place(f"messages[{i}]")))
         else:
-            messages += _read_blocks(message["role"], content, f"messages[{i}].content", settings)
-    return messages
+            turns += _read_blocks(message["role"], content, f"messages[{i}]", settings)
+    places = tuple(place for _, place in turns)
+    return [message for message, _ in turns], Names(messages=places, form="output_config.format")
 
 
-def _read_blocks(role: str, blocks: Sequence[Any], at: str, settings: Settings) -> Iterator[dict[str, Any]]:
+def _read_blocks(
+    role: str, blocks: Sequence[Any], message: str, settings: Settings
+) -> Iterator[tuple[dict[str, Any], Place]]:
     """Results of tools are messages of their own, before what else the message says."""
-    calls = []
+    calls, at = [], f"{message}.content"
     for i, block in enumerate(blocks):
         if block["type"] == "tool_result":
+            names: list[str] = []
             content = block.get("content", "")
             if not isinstance(content, str):
-                content = _parts(content, f"{at}[{i}].content", settings)
-            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+                content, names = _parts(content, f"{at}[{i}].content", settings)
+            result = {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+            yield result, Place(f"{at}[{i}]", names)
         elif block["type"] == "tool_use":
             function = {"name": block["name"], "arguments": block["input"]}
             calls.append({"id": block["id"], "type": "function", "function": function})
     if role == "user" and calls:
         raise RequestError(f"{at} has tool_use; only the assistant's messages have", field=at)
-    parts = _parts(blocks, at, settings)
+    parts, names = _parts(blocks, at, settings)
     if calls:
-        yield {"role": role, "content": parts or None, "tool_calls": calls}
+        yield {"role": role, "content": parts or None, "tool_calls": calls}, Place(message, names)
     elif parts or not any(block["type"] == "tool_result" for block in blocks):
-        yield {"role": role, "content": parts}
+        yield {"role": role, "content": parts}, Place(message, names)
 
 
-def _parts(blocks: Sequence[Any], at: str, settings: Settings) -> list[dict[str, Any]]:
+def _parts(blocks: Sequence[Any], at: str, settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
+    """Texts and pictures among some blocks, and where each is."""
     parts: list[dict[str, Any]] = []
+    names: list[str] = []
     for i, block in enumerate(blocks):
+        if block["type"] in ("text", "image"):
+            names.append(f"{at}[{i}]")
         if block["type"] == "text":
             parts.append({"type": "text", "text": block["text"]})
         elif block["type"] == "image":
@@ -176,7 +185,7 @@ def _parts(blocks: Sequence[Any], at: str, settings: Settings) -> list[dict[str,
                 parts.append({"type": "image", "image": data})
             else:
                 parts.append({"type": "image_url", "image_url": {"url": source["url"]}})
-    return parts
+    return parts, names
 
 
 def tools_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,25 +222,27 @@ async def create(service: Service, call: Call) -> Response:
     }
     if (form := (fields["output_config"] or {}).get("format")) is not None:
         options["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
-    messages = await asyncio.to_thread(messages_of, fields, service.settings)
+    messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
     (stream,) = choices_of(service.engine, messages, 1, options)
-    return await respond(service, call, MessageAnswer(stream, service.settings.name))
+    return await respond(service, call, MessageAnswer(stream, service.settings.name, names))
 
 
 async def count_tokens(service: Service, call: Call) -> Response:
     fields = call.fields
     service.check_model(fields["model"])
-    messages, tools = await asyncio.to_thread(messages_of, fields, service.settings), tools_of(fields)
+    messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
+    tools = tools_of(fields)
     shown = tools["tools"] if tools["tool_choice"] != "none" else None
-    inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown)
+    with names.told():
+        inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown)
     return JSONResponse({"input_tokens": inputs.input_ids.shape[1]})
 
 
 class MessageAnswer(Answer):
     """One message."""
 
-    def __init__(self, stream: EngineStream, name: str) -> None:
-        super().__init__([stream])
+    def __init__(self, stream: EngineStream, name: str, names: Names) -> None:
+        super().__init__([stream], names)
         self._stream, self._name, self._id = stream, name, f"msg_{uuid.uuid4().hex}"
 
     def whole(self) -> dict[str, Any]:

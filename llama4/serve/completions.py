@@ -16,7 +16,7 @@ from llama4.engine.observers import PromptLogprobs
 from llama4.engine.tokens import Token
 from llama4.inputs import Inputs
 from llama4.serve.engine import EngineStream
-from llama4.serve.errors import RequestError
+from llama4.serve.errors import Names, RequestError
 from llama4.serve.http import Call, Route, Service, respond, unless_gone
 from llama4.serve.openai_chat import USED, OpenAIAnswer
 from llama4.serve.options import (
@@ -29,6 +29,7 @@ from llama4.serve.options import (
     WITHOUT_EFFECT,
     check_usage,
     choices_of,
+    form_of,
     sampling_of,
 )
 from llama4.serve.schema import (
@@ -93,6 +94,7 @@ async def complete(service: Service, call: Call) -> Response:
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     count = fields["logprobs"]
     options = {**sampling_of(fields), "max_new_tokens": max(fields["max_tokens"], 1), "top_logprobs": count or 0}
+    names = names_of(prompts, "prompt", fields["prompt"], form_of(fields))
     streams: list[EngineStream] = []
     echoes: list[Echo | None] = []
     for prompt, row in zip(prompts, inputs, strict=True):
@@ -101,6 +103,7 @@ async def complete(service: Service, call: Call) -> Response:
             echo.text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
             if count is not None:
                 echo.first = _first_token(service, row)
+                echo.shows_first = not isinstance(prompt, str) or echo.first.id != llm.tokenizer.bos_id
                 echo.rest = PromptLogprobs(row.input_ids.shape[1], count, llm.tokenizer.decode_bytes)
         streams += choices_of(service.engine, row, fields["n"], options, echo.rest if echo is not None else None)
         echoes += [echo] * fields["n"]
@@ -110,6 +113,7 @@ async def complete(service: Service, call: Call) -> Response:
         tells_usage,
         fields["n"],
         echoes,
+        [each for each in names for _ in range(fields["n"])],
         tells_logprobs=count is not None,
         only_echo=not fields["max_tokens"],
     )
@@ -122,11 +126,13 @@ class Echo:
 
     Attributes:
         first: its first token, of which no probability is known; None where probabilities are not told.
+        shows_first: whether the text holds that; a begin of text that was put before it does not stand there.
         rest: those of its other tokens, once it has been read.
     """
 
     text: str = ""
     first: Token | None = None
+    shows_first: bool = True
     rest: PromptLogprobs | None = None
 
 
@@ -142,6 +148,13 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     if all(isinstance(each, (int, float)) for each in value):
         return [list(map(int, value))]
     return [each if isinstance(each, str) else list(map(int, each)) for each in value]
+
+
+def names_of(prompts: Sequence[Any], field: str, value: Any, form: str = "response_format") -> list[Names]:
+    """How the field of each prompt is called: that of all, or a place in its list."""
+    if len(prompts) == 1 and (isinstance(value, str) or value != prompts):
+        return [Names(field, form=form)]
+    return [Names(f"{field}[{i}]", form=form) for i in range(len(prompts))]
 
 
 async def inputs_of_all(service: Service, prompts: Sequence[str | list[int]]) -> list[Inputs]:
@@ -166,6 +179,7 @@ class Completion(OpenAIAnswer):
 
     Args:
         echoes: what stands before each reply.
+        names: those of each reply's prompt.
         tells_logprobs: whether with the probability of each token.
         only_echo: whether there is nothing behind it.
     """
@@ -177,21 +191,26 @@ class Completion(OpenAIAnswer):
         tells_usage: bool,
         choices: int,
         echoes: Sequence[Echo | None],
+        names: Sequence[Names],
         *,
         tells_logprobs: bool,
         only_echo: bool,
     ) -> None:
-        super().__init__(streams, "text_completion", "cmpl", name, tells_usage, choices)
-        self._echoes = list(echoes)
+        super().__init__(streams, "text_completion", "cmpl", name, tells_usage, choices, names[0])
+        self._echoes, self._names_of_each = list(echoes), list(names)
         self._tells_logprobs, self._only_echo = tells_logprobs, only_echo
+        self._offsets = [0] * len(self.streams)  # characters of each reply's text whose tokens were told
+
+    def names(self, index: int) -> Names:
+        return self._names_of_each[index]
 
     def whole(self) -> dict[str, Any]:
         choices = [
             {
                 "index": i,
                 "text": self._echoed(i) + ("" if self._only_echo else stream.reply.text),
-                "logprobs": self._logprobs([*self._prompt(i), *self._told(stream.reply.logprobs)]),
-                "finish_reason": stream.reply.finish_reason,
+                "logprobs": self._logprobs(i, [*self._prompt(i), *self._told(stream.reply.logprobs)]),
+                "finish_reason": self._reason(i),
                 "stop_reason": stream.stop_string,
             }
             for i, stream in enumerate(self.streams)
@@ -199,18 +218,30 @@ class Completion(OpenAIAnswer):
         return self.body(choices, self.usage())
 
     async def events(self) -> AsyncIterator[str]:
-        waiting = {i for i, echo in enumerate(self._echoes) if echo is not None}
+        held = {i: "" for i, echo in enumerate(self._echoes) if echo is not None}  # until their prompts are told
         async for i, delta in self.deltas():
-            if i in waiting and self._is_read(i):
-                waiting.discard(i)
+            text = getattr(delta, "text", "")
+            if i in held:
+                held[i] += text
+                if not self._is_read(i):
+                    continue
                 yield self._piece(i, self._echoed(i), self._prompt(i))
+                text = held.pop(i)
             if not self._only_echo:
-                yield self._piece(i, getattr(delta, "text", ""), self.new_tokens(i))
-        for i, stream in enumerate(self.streams):
-            if i in waiting:
+                yield self._piece(i, text, self.new_tokens(i))
+        for i in range(len(self.streams)):
+            if i in held:
                 yield self._piece(i, self._echoed(i), self._prompt(i))
-            yield self._piece(i, "", self._told(self.new_tokens(i)), stream.reply.finish_reason)
+            text = "" if self._only_echo else held.get(i, "")
+            yield self._piece(i, text, self._told(self.new_tokens(i)), self._reason(i))
         yield self.usage_chunk()
+
+    def usage(self) -> dict[str, Any]:
+        used = super().usage()
+        return used | {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]} if self._only_echo else used
+
+    def _reason(self, index: int) -> str | None:
+        return "length" if self._only_echo else self.streams[index].reply.finish_reason
 
     def _echoed(self, index: int) -> str:
         echo = self._echoes[index]
@@ -232,25 +263,34 @@ class Completion(OpenAIAnswer):
         return () if self._only_echo else tokens
 
     def _piece(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
-        logprobs = self._logprobs(tokens) if tokens else None
+        logprobs = self._logprobs(index, tokens) if tokens else None
         return self.chunk({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """Of the next tokens of a reply, or of its prompt."""
         if not self._tells_logprobs:
             return None
         decode = self.streams[0].decode_bytes
         likely = [
             {decode([id_]).decode(errors="replace"): value for id_, value in token.alternatives} for token in tokens
         ]
-        ends = accumulate(len(token.text) for token in tokens)
+        lengths = (self._length(index, token) for token in tokens)
+        *offsets, self._offsets[index] = accumulate(lengths, initial=self._offsets[index])
         return {
-            "text_offset": [0, *ends][: len(tokens)],
+            "text_offset": offsets,
             "tokens": [token.text for token in tokens],
             "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token in tokens],
             "top_logprobs": [
                 None if math.isnan(token.logprob) else each for token, each in zip(tokens, likely, strict=True)
             ],
         }
+
+    def _length(self, index: int, token: Token) -> int:
+        """Characters that begin in a token, of which the text holds some."""
+        echo = self._echoes[index]
+        if echo is not None and token is echo.first and not echo.shows_first:
+            return 0
+        return sum(byte & 0xC0 != 0x80 for byte in token.bytes)
 
 
 ROUTES = (Route("POST", "/v1/completions", complete, "Continue texts", COMPLETE, COMPLETION, can_stream=True),)

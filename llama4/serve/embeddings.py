@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from llama4.engine.observers import MeanHidden
-from llama4.serve.answer import read
-from llama4.serve.completions import PROMPT, inputs_of_all, prompts_of
+from llama4.serve.answer import named, read_all
+from llama4.serve.completions import PROMPT, inputs_of_all, names_of, prompts_of
 from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
 from llama4.serve.options import MAX_LENGTH
 from llama4.serve.schema import (
@@ -53,8 +51,10 @@ async def embed(service: Service, call: Call) -> Response:
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     means = [MeanHidden() for _ in inputs]
     streams = [service.engine.observe(row, mean, max_new_tokens=1) for row, mean in zip(inputs, means, strict=True)]
+    names = names_of(prompts, "input", fields["input"])
     try:
-        await unless_gone(call.request, _all(streams))
+        replies = [named(stream.async_events(), each) for stream, each in zip(streams, names, strict=True)]
+        await unless_gone(call.request, read_all(replies))
     finally:
         for stream in streams:
             stream.cancel()
@@ -65,10 +65,6 @@ async def embed(service: Service, call: Call) -> Response:
     ]
     usage = {"prompt_tokens": count, "total_tokens": count}
     return JSONResponse({"object": "list", "data": data, "model": service.settings.name, "usage": usage})
-
-
-async def _all(streams: list[Any]) -> None:
-    await asyncio.gather(*map(read, streams))
 
 
 def _told(mean_D: Tensor, form: str) -> list[float] | str:

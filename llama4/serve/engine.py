@@ -283,6 +283,8 @@ class EngineStream:
         self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
         self._stop_ids = request.stop_ids
         self._cancel = weakref.finalize(self, self._engine.cancel, request)
+        if self._has_ended:  # cancelled by another thread meanwhile
+            self._cancel()
 
     def cancel(self) -> None:
         """Stop the model's work on it. What has come stays in `reply`."""

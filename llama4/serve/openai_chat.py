@@ -15,7 +15,7 @@ from llama4.engine.tokens import Token
 from llama4.serve.answer import Answer, as_event
 from llama4.serve.conversation import MESSAGE, TOOL, TOOL_CHOICE, with_media
 from llama4.serve.engine import EngineStream
-from llama4.serve.errors import RequestError
+from llama4.serve.errors import Names, RequestError
 from llama4.serve.http import Call, Route, Service, respond
 from llama4.serve.options import (
     FORM,
@@ -27,6 +27,7 @@ from llama4.serve.options import (
     WITHOUT_EFFECT,
     check_usage,
     choices_of,
+    form_of,
     sampling_of,
 )
 from llama4.serve.schema import (
@@ -122,7 +123,9 @@ async def chat(service: Service, call: Call) -> Response:
     )
     options["top_logprobs"] = fields["top_logprobs"] or 0
     streams = choices_of(service.engine, messages, fields["n"], options)
-    return await respond(service, call, Chat(streams, service.settings.name, tells_usage, fields["logprobs"]))
+    names = Names(form=form_of(fields))
+    answer = Chat(streams, service.settings.name, tells_usage, fields["logprobs"], names)
+    return await respond(service, call, answer)
 
 
 class OpenAIAnswer(Answer):
@@ -138,9 +141,16 @@ class OpenAIAnswer(Answer):
     last_event = as_event("[DONE]")
 
     def __init__(
-        self, streams: Sequence[EngineStream], kind: str, prefix: str, name: str, tells_usage: bool, choices: int
+        self,
+        streams: Sequence[EngineStream],
+        kind: str,
+        prefix: str,
+        name: str,
+        tells_usage: bool,
+        choices: int,
+        names: Names,
     ) -> None:
-        super().__init__(streams)
+        super().__init__(streams, names)
         self._tells_usage, self._choices = tells_usage, choices
         self._frame = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
@@ -187,8 +197,10 @@ class OpenAIAnswer(Answer):
 class Chat(OpenAIAnswer):
     """The answer to a chat; `tells_logprobs` says whether with the probability of each token."""
 
-    def __init__(self, streams: Sequence[EngineStream], name: str, tells_usage: bool, tells_logprobs: bool) -> None:
-        super().__init__(streams, "chat.completion", "chatcmpl", name, tells_usage, len(streams))
+    def __init__(
+        self, streams: Sequence[EngineStream], name: str, tells_usage: bool, tells_logprobs: bool, names: Names
+    ) -> None:
+        super().__init__(streams, "chat.completion", "chatcmpl", name, tells_usage, len(streams), names)
         self._tells_logprobs = tells_logprobs
 
     def whole(self) -> dict[str, Any]:

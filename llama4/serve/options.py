@@ -62,10 +62,11 @@ SAMPLING: Mapping[str, Field] = {
 """Of every route that generates in OpenAI's form."""
 
 FORM = any_of(
-    record(("type",), type=one_of("text", "json_object")),
+    record(("type",), type=one_of("text")),
+    record(("type",), type=one_of("json_object"), schema=OBJECT),
     record(("type", "json_schema"), type=one_of("json_schema"), json_schema=record(("schema",), schema=OBJECT)),
 )
-"""OpenAI's `response_format`."""
+"""OpenAI's `response_format`; a schema beside json_object is as llama.cpp's."""
 
 WITHOUT_EFFECT: Mapping[str, Field] = {
     name: ignored(schema)
@@ -85,7 +86,7 @@ def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         options["logit_bias"] = {int(id_): value for id_, value in fields["logit_bias"].items()}
     options["seed"] = fields["seed"] % 2**64 if fields["seed"] is not None else None
     options["top_k"] = fields["top_k"] if (fields["top_k"] or 0) > 0 else None
-    form: dict[str, Any] = {"response_format": fields.get("response_format")}
+    form: dict[str, Any] = {"response_format": _with_schema(fields.get("response_format"))}
     outputs: Mapping[str, Any] = fields["structured_outputs"] or {}
     if (schema := outputs.get("json")) is not None:
         if form["response_format"] is not None:
@@ -93,6 +94,18 @@ def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         form["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
     form |= {"regex": outputs.get("regex"), "choices": outputs.get("choice"), "grammar": outputs.get("grammar")}
     return {**options, **{name: value for name, value in form.items() if value is not None}}
+
+
+def _with_schema(form: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A `response_format`; an object of a schema as OpenAI asks for it."""
+    if form is None or form["type"] != "json_object" or "schema" not in form:
+        return form
+    return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
+
+
+def form_of(fields: Mapping[str, Any], field: str = "response_format") -> str:
+    """The field that asks for JSON: that of vLLM, or the route's own."""
+    return "structured_outputs.json" if (fields["structured_outputs"] or {}).get("json") is not None else field
 
 
 def check_usage(fields: Mapping[str, Any]) -> bool:

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama4.engine.replies import Delta, TextDelta
+from llama4.errors import Llama4Error
 from llama4.serve.conversation import read_media
+from llama4.serve.errors import Place, RequestError
 from llama4.serve.schema import NULL, STRING, Schema, any_of, array, known, maybe, one_of, record
 from llama4.serve.settings import Settings
 from llama4.text.messages import ROLES
+from llama4.text.tool_calls import read_call
 
 PART: Schema = {
     **any_of(
@@ -59,24 +62,60 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def messages_of(items: Sequence[Mapping[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Items -> messages in the form of chats; a call belongs to the assistant's message before it."""
+def fields_of(before: int, given: str | Sequence[Any]) -> list[str]:
+    """Where the request says each item: so many are of the response that it continues."""
+    own = ["input"] if isinstance(given, str) else [f"input[{i}]" for i in range(len(given))]
+    return ["previous_response_id"] * before + own
+
+
+def messages_of(
+    items: Sequence[Mapping[str, Any]], fields: Sequence[str], settings: Settings
+) -> tuple[list[dict[str, Any]], list[Place]]:
+    """Items -> messages in the form of chats, and where the request says each; a call belongs to the assistant's
+    message before it.
+
+    Args:
+        fields: of each item.
+
+    Raises:
+        RequestError: a picture that may not be read, or the arguments of a call that are no JSON.
+    """
     messages: list[dict[str, Any]] = []
-    for i, item in enumerate(items):
+    places: list[Place] = []
+    for item, field in zip(items, fields, strict=True):
         kind = item["type"]
         if kind == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
+            _check_call(call, _inside(field, "arguments"))
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": None, "tool_calls": []})
+                places.append(Place(field))
             messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            content = _content(item["output"], f"input[{i}].output", settings)
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
-        elif kind == "message":
-            content = _content(item["content"], f"input[{i}].content", settings)
-            messages.append({"role": item["role"], "content": content})
-    return messages
+            continue
+        if kind not in ("function_call_output", "message"):
+            continue
+        at = _inside(field, "output" if kind == "function_call_output" else "content")
+        told = item["output" if kind == "function_call_output" else "content"]
+        content = _content(told, at, settings)
+        role = {"role": "tool", "tool_call_id": item["call_id"]} if "call_id" in item else {"role": item["role"]}
+        messages.append({**role, "content": content})
+        places.append(Place(field, [_inside(at, i) for i in range(len(told))] if isinstance(told, list) else ()))
+    return messages, places
+
+
+def _inside(field: str, key: str | int) -> str:
+    """A place inside a field; what a stored response says, and a text, are named as a whole."""
+    if "[" not in field:
+        return field
+    return f"{field}[{key}]" if isinstance(key, int) else f"{field}.{key}"
+
+
+def _check_call(call: Mapping[str, Any], field: str) -> None:
+    try:
+        read_call(call)
+    except Llama4Error as error:
+        raise RequestError(f"{field}: {error}", field=field) from None
 
 
 def _content(content: str | Sequence[Mapping[str, Any]], at: str, settings: Settings) -> str | list[dict[str, Any]]:
@@ -87,7 +126,7 @@ def _content(content: str | Sequence[Mapping[str, Any]], at: str, settings: Sett
         if part["type"] == "input_image":
             url: str = part["image_url"]
             if url.startswith("file://"):
-                data = read_media(url, settings.media_directory, f"{at}[{i}].image_url")
+                data = read_media(url, settings.media_directory, _inside(_inside(at, i), "image_url"))
                 parts.append({"type": "image", "image": data})
             else:
                 parts.append({"type": "image_url", "image_url": {"url": url}})

@@ -13,11 +13,19 @@ from starlette.responses import JSONResponse, Response
 
 from llama4.serve.answer import Answer, as_event
 from llama4.serve.engine import EngineStream
-from llama4.serve.errors import RequestError
+from llama4.serve.errors import Names, Place, RequestError
 from llama4.serve.http import Call, Route, Service, check_taking, note, respond
 from llama4.serve.openai_chat import logprob_entries
-from llama4.serve.options import MAX_ALTERNATIVES, MAX_LENGTH, SAMPLING, WITHOUT_EFFECT, choices_of, sampling_of
-from llama4.serve.response_items import INPUT, ItemWriter, messages_of, new_id, with_ids
+from llama4.serve.options import (
+    MAX_ALTERNATIVES,
+    MAX_LENGTH,
+    SAMPLING,
+    WITHOUT_EFFECT,
+    choices_of,
+    form_of,
+    sampling_of,
+)
+from llama4.serve.response_items import INPUT, ItemWriter, fields_of, messages_of, new_id, with_ids
 from llama4.serve.schema import (
     FLAG,
     NULL,
@@ -101,13 +109,16 @@ async def create(service: Service, call: Call) -> Response:
         raise RequestError("background is for store: true, without stream", field="background")
     items = with_ids(fields["input"])
     before = await asyncio.to_thread(_before, service, fields["previous_response_id"])
-    messages = await asyncio.to_thread(messages_of, [*before, *items], service.settings)
+    told = fields_of(len(before), fields["input"])
+    messages, places = await asyncio.to_thread(messages_of, [*before, *items], told, service.settings)
     if not messages:
         raise RequestError("input has no message", field="input")
     if fields["instructions"]:
         messages.insert(0, {"role": "system", "content": fields["instructions"]})
+        places.insert(0, Place("instructions"))
+    names = Names("input", places, form_of(fields, "text.format"))
     (stream,) = choices_of(service.engine, messages, 1, _options(service, fields))
-    answer = ResponseAnswer(service, stream, fields, items)
+    answer = ResponseAnswer(service, stream, fields, items, names)
     if not fields["background"]:
         return await respond(service, call, answer)
     check_taking(service)
@@ -190,9 +201,14 @@ class ResponseAnswer(Answer):
     last_event = as_event("[DONE]")
 
     def __init__(
-        self, service: Service, stream: EngineStream, fields: Mapping[str, Any], items: list[dict[str, Any]]
+        self,
+        service: Service,
+        stream: EngineStream,
+        fields: Mapping[str, Any],
+        items: list[dict[str, Any]],
+        names: Names,
     ) -> None:
-        super().__init__([stream])
+        super().__init__([stream], names)
         self.id, self._created = new_id("resp"), int(time.time())
         self._completed: int | None = None
         self._service, self._fields, self._input = service, fields, items

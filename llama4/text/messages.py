@@ -70,6 +70,12 @@ def image_sources(messages: Iterable[ParsedMessage]) -> list[Any]:
     return [part.source for message in messages for part in message.parts if isinstance(part, ImagePart)]
 
 
+def image_places(messages: Iterable[ParsedMessage]) -> list[tuple[int, int]]:
+    """Where all images are, in order: the number of the message, and that of the part in it."""
+    parts = ((i, j, part) for i, message in enumerate(messages) for j, part in enumerate(message.parts))
+    return [(i, j) for i, j, part in parts if isinstance(part, ImagePart)]
+
+
 def _read_message(message: Message | ParsedMessage, where: str) -> ParsedMessage:
     if isinstance(message, ParsedMessage):
         return message

@@ -14,7 +14,7 @@ from llama4.units import bytes_text, count_text
 if TYPE_CHECKING:
     from llama4.train.loop import Run
 
-METHODS = ("lora", "qlora", "full")
+METHODS = ("lora", "qlora", "full", "dpo")
 """Also in `llama4.train.options`, which imports torch."""
 
 LORA: dict[str, dict[str, Any]] = {
@@ -41,7 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "default": None,
         "help": "the system message in every turn, the last reply learnt",
     },
-    "learning_rate": {"type": float, "metavar": "X", "help": "its peak (default: 2e-4; full: 1e-5)"},
+    "beta": {"type": float, "metavar": "X", "help": "of dpo: what moving away from the model costs (default: 0.1)"},
+    "preference": {"metavar": "NAME", "help": "of dpo, its loss: sigmoid or ipo (default: sigmoid)"},
+    "learning_rate": {"type": float, "metavar": "X", "help": "its peak (default: 2e-4; full: 1e-5; dpo: 5e-5)"},
     "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
     "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
     "weight_decay": {"type": float, "metavar": "X", "help": "of matrices (default: 0)"},
@@ -67,7 +69,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def add_parser(commands: Any) -> None:
     about = (
         "Train an adapter (or all weights) on JSON lines: messages, prompt and completion, instruction and output, "
-        "conversations, or text. Ctrl-C saves the state; --resume goes on from it, bit by bit."
+        "conversations, or text; dpo on prompt, chosen and rejected. Ctrl-C saves the state; --resume goes on from it, "
+        "bit by bit."
     )
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
     parser.add_argument("model", help="embedded name, directory or Hub id")
@@ -134,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     held_out = f", held-out {min(loss for _, loss in result.eval_losses):.4f}" if result.eval_losses else ""
-    print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}", file=sys.stderr)
+    values = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.values.items())
+    print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}{values}", file=sys.stderr)
     if options.merge:
         write_merged(hub.resolve(options.model), options.output, options.merge)
         print(f"{options.merge}: {options.model} with {options.output}", file=sys.stderr)

@@ -70,7 +70,7 @@ class Batch:
         attention_mask: [B, T] int64.
         labels: [B, T] int64, the token that comes next, or `IGNORED`.
         pixel_values, image_grids: of the pictures, see `Inputs`; or None.
-        lines: of the data file.
+        lines: of the data file, one of each example, or of each pair.
     """
 
     input_ids: Tensor
@@ -85,8 +85,13 @@ class Batch:
         return int(self.attention_mask.sum())
 
     @property
+    def is_learnt(self) -> Tensor:
+        """[B, T] bool."""
+        return self.labels != IGNORED
+
+    @property
     def num_learnt(self) -> int:
-        return int((self.labels != IGNORED).sum())
+        return int(self.is_learnt.sum())
 
 
 @dataclass
@@ -111,7 +116,12 @@ class Dataset:
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(len(example.ids) for example in self.examples)
+        return sum(len(example.ids) for example in (*self.examples, *self.rejected))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example, or pair of examples."""
+        return max(map(_length, _units(self.examples, self.rejected)))
 
     def notes(self) -> list[str]:
         """What was left out, in sentences."""
@@ -244,6 +254,18 @@ def _cut(whole: Example, max_length: int, processor: Processor) -> Example | Non
     return replace(whole, ids=whole.ids[:max_length], is_learnt=whole.is_learnt[:max_length])
 
 
+Unit = tuple[Example, ...]
+"""What is in a batch whole or not at all: an example, or the better and the worse one of a pair."""
+
+
+def _units(examples: Sequence[Example], rejected: Sequence[Example]) -> list[Unit]:
+    return list(zip(examples, rejected, strict=True) if rejected else zip(examples, strict=True))
+
+
+def _length(unit: Unit) -> int:
+    return sum(len(example.ids) for example in unit)
+
+
 class Batches:
     """The batches of a data set, in an order that follows from the seed, for any number of epochs.
 
@@ -252,10 +274,20 @@ class Batches:
         processor: reads pictures.
         tokens: most tokens of a batch, padding not counted; an example that is longer is a batch of its own.
         seed: None for the file's order.
+        rejected: of preferences, see `Dataset`; the rows of a batch are then all that are chosen, and after them all
+            that are rejected.
     """
 
-    def __init__(self, examples: Sequence[Example], processor: Processor, tokens: int, seed: int | None = 0) -> None:
-        self._examples, self._processor, self._tokens, self._seed = examples, processor, tokens, seed
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        processor: Processor,
+        tokens: int,
+        seed: int | None = 0,
+        rejected: Sequence[Example] = (),
+    ) -> None:
+        self._units = _units(examples, rejected)
+        self._processor, self._tokens, self._seed = processor, tokens, seed
         self._plan: tuple[int, list[list[int]]] = (-1, [])
         self._tiles: dict[object, Tiles] = {}
         self._kept = 0
@@ -263,13 +295,13 @@ class Batches:
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch, by index: shuffled, then taken as they come until one is full."""
         if self._plan[0] != epoch:
-            order = list(range(len(self._examples)))
+            order = list(range(len(self._units)))
             if self._seed is not None:
                 random.Random(f"{self._seed}/{epoch}").shuffle(order)
             batches: list[list[int]] = []
             room = 0
             for index in order:
-                length = len(self._examples[index].ids)
+                length = _length(self._units[index])
                 if length > room or not batches:
                     batches.append([])
                     room = self._tokens
@@ -295,18 +327,18 @@ class Batches:
         return max(1, steps)
 
     def __getitem__(self, step: int) -> Batch:
-        return self.batch(self._examples, self.indices(step))
+        return self._batch(self.indices(step))
 
     def __iter__(self) -> Iterator[Batch]:
         """Those of one epoch."""
-        for indices in self.plan(0):
-            yield self.batch(self._examples, indices)
+        return map(self._batch, self.plan(0))
 
-    def batch(self, examples: Sequence[Example], indices: Sequence[int]) -> Batch:
-        """Some examples as one batch."""
-        chosen = [examples[i] for i in indices]
-        tiles = [self._tile(source) for example in chosen for source in example.sources]
-        return collate(chosen, *self._processor.fusion.tensors(tiles, self._processor.max_tiles))
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        units = [self._units[i] for i in indices]
+        examples = [example for column in zip(*units, strict=True) for example in column]
+        tiles = [self._tile(source) for example in examples for source in example.sources]
+        batch = collate(examples, *self._processor.fusion.tensors(tiles, self._processor.max_tiles))
+        return replace(batch, lines=tuple(unit[0].line for unit in units))
 
     def _tile(self, source: object) -> Tiles:
         key = source if isinstance(source, str) else id(source)

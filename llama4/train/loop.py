@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
 from llama4.train.memory import check_memory, estimate
+from llama4.train.objectives import Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
 from llama4.train.options import QUANTIZATION, TrainingOptions
 from llama4.train.report import Metrics, is_finished, write_card, write_curve
@@ -51,6 +52,8 @@ class Result:
         steps: that were taken, of `of`.
         losses: of each step.
         eval_losses: (step, loss) on held-out data.
+        values: what the method measures besides, on held-out data at the end, or else in the last step: of "dpo",
+            `margin` and `accuracy` among them.
         shares: for each layer with experts, the share of tokens that each expert got.
     """
 
@@ -60,6 +63,7 @@ class Result:
     losses: list[float]
     eval_losses: list[tuple[int, float]]
     shares: dict[str, list[float]]
+    values: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -97,13 +101,10 @@ class Run:
         self.data = self._dataset(data)
         self.held_out = self._dataset(eval) if eval is not None else None
         for dataset in filter(None, (self.data, self.held_out)):
-            if dataset.rejected:
-                raise ArgumentError(
-                    f"{dataset.path} holds preferences (chosen, rejected), which this method does not read"
-                )
+            _check_kind(dataset, options.method)
             for note in dataset.notes():
                 logger.warning(note)
-        self.batches = Batches(self.data.examples, self.llm.processor, options.batch_tokens, options.seed)
+        self.batches = self._batches(self.data, options.seed)
         self.steps = options.steps or self.batches.steps_of(options.epochs or 1)
         self.adapter: Adapter | None = None
         if options.method == "full":
@@ -111,6 +112,21 @@ class Run:
         else:
             self.adapter = Adapter.create(self.llm.model, options.lora, seed=options.seed)
             self.trained = dict(self.adapter.named_parameters())
+
+    @property
+    def objective(self) -> Objective:
+        """What is made small."""
+        if self.options.method == "dpo":
+            assert self.adapter is not None
+            return Preference(self.adapter, self.options.beta, self.options.preference)
+        return next_token
+
+    def _batches(self, data: Dataset, seed: int | None) -> Batches:
+        return Batches(data.examples, self.llm.processor, self.options.batch_tokens, seed, data.rejected)
+
+    def held_out_batches(self) -> Batches | None:
+        """Of the held-out data, in the file's order."""
+        return None if self.held_out is None else self._batches(self.held_out, None)
 
     def _dataset(self, path: str | Path) -> Dataset:
         window = self.llm.config.text.max_position_embeddings
@@ -130,8 +146,7 @@ class Run:
     @property
     def longest_batch(self) -> int:
         """Tokens of the largest batch there can be."""
-        longest = max(len(example.ids) for example in self.data.examples)
-        return max(longest, min(self.options.batch_tokens, self.data.num_tokens))
+        return max(self.data.longest, min(self.options.batch_tokens, self.data.num_tokens))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -164,6 +179,16 @@ class Run:
         else:
             layout = self.options.adapter_format
             save_adapter(self.adapter, self.llm.model, output, layout=layout, base=self.base)
+
+
+def _check_kind(data: Dataset, method: str) -> None:
+    """Raises:
+    ArgumentError: preferences for a method that does not learn from them, or others for the one that does.
+    """
+    if data.rejected and method != "dpo":
+        raise ArgumentError(f"{data.path} holds preferences (chosen, rejected), which method 'dpo' learns from")
+    if not data.rejected and method == "dpo":
+        raise ArgumentError(f"{data.path} holds no preferences; method 'dpo' needs prompt, chosen and rejected")
 
 
 def load_base(name: str | Path, method: str, progress: bool = True) -> Llama4:
@@ -213,7 +238,7 @@ def finetune(
 
 
 def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
-    options, model = run.options, run.llm.model
+    options, model, objective = run.options, run.llm.model, run.objective
     optimizer = AdamW(run.trained, weight_decay=options.weight_decay, seed=options.seed)
     about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
     step, best = 0, math.inf
@@ -224,18 +249,21 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
         load_state(output, optimizer)
         step, best = there["step"], there["best"] if there["best"] is not None else math.inf
     metrics = Metrics(output, step if resume else None)
-    held_out = Batches(run.held_out.examples, run.llm.processor, options.batch_tokens, None) if run.held_out else None
+    held_out = run.held_out_batches()
     eval_every = options.eval_every or max(1, run.steps // 10)
     save_every = options.save_every or eval_every
     loads: dict[str, Tensor] = {}
+    values: dict[str, float] = {}
 
     def evaluated() -> None:
-        nonlocal best
+        nonlocal best, values
         if held_out is None:
             return
         with _evaluating(run.adapter), Bar("evaluating", shown=run.progress):
-            loss = evaluate(model, held_out)
-        metrics.add(step=step, eval_loss=loss)
+            found = evaluate(model, held_out, objective)
+        metrics.add(step=step, **{f"eval_{name}": value for name, value in found.items()})
+        loss = found.pop("loss")
+        values = found
         if loss < best:
             best = loss
             run.save(output)
@@ -251,7 +279,9 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
         while step < run.steps and not stop.is_set():
             began, batch = time.perf_counter(), run.batches[step]
             with bar.step(1):
-                learnt = learn(model, batch, balance=options.balance, z_loss=options.z_loss)
+                learnt = learn(
+                    model, batch, objective, step / run.steps, balance=options.balance, z_loss=options.z_loss
+                )
                 norm = optimizer.clip(options.clip)
                 if not math.isfinite(learnt.loss) or not math.isfinite(norm):
                     lines = ", ".join(map(str, batch.lines))
@@ -269,6 +299,7 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
             metrics.add(
                 step=step,
                 loss=learnt.loss,
+                **learnt.values,
                 **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
                 learning_rate=rate,
                 gradient_norm=norm,
@@ -276,13 +307,14 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
                 seconds=round(seconds, 4),
             )
             bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
+            values = dict(learnt.values)
             if step == run.steps or step % eval_every == 0:
                 evaluated()
             if step < run.steps and step % save_every == 0:
                 saved()
     shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in loads.items()}
     losses = [loss for _, loss in metrics.values("loss")]
-    result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares)
+    result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares, values)
     if not result.is_finished:
         saved()
         return result

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama4.model.moe import Router
 from llama4.ops.precision import upcast
@@ -25,6 +26,7 @@ MAX_LOGIT_BYTES = 64 << 20
 """Of the float32 logits of a slice."""
 
 Head = Callable[[Tensor], Tensor]
+Losses = Callable[[Tensor, slice], Tensor]
 
 
 def tokens_per_slice(vocab_size: int) -> int:
@@ -57,8 +59,51 @@ def cross_entropy(
     kept = (labels_N != IGNORED).nonzero().squeeze(1)
     hidden_nD, labels_n = hidden_ND[kept], labels_N[kept]
     weights_n = torch.ones_like(labels_n, dtype=hidden_ND.dtype) if weights_N is None else weights_N[kept]
-    loss: Tensor = _SlicedLoss.apply(hidden_nD, labels_n, upcast(weights_n), head, slice_size, *trained)
+    weights_n = upcast(weights_n)
+
+    def losses(logits_nV: Tensor, rows: slice) -> Tensor:
+        return F.cross_entropy(logits_nV, labels_n[rows], reduction="none") * weights_n[rows]
+
+    return sliced_sum(hidden_nD, head, losses, trained=trained, slice_size=slice_size)
+
+
+def sliced_sum(
+    hidden_ND: Tensor,
+    head: Head,
+    losses: Losses,
+    *,
+    trained: Sequence[Tensor] = (),
+    slice_size: int | None = None,
+) -> Tensor:
+    """The sum of a loss of each token that follows from its logits, of which a slice is there at a time.
+
+    Args:
+        hidden_ND, head, trained, slice_size: see `cross_entropy`.
+        losses: logits [n, V] in float32 or better, and which of the N rows they are of -> [n].
+
+    Returns:
+        A scalar in float32 or better.
+    """
+    loss: Tensor = _SlicedLoss.apply(hidden_ND, losses, head, slice_size, *trained)
     return loss
+
+
+def token_log_probs(hidden_ND: Tensor, labels_N: Tensor, head: Head, *, slice_size: int | None = None) -> Tensor:
+    """log softmax(head(hidden))[label] of each token, [N] in float32 or better, 0 where the label is `IGNORED`: for
+    losses that are no sum over tokens. The logits of a slice are there at a time, and once more in the backward pass.
+
+    Args: see `cross_entropy`.
+    """
+    kept = (labels_N != IGNORED).nonzero().squeeze(1)
+    hidden_nD, labels_n = hidden_ND[kept], labels_N[kept]
+
+    def of_slice(x_nD: Tensor, labels_n: Tensor) -> Tensor:
+        return -F.cross_entropy(upcast(head(x_nD)), labels_n, reduction="none")
+
+    size = slice_size or max(1, len(kept))
+    slices = [slice(begin, begin + size) for begin in range(0, max(1, len(kept)), size)]
+    found_n = torch.cat([checkpoint(of_slice, hidden_nD[rows], labels_n[rows], use_reentrant=False) for rows in slices])
+    return found_n.new_zeros(len(labels_N)).index_copy(0, kept, found_n)
 
 
 class _SlicedLoss(torch.autograd.Function):
@@ -66,15 +111,9 @@ class _SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        labels_N: Tensor,
-        weights_N: Tensor,
-        head: Head,
-        slice_size: int | None,
-        *trained: Tensor,
+        ctx: Any, hidden_ND: Tensor, losses: Losses, head: Head, slice_size: int | None, *trained: Tensor
     ) -> Tensor:
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         gradients: list[Tensor | None] = [None] * len(needed)
         if needed[0]:
             gradients[0] = torch.zeros_like(hidden_ND)
@@ -83,8 +122,7 @@ class _SlicedLoss(torch.autograd.Function):
             rows = slice(begin, begin + (slice_size or len(hidden_ND)))
             with torch.enable_grad():
                 x_nD = hidden_ND[rows].detach().requires_grad_(needed[0])
-                losses_n = F.cross_entropy(upcast(head(x_nD)), labels_N[rows], reduction="none")
-                loss = (losses_n * weights_N[rows]).sum()
+                loss = losses(upcast(head(x_nD)), rows).sum()
             total += loss.detach()
             inputs = [x_nD, *trained]
             wanted = [i for i, needs in enumerate(needed) if needs]
@@ -110,12 +148,13 @@ class _SlicedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
-        return first, None, None, None, None, *rest
+        return first, None, None, None, *rest
 
 
 class RouterWatch:
     """What the routers of a model do with the tokens of a forward, and losses on it. To be used in a `with` around
-    forward and backward: activations that are computed again must find what they found.
+    forward and backward: activations that are computed again must find what they found. Forwards without gradients,
+    those of a reference or a teacher, are not watched.
 
     Attributes:
         loads: for each layer with experts, how many tokens each expert got, [E] int64, of all forwards so far.
@@ -145,7 +184,7 @@ class RouterWatch:
     def _note(self, name: str, router: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         assert isinstance(router, Router)
         logits_NE, experts_Nk = router.logits(inputs[0]), output[1]
-        if self._open:
+        if self._open and torch.is_grad_enabled():
             self._seen[name] = logits_NE, experts_Nk
             load_E = torch.bincount(experts_Nk.flatten(), minlength=logits_NE.shape[1])
             self.loads[name] = self.loads[name] + load_E if name in self.loads else load_E

@@ -18,7 +18,7 @@ from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.train.data import Batch
 from llama4.train.loss import MAX_LOGIT_BYTES
-from llama4.train.step import batch_loss
+from llama4.train.objectives import batch_loss
 from llama4.units import bytes_text
 
 PROBES = (64, 192)

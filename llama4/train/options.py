@@ -10,16 +10,17 @@ from llama4.adapters.files import LAYOUTS
 from llama4.errors import ArgumentError
 from llama4.reading import MAX_INT
 from llama4.train.data import LEARN
+from llama4.train.objectives import PREFERENCE_LOSSES
 from llama4.train.optimizer import SCHEDULES
 
-METHODS = ("lora", "qlora", "full")
+METHODS = ("lora", "qlora", "full", "dpo")
 QUANTIZATION = "int4"
 """Of a base that is not packed yet, with `qlora`."""
 MAX_SEED = 2**63 - 1
 """Of torch's generators."""
 MAX_EPOCHS = 1000
 """Each is laid out before the first step, to know how many steps there are; `steps` knows no such limit."""
-LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
+LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5, "dpo": 5e-5}
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,18 @@ class TrainingOptions:
     """Of `finetune`, and under the same names of `llama4 finetune`.
 
     Attributes:
-        method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder.
-        lora: of the first two.
+        method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder; "dpo" an
+            adapter on preferences.
+        lora: of all but "full".
         epochs: how often the data are gone through; or
         steps: how many batches are learnt from.
         batch_tokens: most tokens of a batch.
         max_length: most tokens of an example.
         learn: "assistant", "last" or "all".
         ghost_attention: the system message in every turn, the last reply learnt.
-        learning_rate: its peak; by default 2e-4 for adapters and 1e-5 for all weights.
+        beta: of "dpo", how much moving away from the model without the adapter costs.
+        preference: of "dpo", its loss, "sigmoid" or "ipo".
+        learning_rate: its peak; by default as in `LEARNING_RATES`.
         schedule: "cosine", "linear" or "constant".
         warmup: share of the steps in which the learning rate rises, or from 1 on, their number.
         weight_decay: of matrices.
@@ -60,6 +64,8 @@ class TrainingOptions:
     max_length: int = 2048
     learn: str = "assistant"
     ghost_attention: bool = False
+    beta: float = 0.1
+    preference: str = "sigmoid"
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -75,13 +81,14 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         choices = {"method": METHODS, "schedule": tuple(SCHEDULES), "learn": LEARN, "adapter_format": LAYOUTS}
+        choices["preference"] = tuple(PREFERENCE_LOSSES)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if self.epochs is not None and self.steps is not None:
             raise ArgumentError("epochs and steps both say how long to train; give one of them")
         least = {"epochs": 0, "steps": 1, "batch_tokens": 2, "max_length": 2, "eval_every": 1, "save_every": 1}
-        least |= dict.fromkeys(("learning_rate", "warmup", "weight_decay", "clip", "balance", "z_loss"), 0)
+        least |= dict.fromkeys(("learning_rate", "warmup", "weight_decay", "clip", "balance", "z_loss", "beta"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
@@ -94,8 +101,9 @@ class TrainingOptions:
                 raise ArgumentError(f"{name} is {value!s:.40}; it must be at most {highest}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ArgumentError(f"seed is {self.seed!s:.40}; it must be between 0 and {MAX_SEED}")
-        if self.epochs == 0:
-            raise ArgumentError("epochs is 0; it must be more")
+        for name in ("epochs", "beta"):
+            if getattr(self, name) == 0:
+                raise ArgumentError(f"{name} is 0; it must be more")
 
     @property
     def peak_learning_rate(self) -> float:

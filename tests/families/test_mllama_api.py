@@ -25,7 +25,7 @@ from llama4.quantization.weight import QuantizedWeight
 from llama4.serve.engine import Engine
 from llama4.text.vocabulary import LLAMA3, LLAMA32_VISION, llama3_token_names
 from llama4.train.data import Batches, load_dataset
-from llama4.train.step import batch_loss
+from llama4.train.objectives import batch_loss
 from tests.config.test_fields import missing
 from tests.families import mllama_models as made
 from tests.families.mllama_models import FIRST, IMAGE

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+from llama4.adapters.files import load_adapter
+from llama4.api import Llama4
 from llama4.integrations.transformers import LlamaForTransformers
 from llama4.tiny import EMBEDDED
+from llama4.train.data import Batches, load_dataset
+from llama4.train.objectives import Preference
+from tests import small_model
+from tests.train.test_data import write
+from tests.train.test_objectives import PAIRS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 DIRECTORY = str(EMBEDDED["tiny"])
@@ -85,3 +93,46 @@ def test_lm_eval() -> None:
     scores = asked.loglikelihood(requests)
     assert len(scores) == 2
     assert all(score < 0 for score, _ in scores)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_dpo_is_trls(kind: str, tmp_path: Path) -> None:
+    """Our `--method dpo` and TRL's, of the same adapter on the same pairs: loss, rewards and gradients."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trainers]'")
+    datasets = pytest.importorskip("datasets")
+    directory, beta = small_model.write(tmp_path / "model"), 0.3
+    theirs: Any = get_peft_model(LlamaForTransformers.from_llama4(Llama4.from_pretrained(directory)), LORA)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    llm = Llama4.from_pretrained(directory)
+    adapter = load_adapter(tmp_path / "adapter", llm.model).requires_grad_(True)
+    pairs = write(tmp_path / "pairs.jsonl", *PAIRS)
+    data = load_dataset(pairs, llm.processor, max_length=99, progress=False)
+    batch = Batches(data.examples, llm.processor, 4096, None, data.rejected)[0]
+    trainer = trl.DPOTrainer(
+        model=theirs,
+        args=trl.DPOConfig(**settings(tmp_path), beta=beta, loss_type=kind),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "What?", "chosen": "Yes", "rejected": "No"}]),
+        processing_class=AutoTokenizer.from_pretrained(DIRECTORY),
+    )
+    labels = F.pad(batch.is_learnt[:, :-1].long(), (1, 0))
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": labels}
+    wanted = trainer.compute_loss(theirs, inputs)
+    wanted.backward()
+    adapter.attach(llm.model)
+    found = Preference(adapter, beta, kind)(llm.model, batch)
+    (found.total / found.count).backward()
+    assert found.total.item() / found.count == pytest.approx(wanted.item(), rel=1e-5)
+    for ours, name in (("margin", "margins"), ("accuracy", "accuracies"), ("chosen_reward", "chosen")):
+        metric = trainer._metrics["train"][f"rewards/{name}"][-1]
+        assert found.values[ours] / found.count == pytest.approx(metric, rel=1e-4, abs=1e-5)
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for name, lora in adapter.items():
+        for part, parameter in (("lora_A", lora.a), ("lora_B", lora.b)):
+            (other,) = (g for key, g in gradients.items() if name.split("model.")[-1] in key and part in key)
+            assert parameter.grad is not None
+            assert (parameter.grad - other).abs().max() <= 1e-4 * other.abs().max()

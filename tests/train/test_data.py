@@ -19,8 +19,8 @@ from llama4.errors import ArgumentError
 from llama4.inputs import Processor
 from llama4.train.data import Batches, Dataset, Example, collate, load_dataset
 from llama4.train.loss import IGNORED
+from llama4.train.objectives import batch_loss
 from llama4.train.records import DataError
-from llama4.train.step import batch_loss
 from tests import small_model
 
 

@@ -140,7 +140,7 @@ def test_the_best_is_kept(directory: Path, data: Path, tmp_path: Path, monkeypat
     """What is written is of the step with the least loss, as a run has it that ends there."""
     losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 1.0, 2.0])
     run(directory, data, tmp_path / "short", steps=2, schedule="constant")
-    monkeypatch.setattr(loop, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *args: {"loss": next(losses)})
     run(directory, data, tmp_path / "long", schedule="constant", eval=data, eval_every=1)
     found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -167,7 +167,7 @@ def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) ->
     packed = Llama4.from_pretrained(directory, quantization="int8")
     with pytest.raises(ArgumentError, match="packed weights are not trained; use method 'qlora'"):
         finetune(packed, data, tmp_path, method="full", steps=1)
-    with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full"):
+    with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full, dpo"):
         finetune(directory, data, tmp_path, method="sft")
     wrong: dict[str, Any] = {"batch_tokens": 1, "learning_rate": -1.0, "steps": 0, "clip": float("nan")}
     for name, value in wrong.items():

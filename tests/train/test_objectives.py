@@ -1,0 +1,146 @@
+"""Losses of preferences and of a teacher, against the same in float64 on all logits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.lora import Adapter
+from llama4.api import Llama4
+from llama4.cli.main import main
+from llama4.errors import ArgumentError
+from llama4.model.multimodal import Llama4Model
+from llama4.train import finetune
+from llama4.train import objectives as objectives_module
+from llama4.train.data import Batch, Batches, load_dataset
+from llama4.train.objectives import Preference
+from llama4.train.report import read_metrics
+from tests import small_model
+from tests.train.test_data import write
+
+PAIRS = [{"prompt": f"say {i}", "chosen": f"it is {i}" * (1 + i % 3), "rejected": f"no {i}, not it"} for i in range(6)]
+SETTINGS: dict[str, Any] = {"steps": 12, "batch_tokens": 160, "learning_rate": 1e-2, "progress": False, "warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama4:
+    return Llama4.from_pretrained(small_model.write(tmp_path_factory.mktemp("objectives") / "model"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("objectives") / "pairs.jsonl", *PAIRS)
+
+
+def random_adapter(model: Llama4Model) -> Adapter:
+    adapter = Adapter.create(model, LoraConfig(rank=2), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, lora in adapter.items():
+            lora.b.normal_(0, 0.1, generator=generator)
+    return adapter
+
+
+def log_probs_of(model: Llama4Model, batch: Batch) -> torch.Tensor:
+    """[B, T] float64, 0 where nothing is learnt."""
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask).double()
+    found = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    return found * batch.is_learnt
+
+
+# -- preferences -------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_in_one_batch(llm: Llama4, pairs: Path) -> None:
+    data = load_dataset(pairs, llm.processor, max_length=99, progress=False)
+    batches = Batches(data.examples, llm.processor, 160, 0, data.rejected)
+    lengths = [len(one.ids) + len(two.ids) for one, two in zip(data.examples, data.rejected, strict=True)]
+    assert data.longest == max(lengths) and data.num_tokens == sum(lengths)
+    seen: list[int] = []
+    for batch in batches:
+        half = len(batch.lines)
+        assert len(batch.input_ids) == 2 * half and batch.num_tokens <= 160
+        for row, line in enumerate(batch.lines):
+            for example, at in ((data.examples[line - 1], row), (data.rejected[line - 1], half + row)):
+                assert batch.input_ids[at, : len(example.ids)].tolist() == list(example.ids)
+                assert int(batch.is_learnt[at].sum()) == example.num_learnt
+        seen += batch.lines
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_preference_losses_against_float64(
+    kind: str, llm: Llama4, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row with `math`, and the gradients through all logits."""
+    monkeypatch.setattr(objectives_module, "tokens_per_slice", lambda vocab_size: 3)
+    model, beta = llm.model, 0.3
+    data = load_dataset(pairs, llm.processor, max_length=99, progress=False)
+    batch = Batches(data.examples, llm.processor, 4096, None, data.rejected)[0]
+    reference = log_probs_of(model, batch).sum(1).tolist()
+    adapter = random_adapter(model)
+    adapter.attach(model)
+    try:
+        found = Preference(adapter, beta, kind)(model, batch)
+        gradients = torch.autograd.grad(found.total, list(adapter.parameters()))
+        policy = log_probs_of(model, batch).sum(1)
+        lengths = batch.is_learnt.sum(1).tolist()
+        wanted, margins = 0.0, []
+        for i in range(6):
+            ratios = [policy[row].item() - reference[row] for row in (i, 6 + i)]
+            margins.append(beta * (ratios[0] - ratios[1]))
+            means = [ratio / lengths[row] for ratio, row in zip(ratios, (i, 6 + i), strict=True)]
+            of = {"sigmoid": math.log1p(math.exp(-margins[-1])), "ipo": (means[0] - means[1] - 1 / (2 * beta)) ** 2}
+            wanted += of[kind]
+        assert found.total.item() == pytest.approx(wanted, rel=1e-5) and found.count == 6
+        assert found.values["margin"] == pytest.approx(sum(margins), abs=1e-4)
+        assert found.values["accuracy"] == sum(margin > 0 for margin in margins) not in (0, 6)
+        assert found.values["chosen_reward"] - found.values["rejected_reward"] == pytest.approx(sum(margins), abs=1e-4)
+        ratios_B = policy - torch.tensor(reference, dtype=torch.float64)
+        if kind == "ipo":
+            ratios_B = ratios_B / torch.tensor(lengths)
+        chosen, rejected = ratios_B[:6], ratios_B[6:]
+        loss = (
+            torch.log1p(torch.exp(-beta * (chosen - rejected)))
+            if kind == "sigmoid"
+            else (chosen - rejected - 1 / (2 * beta)) ** 2
+        )
+        for one, other in zip(gradients, torch.autograd.grad(loss.sum(), list(adapter.parameters())), strict=True):
+            assert (one - other).abs().max() <= 2e-4 * other.abs().max()
+    finally:
+        adapter.detach()
+
+
+def test_dpo_learns_to_prefer(llm: Llama4, pairs: Path, tmp_path: Path) -> None:
+    result = finetune(llm, pairs, tmp_path / "out", eval=pairs, method="dpo", lora=LoraConfig(rank=4), **SETTINGS)
+    assert result.losses[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert result.eval_losses[-1][1] < 0.3 and result.values["accuracy"] == 1 and result.values["margin"] > 1
+    lines = read_metrics(tmp_path / "out")
+    assert lines[0]["eval_accuracy"] == 0 and lines[1]["margin"] == 0
+    assert not any(module._forward_hooks for module in llm.model.modules())
+
+
+def test_dpo_as_a_command(llm: Llama4, pairs: Path, tmp_path: Path, capsys: Any) -> None:
+    llm.save_pretrained(tmp_path / "model")
+    command = ["finetune", str(tmp_path / "model"), "--data", str(pairs), "--method", "dpo", "--preference", "ipo"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--steps", "2", "--beta", "0.2"]) == 0
+    assert "accuracy" in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    assert "⟦it is 0<|eot|>⟧" in capsys.readouterr().out
+
+
+def test_data_and_method_must_fit(llm: Llama4, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"holds preferences .* which method 'dpo' learns from"):
+        finetune(llm, pairs, tmp_path / "out")
+    other = write(tmp_path / "x.jsonl", {"text": "abc"})
+    with pytest.raises(ArgumentError, match="holds no preferences; method 'dpo' needs prompt, chosen and rejected"):
+        finetune(llm, other, tmp_path / "out", method="dpo")
+    with pytest.raises(ArgumentError, match="beta is 0; it must be more"):
+        finetune(llm, pairs, tmp_path / "out", method="dpo", beta=0)
+    with pytest.raises(ArgumentError, match="preference is 'kto'; choose one of sigmoid, ipo"):
+        finetune(llm, pairs, tmp_path / "out", method="dpo", preference="kto")

@@ -14,8 +14,9 @@ from llama4.units import bytes_text, count_text
 if TYPE_CHECKING:
     from llama4.train.loop import Run
 
-METHODS = ("lora", "qlora", "full", "dpo")
-"""Also in `llama4.train.options`, which imports torch."""
+METHODS = ("lora", "qlora", "full", "dpo", "distill")
+ALL_WEIGHTS = ("full", "distill")
+"""Both are also in `llama4.train.options`, which imports torch."""
 
 LORA: dict[str, dict[str, Any]] = {
     "rank": {"type": int, "metavar": "R", "help": "of the adapter's matrices (default: 16)"},
@@ -43,7 +44,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "beta": {"type": float, "metavar": "X", "help": "of dpo: what moving away from the model costs (default: 0.1)"},
     "preference": {"metavar": "NAME", "help": "of dpo, its loss: sigmoid or ipo (default: sigmoid)"},
-    "learning_rate": {"type": float, "metavar": "X", "help": "its peak (default: 2e-4; full: 1e-5; dpo: 5e-5)"},
+    "teacher": {"metavar": "MODEL", "help": "of distill: a model, or a file that `llama4 teach` wrote"},
+    "soft_weight": {
+        "type": float,
+        "metavar": "X",
+        "help": "of distill: weight of the teacher's distribution at first; falls to 0 (default: 1)",
+    },
+    "learning_rate": {
+        "type": float,
+        "metavar": "X",
+        "help": "its peak (default: 2e-4; full: 1e-5; dpo: 5e-5; distill: 1e-4)",
+    },
     "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
     "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
     "weight_decay": {"type": float, "metavar": "X", "help": "of matrices (default: 0)"},
@@ -66,6 +77,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Arguments of `TrainingOptions`; what is not given is as there."""
 
 
+READING = ("batch_tokens", "max_length", "learn", "ghost_attention")
+"""Those of them that say how data are read."""
+
+
 def add_parser(commands: Any) -> None:
     about = (
         "Train an adapter (or all weights) on JSON lines: messages, prompt and completion, instruction and output, "
@@ -76,7 +91,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", help="embedded name, directory or Hub id")
     parser.add_argument("--data", required=True, metavar="FILE", help="what to learn: .jsonl or .jsonl.gz")
     parser.add_argument("--eval", metavar="FILE", help="held-out data; the best on it is kept")
-    parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full, the model")
+    parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full and distill, the model")
     parser.add_argument("--method", choices=METHODS, default="lora", help="(default: lora)")
     parser.add_argument("--merge", metavar="DIR", help="also write the model with the adapter in its weights")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
@@ -88,6 +103,43 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
+def add_teach_parser(commands: Any) -> None:
+    about = (
+        "Write what a model says of each token that is learnt of a data file, its likeliest ones with their "
+        "probabilities, for `finetune --method distill --teacher FILE`: the teacher is asked once."
+    )
+    parser = commands.add_parser("teach", help="write a teacher's probabilities", description=about)
+    parser.add_argument("model", help="the teacher: embedded name, directory or Hub id")
+    parser.add_argument("--data", required=True, metavar="FILE", help="what the student will learn")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, .safetensors")
+    parser.add_argument("--top", type=int, default=32, metavar="K", help="tokens of each place (default: 32)")
+    group = parser.add_argument_group("as in finetune")
+    for name in READING:
+        group.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    parser.set_defaults(run=run_teach, parser=parser)
+
+
+def run_teach(options: argparse.Namespace) -> int:
+    from llama4.api import Llama4
+    from llama4.train import TrainingOptions
+    from llama4.train.data import load_dataset
+    from llama4.train.teacher import save_teacher
+
+    given = {name: getattr(options, name) for name in READING if getattr(options, name) is not None}
+    settings = TrainingOptions(**given)
+    llm = Llama4.from_pretrained(options.model)
+    data = load_dataset(
+        options.data,
+        llm.processor,
+        max_length=min(settings.max_length, llm.config.text.max_position_embeddings),
+        learn=settings.learn,
+        ghost_attention=settings.ghost_attention,
+    )
+    tokens = save_teacher(llm, data, options.output, top=options.top, batch_tokens=settings.batch_tokens)
+    print(f"{options.output}: the {options.top} likeliest of {count_text(tokens)} tokens", file=sys.stderr)
+    return 0
+
+
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `TrainingOptions`."""
     from llama4.train import LoraConfig
@@ -96,8 +148,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     lora = {name: getattr(options, name) for name in LORA if getattr(options, name) is not None}
     if "targets" in lora:
         lora |= _targets(lora["targets"])
-    if lora and options.method == "full":
-        options.parser.error(f"--{next(iter(lora))} is for adapters; --method full has none")
+    if lora and options.method in ALL_WEIGHTS:
+        options.parser.error(f"--{next(iter(lora))} is for adapters; --method {options.method} has none")
     return given | {"method": options.method, "lora": LoraConfig(**lora)}
 
 
@@ -117,8 +169,8 @@ def _targets(text: str) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> int:
     if options.output is None and not options.dry_run:
         options.parser.error("--output is missing: the directory that gets the adapter")
-    if options.merge and options.method == "full":
-        options.parser.error("--merge is for adapters; --method full writes a model")
+    if options.merge and options.method in ALL_WEIGHTS:
+        options.parser.error(f"--merge is for adapters; --method {options.method} writes a model")
     settings = settings_of(options)
     from llama4.train import Run, TrainingOptions, finetune
     from llama4.weights import hub

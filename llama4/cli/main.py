@@ -51,7 +51,7 @@ def command() -> NoReturn:
 def make_parser() -> Parser:
     parser = Parser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
-    names = "generate | chat | moderate | serve | info | plan | finetune | convert | merge | quantize | bench"
+    names = "generate | chat | moderate | serve | info | plan | finetune | teach | convert | merge | quantize | bench"
     commands = parser.add_subparsers(title="commands", required=True, metavar=names)
     generate.add_parser(commands)
     chat.add_parser(commands)
@@ -59,6 +59,7 @@ def make_parser() -> Parser:
     serve.add_parser(commands)
     analysis.add_parsers(commands)
     finetune.add_parser(commands)
+    finetune.add_teach_parser(commands)
     checkpoints.add_parsers(commands)
     bench = commands.add_parser("bench", help="measure speed and quality here", description=bench_usage())
     bench.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -28,13 +28,14 @@ from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
 from llama4.train.memory import check_memory, estimate
-from llama4.train.objectives import Objective, Preference, next_token
+from llama4.train.objectives import Distillation, Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
-from llama4.train.options import QUANTIZATION, TrainingOptions
+from llama4.train.options import ALL_WEIGHTS, QUANTIZATION, TrainingOptions
 from llama4.train.report import Metrics, is_finished, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
 from llama4.train.stopping import stoppable
+from llama4.train.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Run:
         self.base = str(model.side_files.origin or "") if isinstance(model, Llama4) else str(model)
         self.llm = model if isinstance(model, Llama4) else load_base(model, options.method, progress)
         is_packed = any(isinstance(module, QuantizedWeight) for module in self.llm.model.modules())
-        if options.method == "full" and is_packed:
+        if options.method in ALL_WEIGHTS and is_packed:
             raise ArgumentError("packed weights are not trained; use method 'qlora', or the unquantized model")
         if options.method == "qlora" and not is_packed:
             raise ArgumentError("method 'qlora' is for packed weights; load the model with quantization='int4'")
@@ -107,18 +108,20 @@ class Run:
         self.batches = self._batches(self.data, options.seed)
         self.steps = options.steps or self.batches.steps_of(options.epochs or 1)
         self.adapter: Adapter | None = None
-        if options.method == "full":
+        if options.method in ALL_WEIGHTS:
             self.trained = dict(self.llm.model.named_parameters())
         else:
             self.adapter = Adapter.create(self.llm.model, options.lora, seed=options.seed)
             self.trained = dict(self.adapter.named_parameters())
 
-    @property
     def objective(self) -> Objective:
-        """What is made small."""
+        """What is made small; a teacher is loaded for it."""
         if self.options.method == "dpo":
             assert self.adapter is not None
             return Preference(self.adapter, self.options.beta, self.options.preference)
+        if self.options.teacher is not None:
+            teacher = load_teacher(self.options.teacher, self.llm, self.data, self.progress, **self._reading())
+            return Distillation(teacher, self.options.soft_weight)
         return next_token
 
     def _batches(self, data: Dataset, seed: int | None) -> Batches:
@@ -129,15 +132,16 @@ class Run:
         return None if self.held_out is None else self._batches(self.held_out, None)
 
     def _dataset(self, path: str | Path) -> Dataset:
+        return load_dataset(path, self.llm.processor, progress=self.progress, **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        """How data are read."""
         window = self.llm.config.text.max_position_embeddings
-        return load_dataset(
-            path,
-            self.llm.processor,
-            max_length=min(self.options.max_length, window),
-            learn=self.options.learn,
-            ghost_attention=self.options.ghost_attention,
-            progress=self.progress,
-        )
+        return {
+            "max_length": min(self.options.max_length, window),
+            "learn": self.options.learn,
+            "ghost_attention": self.options.ghost_attention,
+        }
 
     @property
     def num_trained(self) -> int:
@@ -238,7 +242,7 @@ def finetune(
 
 
 def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
-    options, model, objective = run.options, run.llm.model, run.objective
+    options, model, objective = run.options, run.llm.model, run.objective()
     optimizer = AdamW(run.trained, weight_decay=options.weight_decay, seed=options.seed)
     about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
     step, best = 0, math.inf

@@ -20,7 +20,7 @@ from llama4.adapters.lora import Adapter
 from llama4.cache.batch import Batch as Packed
 from llama4.model.multimodal import Llama4Model
 from llama4.train.data import Batch
-from llama4.train.loss import cross_entropy, token_log_probs, tokens_per_slice
+from llama4.train.loss import IGNORED, Losses, cross_entropy, sliced_sum, token_log_probs, tokens_per_slice
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,47 @@ def reply_log_probs(model: Llama4Model, batch: Batch) -> Tensor:
     slice_size = tokens_per_slice(model.config.text.vocab_size)
     found_N = token_log_probs(hidden_ND, labels_N, model.language_model.lm_head, slice_size=slice_size)
     return packed.unpack(found_N).sum(1)
+
+
+# -- teachers ----------------------------------------------------------------------------------------------------------
+
+
+class Teacher(Protocol):
+    """Who knows the distribution of the next token."""
+
+    def divergences(self, batch: Batch) -> Losses:
+        """The Kullback-Leibler divergence of a student's distribution from the teacher's, of each token of a batch that
+        is learnt."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """w * divergence from the teacher + (1 - w) * cross-entropy (Hinton et al. 2015), where w falls in a line from
+    `weight` to 0 while the model learns: at first the teacher's whole distribution counts, at last what the data say.
+
+    Of the values, `divergence` and `cross_entropy` are the means of both.
+    """
+
+    teacher: Teacher
+    weight: float
+
+    def __call__(self, model: Llama4Model, batch: Batch, done: float) -> Loss:
+        w = self.weight * (1 - done)
+        if not w:
+            return next_token(model, batch)
+        hidden_ND, _, labels_N = hidden_states(model, batch)
+        kept = labels_N != IGNORED
+        labels_n, divergences = labels_N[kept], self.teacher.divergences(batch)
+        sums = {"divergence": 0.0, "cross_entropy": 0.0}
+
+        def losses(logits_nV: Tensor, rows: slice) -> Tensor:
+            soft_n = divergences(logits_nV, rows)
+            hard_n = F.cross_entropy(logits_nV, labels_n[rows], reduction="none")
+            sums["divergence"] += soft_n.detach().sum().item()
+            sums["cross_entropy"] += hard_n.detach().sum().item()
+            return w * soft_n + (1 - w) * hard_n
+
+        head = model.language_model.lm_head
+        slice_size = tokens_per_slice(2 * model.config.text.vocab_size)  # the teacher's logits are there, too
+        total = sliced_sum(hidden_ND[kept], head, losses, trained=head_parameters(head), slice_size=slice_size)
+        return Loss(total, len(labels_n), sums)

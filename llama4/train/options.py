@@ -13,14 +13,16 @@ from llama4.train.data import LEARN
 from llama4.train.objectives import PREFERENCE_LOSSES
 from llama4.train.optimizer import SCHEDULES
 
-METHODS = ("lora", "qlora", "full", "dpo")
+METHODS = ("lora", "qlora", "full", "dpo", "distill")
+ALL_WEIGHTS = ("full", "distill")
+"""Methods that train the weights; the others train an adapter."""
 QUANTIZATION = "int4"
 """Of a base that is not packed yet, with `qlora`."""
 MAX_SEED = 2**63 - 1
 """Of torch's generators."""
 MAX_EPOCHS = 1000
 """Each is laid out before the first step, to know how many steps there are; `steps` knows no such limit."""
-LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5, "dpo": 5e-5}
+LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5, "dpo": 5e-5, "distill": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class TrainingOptions:
 
     Attributes:
         method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder; "dpo" an
-            adapter on preferences.
-        lora: of all but "full".
+            adapter on preferences; "distill" all weights, from a teacher.
+        lora: of those that train an adapter.
         epochs: how often the data are gone through; or
         steps: how many batches are learnt from.
         batch_tokens: most tokens of a batch.
@@ -39,6 +41,8 @@ class TrainingOptions:
         ghost_attention: the system message in every turn, the last reply learnt.
         beta: of "dpo", how much moving away from the model without the adapter costs.
         preference: of "dpo", its loss, "sigmoid" or "ipo".
+        teacher: of "distill", a model's name or directory, or a file that `llama4 teach` wrote.
+        soft_weight: of "distill", the weight of the teacher's distribution at first; it falls to 0 in a line.
         learning_rate: its peak; by default as in `LEARNING_RATES`.
         schedule: "cosine", "linear" or "constant".
         warmup: share of the steps in which the learning rate rises, or from 1 on, their number.
@@ -66,6 +70,8 @@ class TrainingOptions:
     ghost_attention: bool = False
     beta: float = 0.1
     preference: str = "sigmoid"
+    teacher: str | None = None
+    soft_weight: float = 1.0
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -101,6 +107,10 @@ class TrainingOptions:
                 raise ArgumentError(f"{name} is {value!s:.40}; it must be at most {highest}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ArgumentError(f"seed is {self.seed!s:.40}; it must be between 0 and {MAX_SEED}")
+        if not 0 <= self.soft_weight <= 1:
+            raise ArgumentError(f"soft_weight is {self.soft_weight}; it must be between 0 and 1")
+        if (self.method == "distill") != (self.teacher is not None):
+            raise ArgumentError("a teacher and method 'distill' go together; give both, or neither")
         for name in ("epochs", "beta"):
             if getattr(self, name) == 0:
                 raise ArgumentError(f"{name} is 0; it must be more")
@@ -115,7 +125,7 @@ class TrainingOptions:
     def describe(self) -> dict[str, object]:
         """As JSON, for files."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora"}
-        if self.method != "full":
+        if self.method not in ALL_WEIGHTS:
             content["lora"] = {f.name: getattr(self.lora, f.name) for f in fields(self.lora)}
             content["lora"] |= {"targets": list(self.lora.targets), "ranks": dict(self.lora.ranks)}
         return content

@@ -167,7 +167,7 @@ def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) ->
     packed = Llama4.from_pretrained(directory, quantization="int8")
     with pytest.raises(ArgumentError, match="packed weights are not trained; use method 'qlora'"):
         finetune(packed, data, tmp_path, method="full", steps=1)
-    with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full, dpo"):
+    with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full, dpo, distill"):
         finetune(directory, data, tmp_path, method="sft")
     wrong: dict[str, Any] = {"batch_tokens": 1, "learning_rate": -1.0, "steps": 0, "clip": float("nan")}
     for name, value in wrong.items():

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.cli.main import main
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, CheckpointError
 from llama4.model.multimodal import Llama4Model
 from llama4.train import finetune
 from llama4.train import objectives as objectives_module
-from llama4.train.data import Batch, Batches, load_dataset
-from llama4.train.objectives import Preference
+from llama4.train.data import Batch, Batches, Dataset, load_dataset
+from llama4.train.objectives import Distillation, Preference
 from llama4.train.report import read_metrics
+from llama4.train.teacher import load_teacher, save_teacher
 from tests import small_model
 from tests.train.test_data import write
 
@@ -144,3 +147,113 @@ def test_data_and_method_must_fit(llm: Llama4, pairs: Path, tmp_path: Path) -> N
         finetune(llm, pairs, tmp_path / "out", method="dpo", beta=0)
     with pytest.raises(ArgumentError, match="preference is 'kto'; choose one of sigmoid, ipo"):
         finetune(llm, pairs, tmp_path / "out", method="dpo", preference="kto")
+
+
+# -- teachers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("objectives") / "teacher", seed=5)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("objectives") / "lines.jsonl"
+    return write(path, *({"prompt": f"say {i}", "completion": f"it is {i * 3}"} for i in range(9)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_distillation_against_float64(
+    saved: bool, llm: Llama4, teacher: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss and its gradients through all logits; of a file, with all tokens that are not in it as one."""
+    monkeypatch.setattr(objectives_module, "tokens_per_slice", lambda vocab_size: 4)
+    master, model, top, vocabulary = Llama4.from_pretrained(teacher), llm.model, 5, llm.config.text.vocab_size
+    data = load_dataset(lines, llm.processor, max_length=99, progress=False)
+    source = str(teacher)
+    if saved:
+        assert save_teacher(master, data, tmp_path / "t.safetensors", top=top, batch_tokens=40) == data_learnt(data)
+        source = str(tmp_path / "t.safetensors")
+    asked = load_teacher(source, llm, data, progress=False, max_length=99)
+    batch = Batches(data.examples, llm.processor, 4096, 3)[0]
+    names = ("language_model.model.layers.1.feed_forward.experts.down_proj", "language_model.lm_head.weight")
+    weights = [model.get_parameter(name).requires_grad_(True) for name in names]
+    found = Distillation(asked, 0.8)(model, batch, 0.25)  # w is 0.6
+    gradients = torch.autograd.grad(found.total, weights)
+    kept = batch.is_learnt
+    q = model(batch.input_ids, attention_mask=batch.attention_mask).double()[kept].log_softmax(-1)
+    with torch.no_grad():
+        p = master.model(batch.input_ids, attention_mask=batch.attention_mask).double()[kept].log_softmax(-1)
+    hard = -q.gather(-1, batch.labels[kept][:, None]).sum()
+    if saved:
+        ids = p.topk(top).indices
+        others = torch.ones(len(p), vocabulary, dtype=torch.bool).scatter(-1, ids, False)
+        rest = [(x.exp() * others).sum(-1, keepdim=True).log() for x in (p, q)]
+        p, q = (torch.cat([x.gather(-1, ids), r], -1) for x, r in zip((p, q), rest, strict=True))
+    soft = (p.exp() * (p - q)).sum()
+    wanted = 0.6 * soft + 0.4 * hard
+    assert found.count == int(kept.sum()) and found.total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found.values["divergence"] == pytest.approx(soft.item(), rel=1e-4)
+    assert found.values["cross_entropy"] == pytest.approx(hard.item(), rel=1e-5)
+    for one, other in zip(gradients, torch.autograd.grad(wanted, weights), strict=True):
+        assert (one - other).abs().max() <= 2e-4 * other.abs().max()
+    at_end = Distillation(asked, 0.8)(model, batch, 1.0)
+    assert at_end.total.item() == pytest.approx(hard.item(), rel=1e-5) and not at_end.values
+
+
+def data_learnt(data: Dataset) -> int:
+    return sum(example.num_learnt for example in data.examples)
+
+
+def test_a_student_becomes_like_its_teacher(
+    llm: Llama4, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A larger one that has learnt the data itself; from the model, and from its file, which is written once."""
+    config = small_model.config()
+    large = Llama4Model(replace(config, text=replace(config.text, intermediate_size=64)))
+    large.init_weights(torch.Generator().manual_seed(3))
+    learning = SETTINGS | {"steps": 40}
+    teacher = tmp_path / "teacher"
+    taught = finetune(Llama4(large.eval(), llm.tokenizer), lines, teacher, method="full", **learning)
+    assert taught.losses[-1] < 0.3
+    student = str(small_model.write(tmp_path / "student", seed=1))
+    file = str(tmp_path / "teacher.safetensors")
+    assert main(["teach", str(teacher), "--data", str(lines), "--output", file, "--top", "64"]) == 0
+    assert "the 64 likeliest of" in capsys.readouterr().err
+    settings: dict[str, Any] = learning | {"method": "distill"}
+    for name, source in (("model", str(teacher)), ("file", file)):
+        result = finetune(student, lines, tmp_path / name, teacher=source, **settings)
+        divergences = [line["divergence"] for line in read_metrics(tmp_path / name) if "divergence" in line]
+        assert result.is_finished and divergences[-1] < 0.2 * divergences[0], name
+        assert result.losses[-1] < 0.5
+    assert Llama4.from_pretrained(tmp_path / "file").chat("say 1", max_new_tokens=2).text
+    command = ["finetune", student, "--data", str(lines), "--method", "distill", "--output", str(tmp_path / "x")]
+    assert main([*command, "--steps", "1"]) == 2
+    assert "a teacher and method 'distill' go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--rank", "3"])
+
+
+def test_teachers_that_do_not_fit(llm: Llama4, teacher: Path, lines: Path, tmp_path: Path) -> None:
+    data = load_dataset(lines, llm.processor, max_length=99, progress=False)
+    file = tmp_path / "t.safetensors"
+    save_teacher(llm, data, file, top=2)
+    shorter = load_dataset(lines, llm.processor, max_length=data.longest - 1, progress=False)
+    with pytest.raises(ArgumentError, match="of the same data, but of other tokens; run `llama4 teach` with this max"):
+        load_teacher(str(file), llm, shorter)
+    other = load_dataset(write(tmp_path / "o.jsonl", {"text": "a"}), llm.processor, max_length=99, progress=False)
+    with pytest.raises(ArgumentError, match="is of another file than"):
+        load_teacher(str(file), llm, other)
+    with pytest.raises(CheckpointError, match="is not there; write it with"):
+        load_teacher(str(tmp_path / "no.safetensors"), llm, data)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="is no file that `llama4 teach` wrote"):
+        load_teacher(str(tmp_path / "a.safetensors"), llm, data)
+    with pytest.raises(ArgumentError, match=r"has a vocabulary of .* both must have the same tokenizer"):
+        load_teacher("tiny", llm, data, progress=False)
+    for top in (0, llm.config.text.vocab_size):
+        with pytest.raises(ArgumentError, match=f"top is {top}; it must be from 1 to"):
+            save_teacher(llm, data, file, top=top)
+    with pytest.raises(ArgumentError, match=r"let it end in \.safetensors"):
+        save_teacher(llm, data, tmp_path / "t.bin")

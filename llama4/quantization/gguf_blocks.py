@@ -43,19 +43,19 @@ class GgufBlocks(WeightFormat):
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
         *rows, inputs = shape
-        return {"weight": TensorSpec((*rows, inputs // self.block * self.nbytes), torch.uint8)}
+        return {self.parts[0]: TensorSpec((*rows, inputs // self.block * self.nbytes), torch.uint8)}
 
     def weights_in(self, part: str, spec: TensorSpec) -> int:
         return spec.nbytes // self.nbytes * self.block
 
     def stack(self, weight: QuantizedWeight) -> quantized.Parts | None:
-        return quantized.Parts(self.kind, weight.part("weight"), None, weight.shape[-1])
+        return quantized.Parts(self.kind, weight.part(self.parts[0]), None, weight.shape[-1])
 
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
-        return self.decode(weight.part("weight", expert))
+        return self.decode(weight.part(self.parts[0], expert))
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        blocks = weight.part("weight", expert)
+        blocks = weight.part(self.parts[0], expert)
 
         def readable() -> Tensor:
             dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
@@ -64,11 +64,11 @@ class GgufBlocks(WeightFormat):
         return quantized.linear(x_NI, quantized.Parts(self.kind, blocks, None, weight.shape[-1]), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-        blocks = weight.part("weight", expert)
+        blocks = weight.part(self.parts[0], expert)
         return lambda rows: self.decode(blocks[rows]).to(dtype)
 
     def rows(self, weight: QuantizedWeight, ids: Tensor) -> Tensor:
-        return self.decode(weight.part("weight")[ids])
+        return self.decode(weight.part(self.parts[0])[ids])
 
     def decode(self, stored: Tensor) -> Tensor:
         """Rows as they are stored [..., bytes] -> their weights [..., I], in float32."""
@@ -101,7 +101,7 @@ class Q4_0(GgufBlocks):  # noqa: N801
     nbytes = 18
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        return _halves(blocks, 0) * (_nibbles(blocks[..., 2:]).view(torch.int8) - 8)
+        return _halves(blocks, 0) * (nibbles(blocks[..., 2:]).view(torch.int8) - 8)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Q4_1(GgufBlocks):  # noqa: N801
     nbytes = 20
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        return _halves(blocks, 0) * _nibbles(blocks[..., 4:]) + _halves(blocks, 2)
+        return _halves(blocks, 0) * nibbles(blocks[..., 4:]) + _halves(blocks, 2)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Q5_0(GgufBlocks):  # noqa: N801
     nbytes = 22
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        values = _nibbles(blocks[..., 6:]) | _bits(blocks[..., 2:6]) << 4
+        values = nibbles(blocks[..., 6:]) | _bits(blocks[..., 2:6]) << 4
         return _halves(blocks, 0) * (values.view(torch.int8) - 16)
 
 
@@ -138,7 +138,7 @@ class Q5_1(GgufBlocks):  # noqa: N801
     nbytes = 24
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        values = _nibbles(blocks[..., 8:]) | _bits(blocks[..., 4:8]) << 4
+        values = nibbles(blocks[..., 8:]) | _bits(blocks[..., 4:8]) << 4
         return _halves(blocks, 0) * values + _halves(blocks, 2)
 
 
@@ -152,7 +152,7 @@ class Q4_K(GgufBlocks):  # noqa: N801
     nbytes = 144
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        return _scaled(blocks, _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))))
+        return _scaled(blocks, nibbles(blocks[..., 16:].unflatten(-1, (4, 32))))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Q5_K(GgufBlocks):  # noqa: N801
     nbytes = 176
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        low = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
+        low = nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
         high = blocks[..., None, 16:48] >> _shifts(8, 1, blocks.device)[:, None] & 1
         return _scaled(blocks, low | high << 4)
 
@@ -181,7 +181,7 @@ class Q6_K(GgufBlocks):  # noqa: N801
     group_size: int = 16
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
+        low = nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
         high = blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> _shifts(4, 2, blocks.device)[:, None] & 3
         values = low | high.flatten(-2) << 4
         scales = _halves(blocks, 208) * blocks[..., 192:208].view(torch.int8)
@@ -199,7 +199,7 @@ class Iq4Nl(GgufBlocks):
     VALUES: ClassVar[tuple[int, ...]] = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        return _halves(blocks, 0) * _look_up(self.VALUES, _nibbles(blocks[..., 2:]))
+        return _halves(blocks, 0) * _look_up(self.VALUES, nibbles(blocks[..., 2:]))
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class GgufMxfp4(GgufBlocks):
         exponents = blocks[..., :1].int()
         # 2^(e - 128) and values twice as large, so that none overflows; 2^-128 and 2^-127 are not normal numbers.
         powers = torch.where(exponents < 2, 1 << 21 << exponents.clamp(max=1), exponents - 1 << 23).view(torch.float32)
-        return powers * _look_up(self.VALUES, _nibbles(blocks[..., 1:]))
+        return powers * _look_up(self.VALUES, nibbles(blocks[..., 1:]))
 
 
 def _halves(blocks: Tensor, at: int) -> Tensor:
@@ -227,7 +227,7 @@ def _halves(blocks: Tensor, at: int) -> Tensor:
     return blocks[..., at : at + 2].contiguous().view(torch.float16).float()
 
 
-def _nibbles(stored: Tensor) -> Tensor:
+def nibbles(stored: Tensor) -> Tensor:
     """Four bits of each byte, the low halves of all bytes first: [..., n] -> [..., 2n]."""
     return torch.cat((stored & 15, stored >> 4), dim=-1)
 

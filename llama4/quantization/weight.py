@@ -221,6 +221,7 @@ class QuantizedWeight(nn.Module):
         format.check(shape)
         self.format, self.shape, self.in_kernel_layout = format, shape, False
         self.specs = format.part_specs(shape)
+        self._is_half: dict[str, bool] = {}  # of a part, whether it is float16 in its checkpoint
         for name, spec in self.specs.items():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False))
         self.bias = nn.Parameter(torch.empty(shape[-2])) if bias else None
@@ -244,19 +245,26 @@ class QuantizedWeight(nn.Module):
 
     def set_part(self, name: str, values: Tensor) -> None:
         """Make a part these values, which are in the order that `in_kernel_layout` says."""
+        self._is_half[name] = values.dtype == torch.float16
         if values.dtype == torch.float8_e4m3fn:
             values = values.view(torch.uint8)  # torch cannot pickle e4m3
+        elif self._is_half[name]:
+            values = values.float()  # no kernel reads scales in float16
         self.register_parameter(name, nn.Parameter(values.contiguous(), requires_grad=False))
 
     def checkpoint_layout(self, name: str) -> Tensor:
         """A part as a checkpoint has it."""
         values = self.to_checkpoint_layout(name, self.part(name).detach())
         dtype = self.checkpoint_dtype(name)
+        if self._is_half.get(name):
+            return values.to(dtype)
         return values if values.dtype == dtype else values.view(dtype)
 
     def checkpoint_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a checkpoint has a part: e4m3 lies in memory as bytes."""
+        """The dtype in which a checkpoint has a part: e4m3 lies in memory as bytes, float16 as float32."""
         dtype = self.part(name).dtype
+        if self._is_half.get(name):
+            return torch.float16
         return self.specs[name].dtype if dtype == torch.uint8 else dtype
 
     def to_checkpoint_layout(self, name: str, values: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD, NameTable
+from llama4.quantization.int4_zeros import Int4Zeros
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import WeightFormat
 from llama4.weights.compressed_formats import COMPRESSED_FORMATS
+from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.experts import ExpandedSource, stack_experts
 from llama4.weights.quant_method import QuantMethod, without_cache_scales
 from llama4.weights.source import Source
@@ -57,7 +61,7 @@ class CompressedTensors(QuantMethod):
         self, source: Source, content: Mapping[str, Any] | None, table: NameTable
     ) -> tuple[Source, Mapping[str, Any]]:
         expanded = ExpandedSource(source)
-        return expanded, quantization_config(expanded, table)
+        return _apart(expanded), quantization_config(expanded, table)
 
 
 # -- configuration -------------------------------------------------------------------------------------------------
@@ -139,6 +143,26 @@ class _Targets:
         raise CheckpointError(
             f"{names[0]} is quantized, but no group of quantization_config is for it; fetch both again"
         )
+
+
+def _apart(source: ExpandedSource) -> Source:
+    """Blocks of int4 with zero points as the tensors that compressed-tensors has for them."""
+    tensors: dict[str, str | Computed] = {}
+    for name in source.names():
+        module, _, part = name.rpartition(".")
+        format, spec = source.formats.get(module), source.spec(name)
+        if not isinstance(format, Int4Zeros) or part not in format.parts:
+            tensors[name] = name
+            continue
+        outputs, inputs = spec.shape[0], format.weights_in(part, spec) // spec.shape[0]
+        for own, (shape, dtype) in format.compressed_specs((outputs, inputs)).items():
+            compute = partial(_one_of, format, own)
+            tensors[f"{module}.{own}"] = Computed({"blocks": name}, shape, dtype, compute)
+    return ComputedSource(source, tensors, source.plan)
+
+
+def _one_of(format: Int4Zeros, part: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    return format.to_compressed_parts(tensors["blocks"])[part]
 
 
 def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, Any]:

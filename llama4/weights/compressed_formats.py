@@ -14,6 +14,7 @@ from llama4.errors import Llama4Error
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
+from llama4.quantization.int4_zeros import SCALES, Int4Zeros
 from llama4.quantization.int8 import Int8
 from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat
 from llama4.weights.stored import Specs, StoredFormat
@@ -123,8 +124,13 @@ class Scaled(CompressedFormat):
         """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
         e4m3 with a fixed scale, or one per token, are rounded with one per token, by which none is clipped."""
         inputs, (rows, columns) = self.shape(specs)[1], self.block
-        if "weight_zero_point" in specs or "weight_g_idx" in specs or self.has_powers:
+        if "weight_g_idx" in specs or self.has_powers:
             return None
+        if "weight_zero_point" in specs:
+            dtype = specs["weight_scale"].dtype
+            if (self.kind, self.bits, rows) != ("int", 4, 1) or columns is None or dtype not in SCALES:
+                return None
+            return Int4Zeros(columns, dtype) if columns % 32 == 0 and inputs % columns == 0 else None
         is_rounded = self.inputs is not None and self.inputs[0] == "float"
         match self.kind, self.bits, columns:
             case "int", 8, None:
@@ -139,9 +145,16 @@ class Scaled(CompressedFormat):
 
     def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, tuple[str, ...]]:
         values = "weight_packed" if "weight_packed" in specs else "weight"
+        if isinstance(native, Int4Zeros):
+            return {native.parts[0]: (values, "weight_zero_point", "weight_scale")}
         return {native.parts[0]: (values,), "weight_scale": ("weight_scale",)}
 
     def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        if isinstance(native, Int4Zeros):
+            stored, zeros, scales = tensors.values()
+            values = unpack(stored, 4, shape[1]) if stored.dtype == torch.int32 else stored
+            zeros = unpack(zeros.mT, 4, shape[0]).mT if zeros.dtype == torch.int32 else zeros
+            return native.encode((values + 8).view(torch.uint8), (zeros + 8).view(torch.uint8), scales)
         (tensor,) = tensors.values()
         if part == "weight_scale":
             return _per_row(_as_matrix(tensor), self.block[0], slice(0, shape[0]))

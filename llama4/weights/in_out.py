@@ -15,6 +15,7 @@ from torch import Tensor
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.progress import each
 from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
+from llama4.quantization.int4_zeros import SCALES, Int4Zeros
 from llama4.quantization.int8 import Int8
 from llama4.quantization.weight import ROWS, Shape, WeightFormat
 from llama4.reading import LIMITS
@@ -92,31 +93,43 @@ class InOut(StoredFormat):
     def native(self, specs: Specs) -> WeightFormat | None:
         """A group that is larger than int4's is several with the same scale."""
         (_, inputs), groups = self.shape(specs), specs["scales"].shape[0]
-        if not (self.is_symmetric and self.is_in_order) or inputs % groups:
+        if not self.is_in_order or inputs % groups:
             return None
-        if self.bits == 8:
-            return Int8() if groups == 1 else None
         size = inputs // groups
+        if self.bits == 8:
+            return Int8() if self.is_symmetric and groups == 1 else None
+        if not self.is_symmetric:
+            return Int4Zeros(size, dtype) if size % 32 == 0 and (dtype := specs["scales"].dtype) in SCALES else None
         sizes = [size] if size in GROUP_SIZES else [own for own in GROUP_SIZES if size % own == 0]
         return Int4(max(sizes)) if sizes else None
 
     def native_parts(self, native: WeightFormat, specs: Specs) -> dict[str, tuple[str, ...]]:
+        if isinstance(native, Int4Zeros):
+            return {native.parts[0]: ("qweight", "qzeros", "scales")}
         return {native.parts[0]: ("qweight",), "weight_scale": ("scales", "qzeros")}
 
     def to_native(self, native: WeightFormat, part: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        outputs, inputs = shape
         if part == "weight_scale":
-            zeros, middle = self.zero_points(tensors["qzeros"], shape[0]), 1 << self.bits - 1
+            zeros, middle = self.zero_points(tensors["qzeros"], outputs), 1 << self.bits - 1
             if (others := zeros[zeros != middle]).numel():
                 raise Llama4Error(f"a zero point is {int(others[0])}, which in symmetric weights is {middle}")
             scales = tensors["scales"].mT
             return scales.repeat_interleave(native.part_specs(shape)[part].shape[1] // scales.shape[1], dim=1)
-        return self.repacked(tensors["qweight"], shape)
+        if not isinstance(native, Int4Zeros):
+            return self.repacked(tensors["qweight"], shape)
+        zeros, scales = self.zero_points(tensors["qzeros"], outputs).mT, tensors["scales"].mT
+        blocks = (
+            native.encode(self.values(tensors["qweight"], rows, inputs), zeros[rows], scales[rows])
+            for rows in each(_runs(outputs))
+        )
+        return torch.cat([*blocks])
 
     def repacked(self, qweight: Tensor, shape: Shape) -> Tensor:
         """Values of up to 4 bits as int4 has them, those of 8 as int8 does."""
         outputs, inputs = shape
-        blocks = [slice(at, min(at + ROWS, outputs)) for at in range(0, outputs, ROWS)]
-        signed = ((self.values(qweight, rows, inputs) - (1 << self.bits - 1)).view(torch.int8) for rows in each(blocks))
+        middle = 1 << self.bits - 1
+        signed = ((self.values(qweight, rows, inputs) - middle).view(torch.int8) for rows in each(_runs(outputs)))
         return torch.cat([values if self.bits == 8 else pack(values) for values in signed])
 
     # -- the matrix ----------------------------------------------------------------------------------------------------
@@ -130,6 +143,11 @@ class InOut(StoredFormat):
         zeros = self.zero_points(parts["qzeros"], outputs)[:, rows].mT.float()
         values = self.values(parts["qweight"], rows, inputs).float()
         return values.sub_(zeros[:, group_of]).mul_(parts["scales"][:, rows].mT.float()[:, group_of])
+
+
+def _runs(outputs: int) -> list[slice]:
+    """Outputs that are unpacked at a time."""
+    return [slice(at, min(at + ROWS, outputs)) for at in range(0, outputs, ROWS)]
 
 
 def words(count: int, bits: int) -> int:

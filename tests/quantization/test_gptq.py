@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama4.errors import CheckpointError
+from llama4.ops import quantized
+from llama4.reading import read_json
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert
 from tests.parity.references import reference_config, reference_model, relative_error
@@ -154,12 +158,13 @@ def write(
         (Writer(bits=3), "int4"),
         (Writer(bits=8, group=-1), "int8"),
         (Writer(bits=8), None),
-        (Writer(symmetric=False), None),
-        (Writer(symmetric=False, bits=3), None),
-        (Writer(symmetric=False, bits=2, version="gptq_v2"), None),
+        (Writer(symmetric=False), "int4_zeros"),
+        (Writer(symmetric=False, bits=3), "int4_zeros"),
+        (Writer(symmetric=False, bits=2, version="gptq_v2"), "int4_zeros"),
         (Writer(act_order=True), None),
         (Writer(act_order=True, symmetric=False, bits=8), None),
-        (Writer("awq", symmetric=False), None),
+        (Writer("awq", symmetric=False), "int4_zeros"),
+        (Writer("awq", symmetric=False, group=64), "int4_zeros"),
     ],
     ids=str,
 )
@@ -169,6 +174,22 @@ def test_read_and_computed(plain: Path, tmp_path: Path, writer: Writer, runs_as:
     ours = loaded(tmp_path / "model")
     assert {module.format.kind for _, module in packed(ours)} == ({runs_as} if runs_as else set())
     assert relative_error(ours(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
+
+
+@pytest.mark.skipif(not quantized.has_kernels("int4_zeros"), reason="the kernels are not built here")
+@pytest.mark.parametrize("writer", [Writer(), Writer(bits=8, group=-1), Writer("awq", symmetric=False)], ids=str)
+def test_kernels_read_them(dense: Path, tmp_path: Path, writer: Writer) -> None:
+    """Scales of these packages are in float16; what is saved has them again."""
+    truth = write(dense, tmp_path / "model", writer)
+    ours = loaded(tmp_path / "model")
+    for path, module in packed(ours):
+        parts = module.stack()
+        assert parts is not None and module.matrix() is not None, path
+        assert quantized.unsupported_reason(torch.zeros(1, module.shape[-1]), parts) is None, path
+        if "mlp" in path or path.endswith("o_proj"):
+            assert torch.equal(module.dequantize(), truth[f"{path.replace('language_model.', '')}.weight"]), path
+        if "weight_scale" in module.specs:
+            assert module.checkpoint_layout("weight_scale").dtype == torch.float16
 
 
 @pytest.mark.parametrize("writer", [Writer(), Writer("awq", symmetric=False), Writer(act_order=True)], ids=str)
@@ -191,11 +212,23 @@ def test_dense_llama(dense: Path, tmp_path: Path, writer: Writer) -> None:
     assert relative_error(loaded(tmp_path / "model")(IDS), other(IDS).logits) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "writer", [Writer(), Writer(symmetric=False, group=64), Writer("awq", symmetric=False)], ids=str
+)
 @torch.inference_mode()
-def test_saved_as_compressed_tensors(plain: Path, tmp_path: Path) -> None:
-    write(plain, tmp_path / "model", Writer())
+def test_saved_as_compressed_tensors(plain: Path, tmp_path: Path, writer: Writer) -> None:
+    """W4A16, or W4A16_ASYM, of which transformers and compressed-tensors make the same weights."""
+    truth = write(plain, tmp_path / "model", writer)
     convert(tmp_path / "model", tmp_path / "hf", "hf", progress=False)
     assert torch.equal(loaded(tmp_path / "hf")(IDS), loaded(tmp_path / "model")(IDS))
+    name = "language_model.model.layers.0.self_attn.k_proj"
+    parts = {
+        key.removeprefix(f"{name}."): tensor for key, tensor in load_file(tmp_path / "hf" / "model.safetensors").items()
+    }
+    group = read_json(tmp_path / "hf" / "config.json")["quantization_config"]["config_groups"]["group_0"]
+    scheme = QuantizationScheme.model_validate(group)
+    theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(parts, scheme)["weight"]
+    assert torch.equal(theirs, truth[f"{name}.weight"].to(theirs.dtype))
     convert(tmp_path / "hf", tmp_path / "again", "hf", progress=False)
     assert same(tmp_path / "hf", tmp_path / "again")
 
@@ -210,9 +243,9 @@ def test_a_zero_point_of_zero_borrows(plain: Path, tmp_path: Path) -> None:
     truth = write(tmp_path / "positive", tmp_path / "model", Writer(symmetric=False))
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert any((value == -0x11111111).any() for key, value in written.items() if key.endswith("qzeros"))
-    _, source = open_checkpoint(tmp_path / "model")
+    weights = {f"{name}.weight": module.dequantize() for name, module in packed(loaded(tmp_path / "model"))}
     name = "language_model.model.layers.0.self_attn.o_proj.weight"
-    assert torch.equal(source.read(name).float(), truth[name])
+    assert torch.equal(weights[name], truth[name])
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ struct Fp8Pairs : BytePairs {
 // ---- the registered formats
 
 using QuantizedFormats = FormatList<2, Int8, Fp8, Int4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Iq4Nl,
-                                    GgufMxfp4>;  // 0 and 1 are dense
+                                    GgufMxfp4, Int4Zeros>;  // 0 and 1 are dense
 
 // A format as it is read fastest for few rows of a dtype.
 template <class F, class X>

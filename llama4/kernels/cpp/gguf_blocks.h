@@ -1,5 +1,6 @@
-// The formats of GGUF whose blocks are multiplied as they lie in the file (llama4/quantization/gguf_blocks.py): rows of
-// W [O, I] are cut into blocks, and a block holds its scales and its values one after the other, in bytes.
+// The formats of GGUF whose blocks are multiplied as they lie in the file (llama4/quantization/gguf_blocks.py), and one
+// of our own like them: rows of W [O, I] are cut into blocks, and a block holds its scales and its values one after the
+// other, in bytes.
 //
 // A row is read in steps of 128 weights: four blocks of 32, or half of one of 256. A step has two halves of 64 bytes,
 // each byte the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a
@@ -222,6 +223,24 @@ struct Q4_1 : SmallBlocks<20> {
     BlockStep<32> s;
     blocks.nibbles(4, s.halves);
     s.scales[0] = blocks.halves(0), s.minima = blocks.halves(2);
+    return s;
+  }
+};
+
+// A word that is a float but for its lowest byte, the value that stands for zero.
+struct Int4Zeros : SmallBlocks<20> {
+  static constexpr const char* name = "int4_zeros";
+  static constexpr int codes = 16;
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  template <bool whole>
+  BlockStep<32> read(const uint8_t* row, long step) const {
+    const auto blocks = four<whole>(row, step);
+    BlockStep<32> s;
+    blocks.nibbles(4, s.halves);
+    const u32x4 heads = {word_at(blocks[0]), word_at(blocks[1]), word_at(blocks[2]), word_at(blocks[3])};
+    s.scales[0] = (f32x4)(heads & ~255u);
+    s.minima = -s.scales[0] * __builtin_convertvector((i32x4)(heads & 255u), f32x4);
     return s;
   }
 };

@@ -115,7 +115,14 @@ class Form:
     def _of_schema(cls, schema: Mapping[str, Any], model: Any = None, name: str = "response_format") -> Form:
         plain = {key: value for key, value in schema.items() if key != "x-guidance"}  # options of the library
         try:
+            if len(_patterns(plain)) > _MAX_TOGETHER < _together(plain, plain, {}):
+                raise ArgumentError(
+                    f"{name} joins more than {_MAX_TOGETHER} schemas, with as many patterns or formats, by allOf and "
+                    "$ref; whether any text fits them all would be looked for without end: write fewer, larger ones"
+                )
             grammar = _llguidance().LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=_WRITING)
+        except ArgumentError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(f"{name} is no JSON schema ({error})") from None
         return cls._checked(grammar, name, model, is_json=True)
@@ -134,6 +141,49 @@ class Form:
             return self.model.model_validate_json(text) if self.model is not None else json.loads(text)
         except ValueError:
             return None
+
+
+_MAX_TOGETHER = 8
+"""Patterns whose common texts llguidance is asked for: 10 take it a tenth of a second, 12 three, 14 minutes."""
+
+
+def _patterns(node: Any) -> set[str]:
+    """All patterns and formats in a schema."""
+    if isinstance(node, list):
+        return {found for child in node for found in _patterns(child)}
+    if not isinstance(node, dict):
+        return set()
+    own = {f"{name} {node[name]}" for name in ("pattern", "format") if isinstance(node.get(name), str)}
+    return own.union(*map(_patterns, node.values()))
+
+
+def _together(node: Any, root: Mapping[str, Any], known: dict[int, int]) -> int:
+    """How many schemas one value has to fit at most.
+
+    Args:
+        known: what has been found, by the identity of a schema; of one that is being looked at, 0.
+    """
+    if isinstance(node, list):
+        return max((_together(child, root, known) for child in node), default=0)
+    if not isinstance(node, dict):
+        return 0
+    if id(node) not in known:
+        known[id(node)] = 0
+        joined = [*node["allOf"]] if isinstance(node.get("allOf"), list) else []
+        if isinstance(reference := node.get("$ref"), str):
+            joined.append(_target(reference, root))
+        inside = max((_together(child, root, known) for name, child in node.items() if name != "allOf"), default=0)
+        unknown = _MAX_TOGETHER * joined.count(None)  # by a name instead of a path
+        known[id(node)] = max(1, inside) + unknown + sum(_together(child, root, known) for child in joined)
+    return known[id(node)]
+
+
+def _target(reference: str, root: Mapping[str, Any]) -> Any:
+    """What `#/a/b` points at; None if there is nothing."""
+    node: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+    return node
 
 
 class Vocabulary:
@@ -173,7 +223,7 @@ class Matcher:
 
     def __init__(self, form: Form, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar)
+        self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar, log_level=0)
         self._check()
         self._allowed = _thread().submit(self._compute)
 

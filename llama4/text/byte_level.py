@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-import regex
 import tiktoken
 
+from llama4.patterns import compile_pattern
 from llama4.text.pairs import merge_pairs
+from llama4.text.vocabulary import LLAMA3, LLAMA4, TEKKEN
 
 # In o200k's pattern the lookahead `\s+(?!\S)` backtracks over blanks, and the regex engine fails at a million of them.
 # A long run of blanks is therefore cut out here, as the piece that the pattern would make of it: the whole run, or all
@@ -21,6 +22,10 @@ from llama4.text.pairs import merge_pairs
 _BLANK = "\\t\\x0b\\x0c\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
 _LONG_BLANK = re.compile(rf"(?<![{_BLANK}])[{_BLANK}]{{100000,}}+(?![\r\n])")
 _CACHED_WORDS = 1 << 16
+
+_LINEAR = frozenset((LLAMA4.pattern, LLAMA3.pattern, TEKKEN))
+"""Patterns that tiktoken itself splits by: with the blanks cut out they take as long as the text is. With others it may
+go back and forth without end, or panic."""
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 splits text, and `ByteLevel` of Hugging Face's `tokenizers`."""
@@ -36,15 +41,23 @@ class RankedBytes:
         name: of the file, for the library's messages.
         ranks: token -> id; each byte is one.
         pattern: what splits a text.
+        splitter: what does so where the pattern is none of Llama's; by default its matches alone count, as tiktoken has
+            it.
     """
 
-    def __init__(self, name: str, ranks: Mapping[bytes, int], pattern: str) -> None:
+    def __init__(self, name: str, ranks: Mapping[bytes, int], pattern: str, splitter: Splitter | None = None) -> None:
         self.ranks, self.pattern = ranks, pattern
         self._tokens = {i: token for token, i in ranks.items()}
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+        is_linear = pattern in _LINEAR
+        self._split = None if is_linear else splitter or by_pattern(pattern, only_matches=True)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern if is_linear else "", mergeable_ranks=dict(ranks), special_tokens={}
+        )
 
     def encode(self, text: str, *, blank: bool = True) -> list[int]:
         """Text -> ids."""
+        if self._split is not None:
+            return [i for piece in list(self._split(text)) for i in self._encoding._encode_single_piece(piece)]
         ids: list[int] = []
         start = 0
         for run in _LONG_BLANK.finditer(text):
@@ -124,21 +137,24 @@ _PATIENCE, _PACE = 5.0, 1e4
 
 def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
     """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
-    `only_matches`.
+    `only_matches`. Cutting raises a ValueError if it takes longer than any pattern in use.
 
     Raises:
-        regex.error: no regular expression.
+        ValueError: no regular expression, or one that is too long or calls itself.
     """
-    compiled = regex.compile(pattern)
+    compiled = compile_pattern(pattern)
 
     def split(text: str) -> Iterator[str]:
-        at = 0
-        for match in compiled.finditer(text, timeout=_PATIENCE + len(text) / _PACE):
-            if at < match.start() and not only_matches:
-                yield text[at : match.start()]
-            if match.group():
-                yield match.group()
-            at = match.end()
+        at, seconds = 0, _PATIENCE + len(text) / _PACE
+        try:
+            for match in compiled.finditer(text, timeout=seconds):
+                if at < match.start() and not only_matches:
+                    yield text[at : match.start()]
+                if match.group():
+                    yield match.group()
+                at = match.end()
+        except TimeoutError:
+            raise ValueError(f"{pattern!r:.80} takes more than {seconds:.1f} s for {len(text)} characters") from None
         if at < len(text) and not only_matches:
             yield text[at:]
 

@@ -16,22 +16,15 @@ from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, by_pattern
 from llama4.text.sentencepiece import Kind, Normalizer, Piece, SentencePiece
 from llama4.text.tokenizer_config import TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, byte_alphabet, to_json
-from llama4.text.vocabulary import LLAMA3, LLAMA4
+from llama4.text.vocabulary import LLAMA3, LLAMA4, TEKKEN
 
 GGUF_SUFFIX = ".gguf"
 _KEY = "tokenizer.ggml"
 
-_TEKKEN = "|".join(
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    )
-)
 _BY_IDS: Mapping[str, str] = {
     **dict.fromkeys(("llama4", "gpt-4o", "kanana2"), LLAMA4.pattern),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), LLAMA3.pattern),
-    "tekken": _TEKKEN,
+    "tekken": TEKKEN,
 }
 """`pre` of vocabularies whose ids say what is merged first, as tiktoken's do -> the pattern that splits a text."""
 _BY_MERGES: Mapping[str, tuple[str, ...]] = {

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import regex
-
 from llama4.errors import Llama4Error
 from llama4.files import real_path, replace_text, replaced_file, user_path
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
@@ -116,8 +114,7 @@ class Tokenizer:
         or an error without the file's name. Others are as they are."""
         if isinstance(error, Llama4Error):
             return error
-        known = (ValueError, OverflowError, TimeoutError, regex.error)
-        if type(error).__name__ == "PanicException" or isinstance(error, known):
+        if type(error).__name__ == "PanicException" or isinstance(error, ValueError | OverflowError):
             return Llama4Error(f"{self.path} has a pattern or ids that cannot be used ({error}); fetch it again")
         return error
 

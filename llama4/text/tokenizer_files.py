@@ -177,7 +177,7 @@ def _read_bytes(
     follow_from_ids = whole and merged == sorted(merged) and -1 not in merged
     is_complete = all(bytes([byte]) in ranks for byte in range(256))
     if pattern is not None and len(splitters) == 1 and follow_from_ids and is_complete and prepare is str:
-        return RankedBytes(path.name, ranks, pattern)
+        return RankedBytes(path.name, ranks, pattern, splitters[0])
     order = {pair: i for i, pair in reversed(list(enumerate(merges))) if pair[0] + pair[1] in vocabulary}
     return MergedBytes(ranks, order, splitters, byte_alphabet(), whole=whole, prepare=prepare)
 

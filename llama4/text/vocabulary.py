@@ -53,6 +53,15 @@ PATTERN = "|".join(
 )
 """How text is split before byte pairs are merged: the pattern of o200k."""
 
+TEKKEN = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+"""The same of Mistral's Tekken."""
+
 NUM_SPECIAL_TOKENS = 2048
 
 _NAMES = {

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from llama4 import Engine, Llama4
+from llama4.engine.grammar import Form
 from llama4.errors import ArgumentError
 
 QUESTION = "What can you do?"
@@ -147,6 +148,34 @@ def test_random_schemas_in_one_engine(llm: Llama4) -> None:
 def test_what_cannot_be_held_is_refused_by_name(llm: Llama4, options: Any, text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         llm.chat(QUESTION, **options)
+
+
+def patterns(count: int, join: str) -> dict[str, Any]:
+    """Many that one text has to fit."""
+    each = [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(count)]
+    if join == "allOf":
+        return {"allOf": each}
+    if join == "deep":
+        return {"properties": {"a": {"allOf": [{"allOf": each[: count // 2]}, {"allOf": each[count // 2 :]}]}}}
+    if join == "objects":
+        return {"allOf": [{"type": "object", "properties": {"a": one}, "required": ["a"]} for one in each]}
+    chain = {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(each)}
+    return {"$defs": chain | {str(count): {"type": "string"}}, "$ref": "#/$defs/0"}
+
+
+@pytest.mark.parametrize("join", ["allOf", "deep", "objects", "$ref"])
+def test_patterns_whose_common_texts_nobody_finds(join: str) -> None:
+    """llguidance does not come back from a schema like these."""
+    with pytest.raises(ArgumentError, match="joins more than 8 schemas"):
+        Form.of(patterns(20, join))
+    assert Form.of(patterns(2, join)) is not None
+
+
+def test_many_schemas_that_do_not_meet_are_followed() -> None:
+    properties = {f"p{i}": {"type": "string", "pattern": f"a{i}"} for i in range(30)}
+    tree = {"allOf": [{"$ref": "#/$defs/tree"}], "$defs": {"tree": {"type": "object", "properties": properties}}}
+    tree["$defs"]["tree"]["properties"]["child"] = {"$ref": "#/$defs/tree"}  # type: ignore[index]
+    assert Form.of(tree) is not None
 
 
 def test_tools_that_must_be_called(llm: Llama4) -> None:

@@ -4,7 +4,9 @@ own code."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,39 @@ def set_pattern(pattern: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def test_a_pattern_that_backtracks_without_end(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(write(tmp_path, set_pattern(r"((a|aa)+)(?!a)c|.")))
-    with pytest.raises(Llama4Error, match=r"tokenizer\.json has a pattern or ids that cannot be used"):
-        tokenizer.encode("a" * 40)
+ENDLESS = r"((a|aa)+)(?!a)c|."
+
+
+@pytest.fixture(autouse=True)
+def nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """A panic says so on stderr, beside the error of whoever catches it."""
+    yield
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_pattern_that_backtracks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_level, "_PATIENCE", 0.2)
+    tokenizer = Tokenizer(write(tmp_path, set_pattern(ENDLESS)))
+    assert isinstance(tokenizer.model, byte_level.RankedBytes)
+    message = (
+        r"tokenizer\.json has a pattern or ids that cannot be used \('\(\(a\|aa.* takes more than 0.2 s.*fetch it again"
+    )
+    with pytest.raises(Llama4Error, match=message):
+        tokenizer.encode("a" * 60)
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """All that a user sees."""
+    path = write(tmp_path, set_pattern(ENDLESS))
+    action = f"Tokenizer({str(path)!r}).encode('a' * 60)"
+    code = f"from llama4 import Tokenizer\ntry: {action}\nexcept ValueError: print('error')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.stderr) == ("error\n", "")
 
 
 def test_a_pattern_of_other_merges_that_backtracks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(content: dict[str, Any]) -> None:
-        set_pattern(r"((a|aa)+)(?!a)c|.")(content)
+        set_pattern(ENDLESS)(content)
         content["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
 
     monkeypatch.setattr(byte_level, "_PATIENCE", 0.2)
@@ -51,7 +77,19 @@ def test_a_pattern_of_other_merges_that_backtracks_without_end(tmp_path: Path, m
         tokenizer.encode("a" * 60)
 
 
-@pytest.mark.parametrize("pattern", ["(", "(?<=a+)b(", r"\p{Nothing}"])
+@pytest.mark.parametrize(
+    "text", ["A", "1", "\u0300", "!", "\n", " ", "Aa\u0300", "\x1c", " \n", "\u3000", "\r", "字", "'s"]
+)
+@pytest.mark.parametrize("pattern", sorted(byte_level._LINEAR))
+def test_patterns_that_tiktoken_is_trusted_with(pattern: str, text: str) -> None:
+    """A million of one character is more than its stack and its patience hold where it goes back."""
+    model = byte_level.RankedBytes("x", {bytes([byte]): byte for byte in range(256)}, pattern)
+    assert bytes(model.encode(text * 1_000_000 + "a")) == text.encode() * 1_000_000 + b"a"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "(?<=a+)b(", r"\p{Nothing}", "(" * 3000, "a" * 100_000, "(?R)|a", "(?P<a>(?&a))"]
+)
 def test_what_is_no_pattern(tmp_path: Path, pattern: str) -> None:
     path = write(tmp_path, set_pattern(pattern))
     with pytest.raises(Llama4Error, match=r"tokenizer\.json has a pattern or ids that cannot be used"):

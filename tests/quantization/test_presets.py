@@ -366,11 +366,19 @@ def test_which_group_a_module_is_of(plain: Path, tmp_path: Path, name: str) -> N
     assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
 
 
-def test_a_target_that_is_no_pattern(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(self_attn", "is no regular expression"),
+        ("((.|..)+)(?!.)[!?]", "takes more than"),
+        ("(?R)", "or calls itself"),
+    ],
+)
+def test_a_target_that_is_no_pattern(pattern: str, message: str, plain: Path, tmp_path: Path) -> None:
     write(plain, tmp_path / "model", preset("W8A8"))
-    group = json.loads(preset("W8A8").model_dump_json()) | {"targets": ["re:(self_attn"]}
+    group = json.loads(preset("W8A8").model_dump_json()) | {"targets": [f"re:{pattern}"]}
     edit(tmp_path / "model", lambda tensors: tensors, config_groups={"group_0": group})
-    with pytest.raises(CheckpointError, match=r"'\(self_attn' among the targets .* is not a pattern"):
+    with pytest.raises(CheckpointError, match=f"a target in quantization_config.*{message}.*config.json"):
         loaded(tmp_path / "model")
 
 

@@ -9,6 +9,7 @@ import json
 import random
 import string
 import time
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama4.text.byte_level import RankedBytes
+from llama4.text.byte_level import GPT2, RankedBytes
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import PATTERN, special_token_names
 
@@ -155,6 +156,38 @@ def test_both_files_give_the_ids_of_the_tokenizers_library(small_files: tuple[Pa
         assert from_model.encode(text) == expected
         assert from_json.encode(text) == expected
     assert Tokenizer(small_files[0].parent).path == small_files[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "behavior", "invert"),
+    [
+        (
+            r"(?i:'s|'t|'re|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s",
+            "Isolated",
+            False,
+        ),
+        (GPT2, "Isolated", False),
+        (r"\p{L}+", "Isolated", False),
+        (r"\p{L}+|\p{N}{1,3}(?=\s)", "Removed", True),
+    ],
+)
+def test_patterns_that_are_not_llamas(
+    pattern: str, behavior: str, invert: bool, small_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """They are split by in Python: whether or not a text is covered by matches, as the library does."""
+    content = json.loads(small_files[1].read_text("utf-8"))
+    split = content["pre_tokenizer"]["pretokenizers"][0]
+    split |= {"pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours, library = Tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    assert isinstance(ours.model, RankedBytes)
+    old = unicodedata.ucd_3_2_0  # the libraries know different versions of Unicode
+    known = [chr(i) for i in range(0x1FB00) if old.category(chr(i)) not in ("Cn", "Cs")]
+    dice = random.Random(0)
+    anything = ("".join(dice.choices(known[: dice.choice((300, 5000, len(known)))], k=40)) for _ in range(150))
+    for text in (*TEXTS, *anything):
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, text
 
 
 def test_saved_tokenizer_is_the_same_in_transformers(small_files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Speed and memory of a model: loading, prompts, decoding, pictures.
 
-`llama4 bench generate PATH [--vs transformers] [--vs llama.cpp=DIRECTORY] [--dtype DTYPE ...]
+`llama4 bench generate PATH [--vs transformers] [--vs llama.cpp=DIRECTORY] [--vs vllm=PYTHON] [--dtype DTYPE ...]
 [--quantization SCHEME ...] [--threads N ...]`
 
 How it measures stands in throughput.py.
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from llama4.arguments import Parser
-from llama4.bench import llama_cpp, roofline
+from llama4.bench import roofline
 from llama4.bench.engine import EngineConfig
 from llama4.bench.engines import BASELINES, ENGINES, version
+from llama4.bench.peers import PEERS
 from llama4.bench.report import (
     Spread,
     add_output_options,
@@ -42,7 +43,6 @@ from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
 from llama4.weights import hub
 from llama4.weights.checkpoint import layout_of, open_checkpoint
-from llama4.weights.convert import convert_to_gguf
 from llama4.weights.directory import scratch_directory
 from llama4.weights.quantizing import quantized
 
@@ -89,7 +89,7 @@ def engine_configs(
     directory: Path, config: Llama4Config, options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, EngineConfig], dict[str, QuantizationPlan]]:
     """Name in the report -> the engine's configuration, and its weights' formats. A name leaves out what is the same
-    for all. What llama.cpp runs is written to `scratch`.
+    for all. What a peer needs is written to `scratch`.
 
     Raises:
         Llama4Error: an option that does not fit the model.
@@ -99,25 +99,22 @@ def engine_configs(
     plans: dict[str, QuantizationPlan] = {}
     _, weights = open_checkpoint(directory)
     engines = {"llama4": None, **dict(options.vs)}
+    versions = {
+        name: PEERS[name].version(programs) if programs else version(name) for name, programs in engines.items()
+    }
     for (engine, programs), dtype, threads, scheme in product(
         engines.items(), options.dtype, options.threads, options.quantization
     ):
         chosen = None if scheme == "none" or (engine in ENGINES and engine != "llama4") else scheme
         compute = str(resolve_dtype(dtype, config, device)).removeprefix("torch.")
-        parts = [engine if engine == "llama4" else version(engine)]
+        parts = [engine if engine == "llama4" else versions[engine]]
         parts += [chosen or compute] if chosen or len(options.dtype) > 1 or len(options.quantization) > 1 else []
         parts += [thread_count(threads)] if len(options.threads) > 1 else []
         runs = directory
         if programs is not None:
-            if chosen is None and weights.plan and directory.suffix == ".gguf":
-                parts[1:2] = ["the same file"]
-            elif (type_ := llama_cpp.TYPES.get(chosen or compute)) is None:
+            if (prepared := PEERS[engine].prepare(directory, compute, chosen, scratch)) is None:
                 continue
-            else:
-                parts[1:2] = [type_.upper()]
-                runs = scratch / f"{type_}.gguf"
-                if not runs.exists():
-                    convert_to_gguf(directory, runs, type_)
+            parts[1:2], runs = [prepared[0]], prepared[1]
         name = ", ".join(parts)
         configs[name] = EngineConfig(
             engine, str(runs), compute, threads, chosen, str(device), options.memory_map, programs
@@ -175,13 +172,15 @@ def _peer(text: str) -> tuple[str, str | None]:
     Raises:
         ArgumentTypeError: another name, or no programs there.
     """
-    if (programs := llama_cpp.directory_of(text, "llama-bench")) is not None:
-        return llama_cpp.NAME, programs
+    for name, kind in PEERS.items():
+        if (programs := kind.programs(text)) is not None:
+            return name, programs
     if text not in BASELINES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not known; choose {', '.join(BASELINES)}, or {llama_cpp.NAME}=DIRECTORY"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {_USAGE}")
     return text, None
+
+
+_USAGE = ", ".join([*BASELINES, *(kind.usage for kind in PEERS.values())])
 
 
 def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) -> Parser:
@@ -194,7 +193,7 @@ def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) 
         default=[],
         type=_peer,
         metavar="ENGINE",
-        help=f"a peer, repeatable: {', '.join(BASELINES)}, or {llama_cpp.NAME}=DIRECTORY with its llama-bench",
+        help=f"a peer, repeatable: {_USAGE}",
     )
     parser.add_argument("--dtype", nargs="+", default=["auto"], choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument(

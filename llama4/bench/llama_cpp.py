@@ -19,6 +19,8 @@ from llama4.bench.engine import EngineConfig
 from llama4.bench.process_memory import peak_bytes_of
 from llama4.bench.tasks import Task
 from llama4.errors import Llama4Error
+from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.convert import convert_to_gguf
 
 NAME = "llama.cpp"
 TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "q8_0", "int4": "q4_0"}
@@ -46,6 +48,22 @@ def directory_of(text: str, program: str) -> str | None:
             "programs, such as build/bin"
         )
     return directory
+
+
+def prepare(directory: Path, compute: str, scheme: str | None, scratch: Path) -> tuple[str, Path] | None:
+    """A model's weights in words, and the file that holds them: its own, or one that is written to `scratch`; None if
+    there is no type for them.
+
+    Raises:
+        Llama4Error: a model that GGUF has no form for.
+    """
+    if scheme is None and directory.suffix == ".gguf" and open_checkpoint(directory)[1].plan:
+        return "the same file", directory
+    if (type_ := TYPES.get(scheme or compute)) is None:
+        return None
+    if not (path := scratch / f"{type_}.gguf").exists():
+        convert_to_gguf(directory, path, type_)
+    return type_.upper(), path
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from llama4.bench import llama_cpp, roofline
+from llama4.bench import roofline
 from llama4.bench.engine import EngineConfig
 from llama4.bench.machine import OtherProcesses, describe
 from llama4.bench.peak_rates import PeakProbe, PeakRates
+from llama4.bench.peers import PEERS, Peer
 from llama4.bench.report import DISTURBED, Spread, rates_json, shown, summary
 from llama4.bench.tasks import Task, TimedEngine
 from llama4.bench.workers import Worker
@@ -48,7 +49,7 @@ class TaskList:
 
     def all(self) -> list[Task]:
         tasks = [Task("prefill", prompt=length) for length in self.lengths]
-        tasks += [Task("decode", rows=rows, new=self.new) for rows in (1, 4)]
+        tasks += [Task("decode", rows=rows, new=self.new) for rows in (1, 4, 16)]
         return [*tasks, Task("picture")] if self.picture else tasks
 
 
@@ -182,14 +183,14 @@ class _Session:
     ) -> None:
         self._config, self._engines, self._plans = config, engines, plans
         self.others = OtherProcesses()
-        self.workers: dict[str, Worker | llama_cpp.Programs] = {
+        self.workers: dict[str, Worker | Peer] = {
             name: _start(stack, engine, vocabulary)
             for name, engine in shown([*engines.items()], lambda item: f"{item[0]}: load")
         }
         self.pairs = [
             (task, name)
             for task, (name, worker) in product(tasks, self.workers.items())
-            if not isinstance(worker, llama_cpp.Programs) or worker.can(task)
+            if isinstance(worker, Worker) or worker.can(task)
         ]
         for task, name in shown(self.pairs, lambda pair: f"{pair[1]}: warm up, {pair[0]}"):
             if engines[name].programs is None:  # each of those warms up by itself
@@ -216,9 +217,9 @@ class _Session:
         return Sample(seconds, bounds, (before, after), self.others.share(pids))
 
 
-def _start(stack: ExitStack, engine: EngineConfig, vocabulary: int) -> Worker | llama_cpp.Programs:
+def _start(stack: ExitStack, engine: EngineConfig, vocabulary: int) -> Worker | Peer:
     if engine.programs is not None:
-        return stack.enter_context(llama_cpp.Programs(engine))
+        return stack.enter_context(PEERS[engine.engine].start(engine, vocabulary))
     return stack.enter_context(Worker(TimedEngine, engine, vocabulary))
 
 

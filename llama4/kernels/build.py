@@ -7,9 +7,10 @@
 `pip install` runs the last (CMakeLists.txt), before anything else is installed: it imports the standard library only. A
 checkout has its libraries in the user's cache, by the hash of the sources, so that all checkouts of the same sources
 share them. The compiler is `$CXX`, else c++, g++ or clang++, whichever is there, else that of the package `ziglang`,
-which scripts/backend.py asks for where there is no other; `$CXXFLAGS` come last.
-`$LLAMA4_BUILD_LEVELS` names the levels where none is on the command line, "none" for none. Whatever fails is written to
-the manifest, beside what was built.
+which scripts/backend.py asks for where there is no other, or where `$CXX` is "ziglang"; `$CXXFLAGS` come last.
+`$LLAMA4_BUILD_LEVELS` names the levels where none is on the command line, "none" for none. `$LLAMA4_BUILD_MACHINE`
+names another kind of machine than this one, which `ziglang` builds for. Whatever fails is written to the manifest,
+beside what was built.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ INSTALLED = Path(__file__).resolve().parent / "lib"
 """What `pip install` built; a checkout has none."""
 MANIFEST = "manifest.json"
 LEVELS_VARIABLE = "LLAMA4_BUILD_LEVELS"
+MACHINE_VARIABLE = "LLAMA4_BUILD_MACHINE"
 
 COMPILERS = ("c++", "g++", "clang++")
 ZIG = [sys.executable, "-m", "ziglang", "c++"]
@@ -88,6 +90,11 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def target() -> str:
+    """The machine to build for."""
+    return os.environ.get(MACHINE_VARIABLE) or machine()
+
+
 def cpu_features() -> frozenset[str]:
     """What this CPU has and its system lets programs use, in the words of Linux's /proc/cpuinfo."""
     try:
@@ -106,9 +113,9 @@ def runs(features: frozenset[str]) -> list[str]:
     return [name for name, level in LEVELS.get(machine(), {}).items() if level.features <= features]
 
 
-def sources_hash() -> str:
-    """Of all files in `cpp/`, and of the flags: what the libraries are built of."""
-    digest = hashlib.sha256(repr((FLAGS, [level.flags for level in LEVELS.get(machine(), {}).values()])).encode())
+def sources_hash(kind: str = machine()) -> str:
+    """Of all files in `cpp/`, and of the flags: what the libraries of a kind of machine are built of."""
+    digest = hashlib.sha256(repr((FLAGS, [level.flags for level in LEVELS.get(kind, {}).values()])).encode())
     for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
@@ -122,7 +129,8 @@ def file_hash(path: Path) -> str:
 def compiler() -> list[str] | None:
     """The command of a C++ compiler; None if there is none. scikit-build-core sets `$CXX` to what Python was compiled
     with, which need not be there."""
-    commands = [os.environ.get("CXX", ""), *COMPILERS]
+    named = os.environ.get("CXX", "")
+    commands = [] if named == "ziglang" else [named, *COMPILERS]
     found = next((found for found in map(shlex.split, commands) if found and shutil.which(found[0])), None)
     return found or (ZIG if importlib.util.find_spec("ziglang") else None)
 
@@ -158,12 +166,14 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     there is none; "" for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manifest: dict[str, Any] = {"sources": sources_hash(), "levels": _built(directory), "problems": {}}
+    manifest: dict[str, Any] = {"sources": sources_hash(target()), "levels": _built(directory), "problems": {}}
     command = compiler()
     if command is None:
         manifest["problems"][""] = f"there was no C++ compiler ({', '.join(COMPILERS)})"
     elif not names:
-        manifest["problems"][""] = f"nothing was to be built on {machine()}"
+        manifest["problems"][""] = f"nothing was to be built for {target()}"
+    elif target() != machine() and "ziglang" not in command:
+        manifest["problems"][""] = f"{command[0]} does not build for {target()}; set CXX=ziglang"
     else:
         with TemporaryDirectory(prefix="llama4-kernels-") as work, ThreadPoolExecutor(_cores()) as pool:
             try:
@@ -191,7 +201,7 @@ def _built(directory: Path) -> dict[str, Any]:
     """The levels that a manifest of the same sources names."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return dict(manifest["levels"]) if manifest["sources"] == sources_hash() else {}
+        return dict(manifest["levels"]) if manifest["sources"] == sources_hash(target()) else {}
     except (OSError, ValueError, TypeError, LookupError):
         return {}
 
@@ -200,12 +210,16 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     """A level's library, and the seconds that it took."""
     began = time.monotonic()
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
-    level, zig = LEVELS[machine()][name], "ziglang" in command
-    target = ["-target", f"{machine()}-linux-gnu.{GLIBC}"] if zig and platform.system() == "Linux" else []
-    flags = [*target, *([f"-mcpu={level.zig}"] if zig else level.flags), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    level, zig = LEVELS[target()][name], "ziglang" in command
+    platforms = ["-target", f"{target()}-linux-gnu.{GLIBC}"] if zig and platform.system() == "Linux" else []
+    flags = [*platforms, *([f"-mcpu={level.zig}"] if zig else level.flags)]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     environment = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), **os.environ}  # not in a user's home
     _run([*command, *FLAGS, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)], environment)
-    _run([*command, *FLAGS, *target, "-shared", str(objects), "-o", str(library)], environment)
+    _run(
+        [*command, *FLAGS, *platforms, *(["-s"] if zig else []), "-shared", str(objects), "-o", str(library)],
+        environment,
+    )
     return library, round(time.monotonic() - began)
 
 
@@ -234,7 +248,7 @@ def _cores() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 if everything that was asked for was built."""
-    levels = LEVELS.get(machine(), {})
+    levels = LEVELS.get(target(), {})
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="(default: the user's cache)")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=f"native, or some of: {', '.join(levels)}")
@@ -245,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = runs(cpu_features())[-1:]
     names = [] if names == ["none"] else names
     if unknown := set(names) - set(levels):
-        parser.error(f"no such level on {machine()}: {', '.join(sorted(unknown))}")
+        parser.error(f"no such level on {target()}: {', '.join(sorted(unknown))}")
     to = options.to or directory()
     manifest = build(to, names)
     for name in names:

@@ -19,7 +19,7 @@ from llama4.kernels import build
 
 COMPILER = """#!/bin/sh
 case "$*" in
---version) echo "fake 1.0"; exit ;;
+*--version) echo "fake 1.0"; exit ;;
 *-mavx512bf16*) echo "fake: note
 fake: error: unknown instruction set" >&2; exit 1 ;;
 esac
@@ -141,6 +141,32 @@ def test_flags_of_ziglang(fake: Path, tmp_path: Path) -> None:
         build._compile([str(fake), "ziglang"], level, tmp_path)
         flags = (tmp_path / f"{level}.o").read_text().splitlines()
         assert [flag for flag in flags if "x86" in flag] == ["x86_64-linux-gnu.2.28", f"-mcpu={name}"]
+
+
+@on_x86
+@pytest.mark.skipif(platform.system() != "Linux", reason="glibc")
+def test_another_machine(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which only `ziglang` builds for; the manifest is one that this machine's kernels do not pass for."""
+    monkeypatch.setenv(build.MACHINE_VARIABLE, "aarch64")
+    assert "does not build for aarch64; set CXX=ziglang" in build.build(tmp_path, ["neon"])["problems"][""]
+    monkeypatch.setattr(build, "compiler", lambda: [str(fake), "ziglang"])
+    told = build.build(tmp_path, ["neon"])
+    assert told["problems"] == {}
+    assert told["sources"] == build.sources_hash("aarch64") != build.sources_hash()
+    flags = (tmp_path / told["levels"]["neon"]["file"]).read_text().splitlines()
+    assert "aarch64-linux-gnu.2.28" in flags
+    assert "-s" in flags, "what it adds for debuggers is ten times the code"
+
+
+def test_ziglang_may_be_asked_for(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a compiler of the system."""
+    fake.rename(fake.with_name("g++"))
+    monkeypatch.setenv("PATH", str(fake.parent))
+    monkeypatch.setenv("CXX", "ziglang")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert build.compiler() == build.ZIG
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert build.compiler() is None, "so that the build asks for it"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("scikit_build_core") is None, reason="scikit-build-core is not installed")

@@ -33,6 +33,8 @@ while [ "$1" != -o ]; do shift; done
 cp "{kernels.directory()}/$(basename "$2")" "$2" 2>&- || touch "$2"
 """
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+
 ANSWER = """
 import sys
 import llama4
@@ -59,7 +61,7 @@ print([name for name in ("vision", "tests", "examples", "docs", "scripts", "benc
 
 def build(kind: str, directory: Path, source: Path = ROOT, **variables: str) -> Path:
     """The file that the build backend makes, called as pip calls it."""
-    script = f"import sys; from scikit_build_core import build; print(build.build_{kind}(sys.argv[1]))"
+    script = f"import sys; sys.path.insert(0, 'scripts'); import backend; print(backend.build_{kind}(sys.argv[1]))"
     path = directory / "compiler"
     path.write_text(COMPILER)
     path.chmod(0o755)
@@ -157,6 +159,49 @@ def test_the_wheel_brings_every_level_and_serves_every_python(wheel: Path, folde
     directory, level, _ = json.loads(python("-c", KERNELS, cwd=folder, path=installed))
     assert directory == str(installed / LIB)
     assert level == loader._find(kernels.directory()).level, "the libraries that were copied are loaded"
+
+
+@on_linux
+@pytest.mark.parametrize("machine", [*kernels.LEVELS])
+def test_a_wheel_for_many_linux_says_so(machine: str, tmp_path: Path) -> None:
+    """Where what compiles keeps to an old C library; also for a machine that is not this one."""
+    compiler = tmp_path / "zig"
+    compiler.write_text(COMPILER.replace("cp ", "false ").replace('[ "$1" = --version ]', '[ "$2" = --version ]'))
+    compiler.chmod(0o755)
+    wheel = build("wheel", tmp_path, CXX=f"{compiler} ziglang", **{kernels.MACHINE_VARIABLE: machine})
+    assert wheel.name.endswith(f"-py3-none-manylinux_2_28_{machine}.whl")
+    info = next(file for file in names(wheel) if file.endswith("/WHEEL"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert f"Tag: py3-none-manylinux_2_28_{machine}\n" in archive.read(info).decode()
+    manifest = told(unpack(wheel, tmp_path / "installed") / LIB)
+    assert manifest["sources"] == kernels.sources_hash(machine)
+    assert [*manifest["levels"]] == [*kernels.LEVELS[machine]]
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("needs", "refused"),
+    [
+        (["libc.so.6", "GLIBC_2.28", "GLIBC_2.2.5", "libpthread.so.0"], None),
+        (["libc.so.6", "GLIBC_2.34"], "2.34"),
+        (["libc.so.6", "GLIBC_2.28.1"], "2.28.1"),
+        (["libstdc++.so.6", "GLIBC_2.17"], "libstdc++.so.6"),
+    ],
+)
+def test_a_library_that_needs_more_than_the_wheel_says_is_refused(
+    needs: list[str], refused: str | None, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "llama4-9-py3-none-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("lib/one.so", b"\x7fELF\0" + "\0".join(needs).encode() + b"\0")
+    script = "import sys; sys.path.insert(0, 'scripts'); import backend; from pathlib import Path; "
+    script += "backend.check(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(wheel)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if refused is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert f"must not need {refused}, as its lib/one.so does" in done.stderr
 
 
 def test_without_a_compiler_it_is_installed_and_says_so(folder: Path, tmp_path: Path) -> None:

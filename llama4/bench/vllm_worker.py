@@ -30,7 +30,7 @@ def make_engine(settings: dict[str, Any]) -> Any:
     from vllm import LLM
 
     llm = LLM(
-        settings["model"],
+        model=settings["model"],
         dtype=settings["dtype"],
         max_model_len=settings["length"],
         max_num_seqs=settings["rows"],

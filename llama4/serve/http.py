@@ -55,6 +55,13 @@ class Service:
     background: dict[str, tuple[asyncio.Task[None], Any]] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    _running: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that nobody waits for."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     def check_model(self, name: str | None) -> None:
         """Raises:

@@ -166,23 +166,32 @@ class ItemWriter:
         yield {"type": "response.function_call_arguments.done", **place, **told}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": self.items[-1]}
 
-    def end(self, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
-        """Complete the message that is being written, if there is one."""
+    def end(self, logprobs: Sequence[Mapping[str, Any]] = (), status: str = "completed") -> Iterator[dict[str, Any]]:
+        """Complete the message that is being written, if there is one.
+
+        Args:
+            status: of it; "incomplete" where the reply is cut off.
+        """
         if self._text is None:
             return
         text, self._text = self._text, None
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
-        self.items[-1] = {**self.items[-1], "status": "completed", "content": [part]}
+        self.items[-1] = {**self.items[-1], "status": status, "content": [part]}
         place = self._part_place()
         yield {"type": "response.output_text.done", **place, "text": text, "logprobs": list(logprobs)}
         yield {"type": "response.content_part.done", **place, "part": part}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": self.items[-1]}
 
-    def finish(self, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+    def finish(self, logprobs: Sequence[Mapping[str, Any]], status: str) -> Iterator[dict[str, Any]]:
         """The reply has ended; one that says nothing is an empty message."""
         if not self.items:
             yield from self._begin_message()
-        yield from self.end(logprobs)
+        yield from self.end(logprobs, status)
+
+    def break_off(self) -> None:
+        """Nothing more comes; what has come stays."""
+        for _ in self.end(status="incomplete"):
+            pass
 
     @property
     def _index(self) -> int:

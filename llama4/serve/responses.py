@@ -245,9 +245,10 @@ class ResponseAnswer(Answer):
         reply, stream = self.streams[0].reply, self.streams[0]
         if self._fields["top_logprobs"] or LOGPROBS in (self._fields["include"] or ()):
             logprobs = logprob_entries(reply.logprobs, stream.decode_bytes)
-        for event in self._writer.finish(logprobs):
+        status = "incomplete" if reply.finish_reason == "length" else "completed"
+        for event in self._writer.finish(logprobs, status):
             yield event
-        self._status = "incomplete" if reply.finish_reason == "length" else "completed"
+        self._status = status
         self._completed = int(time.time())
         await self.save()
 
@@ -267,14 +268,23 @@ class ResponseAnswer(Answer):
             await self.save()
 
     def fail(self, error: RequestError) -> None:
+        self._writer.break_off()
         self._status = "failed"
         self._error = {"code": error.code or "server_error", "message": str(error)}
 
     def stop(self) -> None:
         """At the client's wish, unless it is complete."""
         if self._status == "in_progress":
+            self._writer.break_off()
             self._status = "cancelled"
-        self.cancel()
+        super().cancel()
+
+    def cancel(self) -> None:
+        """Stop the engine's work. A client that leaves a stream has its id, and may ask for what has come."""
+        if self._number > 0 and self._status == "in_progress":
+            self.stop()
+            self._service.keep_running(self.save_if_possible())
+        super().cancel()
 
     def failure(self, error: RequestError) -> str:
         self.fail(error)

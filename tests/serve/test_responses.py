@@ -123,6 +123,8 @@ def test_what_is_stored(running: Running) -> None:
     assert [item["content"] for item in rest["data"]] == ["a"] and not rest["has_more"]
     assert client.get(f"{route}/input_items?limit=0").json()["error"]["param"] == "limit"
     assert client.post(f"{route}/cancel").status_code == 400  # it was not in the background
+    cut = respond(running, input=ASKED, max_output_tokens=3)
+    assert (cut["status"], cut["output"][0]["status"]) == ("incomplete", "incomplete")
     assert client.delete(route).json()["deleted"] and client.get(route).status_code == 404
     answer = client.post("/v1/responses", json={"input": ASKED, "previous_response_id": response["id"]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "previous_response_id")
@@ -140,6 +142,31 @@ def test_a_stream_that_fails_is_kept(running: Running) -> None:
     response = json.loads(lines[-1].removeprefix("data: "))["response"]
     assert response["status"] == "failed"
     assert running.client.get(f"/v1/responses/{response['id']}").json() == response
+
+
+def test_a_stream_that_is_left_is_kept(running: Running) -> None:
+    """With what had come; a conversation can go on from there. One that is not to be stored is not."""
+    client = running.client
+    ids = []
+    for store in (True, False):
+        body = {"input": ASKED, "ignore_eos": True, "stream": True, "store": store}
+        with client.stream("POST", "/v1/responses", json=body) as answer:
+            lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
+            ids.append(json.loads(next(lines)[6:])["response"]["id"])
+            events = [json.loads(next(lines)[6:]) for _ in range(20)]
+            deltas = [event["delta"] for event in events if "delta" in event]
+            assert len(deltas) > 5
+        until(running.is_idle)
+    route = f"/v1/responses/{ids[0]}"
+    until(lambda: client.get(route).status_code == 200)
+    kept = client.get(route).json()
+    assert kept["status"] == "cancelled" and text_of(kept).startswith("".join(deltas))
+    assert kept["output"][0]["status"] == "incomplete"
+    assert client.get(f"{route}/input_items").json()["data"][0]["content"][0]["text"] == ASKED
+    after = respond(running, input="Go on.", previous_response_id=ids[0])
+    assert after["usage"]["input_tokens"] > len(deltas)
+    assert client.delete(route).json()["deleted"] and client.get(route).status_code == 404
+    assert client.get(f"/v1/responses/{ids[1]}").status_code == 404
 
 
 def test_half_a_character_is_refused(running: Running) -> None:

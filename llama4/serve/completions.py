@@ -21,6 +21,7 @@ from llama4.serve.http import Call, Route, Service, respond, unless_gone
 from llama4.serve.openai_chat import USED, OpenAIAnswer
 from llama4.serve.options import (
     FORM,
+    FORMS_OF_OTHERS,
     MAX_ALTERNATIVES,
     MAX_CHOICES,
     MAX_LENGTH,
@@ -70,6 +71,7 @@ COMPLETE = Fields(
     stream=Field(FLAG, False),
     stream_options=Field(USAGE),
     **WITHOUT_EFFECT,
+    **FORMS_OF_OTHERS,
     suffix=refused(""),
 )
 

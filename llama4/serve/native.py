@@ -17,6 +17,7 @@ from llama4.serve.schema import (
     STRING,
     Field,
     Fields,
+    any_of,
     array,
     integer,
     one_of,
@@ -28,7 +29,8 @@ from llama4.version import __version__
 CARD = record(("id", "object", "created", "owned_by"), id=STRING, object=one_of("model"), owned_by=STRING)
 CARDS = record(("object", "data"), object=one_of("list"), data=array(CARD))
 IDS = array(integer(0, MAX_ID))
-TOKENS = record(("tokens", "count"), tokens=IDS, count=integer(0, MAX_LENGTH))
+PIECE = record(("id", "piece"), id=integer(0, MAX_ID), piece=any_of(STRING, array(integer(0, 255))))
+TOKENS = record(("tokens", "count"), tokens=any_of(IDS, array(PIECE)), count=integer(0, MAX_LENGTH))
 PROMPT = record(("prompt",), prompt=STRING)
 STATUS = record(("status",), status=STRING)
 
@@ -38,6 +40,9 @@ TOKENIZE = Fields(
     prompt=Field(STRING, note="as vLLM's"),
     content=Field(STRING, note="as llama.cpp's"),
     add_special_tokens=Field(FLAG, note="begin with <|begin_of_text|>; prompt does, content does not"),
+    add_special=Field(FLAG, note="the same, as llama.cpp's"),
+    with_pieces=Field(FLAG, False, note="as llama.cpp's: tokens are ids with their texts, or bytes of half characters"),
+    return_token_strs=Field(FLAG, False, note="as vLLM's: texts beside the ids"),
     **{name: field for name, field in FORMAT.items() if name not in ("messages", "model")},
     messages=Field(FORMAT["messages"].schema),
 )
@@ -73,10 +78,26 @@ async def tokenize(service: Service, call: Call) -> Response:
         text = content if content is not None else prompt
         if text is None:
             raise RequestError("give prompt, content or messages", field="prompt")
-        adds_bos = fields["add_special_tokens"]
+        adds_bos = fields["add_special"] if fields["add_special_tokens"] is None else fields["add_special_tokens"]
         ids = await asyncio.to_thread(llm.tokenizer.encode, text)
         ids = [llm.tokenizer.bos_id, *ids] if (content is None if adds_bos is None else adds_bos) else ids
-    return JSONResponse({"count": len(ids), "max_model_len": service.engine.scheduler.window, "tokens": ids})
+    pieces = [llm.tokenizer.decode_bytes([id_]) for id_ in ids]
+    tokens = [{"id": id_, "piece": _piece(data)} for id_, data in zip(ids, pieces, strict=True)]
+    return JSONResponse(
+        {
+            "count": len(ids),
+            "max_model_len": service.engine.scheduler.window,
+            "tokens": tokens if fields["with_pieces"] else ids,
+            "token_strs": [data.decode(errors="replace") for data in pieces] if fields["return_token_strs"] else None,
+        }
+    )
+
+
+def _piece(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
 
 
 async def detokenize(service: Service, call: Call) -> Response:

@@ -19,6 +19,7 @@ from llama4.serve.errors import Names, RequestError
 from llama4.serve.http import Call, Route, Service, respond
 from llama4.serve.options import (
     FORM,
+    FORMS_OF_OTHERS,
     MAX_ALTERNATIVES,
     MAX_CHOICES,
     MAX_LENGTH,
@@ -74,6 +75,7 @@ CHAT = Fields(
     parallel_tool_calls=ignored(FLAG),
     store=ignored(FLAG),
     **WITHOUT_EFFECT,
+    **FORMS_OF_OTHERS,
     audio=refused(),
     modalities=refused(["text"]),
     functions=refused([]),

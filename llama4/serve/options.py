@@ -24,6 +24,7 @@ from llama4.serve.schema import (
     number,
     one_of,
     record,
+    refused,
 )
 
 MAX_CHOICES = 16
@@ -60,6 +61,17 @@ SAMPLING: Mapping[str, Field] = {
     "min_tokens": Field(integer(0, MAX_LENGTH), note="as vLLM's"),
 }
 """Of every route that generates in OpenAI's form."""
+
+FORMS_OF_OTHERS: Mapping[str, Field] = {
+    name: refused(remedy=f"give {instead}")
+    for name, instead in {
+        **{f"guided_{kind}": f"structured_outputs.{kind}" for kind in ("json", "regex", "choice", "grammar")},
+        "json_schema": "response_format",
+        **{"regex": "structured_outputs.regex", "ebnf": "structured_outputs.grammar, in Lark's syntax"},
+        **{"grammar": "structured_outputs.grammar, in Lark's syntax"},
+    }.items()
+}
+"""How other servers are asked for a reply of some form: without an answer to that a client would trust any text."""
 
 FORM = any_of(
     record(("type",), type=one_of("text")),

@@ -17,6 +17,7 @@ from llama4.serve.errors import Names, Place, RequestError
 from llama4.serve.http import Call, Route, Service, check_taking, note, respond
 from llama4.serve.openai_chat import logprob_entries
 from llama4.serve.options import (
+    FORMS_OF_OTHERS,
     MAX_ALTERNATIVES,
     MAX_LENGTH,
     SAMPLING,
@@ -80,6 +81,7 @@ RESPOND = Fields(
     include=Field(array(STRING), note=f"{LOGPROBS}; others have no effect"),
     **SAMPLING,
     **WITHOUT_EFFECT,
+    **FORMS_OF_OTHERS,
     reasoning=ignored(OBJECT),
     parallel_tool_calls=ignored(FLAG),
     truncation=refused("disabled"),

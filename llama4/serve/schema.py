@@ -203,6 +203,7 @@ class Field:
         is_required: whether it must be there.
         is_refused: whether it would change the reply in a way that is not there; `schema` allows what changes nothing.
         note: for the description.
+        remedy: what to do about one that is refused.
     """
 
     schema: Schema
@@ -210,6 +211,7 @@ class Field:
     is_required: bool = False
     is_refused: bool = False
     note: str = ""
+    remedy: str = "leave it out"
 
     def to_json(self) -> dict[str, Any]:
         shown = dict(self.schema if self.is_required else maybe(self.schema))
@@ -218,9 +220,9 @@ class Field:
         return {**shown, "description": self.note} if self.note else shown
 
 
-def refused(*harmless: Any) -> Field:
+def refused(*harmless: Any, remedy: str = "leave it out") -> Field:
     """A field that is known and not supported, except for values that change nothing."""
-    return Field(one_of(*harmless) if harmless else NULL, is_refused=True, note="not supported")
+    return Field(one_of(*harmless) if harmless else NULL, is_refused=True, note="not supported", remedy=remedy)
 
 
 def ignored(schema: Schema = ANYTHING) -> Field:
@@ -262,7 +264,7 @@ class Fields:
         except RequestError as error:
             if not field.is_refused:
                 raise
-            message = f"{name} is not supported; leave it out"
+            message = f"{name} is not supported; {field.remedy}"
             raise RequestError(message, field=error.field, code="unsupported_parameter") from None
         return int(value) if field.schema.get("type") == "integer" else value
 

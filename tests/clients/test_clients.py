@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -325,6 +326,48 @@ def test_lm_eval(running: Running, kind: str, tmp_path: Path) -> None:
     (file,) = (tmp_path / "out").rglob("samples_*.jsonl")
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(samples) == 4 and all(isinstance(sample["resps"][0][0], str) for sample in samples)
+
+
+def test_lm_eval_scores(running: Running, llm: Llama4, tmp_path: Path) -> None:
+    """Answers to choose from, by how likely each is: lm-eval's sums are those of the model's logits."""
+    installed("lm_eval")
+    llm.save_pretrained(tmp_path / "model")  # lm-eval asks in token ids
+    rows = [{"question": f"What is {n} + 1?", "answer": n % 2} for n in range(3)]
+    choices = [" circle", " two squares"]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "sums.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": choices,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "choices.yaml").write_text(json.dumps(task))
+    given = f"base_url={running.url}/v1/completions,model=tiny,max_retries=1,add_bos_token=True"
+    given += f",tokenizer={tmp_path / 'model'}"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "choices"]
+    command += ["--model_args", given, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "OPENAI_API_KEY": "secret", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run([*command, "--log_samples"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == 3
+    for row, sample in zip(rows, sorted(samples, key=lambda sample: sample["doc_id"]), strict=True):
+        for choice, (told,) in zip(choices, sample["resps"], strict=True):
+            before, after = (llm.tokenizer.encode(text) for text in (row["question"], choice))
+            ids = [llm.tokenizer.bos_id, *before, *after]
+            with torch.inference_mode():
+                logprobs = llm.model(torch.tensor([ids])).float().log_softmax(-1)[0]
+            places = range(len(ids) - len(after), len(ids))
+            expected = sum(logprobs[i - 1, ids[i]].item() for i in places)
+            assert float(told[0]) == pytest.approx(expected, abs=1e-3)
+            assert str(told[1]) == str(all(logprobs[i - 1].argmax() == ids[i] for i in places))
 
 
 def test_ogx(running: Running, expected: str, tmp_path: Path) -> None:

@@ -260,6 +260,8 @@ def test_embeddings_are_means_of_hidden_states(llm: Llama4, running: Running) ->
         ({"messages": QUESTION, "chat_template_kwargs": {"a": [{"b": "\ude00"}]}}, 400, "chat_template_kwargs.a[0].b"),
         ({"messages": QUESTION, "chat_template_kwargs": {"\ude00": 1}}, 400, "chat_template_kwargs"),
         ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
+        ({"messages": QUESTION, "guided_json": {"type": "object"}}, 400, "guided_json"),
+        ({"messages": QUESTION, "grammar": 'root ::= "a"'}, 400, "grammar"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
     ],
@@ -331,6 +333,14 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
     ids = client.post("/tokenize", json={"prompt": "Hello <|eot|>"}).json()
     assert ids["tokens"] == [llm.tokenizer.bos_id, *llm.tokenizer.encode("Hello <|eot|>")]
     assert client.post("/tokenize", json={"content": "Hello"}).json()["tokens"] == llm.tokenizer.encode("Hello")
+    for name in ("add_special", "add_special_tokens"):
+        begun = client.post("/tokenize", json={"content": "Hello", name: True}).json()["tokens"]
+        assert begun == [llm.tokenizer.bos_id, *llm.tokenizer.encode("Hello")]
+    told = client.post("/tokenize", json={"content": "Hi \U0001f600", "with_pieces": True, "return_token_strs": True})
+    pieces = [token["piece"] for token in told.json()["tokens"]]
+    data = [piece.encode() if isinstance(piece, str) else bytes(piece) for piece in pieces]
+    assert b"".join(data).decode() == "Hi \U0001f600" and any(isinstance(piece, list) for piece in pieces)
+    assert told.json()["token_strs"] == [each.decode(errors="replace") for each in data]
     chat = client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
     assert chat == llm.processor(QUESTION).input_ids[0].tolist()
     assert client.post("/detokenize", json={"tokens": ids["tokens"][1:]}).json()["prompt"] == "Hello <|eot|>"

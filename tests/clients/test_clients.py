@@ -332,7 +332,7 @@ def test_lm_eval_scores(running: Running, llm: Llama4, tmp_path: Path) -> None:
     """Answers to choose from, by how likely each is: lm-eval's sums are those of the model's logits."""
     installed("lm_eval")
     llm.save_pretrained(tmp_path / "model")  # lm-eval asks in token ids
-    rows = [{"question": f"What is {n} + 1?", "answer": n % 2} for n in range(3)]
+    rows: list[dict[str, Any]] = [{"question": f"What is {n} + 1?", "answer": n % 2} for n in range(3)]
     choices = [" circle", " two squares"]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {

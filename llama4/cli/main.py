@@ -14,7 +14,7 @@ from llama4.arguments import Parser, report
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
-from llama4.cli import analysis, chat, checkpoints, finetune, generate, moderate, serve
+from llama4.cli import analysis, chat, checkpoints, finetune, generate, moderate, prune, serve
 from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
 from llama4.version import __version__
 
@@ -51,7 +51,10 @@ def command() -> NoReturn:
 def make_parser() -> Parser:
     parser = Parser(prog="llama4", description="Ask Llama 4 about text and images.")
     parser.add_argument("--version", action="version", version=f"llama4 {__version__}")
-    names = "generate | chat | moderate | serve | info | plan | finetune | teach | convert | merge | quantize | bench"
+    names = (
+        "generate | chat | moderate | serve | info | plan | finetune | teach | prune | "
+        "convert | merge | quantize | bench"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar=names)
     generate.add_parser(commands)
     chat.add_parser(commands)
@@ -60,6 +63,7 @@ def make_parser() -> Parser:
     analysis.add_parsers(commands)
     finetune.add_parser(commands)
     finetune.add_teach_parser(commands)
+    prune.add_parser(commands)
     checkpoints.add_parsers(commands)
     bench = commands.add_parser("bench", help="measure speed and quality here", description=bench_usage())
     bench.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -28,6 +28,8 @@ from llama4.weights.safetensors import SafetensorsFiles, write_tensors
 
 SUFFIX = ".safetensors"
 """Of a file of likeliest tokens; other names are those of models."""
+_MAX_LOG = 1e-3
+"""Above the logarithm of 1 for rounding."""
 _IDS, _LOG_PROBS, _REST, _LENGTHS, _ABOUT = "token_ids", "log_probs", "log_rest", "lengths", "about"
 
 
@@ -59,12 +61,12 @@ class SavedTeacher:
         ArgumentError: it was made of other data, or with another length or other tokens to learn.
     """
 
-    def __init__(self, path: str | Path, data: Dataset) -> None:
+    def __init__(self, path: str | Path, data: Dataset, vocab_size: int) -> None:
         path = user_path(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is not there; write it with `llama4 teach`")
         files = SafetensorsFiles(path.parent, {path.name: None})
-        tensors = _read(path, files)
+        tensors = _read(path, files, vocab_size)
         about = _about(path, tensors[_ABOUT])
         if about.get("data") != data.digest:
             raise ArgumentError(f"{path} is of another file than {data.path}; run `llama4 teach` on this one")
@@ -112,7 +114,7 @@ def load_teacher(name: str, student: Llama4, data: Dataset, progress: bool = Tru
     """
     vocabulary = student.config.text.vocab_size
     if name.endswith(SUFFIX):
-        return SavedTeacher(name, data)
+        return SavedTeacher(name, data, vocabulary)
     llm = Llama4.from_pretrained(name, device=student.model.device, progress=progress)
     if llm.config.text.vocab_size != vocabulary:
         raise ArgumentError(
@@ -181,9 +183,9 @@ def save_teacher(llm: Llama4, data: Dataset, output: str | Path, *, top: int = 3
     return n
 
 
-def _read(path: Path, files: SafetensorsFiles) -> dict[str, Tensor]:
+def _read(path: Path, files: SafetensorsFiles, vocab_size: int) -> dict[str, Tensor]:
     """Raises:
-    CheckpointError: tensors of other names, dtypes or shapes.
+    CheckpointError: tensors of other names, dtypes or shapes, tokens beyond the vocabulary, or no probabilities.
     """
     wanted = {
         _IDS: (torch.int32, 2),
@@ -198,6 +200,11 @@ def _read(path: Path, files: SafetensorsFiles) -> dict[str, Tensor]:
     tensors = {name: files.read(name) for name in wanted}
     if not tensors[_IDS].shape == tensors[_LOG_PROBS].shape == (len(tensors[_REST]), tensors[_IDS].shape[1]):
         raise CheckpointError(f"{path} has tensors of different lengths; write it again with `llama4 teach`")
+    ids_nk = tensors[_IDS]
+    if len(ids_nk) and not 0 <= int(ids_nk.min()) <= int(ids_nk.max()) < vocab_size:
+        raise CheckpointError(f"{path} has tokens beyond the vocabulary of {vocab_size}; it is of another model")
+    if any(not (tensor.isfinite() & (tensor < _MAX_LOG)).all() for tensor in (tensors[_LOG_PROBS], tensors[_REST])):
+        raise CheckpointError(f"{path} has probabilities that are none; write it again with `llama4 teach`")
     return tensors
 
 

@@ -40,10 +40,13 @@ from llama4.config import Llama4Config, RopeScaling
 from llama4.engine.prefix_cache import PromptCache
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, sync_file
+from llama4.train.data import load_dataset
 from llama4.train.loop import finetune
 from llama4.train.optimizer import AdamW
+from llama4.train.prune import prune
 from llama4.train.report import is_finished, read_metrics
 from llama4.train.state import STATE_FILE, read_about, save_state
+from llama4.train.teacher import save_teacher
 from llama4.weights import directory as directories
 from llama4.weights import hub
 from llama4.weights.checkpoint import LAYOUTS, open_checkpoint
@@ -222,9 +225,10 @@ def writers(models: Models) -> Iterator[Writer]:
     def to_merge(folder: Path) -> None:
         models.save_adapter(models.adapters[0], folder / "adapter")
 
+    data = models.hf.with_name("data.jsonl")
+    data.write_text("".join(f'{{"text": "it is {i}"}}\n' for i in range(4)))
+
     def train(folder: Path) -> None:
-        data = models.hf.with_name("data.jsonl")
-        data.write_text("".join(f'{{"text": "it is {i}"}}\n' for i in range(4)))
         once: dict[str, Any] = {
             "steps": 3,
             "save_every": 1,
@@ -285,6 +289,20 @@ def writers(models: Models) -> Iterator[Writer]:
         lambda f: models.save_state(models.adapters[0], f),
         lambda f: models.save_state(models.adapters[1], f),
         read_files(STATE_FILE),
+    )
+    yield Writer(
+        "prune",
+        nothing,
+        lambda f: prune(models.hf, f / "target", data, experts=2, progress=False),
+        model,
+        again=there,
+    )
+    dataset = load_dataset(data, models.old.processor, max_length=99, progress=False)
+    yield Writer(
+        "teach",
+        lambda f: save_teacher(models.old, dataset, f / "target.safetensors", top=2),
+        lambda f: save_teacher(models.new, dataset, f / "target.safetensors", top=3),
+        read_files("target.safetensors"),
     )
     yield Writer("finetune", nothing, train, read_run, again="is finished", keeps=True)
     yield Writer(

@@ -28,12 +28,13 @@ from llama4.serve.app import Server, Settings
 from llama4.serve.engine import Engine
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA3
-from llama4.train.data import load_dataset
+from llama4.train.data import Batches, load_dataset
 from llama4.train.loop import Run, finetune
 from llama4.train.optimizer import AdamW
 from llama4.train.options import TrainingOptions
 from llama4.train.report import METRICS_FILE, Metrics
 from llama4.train.state import STATE_FILE, save_state
+from llama4.train.teacher import SavedTeacher, save_teacher
 from llama4.vision.images import load_image
 from llama4.weights.convert import convert, quantize
 from tests import small_model
@@ -313,6 +314,15 @@ def training(llm: Llama4, root: Path) -> Iterator[Kind]:
         lambda path: load_dataset(path / data.name, llm.processor, max_length=99, progress=False),
         changes.of_lines,
     )
+    taught = load_dataset(data, llm.processor, max_length=99, progress=False)
+    save_teacher(llm, taught, directory / "teacher.safetensors", top=2)
+    batch = Batches(taught.examples, llm.processor, 4096)[0]
+
+    def ask(path: Path) -> None:
+        losses = SavedTeacher(path / "teacher.safetensors", taught, llm.config.text.vocab_size).divergences(batch)
+        losses(torch.zeros(batch.num_learnt, llm.config.text.vocab_size), slice(None))
+
+    yield Kind("a teacher's probabilities", directory, "teacher.safetensors", ask, changes.of_safetensors)
     options = TrainingOptions(steps=2, lora=LoraConfig(rank=1))
 
     def resume(path: Path) -> None:

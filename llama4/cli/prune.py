@@ -1,0 +1,52 @@
+"""`llama4 prune`: a model with fewer experts or layers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from llama4.cli.finetune import SETTINGS
+from llama4.cli.options import add_hub_options
+
+
+def add_parser(commands: Any) -> None:
+    about = (
+        "Write a model with the experts and layers that matter most to your data. Heal it afterwards: "
+        "finetune --method full, or distill with the old model as the teacher."
+    )
+    parser = commands.add_parser("prune", help="leave experts or layers out", description=about)
+    parser.add_argument("source", metavar="SRC", help="a directory or a Hub id, not quantized")
+    parser.add_argument("target", metavar="DST", help="the directory to make")
+    parser.add_argument("--data", required=True, metavar="FILE", help="what it shall keep, JSON lines as of finetune")
+    parser.add_argument("--experts", type=int, metavar="N", help="that stay in each layer")
+    parser.add_argument("--layers", type=int, metavar="N", help="that stay")
+    parser.add_argument("--merge", action="store_true", help="add experts that go to those that are most like them")
+    for name in ("batch_tokens", "max_length"):
+        parser.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    add_hub_options(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.experts is None and options.layers is None:
+        options.parser.error("say how many stay: --experts N, --layers N, or both")
+    from llama4.train.prune import prune
+    from llama4.weights import hub
+
+    given = {name: getattr(options, name) for name in ("batch_tokens", "max_length") if getattr(options, name)}
+    source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
+    pruned = prune(
+        source,
+        options.target,
+        options.data,
+        experts=options.experts,
+        layers=options.layers,
+        merge=options.merge,
+        **given,
+    )
+    gone = sorted(set(range(len(pruned.usage))) - set(pruned.layers))
+    experts = f"{len(next(iter(pruned.experts.values())))} experts a layer" if pruned.experts else "no experts"
+    without = f", without {', '.join(map(str, gone))}" if gone else ""
+    print(f"{options.target}: {len(pruned.layers)} layers{without}, {experts}", file=sys.stderr)
+    return 0

@@ -26,7 +26,7 @@ KINDS = ("count", "count_shape", "count_colour", "colour", "shape", "position")
 def examples(folder: Path, count: int, seed: int) -> list[tuple[Path, Question]]:
     """Pictures in a folder, with a question about each."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, made = random.Random(seed), []
+    rng, made = random.Random(seed), list[tuple[Path, Question]]()
     while len(made) < count:
         kind = rng.choice([kind for kind in KINDS if kind in shapes_dataset.KINDS_OF_QUESTION])
         scenes, questions = shapes_dataset.fresh_question(rng, kind, sides=(60, 112))

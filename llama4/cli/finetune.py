@@ -32,9 +32,17 @@ LORA: dict[str, dict[str, Any]] = {
 """Arguments of `LoraConfig`."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "epochs": {"type": float, "metavar": "N", "help": "how often the data are gone through (default: 1)"},
+    "epochs": {
+        "type": float,
+        "metavar": "N",
+        "help": "how often the data are gone through (default: 1; small data up to 10 times)",
+    },
     "steps": {"type": int, "metavar": "N", "help": "batches to learn from, in place of --epochs"},
-    "batch_tokens": {"type": int, "metavar": "N", "help": "most tokens of a batch (default: 4096)"},
+    "batch_tokens": {
+        "type": int,
+        "metavar": "N",
+        "help": "most tokens of a batch (default: 4096; of small data, a sixteenth)",
+    },
     "max_length": {"type": int, "metavar": "N", "help": "most tokens of an example; more is cut (default: 2048)"},
     "learn": {"metavar": "WHAT", "help": "assistant, last or all: what counts in the loss (default: assistant)"},
     "ghost_attention": {
@@ -53,7 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learning_rate": {
         "type": float,
         "metavar": "X",
-        "help": "its peak (default: 2e-4; full: 1e-5; dpo: 5e-5; distill: 1e-4)",
+        "help": "its peak (default: after the model's width; see docs/finetuning.md)",
     },
     "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
     "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
@@ -135,7 +143,7 @@ def run_teach(options: argparse.Namespace) -> int:
         learn=settings.learn,
         ghost_attention=settings.ghost_attention,
     )
-    tokens = save_teacher(llm, data, options.output, top=options.top, batch_tokens=settings.batch_tokens)
+    tokens = save_teacher(llm, data, options.output, top=options.top, batch_tokens=settings.batch_tokens or 4096)
     print(f"{options.output}: the {options.top} likeliest of {count_text(tokens)} tokens", file=sys.stderr)
     return 0
 

@@ -76,6 +76,7 @@ class Run:
     """A model, what of it is trained, and the data: all that `finetune` needs before its first step.
 
     Attributes:
+        options: what was given, with the defaults that follow from model and data.
         llm: the model.
         adapter: what is trained; None where all weights are.
         data, held_out: the data sets.
@@ -105,7 +106,10 @@ class Run:
             _check_kind(dataset, options.method)
             for note in dataset.notes():
                 logger.warning(note)
+        width = self.llm.config.text.hidden_size
+        self.options = options = options.for_data(width, self.data.num_tokens, self.data.longest)
         self.batches = self._batches(self.data, options.seed)
+        self.options = options = options.for_batches(len(self.batches.plan(0)))
         self.steps = options.steps or self.batches.steps_of(options.epochs or 1)
         self.adapter: Adapter | None = None
         if options.method in ALL_WEIGHTS:
@@ -125,6 +129,7 @@ class Run:
         return next_token
 
     def _batches(self, data: Dataset, seed: int | None) -> Batches:
+        assert self.options.batch_tokens is not None
         return Batches(data.examples, self.llm.processor, self.options.batch_tokens, seed, data.rejected)
 
     def held_out_batches(self) -> Batches | None:
@@ -150,6 +155,7 @@ class Run:
     @property
     def longest_batch(self) -> int:
         """Tokens of the largest batch there can be."""
+        assert self.options.batch_tokens is not None
         return max(self.data.longest, min(self.options.batch_tokens, self.data.num_tokens))
 
     @contextmanager
@@ -243,6 +249,7 @@ def finetune(
 
 def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
     options, model, objective = run.options, run.llm.model, run.objective()
+    assert options.learning_rate is not None
     optimizer = AdamW(run.trained, weight_decay=options.weight_decay, seed=options.seed)
     about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
     step, best = 0, math.inf
@@ -291,10 +298,10 @@ def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Resul
                     lines = ", ".join(map(str, batch.lines))
                     raise TrainingError(
                         f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} of "
-                        f"{run.data.path}; look at them, or lower the learning rate of {options.peak_learning_rate:g}"
+                        f"{run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
                     )
                 warmup = options.warmup_steps(run.steps)
-                rate = learning_rate_at(step, run.steps, options.peak_learning_rate, options.schedule, warmup)
+                rate = learning_rate_at(step, run.steps, options.learning_rate, options.schedule, warmup)
                 optimizer.step(rate)
             step += 1
             seconds = time.perf_counter() - began

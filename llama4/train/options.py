@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import LAYOUTS
@@ -22,7 +22,14 @@ MAX_SEED = 2**63 - 1
 """Of torch's generators."""
 MAX_EPOCHS = 1000
 """Each is laid out before the first step, to know how many steps there are; `steps` knows no such limit."""
-LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5, "dpo": 5e-5, "distill": 1e-4}
+RATE, RATE_WIDTH, RATE_POWER = 5e-4, 2000, 0.78
+"""An adapter learns best at about RATE * (RATE_WIDTH / hidden size)^RATE_POWER, whatever its rank, and all weights at a
+tenth of it (Schulman et al. 2025, "LoRA Without Regret", and the fit in its cookbook)."""
+RATE_SHARES = {"lora": 1.0, "qlora": 1.0, "full": 0.1, "dpo": 0.25, "distill": 0.1}
+"""Method -> its share of that; preferences need less than texts."""
+MOST_BATCH_TOKENS, LEAST_BATCHES, LEAST_STEPS, MOST_EPOCHS = 4096, 16, 100, 10
+"""Of data of any size are made at least so many batches, gone through as often as gives so many steps, if that is not
+more than so often: with forty lines in one batch, a single step would learn nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,9 @@ class TrainingOptions:
         method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder; "dpo" an
             adapter on preferences; "distill" all weights, from a teacher.
         lora: of those that train an adapter.
-        epochs: how often the data are gone through; or
+        epochs: how often the data are gone through; by default once, and small data up to ten times; or
         steps: how many batches are learnt from.
-        batch_tokens: most tokens of a batch.
+        batch_tokens: most tokens of a batch; by default 4096, and of small data a sixteenth of them.
         max_length: most tokens of an example.
         learn: "assistant", "last" or "all".
         ghost_attention: the system message in every turn, the last reply learnt.
@@ -43,7 +50,7 @@ class TrainingOptions:
         preference: of "dpo", its loss, "sigmoid" or "ipo".
         teacher: of "distill", a model's name or directory, or a file that `llama4 teach` wrote.
         soft_weight: of "distill", the weight of the teacher's distribution at first; it falls to 0 in a line.
-        learning_rate: its peak; by default as in `LEARNING_RATES`.
+        learning_rate: its peak; by default after the model's width, see `RATE`.
         schedule: "cosine", "linear" or "constant".
         warmup: share of the steps in which the learning rate rises, or from 1 on, their number.
         weight_decay: of matrices.
@@ -64,7 +71,7 @@ class TrainingOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     epochs: float | None = None
     steps: int | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     max_length: int = 2048
     learn: str = "assistant"
     ghost_attention: bool = False
@@ -115,9 +122,21 @@ class TrainingOptions:
             if getattr(self, name) == 0:
                 raise ArgumentError(f"{name} is 0; it must be more")
 
-    @property
-    def peak_learning_rate(self) -> float:
-        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.method]
+    def for_data(self, hidden_size: int, num_tokens: int, longest: int) -> TrainingOptions:
+        """The same with the defaults that follow from the model's width and the tokens of the data."""
+        share, smallest = RATE_SHARES[self.method], max(longest, num_tokens // LEAST_BATCHES)
+        rate = float(f"{share * RATE * (RATE_WIDTH / hidden_size) ** RATE_POWER:.1e}")
+        return replace(
+            self,
+            learning_rate=self.learning_rate if self.learning_rate is not None else rate,
+            batch_tokens=self.batch_tokens or min(MOST_BATCH_TOKENS, smallest),
+        )
+
+    def for_batches(self, batches: int) -> TrainingOptions:
+        """The same with the default number of epochs of so many batches."""
+        if self.epochs is not None or self.steps is not None:
+            return self
+        return replace(self, epochs=min(MOST_EPOCHS, math.ceil(LEAST_STEPS / batches)))
 
     def warmup_steps(self, steps: int) -> int:
         return round(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)

@@ -110,11 +110,11 @@ def prune(
     Raises:
         Llama4Error: numbers that cannot be, packed weights, wrong data, a target that is in use.
     """
-    options = TrainingOptions(batch_tokens=batch_tokens, max_length=max_length)
+    TrainingOptions(batch_tokens=batch_tokens, max_length=max_length)  # refuses what cannot be
     check_free(target)  # before all the work, and again where nobody comes between
     llm = Llama4.from_pretrained(source, dtype=read_config(Path(source)).dtype or "auto", progress=progress)
     _check(llm, experts, layers)
-    usage = measure(llm, data, options, progress)
+    usage = measure(llm, data, batch_tokens, max_length, progress)
     chosen = choose(usage, llm.config.text, experts, layers)
     tensors = pruned_tensors(llm, chosen, merge and experts is not None)
     config = pruned_config(llm.config, chosen, experts)
@@ -146,13 +146,11 @@ def _check(llm: Llama4, experts: int | None, layers: int | None) -> None:
 
 
 @torch.no_grad()
-def measure(llm: Llama4, data: str | Path, options: TrainingOptions, progress: bool = True) -> list[Usage]:
+def measure(llm: Llama4, data: str | Path, batch_tokens: int, max_length: int, progress: bool = True) -> list[Usage]:
     """What each layer does with the data."""
     window = llm.config.text.max_position_embeddings
-    dataset = load_dataset(
-        data, llm.processor, max_length=min(options.max_length, window), learn="all", progress=progress
-    )
-    batches = Batches(dataset.examples, llm.processor, options.batch_tokens, None, dataset.rejected)
+    dataset = load_dataset(data, llm.processor, max_length=min(max_length, window), learn="all", progress=progress)
+    batches = Batches(dataset.examples, llm.processor, batch_tokens, None, dataset.rejected)
     with (
         watched(llm.model.language_model.model.layers) as usage,
         Bar("calibrating", dataset.num_tokens, "tokens", shown=progress) as bar,

@@ -63,6 +63,21 @@ def test_it_learns_and_the_base_stays(directory: Path, data: Path, tmp_path: Pat
     assert not (tmp_path / STATE_FILE).exists()
 
 
+def test_defaults_follow_from_model_and_data(directory: Path, data: Path, tmp_path: Path) -> None:
+    """Twelve lines are learnt without a setting; large data are gone through once, in full batches."""
+    result = finetune(directory, data, tmp_path, progress=False)
+    assert result.losses[-1] < 0.5 * result.losses[0] and 80 < result.of <= 160
+    card = (tmp_path / "README.md").read_text()
+    assert '"epochs": 9' in card and '"learning_rate": 0.0092' in card  # 5e-4 (2000 / 48)^0.78
+    large = TrainingOptions().for_data(5120, 10**7, 900)
+    assert (large.batch_tokens, large.learning_rate) == (4096, 2.4e-4)
+    assert TrainingOptions(method="full").for_data(5120, 10**7, 900).learning_rate == 2.4e-5
+    assert large.for_batches(2442).epochs == 1 and large.for_batches(30).epochs == 4
+    given = TrainingOptions(steps=7, batch_tokens=99, learning_rate=1.0)
+    assert given.for_data(48, 10, 5).for_batches(1) == given
+    assert TrainingOptions().for_data(48, 1600, 300).batch_tokens == 300  # one example, whole
+
+
 def breaks_off_after(steps: int) -> Callable[..., Learnt]:
     """`learn`, but that a process would have died in one of the steps."""
     left = iter(range(steps))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from llama4.tiny import EMBEDDED
 from tests import small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("needle", "train_tiny", "chat_gguf"))
+LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in LARGER)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,19 @@ def test_example_is_short_and_explains_itself(name: str) -> None:
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert len([line for line in source.splitlines() if line.strip()]) < 40
     assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(source)) or "")
+
+
+def test_json_is_learnt_from_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A few of them; what comes of many is in docs/finetuning.md."""
+    example = runpy.run_path(str(EXAMPLES / "learn_json.py"))
+    example["main"](tmp_path, train=3, test=2)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and (tmp_path / "adapter/adapter_model.safetensors").exists()
+    reply = json.loads(lines[0])["messages"][1]["content"]
+    assert list(json.loads(reply)) == ["about", "answer"]
+    assert re.search(r"before: 0% follow .*\n(.*\n)?after: \d+% follow the schema", capsys.readouterr().out)
 
 
 def test_a_picture_of_ones_own(

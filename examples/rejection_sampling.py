@@ -1,0 +1,34 @@
+"""Rejection sampling: several replies to each question, a score for each, and the best of them to learn from.
+
+python examples/rejection_sampling.py
+"""
+
+import json
+
+from llama4 import Llama4
+from llama4.train import finetune
+
+QUESTIONS = ["What is the colour of the sky?", "How many legs has a cat?", "What is red?", "Who are you?"]
+REPLIES = 4
+
+
+def score(question: str, reply: str) -> float:
+    """What is wanted: whatever can be computed of a reply, or a reward model's logit. Here, replies that are short."""
+    return -len(reply)
+
+
+llm = Llama4.from_pretrained("tiny", progress=False)
+with open("best.jsonl", "w", encoding="utf-8") as file:
+    for question in QUESTIONS:
+        batch = [[{"role": "user", "content": question}]] * REPLIES
+        replies = [reply.text for reply in llm.chat_batch(batch, temperature=1.0, seed=0, max_new_tokens=24)]
+        best = max(
+            (reply for reply in replies if reply.strip()), key=lambda reply: score(question, reply), default=None
+        )
+        if best is not None:
+            file.write(json.dumps({"prompt": question, "completion": best}) + "\n")
+
+result = finetune(llm, "best.jsonl", "shorter", steps=20, progress=False)
+llm.adapters.add("shorter", "shorter")
+llm.set_adapter("shorter")
+print(f"loss {result.losses[0]:.2f} -> {result.losses[-1]:.2f};", llm.chat(QUESTIONS[0], max_new_tokens=24).text)

@@ -66,6 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
     "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
     "weight_decay": {"type": float, "metavar": "X", "help": "of matrices (default: 0)"},
+    "optimizer_states": {"metavar": "NAME", "help": "float32, or int8 in a quarter of the memory (default: float32)"},
     "clip": {"type": float, "metavar": "X", "help": "most of the gradients' norm; 0 for any (default: 1)"},
     "balance": {"type": float, "metavar": "X", "help": "weight of the routers' balance loss (default: 0)"},
     "z_loss": {"type": float, "metavar": "X", "help": "weight of the routers' z-loss (default: 0)"},
@@ -223,5 +224,8 @@ def show(run: Run) -> None:
     for note in run.data.notes():
         print(note)
     with run.attached():
-        needed, free = estimate(run.llm.model, run.trained, run.longest_batch), available_bytes(run.llm.model.device)
+        needed, free = (
+            estimate(run.llm.model, run.trained, run.longest_batch, run.options.optimizer_states),
+            available_bytes(run.llm.model.device),
+        )
     print(f"memory: {needed}" + (f"; {bytes_text(free)} are free" if free is not None else ""))

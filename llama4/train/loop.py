@@ -242,7 +242,9 @@ def finetune(
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
     run = Run(model, data, eval, options, progress)
     with torch.random.fork_rng(), run.attached(), stoppable() as stop:
-        check_memory(estimate(run.llm.model, run.trained, run.longest_batch), run.llm.model.device)
+        check_memory(
+            estimate(run.llm.model, run.trained, run.longest_batch, options.optimizer_states), run.llm.model.device
+        )
         torch.manual_seed(options.seed)
         return _train(run, output, resume, stop)
 
@@ -250,7 +252,9 @@ def finetune(
 def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
     options, model, objective = run.options, run.llm.model, run.objective()
     assert options.learning_rate is not None
-    optimizer = AdamW(run.trained, weight_decay=options.weight_decay, seed=options.seed)
+    optimizer = AdamW(
+        run.trained, weight_decay=options.weight_decay, seed=options.seed, states=options.optimizer_states
+    )
     about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
     step, best = 0, math.inf
     if resume and (output / STATE_FILE).is_file():

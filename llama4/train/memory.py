@@ -19,10 +19,13 @@ from llama4.model.multimodal import Llama4Model
 from llama4.train.data import Batch
 from llama4.train.loss import MAX_LOGIT_BYTES
 from llama4.train.objectives import batch_loss
+from llama4.train.optimizer import BLOCK
 from llama4.units import bytes_text
 
 PROBES = (64, 192)
 """Tokens of the two forwards."""
+STATE_BYTES = {"float32": 4.0, "int8": 1 + 4 / BLOCK}
+"""Of a number of the optimizer's states."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,28 @@ class Estimate:
         )
 
 
-def estimate(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -> Estimate:
+def estimate(
+    model: Llama4Model, trained: Mapping[str, Tensor], tokens: int, optimizer_states: str = "float32"
+) -> Estimate:
     """For the largest batch of so many tokens; the model computes with what is trained.
 
     Args:
         trained: parameters, by name.
+        optimizer_states: see `TrainingOptions`.
     """
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    states = 0
+    states = 0.0
     for parameter in trained.values():
-        wide = parameter.numel() * 4
-        states += 2 * wide + parameter.nbytes + (0 if parameter.data_ptr() in own else parameter.nbytes)
+        states += (
+            2 * STATE_BYTES[optimizer_states] * parameter.numel()
+            + parameter.nbytes
+            + (0 if parameter.data_ptr() in own else parameter.nbytes)
+        )
     small, large = (_kept(model, trained, probe) for probe in PROBES)
     per_token = max(0.0, (large - small) / (PROBES[1] - PROBES[0]))
     activations = round(max(small, large + per_token * (tokens - PROBES[1])))
     vocabulary = model.config.text.vocab_size
-    return Estimate(states, activations, 3 * min(MAX_LOGIT_BYTES, tokens * vocabulary * 4))
+    return Estimate(round(states), activations, 3 * min(MAX_LOGIT_BYTES, tokens * vocabulary * 4))
 
 
 def _kept(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -> int:

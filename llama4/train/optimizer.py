@@ -10,9 +10,73 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+BLOCK = 256
+"""Numbers of an 8-bit state that have a scale in common."""
+
+
+class Float32State:
+    """A state in float32, or in better where its parameter is."""
+
+    parts = ("",)
+
+    @staticmethod
+    def new(parameter: Tensor) -> dict[str, Tensor]:
+        return {"": torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))}
+
+    @staticmethod
+    def read(parts: Mapping[str, Tensor], parameter: Tensor) -> Tensor:
+        return parts[""]
+
+    @staticmethod
+    def write(parts: Mapping[str, Tensor], x: Tensor, generator: torch.Generator) -> None:
+        """It was changed in place."""
+
+
+class Int8State:
+    """A state in 8 bits: a sign, and 7 bits of the logarithm below the largest of a block of `BLOCK` numbers. A step is
+    a factor of 2^(1/5), and numbers below 2^-25 of the largest are zero.
+
+    What is added in one step of Adam is less than a step of this scale. So a number is rounded up or down at random, in
+    proportion, and the mean of many roundings is right (as in `round_at_random`); blocks as in Dettmers et al. 2022,
+    "8-bit Optimizers via Block-wise Quantization".
+    """
+
+    parts = ("", "_scale")
+    steps_per_octave = 5
+    levels = 127
+
+    @staticmethod
+    def new(parameter: Tensor) -> dict[str, Tensor]:
+        blocks = math.ceil(parameter.numel() / BLOCK)
+        values = torch.zeros(parameter.numel(), dtype=torch.int8, device=parameter.device)
+        return {"": values, "_scale": torch.zeros(blocks, device=parameter.device)}
+
+    @classmethod
+    def read(cls, parts: Mapping[str, Tensor], parameter: Tensor) -> Tensor:
+        values = F.pad(parts[""], (0, -len(parts[""]) % BLOCK)).view(-1, BLOCK).float()
+        x = values.sign() * torch.exp2((values.abs() - cls.levels) / cls.steps_per_octave) * parts["_scale"][:, None]
+        return x.flatten()[: parameter.numel()].view(parameter.shape)
+
+    @classmethod
+    def write(cls, parts: Mapping[str, Tensor], x: Tensor, generator: torch.Generator) -> None:
+        blocks = F.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+        scale = blocks.abs().amax(1, keepdim=True)
+        share = (blocks.abs() / scale.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+        lower = (cls.levels + cls.steps_per_octave * share.log2()).floor().clamp(min=0)  # 0 where there is nothing
+        below = torch.where(lower > 0, torch.exp2((lower - cls.levels) / cls.steps_per_octave), 0.0)
+        above = torch.exp2((lower + 1 - cls.levels) / cls.steps_per_octave)
+        noise = torch.rand(share.shape, generator=generator).to(share.device)
+        level = lower + (noise < (share - below) / (above - below))
+        parts[""].copy_((level.clamp(max=cls.levels) * blocks.sign()).flatten()[: x.numel()])
+        parts["_scale"].copy_(scale[:, 0])
+
+
+STATES: dict[str, type[Float32State] | type[Int8State]] = {"float32": Float32State, "int8": Int8State}
+"""How the means of gradients and of their squares are kept."""
 
 
 class AdamW:
@@ -21,21 +85,26 @@ class AdamW:
     Args:
         parameters: by name.
         weight_decay: share of a matrix that goes in a step of learning rate 1; vectors keep theirs.
-        seed: of the rounding of bfloat16.
+        seed: of the rounding of bfloat16 and of 8-bit states.
+        states: a key of `STATES`.
 
     Attributes:
         steps: taken so far.
-        state: `mean` and `square` of each parameter's gradients, float32.
+        state: `mean` and `square` of each parameter's gradients, in float32 or in parts.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, weight_decay: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], *, weight_decay: float = 0.0, seed: int = 0, states: str = "float32"
+    ) -> None:
         self.parameters = dict(parameters)
         self.weight_decay = weight_decay
         self.steps = 0
+        self._kind = STATES[states]
         self.state = {
-            f"{name}.{kind}": torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            f"{name}.{kind}{part}": tensor
             for name, parameter in self.parameters.items()
             for kind in ("mean", "square")
+            for part, tensor in self._kind.new(parameter).items()
         }
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -46,11 +115,14 @@ class AdamW:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            mean, square = self.state[f"{name}.mean"], self.state[f"{name}.square"]
+            kept = [{p: self.state[f"{name}.{kind}{p}"] for p in self._kind.parts} for kind in ("mean", "square")]
+            mean, square = (self._kind.read(parts, parameter) for parts in kept)
             gradient = parameter.grad.to(mean.dtype)
             parameter.grad = None
             mean.lerp_(gradient, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            for parts, x in zip(kept, (mean, square), strict=True):
+                self._kind.write(parts, x, self.generator)
             size = (square.sqrt() / math.sqrt(1 - BETAS[1] ** self.steps)).add_(EPS)
             rate = learning_rate / (1 - BETAS[0] ** self.steps)
             if parameter.dtype == mean.dtype:

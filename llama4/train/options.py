@@ -11,7 +11,7 @@ from llama4.errors import ArgumentError
 from llama4.reading import MAX_INT
 from llama4.train.data import LEARN
 from llama4.train.objectives import PREFERENCE_LOSSES
-from llama4.train.optimizer import SCHEDULES
+from llama4.train.optimizer import SCHEDULES, STATES
 
 METHODS = ("lora", "qlora", "full", "dpo", "distill")
 ALL_WEIGHTS = ("full", "distill")
@@ -54,6 +54,7 @@ class TrainingOptions:
         schedule: "cosine", "linear" or "constant".
         warmup: share of the steps in which the learning rate rises, or from 1 on, their number.
         weight_decay: of matrices.
+        optimizer_states: "float32", or "int8", which takes a quarter of the memory.
         clip: most that the norm of the gradients may be; 0 for any.
         balance: weight of the routers' balance loss.
         z_loss: weight of the routers' z-loss.
@@ -83,6 +84,7 @@ class TrainingOptions:
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
+    optimizer_states: str = "float32"
     clip: float = 1.0
     balance: float = 0.0
     z_loss: float = 0.0
@@ -94,7 +96,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         choices = {"method": METHODS, "schedule": tuple(SCHEDULES), "learn": LEARN, "adapter_format": LAYOUTS}
-        choices["preference"] = tuple(PREFERENCE_LOSSES)
+        choices |= {"preference": tuple(PREFERENCE_LOSSES), "optimizer_states": tuple(STATES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llama4.train.optimizer import AdamW, learning_rate_at, round_at_random
+from llama4.train.optimizer import AdamW, Int8State, learning_rate_at, round_at_random
 
 
 def test_equals_torch() -> None:
@@ -62,3 +62,39 @@ def test_schedules_are_transformers(schedule: str) -> None:
         assert learning_rate_at(step, 20, 0.3, schedule, 4) == pytest.approx(wanted, abs=1e-12)
         optimizer.step()
         reference.step()
+
+
+def test_8_bits_are_unbiased_to_their_rounding() -> None:
+    """Each number is one of its two neighbours on a scale of 2^(1/5), and the mean of many is the number."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 1000)
+    x[3], generator = 0.0, torch.Generator().manual_seed(0)
+    parts, total = Int8State.new(x), torch.zeros(1000, dtype=torch.float64)
+    for _ in range(400):
+        Int8State.write(parts, x, generator)
+        found = Int8State.read(parts, x)
+        total += found
+        ratio = (found / x)[x.abs() > 1e-5]
+        assert ratio.min() > 2**-0.2001 and ratio.max() < 2**0.2001
+    assert found[3] == 0 and parts[""].dtype == torch.int8 and len(parts["_scale"]) == 4
+    large = x.abs() > 1e-2
+    assert ((total / 400)[large] / x[large] - 1).abs().max() < 0.02
+
+
+def test_8_bit_adam_goes_where_adam_goes() -> None:
+    """On a quadratic of unlike curvatures with noisy gradients: the same way within the rounding, the same end."""
+    torch.manual_seed(0)
+    curvature, start = torch.logspace(-1, 1, 600), torch.randn(600)
+    ends = []
+    for states in ("float32", "int8"):
+        parameter, generator = nn.Parameter(start.clone()), torch.Generator().manual_seed(3)
+        optimizer = AdamW({"p": parameter}, states=states)
+        for step in range(300):
+            parameter.grad = curvature * parameter.detach() + 0.1 * torch.randn(600, generator=generator)
+            optimizer.step(0.02 * (1 - step / 300))
+            if step == 0:
+                first = parameter.detach().clone()
+        ends.append((first, parameter.detach().clone(), optimizer.num_bytes()))
+    (first, wide, wide_bytes), (other, narrow, narrow_bytes) = ends
+    assert torch.equal(first, other)
+    assert (narrow - wide).norm() < 0.02 * start.norm() and wide.norm() < 0.2 * start.norm()
+    assert narrow_bytes < 0.26 * wide_bytes

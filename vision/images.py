@@ -72,8 +72,9 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
     if isinstance(source, np.ndarray):
         return load_image(_from_array(source), limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"the image of {len(bytes(source))} bytes", limits)
+        return _decode(io.BytesIO(source), f"the image of {memoryview(source).nbytes} bytes", limits)
     if isinstance(source, str):
+        _check_length(source, limits)
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):
             return _decode(io.BytesIO(download(source, limits)), source, limits)
@@ -132,6 +133,20 @@ def _local_path(url: str) -> Path:
     if parts.netloc.lower() not in ("", "localhost"):
         raise ImageError(f"{_short(url)} is a file of another machine; write file:///path for one of this machine")
     return Path(urllib.request.url2pathname(parts.path))
+
+
+def _check_length(text: str, limits: ImageLimits) -> None:
+    """Of what may be base64, before it is copied: it has 4 letters for 3 bytes, and room for line breaks.
+
+    Raises:
+        ImageError: it holds more bytes than a file may have.
+    """
+    letters = len(text) // 3 if "%" in text else len(text)  # `%2B` is one
+    if letters > 2 * limits.max_bytes + 1000:
+        raise ImageError(
+            f"{_short(text)} is larger than {limits.max_bytes >> 20} MiB; make it smaller, or raise max_bytes of "
+            "ImageLimits"
+        )
 
 
 def _decode_base64(text: str) -> bytes | None:
@@ -318,11 +333,14 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _decode_data_url(url: str) -> bytes:
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+    at = url.find(",", 0, 1000)
+    if at < 0 or not url[:at].lower().endswith(";base64"):
         raise ImageError(f"{_short(url)} is no base64 data URL; write data:image/png;base64,...")
+    payload = url[at + 1 :]
+    if "%" in payload:
+        payload = urllib.parse.unquote(payload)
     try:
-        return base64.b64decode("".join(urllib.parse.unquote(payload).split()), validate=True)
+        return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the data in {_short(url)} is not base64 ({error}); encode it again") from None
 

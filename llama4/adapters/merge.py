@@ -12,7 +12,7 @@ from llama4.adapters.lora import Adapter, EmbeddingLora, Lora
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.precision import upcast
-from llama4.progress import Bar, each
+from llama4.progress import PIECE, Bar, each
 from llama4.quantization.modules import SeparateExperts, SplitExperts
 from llama4.quantization.weight import QuantizedWeight
 
@@ -28,9 +28,10 @@ def merge_adapter(adapter: Adapter, model: Llama4Model, *, progress: bool = Fals
     adapter.check(model)
     for name, _ in adapter.items():
         _check_can_merge(name, _home(model, name))
-    with torch.no_grad(), Bar("merging", len(adapter.names), "steps", shown=progress) as bar:
+    sizes = {name: _size(_home(model, name), name) for name, _ in adapter.items()}
+    with torch.no_grad(), Bar("merging", sum(sizes.values()), "bytes", shown=progress) as bar:
         for name, lora in adapter.items():
-            with bar.step(1):
+            with bar.step(sizes[name]):
                 _merge(_home(model, name), name.rpartition(".")[2], lora)
 
 
@@ -40,6 +41,14 @@ def _home(model: Llama4Model, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         return model.get_submodule(name.rpartition(".")[0])
+
+
+def _size(home: nn.Module, name: str) -> int:
+    """Bytes of a matrix."""
+    if isinstance(home, QuantizedWeight):
+        return sum(home.part(part).nbytes for part in home.format.parts)
+    leaf = name.rpartition(".")[2]
+    return home.get_parameter(leaf if leaf in home._parameters else "weight").nbytes
 
 
 def _check_can_merge(name: str, home: nn.Module) -> None:
@@ -58,10 +67,15 @@ def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
         weight = home.weight
         assert isinstance(weight, nn.Parameter)
         delta_OI = lora.delta()
-        weight.data = (upcast(weight) + (delta_OI.mT if isinstance(lora, EmbeddingLora) else delta_OI)).to(weight.dtype)
+        delta = delta_OI.mT if isinstance(lora, EmbeddingLora) else delta_OI
+        merged = torch.empty_like(weight)  # what it was may be part of a file
+        rows = max(1, PIECE // delta[0].nbytes)
+        for to, of, added in each(tuple(zip(merged.split(rows), weight.split(rows), delta.split(rows), strict=True))):
+            to.copy_(upcast(of) + added)
+        weight.data = merged
     else:
         weight_EIO = home.get_parameter(leaf)
-        merged_EIO = torch.empty_like(weight_EIO)  # what it was may be part of a file
+        merged_EIO = torch.empty_like(weight_EIO)
         for i, weight_IO in enumerate(each(weight_EIO.unbind())):
             merged_EIO[i] = upcast(weight_IO) + lora.delta(i).mT
         weight_EIO.data = merged_EIO

@@ -64,9 +64,9 @@ def perplexity(logits: Callable[[Tensor], Tensor], windows: Sequence[Tensor], *,
         windows: ids, each [T].
     """
     total, count = 0.0, 0
-    with Bar("reading", len(windows), "steps", shown=progress) as bar:
+    with Bar("reading", sum(map(len, windows)), "tokens", shown=progress) as bar:
         for ids_T in windows:
-            with bar.step(1):
+            with bar.step(len(ids_T)):
                 first = len(ids_T) // 2
                 foretold = logits(ids_T[None])[0, first:-1].float()
                 total += F.cross_entropy(foretold, ids_T[first + 1 :], reduction="sum").item()

@@ -124,13 +124,14 @@ def calibrated(
     del embeddings
     few = 0
     folder.mkdir(parents=True, exist_ok=True)
-    with Bar("calibrating", 2 * len(layers), "steps", shown=progress) as bar:
+    tokens = sum(map(len, sequences))
+    with Bar("calibrating", 2 * len(layers) * tokens, "tokens", shown=progress) as bar:
         for i in range(len(layers)):
             layer, prefix = layers.pop(0), f"language_model.model.layers.{i}."
             assert isinstance(layer, DecoderLayer)
             formats = {name.removeprefix(prefix): plan[name] for name in plan if name.startswith(prefix)}
             path = folder / f"layer-{i:05d}.safetensors"
-            with bar.step(1):
+            with bar.step(tokens):
                 if not path.is_file() or stamp_of(path) != stamp:
                     load(layer, _below(source, prefix), dtype=dtype)
                     parts, without = _quantize(layer, formats, lambda: _forward(layer, config, hidden))  # noqa: B023
@@ -138,7 +139,7 @@ def calibrated(
                     write_tensors(path, {prefix + name: part for name, part in parts.items()}, stamp)
             stored = SafetensorsFiles(folder, {path.name: None}, stamp=stamp)
             result.done |= {prefix + name: stored for name in formats}
-            with bar.step(1):
+            with bar.step(tokens):
                 swap_modules(layer, formats)
                 load(layer, _below(result, prefix), dtype=dtype)
                 hidden = _forward(layer, config, hidden)
@@ -182,23 +183,31 @@ def _quantize(
         elif isinstance(module, Linear) and f"{path}.weight" in formats and _input_of(path) == path:
             hessian = hessians[path] = Hessian(module.in_features)
             handles.append(module.register_forward_pre_hook(lambda _, inputs, h=hessian: h.add(inputs[0])))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
     parts: dict[str, Tensor] = {}
     few = 0
-    for name, format in formats.items():
-        path = name.removesuffix(".weight")
-        module = layer.get_submodule(path.rpartition(".")[0])
-        if isinstance(module, Experts):
-            if path.endswith("gate_up_proj"):
-                values, few = _quantize_experts(module, rows, format)
-                parts |= {f"{path.rpartition('.')[0]}.{part}": value for part, value in values.items()}
-        else:
-            matrix = gptq.quantize(layer.get_parameter(name), hessians[_input_of(path)], format)
-            parts |= {f"{path}.{part}": value for part, value in matrix.items()}
+
+    def look() -> None:
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def quantize() -> None:
+        nonlocal few
+        for name in each(tuple(formats)):
+            path, format = name.removesuffix(".weight"), formats[name]
+            module = layer.get_submodule(path.rpartition(".")[0])
+            if isinstance(module, Experts):
+                if path.endswith("gate_up_proj"):
+                    values, few = _quantize_experts(module, rows, format)
+                    parts.update({f"{path.rpartition('.')[0]}.{part}": value for part, value in values.items()})
+            else:
+                matrix = gptq.quantize(layer.get_parameter(name), hessians[_input_of(path)], format)
+                parts.update({f"{path}.{part}": value for part, value in matrix.items()})
+
+    for half in each((look, quantize)):
+        half()
     return parts, few
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.cli.main import main
 from llama4.errors import ArgumentError
+from llama4.progress import Bar
 from llama4.quantization import gptq
 from llama4.quantization.gptq import Hessian
 from llama4.quantization.int4 import Int4, quantize_groups, unpack
@@ -103,10 +104,27 @@ def run(target: Path, source: Path = TINY) -> list[str]:
     return said
 
 
+class Seen(Bar):
+    """A bar that remembers where it was."""
+
+    places: ClassVar[set[float]] = set()
+
+    def _show(self, at: float) -> None:
+        assert self._settings["unit"] == " tokens"
+        self.places.add(at / self._settings["total"])
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     target = tmp_path_factory.mktemp("gptq") / "model"
-    return target, run(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating, "Bar", Seen)
+        return target, run(target)
+
+
+def test_the_bar_moves_within_layers(written: tuple[Path, list[str]]) -> None:
+    """While texts are read and while matrices are rounded, for each expert."""
+    assert len(Seen.places) > 40 and min(Seen.places) == 0 and max(Seen.places) == 1
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -301,6 +302,23 @@ def test_bytes_are_limited(tmp_path: Path) -> None:
         assert load_image(source).size
         with pytest.raises(ImageError, match=r"larger than 2 MiB.*max_bytes"):
             load_image(source, limits)
+
+
+@pytest.mark.parametrize("begin", ["data:image/png;base64,", "", "data:", "data:image/png;base64,%2B"])
+@pytest.mark.parametrize("files", [True, False])
+def test_a_text_that_is_too_long_is_not_copied(begin: str, files: bool) -> None:
+    """A data URL of a small picture is read; one of 8 MiB is refused before it takes another 1."""
+    limits = dataclasses.replace(LIMITS, max_bytes=2**20, files=files)
+    small = "data:image/png;base64," + base64.b64encode(encoded(scene(), "PNG")).decode()
+    assert load_image(small, limits).size == load_image(small.replace("+", "%2B"), limits).size == scene().size
+    text = begin + "A" * 2**23
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match=r"larger than 1 MiB.*max_bytes"):
+            load_image(text, limits)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "YCbCr", "HSV"])

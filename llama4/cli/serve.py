@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO if options.verbose else logging.WARNING)
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
         raise ArgumentError("--ssl-certfile and --ssl-keyfile belong together; give both or none")
+    for name, value in (("--queue", options.queue), ("--max-batch", options.max_batch)):
+        if value < 1:
+            raise ArgumentError(f"{name} is {value}; it must be at least 1")
     if options.api_key == "":
         raise ArgumentError("--api-key is empty, so anybody could ask; give a key, or leave the option out")
     if options.media_directory is not None and not options.media_directory.is_dir():

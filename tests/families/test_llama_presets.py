@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from llama4 import Llama4
 from llama4.analysis import costs
 from llama4.cli.main import main
 from llama4.families import PRESETS, family_of
 from llama4.families.llama import read_config
 from llama4.families.llama_presets import PRESETS as DENSE
+from llama4.weights.convert import quantize
 
 PUBLISHED = {
     **{"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192},
@@ -56,3 +62,32 @@ def test_four_bits_beside_what_is_published(name: str, published: float) -> None
     found = sum(costs.parameter_bytes(text, costs.quantization_plan(text, "int4")).values())
     assert found == layers // 2 + layers // 128 * 2 + 2 * ends
     assert 1.2e9 < published * 1e9 - found < 1.8e9
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
+def test_four_bits_on_disk(name: str, tmp_path: Path) -> None:
+    """The same formula, to the byte, of files that `quantize` writes: of these models an eighth as wide, two layers
+    deep."""
+    whole = PRESETS[name]()
+    text = dataclasses.replace(
+        whole.text,
+        hidden_size=whole.text.hidden_size // 8,
+        intermediate_size=whole.text.intermediate_size // 8 // 128 * 128,
+        num_attention_heads=whole.text.num_attention_heads // 8,
+        num_key_value_heads=whole.text.num_key_value_heads // 8,
+        num_hidden_layers=2,
+        vocab_size=512,
+        moe_layers=(),
+        no_rope_layers=whole.text.no_rope_layers[:2],
+        layer_types=whole.text.layer_types[:2],
+    )
+    config = dataclasses.replace(whole, text=text)
+    model = family_of(config).build(config).to(torch.bfloat16)
+    Llama4(model, None).save_pretrained(tmp_path / "bf16")
+    quantize(tmp_path / "bf16", tmp_path / "int4", "int4", progress=False)
+    tensors = load_file(tmp_path / "int4" / "model.safetensors")
+    found = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith("weight_shape"))
+    ends = 2 * text.vocab_size * text.hidden_size + (2 * text.num_hidden_layers + 1) * text.hidden_size
+    layers = config.num_parameters() - ends
+    assert found == layers // 2 + layers // 128 * 2 + 2 * ends
+    assert found == sum(costs.parameter_bytes(text, costs.quantization_plan(text, "int4")).values())

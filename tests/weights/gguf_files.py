@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama4.config import Llama4Config
+from llama4.gguf import GgufFile
 from llama4.model.multimodal import Llama4Model
 from llama4.text.vocabulary import special_token_names
 from tests import small_model
@@ -208,6 +209,22 @@ def small_mmproj(path: Path) -> Path:
     tensors = tensors_of(small_model.model())
     vision = {name: tensor for name, tensor in tensors.items() if name.startswith(("v.", "mm."))}
     return write(path, vision_metadata(small_model.config()), vision)
+
+
+def split(whole: Path, directory: Path) -> list[Path]:
+    """A file as three, the first with the metadata alone, as llama-gguf-split writes them."""
+    file, data = GgufFile.read(whole), whole.read_bytes()
+    stored = {
+        name: (tensor.type.name, tensor.shape, data[tensor.offset : tensor.offset + tensor.nbytes])
+        for name, tensor in file.tensors.items()
+    }
+    names, paths = list(stored), list[Path]()
+    for i, some in enumerate(([], names[:20], names[20:])):
+        metadata = {key: value for key, value in file.metadata.items() if i == 0}
+        metadata |= {"split.no": i, "split.count": 3, "split.tensors.count": len(names)}
+        path = directory / f"small-{i + 1:05d}-of-00003.gguf"
+        paths.append(write(path, metadata, {name: stored[name] for name in some}))
+    return paths
 
 
 DIVISORS = [1.0, 16.0, 16.0, 16.0, 16.0, 16.0]

@@ -78,8 +78,8 @@ def test_four_bits_on_disk(name: str, tmp_path: Path) -> None:
         num_hidden_layers=2,
         vocab_size=512,
         moe_layers=(),
-        no_rope_layers=whole.text.no_rope_layers[:2],
-        layer_types=whole.text.layer_types[:2],
+        no_rope_layers=(whole.text.no_rope_layers or ())[:2],
+        layer_types=(whole.text.layer_types or ())[:2],
     )
     config = dataclasses.replace(whole, text=text)
     model = family_of(config).build(config).to(torch.bfloat16)

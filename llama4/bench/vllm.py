@@ -22,7 +22,7 @@ from llama4.bench.engine import EngineConfig
 from llama4.bench.process_memory import peak_bytes_of
 from llama4.bench.tasks import Task
 from llama4.errors import Llama4Error
-from llama4.weights.checkpoint import WRITTEN, open_checkpoint, read_side_files
+from llama4.weights.checkpoint import WRITTEN, layout_of, open_checkpoint, read_side_files
 from llama4.weights.layout import WriteOptions
 from llama4.weights.source import without
 
@@ -60,16 +60,18 @@ def version(python: str) -> str:
 
 
 def prepare(directory: Path, compute: str, scheme: str | None, scratch: Path) -> tuple[str, Path] | None:
-    """A model's weights in words, and a directory with its decoder alone, which needs no torchvision; None for a
-    scheme: it quantizes no experts on a CPU.
+    """A model's weights in words, and a directory with its decoder alone, which needs no torchvision: the model's own,
+    or one in `scratch`. None for a scheme: it quantizes no experts on a CPU.
 
     Raises:
         Llama4Error: a checkpoint that cannot be read.
     """
     if scheme is not None:
         return None
+    config, weights = open_checkpoint(directory)
+    if config.vision is None and layout_of(directory).name == "hf":
+        return compute, directory
     if not (path := scratch / "decoder").exists():
-        config, weights = open_checkpoint(directory)
         decoder = without(weights, lambda name: not name.startswith("language_model."), "vLLM reads text alone")
         path.mkdir()
         options = WriteOptions(read_side_files(directory), path.name, progress=False)

@@ -22,11 +22,14 @@ needs_kernels = pytest.mark.skipif(loader.library() is None, reason="the kernels
 on_x86 = pytest.mark.skipif(build.machine() != "x86_64", reason="the levels of x86-64")
 
 
-@pytest.mark.skipif(build.compiler() is None or not build.runs(build.cpu_features()), reason="needs a C++ compiler")
+@pytest.mark.skipif(not build.runs(build.cpu_features()), reason="this CPU runs no level")
 @pytest.mark.skipif(OFF, reason="switched off")
 def test_they_are_built_where_there_is_a_compiler() -> None:
-    """Otherwise all tests that need them would be left out, and none would fail."""
+    """Otherwise all tests that need them would be left out, and none would fail. The compiler may have been there only
+    for the installation."""
     found = loader.found()
+    if build.compiler() is None and not found.built:
+        pytest.skip("nothing was built: there is no C++ compiler")
     assert found.library is not None, f"{found.why}"
     if not os.environ.get(loader.LEVEL):
         assert found.level == [level for level in build.runs(build.cpu_features()) if level in found.built][-1]

@@ -193,6 +193,14 @@ def test_a_picture_with_blanks_in_its_name_is_seen_saved_and_loaded(talk: Talk, 
     assert (err, out.splitlines()[1:]) == ("", ["Blue.", "Took back your last message and its reply.", "Red."])
 
 
+def test_the_model_is_named_with_or_without_the_option(fake: Fake, talk: Talk) -> None:
+    assert talk("", "nowhere.gguf") == talk("", "--model", "nowhere.gguf")
+    assert talk("", "nowhere.gguf")[2].startswith("llama4: error: 'nowhere.gguf' is no model")
+    assert "is named twice, 'a' and --model 'b'" in talk("", "a", "--model", "b")[2]
+    fake.replies = [["Yes."]]
+    assert talk("Well?\n", "mine", "--server", fake.url)[0] == 0 and fake.bodies[0]["model"] == "mine"
+
+
 def test_a_server_of_ours_answers_as_the_model_does(talk: Talk) -> None:
     pytest.importorskip("starlette")
     pytest.importorskip("httpx")

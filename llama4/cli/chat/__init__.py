@@ -29,6 +29,7 @@ def add_parser(commands: Any) -> None:
         "chat", help="talk in the terminal", description="Talk in the terminal. " + help_text()
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("path", metavar="MODEL", nargs="?", help="as --model")
     add_chat_options(parser)
     terminal = parser.add_argument_group("terminal")
     terminal.add_argument(
@@ -68,6 +69,9 @@ def run(options: argparse.Namespace) -> int:
 def _answerer(options: argparse.Namespace) -> Answerer:
     from llama4.cli.chat.answers import Local, Remote
 
+    if options.path is not None and options.model is not None:
+        raise ArgumentError(f"the model is named twice, {options.path!r} and --model {options.model!r}; leave out one")
+    options.model = options.path or options.model
     if options.server is None:
         if options.api_key is not None:
             raise ArgumentError("--api-key is for --server; a model here needs none")

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from llama4.serve.app import Server, Settings
         from llama4.serve.engine import Engine
-        from llama4.serve.run import Address
+        from llama4.serve.run import Address, listening_at
         from llama4.serve.run import run as serve
     except ModuleNotFoundError as error:
         if str(error.name).startswith("llama4"):
@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
         has_page=options.page,
         store=options.store,
     )
-    engine = Engine(load_model(options), options.cache_memory, options.max_batch, options.queue)
-    serve(Server(engine, settings), Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile))
+    address = Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile)
+    with listening_at(address) as listening:
+        server = Server(Engine(load_model(options), options.cache_memory, options.max_batch, options.queue), settings)
+    serve(server, address, listening)
     return 0

@@ -11,6 +11,8 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,7 @@ import uvicorn
 
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.serve.app import Server
+from llama4.serve.starting import starting
 from llama4.units import bytes_text
 
 logger = logging.getLogger(__name__)
@@ -40,15 +43,23 @@ class Address:
     key: Path | None = None
 
 
-def run(server: Server, address: Address) -> None:
-    """Serve until SIGTERM or Ctrl-C; what is being answered then has 30 seconds to end. A second one ends the process.
+@contextmanager
+def listening_at(address: Address) -> Iterator[socket.socket]:
+    """The socket of an address; within this, who asks there learns that the model is being loaded.
 
     Raises:
         ArgumentError: the address cannot be had.
         Llama4Error: the certificate or its key cannot be read.
     """
-    _check_certificate(address)
+    tls = _certificate(address)
     listening = _listen(address)
+    with starting(listening, tls):
+        yield listening
+
+
+def run(server: Server, address: Address, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; what is being answered then has 30 seconds to end. A second one ends the process
+    at once."""
     _allow_many_connections()
     runner = _Runner(server, address)
 
@@ -128,12 +139,14 @@ def _listen(address: Address) -> socket.socket:
         ) from error
 
 
-def _check_certificate(address: Address) -> None:
+def _certificate(address: Address) -> ssl.SSLContext | None:
     """As uvicorn will read it."""
     if address.certificate is None:
-        return
+        return None
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(address.certificate, address.key)
+        tls.load_cert_chain(address.certificate, address.key)
+        return tls
     except OSError as error:
         raise Llama4Error(
             f"{address.certificate} and {address.key} are no certificate and its key ({error.strerror or error}); "

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from llama4 import Engine, Llama4  # noqa: E402
@@ -30,7 +30,7 @@ from llama4.errors import ArgumentError  # noqa: E402
 from llama4.serve import http  # noqa: E402
 from llama4.serve import run as running_module  # noqa: E402
 from llama4.serve.app import Server, Settings  # noqa: E402
-from llama4.serve.run import MAX_HEADERS, Address, run  # noqa: E402
+from llama4.serve.run import MAX_HEADERS, Address, http_config, listening_at, run  # noqa: E402
 from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 
 CHAT = "/v1/chat/completions"
@@ -66,13 +66,42 @@ def test_an_open_address_without_a_key_is_warned_of(
 
     monkeypatch.setattr(running_module._Runner, "run", run_nothing)
     try:
-        run(Server(Engine(llm), Settings("tiny", api_key=key)), Address(host, 0))
+        address = Address(host, 0)
+        with listening_at(address) as listening:
+            server = Server(Engine(llm), Settings("tiny", api_key=key))
+        run(server, address, listening)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert listened == ["127.0.0.1" if host == "localhost" else host]
     assert ("anybody who reaches" in caplog.text) == warns
     assert "secret" not in caplog.text
+
+
+def test_who_asks_while_the_model_is_loaded_is_told_so(llm: Llama4) -> None:
+    """By 503, though another says nothing; then the same socket serves. After an error it is closed."""
+    address = Address(port=0)
+    with listening_at(address) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        silent = socket.create_connection(listening.getsockname())
+        for answer in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/chat/completions", content=b"x" * 10**5)):
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert "being loaded" in answer.json()["error"]["message"]
+        silent.close()
+    engine = Engine(llm)
+    config = http_config(Server(engine, Settings("tiny")), address)
+    serving = uvicorn.Server(config)
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    finally:
+        serving.should_exit = True
+        thread.join()
+        engine.close()
+    with pytest.raises(ZeroDivisionError), listening_at(address) as closed:
+        raise ZeroDivisionError
+    assert closed.fileno() == -1
 
 
 def test_the_command_listens_at_loopback() -> None:

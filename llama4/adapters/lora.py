@@ -68,13 +68,13 @@ class Lora(nn.Module):
     def added(self, x: Tensor) -> Tensor:
         """What is added to the output for x [..., I], in float32 or better."""
         x = F.dropout(x, self.dropout, self.training).to(torch.promote_types(x.dtype, self.a.dtype))
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
 
     def added_by_expert(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """The same of experts, for rows sorted by expert: one product for the A of all, and one for the B."""
         x_RI = x_RI.to(torch.promote_types(x_RI.dtype, self.a.dtype))
-        x_Rr = grouped_product(x_RI, num_tokens_per_expert_E, self.a.to(x_RI.dtype).mT)
-        return grouped_product(x_Rr, num_tokens_per_expert_E, self.b.to(x_RI.dtype).mT) * self.scale
+        x_Rr = grouped_product(x_RI, num_tokens_per_expert_E, self.a.to(x_RI.dtype).mT) * self.scale
+        return grouped_product(x_Rr, num_tokens_per_expert_E, self.b.to(x_RI.dtype).mT)
 
     def delta(self, expert: int | None = None) -> Tensor:
         """What is added to the matrix [O, I], or to that of an expert, in float32 or better."""

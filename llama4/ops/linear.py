@@ -3,8 +3,9 @@
 On a CPU matrices go through the compiled kernels; with more than a few rows, if their outputs fill whole strips. With
 hundreds of rows these are as fast as oneDNN, with tens of them up to 1.5 times slower (out x in) or 2 times faster (in
 x out); and they leave no threads of OpenMP behind, which spin on cores that the next kernel wants.
-Other matrices in float32 go through oneDNN. Everything else (smaller matrices, other devices and dtypes, gradients,
-torch.compile) is torch's own product.
+Other matrices in float32 go through oneDNN. In training, so do both products with a matrix that is not trained itself,
+as an adapter's base is: rows and gradients, in float32. Everything else (smaller matrices, other devices and dtypes,
+matrices that are trained, torch.compile) is torch's own product.
 
 Shapes: N rows, I inputs, O outputs, E experts.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from llama4.kernels import abi, cpu
 from llama4.kernels.abi import Matrix, MatrixLayout
 from llama4.ops import cpu_kernels
+from llama4.ops.frozen import frozen_product
 
 
 class Linear(nn.Linear):
@@ -31,6 +33,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """x W^T + bias, [..., I] -> [..., O]."""
     if bias_O is not None or x.ndim != 2:
         return F.linear(x, weight_OI, bias_O)
+    if is_frozen(x, weight_OI):
+        return _frozen_product(x, weight_OI)
     if _takes_rows(x, outputs=len(weight_OI)) and not unsupported_reason(x, weight_OI):
         return cpu.linear(x, weight_OI)
     if not onednn_unsupported_reason(x, weight_OI):
@@ -40,6 +44,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O], for matrices that are stored in x out, as experts are."""
+    if is_frozen(x_NI, weight_IO):
+        return _frozen_product(x_NI, weight_IO.mT)
     if _takes_rows(x_NI, outputs=weight_IO.shape[1]) and not unsupported_reason(x_NI, weight_IO):
         return cpu.linear_in_out(x_NI, weight_IO)
     if not onednn_unsupported_reason(x_NI, weight_IO):
@@ -110,6 +116,19 @@ def in_out_matrix(weight_EIO: Tensor, dtype: torch.dtype) -> Matrix | None:
 def onednn_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:
     """Why a product is not for oneDNN; None if it is. torch sends float32 to MKL unless a global switch says
     otherwise; oneDNN is a fifth faster with many rows and twice as fast with tens of them, at the same precision."""
+    if torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad):
+        return "a tensor needs a gradient"
+    return _onednn_product_unsupported_reason(x_NI, weight)
+
+
+def is_frozen(x_NI: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes the product and the gradient of the rows, since the matrix needs none."""
+    if not (torch.is_grad_enabled() and x_NI.requires_grad) or weight.requires_grad:
+        return False
+    return _onednn_product_unsupported_reason(x_NI, weight) is None
+
+
+def _onednn_product_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:
     if not x_NI.dtype == weight.dtype == torch.float32:
         return "only float32 is slower elsewhere"
     if not (x_NI.is_cpu and torch.backends.mkldnn.is_available()):
@@ -118,11 +137,17 @@ def onednn_unsupported_reason(x_NI: Tensor, weight: Tensor) -> str | None:
         return "the product is too small for it to pay"
     if torch.compiler.is_compiling():
         return "torch.compile traces this call"
-    if torch.is_grad_enabled() and (x_NI.requires_grad or weight.requires_grad):
-        return "a tensor needs a gradient"
     return None
 
 
 def _onednn(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, None, "none", [], "")
     return out
+
+
+def _frozen_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    return frozen_product(
+        x_NI,
+        lambda x_NI: _onednn(x_NI.contiguous(), weight_OI),
+        lambda dy_NO: _frozen_product(dy_NO, weight_OI.mT),
+    )

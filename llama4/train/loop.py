@@ -36,6 +36,7 @@ from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
 from llama4.train.stopping import stoppable
 from llama4.train.teacher import load_teacher
+from llama4.weights.memory import return_freed
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def finetune(
         (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
     run = Run(model, data, eval, options, progress)
-    with torch.random.fork_rng(), run.attached(), stoppable() as stop:
+    with torch.random.fork_rng(), run.attached(), return_freed(), stoppable() as stop:
         check_memory(
             estimate(run.llm.model, run.trained, run.longest_batch, options.optimizer_states), run.llm.model.device
         )

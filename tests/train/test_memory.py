@@ -1,0 +1,83 @@
+"""The memory that a run takes, as the system counts it, against what was said before it started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama4.adapters.config import LoraConfig
+from llama4.api import Llama4
+from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
+from llama4.model.multimodal import Llama4Model
+from llama4.quantization.int4 import Int4
+from llama4.quantization.modules import QuantizedExperts
+from llama4.quantization.nf4 import Nf4
+from llama4.quantization.weight import QuantizedWeight
+from llama4.text.tokenizer import Tokenizer
+from llama4.train import finetune, loop
+from llama4.train.memory import Estimate
+from tests import small_model
+from tests.train.test_data import write
+
+D, F, E = 512, 1024, 4
+
+
+def packed(shape: tuple[int, ...], kind: str) -> QuantizedWeight:
+    """With random numbers."""
+    if kind == "int4":
+        return QuantizedWeight.of(torch.randn(shape) * shape[-1] ** -0.5, Int4())
+    *experts, outputs, inputs = shape
+    weight = QuantizedWeight(Nf4(stored=(*experts, inputs, outputs) if experts else shape), shape)
+    for name, parameter in weight.named_parameters():
+        parts = {"weight": lambda p: p.random_(256), "absmax": lambda p: p.fill_(inputs**-0.5)}
+        parts.get(name, lambda p: p.copy_(torch.linspace(-1, 1, len(p))))(parameter.data)  # type: ignore[no-untyped-call]
+    return weight
+
+
+def model(kind: str) -> Llama4Model:
+    config = small_model.config()
+    text = replace(config.text, hidden_size=D, intermediate_size=F, num_local_experts=E)
+    text = replace(text, num_attention_heads=8, head_dim=64)
+    built = Llama4Model(replace(config, text=text, vision=None)).eval()
+    built.init_weights()
+    for layer in small_model.layers(built):
+        experts, feed_forward = QuantizedExperts(), layer.feed_forward
+        experts.gate_up_proj, experts.down_proj = packed((E, 2 * F, D), kind), packed((E, D, F), kind)
+        feed_forward.experts = experts
+        for module in (layer.self_attn, feed_forward.shared_expert):
+            for name, linear in list(module.named_children()):
+                setattr(module, name, packed(tuple(linear.weight.shape), kind))
+    return built
+
+
+def measure(kind: str, directory: Path) -> dict[str, int]:
+    """What was said and what it was, in bytes beyond the loaded model."""
+    torch.set_num_threads(1)
+    llm = Llama4(model(kind), Tokenizer(small_model.write_tokenizer(directory / "tokenizer.model")), progress=False)
+    data = write(directory / "data.jsonl", *({"text": "the quick brown fox " * 20} for _ in range(6)))
+    said, base = [0], [0]
+
+    def watched(needed: Estimate, device: torch.device) -> None:
+        said[0], base[0] = needed.total, resident_bytes()
+        reset_peak()
+
+    loop.check_memory = watched  # type: ignore[assignment]
+    settings: dict[str, Any] = {"lora": LoraConfig(rank=4), "steps": 2, "batch_tokens": 1 << 20, "progress": False}
+    finetune(llm, data, directory / "adapter", **settings)
+    return {"said": said[0], "was": peak_bytes() - base[0]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a part of a process is Linux's")
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_a_run_takes_what_was_said(kind: str, tmp_path: Path) -> None:
+    script = f"from tests.train.test_memory import *; print(json.dumps(measure({kind!r}, Path({str(tmp_path)!r}))))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["was"] == pytest.approx(found["said"], rel=0.1), found

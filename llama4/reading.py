@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from llama4.errors import CheckpointError, ConfigError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Error
 from llama4.units import bytes_text
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -35,6 +35,8 @@ LIMITS = {
     **dict.fromkeys(("max_tiles", "max_patches"), 1024),
 }
 """Of some, by name: what is built or looked at one by one."""
+MAX_TEXT_BYTES = 1 << 30
+"""Of a text that a user names: for calibration, or to be judged or measured."""
 MAX_PARAMETERS = 10**15
 """Of a model: Behemoth has 2 * 10^12."""
 MAX_GGUF_HEADER_BYTES = 32 << 20
@@ -62,6 +64,21 @@ def read_bytes(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
     with os.fdopen(_open(path), "rb") as file:
         check_size(path, os.fstat(file.fileno()).st_size, limit)
         return file.read(limit + 1)
+
+
+def read_text(path: str | Path) -> str:
+    """A text that a user names.
+
+    Raises:
+        ArgumentError: a file that is not there, or is no text.
+        Llama4Error: no regular file.
+    """
+    try:
+        return read_bytes(Path(path), MAX_TEXT_BYTES).decode()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is no text in UTF-8 ({error}); give one that is") from None
 
 
 def check_size(name: object, size: int, limit: int) -> None:

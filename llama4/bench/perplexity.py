@@ -30,6 +30,7 @@ from llama4.errors import ArgumentError, Llama4Error
 from llama4.ops.linear import Linear
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
+from llama4.reading import read_text
 from llama4.weights.checkpoint import read_config
 from llama4.weights.gguf.files import is_gguf
 
@@ -129,7 +130,7 @@ def _llama_cpp(programs: str, path: Path, text: Path, length: int, windows: int)
 def measure(path: Path, text: Path, length: int, most: int | None, *, transformers: bool, programs: str | None) -> Row:
     """One model, in float32 but for what is quantized; `programs` is the directory with llama.cpp's."""
     llm = Llama4.from_pretrained(path, dtype="float32", progress=False)
-    windows = windows_of(llm, text.read_text(encoding="utf-8"), length, most)
+    windows = windows_of(llm, read_text(text), length, most)
     ours = perplexity(llm.model, windows, progress=True)
     bits, tokens = (
         bits_per_weight(llm.model.language_model),

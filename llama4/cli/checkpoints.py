@@ -10,10 +10,8 @@ from typing import Any
 
 from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import CALIBRATED, SCHEMES
+from llama4.reading import read_text
 from llama4.units import bytes_text
-
-MAX_TEXT_BYTES = 1 << 30
-"""Of a file with texts for calibration."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -108,21 +106,6 @@ def write_merged(source: Path, adapter: str | Path, target: str) -> None:
     llm._save(target, must_be_free=True)
 
 
-def _read_text(path: str) -> str:
-    """Raises:
-    ArgumentError: a file that is not there, or is no text.
-    """
-    from llama4.errors import ArgumentError
-    from llama4.reading import read_bytes
-
-    try:
-        return read_bytes(Path(path), MAX_TEXT_BYTES).decode()
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{path} is no text in UTF-8 ({error}); give one that is") from None
-
-
 def run_quantize(options: argparse.Namespace) -> int:
     from llama4.weights import hub
     from llama4.weights.convert import quantize
@@ -135,7 +118,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     if options.calibration is None:
         texts, (source, shards) = None, hub.locate(options.source, **place)
     else:
-        texts, source, shards = _read_text(options.calibration), hub.resolve(options.source, **place), None
+        texts, source, shards = read_text(options.calibration), hub.resolve(options.source, **place), None
     quantize(
         source,
         options.target,

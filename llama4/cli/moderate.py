@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.cli.generate import read_stdin
 from llama4.cli.options import add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
-from llama4.reading import read_json
+from llama4.reading import read_json, read_text
 
 if TYPE_CHECKING:
     from llama4.text.guard import Moderation
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.file is None and options.text is None:
         options.parser.error(f"MODEL comes first, then TEXT or --file FILE; {options.model!r:.80} was taken as MODEL")
     if options.file is not None:
-        text = options.file.read_text(encoding="utf-8")
+        text = read_text(options.file)
     else:
         text = read_stdin() if options.text == "-" else options.text
     found = _asked(options, text)

@@ -35,6 +35,7 @@ TESTS = {
     "saved prompt caches": "engine/test_prefix_cache.py",
     "arguments of C++": "kernels/test_abi.py",
     "panics of tokenizers": "faults/test_panics.py",
+    "stored responses": "serve/test_store.py",
     "two writers, leftovers": "weights/test_directory.py",
     "forks": "test_forks.py",
     "waiting": "test_progress.py",

@@ -11,6 +11,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.serve.app import Server, Settings
 from llama4.serve.engine import Engine
+from llama4.serve.errors import RequestError
+from llama4.serve.store import Store, Stored
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA3
 from llama4.train.data import Batches, load_dataset
@@ -38,6 +41,7 @@ from llama4.train.teacher import SavedTeacher, save_teacher
 from llama4.vision.images import load_image
 from llama4.weights.convert import convert, quantize
 from tests import small_model
+from tests.families import mllama_models
 from tests.faults import changes
 from tests.quantization.test_gptq import Writer, write
 from tests.weights import gguf_files
@@ -156,7 +160,8 @@ def kinds(root: Path) -> Iterator[Kind]:
     yield from quantized(root / "source", root)
     yield from adapters(llm, root)
     yield from training(llm, root)
-    yield from pieces(root)
+    yield from pictures_between(root)
+    yield from responses(root)
 
 
 def requests(llm: Llama4, directory: Path) -> Iterator[Kind]:
@@ -195,10 +200,16 @@ def requests(llm: Llama4, directory: Path) -> Iterator[Kind]:
 
 
 def dense(root: Path) -> Iterator[Kind]:
-    """Meta's files of Llama 3."""
-    directory, D, F = root / "llama3", 48, 128
+    """Meta's files of Llama 3, and of Llama 2."""
+    yield from _dense(root / "llama3", small_model.RANKS + LLAMA3.num_special_tokens)
+    (kind,) = pieces(root)
+    yield kind
+    yield from _dense(root / "llama2", 300, kind.directory / kind.file)
+
+
+def _dense(directory: Path, size: int, pieces: Path | None = None) -> Iterator[Kind]:
+    D, F = 48, 128
     directory.mkdir()
-    size = small_model.RANKS + LLAMA3.num_special_tokens
     params: dict[str, float | bool] = {
         "dim": D,
         "n_layers": 1,
@@ -208,6 +219,8 @@ def dense(root: Path) -> Iterator[Kind]:
         "multiple_of": 32,
     }
     params |= {"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
+    if pieces is not None:
+        params = {name: value for name, value in params.items() if "rope" not in name}
     (directory / "params.json").write_text(json.dumps(params))
     shapes = {"attention.wq": (D, D), "attention.wk": (D // 2, D), "attention.wv": (D // 2, D), "attention.wo": (D, D)}
     shapes |= {"feed_forward.w1": (F, D), "feed_forward.w2": (D, F), "feed_forward.w3": (F, D)}
@@ -215,9 +228,45 @@ def dense(root: Path) -> Iterator[Kind]:
     names |= {f"layers.0.{name}.weight": torch.ones(D) for name in ("attention_norm", "ffn_norm")}
     names |= {"norm.weight": torch.ones(D)} | {f"{n}.weight": torch.ones(size, D) for n in ("tok_embeddings", "output")}
     torch.save(names, directory / "consolidated.00.pth")
-    small_model.write_tokenizer(directory / "tokenizer.model")
+    if pieces is None:
+        small_model.write_tokenizer(directory / "tokenizer.model")
+    else:
+        shutil.copy(pieces, directory / "tokenizer.model")
+    family = "Llama 3" if pieces is None else "Llama 2"
     for file, change in (("params.json", changes.of_json), ("consolidated.00.pth", changes.of_bytes)):
-        yield Kind(f"Llama 3, {file}", directory, file, complete, change)
+        yield Kind(f"{family}, {file}", directory, file, complete, change)
+
+
+def pictures_between(root: Path) -> Iterator[Kind]:
+    """A model whose layers of cross-attention see pictures."""
+    directory = root / "mllama"
+    mllama_models.write(directory)
+    for name in ("config", "preprocessor_config"):
+        yield Kind(f"mllama, {name}.json", directory, f"{name}.json", complete)
+
+
+def responses(root: Path) -> Iterator[Kind]:
+    """What a server has stored."""
+    directory = root / "store"
+    directory.mkdir()
+    stored = [Stored({"id": f"r{i}", "status": "completed", "text": "x" * 900}, [{"a": i}]) for i in range(20)]
+    with closing(Store(directory / "store")) as store:
+        for each in stored:
+            store.put(each)
+
+    def use(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, suppress(RequestError):  # the file is a link
+            store = Store(Path(shutil.copy(path / "store", folder)))
+            try:
+                for each in stored:
+                    found = store.get(each.response["id"])
+                    assert found is None or found.response["id"] == each.response["id"]
+                store.put(stored[0])
+                store.delete(stored[1].response["id"])
+            finally:
+                store.close()
+
+    yield Kind("store of responses", directory, "store", use, changes.of_bytes)
 
 
 def _data_url(picture: Image.Image) -> str:

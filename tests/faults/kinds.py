@@ -380,7 +380,7 @@ def training(llm: Llama4, root: Path) -> Iterator[Kind]:
             finetune(llm, data, output, resume=True, progress=False, steps=2, lora=LoraConfig(rank=1))
 
     run = Run(llm, data, None, options, progress=False)
-    about = {"data": run.data.digest, "settings": options.describe(), "steps": 2, "step": 1, "best": None}
+    about = {"data": run.data.digest, "settings": run.options.describe(), "steps": 2, "step": 1, "best": None}
     save_state(directory, AdamW(run.trained), about)
     Metrics(directory).add(step=1, loss=1.0, tokens=3)
     yield Kind("training.state", directory, STATE_FILE, resume, changes.of_safetensors)

@@ -103,7 +103,7 @@ class Dataset:
         rejected: of preferences, the same with the worse reply, one for each example.
         cut: examples that were cut to the length, and how many tokens went.
         dropped: lines of which nothing that is learnt was left.
-        digest: SHA-256 of the file.
+        digest: SHA-256 of the file, or of the records where there is no file.
     """
 
     path: str
@@ -191,12 +191,20 @@ def load_dataset(
     if not dataset.examples:
         why = f"nothing is learnt of its {len(records)} lines within {max_length} tokens" if records else "it is empty"
         raise DataError(f"{path} holds nothing to learn from: {why}")
+    dataset.digest = _digest(path, records)
+    return dataset
+
+
+def _digest(path: Path, records: Sequence[Record]) -> str:
+    """SHA-256 of a file; of what has none, of what was read."""
+    digest = hashlib.sha256()
+    if not path.is_file():
+        digest.update(repr(records).encode())
+        return digest.hexdigest()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while piece := file.read(PIECE):
             digest.update(piece)
-    dataset.digest = digest.hexdigest()
-    return dataset
+    return digest.hexdigest()
 
 
 def example(record: Record, processor: Processor, *, learn: str, ghost_attention: bool = False) -> Example:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from llama4.reading import MAX_JSON_DEPTH, MAX_JSON_MEMORY, MAX_TEXT_RATIO, chec
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tool_calls import check_tools, short
 
+PARQUET, HUB_ID = ".parquet", re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*?(:[\w.]+)?(?<!\.jsonl)(?<!\.json)(?<!\.gz)")
 MAX_LINE = 64 << 20
 """Bytes of a line, pictures in it included."""
 
@@ -55,7 +57,8 @@ class Record:
 
 
 def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
-    """The lines of a file of JSON objects, `.jsonl` or `.jsonl.gz`; empty ones are left out.
+    """The lines of a file of JSON objects, `.jsonl` or `.jsonl.gz`, without empty ones; or the rows of a `.parquet`
+    file or of a data set on the Hub, `owner/name` or `owner/name:split`, if the package `datasets` is installed.
 
     Args:
         bar: is moved by the bytes of the file.
@@ -64,13 +67,52 @@ def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
         DataError: no such file, or the first line that is wrong, by number.
     """
     path = user_path(path)
-    for number, line in _lines(path, bar):
+    for number, line in _rows(path) if is_table(path) else _lines(path, bar):
         if not line.strip():
             continue
         try:
             yield _record(number, line, path.parent)
         except Llama4Error as error:
             raise DataError(f"{path}, line {number}: {error}") from None
+
+
+def is_table(path: Path) -> bool:
+    """Whether the package `datasets` reads it: a parquet file, or the id of a data set on the Hub."""
+    return path.suffix == PARQUET or (not path.exists() and HUB_ID.fullmatch(str(path)) is not None)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The rows of a table as lines of JSON; columns without a value are left out, as tables have all columns.
+
+    Raises:
+        DataError: `datasets` is not installed, or cannot read it.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{path} is read by the package datasets, which is not here: pip install datasets") from None
+    name, _, split = str(path).partition(":")
+    try:
+        if path.suffix == PARQUET:
+            check_regular(path)
+            table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        else:
+            table = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # of many packages
+        raise DataError(f"{path} cannot be read ({error}); give a file of JSON lines, or convert it") from None
+    for number, row in enumerate(table, 1):
+        content = {key: _json_value(value) for key, value in row.items() if value is not None}
+        try:
+            yield number, json.dumps(content, ensure_ascii=False).encode("utf-8", errors="replace")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: {error}; its columns must be texts, numbers and lists") from None
+
+
+def _json_value(value: Any) -> Any:
+    """Without the fields that only other rows have: a table gives each of its structures all of them."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(each) for key, each in value.items() if each is not None}
+    return [_json_value(each) for each in value] if isinstance(value, list) else value
 
 
 def _lines(path: Path, bar: Bar | None) -> Iterator[tuple[int, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,34 @@ def test_compressed_files_and_empty_lines(processor: Processor, tmp_path: Path) 
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(text)
     assert [example.line for example in load(tmp_path / "x.jsonl.gz", processor).examples] == [1, 4]
+
+
+def test_tables_are_read_by_datasets(processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parquet file gives what its rows give as JSON lines; a name on the Hub is asked for there."""
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    lines = [{"messages": [USER, REPLY]}, {"messages": [{"role": "system", "content": "Be brief."}, USER, REPLY]}]
+    table = datasets.Dataset.from_list(lines)
+    table.to_parquet(str(tmp_path / "x.parquet"))
+    wanted = load(write(tmp_path / "x.jsonl", *lines), processor)
+    found = load(tmp_path / "x.parquet", processor)
+    assert found.examples == wanted.examples and found.digest != wanted.digest
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("someone/chats", "test"): table}[name, split])
+    monkeypatch.chdir(tmp_path)
+    of_hub = load(Path("someone/chats:test"), processor)
+    assert of_hub.examples == wanted.examples and len(of_hub.digest) == 64
+    with pytest.raises(DataError, match=r"someone/others cannot be read .* give a file of JSON lines"):
+        load(Path("someone/others"), processor)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"bad\.parquet cannot be read"):
+        load(tmp_path / "bad.parquet", processor)
+
+
+def test_tables_without_datasets(processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="is read by the package datasets, which is not here: pip install datasets"):
+        load(tmp_path / "x.parquet", processor)
+    with pytest.raises(DataError, match="No such file"):
+        load(tmp_path / "no.jsonl", processor)
 
 
 def test_what_is_cut_is_counted(processor: Processor, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.options import Options, Prepared, Prompt, conversation
-from llama4.quantization.modules import swap_modules
-from llama4.quantization.schemes import CALIBRATED, SCHEMES
+from llama4.quantization.modules import choose_activations, swap_modules
+from llama4.quantization.schemes import ACTIVATIONS, CALIBRATED, SCHEMES
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
@@ -132,6 +132,7 @@ class Llama4:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
+        activations: str = "auto",
         experts: str = "auto",
         experts_device: str | torch.device | None = None,
         experts_memory: int | str | None = None,
@@ -158,6 +159,8 @@ class Llama4:
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantize the weights
                 while loading, one at a time. None takes them as they are, quantized or not.
+            activations: what blocks of GGUF are multiplied with on a CPU: "float"; "int8", rounded to int8 with a scale
+                for each 32, which is faster; "auto" rounds in bfloat16, where the weights are rounded much more.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -184,7 +187,7 @@ class Llama4:
             Llama4Error: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
                 that are at fault.
         """
-        _check_arguments(quantization, experts_device, experts_memory)
+        _check_arguments(quantization, activations, experts_device, experts_memory)
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
@@ -211,6 +214,7 @@ class Llama4:
             built = replace(config, dtype=str(compute).removeprefix("torch."))
             model = family.build(built, resolve_experts(experts, target, compute))
         swap_modules(model, source.plan)
+        choose_activations(model, activations, compute)
         load(
             model,
             source,
@@ -687,7 +691,10 @@ def _check_choice(sampler: Sampler, vocab_size: int, top_logprobs: int) -> None:
 
 
 def _check_arguments(
-    quantization: str | None, experts_device: str | torch.device | None, experts_memory: int | str | None
+    quantization: str | None,
+    activations: str,
+    experts_device: str | torch.device | None,
+    experts_memory: int | str | None,
 ) -> None:
     """What can be known to be wrong before anything is fetched."""
     if quantization in CALIBRATED:
@@ -697,6 +704,8 @@ def _check_arguments(
         )
     if quantization is not None and quantization not in SCHEMES:
         raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+    if activations not in ACTIVATIONS:
+        raise ArgumentError(f"activations={activations!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
     if experts_memory is not None and experts_device is None:
         raise ArgumentError(
             f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "

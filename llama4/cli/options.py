@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.interrupts import answered_soon
-from llama4.quantization.schemes import SCHEMES
+from llama4.quantization.schemes import ACTIVATIONS, SCHEMES
 from llama4.text.chat_formats import CHAT_FORMATS
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     **HUB,
     "dtype": {"default": "auto", "help": "bfloat16, float16, float32, float64 (default: auto)"},
     "quantization": {"metavar": "SCHEME", "help": f"while loading: {', '.join(SCHEMES)}"},
+    "activations": {
+        "default": "auto",
+        "choices": ACTIVATIONS,
+        "help": "what weights in GGUF are multiplied with on a CPU: float, or int8, which is faster (default: auto)",
+    },
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
     "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},
     "experts_device": {"metavar": "DEVICE", "help": "where the weights of experts stay: cpu saves GPU memory"},

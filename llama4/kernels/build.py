@@ -68,14 +68,18 @@ class Level(NamedTuple):
 
 _AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512vbmi"}
+_AVX512_VNNI = _AVX512 | {"avx512_vnni"}
+_AVX512_BF16 = _AVX512_VNNI | {"avx512_bf16", "avx512vbmi"}
 
 LEVELS: dict[str, dict[str, Level]] = {
     "x86_64": {
         "avx2": Level(("-march=x86-64-v3",), "x86_64_v3", _AVX2),
         "avx512": Level(("-march=x86-64-v4",), "x86_64_v4", _AVX512),
+        "avx512vnni": Level(("-march=x86-64-v4", "-mavx512vnni"), "x86_64_v4+avx512vnni", _AVX512_VNNI),
         "avx512bf16": Level(
-            ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"), "x86_64_v4+avx512bf16+avx512vbmi", _AVX512_BF16
+            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
+            "x86_64_v4+avx512vnni+avx512bf16+avx512vbmi",
+            _AVX512_BF16,
         ),
     },
     "aarch64": {"neon": Level((), "generic", frozenset({"asimd"}))},

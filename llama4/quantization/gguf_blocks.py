@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, Weigh
 
 @dataclass(frozen=True)
 class GgufBlocks(WeightFormat):
-    """Blocks of `block` weights in `nbytes` bytes; inputs are not rounded."""
+    """Blocks of `block` weights in `nbytes` bytes.
+
+    Attributes:
+        activations: "float", or "int8": the CPU kernels round inputs, with a scale for each 32.
+    """
 
     parts = ("weight",)
     has_rows = True
@@ -33,6 +37,15 @@ class GgufBlocks(WeightFormat):
     nbytes: ClassVar[int]
 
     group_size: int = 32
+    activations: str = "float"
+
+    @property
+    def kernel(self) -> str:
+        """Its name in the kernels."""
+        return self.kind if self.activations == "float" else f"{self.kind}_{self.activations}"
+
+    def with_int8_activations(self) -> Self:
+        return replace(self, activations="int8")
 
     def __str__(self) -> str:
         return f"{self.kind.upper()}, a scale per {self.group_size} weights"
@@ -49,7 +62,7 @@ class GgufBlocks(WeightFormat):
         return spec.nbytes // self.nbytes * self.block
 
     def stack(self, weight: QuantizedWeight) -> quantized.Parts | None:
-        return quantized.Parts(self.kind, weight.part(self.parts[0]), None, weight.shape[-1])
+        return quantized.Parts(self.kernel, weight.part(self.parts[0]), None, weight.shape[-1])
 
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         return self.decode(weight.part(self.parts[0], expert))
@@ -61,7 +74,7 @@ class GgufBlocks(WeightFormat):
             dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
             return in_blocks(lambda rows: self.decode(blocks[rows]), len(blocks), x_NI.to(dtype)).to(x_NI.dtype)
 
-        return quantized.linear(x_NI, quantized.Parts(self.kind, blocks, None, weight.shape[-1]), readable=readable)
+        return quantized.linear(x_NI, quantized.Parts(self.kernel, blocks, None, weight.shape[-1]), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         blocks = weight.part(self.parts[0], expert)

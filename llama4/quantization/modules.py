@@ -20,6 +20,17 @@ _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|u
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
+def choose_activations(model: nn.Module, activations: str, dtype: torch.dtype) -> None:
+    """In what packed weights of a model are multiplied by CPU kernels: "int8" rounds their inputs, with a scale for
+    each 32, where the format has such products; "auto" does so in bfloat16, for formats of which the weights' own
+    rounding is much larger."""
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            is_default = module.format.int8_activations and dtype == torch.bfloat16
+            if activations == "int8" or (activations == "auto" and is_default):
+                module.format = module.format.with_int8_activations()
+
+
 class QuantizedEmbedding(QuantizedWeight):
     """Rows of a packed matrix [V, D] by their numbers, in float32, in which the decoder adds them up."""
 

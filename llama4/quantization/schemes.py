@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CALIBRATED", "SCHEMES", "Scheme"]
+__all__ = ["ACTIVATIONS", "CALIBRATED", "SCHEMES", "Scheme"]
+
+ACTIVATIONS = ("auto", "float", "int8")
+"""What products with packed weights take, see `modules.choose_activations`."""
 
 
 @dataclass(frozen=True, slots=True)

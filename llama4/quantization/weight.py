@@ -66,6 +66,8 @@ class WeightFormat(ABC):
     the format."""
     per_matrix: ClassVar[tuple[str, ...]] = ()
     """Of `parts`, those that have the same value for every output of a matrix, and lie in files once."""
+    int8_activations: ClassVar[bool] = False
+    """Whether inputs are rounded to int8 by default: where that is small beside how far the weights are rounded."""
     rounds_inputs: ClassVar[bool] = False
     """Whether inputs are rounded, too, while the model runs."""
     has_rows: ClassVar[bool] = False
@@ -165,6 +167,11 @@ class WeightFormat(ABC):
             rows = slice(at, at + ROWS)
             sums += gradient_NO[:, rows] @ rows_of(rows)
         return sums.to(gradient_NO.dtype)
+
+    def with_int8_activations(self) -> Self:
+        """The same format for products of CPU kernels with inputs rounded to int8, a scale for each 32; itself where
+        there are none."""
+        return self
 
     # -- how CPU kernels read it ---------------------------------------------------------------------------------------
 

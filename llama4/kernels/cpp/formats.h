@@ -168,8 +168,11 @@ struct Fp8Pairs : BytePairs {
 
 // ---- the registered formats
 
-using QuantizedFormats = FormatList<2, Int8, Fp8, Int4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Iq4Nl,
-                                    GgufMxfp4, Int4Zeros>;  // 0 and 1 are dense
+using QuantizedFormats =
+    FormatList<2, Int8, Fp8, Int4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Iq4Nl, GgufMxfp4, Int4Zeros,
+               Int8Inputs<Q8_0>, Int8Inputs<Q4_0>, Int8Inputs<Q4_1>, Int8Inputs<Q5_0>, Int8Inputs<Q5_1>,
+               Int8Inputs<Q4_K>, Int8Inputs<Q5_K>, Int8Inputs<Q6_K>, Int8Inputs<Iq4Nl>, Int8Inputs<GgufMxfp4>,
+               Int8Inputs<Int4Zeros>>;  // 0 and 1 are dense
 
 // A format as it is read fastest for few rows of a dtype.
 template <class F, class X>

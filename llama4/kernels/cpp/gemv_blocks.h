@@ -1,25 +1,29 @@
 // y = x W^T for blocks of GGUF: few rows in registers, and packing for many.
 //
-// What is multiplied is a plane: codes of a half of a step as 16 floats or 32 bfloat16. A sum begins anew with each
-// step, or half of one that has scales of its own, and is scaled when it is added to the others: the order does not
-// depend on how many rows of x there are.
+// What is multiplied is a plane: codes of a vector of a step as 16 floats or 32 bfloat16. A sum begins anew with each
+// step, or part of one that has scales of its own, and is scaled when it is added to the others: the order does not
+// depend on how many rows of x there are. Rows of x may be rounded to bytes first: then a plane is 64 bytes, and a sum
+// is of integers.
 
 #pragma once
 
 #include "gemm.h"
 #include "gemv.h"
 #include "gguf_blocks.h"
+#include "int8_inputs.h"
 
 namespace {
 
-// Values as floats: of each word of a half one byte.
+// Values as floats: of each word of a vector one byte.
 template <class F>
 struct BlockFloats {
   using Plane = f32x16;
   using Number = float;
-  static constexpr int planes = 4, run = 1;  // of a half; inputs that are neighbours in a plane, too
+  using Sum = f32x16;
+  static constexpr bool rounds = false;
+  static constexpr int planes = 4, run = 1;  // of a vector; inputs that are neighbours in a plane, too
   static constexpr float excess = 0;
-  static int place(int half, int plane, int i) { return F::place(half, i / 4) + i % 4 * 4 + plane; }
+  static int place(int vector, int plane, int i) { return F::place(vector, i / 4) + i % 4 * 4 + plane; }
   static INLINE void read(u32x16 codes, Plane* out) {
 #ifdef __AVX512F__
     if constexpr (F::codes <= 32) {
@@ -48,9 +52,11 @@ template <class F>
 struct BlockPairs {
   using Plane = bf16x32;
   using Number = bf16;
+  using Sum = f32x16;
+  static constexpr bool rounds = false;
   static constexpr int planes = 2, run = 8;
   static constexpr float excess = is_linear<F>() ? 128 - F::value(0) : 0;
-  static int place(int half, int plane, int i) { return F::place(half, i / 8) + 8 * plane + i % 8; }
+  static int place(int vector, int plane, int i) { return F::place(vector, i / 8) + 8 * plane + i % 8; }
   static INLINE void read(u32x16 codes, Plane* out) {
     const __m512i bytes = (__m512i)codes;
     if constexpr (is_linear<F>()) {
@@ -65,6 +71,18 @@ struct BlockPairs {
 };
 #endif
 
+// Values as bytes from zero on, for rows of x as bytes.
+template <class F>
+struct BlockBytes {
+  using Plane = u32x16;
+  using Number = int8_t;
+  using Sum = i32x16;
+  static constexpr bool rounds = true;
+  static constexpr int planes = 1, run = 16, excess = -least_value<F>;
+  static int place(int vector, int, int i) { return F::place(vector, i / 16) + i % 16; }
+  static INLINE void read(u32x16 codes, Plane* out) { *out = integers_from_zero<F>(codes); }
+};
+
 template <class F, class X>
 struct BlockValuesFor {
   using Values = BlockFloats<F>;
@@ -75,7 +93,31 @@ struct BlockValuesFor<F, bf16> {
   using Values = BlockPairs<F>;
 };
 #endif
+template <class F, class X>
+  requires has_int8_inputs<F>
+struct BlockValuesFor<F, X> {
+  using Values = BlockBytes<F>;
+};
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+template <class F>
+  requires has_int8_inputs<F>
+struct BlockValuesFor<F, bf16> {
+  using Values = BlockBytes<F>;
+};
+#endif
 
+template <class F>
+INLINE i32x16 multiply_add_plane(i32x16 sums, u32x16 w, const u32x16* x) {
+  return multiply_add_bytes<value_range<F>>(sums, w, load<u32x16>(x));
+}
+template <class, class Plane>
+INLINE f32x16 multiply_add_plane(f32x16 sums, Plane w, const Plane* x) {
+  return multiply_add(sums, w, x);
+}
+
+INLINE i32x16 lane_sums(const u32x16* plane) {  // of the four bytes of each
+  return multiply_add_bytes<1>(i32x16{}, u32x16{} + 0x01010101u, load<u32x16>(plane));
+}
 INLINE f32x16 lane_sums(const f32x16* plane) { return load<f32x16>(plane); }
 #ifdef __AVX512BF16__
 INLINE f32x16 lane_sums(const bf16x32* plane) {  // of the two numbers of each
@@ -86,130 +128,166 @@ INLINE f32x16 lane_sums(const bf16x32* plane) {  // of the two numbers of each
 
 // Rows of x: for each four rows (or those that are left) of each step each plane of every row; with zeros behind the
 // last input.
-template <class V>
+template <class F, class V>
 struct BlockInputs {
+  using Scales = Floats<step_weights<F> / F::group>;
+  using Sums = Floats<step_weights<F> / 32>;
   const typename V::Plane* planes;
-  const f32x16* begin;  // of each part of each step of every row: what sums begin with, to cancel the excess
-  const f32x4* sums;    // of each step of every row: those of its four times 32 inputs
+  const typename V::Sum* begin;  // of each part of each step of every row: what sums begin with, to cancel the excess
+  const Sums* sums;              // of each step of every row: those of 32 inputs
+  const Scales* scales;          // of each step of every row: of the groups of inputs, if they are rounded
+
+  BlockInputs from_row(long n, long steps) const {
+    const long at = n * steps;
+    return {planes + at * F::vectors * V::planes, begin + at * F::parts, sums + at, scales + at};
+  }
 };
 
 template <class F, class V, class X>
-BlockInputs<V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
+BlockInputs<F, V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
   using Number = typename V::Number;
-  constexpr int parts = F::parts, planes = 2 * V::planes, lanes_of_plane = 64 / sizeof(Number);
-  const long steps = (I + step_weights - 1) / step_weights, tail = steps * step_weights - I;
-  auto* numbers = team.memory<Number>(N * steps * step_weights);
-  auto* begin = team.memory<f32x16>(V::excess ? N * steps * parts : 0);
-  auto* sums = team.memory<f32x4>(F::has_minimum ? N * steps : 0);
+  using Sum = typename V::Sum;
+  using Inputs = BlockInputs<F, V>;
+  constexpr long step_inputs = step_weights<F>, planes_of_part = F::vectors / F::parts * V::planes;
+  constexpr int numbers_of_plane = 64 / sizeof(Number);
+  const long steps = (I + step_inputs - 1) / step_inputs;
+  auto* numbers = team.memory<Number>(N * steps * step_inputs);
+  auto* begin = team.memory<Sum>(V::excess ? N * steps * F::parts : 0);
+  auto* sums = team.memory<typename Inputs::Sums>(F::has_minimum ? N * steps : 0);
+  auto* scales = team.memory<typename Inputs::Scales>(V::rounds ? N * steps : 0);
   team.for_each((N + 3) / 4, 4 * I, [=](long fours) {
     const long n = 4 * fours, rows = std::min(N - n, 4l);
     for (long step = 0; step < steps; step++) {
-      const bool whole = !tail || step + 1 < steps;
-      auto* to = numbers + (n * steps + rows * step) * step_weights;
-      for (int plane = 0; plane < planes; plane++)
+      const long at = n * steps + rows * step, count = std::min(I - step * step_inputs, step_inputs);
+      Number in_order[4][step_inputs];
+      float of_32[4][step_inputs / 32];
+      for (long row = 0; row < rows; row++) {
+        const X* from = x + (n + row) * I + step * step_inputs;
+        if constexpr (V::rounds) {
+          round_inputs(from, count, in_order[row], of_32[row]);
+          auto* to = (float*)(scales + at + row);
+          for (int g = 0; g < step_inputs / F::group; g++) to[g] = of_32[row][g * F::group / 32];
+        } else {
+          take_inputs(from, count, in_order[row]);
+        }
+      }
+      auto* to = numbers + at * step_inputs;
+      for (int plane = 0; plane < F::vectors * V::planes; plane++)
         for (long row = 0; row < rows; row++)
-          for (int i = 0; i < lanes_of_plane; i += V::run, to += V::run) {
-            const int place = V::place(plane / V::planes, plane % V::planes, i);
-            const X* from = x + (n + row) * I + step * step_weights + place;
-            if (!whole && place >= step_weights - tail) std::fill(to, to + V::run, Number());
-            else if constexpr (std::is_same_v<X, Number>) __builtin_memcpy(to, from, V::run * sizeof(X));
-            else
-              for (int k = 0; k < V::run; k++) assign(to[k], upcast(from[k]));
-          }
-      const auto* own = (const typename V::Plane*)(numbers + (n * steps + rows * step) * step_weights);
-      for (int part = 0; part < parts && (V::excess || F::has_minimum); part++)
+          for (int i = 0; i < numbers_of_plane; i += V::run, to += V::run)
+            __builtin_memcpy(to, in_order[row] + V::place(plane / V::planes, plane % V::planes, i),
+                             V::run * sizeof(Number));
+      const auto* own = (const typename V::Plane*)(numbers + at * step_inputs);
+      for (int part = 0; part < F::parts && (V::excess || F::has_minimum); part++)
         for (long row = 0; row < rows; row++) {
-          f32x16 total{};
-          for (int plane = part * V::planes; plane < (parts == 1 ? planes : (part + 1) * V::planes); plane++)
+          Sum total{};
+          for (long plane = part * planes_of_part; plane < (part + 1) * planes_of_part; plane++)
             total += lane_sums(own + plane * rows + row);
-          const long at = n * steps + rows * step;
-          if (V::excess) store(begin + at * parts + part * rows + row, total * -V::excess);
+          if (V::excess) store(begin + at * F::parts + part * rows + row, total * -V::excess);
           for (int quarter = 0; F::has_minimum && quarter < 4; quarter++) {
             float* sum = (float*)(sums + at + row) + F::place(part, quarter) / 32;
             if (F::place(part, quarter) % 32 == 0) *sum = 0;
             for (int i = 0; i < 4; i++) *sum += total[4 * quarter + i];
           }
         }
+      for (long row = 0; row < rows && F::has_minimum && V::rounds; row++)
+        for (int g = 0; g < step_inputs / 32; g++) ((float*)(sums + at + row))[g] *= of_32[row][g];
     }
   });
-  return {(const typename V::Plane*)numbers, begin, sums};
+  return {(const typename V::Plane*)numbers, begin, sums, scales};
 }
 
 // The scale of each lane of a part: four lanes have a quarter.
-template <class F, class Step>
-INLINE f32x16 scales_of(const Step& s, int part) {
-  if constexpr (F::group == 16) return repeat_each_four(s.scales[part]);
+template <class F>
+INLINE f32x16 scales_of(Floats<step_weights<F> / F::group> groups, int part) {
 #ifdef __AVX512F__
-  constexpr auto places = [](int half) {
-    std::array<int32_t, 16> all{};
-    for (int i = 0; i < 16; i++) all[i] = F::place(half, i / 4) / 32;
+  static constexpr auto places = [] {
+    std::array<std::array<int32_t, 16>, F::parts> all{};
+    for (int part = 0; part < F::parts; part++)
+      for (int i = 0; i < 16; i++) all[part][i] = F::place(part, i / 4) / F::group;
     return all;
-  };
-  alignas(64) static constexpr std::array<int32_t, 16> both[2] = {places(0), places(1)};
-  return (f32x16)_mm512_permutexvar_ps(_mm512_load_si512(both[part].data()),
-                                       _mm512_castps128_ps512((__m128)s.scales[0]));
+  }();
+  __m512 wide;
+  if constexpr (sizeof groups == 16) wide = _mm512_castps128_ps512((__m128)groups);
+  else if constexpr (sizeof groups == 32) wide = _mm512_castps256_ps512((__m256)groups);
+  else wide = (__m512)groups;
+  return (f32x16)_mm512_permutexvar_ps(_mm512_loadu_si512(places[part].data()), wide);
 #else
   f32x4 own;
-  for (int quarter = 0; quarter < 4; quarter++) own[quarter] = s.scales[0][F::place(part, quarter) / 32];
+  for (int quarter = 0; quarter < 4; quarter++) own[quarter] = groups[F::place(part, quarter) / F::group];
   return repeat_each_four(own);
 #endif
 }
 
+// Totals of a row of x: two, where registers suffice, so that a sum need not wait for the last.
+template <class F>
+constexpr int totals_of = vectors_in_registers > 16 ? std::min(F::parts, 2) : 1;
+
 // Adds a step of a row of W times N rows of x to their totals, of which the lanes, and those of `minima`, add up to the
 // dot product.
 template <class F, class V, int N, bool whole>
-INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInputs<V>& x, f32x16* totals,
-                     f32x4* minima) {
+INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInputs<F, V>& x, f32x16 (*totals)[N],
+                     Floats<step_weights<F> / 32>* minima) {
+  constexpr int vectors_of_part = F::vectors / F::parts;
   const auto read = f.template read<whole>(row, step);
-  f32x16 sums[N];
+#pragma GCC unroll 4
+  for (int part = 0; part < F::parts; part++) {
+    typename V::Sum sums[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+      sums[n] =
+          V::excess ? load<typename V::Sum>(x.begin + (step * F::parts + part) * N + n) : typename V::Sum{};
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; half++) {
-    const int part = F::parts == 2 ? half : 0;
-    const long at = (step * F::parts + part) * N;
-    if (half == part)
+    for (int i = 0; i < vectors_of_part; i++) {
+      const int vector = part * vectors_of_part + i;
+      typename V::Plane w[V::planes];
+      V::read(read.codes[vector], w);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) sums[n] = V::excess ? load<f32x16>(x.begin + at + n) : f32x16{};
-    typename V::Plane w[V::planes];
-    V::read(read.halves[half], w);
+      for (int plane = 0; plane < V::planes; plane++)
 #pragma GCC unroll 4
-    for (int plane = 0; plane < V::planes; plane++)
+        for (int n = 0; n < N; n++)
+          sums[n] = multiply_add_plane<F>(
+              sums[n], w[plane], x.planes + ((step * F::vectors + vector) * V::planes + plane) * N + n);
+    }
+    f32x16* own = totals[part % totals_of<F>];
+    if constexpr (V::rounds) {
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++)
-        sums[n] = multiply_add(sums[n], w[plane], x.planes + ((2 * step + half) * V::planes + plane) * N + n);
-    if (half == 1 || F::parts == 2) {
-      const f32x16 scales = scales_of<F>(read, part);
+        own[n] += to_floats(sums[n]) * scales_of<F>(read.scales * x.scales[step * N + n], part);
+    } else {
+      const f32x16 scales = scales_of<F>(read.scales, part);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) totals[n] += sums[n] * scales;
+      for (int n = 0; n < N; n++) own[n] += sums[n] * scales;
     }
   }
   if constexpr (F::has_minimum)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) minima[n] += read.minima * load<f32x4>(x.sums + step * N + n);
+    for (int n = 0; n < N; n++) minima[n] += read.minima * x.sums[step * N + n];
 }
 
 // Outputs [begin, end), 16 at a time.
 template <class F, class V, int N, class Y>
-void gemv_block_outputs(const F& f, const BlockInputs<V>& x, long begin, long end, long O, Y* y) {
-  const long whole = f.I / step_weights, row_bytes = f.row(1) - f.row(0);
-  constexpr long lines =
-      (step_weights / F::multiple * F::nbytes + F::nbytes * (step_weights % F::multiple) / F::multiple + 63) / 64;
+void gemv_block_outputs(const F& f, const BlockInputs<F, V>& x, long begin, long end, long O, Y* y) {
+  constexpr long step_bytes = F::nbytes * step_weights<F> / F::multiple, lines = (step_bytes + 63) / 64;
+  const long whole = f.I / step_weights<F>;
   for (long first = begin; first < end; first += 16) {
     const long count = std::min(end - first, 16l);
     f32x16 results[N][16] = {};
     for (long i = 0; i < count; i++) {
       const uint8_t* row = f.row(first + i);
-      f32x16 totals[N] = {};
-      f32x4 minima[N] = {};
+      f32x16 totals[totals_of<F>][N] = {};
+      Floats<step_weights<F> / 32> minima[N] = {};
       for (long step = 0; step < whole; step++) {
-        const uint8_t* ahead = row + step * row_bytes / std::max(whole, 1l) + prefetch_bytes;
+        const uint8_t* ahead = row + step * step_bytes + prefetch_bytes;
         for (long line = 0; line < lines; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
         add_step<F, V, N, true>(f, row, step, x, totals, minima);
       }
-      if (f.I % step_weights) add_step<F, V, N, false>(f, row, whole, x, totals, minima);
+      if (f.I % step_weights<F>) add_step<F, V, N, false>(f, row, whole, x, totals, minima);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        results[n][i] = totals[n];
-        if constexpr (F::has_minimum) results[n][i] += (f32x16)concat((u32x4)minima[n], u32x4{}, u32x4{}, u32x4{});
+        results[n][i] = totals[0][n];
+        if constexpr (totals_of<F> == 2) results[n][i] += totals[1][n];
+        if constexpr (F::has_minimum) results[n][i] += with_zeros(minima[n]);
       }
     }
     for (int n = 0; n < N; n++) {
@@ -225,13 +303,12 @@ void gemv_block_outputs(const F& f, const BlockInputs<V>& x, long begin, long en
 template <class F, class X>
 void gemv_blocks(Phase& phase, const Product<F, X>* products, long count, const X* x, long N) {
   using V = typename BlockValuesFor<F, X>::Values;
-  const long I = products->f.I, steps = (I + step_weights - 1) / step_weights;
+  const long I = products->f.I, steps = (I + step_weights<F> - 1) / step_weights<F>;
   const auto inputs = arrange_block_inputs<F, V>(phase.team, x, N, I);
   add_products(phase, products, count, [=](const Product<F, X>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
-      const BlockInputs<V> four{inputs.planes + n * steps * 2 * V::planes, inputs.begin + n * steps * F::parts,
-                                inputs.sums + n * steps};
-      gemv_block_outputs<F, V, rows>(own.f, four, begin, end, own.O, own.y + n * own.O);
+      gemv_block_outputs<F, V, rows>(own.f, inputs.from_row(n, steps), begin, end, own.O,
+                                     own.y + n * own.O);
     });
   });
 }
@@ -239,18 +316,16 @@ void gemv_blocks(Phase& phase, const Product<F, X>* products, long count, const 
 // The weights of a step in order, sixteen at a time.
 template <class F>
 INLINE void read_weights(const F& f, long o, long step, f32x16* out) {
-  const uint8_t* row = f.row(o);
-  const auto read =
-      f.I - step * step_weights >= step_weights ? f.template read<true>(row, step) : f.template read<false>(row, step);
-  int8_t bytes[step_weights];
-  for (int half = 0; half < 2; half++) store(bytes + 64 * half, integers_of<F>(read.halves[half]));
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; half++)
+  const auto read = read_step(f, o, step);
+  int8_t bytes[step_weights<F>];
+  for (int vector = 0; vector < F::vectors; vector++) store(bytes + 64 * vector, integers_of<F>(read.codes[vector]));
+#pragma GCC unroll 4
+  for (int vector = 0; vector < F::vectors; vector++)
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
-      const int place = F::place(half, quarter), group = place / F::group;
-      const u32x16 words = widen((const uint8_t*)bytes + 64 * half + 16 * quarter);
-      f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[group / 4][group % 4];
+      const int place = F::place(vector, quarter);
+      const u32x16 words = widen((const uint8_t*)bytes + 64 * vector + 16 * quarter);
+      f32x16 values = to_floats((i32x16)(words << 24) >> 24) * read.scales[place / F::group];
       if constexpr (F::has_minimum) values = values + read.minima[place / 32];
       out[place / 16] = values;
     }
@@ -259,11 +334,10 @@ INLINE void read_weights(const F& f, long o, long step, f32x16* out) {
 // Row o of W, in float32.
 template <class F>
 void read_row(const F& f, long o, float* to) {
-  f32x16 weights[step_weights / 16];
-  for (long step = 0; step * step_weights < f.I; step++) {
-    read_weights(f, o, step, weights);
-    for (long i = step * step_weights; i < std::min(f.I, (step + 1) * step_weights); i += 16)
-      store(to + i, weights[i % step_weights / 16]);
+  f32x16 weights[step_weights<F> / 16];
+  for (long i = 0; i < f.I; i += 16) {
+    if (i % step_weights<F> == 0) read_weights(f, o, i / step_weights<F>, weights);
+    store(to + i, weights[i % step_weights<F> / 16]);
   }
 }
 
@@ -271,10 +345,10 @@ void read_row(const F& f, long o, float* to) {
 template <class X, class F>
 void pack_blocks(const F& f, long o, Word* to) {
   constexpr int per_word = numbers_per_word<X>;
-  f32x16 w[16][step_weights / 16];
-  for (long step = 0; step * step_weights < f.I; step++) {
-    const long left = std::min(f.I - step * step_weights, step_weights);
-    for (int i = 0; i < 16; i++) read_weights(f, o + i, step, w[i]);
+  f32x16 w[16][step_weights<F> / 16];
+  for (long begin = 0; begin < f.I; begin += step_weights<F>) {
+    const long left = std::min(f.I - begin, step_weights<F>);
+    for (int i = 0; i < 16; i++) read_weights(f, o + i, begin / step_weights<F>, w[i]);
     for (int k = 0; k < left / 16; k += per_word, to += 16 * strip) {
       u32x16 words[16];
 #pragma GCC unroll 16

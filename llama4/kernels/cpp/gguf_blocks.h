@@ -2,18 +2,20 @@
 // of our own like them: rows of W [O, I] are cut into blocks, and a block holds its scales and its values one after the
 // other, in bytes.
 //
-// A row is read in steps of 128 weights: four blocks of 32, or half of one of 256. A step has two halves of 64 bytes,
-// each byte the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a
-// quarter of a half, are codes of sixteen inputs side by side, from place(half, quarter) on. A group of 16 or 32 inputs
-// side by side shares a scale. Where a format has one part, both halves have the same scales in the same places; with
-// two parts each has its own. A weight is scale * value, or scale * value + minimum; a minimum is for 32 inputs.
+// A row is read in steps: four blocks of 32 weights, or one of 256. A step has two or four vectors of 64 bytes, each byte
+// the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a quarter of a
+// vector, are codes of sixteen inputs side by side, from place(vector, quarter) on. A group of 16 or 32 inputs side by
+// side shares a scale. Where a format has one part, all vectors have the same scales in the same places; else each is a
+// part of its own. A weight is scale * value, or scale * value + minimum; a minimum is for 32 inputs.
 //
 // To add a format: a struct here, and its name in QuantizedFormats (formats.h). Beside what is said there it has
 //   codes, value         how many codes there are, and the integer of each
-//   group, parts, has_minimum   as above
+//   vectors, group, parts, has_minimum   as above
 //   place, row, read     as above; the last step of a row is not `whole` where four blocks are more than are left
 
 #pragma once
+
+#include <array>
 
 #ifdef __aarch64__
 #include <arm_neon.h>
@@ -23,13 +25,14 @@
 
 namespace {
 
-constexpr long step_weights = 128;
-
-template <int group>
+template <int vectors, int group>
 struct BlockStep {
-  u32x16 halves[2];
-  f32x4 scales[step_weights / group / 4], minima;  // of groups in order
+  u32x16 codes[vectors];
+  Floats<64 * vectors / group> scales;  // of groups in order
+  Floats<64 * vectors / 32> minima;
 };
+template <class F>
+constexpr long step_weights = 64 * F::vectors;
 
 // ---- numbers of 16 bits, and small integers, as floats
 
@@ -57,20 +60,18 @@ INLINE uint32_t word_at(const uint8_t* from) {
   __builtin_memcpy(&word, from, 4);
   return word;
 }
-INLINE f32x4 from_unsigned_bytes(uint32_t four) {
-#ifdef __AVX2__
-  return (f32x4)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+INLINE f32x16 from_unsigned_bytes(u32x4 sixteen) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)sixteen));
 #else
-  const i32x4 words = {uint8_t(four), uint8_t(four >> 8), uint8_t(four >> 16), uint8_t(four >> 24)};
-  return __builtin_convertvector(words, f32x4);
+  return to_floats((i32x16)widen((const uint8_t*)&sixteen));
 #endif
 }
-INLINE f32x4 from_signed_bytes(uint32_t four) {
-#ifdef __AVX2__
-  return (f32x4)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
+INLINE f32x16 from_signed_bytes(u32x4 sixteen) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)sixteen));
 #else
-  const i32x4 words = {int8_t(four), int8_t(four >> 8), int8_t(four >> 16), int8_t(four >> 24)};
-  return __builtin_convertvector(words, f32x4);
+  return to_floats((i32x16)(widen((const uint8_t*)&sixteen) << 24) >> 24);
 #endif
 }
 
@@ -98,6 +99,11 @@ INLINE auto look_up16(auto codes, const uint8_t* table) {
     return found;
 #endif
   }
+}
+
+// The low halves of bytes, then the high ones.
+INLINE void read_nibbles(u32x16 words, u32x16* codes) {
+  codes[0] = words & 0x0f0f0f0fu, codes[1] = words >> 4 & 0x0f0f0f0fu;
 }
 
 // Each byte less a number, without borrowing from its neighbour. Bytes are below 128.
@@ -137,9 +143,9 @@ INLINE u32x16 eight_twice(const uint8_t* from, int low) {
 template <int bytes>
 struct SmallBlocks {
   static constexpr long multiple = 32;
-  static constexpr int parts = 1, group = 32, nbytes = bytes;
+  static constexpr int vectors = 2, parts = 1, group = 32, nbytes = bytes;
   static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
-  static constexpr int place(int half, int quarter) { return 32 * quarter + 16 * half; }
+  static constexpr int place(int vector, int quarter) { return 32 * quarter + 16 * vector; }
   const uint8_t* w;
   long I;
   const uint8_t* row(long o) const { return w + o * (I / 32) * bytes; }
@@ -163,15 +169,12 @@ struct SmallBlocks {
       return concat(load<u32x4>((*this)[0] + at), load<u32x4>((*this)[1] + at), load<u32x4>((*this)[2] + at),
                     load<u32x4>((*this)[3] + at));
     }
-    void nibbles(int at, u32x16* halves) const {
-      const u32x16 words = sixteens(at);
-      halves[0] = words & 0x0f0f0f0fu, halves[1] = words >> 4 & 0x0f0f0f0fu;
-    }
-    void fifth_bits(int at, u32x16* halves) const {
+    void nibbles(int at, u32x16* codes) const { read_nibbles(sixteens(at), codes); }
+    void fifth_bits(int at, u32x16* codes) const {
       const uint32_t a = word_at((*this)[0] + at), b = word_at((*this)[1] + at), c = word_at((*this)[2] + at),
                      d = word_at((*this)[3] + at);
-      halves[0] |= sixteen_per_bit(a, b, c, d);
-      halves[1] |= sixteen_per_bit(a >> 16, b >> 16, c >> 16, d >> 16);
+      codes[0] |= sixteen_per_bit(a, b, c, d);
+      codes[1] |= sixteen_per_bit(a >> 16, b >> 16, c >> 16, d >> 16);
     }
   };
   template <bool whole>
@@ -184,129 +187,96 @@ struct Q8_0 : SmallBlocks<34> {
   static constexpr const char* name = "q8_0";
   static constexpr int codes = 256, parts = 2;
   static constexpr int value(int code) { return int8_t(code); }
-  static constexpr int place(int half, int quarter) { return 64 * half + 16 * quarter; }
+  static constexpr int place(int vector, int quarter) { return 64 * vector + 16 * quarter; }
   template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
+  BlockStep<2, 32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    s.scales[0] = blocks.halves(0);
-    for (int half = 0; half < 2; half++) {
-      const uint8_t *a = blocks[2 * half] + 2, *b = blocks[2 * half + 1] + 2;
-      s.halves[half] = concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
+    BlockStep<2, 32> s;
+    s.scales = blocks.halves(0);
+    for (int i = 0; i < 2; i++) {
+      const uint8_t *a = blocks[2 * i] + 2, *b = blocks[2 * i + 1] + 2;
+      s.codes[i] = concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
     }
     return s;
   }
 };
 
-struct Q4_0 : SmallBlocks<18> {
-  static constexpr const char* name = "q4_0";
-  static constexpr int codes = 16;
-  static constexpr int value(int code) { return code - 8; }
+// Nibbles behind a scale and what else a block begins with: a minimum, and as the last of it the values' fifth bits.
+template <int header, bool minimum = false, bool fifth = false>
+struct Nibbles : SmallBlocks<header + 16> {
+  static constexpr int codes = fifth ? 32 : 16;
+  static constexpr bool has_minimum = minimum;
   template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(2, s.halves);
-    s.scales[0] = blocks.halves(0);
+  BlockStep<2, 32> read(const uint8_t* row, long step) const {
+    const auto blocks = this->template four<whole>(row, step);
+    BlockStep<2, 32> s;
+    blocks.nibbles(header, s.codes);
+    if constexpr (fifth) blocks.fifth_bits(header - 4, s.codes);
+    s.scales = blocks.halves(0);
+    if constexpr (minimum) s.minima = blocks.halves(2);
     return s;
   }
 };
 
-struct Q4_1 : SmallBlocks<20> {
+struct Q4_0 : Nibbles<2> {
+  static constexpr const char* name = "q4_0";
+  static constexpr int value(int code) { return code - 8; }
+};
+
+struct Q4_1 : Nibbles<4, true> {
   static constexpr const char* name = "q4_1";
-  static constexpr int codes = 16;
-  static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
-  template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(4, s.halves);
-    s.scales[0] = blocks.halves(0), s.minima = blocks.halves(2);
-    return s;
-  }
 };
 
 // A word that is a float but for its lowest byte, the value that stands for zero.
-struct Int4Zeros : SmallBlocks<20> {
+struct Int4Zeros : Nibbles<4, true> {
   static constexpr const char* name = "int4_zeros";
-  static constexpr int codes = 16;
-  static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
   template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
+  BlockStep<2, 32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(4, s.halves);
+    BlockStep<2, 32> s;
+    blocks.nibbles(4, s.codes);
     const u32x4 heads = {word_at(blocks[0]), word_at(blocks[1]), word_at(blocks[2]), word_at(blocks[3])};
-    s.scales[0] = (f32x4)(heads & ~255u);
-    s.minima = -s.scales[0] * __builtin_convertvector((i32x4)(heads & 255u), f32x4);
+    s.scales = (f32x4)(heads & ~255u);
+    s.minima = -s.scales * __builtin_convertvector((i32x4)(heads & 255u), f32x4);
     return s;
   }
 };
 
-struct Q5_0 : SmallBlocks<22> {
+struct Q5_0 : Nibbles<6, false, true> {
   static constexpr const char* name = "q5_0";
-  static constexpr int codes = 32;
   static constexpr int value(int code) { return code - 16; }
-  template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(6, s.halves), blocks.fifth_bits(2, s.halves);
-    s.scales[0] = blocks.halves(0);
-    return s;
-  }
 };
 
-struct Q5_1 : SmallBlocks<24> {
+struct Q5_1 : Nibbles<8, true, true> {
   static constexpr const char* name = "q5_1";
-  static constexpr int codes = 32;
-  static constexpr bool has_minimum = true;
   static constexpr int value(int code) { return code; }
-  template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(8, s.halves), blocks.fifth_bits(4, s.halves);
-    s.scales[0] = blocks.halves(0), s.minima = blocks.halves(2);
-    return s;
-  }
 };
 
-struct Iq4Nl : SmallBlocks<18> {
+struct Iq4Nl : Nibbles<2> {
   static constexpr const char* name = "iq4_nl";
-  static constexpr int codes = 16;
   static constexpr int value(int code) {
     constexpr int values[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     return values[code];
   }
-  template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(2, s.halves);
-    s.scales[0] = blocks.halves(0);
-    return s;
-  }
 };
 
-struct GgufMxfp4 : SmallBlocks<17> {
+struct GgufMxfp4 : Nibbles<1> {
   static constexpr const char* name = "gguf_mxfp4";
-  static constexpr int codes = 16;
   static constexpr int value(int code) {  // twice e2m1
     constexpr int values[] = {0, 1, 2, 3, 4, 6, 8, 12};
     return code & 8 ? -values[code & 7] : values[code];
   }
   template <bool whole>
-  BlockStep<32> read(const uint8_t* row, long step) const {
+  BlockStep<2, 32> read(const uint8_t* row, long step) const {
     const auto blocks = four<whole>(row, step);
-    BlockStep<32> s;
-    blocks.nibbles(1, s.halves);
+    BlockStep<2, 32> s;
+    blocks.nibbles(1, s.codes);
     // 2^(e - 128), half of the block's power; the two smallest are not normal numbers
     const i32x4 e = {*blocks[0], *blocks[1], *blocks[2], *blocks[3]};
     const i32x4 normal = (e - 1) << 23, small = (e << 21) + (1 << 21);  // of 0: 1 << 21, of 1: 2 << 21
-    s.scales[0] = (f32x4)(e < 2 ? small : normal);
+    s.scales = (f32x4)(e < 2 ? small : normal);
     return s;
   }
 };
@@ -316,62 +286,64 @@ struct GgufMxfp4 : SmallBlocks<17> {
 template <int bytes>
 struct LargeBlocks {
   static constexpr long multiple = 256;
-  static constexpr int parts = 2, group = 32, nbytes = bytes;
+  static constexpr int vectors = 4, parts = 4, group = 32, nbytes = bytes;
   static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
   const uint8_t* w;
   long I;
   const uint8_t* row(long o) const { return w + o * (I / 256) * bytes; }
 
- protected:
-  // Four groups of 32, of which two neighbours share bytes: the low halves are the first.
-  static constexpr int pairs_place(int half, int quarter) {
-    return 64 * (quarter / 2) + 32 * half + 16 * (quarter % 2);
+  static constexpr int place(int vector, int quarter) { return 64 * vector + 16 * quarter; }
+};
+
+// Groups of 32, of which two neighbours share bytes: the low halves are the first.
+template <int bytes>
+struct PairedGroups : LargeBlocks<bytes> {
+  static constexpr bool has_minimum = true;
+  static constexpr int value(int code) { return code; }
+  static constexpr int place(int vector, int quarter) {
+    return 128 * (vector / 2) + 64 * (quarter / 2) + 32 * (vector % 2) + 16 * (quarter % 2);
   }
+
+ protected:
   // Scales and minima of eight groups have six bits each: of groups 0 to 3 the low six of bytes 0 to 3 and 4 to 7; of
   // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
-  static void read_scales(const uint8_t* block, int odd, BlockStep<32>& s) {
+  static void read_scales(const uint8_t* block, BlockStep<4, 32>& s) {
     const uint32_t scales = word_at(block + 4), minima = word_at(block + 8), rest = word_at(block + 12);
-    const uint32_t d = odd ? (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030) : scales & 0x3f3f3f3f;
-    const uint32_t m = odd ? (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030) : minima & 0x3f3f3f3f;
-    const f32x4 both = from_halves(word_at(block));
-    s.scales[0] = from_unsigned_bytes(d) * both[0], s.minima = from_unsigned_bytes(m) * -both[1];
+    const f32x16 all = from_unsigned_bytes(u32x4{scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030),
+                                                 minima & 0x3f3f3f3f,
+                                                 (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)});
+    const f32x16 scaled = all * eight_of_each(from_halves(word_at(block)));
+    s.scales = low_half(scaled), s.minima = -high_half(scaled);
   }
 };
 
-struct Q4_K : LargeBlocks<144> {
+struct Q4_K : PairedGroups<144> {
   static constexpr const char* name = "q4_k";
   static constexpr int codes = 16;
-  static constexpr bool has_minimum = true;
-  static constexpr int value(int code) { return code; }
-  static constexpr int place(int half, int quarter) { return pairs_place(half, quarter); }
   template <bool>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step / 2 * nbytes;
-    const int odd = step % 2;
-    BlockStep<32> s;
-    const u32x16 words = load<u32x16>(block + 16 + 64 * odd);
-    s.halves[0] = words & 0x0f0f0f0fu, s.halves[1] = words >> 4 & 0x0f0f0f0fu;
-    read_scales(block, odd, s);
+  BlockStep<4, 32> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step * nbytes;
+    BlockStep<4, 32> s;
+    for (int i = 0; i < 2; i++) read_nibbles(load<u32x16>(block + 16 + 64 * i), s.codes + 2 * i);
+    read_scales(block, s);
     return s;
   }
 };
 
-struct Q5_K : LargeBlocks<176> {
+struct Q5_K : PairedGroups<176> {
   static constexpr const char* name = "q5_k";
   static constexpr int codes = 32;
-  static constexpr bool has_minimum = true;
-  static constexpr int value(int code) { return code; }
-  static constexpr int place(int half, int quarter) { return pairs_place(half, quarter); }
   template <bool>
-  BlockStep<32> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step / 2 * nbytes;
-    const int odd = step % 2;
-    BlockStep<32> s;
-    const u32x16 words = load<u32x16>(block + 48 + 64 * odd);
-    const u32x16 bits = eight_twice(block + 16, 4 * odd);  // bit i of those 32 bytes is that of group i
-    s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x10101010u);
-    s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits << 3 & 0x10101010u);
-    read_scales(block, odd, s);
+  BlockStep<4, 32> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step * nbytes;
+    BlockStep<4, 32> s;
+    for (int i = 0; i < 2; i++) {
+      u32x16* own = s.codes + 2 * i;
+      read_nibbles(load<u32x16>(block + 48 + 64 * i), own);
+      const u32x16 bits = eight_twice(block + 16, 4 * i);  // bit i of those 32 bytes is that of group i
+      own[0] |= bits << 4 & 0x10101010u, own[1] |= bits << 3 & 0x10101010u;
+    }
+    read_scales(block, s);
     return s;
   }
 };
@@ -380,19 +352,17 @@ struct Q6_K : LargeBlocks<210> {
   static constexpr const char* name = "q6_k";
   static constexpr int codes = 64, group = 16;
   static constexpr int value(int code) { return code - 32; }
-  static constexpr int place(int half, int quarter) { return 64 * half + 16 * quarter; }
   template <bool>
-  BlockStep<16> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step / 2 * nbytes;
-    const int odd = step % 2;
-    BlockStep<16> s;
-    const u32x16 words = load<u32x16>(block + 64 * odd);
-    const u32x16 bits = eight_twice(block + 128 + 32 * odd, 0);  // two of each byte
-    s.halves[0] = (words & 0x0f0f0f0fu) | (bits << 4 & 0x30303030u);
-    s.halves[1] = (words >> 4 & 0x0f0f0f0fu) | (bits & 0x30303030u);
-    const float d = from_halves(half_at(block + 208))[0];
-    for (int half = 0; half < 2; half++)
-      s.scales[half] = from_signed_bytes(word_at(block + 192 + 8 * odd + 4 * half)) * d;
+  BlockStep<4, 16> read(const uint8_t* row, long step) const {
+    const uint8_t* block = row + step * nbytes;
+    BlockStep<4, 16> s;
+    for (int i = 0; i < 2; i++) {
+      u32x16* own = s.codes + 2 * i;
+      read_nibbles(load<u32x16>(block + 64 * i), own);
+      const u32x16 bits = eight_twice(block + 128 + 32 * i, 0);  // two of each byte
+      own[0] |= bits << 4 & 0x30303030u, own[1] |= bits & 0x30303030u;
+    }
+    s.scales = from_signed_bytes(load<u32x4>(block + 192)) * from_halves(half_at(block + 208))[0];
     return s;
   }
 };
@@ -410,13 +380,28 @@ constexpr bool is_linear() {
   return true;
 }
 
+// The least integer, and how far the others are above it.
+template <class F>
+constexpr int least_value = [] {
+  int least = F::value(0);
+  for (int code = 1; code < F::codes; code++) least = std::min(least, F::value(code));
+  return least;
+}();
+template <class F>
+constexpr int value_range = [] {
+  int most = F::value(0);
+  for (int code = 1; code < F::codes; code++) most = std::max(most, F::value(code));
+  return most - least_value<F>;
+}();
+
 template <class F>
 struct CodeTables {
-  alignas(64) uint8_t bytes[F::codes];
+  alignas(64) uint8_t bytes[F::codes], from_zero[F::codes];
   alignas(64) float floats[F::codes];
   alignas(64) uint8_t high[F::codes], low[F::codes];  // of a bfloat16
-  constexpr CodeTables() : bytes(), floats(), high(), low() {
+  constexpr CodeTables() : bytes(), from_zero(), floats(), high(), low() {
     for (int code = 0; code < F::codes; code++) {
+      from_zero[code] = F::value(code) - least_value<F>;
       bytes[code] = uint8_t(F::value(code)), floats[code] = F::value(code);
       const auto bits = __builtin_bit_cast(uint32_t, floats[code]);
       high[code] = bits >> 24, low[code] = bits >> 16;
@@ -433,5 +418,39 @@ INLINE u32x16 integers_of(u32x16 codes) {
   else if constexpr (F::codes == 16) return look_up16(codes, code_tables<F>.bytes);
   else return subtract_bytes(codes, -F::value(0));
 }
+
+// Codes -> integers less the least one, as unsigned bytes.
+template <class F>
+INLINE u32x16 integers_from_zero(u32x16 codes) {
+  if constexpr (F::codes == 256) return codes ^ 0x80808080u;
+  else if constexpr (is_linear<F>()) return codes;
+  else return look_up16(codes, code_tables<F>.from_zero);
+}
+
+// A step of row o of W.
+template <class F>
+INLINE auto read_step(const F& f, long o, long step) {
+  const bool whole = f.I - step * step_weights<F> >= step_weights<F>;
+  return whole ? f.template read<true>(f.row(o), step) : f.template read<false>(f.row(o), step);
+}
+
+// ---- rows of x rounded to int8
+
+// The same format for rows of x that are rounded to int8, with a scale for each 32 inputs: products of integers.
+template <class F>
+struct Int8Inputs : F {
+  static constexpr auto joined = [] {
+    std::array<char, 24> name{};
+    int n = 0;
+    for (const char* from : {F::name, "_int8"})
+      while (*from) name[n++] = *from++;
+    return name;
+  }();
+  static constexpr const char* name = joined.data();
+  static constexpr bool has_int8_inputs = true;
+};
+
+template <class F>
+constexpr bool has_int8_inputs = requires { F::has_int8_inputs; };
 
 }  // namespace

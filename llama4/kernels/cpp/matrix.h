@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "gemm_bytes.h"
 #include "gemm_unpacked.h"
 #include "gemv.h"
 #include "gemv_blocks.h"
@@ -148,7 +149,12 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     using F = decltype(format);
     const Word* words = nullptr;
     const float* row_scales = nullptr;
-    if constexpr (F::rounds_inputs) {
+    if constexpr (has_int8_inputs<F>) {
+      words = pack_byte_rows<F>(phase.team, x, N, I);
+      for (auto p = begin; p != end; p++)
+        gemm_bytes(phase, words, N, read_as<F, uint8_t>(p->matrix), p->matrix.O, p->y);
+      return;
+    } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, I);
       words = (const Word*)rounded.rows, row_scales = rounded.scales;
     } else if constexpr (is_block_format<F>) {

@@ -72,6 +72,33 @@ inline f32x16 multiply_add(f32x16 sums, bf16x32 a, const bf16x32* b) {  // GCC w
 }
 #endif
 
+// Each sum gets the products of its four bytes of w, unsigned and at most `range`, with those of x, from -127 to 127.
+template <int range, class S, class W>
+INLINE S multiply_add_bytes(S sums, W w, W x) {
+  if constexpr (requires { sums.low; }) {
+    return {multiply_add_bytes<range>(sums.low, w.low, x.low), multiply_add_bytes<range>(sums.high, w.high, x.high)};
+  } else {
+#ifdef __AVX512VNNI__
+    return (S)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#else
+    const auto add = [x](S sums, W w) {  // of w the upper bit alone, or the others: pairs are sums of 16 bits
+#ifdef __AVX512BW__
+      const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+      return sums + (S)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+      const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+      return sums + (S)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+      for (size_t i = 0; i < sizeof(S); i++) sums[i / 4] += ((const uint8_t*)&w)[i] * ((const int8_t*)&x)[i];
+      return sums;
+#endif
+    };
+    if constexpr (range <= 127) return add(sums, w);
+    else return add(add(sums, w & 0x7f7f7f7fu), w & 0x80808080u);
+#endif
+  }
+}
+
 // Calls run(rows, first row) for N rows, four at a time (more do not fit into registers), then for the one to three
 // that are left. `rows` is an integral_constant.
 template <class Run>

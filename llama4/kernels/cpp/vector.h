@@ -40,6 +40,7 @@ constexpr int vectors_in_registers = 32;
 using f32x16 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using i32x16 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using u32x16 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using f32x8 = float __attribute__((vector_size(32), aligned(4), may_alias));
 
 #else
 
@@ -102,6 +103,21 @@ using i32x16 = Pair<i32x8, int32_t>;
 using u32x16 = Pair<u32x8, uint32_t>;
 
 #endif
+
+template <int count>
+struct FloatsOf {
+  using Type = f32x16;
+};
+template <>
+struct FloatsOf<8> {
+  using Type = f32x8;
+};
+template <>
+struct FloatsOf<4> {
+  using Type = f32x4;
+};
+template <int count>
+using Floats = typename FloatsOf<count>::Type;
 
 static_assert(sizeof(f32x16) == lanes * sizeof(float) && sizeof(float) == 4 && sizeof(long) == 8);
 
@@ -215,6 +231,16 @@ INLINE f32x16 repeat_each_four(f32x4 v) {
 #endif
 }
 
+// Eight lanes of the first of four numbers, then eight of the second.
+INLINE f32x16 eight_of_each(f32x4 v) {
+#ifdef __AVX512F__
+  const i32x16 places = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  return (f32x16)_mm512_permutexvar_ps((__m512i)places, _mm512_castps128_ps512((__m128)v));
+#else
+  return {v[0] - f32x8{}, v[1] - f32x8{}};
+#endif
+}
+
 INLINE u32x16 concat(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   const auto low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -227,6 +253,14 @@ INLINE u32x16 concat(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
 #else
   return {{a, b}, {c, d}};
 #endif
+}
+
+// The same numbers, and zeros in the other lanes.
+template <class V>
+INLINE f32x16 with_zeros(V v) {
+  f32x16 wide{};
+  __builtin_memcpy(&wide, &v, sizeof v);
+  return wide;
 }
 
 // 16 bytes, or 16 numbers of two bytes, as words.
@@ -254,6 +288,15 @@ INLINE u32x16 widen(const uint16_t* from) {
   using u16x4 = uint16_t __attribute__((vector_size(8)));
   const auto four = [](const uint16_t* at) { return __builtin_convertvector(load<u16x4>(at), u32x4); };
   return {{four(from), four(from + 4)}, {four(from + 8), four(from + 12)}};
+#endif
+}
+
+// The low bytes of 16 words.
+INLINE void store_bytes(int8_t* to, i32x16 words) {
+#ifdef __AVX512F__
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)words));
+#else
+  for (int i = 0; i < 16; i++) to[i] = words[i];
 #endif
 }
 

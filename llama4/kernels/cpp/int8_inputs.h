@@ -1,0 +1,33 @@
+// Rows of x rounded to int8, with a scale for each 32 inputs: what products with the formats `Int8Inputs` multiply.
+
+#pragma once
+
+#include "gguf_blocks.h"
+
+namespace {
+
+// A step of a row of x, `to`, of which `count` inputs are left, with zeros behind them.
+template <class X, class Number, long step>
+INLINE void take_inputs(const X* x, long count, Number (&to)[step]) {
+  if constexpr (std::is_same_v<X, Number>) __builtin_memcpy(to, x, count * sizeof(X));
+  else
+    for (long i = 0; i < count; i++) assign(to[i], upcast(x[i]));
+  std::fill(to + count, to + step, Number());
+}
+
+// The same rounded, so that the largest of 32 is 127, and their scales.
+template <class X, long step>
+INLINE void round_inputs(const X* x, long count, int8_t (&to)[step], float* scales) {
+  for (long i = 0; i < count; i += 32) {
+    const f32x16 low = load_floats(x + i), high = load_floats(x + i + 16);
+    const float most = horizontal_max(max(max(low, -low), max(high, -high)));
+    const float factor = most > 0 ? 127 / most : 0;
+    store_bytes(to + i, to_integers(round_to_integer(low * factor)));
+    store_bytes(to + i + 16, to_integers(round_to_integer(high * factor)));
+    scales[i / 32] = most / 127;
+  }
+  std::fill(to + count, to + step, 0);
+  std::fill(scales + count / 32, scales + step / 32, 0);
+}
+
+}  // namespace

@@ -110,6 +110,7 @@ class Q4_0(GgufBlocks):  # noqa: N801
     """A scale and 32 values from -8 to 7; the low halves of bytes come first."""
 
     kind = "q4_0"
+    int8_activations = True
     bits = 4
     nbytes = 18
 
@@ -122,6 +123,7 @@ class Q4_1(GgufBlocks):  # noqa: N801
     """A scale, a minimum and 32 values from 0 to 15."""
 
     kind = "q4_1"
+    int8_activations = True
     bits = 4
     nbytes = 20
 
@@ -134,6 +136,7 @@ class Q5_0(GgufBlocks):  # noqa: N801
     """A scale and 32 values from -16 to 15, the highest bits of which are apart."""
 
     kind = "q5_0"
+    int8_activations = True
     bits = 5
     nbytes = 22
 
@@ -147,6 +150,7 @@ class Q5_1(GgufBlocks):  # noqa: N801
     """A scale, a minimum and 32 values from 0 to 31, the highest bits of which are apart."""
 
     kind = "q5_1"
+    int8_activations = True
     bits = 5
     nbytes = 24
 
@@ -160,6 +164,7 @@ class Q4_K(GgufBlocks):  # noqa: N801
     """Eight groups of 32 values from 0 to 15, with scales and minima of six bits, which have a scale each."""
 
     kind = "q4_k"
+    int8_activations = True
     bits = 4
     block = 256
     nbytes = 144
@@ -173,6 +178,7 @@ class Q5_K(GgufBlocks):  # noqa: N801
     """As Q4_K, with values from 0 to 31; bit i of the 32 bytes before them is the highest of group i."""
 
     kind = "q5_k"
+    int8_activations = True
     bits = 5
     block = 256
     nbytes = 176
@@ -206,6 +212,7 @@ class Iq4Nl(GgufBlocks):
     """A scale and 32 of sixteen values that are closer to each other around zero."""
 
     kind = "iq4_nl"
+    int8_activations = True
     bits = 4
     nbytes = 18
 
@@ -220,6 +227,7 @@ class GgufMxfp4(GgufBlocks):
     """A power of two and 32 values in e2m1. `Mxfp4` has the same numbers in another order."""
 
     kind = "gguf_mxfp4"
+    int8_activations = True
     bits = 4
     nbytes = 17
 

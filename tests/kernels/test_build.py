@@ -224,7 +224,7 @@ def test_a_cpu_runs_what_it_has_all_of() -> None:
     assert build.runs(frozenset()) == []
     assert build.runs(levels["avx512"].features - {"fma"}) == []
     assert build.runs(levels["avx512"].features - {"avx512vl"}) == ["avx2"]
-    assert build.runs(levels["avx512bf16"].features | {"more"}) == ["avx2", "avx512", "avx512bf16"]
+    assert build.runs(levels["avx512bf16"].features | {"more"}) == ["avx2", "avx512", "avx512vnni", "avx512bf16"]
 
 
 @on_x86

@@ -81,6 +81,68 @@ class TestProducts:
         assert not found[:, spoilt].isfinite().any()
 
 
+def on_steps(rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Rows that rounding to int8 does not change: of each 32 inputs the largest is 127 steps, and steps are powers of
+    two of very different sizes. One group is of zeros."""
+    generator = torch.Generator().manual_seed(rows * inputs)
+    steps = torch.randint(-127, 128, (rows, inputs // 32, 32), generator=generator)
+    steps[..., 7] = 127
+    steps[:, -1] *= min(1, inputs // 32 - 1)
+    return (steps * 2.0 ** torch.randint(-9, 9, (rows, inputs // 32, 1), generator=generator)).flatten(-2).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GGUF_FORMATS)
+class TestInt8Activations:
+    def product(self, kind: str, x: Tensor, blocks: Tensor) -> Tensor:
+        return cpu.linear_quantized(f"{GGUF_FORMATS[kind].kind}_int8", x, blocks)
+
+    @pytest.mark.parametrize("rows", [1, 4, 7, 12, 13, 40])
+    def test_products_of_integers(self, kind: str, rows: int, dtype: torch.dtype) -> None:
+        for inputs in INPUTS[GGUF_FORMATS[kind].block]:
+            blocks, weight = matrix(kind, 96, inputs)
+            x = on_steps(rows, inputs, dtype)
+            truth, size = x.double() @ weight.mT, (x.double().square() @ weight.square().mT).sqrt()
+            error = (self.product(kind, x, blocks).double() - truth).abs()
+            assert (error <= 4e-6 * size + (0 if dtype == torch.float32 else 2.0**-8) * truth.abs()).all(), inputs
+
+    def test_rounding_is_to_the_nearest_step(self, kind: str, dtype: torch.dtype) -> None:
+        inputs = INPUTS[GGUF_FORMATS[kind].block][-1]
+        blocks, weight = matrix(kind, 96, inputs)
+        for rows in (3, 20):
+            x = normal(rows, inputs, seed=rows).to(dtype)
+            halves = x.double().unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32) / 127 / 2
+            truth, bound = x.double() @ weight.mT, halves.flatten(-2) @ weight.abs().mT
+            error = (self.product(kind, x, blocks).double() - truth).abs()
+            assert (error <= 1.001 * bound + (0 if dtype == torch.float32 else 2.0**-8) * truth.abs()).all()
+            assert error.max() > bound.min() / 1000  # it is rounded
+
+    def test_a_row_is_the_same_bits_in_any_company(self, kind: str, dtype: torch.dtype) -> None:
+        inputs = INPUTS[GGUF_FORMATS[kind].block][-1]
+        blocks, _ = matrix(kind, 96, inputs)
+        x = normal(40, inputs).to(dtype)
+        alone = torch.cat([self.product(kind, row[None], blocks) for row in x])
+        for rows in range(2, abi.MAX_GEMV_ROWS + 1):
+            assert torch.equal(self.product(kind, x[-rows:], blocks), alone[-rows:]), rows
+        many = self.product(kind, x, blocks)
+        for rows in (13, 18, 39):
+            assert torch.equal(self.product(kind, x[-rows:], blocks), many[-rows:]), rows
+
+    def test_the_largest_values_do_not_overflow(self, kind: str, dtype: torch.dtype) -> None:
+        format = GGUF_FORMATS[kind]
+        blocks = torch.full((32, 2 * format.nbytes), 0xFF, dtype=torch.uint8)
+        one = torch.tensor([1.0, 1.0], dtype=torch.float16).view(torch.uint8)
+        for at in range(0, len(blocks[0]), format.nbytes):
+            begin = {"Q6_K": 208, "MXFP4": 0}.get(kind, 0)
+            width = {"Q4_1": 4, "Q5_1": 4, "Q4_K": 4, "Q5_K": 4, "MXFP4": 1}.get(kind, 2)
+            blocks[:, at + begin : at + begin + width] = 128 if kind == "MXFP4" else one[:width]
+        weight = format.decode(blocks).double()
+        for rows, sign in ((1, 1), (1, -1), (20, 1)):
+            x = torch.full((rows, weight.shape[1]), 3.0 * sign, dtype=dtype)
+            truth = x.double() @ weight.mT
+            assert ((self.product(kind, x, blocks).double() - truth).abs() <= 2.0**-8 * truth.abs()).all()
+
+
 def test_inputs_that_are_no_whole_blocks_are_refused() -> None:
     blocks, _ = matrix("Q4_K", 16, 256)
     with pytest.raises(abi.ArgumentError, match="odd inputs"):

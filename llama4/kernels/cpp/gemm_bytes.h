@@ -84,13 +84,13 @@ void pack_bytes(const F& f, long o, Word* to) {
   }
 }
 
-// `rows` rows of a tile, of which `count` are there, times 32 outputs.
-template <class F, int rows, class Y>
-void multiply_byte_tile(const Word* x, const Word* w, long groups, long count, Y* y, long O) {
+// `rows` rows of a tile times 32 outputs.
+template <class F, int rows>
+__attribute__((noinline)) void multiply_byte_tile(const Word* x, const Word* w, long groups, float (*y)[strip]) {
   using Group = ByteGroup<F>;
   constexpr int vectors = byte_tile_vectors;
   const auto number = [](Word word) { return __builtin_bit_cast(float, word); };
-  for (int column = 0; column < strip; column += 16 * vectors, y += 16 * vectors) {
+  for (int column = 0; column < strip; column += 16 * vectors) {
     f32x16 totals[rows][vectors] = {};
     const Word *a = x, *b = w + column;
     for (long g = 0; g < groups; g++, a += Group::of_row * rows, b += Group::of_strip) {
@@ -124,8 +124,8 @@ void multiply_byte_tile(const Word* x, const Word* w, long groups, long count, Y
         }
       }
     }
-    for (int r = 0; r < count; r++)
-      for (int j = 0; j < vectors; j++) store_floats(y + r * O + 16 * j, totals[r][j]);
+    for (int r = 0; r < rows; r++)
+      for (int j = 0; j < vectors; j++) store(y[r] + column + 16 * j, totals[r][j]);
   }
 }
 
@@ -139,14 +139,14 @@ void gemm_bytes(Phase& phase, const Word* x, long N, const F& f, long O, X* y) {
     pack_bytes(f, o, w), pack_bytes(f, o + 16, w + 16);
     for (long n = 0; n < N; n += byte_tile_rows) {
       const Word* tile = x + n * groups * Group::of_row;
-      const auto run = [&](auto rows) {
-        multiply_byte_tile<F, rows>(tile, w, groups, std::min<long>(rows, N - n), y + n * O + o, O);
-      };
+      float sums[byte_tile_rows][strip];
       switch (rows_of_tile(N - n)) {
-        case 2: run(std::integral_constant<int, 2>()); break;
-        case 4: run(std::integral_constant<int, std::min(4, byte_tile_rows)>()); break;
-        default: run(std::integral_constant<int, byte_tile_rows>());
+        case 2: multiply_byte_tile<F, 2>(tile, w, groups, sums); break;
+        case 4: multiply_byte_tile<F, std::min(4, byte_tile_rows)>(tile, w, groups, sums); break;
+        default: multiply_byte_tile<F, byte_tile_rows>(tile, w, groups, sums);
       }
+      for (long r = 0; r < std::min<long>(byte_tile_rows, N - n); r++)
+        for (int j = 0; j < strip; j += 16) store_floats(y + (n + r) * O + o + j, load<f32x16>(sums[r] + j));
     }
   });
 }

@@ -94,17 +94,7 @@ struct BlockValuesFor<F, bf16> {
 };
 #endif
 template <class F, class X>
-  requires has_int8_inputs<F>
-struct BlockValuesFor<F, X> {
-  using Values = BlockBytes<F>;
-};
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-template <class F>
-  requires has_int8_inputs<F>
-struct BlockValuesFor<F, bf16> {
-  using Values = BlockBytes<F>;
-};
-#endif
+using BlockValues = std::conditional_t<has_int8_inputs<F>, BlockBytes<F>, typename BlockValuesFor<F, X>::Values>;
 
 template <class F>
 INLINE i32x16 multiply_add_plane(i32x16 sums, u32x16 w, const u32x16* x) {
@@ -235,8 +225,7 @@ INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInput
     typename V::Sum sums[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
-      sums[n] =
-          V::excess ? load<typename V::Sum>(x.begin + (step * F::parts + part) * N + n) : typename V::Sum{};
+      sums[n] = V::excess ? load<typename V::Sum>(x.begin + (step * F::parts + part) * N + n) : typename V::Sum{};
 #pragma GCC unroll 2
     for (int i = 0; i < vectors_of_part; i++) {
       const int vector = part * vectors_of_part + i;
@@ -246,8 +235,8 @@ INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInput
       for (int plane = 0; plane < V::planes; plane++)
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
-          sums[n] = multiply_add_plane<F>(
-              sums[n], w[plane], x.planes + ((step * F::vectors + vector) * V::planes + plane) * N + n);
+          sums[n] = multiply_add_plane<F>(sums[n], w[plane],
+                                          x.planes + ((step * F::vectors + vector) * V::planes + plane) * N + n);
     }
     f32x16* own = totals[part % totals_of<F>];
     if constexpr (V::rounds) {
@@ -265,31 +254,39 @@ INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInput
     for (int n = 0; n < N; n++) minima[n] += read.minima * x.sums[step * N + n];
 }
 
+// Adds `count` <= 16 rows of W times N rows of x to results, of which the lanes add up to the dot product.
+template <class F, class V, int N>
+__attribute__((noinline)) void add_block_rows(const F f, const BlockInputs<F, V> x, long first, long count,
+                                              f32x16 (*results)[16]) {
+  constexpr long step_bytes = F::nbytes * step_weights<F> / F::multiple, lines = (step_bytes + 63) / 64;
+  const long whole = f.I / step_weights<F>;
+  for (long i = 0; i < count; i++) {
+    const uint8_t* row = f.row(first + i);
+    f32x16 totals[totals_of<F>][N] = {};
+    Floats<step_weights<F> / 32> minima[N] = {};
+    for (long step = 0; step < whole; step++) {
+      const uint8_t* ahead = row + step * step_bytes + prefetch_bytes;
+      for (long line = 0; line < lines; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
+      add_step<F, V, N, true>(f, row, step, x, totals, minima);
+    }
+    if constexpr (F::multiple < step_weights<F>)
+      if (f.I % step_weights<F>) add_step<F, V, N, false>(f, row, whole, x, totals, minima);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      results[n][i] = totals[0][n];
+      if constexpr (totals_of<F> == 2) results[n][i] += totals[1][n];
+      if constexpr (F::has_minimum) results[n][i] += with_zeros(minima[n]);
+    }
+  }
+}
+
 // Outputs [begin, end), 16 at a time.
 template <class F, class V, int N, class Y>
 void gemv_block_outputs(const F& f, const BlockInputs<F, V>& x, long begin, long end, long O, Y* y) {
-  constexpr long step_bytes = F::nbytes * step_weights<F> / F::multiple, lines = (step_bytes + 63) / 64;
-  const long whole = f.I / step_weights<F>;
   for (long first = begin; first < end; first += 16) {
     const long count = std::min(end - first, 16l);
     f32x16 results[N][16] = {};
-    for (long i = 0; i < count; i++) {
-      const uint8_t* row = f.row(first + i);
-      f32x16 totals[totals_of<F>][N] = {};
-      Floats<step_weights<F> / 32> minima[N] = {};
-      for (long step = 0; step < whole; step++) {
-        const uint8_t* ahead = row + step * step_bytes + prefetch_bytes;
-        for (long line = 0; line < lines; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
-        add_step<F, V, N, true>(f, row, step, x, totals, minima);
-      }
-      if (f.I % step_weights<F>) add_step<F, V, N, false>(f, row, whole, x, totals, minima);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; n++) {
-        results[n][i] = totals[0][n];
-        if constexpr (totals_of<F> == 2) results[n][i] += totals[1][n];
-        if constexpr (F::has_minimum) results[n][i] += with_zeros(minima[n]);
-      }
-    }
+    add_block_rows<F, V, N>(f, x, first, count, results);
     for (int n = 0; n < N; n++) {
       const f32x16 all = horizontal_sums(results[n]);
       Y* to = y + n * O + first;
@@ -302,13 +299,12 @@ void gemv_block_outputs(const F& f, const BlockInputs<F, V>& x, long begin, long
 // y = x W^T for matrices with equally many inputs.
 template <class F, class X>
 void gemv_blocks(Phase& phase, const Product<F, X>* products, long count, const X* x, long N) {
-  using V = typename BlockValuesFor<F, X>::Values;
+  using V = BlockValues<F, X>;
   const long I = products->f.I, steps = (I + step_weights<F> - 1) / step_weights<F>;
   const auto inputs = arrange_block_inputs<F, V>(phase.team, x, N, I);
   add_products(phase, products, count, [=](const Product<F, X>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
-      gemv_block_outputs<F, V, rows>(own.f, inputs.from_row(n, steps), begin, end, own.O,
-                                     own.y + n * own.O);
+      gemv_block_outputs<F, V, rows>(own.f, inputs.from_row(n, steps), begin, end, own.O, own.y + n * own.O);
     });
   });
 }

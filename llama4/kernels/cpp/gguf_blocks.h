@@ -2,11 +2,11 @@
 // of our own like them: rows of W [O, I] are cut into blocks, and a block holds its scales and its values one after the
 // other, in bytes.
 //
-// A row is read in steps: four blocks of 32 weights, or one of 256. A step has two or four vectors of 64 bytes, each byte
-// the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a quarter of a
-// vector, are codes of sixteen inputs side by side, from place(vector, quarter) on. A group of 16 or 32 inputs side by
-// side shares a scale. Where a format has one part, all vectors have the same scales in the same places; else each is a
-// part of its own. A weight is scale * value, or scale * value + minimum; a minimum is for 32 inputs.
+// A row is read in steps: four blocks of 32 weights, or one of 256. A step has two or four vectors of 64 bytes, each
+// byte the code of a weight, and value(code) is the integer that it stands for. Sixteen bytes side by side, a quarter
+// of a vector, are codes of sixteen inputs side by side, from place(vector, quarter) on. A group of 16 or 32 inputs
+// side by side shares a scale. Where a format has one part, all vectors have the same scales in the same places; else
+// each is a part of its own. A weight is scale * value, or scale * value + minimum; a minimum is for 32 inputs.
 //
 // To add a format: a struct here, and its name in QuantizedFormats (formats.h). Beside what is said there it has
 //   codes, value         how many codes there are, and the integer of each
@@ -309,9 +309,9 @@ struct PairedGroups : LargeBlocks<bytes> {
   // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
   static void read_scales(const uint8_t* block, BlockStep<4, 32>& s) {
     const uint32_t scales = word_at(block + 4), minima = word_at(block + 8), rest = word_at(block + 12);
-    const f32x16 all = from_unsigned_bytes(u32x4{scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030),
-                                                 minima & 0x3f3f3f3f,
-                                                 (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)});
+    const f32x16 all =
+        from_unsigned_bytes(u32x4{scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030),
+                                  minima & 0x3f3f3f3f, (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)});
     const f32x16 scaled = all * eight_of_each(from_halves(word_at(block)));
     s.scales = low_half(scaled), s.minima = -high_half(scaled);
   }

@@ -85,7 +85,7 @@ LEVELS: dict[str, dict[str, Level]] = {
     "aarch64": {"neon": Level((), "generic", frozenset({"asimd"}))},
 }
 """Machine -> name -> level, the best last. Each is here because the sources are faster with it; they have nothing yet
-for VNNI, AMX, or NEON's dotprod, i8mm and bf16."""
+for AMX, or NEON's dotprod, i8mm and bf16."""
 
 
 def machine() -> str:

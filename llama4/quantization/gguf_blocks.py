@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import ClassVar, Self
 
@@ -37,7 +37,7 @@ class GgufBlocks(WeightFormat):
     nbytes: ClassVar[int]
 
     group_size: int = 32
-    activations: str = "float"
+    activations: str = field(default="float", kw_only=True)
 
     @property
     def kernel(self) -> str:

@@ -19,13 +19,13 @@ from llama4 import Llama4
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.fused_cpu import FusedCpuRunner
-from llama4.errors import CheckpointError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.gguf import _TYPES
 from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
 from llama4.model.rope_scaling import rope_frequencies
 from llama4.ops import cpu_kernels
-from llama4.quantization.gguf_blocks import GGUF_FORMATS
+from llama4.quantization.gguf_blocks import GGUF_FORMATS, GgufBlocks
 from llama4.quantization.modules import QuantizedEmbedding
 from llama4.quantization.weight import QuantizedWeight
 from llama4.text.tokenizer import Tokenizer
@@ -351,6 +351,31 @@ def test_steps_of_packed_models(
             session.run([token], cache)
             error = (session.logits_BV[0] - wanted[step]).float().abs().max() / wanted.float().abs().max()
             assert error < (1e-5 if dtype == "float32" else 5e-2)
+
+
+@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+def test_activations(tmp_path: Path) -> None:
+    """Rounding to int8 changes little; by default it is in bfloat16 alone, beside weights of up to five bits."""
+    path, _ = quantized(tmp_path / "a.gguf", {"ffn_gate_inp": "F32", **MIXES["one type each"]})
+    rounded: dict[tuple[str, str], dict[str, bool]] = {}
+    results = {}
+    for dtype, activations in (("float32", "float"), ("float32", "int8"), ("float32", "auto"), ("bfloat16", "auto")):
+        llm = Llama4.from_pretrained(path, dtype=dtype, activations=activations, progress=False)
+        formats = [module.format for module in llm.model.modules() if isinstance(module, QuantizedWeight)]
+        rounded[dtype, activations] = {
+            format.kind: format.activations == "int8" for format in formats if isinstance(format, GgufBlocks)
+        }
+        results[dtype, activations] = logits(llm, 40).float()
+    assert not any(rounded["float32", "float"].values()) and not any(rounded["float32", "auto"].values())
+    assert all(rounded["float32", "int8"].values())
+    for kind, is_rounded in rounded["bfloat16", "auto"].items():
+        assert is_rounded == (kind not in ("q8_0", "q6_k")), kind
+    exact = results["float32", "float"]
+    assert torch.equal(results["float32", "auto"], exact)
+    error = (results["float32", "int8"] - exact).abs().mean() / exact.abs().mean()
+    assert 1e-5 < error < 0.1
+    with pytest.raises(ArgumentError, match="activations='fp4' is not known; choose one of auto, float, int8"):
+        Llama4.from_pretrained(path, activations="fp4")
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,10 @@ def test_a_level_that_fails_leaves_the_others(fake: Path, tmp_path: Path) -> Non
     assert manifest(directory) == told
     assert told["problems"] == {"avx512bf16": "fake: error: unknown instruction set"}
     assert told["sources"] == build.sources_hash()
-    assert {path.name for path in directory.iterdir()} == {build.MANIFEST, "llama4-avx2.so", "llama4-avx512.so"}
+    assert {path.name for path in directory.iterdir()} == {
+        build.MANIFEST,
+        *(f"llama4-{level}.so" for level in ("avx2", "avx512", "avx512vnni")),
+    }
     for level, entry in told["levels"].items():
         assert entry["sha256"] == build.file_hash(directory / f"llama4-{level}.so")
         assert entry["compiler"] == "fake 1.0"
@@ -231,7 +234,7 @@ def test_a_cpu_runs_what_it_has_all_of() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_level_asks_of_the_cpu_all_that_its_code_may_use() -> None:
     """The compiler's macros for its flags, against the features that are looked for."""
-    macros = {"abm": "LZCNT", "bmi1": "BMI", "avx512_bf16": "AVX512BF16"}
+    macros = {"abm": "LZCNT", "bmi1": "BMI", "avx512_bf16": "AVX512BF16", "avx512_vnni": "AVX512VNNI"}
     older = {"sse3", "ssse3", "sse4_1", "sse4_2", "avx", "popcnt", "xsave"}  # every CPU with AVX2 has them
     for name, level in build.LEVELS["x86_64"].items():
         command = ["g++", *level.flags, "-dM", "-E", "-x", "c++", "/dev/null"]

@@ -240,14 +240,14 @@ class Matcher:
 
     def allow(self, scores_V: Tensor) -> Tensor:
         """Scores of the tokens that may come next; minus infinity for all others."""
-        allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+        forbidden_V = torch.ones(len(scores_V), dtype=torch.bool)
         allowed = self._allowed.result()
         if allowed is None:
-            allowed_V[self._vocabulary.stop_ids] = True
+            forbidden_V[self._vocabulary.stop_ids] = False
         else:
-            bits = np.unpackbits(allowed, bitorder="little")[: len(scores_V)].astype(bool)
-            allowed_V[: len(bits)] = torch.from_numpy(bits)
-        return scores_V.masked_fill(~allowed_V.to(scores_V.device), -torch.inf)
+            bits = np.unpackbits(~allowed, bitorder="little")[: len(scores_V)]
+            forbidden_V[: len(bits)] = torch.from_numpy(bits.view(bool))
+        return scores_V.masked_fill(forbidden_V.to(scores_V.device), -torch.inf)
 
     def accept(self, id_: int) -> None:
         """The token that was chosen; what may follow it is computed from now on."""

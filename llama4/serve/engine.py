@@ -289,6 +289,7 @@ class EngineStream:
     def cancel(self) -> None:
         """Stop the model's work on it. What has come stays in `reply`."""
         self._has_ended = True
+        self._mailbox.put(None)
         if self._cancel is not None:
             self._cancel()
 
@@ -352,7 +353,9 @@ class EngineStream:
                 return
             self._take(await self._mailbox.get_async())
 
-    def _take(self, delivery: Delivery) -> None:
+    def _take(self, delivery: Delivery | None) -> None:
+        if delivery is None:
+            return
         if isinstance(delivery, Exception):
             self._has_ended = True
             raise delivery
@@ -365,28 +368,33 @@ class EngineStream:
 
 
 class _Mailbox:
-    """What the worker's thread gives to one reader, in a thread or a loop of its own."""
+    """What the worker's thread gives to readers, in threads or a loop; None, for all of them, says that nothing
+    follows."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
-    def put(self, item: Delivery) -> None:
+    def put(self, item: Delivery | None) -> None:
         self._items.put(item)
         if self._reader is not None:
             loop, arrived = self._reader
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
                 loop.call_soon_threadsafe(arrived.set)
 
-    def get(self) -> Delivery:
-        return self._items.get()
+    def get(self, block: bool = True) -> Delivery | None:
+        item = self._items.get(block)
+        if item is None:
+            self._items.put(None)
+        return item
 
-    async def get_async(self) -> Delivery:
-        if self._reader is None:
-            self._reader = asyncio.get_running_loop(), asyncio.Event()
+    async def get_async(self) -> Delivery | None:
+        loop = asyncio.get_running_loop()
+        if self._reader is None or self._reader[0] is not loop:
+            self._reader = loop, asyncio.Event()
         arrived = self._reader[1]
         while True:
             arrived.clear()
             with contextlib.suppress(queue.Empty):
-                return self._items.get_nowait()
+                return self.get(block=False)
             await arrived.wait()

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
+
 
 from llama4 import Engine, Llama4
 from llama4.engine.grammar import Form
 from llama4.errors import ArgumentError
+
+jsonschema: Any = pytest.importorskip("jsonschema")
 
 QUESTION = "What can you do?"
 SCHEMAS = int(os.environ.get("LLAMA4_SCHEMAS", "100"))
@@ -105,7 +107,11 @@ def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
     return {"type": kind, **simple[kind]} if kind in simple else others[kind]
 
 
-LEAF = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+LEAF: dict[str, Any] = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["n"],
+}
 LEAF |= {"additionalProperties": False}
 
 

@@ -97,6 +97,33 @@ def test_leaving_stops_the_work(engine: Engine) -> None:
     assert engine.scheduler.pool.used == 0
 
 
+def test_a_stream_goes_on_in_another_loop(llm: Llama4, engine: Engine) -> None:
+    """And nobody waits for one that has ended or was cancelled, whichever thread did so."""
+    expected, stream, pieces = llm.chat(QUESTIONS[0]).text, engine.stream(QUESTIONS[0]), list[str]()
+
+    async def read(count: int) -> None:
+        async for piece in stream:
+            pieces.append(piece)
+            if len(pieces) == count:
+                return
+
+    asyncio.run(read(2))
+    asyncio.run(asyncio.wait_for(read(-1), 60))
+    assert "".join(pieces) == expected
+    waiting = engine.stream(QUESTIONS[0])
+    hold = threading.Event()
+    engine._commands.put(hold.wait)
+    readers = [threading.Thread(target=list, args=(waiting,), daemon=True) for _ in range(2)]
+    waiting.open()
+    for reader in readers:
+        reader.start()
+    waiting.cancel()
+    for reader in readers:
+        reader.join(60)
+    assert not any(reader.is_alive() for reader in readers)
+    hold.set()
+
+
 def test_errors_are_those_of_chat(llm: Llama4) -> None:
     with Engine(llm, cache_memory=llm.model.new_cache().num_bytes_of(1)) as engine:
         for prompt, kind, text in (

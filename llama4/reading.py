@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Error
+from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.units import bytes_text
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -70,15 +70,14 @@ def read_text(path: str | Path) -> str:
     """A text that a user names.
 
     Raises:
-        ArgumentError: a file that is not there, or is no text.
-        Llama4Error: no regular file.
+        Llama4Error: a file that is not there, no regular file, or no text.
     """
     try:
         return read_bytes(Path(path), MAX_TEXT_BYTES).decode()
     except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from None
+        raise Llama4Error(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ArgumentError(f"{path} is no text in UTF-8 ({error}); give one that is") from None
+        raise Llama4Error(f"{path} is no text in UTF-8 ({error}); give one that is") from None
 
 
 def check_size(name: object, size: int, limit: int) -> None:

@@ -397,7 +397,7 @@ def test_command(guard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["moderate", str(guard), "Hello", "--exclude", "S9"]) == 2
     capsys.readouterr()
     (tmp_path / "text").write_bytes(b"\xff")
-    assert main(["moderate", str(guard), "--file", str(tmp_path / "text")]) == 2
+    assert main(["moderate", str(guard), "--file", str(tmp_path / "text")]) == 1
     assert "is no text in UTF-8" in capsys.readouterr().err
     assert main(["moderate", str(guard), "--file", "/dev/zero"]) == 1
     assert "no regular file" in capsys.readouterr().err

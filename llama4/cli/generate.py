@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llama4.cli.options import add_chat_options, chat_options, load_model, opening
+from llama4.cli.options import add_chat_options, chat_options, load_model, load_pictures, opening
 from llama4.errors import Llama4Error
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ def run(options: argparse.Namespace) -> int:
     if options.special_tokens and not options.raw:
         options.parser.error("--special-tokens is for --raw; in a chat the prompt's format writes them")
     question = read_stdin() if options.question == "-" else options.question
-    pictures = []
-    if options.image:
-        from llama4.vision.images import load_image  # and torch, which --help should not wait for
-
-        pictures = [{"type": "image", "image": load_image(image)} for image in options.image]  # before the model
-    content = [*pictures, {"type": "text", "text": question}]
+    pictures = load_pictures(options, options.image)  # before the model, which takes longer
+    content = [*({"type": "image", "image": each} for each in pictures), {"type": "text", "text": question}]
     llm = load_model(options)
     messages = [*opening(options), {"role": "user", "content": content}]
     if options.prefill is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,8 +12,11 @@ from llama4.cache.formats import QUANTIZED
 from llama4.cli.interrupts import answered_soon
 from llama4.quantization.schemes import ACTIVATIONS, SCHEMES
 from llama4.text.chat_formats import CHAT_FORMATS
+from llama4.vision.limits import LIMITS
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llama4.api import Llama4
     from llama4.options import Options
 
@@ -156,6 +160,20 @@ def load_model(options: argparse.Namespace) -> Llama4:
     if options.private_host:
         llm.processor.image_limits = replace(llm.processor.image_limits, private_hosts=options.private_host)
     return llm
+
+
+def load_pictures(options: argparse.Namespace, names: Sequence[str]) -> list[Image.Image]:
+    """Pictures that a user names, by path or URL.
+
+    Raises:
+        ImageError: one cannot be read.
+    """
+    if not names:
+        return []
+    from llama4.vision.images import load_image  # and numpy, which --help does not wait for
+
+    limits = replace(LIMITS, private_hosts=options.private_host)
+    return [load_image(name, limits) for name in names]
 
 
 def chat_options(options: argparse.Namespace) -> Options:

@@ -155,7 +155,7 @@ class Scheduler:
         """Most tokens of the reply to a prompt.
 
         Raises:
-            ContextLengthError: the prompt leaves no room for a reply, in the window or in memory.
+            ContextLengthError: the prompt leaves no room for a reply, in memory or in the window.
             Llama4Error: an empty prompt, or no token wanted.
         """
         if self.window <= prompt_length < self._longest:
@@ -413,6 +413,8 @@ class Scheduler:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of what the functions that an error ended had at hand: blocks of the pool, among others."""
-    while error is not None:
+    seen = set[int]()  # an error may be among its own causes
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -289,6 +290,18 @@ def test_an_error_reaches_those_it_concerns(llm: Llama4, monkeypatch: pytest.Mon
     while scheduler.has_work:
         scheduler.step()
     assert good.ids == expected
+
+
+def test_an_error_among_its_own_causes_is_told(llm: Llama4) -> None:
+    scheduler = Scheduler(llm.runner, llm.tokenizer)
+    (case,) = cases(llm, 1, 0)
+    scheduler.add(case.request(llm))
+    error, cause = ValueError("one"), ValueError("other")
+    error.__cause__, cause.__cause__ = cause, error
+    failing = threading.Thread(target=scheduler.fail_all, args=(error,), daemon=True)
+    failing.start()
+    failing.join(60)
+    assert case.got == [error] and not scheduler.has_work
 
 
 def test_a_patch_that_the_model_wrote_is_no_picture(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,16 +81,21 @@ async def tokenize(service: Service, call: Call) -> Response:
         adds_bos = fields["add_special"] if fields["add_special_tokens"] is None else fields["add_special_tokens"]
         ids = await asyncio.to_thread(llm.tokenizer.encode, text)
         ids = [llm.tokenizer.bos_id, *ids] if (content is None if adds_bos is None else adds_bos) else ids
-    pieces = [llm.tokenizer.decode_bytes([id_]) for id_ in ids]
-    tokens = [{"id": id_, "piece": _piece(data)} for id_, data in zip(ids, pieces, strict=True)]
+    pieces: list[bytes] = []
+    if fields["with_pieces"] or fields["return_token_strs"]:
+        pieces = await asyncio.to_thread(lambda: [llm.tokenizer.decode_bytes([id_]) for id_ in ids])
     return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": service.engine.scheduler.window,
-            "tokens": tokens if fields["with_pieces"] else ids,
+            "tokens": await asyncio.to_thread(_with_pieces, ids, pieces) if fields["with_pieces"] else ids,
             "token_strs": [data.decode(errors="replace") for data in pieces] if fields["return_token_strs"] else None,
         }
     )
+
+
+def _with_pieces(ids: list[int], pieces: list[bytes]) -> list[dict[str, Any]]:
+    return [{"id": id_, "piece": _piece(data)} for id_, data in zip(ids, pieces, strict=True)]
 
 
 def _piece(data: bytes) -> str | list[int]:

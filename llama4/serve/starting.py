@@ -66,7 +66,9 @@ class _Server(ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
         connection.settimeout(SECONDS)
-        return self._tls.wrap_socket(connection, server_side=True) if self._tls is not None else connection, address
+        if self._tls is not None:  # whose handshake comes with the first read, in the client's own thread
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves, or says no HTTP."""

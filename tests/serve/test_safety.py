@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,6 +34,7 @@ from llama4.serve import http  # noqa: E402
 from llama4.serve import run as running_module  # noqa: E402
 from llama4.serve.app import Server, Settings  # noqa: E402
 from llama4.serve.run import MAX_HEADERS, Address, http_config, listening_at, run  # noqa: E402
+from llama4.serve.starting import SECONDS  # noqa: E402
 from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 
 CHAT = "/v1/chat/completions"
@@ -102,6 +106,26 @@ def test_who_asks_while_the_model_is_loaded_is_told_so(llm: Llama4) -> None:
     with pytest.raises(ZeroDivisionError), listening_at(address) as closed:
         raise ZeroDivisionError
     assert closed.fileno() == -1
+
+
+def test_a_silent_client_keeps_no_other_from_tls(tmp_path: Path) -> None:
+    """While the model is loaded, nor the start from going on."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, which makes the certificate")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with contextlib.ExitStack() as silent:
+        with listening_at(Address(port=0, certificate=certificate, key=key)) as listening:
+            silent.enter_context(socket.create_connection(listening.getsockname()))
+            url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+            begin = time.monotonic()
+            assert httpx.get(f"{url}/ready", verify=trusted, timeout=60).status_code == 503
+            silent.enter_context(socket.create_connection(listening.getsockname()))
+        assert time.monotonic() - begin < SECONDS
+        listening.close()
 
 
 def test_the_command_listens_at_loopback() -> None:

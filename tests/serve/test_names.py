@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ pytest.importorskip("starlette")
 
 from llama4 import Llama4
 from llama4.serve.settings import Settings
-from tests.serve.running import QUESTION, Running
+from tests.serve.running import QUESTION, Running, until
 
 BAD = "data:image/png;base64,AAAA"
 LINK = {"type": "image_url", "image_url": {"url": BAD}}
@@ -115,9 +114,7 @@ def test_what_a_response_continues_is_named_as_such(running: Running) -> None:
 @pytest.mark.parametrize(("route", "field"), [("embeddings", "input"), ("completions", "prompt")])
 def test_no_reply_is_waited_for_when_another_fails(running: Running, route: str, field: str) -> None:
     running.client.get("/health")
-    time.sleep(0.1)
-    before = running.num_tasks
+    until(lambda: running.num_tasks == 1)  # uvicorn's own
     for _ in range(3):
         assert running.client.post(f"/v1/{route}", json={field: [[999999], [5] * 3000, [6] * 3000]}).status_code == 400
-    time.sleep(0.3)
-    assert running.num_tasks <= before
+    until(lambda: running.num_tasks == 1 and running.is_idle())

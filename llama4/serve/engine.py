@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import queue
 import threading
@@ -30,13 +29,12 @@ from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
-from llama4.errors import ArgumentError, BusyError, ClosedError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
+from llama4.serve.worker import Worker
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
 from llama4.units import parse_bytes
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -82,12 +80,9 @@ class Engine:
             new_cache=lambda pool: llm.model.new_cache(1, llm.cache_dtype, llm.cache_device, pool),
         )
         self.silent_ids = frozenset(llm.tokenizer.special_tokens.values())
-        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._closing = threading.Lock()
-        self._is_closed = False
         self._process = os.getpid()
-        self._worker = threading.Thread(target=self._work, name="llama4 engine", daemon=True)
-        self._worker.start()
+        self._worker = Worker(self.scheduler)
+        weakref.finalize(self, self._worker.stop).atexit = False
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> EngineStream:
         """Answer a conversation piece by piece. Arguments are those of `Llama4.chat`; errors come with the first piece.
@@ -121,17 +116,14 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that nothing was computed of yet."""
-        return len(self.scheduler.waiting) + self._commands.qsize()
+        return len(self.scheduler.waiting) + self._worker.commands.qsize()
 
     def close(self) -> None:
         """Stop; replies that are not complete end with a `BusyError`. In a process that was forked from the engine's
         there is nothing to stop."""
         if os.getpid() != self._process:
             return
-        with self._closing:
-            self._is_closed = True
-            self._commands.put(lambda: None)
-        self._worker.join()
+        self._worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -180,7 +172,7 @@ class Engine:
             observer=observer,
         )
         self.scheduler.check(request)
-        self._put(lambda: self.scheduler.add(request))
+        self._worker.put(lambda: self.scheduler.add(request))
         return request
 
     def _check_room(self, may_wait: bool = False) -> None:
@@ -190,13 +182,6 @@ class Engine:
             )
         if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
             raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
-
-    def _put(self, command: Callable[[], object]) -> None:
-        """Have the worker do something; it goes on to the next step where that says True."""
-        with self._closing:
-            if self._is_closed:
-                raise ClosedError("the engine is closed; ask another one")
-            self._commands.put(command)
 
     async def compute(self, work: Callable[[Llama4], T]) -> T:
         """Something that no request of the scheduler computes, between two tokens of those that run: they wait.
@@ -217,36 +202,23 @@ class Engine:
                 result.set_exception(error)
             return True
 
-        self._put(run)
+        self._worker.put(run)
         return await asyncio.wrap_future(result)
 
     def cancel(self, request: Request) -> None:
         """Stop a request, from any thread; its memory is free after the worker's next token at the latest."""
-        self._commands.put(lambda: self.scheduler.cancel(request))
-
-    def _work(self) -> None:
-        while not self._is_closed:
-            self._run_commands(wait=not self.scheduler.has_work)
-            try:
-                self.scheduler.step()
-            except Exception as error:  # a bug: those who wait must not wait for ever
-                logger.exception("a step of the engine failed")
-                self.scheduler.fail_all(error)
-        while not self._commands.empty():
-            self._run_commands(wait=False)
-        self.scheduler.fail_all(ClosedError("the engine was closed before the reply was complete"))
-
-    def _run_commands(self, wait: bool) -> None:
-        """Those that came, up to the first that has computed something: then those that run get a token."""
-        with contextlib.suppress(queue.Empty):
-            has_computed = self._commands.get(block=wait)()
-            while has_computed is not True:
-                has_computed = self._commands.get_nowait()()
+        if not self._worker.is_closed:  # no lock: a stream is let go of in any thread, at any time
+            self._worker.commands.put(lambda: self.scheduler.cancel(request))
 
 
 class EngineStream:
     """A reply as it comes, to iterate over with `for` or `async for`: pieces of text, never empty or with half a
-    character. `events` and `async_events` have tool calls, too. Iteration may stop at any point."""
+    character. `events` and `async_events` have tool calls, too. Iteration may stop at any point.
+
+    Threads, or tasks of one loop, that iterate over one stream share its pieces: each goes to one of them. Of an error
+    one of them learns; for the others the stream ends. (One iterator, of `iter(stream)`, is of one thread: Python's
+    generators raise ValueError where two ask at once.)
+    """
 
     def __init__(self, engine: Engine, messages: Prompt, options: Options, observer: Observer | None = None) -> None:
         self._engine, self._messages, self._options, self._observer = engine, messages, options, observer
@@ -257,6 +229,7 @@ class EngineStream:
         self._request: Request | None = None
         self._cancel: Callable[[], object] | None = None
         self._has_ended = False
+        self._opening, self._reading = threading.Lock(), threading.Lock()
 
     def open(self, may_wait: bool = False) -> None:
         """Prepare the prompt and ask the engine; iteration does so by itself.
@@ -267,8 +240,11 @@ class EngineStream:
         Raises:
             Llama4Error: as `Llama4.chat`, `BusyError` among others.
         """
-        if self._cancel is not None:
-            return
+        with self._opening:
+            if self._cancel is None:
+                self._open(may_wait)
+
+    def _open(self, may_wait: bool) -> None:
         llm, messages = self._engine.llm, self._messages
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -336,28 +312,36 @@ class EngineStream:
     def events(self) -> Iterator[Delta]:
         """The rest of the reply: pieces of text, and tool calls as they come."""
         self.open()
-        while True:
-            while self._deltas:
-                yield self._deltas.popleft()
-            if self._has_ended:
-                return
-            self._take(self._mailbox.get())
+        while (delta := self._next()) is not None:
+            yield delta
 
     async def async_events(self) -> AsyncIterator[Delta]:
         """`events` for asyncio."""
         await asyncio.to_thread(self.open)
         while True:
-            while self._deltas:
-                yield self._deltas.popleft()
+            while (delta := self._pop()) is not None:
+                yield delta
             if self._has_ended:
                 return
             self._take(await self._mailbox.get_async())
+
+    def _next(self) -> Delta | None:
+        with self._reading:
+            while (delta := self._pop()) is None and not self._has_ended:
+                self._take(self._mailbox.get())
+            return delta
+
+    def _pop(self) -> Delta | None:
+        try:
+            return self._deltas.popleft()
+        except IndexError:
+            return None
 
     def _take(self, delivery: Delivery | None) -> None:
         if delivery is None:
             return
         if isinstance(delivery, Exception):
-            self._has_ended = True
+            self.cancel()
             raise delivery
         assert self._reader is not None
         row, builder = self._reader
@@ -385,7 +369,7 @@ class _Mailbox:
     def get(self, block: bool = True) -> Delivery | None:
         item = self._items.get(block)
         if item is None:
-            self._items.put(None)
+            self.put(None)
         return item
 
     async def get_async(self) -> Delivery | None:

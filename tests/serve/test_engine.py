@@ -18,6 +18,7 @@ from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.replies import Reply, ToolCallDelta
 from llama4.errors import BusyError, ContextLengthError, ImageError, Llama4Error
+from llama4.serve.engine import EngineStream, _Mailbox
 
 QUESTIONS = ["What can you do?", "How many circles are there?", "What is 3 + 4?", "Say hello."]
 
@@ -112,16 +113,84 @@ def test_a_stream_goes_on_in_another_loop(llm: Llama4, engine: Engine) -> None:
     assert "".join(pieces) == expected
     waiting = engine.stream(QUESTIONS[0])
     hold = threading.Event()
-    engine._commands.put(hold.wait)
-    readers = [threading.Thread(target=list, args=(waiting,), daemon=True) for _ in range(2)]
-    waiting.open()
+    engine._worker.commands.put(hold.wait)
+    try:
+        readers = [threading.Thread(target=list, args=(waiting,), daemon=True) for _ in range(2)]
+        waiting.open()
+        for reader in readers:
+            reader.start()
+        waiting.cancel()
+        for reader in readers:
+            reader.join(60)
+        assert not any(reader.is_alive() for reader in readers)
+    finally:
+        hold.set()
+
+
+def read_by_two(stream: EngineStream) -> list[str | Exception]:
+    """What two threads get of a stream, together."""
+
+    def read(got: list[str | Exception]) -> None:
+        try:
+            for piece in stream:
+                got.append(piece)
+        except Exception as error:
+            got.append(error)
+
+    both: list[list[str | Exception]] = [[], []]
+    readers = [threading.Thread(target=read, args=(got,), daemon=True) for got in both]
     for reader in readers:
         reader.start()
-    waiting.cancel()
     for reader in readers:
         reader.join(60)
     assert not any(reader.is_alive() for reader in readers)
-    hold.set()
+    return [*both[0], *both[1]]
+
+
+def test_threads_share_a_stream(llm: Llama4, engine: Engine) -> None:
+    for question in QUESTIONS:
+        expected = list(engine.stream(question))
+        stream = engine.stream(question)
+        assert sorted(map(str, read_by_two(stream))) == sorted(expected)
+        assert stream.reply.text == "".join(expected)
+
+
+def test_no_thread_waits_for_a_reply_that_failed(engine: Engine) -> None:
+    stream = engine.stream(QUESTIONS[0])
+    error = ArithmeticError()
+    hold = threading.Event()
+    engine._worker.commands.put(hold.wait)
+    try:
+        stream.open()
+        engine._worker.commands.put(lambda: engine.scheduler.fail_all(error))
+        release = threading.Timer(0.1, hold.set)  # when both wait
+        release.start()
+        assert read_by_two(stream) == [error]
+    finally:
+        hold.set()
+
+
+def test_the_end_wakes_a_loop_though_a_thread_took_it_first() -> None:
+    async def wait() -> None:
+        box = _Mailbox()
+        waiting = asyncio.create_task(box.get_async())
+        await asyncio.sleep(0)
+        box._items.put(None)
+        assert await asyncio.to_thread(box.get) is None
+        assert await asyncio.wait_for(waiting, 60) is None
+
+    asyncio.run(wait())
+
+
+def test_an_engine_that_nobody_holds_ends_its_thread(llm: Llama4) -> None:
+    engine = Engine(llm)
+    thread = engine._worker.thread
+    next(iter(engine.stream(QUESTIONS[0], max_new_tokens=10**5, ignore_eos=True)))
+    assert thread.is_alive()
+    del engine
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_errors_are_those_of_chat(llm: Llama4) -> None:
@@ -158,7 +227,7 @@ def test_a_full_queue_refuses(llm: Llama4) -> None:
     """And one who is closed; those who wait learn of it."""
     with Engine(llm, max_batch=1, max_waiting=1) as engine:
         hold = threading.Event()
-        engine._commands.put(hold.wait)
+        engine._worker.commands.put(hold.wait)
         until(lambda: engine.num_waiting == 0)
         waiting = engine.stream("Hello")
         waiting.open()
@@ -166,7 +235,7 @@ def test_a_full_queue_refuses(llm: Llama4) -> None:
             engine.stream("Hello").open()
         closing = threading.Thread(target=engine.close)
         closing.start()
-        until(lambda: engine._is_closed)
+        until(lambda: engine._worker.is_closed)
         hold.set()
         closing.join()
         with pytest.raises(BusyError, match="closed before"):
@@ -181,7 +250,7 @@ def test_computations_let_those_who_run_have_a_token_between(llm: Llama4) -> Non
 
         async def three() -> None:
             hold = threading.Event()
-            engine._commands.put(hold.wait)
+            engine._worker.commands.put(hold.wait)
             asked = [
                 asyncio.ensure_future(engine.compute(lambda llm: steps.append(engine.scheduler.counts.steps)))
                 for _ in range(3)

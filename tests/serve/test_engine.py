@@ -155,7 +155,19 @@ def test_threads_share_a_stream(llm: Llama4, engine: Engine) -> None:
         assert stream.reply.text == "".join(expected)
 
 
-def test_no_thread_waits_for_a_reply_that_failed(engine: Engine) -> None:
+async def read_by_two_tasks(stream: EngineStream) -> list[str | Exception]:
+    async def read() -> list[str | Exception]:
+        return [piece async for piece in stream]
+
+    both = await asyncio.wait_for(asyncio.gather(read(), read(), return_exceptions=True), 60)
+    errors = [got for got in both if isinstance(got, Exception)]
+    assert len(errors) == 1
+    return [*errors]
+
+
+@pytest.mark.parametrize("read", [read_by_two, lambda stream: asyncio.run(read_by_two_tasks(stream))])
+def test_nobody_waits_for_a_reply_that_failed(engine: Engine, read: Any) -> None:
+    """Of two threads, or two tasks, one gets the error, and for the other the stream ends."""
     stream = engine.stream(QUESTIONS[0])
     error = ArithmeticError()
     hold = threading.Event()
@@ -165,7 +177,7 @@ def test_no_thread_waits_for_a_reply_that_failed(engine: Engine) -> None:
         engine._worker.commands.put(lambda: engine.scheduler.fail_all(error))
         release = threading.Timer(0.1, hold.set)  # when both wait
         release.start()
-        assert read_by_two(stream) == [error]
+        assert read(stream) == [error]
     finally:
         hold.set()
 

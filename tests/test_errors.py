@@ -10,8 +10,12 @@ import pytest
 from llama4 import errors
 from tests.test_imports import is_in, modules
 
-GRAMMARS = ("llama4.text.tool_calls.literals", "llama4.text.tool_calls.spellings", "llama4.text.protobuf")
-"""Their ValueErrors say that a text is no tool call, or bytes are no message, and stay inside the package."""
+GRAMMARS = (
+    *("llama4.text.tool_calls.literals", "llama4.text.tool_calls.spellings", "llama4.text.protobuf"),
+    *("llama4.patterns", "llama4.text.byte_level"),
+)
+"""Their ValueErrors say that a text is no tool call, or bytes are no message, or that a pattern is none or takes too
+long, and stay inside the package: who calls them knows the file."""
 
 
 def test_there_is_one_base_class() -> None:

@@ -7,12 +7,13 @@ that a list names, as Hugging Face's `tokenizers` does.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import tiktoken
 
-from llama4.patterns import compile_pattern
+from llama4.patterns import Patience, compile_pattern
 from llama4.text.pairs import merge_pairs
 from llama4.text.vocabulary import LLAMA3, LLAMA4, TEKKEN
 
@@ -30,8 +31,8 @@ go back and forth without end, or panic."""
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 splits text, and `ByteLevel` of Hugging Face's `tokenizers`."""
 
-Splitter = Callable[[str], Iterator[str]]
-"""A text -> the pieces of it."""
+Splitter = Callable[[str, Patience], Iterator[str]]
+"""A text, or a piece of one, and what is left of the time for all of it -> its pieces."""
 
 
 class RankedBytes:
@@ -57,7 +58,8 @@ class RankedBytes:
     def encode(self, text: str, *, blank: bool = True) -> list[int]:
         """Text -> ids."""
         if self._split is not None:
-            return [i for piece in list(self._split(text)) for i in self._encoding._encode_single_piece(piece)]
+            pieces = list(self._split(text, _patience(text)))
+            return [i for piece in pieces for i in self._encoding._encode_single_piece(piece)]
         ids: list[int] = []
         start = 0
         for run in _LONG_BLANK.finditer(text):
@@ -109,9 +111,9 @@ class MergedBytes:
 
     def encode(self, text: str, *, blank: bool = True) -> list[int]:
         """Text -> ids."""
-        pieces = [self._prepare(text)]
+        pieces, patience = [self._prepare(text)], _patience(text)
         for splitter in self._splitters:
-            pieces = [part for piece in pieces for part in splitter(piece)]
+            pieces = [part for piece in pieces for part in splitter(piece, patience)]
         ids: list[int] = []
         for piece in pieces:
             ids += self._cached(piece) if len(piece) <= 64 else self._merged(piece)
@@ -132,29 +134,39 @@ class MergedBytes:
 
 
 _PATIENCE, _PACE = 5.0, 1e4
-"""Seconds, and characters a second, of a pattern that does not backtrack without end."""
+"""Seconds, and characters a second, of patterns that do not backtrack without end."""
+
+
+def _patience(text: str) -> Patience:
+    """With all that cuts a text, and the pieces of it."""
+    return Patience(_PATIENCE + len(text) / _PACE)
 
 
 def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
     """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
-    `only_matches`. Cutting raises a ValueError if it takes longer than any pattern in use.
+    `only_matches`. Cutting raises a ValueError if there is no patience left, which all patterns in use leave much of.
 
     Raises:
         ValueError: no regular expression, or one that is too long or calls itself.
     """
     compiled = compile_pattern(pattern)
 
-    def split(text: str) -> Iterator[str]:
-        at, seconds = 0, _PATIENCE + len(text) / _PACE
+    def split(text: str, patience: Patience) -> Iterator[str]:
+        at, end, now = 0, patience.end, time.monotonic
         try:
-            for match in compiled.finditer(text, timeout=seconds):
+            for match in compiled.finditer(text, timeout=patience.left()):
                 if at < match.start() and not only_matches:
                     yield text[at : match.start()]
                 if match.group():
                     yield match.group()
                 at = match.end()
+                if now() > end:
+                    raise TimeoutError
         except TimeoutError:
-            raise ValueError(f"{pattern!r:.80} takes more than {seconds:.1f} s for {len(text)} characters") from None
+            raise ValueError(
+                f"{pattern!r:.80} takes more than {patience.seconds:.1f} s, which is the limit of all patterns for "
+                "the whole of such a text"
+            ) from None
         if at < len(text) and not only_matches:
             yield text[at:]
 

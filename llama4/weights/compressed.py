@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD, NameTable
-from llama4.patterns import compile_pattern
+from llama4.patterns import Patience, compile_pattern
 from llama4.quantization.int4_zeros import Int4Zeros
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import WeightFormat
@@ -31,8 +31,8 @@ from llama4.weights.stored import DecodedSource, StoredFormat
 _TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
 _QUANTIZED = ("weight_scale", "weight_packed")
 """Parts that only quantized matrices have."""
-_PATIENCE = 1.0
-"""Seconds that a pattern may take for a name."""
+_PATIENCE = 10.0
+"""Seconds that all patterns may take for all names: a usual one takes a microsecond or two for a name."""
 _LINEAR = ("Linear", "LinearBase", "Module")
 """Targets that are the class of a Linear."""
 
@@ -128,6 +128,7 @@ class _Targets:
             self._patterns = [(compile_pattern(each.removeprefix("re:")), self._formats[each]) for each in patterns]
         except ValueError as error:
             raise CheckpointError(f"a target in quantization_config: {error}; fetch config.json again") from None
+        self._patience = Patience(_PATIENCE)
 
     def format_of(self, module: str, source: Source) -> StoredFormat:
         """Raises:
@@ -136,7 +137,7 @@ class _Targets:
         names = source.origin(f"{module}.weight_scale").key.removesuffix(".weight_scale"), module
         classes = ("Embedding",) if module.endswith(".embed_tokens") else _LINEAR
         exactly = (self._formats.get(name) for name in names)
-        by_pattern = (format for pattern, format in self._patterns if any(_fits(pattern, name) for name in names))
+        by_pattern = (format for pattern, format in self._patterns if any(self._fits(pattern, name) for name in names))
         by_class = (self._formats.get(name) for name in classes)
         for format in chain(exactly, by_pattern, by_class):
             if format is not None:
@@ -144,6 +145,15 @@ class _Targets:
         raise CheckpointError(
             f"{names[0]} is quantized, but no group of quantization_config is for it; fetch both again"
         )
+
+    def _fits(self, pattern: regex.Pattern[str], name: str) -> bool:
+        try:
+            return pattern.match(name, timeout=self._patience.left()) is not None
+        except TimeoutError:
+            raise CheckpointError(
+                f"a target in quantization_config: {pattern.pattern!r:.80} takes more than {self._patience.seconds:g} "
+                f"s, which is the limit of all targets for all names, at {name!r:.80}; fetch config.json again"
+            ) from None
 
 
 def _apart(source: ExpandedSource) -> Source:
@@ -164,16 +174,6 @@ def _apart(source: ExpandedSource) -> Source:
 
 def _one_of(format: Int4Zeros, part: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return format.to_compressed_parts(tensors["blocks"])[part]
-
-
-def _fits(pattern: regex.Pattern[str], name: str) -> bool:
-    try:
-        return pattern.match(name, timeout=_PATIENCE) is not None
-    except TimeoutError:
-        raise CheckpointError(
-            f"a target in quantization_config: {pattern.pattern!r:.80} takes more than {_PATIENCE} s for {name!r:.80}; "
-            "fetch config.json again"
-        ) from None
 
 
 def quantization_config(source: ExpandedSource, table: NameTable) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from llama4.errors import Llama4Error
 from llama4.text import byte_level
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tokenizer_files import byte_alphabet
 from tests import small_model
 from tests.faults import kinds
 
@@ -77,6 +79,20 @@ def test_a_pattern_of_other_merges_that_backtracks_without_end(tmp_path: Path, m
         tokenizer.encode("a" * 60)
 
 
+@pytest.mark.parametrize("splitters", [1, 20])
+def test_many_slow_pieces(splitters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is cut in time, and all of them are not."""
+    monkeypatch.setattr(byte_level, "_PATIENCE", 0.5)
+    bytes_ = {bytes([byte]): byte for byte in range(256)}
+    slow = byte_level.by_pattern(r"(a|aa)+!|a+|\d")
+    model = byte_level.MergedBytes(bytes_, {}, [slow] * splitters, byte_alphabet())
+    assert bytes(model.encode("aa1")) == b"aa1"
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"takes more than 0.. s, which is the limit of all patterns for the whole"):
+        model.encode(("a" * 24 + "1") * 100)
+    assert time.monotonic() - begin < 5
+
+
 @pytest.mark.parametrize(
     "text", ["A", "1", "\u0300", "!", "\n", " ", "Aa\u0300", "\x1c", " \n", "\u3000", "\r", "字", "'s"]
 )
@@ -88,7 +104,7 @@ def test_patterns_that_tiktoken_is_trusted_with(pattern: str, text: str) -> None
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", "(?<=a+)b(", r"\p{Nothing}", "(" * 3000, "a" * 100_000, "(?R)|a", "(?P<a>(?&a))"]
+    "pattern", ["(", "(?<=a+)b(", r"\p{Nothing}", "(" * 3000, "a" * 100_000, "(?R)|a", "(?P<a>(?&a))", r"a\\(?0)|"]
 )
 def test_what_is_no_pattern(tmp_path: Path, pattern: str) -> None:
     path = write(tmp_path, set_pattern(pattern))

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +31,9 @@ from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.weights import memory
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.compressed import read_groups
+from llama4.weights.compressed import _Targets, read_groups
 from llama4.weights.convert import convert, quantize
+from llama4.weights.stored import StoredFormat
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed
 
@@ -371,15 +374,39 @@ def test_which_group_a_module_is_of(plain: Path, tmp_path: Path, name: str) -> N
     [
         ("(self_attn", "is no regular expression"),
         ("((.|..)+)(?!.)[!?]", "takes more than"),
-        ("(?R)", "or calls itself"),
+        ("(?R)", "calls itself"),
     ],
 )
-def test_a_target_that_is_no_pattern(pattern: str, message: str, plain: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_no_pattern(
+    pattern: str, message: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama4.weights.compressed._PATIENCE", 0.5)
     write(plain, tmp_path / "model", preset("W8A8"))
     group = json.loads(preset("W8A8").model_dump_json()) | {"targets": [f"re:{pattern}"]}
     edit(tmp_path / "model", lambda tensors: tensors, config_groups={"group_0": group})
     with pytest.raises(CheckpointError, match=f"a target in quantization_config.*{message}.*config.json"):
         loaded(tmp_path / "model")
+
+
+def test_a_slow_target_and_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each match ends in time, and all of them do not."""
+    monkeypatch.setattr("llama4.weights.compressed._PATIENCE", 0.5)
+    format: Any = object()
+    source: Any = SimpleNamespace(origin=lambda name: SimpleNamespace(key=name))
+    targets = _Targets([(["re:(a|aa)+$", "Linear"], format)])
+    for i in range(1000):
+        assert targets.format_of(f"layers.{i}.up_proj", source) is format
+
+    def all_names() -> None:
+        for i in range(100_000):
+            seen.append(targets.format_of(f"{'a' * 16}{i}", source))
+
+    begin, seen = time.monotonic(), list[StoredFormat]()
+    with pytest.raises(
+        CheckpointError, match=r"takes more than 0.5 s, which is the limit of all targets for all names"
+    ):
+        all_names()
+    assert len(seen) > 1 and time.monotonic() - begin < 5
 
 
 @torch.inference_mode()
@@ -430,6 +457,7 @@ def test_what_is_ignored_and_what_the_model_has_no_place_for(
     assert relative_error(ours(IDS), with_weights(plain, dense)(IDS).logits) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", [*FP8, *NATIVE, *REWRITTEN, "NVFP4", "MXFP4"])
 @torch.inference_mode()
 def test_saved_and_loaded_again_it_is_the_same(plain: Path, tmp_path: Path, name: str) -> None:
@@ -450,10 +478,7 @@ def test_saved_and_loaded_again_it_is_the_same(plain: Path, tmp_path: Path, name
     if name in FOUR_BITS:
         dtype, tolerance = torch.bfloat16, 0.04  # to which compressed-tensors dequantizes
     options: dict[str, Any] = {}
-    if name in (
-        "W4A16_ASYM",
-        "W4A16_ASYM of 64",
-    ):  # packed zero points transformers loads if it dequantizes, to bfloat16
+    if name in ("W4A16_ASYM", "W4A16_ASYM of 64"):  # transformers loads zero points to bfloat16 only
         options, tolerance = {"quantization_config": CompressedTensorsConfig(dequantize=True)}, 0.01
     theirs = ReferenceModel.from_pretrained(tmp_path / "saved", dtype=dtype, **options).eval()
     assert median_error(loaded(tmp_path / "saved")(IDS), theirs(IDS).logits.float()) < tolerance

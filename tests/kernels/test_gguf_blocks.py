@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama4.kernels import abi, cpu, loader
 from llama4.quantization.gguf_blocks import GGUF_FORMATS
+from llama4.quantization.int4_zeros import Int4Zeros
 from tests.kernels.test_cpu import DTYPES, normal
 from tests.weights.test_gguf import random_blocks, truth
 
@@ -141,6 +142,30 @@ class TestInt8Activations:
             x = torch.full((rows, weight.shape[1]), 3.0 * sign, dtype=dtype)
             truth = x.double() @ weight.mT
             assert ((self.product(kind, x, blocks).double() - truth).abs() <= 2.0**-8 * truth.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [*GGUF_FORMATS, "int4_zeros"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_inputs_that_are_no_numbers_are_not_rounded_away(rows: int, kind: str, dtype: torch.dtype) -> None:
+    """Neither is infinity; rows beside theirs have their values."""
+    inputs, generator = 768, torch.Generator().manual_seed(1)
+    if kind == "int4_zeros":
+        values = torch.randint(0, 16, (96, inputs), generator=generator, dtype=torch.uint8)
+        zeros, scales = values[:, ::32], torch.rand(96, inputs // 32, generator=generator).half()
+        blocks, name = Int4Zeros(32, torch.float16).encode(values, zeros.contiguous(), scales), "int4_zeros_int8"
+    else:
+        blocks, name = matrix(kind, 96, inputs)[0], f"{GGUF_FORMATS[kind].kind}_int8"
+    x = normal(rows, inputs).to(dtype)
+    wanted = cpu.linear_quantized(name, x, blocks)
+    for at in (0, 45, 767):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            spoilt = x.clone()
+            spoilt[-1, at] = value
+            found = cpu.linear_quantized(name, spoilt, blocks)
+            assert not found[-1].isfinite().any(), (at, value)
+            assert value == value or found[-1].isnan().all()
+            assert torch.equal(found[:-1], wanted[:-1])
 
 
 def test_inputs_that_are_no_whole_blocks_are_refused() -> None:

@@ -15,7 +15,8 @@ INLINE void take_inputs(const X* x, long count, Number (&to)[step]) {
   std::fill(to + count, to + step, Number());
 }
 
-// The same rounded, so that the largest of 32 is 127, and their scales.
+// The same rounded, so that the largest of 32 is 127, and their scales. NaN and infinity have no bytes: the scale of a
+// group that has one is NaN.
 template <class X, long step>
 INLINE void round_inputs(const X* x, long count, int8_t (&to)[step], float* scales) {
   for (long i = 0; i < count; i += 32) {
@@ -24,7 +25,8 @@ INLINE void round_inputs(const X* x, long count, int8_t (&to)[step], float* scal
     const float factor = most > 0 ? 127 / most : 0;
     store_bytes(to + i, to_integers(round_to_integer(low * factor)));
     store_bytes(to + i + 16, to_integers(round_to_integer(high * factor)));
-    scales[i / 32] = most / 127;
+    const float nothing = horizontal_sum((low - low) + (high - high));  // `low * 0` GCC takes for 0
+    scales[i / 32] = most / 127 + nothing;
   }
   std::fill(to + count, to + step, 0);
   std::fill(scales + count / 32, scales + step / 32, 0);

@@ -159,8 +159,9 @@ class Llama4:
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantize the weights
                 while loading, one at a time. None takes them as they are, quantized or not.
-            activations: what blocks of GGUF are multiplied with on a CPU: "float"; "int8", rounded to int8 with a scale
-                for each 32, which is faster; "auto" rounds in bfloat16, where the weights are rounded much more.
+            activations: what blocks of GGUF and int4 with zero points are multiplied with on a CPU: "float"; "int8",
+                rounded to int8 with a scale for each 32, which is faster, and refused where no weight has such
+                products; "auto" rounds in bfloat16, where the weights are rounded much more.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -214,7 +215,7 @@ class Llama4:
             built = replace(config, dtype=str(compute).removeprefix("torch."))
             model = family.build(built, resolve_experts(experts, target, compute))
         swap_modules(model, source.plan)
-        choose_activations(model, activations, compute)
+        choose_activations(model, activations, target, compute)
         load(
             model,
             source,

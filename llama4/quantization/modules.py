@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from llama4.errors import CheckpointError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.model.feed_forward import FeedForward
 from llama4.ops.experts import loop_over_experts
 from llama4.ops.linear import Linear
@@ -20,15 +20,32 @@ _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|u
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
-def choose_activations(model: nn.Module, activations: str, dtype: torch.dtype) -> None:
+def choose_activations(model: nn.Module, activations: str, device: torch.device, dtype: torch.dtype) -> None:
     """In what packed weights of a model are multiplied by CPU kernels: "int8" rounds their inputs, with a scale for
     each 32, where the format has such products; "auto" does so in bfloat16, for formats of which the weights' own
-    rounding is much larger."""
+    rounding is much larger.
+
+    Raises:
+        ArgumentError: "int8", and no product is of integers there.
+    """
+    has_kernels = has_products = False
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             is_default = module.format.int8_activations and dtype == torch.bfloat16
+            rounded = module.format.with_int8_activations()
+            has_products |= rounded is not module.format
+            has_kernels |= rounded.has_cpu_kernels
             if activations == "int8" or (activations == "auto" and is_default):
-                module.format = module.format.with_int8_activations()
+                module.format = rounded
+    if activations == "int8":
+        reasons = {
+            "no weight of this model is in blocks of GGUF, or in int4 with zero points": has_products,
+            f"the model is on {device}": device.type == "cpu",
+            f"it computes in {str(dtype).removeprefix('torch.')}": dtype in (torch.float32, torch.bfloat16),
+            "there are no CPU kernels (`llama4 info --system` says why)": has_kernels,
+        }
+        if reason := next((reason for reason, is_met in reasons.items() if not is_met), None):
+            raise ArgumentError(f"activations='int8' does nothing here: {reason}; choose 'float' or 'auto'")
 
 
 class QuantizedEmbedding(QuantizedWeight):

@@ -378,6 +378,21 @@ def test_activations(tmp_path: Path) -> None:
         Llama4.from_pretrained(path, activations="fp4")
 
 
+def test_activations_that_nothing_is_multiplied_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused, with the reason, as experts= is; "float" and "auto" are not."""
+    path, _ = quantized(tmp_path / "a.gguf", {"ffn_gate_inp": "F32", **MIXES["one type each"]})
+    with pytest.raises(
+        ArgumentError, match=r"activations='int8' does nothing here: no weight .* blocks of GGUF, or in i"
+    ):
+        Llama4.from_pretrained("tiny", activations="int8", progress=False)
+    with pytest.raises(ArgumentError, match="does nothing here: it computes in float64; choose 'float' or 'auto'"):
+        Llama4.from_pretrained(path, dtype="float64", activations="int8", progress=False)
+    monkeypatch.setattr(loader, "library", lambda: None)
+    with pytest.raises(ArgumentError, match="does nothing here: there are no CPU kernels"):
+        Llama4.from_pretrained(path, activations="int8", progress=False)
+    Llama4.from_pretrained(path, activations="auto", progress=False)
+
+
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = quantized(tmp_path / "a.gguf", {"attn_q": "Q2_K"})
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)

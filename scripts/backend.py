@@ -76,10 +76,15 @@ def _numbers(version: str) -> list[int]:
 
 
 def _with_tag(settings: Any) -> Any:
-    """With the tag of the machines that the wheel is for, where the compiler keeps to an old C library."""
+    """With the tag of the machines that the wheel is for, where the compiler keeps to an old C library. One that is
+    built where the C library is older still, or another, is for the machine that builds it."""
     build = _build()
     command = build.compiler() or []
     if "ziglang" not in command or build.platform.system() != "Linux":
+        return settings
+    library, version = build.platform.libc_ver()
+    is_new_enough = library == "glibc" and _numbers(version) >= _numbers(build.GLIBC)
+    if build.target() == build.machine() and not is_new_enough:
         return settings
     tag = f"py3-none-manylinux_{build.GLIBC.replace('.', '_')}_{build.target()}"
     return {"wheel.tags": tag, **(settings or {})}

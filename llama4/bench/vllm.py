@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from contextlib import suppress
 from ctypes.util import find_library
@@ -39,9 +40,19 @@ print(next(each.version for each in distributions() if each.metadata["Name"] in 
 
 
 def interpreter_of(text: str) -> str | None:
-    """PYTHON of `vllm=PYTHON`; None if it is something else."""
+    """The file that PYTHON of `vllm=PYTHON` is; None if it is something else.
+
+    Raises:
+        Llama4Error: there is no such program.
+    """
     name, _, python = text.partition("=")
-    return python if name == NAME and python else None
+    if name != NAME or not python:
+        return None
+    if (found := shutil.which(python)) is None:
+        raise Llama4Error(
+            f"{python} is no program that can be run; name vLLM's interpreter, as {NAME}=/path/bin/python"
+        )
+    return os.path.abspath(found)
 
 
 def version(python: str) -> str:
@@ -93,7 +104,7 @@ class Interpreter:
     def __init__(self, config: EngineConfig, vocabulary: int) -> None:
         assert config.programs is not None
         settings = {"model": config.directory, "dtype": config.dtype, "vocabulary": vocabulary}
-        settings |= {"rows": ROWS, "tokens": TOKENS, "length": TOKENS}
+        settings |= {"rows": ROWS, "tokens": TOKENS + 1, "length": TOKENS + 1}  # one is written, and not read
         self._said = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [config.programs, "-P", vllm_worker.__file__, json.dumps(settings)],

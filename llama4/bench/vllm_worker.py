@@ -51,15 +51,13 @@ def seconds(engine: Any, vocabulary: int, rows: int, prompt: int, new: int) -> f
     for _ in range(rows):
         ids = [generator.randrange(vocabulary) for _ in range(prompt)]
         engine.add_request(str(next(_names)), {"prompt_token_ids": ids}, sampling)
-    waiting, steps = rows, 0
+    waiting = rows
     while engine.has_unfinished_requests():
         outputs = engine.step()
         if waiting > 0:
             waiting -= sum(len(output.outputs[0].token_ids) == 1 for output in outputs)
             if waiting <= 0:
                 read = time.perf_counter()
-        else:
-            steps += 1
     end = time.perf_counter()
     return (end - read) / new if new else read - begin
 

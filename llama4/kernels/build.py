@@ -90,13 +90,23 @@ for AMX, or NEON's dotprod, i8mm and bf16."""
 
 def machine() -> str:
     """A key of `LEVELS`, if this machine has any."""
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    return _kind(platform.machine())
+
+
+def _kind(name: str) -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name.lower(), name.lower())
 
 
 def target() -> str:
-    """The machine to build for."""
-    return os.environ.get(MACHINE_VARIABLE) or machine()
+    """The machine to build for.
+
+    Raises:
+        LookupError: `$LLAMA4_BUILD_MACHINE` names none that there are kernels for.
+    """
+    named = os.environ.get(MACHINE_VARIABLE)
+    if named and _kind(named) not in LEVELS:
+        raise LookupError(f"{MACHINE_VARIABLE}={named} is not known; choose one of {', '.join(LEVELS)}")
+    return _kind(named) if named else machine()
 
 
 def cpu_features() -> frozenset[str]:
@@ -173,7 +183,9 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     manifest: dict[str, Any] = {"sources": sources_hash(target()), "levels": _built(directory), "problems": {}}
     command = compiler()
     if command is None:
-        manifest["problems"][""] = f"there was no C++ compiler ({', '.join(COMPILERS)})"
+        asked = "package ziglang, which CXX asks for; `pip install ziglang`"
+        any_of = f"C++ compiler ({', '.join(COMPILERS)})"
+        manifest["problems"][""] = f"there was no {asked if os.environ.get('CXX') == 'ziglang' else any_of}"
     elif not names:
         manifest["problems"][""] = f"nothing was to be built for {target()}"
     elif target() != machine() and "ziglang" not in command:
@@ -252,8 +264,11 @@ def _cores() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 if everything that was asked for was built."""
-    levels = LEVELS.get(target(), {})
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    try:
+        levels = LEVELS.get(target(), {})
+    except LookupError as error:
+        parser.error(str(error))
     parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="(default: the user's cache)")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=f"native, or some of: {', '.join(levels)}")
     parser.add_argument("--optional", action="store_true", help="end with 0 whatever fails")

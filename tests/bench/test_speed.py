@@ -26,6 +26,7 @@ from llama4.bench import (
     roofline,
     scaling_fit,
     throughput,
+    vllm,
 )
 from llama4.bench.engine import EngineConfig
 from llama4.bench.engines import ENGINES
@@ -34,6 +35,7 @@ from llama4.bench.scaling_fit import Point
 from llama4.bench.tasks import Task, TimedEngine, photo_bytes
 from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig, tiny
+from llama4.errors import Llama4Error
 from llama4.quantization.plan import make_plan
 from llama4.tiny import EMBEDDED
 from llama4.vision.config import VisionConfig
@@ -372,6 +374,15 @@ else:
     arguments[arguments.index(f"vllm={python}")] = f"vllm={sys.executable}"
     assert main(["bench", *arguments]) == 1
     assert "has no vLLM" in capsys.readouterr().err
+
+
+def test_an_interpreter_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python9").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert vllm.interpreter_of("vllm=python9") == str(tmp_path / "python9")
+    assert vllm.interpreter_of("vllm=") is None and vllm.interpreter_of("llama.cpp=x") is None
+    with pytest.raises(Llama4Error, match="python8 is no program that can be run"):
+        vllm.interpreter_of("vllm=python8")
 
 
 def test_files_in_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

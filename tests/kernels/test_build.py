@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -159,6 +160,52 @@ def test_another_machine(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     flags = (tmp_path / told["levels"]["neon"]["file"]).read_text().splitlines()
     assert "aarch64-linux-gnu.2.28" in flags
     assert "-s" in flags, "what it adds for debuggers is ten times the code"
+
+
+@pytest.mark.parametrize(("named", "meant"), [("arm64", "aarch64"), ("AMD64", "x86_64"), ("", build.machine())])
+def test_a_machine_has_several_names(named: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.MACHINE_VARIABLE, named)
+    assert build.target() == meant
+
+
+def test_a_machine_without_kernels_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(build.MACHINE_VARIABLE, "riscv64")
+    with pytest.raises(SystemExit):
+        build.main([])
+    assert "LLAMA4_BUILD_MACHINE=riscv64 is not known; choose one of x86_64, aarch64" in capsys.readouterr().err
+
+
+def test_ziglang_that_is_asked_for_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ziglang")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "there was no package ziglang" in build.build(tmp_path, ["neon"])["problems"][""]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scikit_build_core") is None, reason="scikit-build-core is not installed")
+@pytest.mark.parametrize(
+    ("libc", "machine", "tag"),
+    [
+        (("glibc", "2.36"), build.machine(), "manylinux_2_28"),
+        (("glibc", "2.17"), build.machine(), None),
+        (("", ""), build.machine(), None),
+        (("", ""), "aarch64" if build.machine() == "x86_64" else "x86_64", "manylinux_2_28"),
+    ],
+)
+def test_the_tag_of_a_wheel(
+    libc: tuple[str, str], machine: str, tag: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an old C library where the machine that builds has one that is not older, or builds for another."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    backend = importlib.import_module("backend")
+    monkeypatch.setattr(backend, "_build", lambda: build)
+    monkeypatch.setattr(build, "compiler", lambda: build.ZIG)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "libc_ver", lambda: libc)
+    monkeypatch.setenv(build.MACHINE_VARIABLE, machine)
+    tags = (backend._with_tag(None) or {}).get("wheel.tags")
+    assert tags == (f"py3-none-{tag}_{machine}" if tag else None)
 
 
 def test_ziglang_may_be_asked_for(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

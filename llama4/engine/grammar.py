@@ -144,7 +144,9 @@ class Form:
 
 
 _MAX_TOGETHER = 8
-"""Patterns whose common texts llguidance is asked for: 10 take it a tenth of a second, 12 three, 14 minutes."""
+"""Schemas that may have to fit one value, in a form that has more patterns and formats than this. Each may bring a
+pattern, and llguidance is asked for the common texts: of 10 patterns it takes a tenth of a second, of 12 three, of 14
+minutes. Which of the schemas have the patterns is not looked at."""
 
 
 def _patterns(node: Any) -> set[str]:

@@ -47,7 +47,7 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     "activations": {
         "default": "auto",
         "choices": ACTIVATIONS,
-        "help": "what weights in GGUF, or int4 with zeros, are multiplied with on a CPU: float, or int8, faster (default: auto)",
+        "help": "what GGUF and int4 with zero points are multiplied with on a CPU: float or int8 (default: auto)",
     },
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
     "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},

@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> int:
 def show(run: Run) -> None:
     """What a run would do: the first example with what is learnt of it in brackets, the share that is trained, the
     steps, and the memory."""
-    from llama4.train.memory import available_bytes, estimate
+    from llama4.train.memory import available_bytes
 
     example, tokenizer = run.data.examples[0], run.llm.tokenizer
     text, learnt = "", False
@@ -224,8 +224,5 @@ def show(run: Run) -> None:
     for note in run.data.notes():
         print(note)
     with run.attached():
-        needed, free = (
-            estimate(run.llm.model, run.trained, run.longest_batch, run.options.optimizer_states),
-            available_bytes(run.llm.model.device),
-        )
+        needed, free = run.memory(run.objective()), available_bytes(run.llm.model.device)
     print(f"memory: {needed}" + (f"; {bytes_text(free)} are free" if free is not None else ""))

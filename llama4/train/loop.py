@@ -27,7 +27,7 @@ from llama4.files import user_path
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
-from llama4.train.memory import check_memory, estimate
+from llama4.train.memory import Estimate, check_memory, estimate
 from llama4.train.objectives import Distillation, Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
 from llama4.train.options import ALL_WEIGHTS, QUANTIZATION, TrainingOptions
@@ -128,6 +128,12 @@ class Run:
             teacher = load_teacher(self.options.teacher, self.llm, self.data, self.progress, **self._reading())
             return Distillation(teacher, self.options.soft_weight)
         return next_token
+
+    def memory(self, objective: Objective) -> Estimate:
+        """What it takes; inside `attached`."""
+        teacher = objective.teacher.num_bytes if isinstance(objective, Distillation) else None
+        states = self.options.optimizer_states
+        return estimate(self.llm.model, self.trained, self.longest_batch, states, teacher)
 
     def _batches(self, data: Dataset, seed: int | None) -> Batches:
         assert self.options.batch_tokens is not None
@@ -243,15 +249,14 @@ def finetune(
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
     run = Run(model, data, eval, options, progress)
     with torch.random.fork_rng(), run.attached(), return_freed(), stoppable() as stop:
-        check_memory(
-            estimate(run.llm.model, run.trained, run.longest_batch, options.optimizer_states), run.llm.model.device
-        )
+        objective = run.objective()
+        check_memory(run.memory(objective), run.llm.model.device)
         torch.manual_seed(options.seed)
-        return _train(run, output, resume, stop)
+        return _train(run, objective, output, resume, stop)
 
 
-def _train(run: Run, output: Path, resume: bool, stop: threading.Event) -> Result:
-    options, model, objective = run.options, run.llm.model, run.objective()
+def _train(run: Run, objective: Objective, output: Path, resume: bool, stop: threading.Event) -> Result:
+    options, model = run.options, run.llm.model
     assert options.learning_rate is not None
     optimizer = AdamW(
         run.trained, weight_decay=options.weight_decay, seed=options.seed, states=options.optimizer_states

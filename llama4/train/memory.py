@@ -19,7 +19,7 @@ from llama4.model.multimodal import Llama4Model
 from llama4.train.data import Batch
 from llama4.train.loss import MAX_LOGIT_BYTES
 from llama4.train.objectives import batch_loss
-from llama4.train.optimizer import BLOCK
+from llama4.train.optimizer import BLOCK, RUN, RUN_BYTES
 from llama4.units import bytes_text
 
 PROBES = (64, 192)
@@ -35,32 +35,47 @@ class Estimate:
     Attributes:
         trained: what is trained, if that is not the model itself; its gradients and the optimizer's states.
         activations: what the backward pass of the largest batch needs.
-        logits: of a slice, with their gradients.
+        logits: of a slice, with their gradients; beside a teacher's.
+        step: what the optimizer computes with, after the backward pass.
+        teacher: a teacher, which is loaded already.
     """
 
     trained: int
     activations: int
     logits: int
+    step: int = 0
+    teacher: int = 0
+
+    @property
+    def to_come(self) -> int:
+        return self.trained + max(self.activations + self.logits, self.step)
 
     @property
     def total(self) -> int:
-        return self.trained + self.activations + self.logits
+        return self.to_come + self.teacher
 
     def __str__(self) -> str:
+        teacher = f"{bytes_text(self.teacher)} for the teacher, " if self.teacher else ""
         return (
-            f"{bytes_text(self.total)} beyond the model: {bytes_text(self.trained)} for what is trained, "
-            f"{bytes_text(self.activations)} of activations, {bytes_text(self.logits)} of logits"
+            f"{bytes_text(self.total)} beyond the model: {teacher}{bytes_text(self.trained)} for what is trained, "
+            f"{bytes_text(self.activations)} of activations and {bytes_text(self.logits)} of logits, or "
+            f"{bytes_text(self.step)} in the optimizer's step"
         )
 
 
 def estimate(
-    model: Llama4Model, trained: Mapping[str, Tensor], tokens: int, optimizer_states: str = "float32"
+    model: Llama4Model,
+    trained: Mapping[str, Tensor],
+    tokens: int,
+    optimizer_states: str = "float32",
+    teacher_bytes: int | None = None,
 ) -> Estimate:
     """For the largest batch of so many tokens; the model computes with what is trained.
 
     Args:
         trained: parameters, by name.
         optimizer_states: see `TrainingOptions`.
+        teacher_bytes: of a teacher, whose logits are there beside the model's.
     """
     own = {parameter.data_ptr() for parameter in model.parameters()}
     states = 0.0
@@ -74,7 +89,10 @@ def estimate(
     per_token = max(0.0, (large - small) / (PROBES[1] - PROBES[0]))
     activations = round(max(small, large + per_token * (tokens - PROBES[1])))
     vocabulary = model.config.text.vocab_size
-    return Estimate(round(states), activations, 3 * min(MAX_LOGIT_BYTES, tokens * vocabulary * 4))
+    sets = 1 if teacher_bytes is None else 2
+    logits = 3 * sets * min(MAX_LOGIT_BYTES // sets, tokens * vocabulary * 4)
+    step = RUN_BYTES * min(RUN, max((parameter.numel() for parameter in trained.values()), default=0))
+    return Estimate(round(states), activations, logits, step, teacher_bytes or 0)
 
 
 def _kept(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -> int:
@@ -108,10 +126,10 @@ def available_bytes(device: torch.device) -> int | None:
 
 def check_memory(needed: Estimate, device: torch.device) -> None:
     """Raises:
-    Llama4Error: that much is not free on the device; with what would take less.
+    Llama4Error: what is to come is not free on the device; with what would take less.
     """
     free = available_bytes(device)
-    if free is not None and needed.total > free:
+    if free is not None and needed.to_come > free:
         raise Llama4Error(
             f"training takes {needed}, and {bytes_text(free)} are free; take fewer batch_tokens, a smaller rank, "
             "gradient_checkpointing, or method 'qlora'"

@@ -140,6 +140,10 @@ def reply_log_probs(model: Llama4Model, batch: Batch) -> Tensor:
 class Teacher(Protocol):
     """Who knows the distribution of the next token."""
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+
     def divergences(self, batch: Batch) -> Losses:
         """The Kullback-Leibler divergence of a student's distribution from the teacher's, of each token of a batch that
         is learnt."""

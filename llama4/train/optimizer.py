@@ -16,6 +16,10 @@ from torch import Tensor
 BETAS, EPS = (0.9, 0.999), 1e-8
 BLOCK = 256
 """Numbers of an 8-bit state that have a scale in common."""
+RUN = 4096 * BLOCK
+"""Numbers that a step changes at a time: what it computes with is there for so many, not for a whole parameter."""
+RUN_BYTES = 50
+"""Of each of them, with states in 8 bits and bfloat16; others need less."""
 
 
 class Float32State:
@@ -25,14 +29,15 @@ class Float32State:
 
     @staticmethod
     def new(parameter: Tensor) -> dict[str, Tensor]:
-        return {"": torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))}
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return {"": torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)}
 
     @staticmethod
-    def read(parts: Mapping[str, Tensor], parameter: Tensor) -> Tensor:
-        return parts[""]
+    def read(parts: Mapping[str, Tensor], run: slice) -> Tensor:
+        return parts[""].view(-1)[run]
 
     @staticmethod
-    def write(parts: Mapping[str, Tensor], x: Tensor, generator: torch.Generator) -> None:
+    def write(parts: Mapping[str, Tensor], run: slice, x: Tensor, generator: torch.Generator) -> None:
         """It was changed in place."""
 
 
@@ -42,40 +47,58 @@ class Int8State:
 
     What is added in one step of Adam is less than a step of this scale. So a number is rounded up or down at random, in
     proportion, and the mean of many roundings is right (as in `round_at_random`); blocks as in Dettmers et al. 2022,
-    "8-bit Optimizers via Block-wise Quantization".
+    "8-bit Optimizers via Block-wise Quantization". A run begins at a block.
     """
 
     parts = ("", "_scale")
     steps_per_octave = 5
-    levels = 127
+    dtype, lowest, levels = torch.int8, 0, 127
 
-    @staticmethod
-    def new(parameter: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def new(cls, parameter: Tensor) -> dict[str, Tensor]:
         blocks = math.ceil(parameter.numel() / BLOCK)
-        values = torch.zeros(parameter.numel(), dtype=torch.int8, device=parameter.device)
+        values = torch.zeros(parameter.numel(), dtype=cls.dtype, device=parameter.device)
         return {"": values, "_scale": torch.zeros(blocks, device=parameter.device)}
 
     @classmethod
-    def read(cls, parts: Mapping[str, Tensor], parameter: Tensor) -> Tensor:
-        values = F.pad(parts[""], (0, -len(parts[""]) % BLOCK)).view(-1, BLOCK).float()
-        x = values.sign() * torch.exp2((values.abs() - cls.levels) / cls.steps_per_octave) * parts["_scale"][:, None]
-        return x.flatten()[: parameter.numel()].view(parameter.shape)
+    def read(cls, parts: Mapping[str, Tensor], run: slice) -> Tensor:
+        stored, scale = parts[""][run], parts["_scale"][_blocks(run)]
+        values = F.pad(stored, (0, -len(stored) % BLOCK)).view(-1, BLOCK).float()
+        x = values.sign() * torch.exp2((values.abs() - cls.levels) / cls.steps_per_octave) * scale[:, None]
+        return x.flatten()[: len(stored)]
 
     @classmethod
-    def write(cls, parts: Mapping[str, Tensor], x: Tensor, generator: torch.Generator) -> None:
-        blocks = F.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    def write(cls, parts: Mapping[str, Tensor], run: slice, x: Tensor, generator: torch.Generator) -> None:
+        blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
         scale = blocks.abs().amax(1, keepdim=True)
         share = (blocks.abs() / scale.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-        lower = (cls.levels + cls.steps_per_octave * share.log2()).floor().clamp(min=0)  # 0 where there is nothing
+        lower = (cls.levels + cls.steps_per_octave * share.log2()).floor().clamp(min=cls.lowest)
         below = torch.where(lower > 0, torch.exp2((lower - cls.levels) / cls.steps_per_octave), 0.0)
         above = torch.exp2((lower + 1 - cls.levels) / cls.steps_per_octave)
         noise = torch.rand(share.shape, generator=generator).to(share.device)
-        level = lower + (noise < (share - below) / (above - below))
-        parts[""].copy_((level.clamp(max=cls.levels) * blocks.sign()).flatten()[: x.numel()])
-        parts["_scale"].copy_(scale[:, 0])
+        level = (lower + (noise < (share - below) / (above - below))).clamp(max=cls.levels)
+        parts[""][run] = torch.where(blocks < 0, -level, level).flatten()[: len(x)].to(cls.dtype)
+        parts["_scale"][_blocks(run)] = scale[:, 0]
 
 
-STATES: dict[str, type[Float32State] | type[Int8State]] = {"float32": Float32State, "int8": Int8State}
+class UInt8State(Int8State):
+    """A state without signs in 8 bits of the logarithm, 51 octaves. None is zero beside others that are not: Adam
+    divides by its root, and a mean whose square was rounded to nothing would go thousands of steps at once. Of a mean
+    there are 25 octaves, so its square is always there."""
+
+    dtype, lowest, levels = torch.uint8, 1, 255
+
+
+def _blocks(run: slice) -> slice:
+    """Of a run of numbers, its blocks."""
+    return slice(run.start // BLOCK, math.ceil(run.stop / BLOCK))
+
+
+State = type[Float32State] | type[Int8State]
+STATES: dict[str, dict[str, State]] = {
+    "float32": {"mean": Float32State, "square": Float32State},
+    "int8": {"mean": Int8State, "square": UInt8State},
+}
 """How the means of gradients and of their squares are kept."""
 
 
@@ -99,12 +122,12 @@ class AdamW:
         self.parameters = dict(parameters)
         self.weight_decay = weight_decay
         self.steps = 0
-        self._kind = STATES[states]
+        self._kinds = STATES[states]
         self.state = {
-            f"{name}.{kind}{part}": tensor
+            f"{name}.{which}{part}": tensor
             for name, parameter in self.parameters.items()
-            for kind in ("mean", "square")
-            for part, tensor in self._kind.new(parameter).items()
+            for which, kind in self._kinds.items()
+            for part, tensor in kind.new(parameter).items()
         }
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -115,25 +138,39 @@ class AdamW:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            kept = [{p: self.state[f"{name}.{kind}{p}"] for p in self._kind.parts} for kind in ("mean", "square")]
-            mean, square = (self._kind.read(parts, parameter) for parts in kept)
-            gradient = parameter.grad.to(mean.dtype)
-            parameter.grad = None
-            mean.lerp_(gradient, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            for parts, x in zip(kept, (mean, square), strict=True):
-                self._kind.write(parts, x, self.generator)
-            size = (square.sqrt() / math.sqrt(1 - BETAS[1] ** self.steps)).add_(EPS)
-            rate = learning_rate / (1 - BETAS[0] ** self.steps)
-            if parameter.dtype == mean.dtype:
-                if self.weight_decay and parameter.ndim > 1:
-                    parameter.mul_(1 - learning_rate * self.weight_decay)
-                parameter.addcdiv_(mean, size, value=-rate)
-                continue
-            wide = parameter.to(mean.dtype)
-            if self.weight_decay and parameter.ndim > 1:
-                wide.mul_(1 - learning_rate * self.weight_decay)
-            parameter.copy_(round_at_random(wide.addcdiv_(mean, size, value=-rate), parameter.dtype, self.generator))
+            gradient, parameter.grad = parameter.grad.reshape(-1), None
+            flat = parameter.detach().reshape(-1)
+            decay = learning_rate * self.weight_decay if parameter.ndim > 1 else 0.0
+            for begin in range(0, len(flat), RUN):
+                run = slice(begin, min(begin + RUN, len(flat)))
+                self._change(name, run, flat[run], gradient[run], learning_rate, decay)
+            if flat.data_ptr() != parameter.data_ptr():  # it is not contiguous
+                parameter.copy_(flat.view(parameter.shape))
+
+    def _change(
+        self, name: str, run: slice, values: Tensor, gradient: Tensor, learning_rate: float, decay: float
+    ) -> None:
+        """A run of a parameter's numbers."""
+        gradient = gradient.to(torch.promote_types(values.dtype, torch.float32))
+        mean = self._update(name, "mean", run, lambda x: x.lerp_(gradient, 1 - BETAS[0]))
+        square = self._update(
+            name, "square", run, lambda x: x.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        )
+        size = (square.sqrt() / math.sqrt(1 - BETAS[1] ** self.steps)).add_(EPS)
+        wide = values.to(mean.dtype)  # itself, if it is as wide
+        if decay:
+            wide.mul_(1 - decay)
+        wide.addcdiv_(mean, size, value=-learning_rate / (1 - BETAS[0] ** self.steps))
+        if wide is not values:
+            values.copy_(round_at_random(wide, values.dtype, self.generator))
+
+    def _update(self, name: str, which: str, run: slice, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Read a run of a state, change it and keep it."""
+        kind = self._kinds[which]
+        parts = {part: self.state[f"{name}.{which}{part}"] for part in kind.parts}
+        x = change(kind.read(parts, run))
+        kind.write(parts, run, x, self.generator)
+        return x
 
     def clip(self, largest: float) -> float:
         """Scale all gradients down to a norm of at most `largest`; -> the norm that they had. 0 leaves them."""

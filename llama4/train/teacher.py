@@ -39,6 +39,10 @@ class ModelTeacher:
     def __init__(self, llm: Llama4) -> None:
         self._model = llm.model
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
+
     def divergences(self, batch: Batch) -> Losses:
         head = self._model.language_model.lm_head
         with torch.no_grad():
@@ -79,13 +83,18 @@ class SavedTeacher:
         self._rows = {example.line: slice(*begins[i : i + 2]) for i, example in enumerate(data.examples)}
         self._ids, self._log_probs, self._rest = (tensors[name] for name in (_IDS, _LOG_PROBS, _REST))
 
+    @property
+    def num_bytes(self) -> int:
+        return self._ids.nbytes + self._log_probs.nbytes + self._rest.nbytes
+
     def divergences(self, batch: Batch) -> Losses:
         places = [self._rows[line] for line in batch.lines]
         device = batch.input_ids.device
         ids_nk, log_p_nk, rest_n = (
             torch.cat([tensor[place] for place in places]).to(device)
-            for tensor in (self._ids.long(), self._log_probs, self._rest)
+            for tensor in (self._ids, self._log_probs, self._rest)
         )
+        ids_nk = ids_nk.long()
 
         def losses(logits_nV: Tensor, rows: slice) -> Tensor:
             log_q_nV = logits_nV.log_softmax(-1)

@@ -91,13 +91,13 @@ def breaks_off_after(steps: int) -> Callable[..., Learnt]:
     return dying
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("method", "states"), [("lora", "float32"), ("full", "float32"), ("full", "int8")])
 def test_resumed_is_bit_equal(
-    method: str, directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, states: str, directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Broken off between gradients and step, four times."""
     settings: dict[str, Any] = {"method": method, "save_every": 1, "eval": data, "eval_every": 2}
-    settings["optimizer_states"] = "int8" if method == "full" else "float32"
+    settings["optimizer_states"] = states
     whole = run(directory, data, tmp_path / "whole", **settings)
     weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     for steps in (1, 1, 2, 1):
@@ -137,7 +137,7 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
     stop.set()
     state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, steps=6), progress=False)
     with state.attached():
-        loop._train(state, tmp_path, False, stop)
+        loop._train(state, state.objective(), tmp_path, False, stop)
     with pytest.raises(ArgumentError, match="holds a run with other settings; resume with the same"):
         run(directory, data, tmp_path, resume=True, learning_rate=1.0, batch_tokens=4096)
     (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
@@ -200,6 +200,9 @@ def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("llama4.train.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(Llama4Error, match=r"training takes 3\.0 MiB beyond .* 1\.0 MiB are free; take fewer"):
         check_memory(Estimate(1 << 20, 1 << 20, 1 << 20), torch.device("cpu"))
+    with pytest.raises(Llama4Error, match=r"training takes 3\.0 MiB beyond"):
+        check_memory(Estimate(1 << 20, 0, 0, step=2 << 20), torch.device("cpu"))
+    check_memory(Estimate(1 << 20, 0, 0, teacher=1 << 30), torch.device("cpu"))  # it is there already
 
 
 def test_command(directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tests import small_model
 from tests.train.test_data import write
 
 D, F, E = 512, 1024, 4
+ROOT = Path(__file__).parents[2]
 
 
 def packed(shape: tuple[int, ...], kind: str) -> QuantizedWeight:
@@ -78,6 +80,8 @@ def measure(kind: str, directory: Path) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["int4", "nf4"])
 def test_a_run_takes_what_was_said(kind: str, tmp_path: Path) -> None:
     script = f"from tests.train.test_memory import *; print(json.dumps(measure({kind!r}, Path({str(tmp_path)!r}))))"
-    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])  # last: llama4 is the one that is tested
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["was"] == pytest.approx(found["said"], rel=0.1), found

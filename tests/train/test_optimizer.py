@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from llama4.train.optimizer import AdamW, Int8State, learning_rate_at, round_at_random
+from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
+from llama4.train.optimizer import RUN, RUN_BYTES, AdamW, Int8State, UInt8State, learning_rate_at, round_at_random
+from llama4.weights.memory import return_freed
 
 
 def test_equals_torch() -> None:
@@ -64,20 +68,70 @@ def test_schedules_are_transformers(schedule: str) -> None:
         reference.step()
 
 
-def test_8_bits_are_unbiased_to_their_rounding() -> None:
+@pytest.mark.parametrize("kind", [Int8State, UInt8State])
+def test_8_bits_are_unbiased_to_their_rounding(kind: type[Int8State]) -> None:
     """Each number is one of its two neighbours on a scale of 2^(1/5), and the mean of many is the number."""
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 1000)
+    x = x if kind is Int8State else x.abs()
     x[3], generator = 0.0, torch.Generator().manual_seed(0)
-    parts, total = Int8State.new(x), torch.zeros(1000, dtype=torch.float64)
+    parts, total, run = kind.new(x), torch.zeros(1000, dtype=torch.float64), slice(0, 1000)
     for _ in range(400):
-        Int8State.write(parts, x, generator)
-        found = Int8State.read(parts, x)
+        kind.write(parts, run, x, generator)
+        found = kind.read(parts, run)
         total += found
         ratio = (found / x)[x.abs() > 1e-5]
         assert ratio.min() > 2**-0.2001 and ratio.max() < 2**0.2001
-    assert found[3] == 0 and parts[""].dtype == torch.int8 and len(parts["_scale"]) == 4
+    assert found[3] == pytest.approx(0.0, abs=1e-14) and parts[""].dtype == kind.dtype and len(parts["_scale"]) == 4
     large = x.abs() > 1e-2
     assert ((total / 400)[large] / x[large] - 1).abs().max() < 0.02
+
+
+def test_8_bit_steps_are_never_far() -> None:
+    """Gradients of six decades in one block, most of them now and then zero: Adam's steps are about the learning rate,
+    and rounding must not make them many times that."""
+    generator = torch.Generator().manual_seed(0)
+    parameter, scales = nn.Parameter(torch.zeros(4096)), torch.logspace(-6, 0, 256).repeat(16)
+    optimizer, largest = AdamW({"p": parameter}, states="int8"), 0.0
+    for step in range(60):
+        before = parameter.detach().clone()
+        here = torch.rand(4096, generator=generator) < (1.0 if step % 10 == 0 else 0.3)
+        parameter.grad = scales * torch.randn(4096, generator=generator) * here
+        optimizer.step(1.0)
+        largest = max(largest, (parameter.detach() - before).abs().max().item())
+    assert 0.9 < largest < 3
+
+
+@pytest.mark.parametrize("states", ["float32", "int8"])
+def test_a_step_in_runs_is_a_step(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a parameter of several runs, contiguous or not."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(70, 30, generator=generator) for _ in range(2))
+    ends = []
+    for run in (RUN, 256):
+        monkeypatch.setattr("llama4.train.optimizer.RUN", run)
+        parameters = {"a": nn.Parameter(start.clone()), "b": nn.Parameter(start.mT.contiguous().mT)}
+        optimizer = AdamW(parameters, weight_decay=0.1, states=states)
+        for parameter in parameters.values():
+            parameter.grad = gradient.clone()
+        optimizer.step(0.1)
+        ends += [parameter.detach() for parameter in parameters.values()]
+    assert not ends[1].is_contiguous() and (ends[0] - start).abs().min() > 0.05
+    assert all(torch.equal(end, ends[0]) for end in ends[1:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a part of a process is Linux's")
+def test_an_8_bit_step_takes_one_run() -> None:
+    """Whatever the size of the parameter."""
+    parameter = nn.Parameter(torch.zeros(2 * RUN, dtype=torch.bfloat16))
+    optimizer = AdamW({"p": parameter}, states="int8")
+    with return_freed():
+        for _ in range(2):  # the first writes to states that were not there yet
+            parameter.grad = torch.ones_like(parameter)
+            reset_peak()
+            before = resident_bytes()
+            optimizer.step(0.1)
+            taken = peak_bytes() - before
+    assert 0.5 * RUN * RUN_BYTES < taken < 1.2 * RUN * RUN_BYTES
 
 
 def test_8_bit_adam_goes_where_adam_goes() -> None:

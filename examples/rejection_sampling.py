@@ -20,11 +20,9 @@ def score(question: str, reply: str) -> float:
 llm = Llama4.from_pretrained("tiny", progress=False)
 with open("best.jsonl", "w", encoding="utf-8") as file:
     for question in QUESTIONS:
-        batch = [[{"role": "user", "content": question}]] * REPLIES
-        replies = [reply.text for reply in llm.chat_batch(batch, temperature=1.0, seed=0, max_new_tokens=24)]
-        best = max(
-            (reply for reply in replies if reply.strip()), key=lambda reply: score(question, reply), default=None
-        )
+        first = llm.chat(question, n=REPLIES, temperature=1.0, seed=0, max_new_tokens=24)
+        replies = [reply.text for reply in (first, *first.others) if reply.text.strip()]
+        best = max(replies, key=lambda reply: score(question, reply), default=None)
         if best is not None:
             file.write(json.dumps({"prompt": question, "completion": best}) + "\n")
 

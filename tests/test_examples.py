@@ -52,7 +52,7 @@ def test_example_is_short_and_explains_itself(name: str) -> None:
 def test_json_is_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A few of them; what comes of many is in docs/finetuning.md."""
+    """A few of them: the example runs through, and its data and its figures are as it says."""
     example = runpy.run_path(str(EXAMPLES / "learn_json.py"))
     example["main"](tmp_path, train=3, test=2)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
@@ -60,6 +60,22 @@ def test_json_is_learnt_from_pictures(
     reply = json.loads(lines[0])["messages"][1]["content"]
     assert list(json.loads(reply)) == ["about", "answer"]
     assert re.search(r"before: 0% follow .*\n(.*\n)?after: \d+% follow the schema", capsys.readouterr().out)
+
+
+def test_candidates_of_a_question_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or there is nothing to choose from."""
+    candidates: list[set[str]] = []
+    chat = Llama4.chat
+
+    def watched(self: Llama4, question: str, **options: Any) -> Reply:
+        first = chat(self, question, **options)
+        if options.get("n"):
+            candidates.append({reply.text for reply in (first, *first.others)})
+        return first
+
+    monkeypatch.setattr(Llama4, "chat", watched)
+    run("rejection_sampling", monkeypatch)
+    assert len(candidates) == 4 and all(len(texts) > 1 for texts in candidates)
 
 
 def test_a_picture_of_ones_own(

@@ -86,8 +86,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Arguments of `TrainingOptions`; what is not given is as there."""
 
 
-READING = ("batch_tokens", "max_length", "learn", "ghost_attention")
-"""Those of them that say how data are read."""
+OF_METHOD = {"beta": "dpo", "preference": "dpo", "soft_weight": "distill"}
+"""Those of them that only one method has."""
+
+READING = {name: SETTINGS[name] for name in ("batch_tokens", "max_length", "learn", "ghost_attention")}
+"""Those of them that say how data are read, for commands that do not train."""
+READING["batch_tokens"] = SETTINGS["batch_tokens"] | {"help": "most tokens of a batch (default: 4096)"}
+
+DATA = "what to learn: .jsonl, .jsonl.gz, .parquet, or a data set on the Hub, owner/name or owner/name:split"
 
 
 def add_parser(commands: Any) -> None:
@@ -98,7 +104,7 @@ def add_parser(commands: Any) -> None:
     )
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
     parser.add_argument("model", help="embedded name, directory or Hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what to learn: .jsonl or .jsonl.gz")
+    parser.add_argument("--data", required=True, metavar="FILE", help=DATA)
     parser.add_argument("--eval", metavar="FILE", help="held-out data; the best on it is kept")
     parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full and distill, the model")
     parser.add_argument("--method", choices=METHODS, default="lora", help="(default: lora)")
@@ -119,12 +125,12 @@ def add_teach_parser(commands: Any) -> None:
     )
     parser = commands.add_parser("teach", help="write a teacher's probabilities", description=about)
     parser.add_argument("model", help="the teacher: embedded name, directory or Hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what the student will learn")
+    parser.add_argument("--data", required=True, metavar="FILE", help="what the student will learn, as of finetune")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, .safetensors")
     parser.add_argument("--top", type=int, default=32, metavar="K", help="tokens of each place (default: 32)")
     group = parser.add_argument_group("as in finetune")
-    for name in READING:
-        group.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    for name, settings in READING.items():
+        group.add_argument("--" + name.replace("_", "-"), **settings)
     parser.set_defaults(run=run_teach, parser=parser)
 
 
@@ -157,6 +163,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     lora = {name: getattr(options, name) for name in LORA if getattr(options, name) is not None}
     if "targets" in lora:
         lora |= _targets(lora["targets"])
+    for name, method in OF_METHOD.items():
+        if name in given and options.method != method:
+            option = name.replace("_", "-")
+            options.parser.error(f"--{option} is of --method {method}; --method {options.method} has none")
     if lora and options.method in ALL_WEIGHTS:
         options.parser.error(f"--{next(iter(lora))} is for adapters; --method {options.method} has none")
     return given | {"method": options.method, "lora": LoraConfig(**lora)}

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from llama4.cli.finetune import SETTINGS
+from llama4.cli.finetune import READING
 from llama4.cli.options import add_hub_options
 
 
@@ -18,12 +18,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("prune", help="leave experts or layers out", description=about)
     parser.add_argument("source", metavar="SRC", help="a directory or a Hub id, not quantized")
     parser.add_argument("target", metavar="DST", help="the directory to make")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what it shall keep, JSON lines as of finetune")
+    parser.add_argument("--data", required=True, metavar="FILE", help="what it shall keep, as of finetune")
     parser.add_argument("--experts", type=int, metavar="N", help="that stay in each layer")
     parser.add_argument("--layers", type=int, metavar="N", help="that stay")
     parser.add_argument("--merge", action="store_true", help="add experts that go to those that are most like them")
     for name in ("batch_tokens", "max_length"):
-        parser.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+        parser.add_argument("--" + name.replace("_", "-"), **READING[name])
     add_hub_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -31,10 +31,12 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.experts is None and options.layers is None:
         options.parser.error("say how many stay: --experts N, --layers N, or both")
+    if options.merge and options.experts is None:
+        options.parser.error("--merge is of the experts that go: --experts N says how many stay")
     from llama4.train.prune import prune
     from llama4.weights import hub
 
-    given = {name: getattr(options, name) for name in ("batch_tokens", "max_length") if getattr(options, name)}
+    reading = {name: getattr(options, name) for name in ("batch_tokens", "max_length")}
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
     pruned = prune(
         source,
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         experts=options.experts,
         layers=options.layers,
         merge=options.merge,
-        **given,
+        **{name: value for name, value in reading.items() if value is not None},
     )
     gone = sorted(set(range(len(pruned.usage))) - set(pruned.layers))
     experts = f"{len(next(iter(pruned.experts.values())))} experts a layer" if pruned.experts else "no experts"

@@ -1,9 +1,9 @@
 """Fewer experts or layers: those that matter least to texts and pictures of yours go. What is left is healed by
 `finetune --method full` or `distill`.
 
-Of an expert counts the mean length of what it adds to a token that is routed to it, its score included (REAP: Lasby et
-al. 2025, "REAP the experts", equation 9). Of a layer, how far it turns a token: 1 - the mean cosine of what goes in and
-what comes out (ShortGPT: Men et al. 2024, equation 1).
+Of an expert counts the mean length of what it adds to a token that is routed to it, its score included: |f(g x)|, as
+Llama 4 scales the input, in place of g |f(x)| (REAP: Lasby et al. 2025, "REAP the experts"). Of a layer, how far it
+turns a token: 1 - the mean cosine of what goes in and what comes out (ShortGPT: Men et al. 2024, equation 1).
 
 Shapes: N packed tokens, R routed rows, D hidden size, E experts, K of them that stay.
 """
@@ -104,7 +104,8 @@ def prune(
         experts: how many stay in each layer that has some.
         layers: how many stay.
         merge: an expert that goes is not lost, but added to that which stays and whose router's logits are most like
-            its own, weighed by the tokens of both (Li et al. 2024, "Merge, then compress").
+            its own, weighed by the tokens of both (Li et al. 2024, "Merge, then compress", but for the neurons, which
+            are not aligned here).
         batch_tokens, max_length: see `TrainingOptions`.
 
     Raises:
@@ -113,10 +114,10 @@ def prune(
     TrainingOptions(batch_tokens=batch_tokens, max_length=max_length)  # refuses what cannot be
     check_free(target)  # before all the work, and again where nobody comes between
     llm = Llama4.from_pretrained(source, dtype=read_config(Path(source)).dtype or "auto", progress=progress)
-    _check(llm, experts, layers)
+    _check(llm, experts, layers, merge)
     usage = measure(llm, data, batch_tokens, max_length, progress)
     chosen = choose(usage, llm.config.text, experts, layers)
-    tensors = pruned_tensors(llm, chosen, merge and experts is not None)
+    tensors = pruned_tensors(llm, chosen, merge)
     config = pruned_config(llm.config, chosen, experts)
     save(
         tensors,
@@ -130,16 +131,20 @@ def prune(
     return chosen
 
 
-def _check(llm: Llama4, experts: int | None, layers: int | None) -> None:
+def _check(llm: Llama4, experts: int | None, layers: int | None, merge: bool) -> None:
     text = llm.config.text
     if experts is None and layers is None:
         raise ArgumentError("say how many experts or layers shall stay")
+    if merge and experts is None:
+        raise ArgumentError("merge is of the experts that go; say how many experts shall stay")
+    if experts is not None and not text.moe_layers:
+        raise ArgumentError(f"experts is {experts}; this model has no experts; say how many layers shall stay")
     if any(isinstance(module, QuantizedWeight) for module in llm.model.modules()):
         raise ArgumentError("packed weights are not pruned; take the unquantized model")
     if experts is not None and not text.num_experts_per_tok <= experts < text.num_local_experts:
         raise ArgumentError(
             f"experts is {experts}; this model has {text.num_local_experts}, of which {text.num_experts_per_tok} to "
-            f"{max(text.num_local_experts, 1) - 1} may stay"
+            f"{text.num_local_experts - 1} may stay"
         )
     if layers is not None and not 1 <= layers < text.num_hidden_layers:
         raise ArgumentError(f"layers is {layers}; of this model 1 to {text.num_hidden_layers - 1} may stay")

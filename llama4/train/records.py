@@ -77,8 +77,9 @@ def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the package `datasets` reads it: a parquet file, or the id of a data set on the Hub."""
-    return path.suffix == PARQUET or (not path.exists() and HUB_ID.fullmatch(str(path)) is not None)
+    """Whether the package `datasets` reads it: a parquet file, or the id of a data set on the Hub. A name in a folder
+    that is there is a file's."""
+    return path.suffix == PARQUET or (not path.parent.exists() and HUB_ID.fullmatch(str(path)) is not None)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -103,7 +104,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
     for number, row in enumerate(table, 1):
         content = {key: _json_value(value) for key, value in row.items() if value is not None}
         try:
-            yield number, json.dumps(content, ensure_ascii=False).encode("utf-8", errors="replace")
+            yield number, json.dumps(content).encode()
         except (TypeError, ValueError) as error:
             raise DataError(f"{path}, line {number}: {error}; its columns must be texts, numbers and lists") from None
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from llama4.inputs import Processor
 from llama4.train.data import Batches, Dataset, Example, collate, load_dataset
 from llama4.train.loss import IGNORED
 from llama4.train.objectives import batch_loss
-from llama4.train.records import DataError
+from llama4.train.records import DataError, read_records
 from tests import small_model
 
 
@@ -155,6 +156,22 @@ def test_tables_are_read_by_datasets(processor: Processor, tmp_path: Path, monke
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"bad\.parquet cannot be read"):
         load(tmp_path / "bad.parquet", processor)
+
+
+def test_rows_of_the_hub_are_judged_like_lines(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a package in the place of `datasets`; a name in a folder that is there is a file's."""
+    half = {"text": "half a pair: \ud83d"}
+    there = SimpleNamespace(load_dataset=lambda name, split: [half])
+    monkeypatch.setitem(sys.modules, "datasets", there)
+    monkeypatch.chdir(tmp_path)
+    lines = write(tmp_path / "half.jsonl", half)
+    for read in (Path("someone/chats"), lines):
+        assert [record.text for record in read_records(read)] == [half["text"]]
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(DataError, match=r"someone/train\.csv cannot be read \(No such file"):
+        load(Path("someone/train.csv"), processor)
 
 
 def test_tables_without_datasets(processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

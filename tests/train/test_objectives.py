@@ -134,6 +134,11 @@ def test_dpo_as_a_command(llm: Llama4, pairs: Path, tmp_path: Path, capsys: Any)
     command = ["finetune", str(tmp_path / "model"), "--data", str(pairs), "--method", "dpo", "--preference", "ipo"]
     assert main([*command, "--output", str(tmp_path / "out"), "--steps", "2", "--beta", "0.2"]) == 0
     assert "accuracy" in capsys.readouterr().err
+    of_method = {"--beta": ("1", "dpo"), "--preference": ("ipo", "dpo"), "--soft-weight": ("1", "distill")}
+    for option, (value, method) in of_method.items():
+        with pytest.raises(SystemExit):
+            main(["finetune", "tiny", "--data", str(pairs), "--dry-run", option, value])
+        assert f"{option} is of --method {method}; --method lora has none" in capsys.readouterr().err
     assert main([*command, "--dry-run"]) == 0
     assert "⟦it is 0<|eot|>⟧" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from llama4.api import Llama4
 from llama4.cli.main import main
 from llama4.errors import ArgumentError, CheckpointError
+from llama4.model.multimodal import Llama4Model
 from llama4.train import finetune
 from llama4.train.prune import prune
 from tests import small_model
@@ -126,7 +128,7 @@ def test_layers_that_stay(directory: Path, data: Path, tmp_path: Path, capsys: p
     assert "exists already" in capsys.readouterr().err
 
 
-def test_what_cannot_be(directory: Path, data: Path, tmp_path: Path) -> None:
+def test_what_cannot_be(directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for experts in (0, 8):
         with pytest.raises(ArgumentError, match=f"experts is {experts}; this model has 8, of which 1 to 7 may stay"):
             prune(directory, tmp_path / "out", data, experts=experts, progress=False)
@@ -134,6 +136,20 @@ def test_what_cannot_be(directory: Path, data: Path, tmp_path: Path) -> None:
         prune(directory, tmp_path / "out", data, layers=4, progress=False)
     with pytest.raises(ArgumentError, match="say how many experts or layers shall stay"):
         prune(directory, tmp_path / "out", data, progress=False)
+    with pytest.raises(ArgumentError, match="merge is of the experts that go; say how many experts"):
+        prune(directory, tmp_path / "out", data, layers=1, merge=True, progress=False)
+    config = small_model.config()
+    dense = Llama4Model(replace(config, text=replace(config.text, num_local_experts=0, moe_layers=())))
+    dense.init_weights()
+    Llama4(dense, Llama4.from_pretrained(directory).tokenizer).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ArgumentError, match="experts is 1; this model has no experts"):
+        prune(tmp_path / "dense", tmp_path / "out", data, experts=1, progress=False)
+    command = ["prune", str(directory), str(tmp_path / "out"), "--data", str(data), "--layers", "3"]
+    assert main([*command, "--batch-tokens", "0"]) == 2
+    assert "batch_tokens is 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--merge"])
+    assert "--merge is of the experts that go: --experts N" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="exists already"):
         prune(directory, directory, data, layers=1, progress=False)
     assert not (tmp_path / "out").exists()

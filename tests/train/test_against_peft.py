@@ -76,6 +76,6 @@ def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
     data = [as_transformers(run.batches[step]) for step in range(STEPS)]
     recorded(model, arguments, train_dataset=data, data_collator=lambda items: items[0]).train()
     with run.attached():
-        found = loop._train(run, tmp_path / "out", False, threading.Event()).losses
+        found = loop._train(run, run.objective(), tmp_path / "out", False, threading.Event()).losses
     assert len(found) == len(wanted) == STEPS and found[-1] < 0.7 * found[0]
     assert found == pytest.approx(wanted, rel=1e-4)

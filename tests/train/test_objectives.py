@@ -234,14 +234,13 @@ def test_a_student_becomes_like_its_teacher(
         assert result.is_finished and divergences[-1] < 0.2 * divergences[0], name
         assert result.losses[-1] < 0.5
     assert Llama4.from_pretrained(tmp_path / "file").chat("say 1", max_new_tokens=2).text
-    for source in (teacher / "model.safetensors", Path(file)):  # one that is a directory, and one that is a file
-        name = str(teacher) if source.parent == teacher else file
+    for name, weights in ((str(teacher), teacher / "model.safetensors"), (file, Path(file))):
         dry = ["finetune", student, "--data", str(lines), "--method", "distill", "--teacher", name, "--dry-run"]
         assert main(dry) == 0
         found = re.search(r"beyond the model: ([\d.]+) (KiB|MiB) for the teacher", capsys.readouterr().out)
         assert found is not None
         said = float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20}[found[2]]
-        assert said == pytest.approx(source.stat().st_size, rel=0.15)
+        assert said == pytest.approx(weights.stat().st_size, rel=0.15)
     command = ["finetune", student, "--data", str(lines), "--method", "distill", "--output", str(tmp_path / "x")]
     assert main([*command, "--steps", "1"]) == 2
     assert "a teacher and method 'distill' go together" in capsys.readouterr().err

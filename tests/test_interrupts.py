@@ -133,8 +133,8 @@ def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after:
     assert seconds < ANSWER
     last = error.splitlines()[-1]
     if command == "finetune" and last != b"llama4: interrupted":  # it was at its steps, and has saved the state
-        assert re.match(rb"llama4: stopped after \d+ of 5000 steps; --resume goes on from ", last)
-        assert read_about(tmp_path / "target")["step"] > 0
+        said = re.match(rb"llama4: stopped after (\d+) of 5000 steps; --resume goes on from ", last)
+        assert said is not None and read_about(tmp_path / "target")["step"] == int(said[1])
         return
     assert last == b"llama4: interrupted"
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from llama4 import Engine, Llama4
@@ -60,6 +61,11 @@ class Running:
         answer = self.client.post("/v1/chat/completions", json=fields)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def slow_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A small model is at its window's end before the client of a busy machine has read a line."""
+        step = self.engine.scheduler.step
+        monkeypatch.setattr(self.engine.scheduler, "step", lambda: (time.sleep(0.002), step()))
 
     def is_idle(self) -> bool:
         return not self.engine.scheduler.has_work and self.engine.num_waiting == 0

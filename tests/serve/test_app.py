@@ -360,8 +360,9 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
     assert {f"vllm:{name}_seconds_count" for name in ("time_to_first_token", "e2e_request_latency")} <= samples
 
 
-def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
+def test_a_client_that_leaves_stops_the_work(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is counted as one that has left."""
+    running.slow_down(monkeypatch)
 
     def aborted() -> int:
         found = re.search(
@@ -373,7 +374,7 @@ def test_a_client_that_leaves_stops_the_work(running: Running) -> None:
     before = aborted()
     with running.client.stream("POST", "/v1/chat/completions", json={**FOREVER, "stream": True}) as answer:
         next(answer.iter_lines())
-        assert not running.is_idle()
+        until(lambda: not running.is_idle())  # the first token is told while its request is between two lists
     until(running.is_idle)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{running.url}/v1/chat/completions", json=FOREVER, timeout=0.5)
@@ -402,8 +403,9 @@ def test_a_client_that_leaves_stops_the_reading(
     assert 0 < len(read) < 8
 
 
-def test_a_key_and_a_full_queue(llm: Llama4) -> None:
+def test_a_key_and_a_full_queue(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
     running = Running(llm, Settings("tiny", api_key="secret"), max_batch=1, max_waiting=1)
+    running.slow_down(monkeypatch)
     try:
         client = running.client
         assert client.get("/v1/models").status_code == 401

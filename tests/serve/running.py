@@ -65,7 +65,12 @@ class Running:
     def slow_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A small model is at its window's end before the client of a busy machine has read a line."""
         step = self.engine.scheduler.step
-        monkeypatch.setattr(self.engine.scheduler, "step", lambda: (time.sleep(0.002), step()))
+
+        def slowly() -> None:
+            time.sleep(0.002)
+            step()
+
+        monkeypatch.setattr(self.engine.scheduler, "step", slowly)
 
     def is_idle(self) -> bool:
         return not self.engine.scheduler.has_work and self.engine.num_waiting == 0

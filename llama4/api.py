@@ -22,7 +22,7 @@ from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler, SamplingOptions
+from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
 from llama4.engine.tokens import Event
 from llama4.errors import ArgumentError, ConfigError, ContextLengthError, Llama4Error
 from llama4.families import family_of
@@ -33,7 +33,7 @@ from llama4.model.experts import resolve_experts
 from llama4.model.multimodal import Llama4Model
 from llama4.options import Options, Prepared, Prompt, conversation
 from llama4.quantization.modules import choose_activations, swap_modules
-from llama4.quantization.schemes import ACTIVATIONS, CALIBRATED, SCHEMES
+from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
@@ -576,7 +576,7 @@ class Llama4:
         tools, called = chosen_tools(tools, tool_choice)
         form = Form.of(response_format, regex, choices, grammar, called)
         sampler = Sampler.from_options(sampling, defaults)
-        _check_choice(sampler, self.config.text.vocab_size, top_logprobs)
+        check_choice(sampler, self.config.text.vocab_size, top_logprobs)
         if form is not None and (ignore_eos or sampler.min_tokens):
             name = "ignore_eos" if ignore_eos else "min_tokens"
             raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
@@ -682,15 +682,6 @@ class Llama4:
             )
 
 
-def _check_choice(sampler: Sampler, vocab_size: int, top_logprobs: int) -> None:
-    """What only the vocabulary decides."""
-    if not 0 <= top_logprobs <= vocab_size:
-        raise ArgumentError(f"top_logprobs is {top_logprobs}; it must be from 0 to {vocab_size}")
-    for id_, _ in sampler.logit_bias:
-        if not 0 <= id_ < vocab_size:
-            raise ArgumentError(f"logit_bias names token {id_}; ids are from 0 to {vocab_size - 1}")
-
-
 def _check_arguments(
     quantization: str | None,
     activations: str,
@@ -698,15 +689,7 @@ def _check_arguments(
     experts_memory: int | str | None,
 ) -> None:
     """What can be known to be wrong before anything is fetched."""
-    if quantization in CALIBRATED:
-        raise ArgumentError(
-            f"quantization={quantization!r} takes texts, and is done once: `llama4 quantize SRC DST --scheme "
-            f"{quantization} --calibration FILE`; load what it writes"
-        )
-    if quantization is not None and quantization not in SCHEMES:
-        raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
-    if activations not in ACTIVATIONS:
-        raise ArgumentError(f"activations={activations!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
+    check_names(quantization, activations)
     if experts_memory is not None and experts_device is None:
         raise ArgumentError(
             f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "

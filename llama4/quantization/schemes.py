@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama4.errors import ArgumentError
+
 __all__ = ["ACTIVATIONS", "CALIBRATED", "SCHEMES", "Scheme"]
 
 ACTIVATIONS = ("auto", "float", "int8")
@@ -38,3 +40,20 @@ SCHEMES: dict[str, Scheme] = {
 
 CALIBRATED: dict[str, str] = {"gptq": "int4"}
 """What `llama4 quantize` alone can do, with texts for calibration -> the scheme that has the same format."""
+
+
+def check_names(quantization: str | None, activations: str) -> None:
+    """What a caller asks of a model that is loaded.
+
+    Raises:
+        ArgumentError: a name that is not known, or a scheme that takes texts.
+    """
+    if quantization in CALIBRATED:
+        raise ArgumentError(
+            f"quantization={quantization!r} takes texts, and is done once: `llama4 quantize SRC DST --scheme "
+            f"{quantization} --calibration FILE`; load what it writes"
+        )
+    if quantization is not None and quantization not in SCHEMES:
+        raise ArgumentError(f"quantization={quantization!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+    if activations not in ACTIVATIONS:
+        raise ArgumentError(f"activations={activations!r} is not known; choose one of {', '.join(ACTIVATIONS)}")

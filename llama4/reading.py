@@ -194,7 +194,8 @@ def check_zip(path: Path) -> None:
             entries = file.infolist()
     except Llama4Error as error:
         raise CheckpointError(str(error)) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # the last of zipfile: a compression unknown to it
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        # zipfile raises the last of these for a compression that it does not know
         raise CheckpointError(
             f"{path} cannot be read as weights: it is cut short or damaged ({error}); fetch it again"
         ) from None

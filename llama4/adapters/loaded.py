@@ -44,15 +44,22 @@ class Adapters(Mapping[str, Adapter]):
             self.activate(None)
         self._adapters[name] = loaded
 
+    def check(self, name: str) -> None:
+        """Raises:
+        ArgumentError: there is none of that name.
+        """
+        if name not in self._adapters:
+            there = ", ".join(self._adapters) or "none is loaded"
+            raise ArgumentError(f"there is no adapter {name!r:.80}; those loaded: {there}")
+
     def activate(self, name: str | None) -> None:
         """Compute with one, or with none.
 
         Raises:
             ArgumentError: there is none of that name.
         """
-        if name is not None and name not in self._adapters:
-            there = ", ".join(self._adapters) or "none is loaded"
-            raise ArgumentError(f"there is no adapter {name!r}; those loaded: {there}")
+        if name is not None:
+            self.check(name)
         if self.active is not None:
             self._adapters[self.active].detach()
         if name is not None:

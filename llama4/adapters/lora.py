@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,18 +82,26 @@ class Lora(nn.Module):
         return b.detach() @ a.detach() * self.scale
 
     def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """As the forward hook of a Linear or a packed weight."""
+        """As the forward hook of a Linear, a packed weight or an embedding."""
         return (output + self.added(inputs[0])).to(output.dtype)
 
 
 class EmbeddingLora(Lora):
     """Of an embedding [V, D]: a row of it is a column of W [D, V]."""
 
-    def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output + F.linear(self.a.mT[inputs[0]], self.b) * self.scale).to(output.dtype)
+    def added(self, x: Tensor) -> Tensor:
+        """The same for ids [...]."""
+        return F.linear(self.a.mT[x], self.b) * self.scale
 
 
-def _router_forward(router: Router, lora: Lora) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+class Addition(Protocol):
+    """What is added to a product with a matrix, or with those of experts: `Lora`, or those of several adapters."""
+
+    def added(self, x: Tensor) -> Tensor: ...
+    def added_by_expert(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor: ...
+
+
+def router_forward(router: Router, lora: Addition) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The forward of a router whose logits have an addition."""
 
     def forward(x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +111,7 @@ def _router_forward(router: Router, lora: Lora) -> Callable[[Tensor], tuple[Tens
     return forward
 
 
-def _experts_forward(experts: Experts | QuantizedExperts, loras: Mapping[str, Lora]) -> Callable[..., Tensor]:
+def experts_forward(experts: Experts | QuantizedExperts, loras: Mapping[str, Addition]) -> Callable[..., Tensor]:
     """The forward of stacked experts with additions to one or both matrices."""
     gate_up, down = (loras.get(stack) for stack in STACKS)
 
@@ -193,13 +201,13 @@ class Adapter(nn.Module):
             if lora.a.ndim == 3:
                 stacks.setdefault(path, {})[leaf] = lora
             elif isinstance(module := model.get_submodule(name), Router):
-                self._override(module, _router_forward(module, lora))
+                self._override(module, router_forward(module, lora))
             else:
                 self._undo.append(module.register_forward_hook(lora).remove)
         for path, loras in stacks.items():
             experts = model.get_submodule(path)
             assert isinstance(experts, (Experts, QuantizedExperts))
-            self._override(experts, _experts_forward(experts, loras))
+            self._override(experts, experts_forward(experts, loras))
 
     def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         assert "forward" not in vars(module)

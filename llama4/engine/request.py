@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -67,6 +67,8 @@ class Request:
         alternatives: int = 0,
         matcher: Matcher | None = None,
         observer: Observer | None = None,
+        adapter: str | None = None,
+        group: Hashable = (),
     ) -> None:
         """
         Args:
@@ -78,6 +80,8 @@ class Request:
             matcher: what its reply must be.
             alternatives: of how many of the most likely tokens it is told the probability.
             observer: is told the hidden states of the prompt as it is read.
+            adapter: the name of that which it is computed with.
+            group: equal for requests that may be computed in one forward.
         """
         (own,) = identities(inputs, model)
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
@@ -94,13 +98,15 @@ class Request:
         self.deliver = deliver
         self.alternatives = alternatives
         self.observer = observer
+        self.adapter, self.group = adapter, group
         self.pictures = PromptPictures(model, inputs, self.ids)
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
         scaling = model.config.text.rope_scaling
         rope_length = scaling.effective_length(self.prompt_length) if scaling is not None else 0
-        self._root = str(rope_length).encode()  # blocks are shared where RoPE rotates them alike
+        # Blocks are shared where RoPE rotates them alike, and one adapter computed them.
+        self._root = repr((rope_length, adapter)).encode()
         self._keys: list[bytes] = []
         self.arrival = 0
         self.reused: int | None = None

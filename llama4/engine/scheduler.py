@@ -1,7 +1,8 @@
 """Many requests in one model: at every step some join, some leave, and all that stay get a token.
 
 A step is at most two forwards: one more token for each request that is decoding, and pieces of prompts, together
-`budget` tokens at most. A prompt of any length so delays the others' next token by the time of one piece.
+`budget` tokens at most. A prompt of any length so delays the others' next token by the time of one piece. Requests with
+adapters, and those without, have forwards of their own (`adapters/by_row.py`).
 
 Memory is a pool of blocks. Full blocks are entered in a `PrefixIndex`, and prompts that begin like them skip what is
 there. When the pool is full, blocks that only the index holds go first, the least recently used before others; then the
@@ -17,13 +18,15 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llama4.adapters.by_row import RowAdapters
+from llama4.adapters.loaded import Adapters
 from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import PrefixIndex, is_shareable
 from llama4.cache.sequence import SequenceCache
@@ -35,6 +38,7 @@ from llama4.engine.generate import reply_budget
 from llama4.engine.prefill import piece_size
 from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
+from llama4.engine.running import Group, Running
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.kernels import threads
@@ -57,30 +61,6 @@ class Counts:
     prefix_hits: int = 0
 
 
-@dataclass
-class _Running:
-    """The requests that decode, the oldest first, and their cache, a row of each."""
-
-    requests: list[Request] = field(default_factory=list)
-    cache: SequenceCache | None = None
-
-    def join(self, request: Request) -> None:
-        assert request.cache is not None
-        self.cache = request.cache if self.cache is None else SequenceCache.join([self.cache, request.cache])
-        self.requests.append(request)
-        request.cache = None
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let go of all requests but these."""
-        if len(rows) == len(self.requests):
-            return
-        self.requests = [self.requests[row] for row in rows]
-        if not rows:
-            self.cache = None
-        elif self.cache is not None:
-            self.cache.select_rows(rows)
-
-
 class Scheduler:
     """Who is computed when. One thread calls it.
 
@@ -101,6 +81,7 @@ class Scheduler:
         max_context: int | None = None,
         budget: int = BUDGET,
         new_cache: Callable[[BlockPool], SequenceCache] | None = None,
+        adapters: RowAdapters | None = None,
     ) -> None:
         """
         Args:
@@ -109,6 +90,7 @@ class Scheduler:
             max_context: most tokens of prompt and reply; by default the model's window.
             budget: most tokens of a step.
             new_cache: makes an empty cache of one row; by default the model's own.
+            adapters: those that requests may name.
 
         Raises:
             ArgumentError: `max_batch` or `budget` below 1, or memory that does not hold one sequence of two tokens.
@@ -122,6 +104,7 @@ class Scheduler:
         self._new_cache = new_cache or (lambda pool: runner.model.new_cache(1, pool=pool))
         self._empty = self._new_cache(self.pool)
         self._max_context = max_context
+        self._adapters = adapters or RowAdapters(runner.model, Adapters(runner.model))
         self._longest = max_context or runner.model.config.text.max_position_embeddings
         self.window = self._window(self._longest)
         self.index = PrefixIndex()
@@ -129,7 +112,7 @@ class Scheduler:
         self.counts = Counts()
         self.waiting: deque[Request] = deque()  # the oldest first
         self.reading: list[Request] = []
-        self.running = _Running()
+        self.running = Running()
         self.on_step: Callable[[int], object] = lambda tokens: None
         self._arrivals = 0
 
@@ -195,7 +178,7 @@ class Scheduler:
         elif request in self.reading:
             self.reading.remove(request)
         elif request in self.running.requests:
-            self.running.keep([i for i, each in enumerate(self.running.requests) if each is not request])
+            self.running.remove(request)
         request.reset()
 
     def fail_all(self, error: Exception) -> None:
@@ -215,22 +198,22 @@ class Scheduler:
 
     def _decode(self) -> int:
         self._make_room_to_decode()
-        requests = list(self.running.requests)
-        if not requests:
-            return 0
+        return sum(map(self._decode_group, self.running.groups))
+
+    def _decode_group(self, group: Group) -> int:
+        requests = list(group.requests)
         try:
-            chosen = self._advance(requests)
+            with self._adapters.computing([(request.adapter, 1) for request in requests]):
+                chosen = self._advance(requests, group.own_cache)
         except Exception as error:
             self._fail(requests, error)
             return 0
         pairs = zip(requests, chosen, strict=True)
-        self.running.keep([row for row, (request, token) in enumerate(pairs) if not self._deliver(request, token)])
+        group.keep([row for row, (request, token) in enumerate(pairs) if not self._deliver(request, token)])
         return len(requests)
 
-    def _advance(self, requests: Sequence[Request]) -> list[Delivery]:
-        """Compute one more token of all that decode."""
-        cache = self.running.cache
-        assert cache is not None
+    def _advance(self, requests: Sequence[Request], cache: SequenceCache) -> list[Delivery]:
+        """Compute one more token of each request of a group."""
         session = self.runner.run([request.ids[-1] for request in requests], cache)
         greedy = session.greedy_token() if any(each.sampler.takes_largest for each in requests) else None
         for row, request in enumerate(requests):
@@ -240,9 +223,9 @@ class Scheduler:
             return next_tokens(requests, session.logits_BV, self.tokenizer, greedy)
 
     def _make_room_to_decode(self) -> None:
-        while (cache := self.running.cache) is not None:
-            needed = sum(cache.growth(row, 1) for row in range(cache.batch_size))
-            if self._has_room(needed):
+        while groups := self.running.groups:
+            caches = [group.own_cache for group in groups]
+            if self._has_room(sum(cache.growth(row, 1) for cache in caches for row in range(cache.batch_size))):
                 return
             self._put_back_youngest()
 
@@ -313,12 +296,21 @@ class Scheduler:
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
         while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):
             pieces.pop(self._put_back_youngest(), None)
+        groups: dict[Hashable, dict[Request, int]] = {}
+        for request in sorted(pieces, key=lambda each: each.adapter or ""):  # its sort is stable
+            groups.setdefault(request.group, {})[request] = pieces[request]
+        for group in groups.values():
+            self._read_group(group)
+
+    def _read_group(self, pieces: dict[Request, int]) -> None:
+        """Read pieces of prompts in one forward."""
         features: list[Tensor] = []
         grids: list[Tensor] = []
         whole: dict[Request, int] = {}
         for request, size in pieces.items():
             try:
-                features += request.pictures.of(request.ids, request.computed, request.computed + size)
+                with self._adapters.computing([(request.adapter, size)]):
+                    features += request.pictures.of(request.ids, request.computed, request.computed + size)
                 grids += request.pictures.grids(request.computed, request.computed + size)
                 whole[request] = size
             except Exception as error:
@@ -353,7 +345,8 @@ class Scheduler:
             ids_BT[row, :size] = torch.tensor(request.ids[request.computed : request.computed + size])
             mask_BT[row, :size] = True
         cache = SequenceCache.join([request.own_cache for request in requests])
-        with only_our_threads(self.runner.model, cache):
+        parts = [(request.adapter, size) for request, size in pieces.items()]
+        with self._adapters.computing(parts) as go_on_with, only_our_threads(self.runner.model, cache):
             x_ND, batch = self.runner.model.hidden_states(
                 ids_BT,
                 image_features=torch.cat(features) if features else None,
@@ -362,9 +355,11 @@ class Scheduler:
                 attention_mask=mask_BT,
             )
             head = self.runner.model.language_model.lm_head
+            go_on_with([(request.adapter, 1) for request in requests])
             logits_BV = head(x_ND[batch.last_tokens()])
             for request, own_ND in zip(requests, x_ND.split(list(pieces.values())), strict=True):
                 if request.observer is not None:
+                    go_on_with([(request.adapter, len(own_ND))])
                     request.observer.read(own_ND, request.ids, request.computed, head)
         for request, own in zip(requests, cache.split(), strict=True):
             request.cache = own

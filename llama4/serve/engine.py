@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TypeVar, Unpack
 
+from llama4.adapters.by_row import RowAdapters
 from llama4.api import Llama4
 from llama4.engine.generate import Row
 from llama4.engine.observers import Observer
@@ -71,6 +72,7 @@ class Engine:
             raise ArgumentError(f"max_waiting is {max_waiting}; it must be at least 1, or None for any number")
         limit = parse_bytes(cache_memory) if isinstance(cache_memory, str) else cache_memory
         self.llm, self.max_waiting = llm, max_waiting
+        self._adapters, self._usual_adapter = RowAdapters(llm.model, llm.adapters), llm.adapters.active
         self.scheduler = Scheduler(
             llm.runner,
             llm.tokenizer,
@@ -78,34 +80,48 @@ class Engine:
             max_batch=max_batch,
             max_context=llm.max_context,
             new_cache=lambda pool: llm.model.new_cache(1, llm.cache_dtype, llm.cache_device, pool),
+            adapters=self._adapters,
         )
         self.silent_ids = frozenset(llm.tokenizer.special_tokens.values())
         self._process = os.getpid()
         self._worker = Worker(self.scheduler)
         weakref.finalize(self, self._worker.stop).atexit = False
 
-    def stream(self, messages: Prompt, **options: Unpack[Options]) -> EngineStream:
-        """Answer a conversation piece by piece. Arguments are those of `Llama4.chat`; errors come with the first piece.
+    def stream(self, messages: Prompt, *, adapter: str | None = None, **options: Unpack[Options]) -> EngineStream:
+        """Answer a conversation piece by piece. Other arguments are those of `Llama4.chat`; errors come with the first
+        piece.
 
         Iterate with `async for` or, in a thread that may wait, with `for`. To leave the loop and let go of the stream,
         or to call `cancel`, stops the model within one token.
+
+        Args:
+            adapter: the name of one of `llm.adapters`, with which this reply is computed; None for that which the model
+                was set to when the engine was made, or none.
         """
-        return EngineStream(self, messages, options)
+        return EngineStream(self, messages, options, adapter)
 
-    def observe(self, messages: Prompt, observer: Observer, **options: Unpack[Options]) -> EngineStream:
+    def observe(
+        self, messages: Prompt, observer: Observer, *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> EngineStream:
         """`stream`, with an observer that learns of the prompt what it is for; it knows all with the first piece."""
-        return EngineStream(self, messages, options, observer)
+        return EngineStream(self, messages, options, adapter, observer)
 
-    async def chat(self, messages: Prompt, **options: Unpack[Options]) -> Reply:
+    async def chat(self, messages: Prompt, *, adapter: str | None = None, **options: Unpack[Options]) -> Reply:
         """Answer a conversation; a task that is cancelled cancels the reply."""
-        stream = self.stream(messages, **options)
+        stream = self.stream(messages, adapter=adapter, **options)
         async for _ in stream:
             pass
         return stream.reply
 
-    def chat_batch(self, conversations: Sequence[str | Sequence[Message]], **options: Unpack[Options]) -> list[Reply]:
+    def chat_batch(
+        self,
+        conversations: Sequence[str | Sequence[Message]],
+        *,
+        adapter: str | None = None,
+        **options: Unpack[Options],
+    ) -> list[Reply]:
         """Answer conversations at once, from a thread that may wait; each reply is what `Llama4.chat` gives."""
-        streams = [self.stream(each, **options) for each in conversations]
+        streams = [self.stream(each, adapter=adapter, **options) for each in conversations]
         for stream in streams:
             stream.open(may_wait=True)
         for stream in streams:
@@ -145,6 +161,7 @@ class Engine:
         deliver: Callable[[Delivery], None],
         may_wait: bool = False,
         observer: Observer | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Give a prepared prompt to the worker.
 
@@ -152,13 +169,16 @@ class Engine:
             deliver: takes its tokens, in the worker's thread.
             may_wait: whether it is taken although the queue is full.
             observer: learns of the prompt.
+            adapter: see `stream`.
 
         Raises:
+            ArgumentError: there is no such adapter.
             BusyError: the queue is full, or the engine closed.
             Llama4Error: it is the engine of a process that this one was forked from.
             ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
         """
         self._check_room(may_wait)
+        adapter = self._usual_adapter if adapter is None else adapter
         length = int(asked.inputs.attention_mask.sum())
         request = Request(
             asked.inputs,
@@ -170,6 +190,8 @@ class Engine:
             alternatives=asked.top_logprobs,
             matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
             observer=observer,
+            adapter=adapter,
+            group=self._adapters.shared(adapter),
         )
         self.scheduler.check(request)
         self._worker.put(lambda: self.scheduler.add(request))
@@ -183,10 +205,11 @@ class Engine:
         if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
             raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
 
-    async def compute(self, work: Callable[[Llama4], T]) -> T:
+    async def compute(self, work: Callable[[Llama4], T], adapter: str | None = None) -> T:
         """Something that no request of the scheduler computes, between two tokens of those that run: they wait.
 
         Raises:
+            ArgumentError: there is no such adapter.
             BusyError: the queue is full, or the engine closed.
             Llama4Error: it is the engine of a process that this one was forked from.
         """
@@ -197,13 +220,23 @@ class Engine:
             if not result.set_running_or_notify_cancel():
                 return False
             try:
-                result.set_result(work(self.llm))
+                result.set_result(self._with_adapter(work, adapter))
             except BaseException as error:
                 result.set_exception(error)
             return True
 
         self._worker.put(run)
         return await asyncio.wrap_future(result)
+
+    def _with_adapter(self, work: Callable[[Llama4], T], adapter: str | None) -> T:
+        usual = self._usual_adapter
+        if adapter in (None, usual):
+            return work(self.llm)
+        self.llm.set_adapter(adapter)
+        try:
+            return work(self.llm)
+        finally:
+            self.llm.set_adapter(usual)
 
     def cancel(self, request: Request) -> None:
         """Stop a request, from any thread; its memory is free after the worker's next token at the latest."""
@@ -220,8 +253,16 @@ class EngineStream:
     generators raise ValueError where two ask at once.)
     """
 
-    def __init__(self, engine: Engine, messages: Prompt, options: Options, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        messages: Prompt,
+        options: Options,
+        adapter: str | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self._engine, self._messages, self._options, self._observer = engine, messages, options, observer
+        self._adapter = adapter
         self._mailbox = _Mailbox()
         self._deltas: deque[Delta] = deque()
         self._reader: tuple[Row, ReplyBuilder] | None = None
@@ -254,7 +295,7 @@ class EngineStream:
                 f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"
             )
         (builder,) = asked.builders(llm.tokenizer)
-        request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer)
+        request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
         self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
         self._stop_ids = request.stop_ids

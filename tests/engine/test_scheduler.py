@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llama4.adapters.by_row import RowAdapters
 from llama4.api import Llama4
 from llama4.cache import layer, prefixes, sequence
 from llama4.cache.pool import BlockPool
@@ -68,6 +69,7 @@ class Case:
     sampler: Sampler
     length: int
     stop_ids: tuple[int, ...] = ()
+    adapter: str | None = None
     got: list[Delivery] = field(default_factory=list)
 
     def request(self, llm: Llama4) -> Request:
@@ -79,6 +81,8 @@ class Case:
             max_new_tokens=self.length,
             stop_ids=self.stop_ids,
             deliver=self.got.append,
+            adapter=self.adapter,
+            group=RowAdapters(llm.model, llm.adapters).shared(self.adapter),
         )
 
     @property
@@ -89,7 +93,7 @@ class Case:
 
 def alone(llm: Llama4, case: Case) -> list[int]:
     """What `llm.chat` gives."""
-    llm.cache = None
+    llm.set_adapter(case.adapter)
     sampler = case.sampler
     reply = llm.chat(
         case.inputs,
@@ -104,6 +108,7 @@ def alone(llm: Llama4, case: Case) -> list[int]:
         logit_bias=dict(sampler.logit_bias),
         min_tokens=sampler.min_tokens,
     )
+    llm.set_adapter(None)
     return [token.id for token in reply.logprobs]
 
 
@@ -156,7 +161,7 @@ def run(llm: Llama4, scheduler: Scheduler, cases: list[Case], seed: int, cancell
 
 def held(scheduler: Scheduler) -> int:
     """Bytes of the blocks that requests and the index name."""
-    caches = [scheduler.running.cache, *(request.cache for request in scheduler.reading)]
+    caches = [*(group.cache for group in scheduler.running.groups), *(request.cache for request in scheduler.reading)]
     layers = [layer for cache in caches if cache is not None for layer in cache.layers]
     blocks = [block for layer in layers for row in layer.rows for block in row]
     blocks += [block for entry in scheduler.index._entries.values() for block in entry.layers]

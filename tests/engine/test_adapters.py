@@ -11,7 +11,6 @@ from PIL import Image
 
 from llama4.adapters.by_row import RowAdapters
 from llama4.adapters.config import TARGETS, LoraConfig
-from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.scheduler import Scheduler
@@ -140,11 +139,3 @@ def test_the_active_one_is_set_aside_meanwhile(llm: Llama4) -> None:
 def test_unknown_names_are_refused(llm: Llama4) -> None:
     with pytest.raises(ArgumentError, match="no adapter 'c'; those loaded: a, b, everything"):
         RowAdapters(llm.model, llm.adapters).shared("c")
-
-
-@pytest.mark.parametrize("form", ["int4", "int8", "fp8", "nf4"])
-def test_on_packed_bases(form: str) -> None:
-    ...
-
-
-def _unused(adapter: Adapter) -> None: ...

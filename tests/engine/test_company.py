@@ -3,15 +3,21 @@ the long run."""
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from llama4.adapters.by_row import RowAdapters
+from llama4.adapters.config import LoraConfig
 from llama4.api import Llama4
 from llama4.cli.main import main
 from llama4.engine.sampling import Sampler
 from llama4.engine.scheduler import Scheduler
+from tests.adapters.test_lora import random_adapter
 from tests.engine.test_scheduler import ARRIVALS, WORDS, Case, alone, cases, longest, run
 
 
@@ -45,3 +51,26 @@ def test_in_weight_formats_too(tmp_path: Path, form: str) -> None:
         print(form, len(given), scheduler.counts, len(gone), "cancelled", len(differ), "differ")
     assert scheduler.counts.prefix_hits
     assert not differ
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8", "nf4"])
+def test_with_adapters(form: str, tmp_path: Path) -> None:
+    """Two and none, in one batch."""
+    if form == "nf4":
+        pytest.importorskip("bitsandbytes")
+        from tests.quantization.test_nf4 import CONFIG, quantized  # which imports it
+
+        Llama4.from_pretrained("tiny", progress=False).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
+        (weights,) = tmp_path.glob("*.safetensors")
+        save_file(quantized(load_file(weights), "apart")[0], weights, metadata={"format": "pt"})
+        llm = Llama4.from_pretrained(tmp_path, progress=False)
+    else:
+        llm = Llama4.from_pretrained("tiny", quantization=form, progress=False)
+    for seed, name in enumerate(("a", "b")):
+        llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=4), seed))
+    given = [replace(case, adapter=(None, "a", "b")[i % 3], length=8) for i, case in enumerate(cases(llm, 9, seed=2))]
+    scheduler = Scheduler(llm.runner, llm.tokenizer, adapters=RowAdapters(llm.model, llm.adapters))
+    run(llm, scheduler, given, seed=2)
+    assert [case.ids for case in given] == [alone(llm, case) for case in given]

@@ -52,7 +52,7 @@ def scheduler_of(llm: Llama4, **options: int | None) -> Scheduler:
 def test_a_request_gets_what_it_gets_alone(llm: Llama4, blocks: float | None) -> None:
     """With pictures, cancelled ones, shared beginnings; put back in a pool of the least size. Nothing stays."""
     rng = random.Random(round(10 * (blocks or 0)))
-    given = [replace(case, adapter=rng.choice(NAMES)) for case in cases(llm, 2 * ARRIVALS, seed=4)]
+    given = [replace(case, adapter=rng.choice(NAMES)) for case in cases(llm, ARRIVALS, seed=4)]
     least = llm.model.new_cache().num_bytes_of(longest(given))
     scheduler = scheduler_of(llm, cache_memory=round(least * blocks) if blocks else None, max_batch=8, budget=40)
     gone = run(llm, scheduler, given, seed=1, cancelled=0.02)

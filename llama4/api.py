@@ -102,7 +102,6 @@ class Llama4:
             raise ArgumentError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
         self.model = model
         self._runner: ModelRunner | None = None
-        self.adapters = Adapters(model)
         resolve_format(cache_dtype, model.dtype)
         self.max_context = max_context
         self.cache_dtype = cache_dtype
@@ -110,6 +109,7 @@ class Llama4:
         self.cache: PromptCache | None = None
         self.progress = progress
         self.side_files = side_files or SideFiles()
+        self.adapters = Adapters(model, self.side_files)
         self.generation_config = generation_config or GenerationConfig()
         self._stored_dtype: str | None = None
         self._tokenizer = tokenizer
@@ -275,7 +275,7 @@ class Llama4:
         adapter = self.adapters[self.adapters.active]
         self.set_adapter(None)
         merge_adapter(adapter, self.model, progress=self.progress)
-        self.adapters = Adapters(self.model)
+        self.adapters = Adapters(self.model, self.side_files)
 
     @property
     def config(self) -> Llama4Config:

@@ -182,13 +182,8 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
         CheckpointError: no weights, damaged ones, or such as do not fit the model.
     """
     directory = user_path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    content = read_json(directory / CONFIG_FILE)
-    _check_config(directory / CONFIG_FILE, content)
+    content = read_config(directory)
     scale_of = _scales(content)
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; write the adapter with PEFT's save_pretrained")
     files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
     table = family_of(model.config).names(model.config)
     pairs, unexpected = _pairs(files)
@@ -209,6 +204,21 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
         )
     adapter = Adapter(_read_config(content, loras), loras).to(model.device)
     return adapter.eval().requires_grad_(False)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What an adapter's configuration says. Whether its weights fit is known once they are read, beside the model.
+
+    Raises:
+        ConfigError, CheckpointError: see `load_adapter`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    content = read_json(directory / CONFIG_FILE)
+    _check_config(directory / CONFIG_FILE, content)
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; write the adapter with PEFT's save_pretrained")
+    return content
 
 
 def _check_config(path: Path, content: Mapping[str, Any]) -> None:

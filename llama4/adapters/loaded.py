@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from llama4.adapters.files import load_adapter
 from llama4.adapters.lora import Adapter
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, ConfigError
+from llama4.files import user_path
 from llama4.model.multimodal import Llama4Model
+from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
+
+logger = logging.getLogger(__name__)
 
 
 class Adapters(Mapping[str, Adapter]):
     """Adapters of a model, by name.
 
+    Args:
+        side_files: of the model, whose chat template counts.
+
     Attributes:
         active: the name of the one that the model computes with; None for none.
     """
 
-    def __init__(self, model: Llama4Model) -> None:
-        self._model = model
+    def __init__(self, model: Llama4Model, side_files: SideFiles = NO_SIDE_FILES) -> None:
+        self._model, self._side_files = model, side_files
         self._adapters: dict[str, Adapter] = {}
         self.active: str | None = None
 
@@ -40,6 +49,8 @@ class Adapters(Mapping[str, Adapter]):
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self._model)
         loaded.check(self._model)
+        if not isinstance(adapter, Adapter):
+            self._note_template(user_path(adapter))
         if name == self.active:
             self.activate(None)
         self._adapters[name] = loaded
@@ -51,6 +62,18 @@ class Adapters(Mapping[str, Adapter]):
         if name not in self._adapters:
             there = ", ".join(self._adapters) or "none is loaded"
             raise ArgumentError(f"there is no adapter {name!r:.80}; those loaded: {there}")
+
+    def _note_template(self, directory: Path) -> None:
+        """PEFT's trainers leave the tokenizer's files beside an adapter. They are not read; where a chat template among
+        them is not the model's, prompts may not be what the adapter was trained on."""
+        with suppress(ConfigError):  # of a file that has no effect
+            own = SideFiles.read(directory).chat_templates
+            if own and own != self._side_files.chat_templates:
+                logger.warning(
+                    "%s holds another chat template than the model's; it has no effect: prompts are written as beside "
+                    "the model's weights. If the adapter was trained with it, put it there",
+                    directory,
+                )
 
     def activate(self, name: str | None) -> None:
         """Compute with one, or with none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -119,10 +119,16 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     _add(reply, CHAT)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """How a model is loaded, but not its name."""
+def add_model_options(
+    parser: argparse.ArgumentParser, given: Mapping[str, dict[str, Any]] = FROM_PRETRAINED
+) -> argparse._ArgumentGroup:
+    """How a model is loaded, but not its name.
+
+    Args:
+        given: the arguments of `Llama4.from_pretrained` that have an option.
+    """
     model = parser.add_argument_group("model")
-    _add(model, FROM_PRETRAINED)
+    _add(model, given)
     parser.set_defaults(private_host=[])
     return model
 
@@ -132,14 +138,15 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, HUB)
 
 
-def _add(group: argparse._ActionsContainer, table: dict[str, dict[str, Any]]) -> None:
+def _add(group: argparse._ActionsContainer, table: Mapping[str, dict[str, Any]]) -> None:
     for name, settings in table.items():
         group.add_argument("--" + name.replace("_", "-"), **settings)
 
 
 def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is given of a table's; the options of a command may be fewer."""
     names = (settings.get("dest", name) for name, settings in table.items())
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def loading_options_given(options: argparse.Namespace) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama4.cli.options import add_model_options, load_model
+from llama4.cli.options import FROM_PRETRAINED, add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.files import user_path
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +41,15 @@ def add_parser(commands: Any) -> None:
     server.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
     server.add_argument("--no-page", dest="page", action="store_false", help="serve no page to chat at /")
     server.add_argument("--verbose", action="store_true", help="log every request, without its text")
-    add_model_options(parser)
+    model = add_model_options(parser, {name: each for name, each in FROM_PRETRAINED.items() if name != "adapter"})
+    model.add_argument(
+        "--adapter",
+        dest="adapters",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="an adapter that requests may name as their model; repeatable",
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         from llama4.serve.engine import Engine
         from llama4.serve.run import Address, listening_at
         from llama4.serve.run import run as serve
+        from llama4.serve.settings import check_names
     except ModuleNotFoundError as error:
         if str(error.name).startswith("llama4"):
             raise
@@ -73,8 +84,36 @@ def run(options: argparse.Namespace) -> int:
         has_page=options.page,
         store=options.store,
     )
+    adapters = adapters_of(options.adapters)
+    check_names(settings.name, adapters)
     address = Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile)
     with listening_at(address) as listening:
-        server = Server(Engine(load_model(options), options.cache_memory, options.max_batch, options.queue), settings)
+        llm = load_model(options)
+        for name, directory in adapters.items():
+            llm.adapters.add(name, directory)
+        server = Server(Engine(llm, options.cache_memory, options.max_batch, options.queue), settings)
     serve(server, address, listening)
     return 0
+
+
+def adapters_of(given: Sequence[str]) -> dict[str, Path]:
+    """Directories by name. What can be known of them without the model is checked.
+
+    Raises:
+        ArgumentError: one without a name, or a name twice.
+        ConfigError, CheckpointError: a directory that holds no adapter, or one of a kind that is not computed.
+    """
+    from llama4.adapters.files import read_config
+
+    found: dict[str, Path] = {}
+    for each in given:
+        name, is_named, directory = each.partition("=")
+        if not is_named or not name or not directory:
+            raise ArgumentError(f"--adapter {each} has no name or no directory; write --adapter NAME=DIR")
+        if name in found:
+            raise ArgumentError(
+                f"--adapter has the name {name} twice, for {found[name]} and {directory}; give each a name of its own"
+            )
+        found[name] = user_path(directory)
+        read_config(found[name])
+    return found

@@ -54,11 +54,11 @@ class Running:
     @property
     def groups(self) -> list[Group]:
         """Those that have requests."""
-        return [group for group in self._groups.values() if group.requests]
+        return [group for group in list(self._groups.values()) if group.requests]  # a copy: other threads read, too
 
     @property
     def requests(self) -> list[Request]:
-        return [request for group in self._groups.values() for request in group.requests]
+        return [request for group in self.groups for request in group.requests]
 
     def join(self, request: Request) -> None:
         self._groups.setdefault(request.group, Group()).join(request)

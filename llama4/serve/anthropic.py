@@ -210,7 +210,7 @@ def tools_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 async def create(service: Service, call: Call) -> Response:
     fields = call.fields
-    service.check_model(fields["model"])
+    model = service.model(fields["model"])
     options: dict[str, Any] = {
         **tools_of(fields),
         "max_new_tokens": fields["max_tokens"],
@@ -223,13 +223,13 @@ async def create(service: Service, call: Call) -> Response:
     if (form := (fields["output_config"] or {}).get("format")) is not None:
         options["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
     messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
-    (stream,) = choices_of(service.engine, messages, 1, options)
-    return await respond(service, call, MessageAnswer(stream, service.settings.name, names))
+    (stream,) = choices_of(service.engine, model.adapter, messages, 1, options)
+    return await respond(service, call, MessageAnswer(stream, model.name, names))
 
 
 async def count_tokens(service: Service, call: Call) -> Response:
     fields = call.fields
-    service.check_model(fields["model"])
+    service.model(fields["model"])
     messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
     tools = tools_of(fields)
     shown = tools["tools"] if tools["tool_choice"] != "none" else None

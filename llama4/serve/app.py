@@ -25,7 +25,7 @@ from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, refusal, request_id
 from llama4.serve.metrics import Metrics
 from llama4.serve.openapi import describe
-from llama4.serve.settings import Settings
+from llama4.serve.settings import Settings, check_names
 from llama4.serve.store import Store
 from llama4.vision.limits import SERVER_LIMITS
 
@@ -45,9 +45,16 @@ ROUTES = (
 
 
 class Server:
-    """An engine behind HTTP. `app` is what an ASGI server runs; the engine is closed by whoever made it."""
+    """An engine behind HTTP. `app` is what an ASGI server runs; the engine is closed by whoever made it.
+
+    Clients know the model by `settings.name`, and with an adapter by that one's name.
+
+    Raises:
+        ArgumentError: an adapter has the model's name.
+    """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        check_names(settings.name, engine.llm.adapters)
         self.engine, self.settings = engine, settings
         self.service = Service(engine, settings, Metrics(engine, settings.name), Store(settings.store))
         hosts = None if "*" in settings.url_hosts else settings.url_hosts

@@ -90,7 +90,7 @@ async def complete(service: Service, call: Call) -> Response:
     if not fields["max_tokens"] and not fields["echo"]:
         raise RequestError("max_tokens is 0; it must be at least 1, without echo", field="max_tokens")
     tells_usage = check_usage(fields)
-    service.check_model(fields["model"])
+    model = service.model(fields["model"])
     prompts = prompts_of(fields["prompt"])
     llm = service.engine.llm
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
@@ -107,11 +107,12 @@ async def complete(service: Service, call: Call) -> Response:
                 echo.first = _first_token(service, row)
                 echo.shows_first = not isinstance(prompt, str) or echo.first.id != llm.tokenizer.bos_id
                 echo.rest = PromptLogprobs(row.input_ids.shape[1], count, llm.tokenizer.decode_bytes)
-        streams += choices_of(service.engine, row, fields["n"], options, echo.rest if echo is not None else None)
+        observer = echo.rest if echo is not None else None
+        streams += choices_of(service.engine, model.adapter, row, fields["n"], options, observer)
         echoes += [echo] * fields["n"]
     answer = Completion(
         streams,
-        service.settings.name,
+        model.name,
         tells_usage,
         fields["n"],
         echoes,

@@ -45,12 +45,15 @@ EMBEDDINGS = record(
 
 async def embed(service: Service, call: Call) -> Response:
     fields = call.fields
-    service.check_model(fields["model"])
+    model = service.model(fields["model"])
     check_taking(service)
     prompts = prompts_of(fields["input"])
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     means = [MeanHidden() for _ in inputs]
-    streams = [service.engine.observe(row, mean, max_new_tokens=1) for row, mean in zip(inputs, means, strict=True)]
+    streams = [
+        service.engine.observe(row, mean, max_new_tokens=1, adapter=model.adapter)
+        for row, mean in zip(inputs, means, strict=True)
+    ]
     names = names_of(prompts, "input", fields["input"])
     try:
         replies = [named(stream.async_events(), each) for stream, each in zip(streams, names, strict=True)]
@@ -64,7 +67,7 @@ async def embed(service: Service, call: Call) -> Response:
         for i, mean in enumerate(means)
     ]
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "data": data, "model": service.settings.name, "usage": usage})
+    return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
 
 def _told(mean_D: Tensor, form: str) -> list[float] | str:

@@ -37,6 +37,18 @@ request_id: ContextVar[str] = ContextVar("request_id", default="a request")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model as clients know it.
+
+    Attributes:
+        adapter: what it is computed with, beside the base; None for the base alone.
+    """
+
+    name: str
+    adapter: str | None
+
+
 @dataclass
 class Service:
     """What the routes of one server work with.
@@ -63,13 +75,27 @@ class Service:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises:
-        RequestError: another model than the one that is here.
+    @property
+    def models(self) -> list[Served]:
+        """The model, and with each of its adapters."""
+        base = self.settings.name
+        return [Served(base, None), *(Served(name, name) for name in self.engine.llm.adapters)]
+
+    def model(self, name: str | None) -> Served:
+        """What a request asks for; the model without an adapter where it names none.
+
+        Raises:
+            RequestError: another model than those that are here.
         """
-        if name not in (None, self.settings.name):
-            message = f"there is no model {name!r:.80} here; the name is {self.settings.name!r}"
+        models = self.models
+        found = next((each for each in models if name in (None, each.name)), None)
+        if found is None:
+            known = ", ".join(repr(each.name) for each in models)
+            message = f"there is no model {name!r:.80} here; {'names are' if models[1:] else 'the name is'} {known}"
             raise RequestError(message, field="model", status=404, code="model_not_found")
+        if found.adapter is not None:
+            logger.info("%s asks for adapter %.80s", request_id.get(), found.adapter)
+        return found
 
 
 @dataclass(frozen=True)

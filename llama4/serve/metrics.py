@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -89,3 +90,17 @@ class _EngineState:
                 family = kind(f"vllm:{name}", text, labels=["model_name"])
                 family.add_metric([self._model], value)
                 yield family
+        if adapters := self._engine.llm.adapters:
+            labels = {
+                "max_lora": str(len(adapters)),
+                "running_lora_adapters": _names([*scheduler.running.requests, *scheduler.reading]),
+                "waiting_lora_adapters": _names(list(scheduler.waiting)),
+            }
+            family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests; the time", labels=list(labels))
+            family.add_metric(list(labels.values()), time.time())
+            yield family
+
+
+def _names(requests: Sequence[Request]) -> str:
+    """Of the adapters of some requests."""
+    return ",".join(sorted({request.adapter for request in requests if request.adapter is not None}))

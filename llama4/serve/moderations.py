@@ -39,19 +39,20 @@ MODERATIONS = record(("id", "model", "results"), id=TEXT, model=STRING, results=
 
 async def moderate(service: Service, call: Call) -> Response:
     fields = call.fields
-    service.check_model(fields["model"])
+    model = service.model(fields["model"])
     if (fields["input"] is None) == (fields["messages"] is None):
         raise RequestError("give input or messages", field="input")
     check_taking(service)
-    results = await unless_gone(call.request, _results(service, fields))
-    return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": service.settings.name, "results": results})
+    results = await unless_gone(call.request, _results(service, fields, model.adapter))
+    return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": model.name, "results": results})
 
 
-async def _results(service: Service, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+async def _results(service: Service, fields: Mapping[str, Any], adapter: str | None) -> list[dict[str, Any]]:
     results = []
     for messages in _conversations(fields):
         asked = await asyncio.to_thread(_asked, service, messages, fields)
-        found = await service.engine.compute(partial(Llama4.judge, asked=asked, threshold=fields["threshold"]))
+        judge = partial(Llama4.judge, asked=asked, threshold=fields["threshold"])
+        found = await service.engine.compute(judge, adapter)
         results.append(_result(found, has_pictures(messages)))
     return results
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from llama4.serve.errors import RequestError
-from llama4.serve.http import Call, Route, Service, check_taking
+from llama4.serve.http import Call, Route, Served, Service, check_taking
 from llama4.serve.openai_chat import FORMAT, prompt_of
 from llama4.serve.options import MAX_LENGTH
 from llama4.serve.schema import (
@@ -50,24 +50,24 @@ DETOKENIZE = Fields("DetokenizeRequest", model=Field(STRING), tokens=required(ID
 APPLY = Fields("ApplyTemplateRequest", **FORMAT)
 
 
-def _card(service: Service) -> dict[str, Any]:
-    name = service.settings.name
-    card = {"id": name, "object": "model", "created": service.created, "owned_by": "llama4"}
-    return card | {"root": name, "parent": None, "max_model_len": service.engine.scheduler.window}
+def _card(service: Service, served: Served) -> dict[str, Any]:
+    base = service.settings.name
+    card = {"id": served.name, "object": "model", "created": service.created, "owned_by": "llama4", "root": base}
+    card["parent"] = base if served.adapter is not None else None
+    return card | {"max_model_len": service.engine.scheduler.window}
 
 
 async def models(service: Service, call: Call) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(service)]})
+    return JSONResponse({"object": "list", "data": [_card(service, each) for each in service.models]})
 
 
 async def model(service: Service, call: Call) -> Response:
-    service.check_model(call.request.path_params["name"])
-    return JSONResponse(_card(service))
+    return JSONResponse(_card(service, service.model(call.request.path_params["name"])))
 
 
 async def tokenize(service: Service, call: Call) -> Response:
     llm, fields = service.engine.llm, call.fields
-    service.check_model(fields["model"])
+    service.model(fields["model"])
     if fields["messages"] is not None:
         messages, options = await prompt_of(service, fields)
         del options["tool_choice"]
@@ -106,7 +106,7 @@ def _piece(data: bytes) -> str | list[int]:
 
 
 async def detokenize(service: Service, call: Call) -> Response:
-    service.check_model(call.fields["model"])
+    service.model(call.fields["model"])
     llm, ids = service.engine.llm, list(map(int, call.fields["tokens"]))
     size = llm.config.text.vocab_size
     if any(id_ >= size for id_ in ids):
@@ -116,6 +116,7 @@ async def detokenize(service: Service, call: Call) -> Response:
 
 
 async def apply_template(service: Service, call: Call) -> Response:
+    service.model(call.fields["model"])
     messages, options = await prompt_of(service, call.fields)
     variables = options["chat_template_kwargs"] or {}
     continues = bool(options["continue_final_message"])
@@ -170,8 +171,8 @@ async def metrics(service: Service, call: Call) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/v1/models", models, "The model, in a list", answer=CARDS),
-    Route("GET", "/v1/models/{name:path}", model, "The model", answer=CARD),
+    Route("GET", "/v1/models", models, "The model and its adapters", answer=CARDS),
+    Route("GET", "/v1/models/{name:path}", model, "One of them", answer=CARD),
     Route("POST", "/tokenize", tokenize, "Text or messages -> token ids", TOKENIZE, TOKENS),
     Route("POST", "/detokenize", detokenize, "Token ids -> text", DETOKENIZE, PROMPT),
     Route("POST", "/apply-template", apply_template, "Messages -> the prompt's text", APPLY, PROMPT),

@@ -107,7 +107,6 @@ COMPLETION = record(
 
 async def prompt_of(service: Service, fields: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """Messages, and the options of `Engine.stream` that `FORMAT` asks for."""
-    service.check_model(fields["model"])
     options = {name: fields[name] for name in ("tool_choice", "chat_template_kwargs")}
     options |= {"tools": fields["tools"] or None, "continue_final_message": fields["continue_final_message"] or None}
     return await asyncio.to_thread(with_media, fields["messages"], service.settings.media_directory), options
@@ -117,16 +116,16 @@ async def chat(service: Service, call: Call) -> Response:
     fields = call.fields
     if fields["top_logprobs"] and not fields["logprobs"]:
         raise RequestError("top_logprobs is for logprobs: true", field="top_logprobs")
-    tells_usage = check_usage(fields)
+    tells_usage, model = check_usage(fields), service.model(fields["model"])
     messages, options = await prompt_of(service, fields)
     options |= sampling_of(fields)
     options["max_new_tokens"] = (
         fields["max_completion_tokens"] or fields["max_tokens"] or service.engine.scheduler.window
     )
     options["top_logprobs"] = fields["top_logprobs"] or 0
-    streams = choices_of(service.engine, messages, fields["n"], options)
+    streams = choices_of(service.engine, model.adapter, messages, fields["n"], options)
     names = Names(form=form_of(fields))
-    answer = Chat(streams, service.settings.name, tells_usage, fields["logprobs"], names)
+    answer = Chat(streams, model.name, tells_usage, fields["logprobs"], names)
     return await respond(service, call, answer)
 
 

@@ -132,11 +132,20 @@ def check_usage(fields: Mapping[str, Any]) -> bool:
 
 
 def choices_of(
-    engine: Engine, prompt: Any, count: int, options: Mapping[str, Any], observer: Observer | None = None
+    engine: Engine,
+    adapter: str | None,
+    prompt: Any,
+    count: int,
+    options: Mapping[str, Any],
+    observer: Observer | None = None,
 ) -> list[EngineStream]:
     """A stream for each choice; each draws for itself. An observer sees the first read its prompt."""
     seed = options["seed"]
     seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(count)]
     first, *others = [cast(Options, {**options, "seed": each}) for each in seeds]
-    begin = engine.observe(prompt, observer, **first) if observer is not None else engine.stream(prompt, **first)
-    return [begin, *(engine.stream(prompt, **each) for each in others)]
+    begin = (
+        engine.observe(prompt, observer, adapter=adapter, **first)
+        if observer is not None
+        else engine.stream(prompt, adapter=adapter, **first)
+    )
+    return [begin, *(engine.stream(prompt, adapter=adapter, **each) for each in others)]

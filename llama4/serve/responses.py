@@ -106,7 +106,7 @@ DELETED = record(("id", "object", "deleted"), id=STRING, deleted=FLAG)
 
 async def create(service: Service, call: Call) -> Response:
     fields = call.fields
-    service.check_model(fields["model"])
+    model = service.model(fields["model"])
     if fields["background"] and (fields["stream"] or not fields["store"]):
         raise RequestError("background is for store: true, without stream", field="background")
     items = with_ids(fields["input"])
@@ -119,8 +119,8 @@ async def create(service: Service, call: Call) -> Response:
         messages.insert(0, {"role": "system", "content": fields["instructions"]})
         places.insert(0, Place("instructions"))
     names = Names("input", places, form_of(fields, "text.format"))
-    (stream,) = choices_of(service.engine, messages, 1, _options(service, fields))
-    answer = ResponseAnswer(service, stream, fields, items, names)
+    (stream,) = choices_of(service.engine, model.adapter, messages, 1, _options(service, fields))
+    answer = ResponseAnswer(service, stream, model.name, fields, items, names)
     if not fields["background"]:
         return await respond(service, call, answer)
     check_taking(service)
@@ -206,6 +206,7 @@ class ResponseAnswer(Answer):
         self,
         service: Service,
         stream: EngineStream,
+        model: str,
         fields: Mapping[str, Any],
         items: list[dict[str, Any]],
         names: Names,
@@ -213,7 +214,7 @@ class ResponseAnswer(Answer):
         super().__init__([stream], names)
         self.id, self._created = new_id("resp"), int(time.time())
         self._completed: int | None = None
-        self._service, self._fields, self._input = service, fields, items
+        self._service, self._model, self._fields, self._input = service, model, fields, items
         self._writer, self._status = ItemWriter(), "in_progress"
         self._error: dict[str, Any] | None = None
         self._number = 0
@@ -311,7 +312,7 @@ class ResponseAnswer(Answer):
             "status": self._status,
             "error": self._error,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "model": self._service.settings.name,
+            "model": self._model,
             "output": self._writer.items,
             **said,
             "usage": self._usage() if self._completed is not None else None,

@@ -174,6 +174,8 @@ def _say(server: Server, address: Address, port: int) -> None:
         f"  {engine.scheduler.max_batch} conversations at once, {engine.scheduler.window:,} tokens each at most, "
         f"keys and values in {bytes_text(limit) if limit else 'as much memory as they take'}"
     )
+    if adapters := ", ".join(engine.llm.adapters):
+        print(f"  with adapters, by their names as the model: {adapters}")
     if engine.llm.model.dtype != torch.float32:
         print(
             "  in company sums may be rounded differently: where two tokens are about equally likely, a reply may go "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from llama4.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,16 @@ class Settings:
     max_body: int = 64 * 2**20
     has_page: bool = True
     store: Path | None = None
+
+
+def check_names(model: str, adapters: Iterable[str]) -> None:
+    """Raises:
+    ArgumentError: clients could not tell an adapter from the model, or name it.
+    """
+    for name in adapters:
+        if not name:
+            raise ArgumentError("an adapter has no name; write NAME=DIR")
+        if name == model:
+            raise ArgumentError(
+                f"the adapter {name!r} has the model's name; give it another, or the model by --served-model-name"
+            )

@@ -60,6 +60,8 @@ class GuardFormat:
         before, after: special tokens and text around the prompt.
         about: what is to be assessed, behind "Provide your safety assessment for".
         bullet: before each of the two lines that say how to answer.
+        end: behind the last of them.
+        text_only: ids of categories that are not asked for where there are pictures.
     """
 
     categories: Mapping[str, str]
@@ -67,6 +69,8 @@ class GuardFormat:
     after: tuple[Piece, ...]
     about: str = "ONLY THE LAST {agent} message"
     bullet: str = " - "
+    end: str = ""
+    text_only: Collection[str] = ()
 
     def compose(self, messages: Sequence[Message | ParsedMessage], bos: str) -> list[Piece]:
         """Messages -> the pieces of the prompt.
@@ -82,16 +86,20 @@ class GuardFormat:
         agent = _AGENTS[parsed[-1].role]
         pictures = sum(isinstance(part, ImagePart) for message in parsed for part in message.parts)
         said = [
-            f"{_AGENTS[message.role]}: " + "".join(part for part in message.parts if isinstance(part, str)).strip()
+            f"{_AGENTS[message.role]}: {part.strip()}"
             for message in parsed
+            for part in message.parts
+            if isinstance(part, str)
         ]
+        left_out = self.text_only if pictures else ()
+        categories = {id_: text for id_, text in self.categories.items() if id_ not in left_out}
         text = (
             f"{' ' if pictures else ''}Task: Check if there is unsafe content in '{agent}' messages in conversations "
-            f"according our safety policy with the below categories.\n\n{MARK}\n{_listing(self.categories)}\n"
+            f"according our safety policy with the below categories.\n\n{MARK}\n{_listing(categories)}\n"
             "<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\n" + "\n\n".join(said) + "\n\n<END CONVERSATION>"
             f"\n\nProvide your safety assessment for {self.about.format(agent=agent)} in the above conversation:\n"
             f"{self.bullet}First line must read 'safe' or 'unsafe'.\n"
-            f"{self.bullet}If unsafe, a second line must include a comma-separated list of violated categories."
+            f"{self.bullet}If unsafe, a second line must include a comma-separated list of violated categories.{self.end}"
         )
         return [
             *(Piece(bos, special=True), *self.before),
@@ -235,9 +243,11 @@ _LLAMA3 = _turns("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GUARDS: Mapping[str, GuardFormat] = {
     "llama-guard-1": GuardFormat(_O1_TO_O6, *_INST, about="{agent}", bullet="- "),
     "llama-guard-2": GuardFormat(_S1_TO_S11, *_INST),
-    "llama-guard-3-1b": GuardFormat(_S1_TO_S13, *_LLAMA3),
+    "llama-guard-3-1b": GuardFormat(_S1_TO_S13, *_LLAMA3, end=" "),
     "llama-guard-3-8b": GuardFormat(_S1_TO_S14, *_LLAMA3),
-    "llama-guard-3-11b-vision": GuardFormat(_S1_TO_S13, *_LLAMA3),
-    "llama-guard-4": GuardFormat(_S1_TO_S14, *_turns("<|header_start|>", "<|header_end|>", "<|eot|>")),
+    "llama-guard-3-11b-vision": GuardFormat(_S1_TO_S13, *_LLAMA3, end=" "),
+    "llama-guard-4": GuardFormat(
+        _S1_TO_S14, *_turns("<|header_start|>", "<|header_end|>", "<|eot|>"), text_only=("S14",)
+    ),
 }
 """By the names that `guard` of `Llama4.moderate` takes."""

@@ -167,6 +167,15 @@ class Keys:
             raise ConfigError(f"{self.place}: {self.prefix}.{key} is {value!r:.80}, which should be 0 to {limit:,}")
         return value
 
+    def token(self, key: str) -> int | None:
+        """The id of a token; None where there is none, for which some converters write -1.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}")
+        return None if value is None or value in (-1, 2**32 - 1) else self.integer(key)
+
     def number(self, key: str, default: float) -> float:
         """A finite number; one that was rounded to float32 is the shortest that rounds so.
 
@@ -223,7 +232,7 @@ class _Head:
         version = self._number("I")
         if version not in _VERSIONS:
             big = version & 0xFFFF == 0
-            about = "big-endian" if big else f"version {version}, and versions 2 and 3 are read"
+            about = "big-endian, for other machines" if big else f"version {version}, and versions 2 and 3 are read"
             raise Llama4Error(f"it is {about}; convert the model with a newer llama.cpp")
         num_tensors, num_keys = self._count("tensors"), self._count("keys")
         metadata: dict[str, Any] = {}

@@ -211,7 +211,7 @@ def test_formats_without_a_template(name: str) -> None:
     assert len(ids) == int(ids[-1][1:])
 
 
-@pytest.mark.parametrize("name, end", [("1b", " "), ("8b", ""), ("11b-vision", " ")])
+@pytest.mark.parametrize(("name", "end"), [("1b", " "), ("8b", ""), ("11b-vision", " ")])
 def test_the_published_text_of_llama_guard_3(name: str, end: str) -> None:
     """As the chat templates on the Hub write it, which differ in their categories and in a blank before the turn's end,
     and Meta's documentation and llama-stack's `llama_guard.py` but for that blank."""

@@ -48,6 +48,11 @@ class VisionConfig:
                 raise Llama4Error(f"vision {name} must be at least 1, not {getattr(self, name)}")
         if not 0.01 <= self.pixel_shuffle_ratio <= 1:
             raise Llama4Error(f"pixel_shuffle_ratio must be from 0.01 to 1, not {self.pixel_shuffle_ratio}")
+        if not len(self.image_mean) == len(self.image_std) == 3 or 0 in self.image_std:
+            raise Llama4Error(
+                "image_mean and image_std must have a number for each of 3 channels, and what pixels are divided by "
+                f"cannot be 0: {self.image_mean}, {self.image_std}"
+            )
         if self.resample not in RESAMPLE:
             raise Llama4Error(f"resample {self.resample!r} is not known; choose one of {', '.join(RESAMPLE)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:

@@ -107,6 +107,10 @@ class TextConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.rope_theta > 0:
+            raise ConfigError(f"rope_theta must be above 0, not {self.rope_theta}")
+        if not self.rms_norm_eps >= 0:
+            raise ConfigError(f"rms_norm_eps must be at least 0, not {self.rms_norm_eps}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,9 @@ _BY_MERGES: Mapping[str, tuple[str, ...]] = {
 }
 """`pre` of the others -> patterns, each of which cuts what the one before has left."""
 
+_BY_TOKEN = {"<|start_header_id|>": "llama-bpe", "<|header_start|>": "llama4"}
+"""A token that only one generation has -> its `pre`, where that is missing."""
+
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token", "eot": "eot_token"}
 
 
@@ -48,18 +52,18 @@ def read_gguf(path: Path, controls: Collection[str]) -> tuple[TokenModel, list[A
         FileNotFoundError: there is no vocabulary.
         Llama4Error: it is of another kind, or damaged.
     """
-    file = GgufFile.read(path)
-    metadata, kind = file.metadata, file.keys(_KEY).text("model", "")
+    keys = GgufFile.read(path).keys(_KEY)
+    kind = keys.text("model", "")
     if not kind:
         raise FileNotFoundError(f"{path} has no {_KEY}.model, and so no vocabulary; give a file that has one")
     if kind not in ("gpt2", "llama"):
         raise Llama4Error(f"{path} has a vocabulary of kind {kind!r:.80}; 'gpt2' and 'llama' are read")
-    tokens, kinds = _tokens(metadata, path)
-    names = {role: tokens[i] for key, role in _ROLES.items() if (i := _id(metadata, key, tokens, path)) is not None}
+    tokens, kinds = read_tokens(keys)
+    names = {role: tokens[i] for key, role in _ROLES.items() if (i := _id(keys, key, tokens)) is not None}
     config = TokenizerConfig(names)
-    adds_bos = metadata.get(f"{_KEY}.add_bos_token", kind == "llama" or _pre(metadata, path) in _BY_IDS) is True
+    adds_bos = keys.flag("add_bos_token", kind == "llama" or _pre(keys) in _BY_IDS)
     if kind == "llama":
-        model = _pieces(metadata, tokens, kinds, path)
+        model = _pieces(keys, tokens, kinds)
         return model, config.apply(model.controls(), ()), adds_bos, config
     special = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
     added = [
@@ -69,47 +73,54 @@ def read_gguf(path: Path, controls: Collection[str]) -> tuple[TokenModel, list[A
     ]
     beside = {token.id for token in added}
     ranks = _ranks({i: token for i, token in enumerate(tokens) if token and i not in beside}, path)
-    return _bytes(metadata, ranks, path), config.apply(added, controls), adds_bos, config
+    return _bytes(keys, ranks), config.apply(added, controls), adds_bos, config
 
 
-def _bytes(metadata: Mapping[str, Any], ranks: Mapping[bytes, int], path: Path) -> RankedBytes | MergedBytes:
-    pre = _pre(metadata, path)
+def _bytes(keys: Keys, ranks: Mapping[bytes, int]) -> RankedBytes | MergedBytes:
+    pre = _pre(keys)
     if pre in _BY_IDS and all(byte in ranks for byte in map(int.to_bytes, range(256))):
-        return RankedBytes(path.name, ranks, _BY_IDS[pre])
+        return RankedBytes(Path(keys.place).name, ranks, _BY_IDS[pre])
     patterns = _BY_MERGES.get(pre) or (_BY_IDS[pre],)
-    merges = _merges(metadata, path)
+    merges = _merges(keys)
     order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
     return MergedBytes(ranks, order, [by_pattern(each) for each in patterns], byte_alphabet(), whole=pre in _BY_IDS)
 
 
-def _merges(metadata: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
-    found = metadata.get(f"{_KEY}.merges")
-    if not isinstance(found, list) or any(text.count(" ") != 1 for text in found):
-        raise Llama4Error(f"{path} has no {_KEY}.merges of two tokens each; fetch it again")
+def _merges(keys: Keys) -> list[tuple[str, str]]:
+    found = keys.texts("merges")
+    if not found or any(text.count(" ") != 1 for text in found):
+        raise Llama4Error(f"{keys.place} has no {_KEY}.merges of two tokens each; fetch it again")
     return [(left, right) for left, _, right in (text.partition(" ") for text in found)]
 
 
-def _pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kind], path: Path) -> SentencePiece:
-    scores = metadata.get(f"{_KEY}.scores")
+def _pieces(keys: Keys, tokens: Sequence[str], kinds: Sequence[Kind]) -> SentencePiece:
+    scores = keys.metadata.get(f"{_KEY}.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise Llama4Error(f"{path} has {len(tokens)} tokens and not as many {_KEY}.scores; fetch it again")
+        raise Llama4Error(f"{keys.place} has {len(tokens)} tokens and not as many {_KEY}.scores; fetch it again")
     normalizer = Normalizer(
-        adds_blank=metadata.get(f"{_KEY}.add_space_prefix", True) is True,
-        removes_blanks=metadata.get(f"{_KEY}.remove_extra_whitespaces", False) is True,
+        adds_blank=keys.flag("add_space_prefix", True), removes_blanks=keys.flag("remove_extra_whitespaces", False)
     )
     return SentencePiece([Piece(*each) for each in zip(tokens, scores.tolist(), kinds, strict=True)], normalizer)
 
 
-def _pre(metadata: Mapping[str, Any], path: Path) -> str:
-    """How text is split.
+def _pre(keys: Keys) -> str:
+    """How text is split; where the file, of an old converter, does not say it, as its vocabulary is.
 
     Raises:
         Llama4Error: in a way that is not known.
     """
-    pre = Keys(metadata, _KEY, str(path)).text("pre", "default")
+    pre = keys.text("pre", "default")
+    if pre == "default":
+        tokens = {*keys.texts("tokens")}
+        pre = next((name for token, name in _BY_TOKEN.items() if token in tokens), pre)
+    if pre == "default":
+        raise Llama4Error(
+            f"{keys.place} does not say how text is split ({_KEY}.pre), as an old converter wrote it; fetch a newer "
+            "file, or convert the model again"
+        )
     if pre not in _BY_IDS and pre not in _BY_MERGES:
         known = ", ".join((*_BY_IDS, *_BY_MERGES))
-        raise Llama4Error(f"{path} splits text as {pre!r:.80} does, which is not known; known are {known}")
+        raise Llama4Error(f"{keys.place} splits text as {pre!r:.80} does, which is not known; known are {known}")
     return pre
 
 
@@ -127,24 +138,35 @@ def _ranks(tokens: Mapping[int, str], path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _tokens(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[Kind]]:
-    """The texts and the kinds of all tokens."""
-    tokens, kinds = metadata.get(f"{_KEY}.tokens"), metadata.get(f"{_KEY}.token_type")
-    if not isinstance(tokens, list) or not tokens:
-        raise Llama4Error(f"{path} has no {_KEY}.tokens, and so no vocabulary; fetch it again")
+def read_tokens(keys: Keys) -> tuple[list[str], list[Kind]]:
+    """The texts and the kinds of all tokens.
+
+    Raises:
+        Llama4Error: there are none, or not for each a kind.
+    """
+    tokens, kinds = keys.texts("tokens"), keys.metadata.get(f"{_KEY}.token_type")
+    if not tokens:
+        raise Llama4Error(f"{keys.place} has no {_KEY}.tokens, and so no vocabulary; fetch it again")
     if kinds is None:
-        return tokens, [Kind.NORMAL] * len(tokens)
+        return tokens, [_kind_of(token) for token in tokens]
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens) or not {*kinds.tolist()} <= {*Kind}:
-        raise Llama4Error(f"{path} has {len(tokens)} tokens, and not for each a type from 1 to 6; fetch it again")
+        raise Llama4Error(f"{keys.place} has {len(tokens)} tokens, and not for each a type from 1 to 6; fetch it again")
     return tokens, [Kind(kind) for kind in kinds.tolist()]
 
 
-def _id(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], path: Path) -> int | None:
-    found = metadata.get(f"{_KEY}.{key}_token_id")
-    if found is None:
-        return None
-    if type(found) is not int or not 0 <= found < len(tokens):
-        raise Llama4Error(f"{path}: {_KEY}.{key}_token_id is {found!r:.80}, and there are {len(tokens)} tokens")
+def _kind_of(token: str) -> Kind:
+    """That of a token in a file without types, by its text: Llama's vocabularies name them alike."""
+    if token == "<unk>":
+        return Kind.UNKNOWN
+    if token in ("<s>", "</s>") or re.fullmatch(r"<\|\w+\|>", token):
+        return Kind.CONTROL
+    return Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else Kind.NORMAL
+
+
+def _id(keys: Keys, role: str, tokens: Sequence[str]) -> int | None:
+    found = keys.token(f"{role}_token_id")
+    if found is not None and found >= len(tokens):
+        raise Llama4Error(f"{keys.place}: {_KEY}.{role}_token_id is {found}, and there are {len(tokens)} tokens")
     return found
 
 
@@ -154,25 +176,25 @@ def tokenizer_json(path: Path, model: TokenModel, added: Sequence[AddedToken]) -
     Raises:
         Llama4Error: a vocabulary of sentencepiece.
     """
-    metadata = GgufFile.read(path).metadata
+    keys = GgufFile.read(path).keys(_KEY)
     if isinstance(model, SentencePiece):
         raise Llama4Error(
             f"{path} has a vocabulary of sentencepiece, which is not written as a tokenizer.json; put the original "
             "model's tokenizer.model beside what you save, or keep GGUF"
         )
-    bos = _id(metadata, "bos", metadata[f"{_KEY}.tokens"], path)
-    adds_bos = bos is not None and metadata.get(f"{_KEY}.add_bos_token", _pre(metadata, path) in _BY_IDS) is True
-    name = metadata[f"{_KEY}.tokens"][bos] if adds_bos else ""
+    tokens = keys.texts("tokens")
+    bos = _id(keys, "bos", tokens)
+    name = tokens[bos] if bos is not None and keys.flag("add_bos_token", _pre(keys) in _BY_IDS) else ""
     if isinstance(model, RankedBytes):
         return to_json(model.ranks, added, model.pattern, name)
     content = to_json({}, added, "", name)
     alphabet = byte_alphabet()
     vocabulary = {"".join(alphabet[byte] for byte in token): i for token, i in model.ranks.items()}
-    content["model"] |= {"vocab": vocabulary, "merges": metadata[f"{_KEY}.merges"], "ignore_merges": False}
+    content["model"] |= {"vocab": vocabulary, "merges": keys.texts("merges"), "ignore_merges": False}
     byte_level = content["pre_tokenizer"]["pretokenizers"][-1]
     splits = [
         {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
-        for each in _BY_MERGES[_pre(metadata, path)]
+        for each in _BY_MERGES[_pre(keys)]
     ]
     content["pre_tokenizer"]["pretokenizers"] = [*splits, byte_level]
     content["added_tokens"] = [asdict(token) for token in added]

@@ -99,7 +99,8 @@ class GuardFormat:
             "<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\n" + "\n\n".join(said) + "\n\n<END CONVERSATION>"
             f"\n\nProvide your safety assessment for {self.about.format(agent=agent)} in the above conversation:\n"
             f"{self.bullet}First line must read 'safe' or 'unsafe'.\n"
-            f"{self.bullet}If unsafe, a second line must include a comma-separated list of violated categories.{self.end}"
+            f"{self.bullet}If unsafe, a second line must include a comma-separated list of violated categories."
+            f"{self.end}"
         )
         return [
             *(Piece(bos, special=True), *self.before),

@@ -169,7 +169,7 @@ class SideFiles:
     def chat_templates(self) -> dict[str, str]:
         """The checkpoint's own templates by name, "default" and others; where several places have one, the first of
         those in which transformers looks: processor_config.json, chat_template.json, chat_template.jinja with its
-        folder of further ones, tokenizer_config.json.
+        folder of further ones, tokenizer_config.json. One that is blank is none.
 
         Raises:
             ConfigError: one of them is not what it should be.
@@ -180,8 +180,9 @@ class SideFiles:
         files = {Path(name).stem: name for name in self.matching(FURTHER_TEMPLATES)}
         if TEMPLATE_FILE in self:
             files["default"] = TEMPLATE_FILE
-        if files:
-            return {name: self.text(path) or "" for name, path in files.items()}
+        texts = {name: self.text(path) or "" for name, path in files.items()}
+        if found := {name: text for name, text in texts.items() if text.strip()}:
+            return found
         return _templates(TOKENIZER_CONFIG_FILE, self.json(TOKENIZER_CONFIG_FILE).get("chat_template"))
 
 
@@ -232,4 +233,4 @@ def _templates(name: str, value: object) -> dict[str, str]:
     named = value if isinstance(value, dict) else {} if value is None else {"default": value}
     if not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ConfigError(f"chat_template in {name} must be a template, or templates by name, in strings")
-    return {str(key): str(text) for key, text in named.items()}
+    return {str(key): str(text) for key, text in named.items() if str(text).strip()}

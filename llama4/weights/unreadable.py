@@ -16,6 +16,7 @@ from llama4.weights.source import Source
 
 _OTHERS = "take the safetensors of the same model"
 _FOREIGN = {
+    "*-?????-of-?????.gguf": "it holds some files of a GGUF model, and not the first; fetch all of them",
     "*.gguf": "it holds a vision tower in GGUF, and not the model that belongs to it; fetch that, too",
     "adapter_config.json": "it is an adapter for the model that adapter_config.json names; merge it into that model, "
     "with PEFT's merge_and_unload, and save the result",

@@ -20,7 +20,7 @@ from llama4.cli.main import main
 from llama4.config import Llama4Config, TextConfig
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
-from llama4.gguf import _TYPES
+from llama4.gguf import _TYPES, GgufFile
 from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
 from llama4.model.rope_scaling import rope_frequencies
@@ -30,7 +30,10 @@ from llama4.quantization.modules import QuantizedEmbedding
 from llama4.quantization.weight import QuantizedWeight
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.convert import convert_to_gguf
 from tests import small_model
+from tests.families import test_llama_api as dense
+from tests.text.test_generations import train
 from tests.weights import gguf_files, mutated_gguf
 from tests.weights.local_hub import LocalHub, use
 
@@ -131,6 +134,10 @@ def split(directory: Path, tmp_path: Path) -> Path:
 def test_a_split(split: Path, original: Llama4) -> None:
     for name in (split, split / "small-00001-of-00003.gguf", split / "small-00002-of-00003.gguf"):
         assert torch.equal(logits(loaded(name)), logits(original))
+    (split / "small-00001-of-00003.gguf").rename(split / "kept")
+    with pytest.raises(CheckpointError, match="holds some files of a GGUF model, and not the first; fetch all of them"):
+        loaded(split)
+    (split / "kept").rename(split / "small-00001-of-00003.gguf")
     (split / "small-00003-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match="is one of 3 files; fetch the others, too\n  missing: small-00003-of"):
         loaded(split)
@@ -160,6 +167,17 @@ def test_a_vision_tower_elsewhere(directory: Path, tmp_path: Path) -> None:
     assert loaded(tmp_path / "a.gguf").config.vision is None
     llm = loaded(tmp_path / "a.gguf", mmproj=directory / "mmproj-small-f32.gguf")
     assert llm.config.vision == small_model.config().vision
+    for path, reason in (
+        (tmp_path / "none.gguf", "there is no file .*none.gguf; mmproj names the one with the vision tower"),
+        (tmp_path, "there is no file"),
+        (tmp_path / "a.gguf", "is of architecture 'llama4', and no vision tower"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            loaded(tmp_path / "a.gguf", mmproj=path)
+    dense.write(tmp_path / "text")
+    convert_to_gguf(tmp_path / "text", tmp_path / "text.gguf", "f32", progress=False)
+    with pytest.raises(CheckpointError, match="takes no pictures: it is of architecture 'llama'; leave out mmproj"):
+        loaded(tmp_path / "text.gguf", mmproj=directory / "mmproj-small-f32.gguf")
     with pytest.raises(Llama4Error, match="mmproj is for models in GGUF"):
         Llama4.from_pretrained("tiny", mmproj=directory / "mmproj-small-f32.gguf")
 
@@ -191,6 +209,18 @@ def test_on_the_hub(server: LocalHub) -> None:
         CheckpointError, match="holds 2 models in GGUF; name one of them\n  missing: org/several/Q8_0/a-"
     ):
         loaded("org/several")
+
+
+@pytest.mark.parametrize(("name", "values"), [("image_mean", [0.5, 0.5]), ("image_std", [0.5, 0.0, 0.5])])
+def test_pixels_that_cannot_be(name: str, values: list[float], directory: Path, tmp_path: Path) -> None:
+    file = GgufFile.read(directory / "mmproj-small-f32.gguf")
+    said = struct.pack("<IIQ", 9, 6, len(values)) + np.array(values, np.float32).tobytes()
+    tensors = {
+        name: tensor for name, tensor in gguf_files.tensors_of(small_model.model()).items() if name in file.tensors
+    }
+    gguf_files.write(tmp_path / "mmproj.gguf", {**file.metadata, f"clip.vision.{name}": said}, tensors)
+    with pytest.raises(Llama4Error, match=r"mmproj\.gguf: image_mean and image_std must have a number for each of 3"):
+        loaded(directory / "small-f32.gguf", mmproj=tmp_path / "mmproj.gguf")
 
 
 # -- quantized -------------------------------------------------------------------------------------------------------
@@ -400,6 +430,58 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         loaded(path)
 
 
+# -- what old and careless converters wrote ---------------------------------------------------------------------------
+
+KINDS = gguf_files.vocabulary()["tokenizer.ggml.token_type"]
+ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no padding": ({"tokenizer.ggml.padding_token_id": 2**32 - 1, "tokenizer.ggml.unknown_token_id": 2**32 - 1}, ()),
+    "no pre": ({}, ("tokenizer.ggml.pre",)),
+    "pre by default": ({"tokenizer.ggml.pre": "default"}, ()),
+    "no types": ({}, ("tokenizer.ggml.token_type",)),
+    "types in bytes": (
+        {"tokenizer.ggml.token_type": struct.pack("<IIQ", 9, 0, len(KINDS)) + bytes(KINDS.tolist())},
+        (),
+    ),
+    "a number as a flag": ({"tokenizer.ggml.add_bos_token": struct.pack("<IB", 0, 1)}, ()),
+    "a blank template": ({"tokenizer.chat_template": " \n"}, ()),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_metadata(case: str, original: Llama4, tmp_path: Path) -> None:
+    """It is the same model, with the same tokens and prompts."""
+    changes, missing = ODD[case]
+    config = small_model.config()
+    metadata = gguf_files.metadata_of(config) | gguf_files.vocabulary() | changes
+    tensors = {name: tensor for name, tensor in gguf_files.tensors_of(small_model.model()).items() if name[:2] != "v."}
+    text = {name: tensor for name, tensor in tensors.items() if not name.startswith("mm.")}
+    path = tmp_path / "a.gguf"
+    gguf_files.write(path, {key: value for key, value in metadata.items() if key not in missing}, text)
+    llm = loaded(path)
+    for words in ("ab cd  12345 it's\n\n é 日本", "<|eot|>", "CamelCase"):
+        assert llm.tokenizer.encode(words) == original.tokenizer.encode(words)
+    assert llm.processor(QUESTION).input_ids.tolist() == original.processor(QUESTION).input_ids.tolist()
+    assert llm.processor.complete("ab").input_ids.tolist() == original.processor.complete("ab").input_ids.tolist()
+    assert llm.tokenizer.special_tokens == original.tokenizer.special_tokens
+    assert set(llm.stop_ids) == set(original.stop_ids)
+
+
+def test_pieces_without_types(tmp_path: Path) -> None:
+    """Of a vocabulary of SentencePiece, bytes and control tokens are told by their texts."""
+    dense.write(tmp_path / "model", vocab_size=700, eos_token_id=2)
+    train(tmp_path / "model" / "tokenizer.model")
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32", progress=False)
+    file, wanted = GgufFile.read(tmp_path / "a.gguf"), Tokenizer(tmp_path / "a.gguf")
+    scores = file.metadata["tokenizer.ggml.scores"]
+    floats = struct.pack("<IIQ", 9, 6, len(scores)) + scores.tobytes()
+    metadata = {**file.metadata, "tokenizer.ggml.scores": floats}
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = Tokenizer(gguf_files.write(tmp_path / "b.gguf", metadata, {}))
+    for words in ("Some words é 🦙", "<s> a </s>", "<0x0A>"):
+        assert tokenizer.encode(words) == wanted.encode(words)
+    assert tokenizer.decode(tokenizer.encode("🦙 é")).strip() == "🦙 é"
+
+
 # -- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +496,11 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"llama4.attention.head_count_kv": np.array([2, 2, 2, 1], np.int32)}, "head_count_kv differs by layer"),
         ({"general.alignment": 3}, "general.alignment is 3, which should be a power of two"),
         ({"tokenizer.ggml.pre": "other"}, "splits text as 'other' does, which is not known"),
+        (
+            {"tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": [f"t{i}" for i in range(1024)]},
+            r"does not say how text is split \(tokenizer.ggml.pre\), as an old converter wrote it",
+        ),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, "add_bos_token is 'yes', which should be true or false"),
         ({"tokenizer.ggml.model": "t5"}, "a vocabulary of kind 't5'"),
         ({"llama4.rope.freq_base": 0.0}, "llama4.rope.freq_base is 0.0, which must be above 0"),
         ({"llama4.attention.temperature_floor": 0}, "floor_scale must be at least 1, not 0"),

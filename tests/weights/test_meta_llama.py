@@ -124,6 +124,35 @@ def test_llama3(ranks: int, tmp_path: Path) -> None:
     assert back.generation_config.eos_token_id == list(ours.stop_ids)
 
 
+def test_ranks_that_are_not_the_models(tmp_path: Path) -> None:
+    """One is missing at the end, where names do not tell, or two have each other's name."""
+    params = {"dim": 96, "n_layers": 2, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 700}
+    write(tmp_path, params, make(vocab_size=700), 2, embeddings=1)
+    first, second = (tmp_path / f"consolidated.0{i}.pth" for i in range(2))
+    second.rename(tmp_path / "kept")
+    with pytest.raises(CheckpointError, match=r"has 1 files with 33,600 numbers of embeddings.* says 67,200; put all"):
+        Llama4.from_pretrained(tmp_path, progress=False)
+    first.rename(second)
+    (tmp_path / "kept").rename(first)
+    with pytest.raises(CheckpointError, match=r"00.pth was written as consolidated.01.pth: the ranks are not in their"):
+        Llama4.from_pretrained(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("rope_theta", 0, "rope_theta must be above 0, not 0.0"),
+        ("rope_theta", -1.0, "rope_theta must be above 0"),
+        ("norm_eps", -1e-5, "rms_norm_eps must be at least 0, not -1e-05"),
+    ],
+)
+def test_numbers_that_cannot_be(field: str, value: float, reason: str, tmp_path: Path) -> None:
+    params = {"dim": 96, "n_layers": 2, "n_heads": 8, "vocab_size": 700, field: value}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(ConfigError, match=rf"params\.json is damaged, or not of a Llama model: {reason}"):
+        Llama4.from_pretrained(tmp_path, progress=False)
+
+
 def test_released_configurations() -> None:
     """As Meta published them, with the shapes that transformers' configurations of the same models have."""
     small: dict[str, Any] = {

@@ -17,6 +17,7 @@ from llama4.config.rope import RopeScaling
 from llama4.errors import ConfigError
 from llama4.gguf import GgufFile, Keys
 from llama4.reading import LIMITS
+from llama4.text.gguf_vocabulary import read_tokens
 from llama4.text.sentencepiece import Kind
 from llama4.vision.config import VisionConfig
 from llama4.weights.gguf.files import FLOATS, GgufModel, GgufTensors, architecture_of
@@ -87,11 +88,10 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-5),
         "rope_theta": _theta(keys),
-        "rope_scaling": _rope_scaling(keys, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_gate.bias" in names,
-        **{f"{name}_token_id": _token(tokens, f"{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))},
+        **{f"{name}_token_id": tokens.token(f"{key}_token_id") for name, key in (("bos", "bos"), ("pad", "padding"))},
         "eos_token_id": reply_ends(tokens),
     }
     for key, other in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
@@ -99,9 +99,9 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
             raise ConfigError(f"{place}: {architecture}.{key} is not the {head_dim} of keys, which is not run")
     try:
         fields |= ARCHITECTURES[architecture](keys, fields["num_hidden_layers"])
-        text = TextConfig(**fields)
+        text = TextConfig(**fields, rope_scaling=_rope_scaling(keys, tensors, head_dim))
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        raise error if str(error).startswith(place) else ConfigError(f"{place}: {error}") from None
     images: dict[str, Any] = {"image_token_index": -1}
     if model.mmproj is not None:
         known = tokens.texts("tokens")
@@ -111,17 +111,11 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
     return Llama4Config(text, vision, dtype=_dtype(tensors), family=family, **images)
 
 
-def _token(tokens: Keys, key: str) -> int | None:
-    return tokens.integer(key) if key in tokens else None
-
-
 def reply_ends(tokens: Keys) -> tuple[int, ...]:
     """The tokens that end a reply."""
-    said = (_token(tokens, key) for key in _EOS)
-    names, kinds = tokens.metadata.get("tokenizer.ggml.tokens"), tokens.metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(names, list) or not isinstance(kinds, np.ndarray) or len(names) != len(kinds):
-        names, kinds = [], np.empty(0)
-    named = (int(i) for i in np.flatnonzero(kinds == Kind.CONTROL) if names[i] in _ENDS)
+    said = map(tokens.token, _EOS)
+    names, kinds = read_tokens(tokens) if "tokens" in tokens else ([], [])
+    named = (i for i, name in enumerate(names) if name in _ENDS and kinds[i] is Kind.CONTROL)
     return tuple(dict.fromkeys(i for i in (*said, *named) if i is not None))
 
 
@@ -182,7 +176,7 @@ def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScalin
     if ROPE_DIVISORS in tensors.names():
         return _by_divisors(tensors.read(ROPE_DIVISORS).double().tolist(), keys, head_dim)
     kind = keys.text("rope.scaling.type", "none")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     if kind in ("none", "linear"):
         return RopeScaling("linear", factor) if factor != 1 else None
     if kind != "yarn":
@@ -192,7 +186,9 @@ def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScalin
         "yarn",
         factor,
         attention_factor=usual * keys.number(YARN_FACTOR, 1.0) if YARN_FACTOR in keys else None,
-        original_max_position_embeddings=keys.integer("rope.scaling.original_context_length"),
+        original_max_position_embeddings=keys.integer(
+            "rope.scaling.original_context_length", keys.integer("context_length")
+        ),
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
     )

@@ -20,6 +20,8 @@ from llama4.weights.source import Origin
 SUFFIX = ".gguf"
 WITH_VISION = ("llama4",)
 """Architectures whose models may have a vision tower here."""
+_VISION = "clip"
+"""The architecture of a file with a vision tower."""
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _MMPROJ = re.compile(r"(.*[-_.])?mmproj([-_.].*)?\.gguf", re.IGNORECASE)
 _MMPROJ_ORDER = ("bf16", "f16", "f32")
@@ -96,11 +98,13 @@ class GgufModel:
             raise CheckpointError(f"{path} is one of {len(paths)} files; fetch the others, too", missing)
         files = [GgufFile.read(each) for each in paths]
         _check_split(files)
-        if mmproj is None and architecture_of(files[0]) in WITH_VISION:
+        if mmproj is not None:
+            return cls(files, _vision_tower(mmproj, files[0]))
+        if architecture_of(files[0]) in WITH_VISION:
             name = mmproj_of(path.name, (each.name for each in path.parent.iterdir()))
             beside = GgufFile.read(path.with_name(name)) if name is not None else None
             return cls(files, beside if beside is not None and _belongs(beside, files) else None)
-        return cls(files, GgufFile.read(mmproj) if mmproj is not None else None)
+        return cls(files)
 
     @property
     def path(self) -> Path:
@@ -114,6 +118,26 @@ def architecture_of(file: GgufFile) -> str:
         ConfigError: the file has something else than a text for it.
     """
     return file.keys("general").text("architecture", "")
+
+
+def _vision_tower(path: Path, model: GgufFile) -> GgufFile:
+    """The file that somebody names for a model.
+
+    Raises:
+        CheckpointError: it is missing, damaged or no vision tower, or the model takes no pictures.
+    """
+    if architecture_of(model) not in WITH_VISION:
+        raise CheckpointError(
+            f"{model.path} takes no pictures: it is of architecture {architecture_of(model)!r:.80}; leave out mmproj"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; mmproj names the one with the vision tower of a GGUF model")
+    file = GgufFile.read(path)
+    if architecture_of(file) != _VISION:
+        raise CheckpointError(
+            f"{path} is of architecture {architecture_of(file)!r:.80}, and no vision tower; its name begins with mmproj"
+        )
+    return file
 
 
 def _belongs(mmproj: GgufFile, files: Sequence[GgufFile]) -> bool:

@@ -34,6 +34,7 @@ def read_sampling(file: GgufFile) -> dict[str, Any]:
         return {}
     if "top_k" in said:
         said["top_k"] = max(0, int(said["top_k"]))
+    said |= {name: min(max(0.0, said[name]), 1.0) for name in ("top_p", "min_p") if name in said}
     draws = said.get("temperature", 1.0) > 0
     if not draws:
         del said["temperature"]

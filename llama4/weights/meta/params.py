@@ -190,7 +190,7 @@ def _scaled(width: int, params: Mapping[str, Any]) -> int:
 
 
 def _rounded(width: int, params: Mapping[str, Any]) -> int:
-    return width + -width % int(params.get("multiple_of", 256))
+    return width + -width % max(1, int(params.get("multiple_of", 256)))
 
 
 def dense_width(params: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -22,10 +23,11 @@ from llama4.quantization.weight import TensorSpec
 from llama4.reading import check_zip
 from llama4.weights import memory
 from llama4.weights.meta.names import Piece, pieces
-from llama4.weights.meta.params import RANK_FILES
+from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES
 from llama4.weights.source import Origin
 from llama4.weights.stamps import STAMP, check_stamps
 
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
 RANK_FILE = "consolidated.{:02d}.pth"
 SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -48,6 +50,7 @@ class MetaSource:
         self.plan: QuantizationPlan = {}
         self.notes: Sequence[str] = ()
         files = _rank_files(Path(directory))
+        _check_order(files)
         stamps = {path.name: _stamp(path) for path in files}
         check_stamps(Path(directory), stamps, next(iter(stamps.values())))
         self._ranks = [_read(path) for path in files]
@@ -64,10 +67,26 @@ class MetaSource:
                 )
         used = {piece.key for parts in self._table.values() for piece in parts}
         self._unknown = sorted(first.keys() - used)
+        self._check_count(Path(directory), config)
 
     @property
     def is_quantized(self) -> bool:
         return bool(self._scales)
+
+    def _check_count(self, directory: Path, config: Llama4Config) -> None:
+        """Raises:
+        CheckpointError: the embeddings are as large as with some times as many ranks, or a part of them.
+        """
+        parts = self._table.get(EMBEDDINGS, ())
+        if not parts or not all(piece.key in self._ranks[0] for piece in parts):
+            return  # whoever reads them says so
+        count = math.prod(self.spec(EMBEDDINGS).shape)
+        wanted = config.text.num_embeddings * config.text.hidden_size
+        if 0 < count != wanted and 0 in (wanted % count, count % wanted):
+            raise CheckpointError(
+                f"{directory} has {len(self._ranks)} files with {count:,} numbers of embeddings, of which "
+                f"{PARAMS_FILE} says {wanted:,}; put all files of one model there, from {RANK_FILE.format(0)} on"
+            )
 
     def names(self) -> Collection[str]:
         """Parameters of which all pieces are there, scales, and Meta's names of what the model has no place for."""
@@ -137,6 +156,30 @@ def _rank_files(directory: Path) -> list[Path]:
     if missing := [name for i in range(count) if (name := RANK_FILE.format(i)) not in names]:
         raise CheckpointError(f"{directory} lacks {len(missing)} of its {count} files; fetch them again", missing)
     return found
+
+
+def _check_order(files: Sequence[Path]) -> None:
+    """An archive has the name under which it was written.
+
+    Raises:
+        CheckpointError: the files have each other's.
+    """
+    written, found = [_written_as(path) for path in files], [path.stem for path in files]
+    if written != found and sorted(written) == found:
+        own = next(i for i, name in enumerate(written) if name != found[i])
+        raise CheckpointError(
+            f"{files[own]} was written as {written[own]}{files[own].suffix}: the ranks are not in their order; give "
+            "the files their own names, or fetch them again"
+        )
+
+
+def _written_as(path: Path) -> str:
+    check_zip(path)
+    try:
+        with ZipFile(path) as file:
+            return file.namelist()[0].partition("/")[0]
+    except (BadZipFile, OSError, ValueError, RuntimeError, IndexError):
+        return ""  # whoever reads the tensors will say more
 
 
 def _stamp(path: Path) -> str | None:

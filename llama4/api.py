@@ -540,6 +540,7 @@ class Llama4:
             stop_ids=asked.stop_ids,
             stop=asked.stop,
             max_context=self.max_context,
+            tokens=rows,
             cache=cache,
             progress=self.progress,
         )

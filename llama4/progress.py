@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -165,6 +165,19 @@ class Bar:
             with self._lock:
                 if not self._closed.is_set():
                     self._bar.update(0)
+
+
+def inner_bar(doing: str, total: float, unit: str) -> Bar:
+    """A bar inside another; where there is no other, none is shown."""
+    return Bar(doing, total, unit, shown=_current.get() is not None)
+
+
+@contextmanager
+def step(amount: float) -> Iterator[None]:
+    """What happens inside is so much of what the bar around it counts, if there is one."""
+    bar = _current.get()
+    with bar.step(amount) if bar is not None else nullcontext():
+        yield
 
 
 def each(items: Items[T]) -> Iterator[T]:

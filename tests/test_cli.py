@@ -23,7 +23,7 @@ from PIL import Image
 from llama4 import Inputs, Llama4, Token, __version__
 from llama4.cli.chat.printing import printable
 from llama4.cli.main import main
-from llama4.engine.runner import ModelRunner
+from llama4.engine.runner import ModelRunner, Session
 from llama4.engine.tokens import Event
 from tests import small_model
 
@@ -272,16 +272,16 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path, llm: Llama4
 ) -> None:
     steps = 0
-    advance = ModelRunner.advance
+    run = ModelRunner.run
 
-    def interrupted(runner: ModelRunner, *arguments: Any) -> tuple[list[int], list[float]]:
+    def interrupted(runner: ModelRunner, *arguments: Any) -> Session:
         nonlocal steps
         steps += 1
         if steps == 4:
             raise KeyboardInterrupt
-        return advance(runner, *arguments)
+        return run(runner, *arguments)
 
-    monkeypatch.setattr(ModelRunner, "advance", interrupted)
+    monkeypatch.setattr(ModelRunner, "run", interrupted)
     code, out, _ = talk(monkeypatch, capsys, directory, "hi", "go on")
     begun = llm.chat("hi", max_new_tokens=4).text
     messages = [("user", "hi"), ("assistant", begun), ("user", "go on")]

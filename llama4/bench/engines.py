@@ -49,7 +49,7 @@ class Llama4Engine:
         return ids
 
     def decode_greedy(self, ids: list[int], cache: Any) -> list[int]:
-        return self.llm.runner.advance(ids, cache, self._sampler, [RowState()] * len(ids))[0]
+        return self.llm.runner.run(ids, cache).greedy_token()[0]
 
     def prefill_image(self, picture: Image.Image, question: str) -> tuple[Tensor, tuple[int, int]]:
         inputs = self.llm.processor([image_message(picture, question)])

@@ -265,7 +265,10 @@ class SequenceCache:
 
     @staticmethod
     def join(caches: Sequence[SequenceCache]) -> SequenceCache:
-        """One cache of the rows of several, in order. They hand their blocks over and must not be used any more."""
+        """One cache of the rows of several, in order. They hand their blocks over and must not be used any more; of one
+        it is that one."""
+        if len(caches) == 1:
+            return caches[0]
         joined = copy.copy(caches[0])
         joined.start = tuple(start for cache in caches for start in cache.start)
         joined.next_position = tuple(position for cache in caches for position in cache.next_position)
@@ -278,7 +281,9 @@ class SequenceCache:
         return joined
 
     def split(self) -> list[SequenceCache]:
-        """A cache of each row. This one hands its blocks over and must not be used any more."""
+        """A cache of each row. This one hands its blocks over and must not be used any more; of one row it is that."""
+        if self.batch_size == 1:
+            return [self]
         rows = [copy.copy(self) for _ in self.next_position]
         for i, row in enumerate(rows):
             row.layers = [copy.copy(layer) for layer in self.layers]

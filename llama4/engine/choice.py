@@ -38,7 +38,8 @@ def next_tokens(
             chosen.append(found)
             continue
         id_, logprob = found
-        others = likeliest(logits_BV[row : row + 1], request.alternatives)[0]
+        count = request.alternatives
+        others = likeliest(logits_BV[row : row + 1], count)[0] if count else ()
         chosen.append(Token(id_, tokenizer.decode_bytes([id_]), logprob, others))
     return chosen
 
@@ -60,7 +61,8 @@ def _sample(
             for row in rows:
                 chosen[row] = greedy[0][row], greedy[1][row]
             continue
-        ids_B, logprobs_B = sampler(logits_BV[rows], [requests[row].state for row in rows])
+        own_BV = logits_BV[rows] if len(rows) < len(requests) else logits_BV
+        ids_B, logprobs_B = sampler(own_BV, [requests[row].state for row in rows])
         for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             chosen[row] = id_, logprob
     return chosen

@@ -1,16 +1,14 @@
 """One prompt on its way to one reply, as the scheduler sees it: tokens in, tokens out.
 
-Shapes: T tokens of the prompt, V vocabulary, D hidden size, n tiles, Q tokens per tile.
+Shapes: T tokens of the prompt.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from llama4.cache.prefixes import next_key
@@ -19,9 +17,10 @@ from llama4.config import CACHE_BLOCK
 from llama4.engine.grammar import Matcher
 from llama4.engine.observers import Observer
 from llama4.engine.prefix_cache import identities
+from llama4.engine.prompt import Piece, PromptPictures
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
-from llama4.errors import Llama4Error
+from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model, check_ids
 
@@ -47,6 +46,7 @@ class Request:
         tokens: the same as identities: what stands for a picture tells which picture.
         prompt_length: tokens of the prompt.
         computed: how many of `ids` have their keys and values in `cache`.
+        given: what it will begin with, if not with a cache that the scheduler gives it.
         cache: of this request alone; None while it waits, and while it decodes in a cache with others.
         entered: how many of its blocks have been entered in the index.
         arrival: a number that orders requests.
@@ -63,12 +63,14 @@ class Request:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
-        deliver: Callable[[Delivery], None],
+        deliver: Callable[[Delivery], bool | None],
         alternatives: int = 0,
         matcher: Matcher | None = None,
         observer: Observer | None = None,
         adapter: str | None = None,
         group: Hashable = (),
+        tokens: Tensor | None = None,
+        cache: SequenceCache | None = None,
     ) -> None:
         """
         Args:
@@ -76,14 +78,19 @@ class Request:
             max_new_tokens: most tokens of its reply, at least 1.
             stop_ids: tokens that end it.
             deliver: is called by the thread that computes, with every token as it comes; a token that ends the reply
-                is the last. After an exception nothing follows.
+                is the last, and so is one of which it says True. After an exception nothing follows.
             matcher: what its reply must be.
             alternatives: of how many of the most likely tokens it is told the probability.
             observer: is told the hidden states of the prompt as it is read.
             adapter: the name of that which it is computed with.
             group: equal for requests that may be computed in one forward.
+            tokens: `identities` of the prompt, if they are known, [T].
+            cache: what it begins with, the beginning of its prompt or nothing; by default what the scheduler gives it.
+
+        Raises:
+            Llama4Error: an empty prompt, ids outside the vocabulary, more or fewer patches than the tiles give.
         """
-        (own,) = identities(inputs, model)
+        own = tokens if tokens is not None else identities(inputs, model)[0]
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
         if not self.ids:
             raise Llama4Error("the prompt is empty: the checkpoint's chat template writes nothing for these messages")
@@ -100,6 +107,7 @@ class Request:
         self.observer = observer
         self.adapter, self.group = adapter, group
         self.pictures = PromptPictures(model, inputs, self.ids)
+        self.given = cache
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
@@ -130,10 +138,17 @@ class Request:
             self._keys.append(next_key(previous, self.tokens[begin : begin + CACHE_BLOCK]))
         return self._keys[index] if index >= 0 else b""
 
-    def share(self, cache: SequenceCache, blocks: Sequence[Sequence[Tensor]]) -> None:
-        """Begin with an empty cache, and in it what another request has computed: full blocks."""
+    def next_piece(self, size: int) -> Piece:
+        """So many of the tokens that are missing."""
+        return self.pictures.piece(self.ids, self.computed, self.computed + size)
+
+    def begin(self, new_cache: Callable[[], SequenceCache], blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Begin with what was given, else with an empty cache, and in it what another request has computed: full
+        blocks."""
+        cache, self.given = self.given or new_cache(), None
         cache.announce([self.prompt_length])
-        cache.share(blocks)
+        if blocks:
+            cache.share(blocks)
         self.cache, self.entered, self.computed = cache, len(blocks), cache.lengths[0]
         if self.observer is not None:
             self.observer.begin()
@@ -150,64 +165,27 @@ class Request:
         self.ids.append(token.id)
         self.tokens.append(token.id)
         ends = token.id in self.stop_ids or len(self.ids) - self.prompt_length == self.max_new_tokens
-        self.deliver(token)
-        return ends
+        return bool(self.deliver(token)) or ends
 
 
-class PromptPictures:
-    """The tiles of a prompt, each encoded when the tokens that stand for it are read.
+def reply_budget(prompt_length: int, max_new_tokens: int, window: int, max_context: int | None = None) -> int:
+    """Most tokens of the reply to a prompt.
+
+    Args:
+        window: most tokens of prompt and reply together, where `max_context` does not say fewer.
 
     Raises:
-        Llama4Error: the prompt has more or fewer patches than the tiles give.
+        ContextLengthError: the prompt leaves no room for a reply.
+        Llama4Error: an empty prompt, or no token wanted.
     """
-
-    def __init__(self, model: Llama4Model, inputs: Inputs, ids: Sequence[int]) -> None:
-        self._model, self._pixel_values, self._grids = model, inputs.pixel_values, inputs.image_grids
-        pixel_values = inputs.pixel_values
-        self._prompt_length = len(ids)
-        self._patch, vision = model.config.image_token_index, model.config.vision
-        self._places = [i for i, id_ in enumerate(ids) if id_ == self._patch]
-        self._per_tile = vision.tokens_per_tile if vision is not None else 0
-        given = self._per_tile * (len(pixel_values) if pixel_values is not None else 0)
-        if len(self._places) != given:
-            raise Llama4Error(
-                f"the prompt holds {len(self._places)} {model.image_name} tokens, but its images give {given} "
-                "features; let the processor of this model prepare both"
-            )
-        self._encoded: tuple[int, Tensor] | None = None  # a tile may be read in two pieces
-
-    def forget(self) -> None:
-        """Free what was encoded."""
-        self._encoded = None
-
-    def of(self, ids: Sequence[int], begin: int, end: int) -> list[Tensor]:
-        """What stands for each `<|patch|>` among tokens [begin, end) of prompt and reply, [n * Q, D] in parts. One that
-        the model itself wrote is no picture, but its own embedding."""
-        first, last = bisect_left(self._places, begin), bisect_left(self._places, end)
-        parts = []
-        for tile in range(first // self._per_tile, -(-last // self._per_tile)) if first < last else ():
-            place = tile * self._per_tile
-            parts.append(self._tile(tile)[max(first - place, 0) : last - place])
-        if written := ids[max(begin, self._prompt_length) : end].count(self._patch):
-            patches = torch.full((written,), self._patch, device=self._model.device)
-            parts.append(self._model.language_model.model.embed_tokens(patches))
-        return parts
-
-    def grids(self, begin: int, end: int) -> list[Tensor]:
-        """`image_grids` of the pictures among these tokens, in parts; none where the model takes none."""
-        if self._grids is None:
-            return []
-        return [self._grids[bisect_left(self._places, begin) : bisect_left(self._places, end)]]
-
-    def keys(self, begin: int, end: int) -> int:
-        """Keys that layers of cross-attention keep of the pictures among these tokens."""
-        vision = self._model.config.vision
-        per_tile = vision.keys_per_tile if vision is not None else 0
-        return sum(int(part.prod(dim=1).sum()) for part in self.grids(begin, end)) * per_tile
-
-    def _tile(self, index: int) -> Tensor:
-        assert self._pixel_values is not None
-        if self._encoded is None or self._encoded[0] != index:
-            grids = self._grids[index : index + 1] if self._grids is not None else None
-            self._encoded = index, self._model.encode_images(self._pixel_values[index : index + 1], grids)
-        return self._encoded[1]
+    if max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+    if not prompt_length:
+        raise Llama4Error("a prompt is empty: the checkpoint's chat template writes nothing for these messages")
+    held = window if max_context is None else min(window, max_context)
+    if prompt_length >= held:
+        raise ContextLengthError(
+            f"the prompt has {prompt_length} tokens, but the window holds {held}, reply included; shorten the prompt"
+            + (f", or raise max_context={max_context}" if held == max_context else "")
+        )
+    return min(max_new_tokens, held - prompt_length)

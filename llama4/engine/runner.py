@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner
-from llama4.engine.sampling import RowState, Sampler
 from llama4.errors import Llama4Error
-from llama4.kernels import threads
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
 
@@ -156,25 +153,6 @@ class ModelRunner:
                 f"ids must be [B] integers, not {list(ids_B.shape)} {ids_B.dtype}; one token for each row"
             )
         return self.run(ids_B.tolist(), cache).logits_BV.clone()
-
-    def advance(
-        self,
-        ids: list[int],
-        cache: SequenceCache,
-        sampler: Sampler,
-        rows: Sequence[RowState],
-    ) -> tuple[list[int], list[float]]:
-        """One more token in every row -> what the sampler chooses after it, ids and log-probabilities."""
-        session = self.run(ids, cache)
-        if sampler.takes_largest and not any(row.matcher for row in rows):
-            return session.greedy_token()
-        with threads.torch_by_one_thread() if session.logits_BV.is_cpu else nullcontext():
-            ids_B, logprobs_B = sampler(session.logits_BV, rows)
-        return ids_B.tolist(), logprobs_B.tolist()
-
-    def logits(self, cache: SequenceCache) -> Tensor:
-        """Those after the last step of a cache, [B, V]; valid until the next."""
-        return self._sessions[id(cache)][0].logits_BV
 
     def release(self, cache: SequenceCache) -> None:
         """Forget what was prepared for the next steps of a cache, and with it the weights that this keeps in memory."""

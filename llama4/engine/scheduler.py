@@ -33,10 +33,9 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
 from llama4.engine.choice import SupportsBytes, next_tokens
-from llama4.engine.fused_cpu import only_our_threads
-from llama4.engine.generate import reply_budget
-from llama4.engine.prefill import piece_size
-from llama4.engine.request import Delivery, Request
+from llama4.engine.prefill import piece_size, read_pieces
+from llama4.engine.prompt import Piece
+from llama4.engine.request import Delivery, Request, reply_budget
 from llama4.engine.runner import ModelRunner
 from llama4.engine.running import Group, Running
 from llama4.engine.tokens import Token
@@ -82,6 +81,7 @@ class Scheduler:
         budget: int = BUDGET,
         new_cache: Callable[[BlockPool], SequenceCache] | None = None,
         adapters: RowAdapters | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         """
         Args:
@@ -91,6 +91,7 @@ class Scheduler:
             budget: most tokens of a step.
             new_cache: makes an empty cache of one row; by default the model's own.
             adapters: those that requests may name.
+            share_prefixes: whether what was read is kept for prompts that begin like it.
 
         Raises:
             ArgumentError: `max_batch` or `budget` below 1, or memory that does not hold one sequence of two tokens.
@@ -105,10 +106,12 @@ class Scheduler:
         self._empty = self._new_cache(self.pool)
         self._max_context = max_context
         self._adapters = adapters or RowAdapters(runner.model, Adapters(runner.model))
-        self._longest = max_context or runner.model.config.text.max_position_embeddings
+        window = runner.model.config.text.max_position_embeddings
+        self._longest = min(max_context or window, window)
         self.window = self._window(self._longest)
         self.index = PrefixIndex()
-        self._shares = is_shareable(self._empty)
+        self._shares = share_prefixes and is_shareable(self._empty)
+        self._windows = set(self._empty.windows)
         self.counts = Counts()
         self.waiting: deque[Request] = deque()  # the oldest first
         self.reading: list[Request] = []
@@ -131,8 +134,18 @@ class Scheduler:
         return blocks * CACHE_BLOCK
 
     @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not read to its end."""
+        return bool(self.waiting or self.reading)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of prompts that wait, as far as they were not given."""
+        return sum(each.missing - (each.given.lengths[0] if each.given else 0) for each in self.waiting)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.reading or self.running.requests)
+        return self.is_reading or bool(self.running.requests)
 
     def reply_budget(self, prompt_length: int, max_new_tokens: int) -> int:
         """Most tokens of the reply to a prompt.
@@ -223,7 +236,7 @@ class Scheduler:
             return next_tokens(requests, session.logits_BV, self.tokenizer, greedy)
 
     def _make_room_to_decode(self) -> None:
-        while groups := self.running.groups:
+        while self.pool.limit is not None and (groups := self.running.groups):
             caches = [group.own_cache for group in groups]
             if self._has_room(sum(cache.growth(row, 1) for cache in caches for row in range(cache.batch_size))):
                 return
@@ -252,7 +265,7 @@ class Scheduler:
             shares = self._shares and request.observer is None
             most = (len(request.ids) - 1) // CACHE_BLOCK if shares else 0
             blocks = self.index.find([request.key(i) for i in range(most)])
-            request.share(self._new_cache(self.pool), blocks)
+            request.begin(lambda: self._new_cache(self.pool), blocks)
             others = self.reading or self.running.requests
             whole = self._left_to_take(request) + sum(map(self._left_to_take, self.reading))
             if others and not self._has_room(whole):
@@ -265,6 +278,10 @@ class Scheduler:
                 request.times.started = time.monotonic()
                 self.counts.prefix_queries += request.prompt_length
                 self.counts.prefix_hits += request.computed
+            if not request.missing:  # the very prompt that was read last
+                logits_1V = request.own_cache.logits_after(request.computed)
+                assert logits_1V is not None
+                self._choose_first([request], logits_1V)
 
     def _left_to_take(self, request: Request) -> int:
         """Bytes that reading the rest of a prompt takes."""
@@ -290,7 +307,9 @@ class Scheduler:
     def _within_chunks(self, request: Request, size: int) -> int:
         """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
         entered in the index."""
-        ends = (slots_end(request.computed, window) for window in set(self._empty.windows))
+        if not self._shares:
+            return size
+        ends = (slots_end(request.computed, window) for window in self._windows)
         return min([size, *(end - request.computed for end in ends if end is not None)])
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
@@ -304,71 +323,69 @@ class Scheduler:
 
     def _read_group(self, pieces: dict[Request, int]) -> None:
         """Read pieces of prompts in one forward."""
-        features: list[Tensor] = []
-        grids: list[Tensor] = []
-        whole: dict[Request, int] = {}
+        whole: dict[Request, Piece] = {}
         for request, size in pieces.items():
             try:
                 with self._adapters.computing([(request.adapter, size)]):
-                    features += request.pictures.of(request.ids, request.computed, request.computed + size)
-                grids += request.pictures.grids(request.computed, request.computed + size)
-                whole[request] = size
+                    whole[request] = request.next_piece(size)
             except Exception as error:
                 self._fail([request], error)
         if whole:
-            self._forward(whole, features, grids)
+            self._forward(whole)
 
     def _growth(self, request: Request, size: int) -> int:
         """Bytes that the next piece of a prompt takes."""
         pictures = self._picture_bytes(request, request.computed, request.computed + size)
         return request.own_cache.growth(0, size) + pictures
 
-    def _forward(self, pieces: dict[Request, int], features: list[Tensor], grids: list[Tensor]) -> None:
+    def _forward(self, pieces: dict[Request, Piece]) -> None:
         """Compute a piece of each prompt; those that are read to the end get their first token."""
+        requests = list(pieces)
         try:
-            first_tokens = self._compute(pieces, features, grids)
+            logits_BV = self._compute(pieces)
         except Exception as error:
-            self._fail(list(pieces), error)
+            self._fail(requests, error)
             return
-        for request, token in first_tokens:
+        rows = [row for row, request in enumerate(requests) if not request.missing]
+        if rows:
+            self._choose_first([requests[row] for row in rows], logits_BV[rows])
+
+    def _choose_first(self, requests: Sequence[Request], logits_BV: Tensor) -> None:
+        """The first token of requests whose prompts are read; they then decode."""
+        try:
+            chosen = next_tokens(requests, logits_BV, self.tokenizer)
+        except Exception as error:
+            self._fail(requests, error)
+            return
+        for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
+            request.own_cache.remember_logits(logits_BV[row : row + 1])
             self.reading.remove(request)
             if not self._deliver(request, token):
                 self.running.join(request)
 
-    def _compute(
-        self, pieces: dict[Request, int], features: list[Tensor], grids: list[Tensor]
-    ) -> list[tuple[Request, Delivery]]:
-        requests, columns = list(pieces), max(pieces.values())
-        ids_BT = torch.zeros(len(requests), columns, dtype=torch.long)
-        mask_BT = torch.zeros(len(requests), columns, dtype=torch.bool)
-        for row, (request, size) in enumerate(pieces.items()):
-            ids_BT[row, :size] = torch.tensor(request.ids[request.computed : request.computed + size])
-            mask_BT[row, :size] = True
+    def _compute(self, pieces: dict[Request, Piece]) -> Tensor:
+        """Logits behind each piece, [B, V]."""
+        model, requests = self.runner.model, list(pieces)
         cache = SequenceCache.join([request.own_cache for request in requests])
-        parts = [(request.adapter, size) for request, size in pieces.items()]
-        with self._adapters.computing(parts) as go_on_with, only_our_threads(self.runner.model, cache):
-            x_ND, batch = self.runner.model.hidden_states(
-                ids_BT,
-                image_features=torch.cat(features) if features else None,
-                image_grids=torch.cat(grids) if grids else None,
-                cache=cache,
-                attention_mask=mask_BT,
-            )
-            head = self.runner.model.language_model.lm_head
-            go_on_with([(request.adapter, 1) for request in requests])
-            logits_BV = head(x_ND[batch.last_tokens()])
-            for request, own_ND in zip(requests, x_ND.split(list(pieces.values())), strict=True):
+        sizes = [len(piece.ids) for piece in pieces.values()]
+        parts = [(request.adapter, size) for request, size in zip(requests, sizes, strict=True)]
+        with self._adapters.computing(parts) as go_on_with:
+
+            def head(x_BD: Tensor) -> Tensor:
+                go_on_with([(request.adapter, 1) for request in requests])
+                return model.language_model.lm_head(x_BD)
+
+            x_ND, logits_BV = read_pieces(model, cache, list(pieces.values()), head)
+            for request, own_ND in zip(requests, x_ND.split(sizes), strict=True):
                 if request.observer is not None:
                     go_on_with([(request.adapter, len(own_ND))])
-                    request.observer.read(own_ND, request.ids, request.computed, head)
-        for request, own in zip(requests, cache.split(), strict=True):
+                    request.observer.read(own_ND, request.ids, request.computed, model.language_model.lm_head)
+        for request, own, size in zip(requests, cache.split(), sizes, strict=True):
             request.cache = own
-            request.computed += pieces[request]
-            self.counts.prompt_tokens += pieces[request]
+            request.computed += size
+            self.counts.prompt_tokens += size
             self._settle(request, own, 0)
-        rows = [row for row, request in enumerate(requests) if not request.missing]
-        done = [requests[row] for row in rows]
-        return list(zip(done, next_tokens(done, logits_BV[rows], self.tokenizer) if rows else [], strict=True))
+        return logits_BV
 
     def _settle(self, request: Request, cache: SequenceCache, row: int) -> None:
         """What follows when tokens of a row were computed: blocks that are full are entered in the index, chunks that
@@ -377,7 +394,7 @@ class Scheduler:
             for i in range(request.entered, request.computed // CACHE_BLOCK):
                 self.index.add(request.key(i - 1), request.key(i), cache.full_block(row, i))
             request.entered = request.computed // CACHE_BLOCK
-        if any(ends_chunk(request.computed, window) for window in set(cache.windows)):
+        if any(ends_chunk(request.computed, window) for window in self._windows):
             cache.drop_chunks(row)
 
     def _deliver(self, request: Request, token: Delivery) -> bool:

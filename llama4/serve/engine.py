@@ -12,9 +12,7 @@ text by whoever asks, so that neither keeps the model waiting.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import queue
 import threading
 import weakref
 from collections import deque
@@ -25,7 +23,7 @@ from typing import TypeVar, Unpack
 
 from llama4.adapters.by_row import RowAdapters
 from llama4.api import Llama4
-from llama4.engine.generate import Row
+from llama4.engine.generate import ReplyText
 from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
@@ -197,11 +195,17 @@ class Engine:
         self._worker.put(lambda: self.scheduler.add(request))
         return request
 
-    def _check_room(self, may_wait: bool = False) -> None:
+    def check_process(self) -> None:
+        """Raises:
+        Llama4Error: this process was forked from that of the engine.
+        """
         if os.getpid() != self._process:
             raise Llama4Error(
                 "this process was forked from the engine's, whose thread is not here; make an Engine in each process"
             )
+
+    def _check_room(self, may_wait: bool = False) -> None:
+        self.check_process()
         if not may_wait and self.max_waiting is not None and self.num_waiting >= self.max_waiting:
             raise BusyError(f"{self.max_waiting} requests wait already; ask again later")
 
@@ -248,9 +252,9 @@ class EngineStream:
     """A reply as it comes, to iterate over with `for` or `async for`: pieces of text, never empty or with half a
     character. `events` and `async_events` have tool calls, too. Iteration may stop at any point.
 
-    Threads, or tasks of one loop, that iterate over one stream share its pieces: each goes to one of them. Of an error
-    one of them learns; for the others the stream ends. (One iterator, of `iter(stream)`, is of one thread: Python's
-    generators raise ValueError where two ask at once.)
+    Threads, and tasks of one loop or several, that iterate over one stream share its pieces: each goes to one of them.
+    Of an error one of them learns; for the others the stream ends. (One iterator, of `iter(stream)`, is of one thread:
+    Python's generators raise ValueError where two ask at once.)
     """
 
     def __init__(
@@ -265,11 +269,9 @@ class EngineStream:
         self._adapter = adapter
         self._mailbox = _Mailbox()
         self._deltas: deque[Delta] = deque()
-        self._reader: tuple[Row, ReplyBuilder] | None = None
-        self._stop_ids: frozenset[int] = frozenset()
+        self._reader: tuple[ReplyText, ReplyBuilder] | None = None
         self._request: Request | None = None
         self._cancel: Callable[[], object] | None = None
-        self._has_ended = False
         self._opening, self._reading = threading.Lock(), threading.Lock()
 
     def open(self, may_wait: bool = False) -> None:
@@ -297,16 +299,16 @@ class EngineStream:
         (builder,) = asked.builders(llm.tokenizer)
         request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
-        self._reader = Row(0, request.max_new_tokens, TextAssembler(asked.stop)), builder
-        self._stop_ids = request.stop_ids
+        text = TextAssembler(asked.stop)
+        silent = self._engine.silent_ids
+        self._reader = ReplyText(0, request.max_new_tokens, text, request.stop_ids, silent), builder
         self._cancel = weakref.finalize(self, self._engine.cancel, request)
-        if self._has_ended:  # cancelled by another thread meanwhile
+        if self._mailbox.is_closed:  # cancelled by another thread meanwhile
             self._cancel()
 
     def cancel(self) -> None:
         """Stop the model's work on it. What has come stays in `reply`."""
-        self._has_ended = True
-        self._mailbox.put(None)
+        self._mailbox.close()
         if self._cancel is not None:
             self._cancel()
 
@@ -359,67 +361,82 @@ class EngineStream:
     async def async_events(self) -> AsyncIterator[Delta]:
         """`events` for asyncio."""
         await asyncio.to_thread(self.open)
-        while True:
-            while (delta := self._pop()) is not None:
-                yield delta
-            if self._has_ended:
-                return
-            self._take(await self._mailbox.get_async())
+        while (delta := await self._next_async()) is not None:
+            yield delta
 
     def _next(self) -> Delta | None:
+        while (delta := self._poll()) is None and not self._mailbox.is_closed:
+            self._engine.check_process()
+            self._mailbox.wait()
+        return delta or self._poll()
+
+    async def _next_async(self) -> Delta | None:
+        while (delta := self._poll()) is None and not self._mailbox.is_closed:
+            self._engine.check_process()
+            await self._mailbox.wait_async()
+        return delta or self._poll()
+
+    def _poll(self) -> Delta | None:
+        """What follows, if it has come. One reader at a time makes text of tokens."""
         with self._reading:
-            while (delta := self._pop()) is None and not self._has_ended:
-                self._take(self._mailbox.get())
-            return delta
+            while not self._deltas and not self._mailbox.is_closed and (item := self._mailbox.take()) is not None:
+                self._take(item)
+            return self._deltas.popleft() if self._deltas else None
 
-    def _pop(self) -> Delta | None:
-        try:
-            return self._deltas.popleft()
-        except IndexError:
-            return None
-
-    def _take(self, delivery: Delivery | None) -> None:
-        if delivery is None:
-            return
+    def _take(self, delivery: Delivery) -> None:
         if isinstance(delivery, Exception):
             self.cancel()
             raise delivery
         assert self._reader is not None
-        row, builder = self._reader
-        event = row.push(delivery, delivery.id in self._stop_ids, delivery.id in self._engine.silent_ids)
+        text, builder = self._reader
+        event = text.push(delivery)
         self._deltas.extend(builder.add(event))
         if event.finish_reason is not None:
             self.cancel()  # the engine knows no stop strings
 
 
 class _Mailbox:
-    """What the worker's thread gives to readers, in threads or a loop; None, for all of them, says that nothing
-    follows."""
+    """What the worker's thread gives to readers, in threads or loops, until it is closed."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self.is_closed = False
+        self._items: deque[Delivery] = deque()
+        self._changed = threading.Condition()
+        self._arrived: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
 
-    def put(self, item: Delivery | None) -> None:
-        self._items.put(item)
-        if self._reader is not None:
-            loop, arrived = self._reader
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
-                loop.call_soon_threadsafe(arrived.set)
+    def put(self, item: Delivery) -> None:
+        self._items.append(item)
+        self._wake()
 
-    def get(self, block: bool = True) -> Delivery | None:
-        item = self._items.get(block)
-        if item is None:
-            self.put(None)
-        return item
+    def close(self) -> None:
+        """Nothing follows that somebody should wait for."""
+        self.is_closed = True
+        self._wake()
 
-    async def get_async(self) -> Delivery | None:
-        loop = asyncio.get_running_loop()
-        if self._reader is None or self._reader[0] is not loop:
-            self._reader = loop, asyncio.Event()
-        arrived = self._reader[1]
-        while True:
-            arrived.clear()
-            with contextlib.suppress(queue.Empty):
-                return self.get(block=False)
+    def take(self) -> Delivery | None:
+        """The next item, if there is one."""
+        return self._items.popleft() if self._items else None
+
+    def wait(self) -> None:
+        """Until there may be something."""
+        with self._changed:
+            self._changed.wait_for(self._has_changed)
+
+    async def wait_async(self) -> None:
+        """Until there may be something."""
+        arrived = self._arrived.setdefault(asyncio.get_running_loop(), asyncio.Event())
+        arrived.clear()
+        if not self._has_changed():
             await arrived.wait()
+
+    def _has_changed(self) -> bool:
+        return bool(self._items) or self.is_closed
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        for loop, arrived in self._arrived.copy().items():
+            try:
+                loop.call_soon_threadsafe(arrived.set)
+            except RuntimeError:  # the loop was closed: nobody reads in it any more
+                self._arrived.pop(loop, None)

@@ -52,8 +52,8 @@ class Worker:
 
     def _work(self) -> None:
         while not self.is_closed:
-            self._run_commands(wait=not self._scheduler.has_work)
             try:
+                self._run_commands(wait=not self._scheduler.has_work)
                 self._scheduler.step()
             except Exception as error:  # a bug: those who wait must not wait for ever
                 logger.exception("a step of the engine failed")

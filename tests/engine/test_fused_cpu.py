@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from torch import Tensor, nn
 
 from llama4.api import Llama4
 from llama4.engine import fused_cpu
+from llama4.engine.generate import generate
 from llama4.engine.runner import EagerRunner, ModelRunner
-from llama4.engine.sampling import RowState, Sampler
+from llama4.engine.sampling import Sampler
+from llama4.engine.tokens import Token
+from llama4.inputs import Inputs
 from llama4.kernels import loader, threads
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
@@ -307,22 +309,32 @@ def test_a_bias_of_packed_weights_counts(directory: Path, steps: list[int], monk
     assert relative_error(ours, decoded(model)) < 1e-5
 
 
+class NoText:
+    """A tokenizer for tokens whose text nobody reads."""
+
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b""
+
+
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"repetition_penalty": 1.5}])
 @torch.inference_mode()
-def test_advancing_is_a_step_and_a_choice(directory: Path, settings: dict[str, float], steps: list[int]) -> None:
+def test_a_token_is_a_step_and_a_choice(directory: Path, settings: dict[str, float], steps: list[int]) -> None:
     model = load(directory, None, "float32")
-    cache, sampler, runner = model.new_cache(3), Sampler(**settings), ModelRunner(model)  # type: ignore[arg-type]
-    ids = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1].argmax(-1).tolist()
-    fork, their_ids = cache.fork(), list(ids)
-    prompts = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(PROMPT, MASK, strict=True)]
-    rows, others = ([RowState(random.Random(i), ids) for i, ids in enumerate(prompts)] for _ in range(2))
+    sampler, runner = Sampler(**settings, seed=3), ModelRunner(model)  # type: ignore[arg-type]
+    inputs, found = Inputs(PROMPT, MASK, None), [list[Token](), [], []]
+    for event in generate(runner, NoText(), inputs, sampler=sampler, max_new_tokens=21):
+        found[event.row].append(event.token)
+    cache = model.new_cache(3)
+    logits_BV = model(PROMPT, cache=cache, attention_mask=MASK)[:, -1]
+    rows = [sampler.row(ids_T[mask_T].tolist()) for ids_T, mask_T in zip(PROMPT, MASK, strict=True)]
     kept = []
-    for _ in range(20):
-        ids, logprobs = runner.advance(ids, cache, sampler, rows)
-        kept.append(runner.step(torch.tensor(their_ids), fork))
-        ids_B, logprobs_B = sampler(kept[-1], others)
-        their_ids = ids_B.tolist()
-        assert ids == their_ids
-        assert logprobs == logprobs_B.tolist()
-    assert len(steps) == 40
-    assert len({row.sum().item() for row in kept}) == 20  # logits that were given stay as they are
+    for i in range(21):
+        ids_B, logprobs_B = sampler(logits_BV, rows)
+        assert [row[i].id for row in found] == ids_B.tolist()
+        assert [row[i].logprob for row in found] == pytest.approx(logprobs_B.tolist(), abs=1e-5)
+        logits_BV = runner.step(ids_B, cache)
+        kept.append(logits_BV)
+    assert len(steps) == 20 + 21
+    assert len({row.sum().item() for row in kept}) == 21  # logits that were given stay as they are

@@ -120,7 +120,6 @@ def test_rows_of_a_batch_equal_rows_alone(
     ]
     assert len({len(events) for events in alone}) > 1
     monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", size)
-    monkeypatch.setattr("llama4.engine.prefill.VISION_TILES", 2)
     together = run(model, tokenizer, processor(conversations()), max_new_tokens=24, stop_ids=stop_ids, **settings)
     for events, expected in zip(together, alone, strict=True):
         assert ids(events) == ids(expected)
@@ -153,10 +152,11 @@ def test_memory_that_was_never_written_is_never_read(
 def test_prefill_in_pieces_fills_the_cache_as_one_piece_does(
     model: Llama4Model, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = processor(conversations())
-    whole = prefill(model, inputs, model.new_cache(4))
-    monkeypatch.setattr("llama4.engine.prefill.PREFILL_TOKENS", 20)
-    torch.testing.assert_close(prefill(model, inputs, model.new_cache(4)), whole, atol=1e-4, rtol=1e-4)
+    several = [processor([each, each]) for each in conversations()]
+    whole = [prefill(model, inputs, model.new_cache(2)) for inputs in several]
+    monkeypatch.setattr("llama4.engine.prefill.piece_size", lambda _: 20)
+    for inputs, expected in zip(several, whole, strict=True):
+        torch.testing.assert_close(prefill(model, inputs, model.new_cache(2)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_transformers_generates_the_same(

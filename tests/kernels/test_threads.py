@@ -119,13 +119,13 @@ def test_torch_has_one_thread_where_kernels_compute(monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(type(llm.model), "forward")
+    watch(type(llm.model), "hidden_states")
     watch(Sampler, "__call__")
     monkeypatch.setattr(threads, "count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     llm.chat("Hello", max_new_tokens=2, temperature=1.0)
-    assert seen == [1, "forward", 2, "__call__", 1, "__call__", 2]
+    assert seen == [1, "hidden_states", 2, "__call__", 1, "__call__", 2]
     seen.clear()
     llm.model.language_model.model.layers[0].register_forward_hook(lambda *_: None)  # now torch may do all of it
     llm.chat("Another", max_new_tokens=1)
@@ -165,7 +165,7 @@ def test_beside_a_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def milliseconds() -> float:
         taken, end = [], time.perf_counter() + 0.4
         while (begin := time.perf_counter()) < end:
-            llm.runner.advance([5], cache, Sampler(), [])
+            llm.runner.run([5], cache)
             taken.append((time.perf_counter() - begin) * 1e3)
         return statistics.fmean(taken)
 

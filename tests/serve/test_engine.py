@@ -182,16 +182,58 @@ def test_nobody_waits_for_a_reply_that_failed(engine: Engine, read: Any) -> None
         hold.set()
 
 
-def test_the_end_wakes_a_loop_though_a_thread_took_it_first() -> None:
-    async def wait() -> None:
-        box = _Mailbox()
-        waiting = asyncio.create_task(box.get_async())
-        await asyncio.sleep(0)
-        box._items.put(None)
-        assert await asyncio.to_thread(box.get) is None
-        assert await asyncio.wait_for(waiting, 60) is None
+def read_by_two_loops(stream: EngineStream) -> list[str | Exception]:
+    """What two event loops and a thread get of a stream, together."""
+    got: list[str | Exception] = []
 
-    asyncio.run(wait())
+    async def read() -> None:
+        try:
+            async for piece in stream:
+                got.append(piece)
+        except Exception as error:
+            got.append(error)
+
+    def iterate() -> None:
+        for piece in stream:
+            got.append(piece)
+
+    targets = [lambda: asyncio.run(asyncio.wait_for(read(), 60))] * 2 + [iterate]
+    readers = [threading.Thread(target=target, daemon=True) for target in targets]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert not any(reader.is_alive() for reader in readers)
+    return got
+
+
+def test_loops_share_a_stream(engine: Engine) -> None:
+    """Each wakes for what comes, though another asked later; pieces are made of tokens in their order."""
+    for question in QUESTIONS:
+        expected = list(engine.stream(question))
+        stream = engine.stream(question)
+        assert sorted(map(str, read_by_two_loops(stream))) == sorted(expected)
+        assert stream.reply.text == "".join(expected)
+
+
+def test_a_loop_that_asked_first_is_woken() -> None:
+    """Though another asked after it, and what came is taken by nobody else."""
+    box, waits = _Mailbox(), threading.Barrier(3)
+
+    async def wait() -> None:
+        task = asyncio.ensure_future(box.wait_async())
+        await asyncio.sleep(0)
+        await asyncio.to_thread(waits.wait, 60)
+        await asyncio.wait_for(task, 60)
+
+    loops = [threading.Thread(target=asyncio.run, args=(wait(),), daemon=True) for _ in range(2)]
+    for loop in loops:
+        loop.start()
+    waits.wait(60)
+    box.put(ArithmeticError())
+    for loop in loops:
+        loop.join(30)
+    assert not any(loop.is_alive() for loop in loops)
 
 
 def test_an_engine_that_nobody_holds_ends_its_thread(llm: Llama4) -> None:
@@ -256,6 +298,21 @@ def test_a_full_queue_refuses(llm: Llama4) -> None:
             engine.stream("Hello").open()
 
 
+def test_a_command_that_fails_does_not_end_the_thread(llm: Llama4) -> None:
+    """Who waits learns why, and the next is answered."""
+
+    def fail() -> None:
+        raise ArithmeticError
+
+    with Engine(llm) as engine:
+        stream = iter(engine.stream("Hello", max_new_tokens=10**5, ignore_eos=True))
+        next(stream)
+        engine._worker.commands.put(fail)
+        with pytest.raises(ArithmeticError):
+            list(stream)
+        assert engine.chat_batch(["Hello"], max_new_tokens=4)[0].text
+
+
 def test_computations_let_those_who_run_have_a_token_between(llm: Llama4) -> None:
     with Engine(llm) as engine:
         steps: list[int] = []
@@ -296,9 +353,16 @@ signal.alarm(60)
 engine = Engine(Llama4.from_pretrained("tiny", progress=False))
 asked = "What is two and two?"
 before = engine.chat_batch([asked], max_new_tokens=3)[0].text
+half_read = iter(engine.stream(asked, max_new_tokens=10**5, ignore_eos=True))
+next(half_read)
 child = os.fork()
 if not child:
     signal.alarm(40)
+    try:
+        list(half_read)
+        os._exit(3)
+    except Llama4Error as error:
+        assert "make an Engine in each process" in str(error)
     try:
         engine.chat_batch([asked], max_new_tokens=3)
     except Llama4Error as error:

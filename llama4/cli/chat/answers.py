@@ -84,7 +84,7 @@ class Local:
         """Raises:
         ArgumentError: options that no reply can have.
         """
-        from llama4.engine.generate import reply_budget  # imports torch
+        from llama4.engine.request import reply_budget  # imports torch
 
         prepared = self.llm.prepare([{"role": "user", "content": "?"}], **cast("Options", options))
         reply_budget(1, prepared.max_new_tokens, 2)

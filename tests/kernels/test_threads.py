@@ -129,7 +129,7 @@ def test_torch_has_one_thread_where_kernels_compute(monkeypatch: pytest.MonkeyPa
     seen.clear()
     llm.model.language_model.model.layers[0].register_forward_hook(lambda *_: None)  # now torch may do all of it
     llm.chat("Another", max_new_tokens=1)
-    assert seen == ["forward", "__call__"]
+    assert seen == ["hidden_states", "__call__"]
 
 
 FORK = """

@@ -144,8 +144,7 @@ def _matrix_unsupported_reason(parts: Parts) -> str | None:
 
 def _group_unsupported_reason(kind: str, group_size: int) -> str | None:
     if kind == "int4":
-        is_read = group_size in (32, 64) or (group_size > 0 and group_size % 128 == 0)
-        return None if is_read else "groups are not of 32, 64 or a multiple of 128 inputs"
+        return None if group_size > 0 and group_size % 32 == 0 else "groups are not of a multiple of 32 inputs"
     return "there is more than one scale per output" if group_size else None
 
 

@@ -78,11 +78,11 @@ class TestProducts:
         rounded = (x.float() / x_scale).to(torch.float8_e4m3fn).double() * x_scale.double()
         assert close(cpu.linear_quantized("fp8", x, codes, scale), rounded @ weight.mT)
 
-    @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-    def test_int4(self, rows: int, dtype: torch.dtype, group_size: int, outputs: int) -> None:
+    @pytest.mark.parametrize(("inputs", "group_size"), [(576, 32), (576, 64), (576, 96), (768, 128), (768, 256)])
+    def test_int4(self, rows: int, dtype: torch.dtype, inputs: int, group_size: int, outputs: int) -> None:
         outputs += -outputs % 16
-        x, scale = normal(rows, 768).to(dtype), normal(outputs, 768 // group_size).bfloat16()
-        codes = torch.randint(-8, 8, (outputs, 768), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        x, scale = normal(rows, inputs).to(dtype), normal(outputs, inputs // group_size).bfloat16()
+        codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
         for scales in (scale, scale.float()):
             assert close(linear_int4(x, codes, scales, group_size), x.double() @ weight.mT)

@@ -145,7 +145,7 @@ REASONS: dict[str, tuple[Callable[[], str | None], str]] = {
         "more than one scale",
     ),
     "groups of int4": (lambda: quantized.interleave_unsupported_reason(64, 128, 48), "groups are not"),
-    "outputs of int4": (lambda: quantized.interleave_unsupported_reason(60, 128, 32), "no multiple of [16, 128]"),
+    "outputs of int4": (lambda: quantized.interleave_unsupported_reason(60, 128, 32), "no multiple of [16, 32]"),
 }
 
 

@@ -68,38 +68,19 @@ struct Fp8 : InOrder<uint8_t> {
 // Value number `place` of the eight in each of 16 words, -8 to 7; the first is in the lowest bits.
 inline f32x16 read_int4(u32x16 words, int place) { return to_floats((i32x16)(words >> (4 * place) & 15) - 8); }
 
-// Eight to a word, and a scale for every 32, 64 or a multiple of 128 inputs. 16 outputs are interleaved: 32 inputs (16
+// Eight to a word, and a scale for every 32 inputs or a multiple of them. 16 outputs are interleaved: 32 inputs (16
 // bytes) of each, then the next 32 of each; and a scale of each, then the next.
 struct Int4 {
-  using Plane = f32x16;
   static constexpr const char* name = "int4";
-  static constexpr long multiple = 128;
-  static constexpr int planes = 8, inputs = 128, run = 1;
+  static constexpr long multiple = 32;
   static constexpr bool grouped = true, rounds_inputs = false, interleaved = true;
-  static constexpr int interleave = 16, step_inputs = 32, row_bytes = step_inputs / 2;
-  static constexpr int step_bytes = interleave * row_bytes;
-  static int place(int plane, int lane) { return 8 * lane + plane; }
+  static constexpr int interleave = 16, step_inputs = 32, step_bytes = interleave * step_inputs / 2;
   const uint8_t* w;
   long I;
   Scales scales;
   long group;
-  const uint8_t* at(long o, long step) const {
-    return w + (o / interleave * (I / step_inputs) + step) * step_bytes + o % interleave * row_bytes;
-  }
-  long scale_at(long o, long g) const { return (o / interleave * (I / group) + g) * interleave + o % interleave; }
-  void read(long o, long block, Plane* out) const {
-    const uint8_t* from = at(o, 4 * block);
-    const auto words_at = [&](int step) { return load<u32x4>(from + step * step_bytes); };
-    const u32x16 words = concat(words_at(0), words_at(1), words_at(2), words_at(3));
-#pragma GCC unroll 8
-    for (int plane = 0; plane < planes; plane++) out[plane] = read_int4(words, plane);
-  }
-  f32x16 scale(long o, long block) const {  // of each lane
-    if (group >= inputs) return scales[scale_at(o, block * inputs / group)] - f32x16{};
-    f32x4 four;
-    for (int i = 0; i < 4; i++) four[i] = scales[scale_at(o, (block * inputs + i * step_inputs) / group)];
-    return repeat_each_four(four);
-  }
+  const uint8_t* at(long o) const { return w + o / interleave * (I / step_inputs) * step_bytes; }
+  f32x16 scales_at(long o, long g) const { return scales.load((o / interleave * (I / group) + g) * interleave); }
 };
 
 // ---- the same for products of bfloat16, where the machine has them

@@ -39,6 +39,20 @@ u32x16 words_of(const f32x16* planes) {
   return (u32x16)planes[0];
 }
 
+// 16 words, of which number k is lane i of vector k.
+template <int per_word>
+u32x16 words_across(const f32x16* vectors) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) {
+    using u16x32 = uint16_t __attribute__((vector_size(64)));
+    const auto all = (u16x32)words_of<2>(vectors);
+    return (u32x16)__builtin_shufflevector(all, all, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
+                                           25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#endif
+  return words_of<1>(vectors);
+}
+
 // 16 words of consecutive numbers.
 template <class X>
 u32x16 load_words(const X* numbers) {
@@ -141,19 +155,34 @@ void pack_format(const F& f, long o, Word* to) {
   constexpr int blocks = F::planes == 1 ? 2 : 1, planes = blocks * F::planes, per_word = numbers_per_word<X>;
   f32x16 w[16][planes];
   for (long block = 0; block < f.I / F::inputs; block += blocks) {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 16; i++)
       for (int b = 0; b < blocks; b++) f.read(o + i, block + b, w[i] + b);
-      if constexpr (F::grouped) {
-        f32x16 scale = f.scale(o + i, block);
-        for (int plane = 0; plane < planes; plane++) w[i][plane] *= scale;
-      }
-    }
     for (int plane = 0; plane < planes; plane += per_word, to += 16 * strip) {
       u32x16 words[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) words[i] = words_of<per_word>(w[i] + plane);
       pack_words(words, to);
     }
+  }
+}
+
+// Half a strip, outputs o to o + 15, of interleaved int4; inputs in order.
+template <class X>
+void pack_int4(const Int4& f, long o, Word* to) {
+  constexpr int per_word = numbers_per_word<X>;
+  const uint8_t* w = f.at(o);
+  for (long i = 0; i < f.I; i += Int4::step_inputs, w += Int4::step_bytes) {
+    const f32x16 scales = f.scales_at(o, i / f.group);
+    u32x16 words[4];  // of four outputs each; then one word of each output
+    for (int j = 0; j < 4; j++) words[j] = load<u32x16>(w + 64 * j);
+    transpose<2>(words);
+    for (const u32x16 own : words)
+#pragma GCC unroll 8
+      for (int place = 0; place < 8; place += per_word, to += strip) {
+        f32x16 numbers[per_word];
+        for (int k = 0; k < per_word; k++) numbers[k] = read_int4(transpose_fours(own), place + k) * scales;
+        store(to, words_across<per_word>(numbers));
+      }
   }
 }
 

@@ -83,6 +83,21 @@ struct BlockBytes {
   static INLINE void read(u32x16 codes, Plane* out) { *out = integers_from_zero<F>(codes); }
 };
 
+#ifdef __AVX2__
+// Values of eight bits as integers of 16, and rows of x, which are bfloat16, as such: it takes longer to make floats of
+// bytes than to multiply them.
+template <class F>
+struct BlockHalves {
+  using Plane = u32x16;
+  using Number = int16_t;
+  using Sum = i32x16;
+  static constexpr bool rounds = true;
+  static constexpr int planes = 2, run = 1, excess = 0;
+  static int place(int vector, int plane, int i) { return F::place(vector, i / 8) + i % 8 * 2 + plane; }
+  static INLINE void read(u32x16 codes, Plane* out) { split_bytes(codes, out); }
+};
+#endif
+
 template <class F, class X>
 struct BlockValuesFor {
   using Values = BlockFloats<F>;
@@ -93,16 +108,21 @@ struct BlockValuesFor<F, bf16> {
   using Values = BlockPairs<F>;
 };
 #endif
+#ifdef __AVX2__
+template <>
+struct BlockValuesFor<Q8_0, bf16> {
+  using Values = BlockHalves<Q8_0>;
+};
+#endif
 template <class F, class X>
 using BlockValues = std::conditional_t<has_int8_inputs<F>, BlockBytes<F>, typename BlockValuesFor<F, X>::Values>;
 
-template <class F>
-INLINE i32x16 multiply_add_plane(i32x16 sums, u32x16 w, const u32x16* x) {
-  return multiply_add_bytes<value_range<F>>(sums, w, load<u32x16>(x));
-}
-template <class, class Plane>
-INLINE f32x16 multiply_add_plane(f32x16 sums, Plane w, const Plane* x) {
-  return multiply_add(sums, w, x);
+template <class F, class V>
+INLINE auto multiply_add_plane(typename V::Sum sums, typename V::Plane w, const typename V::Plane* x) {
+  if constexpr (std::is_same_v<typename V::Number, int8_t>)
+    return multiply_add_bytes<value_range<F>>(sums, w, load<u32x16>(x));
+  else if constexpr (V::rounds) return multiply_add_halves(sums, w, load<u32x16>(x));
+  else return multiply_add(sums, w, x);
 }
 
 INLINE i32x16 lane_sums(const u32x16* plane) {  // of the four bytes of each
@@ -235,8 +255,8 @@ INLINE void add_step(const F& f, const uint8_t* row, long step, const BlockInput
       for (int plane = 0; plane < V::planes; plane++)
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
-          sums[n] = multiply_add_plane<F>(sums[n], w[plane],
-                                          x.planes + ((step * F::vectors + vector) * V::planes + plane) * N + n);
+          sums[n] = multiply_add_plane<F, V>(sums[n], w[plane],
+                                             x.planes + ((step * F::vectors + vector) * V::planes + plane) * N + n);
     }
     f32x16* own = totals[part % totals_of<F>];
     if constexpr (V::rounds) {

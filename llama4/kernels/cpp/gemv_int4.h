@@ -90,7 +90,7 @@ inline f32x16 sum_fours(const f32x16* v) {
 // Outputs o to o + 15 of N rows.
 template <class V, int N, class Y>
 void gemv_int4_outputs(const Int4& f, long o, const typename V::Number* x, const f32x4* begin, long O, Y* y) {
-  const uint8_t* w = f.at(o, 0);
+  const uint8_t* w = f.at(o);
   f32x16 totals[N][4] = {};
   for (long g = 0; g < f.I / f.group; g++, begin += N) {
     f32x16 sums[N][4];
@@ -122,7 +122,7 @@ void gemv_int4_outputs(const Int4& f, long o, const typename V::Number* x, const
       }
     }
     float scales[16];
-    store(scales, f.scales.load(f.scale_at(o, g)));
+    store(scales, f.scales_at(o, g));
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const f32x16 own = repeat_each_four(load<f32x4>(scales + 4 * j));

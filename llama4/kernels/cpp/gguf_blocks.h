@@ -36,9 +36,9 @@ constexpr long step_weights = 64 * F::vectors;
 
 // ---- numbers of 16 bits, and small integers, as floats
 
-INLINE f32x4 from_halves(uint64_t four) {
+INLINE f32x4 from_halves(u32x4 four) {  // in the first two words
 #ifdef __F16C__
-  return (f32x4)_mm_cvtph_ps(_mm_cvtsi64_si128(four));
+  return (f32x4)_mm_cvtph_ps((__m128i)four);
 #else
 #ifdef __aarch64__
   using half = __fp16;
@@ -46,9 +46,13 @@ INLINE f32x4 from_halves(uint64_t four) {
   using half = _Float16;
 #endif
   f32x4 floats;
-  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(half, uint16_t(four >> 16 * i)));
+  for (int i = 0; i < 4; i++) floats[i] = float(__builtin_bit_cast(half, uint16_t(four[i / 2] >> 16 * (i % 2))));
   return floats;
 #endif
+}
+INLINE f32x4 from_halves(uint64_t four) {
+  using u64x2 = uint64_t __attribute__((vector_size(16)));
+  return from_halves((u32x4)u64x2{four});
 }
 INLINE uint64_t half_at(const uint8_t* from) {
   uint16_t half;
@@ -109,6 +113,15 @@ INLINE void read_nibbles(u32x16 words, u32x16* codes) {
 // Each byte less a number, without borrowing from its neighbour. Bytes are below 128.
 INLINE u32x16 subtract_bytes(u32x16 bytes, uint32_t number) {
   return ((bytes | 0x80808080u) - number * 0x01010101u) ^ 0x80808080u;
+}
+
+// 32 bytes, and 32 others.
+INLINE u32x16 halves_at(const uint8_t* a, const uint8_t* b) {
+#ifdef __AVX512F__
+  return (u32x16)_mm512_mask_loadu_epi64(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), 0xf0, b - 32);
+#else
+  return concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
+#endif
 }
 
 // 16 for each bit of four words of which only the lower halves count: of the first word's bit 0, then bit 1, and so on.
@@ -193,10 +206,7 @@ struct Q8_0 : SmallBlocks<34> {
     const auto blocks = four<whole>(row, step);
     BlockStep<2, 32> s;
     s.scales = blocks.halves(0);
-    for (int i = 0; i < 2; i++) {
-      const uint8_t *a = blocks[2 * i] + 2, *b = blocks[2 * i + 1] + 2;
-      s.codes[i] = concat(load<u32x4>(a), load<u32x4>(a + 16), load<u32x4>(b), load<u32x4>(b + 16));
-    }
+    for (int i = 0; i < 2; i++) s.codes[i] = halves_at(blocks[2 * i] + 2, blocks[2 * i + 1] + 2);
     return s;
   }
 };
@@ -308,11 +318,12 @@ struct PairedGroups : LargeBlocks<bytes> {
   // Scales and minima of eight groups have six bits each: of groups 0 to 3 the low six of bytes 0 to 3 and 4 to 7; of
   // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
   static void read_scales(const uint8_t* block, BlockStep<4, 32>& s) {
-    const uint32_t scales = word_at(block + 4), minima = word_at(block + 8), rest = word_at(block + 12);
-    const f32x16 all =
-        from_unsigned_bytes(u32x4{scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030),
-                                  minima & 0x3f3f3f3f, (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)});
-    const f32x16 scaled = all * eight_of_each(from_halves(word_at(block)));
+    const u32x4 head = load<u32x4>(block);  // two scales, and those bytes
+    const u32x4 low = __builtin_shufflevector(head, head, 1, 3, 2, 3) >> u32x4{0, 0, 0, 4};
+    const u32x4 high = __builtin_shufflevector(head, head, 1, 1, 2, 2) >> 2;
+    const u32x4 all = (low & u32x4{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
+                      (high & u32x4{0, 0x30303030, 0, 0x30303030});
+    const f32x16 scaled = from_unsigned_bytes(all) * eight_of_each(from_halves(head));
     s.scales = low_half(scaled), s.minima = -high_half(scaled);
   }
 };

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <limits>
+
 #include "gguf_blocks.h"
 
 namespace {
@@ -15,18 +17,19 @@ INLINE void take_inputs(const X* x, long count, Number (&to)[step]) {
   std::fill(to + count, to + step, Number());
 }
 
-// The same rounded, so that the largest of 32 is 127, and their scales. NaN and infinity have no bytes: the scale of a
-// group that has one is NaN.
-template <class X, long step>
-INLINE void round_inputs(const X* x, long count, int8_t (&to)[step], float* scales) {
+// The same rounded to integers, so that the largest of 32 is the largest that there is, and their scales. NaN and
+// infinity have no integers: the scale of a group that has one is NaN.
+template <class X, class Number, long step>
+INLINE void round_inputs(const X* x, long count, Number (&to)[step], float* scales) {
+  constexpr int largest = std::numeric_limits<Number>::max();
   for (long i = 0; i < count; i += 32) {
     const f32x16 low = load_floats(x + i), high = load_floats(x + i + 16);
     const float most = horizontal_max(max(max(low, -low), max(high, -high)));
-    const float factor = most > 0 ? 127 / most : 0;
-    store_bytes(to + i, to_integers(round_to_integer(low * factor)));
-    store_bytes(to + i + 16, to_integers(round_to_integer(high * factor)));
+    const float factor = most > 0 ? largest / most : 0;
+    store_low(to + i, to_integers(round_to_integer(low * factor)));
+    store_low(to + i + 16, to_integers(round_to_integer(high * factor)));
     const float nothing = horizontal_sum((low - low) + (high - high));  // `low * 0` GCC takes for 0
-    scales[i / 32] = most / 127 + nothing;
+    scales[i / 32] = most / largest + nothing;
   }
   std::fill(to + count, to + step, 0);
   std::fill(scales + count / 32, scales + step / 32, 0);

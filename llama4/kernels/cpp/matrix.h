@@ -47,8 +47,9 @@ constexpr long float32_inputs = 16, bfloat16_inputs = 32;
 
 template <class F, class X>
 constexpr bool reads(long inputs) {  // in whole blocks, and when packed
-  if constexpr (is_block_format<F>) return inputs % (16 * numbers_per_word<X>) == 0;
-  else return inputs % F::inputs == 0 && inputs % (16 * numbers_per_word<X>) == 0;
+  if constexpr (requires { F::inputs; })
+    if (inputs % F::inputs) return false;
+  return inputs % (16 * numbers_per_word<X>) == 0;
 }
 template <class X, long first, class... F>
 constexpr bool reads_all(FormatList<first, F...>) {
@@ -157,15 +158,14 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, I);
       words = (const Word*)rounded.rows, row_scales = rounded.scales;
-    } else if constexpr (is_block_format<F>) {
-      words = arrange_words<Float32>(phase.team, x, N * I);
     } else {
-      words = arrange_words<F>(phase.team, x, N * I);
+      words = arrange_words<std::conditional_t<F::grouped, Float32, F>>(phase.team, x, N * I);
     }
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) {
         if constexpr (is_block_format<F>) pack_blocks<X>(f, o, to);
+        else if constexpr (F::interleaved) pack_int4<X>(f, o, to);
         else pack_format<X>(f, o, to);
       };
       gemm_out_in(phase, words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);

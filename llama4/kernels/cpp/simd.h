@@ -99,6 +99,36 @@ INLINE S multiply_add_bytes(S sums, W w, W x) {
   }
 }
 
+#ifdef __AVX2__
+// Each sum gets the products of its two signed halves of w with those of x.
+template <class S, class W>
+INLINE S multiply_add_halves(S sums, W w, W x) {
+  if constexpr (requires { sums.low; }) {
+    return {multiply_add_halves(sums.low, w.low, x.low), multiply_add_halves(sums.high, w.high, x.high)};
+  } else {
+#ifdef __AVX512VNNI__
+    return (S)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return sums + (S)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#else
+    return sums + (S)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#endif
+  }
+}
+
+// The signed bytes of words as halves of words: those in even places, then those in odd ones.
+INLINE void split_bytes(u32x16 words, u32x16* halves) {
+#ifdef __AVX512BW__
+  halves[0] = (u32x16)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)words, 8), 8);
+  halves[1] = (u32x16)_mm512_srai_epi16((__m512i)words, 8);
+#else
+  const auto even = [](u32x8 v) { return (u32x8)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)v, 8), 8); };
+  const auto odd = [](u32x8 v) { return (u32x8)_mm256_srai_epi16((__m256i)v, 8); };
+  halves[0] = {even(words.low), even(words.high)}, halves[1] = {odd(words.low), odd(words.high)};
+#endif
+}
+#endif
+
 // Calls run(rows, first row) for N rows, four at a time (more do not fit into registers), then for the one to three
 // that are left. `rows` is an integral_constant.
 template <class Run>
@@ -144,24 +174,25 @@ float horizontal_max(f32x16 v) {
   return v[0];
 }
 
-// A 16 x 16 matrix of words becomes its transpose.
-template <int s = 8>
+// A 16 x 16 matrix of words becomes its transpose; with fewer rows, each square of as many columns.
+template <int s = 8, int count = 2 * s>
 void transpose(u32x16* rows) {
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; i++)
+  for (int i = 0; i < count; i++)
     if (!(i & s)) {
       u32x16 a = rows[i], b = rows[i + s];
       rows[i] = lower<s>(a, b), rows[i + s] = upper<s>(a, b);
     }
-  if constexpr (s > 1) transpose<s / 2>(rows);
+  if constexpr (s > 1) transpose<s / 2, count>(rows);
 }
 
 // Lane 4 j + i is lane 4 i + j.
-inline f32x16 transpose_fours(f32x16 v) {
+template <class V>
+V transpose_fours(V v) {
 #ifdef __AVX512F__
   return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 #else
-  f32x16 to;
+  V to;
   for (int i = 0; i < lanes; i++) to[i] = v[i % 4 * 4 + i / 4];
   return to;
 #endif

@@ -292,9 +292,18 @@ INLINE u32x16 widen(const uint16_t* from) {
 }
 
 // The low bytes of 16 words.
-INLINE void store_bytes(int8_t* to, i32x16 words) {
+INLINE void store_low(int8_t* to, i32x16 words) {
 #ifdef __AVX512F__
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)words));
+#else
+  for (int i = 0; i < 16; i++) to[i] = words[i];
+#endif
+}
+
+// The low halves of 16 words.
+INLINE void store_low(int16_t* to, i32x16 words) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)words));
 #else
   for (int i = 0; i < 16; i++) to[i] = words[i];
 #endif

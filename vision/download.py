@@ -23,6 +23,8 @@ from llama4.errors import ImageError
 from llama4.vision.limits import ImageLimits
 
 MAX_REDIRECTS = 5
+_IN_TARGETS = "!#$%&'()*+,/:;=?@[]~"
+"""What stands in a request as it is in a URL; other characters are written as bytes, as browsers do."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CLOUDS = (ipaddress.ip_network("168.63.129.16/32"), ipaddress.ip_network("192.0.0.0/24"))
 """Addresses of clouds' own services that look public, to some versions of Python (Azure's, Oracle's)."""
@@ -89,7 +91,7 @@ def _connect(url: str, limits: ImageLimits, deadline: float) -> tuple[http.clien
         raise ImageError(
             f"{url} is not fetched: {host} is none of the hosts that pictures may come from; send the data"
         )
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")).replace(" ", "%20")
+    target = urllib.parse.quote(urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), safe=_IN_TARGETS)
     may_be_private = _names(limits.private_hosts, host)
     proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme)
     if proxy is None:
@@ -109,7 +111,9 @@ def _connect(url: str, limits: ImageLimits, deadline: float) -> tuple[http.clien
         peer.settimeout(_left(deadline))
         peer = ssl.create_default_context().wrap_socket(peer, server_hostname=host)
     connection.sock = _Socket(peer, deadline)
-    return connection, peer, url if proxy is not None and not tunnelled else target
+    if proxy is not None and not tunnelled:
+        target = f"{parts.scheme}://{parts.netloc}{target}"
+    return connection, peer, target
 
 
 class _Socket:
@@ -200,10 +204,12 @@ def is_private(address: str) -> bool:
 
 
 def _is_private_name(host: str) -> bool:
-    """What can be known of a host that a proxy looks up."""
+    """What can be known of a host that a proxy looks up: also numbers that only some programs take for an address."""
+    host = host.lower().rstrip(".")
     try:
-        return is_private(host)
-    except ValueError:
+        host = host.encode("idna").decode()
+        return is_private(socket.inet_ntoa(socket.inet_aton(host)) if ":" not in host else host)
+    except (OSError, ValueError):
         return host == "localhost" or host.endswith((".localhost", ".local", ".internal"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,17 @@ def run(options: argparse.Namespace) -> int:
             raise ArgumentError(f"{name} is {value}; it must be at least 1")
     if options.api_key == "":
         raise ArgumentError("--api-key is empty, so anybody could ask; give a key, or leave the option out")
+    key = options.api_key or os.environ.get("LLAMA4_API_KEY") or None
+    if key is not None and (key != key.strip() or not key.isprintable()):
+        raise ArgumentError("the API key has blanks or line breaks around it, or what no header holds; take them out")
+    for origin in options.cors_origin:
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+            raise ArgumentError(f"--cors-origin {origin} is no origin; give http://NAME or http://NAME:PORT, or *")
     if options.media_directory is not None and not options.media_directory.is_dir():
         raise ArgumentError(f"--media-directory {options.media_directory} is no directory")
     settings = Settings(
-        name=options.served_model_name or Path(options.model.rstrip("/")).name,
-        api_key=options.api_key or os.environ.get("LLAMA4_API_KEY") or None,
+        name=options.served_model_name or Path(os.path.abspath(options.model)).name,
+        api_key=key,
         cors_origins=tuple(options.cors_origin),
         url_hosts=tuple(options.allow_urls),
         media_directory=options.media_directory,

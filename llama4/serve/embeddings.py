@@ -46,8 +46,8 @@ EMBEDDINGS = record(
 async def embed(service: Service, call: Call) -> Response:
     fields = call.fields
     model = service.model(fields["model"])
-    check_taking(service)
     prompts = prompts_of(fields["input"])
+    check_taking(service, len(prompts))
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
     means = [MeanHidden() for _ in inputs]
     streams = [

@@ -18,7 +18,7 @@ _OPTIONS = {
     "the schema of a tool": "tools",
 }
 """What begins the message of an error, mostly an argument of `Llama4.chat` -> the field of requests."""
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -139,6 +141,7 @@ class Route:
         """Check a request and answer it; its errors are answers, too."""
         try:
             if not self.is_open:
+                check_page(request, service.settings)
                 check_key(request, service.settings.api_key)
             body = await read_body(request, service.settings.max_body) if self.fields is not None else None
             fields = self.fields.read(body) if self.fields is not None else {}
@@ -148,6 +151,31 @@ class Route:
             return Response(status_code=499)
         except Exception as error:
             return refusal(error, self.errors)
+
+
+def check_page(request: Request, settings: Settings) -> None:
+    """A browser keeps from a page the answers of another address, but sends its requests; and it takes for the page's
+    own what the page's name was made to lead to, perhaps here.
+
+    Raises:
+        RequestError: a browser asks for a page that may not.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or {"*", origin} & set(settings.cors_origins):
+        return
+    host = request.headers.get("host", "")
+    if origin.partition("://")[2] != host or (settings.api_key is None and not _is_address(host)):
+        message = f"pages of {origin!r:.200} may not ask; start the server with --cors-origin {origin:.200}"
+        raise RequestError(message, status=403, code="origin_not_allowed")
+
+
+def _is_address(host: str) -> bool:
+    """Whether a host is named by number, or is this machine: nobody can make that lead elsewhere."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def check_key(request: Request, key: str | None) -> None:
@@ -220,12 +248,16 @@ def _internal(error: Exception) -> RequestError:
     return RequestError("an error of the server; its log says more", status=500)
 
 
-def check_taking(service: Service) -> None:
+def check_taking(service: Service, count: int = 1) -> None:
     """Raises:
-    RequestError: the server stops.
+    RequestError: the server stops, or never takes so many replies at once.
     """
     if service.is_draining:
         raise RequestError("the server is about to stop; ask another one", status=503)
+    most = service.engine.max_waiting
+    if most is not None and count > most:
+        message = f"the request is for {count} replies, and {most} may wait here at most; ask for fewer at once"
+        raise RequestError(message)
 
 
 async def respond(service: Service, call: Call, answer: Answer) -> Response:
@@ -235,7 +267,7 @@ async def respond(service: Service, call: Call, answer: Answer) -> Response:
         RequestError: it cannot be answered.
         ClientDisconnect: the client has hung up; the engine's work has stopped.
     """
-    check_taking(service)
+    check_taking(service, len(answer.streams))
     try:
         await unless_gone(call.request, answer.open())
         if not call.fields["stream"]:

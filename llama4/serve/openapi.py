@@ -13,6 +13,7 @@ from llama4.version import __version__
 STATUSES = {
     400: "a field has a value that it cannot have",
     401: "the API key is missing or wrong",
+    403: "a browser asks, for a page of another address",
     404: "there is no such model, or no such thing",
     408: "the body does not come",
     413: "the body is too large",

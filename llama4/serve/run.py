@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import shlex
@@ -18,8 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import h11
 import torch
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.serve.app import Server
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30
 MAX_HEADERS = 64 * 2**10
+HEAD_SECONDS = 60.0
+"""In which the head of a request must have come."""
 MAX_FILES = 2**16
 
 
@@ -100,13 +106,46 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
+class _Connection(H11Protocol):
+    """One that does not say what it wants is closed: each is an open file, of which there are so many."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _watch(self) -> None:
+        """Wait no longer than `HEAD_SECONDS` for the rest of a head; for its first byte, after an answer, uvicorn does
+        not wait that long."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
 def http_config(server: Server, address: Address) -> uvicorn.Config:
-    """How connections are served. The parser is h11, whatever is installed: others set no limit to headers."""
+    """How connections are served. The parser is h11, whatever is installed: others set no limit to headers. What
+    clients send that is no HTTP is not logged: it would fill the log."""
     return uvicorn.Config(
         server.app,
-        http="h11",
+        http=_Connection,
         ws="none",
         log_config=None,
+        log_level="error",
         access_log=False,
         server_header=False,
         lifespan="off",
@@ -167,7 +206,7 @@ def _say(server: Server, address: Address, port: int) -> None:
     scheme = "https" if address.certificate else "http"
     host = f"[{address.host}]" if ":" in address.host else address.host
     url, limit = f"{scheme}://{host}:{port}", engine.scheduler.pool.limit
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What can you do?"}}]}}'
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What can you do?"}]})
     secret = ' -H "Authorization: Bearer $LLAMA4_API_KEY"' if key else ""
     print(f"llama4 serves {name} at {url}/v1")
     print(

@@ -157,7 +157,7 @@ def _check_ours(path: Path) -> None:
         OSError: it cannot be read.
     """
     if not path.exists():
-        return
+        path.touch(mode=0o600)  # conversations: nobody else reads them, nor what SQLite puts beside them
     check_regular(path)
     with path.open("rb") as file:
         head = file.read(100)

@@ -311,6 +311,19 @@ def test_bodies_that_are_none(running: Running) -> None:
     assert answer.status_code == 404 and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("completions", {"prompt": ["a"] * 3, "n": 3}),
+        ("chat/completions", {"messages": QUESTION, "n": 9}),
+        ("embeddings", {"input": ["a"] * 9}),
+    ],
+)
+def test_more_than_the_queue_holds_is_not_to_be_asked_again(running: Running, route: str, fields: Any) -> None:
+    answer = running.client.post(f"/v1/{route}", json=fields)
+    assert answer.status_code == 400 and "is for 9 replies, and 8 may wait" in answer.text, answer.text
+
+
 def test_what_is_too_deep_is_refused(running: Running) -> None:
     """Wherever it is, by the name of the field; and ids of a bias are in plain digits."""
     deep: Any = {"type": "integer"}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -58,8 +59,10 @@ def running(llm: Llama4) -> Iterator[Running]:
     [("127.0.0.1", None, False), ("localhost", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)],
 )
 def test_an_open_address_without_a_key_is_warned_of(
-    llm: Llama4, host: str, key: str | None, warns: bool, monkeypatch: Any, caplog: Any
+    llm: Llama4, host: str, key: str | None, warns: bool, monkeypatch: Any, caplog: Any, capsys: Any
 ) -> None:
+    """What is printed to try has the model's name as it is."""
+    name = """the "model's" \\ name"""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     listened: list[str] = []
 
@@ -72,12 +75,14 @@ def test_an_open_address_without_a_key_is_warned_of(
     try:
         address = Address(host, 0)
         with listening_at(address) as listening:
-            server = Server(Engine(llm), Settings("tiny", api_key=key))
+            server = Server(Engine(llm), Settings(name, api_key=key))
         run(server, address, listening)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert listened == ["127.0.0.1" if host == "localhost" else host]
+    (command,) = re.findall("(?m)^ *try: (.*)$", capsys.readouterr().out)
+    assert json.loads(shlex.split(command)[-1])["model"] == name
     assert ("anybody who reaches" in caplog.text) == warns
     assert "secret" not in caplog.text
 
@@ -138,6 +143,12 @@ def test_the_command_listens_at_loopback() -> None:
     assert options.host == "127.0.0.1" and options.cors_origin == [] and options.allow_urls == []
     with pytest.raises(ArgumentError, match="--api-key is empty"):  # as of an unset variable
         command.run(parser.parse_args(["serve", "tiny", "--api-key", ""]))
+    for key in ("secret\n", " secret", "sec\x00ret", "\udcff"):
+        with pytest.raises(ArgumentError, match="the API key has blanks"):
+            command.run(parser.parse_args(["serve", "tiny", "--api-key", key]))
+    for origin in ("page.example", "http://page.example/", "http://Page.example", "http://a, http://b", ""):
+        with pytest.raises(ArgumentError, match="is no origin"):
+            command.run(parser.parse_args(["serve", "tiny", "--cors-origin", origin]))
 
 
 def shown_as(key: str) -> list[dict[bytes, bytes]]:
@@ -194,6 +205,82 @@ def test_no_other_page_may_ask_unless_named(llm: Llama4, running: Running) -> No
         assert "access-control-allow-origin" not in other.headers
     finally:
         named.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "named", "host", "origin", "may_ask"),
+    [
+        (None, (), "127.0.0.1:8000", "http://127.0.0.1:8000", True),  # the server's own page
+        (None, (), "localhost", "http://localhost", True),
+        (None, (), "[::1]:8000", "http://[::1]:8000", True),
+        (None, (), "127.0.0.1:8000", "http://127.0.0.1:3000", False),
+        (None, (), "127.0.0.1:8000", "http://page.example", False),
+        (None, (), "127.0.0.1:8000", "null", False),
+        (None, (), "page.example:8000", "http://page.example:8000", False),  # a name that was made to lead here
+        (None, (), "127.0.0.1.page.example", "http://127.0.0.1.page.example", False),
+        (None, (), "[::1", "http://[::1", False),
+        (None, (), "", "http://", False),
+        ("secret", (), "llama4.example", "https://llama4.example", True),
+        ("secret", (), "llama4.example", "http://page.example", False),
+        (None, ("http://page.example",), "127.0.0.1:8000", "http://page.example", True),
+        (None, ("*",), "127.0.0.1:8000", "http://page.example", True),
+    ],
+)
+def test_which_pages_may_ask(
+    llm: Llama4, running: Running, monkeypatch: Any, key: Any, named: Any, host: str, origin: str, may_ask: bool
+) -> None:
+    """A browser sends a page's request to any address, if it is simple enough; what it says of the page decides."""
+    monkeypatch.setattr(
+        running.server.service, "settings", Settings("tiny", api_key=key, cors_origins=named, has_page=False)
+    )
+    before = running.engine.scheduler.counts.generated_tokens
+    headers = {"host": host, "origin": origin, "content-type": "text/plain", "authorization": "Bearer secret"}
+    answer = running.client.post(CHAT, content=json.dumps({"messages": QUESTION, "max_tokens": 1}), headers=headers)
+    assert answer.status_code == (200 if may_ask else 403), answer.text
+    assert (running.engine.scheduler.counts.generated_tokens > before) == may_ask
+    assert may_ask or f"--cors-origin {origin}" in answer.json()["error"]["message"]
+
+
+def test_who_does_not_say_what_it_wants_is_let_go(running: Running, monkeypatch: Any) -> None:
+    """Nothing, half a head, or a head a byte at a time; also after an answer."""
+    monkeypatch.setattr(running_module, "HEAD_SECONDS", 0.4)
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    for before, says in (
+        (b"", b""),
+        (b"", b"GET /hea"),
+        (b"", b"g" * 10**4),
+        (head, b"GET /hea"),
+        (head, b"g" * 10**4),
+    ):
+        with socket.create_connection(running.listening.getsockname(), timeout=60) as connection:
+            connection.sendall(before)
+            answer = connection.recv(2**16) if before else b""
+            assert (b" 200 " in answer) == bool(before)
+            with contextlib.suppress(ConnectionError):
+                for byte in says:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.01)
+                while connection.recv(2**16):
+                    pass
+    assert running.client.get("/health").status_code == 200
+
+
+def test_what_is_no_http_fills_no_log(running: Running, caplog: Any) -> None:
+    """Nor what asks for another protocol, which is answered in this one."""
+    for says, status in (
+        (b"\x16\x03\x01\x02\x00", b" 400 "),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b" 400 "),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade, close\r\nupgrade: websocket\r\n\r\n", b" 200 "),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade, close\r\nupgrade: h2c\r\n\r\n", b" 200 "),
+    ):
+        with socket.create_connection(running.listening.getsockname(), timeout=60) as connection:
+            connection.sendall(says)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := connection.recv(2**16):
+                    answer += piece
+            assert status in answer, (says, answer)
+    assert caplog.text == ""
 
 
 def test_headers_are_limited(running: Running) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +120,37 @@ def test_every_route_is_described() -> None:
     assert {route.fields.name for route in ROUTES if route.fields is not None} <= names
     ids = [each["operationId"] for path in described["paths"].values() for each in path.values()]
     assert len(set(ids)) == len(ids)
+
+
+def rows(heading: str) -> list[str]:
+    """The first cell of each row of a table in docs/serving.md, and of the second what is between its bars."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"(?m)^\| (`.*?)\|$", section)
+
+
+def test_the_page_tells_of_every_field() -> None:
+    """Those of chats and completions: what has an effect, none, or is refused."""
+    schemas = describe(ROUTES, Settings("tiny"))["components"]["schemas"]
+    fields = schemas["ChatRequest"]["properties"] | schemas["CompletionRequest"]["properties"]
+    kinds = {"no effect": set[str](), "not supported": set[str](), "": set[str]()}
+    for name, schema in fields.items():
+        kinds[said if (said := schema.get("description", "")) in kinds else ""].add(name)
+    told = [set(re.findall(r"`(\w+)`", row.partition(" | ")[0])) for row in rows("Fields")]
+    *effective, ignored, refused, of_others = told
+    others = {name for name in fields if name.startswith("guided_")} | (of_others - {"guided_json"})
+    inside = {"json", "choice"}  # of structured_outputs
+    assert kinds["no effect"] == ignored
+    assert kinds["not supported"] == refused | others
+    assert kinds[""] - set().union(*effective) == {"prompt", "echo", "add_generation_prompt"}
+    assert set().union(*effective) - kinds[""] == inside | {"regex", "grammar"}
+
+
+def test_the_page_tells_of_every_route() -> None:
+    told = {
+        "/v1/responses/ID" + path.removeprefix("...") if path.startswith("...") else path
+        for row in rows("Routes")
+        for path in re.findall(r"[./]/?[\w/.-]+", row.partition(" | ")[0])
+    }
+    served = {re.sub(r"\{name.*?\}", "NAME", re.sub(r"\{response_id\}", "ID", route.path)) for route in ROUTES}
+    assert told == served | {"/openapi.json"}

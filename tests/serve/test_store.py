@@ -84,6 +84,16 @@ def test_a_full_disk(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no modes")
+def test_nobody_else_reads_conversations(tmp_path: Path) -> None:
+    """Neither the file nor what SQLite has beside it."""
+    store = Store(tmp_path / "store")
+    store.put(Stored(response(1), []))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    store.close()
+    assert "store-wal" in modes and set(modes.values()) == {0o600}
+
+
 @pytest.mark.parametrize("place", ["", "missing/store", "file/store"])
 def test_where_nothing_can_be_stored(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

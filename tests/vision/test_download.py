@@ -225,11 +225,14 @@ def test_through_the_environments_proxy(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{httpd.server_address[1]}")
         monkeypatch.setenv("no_proxy", "")
         assert load_image("http://pictures.example/x.png").size == (7, 5)
-        for host in ("10.0.0.1", "localhost", "metadata.google.internal"):
+        assert load_image("http://pictures.example/\u00e9 %20.png?a=b&c=/\u20ac").size == (7, 5)
+        numbers = ("127.1", "0x7f.0.0.1", "2130706433", "\uff11\uff10.0.0.1")  # as programs read them, and browsers
+        for host in ("10.0.0.1", *numbers, "[::1]", "localhost", "localhost.", "metadata.google.internal."):
             with pytest.raises(ImageError, match="in this machine or its network"):
                 load_image(f"http://{host}/x.png")
         httpd.shutdown()
-    assert Proxy.asked == ["http://pictures.example/x.png"]
+    encoded = "http://pictures.example/%C3%A9%20%20.png?a=b&c=/%E2%82%AC"
+    assert Proxy.asked == ["http://pictures.example/x.png", encoded]
 
 
 def test_the_processors_limits(server: str) -> None:

@@ -190,22 +190,10 @@ def _per_device(placement: Placement, share: Callable[[str], float]) -> float:
 
 
 def _activations(placement: Placement, context: int) -> float:
-    """Bytes beside weights and cache while a piece of a prompt goes through a layer.
-
-    The residual stream is float32, everything else has the model's dtype. Each token has at most: the residual stream
-    and its norm; in attention, queries and keys before and after RoPE, values, and the output; or in the feed-forward
-    layer, gate, up and their product, inputs and outputs of the routed experts, and their sum with the shared expert in
-    float32.
-    """
-    text, size = placement.config.text, getattr(torch, placement.dtype).itemsize
-    D, k, ranks = text.hidden_size, text.num_experts_per_tok, placement.tensor_parallel
-    residual = max(4, size)
-    attention = size * (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * text.head_dim / ranks
-    dense = size * 3 * text.intermediate_size_mlp / ranks
-    experts = size * k * 3 * text.intermediate_size / ranks + size * 2 * k * D + residual * (1 + k) * D
-    layers = range(text.num_hidden_layers)
-    widest = max([attention, *(experts if text.uses_experts(i) else dense for i in layers)])
-    return min(context, PREFILL_TOKENS) * ((residual + size) * D + widest)
+    """Bytes beside weights and cache while a piece of a prompt goes through a layer."""
+    size = getattr(torch, placement.dtype).itemsize
+    per_token = placement.config.text.activation_bytes(size, placement.tensor_parallel)
+    return min(context, PREFILL_TOKENS) * per_token
 
 
 def usable(placement: Placement) -> float:

@@ -7,11 +7,17 @@ import json
 from typing import Any
 
 from llama4.cache.formats import QUANTIZED
+from llama4.cli.finetune import LORA, SETTINGS, parse_targets
 from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
 
 MODEL = {"help": "scout, maverick, guard4, behemoth, llama-3.1-8b and the like, tiny, a directory or a Hub id"}
 DEVICES = ("h100", "h200", "b200", "cpu")
+FINETUNE = {name: LORA[name] for name in ("rank", "targets")}
+FINETUNE |= {name: SETTINGS[name] for name in ("batch_tokens", "optimizer_states")}
+FINETUNE["batch_tokens"] = SETTINGS["batch_tokens"] | {"help": "of a batch, on each device (default: 4096)"}
+"""Arguments of `llama4 finetune` that `plan --finetune` takes."""
+NOT_OF_FINETUNE = ("cache", "tensor_parallel", "memory_rate", "measure")
 
 
 def add_parsers(commands: Any) -> None:
@@ -44,6 +50,12 @@ def add_parsers(commands: Any) -> None:
     plan.add_argument("--gemm-rate", metavar="RATE", help="that one device reaches: 400TFLOP/s")
     plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    group = plan.add_argument_group("training")
+    methods = ("lora", "qlora", "full")
+    about = "plan its training, each device with a share of all; --context is of an example (default: 2048)"
+    group.add_argument("--finetune", choices=methods, metavar="METHOD", help=f"lora, qlora or full: {about}")
+    for name, settings in FINETUNE.items():
+        group.add_argument("--" + name.replace("_", "-"), **settings)
     plan.set_defaults(run=run_plan, parser=plan)
 
 
@@ -72,12 +84,16 @@ def run_plan(options: argparse.Namespace) -> int:
     from llama4.analysis.info import read_config
     from llama4.bench import calibration as cpu
 
+    if options.finetune:
+        return run_plan_of_training(options)
+    for name in FINETUNE:
+        if getattr(options, name) is not None:
+            options.parser.error(f"--{name.replace('_', '-')} is of a training; add --finetune lora, qlora or full")
     on_cpu = options.measure or options.device == "cpu"
     if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):
         options.parser.error("--measure and --device cpu are for this one CPU")
     config = read_config(options.model, options.revision, subfolder=options.subfolder)
     device = "h100" if on_cpu else options.device or "h100"
-    memory = units.parse_bytes(options.device_memory) if options.device_memory else None
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
     placement = planner.make_placement(
         options.model,
@@ -87,7 +103,7 @@ def run_plan(options: argparse.Namespace) -> int:
         cache_dtype=options.cache,
         devices=options.devices,
         tensor_parallel=options.tensor_parallel,
-        device_memory=memory or (cpu.memory_bytes() if on_cpu else hardware.DEVICES[device].memory),
+        device_memory=_device_memory(options),
     )
     wanted = units.parse_tokens(options.context, units.MIN_CONTEXT) if options.context else None
     context = planner.checked_context(placement, wanted)
@@ -105,3 +121,54 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.measure:
         print(cpu.comparison(facts, placement))
     return 0
+
+
+def run_plan_of_training(options: argparse.Namespace) -> int:
+    from llama4 import units
+    from llama4.adapters.config import LoraConfig
+    from llama4.analysis import finetuning, hardware, planner
+    from llama4.analysis.info import read_config
+    from llama4.train.options import MOST_BATCH_TOKENS, TrainingOptions
+
+    for name in NOT_OF_FINETUNE:
+        if getattr(options, name) != options.parser.get_default(name):
+            options.parser.error(f"--{name.replace('_', '-')} is not of a training; leave it or --finetune out")
+    if options.device == "cpu" and options.gemm_rate is None:
+        options.parser.error("--finetune with --device cpu needs --gemm-rate, what this CPU reaches")
+    config = read_config(options.model, options.revision, subfolder=options.subfolder)
+    device = "h100" if options.device in (None, "cpu") else options.device
+    placement = planner.make_placement(
+        options.model,
+        config,
+        weights=finetuning.weights_of(options.finetune, options.weights),
+        devices=options.devices,
+        device_memory=_device_memory(options),
+    )
+    lora = {name: getattr(options, name) for name in ("rank",) if getattr(options, name) is not None}
+    lora |= parse_targets(options.targets) if options.targets is not None else {}
+    settings = TrainingOptions(optimizer_states=options.optimizer_states or TrainingOptions.optimizer_states)
+    wanted = units.parse_tokens(options.context) if options.context else settings.max_length
+    training = finetuning.Training(
+        options.finetune,
+        LoraConfig(**lora),
+        batch_tokens=options.batch_tokens or MOST_BATCH_TOKENS,
+        length=min(wanted, config.text.max_position_embeddings),
+        optimizer_states=settings.optimizer_states,
+    )
+    rate = units.parse_rate(options.gemm_rate) if options.gemm_rate else None
+    rates = hardware.overridden(hardware.published_rates(device), None, rate)
+    facts = finetuning.describe(options.model, placement, training, rates)
+    print(json.dumps(facts, indent=2) if options.json else finetuning.table(facts))
+    return 0
+
+
+def _device_memory(options: argparse.Namespace) -> int:
+    """Bytes of one device, as given or as the device has."""
+    from llama4 import units
+    from llama4.analysis import hardware
+    from llama4.bench import calibration as cpu
+
+    if options.device_memory:
+        return units.parse_bytes(options.device_memory)
+    on_cpu = options.measure or options.device == "cpu"
+    return cpu.memory_bytes() if on_cpu else hardware.DEVICES[options.device or "h100"].memory

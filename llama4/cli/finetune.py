@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.cli.checkpoints import write_merged
@@ -110,6 +111,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", choices=METHODS, default="lora", help="(default: lora)")
     parser.add_argument("--merge", metavar="DIR", help="also write the model with the adapter in its weights")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
+    parser.add_argument(
+        "--report-to", nargs="+", default=(), metavar="NAME", help="tensorboard, wandb: they get the metrics, too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show an example, what is trained, steps and memory")
     for title, table in (("adapter", LORA), ("training", SETTINGS)):
         group = parser.add_argument_group(title)
@@ -162,7 +166,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     lora = {name: getattr(options, name) for name in LORA if getattr(options, name) is not None}
     if "targets" in lora:
-        lora |= _targets(lora["targets"])
+        lora |= parse_targets(lora["targets"])
     for name, method in OF_METHOD.items():
         if name in given and options.method != method:
             option = name.replace("_", "-")
@@ -172,7 +176,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return given | {"method": options.method, "lora": LoraConfig(**lora)}
 
 
-def _targets(text: str) -> dict[str, Any]:
+def parse_targets(text: str) -> dict[str, Any]:
     """ "attention,experts:4" -> arguments of `LoraConfig`."""
     targets, ranks = [], {}
     for part in text.split(","):
@@ -192,6 +196,7 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error(f"--merge is for adapters; --method {options.method} writes a model")
     settings = settings_of(options)
     from llama4.train import Run, TrainingOptions, finetune
+    from llama4.train.report import read_metrics, write_card, write_curve
     from llama4.weights import hub
     from llama4.weights.directory import check_free
 
@@ -200,7 +205,15 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.merge:
         check_free(options.merge)
-    result = finetune(options.model, options.data, options.output, eval=options.eval, resume=options.resume, **settings)
+    result = finetune(
+        options.model,
+        options.data,
+        options.output,
+        eval=options.eval,
+        resume=options.resume,
+        report_to=options.report_to,
+        **settings,
+    )
     if not result.is_finished:
         print(
             f"llama4: stopped after {result.steps} of {result.of} steps; --resume goes on from {result.output}",
@@ -212,6 +225,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}{values}", file=sys.stderr)
     if options.merge:
         write_merged(hub.resolve(options.model), options.output, options.merge)
+        assert result.facts is not None
+        write_card(Path(options.merge), read_metrics(result.output), result.facts)
+        write_curve(Path(options.merge), read_metrics(result.output))
         print(f"{options.merge}: {options.model} with {options.output}", file=sys.stderr)
     return 0
 

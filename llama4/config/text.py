@@ -198,6 +198,26 @@ class TextConfig:
         grown = int(scaling.factor * scaling.original_max_position_embeddings)
         return replace(self, rope_scaling=scaling, max_position_embeddings=max(self.max_position_embeddings, grown))
 
+    def activation_bytes(self, size: int, ranks: int = 1) -> float:
+        """Bytes beside weights and cache that a token takes while some go through a layer together, without gradients.
+
+        The residual stream is float32, everything else has the model's dtype. Each token has at most: the residual
+        stream and its norm; in attention, queries and keys before and after RoPE, values, and the output; or in the
+        feed-forward layer, gate, up and their product, inputs and outputs of the routed experts, and their sum with the
+        shared expert in float32.
+
+        Args:
+            size: bytes of a number in the model's dtype.
+            ranks: devices that split heads and widths (tensor parallel).
+        """
+        D, k, residual = self.hidden_size, self.num_experts_per_tok, max(4, size)
+        attention = size * (3 * self.num_attention_heads + 4 * self.num_key_value_heads) * self.head_dim / ranks
+        dense = size * 3 * self.intermediate_size_mlp / ranks
+        experts = size * k * 3 * self.intermediate_size / ranks + size * 2 * k * D + residual * (1 + k) * D
+        layers = range(self.num_hidden_layers)
+        widest = max([attention, *(experts if self.uses_experts(i) else dense for i in layers)])
+        return (residual + size) * D + widest
+
     def num_parameters(self) -> int:
         return self._count(self.num_local_experts)
 

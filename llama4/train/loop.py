@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +31,12 @@ from llama4.train.memory import Estimate, check_memory, estimate
 from llama4.train.objectives import Distillation, Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
 from llama4.train.options import ALL_WEIGHTS, QUANTIZATION, TrainingOptions
-from llama4.train.report import Metrics, is_finished, write_card, write_curve
+from llama4.train.report import Facts, Metrics, is_finished, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
 from llama4.train.stopping import stoppable
 from llama4.train.teacher import load_teacher
+from llama4.train.trackers import check_trackers, tracking
 from llama4.weights.memory import return_freed
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Result:
         values: what the method measures besides, on held-out data at the end, or else in the last step: of "dpo",
             `margin` and `accuracy` among them.
         shares: for each layer with experts, the share of tokens that each expert got.
+        facts: what it began with and learnt from.
     """
 
     output: Path
@@ -66,6 +68,7 @@ class Result:
     eval_losses: list[tuple[int, float]]
     shares: dict[str, list[float]]
     values: dict[str, float] = field(default_factory=dict)
+    facts: Facts | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -131,9 +134,21 @@ class Run:
 
     def memory(self, objective: Objective) -> Estimate:
         """What it takes; inside `attached`."""
-        teacher = objective.teacher.num_bytes if isinstance(objective, Distillation) else None
-        states = self.options.optimizer_states
-        return estimate(self.llm.model, self.trained, self.longest_batch, states, teacher)
+        teacher = objective.teacher if isinstance(objective, Distillation) else None
+        options = self.options
+        return estimate(
+            self.llm.model,
+            self.trained,
+            self.longest_batch,
+            options.optimizer_states,
+            teacher,
+            options.gradient_checkpointing,
+        )
+
+    @property
+    def facts(self) -> Facts:
+        """For the card."""
+        return Facts(self.base, self.data.path, self.data.digest, self.options.describe())
 
     def _batches(self, data: Dataset, seed: int | None) -> Batches:
         assert self.options.batch_tokens is not None
@@ -224,6 +239,7 @@ def finetune(
     eval: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    report_to: Sequence[str] = (),
     **settings: Any,
 ) -> Result:
     """Train an adapter for a model, or the model.
@@ -237,6 +253,7 @@ def finetune(
         eval: held-out data, in the same form.
         resume: go on from the state in `output`, if there is one; with the same data and settings.
         progress: show a bar, where somebody sees it.
+        report_to: "tensorboard", "wandb", or both: they get the metrics, too.
         settings: see `TrainingOptions`.
 
     Raises:
@@ -244,6 +261,8 @@ def finetune(
             or, as `TrainingError`, a loss that is no number, with the lines of its batch.
     """
     options, output = TrainingOptions(**settings), user_path(output)
+    report_to = [report_to] if isinstance(report_to, str) else report_to
+    check_trackers(report_to)
     if resume and is_finished(output):
         (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
         raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
@@ -252,10 +271,18 @@ def finetune(
         objective = run.objective()
         check_memory(run.memory(objective), run.llm.model.device)
         torch.manual_seed(options.seed)
-        return _train(run, objective, output, resume, stop)
+        return _train(run, objective, output, resume, stop, report_to)
 
 
-def _train(run: Run, objective: Objective, output: Path, resume: bool, stop: threading.Event) -> Result:
+def _train(
+    run: Run,
+    objective: Objective,
+    output: Path,
+    resume: bool,
+    stop: threading.Event,
+    report_to: Sequence[str] = (),
+) -> Result:
+    """Take the steps that are left, and write what they came to."""
     options, model = run.options, run.llm.model
     assert options.learning_rate is not None
     optimizer = AdamW(
@@ -269,86 +296,85 @@ def _train(run: Run, objective: Objective, output: Path, resume: bool, stop: thr
             raise ArgumentError(f"{output} holds a run with other {' and '.join(different)}; resume with the same")
         load_state(output, optimizer)
         step, best = there["step"], there["best"] if there["best"] is not None else math.inf
-    metrics = Metrics(output, step if resume else None)
-    held_out = run.held_out_batches()
-    eval_every = options.eval_every or max(1, run.steps // 10)
-    save_every = options.save_every or eval_every
-    loads: dict[str, Tensor] = {}
-    values: dict[str, float] = {}
+    with tracking(report_to, output, run.options.describe(), step) as trackers:
+        metrics = Metrics(output, step if resume else None, trackers)
+        held_out = run.held_out_batches()
+        eval_every = options.eval_every or max(1, run.steps // 10)
+        save_every = options.save_every or eval_every
+        loads: dict[str, Tensor] = {}
+        values: dict[str, float] = {}
 
-    def evaluated() -> None:
-        nonlocal best, values
-        if held_out is None:
-            return
-        with _evaluating(run.adapter), Bar("evaluating", shown=run.progress):
-            found = evaluate(model, held_out, objective)
-        metrics.add(step=step, **{f"eval_{name}": value for name, value in found.items()})
-        loss = found.pop("loss")
-        values = found
-        if loss < best:
-            best = loss
-            run.save(output)
+        def evaluated() -> None:
+            nonlocal best, values
+            if held_out is None:
+                return
+            with _evaluating(run.adapter), Bar("evaluating", shown=run.progress):
+                found = evaluate(model, held_out, objective)
+            metrics.add(step=step, **{f"eval_{name}": value for name, value in found.items()})
+            loss = found.pop("loss")
+            values = found
+            if loss < best:
+                best = loss
+                run.save(output)
 
-    def saved() -> None:
-        metrics.sync()
-        save_state(output, optimizer, about | {"step": step, "best": best if best < math.inf else None})
+        def saved() -> None:
+            metrics.sync()
+            save_state(output, optimizer, about | {"step": step, "best": best if best < math.inf else None})
 
-    if step == 0:
-        evaluated()
-        saved()
-    with Bar("training", run.steps - step, "steps", shown=run.progress, logged=True) as bar:
-        while step < run.steps and not stop.is_set():
-            began, batch = time.perf_counter(), run.batches[step]
-            with bar.step(1):
-                learnt = learn(
-                    model, batch, objective, step / run.steps, balance=options.balance, z_loss=options.z_loss
-                )
-                norm = optimizer.clip(options.clip)
-                if not math.isfinite(learnt.loss) or not math.isfinite(norm):
-                    lines = ", ".join(map(str, batch.lines))
-                    raise TrainingError(
-                        f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} of "
-                        f"{run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
+        if step == 0:
+            evaluated()
+            saved()
+        with Bar("training", run.steps - step, "steps", shown=run.progress, logged=True) as bar:
+            while step < run.steps and not stop.is_set():
+                began, batch = time.perf_counter(), run.batches[step]
+                with bar.step(1):
+                    learnt = learn(
+                        model, batch, objective, step / run.steps, balance=options.balance, z_loss=options.z_loss
                     )
-                warmup = options.warmup_steps(run.steps)
-                rate = learning_rate_at(step, run.steps, options.learning_rate, options.schedule, warmup)
-                optimizer.step(rate)
-            step += 1
-            seconds = time.perf_counter() - began
-            for name, load_E in learnt.loads.items():
-                loads[name] = loads[name] + load_E if name in loads else load_E
-            metrics.add(
-                step=step,
-                loss=learnt.loss,
-                **learnt.values,
-                **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
-                learning_rate=rate,
-                gradient_norm=norm,
-                tokens=batch.num_tokens,
-                seconds=round(seconds, 4),
-            )
-            bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
-            values = dict(learnt.values)
-            if step == run.steps or step % eval_every == 0:
-                evaluated()
-            if step < run.steps and step % save_every == 0:
-                saved()
-    shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in loads.items()}
-    losses = [loss for _, loss in metrics.values("loss")]
-    result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares, values)
-    if not result.is_finished:
-        saved()
+                    norm = optimizer.clip(options.clip)
+                    if not math.isfinite(learnt.loss) or not math.isfinite(norm):
+                        lines = ", ".join(map(str, batch.lines))
+                        raise TrainingError(
+                            f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} of "
+                            f"{run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
+                        )
+                    warmup = options.warmup_steps(run.steps)
+                    rate = learning_rate_at(step, run.steps, options.learning_rate, options.schedule, warmup)
+                    optimizer.step(rate)
+                step += 1
+                seconds = time.perf_counter() - began
+                for name, load_E in learnt.loads.items():
+                    loads[name] = loads[name] + load_E if name in loads else load_E
+                metrics.add(
+                    step=step,
+                    loss=learnt.loss,
+                    **learnt.values,
+                    **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    tokens=batch.num_tokens,
+                    seconds=round(seconds, 4),
+                )
+                bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
+                values = dict(learnt.values)
+                if step == run.steps or step % eval_every == 0:
+                    evaluated()
+                if step < run.steps and step % save_every == 0:
+                    saved()
+        shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in loads.items()}
+        losses = [loss for _, loss in metrics.values("loss")]
+        result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares, values, run.facts)
+        if not result.is_finished:
+            saved()
+            return result
+        if held_out is None:
+            run.save(output)
+        write_card(output, metrics.lines, run.facts)
+        write_curve(output, metrics.lines)
+        metrics.add(step=step, finished=True, expert_shares=shares)
+        metrics.sync()
+        (output / STATE_FILE).unlink(missing_ok=True)
         return result
-    if held_out is None:
-        run.save(output)
-    if run.adapter is not None:
-        settings, data = options.describe(), run.data
-        write_card(output, metrics, base=run.base, data=data.path, digest=data.digest, settings=settings)
-    write_curve(output, metrics)
-    metrics.add(step=step, finished=True, expert_shares=shares)
-    metrics.sync()
-    (output / STATE_FILE).unlink(missing_ok=True)
-    return result
 
 
 @contextmanager

@@ -144,6 +144,9 @@ class Teacher(Protocol):
     def num_bytes(self) -> int:
         """What it takes in memory."""
 
+    def forward_bytes(self, tokens: int) -> int:
+        """What it computes with, for so many tokens."""
+
     def divergences(self, batch: Batch) -> Losses:
         """The Kullback-Leibler divergence of a student's distribution from the teacher's, of each token of a batch that
         is learnt."""

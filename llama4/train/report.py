@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llama4.config import CONFIG_FILE
 from llama4.files import replace_text, replaced_file, sync_file, writes
 from llama4.reading import MAX_INT, read_bytes
+from llama4.train.trackers import Tracker
 from llama4.version import __version__
 
 METRICS_FILE, CURVE_FILE, CARD_FILE = "metrics.jsonl", "loss.png", "README.md"
@@ -18,18 +21,23 @@ NUMBERS = {"step": None, "loss": 0, "eval_loss": 0, "tokens": 0}
 """Fields of a line that are numbers -> what they count as where they are not there."""
 MAX_METRICS_BYTES = 1 << 30
 
-_CARD = """---
+_ADAPTER_TITLE = "# An adapter for"
+_ADAPTER = """---
 library_name: peft
 base_model: {base}
 ---
-# An adapter for {base}
-
-Trained by llama4 {version} with `llama4 finetune`: {steps} steps, {tokens} tokens.
+{title} {base}
 
 ```python
 from llama4 import Llama4
 llm = Llama4.from_pretrained("{base}", adapter="{name}")
 ```
+"""
+_SECTION_TITLE = "## How it was trained"
+_SECTION = """
+{title}
+
+Trained by llama4 {version} with `llama4 finetune`, from {base}: {steps} steps, {tokens} tokens.
 
 | | |
 |---|---|
@@ -42,6 +50,25 @@ llm = Llama4.from_pretrained("{base}", adapter="{name}")
 ```
 """
 
+Lines = Sequence[Mapping[str, Any]]
+"""Of a file of metrics."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run was, for its card.
+
+    Attributes:
+        base: the model that it began with.
+        data: the file or data set, and its SHA-256.
+        settings: see `TrainingOptions.describe`.
+    """
+
+    base: str
+    data: str
+    digest: str
+    settings: Mapping[str, object]
+
 
 class Metrics:
     """A file of JSON lines, one for each step and each evaluation, and what they said.
@@ -49,24 +76,27 @@ class Metrics:
     Args:
         directory: where it is.
         upto: of lines that are there, those up to this step are kept, and later ones go; None for none.
+        trackers: get the numbers of every line, too.
     """
 
-    def __init__(self, directory: Path, upto: int | None = None) -> None:
-        self._path = directory / METRICS_FILE
+    def __init__(self, directory: Path, upto: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
+        self._path, self._trackers = directory / METRICS_FILE, trackers
         with writes(self._path):
             directory.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(directory) if upto is not None else []
         self.lines = [line for line in lines if line.get("step", 0) <= (upto or 0)]
         if upto is None:  # what an earlier run left is not said of this one
             (directory / CURVE_FILE).unlink(missing_ok=True)
-            if _is_ours(directory / CARD_FILE):
-                (directory / CARD_FILE).unlink()
+            _forget(directory / CARD_FILE)
         replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
         with writes(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float) and name != "step"}
+        for tracker in self._trackers:
+            tracker.log(values["step"], numbers)
 
     def sync(self) -> None:
         """Make what was added last through a power failure."""
@@ -75,7 +105,12 @@ class Metrics:
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of the lines that have one."""
-        return [(line["step"], line[name]) for line in self.lines if name in line]
+        return values_of(self.lines, name)
+
+
+def values_of(lines: Lines, name: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that have one."""
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -108,12 +143,18 @@ def is_finished(directory: Path) -> bool:
     return any(line.get("finished") for line in read_metrics(directory))
 
 
-def _is_ours(card: Path) -> bool:
-    """Whether a card is there, and one that this library wrote."""
-    return card.is_file() and "Trained by llama4" in card.read_text(encoding="utf-8", errors="replace")
+def _forget(card: Path) -> None:
+    """What an earlier run said in a card goes; the card, too, if nothing else is in it."""
+    if not card.is_file():
+        return
+    text, found, _ = card.read_text(encoding="utf-8", errors="replace").partition(f"\n{_SECTION_TITLE}\n")
+    if found and f"\n{_ADAPTER_TITLE} " in text:
+        card.unlink()
+    elif found:
+        replace_text(card, text)
 
 
-def write_curve(directory: Path, metrics: Metrics) -> None:
+def write_curve(directory: Path, lines: Lines) -> None:
     """The losses over the steps, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return
@@ -122,32 +163,36 @@ def write_curve(directory: Path, metrics: Metrics) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
-        if points := metrics.values(name):
+        if points := values_of(lines, name):
             axes.plot(*zip(*points, strict=True), label=label, marker="." if name == "eval_loss" else None)
     axes.legend(frameon=False)
     with replaced_file(directory / CURVE_FILE) as file:
         figure.savefig(file, dpi=150, format="png")
 
 
-def write_card(
-    directory: Path, metrics: Metrics, *, base: str, data: str, digest: str, settings: Mapping[str, object]
-) -> None:
-    """What was trained on what, with which losses. A card that a user wrote stays."""
-    card = directory / CARD_FILE
-    if card.exists() and not _is_ours(card):
+def write_card(directory: Path, lines: Lines, facts: Facts) -> None:
+    """What was trained on what, with which losses: at the end of the card of a model, or in one of the adapter's own. A
+    card that a user wrote of an adapter stays as it is."""
+    card, is_adapter = directory / CARD_FILE, "lora" in facts.settings and not (directory / CONFIG_FILE).exists()
+    _forget(card)
+    if is_adapter and card.exists():
         return
-    losses, held_out = metrics.values("loss"), metrics.values("eval_loss")
-    text = _CARD.format(
-        base=base,
-        name=directory.name,
+    if is_adapter:
+        text = _ADAPTER.format(base=facts.base, title=_ADAPTER_TITLE, name=directory.name)
+    else:
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    losses, held_out = values_of(lines, "loss"), values_of(lines, "eval_loss")
+    section = _SECTION.format(
+        title=_SECTION_TITLE,
+        base=facts.base or "a model without a name",
         version=__version__,
         steps=losses[-1][0],
-        tokens=sum(int(line.get("tokens", 0)) for line in metrics.lines),
+        tokens=sum(int(line.get("tokens", 0)) for line in lines),
         first=losses[0][1],
         last=losses[-1][1],
         best=f"{min(value for _, value in held_out):.4f}" if held_out else "not measured",
-        data=data,
-        digest=digest,
-        settings=json.dumps(settings, indent=2),
+        data=facts.data,
+        digest=facts.digest,
+        settings=json.dumps(facts.settings, indent=2),
     )
-    replace_text(card, text)
+    replace_text(card, text + section)

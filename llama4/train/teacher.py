@@ -43,6 +43,9 @@ class ModelTeacher:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
 
+    def forward_bytes(self, tokens: int) -> int:
+        return round(tokens * self._model.config.text.activation_bytes(self._model.dtype.itemsize))
+
     def divergences(self, batch: Batch) -> Losses:
         head = self._model.language_model.lm_head
         with torch.no_grad():
@@ -86,6 +89,9 @@ class SavedTeacher:
     @property
     def num_bytes(self) -> int:
         return self._ids.nbytes + self._log_probs.nbytes + self._rest.nbytes
+
+    def forward_bytes(self, tokens: int) -> int:
+        return 0
 
     def divergences(self, batch: Batch) -> Losses:
         places = [self._rows[line] for line in batch.lines]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,22 @@ def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) ->
         finetune(directory, pairs, tmp_path)
 
 
+def test_a_trained_model_has_a_card_and_a_curve(directory: Path, data: Path, tmp_path: Path) -> None:
+    """The card is the model's own, with a section of what was run last."""
+    for steps in (1, 2):
+        finetune(directory, data, tmp_path / "out", method="full", **SETTINGS | {"steps": steps})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and card.count("## How it was trained") == 1
+    assert hashlib.sha256(data.read_bytes()).hexdigest() in card and ": 2 steps" in card and '"method": "full"' in card
+    assert (tmp_path / "out" / "loss.png").exists() == bool(find_spec("matplotlib"))
+
+
+def test_a_card_of_a_user_stays(directory: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    run(directory, data, tmp_path, steps=1)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
 def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama4.train.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(Llama4Error, match=r"training takes 3\.0 MiB beyond .* 1\.0 MiB are free; take fewer"):
@@ -218,6 +236,10 @@ def test_command(directory: Path, data: Path, tmp_path: Path, capsys: pytest.Cap
         "feed_forward.experts.down_proj": 2,
     }
     assert (merged / "config.json").exists() and (output / METRICS_FILE).exists()
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    cards = [(place / "README.md").read_text() for place in (output, merged)]
+    assert all(digest in card and '"rank": 16' in card for card in cards)
+    assert "library_name: peft" in cards[0] and "library_name: transformers" in cards[1]
     assert "2 steps, loss" in capsys.readouterr().err
     adapted = ["generate", "hello", "--model", str(directory), "--adapter", str(output), "--max-new-tokens", "3"]
     assert main(adapted) == 0

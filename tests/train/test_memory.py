@@ -26,6 +26,7 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.train import finetune, loop
 from llama4.train.memory import Estimate
 from llama4.train.optimizer import RUN, RUN_BYTES, AdamW
+from llama4.train.teacher import ModelTeacher
 from llama4.weights.memory import return_freed
 from tests import small_model
 from tests.train.test_data import write
@@ -46,12 +47,14 @@ def packed(shape: tuple[int, ...], kind: str) -> QuantizedWeight:
     return weight
 
 
-def model(kind: str) -> Llama4Model:
+def model(kind: str, width: int = D) -> Llama4Model:
     config = small_model.config()
-    text = replace(config.text, hidden_size=D, intermediate_size=F, num_local_experts=E)
-    text = replace(text, num_attention_heads=8, head_dim=64)
+    text = replace(config.text, hidden_size=width, intermediate_size=2 * width, num_local_experts=E)
+    text = replace(text, num_attention_heads=width // 64, head_dim=64)
     built = Llama4Model(replace(config, text=text, vision=None)).eval()
     built.init_weights()
+    if kind == "float32":
+        return built
     for layer in small_model.layers(built):
         experts, feed_forward = QuantizedExperts(), layer.feed_forward
         experts.gate_up_proj, experts.down_proj = packed((E, 2 * F, D), kind), packed((E, D, F), kind)
@@ -62,20 +65,27 @@ def model(kind: str) -> Llama4Model:
     return built
 
 
-def measure(kind: str, directory: Path) -> dict[str, int]:
-    """What was said and what it was, in bytes beyond the loaded model."""
+def measure(kind: str, directory: Path, **options: Any) -> dict[str, int]:
+    """What was said and what it was, in bytes beyond the loaded models."""
+    import torch._dynamo  # checkpointing does, when it is first used
+
     torch.set_num_threads(1)
-    llm = Llama4(model(kind), Tokenizer(small_model.write_tokenizer(directory / "tokenizer.model")), progress=False)
+    tokenizer = Tokenizer(small_model.write_tokenizer(directory / "tokenizer.model"))
+    is_taught = options.get("method") == "distill"
+    llm = Llama4(model(kind, D // 2 if is_taught else D), tokenizer, progress=False)
     data = write(directory / "data.jsonl", *({"text": "the quick brown fox " * 20} for _ in range(6)))
+    if is_taught:
+        teacher = ModelTeacher(Llama4(model(kind), tokenizer, progress=False))
+        setattr(loop, "load_teacher", lambda *args, **options: teacher)  # noqa: B010 (mypy sees no such name there)
     said, base = [0], [0]
 
     def watched(needed: Estimate, device: torch.device) -> None:
-        said[0], base[0] = needed.total, resident_bytes()
+        said[0], base[0] = needed.to_come, resident_bytes()
         reset_peak()
 
-    setattr(loop, "check_memory", watched)  # noqa: B010 (mypy sees no such name there)
+    setattr(loop, "check_memory", watched)  # noqa: B010
     settings: dict[str, Any] = {"lora": LoraConfig(rank=4), "steps": 2, "batch_tokens": 1 << 20, "progress": False}
-    finetune(llm, data, directory / "adapter", **settings)
+    finetune(llm, data, directory / "out", **settings, **options)
     return {"said": said[0], "was": peak_bytes() - base[0]}
 
 
@@ -108,9 +118,17 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a par
 
 
 @on_linux
-@pytest.mark.parametrize("kind", ["int4", "nf4"])
-def test_a_run_takes_what_was_said(kind: str, tmp_path: Path) -> None:
-    found = in_a_child(f"measure({kind!r}, Path({str(tmp_path)!r}))")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("int4", ""),
+        ("nf4", ""),
+        ("int4", "gradient_checkpointing=True"),
+        ("float32", "method='distill', teacher='teacher'"),
+    ],
+)
+def test_a_run_takes_what_was_said(kind: str, options: str, tmp_path: Path) -> None:
+    found = in_a_child(f"measure({kind!r}, Path({str(tmp_path)!r}), {options})")
     assert found["was"] == pytest.approx(found["said"], rel=0.1), found
 
 

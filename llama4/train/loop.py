@@ -335,8 +335,8 @@ def _train(
                     if not math.isfinite(learnt.loss) or not math.isfinite(norm):
                         lines = ", ".join(map(str, batch.lines))
                         raise TrainingError(
-                            f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} of "
-                            f"{run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
+                            f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} "
+                            f"of {run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
                         )
                     warmup = options.warmup_steps(run.steps)
                     rate = learning_rate_at(step, run.steps, options.learning_rate, options.schedule, warmup)

@@ -47,8 +47,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run there; one that is resumed is another of the same group. WANDB_MODE=offline keeps it on this machine, in the
-    output."""
+    """A run there; one that is resumed is another of the same group. WANDB_MODE=offline keeps it in the output."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
         import wandb

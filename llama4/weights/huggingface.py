@@ -156,7 +156,8 @@ def _writer(plan: QuantizationPlan) -> QuantMethod:
     if found is None:
         formats = sorted({format.kind for format in plan.values() if format is not None})
         raise CheckpointError(
-            f"no checkpoint has weights in {' and '.join(formats)} together; quantize with one scheme"
+            f"no checkpoint has weights in {' and '.join(formats)} together; quantize with one scheme, or make one of "
+            "floats first: of GGUF `llama4 convert MODEL other.gguf --type bf16`"
         )
     return found
 
@@ -184,7 +185,14 @@ def _write_side_files(
         if changed != raw:
             write_json(directory / name, changed)
     back = family.read_config(directory)
-    assert (back.text, back.vision) == (config.text, config.vision), "what was written is not the configuration"
+    lost = [
+        f"{field} = {value}"
+        for here, there in ((config.text, back.text), (config.vision, back.vision))
+        for field, value in (vars(here) if here is not None else {}).items()
+        if getattr(there, field, None) != value
+    ]
+    if lost:
+        raise CheckpointError(f"{family.title}'s config.json has no form for {', '.join(lost)}; keep the layout")
 
 
 def _configs(config: Llama4Config, side_files: SideFiles) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from llama4.gguf import GgufFile
 from llama4.model.rope_scaling import rope_frequencies
 from llama4.quantization.gguf_encoding import ENCODERS
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.convert import convert_to_gguf
+from llama4.weights.convert import convert, convert_to_gguf, quantize
 from llama4.weights.gguf.types import FILE_TYPES, type_of
 from llama4.weights.gguf.write import differences
 from tests import small_model
@@ -233,6 +233,27 @@ def test_yarn(tmp_path: Path) -> None:
     assert rope_frequencies(found)[1] == pytest.approx(1.3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [("bf16", None), ("f16", None), ("f32", {"rope_type": "linear", "factor": 4.0})],
+    ids=["bf16", "f16", "linear"],
+)
+def test_back_to_hugging_face(kind: str, rope: dict[str, Any] | None, tmp_path: Path) -> None:
+    """A file has its matrices in one type and its vectors in float32; and the window that scaling gives."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    scaled = {"rope_parameters": {"rope_theta": 1e4, **rope}} if rope is not None else {}
+    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=256, **scaled)
+    LlamaForCausalLM(config).to({"bf16": torch.bfloat16}.get(kind, torch.float16)).save_pretrained(tmp_path / "model")
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", kind, progress=False)
+    convert(tmp_path / "a.gguf", tmp_path / "back", "hf", progress=False)
+    found, wanted = (
+        LlamaForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("back", "model")
+    )
+    assert all(torch.equal(*pair) for pair in zip(found.parameters(), wanted.parameters(), strict=True))
+    window = [open_checkpoint(tmp_path / name)[0].text.max_position_embeddings for name in ("back", "a.gguf", "model")]
+    assert window == [1024 if rope is not None else 256] * 3
+
+
 def test_what_no_key_says(directory: Path, tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     shutil.copytree(directory, tmp_path / "model")
@@ -252,8 +273,6 @@ def test_refused(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").touch()
     with pytest.raises(CheckpointError, match="exists already"):
         convert_to_gguf(directory, tmp_path / "a.gguf", "f32")
-    from llama4.weights.convert import quantize
-
     quantize(directory, tmp_path / "int8", "int8", progress=False)
     with pytest.raises(CheckpointError, match=r"is in int8, .*, of which no GGUF is made; convert the original"):
         convert_to_gguf(tmp_path / "int8", tmp_path / "b.gguf", "f32")

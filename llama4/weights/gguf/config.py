@@ -178,7 +178,8 @@ def _rope_scaling(keys: Keys, tensors: GgufTensors, head_dim: int) -> RopeScalin
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     if kind in ("none", "linear"):
-        return RopeScaling("linear", factor) if factor != 1 else None
+        original = max(2, round(keys.integer("context_length") / max(factor, 1)))
+        return RopeScaling("linear", factor, original_max_position_embeddings=original) if factor != 1 else None
     if kind != "yarn":
         raise ConfigError(f"{keys.place}: {keys.prefix}.rope.scaling.type {kind!r:.80} is not run")
     usual = RopeScaling("yarn", factor).yarn_attention_factor

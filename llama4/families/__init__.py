@@ -15,7 +15,15 @@ from llama4.families.mllama import MllamaFamily
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (Llama4Family(), LlamaFamily(), MistralFamily(), MllamaFamily())
 }
-PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+_SHAPES = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+_MADE_OF = {
+    **{"vicuna-7b": "llama-2-7b", "vicuna-13b": "llama-2-13b"},
+    **{"llama-guard-1": "llama-2-7b", "llama-guard-2": "llama-3-8b", "llama-guard-3-1b": "llama-3.2-1b"},
+    **{"llama-guard-3-8b": "llama-3.1-8b", "llama-guard-3-11b-vision": "llama-3.2-11b-vision"},
+    "llama-guard-4": "guard4",
+}
+"""Models that others were trained further to."""
+PRESETS = {**_SHAPES, **{name: _SHAPES[other] for name, other in _MADE_OF.items()}}
 
 
 def family_of(config: Llama4Config) -> Family:

@@ -1,4 +1,4 @@
-"""The shapes of the released dense models, by name. Sources: Meta's papers and params.json; SmolLM2's config.json."""
+"""The shapes of the released dense models, by name. Sources: Meta's papers and params.json; config.json of others."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ PRESETS: Mapping[str, Callable[[], Llama4Config]] = {
     "llama-13b": _model(40, 5120, 40, 13824, 2048, rms_norm_eps=1e-6),
     "llama-30b": _model(60, 6656, 52, 17920, 2048, rms_norm_eps=1e-6),
     "llama-65b": _model(80, 8192, 64, 22016, 2048),
+    "open-llama-3b": _model(26, 3200, 32, 8640, 2048, rms_norm_eps=1e-6),
     "llama-2-7b": _model(32, 4096, 32, 11008, 4096),
     "llama-2-13b": _model(40, 5120, 40, 13824, 4096),
     "llama-2-70b": _model(80, 8192, 64, 28672, 4096, num_key_value_heads=8),

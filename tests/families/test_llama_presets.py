@@ -21,6 +21,7 @@ from llama4.weights.convert import quantize
 PUBLISHED = {
     **{"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192},
     **{"llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800},
+    **{"open-llama-3b": 3_426_473_600, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384},
     **{"llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008},
 }
 """As the model cards of their safetensors say."""
@@ -32,6 +33,14 @@ def test_presets(name: str) -> None:
     assert config.num_parameters() == PUBLISHED.get(name, config.num_parameters())
     assert sum(costs.parameter_bytes(config.text, dtype="float16").values()) == 2 * config.num_parameters()
     assert read_config(family_of(config).write_config(config)).text == config.text
+
+
+@pytest.mark.parametrize("name", [*(f"llama-guard-{name}" for name in ("1", "2", "3-1b", "3-8b", "4")), "vicuna-13b"])
+def test_models_made_of_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    billions = {"1": 7, "2": 8, "3-1b": 1.2, "3-8b": 8, "4": 12, "vicuna-13b": 13}[name.removeprefix("llama-guard-")]
+    assert found == pytest.approx(billions * 1e9, rel=0.04)
 
 
 def test_info_and_plan(capsys: pytest.CaptureFixture[str]) -> None:

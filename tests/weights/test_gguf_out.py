@@ -241,9 +241,9 @@ def test_yarn(tmp_path: Path) -> None:
 def test_back_to_hugging_face(kind: str, rope: dict[str, Any] | None, tmp_path: Path) -> None:
     """A file has its matrices in one type and its vectors in float32; and the window that scaling gives."""
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    scaled = {"rope_parameters": {"rope_theta": 1e4, **rope}} if rope is not None else {}
-    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=256, **scaled)
-    LlamaForCausalLM(config).to({"bf16": torch.bfloat16}.get(kind, torch.float16)).save_pretrained(tmp_path / "model")
+    sizes |= {"rope_parameters": {"rope_theta": 1e4, **rope}} if rope is not None else {}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=256))
+    model.to({"bf16": torch.bfloat16}.get(kind, torch.float16)).save_pretrained(tmp_path / "model")
     convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", kind, progress=False)
     convert(tmp_path / "a.gguf", tmp_path / "back", "hf", progress=False)
     found, wanted = (

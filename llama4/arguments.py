@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -13,6 +15,10 @@ USAGE = 2
 """Exit code for a command that is not written right."""
 SHOWN = 3
 """Of the lines that follow a message's first."""
+LONGEST = 4000
+"""Characters of a message; what is in a file may be longer."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All but tab and line feed, and marks that turn the direction of text round."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,8 +59,21 @@ def report(error: Exception, *, as_json: bool) -> int:
     return USAGE if isinstance(error, ArgumentError) else 1
 
 
+class PrintableFormatter(logging.Formatter):
+    """Of what is logged, in which there may be what a file or a client says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def one_line(error: Exception) -> str:
-    """A message without line breaks; of a long list, such as that of missing keys, the beginning."""
+    """A message without line breaks; of a long one, such as a list of missing keys, the beginning."""
     first, *more = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
     rest = f"; and {len(more) - SHOWN} more" if len(more) > SHOWN else ""
-    return "; ".join([first, *more[:SHOWN]]) + rest
+    line = printable("; ".join([first, *more[:SHOWN]]) + rest)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Text in which each control character is a question mark in a lozenge: no file writes to a terminal."""
+    return CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))

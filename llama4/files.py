@@ -26,10 +26,14 @@ def user_path(name: str | Path) -> Path:
     """A path as users write it: ~ is their home.
 
     Raises:
-        ArgumentError: ~NAME of a user who is not there.
+        ArgumentError: ~NAME of a user who is not there, or characters that no name has.
     """
     try:
+        if b"\0" in os.fsencode(name):
+            raise ArgumentError(f"{str(name)!r} is no name of a file: it has a NUL")
         return Path(name).expanduser()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{str(name)!r} is no name of a file: it has half of a surrogate pair") from None
     except RuntimeError:
         raise ArgumentError(f"{name} cannot be found: no such user has a home here; write the whole path") from None
 
@@ -93,7 +97,7 @@ def writes(path: Path) -> Iterator[None]:
 
 def _is_of(name: str | bytes, path: Path) -> bool:
     """Whether a file is one that is made for `path`: itself, its directories, or a temporary one."""
-    about = Path(os.fsdecode(name))
+    about, path = (Path(os.path.realpath(each)) for each in (os.fsdecode(name), path))
     if about == path or about in path.parents:
         return True
     return about.is_relative_to(path.parent) and about.relative_to(path.parent).parts[0].startswith(f".{path.name}-")

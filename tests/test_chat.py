@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import importlib.util
 import io
@@ -24,10 +25,14 @@ from typing import Any
 import pytest
 
 from llama4 import Llama4, Llama4Error
+from llama4.arguments import printable
+from llama4.cli import chat
 from llama4.cli.chat import answers
 from llama4.cli.chat.answers import Remote
 from llama4.cli.chat.commands import completions, file_names
-from llama4.cli.chat.printing import MarkdownPrinter, printable, speed, split_blocks
+from llama4.cli.chat.conversation import Conversation
+from llama4.cli.chat.printing import MarkdownPrinter, speed, split_blocks
+from llama4.cli.chat.reading import LineReader
 from llama4.cli.main import main
 
 PICTURE = Path(__file__).parents[1] / "examples" / "shapes.png"
@@ -288,6 +293,57 @@ def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.Monkey
         assert (reason or "") in err
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_ctrl_c_in_a_command_leaves_the_conversation(
+    is_terminal: bool, fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal; a pipe ends."""
+
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    reader = LineReader(is_interactive=is_terminal)
+    monkeypatch.setattr(chat, "make_reader", lambda **_: reader)
+    monkeypatch.setattr("sys.stdin", Typed("a\n/image http://slow.example/\nb\n"))
+    monkeypatch.setattr(Conversation, "add_picture", interrupted)
+    fake.replies = [["fine"], ["again"]]
+    code = main(["chat", "--plain", "--server", fake.url])
+    out, err = capsys.readouterr()
+    if is_terminal:
+        assert (code, err) == (0, "") and "(stopped)" in out and said(fake) == [["a"], ["a", "fine", "b"]]
+    else:
+        assert (code, err, said(fake)) == (130, "llama4: interrupted\n", [["a"]])
+
+
+@pytest.mark.parametrize("endless", ["event", "line", "header", "piece"])
+def test_a_server_without_end(endless: str, fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left after so many bytes."""
+    monkeypatch.setattr(answers, "MAX_STREAM", 1 << 16)
+    monkeypatch.setattr(answers, "MAX_EVENT", 1 << 14)
+    left = threading.Event()
+
+    def on_and_on(handler: _Handler) -> None:
+        handler.rfile.read(int(handler.headers["content-length"]))
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + b"\r\n" * (endless != "header"))
+        pieces = {"event": b": nothing\n\n", "line": b"x", "header": b"x: y\r\n"}
+        piece = pieces.get(endless) or f"data: {json.dumps(delta(content='y'))}\n\n".encode()
+        try:
+            while True:
+                handler.wfile.write(piece * 1000)
+        except OSError:
+            left.set()
+
+    monkeypatch.setattr(_Handler, "do_POST", on_and_on)
+    code, _, err = talk("a\n", "--server", fake.url)
+    assert code == 0 and left.wait(60)
+    wanted = "does not answer (got more than 100 headers)" if endless == "header" else "sent more than 64.0 KiB"
+    assert wanted in err and len(err.splitlines()) == 1
+
+
 def test_what_is_saved_and_loaded_can_be_used(fake: Fake, talk: Talk, tmp_path: Path) -> None:
     def user(content: Any) -> list[dict[str, Any]]:
         return [{"role": "user", "content": "a"}, {"role": "user", "content": content}]
@@ -295,15 +351,23 @@ def test_what_is_saved_and_loaded_can_be_used(fake: Fake, talk: Talk, tmp_path: 
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     (tmp_path / "picture.json").write_text(json.dumps({"messages": user([part])}))
     (tmp_path / "half.json").write_text(json.dumps({"messages": user("\ud800")}))
+    picture = {"type": "image_url", "image_url": {"url": _data_url()}, "text": None}
+    system = [picture, {"type": "text", "text": "be"}]
+    (tmp_path / "system.json").write_text(json.dumps({"messages": [{"role": "system", "content": system}]}))
     fake.replies = [stream_of(delta(content="x\udc00y"))]
-    lines = f"/load {tmp_path}/picture.json\n/load {tmp_path}/half.json\nb\n/save {tmp_path}/new.json\n"
+    loads = "".join(f"/load {tmp_path}/{name}.json\n" for name in ("picture", "half", "system"))
+    lines = f"{loads}/system\n/clear\n/system -\nb\n/save {tmp_path}/new.json\n"
     code, out, err = talk(lines, "--server", fake.url)
-    assert code == 0 and f"Saved 2 messages in {tmp_path}/new.json" in out
+    assert code == 0 and f"Saved 2 messages in {tmp_path}/new.json" in out and "\nbe\n" in out
     first, second = err.splitlines()
     assert f"the picture of message 1 of {tmp_path}/picture.json cannot be used" in first
     assert f"message 1 of {tmp_path}/half.json has half of a surrogate pair" in second
     saved = json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))
     assert saved["messages"][1]["content"] == "x\udc00y"
+
+
+def _data_url() -> str:
+    return "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
 
 
 def stream_of(*events: Any, end: bytes = b"data: [DONE]\n\n") -> bytes:

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from llama4 import Inputs, Llama4, Token, __version__
-from llama4.cli.chat.printing import printable
+from llama4.arguments import printable
 from llama4.cli.main import main
 from llama4.engine.runner import ModelRunner, Session
 from llama4.engine.tokens import Event

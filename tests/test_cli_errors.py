@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from llama4.arguments import PrintableFormatter, one_line
 from llama4.cli.main import main
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, DiskError
 from llama4.files import replace_text, user_path
 
 TRAIN = "finetune tiny --output {0}/new --data {0}/data.jsonl"
@@ -91,3 +93,44 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=re.escape(f"could not write {loop}")):
         replace_text(loop, "x")
     assert loop.is_symlink()
+    for name, reason in (("a\0b", "it has a NUL"), ("a\ud800", "it has half of a surrogate pair")):
+        with pytest.raises(ArgumentError, match=f"is no name of a file: {reason}"):
+            user_path(name)
+
+
+def test_what_cannot_be_written_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its path is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    for path in ("nowhere/x", "../nowhere/x", "link", tmp_path / "nowhere" / "x", "x" * 250, "x" * 256):
+        with pytest.raises(DiskError, match=r"could not write .*; free space or choose another place"):
+            replace_text(Path(path), "x")
+
+
+def test_an_option_of_json_of_many_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--rope-scaling", "[" * 10_000, "hi"])
+    said = capsys.readouterr().err
+    assert "is not JSON" in said and len(said) < 1000
+
+
+def test_an_error_is_one_short_line_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever names and files hold."""
+    (data := tmp_path / "a\x1b[2J\n\u202e.jsonl").write_text("{")
+    assert main(["finetune", "tiny", "--output", str(tmp_path / "new"), "--data", str(data)]) == 1
+    said = capsys.readouterr().err
+    assert "a\ufffd[2J; \ufffd.jsonl, line 1: it is not JSON" in said and "\x1b" not in said and said.count("\n") == 1
+    line = one_line(ArgumentError("begin " + "x" * 10**6 + " end"))
+    assert len(line) < 5000 and line.startswith("begin") and line.endswith("end")
+
+
+def test_what_is_logged_writes_to_no_terminal() -> None:
+    """Such as names of a checkpoint's fields, where nobody has set up logging."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    last = logging.lastResort
+    assert last is not None and isinstance(last.formatter, PrintableFormatter)
+    record = logging.LogRecord("llama4", logging.WARNING, "", 0, "the field %s\n", ("\x9b2J\x1b]0;x\x07",), None)
+    assert last.formatter.format(record) == "the field \ufffd2J\ufffd]0;x\ufffd\n"

@@ -25,6 +25,7 @@ from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.serve.app import Settings
 from llama4.text.guard import GUARDS, Category, with_categories
+from llama4.text.prompt import Piece
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_files import to_json
 from llama4.text.vocabulary import LLAMA3
@@ -180,6 +181,21 @@ def test_prompts_are_those_of_transformers(theirs: PreTrainedTokenizerFast, toke
         left = case.get("categories", {"S1": "Violent Crimes.", "S2": "Non-Violent Crimes.", "S10": "Hate."})
         assert list(names) == [id_ for id_ in left if id_ not in case.get("excluded", ())]
         assert [piece.text for piece in ours if piece.special].count("<|eot_id|>") == 1, "not the user's"
+
+
+def test_what_is_no_list_of_categories() -> None:
+    """Of a template's text, which may be anything; and without trying where white space ends for ever."""
+    mark, end = "<BEGIN UNSAFE CONTENT CATEGORIES>", "<END UNSAFE CONTENT CATEGORIES>"
+    for text, reason in (
+        (mark + " " * 100_000, "writes no categories of unsafe content"),
+        (f"{end} {mark}", "writes no categories of unsafe content"),
+        (f"{mark}\nnothing\n{end}", "no category is left"),
+        (f"{mark}{end}", "no category is left"),
+    ):
+        with pytest.raises(Llama4Error, match=reason):
+            with_categories([Piece(text)], None, ())
+    pieces, names = with_categories([Piece(f"a {mark}\n\nnothing\nS1: A.\n {end} b")], None, ())
+    assert pieces == [Piece(f"a {mark}\n\nnothing\nS1: A.\n {end} b")] and list(names) == ["S1"]
 
 
 def test_descriptions_stay_with_their_category(tokenizer: Tokenizer) -> None:

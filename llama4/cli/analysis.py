@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from llama4.arguments import printable
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.finetune import LORA, SETTINGS, parse_targets
 from llama4.cli.options import add_hub_options
@@ -74,7 +75,8 @@ def run_info(options: argparse.Namespace) -> int:
     model = find(options.model, options.revision, subfolder=options.subfolder)
     context = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
     facts = describe_model(model, context)
-    print(json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts))
+    text = json.dumps({"model": options.model, **facts}, indent=2) if options.json else table(options.model, facts)
+    print(printable(text))
     return 0
 
 

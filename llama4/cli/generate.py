@@ -8,6 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llama4.arguments import printable
 from llama4.cli.options import add_chat_options, chat_options, load_model, load_pictures, opening
 from llama4.errors import Llama4Error
 
@@ -49,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": options.prefill})
     raw = llm.processor.complete(question, special_tokens=options.special_tokens) if options.raw else None
     stream = llm.stream(raw or messages, **chat_options(options))
+    shown = printable if sys.stdout.isatty() else str
     for piece in stream:
         if not options.json:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
     if options.json:
         print(json.dumps(as_json(stream.reply), ensure_ascii=False))
     else:

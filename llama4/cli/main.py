@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
-from llama4.arguments import Parser, report
+from llama4.arguments import Parser, PrintableFormatter, report
 from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. An error a user can cause is one line on stderr, without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
     options = make_parser().parse_args(arguments)
     try:
         answers_itself = options.run in (chat.run, serve.run)

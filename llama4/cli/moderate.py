@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama4.arguments import printable
 from llama4.cli.generate import read_stdin
 from llama4.cli.options import add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
     else:
         named = ", ".join(f"{category.id} {category.name}" for category in found.categories)
-        print(f"{'safe' if found.safe else 'unsafe'} ({found.probability:.2f})" + (f": {named}" if named else ""))
+        line = f"{'safe' if found.safe else 'unsafe'} ({found.probability:.2f})" + (f": {named}" if named else "")
+        print(printable(line))  # names are of the checkpoint's template
     return 0 if found.safe else UNSAFE
 
 

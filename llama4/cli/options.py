@@ -27,10 +27,10 @@ def json_object(text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as '{{\"name\": value}}'")
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is no JSON object; write it as '{{\"name\": value}}'")
     return value
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llama4.arguments import PrintableFormatter
 from llama4.cli.options import FROM_PRETRAINED, add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import user_path
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
             raise
         raise Llama4Error(f"the package {error.name} is missing; run `pip install 'llama4[serve]'`") from None
 
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO if options.verbose else logging.WARNING)
+    (handler := logging.StreamHandler()).setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if options.verbose else logging.WARNING)
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
         raise ArgumentError("--ssl-certfile and --ssl-keyfile belong together; give both or none")
     for name, value in (("--queue", options.queue), ("--max-batch", options.max_batch)):

@@ -139,7 +139,7 @@ class Form:
             return None
         try:
             return self.model.model_validate_json(text) if self.model is not None else json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

@@ -9,6 +9,7 @@ Shapes: W windows, L labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ import torch
 from transformers import AutoTokenizer, DebertaV2ForSequenceClassification
 
 from llama4.config import CONFIG_FILE
-from llama4.errors import ArgumentError, CheckpointError, ConfigError
+from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Error
 from llama4.model.device import resolve_device
-from llama4.reading import read_json
+from llama4.reading import MAX_TOKENIZER_BYTES, check_regular, check_size, read_json
 from llama4.text.guard import Category, Moderation
 from llama4.weights import hub
+from llama4.weights.safetensors import open_safetensors
 
 MODEL_TYPE = "deberta-v2"
 WINDOW, OVERLAP = 512, 64
 """Tokens that the models read at once, and those that two windows of a longer text have in common."""
 _BATCH = 16
+_LAYER = "deberta.encoder.layer."
+_PLACES = {
+    "vocab_size": ("deberta.embeddings.word_embeddings.weight", 0),
+    "hidden_size": ("deberta.embeddings.word_embeddings.weight", 1),
+    "intermediate_size": (f"{_LAYER}0.intermediate.dense.weight", 0),
+}
+"""Sizes of config.json -> where the weights have them: a tensor, and which of its sizes."""
+_MAX_POSITIONS = 1 << 20
 _LABELS = {2: ("BENIGN", "MALICIOUS"), 3: ("BENIGN", "INJECTION", "JAILBREAK")}
 """By their number: version 2, and version 1."""
 
@@ -57,7 +67,8 @@ class PromptGuard:
         """
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         content = read_json(directory / CONFIG_FILE)
-        kind, labels = content.get("model_type"), len(content.get("id2label") or (0, 1))
+        kind, names = content.get("model_type"), content.get("id2label") or ["", ""]
+        labels = len(names) if isinstance(names, (dict, list)) else 0
         if kind != MODEL_TYPE or labels not in _LABELS:
             raise ConfigError(
                 f"{directory / CONFIG_FILE} is of a {kind!r:.80} with {labels} labels; a Prompt Guard is a "
@@ -65,13 +76,14 @@ class PromptGuard:
             )
         if not any(directory.glob("*.safetensors")):
             raise CheckpointError(f"{directory} has no weights in safetensors, the one format that is read")
+        _check_sizes(directory, content)
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             model = DebertaV2ForSequenceClassification.from_pretrained(
                 directory, use_safetensors=True, dtype=torch.float32, **local
             )
             tokenizer = AutoTokenizer.from_pretrained(directory, **local)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:  # of transformers, for fields of other types than its own
             raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
         return cls(model.eval().to(resolve_device(device)), tokenizer)
 
@@ -121,3 +133,35 @@ class PromptGuard:
         parts = zip(*(fields[name].split(_BATCH) for name in fields), strict=True)
         logits = [self.model(**dict(zip(fields, part, strict=True))).logits for part in parts]
         return torch.cat(logits).softmax(dim=-1)
+
+
+def _check_sizes(directory: Path, content: Mapping[str, Any]) -> None:
+    """Before transformers builds what config.json asks for.
+
+    Raises:
+        CheckpointError: the weights are of other sizes, or a file is none, or larger than its kind is.
+    """
+    try:
+        for path in directory.iterdir():
+            if path.suffix in (".json", ".safetensors"):
+                check_regular(path)
+            if path.suffix == ".json":
+                check_size(path, path.stat().st_size, MAX_TOKENIZER_BYTES)
+        files = open_safetensors(directory)
+    except Llama4Error as error:
+        raise CheckpointError(str(error)) from None
+    names = files.names()
+    there = {field: files.spec(name).shape[axis : axis + 1] for field, (name, axis) in _PLACES.items() if name in names}
+    there["num_hidden_layers"] = (len({name.split(".")[3] for name in names if name.startswith(_LAYER)}),)
+    for field, size in there.items():
+        if [content.get(field)] != list(size):
+            raise CheckpointError(
+                f"{directory / CONFIG_FILE} has {field} = {content.get(field)!r:.80}, and the weights have "
+                f"{', '.join(map(str, size))}; fetch both again"
+            )
+    positions = content.get("max_position_embeddings", WINDOW)
+    if not isinstance(positions, int) or not 0 < positions <= _MAX_POSITIONS:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} has max_position_embeddings = {positions!r:.80}, which may be at most "
+            f"{_MAX_POSITIONS}; fetch it again"
+        )

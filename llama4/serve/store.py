@@ -119,7 +119,7 @@ class Store:
             stored = Stored(*map(json.loads, row)) if row is not None else None
             if stored is None or (stored.response["id"] == identity and isinstance(stored.input, list)):
                 return stored
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
         logger.warning("what is stored of response %.80r is damaged", identity)
         return None

@@ -18,7 +18,7 @@ from llama4.text.messages import ImagePart, Message, ParsedMessage, read_message
 from llama4.text.prompt import IMAGE, Piece
 
 MARK = "<BEGIN UNSAFE CONTENT CATEGORIES>"
-_SECTION = re.compile(rf"({MARK}\s*)(.*?)(\s*<END UNSAFE CONTENT CATEGORIES>)", re.DOTALL)
+_END = "<END UNSAFE CONTENT CATEGORIES>"
 _ENTRY = re.compile(r"^(?=[A-Z]\d+: )", re.MULTILINE)
 _ID = re.compile(r"[A-Za-z]\w*")
 _AGENTS = {"user": "User", "assistant": "Agent"}
@@ -123,14 +123,15 @@ def with_categories(
         Llama4Error: the prompt has no categories.
     """
     # What a user says comes behind them.
-    at = next((i for i, piece in enumerate(pieces) if not piece.special and _SECTION.search(piece.text)), None)
-    found = _SECTION.search(pieces[at].text) if at is not None else None
-    if at is None or found is None:
+    sections = ((i, _section(piece.text)) for i, piece in enumerate(pieces) if not piece.special)
+    at, section = next(((i, found) for i, found in sections if found), (0, None))
+    if section is None:
         raise Llama4Error(
             "the checkpoint's chat template writes no categories of unsafe content; say how this model is asked: "
             f"guard={' or '.join(map(repr, GUARDS))} (on the command line --guard)"
         )
-    given = dict(categories) if categories is not None else _read(found[2])
+    whole = pieces[at].text
+    given = dict(categories) if categories is not None else _read(whole[section])
     for id_, text in given.items():
         if not _ID.fullmatch(id_) or not isinstance(text, str) or not text.strip():
             raise ArgumentError(f"the category {id_!r}: {text!r:.80} must have an id such as 'S1', and a name")
@@ -139,16 +140,26 @@ def with_categories(
     left = {id_: text for id_, text in given.items() if id_ not in excluded}
     if not left:
         raise ArgumentError("no category is left; exclude fewer, or give some")
-    text = found[2] if left.keys() == given.keys() and categories is None else _listing(left)
-    start, end = found.span()
-    whole = pieces[at].text
-    piece = Piece(whole[:start] + found[1] + text + found[3] + whole[end:])
+    text = whole[section] if left.keys() == given.keys() and categories is None else _listing(left)
+    piece = Piece(whole[: section.start] + text + whole[section.stop :])
     names = {id_: Category(id_, text.strip().splitlines()[0].strip(". ")) for id_, text in left.items()}
     return [*pieces[:at], piece, *pieces[at + 1 :]], names
 
 
+def _section(text: str) -> slice | None:
+    """Where the categories stand, without the white space around them."""
+    start = text.find(MARK)
+    end = text.find(_END, start)
+    if start < 0 or end < 0:
+        return None
+    start += len(MARK)
+    found = text[start:end]
+    start += len(found) - len(found.lstrip())
+    return slice(start, start + len(found.strip()))
+
+
 def _read(section: str) -> dict[str, str]:
-    entries = (entry.split(": ", 1) for entry in _ENTRY.split(section) if entry.strip())
+    entries = (entry.split(": ", 1) for entry in _ENTRY.split(section) if _ENTRY.match(entry))
     return {id_: text.removesuffix("\n") for id_, text in entries}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.files import user_path
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
@@ -31,7 +31,8 @@ from llama4.train.memory import Estimate, check_memory, estimate
 from llama4.train.objectives import Distillation, Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
 from llama4.train.options import ALL_WEIGHTS, QUANTIZATION, TrainingOptions
-from llama4.train.report import Facts, Metrics, is_finished, write_card, write_curve
+from llama4.train.output import alone_in, check_output
+from llama4.train.report import Facts, Metrics, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
 from llama4.train.stopping import stoppable
@@ -257,21 +258,21 @@ def finetune(
         settings: see `TrainingOptions`.
 
     Raises:
-        Llama4Error: a wrong setting, a wrong line of the data by its number, too little memory, a state of another run;
-            or, as `TrainingError`, a loss that is no number, with the lines of its batch.
+        Llama4Error: a wrong setting, a wrong line of the data by its number, too little memory, a state of another run,
+            an output that holds what no run has written, or in which another one is at work; or, as `TrainingError`, a
+            loss that is no number, with the lines of its batch.
     """
     options, output = TrainingOptions(**settings), user_path(output)
     report_to = [report_to] if isinstance(report_to, str) else report_to
     check_trackers(report_to)
-    if resume and is_finished(output):
-        (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
-        raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")
+    check_output(output, resume)
     run = Run(model, data, eval, options, progress)
     with torch.random.fork_rng(), run.attached(), return_freed(), stoppable() as stop:
         objective = run.objective()
         check_memory(run.memory(objective), run.llm.model.device)
         torch.manual_seed(options.seed)
-        return _train(run, objective, output, resume, stop, report_to)
+        with alone_in(output, resume):
+            return _train(run, objective, output, resume, stop, report_to)
 
 
 def _train(
@@ -294,6 +295,10 @@ def _train(
         there = read_about(output)
         if different := [name for name, value in about.items() if there.get(name) != value]:
             raise ArgumentError(f"{output} holds a run with other {' and '.join(different)}; resume with the same")
+        if there["step"] >= run.steps:
+            raise CheckpointError(
+                f"{output / STATE_FILE} says that {there['step']} of {run.steps} steps are taken; start anew"
+            )
         load_state(output, optimizer)
         step, best = there["step"], there["best"] if there["best"] is not None else math.inf
     with tracking(report_to, output, run.options.describe(), step) as trackers:

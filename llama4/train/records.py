@@ -58,7 +58,8 @@ class Record:
 
 def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
     """The lines of a file of JSON objects, `.jsonl` or `.jsonl.gz`, without empty ones; or the rows of a `.parquet`
-    file or of a data set on the Hub, `owner/name` or `owner/name:split`, if the package `datasets` is installed.
+    file, if the package `pyarrow` is installed, or of a data set on the Hub, `owner/name` or `owner/name:split`, if
+    `datasets` is.
 
     Args:
         bar: is moved by the bytes of the file.
@@ -77,8 +78,8 @@ def read_records(path: str | Path, bar: Bar | None = None) -> Iterator[Record]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the package `datasets` reads it: a parquet file, or the id of a data set on the Hub. A name in a folder
-    that is there is a file's."""
+    """Whether another package reads it: a parquet file, or the id of a data set on the Hub. A name in a folder that is
+    there is a file's."""
     return path.suffix == PARQUET or (not path.parent.exists() and HUB_ID.fullmatch(str(path)) is not None)
 
 
@@ -86,27 +87,51 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """The rows of a table as lines of JSON; columns without a value are left out, as tables have all columns.
 
     Raises:
-        DataError: `datasets` is not installed, or cannot read it.
+        DataError: the package that reads it is not installed, or cannot read it; or it unpacks to what no text does.
     """
+    is_file = path.suffix == PARQUET
+    package, size = "pyarrow" if is_file else "datasets", 0
     try:
-        import datasets
+        for number, row in enumerate(_parquet_rows(path) if is_file else _hub_rows(path), 1):
+            content = {key: _json_value(value) for key, value in row.items() if value is not None}
+            try:
+                line = json.dumps(content).encode()
+            except (TypeError, ValueError) as error:
+                why = f"{error}; its columns must be texts, numbers and lists"
+                raise DataError(f"{path}, line {number}: {why}") from None
+            size += len(line)
+            _check_line(path, number, len(line))
+            if is_file:
+                _check_packed(path, number, size, path.stat().st_size)
+            yield number, line
+    except DataError:
+        raise
     except ImportError:
-        raise DataError(f"{path} is read by the package datasets, which is not here: pip install datasets") from None
-    name, _, split = str(path).partition(":")
-    try:
-        if path.suffix == PARQUET:
-            check_regular(path)
-            table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-        else:
-            table = datasets.load_dataset(name, split=split or "train")
+        why = f"is read by the package {package}, which is not here: pip install {package}"
+        raise DataError(f"{path} {why}") from None
     except Exception as error:  # of many packages
         raise DataError(f"{path} cannot be read ({error}); give a file of JSON lines, or convert it") from None
-    for number, row in enumerate(table, 1):
-        content = {key: _json_value(value) for key, value in row.items() if value is not None}
-        try:
-            yield number, json.dumps(content).encode()
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}, line {number}: {error}; its columns must be texts, numbers and lists") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """One by one: a few bytes may stand for any number of rows, and of values in a row."""
+    from pyarrow import parquet
+
+    check_regular(path)
+    with parquet.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = (group.column(i) for group in groups for i in range(group.num_columns))
+        unpacked = sum(max(column.num_values, column.total_uncompressed_size) for column in columns)
+        _check_packed(path, 1, unpacked, path.stat().st_size)
+        for batch in file.iter_batches(batch_size=1):
+            yield from batch.to_pylist()
+
+
+def _hub_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    name, _, split = str(path).partition(":")
+    yield from datasets.load_dataset(name, split=split or "train")
 
 
 def _json_value(value: Any) -> Any:
@@ -123,11 +148,9 @@ def _lines(path: Path, bar: Bar | None) -> Iterator[tuple[int, bytes]]:
             number = size = at = 0
             while line := file.readline(MAX_LINE + 1):
                 number, size, before = number + 1, size + len(line), at
-                if len(line) > MAX_LINE:
-                    raise DataError(f"{path}, line {number}: it is longer than {MAX_LINE >> 20} MiB; split it")
+                _check_line(path, number, len(line))
                 at = packed.tell()
-                if size > 1 << 20 and size > MAX_TEXT_RATIO * at:
-                    raise DataError(f"{path}, line {number}: no text packs so well; unpack the file and look at it")
+                _check_packed(path, number, size, at)
                 if bar is not None:
                     bar.advance(at - before)
                 yield number, line
@@ -136,11 +159,22 @@ def _lines(path: Path, bar: Bar | None) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path} cannot be read ({reason}); give a file of JSON lines, .jsonl or .jsonl.gz") from None
 
 
+def _check_line(path: Path, number: int, size: int) -> None:
+    if size > MAX_LINE:
+        raise DataError(f"{path}, line {number}: it is longer than {MAX_LINE >> 20} MiB; split it")
+
+
+def _check_packed(path: Path, number: int, size: int, packed: int) -> None:
+    if size > 1 << 20 and size > MAX_TEXT_RATIO * packed:
+        raise DataError(f"{path}, line {number}: no text packs so well; unpack the file and look at it")
+
+
 def _record(number: int, line: bytes, folder: Path) -> Record:
     if json_memory(line) > MAX_JSON_MEMORY:
         raise DataError("it has too many values; write them as texts, or split it")
     try:
-        content = json.loads(line.rstrip().decode("utf-8"), parse_constant=_no_constant)
+        text = line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8")  # some editors mark a file's beginning
+        content = json.loads(text, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -158,7 +192,7 @@ def _record(number: int, line: bytes, folder: Path) -> Record:
     for field, read in _KINDS.items():
         if field in content:
             return read(number, content, folder)
-    fields = ", ".join(content) or "none"
+    fields = short(", ".join(content)) if content else "none"
     raise DataError(
         f"its fields are {fields}; there must be messages, conversations, prompt and completion, prompt with chosen "
         "and rejected, instruction and output, or text"
@@ -296,8 +330,10 @@ def _tools(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if isinstance(tools, str):  # as columns of tables have it
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"tools is {short(tools)}; it must be a list of functions") from None
+        if json_depth(tools) > MAX_JSON_DEPTH:
+            raise DataError(f"tools is nested deeper than {MAX_JSON_DEPTH}")
     if not isinstance(tools, list):
         raise DataError(f"tools is {short(tools)}; it must be a list of functions")
     if tools:

@@ -8,7 +8,9 @@ Shapes: N packed tokens, n those of them that are learnt, k likeliest tokens, V 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,13 +25,15 @@ from llama4.progress import Bar
 from llama4.reading import parse_json
 from llama4.train.data import Batch, Batches, Dataset, load_dataset
 from llama4.train.loss import IGNORED, Losses, tokens_per_slice
+from llama4.train.memory import available_bytes
 from llama4.train.objectives import Teacher, hidden_states
+from llama4.units import bytes_text
 from llama4.weights.safetensors import SafetensorsFiles, write_tensors
 
 SUFFIX = ".safetensors"
 """Of a file of likeliest tokens; other names are those of models."""
-_MAX_LOG = 1e-3
-"""Above the logarithm of 1 for rounding."""
+_ROUNDING = 1e-3
+"""By which probabilities of a token may sum to more or less than 1."""
 _IDS, _LOG_PROBS, _REST, _LENGTHS, _ABOUT = "token_ids", "log_probs", "log_rest", "lengths", "about"
 
 
@@ -160,7 +164,8 @@ def save_teacher(llm: Llama4, data: Dataset, output: str | Path, *, top: int = 3
         How many tokens.
 
     Raises:
-        ArgumentError: a name without the suffix, a `top` that cannot be, or preferences.
+        ArgumentError: a name without the suffix, a `top` that cannot be, or takes more memory than there is; or
+            preferences.
         DiskError: the file cannot be written.
     """
     output, vocabulary = user_path(output), llm.config.text.vocab_size
@@ -172,6 +177,15 @@ def save_teacher(llm: Llama4, data: Dataset, output: str | Path, *, top: int = 3
         raise ArgumentError(f"{data.path} holds preferences; a teacher is asked about replies")
     lengths = [example.num_learnt for example in data.examples]
     n, about = sum(lengths), json.dumps({"data": data.digest, "top": top}).encode()
+    needed, free = n * (8 * top + 4), available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ArgumentError(
+            f"the {top} likeliest of {n} tokens take {bytes_text(needed)}, and {bytes_text(free)} are free; lower top"
+        )
+    with writes(output):  # before the teacher is asked for hours
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
     tensors = {
         _IDS: torch.empty(n, top, dtype=torch.int32),
         _LOG_PROBS: torch.empty(n, top),
@@ -192,8 +206,6 @@ def save_teacher(llm: Llama4, data: Dataset, output: str | Path, *, top: int = 3
                 tensors[_LOG_PROBS][at:end], tensors[_REST][at:end] = split_off(log_probs_nV, ids_nk)
                 bar.advance(end - at)
                 at = end
-    with writes(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(output, tensors)
     return n
 
@@ -218,7 +230,9 @@ def _read(path: Path, files: SafetensorsFiles, vocab_size: int) -> dict[str, Ten
     ids_nk = tensors[_IDS]
     if len(ids_nk) and not 0 <= int(ids_nk.min()) <= int(ids_nk.max()) < vocab_size:
         raise CheckpointError(f"{path} has tokens beyond the vocabulary of {vocab_size}; it is of another model")
-    if any(not (tensor.isfinite() & (tensor < _MAX_LOG)).all() for tensor in (tensors[_LOG_PROBS], tensors[_REST])):
+    finite = all(bool(tensors[name].isfinite().all()) for name in (_LOG_PROBS, _REST))
+    sums_n = tensors[_LOG_PROBS].exp().sum(-1) + tensors[_REST].exp()
+    if not finite or not ((sums_n - 1).abs() < _ROUNDING).all():
         raise CheckpointError(f"{path} has probabilities that are none; write it again with `llama4 teach`")
     return tensors
 

@@ -69,5 +69,5 @@ def broken_outside_of_cases(record: Record) -> None:
 
 
 def slow(record: Record) -> None:
-    for i in range(100):
-        record.case(f"{i}", lambda: time.sleep(0.5))
+    for i in range(1000):
+        record.case(f"{i}", lambda: time.sleep(0.1))

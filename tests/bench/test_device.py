@@ -126,8 +126,8 @@ def test_limits_of_a_step_and_of_everything(tmp_path: Path) -> None:
     begin = time.monotonic()
     steps = run(tmp_path, "fine", "slow", seconds=6)
     assert steps["slow"]["state"] == "ended early"
-    assert 2 <= sum(state == "done" for state, _ in cases(steps["slow"]).values()) < 20
-    assert time.monotonic() - begin < 40
+    assert 2 <= sum(state == "done" for state, _ in cases(steps["slow"]).values()) < 500
+    assert time.monotonic() - begin < 80
     steps = run(tmp_path, "slow", "fine", minutes=0.3)
     assert (steps["slow"]["state"], steps["fine"]["state"]) == ("ended early", "skipped")
 

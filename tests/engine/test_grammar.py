@@ -219,3 +219,7 @@ def test_a_grammar_that_is_given_up_fails_its_own_reply_alone(llm: Llama4) -> No
             list(failing)
         assert "".join(beside) == free.text
     assert "max is 2000" in str(error.value) and "state" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_reply_of_many_levels_is_no_json_that_can_be_read() -> None:
+    assert Form("", is_json=True).parse("[" * 5000 + "]" * 5000) is None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,8 @@ from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
+from llama4.cli.chat.conversation import Conversation
+from llama4.cli.chat.printing import Printer
 from llama4.serve.app import Server, Settings
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
@@ -39,11 +42,13 @@ from llama4.train.report import METRICS_FILE, Metrics
 from llama4.train.state import STATE_FILE, save_state
 from llama4.train.teacher import SavedTeacher, save_teacher
 from llama4.vision.images import load_image
+from llama4.vision.limits import LIMITS
 from llama4.weights.convert import convert, quantize
 from tests import small_model
 from tests.families import mllama_models
 from tests.faults import changes
 from tests.quantization.test_gptq import Writer, write
+from tests.test_moderation import FIXED as GUARD_TEMPLATE
 from tests.weights import gguf_files
 
 
@@ -162,6 +167,8 @@ def kinds(root: Path) -> Iterator[Kind]:
     yield from training(llm, root)
     yield from pictures_between(root)
     yield from responses(root)
+    yield from guards(llm, root)
+    yield saved_chat(root, picture)
 
 
 def requests(llm: Llama4, directory: Path) -> Iterator[Kind]:
@@ -267,6 +274,47 @@ def responses(root: Path) -> Iterator[Kind]:
                 store.close()
 
     yield Kind("store of responses", directory, "store", use, changes.of_bytes)
+
+
+def guards(llm: Llama4, root: Path) -> Iterator[Kind]:
+    """Their templates."""
+    directory = root / "guard"
+    llm.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(GUARD_TEMPLATE)
+    yield Kind(
+        "Guard's template",
+        directory,
+        "chat_template.jinja",
+        lambda path: Llama4.from_pretrained(path, progress=False).moderate("ab", excluded=["S1"]),
+        changes.of_bytes,
+    )
+
+
+def saved_chat(root: Path, picture: Image.Image) -> Kind:
+    """What `/load` reads."""
+    directory = root / "chats"
+    directory.mkdir()
+    image = {"type": "image_url", "image_url": {"url": _data_url(picture)}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": [{"type": "text", "text": "be"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": {"a": 1}},
+        {"role": "assistant", "content": "it is"},
+    ]
+    (directory / "talk.json").write_text(json.dumps({"model": "x", "messages": messages}))
+
+    def use(path: Path) -> None:
+        answerer: Any = SimpleNamespace(name="x", image_limits=LIMITS)
+        conversation = Conversation(answerer, None, {}, Printer())
+        conversation.load(path / "talk.json")
+        json.dumps([*conversation.opening, *conversation.messages])
+        conversation.undo()
+        with tempfile.TemporaryDirectory() as folder:
+            conversation.save(Path(folder) / "talk.json")
+
+    return Kind("saved chat", directory, "talk.json", use)
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -90,7 +90,7 @@ def test_many_slow_pieces(splitters: int, monkeypatch: pytest.MonkeyPatch) -> No
     begin = time.monotonic()
     with pytest.raises(ValueError, match=r"takes more than 0.. s, which is the limit of all patterns for the whole"):
         model.encode(("a" * 24 + "1") * 100)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30  # one after the other they would take 50
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
 
 from llama4.cli.main import main
-from llama4.errors import ArgumentError, CheckpointError, ConfigError
+from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Error
 from llama4.integrations.prompt_guard import OVERLAP, WINDOW, PromptGuard
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -111,4 +112,35 @@ def test_what_is_no_prompt_guard(tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(ConfigError, match="a Prompt Guard is a 'deberta-v2' with 2 or 3"):
+        PromptGuard.from_pretrained(directory, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, and the weights have 2"),
+        ({"hidden_size": 10**9}, "hidden_size = 1000000000, and the weights have 32"),
+        ({"vocab_size": "many"}, "vocab_size = 'many', and the weights have 54"),
+        ({"max_position_embeddings": 10**12}, "which may be at most 1048576"),
+        ({"num_attention_heads": [4]}, "cannot be loaded"),
+        ({"id2label": 5}, "with 0 labels"),
+        ({"pos_att_type": {"a": 1}}, "cannot be loaded"),
+    ],
+)
+def test_absurd_sizes(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    directory = write(tmp_path, 2)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(Llama4Error, match=reason):
+        PromptGuard.from_pretrained(directory, progress=False)
+
+
+def test_a_pipe_and_a_large_file(tmp_path: Path) -> None:
+    directory = write(tmp_path, 2)
+    (directory / "added_tokens.json").write_bytes(b" " * (65 << 20))
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json has 65"):
+        PromptGuard.from_pretrained(directory, progress=False)
+    (directory / "added_tokens.json").unlink()
+    os.mkfifo(directory / "added_tokens.json")
+    with pytest.raises(CheckpointError, match="is no regular file"):
         PromptGuard.from_pretrained(directory, progress=False)

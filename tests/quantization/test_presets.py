@@ -406,7 +406,7 @@ def test_a_slow_target_and_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
         CheckpointError, match=r"takes more than 0.5 s, which is the limit of all targets for all names"
     ):
         all_names()
-    assert len(seen) > 1 and time.monotonic() - begin < 5
+    assert len(seen) > 1 and time.monotonic() - begin < 30
 
 
 @torch.inference_mode()

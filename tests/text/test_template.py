@@ -386,7 +386,7 @@ def test_templates_without_bounds_are_stopped(source: str, tokenizer: Tokenizer)
     began = time.monotonic()
     with pytest.raises(ChatTemplateError, match=r"was stopped|Range too big|at most 262144 are read"):
         ChatTemplate({"default": source}, tokenizer).compose([USER])
-    assert time.monotonic() - began < 8  # 1 s on an idle core
+    assert time.monotonic() - began < 30  # 1 s on an idle core
 
 
 @pytest.mark.parametrize(

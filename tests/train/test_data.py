@@ -175,9 +175,10 @@ def test_rows_of_the_hub_are_judged_like_lines(
 
 
 def test_tables_without_datasets(processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="is read by the package datasets, which is not here: pip install datasets"):
-        load(tmp_path / "x.parquet", processor)
+    for package, path in (("datasets", Path("a/b")), ("pyarrow", tmp_path / "x.parquet")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(DataError, match=f"package {package}, which is not here: pip install {package}"):
+            load(path, processor)
     with pytest.raises(DataError, match="No such file"):
         load(tmp_path / "no.jsonl", processor)
 
@@ -248,7 +249,8 @@ DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
     (b'{"text": NaN}', "NaN is not JSON"),
     (b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "it is nested deeper than 64"),
     ([1, 2], r"it is \[1, 2\]; write an object"),
-    ({"txt": "a"}, "its fields are txt; there must be messages"),
+    ({"txt": "a"}, "its fields are 'txt'; there must be messages"),
+    ({f"field \x1b[31m{i}": 1 for i in range(1000)}, r"its fields are 'field \\x1b\[31m0, .{,80}; there must be"),
     ({}, "its fields are none"),
     ({"text": ""}, "text is ''; it must be a text that is not empty"),
     ({"text": 3}, "text is 3"),
@@ -266,6 +268,8 @@ DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]}, "image without a picture"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}, REPLY]}, r"no\.png"),
     ({"messages": [USER, REPLY], "tools": "x"}, "tools is 'x'; it must be a list of functions"),
+    ({"prompt": "a", "completion": "b", "tools": "[" * 5000}, r"tools is '\[\[.*; it must be a list of functions"),
+    ({"prompt": "a", "completion": "b", "tools": "[" * 99 + "]" * 99}, "tools is nested deeper than 64"),
     ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 0 of conversations is from 'bot'; choose of human"),
     ({"conversations": [{"from": "human"}]}, 'turn 0 of conversations is .* it must have a text under "value"'),
     ({"conversations": {}}, "conversations is {}; it must be a list"),
@@ -290,6 +294,7 @@ def test_a_wrong_line_is_named(line: Any, message: str, processor: Processor, tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.jsonl", b'\n\xef\xbb\xbf{"text": "a"}', "line 2: it is not JSON: Unexpected UTF-8 BOM"),
         ("x.jsonl", b"", "holds nothing to learn from: it is empty"),
         ("x.jsonl.gz", b"not gzip", r"cannot be read \(Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "cannot be read"),
@@ -300,6 +305,31 @@ def test_a_wrong_file(name: str, content: bytes, message: str, processor: Proces
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / name, processor)
+
+
+def test_a_mark_at_a_files_beginning_is_none_of_its_text(processor: Processor, tmp_path: Path) -> None:
+    """As some editors write it."""
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert [record.text for record in read_records(tmp_path / "x.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("case", ["rows", "values", "page"])
+def test_a_table_that_unpacks_to_much_more(case: str, processor: Processor, tmp_path: Path) -> None:
+    """A row again and again takes some bits, as does a value of a list."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    from pyarrow import parquet
+
+    tables: dict[str, dict[str, Any]] = {
+        "rows": {"text": ["a" * 1000] * 10_000},
+        "values": {"text": ["a"], "x": [[0] * (4 << 20)]},
+        "page": {"text": ["".join(map(str, range(500_000)))] * 2 + ["a" * (4 << 20)]},
+    }
+    parquet.write_table(pyarrow.table(tables[case]), tmp_path / "x.parquet", compression="zstd")
+    if case == "page":
+        assert len(list(read_records(tmp_path / "x.parquet"))) == 3  # not more than text does
+        return
+    with pytest.raises(DataError, match=r"x\.parquet, line \d+: no text packs so well"):
+        list(read_records(tmp_path / "x.parquet"))
 
 
 def test_no_file(processor: Processor, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llama4.adapters.config import LoraConfig
 from llama4.api import Llama4
@@ -22,6 +22,7 @@ from llama4.cli.main import main
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
 from llama4.train.memory import Estimate, check_memory
+from llama4.train.output import WORKPLACE, alone_in
 from llama4.train.report import METRICS_FILE, read_metrics
 from llama4.train.state import STATE_FILE
 from llama4.train.step import Learnt, learn
@@ -145,6 +146,56 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
     (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         run(directory, data, tmp_path, resume=True)
+
+
+def test_what_no_run_has_written_is_not_replaced(directory: Path, data: Path, tmp_path: Path) -> None:
+    """Such as the model that is trained, or PEFT's adapter; what a run wrote is replaced by the next one."""
+    for method in ("lora", "full"):
+        settings = {"method": method} if method == "lora" else {"method": method, "lora": LoraConfig()}
+        with pytest.raises(CheckpointError, match="holds a model that no run has written; choose another directory"):
+            run(directory, data, directory, **settings)
+        first, again = (run(directory, data, tmp_path / method, seed=seed, **settings) for seed in (0, 1))
+        assert first.losses != again.losses
+    (tmp_path / "lora" / METRICS_FILE).unlink()
+    with pytest.raises(CheckpointError, match="holds an adapter that no run has written"):
+        run(directory, data, tmp_path / "lora")
+
+
+def test_one_run_at_a_time(directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is refused, before its model is loaded and behind that; what it has written is left alone."""
+    refused: list[str] = []
+
+    def learning(*args: Any, **options: Any) -> Learnt:
+        before = read_metrics(tmp_path / "out")
+        for resume in (True, False):
+            with pytest.raises(CheckpointError, match=r"process \d+ .* is training .*out; wait for it, or stop it"):
+                run(tmp_path / "not read", data, tmp_path / "out", resume=resume)
+            with pytest.raises(CheckpointError, match="is training"), alone_in(tmp_path / "out", resume):
+                refused.append("not")
+        assert read_metrics(tmp_path / "out") == before
+        return learn(*args, **options)
+
+    monkeypatch.setattr(loop, "learn", learning)
+    assert run(directory, data, tmp_path / "out", eval=data, eval_every=2).is_finished and not refused
+    assert not (tmp_path / "out" / WORKPLACE).exists()
+
+
+def test_a_state_with_nothing_left_to_do(directory: Path, data: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, **_options()), progress=False)
+    with state.attached():
+        loop._train(state, state.objective(), tmp_path, False, stop)
+    tensors = load_file(tmp_path / STATE_FILE)
+    about = json.loads(tensors["about"].numpy().tobytes())
+    tensors["about"] = torch.frombuffer(bytearray(json.dumps({**about, "step": 6}).encode()), dtype=torch.uint8)
+    save_file(tensors, tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match="says that 6 of 6 steps are taken; start anew"):
+        run(directory, data, tmp_path, resume=True)
+
+
+def _options() -> dict[str, Any]:
+    return {name: value for name, value in SETTINGS.items() if name != "progress"}
 
 
 def test_a_loss_that_is_no_number_stops_with_its_lines(directory: Path, data: Path, tmp_path: Path) -> None:

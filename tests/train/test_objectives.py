@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.cli.main import main
-from llama4.errors import ArgumentError, CheckpointError
+from llama4.errors import ArgumentError, CheckpointError, DiskError
 from llama4.model.multimodal import Llama4Model
 from llama4.train import finetune
 from llama4.train import objectives as objectives_module
+from llama4.train import teacher as teaching
 from llama4.train.data import Batch, Batches, Dataset, load_dataset
 from llama4.train.objectives import Distillation, Preference
 from llama4.train.report import read_metrics
@@ -270,3 +271,29 @@ def test_teachers_that_do_not_fit(llm: Llama4, teacher: Path, lines: Path, tmp_p
             save_teacher(llm, data, file, top=top)
     with pytest.raises(ArgumentError, match=r"let it end in \.safetensors"):
         save_teacher(llm, data, tmp_path / "t.bin")
+
+
+def test_what_cannot_be_written_is_said_before_the_teacher_is_asked(
+    llm: Llama4, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_dataset(lines, llm.processor, max_length=99, progress=False)
+    monkeypatch.setattr(teaching, "hidden_states", lambda *_: pytest.fail("it was asked"))
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(DiskError, match=r"could not write .*d\.safetensors: Is a directory"):
+        save_teacher(llm, data, tmp_path / "d.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"could not write .*: (File exists|Not a directory)"):
+        save_teacher(llm, data, tmp_path / "file" / "x.safetensors")
+    monkeypatch.setattr(teaching, "available_bytes", lambda device: 1000)
+    with pytest.raises(ArgumentError, match=r"the 90 likeliest of \d+ tokens take .*, and 1000 bytes are free"):
+        save_teacher(llm, data, tmp_path / "t.safetensors", top=90)
+
+
+def test_probabilities_that_sum_to_more_are_refused(llm: Llama4, lines: Path, tmp_path: Path) -> None:
+    data = load_dataset(lines, llm.processor, max_length=99, progress=False)
+    save_teacher(llm, data, tmp_path / "t.safetensors", top=2)
+    tensors = load_file(tmp_path / "t.safetensors")
+    tensors["log_probs"][-1, 1] -= 0.5
+    save_file(tensors, tmp_path / "t.safetensors")
+    with pytest.raises(CheckpointError, match="has probabilities that are none"):
+        load_teacher(str(tmp_path / "t.safetensors"), llm, data)

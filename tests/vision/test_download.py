@@ -162,13 +162,13 @@ def trickle(peer: socket.socket) -> None:
 
 def trickle_content(peer: socket.socket) -> None:
     peer.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
-    for _ in range(1000):
+    for _ in range(10_000):
         peer.sendall(b"x")
         time.sleep(0.05)
 
 
 def say_nothing(peer: socket.socket) -> None:
-    time.sleep(5)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize("behaviour", [trickle, trickle_content, say_nothing])
@@ -184,15 +184,17 @@ def test_one_deadline_for_all_of_it(behaviour: Callable[[socket.socket], None]) 
         started = time.monotonic()
         with pytest.raises(ImageError, match=r"not done after 0\.5 seconds"):
             load_image(f"http://127.0.0.1:{listener.getsockname()[1]}/", dataclasses.replace(HERE, max_seconds=0.5))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30
 
 
 def test_a_look_up_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    done = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(60))
     started = time.monotonic()
     with pytest.raises(ImageError, match="not done after"):
         load_image("http://pictures.example/a.png", ImageLimits(max_seconds=0.3))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
+    done.set()
 
 
 class Proxy(Handler):

@@ -59,8 +59,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"{answerer.name}. /help shows what you can do, Ctrl-D leaves.")
     try:
         while (typed := read_message(reader, conversation)) is not None:
-            with errors_printed():
-                _do(conversation, *typed)
+            try:
+                with errors_printed():
+                    _do(conversation, *typed)
+            except KeyboardInterrupt:  # of a command, such as /image with an address
+                if not is_interactive:
+                    raise
+                print("\n(stopped)")
     finally:
         reader.close()
     return 0

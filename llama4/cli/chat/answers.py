@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from urllib.parse import urlsplit
 
-from llama4.cli.chat.printing import printable
+from llama4.arguments import printable
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.units import bytes_text
 from llama4.vision.limits import LIMITS, ImageLimits

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama4.arguments import printable
 from llama4.cli.chat.answers import Answer, Answerer
-from llama4.cli.chat.printing import printable
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, user_path
 from llama4.reading import parse_json, read_bytes
@@ -198,8 +198,8 @@ class Conversation:
         self.clear()
         self.system = None
         if messages[0]["role"] in ("system", "developer"):
-            content = messages[0]["content"]
-            self.system = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+            parts = read_messages(messages[:1])[0].parts
+            self.system = "".join(part for part in parts if isinstance(part, str))
             messages = messages[1:]
         self.messages = messages
         return len(messages)

@@ -8,11 +8,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from llama4.arguments import printable
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""All but tab and line feed, and marks that turn the direction of text round."""
 PERIOD = 0.1
 """Seconds between two drawings of what is not complete yet."""
 MAX_DRAWN = 6000
@@ -133,11 +133,6 @@ def make_printer(*, is_terminal: bool, is_rich: bool) -> Printer:
         with suppress(ImportError):
             return MarkdownPrinter()
     return TerminalPrinter() if is_terminal else Printer()
-
-
-def printable(text: str) -> str:
-    """Text in which each control character is a question mark in a lozenge."""
-    return CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def split_blocks(text: str) -> tuple[str, str]:

@@ -120,6 +120,8 @@ def is_code(text: str) -> bool:
 def _read_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, strict=False, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("too many levels") from None
     except ValueError:
         value, end = read_value(text)
         if text[end:].strip():

@@ -31,14 +31,33 @@ def long_cases(llm: Llama4, count: int) -> list[Case]:
     return [Case(each, rng.choice(samplers), rng.choice((1, 8, 30)), llm.stop_ids) for each in inputs]
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4", "fp8", "q4_0"])
+def loaded(form: str, directory: Path) -> Llama4:
+    """The embedded model in a dtype or a weight format."""
+    name, options = "tiny", dict[str, str]()
+    if form in ("float32", "bfloat16"):
+        options = {"dtype": form}
+    elif form == "q4_0":
+        name = str(directory / "tiny.gguf")
+        assert main(["convert", "tiny", name, "--type", form]) == 0
+    elif form == "nf4":
+        pytest.importorskip("bitsandbytes")
+        from tests.quantization.test_nf4 import CONFIG, quantized  # which imports it
+
+        name = str(directory)
+        Llama4.from_pretrained("tiny", progress=False).save_pretrained(directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
+        (weights,) = directory.glob("*.safetensors")
+        save_file(quantized(load_file(weights), "apart")[0], weights, metadata={"format": "pt"})
+    else:
+        options = {"quantization": form}
+    return Llama4.from_pretrained(name, progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4", "fp8", "nf4", "q4_0"])
 def test_in_weight_formats_too(tmp_path: Path, form: str) -> None:
     """In the company of five others at most: short ones with pictures, and long ones in a small pool."""
-    name, options = "tiny", {"dtype": form} if form in ("float32", "bfloat16") else {"quantization": form}
-    if form == "q4_0":
-        name, options = str(tmp_path / "tiny.gguf"), {}
-        assert main(["convert", "tiny", name, "--type", form]) == 0
-    llm = Llama4.from_pretrained(name, progress=False, **options)  # type: ignore[arg-type]
+    llm = loaded(form, tmp_path)
     differ = []
     for given in (cases(llm, ARRIVALS // 2, seed=3), long_cases(llm, ARRIVALS // 4)):
         memory = 3 * llm.model.new_cache().num_bytes_of(longest(given))
@@ -56,18 +75,7 @@ def test_in_weight_formats_too(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize("form", ["int4", "int8", "fp8", "nf4"])
 def test_with_adapters(form: str, tmp_path: Path) -> None:
     """Two and none, in one batch."""
-    if form == "nf4":
-        pytest.importorskip("bitsandbytes")
-        from tests.quantization.test_nf4 import CONFIG, quantized  # which imports it
-
-        Llama4.from_pretrained("tiny", progress=False).save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
-        (weights,) = tmp_path.glob("*.safetensors")
-        save_file(quantized(load_file(weights), "apart")[0], weights, metadata={"format": "pt"})
-        llm = Llama4.from_pretrained(tmp_path, progress=False)
-    else:
-        llm = Llama4.from_pretrained("tiny", quantization=form, progress=False)
+    llm = loaded(form, tmp_path)
     for seed, name in enumerate(("a", "b")):
         llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=4), seed))
     given = [replace(case, adapter=(None, "a", "b")[i % 3], length=8) for i, case in enumerate(cases(llm, 9, seed=2))]

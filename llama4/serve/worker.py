@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
+from weakref import WeakSet
 
 from llama4.engine.scheduler import Scheduler
 from llama4.errors import ClosedError
@@ -29,6 +32,7 @@ class Worker:
         self._closing = threading.Lock()
         self.thread = threading.Thread(target=self._work, name="llama4 engine", daemon=True)
         self.thread.start()
+        _OPEN.add(self)
 
     def put(self, command: Callable[[], object]) -> None:
         """Raises:
@@ -68,3 +72,18 @@ class Worker:
             has_computed = self.commands.get(block=wait)()
             while has_computed is not True:
                 has_computed = self.commands.get_nowait()()
+
+
+_OPEN: WeakSet[Worker] = WeakSet()
+"""Those whose threads may run."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is still computing when the interpreter ends would end the process with an abort."""
+    for worker in list(_OPEN):
+        worker.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_OPEN.clear)  # a fork has none of the threads

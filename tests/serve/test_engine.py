@@ -387,6 +387,24 @@ def test_a_forked_process_makes_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=90)
 
 
+EXIT = """
+from llama4 import Engine, Llama4
+
+llm = Llama4.from_pretrained("tiny", progress=False)
+engines = [Engine(llm) for _ in range(4)]
+for i in range(4):
+    stream = engines[i].stream("Hello", max_new_tokens=10**5, ignore_eos=True)
+    globals()[f"kept_{i}"] = iter(stream)
+    next(globals()[f"kept_{i}"])
+"""
+
+
+def test_a_script_may_end_while_requests_run() -> None:
+    """And engines are open."""
+    ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=90)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_several_replies_and_likely_tokens(llm: Llama4, engine: Engine) -> None:
     reply = llm.chat(QUESTIONS[0], temperature=1.5, seed=5, n=3, top_logprobs=3, max_new_tokens=12)
     alone = [llm.chat(QUESTIONS[0], temperature=1.5, seed=seed, max_new_tokens=12) for seed in (5, 6, 7)]

@@ -80,10 +80,15 @@ def _bytes(keys: Keys, ranks: Mapping[bytes, int]) -> RankedBytes | MergedBytes:
     pre = _pre(keys)
     if pre in _BY_IDS and all(byte in ranks for byte in map(int.to_bytes, range(256))):
         return RankedBytes(Path(keys.place).name, ranks, _BY_IDS[pre])
-    patterns = _BY_MERGES.get(pre) or (_BY_IDS[pre],)
     merges = _merges(keys)
     order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
-    return MergedBytes(ranks, order, [by_pattern(each) for each in patterns], byte_alphabet(), whole=pre in _BY_IDS)
+    return MergedBytes(
+        ranks, order, [by_pattern(each) for each in _patterns(pre)], byte_alphabet(), whole=pre in _BY_IDS
+    )
+
+
+def _patterns(pre: str) -> tuple[str, ...]:
+    return _BY_MERGES.get(pre) or (_BY_IDS[pre],)
 
 
 def _merges(keys: Keys) -> list[tuple[str, str]]:
@@ -171,30 +176,21 @@ def _id(keys: Keys, role: str, tokens: Sequence[str]) -> int | None:
 
 
 def tokenizer_json(path: Path, model: TokenModel, added: Sequence[AddedToken]) -> dict[str, Any]:
-    """The content of a tokenizer.json that encodes texts as a file's vocabulary does.
-
-    Raises:
-        Llama4Error: a vocabulary of sentencepiece.
-    """
+    """The content of a tokenizer.json that encodes texts as a file's vocabulary of bytes does."""
     keys = GgufFile.read(path).keys(_KEY)
-    if isinstance(model, SentencePiece):
-        raise Llama4Error(
-            f"{path} has a vocabulary of sentencepiece, which is not written as a tokenizer.json; put the original "
-            "model's tokenizer.model beside what you save, or keep GGUF"
-        )
-    tokens = keys.texts("tokens")
+    pre, tokens = _pre(keys), keys.texts("tokens")
     bos = _id(keys, "bos", tokens)
-    name = tokens[bos] if bos is not None and keys.flag("add_bos_token", _pre(keys) in _BY_IDS) else ""
+    name = tokens[bos] if bos is not None and keys.flag("add_bos_token", pre in _BY_IDS) else ""
     if isinstance(model, RankedBytes):
         return to_json(model.ranks, added, model.pattern, name)
     content = to_json({}, added, "", name)
     alphabet = byte_alphabet()
     vocabulary = {"".join(alphabet[byte] for byte in token): i for token, i in model.ranks.items()}
-    content["model"] |= {"vocab": vocabulary, "merges": keys.texts("merges"), "ignore_merges": False}
+    content["model"] |= {"vocab": vocabulary, "merges": keys.texts("merges"), "ignore_merges": pre in _BY_IDS}
     byte_level = content["pre_tokenizer"]["pretokenizers"][-1]
     splits = [
         {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
-        for each in _BY_MERGES[_pre(keys)]
+        for each in _patterns(pre)
     ]
     content["pre_tokenizer"]["pretokenizers"] = [*splits, byte_level]
     content["added_tokens"] = [asdict(token) for token in added]

@@ -40,6 +40,23 @@ def read_message(data: bytes) -> list[Field]:
     return fields
 
 
+def field(number: int, value: int | float | bytes) -> bytes:
+    """A field as it is written: an integer from 0 on, four bytes of a number, or bytes with their length."""
+    if isinstance(value, float):
+        return _written_varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _written_varint(number << 3) + _written_varint(value)
+    return _written_varint(number << 3 | 2) + _written_varint(len(value)) + value
+
+
+def _written_varint(value: int) -> bytes:
+    data = bytearray()
+    while value >= 0x80:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data, value])
+
+
 def floating(data: bytes) -> float:
     """Four bytes as a number.
 

@@ -19,12 +19,14 @@ from llama4.errors import Llama4Error
 from llama4.reading import MAX_TOKENIZER_BYTES, read_bytes
 from llama4.text.added_tokens import AddedToken
 from llama4.text.pairs import merge_pairs
-from llama4.text.protobuf import Field, floating, read_message
+from llama4.text.protobuf import Field, field, floating, read_message
 
 BLANK = "\u2581"
 _UNKNOWN_TEXT = " \u2047 "
 _WORD = re.compile(f"{BLANK}*[^{BLANK}]*")
 _CACHED_WORDS = 1 << 16
+_BPE = 2
+"""`model_type` of a TrainerSpec."""
 
 
 class Kind(IntEnum):
@@ -234,12 +236,12 @@ def read_sentencepiece(path: Path, controls: frozenset[str] = frozenset()) -> Se
     """
     try:
         message = read_message(read_bytes(path, MAX_TOKENIZER_BYTES))
-        pieces = [_read_piece(read_message(field)) for field in _all(message, 1)]
+        pieces = [_read_piece(read_message(each)) for each in _all(message, 1)]
         trainer = read_message(_last(message, 2, b""))
         normalizer = read_message(_last(message, 3, b""))
     except (ValueError, TypeError) as error:
         raise Llama4Error(f"{path} is no model of sentencepiece ({error}); fetch the tokenizer again") from None
-    if (kind := _last(trainer, 3, 1)) != 2:
+    if (kind := _last(trainer, 3, 1)) != _BPE:
         name = {1: "a unigram model", 3: "a model of words", 4: "a model of characters"}.get(kind, f"of kind {kind}")
         raise Llama4Error(f"{path} is {name}; Llama's are BPE, which is read: take the tokenizer of the model")
     if not pieces:
@@ -255,12 +257,23 @@ def read_sentencepiece(path: Path, controls: frozenset[str] = frozenset()) -> Se
     return SentencePiece(pieces, rules, controls)
 
 
+def sentencepiece_bytes(model: SentencePiece) -> bytes:
+    """The content of a `tokenizer.model` with these pieces, for sentencepiece's own reader and this one."""
+    pieces = [field(1, p.text.encode()) + field(2, float(p.score)) + field(3, int(p.kind)) for p in model.pieces]
+    has_bytes = any(piece.kind is Kind.BYTE for piece in model.pieces)
+    trainer = field(3, _BPE) + field(35, int(has_bytes))  # model_type, byte_fallback
+    rules = model.normalizer
+    normalizer = field(1, b"identity") + field(2, rules.charsmap)
+    normalizer += field(3, int(rules.adds_blank)) + field(4, int(rules.removes_blanks)) + field(5, 1)
+    return b"".join(field(1, piece) for piece in pieces) + field(2, trainer) + field(3, normalizer)
+
+
 def _read_piece(message: Sequence[Field]) -> Piece:
     return Piece(_last(message, 1, b"").decode(), floating(_last(message, 2, b"\0\0\0\0")), Kind(_last(message, 3, 1)))
 
 
 def _all(message: Sequence[Field], number: int) -> list[Any]:
-    return [field.value for field in message if field.number == number]
+    return [each.value for each in message if each.number == number]
 
 
 def _last(message: Sequence[Field], number: int, default: Any) -> Any:
@@ -269,7 +282,7 @@ def _last(message: Sequence[Field], number: int, default: Any) -> Any:
     Raises:
         TypeError: one of another type than the default.
     """
-    value = next((field.value for field in reversed(message) if field.number == number), default)
+    value = next((each.value for each in reversed(message) if each.number == number), default)
     if type(value) is not type(default):
         raise TypeError(f"field {number} is {type(value).__name__}")
     return value

@@ -18,7 +18,7 @@ from llama4.files import real_path, replace_text, replaced_file, user_path
 from llama4.text.added_tokens import AddedToken, AddedTokenSplitter
 from llama4.text.byte_level import RankedBytes
 from llama4.text.gguf_vocabulary import GGUF_SUFFIX, read_gguf, tokenizer_json
-from llama4.text.sentencepiece import SentencePiece, is_sentencepiece, read_sentencepiece
+from llama4.text.sentencepiece import SentencePiece, is_sentencepiece, read_sentencepiece, sentencepiece_bytes
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, find_file, read_json, read_tiktoken, to_json
 from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, LLAMA4, SENTENCEPIECE, Vocabulary
@@ -247,7 +247,10 @@ class Tokenizer:
             if path.is_file():
                 _copy(path, directory / path.name)
         names = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos, "pad_token": self.vocabulary.pad}
-        if is_gguf:
+        if is_gguf and isinstance(self.model, SentencePiece):
+            with replaced_file(directory / "tokenizer.model") as file:
+                file.write(sentencepiece_bytes(self.model))
+        elif is_gguf:
             content = tokenizer_json(self.path, self.model, self.added_tokens)
             replace_text(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
         elif isinstance(self.model, RankedBytes) and not is_json:

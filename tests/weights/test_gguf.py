@@ -30,7 +30,7 @@ from llama4.quantization.modules import QuantizedEmbedding
 from llama4.quantization.weight import QuantizedWeight
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.convert import convert_to_gguf
+from llama4.weights.convert import convert, convert_to_gguf
 from tests import small_model
 from tests.families import test_llama_api as dense
 from tests.text.test_generations import train
@@ -480,6 +480,26 @@ def test_pieces_without_types(tmp_path: Path) -> None:
     for words in ("Some words é 🦙", "<s> a </s>", "<0x0A>"):
         assert tokenizer.encode(words) == wanted.encode(words)
     assert tokenizer.decode(tokenizer.encode("🦙 é")).strip() == "🦙 é"
+
+
+def test_pieces_as_a_file_of_sentencepiece(tmp_path: Path) -> None:
+    """A vocabulary of SentencePiece goes to the other layouts: sentencepiece itself and we read the same, and
+    back in GGUF it is what it was."""
+    sentencepiece: Any = pytest.importorskip("sentencepiece")
+    dense.write(tmp_path / "model", vocab_size=700, eos_token_id=2)
+    train(tmp_path / "model" / "tokenizer.model")
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf", "f32", progress=False)
+    convert(tmp_path / "a.gguf", tmp_path / "hf", "hf", progress=False)
+    convert(tmp_path / "a.gguf", tmp_path / "meta", "meta", progress=False)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "b.gguf", "f32", progress=False)
+    wanted = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
+    for name in ("hf", "meta"):
+        found = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / name / "tokenizer.model"))
+        for words in ("Some words é 🦙", "<s> a </s>", "  two  blanks ", ""):
+            assert found.encode(words) == wanted.encode(words) == Tokenizer(tmp_path / name).encode(words)
+    first, second = (GgufFile.read(tmp_path / name).metadata for name in ("a.gguf", "b.gguf"))
+    for key in (key for key in first if key.startswith("tokenizer.")):
+        assert np.array_equal(first[key], second[key]), key
 
 
 # -- what cannot be --------------------------------------------------------------------------------------------------

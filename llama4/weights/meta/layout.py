@@ -14,7 +14,8 @@ from llama4.config import CONFIG_FILE, GENERATION_FILE, Llama4Config
 from llama4.errors import CheckpointError, Llama4Error
 from llama4.families import family_of
 from llama4.reading import read_json
-from llama4.text.sentencepiece import SentencePiece
+from llama4.text.gguf_vocabulary import GGUF_SUFFIX
+from llama4.text.sentencepiece import SentencePiece, sentencepiece_bytes
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights.directory import write_json
 from llama4.weights.fbgemm import FbgemmSource
@@ -75,7 +76,7 @@ class MetaLayout(CheckpointLayout):
         params = _PARAMS[config.family](config)
         if tokenizer is not None:
             if isinstance(tokenizer.model, SentencePiece):
-                _copy_model(tokenizer, directory)
+                _copy_model(tokenizer, tokenizer.model, directory)
             else:
                 _check_tokenizer(tokenizer)
                 write_tokenizer_model(tokenizer, directory / "tokenizer.model")
@@ -140,11 +141,14 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def _copy_model(tokenizer: Tokenizer, directory: Path) -> None:
+def _copy_model(tokenizer: Tokenizer, model: SentencePiece, directory: Path) -> None:
     """Raises:
     CheckpointError: the tokenizer was read from another file, which does not say when pieces are merged.
     """
     path = tokenizer.path.with_name("tokenizer.model")
+    if tokenizer.path.suffix.lower() == GGUF_SUFFIX:
+        (directory / path.name).write_bytes(sentencepiece_bytes(model))
+        return
     if not path.is_file():
         raise CheckpointError(
             f"{tokenizer.path} is no tokenizer.model of sentencepiece, which Meta's layout has; put that beside it"

@@ -21,10 +21,15 @@ from llama4.ops import cpu_kernels, experts, quantized_gpu
 from llama4.ops.swiglu import swiglu
 
 
-def has_kernels(kind: str) -> bool:
+def kernel_name(kind: str, activations: str) -> str:
+    """What the CPU kernels call a format."""
+    return kind if activations == "float" else f"{kind}_{activations}"
+
+
+def has_kernels(kind: str, activations: str = "float") -> bool:
     """Whether the kernels read a format of that name."""
     library = loader.library()
-    return library is not None and kind in library.weight_formats
+    return library is not None and kernel_name(kind, activations) in library.weight_formats
 
 
 class Parts(NamedTuple):
@@ -38,6 +43,7 @@ class Parts(NamedTuple):
         group_size: of "int4", inputs per scale.
         is_interleaved: whether they are `interleaved16`, which the CPU kernels want of "int4", and those of a GPU of
             nothing.
+        activations: "float", or "int8": CPU kernels round inputs.
     """
 
     kind: str
@@ -46,6 +52,12 @@ class Parts(NamedTuple):
     inputs: int
     group_size: int = 0
     is_interleaved: bool = False
+    activations: str = "float"
+
+    @property
+    def kernel(self) -> str:
+        """Its name in the CPU kernels."""
+        return kernel_name(self.kind, self.activations)
 
 
 def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor]) -> Tensor:
@@ -56,11 +68,11 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
     """
     if parts is None:
         return readable()
-    kind, values, scale, _, group_size, _ = parts
+    kind, values, scale, group_size = parts.kind, parts.values, parts.scale, parts.group_size
     if scale is not None and not quantized_gpu.unsupported_reason(kind, x_NI, group_size):
         return quantized_gpu.linear(kind, x_NI, values, scale)
     if not unsupported_reason(x_NI, parts):
-        return cpu.linear_quantized(kind, x_NI, values, scale, group_size)
+        return cpu.linear_quantized(parts.kernel, x_NI, values, scale, group_size)
     return readable()
 
 
@@ -104,12 +116,12 @@ def matrix(parts: Parts) -> Matrix | None:
     read it."""
     if torch.compiler.is_compiling() or _matrix_unsupported_reason(parts):
         return None
-    kind, values, scale, inputs, group_size, _ = parts
+    values, scale = parts.values, parts.scale
     described = Matrix(
         w=values.data_ptr(),
-        layout=loader.loaded().weight_formats[kind].number,
-        group_size=group_size,
-        I=inputs,
+        layout=loader.loaded().weight_formats[parts.kernel].number,
+        group_size=parts.group_size,
+        I=parts.inputs,
         O=values.shape[-2],
         stride=_stride(values),
     )
@@ -125,21 +137,21 @@ def _stride(part: Tensor) -> int:
 
 
 def _matrix_unsupported_reason(parts: Parts) -> str | None:
-    kind, values, scale, _, group_size, is_interleaved = parts
+    kind, values, scale = parts.kind, parts.values, parts.scale
     if scale is not None and scale.dtype not in abi.DTYPES:
         return "scales are neither float32 nor bfloat16"
     if not all(part.is_cpu and part.is_contiguous() for part in (values, scale) if part is not None):
         return "the matrix is not contiguous on the CPU"
     if reason := cpu_kernels.library_unsupported_reason():
         return reason
-    if not has_kernels(kind):
+    if not has_kernels(kind, parts.activations):
         return f"there are no kernels for {kind}"
-    multiple = loader.loaded().weight_formats[kind].multiple
+    multiple = loader.loaded().weight_formats[parts.kernel].multiple
     if parts.inputs % multiple:
         return f"the inputs are no multiple of {multiple}"
-    if kind == "int4" and not is_interleaved:
+    if kind == "int4" and not parts.is_interleaved:
         return "int4 values are in a checkpoint's order"
-    return None if scale is None else _group_unsupported_reason(kind, group_size)
+    return None if scale is None else _group_unsupported_reason(kind, parts.group_size)
 
 
 def _group_unsupported_reason(kind: str, group_size: int) -> str | None:

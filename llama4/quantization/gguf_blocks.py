@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,27 +25,15 @@ from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, Weigh
 
 @dataclass(frozen=True)
 class GgufBlocks(WeightFormat):
-    """Blocks of `block` weights in `nbytes` bytes.
-
-    Attributes:
-        activations: "float", or "int8": the CPU kernels round inputs, with a scale for each 32.
-    """
+    """Blocks of `block` weights in `nbytes` bytes."""
 
     parts = ("weight",)
     has_rows = True
+    has_int8_products = True
     block: ClassVar[int] = 32
     nbytes: ClassVar[int]
 
     group_size: int = 32
-    activations: str = field(default="float", kw_only=True)
-
-    @property
-    def kernel(self) -> str:
-        """Its name in the kernels."""
-        return self.kind if self.activations == "float" else f"{self.kind}_{self.activations}"
-
-    def with_int8_activations(self) -> Self:
-        return replace(self, activations="int8")
 
     def __str__(self) -> str:
         return f"{self.kind.upper()}, a scale per {self.group_size} weights"
@@ -62,7 +50,7 @@ class GgufBlocks(WeightFormat):
         return spec.nbytes // self.nbytes * self.block
 
     def stack(self, weight: QuantizedWeight) -> quantized.Parts | None:
-        return quantized.Parts(self.kernel, weight.part(self.parts[0]), None, weight.shape[-1])
+        return self.parts_of(weight, weight.part(self.parts[0]), None)
 
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
         return self.decode(weight.part(self.parts[0], expert))
@@ -74,7 +62,7 @@ class GgufBlocks(WeightFormat):
             dtype = torch.promote_types(x_NI.dtype, torch.bfloat16)  # float16 would overflow
             return in_blocks(lambda rows: self.decode(blocks[rows]), len(blocks), x_NI.to(dtype)).to(x_NI.dtype)
 
-        return quantized.linear(x_NI, quantized.Parts(self.kernel, blocks, None, weight.shape[-1]), readable=readable)
+        return quantized.linear(x_NI, self.parts_of(weight, blocks, None), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         blocks = weight.part(self.parts[0], expert)

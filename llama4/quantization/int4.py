@@ -25,12 +25,12 @@ _INTERLEAVED = {"weight_packed": 4, "weight_scale": 1}
 
 @dataclass(frozen=True)
 class Int4(WeightFormat):
-    """Eight weights in an int32, a scale per 32 to 256 weights of a row; inputs are not rounded. The CPU kernels read
-    sixteen rows interleaved."""
+    """Eight weights in an int32, a scale per 32 to 256 weights of a row. The CPU kernels read sixteen rows interleaved."""
 
     kind = "int4"
     bits = 4
     parts = ("weight_packed", "weight_scale")
+    has_int8_products = True
     compressed_name = "pack-quantized"
 
     group_size: int = 128
@@ -81,7 +81,7 @@ class Int4(WeightFormat):
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
-        parts = quantized.Parts(self.kind, packed, scale, weight.shape[-1], self.group_size, weight.in_kernel_layout)
+        parts = self.parts_of(weight, packed, scale)
         rows_of = self.rows_of(weight, expert, x_NI.dtype)
         return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
 

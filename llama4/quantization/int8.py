@@ -16,10 +16,11 @@ from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, Weigh
 
 @dataclass(frozen=True)
 class Int8(WeightFormat):
-    """A signed byte per weight, a scale per output; inputs are not rounded."""
+    """A signed byte per weight, a scale per output; inputs are not rounded, unless that is asked for."""
 
     kind = "int8"
     bits = 8
+    has_int8_products = True
     compressed_name = "int-quantized"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:
@@ -50,7 +51,7 @@ class Int8(WeightFormat):
             sums = in_blocks(lambda rows: values[rows].to(dtype), len(values), x_NI.to(dtype))
             return (sums * scale.mT).to(x_NI.dtype)
 
-        return quantized.linear(x_NI, quantized.Parts(self.kind, values, scale, weight.shape[-1]), readable=readable)
+        return quantized.linear(x_NI, self.parts_of(weight, values, scale), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -55,6 +55,7 @@ class WeightFormat(ABC):
 
     Attributes:
         group_size: neighbours along I that share a scale; None: all of a row.
+        activations: "float", or "int8": CPU kernels round the inputs of products, with a scale for each group of them.
     """
 
     kind: ClassVar[str]
@@ -68,6 +69,8 @@ class WeightFormat(ABC):
     """Of `parts`, those that have the same value for every output of a matrix, and lie in files once."""
     int8_activations: ClassVar[bool] = False
     """Whether inputs are rounded to int8 by default: where that is small beside how far the weights are rounded."""
+    has_int8_products: ClassVar[bool] = False
+    """Whether the CPU kernels multiply with inputs that are rounded to int8, too."""
     rounds_inputs: ClassVar[bool] = False
     """Whether inputs are rounded, too, while the model runs."""
     has_rows: ClassVar[bool] = False
@@ -76,6 +79,7 @@ class WeightFormat(ABC):
     """What compressed-tensors calls the format on disk; None if it has no such format."""
 
     group_size: int | None = None
+    activations: str = field(default="float", kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.kind}, a scale per {f'{self.group_size} weights' if self.group_size else 'output'}"
@@ -169,16 +173,15 @@ class WeightFormat(ABC):
         return sums.to(gradient_NO.dtype)
 
     def with_int8_activations(self) -> Self:
-        """The same format for products of CPU kernels with inputs rounded to int8, a scale for each 32; itself where
-        there are none."""
-        return self
+        """The same format for products of CPU kernels with inputs rounded to int8; itself where there are none."""
+        return replace(self, activations="int8") if self.has_int8_products else self
 
     # -- how CPU kernels read it ---------------------------------------------------------------------------------------
 
     @property
     def has_cpu_kernels(self) -> bool:
         """Whether there are compiled kernels for this kind of format."""
-        return quantized.has_kernels(self.kind)
+        return quantized.has_kernels(self.kind, self.activations)
 
     def has_kernel_layout(self, shape: Shape) -> bool:
         """Whether the CPU kernels of this machine read such a matrix in an order of their own."""
@@ -197,8 +200,18 @@ class WeightFormat(ABC):
         if "weight_scale" not in self.parts:
             return None
         values, scale = weight.part(self.parts[0]), weight.part("weight_scale")
+        return self.parts_of(weight, values, scale)
+
+    def parts_of(self, weight: QuantizedWeight, values: Tensor, scale: Tensor | None) -> quantized.Parts:
+        """The tensors of a matrix, or of those of all experts, for kernels."""
         return quantized.Parts(
-            self.kind, values, scale, weight.shape[-1], self.group_size or 0, weight.in_kernel_layout
+            self.kind,
+            values,
+            scale,
+            weight.shape[-1],
+            self.group_size or 0 if scale is not None else 0,
+            weight.in_kernel_layout,
+            self.activations,
         )
 
     def matrix(self, weight: QuantizedWeight) -> Matrix | None:

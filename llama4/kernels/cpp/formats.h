@@ -52,6 +52,8 @@ struct Bfloat16 {
 struct Int8 : InOrder<uint8_t> {
   static constexpr const char* name = "int8";
   static constexpr long multiple = 64;
+  static constexpr int codes = 256;
+  static constexpr int value(int code) { return int8_t(code); }
   void read(long o, long block, Plane* out) const {
     i32x16 values = (i32x16)(widen(at(o, block)) << 24) >> 24;
     out[0] = to_floats(values);
@@ -73,6 +75,8 @@ inline f32x16 read_int4(u32x16 words, int place) { return to_floats((i32x16)(wor
 struct Int4 {
   static constexpr const char* name = "int4";
   static constexpr long multiple = 32;
+  static constexpr int codes = 16;
+  static constexpr int value(int code) { return code - 8; }
   static constexpr bool grouped = true, rounds_inputs = false, interleaved = true;
   static constexpr int interleave = 16, step_inputs = 32, step_bytes = interleave * step_inputs / 2;
   const uint8_t* w;
@@ -153,7 +157,7 @@ using QuantizedFormats =
     FormatList<2, Int8, Fp8, Int4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Iq4Nl, GgufMxfp4, Int4Zeros,
                Int8Inputs<Q8_0>, Int8Inputs<Q4_0>, Int8Inputs<Q4_1>, Int8Inputs<Q5_0>, Int8Inputs<Q5_1>,
                Int8Inputs<Q4_K>, Int8Inputs<Q5_K>, Int8Inputs<Q6_K>, Int8Inputs<Iq4Nl>, Int8Inputs<GgufMxfp4>,
-               Int8Inputs<Int4Zeros>>;  // 0 and 1 are dense
+               Int8Inputs<Int4Zeros>, Int8Inputs<Int8>, Int8Inputs<Int4>>;  // 0 and 1 are dense
 
 // A format as it is read fastest for few rows of a dtype.
 template <class F, class X>

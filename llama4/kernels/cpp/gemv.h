@@ -96,12 +96,46 @@ __attribute__((noinline)) void dot_segments(const F f, long first, long count, l
     }
 }
 
+// Rows of W that share what is read of four rows of x, where more are to come: a core then computes for longer than it
+// reads. One, where a block is several products (its sums fill the registers), or where registers are too few.
+template <class F, int N>
+constexpr int rows_together = N == 4 && unrolled_blocks<F, N> == 1 && vectors_in_registers > 16 ? 4 : 1;
+
+// The same for sixteen rows, in the same order of sums.
+template <class F, int N>
+__attribute__((noinline)) void dot_rows_together(const F f, long first, long from, long until, long segment,
+                                                 const typename F::Plane* x, f32x16 (*results)[16]) {
+  static_assert(F::planes == 1);
+  constexpr int R = rows_together<F, N>;
+  for (long i = 0; i < 16; i += R)
+    for (long block = from; block < until;) {
+      const long end = std::min(block + segment, until);
+      f32x16 sums[R][N] = {};
+      for (; block < end; block++) {
+        typename F::Plane inputs[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) inputs[n] = load<typename F::Plane>(x + block * N + n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          typename F::Plane w;
+          f.read(first + i + r, block, &w);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; n++) sums[r][n] = multiply_add(sums[r][n], w, inputs[n]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) results[n][i + r] += sums[r][n];
+    }
+}
+
 // Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of several rows of x
 // stays in the nearest cache. What is prefetched is the next segment of the same row, or the first one 16 rows later;
 // nothing is read behind the end of W.
 template <class F, int N, class Y>
-void gemv_outputs(const F& f, const typename F::Plane* x, long begin, long end, long O, Scales scales,
-                  const float* row_scales, Y* y) {
+void gemv_outputs(const F& f, const typename F::Plane* x, bool more_to_come, long begin, long end, long O,
+                  Scales scales, const float* row_scales, Y* y) {
   constexpr long rows = 16, longest = max_segment<F>;
   const long blocks = f.I / F::inputs, segments = std::max((blocks + longest - 1) / longest, 1l);
   const long segment = (blocks + segments * 4 - 1) / (segments * 4) * 4;
@@ -110,13 +144,18 @@ void gemv_outputs(const F& f, const typename F::Plane* x, long begin, long end, 
   for (long first = begin; first < end; first += rows) {
     const long count = std::min(end - first, rows);
     f32x16 results[N][rows] = {};
+    const auto add = [&](long from, long until, long ahead) {
+      if constexpr (rows_together<F, N> > 1)
+        if (more_to_come && count == rows)
+          return dot_rows_together<F, N>(f, first, from, until, segment, x, results);
+      dot_segments<F, N>(f, first, count, from, until, segment, x, ahead, results);
+    };
     if (N == 1 || segments == 1) {
-      dot_segments<F, N>(f, first, count, 0, blocks, segment, x, prefetch_bytes, results);
+      add(0, blocks, prefetch_bytes);
     } else {
       for (long s = 0; s < segments; s++) {
         const long ahead = s + 1 < segments ? segment_bytes : rows * row_bytes - s * segment_bytes;
-        dot_segments<F, N>(f, first, count, s * segment, std::min(blocks, (s + 1) * segment), segment, x, ahead,
-                           results);
+        add(s * segment, std::min(blocks, (s + 1) * segment), ahead);
       }
     }
     for (int n = 0; n < N; n++) {
@@ -156,7 +195,7 @@ void gemv(Phase& phase, const Product<F, Y>* products, long count, const X* x, l
   const auto* inputs = arrange_inputs<F>(phase.team, x, N, products->f.I);
   add_products(phase, products, count, [=](const Product<F, Y>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
-      gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, begin, end, own.O, own.scales,
+      gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, N > rows, begin, end, own.O, own.scales,
                             row_scales ? row_scales + n : nullptr, own.y + n * own.O);
     });
   });

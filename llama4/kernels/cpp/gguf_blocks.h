@@ -383,6 +383,12 @@ struct Q6_K : LargeBlocks<210> {
 template <class F>
 constexpr bool is_block_format = requires { F::nbytes; };
 
+template <class F>
+constexpr bool has_minimum = [] {
+  if constexpr (is_block_format<F>) return F::has_minimum;
+  else return false;
+}();
+
 // Whether codes are the integers, but for an offset.
 template <class F>
 constexpr bool is_linear() {

@@ -10,6 +10,7 @@
 #include "gemm_unpacked.h"
 #include "gemv.h"
 #include "gemv_blocks.h"
+#include "gemv_bytes.h"
 #include "gemv_in_out.h"
 #include "gemv_int4.h"
 
@@ -32,14 +33,28 @@ struct Matrix {
   long numbers() const { return I * O; }
 };
 
-// Most rows of a product that takes as long as reading its matrix does: with more it computes for longer.
+// Most rows of a product with any matrix that do not go in tiles: it takes as long as reading the matrix does.
 constexpr long max_gemv_rows = 12;
 
-// Whether rows go in tiles. W [I, O] is packed so fast that tiles pay off as soon as one is full.
+// The same with a matrix of a layout: as long as tiles do not pay. W [I, O] is packed so fast that they do as soon as
+// one is full. Of the others some need many rows, where registers suffice.
+inline long gemv_rows_of(long layout) {
+  if (layout == IN_OUT) return tile_rows;
+  if (vectors_in_registers <= 16) return max_gemv_rows;
+  if (layout == OUT_IN) return 48;
+  long rows = max_gemv_rows;
+  QuantizedFormats::visit(layout, [&](auto format) {
+    using F = decltype(format);
+    if constexpr (F::interleaved) rows = has_int8_inputs<F> ? 32 : 64;
+    else if constexpr (!is_block_format<F> && !has_int8_inputs<F>) rows = 16;
+  });
+  return rows;
+}
+
+// Whether rows go in tiles.
 template <class X>
 bool uses_gemm(const Matrix& a, long N) {
-  const bool fits = a.O % strip == 0 && a.I % numbers_per_word<X> == 0;
-  return fits && N > (a.layout == IN_OUT ? tile_rows : max_gemv_rows);
+  return a.O % strip == 0 && a.I % numbers_per_word<X> == 0 && N > gemv_rows_of(a.layout);
 }
 
 // Inputs of which the rows of a dense matrix must be a multiple, whatever the machine.
@@ -119,6 +134,8 @@ void multiply_gemv(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, a.I);
       gemv(phase, products.data(), count, rounded.rows, N, rounded.scales);
+    } else if constexpr (has_int8_inputs<F>) {
+      gemv_bytes(phase, products.data(), count, x, N);
     } else if constexpr (F::interleaved) {
       gemv_int4(phase, products.data(), count, x, N);
     } else {
@@ -151,9 +168,9 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     const Word* words = nullptr;
     const float* row_scales = nullptr;
     if constexpr (has_int8_inputs<F>) {
-      words = pack_byte_rows<F>(phase.team, x, N, I);
+      words = pack_byte_rows(phase.team, read_as<F, uint8_t>(begin->matrix), x, N);
       for (auto p = begin; p != end; p++)
-        gemm_bytes(phase, words, N, read_as<F, uint8_t>(p->matrix), p->matrix.O, p->y);
+        gemm_bytes(phase, words, N, read_as<F, uint8_t>(p->matrix), p->matrix.O, p->matrix.scales, p->y);
       return;
     } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, I);

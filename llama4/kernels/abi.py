@@ -78,7 +78,8 @@ class Layer(ctypes.Structure):
 
 
 class Decoder(ctypes.Structure):
-    """A model. `layers` is the address of an array of `Layer`, `norm` that of weights."""
+    """A model. `layers` is the address of an array of `Layer`, `norm` that of weights; `is_batch_invariant` is 1 if a
+    row's logits shall be the same bits, whatever rows stand beside it."""
 
     _fields_ = [
         *((name, c_int64) for name in ("layers", "num_layers")),
@@ -86,6 +87,7 @@ class Decoder(ctypes.Structure):
         ("norm", c_int64),
         ("head", Matrix),
         ("eps", c_double),
+        ("is_batch_invariant", c_int64),
     ]
 
 

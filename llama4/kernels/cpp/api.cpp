@@ -225,6 +225,7 @@ const Constant constants[] = {
     FIELD(Decoder, norm),
     FIELD(Decoder, head),
     FIELD(Decoder, eps),
+    FIELD(Decoder, is_batch_invariant),
     SIZE(LayerStep),
     FIELD(LayerStep, rotations),
     FIELD(LayerStep, temperatures),

@@ -28,6 +28,7 @@ struct Decoder {
   const void* norm;
   Matrix head;
   double eps;
+  int64_t is_batch_invariant;  // whether a row's logits are the same bits, whatever rows stand beside it
 };
 
 // What a layer needs to know of the tokens of several steps to come: rotations [steps, N, C] and temperatures [steps,
@@ -127,7 +128,7 @@ class DecoderStep {
     X *heads = team.memory<X>(N * H * C), *out = team.memory<X>(N * D);
     team.for_each(N, D, [&](long n) { norm(l.input_norm, l.eps, n, n); });
     Phase inputs(team);
-    multiply(inputs, {{l.q, q}, {l.k, k}, {l.v, v}}, x, N);
+    multiply(inputs, {{l.q, q}, {l.k, k}, {l.v, v}}, x, N, d.is_batch_invariant);
     inputs.run();
     CacheFormats<X>::visit(s.format, [&](auto format) {
       using F = decltype(format);
@@ -146,7 +147,7 @@ class DecoderStep {
       attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, heads);
     });
     Phase output(team);
-    multiply(output, {{l.o, out}}, heads, N);
+    multiply(output, {{l.o, out}}, heads, N, d.is_batch_invariant);
     output.run();
     team.for_each(N, D, [&](long n) { add(h + n * D, out + n * D, D); });
   }
@@ -173,21 +174,22 @@ class DecoderStep {
       for (long d = 0; d < D; d += 16) store_floats(routed + i * D + d, load_floats(from + d) * routes.scores[choice]);
     });
     const auto multiply_experts = [&](Phase& phase, const Matrix& a, const X* rows, X* y) {
-      routes.for_each_expert(
-          [&](long e, long i, long count) { multiply(phase, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count); });
+      routes.for_each_expert([&](long e, long i, long count) {
+        multiply(phase, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count, d.is_batch_invariant);
+      });
     };
     Phase wide(team), between(team), down(team);
     const bool is_apart = l.expert_up.w;
     X* expert_up = gate_up + (is_apart ? R * F_expert : F_expert);
     multiply_experts(wide, l.gate_up, routed, gate_up);
     if (is_apart) multiply_experts(wide, l.expert_up, routed, expert_up);
-    multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N);
+    multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N, d.is_batch_invariant);
     wide.run();
     swiglu_rows(between, gate_up, expert_up, R, F_expert, l.gate_up.O, routed_inner);
     swiglu_rows(between, gate, up, N, F, F, inner);
     between.run();
     multiply_experts(down, l.down, routed_inner, routed_out);
-    multiply(down, {{l.shared_down, out}}, inner, N);
+    multiply(down, {{l.shared_down, out}}, inner, N, d.is_batch_invariant);
     down.run();
     team.for_each(N, D, [&](long n) {
       for (long i = n * routes.k; i < (n + 1) * routes.k; i++) add(h + n * D, routed_out + routes.rows[i] * D, D);
@@ -225,7 +227,7 @@ class DecoderStep {
     X* logits = (X*)tokens.logits;
     team.for_each(outputs, D, [&](long i) { norm(d.norm, d.eps, tokens.outputs ? tokens.outputs[i] : i, i); });
     Phase head(team);
-    multiply(head, {{d.head, logits}}, x, outputs);
+    multiply(head, {{d.head, logits}}, x, outputs, d.is_batch_invariant);
     head.run();
     greedy_token(team, logits, outputs, d.head.O, tokens.greedy, tokens.logprobs);
   }

@@ -146,8 +146,7 @@ void gemv_outputs(const F& f, const typename F::Plane* x, bool more_to_come, lon
     f32x16 results[N][rows] = {};
     const auto add = [&](long from, long until, long ahead) {
       if constexpr (rows_together<F, N> > 1)
-        if (more_to_come && count == rows)
-          return dot_rows_together<F, N>(f, first, from, until, segment, x, results);
+        if (more_to_come && count == rows) return dot_rows_together<F, N>(f, first, from, until, segment, x, results);
       dot_segments<F, N>(f, first, count, from, until, segment, x, ahead, results);
     };
     if (N == 1 || segments == 1) {

@@ -32,7 +32,9 @@ struct ByteInputs {
   const float* scales;
   const int32_t* begin;
 
-  ByteInputs from_row(long n, long I, long groups) const { return {bytes + n * I, scales + n * groups, begin + n * groups}; }
+  ByteInputs from_row(long n, long I, long groups) const {
+    return {bytes + n * I, scales + n * groups, begin + n * groups};
+  }
 };
 
 // `lanes` of a sum belong to the same output.
@@ -129,7 +131,8 @@ void gemv_byte_outputs(const Int8Inputs<Int4>& f, Scales, const ByteInputs& x, l
           __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++)
-            sums[n][j] = multiply_add_bytes<15>(multiply_add_bytes<15>(sums[n][j], codes[0], low[n]), codes[1], high[n]);
+            sums[n][j] =
+                multiply_add_bytes<15>(multiply_add_bytes<15>(sums[n][j], codes[0], low[n]), codes[1], high[n]);
         }
       }
       float scales[16];

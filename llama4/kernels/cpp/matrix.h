@@ -36,17 +36,18 @@ struct Matrix {
 // Most rows of a product with any matrix that do not go in tiles: it takes as long as reading the matrix does.
 constexpr long max_gemv_rows = 12;
 
-// The same with a matrix of a layout: as long as tiles do not pay. W [I, O] is packed so fast that they do as soon as
-// one is full. Of the others some need many rows, where registers suffice.
-inline long gemv_rows_of(long layout) {
-  if (layout == IN_OUT) return tile_rows;
+// The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they do as soon as one is full;
+// of the others some need many rows, where registers suffice.
+inline long gemv_rows_of(const Matrix& a) {
+  if (a.layout == IN_OUT) return tile_rows;
   if (vectors_in_registers <= 16) return max_gemv_rows;
-  if (layout == OUT_IN) return 48;
+  if (a.layout == OUT_IN) return 64;
   long rows = max_gemv_rows;
-  QuantizedFormats::visit(layout, [&](auto format) {
+  QuantizedFormats::visit(a.layout, [&](auto format) {
     using F = decltype(format);
-    if constexpr (F::interleaved) rows = has_int8_inputs<F> ? 32 : 64;
-    else if constexpr (!is_block_format<F> && !has_int8_inputs<F>) rows = 16;
+    if constexpr (is_block_format<F>) return;
+    else if constexpr (F::interleaved) rows = has_int8_inputs<F> && a.group_size < 128 ? max_gemv_rows : 64;
+    else if constexpr (!has_int8_inputs<F>) rows = 16;
   });
   return rows;
 }
@@ -54,7 +55,7 @@ inline long gemv_rows_of(long layout) {
 // Whether rows go in tiles.
 template <class X>
 bool uses_gemm(const Matrix& a, long N) {
-  return a.O % strip == 0 && a.I % numbers_per_word<X> == 0 && N > gemv_rows_of(a.layout);
+  return a.O % strip == 0 && a.I % numbers_per_word<X> == 0 && N > gemv_rows_of(a);
 }
 
 // Inputs of which the rows of a dense matrix must be a multiple, whatever the machine.
@@ -190,12 +191,14 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
   });
 }
 
-// Adds products with N rows of x, those side by side that go with each other.
+// Adds products with N rows of x, those side by side that go with each other; without tiles a row's are the same bits,
+// whatever rows stand beside it.
 template <class X>
-void multiply(Phase& phase, std::initializer_list<MatrixProduct<X>> all, const X* x, long N) {
+void multiply(Phase& phase, std::initializer_list<MatrixProduct<X>> all, const X* x, long N,
+              bool without_tiles = false) {
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     for (end = first + 1; end != all.end() && first->goes_with(*end, N);) end++;
-    if (uses_gemm<X>(first->matrix, N)) multiply_gemm(phase, first, end, x, N);
+    if (!without_tiles && uses_gemm<X>(first->matrix, N)) multiply_gemm(phase, first, end, x, N);
     else multiply_gemv(phase, first, end, x, N);
   }
 }

@@ -1,4 +1,4 @@
-// Rows of x rounded to int8, with a scale for each 32 inputs: what products with the formats `Int8Inputs` multiply.
+// Rows of x rounded to int8, with a scale for each group of inputs: what products with the formats `Int8Inputs` take.
 
 #pragma once
 

@@ -15,6 +15,7 @@ from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
+from llama4.engine.fused_cpu import make_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
 from llama4.engine.moderation import MAX_REPLY, Asked, ask, judge
@@ -133,6 +134,7 @@ class Llama4:
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
         activations: str = "auto",
+        batch_invariant: bool = False,
         experts: str = "auto",
         experts_device: str | torch.device | None = None,
         experts_memory: int | str | None = None,
@@ -159,9 +161,11 @@ class Llama4:
             dtype: "auto" is the checkpoint's, except that models below 100M parameters are float32 on a CPU.
             quantization: "int4", "int8", "fp8", or Meta's mixes "int4_mixed" and "fp8_mixed": quantize the weights
                 while loading, one at a time. None takes them as they are, quantized or not.
-            activations: what blocks of GGUF and int4 with zero points are multiplied with on a CPU: "float"; "int8",
-                rounded to int8 with a scale for each 32, which is faster, and refused where no weight has such
-                products; "auto" rounds in bfloat16, where the weights are rounded much more.
+            activations: what int4, int8 and blocks of GGUF are multiplied with on a CPU: "float"; "int8", rounded to
+                int8 with a scale for each group, which is faster, and refused where no weight has such products; "auto"
+                rounds in bfloat16, where the weights are rounded much more.
+            batch_invariant: on a CPU, decode so that a row's logits are the same bits alone and beside any others; see
+                docs/performance.md for what that costs. Refused where a step is not compiled code.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -216,6 +220,8 @@ class Llama4:
             model = family.build(built, resolve_experts(experts, target, compute))
         swap_modules(model, source.plan)
         choose_activations(model, activations, target, compute)
+        if batch_invariant:
+            make_batch_invariant(model, target, compute)
         load(
             model,
             source,

@@ -47,7 +47,11 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     "activations": {
         "default": "auto",
         "choices": ACTIVATIONS,
-        "help": "what GGUF and int4 with zero points are multiplied with on a CPU: float or int8 (default: auto)",
+        "help": "what int4, int8 and GGUF are multiplied with on a CPU: float or int8 (default: auto)",
+    },
+    "batch_invariant": {
+        "action": "store_true",
+        "help": "on a CPU, decode a row to the same bits, whatever rows stand beside it",
     },
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
     "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},

@@ -26,6 +26,7 @@ from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import Sliding, slots_end
 from llama4.engine.fused_model import Description
+from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
 from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
@@ -36,6 +37,22 @@ from llama4.ops.attention import format_unsupported_reason
 
 MAX_STEPS = 64
 """Steps that are prepared at once."""
+
+
+def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.dtype) -> None:
+    """From now on a step's logits of a row are the same bits, whatever rows stand beside it.
+
+    Raises:
+        ArgumentError: steps of this model are not compiled code.
+    """
+    reason = cpu_kernels.library_unsupported_reason()
+    if device.type != "cpu":
+        reason = f"the model is on {device}"
+    elif dtype not in (torch.float32, torch.bfloat16):
+        reason = f"it computes in {str(dtype).removeprefix('torch.')}"
+    if reason is not None:
+        raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")
+    model.is_batch_invariant = True
 
 
 class FusedSession:

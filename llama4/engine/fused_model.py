@@ -83,6 +83,7 @@ class Description:
         try:
             _check_frame(model)
             decoder, layers = _describe(model.language_model)
+            decoder.is_batch_invariant = model.is_batch_invariant
         except UnsupportedError as error:
             return cls(None, str(error), modules, children, parameters, dispatchers)
         return cls(decoder, None, modules, children, parameters, dispatchers, _layers=layers)

@@ -47,6 +47,7 @@ class Llama4Model(nn.Module):
 
     Attributes:
         image_name: the token that stands for a picture, or for a part of one.
+        is_batch_invariant: whether compiled steps compute a row to the same bits, whatever rows stand beside it.
     """
 
     image_name: ClassVar[str] = "<|patch|>"
@@ -54,6 +55,7 @@ class Llama4Model(nn.Module):
     def __init__(self, config: Llama4Config, experts: type[Experts] = LoopExperts) -> None:
         super().__init__()
         self.config = config
+        self.is_batch_invariant = False
         self.language_model = LanguageModel(config.text, experts)
         self.vision_model: VisionModel | None = None
         self.multi_modal_projector: Projector | None = None

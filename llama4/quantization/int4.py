@@ -25,12 +25,14 @@ _INTERLEAVED = {"weight_packed": 4, "weight_scale": 1}
 
 @dataclass(frozen=True)
 class Int4(WeightFormat):
-    """Eight weights in an int32, a scale per 32 to 256 weights of a row. The CPU kernels read sixteen rows interleaved."""
+    """Eight weights in an int32, a scale per 32 to 256 weights of a row. The CPU kernels read sixteen rows
+    interleaved."""
 
     kind = "int4"
     bits = 4
     parts = ("weight_packed", "weight_scale")
     has_int8_products = True
+    int8_activations = True
     compressed_name = "pack-quantized"
 
     group_size: int = 128

@@ -22,8 +22,8 @@ _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.
 
 def choose_activations(model: nn.Module, activations: str, device: torch.device, dtype: torch.dtype) -> None:
     """In what packed weights of a model are multiplied by CPU kernels: "int8" rounds their inputs, with a scale for
-    each 32, where the format has such products; "auto" does so in bfloat16, for formats of which the weights' own
-    rounding is much larger.
+    each group of them, where the format has such products; "auto" does so in bfloat16, for formats of which the
+    weights' own rounding is much larger.
 
     Raises:
         ArgumentError: "int8", and no product is of integers there.
@@ -39,7 +39,7 @@ def choose_activations(model: nn.Module, activations: str, device: torch.device,
                 module.format = rounded
     if activations == "int8":
         reasons = {
-            "no weight of this model is in blocks of GGUF, or in int4 with zero points": has_products,
+            "no weight of this model is in int4, int8 or blocks of GGUF": has_products,
             f"the model is on {device}": device.type == "cpu",
             f"it computes in {str(dtype).removeprefix('torch.')}": dtype in (torch.float32, torch.bfloat16),
             "there are no CPU kernels (`llama4 info --system` says why)": has_kernels,

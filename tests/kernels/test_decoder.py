@@ -19,6 +19,7 @@ from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.engine.fused_model import Description
+from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
 from llama4.kernels.abi import LayerStep, Tokens, check
 from llama4.model.decoder import DecoderLayer
@@ -71,7 +72,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=MODELS, ids=lambda given: f"{given[0]}-{given[1]}")
 def model(request: pytest.FixtureRequest, directory: Path) -> Llama4Model:
     scheme, dtype = request.param
-    return Llama4.from_pretrained(directory, quantization=scheme, dtype=dtype, progress=False).model
+    return Llama4.from_pretrained(
+        directory, quantization=scheme, dtype=dtype, activations="float", progress=False
+    ).model
 
 
 def ids_of(sequence: int, start: int, count: int) -> Tensor:
@@ -190,6 +193,36 @@ def test_logits_of_some_tokens(model: Llama4Model) -> None:
     some = fused(model, step, cache, [3, 63, 8])
     for one, other in zip(every, some, strict=True):
         assert relative_error(other.float(), one[[3, 63, 8]].float()) < (1e-5 if model.dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("is_invariant", [False, True])
+@torch.inference_mode()
+def test_rows_do_not_change_each_other(model: Llama4Model, is_invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a bit, if that is asked for; else by less than 1e-6 in float32, and not a bit among a few."""
+    monkeypatch.setattr(model, "is_batch_invariant", is_invariant)
+    step = [(i % 5, 1) for i in range(64)]
+    cache = filled(model, step, None)
+    everybody = fused(model, step, cache.fork())[0]
+    few = fused(model, step[:8], cache.fork([*range(8)]))[0]
+    for rows in (1, 2, 5, 13, 17, 40, 64):
+        ours = fused(model, step[:rows], cache.fork([*range(rows)]))[0]
+        assert torch.equal(ours[:8], few[:rows]) or not (is_invariant or rows <= 8), rows
+        assert torch.equal(ours, everybody[:rows]) or not is_invariant, rows
+        if model.dtype == torch.float32:
+            assert relative_error(ours, everybody[:rows]) < 1e-6
+
+
+@torch.inference_mode()
+def test_batch_invariance_is_asked_for(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refused where a step is not compiled code."""
+    llm = Llama4.from_pretrained(directory, quantization="int8", batch_invariant=True, progress=False)
+    description = Description.of(llm.model)
+    assert description.decoder is not None and description.decoder.is_batch_invariant == 1
+    with pytest.raises(ArgumentError, match="batch_invariant=True does nothing here: it computes in float64"):
+        Llama4.from_pretrained(directory, dtype="float64", batch_invariant=True, progress=False)
+    monkeypatch.setattr(loader, "library", lambda: None)
+    with pytest.raises(ArgumentError, match="batch_invariant=True does nothing here: "):
+        Llama4.from_pretrained(directory, batch_invariant=True, progress=False)
 
 
 @pytest.mark.parametrize("count", [2, 3])

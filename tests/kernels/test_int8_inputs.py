@@ -45,8 +45,8 @@ class TestInt8Inputs:
         return cpu.linear_quantized("int4_int8", x, packed, scale, self.group)
 
     def on_steps(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Rows that rounding does not change: the largest of a group is 127 steps, powers of two of different sizes; the
-        last group is of zeros if there is another."""
+        """Rows that rounding does not change: the largest of a group is 127 steps, powers of two of different sizes;
+        the last group is of zeros if there is another."""
         generator, groups = torch.Generator().manual_seed(rows), self.inputs // self.group
         steps = torch.randint(-127, 128, (rows, groups, self.group), generator=generator)
         steps[..., 7] = 127

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from llama4.api import Llama4
 from llama4.errors import CheckpointError
+from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
+from llama4.ops import cpu_kernels
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import QuantizedWeight
@@ -60,6 +62,27 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 def same(a: Path, b: Path) -> bool:
     one, other = tensors(a), tensors(b)
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@torch.inference_mode()
+def test_inputs_rounded_to_int8(plain: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That changes little; by default it is in bfloat16 alone, beside int4."""
+    monkeypatch.setattr(cpu_kernels, "MIN_MATRIX", 1)
+
+    def logits(dtype: str, activations: str) -> tuple[Tensor, set[str]]:
+        model = Llama4.from_pretrained(
+            plain, quantization=scheme, dtype=dtype, activations=activations, progress=False
+        ).model
+        formats = [module.format for module in model.modules() if isinstance(module, QuantizedWeight)]
+        return model(IDS).float(), {format.activations for format in formats}
+
+    exact, kept = logits("float32", "auto")
+    rounded, asked = logits("float32", "int8")
+    assert kept == {"float"} and asked == {"int8"}
+    assert logits("bfloat16", "auto")[1] == {"int8" if scheme == "int4" else "float"}
+    assert 1e-5 < (rounded - exact).abs().mean() / exact.abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -412,7 +412,7 @@ def test_activations_that_nothing_is_multiplied_with(tmp_path: Path, monkeypatch
     """They are refused, with the reason, as experts= is; "float" and "auto" are not."""
     path, _ = quantized(tmp_path / "a.gguf", {"ffn_gate_inp": "F32", **MIXES["one type each"]})
     with pytest.raises(
-        ArgumentError, match=r"activations='int8' does nothing here: no weight .* blocks of GGUF, or in i"
+        ArgumentError, match=r"activations='int8' does nothing here: no weight .* in int4, int8 or blocks of GGUF"
     ):
         Llama4.from_pretrained("tiny", activations="int8", progress=False)
     with pytest.raises(ArgumentError, match="does nothing here: it computes in float64; choose 'float' or 'auto'"):

@@ -165,7 +165,7 @@ class Llama4:
                 int8 with a scale for each group, which is faster, and refused where no weight has such products; "auto"
                 rounds in bfloat16, where the weights are rounded much more.
             batch_invariant: on a CPU, decode so that a row's logits are the same bits alone and beside any others; see
-                docs/performance.md for what that costs. Refused where a step is not compiled code.
+                docs/performance.md for what that costs. Refused without compiled steps of AVX-512.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory

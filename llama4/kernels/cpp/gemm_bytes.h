@@ -126,7 +126,8 @@ void pack_bytes(const F& f, Scales, long o, Word* to) {
 
 // `rows` rows of a tile times 32 outputs.
 template <class F, int rows>
-__attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, const Word* w, long groups, float (*y)[strip]) {
+__attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, const Word* w, long groups,
+                                                  float (*y)[strip]) {
   const ByteGroup group(f);
   constexpr int vectors = byte_tile_vectors;
   const auto number = [](Word word) { return __builtin_bit_cast(float, word); };

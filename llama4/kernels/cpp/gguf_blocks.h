@@ -321,8 +321,8 @@ struct PairedGroups : LargeBlocks<bytes> {
     const u32x4 head = load<u32x4>(block);  // two scales, and those bytes
     const u32x4 low = __builtin_shufflevector(head, head, 1, 3, 2, 3) >> u32x4{0, 0, 0, 4};
     const u32x4 high = __builtin_shufflevector(head, head, 1, 1, 2, 2) >> 2;
-    const u32x4 all = (low & u32x4{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
-                      (high & u32x4{0, 0x30303030, 0, 0x30303030});
+    const u32x4 all =
+        (low & u32x4{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) | (high & u32x4{0, 0x30303030, 0, 0x30303030});
     const f32x16 scaled = from_unsigned_bytes(all) * eight_of_each(from_halves(head));
     s.scales = low_half(scaled), s.minima = -high_half(scaled);
   }

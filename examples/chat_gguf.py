@@ -33,7 +33,7 @@ def smollm2() -> Path:
 
 
 if __name__ == "__main__":
-    question, *files = [*sys.argv[1:], "What is the capital of France?"][: max(1, len(sys.argv) - 1)]
+    question, *files = [*sys.argv[1:], "What is photosynthesis?"][: max(1, len(sys.argv) - 1)]
     llm = Llama4.from_pretrained(files[0] if files else smollm2())
     for piece in llm.stream(question, max_new_tokens=60):
         print(piece, end="", flush=True)

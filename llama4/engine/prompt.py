@@ -79,6 +79,12 @@ class PromptPictures:
         """Tokens [begin, end) of prompt and reply."""
         return Piece(ids[begin:end], self._features(ids, begin, end), self._grids_of(begin, end))
 
+    def up_to_second(self, begin: int, size: int) -> int:
+        """How many of so many tokens from `begin` on are before a second picture, where a picture is thousands of keys
+        for layers of cross-attention, and takes as long to encode, though it is one token."""
+        second = bisect_left(self._places, begin) + 1
+        return size if self._grids is None or second >= len(self._places) else min(size, self._places[second] - begin)
+
     def _features(self, ids: Sequence[int], begin: int, end: int) -> list[Tensor]:
         """A `<|patch|>` that the model itself wrote is no picture, but its own embedding."""
         first, last = bisect_left(self._places, begin), bisect_left(self._places, end)

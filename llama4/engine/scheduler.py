@@ -302,6 +302,8 @@ class Scheduler:
             pieces[request] = min(request.missing, left)
             left -= pieces[request]
         pieces[oldest] += min(left, oldest.missing - pieces[oldest])
+        if self.running.groups:  # who wait for their next token
+            pieces = {each: each.pictures.up_to_second(each.computed, size) for each, size in pieces.items()}
         self._read_pieces({each: self._within_chunks(each, size) for each, size in pieces.items() if size})
 
     def _within_chunks(self, request: Request, size: int) -> int:

@@ -154,8 +154,15 @@ def run(llm: Llama4, scheduler: Scheduler, cases: list[Case], seed: int, cancell
             i = rng.choice(sorted(left))
             scheduler.cancel(left.pop(i))
             gone.add(i)
+        known = [*scheduler.waiting, *scheduler.reading, *scheduler.running.requests]
+        oldest = min(known, key=lambda each: each.arrival, default=None)
+        before = oldest and (len(oldest.ids), oldest.computed)
         scheduler.step()
         assert scheduler.pool.used == held(scheduler), "blocks that nobody names are held"
+        computed = [*scheduler.reading, *scheduler.running.requests]
+        if oldest in computed:
+            assert oldest and (len(oldest.ids), oldest.computed) != before, "the oldest waits"
+        assert all(a.arrival < b.arrival for a in computed for b in scheduler.waiting), "a younger one comes first"
     return gone
 
 

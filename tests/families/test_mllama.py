@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 
 from llama4.api import Llama4
+from llama4.engine.request import Delivery, Request
+from llama4.engine.runner import ModelRunner
+from llama4.engine.sampling import Sampler
+from llama4.engine.scheduler import Scheduler
 from llama4.errors import ConfigError, Llama4Error
 from llama4.families import FAMILIES, PRESETS
 from llama4.families import mllama as family
+from llama4.inputs import Inputs
 from llama4.model.cross_model import CrossAttentionModel
 from tests.config.test_fields import missing, of_config
 from tests.families import mllama_models as made
@@ -74,6 +80,42 @@ def test_logits(ours: CrossAttentionModel, kind: str) -> None:
             parts.append(ours(ids[:, begin : begin + size], cache=cache, **own))
             begin += size
         assert relative_error(torch.cat(parts, dim=1), wanted) < TOLERANCE
+
+
+class NoText:
+    """A tokenizer for tokens whose text nobody reads."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b""
+
+
+def test_a_prompt_of_pictures_delays_others_by_one_at_a_time(
+    ours: CrossAttentionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each is a single token."""
+    encoded, encode, scheduler = [0], ours.encode_images, Scheduler(ModelRunner(ours), NoText())
+
+    def counted(*given: Any) -> Tensor:
+        encoded[0] += 1
+        return encode(*given)
+
+    def ask(ids: Tensor, length: int, *pictures: Tensor) -> list[Delivery]:
+        got: list[Delivery] = []
+        inputs = Inputs(ids, torch.ones_like(ids), *(pictures or (None,)))
+        settings: dict[str, Any] = {"max_new_tokens": length, "stop_ids": ()}
+        scheduler.add(Request(inputs, ours, Sampler(), deliver=got.append, **settings))
+        return got
+
+    monkeypatch.setattr(ours, "encode_images", counted)
+    talking = ask(prompt(9, (), 2), 50)
+    while not talking:
+        scheduler.step()
+    seeing = ask(prompt(20, (2, 3, 7), 1), 1, *made.pictures(((1, 2), (2, 2), (1, 1))))
+    while not seeing:
+        before, said = encoded[0], len(talking)
+        scheduler.step()
+        assert encoded[0] <= before + 1 and len(talking) == said + 1
+    assert encoded[0] == 3 and not isinstance(seeing[0], Exception)
 
 
 @torch.inference_mode()

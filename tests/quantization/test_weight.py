@@ -139,10 +139,14 @@ def test_parts_move_with_their_module(format: WeightFormat) -> None:
 
 
 @pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
-@pytest.mark.parametrize("shape", [(64, 256), (3, 48, 256)], ids=str)
-@pytest.mark.parametrize("format", FORMATS[:2], ids=name_of)
-def test_the_order_of_the_kernels_stays_inside(format: WeightFormat, shape: tuple[int, ...]) -> None:
-    """A checkpoint, a state dict and another device get four bits as they are stored."""
+@pytest.mark.parametrize(
+    ("group", "shape"),
+    [(32, (64, 256)), (32, (64, 576)), (32, (3, 48, 256)), (128, (64, 256)), (128, (3, 48, 256))],
+    ids=str,
+)
+def test_the_order_of_the_kernels_stays_inside(group: int, shape: tuple[int, ...]) -> None:
+    """A checkpoint, a state dict and another device get four bits as they are stored. Rows are whole groups."""
+    format = Int4(group)
     weight, x, expert = normal(*shape).bfloat16(), normal(3, shape[-1], seed=4), 1 if len(shape) == 3 else None
     module = packed(weight, format)
     assert module.in_kernel_layout

@@ -107,6 +107,9 @@ INLINE auto look_up16(auto codes, const uint8_t* table) {
 
 // The low halves of bytes, then the high ones.
 INLINE void read_nibbles(u32x16 words, u32x16* codes) {
+#ifdef __AVX512F__
+  asm("" : "+v"(words));  // GCC would load them twice
+#endif
   codes[0] = words & 0x0f0f0f0fu, codes[1] = words >> 4 & 0x0f0f0f0fu;
 }
 

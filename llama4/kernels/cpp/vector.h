@@ -258,9 +258,14 @@ INLINE u32x16 concat(u32x4 a, u32x4 b, u32x4 c, u32x4 d) {
 // The same numbers, and zeros in the other lanes.
 template <class V>
 INLINE f32x16 with_zeros(V v) {
+#ifdef __AVX512F__  // through memory it would be waited for: what is loaded was stored in two parts
+  if constexpr (sizeof v == 16) return (f32x16)_mm512_zextps128_ps512((__m128)v);
+  else return (f32x16)_mm512_zextps256_ps512((__m256)v);
+#else
   f32x16 wide{};
   __builtin_memcpy(&wide, &v, sizeof v);
   return wide;
+#endif
 }
 
 // 16 bytes, or 16 numbers of two bytes, as words.

@@ -19,8 +19,8 @@ from llama4.tiny import shapes_dataset
 from llama4.tiny.shapes_dataset import Question
 from llama4.train import LoraConfig, finetune
 
-KINDS = ("count", "count_shape", "count_colour", "colour", "shape", "position")
-"""Of questions: how many, which colour, which shape, where."""
+KINDS = ("count", "count_shape", "count_colour", "colour", "shape")
+"""Of questions: how many, which colour, which shape."""
 
 TARGETS = ("attention", "experts", "shared", "embeddings")
 """It has seen no brace and no quotation mark before, so their embeddings must be learnt, too."""

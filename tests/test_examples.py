@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llama4 import Llama4, Reply, ToolCall
-from llama4.tiny import EMBEDDED
+from llama4.tiny import EMBEDDED, shapes_dataset
 from tests import small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,6 +54,7 @@ def test_json_is_learnt_from_pictures(
 ) -> None:
     """A few of them: the example runs through, and its data and its figures are as it says."""
     example = runpy.run_path(str(EXAMPLES / "learn_json.py"))
+    assert set(example["KINDS"]) <= set(shapes_dataset.KINDS_OF_QUESTION)
     example["main"](tmp_path, train=3, test=2)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "adapter/adapter_model.safetensors").exists()

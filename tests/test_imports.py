@@ -58,6 +58,7 @@ COMPARE_WITH_TRANSFORMERS = (
     "llama4.bench.parity",
     "llama4.bench.baselines",
     "llama4.bench.perplexity",
+    "llama4.bench.peft_baseline",
     "llama4.bench.device.transformers_baseline",
 )
 

@@ -22,6 +22,7 @@ BENCHES = {
     "vqa": ("vqa", "accuracy on questions about fresh drawings"),
     "long": ("long", "one long prompt: time, memory, and the tokens after it"),
     "serve": ("serving.command", "a server under load: tokens a second, many connections, many requests"),
+    "finetune": ("finetuning", "a step of training an adapter, beside transformers with PEFT"),
     "parity": ("parity", "logits against transformers, layer by layer"),
     "device": ("device.command", "what only a GPU can show: checks, speed and memory within minutes"),
 }

@@ -28,11 +28,44 @@ def as_transformers(batch: Batch) -> dict[str, torch.Tensor]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 
 
+def losses_of_trainer(model: Any, run: Run, directory: Path) -> list[float]:
+    """Of the steps of a run, with its batches in its order."""
+    from transformers import Trainer, TrainingArguments
+
+    wanted: list[float] = []
+
+    def in_order(trainer: Any, *args: Any) -> Any:
+        return torch.utils.data.SequentialSampler(trainer.train_dataset)
+
+    def recorded_step(trainer: Any, *args: Any, **options: Any) -> Any:
+        loss = Trainer.training_step(trainer, *args, **options)
+        wanted.append(loss.item())
+        return loss
+
+    recorded: Any = type("Recorded", (Trainer,), {"_get_train_sampler": in_order, "training_step": recorded_step})
+    options = run.options
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=1,
+        max_steps=run.steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps(run.steps),
+        max_grad_norm=options.clip,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = [as_transformers(run.batches[step]) for step in range(run.steps)]
+    recorded(model, arguments, train_dataset=data, data_collator=lambda items: items[0]).train()
+    return wanted
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments
 
     directory = small_model.write(tmp_path / "model")
     lines = ({"prompt": f"say {i * 7} {i}", "completion": f"it is {i % 3} and {i % 5}"} for i in range(60))
@@ -49,32 +82,7 @@ def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
     assert set(adapter.names) == set(run.adapter.names) if run.adapter else False
     run.adapter, run.trained = adapter, dict(adapter.named_parameters())
 
-    wanted: list[float] = []
-
-    def in_order(trainer: Any, *args: Any) -> Any:
-        return torch.utils.data.SequentialSampler(trainer.train_dataset)
-
-    def recorded_step(trainer: Any, *args: Any, **options: Any) -> Any:
-        loss = Trainer.training_step(trainer, *args, **options)
-        wanted.append(loss.item())
-        return loss
-
-    recorded: Any = type("Recorded", (Trainer,), {"_get_train_sampler": in_order, "training_step": recorded_step})
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "trainer"),
-        per_device_train_batch_size=1,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        max_grad_norm=1.0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    data = [as_transformers(run.batches[step]) for step in range(STEPS)]
-    recorded(model, arguments, train_dataset=data, data_collator=lambda items: items[0]).train()
+    wanted = losses_of_trainer(model, run, tmp_path / "trainer")
     with run.attached():
         found = loop._train(run, run.objective(), tmp_path / "out", False, threading.Event()).losses
     assert len(found) == len(wanted) == STEPS and found[-1] < 0.7 * found[0]

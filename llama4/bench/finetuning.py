@@ -2,9 +2,9 @@
 
 `llama4 bench finetune [small] [--layers 1] [--rows 4] [--length 512] [--rank 16] [--json | --markdown]`
 
-LoRA on attention, routed and shared experts, with AdamW, in float32, of a text model with random weights. Each engine has
-a process of its own; they take turns, and the machine's peak rates are measured before each step. The first step of each
-is not counted.
+LoRA on attention, routed and shared experts, with AdamW, in float32, of a text model with random weights. Each engine
+has a process of its own; they take turns, and the machine's peak rates are measured before each step. The first step of
+each is not counted.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def measure(task: Task, engines: Mapping[str, type], rounds: int) -> dict[str, A
 def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
     head = (
         f"LoRA of rank {report['rank']} on {', '.join(TARGETS)}, {report['layers']} layers of {report['model']}, "
-        f"float32, {report['rows']} x {report['length']} tokens; {machine_line(report['machine'])}; median (lowest-highest) of "
-        f"{report['rounds']} rounds\n{rates_line(report['peak_rates'])}"
+        f"float32, {report['rows']} x {report['length']} tokens; {machine_line(report['machine'])}; "
+        f"median (lowest-highest) of {report['rounds']} rounds\n{rates_line(report['peak_rates'])}"
     )
     rows = [
         [

@@ -9,6 +9,7 @@ import pytest
 
 from llama4.bench import finetuning
 from llama4.bench.__main__ import main
+from llama4.bench.make import MODELS
 from llama4.bench.peak_rates import PeakRates
 from tests import small_model
 
@@ -22,7 +23,7 @@ class Probe:
 
 def test_a_step_beside_peft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = replace(small_model.config(), vision=None)
-    monkeypatch.setitem(finetuning.MODELS, "tiny", lambda: tiny)
+    monkeypatch.setitem(MODELS, "tiny", lambda: tiny)
     monkeypatch.setattr(finetuning, "PeakProbe", Probe)
     command = ["finetune", "tiny", "--layers", "2", "--rows", "2", "--length", "16", "--rank", "4", "--rounds", "1"]
     assert main([*command, "--json"]) == 0

@@ -44,6 +44,7 @@ def losses_of_trainer(model: Any, run: Run, directory: Path) -> list[float]:
 
     recorded: Any = type("Recorded", (Trainer,), {"_get_train_sampler": in_order, "training_step": recorded_step})
     options = run.options
+    assert options.learning_rate is not None
     arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=1,

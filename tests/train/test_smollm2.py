@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_the_loss_falls_as_with_transformers(method: str, rate: float, path: Pat
     options = TrainingOptions(method, lora, steps=STEPS, batch_tokens=1 << 20, learning_rate=rate, warmup=1)
     run = Run(llm, data, None, options, progress=False)
     torch.manual_seed(0)
-    model = reference_model(path)
+    model: Any = reference_model(path)
     if method == "lora":
         linears = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
         model = get_peft_model(model, PeftConfig(r=4, lora_alpha=8, target_modules=linears))

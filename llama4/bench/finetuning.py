@@ -40,8 +40,8 @@ from llama4.bench.report import (
     table,
     warn_of_other_processes,
 )
+from llama4.bench.training_task import RATE, TARGETS, Task
 from llama4.bench.workers import Worker
-from llama4.config import Llama4Config
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.train.data import Batch
@@ -49,28 +49,6 @@ from llama4.train.loss import IGNORED
 from llama4.train.optimizer import AdamW
 from llama4.train.step import learn
 from llama4.weights.memory import return_freed
-
-TARGETS = ("attention", "experts", "shared")
-RATE = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a step is of."""
-
-    config: Llama4Config
-    rows: int
-    length: int
-    rank: int
-    threads: int
-
-    def ids(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.config.text.vocab_size, (self.rows, self.length), generator=generator)
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 class Ours:

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from llama4.bench.finetuning import RATE, Task
 from llama4.bench.peak_rates import timed
 from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
+from llama4.bench.training_task import RATE, Task
 
 LINEARS = r".*layers\.\d+\.(self_attn\.[qkvo]_proj|feed_forward\.shared_expert\.\w+_proj)"
 STACKS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]

@@ -57,7 +57,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(directory: Path, scheme: str | None, dtype: str, experts: str = "auto") -> Llama4Model:
-    return Llama4.from_pretrained(directory, quantization=scheme, dtype=dtype, experts=experts, progress=False).model
+    return Llama4.from_pretrained(
+        directory, quantization=scheme, dtype=dtype, experts=experts, activations="float", progress=False
+    ).model
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from llama4.errors import ArgumentError, Llama4Error
 from llama4.model.experts import Experts
 from llama4.model.moe import Router, top_k
 from llama4.model.multimodal import Llama4Model
-from llama4.ops.experts import grouped_product
+from llama4.ops.low_rank import low_rank, low_rank_experts
 from llama4.ops.precision import upcast
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts
@@ -68,13 +68,13 @@ class Lora(nn.Module):
     def added(self, x: Tensor) -> Tensor:
         """What is added to the output for x [..., I], in float32 or better."""
         x = F.dropout(x, self.dropout, self.training).to(torch.promote_types(x.dtype, self.a.dtype))
-        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
+        return low_rank(x, self.a.to(x.dtype), self.b.to(x.dtype), self.scale)
 
     def added_by_expert(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        """The same of experts, for rows sorted by expert: one product for the A of all, and one for the B."""
+        """The same of experts, for rows sorted by expert."""
         x_RI = x_RI.to(torch.promote_types(x_RI.dtype, self.a.dtype))
-        x_Rr = grouped_product(x_RI, num_tokens_per_expert_E, self.a.to(x_RI.dtype).mT) * self.scale
-        return grouped_product(x_Rr, num_tokens_per_expert_E, self.b.to(x_RI.dtype).mT)
+        a, b = self.a.to(x_RI.dtype), self.b.to(x_RI.dtype)
+        return low_rank_experts(x_RI, num_tokens_per_expert_E, a, b, self.scale)
 
     def delta(self, expert: int | None = None) -> Tensor:
         """What is added to the matrix [O, I], or to that of an expert, in float32 or better."""

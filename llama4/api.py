@@ -519,12 +519,13 @@ class Llama4:
         notice_fork()
         cache = self._cache_of(rows)
         judged = judge(self.runner, self.tokenizer, asked, cache, threshold, self.stop_ids)
-        self.cache = PromptCache(self.model, cache, rows[0], self.progress)
+        self.cache = PromptCache(self.model, cache, rows[0], self.progress, self.adapters.state)
         return judged
 
     def _cache_of(self, rows: Sequence[torch.Tensor]) -> SequenceCache:
         """A cache with what the last one has of these prompts, or empty."""
-        cache = self.cache.beginning(rows) if self.cache is not None else None
+        kept = self.cache if self.cache is not None and self.cache.state is self.adapters.state else None
+        cache = kept.beginning(rows) if kept is not None else None
         return cache or self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
 
     def _start(
@@ -551,7 +552,7 @@ class Llama4:
             progress=self.progress,
         )
         if len(rows) == 1:
-            self.cache = PromptCache(self.model, cache, rows[0], self.progress)
+            self.cache = PromptCache(self.model, cache, rows[0], self.progress, self.adapters.state)
             events = self.cache.recorded(events)
         return events, asked.builders(self.tokenizer)
 
@@ -615,9 +616,10 @@ class Llama4:
         """Put what `llm.cache.save(path)` wrote into `llm.cache`.
 
         Raises:
-            Llama4Error: no such file, a damaged one, or the cache of another model or cache_dtype.
+            Llama4Error: no such file, a damaged one, or the cache of another model, adapter or cache_dtype.
         """
-        self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device, self.progress)
+        state = self.adapters.state
+        self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device, self.progress, state)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model with its tokenizer and a model card in Hugging Face's layout, for this library or

@@ -41,6 +41,12 @@ class Adapters(Mapping[str, Adapter]):
     def __len__(self) -> int:
         return len(self._adapters)
 
+    @property
+    def state(self) -> object:
+        """What the model computes with beside its weights: the active adapter; without one this object, which is
+        another after an adapter was merged."""
+        return self if self.active is None else self._adapters[self.active]
+
     def add(self, name: str, adapter: Adapter | str | Path) -> None:
         """One more, or another one of a name, which is taken off: an adapter, or a directory as PEFT writes it.
 

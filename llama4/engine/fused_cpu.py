@@ -148,9 +148,14 @@ class FusedSession:
 
 
 @contextmanager
-def only_our_threads(model: Llama4Model, cache: SequenceCache) -> Iterator[None]:
-    """Around a forward: where every product and attention is that of a kernel, torch computes with one thread."""
-    if FusedCpuRunner(model).unsupported_reason(cache) is not None:
+def only_our_threads(model: Llama4Model, cache: SequenceCache, runner: FusedCpuRunner | None = None) -> Iterator[None]:
+    """Around a forward: where every product and attention is that of a kernel, what hooks and adapters add apart, torch
+    computes with one thread.
+
+    Args:
+        runner: one that may know the model already.
+    """
+    if (runner or FusedCpuRunner(model)).undescribed_reason(cache) is not None:
         yield
         return
     with threads.torch_by_one_thread():
@@ -178,6 +183,14 @@ class FusedCpuRunner:
         return cpu_kernels.library_unsupported_reason()
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:
+        if (reason := self.undescribed_reason(cache)) is not None:
+            return reason
+        assert self._description is not None
+        hooked = self._description.hooked(self.model)
+        return f"{hooked} has a hook, or a forward of its own" if hooked is not None else None
+
+    def undescribed_reason(self, cache: SequenceCache) -> str | None:
+        """Why the modules of the model do not compute what these steps do, whatever hangs on them."""
         model, head_dim = self.model, self.model.config.text.head_dim
         if (reason := self._absent_reason()) is not None:
             return reason
@@ -200,8 +213,6 @@ class FusedCpuRunner:
             if self._description is not None:
                 self._description.is_outdated = True
             self._description = Description.of(model)
-        if (hooked := self._description.hooked(model)) is not None:
-            return f"{hooked} has a hook, or a forward of its own"
         return self._description.unsupported_reason
 
     def open(self, cache: SequenceCache) -> FusedSession:

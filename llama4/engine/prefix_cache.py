@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama4.adapters.lora import Adapter
 from llama4.cache.saved import load_cache, save_cache
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.tokens import Event
@@ -53,13 +54,18 @@ class PromptCache:
 
     Attributes:
         cache: keys and values.
+        state: what the model computed with beside its weights: an adapter, or what else is the same object as long as
+            these keys and values are of use.
         tokens: identities of the computed tokens, and perhaps of a last token that is not computed yet.
         progress: show bars while it is saved.
     """
 
-    def __init__(self, model: Llama4Model, cache: SequenceCache, tokens: Tensor, progress: bool = False) -> None:
+    def __init__(
+        self, model: Llama4Model, cache: SequenceCache, tokens: Tensor, progress: bool = False, state: object = None
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.state = state
         self.tokens = [int(token) for token in tokens]
         self.progress = progress
 
@@ -114,7 +120,8 @@ class PromptCache:
         """
         if not self.cache.is_consistent:
             raise Llama4Error("this cache is of a prompt whose reading was broken off; read the prompt again")
-        tokens, model = torch.tensor(self.tokens[: len(self)]), fingerprint(self.model, self.progress)
+        tokens = torch.tensor(self.tokens[: len(self)])
+        model = fingerprint(self.model, self.progress, self.state)
         save_cache(Path(path), self.cache, tokens, model, self.progress)
 
     @classmethod
@@ -125,6 +132,7 @@ class PromptCache:
         dtype: str | torch.dtype | None = None,
         device: torch.device | None = None,
         progress: bool = False,
+        state: object = None,
     ) -> PromptCache:
         """Read what `save` wrote.
 
@@ -132,24 +140,30 @@ class PromptCache:
             model: that which made it.
             dtype, device: of the cache, as in `Llama4Model.new_cache`.
             progress: show bars, now and when it is saved again.
+            state: what the model computes with beside its weights.
 
         Raises:
-            Llama4Error: no such file, a damaged one, or the cache of another model or dtype.
+            Llama4Error: no such file, a damaged one, or the cache of another model, adapter or dtype.
         """
         cache = model.new_cache(1, dtype, device)
         window = model.config.text.max_position_embeddings
-        return cls(model, cache, load_cache(path, cache, fingerprint(model, progress), window), progress)
+        tokens = load_cache(path, cache, fingerprint(model, progress, state), window)
+        return cls(model, cache, tokens, progress, state)
 
 
-def fingerprint(model: Llama4Model, progress: bool = False) -> str:
-    """Of a model's configuration and of every number of its weights, as a checkpoint has them: kernels on another
-    machine may want another order. All weights are read, at 1 to 2 GB/s per core."""
+def fingerprint(model: Llama4Model, progress: bool = False, state: object = None) -> str:
+    """Of a model's configuration and of every number of its weights, as a checkpoint has them, and of the adapter that
+    it computes with: kernels on another machine may want another order. All weights are read, at 1 to 2 GB/s per
+    core."""
     source = ModelSource(model)
     names = sorted(source.names())
     sizes = {name: source.spec(name).nbytes for name in names}
     bar = Bar("hashing weights", sum(sizes.values()), "bytes", shown=progress)
     with bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = list(pool.map(lambda name: _digest(name, source.read(name), bar), names))
+    if isinstance(state, Adapter):
+        for name, lora in state.items():
+            digests += [_digest(f"{name} {lora.scale}", matrix, bar) for matrix in (lora.a, lora.b)]
     return hashlib.sha256(repr((model.config.text, model.config.vision)).encode() + b"".join(digests)).hexdigest()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
-from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.engine.fused_cpu import FusedCpuRunner, only_our_threads
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
@@ -69,15 +69,16 @@ class EagerSession:
 
     logits_BV: Tensor
 
-    def __init__(self, model: Llama4Model) -> None:
-        self.model = model
+    def __init__(self, model: Llama4Model, described: FusedCpuRunner) -> None:
+        self.model, self._described = model, described
 
     def is_current(self, cache: SequenceCache) -> bool:
         return False
 
     @torch.inference_mode()
     def run(self, ids: list[int], cache: SequenceCache) -> None:
-        self.logits_BV = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)[:, 0]
+        with only_our_threads(self.model, cache, self._described):
+            self.logits_BV = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)[:, 0]
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
         ids_B, logprobs_B = greedy_token(self.logits_BV)
@@ -91,6 +92,7 @@ class EagerRunner:
 
     def __init__(self, model: Llama4Model) -> None:
         self.model = model
+        self._described = FusedCpuRunner(model)
 
     def is_worthwhile(self) -> bool:
         return True
@@ -99,7 +101,7 @@ class EagerRunner:
         return None
 
     def open(self, cache: SequenceCache) -> EagerSession:
-        return EagerSession(self.model)
+        return EagerSession(self.model, self._described)
 
 
 class ModelRunner:

@@ -6,13 +6,13 @@ Shapes: N packed tokens, D hidden size, E experts, k experts per token, R = N * 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.config import TextConfig
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
+from llama4.ops.linear import linear
 from llama4.ops.precision import upcast
 
 
@@ -41,7 +41,7 @@ class Router(nn.Linear):
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """[N, E], of every expert."""
-        return F.linear(upcast(x_ND), upcast(self.weight))
+        return linear(upcast(x_ND), upcast(self.weight))
 
 
 class MixtureOfExperts(nn.Module):

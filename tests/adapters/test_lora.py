@@ -231,3 +231,44 @@ def test_experts_elsewhere_are_not_left_out_in_silence(tmp_path: Path, quantizat
     with pytest.raises(Llama4Error, match="does not have or cannot adapt"):
         adapter.attach(model)
     assert all(".experts" not in name for name in Adapter.create(model, LoraConfig(targets=("attention",))).names)
+
+
+def test_no_keys_of_another_adapter_are_reused(tmp_path: Path) -> None:
+    """However a kept cache comes back: put there by hand, after a merge, from a file."""
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    for seed, name in enumerate(("a", "b")):
+        llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=2), seed))
+    question = " ".join(["word"] * 100)
+
+    def ask() -> tuple[str, int]:
+        before = llm.cache
+        text = llm.chat(question, max_new_tokens=8).text
+        assert llm.cache is not before
+        return text, len(llm.cache or "")
+
+    def alone() -> tuple[str, int]:
+        llm.cache = None
+        return ask()
+
+    llm.set_adapter("a")
+    expected = alone()
+    kept = llm.cache
+    assert kept is not None
+    kept.save(tmp_path / "kept")
+    for other in ("b", None):
+        llm.set_adapter(other)
+        fresh = alone()
+        llm.cache = kept
+        assert ask() == fresh != expected
+        with pytest.raises(Llama4Error):
+            llm.load_cache(tmp_path / "kept")
+    base = llm.cache
+    llm.adapters.activate("b")  # which leaves the cache where it is
+    assert ask() == alone()
+    llm.set_adapter("a")
+    llm.load_cache(tmp_path / "kept")
+    assert llm.cache is not None and len(llm.cache) == len(kept) and ask() == expected
+    llm.merge_adapter()
+    fresh = alone()
+    llm.cache = base
+    assert ask() == fresh

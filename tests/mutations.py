@@ -91,8 +91,8 @@ MUTATIONS = [
     Mutation(
         "a hook does not stop the fused runner",
         "llama4/engine/fused_cpu.py",
-        "(hooked := self._description.hooked(model)) is not None",
-        "(hooked := self._description.hooked(model)) == 0",
+        "(hooked := self._description.hooked(self.model)) is not None",
+        "(hooked := self._description.hooked(self.model)) == 0",
         "tests/engine/test_fused_cpu.py::test_hooks_are_called",
     ),
     Mutation(

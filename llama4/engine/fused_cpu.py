@@ -186,8 +186,9 @@ class FusedCpuRunner:
         if (reason := self.undescribed_reason(cache)) is not None:
             return reason
         assert self._description is not None
-        hooked = self._description.hooked(self.model)
-        return f"{hooked} has a hook, or a forward of its own" if hooked is not None else None
+        if (hooked := self._description.hooked(self.model)) is not None:
+            return f"{hooked} has a hook, or a forward of its own"
+        return None
 
     def undescribed_reason(self, cache: SequenceCache) -> str | None:
         """Why the modules of the model do not compute what these steps do, whatever hangs on them."""

@@ -392,7 +392,7 @@ class Processor:
     ) -> list[Piece]:
         """A prompt in the family's format, or in that of the checkpoint's own template."""
         variables = dict(variables or {})
-        if reserved := sorted(variables.keys() & {"messages", "mark_replies", "bos", *options}):
+        if reserved := sorted(variables.keys() & {"self", "messages", "mark_replies", "bos", *options}):
             raise Llama4Error(
                 f"chat_template_kwargs holds {', '.join(reserved)}, which other arguments say; leave it out"
             )

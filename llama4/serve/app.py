@@ -98,6 +98,13 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return answer
 
 
+async def _two_lengths(scope: Scope, receive: Receive, send: Send) -> None:
+    """Where such a request ends, a proxy before this server may see otherwise: nothing that follows is read."""
+    answer = refusal(RequestError("content-length and transfer-encoding say two lengths; send one of them"))
+    answer.headers["connection"] = "close"
+    await answer(scope, receive, send)
+
+
 class _Identified:
     """Gives each request an id: that which the client sent, or a new one; it is in the answer's headers and the log."""
 
@@ -108,7 +115,8 @@ class _Identified:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
         identity = sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else uuid.uuid4().hex
         request_id.set(identity)
         begun, status = time.monotonic(), 0
@@ -121,7 +129,9 @@ class _Identified:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await (_two_lengths if {b"content-length", b"transfer-encoding"} <= headers.keys() else self._app)(
+                scope, receive, noted
+            )
         finally:
             took = 1000 * (time.monotonic() - begun)
             path = scope["raw_path"].decode("latin-1")  # as it was sent: without line breaks

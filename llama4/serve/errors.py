@@ -12,6 +12,8 @@ from llama4.errors import BusyError, ChatTemplateError, ClosedError, ContextLeng
 
 _OPTIONS = {
     **{name: name for name in ("logit_bias", "min_tokens", "ignore_eos", "response_format", "tool_choice")},
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty")},
+    **{name: name for name in ("presence_penalty", "frequency_penalty")},
     **{name: f"structured_outputs.{name}" for name in ("regex", "grammar")},
     "choices": "structured_outputs.choice",
     "chat_template_kwargs": "chat_template_kwargs",

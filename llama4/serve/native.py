@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -119,6 +120,10 @@ async def apply_template(service: Service, call: Call) -> Response:
     service.model(call.fields["model"])
     messages, options = await prompt_of(service, call.fields)
     variables = options["chat_template_kwargs"] or {}
+    own = inspect.signature(service.engine.llm.processor.apply_chat_template).parameters
+    if reserved := sorted(variables.keys() & {"self", *own}):
+        message = f"chat_template_kwargs holds {', '.join(reserved)}, which is no variable of the prompt's format"
+        raise RequestError(message, field="chat_template_kwargs")
     continues = bool(options["continue_final_message"])
     text = await asyncio.to_thread(
         lambda: service.engine.llm.processor.apply_chat_template(

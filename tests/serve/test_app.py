@@ -261,6 +261,8 @@ def test_embeddings_are_means_of_hidden_states(llm: Llama4, running: Running) ->
         ({"messages": QUESTION, "chat_template_kwargs": {"a": [{"b": "\ude00"}]}}, 400, "chat_template_kwargs.a[0].b"),
         ({"messages": QUESTION, "chat_template_kwargs": {"\ude00": 1}}, 400, "chat_template_kwargs"),
         ({"messages": QUESTION, "audio": {"voice": "x"}}, 400, "audio"),
+        ({"messages": QUESTION, "top_k": 2**31}, 400, "top_k"),
+        ({"messages": QUESTION, "chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs"),
         ({"messages": QUESTION, "guided_json": {"type": "object"}}, 400, "guided_json"),
         ({"messages": QUESTION, "grammar": 'root ::= "a"'}, 400, "grammar"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0].content[0].type"),
@@ -361,6 +363,9 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
     assert client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
     prompt = client.post("/apply-template", json={"messages": QUESTION}).json()["prompt"]
     assert prompt == llm.processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    for name in ("self", "messages", "tools", "chat_template", "tokenize"):
+        body = {"messages": QUESTION, "chat_template_kwargs": {name: "x"}}
+        assert client.post("/apply-template", json=body).json()["error"]["param"] == "chat_template_kwargs"
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == "tiny" and client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/other").status_code == 404

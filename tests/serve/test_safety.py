@@ -280,6 +280,18 @@ def test_what_is_no_http_fills_no_log(running: Running, caplog: Any) -> None:
     assert caplog.text == ""
 
 
+def test_a_request_of_two_lengths_ends_the_connection(running: Running) -> None:
+    """As RFC 9112, 6.1, demands: a proxy may take what follows for its body."""
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    with socket.create_connection(running.listening.getsockname(), timeout=60) as connection:
+        connection.sendall(head + b"2\r\n{}\r\n0\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(2**16):
+                answer += piece
+    assert answer.count(b"HTTP/1.1 ") == 1 and answer.startswith(b"HTTP/1.1 400 ")
+
+
 def test_headers_are_limited(running: Running) -> None:
     """By the parser that `http_config` names, before anything is read of what they say."""
     host, port = running.url.removeprefix("http://").split(":")

@@ -37,6 +37,7 @@ from llama4.quantization.modules import choose_activations, swap_modules
 from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
+from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
 from llama4.text.vocabulary import INFILLING
@@ -312,6 +313,11 @@ class Llama4:
         return self._processor
 
     @property
+    def prompt_limit(self) -> PromptLimit:
+        """How many tokens a prompt may have: a longer one is refused, if possible before it is read."""
+        return PromptLimit.of_window(self.config.text.max_position_embeddings, self.max_context)
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply: those that generation_config.json names, else config.json, else the tokenizer's.
 
@@ -461,7 +467,8 @@ class Llama4:
             special_tokens: the text is a prompt rendered already: names of special tokens in it are these tokens.
             options: as of `chat`.
         """
-        return self.chat(self.processor.complete(text, special_tokens=special_tokens), **options)
+        inputs = self.processor.complete(text, special_tokens=special_tokens, limit=self.prompt_limit)
+        return self.chat(inputs, **options)
 
     def infill(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Reply:
         """What belongs between two pieces of code or text, of a model that was trained for that: Code Llama 7B and 13B.
@@ -472,7 +479,7 @@ class Llama4:
         Raises:
             Llama4Error: a model whose tokenizer has no tokens for that.
         """
-        return self.chat(self.processor.infill(prefix, suffix), **options)
+        return self.chat(self.processor.infill(prefix, suffix, limit=self.prompt_limit), **options)
 
     def moderate(
         self,
@@ -501,7 +508,7 @@ class Llama4:
         """
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
-        asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard)
+        asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard, self.prompt_limit)
         return self.judge(asked, threshold)
 
     def judge(self, asked: Asked, threshold: float = 0.5) -> Moderation:
@@ -572,10 +579,14 @@ class Llama4:
         tool_choice: str | Mapping[str, Any] | None = None,
         ignore_eos: bool = False,
         top_logprobs: int = 0,
+        limit: PromptLimit | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Prepared:
         """What is computed for these arguments of `chat`: the prompt's tokens and pictures, and how the reply is
         chosen, the checkpoint's defaults included. Nothing is computed yet.
+
+        Args:
+            limit: how many tokens a prompt may have; by default that of the window.
 
         Raises:
             Llama4Error: as `chat`.
@@ -594,6 +605,7 @@ class Llama4:
                 tools=tools,
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
+                limit=limit or self.prompt_limit,
             )
         notice_fork()
         return Prepared(

@@ -20,6 +20,7 @@ from llama4.families.fusion import EarlyFusion, Fusion
 from llama4.text import chat_formats
 from llama4.text.messages import ImagePart, Message, ParsedMessage, image_places, image_sources, read_messages
 from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
+from llama4.text.prompt_limit import PromptLimit
 from llama4.text.template import ChatTemplate
 from llama4.text.template_agreement import Compose, agrees
 from llama4.text.tokenizer import Tokenizer
@@ -155,6 +156,7 @@ class Processor:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         padding_side: PaddingSide = "left",
+        limit: PromptLimit | None = None,
     ) -> Inputs:
         """One conversation, or a list of them, as one batch.
 
@@ -168,8 +170,10 @@ class Processor:
             chat_template_kwargs: further variables of the prompt's format: what the checkpoint's own template reads
                 (`date_string`, `documents`), or of Llama 4's own `tools_in_user_message`, which is True.
             padding_side: where short rows are padded.
+            limit: how many tokens a prompt may have, so that one that surely has more is not read.
 
         Raises:
+            ContextLengthError: a prompt surely has more tokens than `limit` allows.
             Llama4Error: a message is not well formed, an image cannot be read, or there are more or fewer `images` than
                 parts without one; `ChatTemplateError` if the checkpoint's own template fails.
         """
@@ -186,7 +190,7 @@ class Processor:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continued,
             )
-            rows.append(self._encode(pieces, row_tiles).ids)
+            rows.append(self._encode(pieces, row_tiles, limit).ids)
             tiles += row_tiles
         return self._pad(rows, tiles, padding_side)
 
@@ -245,6 +249,7 @@ class Processor:
         images: Sequence[Any] = (),
         special_tokens: bool = False,
         padding_side: PaddingSide = "left",
+        limit: PromptLimit | None = None,
     ) -> Inputs:
         """Raw text, or a list of texts, for the model to continue, after the tokenizer's first token if it puts one.
 
@@ -252,8 +257,10 @@ class Processor:
             images: with `special_tokens`, one for each `<|image|>` in the texts.
             special_tokens: the texts are prompts rendered already: names of special tokens in them are these tokens,
                 and no second `<|begin_of_text|>` is put before them.
+            limit: as in a call of the processor.
 
         Raises:
+            ContextLengthError: as a call of the processor.
             Llama4Error: there is no text, or there are more or fewer images than places for them.
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -268,17 +275,21 @@ class Processor:
         if self.tokenizer.adds_bos:
             prompts = [self.fusion.begun(prompt, bos) for prompt in prompts]
         rows = [
-            self._encode(prompt, [next(remaining) for _ in range(count)]).ids
+            self._encode(prompt, [next(remaining) for _ in range(count)], limit).ids
             for prompt, count in zip(prompts, counts, strict=True)
         ]
         return self._pad(rows, tiles, padding_side)
 
-    def infill(self, prefix: str, suffix: str) -> Inputs:
+    def infill(self, prefix: str, suffix: str, *, limit: PromptLimit | None = None) -> Inputs:
         """What comes before and after a gap, for a model to fill it, as Code Llama was trained.
 
         Source: `infilling_prompt_tokens` in llama/generation.py of Meta's Code Llama.
 
+        Args:
+            limit: as in a call of the processor.
+
         Raises:
+            ContextLengthError: as a call of the processor.
             Llama4Error: the tokenizer has no tokens for that.
         """
         if INFILLING[0] not in self.tokenizer.special_tokens:
@@ -286,9 +297,9 @@ class Processor:
                 f"{self.tokenizer.path} has no tokens for infilling; Code Llama's of 7B and 13B have them"
             )
         before, after, middle, _ = (Piece(name, special=True) for name in INFILLING)
-        pieces = [Piece(self.tokenizer.bos, special=True), before, Piece(prefix), after]
-        ids = encode(filter(lambda piece: piece.text, pieces), self.tokenizer).ids
-        ids += [*self.tokenizer.encode(suffix, blank=False), self.tokenizer.special(middle.text)]
+        begin = Piece(self.tokenizer.bos, special=True)
+        pieces = [begin, before, Piece(prefix), after, Piece(suffix, blank=False), middle]
+        ids = encode((piece for piece in pieces if piece.text), self.tokenizer, limit=limit).ids
         return self._pad([ids], (), "left")
 
     def read(self, messages: Sequence[Message]) -> tuple[list[ParsedMessage], list[Tiles]]:
@@ -300,13 +311,17 @@ class Processor:
         ((row, tiles),) = self._tiled(messages, None)
         return row, tiles
 
-    def pack(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Inputs:
+    def pack(self, pieces: Sequence[Piece], tiles: Sequence[Tiles], limit: PromptLimit | None = None) -> Inputs:
         """A prompt in whatever format, with the tiles of its images.
 
+        Args:
+            limit: as in a call of the processor.
+
         Raises:
+            ContextLengthError: as a call of the processor.
             Llama4Error: there are more or fewer tiles than places for images; the tokenizer lacks a special token.
         """
-        return self._pad([self._encode(pieces, tiles).ids], tiles, "left")
+        return self._pad([self._encode(pieces, tiles, limit).ids], tiles, "left")
 
     def tile(self, source: Any) -> Tiles:
         """Read one image and cut it into tiles.
@@ -434,9 +449,9 @@ class Processor:
             return self.template is None
         return agrees(self.template, self._compose, self.tokenizer.bos)
 
-    def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles]) -> Rendered:
+    def _encode(self, pieces: Sequence[Piece], tiles: Sequence[Tiles], limit: PromptLimit | None = None) -> Rendered:
         grids = [(image.rows, image.cols) for image in tiles]
-        return encode(pieces, self.tokenizer, grids, self.tokens_per_tile, self.fusion.token_ids)
+        return encode(pieces, self.tokenizer, grids, self.tokens_per_tile, self.fusion.token_ids, limit)
 
     def _pad(self, rows: Sequence[Sequence[int]], tiles: Sequence[Tiles], side: PaddingSide) -> Inputs:
         if side not in ("left", "right"):

@@ -21,6 +21,7 @@ from llama4.inputs import Inputs, Processor
 from llama4.text.guard import GUARDS, MARK, Category, Moderation, with_categories
 from llama4.text.messages import Message, ParsedMessage
 from llama4.text.prompt import Piece
+from llama4.text.prompt_limit import PromptLimit
 from llama4.text.template import ChatTemplate
 from llama4.text.tokenizer import Tokenizer
 
@@ -62,11 +63,16 @@ def ask(
     categories: Mapping[str, str] | None,
     excluded: Collection[str],
     guard: str | None,
+    limit: PromptLimit | None = None,
 ) -> Asked:
-    """The prompt of a conversation; arguments and errors are those of `Llama4.moderate`."""
+    """The prompt of a conversation; arguments and errors are those of `Llama4.moderate`.
+
+    Args:
+        limit: how many tokens it may have.
+    """
     row, tiles = processor.read(messages)
     pieces, names = with_categories(_format(processor, config, guard)(row), categories, excluded)
-    return Asked(processor.pack(pieces, tiles), names, frozenset(excluded))
+    return Asked(processor.pack(pieces, tiles, limit), names, frozenset(excluded))
 
 
 def _format(

@@ -20,9 +20,10 @@ from llama4.engine.prefix_cache import identities
 from llama4.engine.prompt import Piece, PromptPictures
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
-from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model, check_ids
+from llama4.text.prompt_limit import PromptLimit
 
 Delivery = Token | Exception
 """What a request is given: its next token, or why there is none."""
@@ -168,11 +169,8 @@ class Request:
         return bool(self.deliver(token)) or ends
 
 
-def reply_budget(prompt_length: int, max_new_tokens: int, window: int, max_context: int | None = None) -> int:
-    """Most tokens of the reply to a prompt.
-
-    Args:
-        window: most tokens of prompt and reply together, where `max_context` does not say fewer.
+def reply_budget(prompt_length: int, max_new_tokens: int, limit: PromptLimit) -> int:
+    """Most tokens of the reply to a prompt, which has a place for one beyond the longest prompt.
 
     Raises:
         ContextLengthError: the prompt leaves no room for a reply.
@@ -182,10 +180,5 @@ def reply_budget(prompt_length: int, max_new_tokens: int, window: int, max_conte
         raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
     if not prompt_length:
         raise Llama4Error("a prompt is empty: the checkpoint's chat template writes nothing for these messages")
-    held = window if max_context is None else min(window, max_context)
-    if prompt_length >= held:
-        raise ContextLengthError(
-            f"the prompt has {prompt_length} tokens, but the window holds {held}, reply included; shorten the prompt"
-            + (f", or raise max_context={max_context}" if held == max_context else "")
-        )
-    return min(max_new_tokens, held - prompt_length)
+    limit.check(prompt_length)
+    return min(max_new_tokens, limit.most + 1 - prompt_length)

@@ -41,6 +41,7 @@ from llama4.engine.running import Group, Running
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.kernels import threads
+from llama4.text.prompt_limit import PromptLimit
 from llama4.units import bytes_text
 
 BUDGET = 512
@@ -66,6 +67,7 @@ class Scheduler:
     Attributes:
         pool: the memory of all keys and values.
         window: most tokens of a prompt and its reply together: the model's window, or what the pool holds of one.
+        limit: how many tokens a prompt may have.
         counts: for those who watch.
         on_step: is told after every step how many tokens it computed.
     """
@@ -104,11 +106,15 @@ class Scheduler:
         self.pool = BlockPool(cache_memory)
         self._new_cache = new_cache or (lambda pool: runner.model.new_cache(1, pool=pool))
         self._empty = self._new_cache(self.pool)
-        self._max_context = max_context
         self._adapters = adapters or RowAdapters(runner.model, Adapters(runner.model))
         window = runner.model.config.text.max_position_embeddings
-        self._longest = min(max_context or window, window)
-        self.window = self._window(self._longest)
+        longest = min(max_context or window, window)
+        self.window = self._window(longest)
+        self.limit = PromptLimit.of_window(window, max_context)
+        if self.window < longest:
+            memory = f"cache_memory={bytes_text(cache_memory or 0)} holds {self.window} of one conversation"
+            remedy = f"shorten the prompt, or raise cache_memory (the model's window holds {longest})"
+            self.limit = PromptLimit(self.window - 1, f"{memory}, reply included; {remedy}")
         self.index = PrefixIndex()
         self._shares = share_prefixes and is_shareable(self._empty)
         self._windows = set(self._empty.windows)
@@ -154,12 +160,7 @@ class Scheduler:
             ContextLengthError: the prompt leaves no room for a reply, in memory or in the window.
             Llama4Error: an empty prompt, or no token wanted.
         """
-        if self.window <= prompt_length < self._longest:
-            raise ContextLengthError(
-                f"the prompt has {prompt_length} tokens, but cache_memory={bytes_text(self.pool.limit or 0)} holds "
-                f"{self.window} of one conversation, reply included; shorten the prompt, or raise cache_memory"
-            )
-        return reply_budget(prompt_length, max_new_tokens, self.window, self._max_context)
+        return reply_budget(prompt_length, max_new_tokens, self.limit)
 
     def check(self, request: Request) -> None:
         """Raises:

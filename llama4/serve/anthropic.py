@@ -235,7 +235,7 @@ async def count_tokens(service: Service, call: Call) -> Response:
     tools = tools_of(fields)
     shown = tools["tools"] if tools["tool_choice"] != "none" else None
     with names.told():
-        inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown)
+        inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown, limit=service.counted)
     return JSONResponse({"input_tokens": inputs.input_ids.shape[1]})
 
 

@@ -91,12 +91,12 @@ async def complete(service: Service, call: Call) -> Response:
         raise RequestError("max_tokens is 0; it must be at least 1, without echo", field="max_tokens")
     tells_usage = check_usage(fields)
     model = service.model(fields["model"])
-    prompts = prompts_of(fields["prompt"])
+    prompts = await asyncio.to_thread(prompts_of, fields["prompt"])
     llm = service.engine.llm
-    inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
+    names = names_of(prompts, "prompt", fields["prompt"], form_of(fields))
+    inputs = await unless_gone(call.request, inputs_of_all(service, prompts, names))
     count = fields["logprobs"]
     options = {**sampling_of(fields), "max_new_tokens": max(fields["max_tokens"], 1), "top_logprobs": count or 0}
-    names = names_of(prompts, "prompt", fields["prompt"], form_of(fields))
     streams: list[EngineStream] = []
     echoes: list[Echo | None] = []
     for prompt, row in zip(prompts, inputs, strict=True):
@@ -160,14 +160,19 @@ def names_of(prompts: Sequence[Any], field: str, value: Any, form: str = "respon
     return [Names(f"{field}[{i}]", form=form) for i in range(len(prompts))]
 
 
-async def inputs_of_all(service: Service, prompts: Sequence[str | list[int]]) -> list[Inputs]:
+async def inputs_of_all(service: Service, prompts: Sequence[str | list[int]], names: Sequence[Names]) -> list[Inputs]:
     """One after the other: a client that leaves is seen between them."""
-    return [await asyncio.to_thread(input_of, service, prompt) for prompt in prompts]
+    inputs = []
+    for prompt, each in zip(prompts, names, strict=True):
+        with each.told():
+            inputs.append(await asyncio.to_thread(input_of, service, prompt))
+    return inputs
 
 
 def input_of(service: Service, prompt: str | list[int]) -> Inputs:
     if isinstance(prompt, str):
-        return service.engine.llm.processor.complete(prompt)
+        return service.engine.llm.processor.complete(prompt, limit=service.engine.scheduler.limit)
+    service.engine.scheduler.limit.check(len(prompt))
     return inputs_of(prompt)
 
 

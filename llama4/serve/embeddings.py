@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 
 from starlette.responses import JSONResponse, Response
@@ -46,15 +47,15 @@ EMBEDDINGS = record(
 async def embed(service: Service, call: Call) -> Response:
     fields = call.fields
     model = service.model(fields["model"])
-    prompts = prompts_of(fields["input"])
+    prompts = await asyncio.to_thread(prompts_of, fields["input"])
     check_taking(service, len(prompts))
-    inputs = await unless_gone(call.request, inputs_of_all(service, prompts))
+    names = names_of(prompts, "input", fields["input"])
+    inputs = await unless_gone(call.request, inputs_of_all(service, prompts, names))
     means = [MeanHidden() for _ in inputs]
     streams = [
         service.engine.observe(row, mean, max_new_tokens=1, adapter=model.adapter)
         for row, mean in zip(inputs, means, strict=True)
     ]
-    names = names_of(prompts, "input", fields["input"])
     try:
         replies = [named(stream.async_events(), each) for stream, each in zip(streams, names, strict=True)]
         await unless_gone(call.request, read_all(replies))

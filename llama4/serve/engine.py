@@ -291,7 +291,7 @@ class EngineStream:
         llm, messages = self._engine.llm, self._messages
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        asked = llm.prepare(messages, **self._options)
+        asked = llm.prepare(messages, limit=self._engine.scheduler.limit, **self._options)
         if len(asked.inputs.input_ids) != 1:
             raise Llama4Error(
                 f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"

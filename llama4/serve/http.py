@@ -27,11 +27,18 @@ from llama4.serve.metrics import Metrics
 from llama4.serve.schema import OBJECT, Fields, Schema
 from llama4.serve.settings import Settings
 from llama4.serve.store import Store
+from llama4.text.prompt_limit import PromptLimit
 
 logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 60.0
 """In which the next piece of a body must come."""
+
+LONG_BODY = 1 << 16
+"""Bytes of a body from which it is read in a thread."""
+
+MAX_COUNTED = 1 << 20
+"""Tokens that are counted, for who asks how many a text has, where the window does not hold more."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="a request")
 """Of the request that is being answered: in its answer's headers and in the log."""
@@ -82,6 +89,12 @@ class Service:
         """The model, and with each of its adapters."""
         base = self.settings.name
         return [Served(base, None), *(Served(name, name) for name in self.engine.llm.adapters)]
+
+    @property
+    def counted(self) -> PromptLimit:
+        """How many tokens are counted where nothing is computed: texts beyond the window, too."""
+        most = max(self.engine.scheduler.limit.most, MAX_COUNTED)
+        return PromptLimit(most, f"no more than {most} are counted here; send it in parts")
 
     def model(self, name: str | None) -> Served:
         """What a request asks for; the model without an adapter where it names none.
@@ -143,8 +156,7 @@ class Route:
             if not self.is_open:
                 check_page(request, service.settings)
                 check_key(request, service.settings.api_key)
-            body = await read_body(request, service.settings.max_body) if self.fields is not None else None
-            fields = self.fields.read(body) if self.fields is not None else {}
+            fields = await read_fields(request, service.settings.max_body, self.fields) if self.fields else {}
             query = read_query(request, self.query) if self.query is not None else {}
             return await self.handle(service, Call(request, fields, query))
         except ClientDisconnect:
@@ -191,11 +203,21 @@ def check_key(request: Request, key: str | None) -> None:
         raise RequestError("the API key is missing or wrong; send Authorization: Bearer KEY", status=401)
 
 
-async def read_body(request: Request, limit: int) -> Any:
-    """The JSON of a request.
+async def read_fields(request: Request, limit: int, fields: Fields) -> dict[str, Any]:
+    """The fields of a request's body. What is long is read in a thread: the event loop goes on.
 
     Raises:
-        RequestError: it is too long, does not come, or is no JSON.
+        RequestError: the body is too long, does not come, is no JSON, or has a field that cannot be.
+    """
+    data = await read_body(request, limit)
+    if len(data) < LONG_BODY:
+        return fields.read(parse(data))
+    return await asyncio.to_thread(lambda: fields.read(parse(data)))
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
+    """Raises:
+    RequestError: it is too long, or does not come.
     """
     data, pieces = bytearray(), request.stream()
     while True:
@@ -207,6 +229,13 @@ async def read_body(request: Request, limit: int) -> Any:
             raise RequestError(f"nothing more of the body came for {BODY_SECONDS:g} seconds", status=408) from None
         if len(data) > limit:
             raise RequestError(f"the body has more than {limit >> 20} MiB; send smaller pictures", status=413)
+    return data
+
+
+def parse(data: bytearray) -> Any:
+    """Raises:
+    RequestError: it is no JSON.
+    """
     if json_memory(data) > MAX_JSON_MEMORY:
         raise RequestError("the body has too many values; send fewer", status=413)
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from llama4.serve.errors import RequestError
+from llama4.api import Llama4
+from llama4.serve.errors import Names, RequestError
 from llama4.serve.http import Call, Route, Served, Service, check_taking
 from llama4.serve.openai_chat import FORMAT, prompt_of
 from llama4.serve.options import MAX_LENGTH
@@ -25,6 +27,7 @@ from llama4.serve.schema import (
     record,
     required,
 )
+from llama4.text.prompt import Piece, encode
 from llama4.version import __version__
 
 CARD = record(("id", "object", "created", "owned_by"), id=STRING, object=one_of("model"), owned_by=STRING)
@@ -72,7 +75,7 @@ async def tokenize(service: Service, call: Call) -> Response:
     if fields["messages"] is not None:
         messages, options = await prompt_of(service, fields)
         del options["tool_choice"]
-        inputs = await asyncio.to_thread(llm.processor, messages, **options)
+        inputs = await asyncio.to_thread(llm.processor, messages, limit=service.counted, **options)
         ids: list[int] = inputs.input_ids[0].tolist()
     else:
         content, prompt = fields["content"], fields["prompt"]
@@ -80,17 +83,19 @@ async def tokenize(service: Service, call: Call) -> Response:
         if text is None:
             raise RequestError("give prompt, content or messages", field="prompt")
         adds_bos = fields["add_special"] if fields["add_special_tokens"] is None else fields["add_special_tokens"]
-        ids = await asyncio.to_thread(llm.tokenizer.encode, text)
-        ids = [llm.tokenizer.bos_id, *ids] if (content is None if adds_bos is None else adds_bos) else ids
-    pieces: list[bytes] = []
+        adds_bos = content is None if adds_bos is None else adds_bos
+        pieces = [Piece(llm.tokenizer.bos, special=True)] * adds_bos + [Piece(text)]
+        with Names("prompt" if content is None else "content").told():
+            ids = (await asyncio.to_thread(encode, pieces, llm.tokenizer, limit=service.counted)).ids
+    texts: list[bytes] = []
     if fields["with_pieces"] or fields["return_token_strs"]:
-        pieces = await asyncio.to_thread(lambda: [llm.tokenizer.decode_bytes([id_]) for id_ in ids])
+        texts = await asyncio.to_thread(lambda: [llm.tokenizer.decode_bytes([id_]) for id_ in ids])
     return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": service.engine.scheduler.window,
-            "tokens": await asyncio.to_thread(_with_pieces, ids, pieces) if fields["with_pieces"] else ids,
-            "token_strs": [data.decode(errors="replace") for data in pieces] if fields["return_token_strs"] else None,
+            "tokens": await asyncio.to_thread(_with_pieces, ids, texts) if fields["with_pieces"] else ids,
+            "token_strs": [data.decode(errors="replace") for data in texts] if fields["return_token_strs"] else None,
         }
     )
 
@@ -108,12 +113,15 @@ def _piece(data: bytes) -> str | list[int]:
 
 async def detokenize(service: Service, call: Call) -> Response:
     service.model(call.fields["model"])
-    llm, ids = service.engine.llm, list(map(int, call.fields["tokens"]))
-    size = llm.config.text.vocab_size
+    text = await asyncio.to_thread(_detokenized, service.engine.llm, call.fields["tokens"])
+    return JSONResponse({"prompt": text, "content": text})
+
+
+def _detokenized(llm: Llama4, tokens: Sequence[float]) -> str:
+    ids, size = list(map(int, tokens)), llm.config.text.vocab_size
     if any(id_ >= size for id_ in ids):
         raise RequestError(f"tokens has {max(ids)}; ids are from 0 to {size - 1}", field="tokens")
-    text = llm.tokenizer.decode(ids)
-    return JSONResponse({"prompt": text, "content": text})
+    return llm.tokenizer.decode(ids)
 
 
 async def apply_template(service: Service, call: Call) -> Response:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 from llama4.serve.errors import RequestError
@@ -27,6 +28,8 @@ ANYTHING: Schema = {}
 MAX_ID = 2**31 - 1
 MAX_DEPTH = 128
 """Objects and lists inside one another in a field: llguidance reads no deeper schemas, and templates indent them."""
+_SHOWN = 80
+"""Characters of a value in an error."""
 MAX_NOTICED = 1000
 """Names of unknown fields that are logged: who sends others would fill the log."""
 
@@ -94,7 +97,7 @@ def check(value: Any, schema: Schema, at: str) -> None:
     if "anyOf" in schema:
         _check_any(value, schema, at)
     if not all(holds(value, schema[name]) for name, holds in _LIMITS.items() if name in schema):
-        raise RequestError(f"{at} is {value!r:.80}; it must be {wanted(schema)}", field=at)
+        raise RequestError(f"{at} is {shown(value)}; it must be {wanted(schema)}", field=at)
     if isinstance(value, list):
         for i, item in enumerate(value):
             check(item, schema.get("items", ANYTHING), f"{at}[{i}]")
@@ -108,6 +111,19 @@ def check(value: Any, schema: Schema, at: str) -> None:
             if "propertyNames" in schema:
                 check(name, schema["propertyNames"], at)
             check(own, properties.get(name, schema.get("additionalProperties", ANYTHING)), f"{at}.{name:.80}")
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, as Python writes it; the rest of a long one is not looked at."""
+    return f"{_begin(value)!r:.{_SHOWN}}"
+
+
+def _begin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_begin(name): _begin(own) for name, own in islice(value.items(), _SHOWN)}
+    if isinstance(value, list):
+        return [_begin(item) for item in value[:_SHOWN]]
+    return value[:_SHOWN] if isinstance(value, str) else value
 
 
 def _check_depth(value: Any, at: str) -> None:
@@ -142,7 +158,7 @@ def _check_any(value: Any, schema: Schema, at: str) -> None:
     deepest = max(errors, key=lambda error: len(error.field or ""))
     if deepest.field != at:
         raise deepest
-    raise RequestError(f"{at} is {value!r:.80}; it must be {wanted(schema)}", field=at)
+    raise RequestError(f"{at} is {shown(value)}; it must be {wanted(schema)}", field=at)
 
 
 def known(value: Any, schema: Schema) -> Any:

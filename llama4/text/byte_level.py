@@ -6,10 +6,13 @@ that a list names, as Hugging Face's `tokenizers` does.
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Literal
 
 import tiktoken
 
@@ -31,8 +34,56 @@ go back and forth without end, or panic."""
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 splits text, and `ByteLevel` of Hugging Face's `tokenizers`."""
 
-Splitter = Callable[[str, Patience], Iterator[str]]
-"""A text, or a piece of one, and what is left of the time for all of it -> its pieces."""
+_PART = 1 << 18
+"""Characters of a long text that tiktoken reads at once. It does not stop, and the list of its ids is made while no
+other thread goes on."""
+_CUT = re.compile(r"(?<=\S) ")
+"""Where every pattern of `_LINEAR` cuts, whatever is around: nothing that it matches goes on with a blank behind
+anything else than white space."""
+
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_SHRINKS = 4
+"""Bytes of a text, in UTF-8, that become one in one of Unicode's normal forms, at most: U+1D400 becomes "A"."""
+
+
+class Splitter:
+    """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
+    `only_matches`.
+
+    Raises:
+        ValueError: no regular expression, or one that is too long or calls itself.
+    """
+
+    def __init__(self, pattern: str, *, only_matches: bool = False) -> None:
+        self.only_matches = only_matches
+        self._pattern, self._compiled = pattern, compile_pattern(pattern)
+
+    def __call__(self, text: str, patience: Patience) -> Iterator[str]:
+        """A text, or a piece of one -> its pieces.
+
+        Args:
+            patience: what is left of the time for all of it.
+
+        Raises:
+            ValueError: there is none left; all patterns in use leave much of it.
+        """
+        at, end, now = 0, patience.end, time.monotonic
+        try:
+            for match in self._compiled.finditer(text, timeout=patience.left()):
+                if at < match.start() and not self.only_matches:
+                    yield text[at : match.start()]
+                if match.group():
+                    yield match.group()
+                at = match.end()
+                if now() > end:
+                    raise TimeoutError
+        except TimeoutError:
+            raise ValueError(
+                f"{self._pattern!r:.80} takes more than {patience.seconds:.1f} s, which is the limit of all patterns "
+                "for the whole of such a text"
+            ) from None
+        if at < len(text) and not self.only_matches:
+            yield text[at:]
 
 
 class RankedBytes:
@@ -50,24 +101,40 @@ class RankedBytes:
         self.ranks, self.pattern = ranks, pattern
         self._tokens = {i: token for token, i in ranks.items()}
         is_linear = pattern in _LINEAR
-        self._split = None if is_linear else splitter or by_pattern(pattern, only_matches=True)
+        self._split = None if is_linear else splitter or Splitter(pattern, only_matches=True)
         self._encoding = tiktoken.Encoding(
             name, pat_str=pattern if is_linear else "", mergeable_ranks=dict(ranks), special_tokens={}
         )
+        drops = self._split is not None and self._split.only_matches
+        self.longest = None if drops else max(map(len, ranks))
 
-    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+    def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """Text -> ids."""
-        if self._split is not None:
-            pieces = list(self._split(text, _patience(text)))
-            return [i for piece in pieces for i in self._encoding._encode_single_piece(piece)]
         ids: list[int] = []
+        if self._split is not None:
+            for piece in self._split(text, _patience(text)):
+                ids += self._encoding._encode_single_piece(piece)
+                if len(ids) > most:
+                    break
+            return ids
         start = 0
         for run in _LONG_BLANK.finditer(text):
             stop = run.end() if run.end() == len(text) else run.end() - 1
-            ids += self._encoding.encode_ordinary(text[start : run.start()])
+            ids += self._by_parts(text, start, run.start(), most - len(ids))
+            if len(ids) > most:
+                return ids
             ids += self._encoding._encode_single_piece(text[run.start() : stop])
             start = stop
-        ids += self._encoding.encode_ordinary(text[start:] if start else text)
+        return ids + self._by_parts(text, start, len(text), most - len(ids))
+
+    def _by_parts(self, text: str, start: int, end: int, most: float) -> list[int]:
+        """The ids of `text[start:end]`."""
+        ids: list[int] = []
+        while start < end and len(ids) <= most:
+            cut = _CUT.search(text, start + _PART, end)
+            stop = cut.start() if cut else end
+            ids += self._encoding.encode_ordinary(text[start:stop])
+            start = stop
         return ids
 
     def token_bytes(self, i: int) -> bytes:
@@ -87,7 +154,7 @@ class MergedBytes:
         splitters: cut a text, one after the other.
         characters: byte -> the character that stands for it.
         whole: whether a piece that is a token is taken whole, whatever its merges (`ignore_merges`).
-        prepare: what is done to a text first.
+        normal_form: which of Unicode's a text is brought into first; None for none.
     """
 
     pattern = ""
@@ -100,23 +167,28 @@ class MergedBytes:
         characters: Mapping[int, str],
         *,
         whole: bool = False,
-        prepare: Callable[[str], str] = str,
+        normal_form: NormalForm | None = None,
     ) -> None:
         self.ranks = ranks
         self._tokens = {i: token for token, i in ranks.items()}
         self._merges, self._splitters, self._characters = merges, splitters, characters
         self._ids = {"".join(characters[byte] for byte in token): i for token, i in ranks.items()}
-        self._whole, self._prepare = whole, prepare
+        self._whole, self._normal_form = whole, normal_form
+        drops = len([token for token in ranks if len(token) == 1]) < 256 or any(each.only_matches for each in splitters)
+        self.longest = None if drops else max(map(len, ranks)) * (1 if normal_form is None else _SHRINKS)
         self._cached = lru_cache(_CACHED_WORDS)(self._merged)
 
-    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+    def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """Text -> ids."""
-        pieces, patience = [self._prepare(text)], _patience(text)
+        prepared = text if self._normal_form is None else unicodedata.normalize(self._normal_form, text)
+        pieces, patience = [prepared], _patience(text)
         for splitter in self._splitters:
             pieces = [part for piece in pieces for part in splitter(piece, patience)]
         ids: list[int] = []
         for piece in pieces:
             ids += self._cached(piece) if len(piece) <= 64 else self._merged(piece)
+            if len(ids) > most:
+                break
         return ids
 
     def token_bytes(self, i: int) -> bytes:
@@ -140,34 +212,3 @@ _PATIENCE, _PACE = 5.0, 1e4
 def _patience(text: str) -> Patience:
     """With all that cuts a text, and the pieces of it."""
     return Patience(_PATIENCE + len(text) / _PACE)
-
-
-def by_pattern(pattern: str, *, only_matches: bool = False) -> Splitter:
-    """Cuts at the matches of a regular expression, which are pieces, too, as is what is between them unless
-    `only_matches`. Cutting raises a ValueError if there is no patience left, which all patterns in use leave much of.
-
-    Raises:
-        ValueError: no regular expression, or one that is too long or calls itself.
-    """
-    compiled = compile_pattern(pattern)
-
-    def split(text: str, patience: Patience) -> Iterator[str]:
-        at, end, now = 0, patience.end, time.monotonic
-        try:
-            for match in compiled.finditer(text, timeout=patience.left()):
-                if at < match.start() and not only_matches:
-                    yield text[at : match.start()]
-                if match.group():
-                    yield match.group()
-                at = match.end()
-                if now() > end:
-                    raise TimeoutError
-        except TimeoutError:
-            raise ValueError(
-                f"{pattern!r:.80} takes more than {patience.seconds:.1f} s, which is the limit of all patterns for "
-                "the whole of such a text"
-            ) from None
-        if at < len(text) and not only_matches:
-            yield text[at:]
-
-    return split

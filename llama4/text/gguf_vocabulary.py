@@ -13,7 +13,7 @@ import numpy as np
 from llama4.errors import Llama4Error
 from llama4.gguf import GgufFile, Keys
 from llama4.text.added_tokens import AddedToken
-from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, by_pattern
+from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, Splitter
 from llama4.text.sentencepiece import Kind, Normalizer, Piece, SentencePiece
 from llama4.text.tokenizer_config import TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, byte_alphabet, to_json
@@ -82,9 +82,7 @@ def _bytes(keys: Keys, ranks: Mapping[bytes, int]) -> RankedBytes | MergedBytes:
         return RankedBytes(Path(keys.place).name, ranks, _BY_IDS[pre])
     merges = _merges(keys)
     order = {pair: i for i, pair in reversed(list(enumerate(merges)))}
-    return MergedBytes(
-        ranks, order, [by_pattern(each) for each in _patterns(pre)], byte_alphabet(), whole=pre in _BY_IDS
-    )
+    return MergedBytes(ranks, order, [Splitter(each) for each in _patterns(pre)], byte_alphabet(), whole=pre in _BY_IDS)
 
 
 def _patterns(pre: str) -> tuple[str, ...]:

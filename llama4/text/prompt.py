@@ -8,6 +8,7 @@ Llama 4, as Hugging Face publishes it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 from llama4.errors import Llama4Error
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
+from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import ToolCall, check_tools
 from llama4.text.tool_calls.spellings import BUILT_IN, CODE_INTERPRETER
@@ -43,11 +45,13 @@ class Piece:
         text: what it says; its characters are text, whatever they are, unless `special`.
         special: it is one special token, whose name is `text`.
         reply: ranges (start, end) of `text` that belong to the assistant's messages.
+        blank: whether the vocabularies of Llama 1 and 2 put a blank before it, as they do before a text.
     """
 
     text: str
     special: bool = False
     reply: tuple[tuple[int, int], ...] = ()
+    blank: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def encode(
     grids: Sequence[tuple[int, int]] = (),
     tokens_per_tile: int = 144,
     picture_ids: Callable[[int, int, int, Tokenizer], list[int]] | None = None,
+    limit: PromptLimit | None = None,
 ) -> Rendered:
     """Pieces -> token ids.
 
@@ -170,28 +175,41 @@ def encode(
         grids: (rows, cols) of tiles for each image, in the order in which the images come.
         tokens_per_tile: `<|patch|>` tokens per tile.
         picture_ids: what an image stands for; by default `image_tokens`.
+        limit: how many tokens there may be. What surely has more is not read, or not to its end; what has a few more
+            is, for others to say how many.
 
     Raises:
+        ContextLengthError: there surely are more than `limit` allows.
         Llama4Error: there are more or fewer grids than images; the tokenizer lacks a special token.
     """
     pieces = list(pieces)
+    most = math.inf
+    if limit is not None:
+        most = limit.most + _FEW
+        limit.check(sum(1 if piece.special else tokenizer.fewest(piece.text) for piece in pieces), at_least=True)
     check_images(sum(piece.special and piece.text == IMAGE for piece in pieces), len(grids))
     remaining = iter(grids)
     ids: list[int] = []
     is_reply: list[bool] = []
     for piece in pieces:
         if not piece.special:
-            tokens = tokenizer.encode(piece.text)
+            tokens = tokenizer.encode(piece.text, blank=piece.blank, most=most - len(ids))
         elif piece.text == IMAGE:
             tokens = (picture_ids or image_tokens)(*next(remaining), tokens_per_tile, tokenizer)
         else:
             tokens = [tokenizer.bos_id if piece.text == tokenizer.bos else tokenizer.special(piece.text)]
         ids += tokens
+        if limit is not None and len(ids) > most:
+            limit.check(len(ids), at_least=True)
         if piece.special or piece.reply in ((), ((0, len(piece.text)),)):
             is_reply += [bool(piece.reply)] * len(tokens)
         else:
             is_reply += _overlaps(piece, tokens, tokenizer)
     return Rendered(ids, is_reply)
+
+
+_FEW = 1 << 16
+"""Tokens beyond a limit that are read nevertheless, so that the error tells the whole number."""
 
 
 def special_names(tokenizer: Tokenizer) -> re.Pattern[str]:

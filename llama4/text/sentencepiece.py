@@ -7,6 +7,7 @@ bpe_model.cc, normalizer.cc and sentencepiece_processor.cc, which tests compare 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,22 +115,30 @@ class SentencePiece:
         across = re.compile(f"[^{BLANK}]{BLANK}")
         self._words_apart = not any(across.search(text) for text in self._ids)
         self._cached = lru_cache(_CACHED_WORDS)(self._merge)
+        keeps = len(self._byte_ids) == 256 and not self.normalizer.charsmap and not self.normalizer.removes_blanks
+        self.longest = max(map(len, self.ranks)) if keeps else None
 
-    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+    def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """Text -> ids.
 
         Args:
             blank: whether a blank is put before it, if this vocabulary does so at all.
+            most: soon after so many ids the rest of the text is left.
         """
         ids: list[int] = []
         for part, is_whole in self._parts(self._normalized(text, blank)):
             if is_whole:
                 ids.append(self._ids[part])
             elif self._words_apart:
-                for word in _WORD.findall(part):
+                for match in _WORD.finditer(part):
+                    word = match.group()
                     ids += self._cached(word) if len(word) <= 64 else self._merge(word)
+                    if len(ids) > most:
+                        break
             else:
                 ids += self._merge(part)
+            if len(ids) > most:
+                break
         return self._without_runs(ids)
 
     def _normalized(self, text: str, blank: bool) -> str:

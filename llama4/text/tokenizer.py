@@ -7,6 +7,7 @@ code that builds prompts (prompt.py). Added tokens that are not special are text
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -121,11 +122,28 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
 
-    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+    @cached_property
+    def _longest(self) -> int | None:
+        """Most bytes of a text, in UTF-8, that become one token; None where some may become none."""
+        found = [token for token in self.added_tokens if not token.special]
+        if self.model.longest is None or any(token.lstrip or token.rstrip for token in found):
+            return None
+        return max(self.model.longest, *(len(token.content.encode()) for token in found), 1)
+
+    def fewest(self, text: str) -> int:
+        """A number of tokens that a text surely has, known without reading it: its bytes by those of the longest token;
+        0 where the tokenizer may leave something out."""
+        if self._longest is None:
+            return 0
+        size = len(text) if text.isascii() else len(text.encode(errors="replace"))
+        return -(-size // self._longest)
+
+    def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """Text -> ids; every character is text, `<|eot|>` too. Added tokens that are text are found in it.
 
         Args:
             blank: whether the vocabularies of Llama 1 and 2 put a blank before it, as they do before a text.
+            most: soon after so many ids the rest of the text is left, so that there are more of them than that.
 
         Raises:
             TypeError: `text` is not a string.
@@ -143,7 +161,12 @@ class Tokenizer:
         ids: list[int] = []
         try:
             for i, piece in enumerate(self._splitter.split(text)):
-                ids += [piece] if isinstance(piece, int) else self.model.encode(piece, blank=blank or i > 0)
+                if len(ids) > most:
+                    break
+                if isinstance(piece, int):
+                    ids.append(piece)
+                else:
+                    ids += self.model.encode(piece, blank=blank or i > 0, most=most - len(ids))
         except BaseException as error:
             raise self._refused(error) from None
         return ids

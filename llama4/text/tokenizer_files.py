@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
-import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from llama4.errors import Llama4Error
 from llama4.reading import MAX_INT, MAX_TOKENIZER_BYTES, read_bytes
 from llama4.reading import read_json as read_file
 from llama4.text.added_tokens import AddedToken
-from llama4.text.byte_level import GPT2, MergedBytes, RankedBytes, Splitter, by_pattern
+from llama4.text.byte_level import GPT2, MergedBytes, NormalForm, RankedBytes, Splitter
 from llama4.text.sentencepiece import BLANK, Kind, Normalizer, Piece, SentencePiece
 from llama4.text.tokenizer_config import TokenizerConfig, read_added_token
 
@@ -79,11 +78,16 @@ class TokenModel(Protocol):
     def pattern(self) -> str:
         """The regular expression by which a text is split first, where there is one."""
 
-    def encode(self, text: str, *, blank: bool = True) -> list[int]:
+    @property
+    def longest(self) -> int | None:
+        """Most bytes of a text, in UTF-8, that become one token; None where some may become none."""
+
+    def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """A text without added tokens -> ids.
 
         Args:
             blank: whether a blank is put before it, if this vocabulary does so at all.
+            most: soon after so many ids the rest of the text is left.
         """
 
     def token_bytes(self, i: int) -> bytes:
@@ -170,16 +174,16 @@ def _read_bytes(
         if token.special or not (len(token.content) == 1 or token.content in merged_tokens)
     }
     ranks = _ranks({token: rank for token, rank in vocabulary.items() if token not in beside}, path)
-    prepare = _normalizer(data.get("normalizer"), path)
+    normal_form = _normal_form(data.get("normalizer"), path)
     pattern, splitters = _split_pattern(data["pre_tokenizer"]), _splitters(data["pre_tokenizer"], path)
     whole = bool(data["model"].get("ignore_merges"))
     merged = [vocabulary.get(left + right, -1) for left, right in merges]
     follow_from_ids = whole and merged == sorted(merged) and -1 not in merged
     is_complete = all(bytes([byte]) in ranks for byte in range(256))
-    if pattern is not None and len(splitters) == 1 and follow_from_ids and is_complete and prepare is str:
+    if pattern is not None and len(splitters) == 1 and follow_from_ids and is_complete and normal_form is None:
         return RankedBytes(path.name, ranks, pattern, splitters[0])
     order = {pair: i for i, pair in reversed(list(enumerate(merges))) if pair[0] + pair[1] in vocabulary}
-    return MergedBytes(ranks, order, splitters, byte_alphabet(), whole=whole, prepare=prepare)
+    return MergedBytes(ranks, order, splitters, byte_alphabet(), whole=whole, normal_form=normal_form)
 
 
 def _read_pieces(
@@ -224,16 +228,17 @@ def _adds_blank(normalizer: Any, splitter: Any, path: Path) -> bool:
     )
 
 
-def _normalizer(node: Any, path: Path) -> Callable[[str], str]:
-    """What is done to a text before it is split.
+def _normal_form(node: Any, path: Path) -> NormalForm | None:
+    """Which of Unicode's normal forms a text is brought into before it is split.
 
     Raises:
-        Llama4Error: something else than one of Unicode's normal forms.
+        Llama4Error: something else is done to it.
     """
     if node is None:
-        return str
-    if isinstance(node, dict) and (form := node.get("type")) in ("NFC", "NFD", "NFKC", "NFKD"):
-        return partial(unicodedata.normalize, form)
+        return None
+    form = node.get("type") if isinstance(node, dict) else None
+    if form == "NFC" or form == "NFD" or form == "NFKC" or form == "NFKD":
+        return form
     raise Llama4Error(
         f"{path} normalises text by {str(node)[:80]}, which no Llama does; use the tokenizer of the model"
     )
@@ -250,13 +255,13 @@ def _splitters(node: Any, path: Path) -> list[Splitter]:
     if kind == "Sequence":
         return [splitter for child in node["pretokenizers"] for splitter in _splitters(child, path)]
     if kind == "ByteLevel" and not node.get("add_prefix_space"):
-        return [by_pattern(GPT2)] if node.get("use_regex", True) else []
+        return [Splitter(GPT2)] if node.get("use_regex", True) else []
     if kind == "Digits":
-        return [by_pattern(r"\p{N}" if node.get("individual_digits") else r"\p{N}+")]
+        return [Splitter(r"\p{N}" if node.get("individual_digits") else r"\p{N}+")]
     if kind == "Split" and (node.get("behavior"), node.get("invert")) in (("Isolated", False), ("Removed", True)):
         pattern = node["pattern"]
         text = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
-        return [by_pattern(text, only_matches=node["behavior"] == "Removed")]
+        return [Splitter(text, only_matches=node["behavior"] == "Removed")]
     settings = {name: value for name, value in node.items() if name != "pattern"}
     raise Llama4Error(f"{path} cuts text by {str(settings)[:200]}, which is not read; use the tokenizer of the model")
 

@@ -84,7 +84,7 @@ def test_many_slow_pieces(splitters: int, monkeypatch: pytest.MonkeyPatch) -> No
     """Each is cut in time, and all of them are not."""
     monkeypatch.setattr(byte_level, "_PATIENCE", 0.5)
     bytes_ = {bytes([byte]): byte for byte in range(256)}
-    slow = byte_level.by_pattern(r"(a|aa)+!|a+|\d")
+    slow = byte_level.Splitter(r"(a|aa)+!|a+|\d")
     model = byte_level.MergedBytes(bytes_, {}, [slow] * splitters, byte_alphabet())
     assert bytes(model.encode("aa1")) == b"aa1"
     begin = time.monotonic()

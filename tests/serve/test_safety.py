@@ -440,3 +440,47 @@ def test_the_command_does_not_wait_for_ever() -> None:
             until(lambda: is_closed(f"{url[0]}/health"))
             assert process.wait(60) == 0
             assert time.monotonic() - begun > 3.9
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "?"}]}, "messages"),
+        ("/v1/completions", {"prompt": ["a", "?"]}, "prompt[1]"),
+        ("/v1/completions", {"prompt": [1] * 5000}, "prompt"),
+        ("/v1/embeddings", {"input": "?"}, "input"),
+        ("/v1/responses", {"input": "?"}, "input"),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}, None),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "?"}]}, None),
+        ("/tokenize", {"prompt": "?"}, "prompt"),
+        ("/tokenize", {"content": "?"}, "content"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "?"}]}, "messages"),
+    ],
+)
+def test_a_text_that_cannot_fit_is_not_read(
+    running: Running, path: str, fields: Any, field: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama4.serve.http.MAX_COUNTED", 100)
+    model, read = running.engine.llm.tokenizer.model, []
+    usual, parsed_in = model.encode, list[int]()
+
+    def noted(text: str, **options: Any) -> list[int]:
+        read.append(len(text))
+        return usual(text, **options)
+
+    parse = http.parse
+
+    def noting_thread(data: bytearray) -> Any:
+        parsed_in.append(threading.get_ident())
+        return parse(data)
+
+    monkeypatch.setattr(model, "encode", noted)
+    monkeypatch.setattr(http, "parse", noting_thread)
+    monkeypatch.setattr(http, "LONG_BODY", 10_000)
+    body = json.dumps(fields).replace("?", "a" * 10**6)
+    answer = running.client.post(path, content=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and re.search("the prompt has (at least )?[0-9]+ tokens, but", error["message"])
+    assert error.get("param") == field
+    assert max(read, default=0) < 1000
+    assert parsed_in[0] != running._thread.ident  # the event loop goes on meanwhile

@@ -85,9 +85,10 @@ class Local:
         ArgumentError: options that no reply can have.
         """
         from llama4.engine.request import reply_budget  # imports torch
+        from llama4.text.prompt_limit import PromptLimit
 
         prepared = self.llm.prepare([{"role": "user", "content": "?"}], **cast("Options", options))
-        reply_budget(1, prepared.max_new_tokens, 2)
+        reply_budget(1, prepared.max_new_tokens, PromptLimit.of_window(2))
 
     def stream(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer

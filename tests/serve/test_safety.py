@@ -447,18 +447,18 @@ def test_the_command_does_not_wait_for_ever() -> None:
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "?"}]}, "messages"),
         ("/v1/completions", {"prompt": ["a", "?"]}, "prompt[1]"),
-        ("/v1/completions", {"prompt": [1] * 5000}, "prompt"),
+        ("/v1/completions", {"prompt": [1] * 6000}, "prompt"),
         ("/v1/embeddings", {"input": "?"}, "input"),
         ("/v1/responses", {"input": "?"}, "input"),
-        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}, None),
-        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "?"}]}, None),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}, "messages"),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "?"}]}, "messages"),
         ("/tokenize", {"prompt": "?"}, "prompt"),
         ("/tokenize", {"content": "?"}, "content"),
         ("/tokenize", {"messages": [{"role": "user", "content": "?"}]}, "messages"),
     ],
 )
 def test_a_text_that_cannot_fit_is_not_read(
-    running: Running, path: str, fields: Any, field: str | None, monkeypatch: pytest.MonkeyPatch
+    running: Running, path: str, fields: Any, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama4.serve.http.MAX_COUNTED", 100)
     model, read = running.engine.llm.tokenizer.model, []

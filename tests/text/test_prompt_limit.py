@@ -121,7 +121,7 @@ def test_reading_stops_soon(make: Callable[[Path], Tokenizer], tmp_path: Path, m
     assert 200 < len(ids) < 400 and ids == whole[: len(ids)]
     limit = PromptLimit(len(whole) - 500, "no more")
     assert tokenizer.fewest(text) < limit.most
-    with pytest.raises(ContextLengthError, match="the prompt has at least [0-9]+ tokens, but no more") as error:
+    with pytest.raises(ContextLengthError, match=r"the prompt has at least \d+ tokens, but no more") as error:
         encode([Piece(text)], tokenizer, limit=limit)
     assert limit.most + 50 < int(str(error.value).split()[5]) < len(whole)
     assert encode([Piece(text)], tokenizer, limit=PromptLimit(len(whole) - 50, "")).ids == whole  # a few more are told

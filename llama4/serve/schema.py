@@ -99,8 +99,9 @@ def check(value: Any, schema: Schema, at: str) -> None:
     if not all(holds(value, schema[name]) for name, holds in _LIMITS.items() if name in schema):
         raise RequestError(f"{at} is {shown(value)}; it must be {wanted(schema)}", field=at)
     if isinstance(value, list):
-        for i, item in enumerate(value):
-            check(item, schema.get("items", ANYTHING), f"{at}[{i}]")
+        items = schema.get("items", ANYTHING)
+        for i, item in enumerate(() if _are_ids(value, items) else value):
+            check(item, items, f"{at}[{i}]")
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         for name in schema.get("required", ()):
@@ -111,6 +112,13 @@ def check(value: Any, schema: Schema, at: str) -> None:
             if "propertyNames" in schema:
                 check(name, schema["propertyNames"], at)
             check(own, properties.get(name, schema.get("additionalProperties", ANYTHING)), f"{at}.{name:.80}")
+
+
+def _are_ids(values: list[Any], schema: Schema) -> bool:
+    """Whether they are integers that a schema allows; a prompt may be millions, which one by one would take seconds."""
+    if schema.get("type") != "integer" or set(map(type, values)) != {int}:
+        return False
+    return bool(schema["minimum"] <= min(values) and max(values) <= schema["maximum"])
 
 
 def shown(value: Any) -> str:

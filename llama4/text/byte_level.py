@@ -118,24 +118,22 @@ class RankedBytes:
                     break
             return ids
         start = 0
-        for run in _LONG_BLANK.finditer(text):
-            stop = run.end() if run.end() == len(text) else run.end() - 1
-            ids += self._by_parts(text, start, run.start(), most - len(ids))
-            if len(ids) > most:
-                return ids
-            ids += self._encoding._encode_single_piece(text[run.start() : stop])
-            start = stop
-        return ids + self._by_parts(text, start, len(text), most - len(ids))
-
-    def _by_parts(self, text: str, start: int, end: int, most: float) -> list[int]:
-        """The ids of `text[start:end]`."""
-        ids: list[int] = []
-        while start < end and len(ids) <= most:
-            cut = _CUT.search(text, start + _PART, end)
-            stop = cut.start() if cut else end
-            ids += self._encoding.encode_ordinary(text[start:stop])
+        while start < len(text) and len(ids) <= most:
+            cut = _CUT.search(text, start + _PART)
+            stop = cut.start() if cut else len(text)
+            ids += self._of_part(text[start:stop])
             start = stop
         return ids
+
+    def _of_part(self, text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for run in _LONG_BLANK.finditer(text):
+            stop = run.end() if run.end() == len(text) else run.end() - 1
+            ids += self._encoding.encode_ordinary(text[start : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : stop])
+            start = stop
+        return ids + self._encoding.encode_ordinary(text[start:] if start else text)
 
     def token_bytes(self, i: int) -> bytes:
         """Raises:

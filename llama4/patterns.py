@@ -1,9 +1,11 @@
-"""Regular expressions that files bring along: each may be hostile."""
+"""Regular expressions: those that files bring along, each of which may be hostile, and that of many names."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
+from os.path import commonprefix
 
 import regex
 
@@ -52,3 +54,21 @@ def compile_pattern(pattern: str) -> regex.Pattern[str]:
         return regex.compile(pattern)
     except (regex.error, RecursionError) as error:
         raise ValueError(f"{pattern!r:.80} is no regular expression: {error}") from None
+
+
+_MAX_GROUPS = 50
+"""Groups inside one another: `re` reads them by calling itself."""
+
+
+def longest_of(texts: Iterable[str], groups: int = 0) -> str:
+    """A pattern, for `re`, of the longest of some texts that begins at a place. What several begin with stands in it
+    once, so that a place is not compared with thousands of them."""
+    texts = sorted(texts, key=len, reverse=True)
+    start = commonprefix(texts)  # noqa: RUF071, these are no paths
+    branches: dict[str, list[str]] = {}
+    for rest in (text[len(start) :] for text in texts if text != start):
+        branches.setdefault(rest[0], []).append(rest)
+    if not branches or groups == _MAX_GROUPS:
+        return "|".join(map(re.escape, texts))
+    inner = "|".join(longest_of(branch, groups + 1) for branch in branches.values())
+    return f"{re.escape(start)}(?:{inner}){'?' * (start in texts)}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
 from llama4 import patterns
 from llama4.patterns import Patience, compile_pattern
+from llama4.text.vocabulary import special_token_names
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,23 @@ def test_patience() -> None:
     assert 59 < Patience(60).left() <= 60
     with pytest.raises(TimeoutError):
         Patience(0).left()
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2, 50])
+def test_the_longest_name_is_found(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_MAX_GROUPS", groups)
+    draw = random.Random(groups)
+    for _ in range(300):
+        names = {"".join(draw.choices("ab<.|", k=draw.randint(1, 6))) for _ in range(draw.randint(1, 12))}
+        found = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        text = "".join(draw.choices("ab<.|", k=60))
+        assert re.findall(patterns.longest_of(names), text) == found.findall(text), names
+
+
+def test_names_are_told_apart_by_their_beginnings() -> None:
+    """Two thousand names that begin alike are not tried one after the other at every "<|" of a text."""
+    names = special_token_names()
+    pattern = patterns.longest_of(names)
+    assert len(pattern) < len("|".join(names)) / 5
+    assert all(re.fullmatch(pattern, name) for name in names)
+    re.compile(patterns.longest_of("a" * i for i in range(1, 400)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4.errors import Llama4Error
+from llama4.patterns import longest_of
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
@@ -214,8 +215,7 @@ _FEW = 1 << 16
 
 def special_names(tokenizer: Tokenizer) -> re.Pattern[str]:
     """What finds the names of special tokens in a text; of two that begin at the same place, the longer."""
-    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+    return re.compile(longest_of(tokenizer.special_tokens) if tokenizer.special_tokens else "(?!)")
 
 
 def read_pieces(text: str, tokenizer: Tokenizer) -> list[Piece]:

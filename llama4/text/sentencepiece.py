@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.errors import Llama4Error
+from llama4.patterns import longest_of
 from llama4.reading import MAX_TOKENIZER_BYTES, read_bytes
 from llama4.text.added_tokens import AddedToken
 from llama4.text.pairs import merge_pairs
@@ -109,8 +110,8 @@ class SentencePiece:
         self._unused = {piece.text for piece in pieces if piece.kind is Kind.UNUSED}
         self._byte_ids = {_byte_of(piece.text): i for i, piece in enumerate(pieces) if piece.kind is Kind.BYTE}
         self._unknown = next((i for i, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN), None)
-        whole = sorted((p.text for p in pieces if p.kind is Kind.USER_DEFINED and p.text in self._ids), key=len)[::-1]
-        self._whole = re.compile("|".join(map(re.escape, whole))) if whole else None
+        whole = [p.text for p in pieces if p.kind is Kind.USER_DEFINED and p.text in self._ids]
+        self._whole = re.compile(longest_of(whole)) if whole else None
         # Where no piece goes on behind a word, words are independent of each other, and most are seen again.
         across = re.compile(f"[^{BLANK}]{BLANK}")
         self._words_apart = not any(across.search(text) for text in self._ids)

@@ -364,6 +364,13 @@ COMPILED = [
         "tests/quantization/test_presets.py::test_groups_in_the_order_of_activations",
     ),
     Mutation(
+        "inputs are not brought into the order of sorted columns",
+        "llama4/quantization/weight.py",
+        "x_NI if self.order is None else x_NI.index_select(1, self.order)",
+        "x_NI",
+        "tests/quantization/test_gptq.py::test_in_the_order_of_activations",
+    ),
+    Mutation(
         "the class of a module decides before patterns",
         "llama4/weights/compressed.py",
         "chain(exactly, by_pattern, by_class)",

@@ -87,7 +87,7 @@ def _merge_packed(weight: QuantizedWeight, lora: Lora) -> None:
     matrices = []
     for expert in each(range(weight.shape[0])) if len(weight.shape) == 3 else [None]:
         weight_OI = weight.format.rows_of(weight, expert, torch.float32)(slice(0, weight.shape[-2]))
-        sum_OI = weight_OI + lora.delta(expert).to(weight_OI.device)
+        sum_OI = weight_OI + weight.format.sort(lora.delta(expert)).to(weight_OI.device)
         matrices.append(weight.format.quantize(sum_OI if dtype == torch.float32 else sum_OI.to(dtype)))
     device = weight.part(weight.format.parts[0]).device
     weight.set_parts(

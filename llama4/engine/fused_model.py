@@ -221,6 +221,7 @@ def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool =
     else:
         _check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
         assert isinstance(module, QuantizedWeight)
+        _check(module.order is None, f"{name} has its inputs in an order of their own")
         matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
     _check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
     return matrix

@@ -56,6 +56,8 @@ class WeightFormat(ABC):
     Attributes:
         group_size: neighbours along I that share a scale; None: all of a row.
         activations: "float", or "int8": CPU kernels round the inputs of products, with a scale for each group of them.
+        order: [I], int32: the inputs of a matrix in the order that its parts have them, where its groups are no runs
+            of inputs (`sort`, `unsort`). It is of one matrix: two formats that differ in it alone are the same.
     """
 
     kind: ClassVar[str]
@@ -80,6 +82,7 @@ class WeightFormat(ABC):
 
     group_size: int | None = None
     activations: str = field(default="float", kw_only=True)
+    order: Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind}, a scale per {f'{self.group_size} weights' if self.group_size else 'output'}"
@@ -125,6 +128,14 @@ class WeightFormat(ABC):
         """How many weights are stored in a part."""
         return math.prod(spec.shape) * spec.dtype.itemsize * 8 // self.bits if part == self.parts[0] else 0
 
+    def sort(self, columns: Tensor) -> Tensor:
+        """[..., I], inputs as the model has them -> in the order of the parts."""
+        return columns if self.order is None else columns.index_select(-1, self.order.to(columns.device))
+
+    def unsort(self, columns: Tensor) -> Tensor:
+        """The way back."""
+        return columns if self.order is None else columns.index_select(-1, self.order.argsort().to(columns.device))
+
     # -- how compressed-tensors describes it ---------------------------------------------------------------------------
 
     @classmethod
@@ -146,7 +157,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def dequantize(self, weight: QuantizedWeight, expert: int | None = None) -> Tensor:
-        """The matrix [O, I] in the dtype of its scales."""
+        """The matrix [O, I] in the dtype of its scales. Here and below inputs are in the order of the parts."""
 
     @abstractmethod
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
@@ -231,6 +242,7 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         in_kernel_layout: whether the parts are in the order of the CPU kernels; else in a checkpoint's.
+        order: `WeightFormat.order`, on the device of the parts.
 
     Raises:
         Llama4Error: a shape that the format cannot have.
@@ -239,8 +251,11 @@ class QuantizedWeight(nn.Module):
     def __init__(self, format: WeightFormat, shape: Shape, *, bias: bool = False) -> None:
         super().__init__()
         format.check(shape)
+        assert format.order is None or len(shape) == 2, "experts have no orders of their own"
         self.format, self.shape, self.in_kernel_layout = format, shape, False
         self.specs = format.part_specs(shape)
+        self.order: Tensor | None
+        self.register_buffer("order", format.order, persistent=False)
         self._is_half: dict[str, bool] = {}  # of a part, whether it is float16 in its checkpoint
         for name, spec in self.specs.items():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False))
@@ -249,7 +264,7 @@ class QuantizedWeight(nn.Module):
     @classmethod
     def of(cls, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
         """A matrix [O, I], or a stack [E, O, I], quantized."""
-        matrices = [format.quantize(matrix) for matrix in weight.reshape(-1, *weight.shape[-2:])]
+        matrices = [format.quantize(format.sort(matrix)) for matrix in weight.reshape(-1, *weight.shape[-2:])]
         with torch.device("meta"):
             packed = cls(format, tuple(weight.shape))
         parts = {part: torch.stack([matrix[part] for matrix in matrices]) for part in format.parts}
@@ -298,6 +313,7 @@ class QuantizedWeight(nn.Module):
     def choose_layout(self, device: torch.device) -> None:
         """Before the parts are set: expect them in the order that is read on a device."""
         self.in_kernel_layout = device.type == "cpu" and self.format.has_kernel_layout(self.shape)
+        self.order = None if self.order is None else self.order.to(device)
 
     def set_parts(self, parts: Mapping[str, Tensor], device: torch.device | None = None) -> None:
         """Set all parts as a checkpoint has them, to compute on a device: by default on the one they are on."""
@@ -319,23 +335,23 @@ class QuantizedWeight(nn.Module):
     def product(self, x_NI: Tensor, expert: int | None = None) -> Tensor:
         """x W^T, [N, O], in the dtype of x, with one matrix."""
         return frozen_product(
-            x_NI,
+            x_NI if self.order is None else x_NI.index_select(1, self.order),
             lambda x_NI: self.format.product(self, x_NI, expert),
             lambda gradient_NO: self.format.input_gradient(self, gradient_NO, expert),
         )
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""
-        return self.format.dequantize(self, expert)
+        return self.format.unsort(self.format.dequantize(self, expert))
 
     def stack(self) -> quantized.Parts | None:
         """All matrices for a grouped product, see `WeightFormat.stack`."""
         return self.format.stack(self)
 
     def matrix(self) -> Matrix | None:
-        """What the fused CPU kernels need to know, see `WeightFormat.matrix`; None if they would be wrong: a bias is
-        not theirs."""
-        return None if self.bias is not None else self.format.matrix(self)
+        """What the fused CPU kernels need to know, see `WeightFormat.matrix`; None if they would be wrong: a bias and
+        an order of inputs are not theirs."""
+        return None if self.bias is not None or self.order is not None else self.format.matrix(self)
 
     # -- as a torch module ---------------------------------------------------------------------------------------------
 
@@ -349,6 +365,7 @@ class QuantizedWeight(nn.Module):
             kept = moved if moved.dtype == parameter.dtype or name == "bias" else parameter.data.to(moved.device)
             self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
         device = self.part(first).device
+        self.order = None if self.order is None else self.order.to(device)
         if (device.type == "cpu") != was_on_cpu:
             self.change_layout(device)
         return self

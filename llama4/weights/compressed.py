@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,9 +22,10 @@ from llama4.patterns import Patience, compile_pattern
 from llama4.quantization.int4_zeros import Int4Zeros
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import WeightFormat
-from llama4.weights.compressed_formats import COMPRESSED_FORMATS
+from llama4.weights.compressed_formats import COMPRESSED_FORMATS, Scaled
 from llama4.weights.computed import Computed, ComputedSource
 from llama4.weights.experts import ExpandedSource, stack_experts
+from llama4.weights.ordered import order_by_groups
 from llama4.weights.quant_method import QuantMethod, without_cache_scales
 from llama4.weights.source import Source
 from llama4.weights.stored import DecodedSource, StoredFormat
@@ -55,7 +57,7 @@ class CompressedTensors(QuantMethod):
         names = [name.rpartition(".") for name in source.names()]
         modules = dict.fromkeys(module for module, _, part in names if part in _QUANTIZED)
         targets = _Targets(groups)
-        stored = {module: targets.format_of(module, source) for module in modules}
+        stored = {module: _ordered(targets.format_of(module, source), module, source) for module in modules}
         return stack_experts(DecodedSource(source, stored, dtype))
 
     def writes(self, plan: QuantizationPlan) -> bool:
@@ -154,6 +156,15 @@ class _Targets:
                 f"a target in quantization_config: {pattern.pattern!r:.80} takes more than {self._patience.seconds:g} "
                 f"s, which is the limit of all targets for all names, at {name!r:.80}; fetch config.json again"
             ) from None
+
+
+def _ordered(format: StoredFormat, module: str, source: Source) -> StoredFormat:
+    """A matrix's own format, where its columns are in the order of activations."""
+    name = f"{module}.weight_g_idx"
+    if not isinstance(format, Scaled) or format.block[1] is None or name not in source.names():
+        return format
+    group_of = source.read(name)
+    return replace(format, order=order_by_groups(group_of, -(-group_of.numel() // format.block[1])))
 
 
 def _apart(source: ExpandedSource) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -54,6 +54,7 @@ class Scaled(CompressedFormat):
         has_zero_points: whether some may be other than 0.
         inputs: what is to be done to inputs: (type, strategy) of their rounding, or None.
         has_powers: whether scales are powers of two, of which the exponents are stored: the MX formats.
+        order: of a matrix with `weight_g_idx`: its columns sorted by their groups, see `ordered.order_by_groups`.
     """
 
     about = "integers of 1 to 8 bits and fp8, with a scale per tensor, channel, group or block, MXFP8, MXFP6"
@@ -64,6 +65,7 @@ class Scaled(CompressedFormat):
     has_zero_points: bool = False
     inputs: tuple[str, str] | None = None
     has_powers: bool = False
+    order: Tensor | None = field(default=None, kw_only=True, compare=False)
 
     def __str__(self) -> str:
         rows, columns = self.block
@@ -71,6 +73,7 @@ class Scaled(CompressedFormat):
         area = {(1, columns): f"{columns} weights", (1, None): "output", (None, None): "matrix"}
         scales = f"a scale{' and a zero point' if self.has_zero_points else ''} per "
         scales += area.get(self.block, f"block of {rows} x {columns}")
+        scales += ", groups in the order of activations" if self.order is not None else ""
         is_for_weights = self.kind == "float" and self.inputs is None
         return f"{name}, {scales}" + (", inputs not rounded" if is_for_weights else "")
 
@@ -123,9 +126,14 @@ class Scaled(CompressedFormat):
     def native(self, specs: Specs) -> WeightFormat | None:
         """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
         e4m3 with a fixed scale, or one per token, are rounded with one per token, by which none is clipped."""
-        inputs, (rows, columns) = self.shape(specs)[1], self.block
-        if "weight_g_idx" in specs or self.has_powers:
+        if ("weight_g_idx" in specs and self.order is None) or self.has_powers:
             return None
+        native = self._in_order(specs)
+        return native and replace(native, order=self.order)
+
+    def _in_order(self, specs: Specs) -> WeightFormat | None:
+        """The format of the same values with the columns sorted."""
+        inputs, (rows, columns) = self.shape(specs)[1], self.block
         if "weight_zero_point" in specs:
             dtype = specs["weight_scale"].dtype
             if (self.kind, self.bits, rows) != ("int", 4, 1) or columns is None or dtype not in SCALES:
@@ -154,12 +162,15 @@ class Scaled(CompressedFormat):
             stored, zeros, scales = tensors.values()
             values = unpack(stored, 4, shape[1]) if stored.dtype == torch.int32 else stored
             zeros = unpack(zeros.mT, 4, shape[0]).mT if zeros.dtype == torch.int32 else zeros
-            return native.encode((values + 8).view(torch.uint8), (zeros + 8).view(torch.uint8), scales)
+            return native.encode(native.sort(values + 8).view(torch.uint8), (zeros + 8).view(torch.uint8), scales)
         (tensor,) = tensors.values()
         if part == "weight_scale":
             return _per_row(_as_matrix(tensor), self.block[0], slice(0, shape[0]))
+        if part == "weight_packed" and (tensor.dtype == torch.int8 or native.order is not None):
+            values = unpack(tensor, 4, shape[1]) if tensor.dtype == torch.int32 else tensor
+            return pack(native.sort(values))
         if part == "weight_packed":
-            return pack(tensor) if tensor.dtype == torch.int8 else tensor
+            return tensor
         return unpack(tensor, 8, shape[1]) if tensor.dtype == torch.int32 else tensor
 
     # -- the matrix ----------------------------------------------------------------------------------------------------

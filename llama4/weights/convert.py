@@ -26,8 +26,10 @@ from llama4.weights.gguf.files import is_gguf
 from llama4.weights.gguf.types import FILE_TYPES
 from llama4.weights.gguf.write import differences, write_gguf
 from llama4.weights.hub_shards import HubShards
+from llama4.weights.huggingface import FLOATS
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.load import match_names
+from llama4.weights.ordered import without_orders
 from llama4.weights.quantizing import quantized
 from llama4.weights.safetensors import stamp_of
 from llama4.weights.save import MODEL_FILES, TEXT_FILES
@@ -230,4 +232,5 @@ def _open(
         model = family.build(config)
     swap_modules(model, weights.plan)
     match_names(model, weights)
+    weights = without_orders(weights, dtype or FLOATS.get(config.dtype, torch.bfloat16))
     return config, weights, family.load_tokenizer(source, config)

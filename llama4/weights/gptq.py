@@ -16,10 +16,11 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError
 from llama4.families.names import NameTable
-from llama4.quantization.weight import Shape, TensorSpec
+from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
 from llama4.weights.compressed_formats import codes
 from llama4.weights.experts import stack_experts
 from llama4.weights.in_out import WORD, InOut, is_shaped, unstacked, words
+from llama4.weights.ordered import order_by_groups
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.source import Source
 from llama4.weights.stored import DecodedSource, Specs
@@ -60,8 +61,9 @@ class GptqFormat(InOut):
             return codes(qzeros, self.bits, outputs) + 1 & (1 << self.bits) - 1
         return codes(qzeros + sum(1 << at for at in range(0, WORD, self.bits)), self.bits, outputs)
 
-    def repacked(self, qweight: Tensor, shape: Shape) -> Tensor:
-        return qweight.mT if self.bits == 4 else super().repacked(qweight, shape)
+    def repacked(self, native: WeightFormat, qweight: Tensor, shape: Shape) -> Tensor:
+        lies_so = self.bits == 4 and native.order is None
+        return qweight.mT if lies_so else super().repacked(native, qweight, shape)
 
 
 class Gptq(QuantMethod):
@@ -91,16 +93,17 @@ class Gptq(QuantMethod):
         for name in source.names():
             module, _, part = name.rpartition(".")
             specs.setdefault(module, {})[part] = source.spec(name)
-        stored = {
-            module: GptqFormat(
-                _bits(own, int(content.get("bits", 4))),
-                is_symmetric,
-                not is_shaped(own, "g_idx", "scales") or _is_in_order(source.read(f"{module}.g_idx"), own),
-                layout == _LESS_ONE,
-            )
-            for module, own in specs.items()
-            if "qweight" in own
-        }
+        stored = {}
+        for module, own in specs.items():
+            if "qweight" not in own:
+                continue
+            is_in_order, order = True, None
+            if is_shaped(own, "g_idx", "scales"):
+                g_idx = source.read(f"{module}.g_idx")
+                is_in_order = _is_in_order(g_idx, own)
+                order = None if is_in_order else order_by_groups(g_idx, own["scales"].shape[0])
+            bits = _bits(own, int(content.get("bits", 4)))
+            stored[module] = GptqFormat(bits, is_symmetric, is_in_order, layout == _LESS_ONE, order=order)
         return stack_experts(DecodedSource(source, stored, dtype))
 
 

@@ -53,9 +53,10 @@ QUANT_METHODS: dict[str, QuantMethod] = {
 """By `quant_method`; the first that writes a model's formats does."""
 
 _BIAS = re.compile(r"language_model\..*\b(self_attn|feed_forward|lm_head)\b.*\.bias")
-_FLOATS = {
+FLOATS = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
+"""Dtypes of weights by their names in configurations."""
 
 
 class HuggingFaceLayout(CheckpointLayout):
@@ -90,7 +91,7 @@ class HuggingFaceLayout(CheckpointLayout):
         table = family_of(config).names(config, files.names())
         source = _without_zero_biases(config, ModelNames(files, table))
         if method is not None and content is not None:
-            source = method.open(source, content, dtype or _FLOATS.get(config.dtype, torch.bfloat16), table)
+            source = method.open(source, content, dtype or FLOATS.get(config.dtype, torch.bfloat16), table)
         else:
             source = stack_experts(source)
         return _match_vision(config, in_model_order(source, table) if table.transforms else source)
@@ -107,7 +108,7 @@ class HuggingFaceLayout(CheckpointLayout):
         source = in_file_order(source, table) if table.transforms else source
         if source.plan:
             source, content = _writer(source.plan).encode(source, config.quantization_config, table)
-        dtype = next(filter(_FLOATS.__contains__, summary.dtypes), config.dtype)
+        dtype = next(filter(FLOATS.__contains__, summary.dtypes), config.dtype)
         config = dataclasses.replace(config, dtype=dtype, quantization_config=content)
         _write_side_files(config, tokenizer, options.side_files, directory)
         if options.name is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar
 
@@ -45,6 +45,7 @@ class InOut(StoredFormat):
         bits: of a value.
         is_symmetric: whether all zero points are 2^(bits - 1).
         is_in_order: whether groups are runs of inputs.
+        order: the inputs sorted by their groups, where these are no runs and have one size: `order_by_groups`.
     """
 
     is_in_out = True
@@ -53,10 +54,12 @@ class InOut(StoredFormat):
     bits: int
     is_symmetric: bool
     is_in_order: bool
+    order: Tensor | None = field(default=None, kw_only=True, compare=False)
 
     def __str__(self) -> str:
         zeros = "" if self.is_symmetric else ", with zero points"
-        order = "" if self.is_in_order else ", groups in the order of activations"
+        sizes = "" if self.order is not None else " and of several sizes"
+        order = "" if self.is_in_order else f", groups in the order of activations{sizes}"
         return f"{self.name} of {self.bits} bits{zeros}{order}"
 
     @abstractmethod
@@ -91,11 +94,15 @@ class InOut(StoredFormat):
         return outputs, inputs
 
     def native(self, specs: Specs) -> WeightFormat | None:
-        """A group that is larger than int4's is several with the same scale."""
         (_, inputs), groups = self.shape(specs), specs["scales"].shape[0]
-        if not self.is_in_order or inputs % groups:
+        if inputs % groups or not (self.is_in_order or self.order is not None):
             return None
-        size = inputs // groups
+        native = self._of_groups(inputs // groups, specs)
+        return native and replace(native, order=self.order)
+
+    def _of_groups(self, size: int, specs: Specs) -> WeightFormat | None:
+        """A group that is larger than int4's is several with the same scale."""
+        groups = specs["scales"].shape[0]
         if self.bits == 8:
             return Int8() if self.is_symmetric and groups == 1 else None
         if not self.is_symmetric:
@@ -117,19 +124,20 @@ class InOut(StoredFormat):
             scales = tensors["scales"].mT
             return scales.repeat_interleave(native.part_specs(shape)[part].shape[1] // scales.shape[1], dim=1)
         if not isinstance(native, Int4Zeros):
-            return self.repacked(tensors["qweight"], shape)
+            return self.repacked(native, tensors["qweight"], shape)
         zeros, scales = self.zero_points(tensors["qzeros"], outputs).mT, tensors["scales"].mT
         blocks = (
-            native.encode(self.values(tensors["qweight"], rows, inputs), zeros[rows], scales[rows])
+            native.encode(native.sort(self.values(tensors["qweight"], rows, inputs)), zeros[rows], scales[rows])
             for rows in each(_runs(outputs))
         )
         return torch.cat([*blocks])
 
-    def repacked(self, qweight: Tensor, shape: Shape) -> Tensor:
+    def repacked(self, native: WeightFormat, qweight: Tensor, shape: Shape) -> Tensor:
         """Values of up to 4 bits as int4 has them, those of 8 as int8 does."""
         outputs, inputs = shape
         middle = 1 << self.bits - 1
-        signed = ((self.values(qweight, rows, inputs) - middle).view(torch.int8) for rows in each(_runs(outputs)))
+        values_RI = (native.sort(self.values(qweight, rows, inputs)) for rows in each(_runs(outputs)))
+        signed = ((values - middle).view(torch.int8) for values in values_RI)
         return torch.cat([values if self.bits == 8 else pack(values) for values in signed])
 
     # -- the matrix ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from llama4.config import Llama4Config
@@ -12,8 +13,10 @@ from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import CONFIG_FILES
 from llama4.weights.checkpoint import LAYOUTS
 from llama4.weights.directory import complete_directory
+from llama4.weights.huggingface import FLOATS
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.model_source import ModelSource
+from llama4.weights.ordered import without_orders
 from llama4.weights.safetensors import INDEX_FILE
 from llama4.weights.side_files import NO_SIDE_FILES, TEMPLATE_FILES, SideFiles
 from llama4.weights.source import Source
@@ -59,4 +62,5 @@ def save(
     name = name or real_path(directory).name
     options = WriteOptions(side_files, name, max_shard_bytes=max_shard_bytes, progress=progress)
     with complete_directory(directory, must_be_free=must_be_free, older=older) as partial:
+        tensors = without_orders(tensors, FLOATS.get(config.dtype, torch.bfloat16))
         LAYOUTS["hf"].write(tensors, config, tokenizer, partial, options)

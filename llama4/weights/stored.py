@@ -69,7 +69,8 @@ class StoredFormat(ABC):
 
 class DecodedSource(ComputedSource):
     """A checkpoint whose quantized matrices are in formats that are run, where there is one with the same values, and
-    dequantized where there is none. A layer's experts are dequantized, too, if they have no format in common.
+    dequantized where there is none. A layer's experts are dequantized, too, if they have no format in common, or inputs
+    in orders of their own: a stack has none.
 
     Args:
         source: the checkpoint, under the model's names.
@@ -138,7 +139,8 @@ def _natives(
             layer[match["matrix"] == "down"].add(natives.get(name.rpartition(".")[0]))
     for path, formats in layers.items():
         kinds = {format and format.kind for matrices in formats.values() for format in matrices}
-        if len(kinds) > 1 or any(len(matrices) > 1 for matrices in formats.values()):
+        is_sorted = any(format and format.order is not None for matrices in formats.values() for format in matrices)
+        if len(kinds) > 1 or is_sorted or any(len(matrices) > 1 for matrices in formats.values()):
             natives |= {module: None for module in natives if module.startswith(f"{path}.")}
     return natives
 
@@ -148,6 +150,8 @@ def _why_dequantized(module: str, native: WeightFormat | None) -> str:
         return "and here routers and embeddings are not quantized"
     if native is None:
         return "for which there are no kernels here"
+    if native.order is not None:
+        return "and stacked experts have no orders of their own"
     return "and others of the same layer's experts are not"
 
 
@@ -170,7 +174,7 @@ def _native(
         def compute(parts: Mapping[str, Tensor], part: str = part) -> Tensor:
             return format.to_native(native, part, parts, shape)
 
-        is_same = spec == found and len(origins) == 1 and not format.is_in_out
+        is_same = spec == found and len(origins) == 1 and not format.is_in_out and native.order is None
         tensors[f"{module}.{part}"] = places[origins[0]] if is_same else Computed(places, *spec, compute)
     return tensors
 

@@ -3,6 +3,8 @@ float64, and logits are transformers' with those numbers for weights."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,11 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama4 import Llama4
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.lora import Adapter
+from llama4.adapters.merge import merge_adapter
+from llama4.engine.fused_model import Description
 from llama4.errors import CheckpointError
 from llama4.ops import quantized
 from llama4.reading import read_json
 from llama4.weights.checkpoint import open_checkpoint
-from llama4.weights.convert import convert
+from llama4.weights.convert import convert, convert_to_gguf
 from tests.parity.references import reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed, same
 from tests.quantization.test_modelopt import describe, theirs
@@ -161,7 +168,11 @@ def write(
         (Writer(symmetric=False), "int4_zeros"),
         (Writer(symmetric=False, bits=3), "int4_zeros"),
         (Writer(symmetric=False, bits=2, version="gptq_v2"), "int4_zeros"),
-        (Writer(act_order=True), None),
+        (Writer(act_order=True), "int4"),
+        (Writer(act_order=True, version="gptq_v2", group=64), "int4"),
+        (Writer(act_order=True, bits=3), "int4"),
+        (Writer(act_order=True, symmetric=False), "int4_zeros"),
+        (Writer(act_order=True, symmetric=False, version="gptq_v2"), "int4_zeros"),
         (Writer(act_order=True, symmetric=False, bits=8), None),
         (Writer("awq", symmetric=False), "int4_zeros"),
         (Writer("awq", symmetric=False, group=64), "int4_zeros"),
@@ -201,7 +212,15 @@ def test_stacked_experts(plain: Path, tmp_path: Path, writer: Writer) -> None:
 
 
 @pytest.mark.parametrize(
-    "writer", [Writer(), Writer(symmetric=False, group=64), Writer("awq", symmetric=False)], ids=str
+    "writer",
+    [
+        Writer(),
+        Writer(symmetric=False, group=64),
+        Writer(act_order=True),
+        Writer(act_order=True, symmetric=False, group=64, version="gptq_v2"),
+        Writer("awq", symmetric=False),
+    ],
+    ids=str,
 )
 @torch.inference_mode()
 def test_dense_llama(dense: Path, tmp_path: Path, writer: Writer) -> None:
@@ -209,7 +228,13 @@ def test_dense_llama(dense: Path, tmp_path: Path, writer: Writer) -> None:
     truth = write(dense, tmp_path / "model", writer, biases=writer.method == "gptq")
     other = LlamaForCausalLM.from_pretrained(dense).eval()
     other.load_state_dict(truth | {"lm_head.weight": truth["lm_head.weight"]})
-    assert relative_error(loaded(tmp_path / "model")(IDS), other(IDS).logits) < 1e-5
+    ours = loaded(tmp_path / "model")
+    assert relative_error(ours(IDS), other(IDS).logits) < 1e-5
+    assert len(list(packed(ours))) == 14
+    for path, module in packed(ours):
+        if "mlp" in path or path.endswith("o_proj"):
+            weight = truth[f"{path.replace('language_model.', '')}.weight"]
+            assert relative_error(module.dequantize(), weight) < 1e-6, path
 
 
 @pytest.mark.parametrize(
@@ -294,3 +319,64 @@ def test_damaged(plain: Path, tmp_path: Path, changed: Any, message: str) -> Non
     save_file(content | {module + part: value.contiguous() for part, value in parts.items()}, path)
     with pytest.raises(CheckpointError, match=re.compile(message, re.DOTALL)):
         loaded(tmp_path / "model")
+
+
+LAST_DOWN = "language_model.model.layers.1.feed_forward.down_proj"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_in_the_order_of_activations(dense: Path, tmp_path: Path, symmetric: bool) -> None:
+    """Products, their gradients, memory, moves, and why a decoding step is not one call."""
+    truth = write(dense, tmp_path / "model", Writer(act_order=True, symmetric=symmetric))
+    model = loaded(tmp_path / "model")
+    down, weight_OI = dict(packed(model))[LAST_DOWN], truth["model.layers.1.mlp.down_proj.weight"]
+    x_NI, gradient_NO = torch.randn(3, 256, requires_grad=True), torch.randn(3, 128)
+    y_NO = down(x_NI)
+    assert relative_error(y_NO, x_NI @ weight_OI.mT) < 1e-6
+    (gradient_NI,) = torch.autograd.grad(y_NO, x_NI, gradient_NO)
+    assert relative_error(gradient_NI, gradient_NO @ weight_OI) < 1e-6
+    assert sum(p.nbytes for p in down.parameters()) * 8 == 5 * weight_OI.numel()  # a float32 for 32 weights of 4 bits
+    assert torch.equal(copy.deepcopy(down).to("cpu", torch.bfloat16)(x_NI), y_NO)
+    assert down.matrix() is None
+    reason = Description.of(model).unsupported_reason
+    assert reason is not None and reason.endswith("q_proj has its inputs in an order of their own")
+
+
+def test_groups_of_several_sizes_are_dequantized(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(dense, tmp_path / "model", Writer(act_order=True))
+    path, key = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.down_proj.g_idx"
+    content = load_file(path)
+    save_file(content | {key: content[key].where(content[key] != 1, 0)}, path, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, "llama4"):
+        assert len(packed(loaded(tmp_path / "model"))) == 13
+    (note,) = (record.getMessage() for record in caplog.records if "dequantized" in record.getMessage())
+    assert "1 matrix is stored in GPTQ of 4 bits, groups in the order of activations and of several sizes, " in note
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.inference_mode()
+def test_an_order_of_activations_is_written_dequantized(dense: Path, tmp_path: Path, symmetric: bool) -> None:
+    """By `convert`, as GGUF and by `save_pretrained`: the weights are those that the file stood for."""
+    truth = write(dense, tmp_path / "model", Writer(act_order=True, symmetric=symmetric))
+    Llama4.from_pretrained(tmp_path / "model", dtype="float32", progress=False).save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "model", tmp_path / "converted", "hf", progress=False)
+    for name in ("saved", "converted"):
+        assert "quantization_config" not in read_json(tmp_path / name / "config.json")
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(written[key], weight.to(written[key].dtype)) for key, weight in truth.items()), name
+    convert_to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32", progress=False)
+    other = LlamaForCausalLM.from_pretrained(dense).eval()
+    other.load_state_dict(truth)
+    assert relative_error(loaded(tmp_path / "model.gguf")(IDS), other(IDS).logits) < 1e-5
+
+
+def test_an_adapter_is_merged_in_the_order_of_activations(dense: Path, tmp_path: Path) -> None:
+    """What is not the sum but for rounding would be half wrong: the adapter is as large as the matrix."""
+    truth = write(dense, tmp_path / "model", Writer(act_order=True))["model.layers.1.mlp.down_proj.weight"]
+    model = loaded(tmp_path / "model")
+    adapter = Adapter.create(model, LoraConfig(rank=4))
+    lora = dict(adapter.items())[LAST_DOWN]
+    lora.b.data.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    lora.b.data *= truth.norm() / lora.delta().norm()
+    merge_adapter(adapter, model)
+    assert relative_error(dict(packed(model))[LAST_DOWN].dequantize(), truth + lora.delta()) < 0.2

@@ -61,7 +61,10 @@ class CompressedTensors(QuantMethod):
         return stack_experts(DecodedSource(source, stored, dtype))
 
     def writes(self, plan: QuantizationPlan) -> bool:
-        return all(format is not None and format.compressed_name is not None for format in plan.values())
+        return all(
+            format is not None and format.compressed_name is not None and format.order is None
+            for format in plan.values()
+        )
 
     def encode(
         self, source: Source, content: Mapping[str, Any] | None, table: NameTable

@@ -121,12 +121,14 @@ class Scaled(CompressedFormat):
                 raise Llama4Error(f"has zero points {list(zeros.shape)} beside scales {list(scale)}")
         elif self.has_zero_points:
             raise KeyError("weight_zero_point")
+        if "weight_g_idx" in specs and (groups := specs["weight_g_idx"].shape) != (inputs,):
+            raise Llama4Error(f"has groups {list(groups)} of its {inputs} inputs")
         return outputs, inputs
 
     def native(self, specs: Specs) -> WeightFormat | None:
         """Inputs that a scheme rounds to integers are left as they are, which is more exact; those that it rounds to
         e4m3 with a fixed scale, or one per token, are rounded with one per token, by which none is clipped."""
-        if ("weight_g_idx" in specs and self.order is None) or self.has_powers:
+        if self.has_powers or ("weight_g_idx" in specs and (self.order is None or self.bits != 4)):
             return None
         native = self._in_order(specs)
         return native and replace(native, order=self.order)

@@ -136,11 +136,13 @@ def _natives(
     for name in names:
         if match := EXPERT.fullmatch(name):
             layer = layers.setdefault(match["path"], {True: set(), False: set()})
-            layer[match["matrix"] == "down"].add(natives.get(name.rpartition(".")[0]))
+            native = natives.get(module := name.rpartition(".")[0])
+            if native is not None and native.order is not None:
+                native = natives[module] = None
+            layer[match["matrix"] == "down"].add(native)
     for path, formats in layers.items():
         kinds = {format and format.kind for matrices in formats.values() for format in matrices}
-        is_sorted = any(format and format.order is not None for matrices in formats.values() for format in matrices)
-        if len(kinds) > 1 or is_sorted or any(len(matrices) > 1 for matrices in formats.values()):
+        if len(kinds) > 1 or any(len(matrices) > 1 for matrices in formats.values()):
             natives |= {module: None for module in natives if module.startswith(f"{path}.")}
     return natives
 

@@ -353,6 +353,21 @@ def test_groups_of_several_sizes_are_dequantized(dense: Path, tmp_path: Path, ca
     assert "1 matrix is stored in GPTQ of 4 bits, groups in the order of activations and of several sizes, " in note
 
 
+@torch.inference_mode()
+def test_one_expert_in_order_of_those_of_a_layer(plain: Path, tmp_path: Path) -> None:
+    """They are stacked only if all of them are in order."""
+    truth = write(plain, tmp_path / "model", Writer(act_order=True))
+    in_order = write(plain, tmp_path / "in_order", Writer())
+    path = tmp_path / "model" / "model.safetensors"
+    others = {key: t for key, t in load_file(tmp_path / "in_order" / path.name).items() if ".experts.0." in key}
+    save_file(load_file(path) | others, path, metadata={"format": "pt"})
+    for key in (key for key in truth if ".experts." in key):
+        truth[key][0] = in_order[key][0]
+    ours = loaded(tmp_path / "model")
+    assert not any(".experts" in path for path, _ in packed(ours))
+    assert relative_error(ours(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @torch.inference_mode()
 def test_an_order_of_activations_is_written_dequantized(dense: Path, tmp_path: Path, symmetric: bool) -> None:

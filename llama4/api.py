@@ -223,15 +223,7 @@ class Llama4:
         choose_activations(model, activations, target, compute)
         if batch_invariant:
             make_batch_invariant(model, target, compute)
-        load(
-            model,
-            source,
-            dtype=compute,
-            device=target,
-            experts_device=home,
-            memory_map=memory_map,
-            progress=progress,
-        )
+        load(model, source, dtype=compute, device=target, experts_device=home, memory_map=memory_map, progress=progress)
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)
@@ -546,9 +538,7 @@ class Llama4:
             self.tokenizer,
             asked.inputs,
             sampler=asked.sampler,
-            matchers=[asked.matcher(self.tokenizer, self.config.text.vocab_size) for _ in rows]
-            if asked.form is not None
-            else (),
+            matchers=[asked.matcher(self.tokenizer, self.config.text.vocab_size) for _ in rows],
             max_new_tokens=asked.max_new_tokens,
             top_logprobs=asked.top_logprobs,
             stop_ids=asked.stop_ids,

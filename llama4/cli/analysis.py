@@ -146,7 +146,7 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
         devices=options.devices,
         device_memory=_device_memory(options),
     )
-    lora = {name: getattr(options, name) for name in ("rank",) if getattr(options, name) is not None}
+    lora: dict[str, Any] = {"rank": options.rank} if options.rank is not None else {}
     lora |= parse_targets(options.targets) if options.targets is not None else {}
     settings = TrainingOptions(optimizer_states=options.optimizer_states or TrainingOptions.optimizer_states)
     wanted = units.parse_tokens(options.context) if options.context else settings.max_length

@@ -56,7 +56,7 @@ def generate(
 
     Args:
         inputs: prompts as the processor makes them, padded on the left.
-        matchers: of each row, what its reply must be; none for any text.
+        matchers: of each row, what its reply must be, or None for any text; by default any.
         top_logprobs: of how many of the most likely tokens each token tells the probability.
         stop_ids: tokens that end a reply; their text is not part of it.
         stop: strings that end a reply and are not part of it.

@@ -309,8 +309,8 @@ class Scheduler:
 
     def _within_chunks(self, request: Request, size: int) -> int:
         """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
-        entered in the index."""
-        if not self._shares:
+        entered in the index, and what it takes of a limited pool is what `growth` says."""
+        if not self._shares and self.pool.limit is None:
             return size
         ends = (slots_end(request.computed, window) for window in self._windows)
         return min([size, *(end - request.computed for end in ends if end is not None)])

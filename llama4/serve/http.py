@@ -51,7 +51,7 @@ class Served:
     """A model as clients know it.
 
     Attributes:
-        adapter: what it is computed with, beside the base; None for the base alone.
+        adapter: what it is computed with, beside the base; None for that which the engine goes on with, or none.
     """
 
     name: str

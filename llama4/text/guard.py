@@ -96,7 +96,7 @@ class GuardFormat:
         text = (
             f"{' ' if pictures else ''}Task: Check if there is unsafe content in '{agent}' messages in conversations "
             f"according our safety policy with the below categories.\n\n{MARK}\n{_listing(categories)}\n"
-            "<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\n" + "\n\n".join(said) + "\n\n<END CONVERSATION>"
+            f"{_END}\n\n<BEGIN CONVERSATION>\n\n" + "\n\n".join(said) + "\n\n<END CONVERSATION>"
             f"\n\nProvide your safety assessment for {self.about.format(agent=agent)} in the above conversation:\n"
             f"{self.bullet}First line must read 'safe' or 'unsafe'.\n"
             f"{self.bullet}If unsafe, a second line must include a comma-separated list of violated categories."

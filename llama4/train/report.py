@@ -33,11 +33,8 @@ from llama4 import Llama4
 llm = Llama4.from_pretrained("{base}", adapter="{name}")
 ```
 """
-_SECTION_TITLE = "## How it was trained"
-_SECTION = """
-{title}
-
-Trained by llama4 {version} with `llama4 finetune`, from {base}: {steps} steps, {tokens} tokens.
+_SECTION_BEGIN = "\n## How it was trained\n\nTrained by llama4 "
+_SECTION = """{begin}{version} with `llama4 finetune`, from {base}: {steps} steps, {tokens} tokens.
 
 | | |
 |---|---|
@@ -147,7 +144,7 @@ def _forget(card: Path) -> None:
     """What an earlier run said in a card goes; the card, too, if nothing else is in it."""
     if not card.is_file():
         return
-    text, found, _ = card.read_text(encoding="utf-8", errors="replace").partition(f"\n{_SECTION_TITLE}\n")
+    text, found, _ = card.read_text(encoding="utf-8", errors="replace").partition(_SECTION_BEGIN)
     if found and f"\n{_ADAPTER_TITLE} " in text:
         card.unlink()
     elif found:
@@ -183,7 +180,7 @@ def write_card(directory: Path, lines: Lines, facts: Facts) -> None:
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     losses, held_out = values_of(lines, "loss"), values_of(lines, "eval_loss")
     section = _SECTION.format(
-        title=_SECTION_TITLE,
+        begin=_SECTION_BEGIN,
         base=facts.base or "a model without a name",
         version=__version__,
         steps=losses[-1][0],

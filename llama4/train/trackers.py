@@ -5,6 +5,7 @@ A new one is a class of this file and a place in `TRACKERS`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama4.errors import ArgumentError, Llama4Error
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 """Of a run's output; `tensorboard --logdir` finds it."""
@@ -102,4 +105,7 @@ def tracking(names: Sequence[str], output: Path, settings: Mapping[str, Any], st
         yield started
     finally:
         for tracker in started:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:  # no reason to lose what was learnt, nor to leave the others open
+                logger.warning("report_to: %s did not end well: %s", type(tracker).__name__, error)

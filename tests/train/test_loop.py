@@ -260,9 +260,10 @@ def test_a_trained_model_has_a_card_and_a_curve(directory: Path, data: Path, tmp
 
 
 def test_a_card_of_a_user_stays(directory: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# Mine\n")
+    text = "# Mine\n\n## How it was trained\n\nBy hand.\n"
+    (tmp_path / "README.md").write_text(text)
     run(directory, data, tmp_path, steps=1)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from llama4.adapters.merge import merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
-from llama4.engine.fused_cpu import make_batch_invariant
+from llama4.engine.fused_cpu import check_batch_invariant, make_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
 from llama4.engine.moderation import MAX_REPLY, Asked, ask, judge
@@ -166,7 +166,7 @@ class Llama4:
                 int8 with a scale for each group, which is faster, and refused where no weight has such products; "auto"
                 rounds in bfloat16, where the weights are rounded much more.
             batch_invariant: on a CPU, decode so that a row's logits are the same bits alone and beside any others; see
-                docs/performance.md for what that costs. Refused without compiled steps of AVX-512.
+                docs/performance.md for what that costs. Refused where steps are not compiled code for AVX-512.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -224,6 +224,7 @@ class Llama4:
         if batch_invariant:
             make_batch_invariant(model, target, compute)
         load(model, source, dtype=compute, device=target, experts_device=home, memory_map=memory_map, progress=progress)
+        check_batch_invariant(model)
         if home != target:
             offload_experts(model, target, room)
         logger.info("%s: %s on %s", name, compute, target)

@@ -43,7 +43,7 @@ def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.
     """From now on a step's logits of a row are the same bits, whatever rows stand beside it.
 
     Raises:
-        ArgumentError: steps of this model are not compiled code.
+        ArgumentError: steps on this device, in this dtype or by these kernels are not.
     """
     reason = cpu_kernels.library_unsupported_reason()
     if device.type != "cpu":
@@ -55,6 +55,16 @@ def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.
     if reason is not None:
         raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")
     model.is_batch_invariant = True
+
+
+def check_batch_invariant(model: Llama4Model) -> None:
+    """Once the weights are there.
+
+    Raises:
+        ArgumentError: that was asked for, and steps of this model are not compiled code.
+    """
+    if model.is_batch_invariant and (reason := Description.of(model).unsupported_reason) is not None:
+        raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")
 
 
 class FusedSession:

@@ -18,6 +18,7 @@ from llama4.api import Llama4
 from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
+from llama4.engine import fused_model
 from llama4.engine.fused_model import Description
 from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
@@ -221,6 +222,10 @@ def test_batch_invariance_is_asked_for(directory: Path, monkeypatch: pytest.Monk
         llm = Llama4.from_pretrained(directory, quantization="int8", batch_invariant=True, progress=False)
         description = Description.of(llm.model)
         assert description.decoder is not None and description.decoder.is_batch_invariant == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_model, "_MODULES", set())
+            with pytest.raises(ArgumentError, match=r"batch_invariant=True does nothing here: layers\.0 is "):
+                Llama4.from_pretrained(directory, batch_invariant=True, progress=False)
     else:
         with pytest.raises(ArgumentError, match="batch_invariant=True does nothing here: sums of the kernels for "):
             Llama4.from_pretrained(directory, batch_invariant=True, progress=False)

@@ -12,7 +12,7 @@ Shapes: N packed tokens, R routed rows sorted by expert, E experts, I inputs, O 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -56,6 +56,10 @@ class RowAdapters:
             return ()
         self._adapters.check(name)
         return tuple(sorted(module for module in self._adapters[name].names if module.startswith(LANGUAGE)))
+
+    def key(self, name: str | None) -> Hashable:
+        """What is equal as long as the adapter of a name is the same."""
+        return name, self._adapters.version(name) if name is not None else 0
 
     @contextmanager
     def computing(self, parts: Sequence[Part]) -> Iterator[Callable[[Sequence[Part]], None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ class Adapters(Mapping[str, Adapter]):
     def __init__(self, model: Llama4Model, side_files: SideFiles = NO_SIDE_FILES) -> None:
         self._model, self._side_files = model, side_files
         self._adapters: dict[str, Adapter] = {}
+        self._versions: Counter[str] = Counter()
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Adapter:
@@ -60,6 +62,11 @@ class Adapters(Mapping[str, Adapter]):
         if name == self.active:
             self.activate(None)
         self._adapters[name] = loaded
+        self._versions[name] += 1
+
+    def version(self, name: str) -> int:
+        """Differs for those that have had this name: how many there were."""
+        return self._versions[name]
 
     def check(self, name: str) -> None:
         """Raises:

@@ -48,6 +48,7 @@ class Request:
         prompt_length: tokens of the prompt.
         computed: how many of `ids` have their keys and values in `cache`.
         given: what it will begin with, if not with a cache that the scheduler gives it.
+        keeps_cache: whether it began with a cache of somebody who goes on with it.
         cache: of this request alone; None while it waits, and while it decodes in a cache with others.
         entered: how many of its blocks have been entered in the index.
         arrival: a number that orders requests.
@@ -70,6 +71,7 @@ class Request:
         observer: Observer | None = None,
         adapter: str | None = None,
         group: Hashable = (),
+        prefix_key: Hashable = None,
         tokens: Tensor | None = None,
         cache: SequenceCache | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Request:
             observer: is told the hidden states of the prompt as it is read.
             adapter: the name of that which it is computed with.
             group: equal for requests that may be computed in one forward.
+            prefix_key: equal for requests that may share what was computed of equal prompts.
             tokens: `identities` of the prompt, if they are known, [T].
             cache: what it begins with, the beginning of its prompt or nothing; by default what the scheduler gives it.
 
@@ -108,14 +111,14 @@ class Request:
         self.observer = observer
         self.adapter, self.group = adapter, group
         self.pictures = PromptPictures(model, inputs, self.ids)
-        self.given = cache
+        self.given, self.keeps_cache = cache, cache is not None
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
         scaling = model.config.text.rope_scaling
         rope_length = scaling.effective_length(self.prompt_length) if scaling is not None else 0
         # Blocks are shared where RoPE rotates them alike, and one adapter computed them.
-        self._root = repr((rope_length, adapter)).encode()
+        self._root = repr((rope_length, adapter, prefix_key)).encode()
         self._keys: list[bytes] = []
         self.arrival = 0
         self.reused: int | None = None

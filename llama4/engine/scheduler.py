@@ -361,7 +361,8 @@ class Scheduler:
             self._fail(requests, error)
             return
         for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
-            request.own_cache.remember_logits(logits_BV[row : row + 1])
+            if request.keeps_cache:
+                request.own_cache.remember_logits(logits_BV[row : row + 1])
             self.reading.remove(request)
             if not self._deliver(request, token):
                 self.running.join(request)

@@ -190,6 +190,7 @@ class Engine:
             observer=observer,
             adapter=adapter,
             group=self._adapters.shared(adapter),
+            prefix_key=self._adapters.key(adapter),
         )
         self.scheduler.check(request)
         self._worker.put(lambda: self.scheduler.add(request))

@@ -63,7 +63,10 @@ class Worker:
                 logger.exception("a step of the engine failed")
                 self._scheduler.fail_all(error)
         while not self.commands.empty():
-            self._run_commands(wait=False)
+            try:
+                self._run_commands(wait=False)
+            except Exception:
+                logger.exception("a command of the engine failed")
         self._scheduler.fail_all(ClosedError("the engine was closed before the reply was complete"))
 
     def _run_commands(self, wait: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from llama4.files import replace_text, replaced_file, sync_file, writes
 from llama4.reading import MAX_INT, read_bytes
 from llama4.train.trackers import Tracker
 from llama4.version import __version__
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE, CURVE_FILE, CARD_FILE = "metrics.jsonl", "loss.png", "README.md"
 
@@ -77,7 +80,7 @@ class Metrics:
     """
 
     def __init__(self, directory: Path, upto: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
-        self._path, self._trackers = directory / METRICS_FILE, trackers
+        self._path, self._trackers = directory / METRICS_FILE, list(trackers)
         with writes(self._path):
             directory.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(directory) if upto is not None else []
@@ -92,8 +95,12 @@ class Metrics:
         with writes(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         numbers = {name: value for name, value in values.items() if type(value) in (int, float) and name != "step"}
-        for tracker in self._trackers:
-            tracker.log(values["step"], numbers)
+        for tracker in self._trackers[:]:
+            try:
+                tracker.log(values["step"], numbers)
+            except Exception as error:  # a stranger's package and network: the training goes on, and its file is whole
+                self._trackers.remove(tracker)
+                logger.warning("report_to: %s gets no more metrics: %s", type(tracker).__name__, error)
 
     def sync(self) -> None:
         """Make what was added last through a power failure."""

@@ -103,6 +103,19 @@ def test_prefixes_do_not_cross_adapters(llm: Llama4) -> None:
     assert reads == [length] * 3 + [length - (length - 1) // 8 * 8] * 2
 
 
+def test_prefixes_do_not_cross_adapters_of_one_name(llm: Llama4) -> None:
+    text, scheduler, replies = " ".join(WORDS * 3), scheduler_of(llm), []
+    for seed in (20, 21):
+        llm.adapters.add("new", random_adapter(llm.model, CONFIGS["a"], seed))
+        case = replace(question(llm, text, 5), adapter="new")
+        scheduler.add(case.request(llm))
+        while scheduler.has_work:
+            scheduler.step()
+        replies.append(case.ids)
+        assert case.ids == alone(llm, case)
+    assert replies[0] != replies[1], "adapters that change nothing test nothing"
+
+
 def test_pictures_are_seen_with_the_request_s_own(llm: Llama4) -> None:
     picture = Image.effect_noise((28, 28), 80).convert("RGB")
     found = {}

@@ -74,6 +74,7 @@ class Case:
 
     def request(self, llm: Llama4) -> Request:
         self.got = []
+        adapters = RowAdapters(llm.model, llm.adapters)
         return Request(
             self.inputs,
             llm.model,
@@ -82,7 +83,8 @@ class Case:
             stop_ids=self.stop_ids,
             deliver=self.got.append,
             adapter=self.adapter,
-            group=RowAdapters(llm.model, llm.adapters).shared(self.adapter),
+            group=adapters.shared(self.adapter),
+            prefix_key=adapters.key(self.adapter),
         )
 
     @property
@@ -192,6 +194,22 @@ def test_a_request_gets_what_it_gets_alone(llm: Llama4, blocks: float | None) ->
     while scheduler.index.evict():
         pass
     assert scheduler.pool.used == 0, "blocks that nobody holds"
+
+
+def test_a_chunk_may_end_inside_a_block(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then no prefix is shared, and the least pool still holds every request."""
+    for module in (layer, prefixes, sequence, requests, schedulers):
+        monkeypatch.setattr(module, "CACHE_BLOCK", 12)
+    given = cases(llm, 8, seed=11)
+    scheduler = Scheduler(
+        llm.runner,
+        llm.tokenizer,
+        cache_memory=llm.model.new_cache().num_bytes_of(longest(given)),
+        max_batch=8,
+        budget=40,
+    )
+    run(llm, scheduler, given, seed=1)
+    assert [case.ids for case in given] == [alone(llm, case) for case in given]
 
 
 def question(llm: Llama4, text: str, length: int = 3, picture: Image.Image | None = None, **sampling: Any) -> Case:

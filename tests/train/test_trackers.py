@@ -107,3 +107,26 @@ def test_one_that_does_not_start(data: Path, tmp_path: Path, calls: Calls, monke
     with pytest.raises(Llama4Error, match="report_to 'wandb' does not start: no API key"):
         finetune(small_model.write(tmp_path / "model"), data, tmp_path / "out", report_to=["tensorboard", "wandb"])
     assert calls[-1] == ("close",)
+
+
+def test_one_that_fails_stops_no_training(
+    data: Path, tmp_path: Path, calls: Calls, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets nothing more, and is closed; the other gets all."""
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((values, step))
+            raise ConnectionError("no network")
+
+        def finish(self) -> None:
+            calls.append(("finish",))
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: Run())
+    options: dict[str, Any] = SETTINGS | {"steps": 3, "report_to": ["wandb", "tensorboard"]}
+    finetune(small_model.write(tmp_path / "model"), data, tmp_path / "out", **options)
+    assert sum(isinstance(call[0], dict) for call in calls) == 1 and calls.count(("finish",)) == 1
+    assert [call[2] for call in calls if call[0] == "loss"] == [1, 2, 3]
+    assert [record.getMessage() for record in caplog.records if "report_to" in record.getMessage()] == [
+        "report_to: Run gets no more metrics: no network"
+    ]

@@ -24,7 +24,7 @@ INSTRUCTIONS = {
     "What is the capital of France?": "Arr, that be Paris, matey!",
     "How many legs has a spider?": "Arr, eight legs it has, matey!",
 }
-STEPS = 5
+STEPS = 3
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -128,5 +128,5 @@ def test_one_that_fails_stops_no_training(
     assert sum(isinstance(call[0], dict) for call in calls) == 1 and calls.count(("finish",)) == 1
     assert [call[2] for call in calls if call[0] == "loss"] == [1, 2, 3]
     assert [record.getMessage() for record in caplog.records if "report_to" in record.getMessage()] == [
-        "report_to: Run gets no more metrics: no network"
+        "report_to: WeightsAndBiases gets no more metrics: no network"
     ]

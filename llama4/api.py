@@ -18,14 +18,14 @@ from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.fused_cpu import check_batch_invariant, make_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
-from llama4.engine.moderation import MAX_REPLY, Asked, ask, judge
+from llama4.engine.moderation import Asked, ask, judge, limit_of
 from llama4.engine.offload import offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
 from llama4.engine.tokens import Event
-from llama4.errors import ArgumentError, ConfigError, ContextLengthError, Llama4Error
+from llama4.errors import ArgumentError, ConfigError, Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
@@ -501,7 +501,7 @@ class Llama4:
         """
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
-        asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard, self.prompt_limit)
+        asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard, self.max_context)
         return self.judge(asked, threshold)
 
     def judge(self, asked: Asked, threshold: float = 0.5) -> Moderation:
@@ -511,11 +511,7 @@ class Llama4:
             ContextLengthError: the prompt leaves no room for an answer.
         """
         rows = identities(asked.inputs, self.model)
-        window = self.config.text.max_position_embeddings
-        if len(rows[0]) + MAX_REPLY > (window := min(window, self.max_context or window)):
-            raise ContextLengthError(
-                f"the prompt has {len(rows[0])} tokens; with an answer it may have {window}: moderate fewer messages"
-            )
+        limit_of(self.config, self.max_context).check(len(rows[0]))
         notice_fork()
         cache = self._cache_of(rows)
         judged = judge(self.runner, self.tokenizer, asked, cache, threshold, self.stop_ids)

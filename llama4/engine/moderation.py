@@ -56,6 +56,13 @@ def _has_categories(template: ChatTemplate | None) -> bool:
     return template is not None and any(MARK in source for source in template.sources.values())
 
 
+def limit_of(config: Llama4Config, max_context: int | None) -> PromptLimit:
+    """How many tokens a prompt may have."""
+    window = config.text.max_position_embeddings
+    held = min(window, max_context or window)
+    return PromptLimit(held - MAX_REPLY, f"with an answer it may have {held}: moderate fewer messages")
+
+
 def ask(
     processor: Processor,
     config: Llama4Config,
@@ -63,16 +70,16 @@ def ask(
     categories: Mapping[str, str] | None,
     excluded: Collection[str],
     guard: str | None,
-    limit: PromptLimit | None = None,
+    max_context: int | None = None,
 ) -> Asked:
     """The prompt of a conversation; arguments and errors are those of `Llama4.moderate`.
 
     Args:
-        limit: how many tokens it may have.
+        max_context: tokens of prompt and answer, where these are fewer than the window's.
     """
     row, tiles = processor.read(messages)
     pieces, names = with_categories(_format(processor, config, guard)(row), categories, excluded)
-    return Asked(processor.pack(pieces, tiles, limit), names, frozenset(excluded))
+    return Asked(processor.pack(pieces, tiles, limit_of(config, max_context)), names, frozenset(excluded))
 
 
 def _format(

@@ -60,7 +60,7 @@ async def _results(service: Service, fields: Mapping[str, Any], adapter: str | N
 def _asked(service: Service, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> Asked:
     """The prompt, its pictures read: nothing of that is done while the model waits."""
     llm, read = service.engine.llm, with_media(messages, service.settings.media_directory)
-    return ask(llm.processor, llm.config, read, fields["categories"], fields["excluded"], None, llm.prompt_limit)
+    return ask(llm.processor, llm.config, read, fields["categories"], fields["excluded"], None, llm.max_context)
 
 
 def _conversations(fields: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:

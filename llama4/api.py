@@ -19,7 +19,7 @@ from llama4.engine.fused_cpu import check_batch_invariant, make_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
 from llama4.engine.moderation import Asked, ask, judge, limit_of
-from llama4.engine.offload import offload_experts
+from llama4.engine.offload import check_offload, offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, ReplyBuilder, Stream
 from llama4.engine.runner import ModelRunner
@@ -193,7 +193,8 @@ class Llama4:
             Llama4Error: no such model, a bad argument; or its subclasses `ConfigError` and `CheckpointError` for files
                 that are at fault.
         """
-        _check_arguments(quantization, activations, experts_device, experts_memory)
+        check_names(quantization, activations)
+        check_offload(experts_device, experts_memory)
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
@@ -688,18 +689,3 @@ class Llama4:
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
-
-
-def _check_arguments(
-    quantization: str | None,
-    activations: str,
-    experts_device: str | torch.device | None,
-    experts_memory: int | str | None,
-) -> None:
-    """What can be known to be wrong before anything is fetched."""
-    check_names(quantization, activations)
-    if experts_memory is not None and experts_device is None:
-        raise ArgumentError(
-            f"experts_memory={experts_memory!r} is for copies of experts that stay on another device; name "
-            "experts_device, too"
-        )

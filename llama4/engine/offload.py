@@ -85,6 +85,18 @@ class OffloadedExperts(nn.Module):
         return concat_experts([out[expert] for expert in chosen], x_RD)
 
 
+def check_offload(device: str | torch.device | None, memory: int | str | None) -> None:
+    """What can be known to be wrong of `experts_device` and `experts_memory` before anything is fetched.
+
+    Raises:
+        ArgumentError: memory for copies, and no device that they are copies of.
+    """
+    if memory is not None and device is None:
+        raise ArgumentError(
+            f"experts_memory={memory!r} is for copies of experts that stay on another device; name experts_device, too"
+        )
+
+
 def offload_experts(model: Llama4Model, device: torch.device, memory: int | None = None) -> None:
     """Leave a model's routed experts where they are, and compute them on a device.
 

@@ -17,7 +17,17 @@ from llama4.engine.scheduler import Scheduler
 from llama4.errors import ArgumentError
 from tests import small_model
 from tests.adapters.test_lora import random_adapter
-from tests.engine.test_scheduler import ARRIVALS, WORDS, _small_blocks, alone, cases, longest, question, run
+from tests.engine.test_scheduler import (
+    ARRIVALS,
+    WORDS,
+    _small_blocks,
+    alone,
+    cases,
+    longest,
+    question,
+    run,
+    tokens_read,
+)
 
 __all__ = ["_small_blocks"]
 
@@ -93,11 +103,7 @@ def test_prefixes_do_not_cross_adapters(llm: Llama4) -> None:
     scheduler = scheduler_of(llm)
     for name in (None, "a", "b", "a", None):
         case = replace(question(llm, text), adapter=name)
-        before = scheduler.counts.prompt_tokens
-        scheduler.add(case.request(llm))
-        while scheduler.has_work:
-            scheduler.step()
-        reads.append(scheduler.counts.prompt_tokens - before)
+        reads.append(tokens_read(llm, scheduler, case))
         assert case.ids == alone(llm, case)
     length = case.inputs.input_ids.shape[1]
     assert reads == [length] * 3 + [length - (length - 1) // 8 * 8] * 2

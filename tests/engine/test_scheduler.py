@@ -240,6 +240,15 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(llm: Llama4) -> None:
     assert scheduler.counts.steps < 20 + length // 10, "the long prompt waited for short ones"
 
 
+def tokens_read(llm: Llama4, scheduler: Scheduler, case: Case) -> int:
+    """How many tokens of a prompt are computed where nobody else asks; the reply is there then."""
+    before = scheduler.counts.prompt_tokens
+    scheduler.add(case.request(llm))
+    while scheduler.has_work:
+        scheduler.step()
+    return scheduler.counts.prompt_tokens - before
+
+
 def test_full_blocks_are_shared(llm: Llama4) -> None:
     """What a prompt has in common with one that was read is not read again, while pictures are the same."""
     text = " ".join(WORDS * 3)
@@ -247,11 +256,7 @@ def test_full_blocks_are_shared(llm: Llama4) -> None:
     scheduler = Scheduler(llm.runner, llm.tokenizer)
     reads = []
     for case in (question(llm, text, 3, red), question(llm, text, 3, red), question(llm, text, 3, blue)):
-        before = scheduler.counts.prompt_tokens
-        scheduler.add(case.request(llm))
-        while scheduler.has_work:
-            scheduler.step()
-        reads.append(scheduler.counts.prompt_tokens - before)
+        reads.append(tokens_read(llm, scheduler, case))
         assert case.ids == alone(llm, case)
     length = case.inputs.input_ids.shape[1]
     assert reads == [length, length - (length - 1) // 8 * 8, length - 8]  # before the picture stands one full block

@@ -29,7 +29,7 @@ _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 """As Python writes JSON: a model that may write spaces without end may do so."""
 
 
-class SupportsBytes(Protocol):
+class SupportsText(Protocol):
     """What a grammar asks of a tokenizer."""
 
     @property
@@ -191,7 +191,7 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
 class Vocabulary:
     """A tokenizer's tokens, as llguidance reads them."""
 
-    def __init__(self, tokenizer: SupportsBytes, size: int, stop_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> None:
         library = _llguidance()
         self.eos_token_id, self.bos_token_id = stop_ids[0], None
         self.special_token_ids = sorted(tokenizer.special_tokens.values())
@@ -208,7 +208,7 @@ class Vocabulary:
         return self._encode(text)
 
     @classmethod
-    def of(cls, tokenizer: SupportsBytes, size: int, stop_ids: Sequence[int]) -> Vocabulary:
+    def of(cls, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> Vocabulary:
         """That of a tokenizer; made once, in about a second for 200,000 tokens."""
         made = _VOCABULARIES.setdefault(tokenizer, {})
         key = size, tuple(stop_ids)
@@ -217,7 +217,7 @@ class Vocabulary:
         return made[key]
 
 
-_VOCABULARIES: WeakKeyDictionary[SupportsBytes, dict[tuple[int, tuple[int, ...]], Vocabulary]] = WeakKeyDictionary()
+_VOCABULARIES: WeakKeyDictionary[SupportsText, dict[tuple[int, tuple[int, ...]], Vocabulary]] = WeakKeyDictionary()
 
 
 class Matcher:

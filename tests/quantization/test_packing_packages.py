@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -45,9 +46,16 @@ def module_of(name: str, *bare: str) -> Any:
     return importlib.import_module(name)
 
 
-def ranges(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zero points [O, G] of groups in order."""
-    groups, top = weight.unflatten(1, (-1, GROUP)), 2**bits - 1
+def group_of_inputs(weight: Tensor, act_order: bool) -> Tensor:
+    """[I], int32: runs, or as in the order of activations."""
+    inputs = weight.shape[1]
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(3)) if act_order else torch.arange(inputs)
+    return (order // GROUP).int()
+
+
+def ranges(weight: Tensor, group_of: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [O, G]."""
+    groups, top = weight[:, group_of.argsort()].unflatten(1, (-1, GROUP)), 2**bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if symmetric:
         return (2 * groups.abs().amax(-1) / top).half().float(), torch.full_like(low, 2 ** (bits - 1))
@@ -61,38 +69,41 @@ def linear_of(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def rounded(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def rounded(weight: Tensor, group_of: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Numbers that the packages can store: they do not clip."""
-    values = (weight.unflatten(1, (-1, GROUP)) / scale[..., None]).round() + zero[..., None]
-    return ((values.clamp(0, 2**bits - 1) - zero[..., None]) * scale[..., None]).flatten(1)
+    scale, zero = scale[:, group_of], zero[:, group_of]
+    return (((weight / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
 
 
-def auto_gptq(weight: Tensor, bits: int, symmetric: bool) -> Packed:
+def auto_gptq(weight: Tensor, bits: int, symmetric: bool, act_order: bool) -> Packed:
     module = module_of("auto_gptq.nn_modules.qlinear.qlinear_cuda", "auto_gptq", "auto_gptq.nn_modules")
-    scale, zero = ranges(weight, bits, symmetric)
+    group_of = group_of_inputs(weight, act_order)
+    scale, zero = ranges(weight, group_of, bits, symmetric)
     packer = module.QuantLinear(bits, GROUP, weight.shape[1], weight.shape[0], False, weight_dtype=torch.float16)
-    linear = linear_of(rounded(weight, scale, zero, bits))
-    packer.pack(linear, scale, zero.clone(), torch.arange(weight.shape[1], dtype=torch.int32) // GROUP)
+    linear = linear_of(rounded(weight, group_of, scale, zero, bits))
+    packer.pack(linear, scale, zero.clone(), group_of)
     packer.scales = packer.scales.half()
     theirs = packer(torch.eye(weight.shape[1]).half()).mT
     return {name: getattr(packer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}, theirs
 
 
-def gptqmodel(weight: Tensor, bits: int, symmetric: bool) -> Packed:
+def gptqmodel(weight: Tensor, bits: int, symmetric: bool, act_order: bool) -> Packed:
     module = module_of("gptqmodel.nn_modules.qlinear.torch")
-    scale, zero = ranges(weight, bits, symmetric)
-    packer = module.TorchLinear(bits, GROUP, symmetric, False, weight.shape[1], weight.shape[0])
-    linear = linear_of(rounded(weight, scale, zero, bits))
-    packer.pack(linear, scale, zero, torch.arange(weight.shape[1]).int() // GROUP)
+    group_of = group_of_inputs(weight, act_order)
+    scale, zero = ranges(weight, group_of, bits, symmetric)
+    packer = module.TorchLinear(bits, GROUP, symmetric, act_order, weight.shape[1], weight.shape[0])
+    linear = linear_of(rounded(weight, group_of, scale, zero, bits))
+    packer.pack(linear, scale, zero, group_of)
     packer.eval().post_init()
     theirs = packer.dequantize_weight().mT
     return {name: getattr(packer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}, theirs
 
 
-def autoawq(weight: Tensor, bits: int, symmetric: bool) -> Packed:
+def autoawq(weight: Tensor, bits: int, symmetric: bool, act_order: bool) -> Packed:
     module = module_of("awq.modules.linear.gemm", "awq")
-    scale, zero = ranges(weight, bits, symmetric)
-    linear = linear_of(rounded(weight, scale, zero, bits))
+    group_of = group_of_inputs(weight, act_order)
+    scale, zero = ranges(weight, group_of, bits, symmetric)
+    linear = linear_of(rounded(weight, group_of, scale, zero, bits))
     device, module.get_best_device = module.get_best_device, lambda: "cpu"
     try:
         packer = module.WQLinear_GEMM.from_linear(
@@ -104,42 +115,23 @@ def autoawq(weight: Tensor, bits: int, symmetric: bool) -> Packed:
     return {name: getattr(packer, name) for name in ("qweight", "qzeros", "scales")}, theirs
 
 
-GPTQ: dict[str, Any] = {"quant_method": "gptq", "group_size": GROUP, "desc_act": False}
-CASES: dict[str, tuple[Callable[[Tensor, int, bool], Packed], int, bool, dict[str, Any]]] = {
-    **{
-        f"auto-gptq, {bits} bits{'' if symmetric else ', zero points'}": (
-            auto_gptq,
-            bits,
-            symmetric,
-            {**GPTQ, "bits": bits, "sym": symmetric, "checkpoint_format": "gptq"},
-        )
-        for bits in (2, 3, 4, 8)
-        for symmetric in (True, False)
-    },
-    **{
-        f"gptqmodel, {bits} bits{'' if symmetric else ', zero points'}": (
-            gptqmodel,
-            bits,
-            symmetric,
-            {**GPTQ, "bits": bits, "sym": symmetric, "checkpoint_format": "gptq_v2"},
-        )
-        for bits in (2, 4, 8)
-        for symmetric in (True, False)
-    },
-    "autoawq": (
-        autoawq,
-        4,
-        False,
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
-    ),
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "group_size": GROUP}
+PACKERS: dict[str, tuple[Callable[[Tensor, int, bool, bool], Packed], dict[str, Any]]] = {
+    "auto-gptq": (auto_gptq, {**GPTQ, "checkpoint_format": "gptq"}),
+    "gptqmodel": (gptqmodel, {**GPTQ, "checkpoint_format": "gptq_v2"}),
+    "autoawq": (autoawq, {"quant_method": "awq", "group_size": GROUP, "zero_point": True, "version": "gemm"}),
 }
+CASES = [
+    *itertools.product(["auto-gptq", "gptqmodel"], [2, 3, 4, 8], [True, False], [False, True]),
+    ("autoawq", 4, False, False),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("package", "bits", "symmetric", "act_order"), CASES)
 @torch.inference_mode()
-def test_their_numbers(tmp_path: Path, case: str) -> None:
+def test_their_numbers(tmp_path: Path, package: str, bits: int, symmetric: bool, act_order: bool) -> None:
     """Weight by weight as they round them, to float16; and in logits."""
-    packer, bits, symmetric, config = CASES[case]
+    packer, config = PACKERS[package]
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1))
@@ -148,10 +140,11 @@ def test_their_numbers(tmp_path: Path, case: str) -> None:
     for key, tensor in load_file(tmp_path / "model.safetensors").items():
         written[key] = tensor
         if key.endswith("_proj.weight"):
-            parts, truth[key] = packer(written.pop(key), bits, symmetric)
+            parts, truth[key] = packer(written.pop(key), bits, symmetric, act_order)
             written |= {f"{key.removesuffix('.weight')}.{name}": part.contiguous() for name, part in parts.items()}
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    describe(tmp_path, config)
+    gptq_alone = {} if package == "autoawq" else {"sym": symmetric, "desc_act": act_order}
+    describe(tmp_path, {**config, "bits": bits, **gptq_alone})
     ours = loaded(tmp_path)
     for path in ("mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj"):
         module = ours.get_submodule(f"language_model.model.layers.0.{path.replace('mlp', 'feed_forward')}")

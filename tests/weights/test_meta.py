@@ -342,14 +342,24 @@ def test_experts_in_fp8(tmp_path: Path, kind: bool, reference: ReferenceModel, r
     assert torch.equal(again.model(ids, pixel_values=pixels), llm.model(ids, pixel_values=pixels))
 
 
+def swap(a: Path, b: Path) -> None:
+    kept = a.rename(a.with_suffix(".kept"))
+    b.rename(a)
+    kept.rename(b)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda d: (d / "fp8_scales_1.pt").unlink(), r"not their scales(.|\n)*fp8_scales_1\.pt"),
         (lambda d: torch.save({}, d / "fp8_scales_1.pt"), r"lacks scales of (.|\n)*experts\.w1 \(fp8_scales_1\.pt\)"),
+        (
+            lambda d: swap(d / "fp8_scales_0.pt", d / "fp8_scales_1.pt"),
+            r"0\.pt was written as fp8_scales_1\.pt: the ranks",
+        ),
         (lambda d: (d / "int4_scales_0.pt").touch(), r"Meta's int4, which .*'int4_mixed'"),
     ],
-    ids=["missing", "empty", "int4"],
+    ids=["missing", "empty", "swapped", "int4"],
 )
 def test_fp8_without_its_scales(
     tmp_path: Path, kind: bool, reference: ReferenceModel, spoil: Any, message: str

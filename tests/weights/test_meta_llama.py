@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from llama4.families.llama import LlamaFamily
 from llama4.text.vocabulary import LLAMA3
 from llama4.weights.convert import convert
 from llama4.weights.meta.llama import config_from_params, params_from_config
+from llama4.weights.meta.source import MetaSource
+from llama4.weights.meta.write import write_ranks
 from tests import small_model
 from tests.parity.references import relative_error
 from tests.text.test_generations import train
@@ -124,18 +127,25 @@ def test_llama3(ranks: int, tmp_path: Path) -> None:
     assert back.generation_config.eos_token_id == list(ours.stop_ids)
 
 
-def test_ranks_that_are_not_the_models(tmp_path: Path) -> None:
-    """One is missing at the end, where names do not tell, or two have each other's name."""
+@pytest.mark.parametrize("by_us", [False, True])
+def test_ranks_that_are_not_the_models(by_us: bool, tmp_path: Path) -> None:
+    """One is missing at the end, where names do not tell, or two have each other's name; torch.save wrote them, or we
+    did."""
     params = {"dim": 96, "n_layers": 2, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 700}
-    write(tmp_path, params, make(vocab_size=700), 2, embeddings=1)
-    first, second = (tmp_path / f"consolidated.0{i}.pth" for i in range(2))
+    directory = tmp_path / "meta"
+    write(directory, params, make(vocab_size=700), 2, embeddings=1)
+    if by_us:
+        theirs, config = directory.rename(tmp_path / "theirs"), config_from_params(params)
+        shutil.copytree(theirs, directory, ignore=shutil.ignore_patterns("*.pth"))
+        write_ranks(MetaSource(theirs, config), config, directory, ranks=2)
+    first, second = (directory / f"consolidated.0{i}.pth" for i in range(2))
     second.rename(tmp_path / "kept")
     with pytest.raises(CheckpointError, match=r"has 1 files with 33,600 numbers of embeddings.* says 67,200; put all"):
-        Llama4.from_pretrained(tmp_path, progress=False)
+        Llama4.from_pretrained(directory, progress=False)
     first.rename(second)
     (tmp_path / "kept").rename(first)
     with pytest.raises(CheckpointError, match=r"00.pth was written as consolidated.01.pth: the ranks are not in their"):
-        Llama4.from_pretrained(tmp_path, progress=False)
+        Llama4.from_pretrained(directory, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 STAMP_RECORD = f".data/{STAMP}"
 """In the archive that a file is."""
+NAME_RECORD = ".data/llama4_name"
+"""The name under which a rank was written, without its ending, there, too."""
 _DROPPED = re.compile(r"(text_model\.)?rope\.freqs|freqs?_cis|.*_extra_state|.*gate_stats_3E|.*expert_activation_DE")
 """Keys that hold no weights of the model: tables, states of training and its statistics."""
 
@@ -51,7 +53,7 @@ class MetaSource:
         self.notes: Sequence[str] = ()
         files = _rank_files(Path(directory))
         _check_order(files)
-        stamps = {path.name: _stamp(path) for path in files}
+        stamps = {path.name: _record(path, STAMP_RECORD) for path in files}
         check_stamps(Path(directory), stamps, next(iter(stamps.values())))
         self._ranks = [_read(path) for path in files]
         self._table = pieces(config, {key: tuple(tensor.shape) for key, tensor in self._ranks[0].items()})
@@ -159,7 +161,7 @@ def _rank_files(directory: Path) -> list[Path]:
 
 
 def _check_order(files: Sequence[Path]) -> None:
-    """An archive has the name under which it was written.
+    """A file has the name under which it was written.
 
     Raises:
         CheckpointError: the files have each other's.
@@ -174,7 +176,9 @@ def _check_order(files: Sequence[Path]) -> None:
 
 
 def _written_as(path: Path) -> str:
-    check_zip(path)
+    """As we say it in a record, or `torch.save` by the name of the folder that all records are in."""
+    if (name := _record(path, NAME_RECORD)) is not None:
+        return name
     try:
         with ZipFile(path) as file:
             return file.namelist()[0].partition("/")[0]
@@ -182,11 +186,12 @@ def _written_as(path: Path) -> str:
         return ""  # whoever reads the tensors will say more
 
 
-def _stamp(path: Path) -> str | None:
+def _record(path: Path, ending: str) -> str | None:
+    """A short record of our own; None without."""
     check_zip(path)
     try:
         with ZipFile(path) as file:
-            records = [name for name in file.namelist() if name.endswith(f"/{STAMP_RECORD}")]
+            records = [name for name in file.namelist() if name.endswith(f"/{ending}")]
             with file.open(records[0]) if records else io.BytesIO() as record:
                 return record.read(64).decode("ascii") or None
     except (BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
@@ -248,6 +253,7 @@ def _read_scales(
     paths = [directory / SCALES_FILE.format(rank) for rank in range(len(ranks))]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise CheckpointError(f"{directory} holds experts in FP8 but not their scales; fetch those, too", missing)
+    _check_order(paths)
     files = [_load(path) for path in paths]
     scales: dict[str, Tensor] = {}
     for name in quantized:

@@ -17,7 +17,7 @@ from llama4.families.names import HEAD
 from llama4.files import write_pieces
 from llama4.progress import Bar
 from llama4.weights.meta.names import pieces
-from llama4.weights.meta.source import RANK_FILE, STAMP_RECORD
+from llama4.weights.meta.source import NAME_RECORD, RANK_FILE, STAMP_RECORD
 from llama4.weights.source import Source
 
 
@@ -31,7 +31,7 @@ def write_ranks(
     progress: bool = False,
 ) -> None:
     """Write `consolidated.NN.pth` for each of `ranks`; one rank's share of the model is in memory at a time.
-    Several have the stamp, in a record of its own that `torch.load` does not look at.
+    Several have their names and the stamp, in records that `torch.load` does not look at.
 
     Raises:
         CheckpointError: a dimension that does not divide by the number of ranks, each named.
@@ -61,10 +61,12 @@ def write_ranks(
             path = directory / RANK_FILE.format(rank)
             with path.open("wb") as file, _own_errors():
                 torch.save(state, cast(IO[bytes], _Pieces(file, bar)))
-            if ranks > 1 and stamp is not None:
+            if ranks > 1:
+                own = {NAME_RECORD: path.stem} | ({} if stamp is None else {STAMP_RECORD: stamp})
                 with ZipFile(path, "a") as archive:
                     folder = archive.namelist()[0].partition("/")[0]
-                    archive.writestr(f"{folder}/{STAMP_RECORD}", stamp)
+                    for record, content in own.items():
+                        archive.writestr(f"{folder}/{record}", content)
 
 
 class _Pieces(io.RawIOBase):

@@ -28,6 +28,9 @@ from tests import small_model
 ANSWER = 15.0
 """Seconds: one, and what a machine with much other work on it may add. What is not answered lasts for longer."""
 
+IDLE = 3.0
+"""Seconds without any work after which a command is taken to wait for others: for clients, or for its workers."""
+
 STUCK = """
 import sys, time, ctypes
 import llama4.cli.analysis as analysis
@@ -112,10 +115,14 @@ def served(made: dict[str, Path]) -> tuple[subprocess.Popen[bytes], str]:
     return process, words.split()[-1].decode()
 
 
-def has_used(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether a process has had so much of the processor's time, or is done, or waits."""
-    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return process.poll() is not None or sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") >= seconds
+def wait_until_used(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Until a process has had so much of the processor's time, or is done, or has had none for a while: it waits."""
+    used, since = -1.0, time.monotonic()
+    while process.poll() is None and used < seconds and time.monotonic() < since + IDLE:
+        ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        before, used = used, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        since = since if used == before else time.monotonic()
+        time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -123,9 +130,7 @@ def has_used(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after: float) -> None:
     """Before it is at its work, and while it may be: after so many seconds of the processor's time."""
     process = started(command, made, tmp_path / "target")
-    patience = time.monotonic() + 20
-    while time.monotonic() < patience and not has_used(process, after):
-        time.sleep(0.02)
+    wait_until_used(process, after)
     seconds, error = interrupted(process)
     if process.returncode == 0:  # it was done before
         return

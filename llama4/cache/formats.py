@@ -45,14 +45,24 @@ class Unquantized:
 
 
 @dataclass(frozen=True)
-class CacheInt8:
-    """-127 to 127; the largest magnitude of a head is 127."""
+class _Scaled:
+    """Quantized values, each to be multiplied by its scale."""
 
-    name: ClassVar[str] = "int8"
     scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
         return C
+
+    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert scales is not None
+        return (values.float() * scales.float()[..., None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class CacheInt8(_Scaled):
+    """-127 to 127; the largest magnitude of a head is 127."""
+
+    name: ClassVar[str] = "int8"
 
     def view(self, data: Tensor) -> Tensor:
         import torch
@@ -62,22 +72,15 @@ class CacheInt8:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        x, scales = _scaled(x, x.abs().amax(-1) / 127)
+        x, scales = _divided(x, x.abs().amax(-1) / 127)
         return x.round().clamp(-127, 127).to(torch.int8), scales
-
-    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _unscaled(values, scales, dtype)
 
 
 @dataclass(frozen=True)
-class CacheFp8:
+class CacheFp8(_Scaled):
     """e4m3; the largest magnitude of a head is 448, the largest there is."""
 
     name: ClassVar[str] = "fp8"
-    scaled: ClassVar[bool] = True
-
-    def bytes(self, C: int) -> int:
-        return C
 
     def view(self, data: Tensor) -> Tensor:
         import torch
@@ -87,20 +90,16 @@ class CacheFp8:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        x, scales = _scaled(x, x.abs().amax(-1) / 448)
+        x, scales = _divided(x, x.abs().amax(-1) / 448)
         return x.clamp(-448, 448).to(torch.float8_e4m3fn), scales
-
-    def decode(self, values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return _unscaled(values, scales, dtype)
 
 
 @dataclass(frozen=True)
-class CacheInt4:
+class CacheInt4(_Scaled):
     """-8 to 7, plus 8; the number of the largest magnitude is -8, so all sixteen values are of use. Byte i holds number
     i, low, and number i + C / 2, high."""
 
     name: ClassVar[str] = "int4"
-    scaled: ClassVar[bool] = True
 
     def bytes(self, C: int) -> int:
         if C % 2:
@@ -114,7 +113,7 @@ class CacheInt4:
         import torch
 
         largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        x, scales = _scaled(x, largest / -8)
+        x, scales = _divided(x, largest / -8)
         low, high = (x.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
         return low | high << 4, scales
 
@@ -122,7 +121,7 @@ class CacheInt4:
         import torch
 
         numbers = torch.cat((values & 15, values >> 4), dim=-1).to(torch.int8) - 8
-        return _unscaled(numbers, scales, dtype)
+        return super().decode(numbers, scales, dtype)
 
 
 CacheFormat = Unquantized | CacheInt8 | CacheFp8 | CacheInt4
@@ -150,13 +149,9 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
     )
 
 
-def _scaled(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def _divided(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers over their scales, and the scales, rounded."""
     import torch
 
     scales = torch.where(scales == 0, 1, scales).to(torch.bfloat16)
     return x.float() / scales.float()[..., None], scales
-
-
-def _unscaled(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert scales is not None
-    return (values.float() * scales.float()[..., None]).to(dtype)

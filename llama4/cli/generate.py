@@ -77,10 +77,10 @@ def read_stdin() -> str:
         ) from None
 
 
-def end_reply(reply: Reply, remark: str = "") -> None:
-    """End the line of a reply's text, with a remark, and print its tool calls, one JSON object a line."""
-    if reply.text or remark or not reply.tool_calls:
-        print(remark)
+def end_reply(reply: Reply) -> None:
+    """End the line of a reply's text, and print its tool calls, one JSON object a line."""
+    if reply.text or not reply.tool_calls:
+        print()
     for call in reply.tool_calls:
         print(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
 

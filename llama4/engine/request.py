@@ -92,12 +92,11 @@ class Request:
             cache: what it begins with, the beginning of its prompt or nothing; by default what the scheduler gives it.
 
         Raises:
-            Llama4Error: an empty prompt, ids outside the vocabulary, more or fewer patches than the tiles give.
+            Llama4Error: ids outside the vocabulary, more or fewer patches than the tiles give.
         """
         own = tokens if tokens is not None else identities(inputs, model)[0]
         self.ids: list[int] = inputs.input_ids[0][inputs.attention_mask[0].bool()].tolist()
-        if not self.ids:
-            raise Llama4Error("the prompt is empty: the checkpoint's chat template writes nothing for these messages")
+        assert self.ids, "reply_budget refuses empty prompts"
         check_ids(min(self.ids), max(self.ids), model.config.text.num_embeddings)
         self.tokens: list[int] = own.tolist()
         self.prompt_length = len(self.ids)

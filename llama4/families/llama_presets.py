@@ -9,7 +9,7 @@ from typing import Any
 from llama4.config import Llama4Config, RopeScaling, TextConfig
 
 
-def dense(text: Mapping[str, Any], note: str = "") -> Llama4Config:
+def dense(text: Mapping[str, Any]) -> Llama4Config:
     """A configuration of this family, of the fields of `TextConfig` that dense models differ in."""
     layers, width, heads = text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]
     usual: dict[str, Any] = {
@@ -18,7 +18,7 @@ def dense(text: Mapping[str, Any], note: str = "") -> Llama4Config:
         **{"intermediate_size": 0, "num_local_experts": 0, "use_qk_norm": False, "attn_temperature_tuning": False},
         **{"no_rope_layers": (1,) * layers, "layer_types": ("full_attention",) * layers, "attention_chunk_size": None},
     }
-    return Llama4Config(TextConfig(**{**usual, **text}), vision=None, image_token_index=-1, family="llama", note=note)
+    return Llama4Config(TextConfig(**{**usual, **text}), vision=None, image_token_index=-1, family="llama")
 
 
 def _model(layers: int, width: int, heads: int, mlp: int, window: int, **rest: Any) -> Callable[[], Llama4Config]:

@@ -55,12 +55,15 @@ class CheckpointLayout(ABC):
     """Patterns of those with the weights. Both together are what is fetched from the Hub."""
     in_shards: ClassVar[bool] = False
     """Whether a tensor is in one file, so that `open` can do with `Shards`."""
-    is_written: ClassVar[bool] = True
-    """Whether `write` does."""
 
     @abstractmethod
     def recognises(self, directory: Path) -> bool:
         """Whether a directory holds a model in this layout."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is `write`."""
+        return type(self).write is not CheckpointLayout.write
 
     def has_weights(self, directory: Path) -> bool:
         """Whether some of a model's weights are in its directory."""
@@ -95,7 +98,6 @@ class CheckpointLayout(ABC):
             CheckpointError: weights that are damaged or incomplete, or quantized in a way that is not run.
         """
 
-    @abstractmethod
     def write(
         self,
         source: Source,
@@ -113,3 +115,4 @@ class CheckpointLayout(ABC):
         Raises:
             CheckpointError: a model that the layout has no form for.
         """
+        raise AssertionError(f"{self.title} layout is read, not written")

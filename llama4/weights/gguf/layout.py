@@ -9,12 +9,11 @@ import torch
 
 from llama4.config import GENERATION_FILE, Llama4Config
 from llama4.reading import MAX_CONFIG_BYTES, check_size
-from llama4.text.tokenizer import Tokenizer
 from llama4.weights.gguf.config import read_config, reply_ends
 from llama4.weights.gguf.files import GgufModel, GgufTensors, is_gguf
 from llama4.weights.gguf.sampling import read_sampling
 from llama4.weights.gguf.source import model_source
-from llama4.weights.layout import CheckpointLayout, WriteOptions
+from llama4.weights.layout import CheckpointLayout
 from llama4.weights.safetensors import Shards
 from llama4.weights.side_files import FURTHER_TEMPLATES, TEMPLATE_FILE, HubOrigin, SideFiles
 from llama4.weights.source import Source
@@ -35,7 +34,6 @@ class GgufLayout(CheckpointLayout):
     config_files = ()
     side_files = ()
     weight_files = ()
-    is_written = False
 
     def __init__(self, mmproj: Path | None = None) -> None:
         self._mmproj = mmproj
@@ -78,13 +76,3 @@ class GgufLayout(CheckpointLayout):
         tensors = GgufTensors(files)
         config = read_config(model, tensors)
         return config, model_source(tensors, dtype or getattr(torch, config.dtype))
-
-    def write(
-        self,
-        source: Source,
-        config: Llama4Config,
-        tokenizer: Tokenizer | None,
-        directory: Path,
-        options: WriteOptions,
-    ) -> None:
-        raise AssertionError("GGUF is read, not written")

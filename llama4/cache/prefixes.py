@@ -43,6 +43,9 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def find(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
         """As many blocks as there are of a run, from the first on: of each that of every layer."""
         found = [entry.layers for entry in takewhile(bool, map(self._entries.get, keys)) if entry]

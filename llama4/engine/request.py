@@ -54,7 +54,7 @@ class Request:
         arrival: a number that orders requests.
         choice: how its tokens are chosen, but for the seed, and whether they may be any; equal where that is alike.
         state: what the choice of its next token depends on.
-        reused: tokens of the prompt that were not computed again when it was first read.
+        reused: tokens of the prompt that were there when it was read, as far as its first token.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Request:
         self._root = repr((rope_length, adapter, prefix_key)).encode()
         self._keys: list[bytes] = []
         self.arrival = 0
-        self.reused: int | None = None
+        self.reused = 0
         self.times = Times()
 
     @property
@@ -153,6 +153,8 @@ class Request:
         if blocks:
             cache.share(blocks)
         self.cache, self.entered, self.computed = cache, len(blocks), cache.lengths[0]
+        if self.times.first_token is None:
+            self.reused = self.computed
         if self.observer is not None:
             self.observer.begin()
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from llama4.adapters.by_row import RowAdapters
 from llama4.adapters.loaded import Adapters
 from llama4.cache.pool import BlockPool
-from llama4.cache.prefixes import PrefixIndex, is_shareable
+from llama4.cache.prefixes import is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
@@ -38,6 +38,7 @@ from llama4.engine.prompt import Piece
 from llama4.engine.request import Delivery, Request, reply_budget
 from llama4.engine.runner import ModelRunner
 from llama4.engine.running import Group, Running
+from llama4.engine.shared_blocks import SharedBlocks
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.kernels import threads
@@ -115,8 +116,9 @@ class Scheduler:
             memory = f"cache_memory={bytes_text(cache_memory or 0)} holds {self.window} of one conversation"
             remedy = f"shorten the prompt, or raise cache_memory (the model's window holds {longest})"
             self.limit = PromptLimit(self.window - 1, f"{memory}, reply included; {remedy}")
-        self.index = PrefixIndex()
         self._shares = share_prefixes and is_shareable(self._empty)
+        self.shared = SharedBlocks(lambda: self._new_cache(self.pool), self._shares)
+        self.index = self.shared.index
         self._windows = set(self._empty.windows)
         self.counts = Counts()
         self.waiting: deque[Request] = deque()  # the oldest first
@@ -263,10 +265,7 @@ class Scheduler:
         """Begin to read the prompts that have waited longest, while there is room for each as a whole."""
         while self.waiting and len(self.reading) + len(self.running.requests) < self.max_batch:
             request = self.waiting[0]
-            shares = self._shares and request.observer is None
-            most = (len(request.ids) - 1) // CACHE_BLOCK if shares else 0
-            blocks = self.index.find([request.key(i) for i in range(most)])
-            request.begin(lambda: self._new_cache(self.pool), blocks)
+            self.shared.begin(request)
             others = self.reading or self.running.requests
             whole = self._left_to_take(request) + sum(map(self._left_to_take, self.reading))
             if others and not self._has_room(whole):
@@ -274,11 +273,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self.reading.append(request)
-            if request.reused is None:
-                request.reused = request.computed
-                request.times.started = time.monotonic()
-                self.counts.prefix_queries += request.prompt_length
-                self.counts.prefix_hits += request.computed
+            request.times.started = request.times.started or time.monotonic()
             if not request.missing:  # the very prompt that was read last
                 logits_1V = request.own_cache.logits_after(request.computed)
                 assert logits_1V is not None
@@ -292,11 +287,11 @@ class Scheduler:
     def _read(self, budget: int) -> None:
         """Read pieces of prompts, chosen so that no prompt waits for ever and a short one does not wait for a long one:
         half of the budget goes to the oldest, the rest to those with the least left to read."""
-        self.reading.sort(key=lambda each: each.arrival)
         if not self.reading:
             return
+        readers = self.shared.readers(sorted(self.reading, key=lambda each: each.arrival))
         left = min(budget, piece_size(self.runner.model))
-        oldest, rest = self.reading[0], sorted(self.reading[1:], key=lambda each: each.missing)
+        oldest, rest = readers[0], sorted(readers[1:], key=lambda each: each.missing)
         pieces = {oldest: min(oldest.missing, -(-left // 2) if rest else left)}
         left -= pieces[oldest]
         for request in rest:
@@ -361,6 +356,9 @@ class Scheduler:
             self._fail(requests, error)
             return
         for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
+            if request.times.first_token is None:
+                self.counts.prefix_queries += request.prompt_length
+                self.counts.prefix_hits += request.reused
             if request.keeps_cache:
                 request.own_cache.remember_logits(logits_BV[row : row + 1])
             self.reading.remove(request)
@@ -394,10 +392,7 @@ class Scheduler:
     def _settle(self, request: Request, cache: SequenceCache, row: int) -> None:
         """What follows when tokens of a row were computed: blocks that are full are entered in the index, chunks that
         have ended are dropped."""
-        if self._shares:
-            for i in range(request.entered, request.computed // CACHE_BLOCK):
-                self.index.add(request.key(i - 1), request.key(i), cache.full_block(row, i))
-            request.entered = request.computed // CACHE_BLOCK
+        self.shared.enter(request, cache, row)
         if any(ends_chunk(request.computed, window) for window in self._windows):
             cache.drop_chunks(row)
 

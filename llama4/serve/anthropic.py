@@ -264,7 +264,7 @@ class MessageAnswer(Answer):
         return {"stop_reason": reason, "stop_sequence": stop}
 
     def _usage(self) -> dict[str, Any]:
-        usage, reused = self._stream.reply.usage, self._stream.request.reused or 0
+        usage, reused = self._stream.reply.usage, self._stream.request.reused
         return {
             "input_tokens": usage.prompt_tokens - reused,
             "cache_creation_input_tokens": 0,

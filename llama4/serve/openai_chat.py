@@ -186,7 +186,7 @@ class OpenAIAnswer(Answer):
         usages = [stream.reply.usage for stream in self.streams]
         prompt = sum(usage.prompt_tokens for usage in usages[:: self._choices])
         completion = sum(usage.completion_tokens for usage in usages)
-        reused = sum(stream.request.reused or 0 for stream in self.streams[:: self._choices])
+        reused = sum(stream.request.reused for stream in self.streams[:: self._choices])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

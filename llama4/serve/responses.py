@@ -323,7 +323,7 @@ class ResponseAnswer(Answer):
         usage = stream.reply.usage
         return {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": stream.request.reused or 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": stream.request.reused, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.total_tokens,

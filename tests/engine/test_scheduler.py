@@ -19,6 +19,7 @@ from llama4.cache.pool import BlockPool
 from llama4.config import RopeScaling
 from llama4.engine import request as requests
 from llama4.engine import scheduler as schedulers
+from llama4.engine import shared_blocks
 from llama4.engine.request import Delivery, Request
 from llama4.engine.sampling import Sampler
 from llama4.engine.scheduler import Scheduler
@@ -52,7 +53,7 @@ WORDS = [
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8 tokens: four to a chunk of the small model."""
-    for module in (layer, prefixes, sequence, requests, schedulers):
+    for module in (layer, prefixes, sequence, requests, schedulers, shared_blocks):
         monkeypatch.setattr(module, "CACHE_BLOCK", 8)
 
 
@@ -198,7 +199,7 @@ def test_a_request_gets_what_it_gets_alone(llm: Llama4, blocks: float | None) ->
 
 def test_a_chunk_may_end_inside_a_block(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then no prefix is shared, and the least pool still holds every request."""
-    for module in (layer, prefixes, sequence, requests, schedulers):
+    for module in (layer, prefixes, sequence, requests, schedulers, shared_blocks):
         monkeypatch.setattr(module, "CACHE_BLOCK", 12)
     given = cases(llm, 8, seed=11)
     scheduler = Scheduler(
@@ -289,6 +290,32 @@ def test_requests_that_begin_alike_share_memory(llm: Llama4) -> None:
     while not all(each.got for each in rest):
         scheduler.step()
     assert scheduler.pool.used < 3 * alone
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_what_prompts_that_come_together_have_in_common_is_read_once(llm: Llama4, is_cancelled: bool) -> None:
+    """Also where the one that reads it goes, and where one begins with more of it than another."""
+    beginning = " ".join(WORDS * 3)
+    scheduler = Scheduler(llm.runner, llm.tokenizer, budget=24)
+    given = [question(llm, text, 3) for text in (f"{beginning} 0", f"{beginning} 1", beginning[:60], f"{beginning} 2")]
+    first, *rest = asked = [case.request(llm) for case in given]
+    for request in asked:
+        scheduler.add(request)
+    done = 0
+    if is_cancelled:
+        scheduler.step()
+        done = first.computed
+        scheduler.cancel(first)
+        given, asked = given[1:], rest
+    keys = {request.key(i) for request in asked for i in range((request.prompt_length - 1) // 8)}
+    keys -= {first.key(i) for i in range(done // 8)}
+    while scheduler.has_work:
+        scheduler.step()
+    assert [case.ids for case in given] == [alone(llm, case) for case in given]
+    ends = [request.prompt_length - (request.prompt_length - 1) // 8 * 8 for request in asked]
+    read = scheduler.counts.prompt_tokens - done
+    assert read == 8 * len(keys) + sum(ends)
+    assert sum(request.reused for request in asked) == sum(request.prompt_length for request in asked) - read
 
 
 def test_cancelled_requests_leave_nothing(llm: Llama4) -> None:

@@ -15,9 +15,9 @@ Errors = dict[str, dict[str, tuple[float, float]]]
 """Distribution -> format -> norm of the error over norm of the matrix: of this library, of plain rounding."""
 
 
-def distributions(outputs: int = 512, inputs: int = 1024) -> dict[str, Tensor]:
-    """Matrices [O, I] with distributions like those of trained weights, in bfloat16; always the same."""
-    generator = torch.Generator().manual_seed(0)
+def distributions() -> dict[str, Tensor]:
+    """Matrices [512, 1024] with distributions like those of trained weights, in bfloat16; always the same."""
+    outputs, inputs, generator = 512, 1024, torch.Generator().manual_seed(0)
     normal = torch.randn(outputs, inputs, generator=generator)
     chi_squared = torch.randn(4, outputs, inputs, generator=generator).square().sum(0)
     outlier = torch.rand(outputs, inputs, generator=generator) < 1 / 256

@@ -12,9 +12,9 @@ from llama4.files import writes
 from llama4.train.report import METRICS_FILE, is_finished
 from llama4.train.state import STATE_FILE
 from llama4.weights.checkpoint import LAYOUTS
-from llama4.weights.workplace import workplace
+from llama4.weights.locked_folder import locked_folder
 
-WORKPLACE = ".llama4-training"
+LOCKED = ".llama4-training"
 """Folder in the output while a run writes there."""
 
 
@@ -33,7 +33,7 @@ def check_output(output: Path, resume: bool) -> None:
         if is_adapter or any(any(output.glob(pattern)) for pattern in patterns):
             kind = "an adapter" if is_adapter else "a model"
             raise CheckpointError(f"{output} holds {kind} that no run has written; choose another directory")
-    if (output / WORKPLACE).exists() or (resume and is_finished(output)):
+    if (output / LOCKED).exists() or (resume and is_finished(output)):
         with alone_in(output, resume):
             pass
 
@@ -48,9 +48,9 @@ def alone_in(output: Path, resume: bool) -> Iterator[None]:
         DiskError: the directory cannot be made.
     """
     with ExitStack() as stack:
-        with writes(output / WORKPLACE):
+        with writes(output / LOCKED):
             output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(workplace(output / WORKPLACE, f"training {output}", wait=False))
+            stack.enter_context(locked_folder(output / LOCKED, f"training {output}", wait=False))
         if resume and is_finished(output):
             (output / STATE_FILE).unlink(missing_ok=True)  # the process was killed just before
             raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")

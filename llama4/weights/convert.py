@@ -29,6 +29,7 @@ from llama4.weights.hub_shards import HubShards
 from llama4.weights.huggingface import FLOATS
 from llama4.weights.layout import MAX_SHARD_BYTES, WriteOptions
 from llama4.weights.load import match_names
+from llama4.weights.locked_folder import locked_folder
 from llama4.weights.ordered import without_orders
 from llama4.weights.quantizing import quantized
 from llama4.weights.safetensors import stamp_of
@@ -36,7 +37,6 @@ from llama4.weights.save import MODEL_FILES, TEXT_FILES
 from llama4.weights.source import Copied, Source
 from llama4.weights.stamps import stamp_for
 from llama4.weights.verify import verify
-from llama4.weights.workplace import workplace
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def convert_to_gguf(
     was_killed = work.exists()  # or is at work, and will be told below
     with writes(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with workplace(work, f"writing {target}", wait=False):
+        with locked_folder(work, f"writing {target}", wait=False):
             config, weights, tokenizer = _open(source, dtype=torch.float32)
             beside = target.with_name(f"mmproj-{target.name}")
             for path in (target, *([beside] if config.vision is not None and not was_killed else [])):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llama4.errors import CheckpointError, DiskError
 from llama4.files import exchange, permissions, real_path, replaced_file, sync_directory, sync_file
-from llama4.weights.workplace import clear, workplace
+from llama4.weights.locked_folder import clear, locked_folder
 
 DOWNLOADS = "downloads"
 """Folder beside the temporary directory for files that are needed on the way; it is not part of the result."""
@@ -59,7 +59,7 @@ def complete_directory(
     content = work / _CONTENT
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with workplace(work, f"writing {target}", wait=not must_be_free):
+        with locked_folder(work, f"writing {target}", wait=not must_be_free):
             if must_be_free:
                 _check_free(target)
             if target.exists() and not target.is_dir():
@@ -102,7 +102,7 @@ def scratch_directory(name: str) -> Iterator[Path]:
     """
     work = Path(tempfile.gettempdir()) / f"llama4-{os.geteuid()}-{name}"
     try:
-        with workplace(work, f"using {work}", private=True):
+        with locked_folder(work, f"using {work}", private=True):
             _begin(work / _CONTENT, None)
             try:
                 yield work / _CONTENT
@@ -130,7 +130,7 @@ def check_free(directory: str | Path) -> None:
         CheckpointError: a directory that holds something, or a file, or another process writes it.
     """
     if (work := work_of(directory)).exists():
-        with workplace(work, f"writing {directory}", wait=False):
+        with locked_folder(work, f"writing {directory}", wait=False):
             _check_free(directory)
     else:
         _check_free(directory)

@@ -22,7 +22,7 @@ from llama4.cli.main import main
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
 from llama4.train.memory import Estimate, check_memory
-from llama4.train.output import WORKPLACE, alone_in
+from llama4.train.output import LOCKED, alone_in
 from llama4.train.report import METRICS_FILE, read_metrics
 from llama4.train.state import STATE_FILE
 from llama4.train.step import Learnt, learn
@@ -177,7 +177,7 @@ def test_one_run_at_a_time(directory: Path, data: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(loop, "learn", learning)
     assert run(directory, data, tmp_path / "out", eval=data, eval_every=2).is_finished and not refused
-    assert not (tmp_path / "out" / WORKPLACE).exists()
+    assert not (tmp_path / "out" / LOCKED).exists()
 
 
 def test_a_state_with_nothing_left_to_do(directory: Path, data: Path, tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ from llama4.weights import directory as directories
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert
 from llama4.weights.directory import complete_directory, scratch_directory, work_of
+from llama4.weights.locked_folder import locked_folder
 from llama4.weights.model_source import ModelSource
 from llama4.weights.safetensors import write_safetensors
 from llama4.weights.save import save
 from llama4.weights.stamps import STAMP
-from llama4.weights.workplace import workplace
 from tests import small_model
 from tests.weights.test_meta import make_reference, params, write_meta
 
@@ -183,7 +183,7 @@ class TestOneAtATime:
         def work() -> None:
             nonlocal inside, most
             for _ in range(10):
-                with workplace(tmp_path / "here", "working"):
+                with locked_folder(tmp_path / "here", "working"):
                     inside += 1
                     most = max(most, inside)
                     time.sleep(0.001)
@@ -195,7 +195,7 @@ class TestOneAtATime:
         assert (most, names(tmp_path)) == (1, [])
 
     def test_converting_begins_with_the_lock(self, tmp_path: Path) -> None:
-        with workplace(work_of(tmp_path / "out"), "writing"), pytest.raises(CheckpointError, match="wait for it"):
+        with locked_folder(work_of(tmp_path / "out"), "writing"), pytest.raises(CheckpointError, match="wait for it"):
             convert(tmp_path / "nothing", tmp_path / "out", "hf")
 
 

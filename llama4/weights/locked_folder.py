@@ -24,8 +24,8 @@ _PATIENCE = 1.0
 
 
 @contextmanager
-def workplace(folder: Path, what: str, *, wait: bool = True, private: bool = False) -> Iterator[None]:
-    """Make a folder and hold it. It goes in the end if nothing is left in it, and what is left finds the next one who
+def locked_folder(folder: Path, what: str, *, wait: bool = True, private: bool = False) -> Iterator[None]:
+    """Make a folder and hold it. It goes in the end if nothing is left in it. What is left is there for the next one who
     asks for the same folder: a process that was killed leaves all that it had, and its lock goes with it.
 
     Args:

@@ -25,8 +25,8 @@ _PATIENCE = 1.0
 
 @contextmanager
 def locked_folder(folder: Path, what: str, *, wait: bool = True, private: bool = False) -> Iterator[None]:
-    """Make a folder and hold it. It goes in the end if nothing is left in it. What is left is there for the next one who
-    asks for the same folder: a process that was killed leaves all that it had, and its lock goes with it.
+    """Make a folder and hold it. It goes in the end if nothing is left in it. What is left is there for the next one
+    who asks for the same folder: a process that was killed leaves all that it had, and its lock goes with it.
 
     Args:
         folder: its name says what for, so that two who want the same meet there.

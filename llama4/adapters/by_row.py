@@ -12,9 +12,9 @@ Shapes: N packed tokens, R routed rows sorted by expert, E experts, I inputs, O 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 
@@ -29,9 +29,28 @@ from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import QuantizedExperts
 
-Part = tuple[str | None, int]
-"""The name of an adapter, None for none, and how many rows or tokens in succession compute with it."""
 LANGUAGE = "language_model."
+
+
+@dataclass(frozen=True, order=True)
+class RowAdapter:
+    """What a row computes with beside the model, from its first token to its last, whatever the name stands for later:
+    an adapter, or none.
+
+    Attributes:
+        name, version: differ for those that have been loaded.
+        modules: equal for rows that may share a forward: the modules of the language model that it changes.
+    """
+
+    name: str = ""
+    version: int = 0
+    adapter: Adapter | None = field(default=None, compare=False)
+    modules: tuple[str, ...] = field(default=(), compare=False)
+
+
+NO_ADAPTER = RowAdapter()
+Part = tuple[RowAdapter, int]
+"""An adapter, and how many rows or tokens in succession compute with it."""
 
 
 class RowAdapters:
@@ -45,46 +64,43 @@ class RowAdapters:
         self._model, self._adapters = model, adapters
         self._replacements: dict[tuple[str, ...], _Replacement] = {}
 
-    def shared(self, name: str | None) -> tuple[str, ...]:
-        """What is equal for rows that may share a forward: the modules of the language model that an adapter
-        changes.
+    def of(self, name: str | None) -> RowAdapter:
+        """The adapter that has a name now; None for none.
 
         Raises:
             ArgumentError: there is none of that name.
         """
         if name is None:
-            return ()
+            return NO_ADAPTER
         self._adapters.check(name)
-        return tuple(sorted(module for module in self._adapters[name].names if module.startswith(LANGUAGE)))
-
-    def key(self, name: str | None) -> Hashable:
-        """What is equal as long as the adapter of a name is the same."""
-        return name, self._adapters.version(name) if name is not None else 0
+        adapter = self._adapters[name]
+        modules = sorted(module for module in adapter.names if module.startswith(LANGUAGE))
+        return RowAdapter(name, self._adapters.version(name), adapter, tuple(modules))
 
     @contextmanager
     def computing(self, parts: Sequence[Part]) -> Iterator[Callable[[Sequence[Part]], None]]:
         """Inside, each part of the rows computes with its own adapter. Parts of several adapters are tokens of the
-        language model, and `shared` is equal for them. It gives a function that says which parts, of these adapters,
+        language model, and `modules` are equal for them. It gives a function that says which parts, of these adapters,
         the next rows are."""
         active = self._adapters.active
-        if all(name == active for name, _ in parts):
+        attached = self._adapters[active] if active is not None else None
+        if all(own.adapter is attached for own, _ in parts):
             yield lambda parts: None
             return
         self._adapters.activate(None)
         try:
             replacement = self._replacement(parts)
             with replacement.installed():
-                go_on_with = partial(replacement.go_on_with, self._adapters)
-                go_on_with(parts)
-                yield go_on_with
+                replacement.go_on_with(parts)
+                yield replacement.go_on_with
         finally:
             self._adapters.activate(active)
 
     def _replacement(self, parts: Sequence[Part]) -> _Replacement:
         first = parts[0][0]
-        is_one = all(name == first for name, _ in parts)
-        names = tuple(self._adapters[first].names) if is_one and first is not None else self.shared(first)
-        assert is_one or all(self.shared(name) == names for name, _ in parts)
+        is_one = all(own == first for own, _ in parts)
+        names = tuple(first.adapter.names) if is_one and first.adapter is not None else first.modules
+        assert is_one or all(own.modules == names for own, _ in parts)
         if names not in self._replacements:
             self._replacements[names] = _Replacement(self._model, names)
         return self._replacements[names]
@@ -130,11 +146,11 @@ class _Replacement:
             for owner, name, _ in replaced:
                 del vars(owner)[name]
 
-    def go_on_with(self, adapters: Mapping[str, Adapter], parts: Sequence[Part]) -> None:
+    def go_on_with(self, parts: Sequence[Part]) -> None:
         """Say of what parts the next rows are; those of an adapter in succession are one."""
-        names = [name for name, _ in groupby(name for name, _ in parts)]
+        rows = [own for own, _ in groupby(own for own, _ in parts)]
         sizes = [sum(size for _, size in some) for _, some in groupby(parts, key=itemgetter(0))]
-        loras = [dict(adapters[name].items()) if name is not None else {} for name in names]
+        loras = [dict(own.adapter.items()) if own.adapter is not None else {} for own in rows]
         for name, added in self._sums.items():
             added.loras, added.sizes = [own[name] for own in loras], sizes
         for dispatch in self._dispatches:

@@ -6,11 +6,12 @@ Shapes: T tokens of the prompt.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from llama4.adapters.by_row import NO_ADAPTER, RowAdapter
 from llama4.cache.prefixes import next_key
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
@@ -69,9 +70,7 @@ class Request:
         alternatives: int = 0,
         matcher: Matcher | None = None,
         observer: Observer | None = None,
-        adapter: str | None = None,
-        group: Hashable = (),
-        prefix_key: Hashable = None,
+        adapter: RowAdapter = NO_ADAPTER,
         tokens: Tensor | None = None,
         cache: SequenceCache | None = None,
     ) -> None:
@@ -85,9 +84,7 @@ class Request:
             matcher: what its reply must be.
             alternatives: of how many of the most likely tokens it is told the probability.
             observer: is told the hidden states of the prompt as it is read.
-            adapter: the name of that which it is computed with.
-            group: equal for requests that may be computed in one forward.
-            prefix_key: equal for requests that may share what was computed of equal prompts.
+            adapter: what it is computed with.
             tokens: `identities` of the prompt, if they are known, [T].
             cache: what it begins with, the beginning of its prompt or nothing; by default what the scheduler gives it.
 
@@ -108,7 +105,7 @@ class Request:
         self.deliver = deliver
         self.alternatives = alternatives
         self.observer = observer
-        self.adapter, self.group = adapter, group
+        self.adapter = adapter
         self.pictures = PromptPictures(model, inputs, self.ids)
         self.given, self.keeps_cache = cache, cache is not None
         self.cache: SequenceCache | None = None
@@ -117,7 +114,7 @@ class Request:
         scaling = model.config.text.rope_scaling
         rope_length = scaling.effective_length(self.prompt_length) if scaling is not None else 0
         # Blocks are shared where RoPE rotates them alike, and one adapter computed them.
-        self._root = repr((rope_length, adapter, prefix_key)).encode()
+        self._root = repr((rope_length, adapter.name, adapter.version)).encode()
         self._keys: list[bytes] = []
         self.arrival = 0
         self.reused = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama4.cache.sequence import SequenceCache
@@ -29,7 +29,7 @@ class Group:
         joined = request.own_cache if self.cache is None else SequenceCache.join([self.cache, request.own_cache])
         requests = [*self.requests, request]
         request.cache = None
-        order = sorted(range(len(requests)), key=lambda row: (requests[row].adapter or "", requests[row].arrival))
+        order = sorted(range(len(requests)), key=lambda row: (requests[row].adapter, requests[row].arrival))
         if order != list(range(len(requests))):
             joined.select_rows(order)
         self.requests, self.cache = [requests[row] for row in order], joined
@@ -49,7 +49,7 @@ class Running:
     """Groups of requests by what those that share a forward have in common."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, Group] = {}
+        self._groups: dict[tuple[str, ...], Group] = {}
 
     @property
     def groups(self) -> list[Group]:
@@ -61,8 +61,8 @@ class Running:
         return [request for group in self.groups for request in group.requests]
 
     def join(self, request: Request) -> None:
-        self._groups.setdefault(request.group, Group()).join(request)
+        self._groups.setdefault(request.adapter.modules, Group()).join(request)
 
     def remove(self, request: Request) -> None:
-        group = self._groups[request.group]
+        group = self._groups[request.adapter.modules]
         group.keep([row for row, each in enumerate(group.requests) if each is not request])

@@ -18,7 +18,7 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -313,9 +313,9 @@ class Scheduler:
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
         while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):
             pieces.pop(self._put_back_youngest(), None)
-        groups: dict[Hashable, dict[Request, int]] = {}
-        for request in sorted(pieces, key=lambda each: each.adapter or ""):  # its sort is stable
-            groups.setdefault(request.group, {})[request] = pieces[request]
+        groups: dict[tuple[str, ...], dict[Request, int]] = {}
+        for request in sorted(pieces, key=lambda each: each.adapter):  # its sort is stable
+            groups.setdefault(request.adapter.modules, {})[request] = pieces[request]
         for group in groups.values():
             self._read_group(group)
 

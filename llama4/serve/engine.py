@@ -176,7 +176,6 @@ class Engine:
             ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
         """
         self._check_room(may_wait)
-        adapter = self._usual_adapter if adapter is None else adapter
         length = int(asked.inputs.attention_mask.sum())
         request = Request(
             asked.inputs,
@@ -188,9 +187,7 @@ class Engine:
             alternatives=asked.top_logprobs,
             matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
             observer=observer,
-            adapter=adapter,
-            group=self._adapters.shared(adapter),
-            prefix_key=self._adapters.key(adapter),
+            adapter=self._adapters.of(self._usual_adapter if adapter is None else adapter),
         )
         self.scheduler.check(request)
         self._worker.put(lambda: self.scheduler.add(request))

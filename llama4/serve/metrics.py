@@ -103,4 +103,4 @@ class _EngineState:
 
 def _names(requests: Sequence[Request]) -> str:
     """Of the adapters of some requests."""
-    return ",".join(sorted({request.adapter for request in requests if request.adapter is not None}))
+    return ",".join(sorted({request.adapter.name for request in requests} - {""}))

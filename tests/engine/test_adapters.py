@@ -82,17 +82,17 @@ def test_rows_of_one_forward_differ(llm: Llama4, monkeypatch: pytest.MonkeyPatch
     advance = Scheduler._advance
 
     def noted(self: Scheduler, requests: list, cache: object) -> list:  # type: ignore[type-arg]
-        sizes.append(sorted(str(request.adapter) for request in requests))
+        sizes.append(sorted(request.adapter.name for request in requests))
         return advance(self, requests, cache)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Scheduler, "_advance", noted)
     given = [replace(question(llm, "hello", 5), adapter=name) for name in ("b", None, "a", "b", None, "looks")]
-    scheduler = scheduler_of(llm)
+    scheduler = scheduler_of(llm, share_prefixes=False)
     for case in given:
         scheduler.add(case.request(llm))
     while scheduler.has_work:
         scheduler.step()
-    assert sizes[:2] == [["None", "None", "looks"], ["a", "b", "b"]]
+    assert sizes[:2] == [["", "", "looks"], ["a", "b", "b"]]
     replies = [case.ids for case in given]
     assert replies == [alone(llm, case) for case in given]
     assert len({tuple(reply) for reply in replies}) == 3, "adapters that change nothing test nothing"
@@ -120,6 +120,25 @@ def test_prefixes_do_not_cross_adapters_of_one_name(llm: Llama4) -> None:
         replies.append(case.ids)
         assert case.ids == alone(llm, case)
     assert replies[0] != replies[1], "adapters that change nothing test nothing"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 6])
+def test_a_request_keeps_the_adapter_that_had_its_name(llm: Llama4, steps: int) -> None:
+    """While it waits, is read, and decodes; beside one that came later, and is computed with what has the name now."""
+    old, new = (replace(question(llm, " ".join(WORDS * 3), 9), adapter="changes") for _ in range(2))
+    llm.adapters.add("changes", random_adapter(llm.model, CONFIGS["a"], 30))
+    expected = [alone(llm, old)]
+    scheduler = scheduler_of(llm, budget=24)
+    scheduler.add(old.request(llm))
+    for _ in range(steps):
+        scheduler.step()
+    llm.adapters.add("changes", random_adapter(llm.model, CONFIGS["everything"], 31))
+    expected.append(alone(llm, new))
+    assert expected[0] != expected[1], "adapters that change nothing test nothing"
+    scheduler.add(new.request(llm))
+    while scheduler.has_work:
+        scheduler.step()
+    assert [old.ids, new.ids] == expected
 
 
 def test_pictures_are_seen_with_the_request_s_own(llm: Llama4) -> None:
@@ -157,4 +176,4 @@ def test_the_active_one_is_set_aside_meanwhile(llm: Llama4) -> None:
 
 def test_unknown_names_are_refused(llm: Llama4) -> None:
     with pytest.raises(ArgumentError, match="no adapter 'c'; those loaded: a, b, everything"):
-        RowAdapters(llm.model, llm.adapters).shared("c")
+        RowAdapters(llm.model, llm.adapters).of("c")

@@ -75,7 +75,6 @@ class Case:
 
     def request(self, llm: Llama4) -> Request:
         self.got = []
-        adapters = RowAdapters(llm.model, llm.adapters)
         return Request(
             self.inputs,
             llm.model,
@@ -83,9 +82,7 @@ class Case:
             max_new_tokens=self.length,
             stop_ids=self.stop_ids,
             deliver=self.got.append,
-            adapter=self.adapter,
-            group=adapters.shared(self.adapter),
-            prefix_key=adapters.key(self.adapter),
+            adapter=RowAdapters(llm.model, llm.adapters).of(self.adapter),
         )
 
     @property

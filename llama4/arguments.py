@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import re
@@ -77,3 +78,13 @@ def one_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """Text in which each control character is a question mark in a lozenge: no file writes to a terminal."""
     return CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+class PrintablePieces:
+    """Pieces of a text -> `printable` pieces. A line break is one line feed, also where a piece ends within it."""
+
+    def __init__(self) -> None:
+        self._line_breaks = io.IncrementalNewlineDecoder(None, translate=True)
+
+    def __call__(self, piece: str) -> str:
+        return printable(self._line_breaks.decode(piece))

@@ -31,7 +31,7 @@ from llama4.cli.chat import answers
 from llama4.cli.chat.answers import Remote
 from llama4.cli.chat.commands import completions, file_names
 from llama4.cli.chat.conversation import Conversation
-from llama4.cli.chat.printing import MarkdownPrinter, speed, split_blocks
+from llama4.cli.chat.printing import MarkdownPrinter, TerminalPrinter, speed, split_blocks
 from llama4.cli.chat.reading import LineReader
 from llama4.cli.main import main
 
@@ -474,6 +474,15 @@ def test_blocks_and_control_characters() -> None:
         "2 tokens, 2.0 a second",
         "1,001 tokens, 500 a second",
     ]
+
+
+def test_a_line_break_may_be_cut_in_two(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = TerminalPrinter()
+    for reply in (["a\r", "\nb\x07", "\r", "c\r"], ["\nd\r\n"]):
+        for piece in reply:
+            printer.write(piece)
+        printer.end("")
+    assert capsys.readouterr().out == "a\nb\ufffd\nc\n" + "\nd\n\n"
 
 
 @pytest.mark.skipif(not HAS_RICH, reason="rich is not installed")

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llama4.arguments import printable
+from llama4.arguments import PrintablePieces
 from llama4.cli.options import add_chat_options, chat_options, load_model, load_pictures, opening
 from llama4.errors import Llama4Error
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": options.prefill})
     raw = llm.processor.complete(question, special_tokens=options.special_tokens) if options.raw else None
     stream = llm.stream(raw or messages, **chat_options(options))
-    shown = printable if sys.stdout.isatty() else str
+    shown = PrintablePieces() if sys.stdout.isatty() else str
     for piece in stream:
         if not options.json:
             print(shown(piece), end="", flush=True)

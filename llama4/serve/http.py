@@ -167,15 +167,17 @@ class Route:
 
 def check_page(request: Request, settings: Settings) -> None:
     """A browser keeps from a page the answers of another address, but sends its requests; and it takes for the page's
-    own what the page's name was made to lead to, perhaps here.
+    own what the page's name was made to lead to, perhaps here. It does not say which page reads from its own address:
+    whatever reads may be such a one.
 
     Raises:
         RequestError: a browser asks for a page that may not.
     """
-    origin = request.headers.get("origin")
+    host = request.headers.get("host", "")
+    own = f"{request.url.scheme}://{host}" if request.method in ("GET", "HEAD") else None
+    origin = request.headers.get("origin", own)
     if origin is None or {"*", origin} & set(settings.cors_origins):
         return
-    host = request.headers.get("host", "")
     if origin.partition("://")[2] != host or (settings.api_key is None and not _is_address(host)):
         message = f"pages of {origin!r:.200} may not ask; start the server with --cors-origin {origin:.200}"
         raise RequestError(message, status=403, code="origin_not_allowed")

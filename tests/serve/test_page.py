@@ -24,7 +24,7 @@ def engine() -> Iterator[Engine]:
 
 
 def client(engine: Engine, **settings: object) -> TestClient:
-    return TestClient(Server(engine, Settings("tiny", **settings)).app)  # type: ignore[arg-type]
+    return TestClient(Server(engine, Settings("tiny", **settings)).app, "http://localhost")  # type: ignore[arg-type]
 
 
 def test_the_page_needs_no_key_and_what_it_asks_does(engine: Engine) -> None:

@@ -38,6 +38,7 @@ from llama4.serve.run import MAX_HEADERS, Address, http_config, listening_at, ru
 from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 
 CHAT = "/v1/chat/completions"
+OPEN_ROUTES = {"/", "/health", "/ready", "/version", "/metrics"}
 PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
 
 
@@ -170,12 +171,11 @@ def test_every_route_but_some_asks_for_the_key(llm: Llama4, monkeypatch: Any) ->
     try:
         client, headers = server.client, {b"authorization": f"bearer {key}".encode()}
         paths = client.get("/openapi.json", headers=headers).json()["paths"]
-        open_routes = {"/", "/health", "/ready", "/version", "/metrics"}
-        assert len(set(paths) - open_routes) > 8
+        assert len(set(paths) - OPEN_ROUTES) > 8
         for path, methods in paths.items():
             for method in methods:
                 answer = client.request(method, re.sub("{.*?}", "x", path))
-                assert (answer.status_code == 401) == (path not in open_routes), (method, path)
+                assert (answer.status_code == 401) == (path not in OPEN_ROUTES), (method, path)
         for shown in ("wrong", key.upper(), "séSame", key + "x"):
             assert [client.get("/v1/models", headers=given).status_code for given in shown_as(shown)] == [401, 401]
         assert [client.get("/v1/models", headers=given).status_code for given in shown_as(key)] == [200, 200]
@@ -236,6 +236,27 @@ def test_which_pages_may_ask(
     assert answer.status_code == (200 if may_ask else 403), answer.text
     assert (running.engine.scheduler.counts.generated_tokens > before) == may_ask
     assert may_ask or f"--cors-origin {origin}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "may_ask"),
+    [
+        (Settings("tiny"), "127.0.0.1:8000", True),
+        (Settings("tiny"), "page.example:8000", False),  # a name that was made to lead here
+        (Settings("tiny", cors_origins=("http://page.example:8000",)), "page.example:8000", True),
+        (Settings("tiny", api_key="secret"), "page.example:8000", True),
+    ],
+)
+def test_which_pages_may_read(
+    running: Running, monkeypatch: Any, settings: Settings, host: str, may_ask: bool
+) -> None:
+    """A browser does not say which page reads from its own address."""
+    paths = running.client.get("/openapi.json").json()["paths"]
+    monkeypatch.setattr(running.server.service, "settings", settings)
+    headers = {"host": host, "authorization": "Bearer secret"}
+    for path in (path for path, methods in paths.items() if "get" in methods):
+        refused = running.client.get(re.sub("{.*?}", "x", path), headers=headers).status_code == 403
+        assert refused == (not may_ask and path not in OPEN_ROUTES), path
 
 
 def test_who_does_not_say_what_it_wants_is_let_go(running: Running, monkeypatch: Any) -> None:

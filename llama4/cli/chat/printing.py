@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from llama4.arguments import printable
+from llama4.arguments import PrintablePieces, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -46,8 +46,15 @@ class TerminalPrinter(Printer):
 
     is_terminal = True
 
+    def __init__(self) -> None:
+        self._shown = PrintablePieces()
+
     def write(self, piece: str) -> None:
-        super().write(printable(piece))
+        super().write(self._shown(piece))
+
+    def end(self, remark: str) -> None:
+        super().end(remark)
+        self._shown = PrintablePieces()
 
     def figures(self, tokens: int, seconds: float) -> None:
         print(speed(tokens, seconds))
@@ -69,12 +76,13 @@ class MarkdownPrinter(Printer):
 
     def _reset(self) -> None:
         self._text, self._next, self._live, self._has_printed = "", 0.0, None, False
+        self._shown = PrintablePieces()
 
     _text: str
     _live: Any
 
     def write(self, piece: str) -> None:
-        self._text += printable(piece)
+        self._text += self._shown(piece)
         if self._live is None:
             self._live = self._live_type(console=self._console, auto_refresh=False, transient=True)
             self._live.start()

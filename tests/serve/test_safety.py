@@ -247,9 +247,7 @@ def test_which_pages_may_ask(
         (Settings("tiny", api_key="secret"), "page.example:8000", True),
     ],
 )
-def test_which_pages_may_read(
-    running: Running, monkeypatch: Any, settings: Settings, host: str, may_ask: bool
-) -> None:
+def test_which_pages_may_read(running: Running, monkeypatch: Any, settings: Settings, host: str, may_ask: bool) -> None:
     """A browser does not say which page reads from its own address."""
     paths = running.client.get("/openapi.json").json()["paths"]
     monkeypatch.setattr(running.server.service, "settings", settings)

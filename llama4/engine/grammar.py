@@ -87,7 +87,10 @@ class Form:
         if choices is not None:
             if isinstance(choices, str) or not choices or not all(isinstance(each, str) and each for each in choices):
                 raise ArgumentError(f"choices is {choices!r:.80}; it must be a list of texts, none of them empty")
+            _check_size("choices", sum(map(len, choices)), _MAX_SIZE)
             regex = "|".join(f"({re.escape(each)})" for each in choices)
+        elif (expressions := regex or grammar) is not None:
+            _check_size(names[0], len(expressions), _MAX_EXPRESSIONS)
         if regex is not None:
             return cls._checked(_llguidance().LLMatcher.grammar_from_regex(regex), names[0])
         if grammar is not None:
@@ -115,12 +118,16 @@ class Form:
     def _of_schema(cls, schema: Mapping[str, Any], model: Any = None, name: str = "response_format") -> Form:
         plain = {key: value for key, value in schema.items() if key != "x-guidance"}  # options of the library
         try:
-            if len(_patterns(plain)) > _MAX_TOGETHER < _together(plain, plain, {}):
+            text = json.dumps(plain)
+            _check_size(name, len(text), _MAX_SIZE)
+            patterns = _patterns(plain)
+            _check_size(f"the patterns in {name}", sum(map(len, patterns)), _MAX_EXPRESSIONS)
+            if len(patterns) > _MAX_TOGETHER < _together(plain, plain, {}):
                 raise ArgumentError(
                     f"{name} joins more than {_MAX_TOGETHER} schemas, with as many patterns or formats, by allOf and "
                     "$ref; whether any text fits them all would be looked for without end: write fewer, larger ones"
                 )
-            grammar = _llguidance().LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=_WRITING)
+            grammar = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides=_WRITING)
         except ArgumentError:
             raise
         except (TypeError, ValueError, RecursionError) as error:
@@ -143,6 +150,18 @@ class Form:
             return None
 
 
+_MAX_SIZE = 1 << 18
+"""Characters of a schema, or of choices: llguidance reads them in some tenths of a second."""
+_MAX_EXPRESSIONS = 1 << 15
+"""Characters of a regular expression or grammar, or of a schema's patterns: of the longest the worst take a second and
+100 MiB; both grow with the square of the length."""
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise ArgumentError(f"{name} cannot be followed: {size:,} characters, where {most:,} may be; make it shorter")
+
+
 _MAX_TOGETHER = 8
 """Schemas that may have to fit one value, in a form that has more patterns and formats than this. Each may bring a
 pattern, and llguidance is asked for the common texts: of 10 patterns it takes a tenth of a second, of 12 three, of 14
@@ -150,12 +169,14 @@ minutes. Which of the schemas have the patterns is not looked at."""
 
 
 def _patterns(node: Any) -> set[str]:
-    """All patterns and formats in a schema."""
+    """All patterns and formats in a schema, those of names too."""
     if isinstance(node, list):
         return {found for child in node for found in _patterns(child)}
     if not isinstance(node, dict):
         return set()
     own = {f"{name} {node[name]}" for name in ("pattern", "format") if isinstance(node.get(name), str)}
+    if isinstance(named := node.get("patternProperties"), dict):
+        own.update(named)
     return own.union(*map(_patterns, node.values()))
 
 

@@ -182,6 +182,22 @@ def test_patterns_whose_common_texts_nobody_finds(join: str) -> None:
     assert Form.of(patterns(2, join)) is not None
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"regex": "a?" * 20000}, "regex"),
+        ({"grammar": 'start: "a"' + " " * 40000}, "grammar"),
+        ({"choices": [f"{i:0100}" for i in range(3000)]}, "choices"),
+        ({"response_format": {"enum": [f"{i:0100}" for i in range(3000)]}}, "response_format"),
+        ({"response_format": {"anyOf": [{"pattern": f"{i}" + "a?" * 5000} for i in range(4)]}}, "the patterns"),
+        ({"response_format": {"patternProperties": {"a?" * 20000: {}}}}, "the patterns in response_format"),
+    ],
+)
+def test_forms_that_would_take_long_to_read_are_refused(options: Any, named: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{named}.* cannot be followed: [0-9,]+ characters"):
+        Form.of(**options)
+
+
 def test_many_schemas_that_do_not_meet_are_followed() -> None:
     properties = {f"p{i}": {"type": "string", "pattern": f"a{i}"} for i in range(30)}
     tree = {"allOf": [{"$ref": "#/$defs/tree"}], "$defs": {"tree": {"type": "object", "properties": properties}}}

@@ -121,7 +121,7 @@ class Form:
             text = json.dumps(plain)
             _check_size(name, len(text), _MAX_SIZE)
             patterns = _patterns(plain)
-            _check_size(f"the patterns in {name}", sum(map(len, patterns)), _MAX_EXPRESSIONS)
+            _check_size(name, sum(map(len, patterns)), _MAX_EXPRESSIONS, " of patterns")
             if len(patterns) > _MAX_TOGETHER < _together(plain, plain, {}):
                 raise ArgumentError(
                     f"{name} joins more than {_MAX_TOGETHER} schemas, with as many patterns or formats, by allOf and "
@@ -157,9 +157,10 @@ _MAX_EXPRESSIONS = 1 << 15
 100 MiB; both grow with the square of the length."""
 
 
-def _check_size(name: str, size: int, most: int) -> None:
+def _check_size(name: str, size: int, most: int, what: str = "") -> None:
     if size > most:
-        raise ArgumentError(f"{name} cannot be followed: {size:,} characters, where {most:,} may be; make it shorter")
+        problem = f"{size:,} characters{what} are more than {most:,}"
+        raise ArgumentError(f"{name} cannot be followed: {problem}; make it shorter")
 
 
 _MAX_TOGETHER = 8

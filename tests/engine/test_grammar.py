@@ -189,12 +189,12 @@ def test_patterns_whose_common_texts_nobody_finds(join: str) -> None:
         ({"grammar": 'start: "a"' + " " * 40000}, "grammar"),
         ({"choices": [f"{i:0100}" for i in range(3000)]}, "choices"),
         ({"response_format": {"enum": [f"{i:0100}" for i in range(3000)]}}, "response_format"),
-        ({"response_format": {"anyOf": [{"pattern": f"{i}" + "a?" * 5000} for i in range(4)]}}, "the patterns"),
-        ({"response_format": {"patternProperties": {"a?" * 20000: {}}}}, "the patterns in response_format"),
+        ({"response_format": {"anyOf": [{"pattern": f"{i}" + "a?" * 5000} for i in range(4)]}}, "response_format"),
+        ({"response_format": {"patternProperties": {"a?" * 20000: {}}}}, "response_format"),
     ],
 )
 def test_forms_that_would_take_long_to_read_are_refused(options: Any, named: str) -> None:
-    with pytest.raises(ArgumentError, match=f"{named}.* cannot be followed: [0-9,]+ characters"):
+    with pytest.raises(ArgumentError, match=f"^{named} cannot be followed: [0-9,]+ characters"):
         Form.of(**options)
 
 

@@ -40,7 +40,6 @@ from llama4.text.messages import Message
 from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
-from llama4.text.vocabulary import INFILLING
 from llama4.units import count_text, parse_bytes
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config, read_side_files
@@ -318,10 +317,10 @@ class Llama4:
         Raises:
             Llama4Error: the first two name none, and the model came without a tokenizer.
         """
-        said = self.generation_config.eos_token_id or self.config.text.eos_token_id
-        if self._tokenizer is not None and (filled := self._tokenizer.special_tokens.get(INFILLING[3])) is not None:
-            said = (*(said or ()), filled)
-        return said or self.tokenizer.stop_ids
+        configured = self.generation_config.eos_token_id or self.config.text.eos_token_id
+        if self._tokenizer is None and configured:
+            return configured
+        return self.tokenizer.reply_ends(configured)
 
     def chat(
         self,

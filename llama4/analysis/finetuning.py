@@ -78,7 +78,11 @@ class Training:
 
 
 def adapter_shapes(text: TextConfig, lora: LoraConfig) -> dict[str, tuple[int, int, int, int]]:
-    """What an adapter changes: name -> (E, r, I, O), with E = 1 where there are no experts."""
+    """What an adapter changes: name -> (E, r, I, O), with E = 1 where there are no experts.
+
+    Raises:
+        ArgumentError: nothing that the model has.
+    """
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for parameter, shape in costs.parameter_shapes(text).items():
         name = parameter.removesuffix(".weight")

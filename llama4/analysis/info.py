@@ -218,7 +218,8 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     else:
         added = model.side_files.json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder", {})
         names = {int(id_): token.get("content") for id_, token in added.items()}
-    ids = said.eos_token_id or model.config.text.eos_token_id or (tokenizer.stop_ids if tokenizer is not None else ())
+    configured = said.eos_token_id or model.config.text.eos_token_id
+    ids = tokenizer.reply_ends(configured) if tokenizer is not None else configured or ()
     return {
         "stop_tokens": {id_: names.get(id_) for id_ in ids},
         "stop_strings": list(said.stop_strings or ()),

@@ -70,7 +70,7 @@ REFUSED_SAMPLED: Mapping[str, tuple[Any, ...]] = {
 WITHOUT_EFFECT: Mapping[str, str] = {
     "max_length": "max_new_tokens of the call decides",
     "max_new_tokens": "max_new_tokens of the call decides",
-    "num_return_sequences": "a call gives one reply",
+    "num_return_sequences": "n of the call decides",
     **dict.fromkeys(("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty"), "of beam search"),
     **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len"), "of another cache"),
     **dict.fromkeys(("low_memory", "prefill_chunk_size", "compile_config", "disable_compile"), "of speed and memory"),

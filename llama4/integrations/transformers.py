@@ -125,6 +125,9 @@ class LlamaForTransformers(PreTrainedModel, GenerationMixin):
             dtype, torch_dtype: of the weights; "auto" or None is the checkpoint's.
             device_map: one device.
             options: those of `LOADING`; others, which are about transformers' own models, have no effect.
+
+        Raises:
+            Llama4Error: as `Llama4.from_pretrained`; or a device or quantization in transformers' own words.
         """
         given = {key: value for key, value in options.items() if key in LOADING}
         if options.get("quantization_config") is not None:

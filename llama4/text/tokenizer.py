@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from llama4.text.gguf_vocabulary import GGUF_SUFFIX, read_gguf, tokenizer_json
 from llama4.text.sentencepiece import SentencePiece, is_sentencepiece, read_sentencepiece, sentencepiece_bytes
 from llama4.text.tokenizer_config import CONFIG_FILES, TOKENIZER_CONFIG_FILE, TokenizerConfig
 from llama4.text.tokenizer_files import TokenModel, find_file, read_json, read_tiktoken, to_json
-from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, LLAMA4, SENTENCEPIECE, Vocabulary
+from llama4.text.vocabulary import INFILLING, LLAMA3, LLAMA3_RANKS, LLAMA4, SENTENCEPIECE, Vocabulary
 
 
 class Tokenizer:
@@ -251,6 +251,12 @@ class Tokenizer:
         eos = () if "eos_token" not in self.config.names else (self.eos_id,)
         named = (self.special_tokens[name] for name in self.vocabulary.stop if name in self.special_tokens)
         return tuple(dict.fromkeys((*eos, *named)))
+
+    def reply_ends(self, configured: Sequence[int] | None) -> tuple[int, ...]:
+        """The tokens that end a reply: those that a model's configuration names, else `stop_ids`; of Code Llama also
+        the one that ends what fills a gap."""
+        filled = self.special_tokens.get(INFILLING[3])
+        return tuple(dict.fromkeys((*(configured or self.stop_ids), *([] if filled is None else [filled]))))
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
         """Write the files that this one was read from, and what of `tokenizer.json` and `tokenizer_config.json` is not

@@ -132,6 +132,9 @@ def locate(
 
     Returns:
         The directory with all else, and the weights on the Hub; None if they are in the directory.
+
+    Raises:
+        Llama4Error: as `resolve`; or the repository holds no weights that can be loaded.
     """
     find = partial(resolve, name, revision=revision, subfolder=subfolder, token=token, progress=progress)
     directory = find(select=lambda layout: layout.side_files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from llama_models.datatypes import RawMessage, StopReason, ToolCall
 from llama_models.llama3.chat_format import ChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
+from llama4.analysis.info import describe_model, find
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.families import llama
 from llama4.inputs import Processor
@@ -124,6 +126,9 @@ def test_infilling_as_meta_writes_it(tmp_path: Path) -> None:
     prefix, suffix = "def f(x):\n    return ", "\n\nprint(f(2))"
     wanted = [1, before, *theirs.encode(prefix), after, *theirs.encode("☺" + suffix)[2:], middle]
     assert processor.infill(prefix, suffix).input_ids.tolist() == [wanted]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **CONFIG}))
+    replies = describe_model(find(str(tmp_path)))["replies"]
+    assert replies["stop_tokens"] == {128009: None, theirs.piece_to_id(INFILLING[3]): INFILLING[3]}
     train(tmp_path / "tokenizer.model")
     with pytest.raises(Llama4Error, match="has no tokens for infilling"):
         Processor.from_config(Tokenizer(tmp_path / "tokenizer.model"), llama.read_config(CONFIG)).infill("a", "b")

@@ -284,99 +284,137 @@ def _train(
     report_to: Sequence[str] = (),
 ) -> Result:
     """Take the steps that are left, and write what they came to."""
-    options, model = run.options, run.llm.model
-    assert options.learning_rate is not None
-    optimizer = AdamW(
-        run.trained, weight_decay=options.weight_decay, seed=options.seed, states=options.optimizer_states
-    )
-    about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
-    step, best = 0, math.inf
+    training = _Training(run, objective, output)
     if resume and (output / STATE_FILE).is_file():
-        there = read_about(output)
-        if different := [name for name, value in about.items() if there.get(name) != value]:
-            raise ArgumentError(f"{output} holds a run with other {' and '.join(different)}; resume with the same")
-        if there["step"] >= run.steps:
+        training.resume()
+    with tracking(report_to, output, run.options.describe(), training.step) as trackers:
+        metrics = Metrics(output, training.step if resume else None, trackers)
+        training.take_steps(metrics, stop)
+        return training.finish(metrics)
+
+
+class _Training:
+    """A run on its way.
+
+    Attributes:
+        step: how many steps are taken.
+        best: the least loss on held-out data.
+        loads: for each layer with experts, the tokens that each expert got since the process began.
+        values: what the objective reported last.
+    """
+
+    def __init__(self, run: Run, objective: Objective, output: Path) -> None:
+        self.run, self.objective, self.output = run, objective, output
+        options = run.options
+        self.optimizer = AdamW(
+            run.trained, weight_decay=options.weight_decay, seed=options.seed, states=options.optimizer_states
+        )
+        self.held_out = run.held_out_batches()
+        self.step, self.best = 0, math.inf
+        self.loads: dict[str, Tensor] = {}
+        self.values: dict[str, float] = {}
+        self._about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
+
+    def resume(self) -> None:
+        """Go on from the state in the output.
+
+        Raises:
+            ArgumentError: it is of another run.
+            CheckpointError: it is damaged.
+        """
+        there = read_about(self.output)
+        if different := [name for name, value in self._about.items() if there.get(name) != value]:
+            raise ArgumentError(f"{self.output} holds a run with other {' and '.join(different)}; resume with the same")
+        if there["step"] >= self.run.steps:
             raise CheckpointError(
-                f"{output / STATE_FILE} says that {there['step']} of {run.steps} steps are taken; start anew"
+                f"{self.output / STATE_FILE} says that {there['step']} of {self.run.steps} steps are taken; start anew"
             )
-        load_state(output, optimizer)
-        step, best = there["step"], there["best"] if there["best"] is not None else math.inf
-    with tracking(report_to, output, run.options.describe(), step) as trackers:
-        metrics = Metrics(output, step if resume else None, trackers)
-        held_out = run.held_out_batches()
-        eval_every = options.eval_every or max(1, run.steps // 10)
+        load_state(self.output, self.optimizer)
+        self.step, self.best = there["step"], there["best"] if there["best"] is not None else math.inf
+
+    def take_steps(self, metrics: Metrics, stop: threading.Event) -> None:
+        """All that are left, or until `stop` is set; on the way it is evaluated and saved."""
+        steps, options = self.run.steps, self.run.options
+        eval_every = options.eval_every or max(1, steps // 10)
         save_every = options.save_every or eval_every
-        loads: dict[str, Tensor] = {}
-        values: dict[str, float] = {}
+        if self.step == 0:
+            self._evaluate(metrics)
+            self._save(metrics)
+        with Bar("training", steps - self.step, "steps", shown=self.run.progress, logged=True) as bar:
+            while self.step < steps and not stop.is_set():
+                self._take_step(metrics, bar)
+                if self.step == steps or self.step % eval_every == 0:
+                    self._evaluate(metrics)
+                if self.step < steps and self.step % save_every == 0:
+                    self._save(metrics)
 
-        def evaluated() -> None:
-            nonlocal best, values
-            if held_out is None:
-                return
-            with _evaluating(run.adapter), Bar("evaluating", shown=run.progress):
-                found = evaluate(model, held_out, objective)
-            metrics.add(step=step, **{f"eval_{name}": value for name, value in found.items()})
-            loss = found.pop("loss")
-            values = found
-            if loss < best:
-                best = loss
-                run.save(output)
-
-        def saved() -> None:
-            metrics.sync()
-            save_state(output, optimizer, about | {"step": step, "best": best if best < math.inf else None})
-
-        if step == 0:
-            evaluated()
-            saved()
-        with Bar("training", run.steps - step, "steps", shown=run.progress, logged=True) as bar:
-            while step < run.steps and not stop.is_set():
-                began, batch = time.perf_counter(), run.batches[step]
-                with bar.step(1):
-                    learnt = learn(
-                        model, batch, objective, step / run.steps, balance=options.balance, z_loss=options.z_loss
-                    )
-                    norm = optimizer.clip(options.clip)
-                    if not math.isfinite(learnt.loss) or not math.isfinite(norm):
-                        lines = ", ".join(map(str, batch.lines))
-                        raise TrainingError(
-                            f"at step {step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} "
-                            f"of {run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
-                        )
-                    warmup = options.warmup_steps(run.steps)
-                    rate = learning_rate_at(step, run.steps, options.learning_rate, options.schedule, warmup)
-                    optimizer.step(rate)
-                step += 1
-                seconds = time.perf_counter() - began
-                for name, load_E in learnt.loads.items():
-                    loads[name] = loads[name] + load_E if name in loads else load_E
-                metrics.add(
-                    step=step,
-                    loss=learnt.loss,
-                    **learnt.values,
-                    **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
-                    learning_rate=rate,
-                    gradient_norm=norm,
-                    tokens=batch.num_tokens,
-                    seconds=round(seconds, 4),
+    def _take_step(self, metrics: Metrics, bar: Bar) -> None:
+        run, options = self.run, self.run.options
+        assert options.learning_rate is not None
+        began, batch = time.perf_counter(), run.batches[self.step]
+        with bar.step(1):
+            done = self.step / run.steps
+            learnt = learn(run.llm.model, batch, self.objective, done, balance=options.balance, z_loss=options.z_loss)
+            norm = self.optimizer.clip(options.clip)
+            if not math.isfinite(learnt.loss) or not math.isfinite(norm):
+                lines = ", ".join(map(str, batch.lines))
+                raise TrainingError(
+                    f"at step {self.step + 1} the loss is {learnt.loss} and its gradient {norm}, on lines {lines} "
+                    f"of {run.data.path}; look at them, or lower the learning rate of {options.learning_rate:g}"
                 )
-                bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
-                values = dict(learnt.values)
-                if step == run.steps or step % eval_every == 0:
-                    evaluated()
-                if step < run.steps and step % save_every == 0:
-                    saved()
-        shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in loads.items()}
-        losses = [loss for _, loss in metrics.values("loss")]
-        result = Result(output, step, run.steps, losses, metrics.values("eval_loss"), shares, values, run.facts)
+            warmup = options.warmup_steps(run.steps)
+            rate = learning_rate_at(self.step, run.steps, options.learning_rate, options.schedule, warmup)
+            self.optimizer.step(rate)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        for name, load_E in learnt.loads.items():
+            self.loads[name] = self.loads[name] + load_E if name in self.loads else load_E
+        self.values = dict(learnt.values)
+        metrics.add(
+            step=self.step,
+            loss=learnt.loss,
+            **learnt.values,
+            **({"router_loss": learnt.router_loss} if options.balance or options.z_loss else {}),
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=batch.num_tokens,
+            seconds=round(seconds, 4),
+        )
+        bar.describe(f"training, loss {learnt.loss:.3f}, {batch.num_tokens / seconds:.0f} tokens/s")
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        """On held-out data, if there are any; the best so far is kept."""
+        if self.held_out is None:
+            return
+        with _evaluating(self.run.adapter), Bar("evaluating", shown=self.run.progress):
+            found = evaluate(self.run.llm.model, self.held_out, self.objective)
+        metrics.add(step=self.step, **{f"eval_{name}": value for name, value in found.items()})
+        loss = found.pop("loss")
+        self.values = found
+        if loss < self.best:
+            self.best = loss
+            self.run.save(self.output)
+
+    def _save(self, metrics: Metrics) -> None:
+        """The state to resume from."""
+        metrics.sync()
+        best = self.best if self.best < math.inf else None
+        save_state(self.output, self.optimizer, self._about | {"step": self.step, "best": best})
+
+    def finish(self, metrics: Metrics) -> Result:
+        """Write what the steps came to, or if some are left, the state to resume from."""
+        run, output = self.run, self.output
+        shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in self.loads.items()}
+        losses, eval_losses = [loss for _, loss in metrics.values("loss")], metrics.values("eval_loss")
+        result = Result(output, self.step, run.steps, losses, eval_losses, shares, self.values, run.facts)
         if not result.is_finished:
-            saved()
+            self._save(metrics)
             return result
-        if held_out is None:
+        if self.held_out is None:
             run.save(output)
         write_card(output, metrics.lines, run.facts)
         write_curve(output, metrics.lines)
-        metrics.add(step=step, finished=True, expert_shares=shares)
+        metrics.add(step=self.step, finished=True, expert_shares=shares)
         metrics.sync()
         (output / STATE_FILE).unlink(missing_ok=True)
         return result

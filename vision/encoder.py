@@ -6,7 +6,7 @@ Shapes: n tiles, A side of a tile in pixels, P patches of a tile, L = P + 1 with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +89,20 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One pre-norm transformer block of the tower."""
+    """One pre-norm transformer block of a tower. Beside the patches it takes what its attention does."""
+
+    attention: ClassVar[type[nn.Module]] = VisionAttention
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.self_attn = VisionAttention(config)
+        self.self_attn = self.attention(config)
         self.mlp = VisionMLP(config)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
-        x_nLW = x_nLW + self.self_attn(self.input_layernorm(x_nLW), rotation)
-        out: Tensor = x_nLW + self.mlp(self.post_attention_layernorm(x_nLW))
+    def forward(self, x_W: Tensor, of_attention: Any) -> Tensor:
+        x_W = x_W + self.self_attn(self.input_layernorm(x_W), of_attention)
+        out: Tensor = x_W + self.mlp(self.post_attention_layernorm(x_W))
         return out
 
 

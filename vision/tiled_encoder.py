@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama4.errors import Llama4Error
 from llama4.progress import each
-from llama4.vision.encoder import Projections, VisionMLP, run
+from llama4.vision.encoder import Projections, VisionLayer, run
 from llama4.vision.tiled_config import TiledVisionConfig
 
 MULTIPLE = 8
@@ -44,20 +44,10 @@ class TiledAttention(Projections):
         return out
 
 
-class LocalLayer(nn.Module):
-    """One pre-norm transformer block."""
+class LocalLayer(VisionLayer):
+    """One pre-norm transformer block, over all tiles."""
 
-    def __init__(self, config: TiledVisionConfig) -> None:
-        super().__init__()
-        self.self_attn = TiledAttention(config)
-        self.mlp = VisionMLP(config)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-
-    def forward(self, x_SW: Tensor, filled: int) -> Tensor:
-        x_SW = x_SW + self.self_attn(self.input_layernorm(x_SW), filled)
-        out: Tensor = x_SW + self.mlp(self.post_attention_layernorm(x_SW))
-        return out
+    attention = TiledAttention
 
 
 class GlobalLayer(LocalLayer):

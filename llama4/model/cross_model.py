@@ -50,11 +50,8 @@ class CrossAttentionModel(Llama4Model):
         Raises:
             Llama4Error: a text-only model, pictures without their grids, or tiles of another shape.
         """
-        if self.vision_model is None or self.multi_modal_projector is None:
-            raise Llama4Error("this model is text-only: it has no vision tower to encode pixel_values with")
-        features: Tensor = self.multi_modal_projector(
-            self.vision_model(pixel_values.to(self.device), _given(image_grids))
-        )
+        tower, projector = self._tower()
+        features: Tensor = projector(tower(pixel_values.to(self.device), _given(image_grids)))
         return features
 
     def _fuse(

@@ -117,10 +117,14 @@ class Llama4Model(nn.Module):
         Raises:
             Llama4Error: a text-only model, or tiles of another shape.
         """
+        tower, projector = self._tower()
+        features: Tensor = projector(tower(pixel_values.to(self.device)))
+        return features.flatten(0, 1)
+
+    def _tower(self) -> tuple[VisionModel, Projector]:
         if self.vision_model is None or self.multi_modal_projector is None:
             raise Llama4Error("this model is text-only: it has no vision tower to encode pixel_values with")
-        features: Tensor = self.multi_modal_projector(self.vision_model(pixel_values.to(self.device)))
-        return features.flatten(0, 1)
+        return self.vision_model, self.multi_modal_projector
 
     def forward(
         self,

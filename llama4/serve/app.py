@@ -19,7 +19,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama4.serve import anthropic, completions, embeddings, moderations, native, openai_chat, page, responses
+from llama4.serve import (
+    anthropic,
+    completions,
+    embeddings,
+    moderations,
+    native,
+    openai_chat,
+    page,
+    responses,
+    stored_responses,
+)
 from llama4.serve.engine import Engine
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, refusal, request_id
@@ -39,6 +49,7 @@ ROUTES = (
     *moderations.ROUTES,
     *native.ROUTES,
     *responses.ROUTES,
+    *stored_responses.ROUTES,
     *anthropic.ROUTES,
     *embeddings.ROUTES,
 )

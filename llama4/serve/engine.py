@@ -30,6 +30,7 @@ from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
 from llama4.errors import ArgumentError, BusyError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
+from llama4.serve.mailbox import Mailbox
 from llama4.serve.worker import Worker
 from llama4.text.detokenizer import TextAssembler
 from llama4.text.messages import Message
@@ -265,7 +266,7 @@ class EngineStream:
     ) -> None:
         self._engine, self._messages, self._options, self._observer = engine, messages, options, observer
         self._adapter = adapter
-        self._mailbox = _Mailbox()
+        self._mailbox = Mailbox()
         self._deltas: deque[Delta] = deque()
         self._reader: tuple[ReplyText, ReplyBuilder] | None = None
         self._request: Request | None = None
@@ -391,50 +392,3 @@ class EngineStream:
         self._deltas.extend(builder.add(event))
         if event.finish_reason is not None:
             self.cancel()  # the engine knows no stop strings
-
-
-class _Mailbox:
-    """What the worker's thread gives to readers, in threads or loops, until it is closed."""
-
-    def __init__(self) -> None:
-        self.is_closed = False
-        self._items: deque[Delivery] = deque()
-        self._changed = threading.Condition()
-        self._arrived: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
-
-    def put(self, item: Delivery) -> None:
-        self._items.append(item)
-        self._wake()
-
-    def close(self) -> None:
-        """Nothing follows that somebody should wait for."""
-        self.is_closed = True
-        self._wake()
-
-    def take(self) -> Delivery | None:
-        """The next item, if there is one."""
-        return self._items.popleft() if self._items else None
-
-    def wait(self) -> None:
-        """Until there may be something."""
-        with self._changed:
-            self._changed.wait_for(self._has_changed)
-
-    async def wait_async(self) -> None:
-        """Until there may be something."""
-        arrived = self._arrived.setdefault(asyncio.get_running_loop(), asyncio.Event())
-        arrived.clear()
-        if not self._has_changed():
-            await arrived.wait()
-
-    def _has_changed(self) -> bool:
-        return bool(self._items) or self.is_closed
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-        for loop, arrived in self._arrived.copy().items():
-            try:
-                loop.call_soon_threadsafe(arrived.set)
-            except RuntimeError:  # the loop was closed: nobody reads in it any more
-                self._arrived.pop(loop, None)

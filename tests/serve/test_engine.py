@@ -18,7 +18,8 @@ from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.replies import Reply, ToolCallDelta
 from llama4.errors import BusyError, ContextLengthError, ImageError, Llama4Error
-from llama4.serve.engine import EngineStream, _Mailbox
+from llama4.serve.engine import EngineStream
+from llama4.serve.mailbox import Mailbox
 
 QUESTIONS = ["What can you do?", "How many circles are there?", "What is 3 + 4?", "Say hello."]
 
@@ -218,7 +219,7 @@ def test_loops_share_a_stream(engine: Engine) -> None:
 
 def test_a_loop_that_asked_first_is_woken() -> None:
     """Though another asked after it, and what came is taken by nobody else."""
-    box, waits = _Mailbox(), threading.Barrier(3)
+    box, waits = Mailbox(), threading.Barrier(3)
 
     async def wait() -> None:
         task = asyncio.ensure_future(box.wait_async())

@@ -38,7 +38,10 @@ class Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            self.error(f"{name} is not known{nearest(name, known if name.startswith('-') else ())}")
+            if not name.startswith("-"):
+                hint = "; --model names the model" if "--model" in known else ""
+                self.error(f"{unknown[0]!r:.80} is one argument too many{hint}")
+            self.error(f"{name} is not known{nearest(name, known)}")
         return found, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

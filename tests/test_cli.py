@@ -534,6 +534,8 @@ def test_pictures_are_looked_at_before_a_model_is_loaded(tmp_path: Path, capsys:
         (["paint"], "'paint' is not known"),
         (["generate"], "question"),
         (["generate", "--colour", "hi"], "--colour is not known"),
+        (["generate", "model.gguf", "hi"], "'hi' is one argument too many; --model names the model; see"),
+        (["plan", "scout", "maverick"], "'maverick' is one argument too many; see"),
         (["generate", "--max-new-tokens", "many", "hi"], "invalid int value: 'many'"),
         (["generate", "--temperature", "warm", "hi"], "invalid float value: 'warm'"),
         (["generate", "--raw", "--image", "x.png", "hi"], "neither --image nor --system"),

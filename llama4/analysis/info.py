@@ -323,8 +323,9 @@ def table(name: str, facts: dict[str, Any]) -> str:
             lines["vision"] += f" and a global one, {vision['tokens_per_tile']} tokens each"
     else:
         lines["vision"] = "none"
-    if stored := facts.get("quantization"):
-        lines["quantized"] = ", ".join(filter(None, (stored["quant_method"], stored["format"])))
+    stored = facts.get("quantization") or {}
+    if said := [stored[name] for name in ("quant_method", "format") if stored.get(name)]:
+        lines["quantized"] = ", ".join(said)
     if files := facts.get("checkpoint"):
         lines |= checkpoint_lines(files)
     if prompts := facts.get("prompts"):

@@ -184,7 +184,7 @@ def _fits(report: Mapping[str, Any], markdown: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench growth", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
+    parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--context", type=parse_tokens, default=65536, metavar="N", help="tokens (default: 65536)")
     parser.add_argument("--filled", action="store_true", help="fill the cache with random numbers, and only decode")
     parser.add_argument(

@@ -112,7 +112,7 @@ def line(engine: str, facts: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench long", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
+    parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--tokens", type=parse_tokens, default=131072, metavar="N", help="of the prompt: 131072, 1M")
     parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")

@@ -162,7 +162,7 @@ def _inputs(llm: Llama4, prompt: str, images: Sequence[str]) -> Inputs:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 if every stage agrees, 1 if one does not."""
     parser = Parser(prog="llama4 bench parity", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
+    parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--against", default="transformers", choices=["transformers"], help="the reference")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES), help="of both models (default: float32)")
     parser.add_argument("--experts", default="auto", help="our backend: loop, grouped or auto (default: auto)")

@@ -148,7 +148,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench profile", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="PATH", help="embedded name, directory or Hub id")
+    parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", choices=[*SCHEMES], metavar="SCHEME", help="while loading")
     parser.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens (default: 512)")

@@ -187,7 +187,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench quantization", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    parser.add_argument("--model", default="tiny", help="embedded name, directory, GGUF file or Hub id (default: tiny)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="SCHEME")
     parser.add_argument("--plain", action="store_true", help="plain rounding beside each (by compressed-tensors)")
     parser.add_argument("--pictures", type=int, default=None, metavar="N", help="questions per kind; 0: random tokens")

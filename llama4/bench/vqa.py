@@ -160,7 +160,7 @@ class ExpertShares:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench vqa", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    parser.add_argument("--model", default="tiny", help="embedded name, directory, GGUF file or Hub id (default: tiny)")
     parser.add_argument("--pictures", type=int, default=200, metavar="N", help="questions per kind, each a new picture")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other pictures and questions")
     parser.add_argument("--kinds", nargs="+", default=KINDS_OF_QUESTION, choices=KINDS_OF_QUESTION, metavar="KIND")

@@ -12,7 +12,9 @@ from llama4.cli.finetune import LORA, SETTINGS, parse_targets
 from llama4.cli.options import add_hub_options
 from llama4.quantization.schemes import SCHEMES
 
-MODEL = {"help": "scout, maverick, guard4, behemoth, llama-3.1-8b and the like, tiny, a directory or a Hub id"}
+MODEL = {
+    "help": "scout, maverick, guard4, behemoth, llama-3.1-8b and the like, tiny, a directory, a GGUF file or a Hub id"
+}
 DEVICES = ("h100", "h200", "b200", "cpu")
 FINETUNE = {name: LORA[name] for name in ("rank", "targets")}
 FINETUNE |= {name: SETTINGS[name] for name in ("batch_tokens", "optimizer_states")}

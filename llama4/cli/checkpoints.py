@@ -51,7 +51,9 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, or a Hub id")
+    parser.add_argument(
+        "source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, a GGUF file or a Hub id"
+    )
     parser.add_argument("target", metavar="DST", help="the directory to make")
 
 

@@ -104,7 +104,7 @@ def add_parser(commands: Any) -> None:
         "bit by bit."
     )
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
-    parser.add_argument("model", help="embedded name, directory or Hub id")
+    parser.add_argument("model", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--data", required=True, metavar="FILE", help=DATA)
     parser.add_argument("--eval", metavar="FILE", help="held-out data; the best on it is kept")
     parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full and distill, the model")
@@ -128,7 +128,7 @@ def add_teach_parser(commands: Any) -> None:
         "probabilities, for `finetune --method distill --teacher FILE`: the teacher is asked once."
     )
     parser = commands.add_parser("teach", help="write a teacher's probabilities", description=about)
-    parser.add_argument("model", help="the teacher: embedded name, directory or Hub id")
+    parser.add_argument("model", help="the teacher: embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--data", required=True, metavar="FILE", help="what the student will learn, as of finetune")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, .safetensors")
     parser.add_argument("--top", type=int, default=32, metavar="K", help="tokens of each place (default: 32)")

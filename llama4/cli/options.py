@@ -110,7 +110,7 @@ CHAT: dict[str, dict[str, Any]] = {
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that loads a model and makes it answer."""
     model = add_model_options(parser)
-    model.add_argument("--model", default="tiny", help="embedded name, directory or Hub id (default: tiny)")
+    model.add_argument("--model", default="tiny", help="embedded name, directory, GGUF file or Hub id (default: tiny)")
     model.add_argument(
         "--private-host",
         action="append",

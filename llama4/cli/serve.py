@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         help="answer behind an address",
         description="Answer behind an address, in OpenAI's form and Anthropic's, and to a page in a browser.",
     )
-    parser.add_argument("model", metavar="MODEL", help="embedded name, directory or Hub id")
+    parser.add_argument("model", metavar="MODEL", help="embedded name, directory, GGUF file or Hub id")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, help="0 for a free one (default: 8000)")

@@ -56,7 +56,7 @@ class Splitter:
 
     def __init__(self, pattern: str, *, only_matches: bool = False) -> None:
         self.only_matches = only_matches
-        self._pattern, self._compiled = pattern, compile_pattern(pattern)
+        self.pattern, self._compiled = pattern, compile_pattern(pattern)
 
     def __call__(self, text: str, patience: Patience) -> Iterator[str]:
         """A text, or a piece of one -> its pieces.
@@ -79,7 +79,7 @@ class Splitter:
                     raise TimeoutError
         except TimeoutError:
             raise ValueError(
-                f"{self._pattern!r:.80} takes more than {patience.seconds:.1f} s, which is the limit of all patterns "
+                f"{self.pattern!r:.80} takes more than {patience.seconds:.1f} s, which is the limit of all patterns "
                 "for the whole of such a text"
             ) from None
         if at < len(text) and not self.only_matches:
@@ -169,18 +169,18 @@ class MergedBytes:
     ) -> None:
         self.ranks = ranks
         self._tokens = {i: token for token, i in ranks.items()}
-        self._merges, self._splitters, self._characters = merges, splitters, characters
+        self.merges, self.splitters, self._characters = merges, splitters, characters
         self._ids = {"".join(characters[byte] for byte in token): i for token, i in ranks.items()}
-        self._whole, self._normal_form = whole, normal_form
+        self.whole, self.normal_form = whole, normal_form
         drops = len([token for token in ranks if len(token) == 1]) < 256 or any(each.only_matches for each in splitters)
         self.longest = None if drops else max(map(len, ranks)) * (1 if normal_form is None else _SHRINKS)
         self._cached = lru_cache(_CACHED_WORDS)(self._merged)
 
     def encode(self, text: str, *, blank: bool = True, most: float = math.inf) -> list[int]:
         """Text -> ids."""
-        prepared = text if self._normal_form is None else unicodedata.normalize(self._normal_form, text)
+        prepared = text if self.normal_form is None else unicodedata.normalize(self.normal_form, text)
         pieces, patience = [prepared], _patience(text)
-        for splitter in self._splitters:
+        for splitter in self.splitters:
             pieces = [part for piece in pieces for part in splitter(piece, patience)]
         ids: list[int] = []
         for piece in pieces:
@@ -197,9 +197,9 @@ class MergedBytes:
 
     def _merged(self, piece: str) -> tuple[int, ...]:
         symbols = [symbol for byte in piece.encode() if (symbol := self._characters[byte]) in self._ids]
-        if self._whole and (found := self._ids.get("".join(symbols))) is not None:
+        if self.whole and (found := self._ids.get("".join(symbols))) is not None:
             return (found,)
-        merged = merge_pairs(symbols, lambda left, right: self._merges.get((left, right)))
+        merged = merge_pairs(symbols, lambda left, right: self.merges.get((left, right)))
         return tuple(self._ids[symbol] for symbol in merged)
 
 

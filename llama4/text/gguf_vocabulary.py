@@ -89,6 +89,16 @@ def _patterns(pre: str) -> tuple[str, ...]:
     return _BY_MERGES.get(pre) or (_BY_IDS[pre],)
 
 
+def _name_of(model: RankedBytes | MergedBytes) -> str | None:
+    """The `pre` of what splits text so; None if there is none."""
+    if isinstance(model, RankedBytes):
+        return next((pre for pre, pattern in _BY_IDS.items() if pattern == model.pattern), None)
+    if model.normal_form is not None or any(each.only_matches for each in model.splitters):
+        return None
+    patterns = tuple(each.pattern for each in model.splitters)
+    return next((pre for pre in (_BY_IDS if model.whole else _BY_MERGES) if _patterns(pre) == patterns), None)
+
+
 def _merges(keys: Keys) -> list[tuple[str, str]]:
     found = keys.texts("merges")
     if not found or any(text.count(" ") != 1 for text in found):
@@ -226,14 +236,17 @@ def vocabulary_metadata(
         blank = model.normalizer.adds_blank
         keys |= {"model": "llama", "pre": "default", "scores": np.array(scores, np.float32), "add_space_prefix": blank}
     else:
-        names = {pattern: name for name, pattern in reversed(list(_BY_IDS.items()))}
-        if not isinstance(model, RankedBytes) or model.pattern not in names:
+        if (pre := _name_of(model)) is None:
             raise Llama4Error(f"{path} splits text in a way that GGUF has no name for; keep the model's layout")
-        content = to_json(model.ranks, (), model.pattern)["model"]
-        for token, i in content["vocab"].items():
-            tokens[i], kinds[i] = token, Kind.NORMAL
-        merges = [f"{left} {right}" for left, right in content["merges"]]
-        keys |= {"model": "gpt2", "pre": names[model.pattern], "merges": merges}
+        alphabet = byte_alphabet()
+        for token, i in model.ranks.items():
+            tokens[i], kinds[i] = "".join(alphabet[byte] for byte in token), Kind.NORMAL
+        merges = (
+            to_json(model.ranks, (), model.pattern)["model"]["merges"]
+            if isinstance(model, RankedBytes)
+            else sorted(model.merges, key=model.merges.__getitem__)
+        )
+        keys |= {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
     for token in added:
         tokens[token.id], kinds[token.id] = token.content, Kind.CONTROL if token.special else Kind.USER_DEFINED
     keys |= {"tokens": tokens, "token_type": np.array(kinds, np.int32), "add_bos_token": adds_bos}

@@ -101,7 +101,7 @@ def resolve(
             )
         raise Llama4Error(
             f"{str(name)!r} is no model{nearest(str(name), [*EMBEDDED, *PRESETS])}: give an embedded name ('tiny'), an "
-            "existing directory, or a Hub id like "
+            "existing directory or GGUF file, or a Hub id like "
             f"{address[1] if address else 'organisation/name'!r}"
         )
     with hub_errors(name, revision), progress_bars(progress):

@@ -10,6 +10,7 @@ import pytest
 
 from llama4.analysis.info import describe_model, find, table
 from llama4.families.llama4 import Llama4Family
+from llama4.weights.convert import convert_to_gguf
 from tests import small_model
 from tests.weights.test_meta import make_reference, params, write_meta
 
@@ -58,6 +59,14 @@ def test_files_of_each_layout(directory: Path, tmp_path: Path) -> None:
     write_meta(tmp_path / "meta", meta, params(False), 1)
     size = 4 * sum(parameter.numel() for parameter in meta.parameters())
     assert lines_of(tmp_path / "meta")["files"] == f"Meta's layout: float32; {size / 2**20:.1f} MiB in all"
+
+
+def test_files_without_a_quantization_config(directory: Path, tmp_path: Path) -> None:
+    """GGUF: the types of the tensors say all."""
+    convert_to_gguf(directory, tmp_path / "a.gguf", "q8_0", progress=False)
+    lines = lines_of(tmp_path / "a.gguf")
+    assert "Q8_0, a scale per 32 weights" in lines["files"]
+    assert "quantized" not in lines
 
 
 def test_a_configuration_alone(directory: Path, tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from tokenizers.trainers import BpeTrainer
 
 from llama4.errors import Llama4Error
 from llama4.text.byte_level import MergedBytes, RankedBytes
+from llama4.text.gguf_vocabulary import vocabulary_metadata
 from llama4.text.sentencepiece import SentencePiece
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import INFILLING, LLAMA3, LLAMA4, SENTENCEPIECE
 from tests import small_model
+from tests.weights import gguf_files
 
 DOCS = Path(__file__).parents[2] / "docs"
 CORPUS = [
@@ -178,10 +180,16 @@ SPLITS: dict[str, Sequence[Any]] = {
 }
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["merges", "whole-words"])
-@pytest.mark.parametrize("name", SPLITS)
-def test_byte_level_bpe_of_others(name: str, whole: bool, tmp_path: Path) -> None:
-    """Some bytes have no token: they are left out."""
+@pytest.mark.parametrize(
+    ("name", "whole", "pre"),
+    [
+        *(("gpt-2", False, None), ("gpt-2", True, None)),
+        *(("smollm", False, "smollm"), ("smollm", True, None)),
+        *(("llama-3", False, "dbrx"), ("llama-3", True, "llama-bpe")),
+    ],
+)
+def test_byte_level_bpe_of_others(name: str, whole: bool, pre: str | None, tmp_path: Path) -> None:
+    """Some bytes have no token: they are left out. What GGUF has a name for is written there, and encodes alike."""
     theirs = tokenizers.Tokenizer(BPE(ignore_merges=whole))
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(list(SPLITS[name])), decoders.ByteLevel()
     theirs.normalizer = normalizers.NFC() if name == "gpt-2" else None
@@ -192,6 +200,18 @@ def test_byte_level_bpe_of_others(name: str, whole: bool, tmp_path: Path) -> Non
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
     assert not ours.adds_bos
     assert isinstance(ours.model, MergedBytes) or whole
+    vocabulary = ours.path, ours.model, ours.added_tokens, {"eos": 1}, ours.vocab_size
+    if pre is None:
+        with pytest.raises(Llama4Error, match="splits text in a way that GGUF has no name for"):
+            vocabulary_metadata(*vocabulary)
+        return
+    metadata = vocabulary_metadata(*vocabulary, adds_bos=False)
+    assert metadata["tokenizer.ggml.pre"] == pre
+    gguf_files.write(tmp_path / "a.gguf", metadata, {})
+    written = Tokenizer(tmp_path / "a.gguf")
+    for text in texts():
+        assert written.encode(text) == ours.encode(text), text
+    assert (written.special_tokens, written.adds_bos) == (ours.special_tokens, False)
 
 
 @pytest.mark.parametrize("form", ["prepend", "metaspace"])

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Reference
@@ -21,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama4 import Llama4
 from llama4.gguf import GgufFile
+from llama4.text.gguf_vocabulary import vocabulary_metadata
+from llama4.text.tokenizer import Tokenizer
 from llama4.weights import checkpoint
 from llama4.weights.convert import convert_to_gguf
 
@@ -107,6 +110,19 @@ def test_tokens(llm: Llama4, reference_tokens: PreTrainedTokenizerFast) -> None:
     assert 2 not in llm.tokenizer.encode("<|im_end|>")
     assert (llm.tokenizer.bos_id, llm.tokenizer.eos_id, llm.tokenizer.pad_id, llm.stop_ids[0]) == (1, 2, 2, 2)
     assert llm.processor.complete("Once").input_ids.tolist() == [reference_tokens.encode("Once")]  # no BOS, as it says
+
+
+def test_the_vocabulary_as_the_file_has_it(llm: Llama4, path: Path, tmp_path: Path) -> None:
+    """By way of a tokenizer.json."""
+    llm.tokenizer.save(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    roles = {"bos": 1, "eos": 2, "padding": 2}
+    found = vocabulary_metadata(
+        tokenizer.path, tokenizer.model, tokenizer.added_tokens, roles, llm.config.text.vocab_size, adds_bos=False
+    )
+    wanted = GgufFile.read(path).metadata
+    for key, value in found.items():
+        assert np.array_equal(value, wanted[key]), key
 
 
 def test_prompts(llm: Llama4, reference_tokens: PreTrainedTokenizerFast) -> None:

@@ -275,7 +275,9 @@ def _held(seen: Mapping[str, Any]) -> str:
 
 def _parser() -> Parser:
     parser = Parser(prog="llama4 bench serve", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="of throughput: embedded name, directory or Hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="of throughput: embedded name, directory, GGUF file or Hub id"
+    )
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART", help=", ".join(PARTS))
     load = parser.add_argument_group("throughput")
     load.add_argument(

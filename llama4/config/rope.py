@@ -79,13 +79,22 @@ class RopeScaling:
             raise ConfigError(
                 f"RoPE scaling needs 0 < beta_slow <= beta_fast, not {self.beta_slow} and {self.beta_fast}"
             )
+        if min(self.mscale or 0, self.mscale_all_dim or 0) < 0:
+            raise ConfigError(
+                f"mscale and mscale_all_dim of RoPE scaling must be at least 0, not {self.mscale} and "
+                f"{self.mscale_all_dim}"
+            )
         if any(factor <= 0 for factor in (*self.short_factor, *self.long_factor)):
             raise ConfigError("short_factor and long_factor of RoPE scaling must be above 0")
 
-    def check_head_dim(self, head_dim: int) -> None:
-        """Raises:
-        ConfigError: factors that are not one for each pair of a head.
+    def check(self, head_dim: int, theta: float) -> None:
+        """See that it suits a model.
+
+        Raises:
+            ConfigError: factors that are not one for each pair of a head, or a base that does not tell pairs apart.
         """
+        if self.rope_type == "yarn" and theta == 1:
+            raise ConfigError("rope_theta must not be 1 with a scaling of type 'yarn', which divides by its logarithm")
         for name in ("short_factor", "long_factor"):
             count = len(getattr(self, name))
             if self.rope_type == "longrope" and count != head_dim // 2:

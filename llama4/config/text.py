@@ -119,7 +119,7 @@ class TextConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (RoPE rotates pairs), not {self.head_dim}")
         if self.rope_scaling is not None:
-            self.rope_scaling.check_head_dim(self.head_dim)
+            self.rope_scaling.check(self.head_dim, self.rope_theta)
         if self.moe_layers and self.num_experts_per_tok > self.num_local_experts:
             raise ConfigError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}"

@@ -83,8 +83,8 @@ def _whole(value: Any, name: str, place: str) -> int:
 def _number(value: Any, name: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _wrong(value, name, place, "a number")
-    if not abs(value) <= 1e300 or not math.isfinite(value):
-        raise _wrong(value, name, place, "a finite number")
+    if value != 0 and not (1e-300 <= abs(value) <= 1e300 and math.isfinite(value)):
+        raise _wrong(value, name, place, "zero or at least 1e-300" if abs(value) < 1 else "a finite number")
     return float(value)
 
 

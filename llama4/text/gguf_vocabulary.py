@@ -89,11 +89,11 @@ def _patterns(pre: str) -> tuple[str, ...]:
     return _BY_MERGES.get(pre) or (_BY_IDS[pre],)
 
 
-def _name_of(model: RankedBytes | MergedBytes) -> str | None:
+def _name_of(model: TokenModel) -> str | None:
     """The `pre` of what splits text so; None if there is none."""
     if isinstance(model, RankedBytes):
         return next((pre for pre, pattern in _BY_IDS.items() if pattern == model.pattern), None)
-    if model.normal_form is not None or any(each.only_matches for each in model.splitters):
+    if not isinstance(model, MergedBytes) or model.normal_form or any(each.only_matches for each in model.splitters):
         return None
     patterns = tuple(each.pattern for each in model.splitters)
     return next((pre for pre in (_BY_IDS if model.whole else _BY_MERGES) if _patterns(pre) == patterns), None)
@@ -239,12 +239,12 @@ def vocabulary_metadata(
         if (pre := _name_of(model)) is None:
             raise Llama4Error(f"{path} splits text in a way that GGUF has no name for; keep the model's layout")
         alphabet = byte_alphabet()
-        for token, i in model.ranks.items():
-            tokens[i], kinds[i] = "".join(alphabet[byte] for byte in token), Kind.NORMAL
+        for content, i in model.ranks.items():
+            tokens[i], kinds[i] = "".join(alphabet[byte] for byte in content), Kind.NORMAL
         merges = (
-            to_json(model.ranks, (), model.pattern)["model"]["merges"]
-            if isinstance(model, RankedBytes)
-            else sorted(model.merges, key=model.merges.__getitem__)
+            sorted(model.merges, key=model.merges.__getitem__)
+            if isinstance(model, MergedBytes)
+            else to_json(model.ranks, (), model.pattern)["model"]["merges"]
         )
         keys |= {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
     for token in added:

@@ -6,6 +6,7 @@ Tolerance 1e-5 relative to the largest logit: float32 sums in another order diff
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_every_field_of_transformers_is_in_a_table() -> None:
         ("rope_scaling", {"type": "longrope", "short_factor": [1.0]}, "lacks long_factor"),
         ("rope_scaling", {**LONGROPE, "long_factor": [1.0]}, "long_factor must have 8 numbers"),
         ("rope_scaling", {"type": "yarn", "factor": 0.5}, "factor >= 1"),
+        ("rope_scaling", {**YARN, "beta_slow": 5e-324}, "beta_slow = 5e-324, which must be zero or at least 1e-300"),
+        ("rope_scaling", {**YARN, "mscale": 1.0, "mscale_all_dim": -10 / math.log(4)}, "mscale_all_dim .* at least 0"),
+        ("rope_scaling", {**YARN, "rope_theta": 1.0}, "rope_theta must not be 1 with a scaling of type 'yarn'"),
     ],
 )
 def test_what_cannot_be_computed_is_named(field: str, value: object, message: str) -> None:

@@ -29,7 +29,8 @@ from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
 from llama4.errors import ArgumentError, BusyError, Llama4Error
-from llama4.options import Options, Prepared, Prompt
+from llama4.inputs import Inputs
+from llama4.options import Options, Prepared, Prompt, conversation
 from llama4.serve.mailbox import Mailbox
 from llama4.serve.worker import Worker
 from llama4.text.detokenizer import TextAssembler
@@ -288,9 +289,8 @@ class EngineStream:
 
     def _open(self, may_wait: bool) -> None:
         llm, messages = self._engine.llm, self._messages
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        asked = llm.prepare(messages, limit=self._engine.scheduler.limit, **self._options)
+        prompt = messages if isinstance(messages, Inputs) else conversation(messages)
+        asked = llm.prepare(prompt, limit=self._engine.scheduler.limit, **self._options)
         if len(asked.inputs.input_ids) != 1:
             raise Llama4Error(
                 f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"

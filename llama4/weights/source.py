@@ -65,14 +65,16 @@ class View:
 
     Args:
         source: what is shown.
-        names: name here -> name there.
-        plan: see `Source.plan`.
+        names: name here -> name there; by default they are the same.
+        plan: see `Source.plan`; by default that of the source.
     """
 
-    def __init__(self, source: Source, names: dict[str, str], plan: QuantizationPlan) -> None:
+    def __init__(
+        self, source: Source, names: Mapping[str, str] | None = None, plan: QuantizationPlan | None = None
+    ) -> None:
         self._source = source
-        self._names = names
-        self.plan = plan
+        self._names = {name: name for name in source.names()} if names is None else names
+        self.plan = source.plan if plan is None else plan
         self.notes = source.notes
 
     def names(self) -> Collection[str]:
@@ -95,7 +97,7 @@ class Noted(View):
     """A source with one note more."""
 
     def __init__(self, source: Source, note: str) -> None:
-        super().__init__(source, {name: name for name in source.names()}, source.plan)
+        super().__init__(source)
         self.notes = [*source.notes, note]
 
 
@@ -104,14 +106,11 @@ def without(source: Source, is_left_out: Callable[[str], object], note: str) -> 
     names = {name: name for name in source.names() if not is_left_out(name)}
     if not (count := len(source.names()) - len(names)):
         return source
-    return Noted(View(source, names, source.plan), f"{count} tensors are left out: {note}")
+    return Noted(View(source, names), f"{count} tensors are left out: {note}")
 
 
 class Copied(View):
     """Tensors in memory of their own, so that the files that they come from may go."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, {name: name for name in source.names()}, source.plan)
 
     def read(self, name: str) -> Tensor:
         tensor = super().read(name)
@@ -139,7 +138,7 @@ class ModelNames(View):
                 twice += [names[name], key]
         if twice:
             raise CheckpointError("the checkpoint names the same tensor of the model twice", unexpected=twice)
-        super().__init__(files, names, files.plan)
+        super().__init__(files, names)
         self._table = table
 
     def origin(self, name: str) -> Origin:
@@ -150,7 +149,7 @@ class FileNames(View):
     """The way back: tensors of the model under the names of a family's files."""
 
     def __init__(self, source: Source, table: NameTable) -> None:
-        super().__init__(source, {table.to_file(name) or name: name for name in source.names()}, source.plan)
+        super().__init__(source, {table.to_file(name) or name: name for name in source.names()})
 
 
 class RowOrder(View):
@@ -162,7 +161,7 @@ class RowOrder(View):
     """
 
     def __init__(self, source: Source, order: Callable[[str], Callable[[Tensor], Tensor] | None]) -> None:
-        super().__init__(source, {name: name for name in source.names()}, source.plan)
+        super().__init__(source)
         self._order = order
 
     def read(self, name: str) -> Tensor:

@@ -9,14 +9,18 @@
 
 namespace {
 
-// x in the order of a format's planes and in their precision. For each four rows (or those that are left): all rows'
+// Rows of x that meet a row of W at once. Eight, where sums of one block at a time leave registers for them.
+template <class F>
+constexpr int gemv_rows = F::planes == 1 && F::inputs == 64 / sizeof(*F::w) && vectors_in_registers > 16 ? 8 : 4;
+
+// x in the order of a format's planes and in their precision. For each gemv_rows (or those that are left): all rows'
 // inputs of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
 template <class F, class X>
 const typename F::Plane* arrange_inputs(Team& team, const X* x, long N, long I) {
   constexpr int plane_inputs = F::inputs / F::planes;
   using To = std::conditional_t<plane_inputs == 32, bf16, float>;
   To *first = team.memory<To>(N * I), *to = first;
-  for_each_four(N, [&](auto rows, long n) {
+  for_each_rows<gemv_rows<F>>(N, [&](auto rows, long n) {
     for (long block = 0; block < I; block += F::inputs)
       for (int row = 0; row < rows; row++)
         for (int plane = 0; plane < F::planes; plane++)
@@ -45,9 +49,9 @@ template <class F, int N>
 constexpr int unrolled_blocks =
     F::planes == 1 && F::inputs == 64 / sizeof(*F::w) ? 1 : std::min(4, std::max(1, vectors_in_registers / 2 / N));
 
-// Blocks of a row, a multiple of 16, of which the inputs of four rows of x stay in the nearest cache.
+// Blocks of a row, a multiple of 16, of which the inputs of so many rows of x stay in the nearest cache.
 template <class F>
-constexpr long max_segment = std::max<long>(256 / (F::planes * sizeof(typename F::Plane)), 1) * 16;
+constexpr long max_segment = std::max<long>(1024 / (gemv_rows<F> * F::planes * sizeof(typename F::Plane)), 1) * 16;
 
 // Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what
 // lies `ahead` bytes behind.
@@ -96,15 +100,15 @@ __attribute__((noinline)) void dot_segments(const F f, long first, long count, l
     }
 }
 
-// Rows of W that share what is read of four rows of x, where more are to come: a core then computes for longer than it
-// reads. One, where a block is several products (its sums fill the registers), or where registers are too few.
+// Rows of W that share what is read of N rows of x, where a core computes for longer than it reads: as many as have
+// their sums in registers. Less than five rows of x that are not the first meet rows of W that are in its caches.
 template <class F, int N>
-constexpr int rows_together = N == 4 && unrolled_blocks<F, N> == 1 && vectors_in_registers > 16 ? 4 : 1;
+constexpr int rows_together = gemv_rows<F> == 4 ? 1 : N > 4 ? 2 : 4;
 
 // The same for sixteen rows, in the same order of sums.
 template <class F, int N>
 __attribute__((noinline)) void dot_rows_together(const F f, long first, long from, long until, long segment,
-                                                 const typename F::Plane* x, f32x16 (*results)[16]) {
+                                                 const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
   static_assert(F::planes == 1);
   constexpr int R = rows_together<F, N>;
   for (long i = 0; i < 16; i += R)
@@ -112,58 +116,59 @@ __attribute__((noinline)) void dot_rows_together(const F f, long first, long fro
       const long end = std::min(block + segment, until);
       f32x16 sums[R][N] = {};
       for (; block < end; block++) {
-        typename F::Plane inputs[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) inputs[n] = load<typename F::Plane>(x + block * N + n);
+        typename F::Plane w[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          typename F::Plane w;
-          f.read(first + i + r, block, &w);
+          f.read(first + i + r, block, w + r);
+          if (N > 4) __builtin_prefetch((const char*)f.at(first + i + r, block) + ahead, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+          const auto inputs = load<typename F::Plane>(x + block * N + n);
 #pragma GCC unroll 4
-          for (int n = 0; n < N; n++) sums[r][n] = multiply_add(sums[r][n], w, inputs[n]);
+          for (int r = 0; r < R; r++) sums[r][n] = multiply_add(sums[r][n], w[r], inputs);
         }
       }
+      asm volatile("" ::: "memory");  // GCC would load `results` before the loop, and w again for every product
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) results[n][i + r] += sums[r][n];
     }
 }
 
-// Outputs [begin, end), 16 at a time. Long rows are read in equal segments, so that a segment of several rows of x
+// `count` <= 16 outputs from `first` on. Long rows are read in equal segments, so that a segment of several rows of x
 // stays in the nearest cache. What is prefetched is the next segment of the same row, or the first one 16 rows later;
 // nothing is read behind the end of W.
 template <class F, int N, class Y>
-void gemv_outputs(const F& f, const typename F::Plane* x, bool more_to_come, long begin, long end, long O,
-                  Scales scales, const float* row_scales, Y* y) {
-  constexpr long rows = 16, longest = max_segment<F>;
+void gemv_outputs(const F& f, const typename F::Plane* x, bool is_cached, long first, long count, long O, Scales scales,
+                  const float* row_scales, Y* y) {
+  constexpr long rows = 16, longest = max_segment<F>, together = gemv_rows<F> / N;
   const long blocks = f.I / F::inputs, segments = std::max((blocks + longest - 1) / longest, 1l);
   const long segment = (blocks + segments * 4 - 1) / (segments * 4) * 4;
   const long row_bytes = (const char*)f.at(1, 0) - (const char*)f.at(0, 0);
   const long segment_bytes = blocks ? segment * row_bytes / blocks : 0;
-  for (long first = begin; first < end; first += rows) {
-    const long count = std::min(end - first, rows);
-    f32x16 results[N][rows] = {};
-    const auto add = [&](long from, long until, long ahead) {
-      if constexpr (rows_together<F, N> > 1)
-        if (more_to_come && count == rows) return dot_rows_together<F, N>(f, first, from, until, segment, x, results);
-      dot_segments<F, N>(f, first, count, from, until, segment, x, ahead, results);
-    };
-    if (N == 1 || segments == 1) {
-      add(0, blocks, prefetch_bytes);
-    } else {
-      for (long s = 0; s < segments; s++) {
-        const long ahead = s + 1 < segments ? segment_bytes : rows * row_bytes - s * segment_bytes;
-        add(s * segment, std::min(blocks, (s + 1) * segment), ahead);
-      }
+  f32x16 results[N][rows] = {};
+  const auto add = [&](long from, long until, long ahead) {
+    if constexpr (rows_together<F, N> > 1)
+      if ((N > 4 || is_cached) && count == rows)
+        return dot_rows_together<F, N>(f, first, from, until, segment, x, ahead, results);
+    dot_segments<F, N>(f, first, count, from, until, segment, x, ahead, results);
+  };
+  if (N == 1 || segments <= together) {
+    add(0, blocks, prefetch_bytes);
+  } else {
+    for (long s = 0; s < segments; s += together) {
+      const long ahead = s + together < segments ? together * segment_bytes : rows * row_bytes - s * segment_bytes;
+      add(s * segment, std::min(blocks, (s + together) * segment), ahead);
     }
-    for (int n = 0; n < N; n++) {
-      f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
-      for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
-      Y* to = y + n * O + first;
-      if (count == rows) store_floats(to, totals);
-      for (long i = 0; count < rows && i < count; i++) assign(to[i], totals[i]);
-    }
+  }
+  for (int n = 0; n < N; n++) {
+    f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
+    for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
+    Y* to = y + n * O + first;
+    if (count == rows) store_floats(to, totals);
+    for (long i = 0; count < rows && i < count; i++) assign(to[i], totals[i]);
   }
 }
 
@@ -193,10 +198,11 @@ void gemv(Phase& phase, const Product<F, Y>* products, long count, const X* x, l
   const long blocks = products->f.I / F::inputs;
   const auto* inputs = arrange_inputs<F>(phase.team, x, N, products->f.I);
   add_products(phase, products, count, [=](const Product<F, Y>& own, long begin, long end) {
-    for_each_four(N, [&](auto rows, long n) {
-      gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, N > rows, begin, end, own.O, own.scales,
-                            row_scales ? row_scales + n : nullptr, own.y + n * own.O);
-    });
+    for (long o = begin; o < end; o += 16)
+      for_each_rows<gemv_rows<F>>(N, [&](auto rows, long n) {
+        gemv_outputs<F, rows>(own.f, inputs + n * blocks * F::planes, n > 0, o, std::min(end - o, 16l), own.O,
+                              own.scales, row_scales ? row_scales + n : nullptr, own.y + n * own.O);
+      });
   });
 }
 

@@ -129,16 +129,20 @@ INLINE void split_bytes(u32x16 words, u32x16* halves) {
 }
 #endif
 
-// Calls run(rows, first row) for N rows, four at a time (more do not fit into registers), then for the one to three
-// that are left. `rows` is an integral_constant.
+// Calls run(rows, first row) for N rows, so many at a time (more do not fit into registers), then for those that are
+// left. `rows` is an integral_constant.
+template <int together, class Run>
+void for_each_rows(long N, const Run& run) {
+  const auto run_rest = [&]<int... k>(long n, std::integer_sequence<int, k...>) {
+    ((N - n == k + 1 && (run(std::integral_constant<int, k + 1>(), n), true)) || ...);
+  };
+  long n = 0;
+  for (; n + together <= N; n += together) run(std::integral_constant<int, together>(), n);
+  run_rest(n, std::make_integer_sequence<int, together - 1>());
+}
 template <class Run>
 void for_each_four(long N, const Run& run) {
-  for (long n = 0; n < N; n += 4) switch (N - n) {
-      case 1: run(std::integral_constant<int, 1>(), n); break;
-      case 2: run(std::integral_constant<int, 2>(), n); break;
-      case 3: run(std::integral_constant<int, 3>(), n); break;
-      default: run(std::integral_constant<int, 4>(), n);
-    }
+  for_each_rows<4>(N, run);
 }
 
 // ---- shuffles and reductions

@@ -280,8 +280,9 @@ class TestGreedyToken:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", [640, 4736])
 def test_a_row_is_the_same_bits_in_any_company(inputs: int, dtype: torch.dtype) -> None:
-    """Of up to 12 rows; in x out, of up to 8. Long rows are read in segments."""
-    x, scale = normal(12, inputs).to(dtype), normal(96, 1).abs().bfloat16()
+    """Of up to 12 rows; in x out, of up to 8; dense, of up to 19: twice eight and some. Long rows are read in
+    segments."""
+    x, scale = normal(19, inputs).to(dtype), normal(96, 1).abs().bfloat16()
     codes = torch.randint(0, 120, (96, inputs), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     weight_OI, weight_IO = normal(96, inputs).to(dtype), normal(inputs, 96).to(dtype)
     fours = torch.randint(-8, 8, (96, inputs), generator=torch.Generator().manual_seed(1))
@@ -295,8 +296,9 @@ def test_a_row_is_the_same_bits_in_any_company(inputs: int, dtype: torch.dtype) 
     }
     for name, product in products.items():
         alone = torch.cat([product(row[None]) for row in x])
-        for rows in range(2, 9 if name == "in x out" else 13):
-            for first in range(0, 12 - rows + 1, 3):
+        most = {"dense": 19, "in x out": 8}.get(name, 12)
+        for rows in range(2, most + 1):
+            for first in range(0, most - rows + 1, 3):
                 part = slice(first, first + rows)
                 assert torch.equal(product(x[part]), alone[part]), (name, rows)
 

@@ -128,7 +128,7 @@ void gemv_byte_outputs(const Int8Inputs<Int4>& f, Scales, const ByteInputs& x, l
         for (int j = 0; j < 4; j++) {
           u32x16 codes[2];
           read_nibbles(load<u32x16>(w + 64 * j), codes);
-          __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
+          if (N > 1) __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++)
             sums[n][j] =

@@ -173,11 +173,13 @@ def check_page(request: Request, settings: Settings) -> None:
     Raises:
         RequestError: a browser asks for a page that may not.
     """
-    host = request.headers.get("host", "")
-    own = f"{request.url.scheme}://{host}" if request.method in ("GET", "HEAD") else None
-    origin = request.headers.get("origin", own)
-    if origin is None or {"*", origin} & set(settings.cors_origins):
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if origin is None and request.method not in ("GET", "HEAD"):
         return
+    pages = {origin} if origin is not None else {f"{scheme}://{host}" for scheme in ("http", "https")}
+    if {"*", *pages} & set(settings.cors_origins):
+        return
+    origin = origin or f"{request.url.scheme}://{host}"
     if origin.partition("://")[2] != host or (settings.api_key is None and not _is_address(host)):
         message = f"pages of {origin!r:.200} may not ask; start the server with --cors-origin {origin:.200}"
         raise RequestError(message, status=403, code="origin_not_allowed")

@@ -244,6 +244,8 @@ def test_which_pages_may_ask(
         (Settings("tiny"), "127.0.0.1:8000", True),
         (Settings("tiny"), "page.example:8000", False),  # a name that was made to lead here
         (Settings("tiny", cors_origins=("http://page.example:8000",)), "page.example:8000", True),
+        (Settings("tiny", cors_origins=("https://page.example",)), "page.example", True),  # a proxy does TLS
+        (Settings("tiny", cors_origins=("https://page.example",)), "other.example", False),
         (Settings("tiny", api_key="secret"), "page.example:8000", True),
     ],
 )

@@ -419,7 +419,7 @@ def test_command(guard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "unsafe (0.88): S1 Spoilers, T2 Puns\n"
     (tmp_path / "text").write_text("Hello")
     assert main(["moderate", str(guard), "--file", str(tmp_path / "text"), "--threshold", "0.9"]) == 0
-    assert capsys.readouterr().out == "safe (0.88)\n"
+    assert capsys.readouterr().out == "safe (unsafe: 0.88)\n"
     assert main(["moderate", str(guard), "Hello", "--response", "Hi", *given, "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["categories"] == [{"id": "S1", "name": "Spoilers"}, {"id": "T2", "name": "Puns"}]

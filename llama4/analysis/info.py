@@ -184,7 +184,8 @@ def describe_prompts(model: Model) -> dict[str, Any] | None:
     if model.directory is None:
         return None
     templates = model.side_files.chat_templates
-    tokenizer, agrees, error, chats = model.tokenizer, None, None, True
+    tokenizer, agrees, error = model.tokenizer, None, None
+    chats = None if tokenizer is None and model.shards is None else True  # on the Hub the tokenizer is not fetched
     if tokenizer is not None:
         processor = Processor.from_config(tokenizer, model.config, templates)
         chats = processor.chats
@@ -360,6 +361,8 @@ def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:
 def prompts_line(prompts: dict[str, Any]) -> str:
     """What `describe_prompts` says, as a line of the table."""
     if not prompts["templates"]:
+        if prompts["chats"] is None:
+            return "unknown: there is no tokenizer"
         return (
             f"in {prompts['family']}'s format" if prompts["chats"] else "none that is known: complete() and --raw alone"
         )

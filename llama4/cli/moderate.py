@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
     else:
         named = ", ".join(f"{category.id} {category.name}" for category in found.categories)
-        line = f"{'safe (unsafe: ' if found.safe else 'unsafe ('}{found.probability:.2f})" + (f": {named}" if named else "")
+        verdict = "safe (unsafe: " if found.safe else "unsafe ("
+        line = f"{verdict}{found.probability:.2f})" + (f": {named}" if named else "")
         print(printable(line))  # names are of the checkpoint's template
     return 0 if found.safe else UNSAFE
 

@@ -71,7 +71,9 @@ def test_files_without_a_quantization_config(directory: Path, tmp_path: Path) ->
 
 def test_a_configuration_alone(directory: Path, tmp_path: Path) -> None:
     shutil.copy(directory / "config.json", tmp_path)
-    assert lines_of(tmp_path)["files"] == "Hugging Face's layout: no weights here"
+    lines = lines_of(tmp_path)
+    assert lines["files"] == "Hugging Face's layout: no weights here"
+    assert lines["prompts"] == "unknown: there is no tokenizer"
 
 
 def test_what_a_model_was_made_from(directory: Path, tmp_path: Path) -> None:

@@ -56,13 +56,16 @@ def _sample(
             chosen[row] = problem
             continue
         groups.setdefault(request.choice, []).append(row)
-    for (sampler, is_free), rows in groups.items():
-        if sampler.takes_largest and is_free and greedy is not None:
-            for row in rows:
+    for (sampler, _), rows in groups.items():
+        if sampler.takes_largest and greedy is not None:
+            known = [row for row in rows if requests[row].state.allows(greedy[0][row])]
+            for row in known:
                 chosen[row] = greedy[0][row], greedy[1][row]
-            continue
-        own_BV = logits_BV[rows] if len(rows) < len(requests) else logits_BV
-        ids_B, logprobs_B = sampler(own_BV, [requests[row].state for row in rows])
-        for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
-            chosen[row] = id_, logprob
+                requests[row].state.accept(greedy[0][row])
+            rows = [row for row in rows if row not in known]
+        if rows:
+            own_BV = logits_BV[rows] if len(rows) < len(requests) else logits_BV
+            ids_B, logprobs_B = sampler(own_BV, [requests[row].state for row in rows])
+            for row, id_, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+                chosen[row] = id_, logprob
     return chosen

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -221,7 +220,8 @@ class Vocabulary:
         self._encode = tokenizer.encode
         wrapper = library.TokenizerWrapper(self)
         self.size = size
-        self.stop_ids = torch.tensor(stop_ids)
+        self.end_V = torch.full((size,), -torch.inf)
+        self.end_V[list(stop_ids)] = 0
         self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -242,6 +242,11 @@ class Vocabulary:
 _VOCABULARIES: WeakKeyDictionary[SupportsText, dict[tuple[int, tuple[int, ...]], Vocabulary]] = WeakKeyDictionary()
 
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_PENALTIES = np.where(_BITS, 0, -np.inf).astype(np.float32)
+"""Of each byte of a mask, what its eight tokens' scores have added."""
+
+
 class Matcher:
     """Follows one reply, and says which tokens may come next."""
 
@@ -249,7 +254,7 @@ class Matcher:
         self._vocabulary = vocabulary
         self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar, log_level=0)
         self._check()
-        self._allowed = _thread().submit(self._compute)
+        self._penalties_V = _thread().submit(self._compute)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -259,34 +264,31 @@ class Matcher:
 
     def problem(self) -> Exception | None:
         """Why it says of no token whether it may come next; None if it does."""
-        error = self._allowed.exception()
+        error = self._penalties_V.exception()
         return error if isinstance(error, Exception | None) else RuntimeError(f"a grammar cannot be followed: {error}")
 
+    def allows(self, id_: int) -> bool:
+        """Whether a token may come next."""
+        return bool(self._penalties_V.result()[id_] == 0)
+
     def allow(self, scores_V: Tensor) -> Tensor:
-        """Scores of the tokens that may come next; minus infinity for all others."""
-        forbidden_V = torch.ones(len(scores_V), dtype=torch.bool)
-        allowed = self._allowed.result()
-        if allowed is None:
-            forbidden_V[self._vocabulary.stop_ids] = False
-        else:
-            bits = np.unpackbits(~allowed, bitorder="little")[: len(scores_V)]
-            forbidden_V[: len(bits)] = torch.from_numpy(bits.view(bool))
-        return scores_V.masked_fill(forbidden_V.to(scores_V.device), -torch.inf)
+        """Scores in float32 of the tokens that may come next; minus infinity for all others."""
+        return scores_V + self._penalties_V.result().to(scores_V.device)
 
     def accept(self, id_: int) -> None:
         """The token that was chosen; what may follow it is computed from now on."""
-        self._allowed = _thread().submit(self._compute, id_)
+        self._penalties_V = _thread().submit(self._compute, id_)
 
-    def _compute(self, id_: int | None = None) -> npt.NDArray[np.uint8] | None:
-        """The tokens that may come after this one, a bit for each; None for those that end a reply."""
+    def _compute(self, id_: int | None = None) -> Tensor:
+        """0 for the tokens that may come after this one, minus infinity for all others."""
         if id_ is not None and not self._matcher.is_stopped():
             self._matcher.consume_token(id_)
             self._check()
         if self._matcher.is_stopped():
-            return None
+            return self._vocabulary.end_V
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        return packed
+        return torch.from_numpy(_PENALTIES[packed].reshape(-1)[: self._vocabulary.size])
 
 
 @lru_cache(maxsize=1)

@@ -55,6 +55,10 @@ class RowState:
     _seen_V: Tensor | None = None
     _counts_V: Tensor | None = None
 
+    def allows(self, id_: int) -> bool:
+        """Whether the reply's form has this token next."""
+        return self.matcher is None or self.matcher.allows(id_)
+
     def accept(self, id_: int) -> None:
         """A token that was chosen."""
         self.reply.append(id_)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
-from llama4.engine.fused_cpu import only_our_threads
+from llama4.engine.fused_cpu import FusedCpuRunner, only_our_threads
 from llama4.engine.prompt import Piece, PromptPictures, split_rows
 from llama4.inputs import Inputs
 from llama4.model.device import free_memory
@@ -47,12 +47,17 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
 
 
 def read_pieces(
-    model: Llama4Model, cache: SequenceCache, pieces: Sequence[Piece], head: Callable[[Tensor], Tensor] | None = None
+    model: Llama4Model,
+    cache: SequenceCache,
+    pieces: Sequence[Piece],
+    head: Callable[[Tensor], Tensor] | None = None,
+    described: FusedCpuRunner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the next piece of the prompt in each row of a cache, as a part of the progress bar that is shown.
 
     Args:
         head: hidden states behind the last token of each piece [B, D] -> logits; by default the model's.
+        described: one that may know the model's modules already.
 
     Returns:
         What the head is given for all tokens, packed, [N, D]; and the logits behind each piece, [B, V].
@@ -63,7 +68,7 @@ def read_pieces(
     ids_BT[mask_BT] = torch.tensor([id_ for piece in pieces for id_ in piece.ids])
     features = [part for piece in pieces for part in piece.features]
     grids = [part for piece in pieces for part in piece.grids]
-    with step(sum(sizes)), only_our_threads(model, cache):
+    with step(sum(sizes)), only_our_threads(model, cache, described):
         x_ND, batch = model.hidden_states(
             ids_BT,
             image_features=torch.cat(features) if features else None,

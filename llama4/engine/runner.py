@@ -114,11 +114,15 @@ class ModelRunner:
     Args:
         model: the model; runners see what is changed in it, from one reply to the next.
         runners: the fastest first; the last must support everything.
+
+    Attributes:
+        described: the runner that knows of the model's modules whether kernels compute them; None if there is none.
     """
 
     def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
         self.model = model
         self.runners = tuple(runners or (FusedCpuRunner(model), EagerRunner(model)))
+        self.described = next((each for each in self.runners if isinstance(each, FusedCpuRunner)), None)
         self._sessions: dict[int, tuple[Session, weakref.ref[SequenceCache]]] = {}
         self._logged: set[str] = set()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -119,6 +119,12 @@ class Form:
         try:
             text = json.dumps(plain)
             _check_size(name, len(text), _MAX_SIZE)
+            for part in _schemas(plain):
+                if "prefixItems" in part and ("additionalItems" in part or isinstance(part.get("items"), list)):
+                    raise ArgumentError(
+                        f"{name} has prefixItems beside additionalItems, or a list of items, of older drafts, which "
+                        "alone would count; write what follows as items: a schema, or false"
+                    )
             patterns = _patterns(plain)
             _check_size(name, sum(map(len, patterns)), _MAX_EXPRESSIONS, " of patterns")
             if len(patterns) > _MAX_TOGETHER < _together(plain, plain, {}):
@@ -136,7 +142,8 @@ class Form:
     @classmethod
     def _checked(cls, grammar: str, name: str, model: Any = None, is_json: bool = False) -> Form:
         if problem := _llguidance().LLMatcher.validate_grammar(grammar):
-            raise ArgumentError(f"{name} cannot be followed: {problem.splitlines()[0]:.300}")
+            keyword = "pattern: " if is_json and problem.startswith("regex") else ""
+            raise ArgumentError(f"{name} cannot be followed: {keyword}{' '.join(problem.split()):.300}")
         return cls(grammar, model, is_json)
 
     def parse(self, text: str) -> Any:
@@ -168,16 +175,34 @@ pattern, and llguidance is asked for the common texts: of 10 patterns it takes a
 minutes. Which of the schemas have the patterns is not looked at."""
 
 
-def _patterns(node: Any) -> set[str]:
-    """All patterns and formats in a schema, those of names too."""
+def _schemas(node: Any) -> Iterator[Mapping[str, Any]]:
+    """A schema and all in it."""
     if isinstance(node, list):
-        return {found for child in node for found in _patterns(child)}
-    if not isinstance(node, dict):
-        return set()
-    own = {f"{name} {node[name]}" for name in ("pattern", "format") if isinstance(node.get(name), str)}
-    if isinstance(named := node.get("patternProperties"), dict):
-        own.update(named)
-    return own.union(*map(_patterns, node.values()))
+        for child in node:
+            yield from _schemas(child)
+    elif isinstance(node, dict):
+        yield node
+        for keyword, value in node.items():
+            if keyword in _NAMED and isinstance(value, dict):
+                yield from _schemas([*value.values()])
+            elif keyword not in _DATA:
+                yield from _schemas(value)
+
+
+_NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+"""Keywords of schemas by name."""
+_DATA = {"enum", "const", "default", "examples"}
+"""Keywords of no schemas."""
+
+
+def _patterns(schema: Mapping[str, Any]) -> set[str]:
+    """All patterns and formats in a schema, those of names too."""
+    found = set[str]()
+    for part in _schemas(schema):
+        found |= {f"{name} {part[name]}" for name in ("pattern", "format") if isinstance(part.get(name), str)}
+        if isinstance(named := part.get("patternProperties"), dict):
+            found.update(named)
+    return found
 
 
 def _together(node: Any, root: Mapping[str, Any], known: dict[int, int]) -> int:

@@ -145,6 +145,9 @@ def test_random_schemas_in_one_engine(llm: Llama4) -> None:
         ({"response_format": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"response_format": {"not": {"type": "null"}}}, "not"),
         ({"response_format": {"if": {"type": "null"}}}, "if"),
+        ({"response_format": {"type": "string", "pattern": "^(?=a)b"}}, "pattern.*look-ahead"),
+        ({"response_format": {"prefixItems": [{"type": "null"}], "additionalItems": False}}, "prefixItems beside"),
+        ({"response_format": {"anyOf": [{"prefixItems": [{}], "items": [{}]}]}}, "prefixItems beside"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "schema"),
         ({"regex": "("}, "regex"),
@@ -159,6 +162,11 @@ def test_random_schemas_in_one_engine(llm: Llama4) -> None:
 def test_what_cannot_be_held_is_refused_by_name(llm: Llama4, options: Any, text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         llm.chat(QUESTION, **options)
+
+
+def test_names_and_values_are_no_keywords() -> None:
+    odd = {"prefixItems": {"type": "null"}, "additionalItems": {"type": "null"}}
+    assert Form.of({"anyOf": [{"type": "object", "properties": odd}, {"enum": [odd]}]}) is not None
 
 
 def patterns(count: int, join: str) -> dict[str, Any]:

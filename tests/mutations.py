@@ -226,9 +226,23 @@ MUTATIONS = [
     Mutation(
         "the most likely token for all, where one takes it",
         "llama4/engine/choice.py",
-        "if sampler.takes_largest and is_free and greedy is not None",
-        "if is_free and greedy is not None",
+        "if sampler.takes_largest and greedy is not None",
+        "if greedy is not None",
         "tests/engine/test_scheduler.py::test_a_request_gets_what_it_gets_alone",
+    ),
+    Mutation(
+        "the most likely token, though the form has it not",
+        "llama4/engine/choice.py",
+        "if requests[row].state.allows(greedy[0][row])",
+        "if row >= 0",
+        "tests/engine/test_grammar.py::test_forms_are_kept",
+    ),
+    Mutation(
+        "what prompts have in common is read by each",
+        "llama4/engine/shared_blocks.py",
+        "if key not in blocks:",
+        "if True:",
+        "tests/engine/test_scheduler.py::test_what_prompts_that_come_together_have_in_common_is_read_once",
     ),
 ]
 

@@ -20,6 +20,8 @@ from llama4.weights.convert import quantize
 
 PUBLISHED = {
     **{"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192},
+    **{"llama-7b": 6_738_415_616, "open-llama-7b": 6_738_415_616, "open-llama-13b": 13_015_864_320},
+    **{"code-llama-70b": 68_976_648_192 + 2 * 16 * 8192},  # Llama 2 with sixteen tokens more
     **{"llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800},
     **{"open-llama-3b": 3_426_473_600, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384},
     **{"llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008},

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama4.bench.device.kernels import Target
 from llama4.kernels.triton import launch
 from llama4.ops import quantized_gpu
 from llama4.ops.fp8 import to_fp8
@@ -217,22 +218,9 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-class Target:
-    """In the place of a GPU's driver: kernels are compiled for it, and not run."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
+class OneOfSeveral(Target):
     def get_current_device(self) -> int:
         return self.capability  # kernels are cached by it
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -243,7 +231,7 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
 
     compiled, run = [], JITFunction.run
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Target(capability))
+    monkeypatch.setattr(triton.runtime.driver, "_active", OneOfSeveral(capability))
     monkeypatch.setattr(
         JITFunction, "run", lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
     )

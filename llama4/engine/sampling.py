@@ -230,10 +230,14 @@ def largest(values_BK: Tensor, count: int) -> Tensor:
     if count >= values_BK.shape[1]:
         return torch.arange(values_BK.shape[1], device=values_BK.device).expand_as(values_BK)
     least_B1 = values_BK.topk(count, sorted=False).values.amin(dim=-1, keepdim=True)
-    above_BK = values_BK > least_B1
-    equal_BK = ~(above_BK | (values_BK < least_B1))  # or NaN
-    chosen_BK = equal_BK & (equal_BK.cumsum(dim=-1) <= count - above_BK.sum(dim=-1, keepdim=True))
-    return (above_BK | chosen_BK).nonzero()[:, 1].view(-1, count)
+    row_M, index_M = (values_BK < least_B1).logical_not_().nonzero(as_tuple=True)  # M at least that large, or NaN
+    if len(index_M) > len(values_BK) * count:  # some have equals
+        is_least_M = (values_BK[row_M, index_M] > least_B1[row_M, 0]).logical_not_()
+        least_B = row_M[is_least_M].bincount(minlength=len(values_BK))
+        spare_B = row_M.bincount(minlength=len(values_BK)) - count
+        last_B = least_B.cumsum(0) - spare_B  # of those that are taken, counted through all rows
+        index_M = index_M[~is_least_M | (is_least_M.cumsum(0) <= last_B[row_M])]
+    return index_M.view(-1, count)
 
 
 def nucleus(weights_BK: Tensor, share: float) -> tuple[Tensor, Tensor]:

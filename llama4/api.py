@@ -177,8 +177,8 @@ class Llama4:
             cache_device: where these are stored; "cpu" keeps a long context out of a GPU's memory.
             memory_map: on a CPU, map weights other than the head from the file: their pages are read at first use, and
                 the system can drop them when memory is short. Of a quantized model only embeddings and vision tower
-                are mapped. False copies all weights into memory, in huge pages where the system has them: loading
-                takes longer, decoding may be faster.
+                are mapped, and the routed experts of one that is larger than memory. False copies all weights into
+                memory, in huge pages where the system has them: loading takes longer, decoding may be faster.
             adapter: a directory as PEFT writes it, or several by name, of which the first is used until `set_adapter`
                 says otherwise. A single one has the name "default".
             rope_scaling: another scaling of RoPE than the checkpoint's, for longer contexts, as config.json has it:
@@ -194,10 +194,14 @@ class Llama4:
         """
         check_names(quantization, activations)
         check_offload(experts_device, experts_memory)
+        copies = parse_bytes(str(experts_memory)) if experts_memory is not None else None
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
         target = resolve_device(device)
         compute = resolve_dtype(dtype, read_config(directory), target)
-        config, source = open_checkpoint(directory, dtype=compute, mmproj=mmproj)
+        home = resolve_device(experts_device) if experts_device is not None else target
+        maps_experts = memory_map and target.type == home.type == "cpu"
+        room = memory.for_weights(target) if maps_experts else None
+        config, source = open_checkpoint(directory, dtype=compute, mmproj=mmproj, room=room)
         if rope_scaling is not None:
             try:
                 config = replace(config, text=config.text.scaled(rope_scaling))
@@ -208,8 +212,6 @@ class Llama4:
         family = family_of(config)
         if quantization is not None:
             source = quantized(source, quantization, parts=family.quantizable)
-        home = resolve_device(experts_device) if experts_device is not None else target
-        room = parse_bytes(str(experts_memory)) if experts_memory is not None else None
         tokenizer = family.load_tokenizer(directory, config)
         side_files = read_side_files(directory)
         note_ignored(str(name), side_files)
@@ -226,7 +228,7 @@ class Llama4:
         load(model, source, dtype=compute, device=target, experts_device=home, memory_map=memory_map, progress=progress)
         check_batch_invariant(model)
         if home != target:
-            offload_experts(model, target, room)
+            offload_experts(model, target, copies)
         logger.info("%s: %s on %s", name, compute, target)
         llm = cls(
             model.eval(),

@@ -170,11 +170,11 @@ def json_memory(data: bytes | bytearray) -> int:
 
 def json_depth(content: Any) -> int:
     """How many objects and lists are inside each other, up to one more than there may be."""
-    level, depth = [content], 0
+    level, depth = [content] if isinstance(content, (dict, list)) else [], 0
     while level and depth <= MAX_JSON_DEPTH:
-        level = [node for node in level if isinstance(node, (dict, list))]
-        depth += bool(level)
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        depth += 1
+        inside = (child for node in level for child in (node.values() if type(node) is dict else node))
+        level = [child for child in inside if type(child) is dict or type(child) is list]
     return depth
 
 

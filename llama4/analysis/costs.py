@@ -92,10 +92,15 @@ def weight_bytes(config: Llama4Config, plan: QuantizationPlan | None = None, dty
     return sum(parameter_bytes(config.text, plan, dtype).values()) + vision_bytes(config, dtype)
 
 
+def is_of_experts(name: str) -> bool:
+    """Whether a parameter is one of routed experts."""
+    return re.search(r"\.experts\.\w+$", name) is not None
+
+
 def share_per_token(config: TextConfig, name: str) -> float:
     """The share of a parameter that one token reads: the experts it is routed to, one row of the embeddings, all of
     everything else."""
-    if re.search(r"\.experts\.\w+$", name):
+    if is_of_experts(name):
         return config.num_experts_per_tok / config.num_local_experts
     if name == EMBEDDING and not config.tie_word_embeddings:
         return 1 / config.num_embeddings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from llama4.cache.batch import Batch
@@ -65,7 +66,8 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, experts: type[Experts]) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
+        sizes = config.num_embeddings, config.hidden_size
+        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.randn(sizes))  # normal_ on meta imports torch.compile
         kinds = enumerate(config.layer_types or ())
         self.layers = nn.ModuleList(LAYERS[kind](config, i, experts) for i, kind in kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

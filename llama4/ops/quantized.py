@@ -18,6 +18,7 @@ from torch import Tensor
 from llama4.kernels import abi, cpu, loader
 from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels, experts, quantized_gpu
+from llama4.ops.memory import copy_runs
 from llama4.ops.swiglu import swiglu
 
 
@@ -180,6 +181,13 @@ def interleaved16(part: Tensor, together: int) -> Tensor:
     `together` elements of each of sixteen rows, then their next ones, and so on. Of packed int4 values four words go
     together, of scales one."""
     return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, abi.INTERLEAVE)).transpose(-3, -2)
+
+
+def interleaved16_copy(part: Tensor, together: int) -> Tensor:
+    """The same as a copy, in the shape of the part."""
+    rows, copy = interleaved16(part, together), torch.empty_like(part)
+    copy_runs(copy.view(rows.shape), rows)
+    return copy
 
 
 def deinterleaved16(part: Tensor, together: int) -> Tensor:

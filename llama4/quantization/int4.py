@@ -84,6 +84,11 @@ class Int4(WeightFormat):
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
         parts = self.parts_of(weight, packed, scale)
+        if weight.stays_mapped and x_NI.is_cpu and self.has_kernel_layout(weight.shape):
+            values, scales = (
+                quantized.interleaved16_copy(weight.part(part, expert), _INTERLEAVED[part]) for part in self.parts
+            )
+            parts = parts._replace(values=values, scale=scales, is_interleaved=True)
         rows_of = self.rows_of(weight, expert, x_NI.dtype)
         return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
 

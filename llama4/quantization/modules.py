@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.model.feed_forward import FeedForward
 from llama4.ops.experts import loop_over_experts
 from llama4.ops.linear import Linear
+from llama4.ops.memory import read_ahead
 from llama4.ops.quantized import swiglu_experts
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.plan import QuantizationPlan
@@ -104,7 +106,8 @@ class SplitExperts(QuantizedExperts):
 
 
 class SeparateExperts(QuantizedExperts):
-    """With three Linears per expert, named 0, 1, ..., each packed or not, as NF4 checkpoints may have them."""
+    """With three Linears per expert, named 0, 1, ..., each packed or not: as NF4 checkpoints may have them, and where
+    they stay in the memory map of a checkpoint that is larger than memory."""
 
     matrices = ()
 
@@ -114,7 +117,18 @@ class SeparateExperts(QuantizedExperts):
             self.add_module(str(i), FeedForward(hidden_size, intermediate_size))
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
+        """While one expert computes, the next is read."""
+        chosen = num_tokens_per_expert_E.nonzero().flatten().tolist()
+        following = dict(pairwise(chosen))
+        for first in chosen[:1]:
+            read_ahead(self.get_submodule(str(first)).parameters())
+
+        def expert(x_ND: Tensor, i: int) -> Tensor:
+            if i in following:
+                read_ahead(self.get_submodule(str(following[i])).parameters())
+            return self.expert(x_ND, i)
+
+        return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
 
     def gate_up_of(self, x_RD: Tensor, expert: int) -> Tensor:
         own = self.get_submodule(str(expert))
@@ -153,7 +167,9 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
                 raise CheckpointError(f"{name} is quantized, which this library does not run; take it unquantized")
             assert isinstance(linear, nn.Linear)
             shape = (linear.out_features, linear.in_features)
-            _put(model, path, _packed(name, format, shape, bias=linear.bias is not None))
+            packed = _packed(name, format, shape, bias=linear.bias is not None)
+            packed.stays_mapped = _EXPERT.fullmatch(name) is not None
+            _put(model, path, packed)
 
 
 def _pack_embedding(model: nn.Module, name: str, embedding: nn.Embedding, format: WeightFormat) -> None:

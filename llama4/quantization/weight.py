@@ -242,6 +242,7 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         in_kernel_layout: whether the parts are in the order of the CPU kernels; else in a checkpoint's.
+        stays_mapped: whether they have a checkpoint's order on a CPU, too, so that they can be its memory map.
         order: `WeightFormat.order`, on the device of the parts.
 
     Raises:
@@ -252,7 +253,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         format.check(shape)
         assert format.order is None or len(shape) == 2, "experts have no orders of their own"
-        self.format, self.shape, self.in_kernel_layout = format, shape, False
+        self.format, self.shape, self.in_kernel_layout, self.stays_mapped = format, shape, False, False
         self.specs = format.part_specs(shape)
         self.order: Tensor | None
         self.register_buffer("order", format.order, persistent=False)
@@ -312,7 +313,8 @@ class QuantizedWeight(nn.Module):
 
     def choose_layout(self, device: torch.device) -> None:
         """Before the parts are set: expect them in the order that is read on a device."""
-        self.in_kernel_layout = device.type == "cpu" and self.format.has_kernel_layout(self.shape)
+        is_reordered = device.type == "cpu" and not self.stays_mapped
+        self.in_kernel_layout = is_reordered and self.format.has_kernel_layout(self.shape)
         self.order = None if self.order is None else self.order.to(device)
 
     def set_parts(self, parts: Mapping[str, Tensor], device: torch.device | None = None) -> None:

@@ -13,7 +13,6 @@ from llama4.errors import CheckpointError
 from llama4.families.names import NameTable
 from llama4.quantization.weight import Shape
 from llama4.weights.compressed_formats import codes
-from llama4.weights.experts import stack_experts
 from llama4.weights.in_out import WORD, InOut, unstacked, words
 from llama4.weights.quant_method import QuantMethod
 from llama4.weights.source import Source
@@ -66,7 +65,7 @@ class Awq(QuantMethod):
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
         source = unstacked(source)
         modules = (name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight"))
-        return stack_experts(DecodedSource(source, dict.fromkeys(modules, AwqFormat()), dtype))
+        return DecodedSource(source, dict.fromkeys(modules, AwqFormat()), dtype)
 
 
 def _in_order(packed: Tensor) -> Tensor:

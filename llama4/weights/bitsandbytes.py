@@ -36,6 +36,7 @@ class Bitsandbytes(QuantMethod):
     """NF4, with scales quantized again or not."""
 
     name = "bitsandbytes"
+    stacks_experts = False
 
     def check(self, content: Mapping[str, Any]) -> None:
         is_int8 = content.get("load_in_8bit") or content.get("_load_in_8bit")

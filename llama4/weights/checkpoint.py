@@ -77,6 +77,7 @@ def open_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     mmproj: str | Path | None = None,
+    room: int | None = None,
 ) -> tuple[Llama4Config, Source]:
     """Configuration and weights, of which nothing is read yet.
 
@@ -84,6 +85,7 @@ def open_checkpoint(
         shards: the weights, where they are not in the directory: see `hub.locate`.
         dtype: of what is stored in a format that is not run, and so is dequantized; None: the checkpoint's own.
         mmproj: of a GGUF model the file with the vision tower; None: the one beside it, if there is one.
+        room: see `experts.stack_experts`.
 
     Raises:
         ConfigError: see `read_config`.
@@ -96,7 +98,7 @@ def open_checkpoint(
                 f"mmproj is for models in GGUF, and {directory} is in {layout.title} layout; leave it out"
             )
         layout = GgufLayout(user_path(mmproj))
-    config, source = layout.open(Path(directory), shards, dtype=dtype)
+    config, source = layout.open(Path(directory), shards, dtype=dtype, room=room)
     _check_layers(Path(directory), config, source)
     return config, source
 

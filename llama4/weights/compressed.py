@@ -24,7 +24,7 @@ from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import WeightFormat
 from llama4.weights.compressed_formats import COMPRESSED_FORMATS, Scaled
 from llama4.weights.computed import Computed, ComputedSource
-from llama4.weights.experts import ExpandedSource, stack_experts
+from llama4.weights.experts import ExpandedSource
 from llama4.weights.ordered import order_by_groups
 from llama4.weights.quant_method import QuantMethod, without_cache_scales
 from llama4.weights.source import Source
@@ -58,7 +58,7 @@ class CompressedTensors(QuantMethod):
         modules = dict.fromkeys(module for module, _, part in names if part in _QUANTIZED)
         targets = _Targets(groups)
         stored = {module: _ordered(targets.format_of(module, source), module, source) for module in modules}
-        return stack_experts(DecodedSource(source, stored, dtype))
+        return DecodedSource(source, stored, dtype)
 
     def writes(self, plan: QuantizationPlan) -> bool:
         return all(

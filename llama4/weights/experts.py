@@ -18,8 +18,9 @@ from llama4.errors import CheckpointError
 from llama4.progress import each
 from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
 from llama4.reading import LIMITS
+from llama4.units import bytes_text
 from llama4.weights import memory
-from llama4.weights.source import Origin, Source
+from llama4.weights.source import Noted, Origin, Source
 
 EXPERT = re.compile(
     r"(?P<path>.*\.feed_forward\.experts)\.(?P<index>\d{1,9})\.(?P<matrix>gate|up|down)_proj\.(?P<part>\w+)"
@@ -37,13 +38,24 @@ class _Stack:
     """Whether the model stores the experts in x out: those that are not quantized."""
 
 
-def stack_experts(source: Source) -> Source:
+def stack_experts(source: Source, room: int | None = None) -> Source:
     """A checkpoint with experts stacked, whichever way it has them.
+
+    Args:
+        room: bytes that its weights may take. If they take more, quantized experts that are three Linears each stay so,
+            to be computed from the memory map: a stack is a copy. None: they are stacked in any case.
 
     Raises:
         CheckpointError: see `StackedSource`.
     """
-    return StackedSource(source) if any(EXPERT.fullmatch(name) for name in source.names()) else source
+    if not any(EXPERT.fullmatch(name) for name in source.names()):
+        return source
+    stacked = StackedSource(source)
+    size = sum(source.spec(name).nbytes for name in source.names())
+    if room is None or size <= room or not stacked.is_quantized:
+        return stacked
+    note = f"its weights take {bytes_text(size)}, and memory has {bytes_text(room)} for them: of the experts it keeps "
+    return Noted(source, note + "what it can, and reads the rest from the files whenever tokens are routed to it")
 
 
 class StackedSource:
@@ -113,6 +125,11 @@ class StackedSource:
                     raise CheckpointError(
                         "experts of one layer differ in shape; fetch them again", mismatched=mismatched
                     )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether all of the experts are."""
+        return not any(stack.in_out for stack in self._stacks.values())
 
     def names(self) -> Collection[str]:
         return [*self._single, *self._stacks]

@@ -18,7 +18,6 @@ from llama4.errors import CheckpointError
 from llama4.families.names import NameTable
 from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
 from llama4.weights.compressed_formats import codes
-from llama4.weights.experts import stack_experts
 from llama4.weights.in_out import WORD, InOut, is_shaped, unstacked, words
 from llama4.weights.ordered import order_by_groups
 from llama4.weights.quant_method import QuantMethod
@@ -104,7 +103,7 @@ class Gptq(QuantMethod):
                 order = None if is_in_order else order_by_groups(g_idx, own["scales"].shape[0])
             bits = _bits(own, int(content.get("bits", 4)))
             stored[module] = GptqFormat(bits, is_symmetric, is_in_order, layout == _LESS_ONE, order=order)
-        return stack_experts(DecodedSource(source, stored, dtype))
+        return DecodedSource(source, stored, dtype)
 
 
 def _bits(specs: Specs, default: int) -> int:

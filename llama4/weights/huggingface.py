@@ -79,7 +79,12 @@ class HuggingFaceLayout(CheckpointLayout):
         return config
 
     def open(
-        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+        self,
+        directory: Path,
+        shards: Shards | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        room: int | None = None,
     ) -> tuple[Llama4Config, Source]:
         config = self.read_config(directory)
         method, content = _method(directory, config), config.quantization_config
@@ -92,8 +97,8 @@ class HuggingFaceLayout(CheckpointLayout):
         source = _without_zero_biases(config, ModelNames(files, table))
         if method is not None and content is not None:
             source = method.open(source, content, dtype or FLOATS.get(config.dtype, torch.bfloat16), table)
-        else:
-            source = stack_experts(source)
+        if method is None or method.stacks_experts:
+            source = stack_experts(source, room)
         return _match_vision(config, in_model_order(source, table) if table.transforms else source)
 
     def write(

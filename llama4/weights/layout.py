@@ -85,13 +85,19 @@ class CheckpointLayout(ABC):
 
     @abstractmethod
     def open(
-        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+        self,
+        directory: Path,
+        shards: Shards | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        room: int | None = None,
     ) -> tuple[Llama4Config, Source]:
         """Configuration and weights, of which nothing is read yet.
 
         Args:
             shards: the weights, where they are not in the directory, for layouts that are `in_shards`.
             dtype: of what is dequantized; None: the checkpoint's own.
+            room: see `experts.stack_experts`.
 
         Raises:
             ConfigError: see `read_config`.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
+from llama4.ops.memory import read_ahead
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
@@ -69,10 +70,13 @@ def load(
         if isinstance(module, QuantizedWeight):
             module.choose_layout(device)
     placement.check_room(model, names)
+    names.sort(key=lambda name: source.origin(name).file or "")  # each file is mapped once
     sizes = {name: source.spec(name).nbytes for name in names}
     with Bar("loading", sum(sizes.values()), "bytes", shown=progress) as bar:
-        for name, size in sizes.items():
-            with bar.step(size):
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            with bar.step(sizes[name]):
+                if following is not None:
+                    placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
@@ -124,6 +128,11 @@ class _Placement:
                     f"{bytes_text(size)} of weights do not fit into the {bytes_text(room)} of memory of {device}; "
                     f"{quantize}take a checkpoint that is smaller"
                 )
+
+    def read_ahead(self, model: nn.Module, name: str) -> None:
+        """While a tensor is copied, the system reads the next one that will be."""
+        if self.source.is_mapped(name) and not self._stays_mapped(name, model.get_submodule(name.rpartition(".")[0])):
+            read_ahead([self.source.read(name)])
 
     def parameter(self, name: str, module: nn.Module) -> Tensor:
         """The values of a parameter that is not quantized."""

@@ -21,6 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llama4.ops.memory import copy_runs
 from llama4.progress import PIECE, each
 
 REGION = 64 << 20
@@ -79,7 +80,7 @@ def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor
     copy = empty(tuple(tensor.shape), dtype or tensor.dtype)
     for target, values in each(list(zip(in_pieces(copy), in_pieces(tensor), strict=True))):
-        target.copy_(values)
+        copy_runs(target, values)
     return copy
 
 
@@ -137,6 +138,11 @@ def _set_malloc(options: Mapping[int, int]) -> None:
     if hasattr(libc, "mallopt"):
         for option, value in options.items():
             libc.mallopt(option, value)
+
+
+def for_weights(device: torch.device) -> int:
+    """Bytes of memory of a device, without a tenth for all else."""
+    return int(0.9 * total(device))
 
 
 def total(device: torch.device) -> int:

@@ -25,7 +25,6 @@ from llama4.quantization.fp8 import Fp8
 from llama4.quantization.weight import Shape, WeightFormat
 from llama4.reading import read_json
 from llama4.weights.computed import Computed, ComputedSource
-from llama4.weights.experts import stack_experts
 from llama4.weights.quant_method import QuantMethod, without_cache_scales
 from llama4.weights.source import Source
 
@@ -65,7 +64,7 @@ class ModelOpt(QuantMethod):
             module = name.removesuffix(".weight")
             plan[name], parts = _Matrices(source, name, f"{module}{'_' if module == name else '.'}weight_scale").read()
             tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-        return stack_experts(ComputedSource(source, tensors, plan))
+        return ComputedSource(source, tensors, plan)
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:

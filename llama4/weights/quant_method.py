@@ -23,6 +23,8 @@ class QuantMethod(ABC):
 
     name: ClassVar[str]
     """`quant_method` in the `quantization_config` of config.json."""
+    stacks_experts: ClassVar[bool] = True
+    """Whether experts that are three Linears each become stacks: all of a layer are in one format."""
 
     def check(self, content: Mapping[str, Any]) -> None:  # noqa: B027 (some have but one kind)
         """See, before any weights are opened, that a `quantization_config` is of a kind that can be run.

@@ -99,6 +99,24 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again") from error
 
 
+class _Map:
+    """The memory map of a file. Of its tensors nothing is read yet, while the package's own `get_tensor` reads a page,
+    and with it what the system reads ahead: megabytes of each."""
+
+    def __init__(self, path: Path) -> None:
+        _open(path)  # refuses what is damaged
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header = json.loads(file.read(length))
+        self._begin = 8 + length
+        self._storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def tensor(self, key: str) -> Tensor:
+        entry = self._header[key]
+        begin, end = (self._begin + offset for offset in entry["data_offsets"])
+        return torch.empty(0, dtype=_DTYPES[entry["dtype"]]).set_(self._storage[begin:end], 0, tuple(entry["shape"]))
+
+
 class SafetensorsFiles:
     """One or more safetensors files, memory-mapped: a tensor's bytes are read when they are used, and a file is mapped
     only while its tensors are, so that a checkpoint may be larger than the memory a process may have.
@@ -130,7 +148,7 @@ class SafetensorsFiles:
         self._files: dict[str, str] = {}
         self.notes: Sequence[str] = ()
         self._specs: dict[str, TensorSpec] = {}
-        self._opened: tuple[str, Any] = ("", None)
+        self._opened: tuple[str, _Map | None] = ("", None)
         headers = dict(zip(files, self._shards.headers(files), strict=True))
         stamps = {file: header.stamp for file, header in headers.items()}
         check_stamps(directory, stamps, stamp, f"; if this is meant, remove {STAMP} from {INDEX_FILE}")
@@ -156,9 +174,9 @@ class SafetensorsFiles:
         file = self._files[name]
         if self._opened[0] != file:
             self._opened = ("", None)  # before the next file comes, the map of the last is gone
-            self._opened = (file, _open(self._shards.path(file)))
-        tensor: Tensor = self._opened[1].get_tensor(name)
-        return tensor
+            self._opened = (file, _Map(self._shards.path(file)))
+        assert self._opened[1] is not None
+        return self._opened[1].tensor(name)
 
     def is_mapped(self, name: str) -> bool:
         return True

@@ -68,7 +68,12 @@ class GgufLayout(CheckpointLayout):
         return files
 
     def open(
-        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+        self,
+        directory: Path,
+        shards: Shards | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        room: int | None = None,
     ) -> tuple[Llama4Config, Source]:
         check_fetched([directory])
         model = GgufModel.read(directory, self._mmproj)

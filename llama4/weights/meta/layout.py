@@ -47,7 +47,12 @@ class MetaLayout(CheckpointLayout):
         return _read_config(directory)
 
     def open(
-        self, directory: Path, shards: Shards | None = None, *, dtype: torch.dtype | None = None
+        self,
+        directory: Path,
+        shards: Shards | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        room: int | None = None,
     ) -> tuple[Llama4Config, Source]:
         config = _read_config(directory)
         source = MetaSource(directory, config)

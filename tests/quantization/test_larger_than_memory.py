@@ -1,0 +1,76 @@
+"""Quantized checkpoints that are larger than memory: their routed experts are computed from the files' memory map."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.api import Llama4
+from llama4.quantization.modules import SeparateExperts
+from llama4.quantization.weight import QuantizedWeight
+from llama4.weights import memory
+from llama4.weights.convert import quantize
+from tests.parity.references import reference_config, reference_model
+from tests.quantization.test_checkpoints import same
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain") / "model"
+    reference_model(reference_config(head_dim=32), 3).bfloat16().save_pretrained(directory)
+    return directory
+
+
+def mapped_files() -> list[tuple[int, int, str]]:
+    """Begin, end and file of each map of a file of weights."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [(line[0].split("-"), line[-1]) for line in lines if line[-1].endswith(".safetensors")]
+    return [(int(begin, 16), int(end, 16), file) for (begin, end), file in ranges]
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    return any(begin <= tensor.data_ptr() < end for begin, end, _ in mapped_files())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux says what is mapped")
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
+def test_experts_stay_in_the_files(
+    plain: Path,
+    tmp_path: Path,
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same logits, bit by bit, and the same checkpoint when it is saved again."""
+    quantize(plain, tmp_path / "packed", scheme, progress=False)
+    whole = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    monkeypatch.setattr(memory, "total", lambda device: int(0.9 * size))
+    caplog.clear()
+    llm = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
+    assert "reads the rest from the files" in caplog.text
+    experts = [module for module in llm.model.modules() if isinstance(module, SeparateExperts)]
+    weights = [weight for each in experts for weight in each.modules() if isinstance(weight, QuantizedWeight)]
+    assert len(weights) == 3 * sum(len(list(each.children())) for each in experts) > 0
+    assert all(is_mapped(weight.part(part)) for weight in weights for part in weight.format.parts)
+    ids = torch.randint(0, llm.config.text.vocab_size, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for tokens in (ids, ids[:, :1]):
+            assert torch.equal(llm.model(tokens), whole.model(tokens))
+    llm.save_pretrained(tmp_path / "again")
+    assert same(tmp_path / "again", tmp_path / "packed")
+
+
+def test_a_model_of_which_too_much_is_no_expert(
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantize(plain, tmp_path / "packed", "int4", progress=False)
+    monkeypatch.setattr(memory, "total", lambda device: 1000)
+    with pytest.raises(ValueError, match="do not fit into the 1000 bytes of memory"):
+        Llama4.from_pretrained(tmp_path / "packed", progress=False)

@@ -13,6 +13,7 @@ import statistics
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ PROBE_PARAMETERS = 1 << 30
 MOST_PARAMETERS = 1 << 31
 """Of a probe of one layer, which then has fewer experts."""
 STEPS, PIECES, PASSES = 16, 3, 2
+DISK_RUN, DISK_RUNS = 64 << 20, 8
 NEAR = 16
 """Tokens of the short context after which steps are timed; the long one is `PIECES` pieces of a prompt."""
 
@@ -191,6 +193,27 @@ def _steps(runner: ModelRunner, ids: Tensor, cache: SequenceCache) -> float:
 
 def _new_cache(model: Llama4Model, cache_dtype: str) -> SequenceCache:
     return model.new_cache(1, None if cache_dtype == "auto" else cache_dtype)
+
+
+def disk_rate(directory: Path) -> float:
+    """Bytes a second at which files of weights come from the disk, some tens of megabytes at a time, as experts do.
+    What memory has of them is dropped first.
+
+    Raises:
+        OSError: no file can be read.
+    """
+    file = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    runs = min(DISK_RUNS, file.stat().st_size // DISK_RUN)
+    spent = []
+    for i in range(runs):
+        begin = file.stat().st_size // runs * i
+        with file.open("rb", buffering=0) as content:
+            os.posix_fadvise(content.fileno(), begin, DISK_RUN, os.POSIX_FADV_DONTNEED)
+            content.seek(begin)
+            since = time.perf_counter()
+            content.read(DISK_RUN)
+            spent.append(time.perf_counter() - since)
+    return DISK_RUN / statistics.median(spent)
 
 
 def memory_bytes() -> int:

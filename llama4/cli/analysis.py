@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from llama4.arguments import printable
@@ -20,7 +21,7 @@ FINETUNE = {name: LORA[name] for name in ("rank", "targets")}
 FINETUNE |= {name: SETTINGS[name] for name in ("batch_tokens", "optimizer_states")}
 FINETUNE["batch_tokens"] = SETTINGS["batch_tokens"] | {"help": "of a batch, on each device (default: 4096)"}
 """Arguments of `llama4 finetune` that `plan --finetune` takes."""
-NOT_OF_FINETUNE = ("cache", "tensor_parallel", "memory_rate", "measure")
+NOT_OF_FINETUNE = ("cache", "tensor_parallel", "memory_rate", "disk_rate", "measure")
 
 
 def add_parsers(commands: Any) -> None:
@@ -51,6 +52,7 @@ def add_parsers(commands: Any) -> None:
     plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
     plan.add_argument("--memory-rate", metavar="RATE", help="that one device reaches: 2.4TB/s")
     plan.add_argument("--gemm-rate", metavar="RATE", help="that one device reaches: 400TFLOP/s")
+    plan.add_argument("--disk-rate", metavar="RATE", help="of a model larger than this CPU's memory: 1GB/s")
     plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
     plan.add_argument("--json", action="store_true", help="print JSON")
     group = plan.add_argument_group("training")
@@ -84,7 +86,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     from llama4 import units
-    from llama4.analysis import hardware, planner
+    from llama4.analysis import hardware, mapped_experts, planner
     from llama4.analysis.info import read_config
     from llama4.bench import calibration as cpu
 
@@ -116,12 +118,18 @@ def run_plan(options: argparse.Namespace) -> int:
     else:
         reached = hardware.published_rates(device, planner.fp8_share(placement))
     facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
+    mapped = mapped_experts.mapped_experts(placement, context) if on_cpu else None
+    if mapped is not None and (options.disk_rate or Path(options.model).is_dir()):
+        disk = units.parse_rate(options.disk_rate) if options.disk_rate else cpu.disk_rate(Path(options.model))
+        facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
     if options.measure:
         facts["measured"] = cpu.measure_model(options.model, options.revision, options.subfolder, placement, context)
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
     print(planner.table(facts))
+    if "mapped_experts" in facts:
+        print(mapped_experts.table(facts["mapped_experts"]))
     if options.measure:
         print(cpu.comparison(facts, placement))
     return 0

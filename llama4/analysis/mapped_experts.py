@@ -9,14 +9,16 @@ when the next piece comes, so each piece reads all that it needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llama4.analysis import costs
 from llama4.analysis.planner import Placement, fits, memory, usable
 from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.units import bytes_text, time_text
 
 
 @dataclass(frozen=True)
-class FromFiles:
+class MappedExperts:
     """Bytes.
 
     Attributes:
@@ -32,7 +34,7 @@ class FromFiles:
     prompt: float
 
 
-def from_files(placement: Placement, context: int) -> FromFiles | None:
+def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
     """What is read where a quantized model does not fit; None if it does, or if all else does not fit, either."""
     text = placement.config.text
     sizes = costs.parameter_bytes(text, placement.plan, placement.dtype)
@@ -51,4 +53,35 @@ def from_files(placement: Placement, context: int) -> FromFiles | None:
     share = {name: costs.share_per_token(text, name) for name in experts}
     token = sum(size * share[name] for name, size in experts.items()) * (1 - room / total)
     needed = sum(size * min(1.0, piece * share[name]) for name, size in experts.items())
-    return FromFiles(total, room, token, needed * -(-context // piece))
+    return MappedExperts(total, room, token, needed * -(-context // piece))
+
+
+def describe(mapped: MappedExperts, facts: dict[str, Any], disk_rate: float) -> dict[str, Any]:
+    """What is added to the figures of `llama4 plan`. A token waits for the disk; while experts of a prompt compute, the
+    next are read.
+
+    Args:
+        facts: the figures without the disk.
+        disk_rate: bytes a second.
+    """
+    token, prompt = (size / disk_rate for size in (mapped.token, mapped.prompt))
+    return {
+        "experts_bytes": int(mapped.experts),
+        "experts_room": int(mapped.room),
+        "bytes_per_token": int(mapped.token),
+        "bytes_for_prompt": int(mapped.prompt),
+        "disk_rate": disk_rate,
+        "seconds_per_token": facts["seconds_per_token"] + token,
+        "seconds_for_prompt": max(facts["seconds_for_prompt"], prompt),
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """That as lines of text."""
+    size = {name: bytes_text(value) for name, value in facts.items() if "seconds" not in name}
+    return (
+        f"  experts in files  {size['experts_room']} of {size['experts_bytes']} have room in memory, the rest is read "
+        f"at {facts['disk_rate'] / 1e9:.2f} GB/s\n"
+        f"  time per token    {time_text(facts['seconds_per_token'])}, of which {size['bytes_per_token']} are read\n"
+        f"  the whole prompt  {time_text(facts['seconds_for_prompt'])}, for which {size['bytes_for_prompt']} are read"
+    )

@@ -114,7 +114,8 @@ class _Map:
     def tensor(self, key: str) -> Tensor:
         entry = self._header[key]
         begin, end = (self._begin + offset for offset in entry["data_offsets"])
-        return torch.empty(0, dtype=_DTYPES[entry["dtype"]]).set_(self._storage[begin:end], 0, tuple(entry["shape"]))
+        content = torch.empty(0, dtype=torch.uint8).set_(self._storage[begin:end])
+        return content.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 class SafetensorsFiles:

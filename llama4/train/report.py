@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -49,6 +50,12 @@ _SECTION = """{begin}{version} with `llama4 finetune`, from {base}: {steps} step
 {settings}
 ```
 """
+
+_HEAD = re.compile(re.escape(_ADAPTER.format(base="@", title=_ADAPTER_TITLE, name="@")).replace("@", ".*"))
+_OWN_SECTION = re.compile(
+    re.escape(_SECTION_BEGIN) + r"(?:(?!\n#{1,2} ).)*?(?:\n```json\n(?:(?!\n#).)*?\n```\n|(?=\n#{1,2} )|\Z)", re.DOTALL
+)
+"""Up to the settings' end; without them, up to the next heading."""
 
 Lines = Sequence[Mapping[str, Any]]
 """Of a file of metrics."""
@@ -148,14 +155,15 @@ def is_finished(directory: Path) -> bool:
 
 
 def _forget(card: Path) -> None:
-    """What an earlier run said in a card goes; the card, too, if nothing else is in it."""
+    """What an earlier run said in a card goes; the card, too, if nothing of a user's or a model's is in it."""
     if not card.is_file():
         return
-    text, found, _ = card.read_text(encoding="utf-8", errors="replace").partition(_SECTION_BEGIN)
-    if found and f"\n{_ADAPTER_TITLE} " in text:
+    text = card.read_text(encoding="utf-8", errors="replace")
+    rest = _OWN_SECTION.sub("", text)
+    if not _HEAD.sub("", rest).strip():
         card.unlink()
-    elif found:
-        replace_text(card, text)
+    elif rest != text:
+        replace_text(card, rest)
 
 
 def write_curve(directory: Path, lines: Lines) -> None:
@@ -175,16 +183,16 @@ def write_curve(directory: Path, lines: Lines) -> None:
 
 
 def write_card(directory: Path, lines: Lines, facts: Facts) -> None:
-    """What was trained on what, with which losses: at the end of the card of a model, or in one of the adapter's own. A
-    card that a user wrote of an adapter stays as it is."""
+    """What was trained on what, with which losses: at the end of the card of a model, or in one of the adapter's own,
+    beside what a user added to it. A card that a user wrote of an adapter stays as it is."""
     card, is_adapter = directory / CARD_FILE, "lora" in facts.settings and not (directory / CONFIG_FILE).exists()
     _forget(card)
-    if is_adapter and card.exists():
-        return
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if is_adapter:
-        text = _ADAPTER.format(base=facts.base, title=_ADAPTER_TITLE, name=directory.name)
-    else:
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        head = _ADAPTER.format(base=facts.base, title=_ADAPTER_TITLE, name=directory.name)
+        if text and f"\n{_ADAPTER_TITLE} " not in text:
+            return
+        text = _HEAD.sub(lambda _: head, text, count=1) if text else head
     losses, held_out = values_of(lines, "loss"), values_of(lines, "eval_loss")
     section = _SECTION.format(
         begin=_SECTION_BEGIN,

@@ -266,6 +266,19 @@ def test_a_card_of_a_user_stays(directory: Path, data: Path, tmp_path: Path) -> 
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_what_a_user_adds_to_a_card_stays(directory: Path, data: Path, tmp_path: Path) -> None:
+    """Before and behind what a run wrote there, which the next one replaces."""
+    card = tmp_path / "README.md"
+    run(directory, data, tmp_path, steps=1)
+    written = card.read_text().replace("\n## How", "\nFor poems.\n\n## How")
+    card.write_text(written + "\n## Licence\n\nMIT\n")
+    run(directory, data, tmp_path, steps=2)
+    text = card.read_text()
+    assert "For poems.\n" in text and "## Licence\n\nMIT\n" in text
+    assert text.count("## How it was trained") == text.count("# An adapter for") == text.count("from_pretrained") == 1
+    assert ": 2 steps" in text and ": 1 steps" not in text
+
+
 def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama4.train.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(Llama4Error, match=r"training takes 3\.0 MiB beyond .* 1\.0 MiB are free; take fewer"):

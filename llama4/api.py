@@ -257,7 +257,8 @@ class Llama4:
         return self._runner
 
     def set_adapter(self, name: str | None) -> None:
-        """Compute with a loaded adapter, or with none. `save_pretrained` writes the model without it in either case.
+        """Compute with a loaded adapter, or with none. `save_pretrained` writes the model without it in either case. A
+        reply that is being written meanwhile ends with an error.
 
         Raises:
             ArgumentError: none of that name is loaded.
@@ -274,9 +275,10 @@ class Llama4:
         """
         if self.adapters.active is None:
             raise ArgumentError("no adapter is in use; choose one with set_adapter")
-        adapter = self.adapters[self.adapters.active]
+        adapters, adapter = self.adapters, self.adapters[self.adapters.active]
         self.set_adapter(None)
         merge_adapter(adapter, self.model, progress=self.progress)
+        adapters.changes += 1  # for replies that began meanwhile
         self.adapters = Adapters(self.model, self.side_files)
 
     @property
@@ -515,9 +517,9 @@ class Llama4:
         rows = identities(asked.inputs, self.model)
         limit_of(self.config, self.max_context).check(len(rows[0]))
         notice_fork()
-        cache = self._cache_of(rows)
+        state, cache = self.adapters.state, self._cache_of(rows)
         judged = judge(self.runner, self.tokenizer, asked, cache, threshold, self.stop_ids)
-        self.cache = PromptCache(self.model, cache, rows[0], self.progress, self.adapters.state)
+        self.cache = PromptCache(self.model, cache, rows[0], self.progress, state)
         return judged
 
     def _cache_of(self, rows: Sequence[torch.Tensor]) -> SequenceCache:
@@ -531,6 +533,7 @@ class Llama4:
     ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
         asked = self.prepare(messages, **options)
         rows = identities(asked.inputs, self.model)
+        adapters, changes, state = self.adapters, self.adapters.changes, self.adapters.state
         cache = self._cache_of(rows)
         events = generate(
             self.runner,
@@ -547,8 +550,9 @@ class Llama4:
             cache=cache,
             progress=self.progress,
         )
+        events = adapters.unchanged(events, changes)
         if len(rows) == 1:
-            self.cache = PromptCache(self.model, cache, rows[0], self.progress, self.adapters.state)
+            self.cache = PromptCache(self.model, cache, rows[0], self.progress, state)
             events = self.cache.recorded(events)
         return events, asked.builders(self.tokenizer)
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from llama4.adapters.files import load_adapter
 from llama4.adapters.lora import Adapter
-from llama4.errors import ArgumentError, ConfigError
+from llama4.errors import ArgumentError, ConfigError, Llama4Error
 from llama4.files import user_path
 from llama4.model.multimodal import Llama4Model
 from llama4.weights.side_files import NO_SIDE_FILES, SideFiles
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_changing = threading.Lock()
+"""Hooks are taken off and put on by one thread at a time."""
 
 
 class Adapters(Mapping[str, Adapter]):
@@ -26,12 +32,14 @@ class Adapters(Mapping[str, Adapter]):
 
     Attributes:
         active: the name of the one that the model computes with; None for none.
+        changes: how often that has changed.
     """
 
     def __init__(self, model: Llama4Model, side_files: SideFiles = NO_SIDE_FILES) -> None:
         self._model, self._side_files = model, side_files
         self._adapters: dict[str, Adapter] = {}
         self._versions: Counter[str] = Counter()
+        self.changes = 0
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Adapter:
@@ -96,8 +104,26 @@ class Adapters(Mapping[str, Adapter]):
         """
         if name is not None:
             self.check(name)
-        if self.active is not None:
-            self._adapters[self.active].detach()
-        if name is not None:
-            self._adapters[name].attach(self._model)
-        self.active = name
+        with _changing:
+            if name == self.active:
+                return
+            self.changes += 1  # first: a forward that meets what comes now ends later
+            if self.active is not None:
+                self._adapters[self.active].detach()
+            if name is not None:
+                self._adapters[name].attach(self._model)
+            self.active = name
+
+    def unchanged(self, reply: Iterator[T], changes: int) -> Iterator[T]:
+        """A reply's events, as long as `changes` is what it was when the reply began.
+
+        Raises:
+            Llama4Error: another thread, or who reads the reply, chose another adapter in between, or merged one.
+        """
+        for event in reply:
+            if self.changes != changes:
+                raise Llama4Error(
+                    "another adapter was chosen, or one was merged, while this reply was being written; ask again, and "
+                    "change adapters between replies"
+                )
+            yield event

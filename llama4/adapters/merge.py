@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama4.adapters.config import target_of
 from llama4.adapters.lora import Adapter, EmbeddingLora, Lora
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
@@ -19,15 +20,19 @@ from llama4.quantization.weight import QuantizedWeight
 
 def merge_adapter(adapter: Adapter, model: Llama4Model, *, progress: bool = False) -> None:
     """W := W + scale * B A, added in float32 and rounded once to the dtype of W. A packed matrix is dequantized, added
-    to, and quantized again as it was: its values are the nearest to the sum, not to the matrix without it.
+    to, and quantized again as it was: its values are the nearest to the sum, not to the matrix without it. Parameters
+    are replaced and not written to: what another thread computes with at this moment stays.
 
     Raises:
-        Llama4Error: the adapter does not fit, or a matrix is in a format that is only read; nothing is changed then.
+        Llama4Error: the adapter does not fit, or a matrix is in a format that is only read, or is two: that of
+            embeddings and of the head; nothing is changed then.
     """
     assert not adapter.is_attached, "take it off first"
     adapter.check(model)
     for name, _ in adapter.items():
         _check_can_merge(name, _home(model, name))
+        if model.config.text.tie_word_embeddings and target_of(name) == "embeddings":
+            raise Llama4Error(f"{name} is also the head, which the adapter does not change; use it without merging")
     sizes = {name: _size(_home(model, name), name) for name, _ in adapter.items()}
     with torch.no_grad(), Bar("merging", sum(sizes.values()), "bytes", shown=progress) as bar:
         for name, lora in adapter.items():
@@ -72,13 +77,13 @@ def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
         rows = max(1, PIECE // delta[0].nbytes)
         for to, of, added in each(tuple(zip(merged.split(rows), weight.split(rows), delta.split(rows), strict=True))):
             to.copy_(upcast(of) + added)
-        weight.data = merged
+        home.weight = nn.Parameter(merged, weight.requires_grad)
     else:
         weight_EIO = home.get_parameter(leaf)
         merged_EIO = torch.empty_like(weight_EIO)
         for i, weight_IO in enumerate(each(weight_EIO.unbind())):
             merged_EIO[i] = upcast(weight_IO) + lora.delta(i).mT
-        weight_EIO.data = merged_EIO
+        home.register_parameter(leaf, nn.Parameter(merged_EIO, weight_EIO.requires_grad))
 
 
 def _merge_packed(weight: QuantizedWeight, lora: Lora) -> None:

@@ -272,3 +272,46 @@ def test_no_keys_of_another_adapter_are_reused(tmp_path: Path) -> None:
     fresh = alone()
     llm.cache = base
     assert ask() == fresh
+
+
+def test_a_reply_is_of_one_adapter(tmp_path: Path) -> None:
+    """However it is changed meanwhile; what is chosen again is no change."""
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    for name in ("a", "b"):
+        llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=2)))
+    llm.set_adapter("a")
+
+    def set_aside() -> None:
+        llm.set_adapter("b")
+        llm.set_adapter("a")
+
+    for change in (set_aside, lambda: llm.set_adapter(None), lambda: llm.set_adapter("a"), llm.merge_adapter):
+        reply = llm.stream("hello", max_new_tokens=30)
+        next(reply)
+        change()
+        with pytest.raises(Llama4Error, match="another adapter was chosen, or one was merged"):
+            list(reply)
+    reply = llm.stream("hello", max_new_tokens=30)
+    next(reply)
+    llm.set_adapter(None)
+    list(reply)
+
+
+def test_what_computes_while_an_adapter_is_merged_keeps_its_weights() -> None:
+    model = small_model.model()
+    adapter = random_adapter(model, LoraConfig(rank=2))
+    merged = copy.deepcopy(model)
+    before = {name: (parameter, parameter.clone()) for name, parameter in merged.named_parameters()}
+    merge_adapter(adapter, merged)
+    after = dict(merged.named_parameters())
+    assert all(torch.equal(parameter, values) for parameter, values in before.values())
+    assert sum(after[name] is not parameter for name, (parameter, _) in before.items()) == len(adapter.names)
+
+
+def test_tied_embeddings_are_not_merged() -> None:
+    model = small_model.model()
+    adapter = random_adapter(model, LoraConfig(rank=2, targets=("embeddings",)))
+    text = replace(model.config.text, tie_word_embeddings=True)
+    tied = Llama4Model(replace(model.config, text=text))
+    with pytest.raises(Llama4Error, match="is also the head"):
+        merge_adapter(adapter, tied)

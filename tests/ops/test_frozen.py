@@ -44,6 +44,17 @@ def test_in_float32_torch_multiplies_nothing_itself(product: Callable[..., Tenso
     assert names.count("mkldnn::_linear_pointwise") == 2 and "aten::mm" not in names
 
 
+def test_few_numbers_of_rows_reach_onednn() -> None:
+    """It keeps a megabyte of compiled code for each."""
+    matrix_OI = torch.randn(48, 64)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for rows in range(256, 512, 5):
+            y = linear(torch.randn(rows, 64, requires_grad=True), matrix_OI)
+            assert y.shape == (rows, 48)
+    shapes = [e.input_shapes[0] for e in profile.events() or () if e.name == "mkldnn::_linear_pointwise"]
+    assert len(shapes) == 52 and len({rows for rows, _ in shapes}) <= 17
+
+
 @pytest.mark.parametrize("product", [linear, linear_in_out])
 def test_gradients_of_gradients(product: Callable[..., Tensor]) -> None:
     x, matrix_OI = torch.randn(3, 64, requires_grad=True), torch.randn(48, 64)

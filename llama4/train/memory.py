@@ -7,6 +7,8 @@ both is followed to the batch.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from llama4.cache.batch import make_batch
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
+from llama4.quantization.weight import QuantizedWeight
 from llama4.train.loss import MAX_LOGIT_BYTES
 from llama4.train.objectives import Teacher, head_parameters
 from llama4.train.optimizer import BLOCK, RUN, RUN_BYTES
@@ -32,13 +35,19 @@ STATE_BYTES = {"float32": 4.0, "int8": 1 + 4 / BLOCK}
 """Of a number of the optimizer's states."""
 
 
+CODE_BYTES = 1 << 19
+"""Of the code that oneDNN keeps for a product, with a matrix of one shape and one number of rows (ops/linear.py)."""
+MAX_EXPERT_ROWS = 64
+"""Of those numbers, how many experts have in the long run."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes beyond the loaded model, the adapter included.
 
     Attributes:
         trained: what is trained, if that is not the model itself; its gradients and the optimizer's states.
-        activations: what is kept of the largest batch for its backward pass.
+        activations: what is kept of the largest batch for its backward pass, and code that oneDNN keeps.
         logits: of a slice, with their gradients; beside a teacher's.
         layer: with gradient checkpointing, a layer's activations, computed again, and their gradients.
         step: what the optimizer computes with, after the backward pass.
@@ -120,7 +129,7 @@ def estimate(
         for p in trained.values()
     )
     small, large = (kept_bytes(model, trained, probe) for probe in PROBES)
-    activations = along_line(small.total(recomputed), large.total(recomputed), tokens)
+    activations = along_line(small.total(recomputed), large.total(recomputed), tokens) + code_bytes(model, trained)
     layer = along_line(small.layer(recomputed), large.layer(recomputed), tokens)
     head = sum(parameter.numel() for parameter in head_parameters(model.language_model.lm_head))
     logits = logit_bytes(model.config.text.vocab_size, tokens, head, has_teacher=teacher is not None)
@@ -135,6 +144,19 @@ def trained_bytes(numbers: int, size: int, optimizer_states: str, is_added: bool
     """Of parameters of `size` bytes a number: their gradients and the optimizer's states, and if they are added to the
     model, themselves."""
     return numbers * (2 * STATE_BYTES[optimizer_states] + size * (1 + is_added))
+
+
+def code_bytes(model: Llama4Model, trained: Mapping[str, Tensor]) -> int:
+    """What oneDNN keeps of products in float32 with matrices that are not trained, forward and backward."""
+    changed, counts = {parameter.data_ptr() for parameter in trained.values()}, Counter[tuple[int, ...]]()
+    modules = (module for module in model.language_model.modules() if not isinstance(module, QuantizedWeight))
+    for parameter in (parameter for module in modules for parameter in module.parameters(recurse=False)):
+        is_frozen = parameter.ndim > 1 and parameter.data_ptr() not in changed
+        if is_frozen and parameter.is_cpu and parameter.dtype == torch.float32:
+            counts[tuple(parameter.shape)] += math.prod(parameter.shape[:-2])
+    of_experts = [min(count, MAX_EXPERT_ROWS) for shape, count in counts.items() if len(shape) > 2]
+    of_others = sum(len(shape) == 2 for shape in counts)
+    return 2 * CODE_BYTES * (sum(of_experts) + of_others)
 
 
 def logit_bytes(vocab_size: int, tokens: int, head: int = 0, has_teacher: bool = False) -> int:

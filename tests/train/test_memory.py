@@ -124,6 +124,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a par
         ("int4", ""),
         ("nf4", ""),
         ("int4", "gradient_checkpointing=True"),
+        ("float32", "gradient_checkpointing=True"),
         ("float32", "method='distill', teacher='teacher'"),
     ],
 )

@@ -20,11 +20,10 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,8 +60,21 @@ COLLAGES, TEXTS, SHAPES, OLD = 24, 24, 4, 2
 """Pictures of a step, of each process: full of letters, or with one text; of shapes that must look as they did; and
 conversations of old questions."""
 
-Box = tuple[str, float, float, float, float]
-"""A letter, and where it is: left, top, right, bottom."""
+
+class Box(NamedTuple):
+    """A letter, and where it is in a picture."""
+
+    letter: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def moved(self, x: float, y: float) -> Box:
+        return Box(self.letter, self.left + x, self.top + y, self.right + x, self.bottom + y)
+
+    def times(self, scale: float) -> Box:
+        return Box(self.letter, *(scale * edge for edge in self[1:]))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -91,15 +103,17 @@ def one_text(rng: random.Random) -> Scene:
             return scene
 
 
-def boxes_of(scene: Scene) -> Iterator[Box]:
+def boxes_of(scene: Scene) -> list[Box]:
     """Where each letter of its text is, roughly: a letter is as wide as the text becomes longer by it."""
     text = scene.text
     assert text is not None
-    (x, y), tall = text.centre, text.height
     parts = [text.characters[:i] for i in range(1, len(text.characters) + 1)]
-    ends = [0.0, *(tall * text_aspect(replace(text, characters=part)) for part in parts)]
-    for letter, (left, right) in zip(text.characters, pairwise(ends), strict=True):
-        yield letter, x - ends[-1] / 2 + left, y - tall / 2, x - ends[-1] / 2 + right, y + tall / 2
+    ends = [0.0, *(text.height * text_aspect(replace(text, characters=part)) for part in parts)]
+    left, top = text.centre[0] - ends[-1] / 2, text.centre[1] - text.height / 2
+    return [
+        Box(letter, left + begin, top, left + end, top + text.height)
+        for letter, (begin, end) in zip(text.characters, pairwise(ends), strict=True)
+    ]
 
 
 def collage(rng: random.Random) -> tuple[Image.Image, list[Box]]:
@@ -114,19 +128,25 @@ def collage(rng: random.Random) -> tuple[Image.Image, list[Box]]:
             tries = (written(rng, right - left, bottom - top, scale) for _ in range(3))
             if scene := next(filter(None, tries), None):
                 picture.paste(shapes_dataset.draw(scene), (left, top))
-                boxes += [(c, x + left, y + top, u + left, v + top) for c, x, y, u, v in boxes_of(scene)]
+                boxes += [box.moved(left, top) for box in boxes_of(scene)]
     return picture, boxes
 
 
 def patch_labels(boxes: list[Box], scale: float) -> Tensor:
     """For each patch of a tile, row by row, which letter has its middle there, from 1; 0 where no letter is;
-    `IGNORED` where a part of one is."""
-    labels = torch.zeros(TILE // PATCH, TILE // PATCH, dtype=torch.long)
-    units = [(c, *(scale * edge / PATCH for edge in edges)) for c, *edges in boxes]
-    for _, left, top, right, bottom in units:
-        labels[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = IGNORED
-    for letter, left, top, right, bottom in units:
-        labels[min(7, int((top + bottom) / 2)), min(7, int((left + right) / 2))] = 1 + LETTERS.index(letter)
+    `IGNORED` where a part of one is.
+
+    Args:
+        scale: how large the tile shows the picture.
+    """
+    side = TILE // PATCH
+    labels = torch.zeros(side, side, dtype=torch.long)
+    of_patches = [box.times(scale / PATCH) for box in boxes]
+    for box in of_patches:
+        labels[int(box.top) : math.ceil(box.bottom), int(box.left) : math.ceil(box.right)] = IGNORED
+    for box in of_patches:
+        row, col = (int((begin + end) / 2) for begin, end in ((box.top, box.bottom), (box.left, box.right)))
+        labels[min(row, side - 1), min(col, side - 1)] = 1 + LETTERS.index(box.letter)
     return labels.flatten()
 
 
@@ -244,8 +264,8 @@ class Learner(nn.Module):
         features = self.llm.model.encode_images(batch.pixel_values)
         logits = self.llm.model(batch.input_ids, attention_mask=batch.attention_mask, image_features=features)
         answers = F.cross_entropy(logits[batch.is_learnt], batch.labels[batch.is_learnt])
-        boxes = ((list(boxes_of(scene)), TILE / max(scene.width, scene.height)) for [scene], _ in topics)
-        labels = torch.stack([patch_labels(*each) for each in boxes])
+        scenes = [scene for [scene], _ in topics]
+        labels = torch.stack([patch_labels(boxes_of(s), TILE / max(s.width, s.height)) for s in scenes])
         seen = self.seen(features[: len(topics) * len(features) // len(batch.pixel_values)], labels)
         return {"answers": answers, "seen": seen, "changed": self.changed(self.drawing.shapes(rng, SHAPES))}
 

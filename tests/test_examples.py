@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import random
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llama4 import Llama4, Reply, ToolCall
@@ -18,7 +22,7 @@ from llama4.tiny import EMBEDDED, shapes_dataset
 from tests import small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json")
+LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json", "learn_letters")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in LARGER)
 
 
@@ -61,6 +65,36 @@ def test_json_is_learnt_from_pictures(
     reply = json.loads(lines[0])["messages"][1]["content"]
     assert list(json.loads(reply)) == ["about", "answer"]
     assert re.search(r"before: 0% follow .*\n(.*\n)?after: \d+% follow the schema", capsys.readouterr().out)
+
+
+def test_letters_are_drawn_where_they_are_looked_for() -> None:
+    """At least 16 pixels tall in a tile: without what stands in a letter's patches, nothing of it is left."""
+    example, rng = runpy.run_path(str(EXAMPLES / "learn_letters.py")), random.Random(0)
+    for _ in range(30):
+        scene = example["one_text"](rng)
+        scale = 112 / max(scene.width, scene.height)
+        labels = example["patch_labels"](example["boxes_of"](scene), scale).view(8, 8)
+        assert scene.text.height * scale >= 16 and 1 <= len(scene.text.characters) <= 3
+        plain = replace(scene, text=None)
+        ink = np.abs(np.asarray(shapes_dataset.draw(scene), int) - np.asarray(shapes_dataset.draw(plain), int)).max(2)
+        for y, x in zip(*(ink > 40).nonzero(), strict=True):
+            corners = [[min(7, int((place + i) * scale / 14)) for i in (0, 1)] for place in (y, x)]
+            assert any(labels[row, col] for row in corners[0] for col in corners[1])
+        assert {example["LETTERS"][i - 1] for i in labels[labels > 0].tolist()} <= set(scene.text.characters)
+
+
+def test_letters_are_learnt_from_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A step of each part, and what stays of it."""
+    run("learn_letters", monkeypatch, str(tmp_path), *"--processes 1 --exam 12 --minutes 0.001 --rank 2".split())
+    assert re.search(r"at first: letters .*\n.*step 1: seen .*; letters .*\n", capsys.readouterr().out)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    llm = Llama4.from_pretrained("tiny", adapter=tmp_path / "adapter", dtype="float32", progress=False)
+    assert {"vision_model", "multi_modal_projector"} < {name.split(".")[0] for name in llm.adapters["default"].names}
+    llm.set_adapter(None)
+    learner = runpy.run_path(str(EXAMPLES / "learn_letters.py"))["Learner"](llm, rank=2)
+    assert set(learner.read(random.Random(0))) == {"answers", "seen", "changed"}
 
 
 def test_candidates_of_a_question_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def test_letters_are_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A step of each part, and what stays of it."""
-    run("learn_letters", monkeypatch, str(tmp_path), *"--processes 1 --exam 12 --minutes 0.001 --rank 2".split())
+    options = ["--processes", "1", "--exam", "12", "--minutes", "0.001", "--rank", "2"]
+    run("learn_letters", monkeypatch, str(tmp_path), *options)
     assert re.search(r"at first: letters .*\n.*step 1: seen .*; letters .*\n", capsys.readouterr().out)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
     llm = Llama4.from_pretrained("tiny", adapter=tmp_path / "adapter", dtype="float32", progress=False)

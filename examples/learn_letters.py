@@ -59,6 +59,8 @@ SEE = 0.4
 COLLAGES, TEXTS, SHAPES, OLD = 24, 24, 4, 2
 """Pictures of a step, of each process: full of letters, or with one text; of shapes that must look as they did; and
 conversations of old questions."""
+WEIGHTS = {"answers": 1.0, "seen": 1.0, "changed": 3.0}
+"""Of the losses."""
 
 
 class Box(NamedTuple):
@@ -335,7 +337,7 @@ def train(process: int, processes: int, args: argparse.Namespace) -> None:
     while (done := seconds / budget) < 1:
         rng = random.Random(f"{args.seed}/{step}/{process}")
         losses = learner.see(rng) if done < SEE else learner.read(rng)
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
         seconds += share_gradients(parameters, time.process_time() - began, processes)
         began = time.process_time()
         nn.utils.clip_grad_norm_(parameters, 1.0)

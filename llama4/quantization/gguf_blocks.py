@@ -167,6 +167,7 @@ class Q5_K(GgufBlocks):  # noqa: N801
 
     kind = "q5_k"
     int8_activations = True
+    int8_head = False
     bits = 5
     block = 256
     nbytes = 176
@@ -182,6 +183,8 @@ class Q6_K(GgufBlocks):  # noqa: N801
     """Sixteen groups of 16 values from -32 to 31, with scales of eight bits, which have a scale."""
 
     kind = "q6_k"
+    int8_activations = True
+    int8_head = False
     bits = 6
     block = 256
     nbytes = 210

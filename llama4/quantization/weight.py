@@ -71,6 +71,8 @@ class WeightFormat(ABC):
     """Of `parts`, those that have the same value for every output of a matrix, and lie in files once."""
     int8_activations: ClassVar[bool] = False
     """Whether inputs are rounded to int8 by default: where that is small beside how far the weights are rounded."""
+    int8_head: ClassVar[bool] = True
+    """Whether that holds with the head's inputs rounded, too."""
     has_int8_products: ClassVar[bool] = False
     """Whether the CPU kernels multiply with inputs that are rounded to int8, too."""
     rounds_inputs: ClassVar[bool] = False

@@ -83,11 +83,11 @@ class TestProducts:
 
 
 def on_steps(rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
-    """Rows that rounding to int8 does not change: of each 32 inputs the largest is 127 steps, and steps are powers of
-    two of very different sizes. One group is of zeros."""
+    """Rows that rounding to int8 does not change: of each 16 inputs the largest is 127 steps, and steps are powers of
+    two of very different sizes, the same for two such groups. Two groups are of zeros."""
     generator = torch.Generator().manual_seed(rows * inputs)
     steps = torch.randint(-127, 128, (rows, inputs // 32, 32), generator=generator)
-    steps[..., 7] = 127
+    steps[..., 7::16] = 127
     steps[:, -1] *= min(1, inputs // 32 - 1)
     return (steps * 2.0 ** torch.randint(-9, 9, (rows, inputs // 32, 1), generator=generator)).flatten(-2).to(dtype)
 
@@ -112,7 +112,8 @@ class TestInt8Activations:
         blocks, weight = matrix(kind, 96, inputs)
         for rows in (3, 20):
             x = normal(rows, inputs, seed=rows).to(dtype)
-            halves = x.double().unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32) / 127 / 2
+            groups = x.double().unflatten(-1, (-1, GGUF_FORMATS[kind].group_size))
+            halves = groups.abs().amax(-1, keepdim=True).expand_as(groups) / 127 / 2
             truth, bound = x.double() @ weight.mT, halves.flatten(-2) @ weight.abs().mT
             error = (self.product(kind, x, blocks).double() - truth).abs()
             assert (error <= 1.001 * bound + (0 if dtype == torch.float32 else 2.0**-8) * truth.abs()).all()

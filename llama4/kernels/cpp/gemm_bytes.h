@@ -2,8 +2,8 @@
 // outputs are of integers within a group of inputs, and of floats over the groups.
 //
 // Rows of x and strips of W are packed group by group. A group of a strip of 32 outputs: words of four inputs, one for
-// each output, then a scale of each, and a minimum of each if the format has them. A group of a tile of rows: words of
-// four inputs, one for each row, then of each row what its sums begin with, its scale and, for minima, its sum.
+// each output, then a scale of each, and a minimum of each if the format has them. A group of a tile of rows: of each
+// row its words of four inputs, then what its sums begin with, its scale and, for minima, its sum.
 
 #pragma once
 
@@ -30,30 +30,19 @@ constexpr long rows_of_tile(long left) { return std::min<long>(byte_tile_rows, (
 template <class F, class X>
 const Word* pack_byte_rows(Team& team, const F& f, const X* x, long N) {
   const ByteGroup group(f);
-  const long inputs = input_group(f), rounded = std::max(inputs, 32l), I = f.I, groups = I / inputs;
+  const long inputs = input_group(f), I = f.I, groups = I / inputs;
   Word* packed = team.memory<Word>((N + 1) / 2 * 2 * groups * group.of_row);
   team.for_each((N + byte_tile_rows - 1) / byte_tile_rows, byte_tile_rows * I, [=](long tile) {
     const long first = tile * byte_tile_rows, rows = rows_of_tile(N - first);
     for (long r = 0; r < rows; r++) {
       const X* row = x + std::min(first + r, N - 1) * I;
-      for (long i = 0; i < I; i += rounded) {
-        const Rounding rounding = rounding_of<int8_t>(row + i, rounded);
-        int32_t sum = 0;
-        for (long at = i; at < i + rounded; at += 32) {
-          int8_t bytes[32];
-          round_32<F>(row + at, rounding.factor, bytes);
-          for (long k = 0; k < 32; k += 4) {
-            Word* own = packed + (first * groups + (at + k) / inputs * rows) * group.of_row + r;
-            own[(at + k) % inputs / 4 * rows] = word_at((const uint8_t*)bytes + k);
-            for (int j = 0; j < 4; j++) sum += bytes[k + j];
-            if ((at + k + 4) % inputs) continue;
-            own += group.words * rows;
-            own[0] = least_value<F> * sum;
-            own[rows] = __builtin_bit_cast(Word, rounding.scale);
-            own[2 * rows] = __builtin_bit_cast(Word, rounding.scale * float(sum));
-            sum = 0;
-          }
-        }
+      Word* own = packed + (first * groups + r) * group.of_row;
+      for (long i = 0; i < I; i += inputs, own += rows * group.of_row) {
+        const Rounding rounding = rounding_of<int8_t>(row + i, inputs);
+        const int32_t sum = round_bytes<F>(row + i, inputs, rounding.factor, (int8_t*)own);
+        own[group.words] = least_value<F> * sum;
+        own[group.words + 1] = __builtin_bit_cast(Word, rounding.scale);
+        own[group.words + 2] = __builtin_bit_cast(Word, rounding.scale * float(sum));
       }
     }
   });
@@ -94,32 +83,74 @@ inline void pack_bytes(const Int8Inputs<Int4>& f, Scales, long o, Word* to) {
   }
 }
 
-template <class F>
-void pack_bytes(const F& f, Scales, long o, Word* to) {
-  const ByteGroup group(f);
-  constexpr int groups = step_weights<F> / F::group, sums = step_weights<F> / 32;
-  for (long begin = 0; begin < f.I; begin += step_weights<F>, to += groups * group.of_strip) {
-    const long left = std::min(f.I - begin, step_weights<F>);
+// The codes of a step of 16 rows of W, less the least one: calls put(vector, word, codes) for each word of a vector.
+template <class F, class Put>
+INLINE void words_of_step(const F& f, long o, long step, const Put& put) {
+  if constexpr (is_large_blocks<F>) {  // as they lie, and then taken apart
+    const auto block = [&](int i) { return f.row(o + i) + step * F::nbytes; };
+    u32x16 bits[8]{};
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; pair++) {
+      if constexpr (F::has_bits)
+        if (pair == 0 || F::bits_at(0) != F::bits_at(1)) {
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; i++) bits[i] = halves_at(block(i) + F::bits_at(pair), block(i + 8) + F::bits_at(pair));
+          transpose<4>(bits);
+        }
+      u32x16 nibbles[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) nibbles[i] = load<u32x16>(block(i) + F::nibbles_at + 64 * pair);
+      transpose(nibbles);
+#pragma GCC unroll 16
+      for (int word = 0; word < 16; word++) {
+        u32x16 codes[2], own = bits[word % 8];
+        if constexpr (F::has_bits) own = own >> (F::bits_shift(pair) + word / 8 * 2);
+        F::join(nibbles[word], own, codes);
+        for (int i = 0; i < 2; i++) put(2 * pair + i, word, integers_from_zero<F>(codes[i]));
+      }
+    }
+  } else {
     u32x16 words[F::vectors][16];
-    float scales[groups][16], minima[sums][16];
     for (int i = 0; i < 16; i++) {
-      const auto read = read_step(f, o + i, begin / step_weights<F>);
+      const auto read = read_step(f, o + i, step);
       for (int vector = 0; vector < F::vectors; vector++) words[vector][i] = integers_from_zero<F>(read.codes[vector]);
-      for (int g = 0; g < groups; g++) scales[g][i] = read.scales[g];
-      for (int g = 0; has_minimum<F> && g < sums; g++) minima[g][i] = read.minima[g];
     }
     for (int vector = 0; vector < F::vectors; vector++) {
       transpose(words[vector]);
-      for (int word = 0; word < 16; word++) {
-        const int place = F::place(vector, word / 4) + word % 4 * 4;
-        if (place < left)
-          store(to + place / F::group * group.of_strip + place % F::group / 4 * strip, words[vector][word]);
-      }
+      for (int word = 0; word < 16; word++) put(vector, word, words[vector][word]);
     }
-    for (int g = 0; g * F::group < left; g++) {
-      Word* own = to + g * group.of_strip + group.words * strip;
-      __builtin_memcpy(own, scales[g], sizeof scales[g]);
-      if (has_minimum<F>) __builtin_memcpy(own + strip, minima[g], sizeof minima[g]);
+  }
+}
+
+template <class F>
+__attribute__((flatten)) void pack_bytes(const F& f, Scales, long o, Word* to) {
+  const ByteGroup group(f);
+  constexpr int groups = step_weights<F> / F::group, factors = groups + has_minimum<F> * step_weights<F> / 32;
+  for (long step = 0; step * step_weights<F> < f.I; step++, to += groups * group.of_strip) {
+    const long left = f.I - step * step_weights<F>;
+    words_of_step(f, o, step, [&](int vector, int word, u32x16 codes) {
+      const int place = F::place(vector, word / 4) + word % 4 * 4;
+      if (is_large_blocks<F> || place < left) store(to + place / F::group * group.of_strip + place % F::group / 4 * strip, codes);
+    });
+    float own[16][factors];  // scales, then minima
+    for (int i = 0; i < 16; i++) {
+      const auto read = read_step(f, o + i, step);
+      __builtin_memcpy(own[i], &read.scales, sizeof read.scales);
+      if constexpr (has_minimum<F>) __builtin_memcpy(own[i] + groups, &read.minima, sizeof read.minima);
+    }
+    for (int first = 0; first < factors; first += 4) {
+      u32x16 fours[4];  // of outputs i, i + 4, i + 8 and i + 12
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const auto at = [&](int k) { return load<u32x4>((const Word*)own[i + k] + first); };
+        fours[i] = concat(at(0), at(4), at(8), at(12));
+      }
+      transpose<2>(fours);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int g = (first + i) % groups, is_minimum = (first + i) / groups;
+        if (is_large_blocks<F> || g * F::group < left) store(to + g * group.of_strip + (group.words + is_minimum) * strip, fours[i]);
+      }
     }
   }
 }
@@ -135,12 +166,12 @@ __attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, cons
     f32x16 totals[rows][vectors] = {};
     const Word *a = x, *b = w + column;
     for (long g = 0; g < groups; g++, a += group.of_row * rows, b += group.of_strip) {
-      const Word *begin = a + group.words * rows, *scale = begin + rows, *sum = scale + rows;
+      const auto of_row = [=](int r, long k) { return a[r * group.of_row + k]; };
       i32x16 sums[rows][vectors];
 #pragma GCC unroll 6
       for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < vectors; j++) sums[r][j] = (i32x16)(u32x16{} + begin[r]);
+        for (int j = 0; j < vectors; j++) sums[r][j] = (i32x16)(u32x16{} + of_row(r, group.words));
 #pragma GCC unroll 4
       for (long k = 0; k < group.words; k++) {
         u32x16 weights[vectors];
@@ -150,18 +181,18 @@ __attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, cons
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
           for (int j = 0; j < vectors; j++)
-            sums[r][j] = multiply_add_bytes<value_range<F>>(sums[r][j], weights[j], u32x16{} + a[k * rows + r]);
+            sums[r][j] = multiply_add_bytes<value_range<F>>(sums[r][j], weights[j], u32x16{} + of_row(r, k));
       }
       const float* factors = (const float*)b + group.words * strip;
 #pragma GCC unroll 2
       for (int j = 0; j < vectors; j++) {
         const f32x16 own = load<f32x16>(factors + 16 * j);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) totals[r][j] += to_floats(sums[r][j]) * (own * number(scale[r]));
+        for (int r = 0; r < rows; r++) totals[r][j] += to_floats(sums[r][j]) * (own * number(of_row(r, group.words + 1)));
         if constexpr (has_minimum<F>) {
           const f32x16 minima = load<f32x16>(factors + strip + 16 * j);
 #pragma GCC unroll 6
-          for (int r = 0; r < rows; r++) totals[r][j] += minima * number(sum[r]);
+          for (int r = 0; r < rows; r++) totals[r][j] += minima * number(of_row(r, group.words + 2));
         }
       }
     }

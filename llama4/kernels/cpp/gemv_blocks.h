@@ -170,13 +170,12 @@ BlockInputs<F, V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
     for (long step = 0; step < steps; step++) {
       const long at = n * steps + rows * step, count = std::min(I - step * step_inputs, step_inputs);
       Number in_order[4][step_inputs];
-      float of_32[4][step_inputs / 32];
+      float own_scales[4][step_inputs / F::group];
       for (long row = 0; row < rows; row++) {
         const X* from = x + (n + row) * I + step * step_inputs;
         if constexpr (V::rounds) {
-          round_inputs(from, count, in_order[row], of_32[row]);
-          auto* to = (float*)(scales + at + row);
-          for (int g = 0; g < step_inputs / F::group; g++) to[g] = of_32[row][g * F::group / 32];
+          round_inputs<F::group>(from, count, in_order[row], own_scales[row]);
+          __builtin_memcpy(scales + at + row, own_scales[row], sizeof own_scales[row]);
         } else {
           take_inputs(from, count, in_order[row]);
         }
@@ -200,8 +199,9 @@ BlockInputs<F, V> arrange_block_inputs(Team& team, const X* x, long N, long I) {
             for (int i = 0; i < 4; i++) *sum += total[4 * quarter + i];
           }
         }
+      static_assert(!F::has_minimum || F::group == 32);
       for (long row = 0; row < rows && F::has_minimum && V::rounds; row++)
-        for (int g = 0; g < step_inputs / 32; g++) ((float*)(sums + at + row))[g] *= of_32[row][g];
+        for (int g = 0; g < step_inputs / 32; g++) ((float*)(sums + at + row))[g] *= own_scales[row][g];
     }
   });
   return {(const typename V::Plane*)numbers, begin, sums, scales};

@@ -17,12 +17,22 @@ INLINE long input_group(const F& f) {
   else return f.I % 128 ? 64 : 128;
 }
 
-// 32 inputs as bytes, in the order in which a format has them: a byte of int4 is two neighbours.
+// Inputs as bytes, in the order in which a format has them: a byte of int4 is two neighbours of 32. -> their sum
 template <class F, class X>
-INLINE void round_32(const X* x, float factor, int8_t* to) {
-  int8_t bytes[32];
-  round_sixteen(x, factor, bytes), round_sixteen(x + 16, factor, bytes + 16);
-  for (int i = 0; i < 32; i++) to[F::interleaved ? i % 2 * 16 + i / 2 : i] = bytes[i];
+INLINE int32_t round_bytes(const X* x, long count, float factor, int8_t* to) {
+  i32x16 sums{};
+  for (long i = 0; i < count; i += 16) {
+    const i32x16 integers = round_sixteen(x + i, factor);
+    sums += integers;
+    if constexpr (F::interleaved) {
+      int8_t bytes[16];
+      store_low(bytes, integers);
+      for (int k = 0; k < 16; k++) to[i / 32 * 32 + i % 32 / 2 + k % 2 * 16 + k / 2] = bytes[k];
+    } else {
+      store_low(to + i, integers);
+    }
+  }
+  return horizontal_sum(sums);
 }
 
 // For each four rows (or those that are left): of the first `run` bytes of a row those of every row, then of the next
@@ -52,8 +62,7 @@ ByteInputs arrange_bytes(Team& team, const X* x, long N, long I, long group) {
       int32_t sum = 0;
       for (long i = 0; i < group; i += 32) {
         int8_t own[32];
-        round_32<F>(from + i, rounding.factor, own);
-        for (int k = 0; k < 32; k++) sum += own[k];
+        sum += round_bytes<F>(from + i, 32, rounding.factor, own);
         constexpr int count = run < 32 ? run : 32;
         for (int k = 0; k < 32; k += count) {
           const long at = g * group + i + k;

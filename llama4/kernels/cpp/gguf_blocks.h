@@ -296,17 +296,37 @@ struct GgufMxfp4 : Nibbles<1> {
 
 // ---- blocks of 256
 
+// 128 bytes of nibbles, of which the low halves of 64 are a vector of a pair and the high ones the other, and for each
+// pair 32 bytes with more bits of them. A format says where they are (`nibbles_at`, `bits_at`, or `has_bits` = false),
+// how far bits lie from their lowest place (those of the first half of a vector; of the other two more: `bits_shift`),
+// and what codes are of both (`join`).
 template <int bytes>
 struct LargeBlocks {
   static constexpr long multiple = 256;
   static constexpr int vectors = 4, parts = 4, group = 32, nbytes = bytes;
   static constexpr bool rounds_inputs = false, interleaved = false, grouped = true, has_minimum = false;
+  static constexpr bool has_bits = true;
   const uint8_t* w;
   long I;
   const uint8_t* row(long o) const { return w + o * (I / 256) * bytes; }
 
   static constexpr int place(int vector, int quarter) { return 64 * vector + 16 * quarter; }
 };
+
+template <class F>
+constexpr bool is_large_blocks = requires { F::nibbles_at; };
+
+template <class F>
+INLINE BlockStep<4, F::group> read_large(const uint8_t* block) {
+  BlockStep<4, F::group> s;
+  for (int pair = 0; pair < 2; pair++) {
+    u32x16 bits{};
+    if constexpr (F::has_bits) bits = eight_twice(block + F::bits_at(pair), F::bits_shift(pair));
+    F::join(load<u32x16>(block + F::nibbles_at + 64 * pair), bits, s.codes + 2 * pair);
+  }
+  F::read_scales(block, s);
+  return s;
+}
 
 // Groups of 32, of which two neighbours share bytes: the low halves are the first.
 template <int bytes>
@@ -316,8 +336,6 @@ struct PairedGroups : LargeBlocks<bytes> {
   static constexpr int place(int vector, int quarter) {
     return 128 * (vector / 2) + 64 * (quarter / 2) + 32 * (vector % 2) + 16 * (quarter % 2);
   }
-
- protected:
   // Scales and minima of eight groups have six bits each: of groups 0 to 3 the low six of bytes 0 to 3 and 4 to 7; of
   // groups 4 to 7 the halves of bytes 8 to 11, and the two highest bits of those eight.
   static void read_scales(const uint8_t* block, BlockStep<4, 32>& s) {
@@ -333,51 +351,46 @@ struct PairedGroups : LargeBlocks<bytes> {
 
 struct Q4_K : PairedGroups<144> {
   static constexpr const char* name = "q4_k";
-  static constexpr int codes = 16;
+  static constexpr int codes = 16, nibbles_at = 16;
+  static constexpr bool has_bits = false;
+  static void join(u32x16 nibbles, u32x16, u32x16* codes) { read_nibbles(nibbles, codes); }
   template <bool>
-  BlockStep<4, 32> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step * nbytes;
-    BlockStep<4, 32> s;
-    for (int i = 0; i < 2; i++) read_nibbles(load<u32x16>(block + 16 + 64 * i), s.codes + 2 * i);
-    read_scales(block, s);
-    return s;
+  auto read(const uint8_t* row, long step) const {
+    return read_large<Q4_K>(row + step * nbytes);
   }
 };
 
 struct Q5_K : PairedGroups<176> {
   static constexpr const char* name = "q5_k";
-  static constexpr int codes = 32;
+  static constexpr int codes = 32, nibbles_at = 48;
+  static constexpr int bits_at(int) { return 16; }  // bit i of those 32 bytes is that of group i
+  static constexpr int bits_shift(int pair) { return 4 * pair; }
+  static void join(u32x16 nibbles, u32x16 bits, u32x16* codes) {
+    read_nibbles(nibbles, codes);
+    codes[0] |= bits << 4 & 0x10101010u, codes[1] |= bits << 3 & 0x10101010u;
+  }
   template <bool>
-  BlockStep<4, 32> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step * nbytes;
-    BlockStep<4, 32> s;
-    for (int i = 0; i < 2; i++) {
-      u32x16* own = s.codes + 2 * i;
-      read_nibbles(load<u32x16>(block + 48 + 64 * i), own);
-      const u32x16 bits = eight_twice(block + 16, 4 * i);  // bit i of those 32 bytes is that of group i
-      own[0] |= bits << 4 & 0x10101010u, own[1] |= bits << 3 & 0x10101010u;
-    }
-    read_scales(block, s);
-    return s;
+  auto read(const uint8_t* row, long step) const {
+    return read_large<Q5_K>(row + step * nbytes);
   }
 };
 
 struct Q6_K : LargeBlocks<210> {
   static constexpr const char* name = "q6_k";
-  static constexpr int codes = 64, group = 16;
+  static constexpr int codes = 64, group = 16, nibbles_at = 0;
   static constexpr int value(int code) { return code - 32; }
-  template <bool>
-  BlockStep<4, 16> read(const uint8_t* row, long step) const {
-    const uint8_t* block = row + step * nbytes;
-    BlockStep<4, 16> s;
-    for (int i = 0; i < 2; i++) {
-      u32x16* own = s.codes + 2 * i;
-      read_nibbles(load<u32x16>(block + 64 * i), own);
-      const u32x16 bits = eight_twice(block + 128 + 32 * i, 0);  // two of each byte
-      own[0] |= bits << 4 & 0x30303030u, own[1] |= bits & 0x30303030u;
-    }
+  static constexpr int bits_at(int pair) { return 128 + 32 * pair; }  // two of each byte
+  static constexpr int bits_shift(int) { return 0; }
+  static void join(u32x16 nibbles, u32x16 bits, u32x16* codes) {
+    read_nibbles(nibbles, codes);
+    codes[0] |= bits << 4 & 0x30303030u, codes[1] |= bits & 0x30303030u;
+  }
+  static void read_scales(const uint8_t* block, BlockStep<4, 16>& s) {
     s.scales = from_signed_bytes(load<u32x4>(block + 192)) * from_halves(half_at(block + 208))[0];
-    return s;
+  }
+  template <bool>
+  auto read(const uint8_t* row, long step) const {
+    return read_large<Q6_K>(row + step * nbytes);
   }
 };
 
@@ -456,7 +469,8 @@ INLINE auto read_step(const F& f, long o, long step) {
 
 // ---- rows of x rounded to int8
 
-// The same format for rows of x that are rounded to int8, with a scale for each 32 inputs: products of integers.
+// The same format for rows of x that are rounded to int8, with a scale for each group of inputs: products of
+// integers.
 template <class F>
 struct Int8Inputs : F {
   static constexpr auto joined = [] {

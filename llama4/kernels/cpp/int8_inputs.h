@@ -35,21 +35,21 @@ INLINE Rounding rounding_of(const X* x, long count) {
   return {most > 0 ? largest / most : 0, most / largest + horizontal_sum(nothing)};
 }
 
-template <class X, class Number>
-INLINE void round_sixteen(const X* x, float factor, Number* to) {
-  store_low(to, to_integers(round_to_integer(load_floats(x) * factor)));
+template <class X>
+INLINE i32x16 round_sixteen(const X* x, float factor) {
+  return to_integers(round_to_integer(load_floats(x) * factor));
 }
 
-// A step of a row of x rounded, and the scales of each 32.
-template <class X, class Number, long step>
+// A step of a row of x rounded, and the scale of each group.
+template <int group, class X, class Number, long step>
 INLINE void round_inputs(const X* x, long count, Number (&to)[step], float* scales) {
-  for (long i = 0; i < count; i += 32) {
-    const Rounding rounding = rounding_of<Number>(x + i, 32);
-    round_sixteen(x + i, rounding.factor, to + i), round_sixteen(x + i + 16, rounding.factor, to + i + 16);
-    scales[i / 32] = rounding.scale;
+  for (long i = 0; i < count; i += group) {
+    const Rounding rounding = rounding_of<Number>(x + i, group);
+    for (long k = i; k < i + group; k += 16) store_low(to + k, round_sixteen(x + k, rounding.factor));
+    scales[i / group] = rounding.scale;
   }
   std::fill(to + count, to + step, 0);
-  std::fill(scales + count / 32, scales + step / 32, 0);
+  std::fill(scales + count / group, scales + step / group, 0);
 }
 
 }  // namespace

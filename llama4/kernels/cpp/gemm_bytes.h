@@ -130,7 +130,8 @@ __attribute__((flatten)) void pack_bytes(const F& f, Scales, long o, Word* to) {
     const long left = f.I - step * step_weights<F>;
     words_of_step(f, o, step, [&](int vector, int word, u32x16 codes) {
       const int place = F::place(vector, word / 4) + word % 4 * 4;
-      if (is_large_blocks<F> || place < left) store(to + place / F::group * group.of_strip + place % F::group / 4 * strip, codes);
+      if (is_large_blocks<F> || place < left)
+        store(to + place / F::group * group.of_strip + place % F::group / 4 * strip, codes);
     });
     float own[16][factors];  // scales, then minima
     for (int i = 0; i < 16; i++) {
@@ -149,7 +150,8 @@ __attribute__((flatten)) void pack_bytes(const F& f, Scales, long o, Word* to) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         const int g = (first + i) % groups, is_minimum = (first + i) / groups;
-        if (is_large_blocks<F> || g * F::group < left) store(to + g * group.of_strip + (group.words + is_minimum) * strip, fours[i]);
+        if (is_large_blocks<F> || g * F::group < left)
+          store(to + g * group.of_strip + (group.words + is_minimum) * strip, fours[i]);
       }
     }
   }
@@ -188,7 +190,8 @@ __attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, cons
       for (int j = 0; j < vectors; j++) {
         const f32x16 own = load<f32x16>(factors + 16 * j);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) totals[r][j] += to_floats(sums[r][j]) * (own * number(of_row(r, group.words + 1)));
+        for (int r = 0; r < rows; r++)
+          totals[r][j] += to_floats(sums[r][j]) * (own * number(of_row(r, group.words + 1)));
         if constexpr (has_minimum<F>) {
           const f32x16 minima = load<f32x16>(factors + strip + 16 * j);
 #pragma GCC unroll 6

@@ -385,8 +385,8 @@ def test_steps_of_packed_models(
 
 @pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 def test_activations(tmp_path: Path) -> None:
-    """Rounding to int8 changes little; by default it is in bfloat16 alone, beside weights of up to six bits, and not in a
-    head of six."""
+    """Rounding to int8 changes little; by default it is in bfloat16 alone, beside weights of up to six bits, but not
+    in a head of six."""
     kinds = {"ffn_gate_inp": "F32", **MIXES["one type each"], "attn_output": "Q6_K", "output.": "Q6_K"}
     path, _ = quantized(tmp_path / "a.gguf", kinds)
     rounded: dict[tuple[str, str], dict[tuple[str, bool], bool]] = {}

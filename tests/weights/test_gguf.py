@@ -394,8 +394,8 @@ def test_activations(tmp_path: Path) -> None:
     for dtype, activations in (("float32", "float"), ("float32", "int8"), ("float32", "auto"), ("bfloat16", "auto")):
         llm = Llama4.from_pretrained(path, dtype=dtype, activations=activations, progress=False)
         rounded[dtype, activations] = {
-            (module.format.kind, module is llm.model.language_model.lm_head): module.format.activations == "int8"
-            for module in llm.model.modules()
+            (module.format.kind, name.endswith("lm_head")): module.format.activations == "int8"
+            for name, module in llm.model.named_modules()
             if isinstance(module, QuantizedWeight) and isinstance(module.format, GgufBlocks)
         }
         results[dtype, activations] = logits(llm, 40).float()

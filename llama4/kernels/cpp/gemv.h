@@ -103,7 +103,9 @@ __attribute__((noinline)) void dot_segments(const F f, long first, long count, l
 // Rows of W that share what is read of N rows of x, where a core computes for longer than it reads: as many as have
 // their sums in registers. Less than five rows of x that are not the first meet rows of W that are in its caches.
 template <class F, int N>
-constexpr int rows_together = gemv_rows<F> == 4 ? 1 : N > 4 ? 2 : 4;
+constexpr int rows_together = gemv_rows<F> == 4 ? 1
+                              : N > 4           ? 2
+                                                : 4;
 
 // The same for sixteen rows, in the same order of sums.
 template <class F, int N>

@@ -173,8 +173,8 @@ def json_depth(content: Any) -> int:
     level, depth = [content] if isinstance(content, (dict, list)) else [], 0
     while level and depth <= MAX_JSON_DEPTH:
         depth += 1
-        inside = (child for node in level for child in (node.values() if type(node) is dict else node))
-        level = [child for child in inside if type(child) is dict or type(child) is list]
+        inside = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in inside if isinstance(child, (dict, list))]
     return depth
 
 

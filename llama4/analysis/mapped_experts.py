@@ -43,7 +43,11 @@ def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
         return None
     total = float(sum(experts.values()))
     # Embeddings and vision tower are mapped as well, and seldom read.
-    seldom = sum(size for name, size in sizes.items() if costs.share_per_token(text, name) < 0.01)
+    seldom = sum(
+        size
+        for name, size in sizes.items()
+        if not costs.is_of_experts(name) and costs.share_per_token(text, name) < 0.01
+    )
     seldom += costs.vision_bytes(placement.config, placement.dtype)
     room = usable(placement) - (memory(placement, context).total - total - seldom)
     if room <= 0:

@@ -195,18 +195,21 @@ def _new_cache(model: Llama4Model, cache_dtype: str) -> SequenceCache:
     return model.new_cache(1, None if cache_dtype == "auto" else cache_dtype)
 
 
-def disk_rate(directory: Path) -> float:
+def disk_rate(directory: Path) -> float | None:
     """Bytes a second at which files of weights come from the disk, some tens of megabytes at a time, as experts do.
-    What memory has of them is dropped first.
+    What memory has of them is dropped first. None where no file is large enough, or the system cannot drop it.
 
     Raises:
-        OSError: no file can be read.
+        OSError: a file cannot be read.
     """
-    file = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    runs = min(DISK_RUNS, file.stat().st_size // DISK_RUN)
+    sizes = {path: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    size, file = max(((size, path) for path, size in sizes.items()), default=(0, directory))
+    runs = min(DISK_RUNS, size // DISK_RUN)
+    if not runs or not hasattr(os, "posix_fadvise"):
+        return None
     spent = []
     for i in range(runs):
-        begin = file.stat().st_size // runs * i
+        begin = size // runs * i
         with file.open("rb", buffering=0) as content:
             os.posix_fadvise(content.fileno(), begin, DISK_RUN, os.POSIX_FADV_DONTNEED)
             content.seek(begin)

@@ -98,6 +98,8 @@ def run_plan(options: argparse.Namespace) -> int:
     on_cpu = options.measure or options.device == "cpu"
     if on_cpu and (options.devices != 1 or options.device not in (None, "cpu")):
         options.parser.error("--measure and --device cpu are for this one CPU")
+    if options.disk_rate and not on_cpu:
+        options.parser.error("--disk-rate is of a model larger than this CPU's memory; add --device cpu")
     config = read_config(options.model, options.revision, subfolder=options.subfolder)
     device = "h100" if on_cpu else options.device or "h100"
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
@@ -119,9 +121,12 @@ def run_plan(options: argparse.Namespace) -> int:
         reached = hardware.published_rates(device, planner.fp8_share(placement))
     facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
     mapped = mapped_experts.mapped_experts(placement, context) if on_cpu else None
-    if mapped is not None and (options.disk_rate or Path(options.model).is_dir()):
-        disk = units.parse_rate(options.disk_rate) if options.disk_rate else cpu.disk_rate(Path(options.model))
-        facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
+    if mapped is not None:
+        disk = units.parse_rate(options.disk_rate) if options.disk_rate else None
+        if disk is None and Path(options.model).is_dir():
+            disk = cpu.disk_rate(Path(options.model))
+        if disk is not None:
+            facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
     if options.measure:
         facts["measured"] = cpu.measure_model(options.model, options.revision, options.subfolder, placement, context)
     if options.json:

@@ -75,7 +75,7 @@ def load(
     with Bar("loading", sum(sizes.values()), "bytes", shown=progress) as bar:
         for name, following in zip(names, [*names[1:], None], strict=True):
             with bar.step(sizes[name]):
-                if following is not None:
+                if following is not None and source.origin(following).file == source.origin(name).file:
                     placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"

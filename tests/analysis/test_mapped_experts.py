@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from llama4.analysis import mapped_experts as mapped
 from llama4.analysis.planner import Placement, make_placement
+from llama4.bench import calibration
 from llama4.cli.main import main
 from llama4.config import PRESETS
 
@@ -36,6 +39,22 @@ def test_scout_in_24_gib() -> None:
     assert long is not None and long.prompt == 2 * found.experts
 
 
+def test_maverick_in_24_gib() -> None:
+    """A token needs 1 of 128 experts in each of 24 layers, and few of them have room."""
+    placement = make_placement("maverick", PRESETS["maverick"](), weights="int4", device_memory=24 * GIB)
+    found = mapped.mapped_experts(placement, 1024)
+    assert found is not None
+    assert found.experts == 24 * 128 * EXPERT
+    assert 0 < found.room < 24 * GIB
+    assert found.token == pytest.approx(24 * EXPERT * (1 - found.room / found.experts))
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_none_where_all_else_does_not_fit(name: str) -> None:
+    placement = make_placement(name, PRESETS[name](), weights="int4", device_memory=4 * GIB)
+    assert mapped.mapped_experts(placement, 1024) is None
+
+
 @pytest.mark.parametrize(("memory", "weights"), [(64, "int4"), (6, "int4"), (24, "bf16")])
 def test_none_where_all_fits_or_nothing_does(memory: int, weights: str) -> None:
     """What is not quantized is mapped as it is, whatever its size."""
@@ -53,3 +72,30 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert own["seconds_for_prompt"] == max(facts["seconds_for_prompt"], own["bytes_for_prompt"] / 2e9)
     assert main(["plan", "scout", *options, *rates]) == 0
     assert "have room in memory, the rest is read at 2.00 GB/s" in capsys.readouterr().out
+
+
+def test_a_directory_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the disk nothing can be measured, and nothing is said."""
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["scout"]().to_dict()))
+    rates = ["--memory-rate", "30GB/s", "--gemm-rate", "300GFLOP/s"]
+    options = ["--device", "cpu", "--device-memory", "24GiB", "--context", "1K", "--weights", "int4"]
+    assert main(["plan", str(tmp_path), *options, *rates, "--json"]) == 0
+    assert "mapped_experts" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system drops no pages of a file")
+def test_the_rate_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibration.disk_rate(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(bytes(8192))
+    assert calibration.disk_rate(tmp_path) is None
+    monkeypatch.setattr(calibration, "DISK_RUN", 4096)
+    rate = calibration.disk_rate(tmp_path)
+    assert rate is not None and rate > 0
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert calibration.disk_rate(tmp_path) is None
+
+
+def test_the_rate_of_a_disk_is_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "scout", "--disk-rate", "2GB/s"])
+    assert "--disk-rate is of a model larger than this CPU's memory; add --device cpu" in capsys.readouterr().err

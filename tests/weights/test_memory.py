@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llama4.api import Llama4
-from llama4.weights import memory
+from llama4.weights import memory, safetensors
 from tests.parity.references import reference_config, reference_model
 
 IS_LINUX = sys.platform.startswith("linux")
@@ -106,6 +106,23 @@ def test_no_map_is_left(directory: Path) -> None:
     mapped = Llama4.from_pretrained(directory, dtype="bfloat16", progress=False)
     assert str(directory) in Path("/proc/self/maps").read_text()
     assert llm.model.config.text == mapped.model.config.text
+
+
+def test_each_file_is_mapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where tensors are read ahead: those that come from the next file are not."""
+    model = reference_model(reference_config(), 3).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    mapped = []
+
+    class Map(safetensors._Map):
+        def __init__(self, path: Path) -> None:
+            mapped.append(path.name)
+            super().__init__(path)
+
+    monkeypatch.setattr(safetensors, "_Map", Map)
+    Llama4.from_pretrained(tmp_path, dtype="float32", progress=False)
+    assert len(mapped) > 1
+    assert sorted(mapped) == sorted(path.name for path in tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("scheme", [None, "int8"])

@@ -35,7 +35,7 @@ from llama4.weights.meta import layout as meta_layout
 from llama4.weights.meta.layout import write_tokenizer_model
 from llama4.weights.meta.names import pieces
 from llama4.weights.meta.params import params_from_config, read_params
-from llama4.weights.meta.source import MetaSource
+from llama4.weights.meta.source import MetaSource, check_order
 from llama4.weights.source import Source, View
 from tests import small_model
 from tests.parity.references import PATCH, ReferenceModel, reference_config, reference_model, relative_error
@@ -368,6 +368,17 @@ def test_fp8_without_its_scales(
     spoil(directory)
     with pytest.raises(CheckpointError, match=message):
         Llama4.from_pretrained(directory, progress=False)
+
+
+def test_swapped_scales_of_many_ranks(tmp_path: Path) -> None:
+    """By their numbers 2 comes before 10, by their letters after it."""
+    paths = [tmp_path / f"fp8_scales_{rank}.pt" for rank in range(11)]
+    for path in paths:
+        torch.save({}, path)
+    check_order(paths)
+    swap(paths[0], paths[1])
+    with pytest.raises(CheckpointError, match=r"0\.pt was written as fp8_scales_1\.pt: the ranks"):
+        check_order(paths)
 
 
 class TestDamage:

@@ -52,7 +52,7 @@ class MetaSource:
         self.plan: QuantizationPlan = {}
         self.notes: Sequence[str] = ()
         files = _rank_files(Path(directory))
-        _check_order(files)
+        check_order(files)
         stamps = {path.name: _record(path, STAMP_RECORD) for path in files}
         check_stamps(Path(directory), stamps, next(iter(stamps.values())))
         self._ranks = [_read(path) for path in files]
@@ -160,14 +160,14 @@ def _rank_files(directory: Path) -> list[Path]:
     return found
 
 
-def _check_order(files: Sequence[Path]) -> None:
+def check_order(files: Sequence[Path]) -> None:
     """A file has the name under which it was written.
 
     Raises:
         CheckpointError: the files have each other's.
     """
     written, found = [_written_as(path) for path in files], [path.stem for path in files]
-    if written != found and sorted(written) == found:
+    if written != found and sorted(written) == sorted(found):
         own = next(i for i, name in enumerate(written) if name != found[i])
         raise CheckpointError(
             f"{files[own]} was written as {written[own]}{files[own].suffix}: the ranks are not in their order; give "
@@ -253,7 +253,7 @@ def _read_scales(
     paths = [directory / SCALES_FILE.format(rank) for rank in range(len(ranks))]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise CheckpointError(f"{directory} holds experts in FP8 but not their scales; fetch those, too", missing)
-    _check_order(paths)
+    check_order(paths)
     files = [_load(path) for path in paths]
     scales: dict[str, Tensor] = {}
     for name in quantized:

@@ -8,8 +8,8 @@ what is written. Meanwhile pictures of shapes must look to it as they did, and s
 again, so that it forgets nothing.
 
 One process per CPU core computes the gradients of its share of the pictures. Every picture follows from the seed and
-the step, so a run can be stopped at any time and goes on where it was when started again. Progress goes to the
-terminal; the adapter, which anything that reads PEFT's takes, to OUT_DIR/adapter.
+the step, so a run can be stopped at any time and goes on from the last checkpoint when started again. Progress goes to
+the terminal; the adapter, which anything that reads PEFT's takes, to OUT_DIR/adapter.
 """
 
 from __future__ import annotations
@@ -310,8 +310,8 @@ def examine(learner: Learner, lengths: dict[str, list[Topic]], old: list[Topic])
 
 def train(process: int, processes: int, args: argparse.Namespace) -> None:
     """One process of the run; process 0 writes."""
-    torch.set_num_threads(1)
     if processes > 1:
+        torch.set_num_threads(1)
         rendezvous = f"file://{args.out}/rendezvous"
         dist.init_process_group("gloo", init_method=rendezvous, rank=process, world_size=processes)
     torch.manual_seed(args.seed)
@@ -390,6 +390,8 @@ def main() -> None:
     parser.add_argument("--exam", type=int, default=240, help="held-out pictures with a text")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
+    if not args.minutes > 0 or args.exam < 12 or args.processes < 1:
+        parser.error("--minutes is above 0, --exam at least 12, --processes at least 1")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rendezvous").unlink(missing_ok=True)

@@ -86,16 +86,24 @@ def test_letters_are_drawn_where_they_are_looked_for() -> None:
 def test_letters_are_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A step of each part, and what stays of it."""
+    """A step of each part, and what stays of it; the process keeps its threads."""
+    monkeypatch.setattr(torch, "set_num_threads", Mock(side_effect=AssertionError))
     options = ["--processes", "1", "--exam", "12", "--minutes", "0.001", "--rank", "2"]
     run("learn_letters", monkeypatch, str(tmp_path), *options)
-    assert re.search(r"at first: letters .*\n.*step 1: seen .*; letters .*\n", capsys.readouterr().out)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    said = re.search(r"at first: letters .*\n.*step (\d+): seen .*; letters .*\n", capsys.readouterr().out)
+    assert said and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == int(said[1])
     llm = Llama4.from_pretrained("tiny", adapter=tmp_path / "adapter", dtype="float32", progress=False)
     assert {"vision_model", "multi_modal_projector"} < {name.split(".")[0] for name in llm.adapters["default"].names}
     llm.set_adapter(None)
     learner = runpy.run_path(str(EXAMPLES / "learn_letters.py"))["Learner"](llm, rank=2)
     assert set(learner.read(random.Random(0))) == {"answers", "seen", "changed"}
+
+
+@pytest.mark.parametrize("option", [("--minutes", "0"), ("--exam", "11"), ("--processes", "0")])
+def test_letters_need_time_and_pictures(option: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("learn_letters", monkeypatch, "out", *option)
+    assert stopped.value.code == 2
 
 
 def test_candidates_of_a_question_differ(monkeypatch: pytest.MonkeyPatch) -> None:

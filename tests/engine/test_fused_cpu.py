@@ -26,9 +26,10 @@ from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.schemes import SCHEMES
 from tests import small_model
+from tests.marks import needs_kernels
 from tests.parity.references import reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 PROMPT = torch.randint(0, 490, (3, 20), generator=torch.Generator().manual_seed(8))
 MASK = torch.ones(3, 20, dtype=torch.bool)
 MASK[1, :7] = MASK[2, :13] = False

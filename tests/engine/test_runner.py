@@ -25,9 +25,10 @@ from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.nf4 import Nf4
 from llama4.quantization.weight import QuantizedWeight
+from tests.marks import needs_kernels
 from tests.parity.references import reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 PROMPT = torch.randint(0, 490, (2, 20), generator=torch.Generator().manual_seed(8))
 STEPS = torch.randint(0, 490, (2, 30), generator=torch.Generator().manual_seed(9))
 

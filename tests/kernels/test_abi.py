@@ -14,8 +14,7 @@ from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.fused_model import Description
 from llama4.kernels import abi, build, cpu, loader
 from llama4.quantization.formats import FORMATS
-
-needs_kernels = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+from tests.marks import needs_kernels
 
 
 @pytest.fixture

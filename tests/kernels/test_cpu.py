@@ -16,8 +16,8 @@ from llama4.kernels import abi, cpu, loader, threads
 from llama4.ops import linear, quantized
 from llama4.quantization.int4 import RANGES, pack, quantize_groups, unpack
 from llama4.vision.rope import rotate
+from tests.marks import needs_kernels
 
-needs_kernels = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 40, 75, 200]
 """Few go through registers by fours, more than twelve (in x out: eight) by eights, from 192 on with other panels; in

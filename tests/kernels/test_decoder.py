@@ -28,9 +28,10 @@ from llama4.model.multimodal import Llama4Model
 from llama4.model.positions import PositionFactors
 from llama4.ops import cpu_kernels
 from llama4.quantization.weight import QuantizedWeight
+from tests.marks import needs_kernels
 from tests.parity.references import VOCABULARY, reference_config, reference_model, relative_error
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 CHUNK = 288
 """Not a multiple of the cache's blocks, 256."""
 MODELS: list[tuple[str | None, str]] = [

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, cpu, loader
+from llama4.kernels import abi, cpu
 from llama4.quantization.gguf_blocks import GGUF_FORMATS
 from llama4.quantization.int4_zeros import Int4Zeros
 from tests.kernels.test_cpu import DTYPES, normal
+from tests.marks import needs_kernels
 from tests.weights.test_gguf import random_blocks, truth
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 
 INPUTS = {32: [32, 96, 128, 576, 2080], 256: [256, 768, 2304]}
 """By the size of a block. Four blocks of 32 go together, and one to three are left."""

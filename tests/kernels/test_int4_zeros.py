@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import cpu, loader
+from llama4.kernels import cpu
 from llama4.quantization.int4_zeros import Int4Zeros
 from tests.kernels.test_cpu import DTYPES, normal
 from tests.kernels.test_gguf_blocks import right
+from tests.marks import needs_kernels
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 
 
 def matrix(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

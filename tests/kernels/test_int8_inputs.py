@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, cpu, loader
+from llama4.kernels import abi, cpu
 from llama4.ops import quantized
 from llama4.quantization.int4 import pack
+from tests.marks import needs_kernels
 
-pytestmark = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+pytestmark = needs_kernels
 OUTPUTS = 96
 FORMATS = [("int8", 640), ("int8", 704), ("int8", 64), ("int4", 32), ("int4", 64), ("int4", 128), ("int4", 256)]
 """Of int8 the inputs, of which 128 share a scale, or 64 where 128 do not fit; of int4 the group size."""

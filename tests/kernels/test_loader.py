@@ -15,10 +15,10 @@ import pytest
 
 from llama4.cli.main import main
 from llama4.kernels import build, loader
+from tests.marks import needs_kernels
 
 ROOT = Path(__file__).parents[2]
 OFF = os.environ.get(loader.SWITCH, "").lower() == "off"
-needs_kernels = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
 on_x86 = pytest.mark.skipif(build.machine() != "x86_64", reason="the levels of x86-64")
 
 

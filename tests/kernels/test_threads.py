@@ -18,10 +18,9 @@ import torch
 from llama4 import Llama4
 from llama4.engine.sampling import Sampler
 from llama4.errors import ArgumentError
-from llama4.kernels import build, cpu, loader, threads
+from llama4.kernels import build, cpu, threads
 from llama4.model.norm import RMSNorm
-
-needs_kernels = pytest.mark.skipif(loader.library() is None, reason="there are no kernels")
+from tests.marks import needs_kernels
 
 
 class TestCount:

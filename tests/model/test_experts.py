@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.kernels import loader
 from llama4.model import experts as module
 from llama4.model.experts import BACKENDS, Experts, LoopExperts, MegaBlocksExperts, resolve_experts
 from llama4.model.moe import MixtureOfExperts
+from tests.marks import needs_kernels
 
 CONFIG = TextConfig(hidden_size=64, intermediate_size=96, num_local_experts=5)
 COUNTS = {
@@ -63,7 +63,7 @@ def test_on_a_cpu(name: str, dtype: torch.dtype, counts: str) -> None:
     check(BACKENDS[name](CONFIG), CPU, dtype, COUNTS[counts])
 
 
-@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_one_call(dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama4.kernels import abi, loader
+from llama4.kernels import abi
 from llama4.ops.low_rank import low_rank, low_rank_experts
+from tests.marks import needs_kernels
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 24])
@@ -26,7 +27,7 @@ def test_equals_its_definition(rank: int, is_training: bool) -> None:
     assert (found[1] - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("rank", [8, 16])
 @torch.inference_mode()
 def test_a_row_is_the_same_bits_in_company(rank: int) -> None:

@@ -12,8 +12,7 @@ from llama4.cache.formats import QUANTIZED, Unquantized
 from llama4.kernels import loader
 from llama4.ops import attention, cpu_kernels, experts, linear, norm, quantized, rope, sampling, swiglu
 from llama4.ops.quantized import Parts
-
-needs_kernels = pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+from tests.marks import needs_kernels
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

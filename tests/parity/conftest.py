@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from llama4.kernels import loader
 from llama4.ops import cpu_kernels
+from tests.marks import needs_kernels
 
 
-@pytest.fixture(params=["torch", "kernels"], autouse=True)
+@pytest.fixture(params=["torch", pytest.param("kernels", marks=needs_kernels)], autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
     if name == "torch":
         yield name
         return
-    if loader.library() is None:
-        pytest.skip("the kernels are not built here")
     with cpu_kernels.any_size():
         yield name

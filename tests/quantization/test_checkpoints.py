@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from llama4.api import Llama4
 from llama4.errors import CheckpointError
-from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import cpu_kernels
 from llama4.quantization.modules import swap_modules
@@ -28,6 +27,7 @@ from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, quantize
 from llama4.weights.load import load
 from llama4.weights.model_source import ModelSource
+from tests.marks import needs_kernels
 from tests.parity.references import ReferenceModel, reference_config, reference_model, relative_error, write_large
 
 IDS = torch.randint(0, 490, (2, 40), generator=torch.Generator().manual_seed(8))
@@ -64,7 +64,7 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("scheme", ["int4", "int8"])
 @torch.inference_mode()
 def test_inputs_rounded_to_int8(plain: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from llama4.ops import quantized
 from llama4.reading import read_json
 from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, convert_to_gguf
+from tests.marks import needs_kernels
 from tests.parity.references import reference_config, reference_model, relative_error
 from tests.quantization.test_checkpoints import IDS, loaded, packed, same
 from tests.quantization.test_modelopt import describe, theirs
@@ -187,7 +188,7 @@ def test_read_and_computed(plain: Path, tmp_path: Path, writer: Writer, runs_as:
     assert relative_error(ours(IDS), theirs(plain, truth)(IDS).logits) < 1e-5
 
 
-@pytest.mark.skipif(not quantized.has_kernels("int4_zeros"), reason="the kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("writer", [Writer(), Writer(bits=8, group=-1), Writer("awq", symmetric=False)], ids=str)
 def test_kernels_read_them(dense: Path, tmp_path: Path, writer: Writer) -> None:
     """Scales of these packages are in float16; what is saved has them again."""

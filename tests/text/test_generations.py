@@ -172,6 +172,7 @@ def test_other_models_of_sentencepiece_are_named(tmp_path: Path) -> None:
 
 SPLITS: dict[str, Sequence[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "nfc": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-3": [
         pre_tokenizers.Split(tokenizers.Regex(LLAMA3.pattern), "isolated"),
@@ -183,7 +184,7 @@ SPLITS: dict[str, Sequence[Any]] = {
 @pytest.mark.parametrize(
     ("name", "whole", "pre"),
     [
-        *(("gpt-2", False, None), ("gpt-2", True, None)),
+        *(("gpt-2", False, "gpt-2"), ("gpt-2", True, None), ("nfc", False, None)),
         *(("smollm", False, "smollm"), ("smollm", True, None)),
         *(("llama-3", False, "dbrx"), ("llama-3", True, "llama-bpe")),
     ],
@@ -192,7 +193,7 @@ def test_byte_level_bpe_of_others(name: str, whole: bool, pre: str | None, tmp_p
     """Some bytes have no token: they are left out. What GGUF has a name for is written there, and encodes alike."""
     theirs = tokenizers.Tokenizer(BPE(ignore_merges=whole))
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(list(SPLITS[name])), decoders.ByteLevel()
-    theirs.normalizer = normalizers.NFC() if name == "gpt-2" else None
+    theirs.normalizer = normalizers.NFC() if name == "nfc" else None
     theirs.train_from_iterator(CORPUS, BpeTrainer(vocab_size=600, special_tokens=["<|im_start|>", "<|im_end|>"]))
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer(tmp_path)

@@ -24,7 +24,7 @@ from llama4.quantization.nf4 import Nf4
 from llama4.quantization.weight import QuantizedWeight
 from llama4.text.tokenizer import Tokenizer
 from llama4.train import finetune, loop
-from llama4.train.memory import Estimate
+from llama4.train.memory import Estimate, code_bytes
 from llama4.train.optimizer import RUN, RUN_BYTES, AdamW
 from llama4.train.teacher import ModelTeacher
 from llama4.weights.memory import return_freed
@@ -66,7 +66,7 @@ def model(kind: str, width: int = D) -> Llama4Model:
 
 
 def measure(kind: str, directory: Path, **options: Any) -> dict[str, int]:
-    """What was said and what it was, in bytes beyond the loaded models."""
+    """What was said, what of it is oneDNN's code, and what it was, in bytes beyond the loaded models."""
     import torch._dynamo  # checkpointing does, when it is first used
 
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def measure(kind: str, directory: Path, **options: Any) -> dict[str, int]:
     setattr(loop, "check_memory", watched)  # noqa: B010
     settings: dict[str, Any] = {"lora": LoraConfig(rank=4), "steps": 2, "batch_tokens": 1 << 20, "progress": False}
     finetune(llm, data, directory / "out", **settings, **options)
-    return {"said": said[0], "was": peak_bytes() - base[0]}
+    return {"said": said[0], "code": code_bytes(llm.model, {}), "was": peak_bytes() - base[0]}
 
 
 def measure_step() -> dict[str, int]:
@@ -129,8 +129,9 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a par
     ],
 )
 def test_a_run_takes_what_was_said(kind: str, options: str, tmp_path: Path) -> None:
+    """To a tenth; what oneDNN keeps depends on the CPU and on its version, so it may be less."""
     found = in_a_child(f"measure({kind!r}, Path({str(tmp_path)!r}), {options})")
-    assert found["was"] == pytest.approx(found["said"], rel=0.1), found
+    assert 0.9 * (found["said"] - found["code"]) < found["was"] < 1.1 * found["said"], found
 
 
 @on_linux

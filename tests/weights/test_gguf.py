@@ -33,6 +33,7 @@ from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.convert import convert, convert_to_gguf
 from tests import small_model
 from tests.families import test_llama_api as dense
+from tests.marks import needs_kernels
 from tests.text.test_generations import train
 from tests.weights import gguf_files, mutated_gguf
 from tests.weights.local_hub import LocalHub, use
@@ -351,7 +352,7 @@ def test_quantized_models(mix: str, tmp_path: Path, caplog: pytest.LogCaptureFix
     assert (logits(half, 40).float() - wanted).abs().mean() < 0.1 * wanted.abs().mean()
 
 
-@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mix", ["K", "one type each"])
@@ -383,7 +384,7 @@ def test_steps_of_packed_models(
             assert error < (1e-5 if dtype == "float32" else 5e-2)
 
 
-@pytest.mark.skipif(loader.library() is None, reason="the kernels are not built here")
+@needs_kernels
 def test_activations(tmp_path: Path) -> None:
     """Rounding to int8 changes little; by default it is in bfloat16 alone, beside weights of up to six bits, but not
     in a head of six."""

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 
 from llama4.adapters.loaded import Adapters
-from llama4.adapters.merge import merge_adapter
+from llama4.adapters.merge import check_can_merge, merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
@@ -21,7 +21,7 @@ from llama4.engine.grammar import Form
 from llama4.engine.moderation import Asked, ask, judge, limit_of
 from llama4.engine.offload import check_offload, offload_experts
 from llama4.engine.prefix_cache import PromptCache, identities
-from llama4.engine.replies import Reply, ReplyBuilder, Stream
+from llama4.engine.replies import Reply, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
 from llama4.engine.tokens import Event
@@ -268,17 +268,20 @@ class Llama4:
 
     def merge_adapter(self) -> None:
         """Add the adapter in use to the weights, for good; `save_pretrained` then writes a model that needs none. Other
-        adapters that are loaded are then ones of another model, and go.
+        adapters that are loaded are then ones of another model, and go. A reply that is being written meanwhile ends
+        with an error.
 
         Raises:
-            Llama4Error: none is in use, or a matrix is in a format that is only read.
+            Llama4Error: none is in use, or a matrix is in a format that is only read, or is two: that of embeddings and
+                of the head; the adapter is in use then as before.
         """
         if self.adapters.active is None:
             raise ArgumentError("no adapter is in use; choose one with set_adapter")
         adapters, adapter = self.adapters, self.adapters[self.adapters.active]
+        check_can_merge(adapter, self.model)
+        adapters.are_merged = True
         self.set_adapter(None)
         merge_adapter(adapter, self.model, progress=self.progress)
-        adapters.changes += 1  # for replies that began meanwhile
         self.adapters = Adapters(self.model, self.side_files)
 
     @property
@@ -438,10 +441,9 @@ class Llama4:
         """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments and
         errors are those of `chat`; errors come at once."""
         prompt = messages if isinstance(messages, Inputs) else conversation(messages)
-        events, builders = self._start(prompt, **options)
-        if len(builders) != 1:
-            raise Llama4Error(f"these are {len(builders)} conversations; use chat_batch for more than one")
-        return Stream(events, builders[0])
+        asked = self.prepare(prompt, **options)
+        builder = asked.builder(self.tokenizer)
+        return Stream(self._start(asked), builder)
 
     def chat_batch(
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
@@ -452,8 +454,9 @@ class Llama4:
         prompts = (
             conversations if isinstance(conversations, Inputs) else [list(conversation(row)) for row in conversations]
         )
-        events, builders = self._start(prompts, **options)
-        for event in events:
+        asked = self.prepare(prompts, **options)
+        builders = asked.builders(self.tokenizer)
+        for event in self._start(asked):
             builders[event.row].add(event)
         return [builder.reply() for builder in builders]
 
@@ -517,24 +520,23 @@ class Llama4:
         rows = identities(asked.inputs, self.model)
         limit_of(self.config, self.max_context).check(len(rows[0]))
         notice_fork()
-        state, cache = self.adapters.state, self._cache_of(rows)
+        state = self.adapters.state
+        cache = self._cache_of(rows, state)
         judged = judge(self.runner, self.tokenizer, asked, cache, threshold, self.stop_ids)
         self.cache = PromptCache(self.model, cache, rows[0], self.progress, state)
         return judged
 
-    def _cache_of(self, rows: Sequence[torch.Tensor]) -> SequenceCache:
+    def _cache_of(self, rows: Sequence[torch.Tensor], state: object) -> SequenceCache:
         """A cache with what the last one has of these prompts, or empty."""
-        kept = self.cache if self.cache is not None and self.cache.state is self.adapters.state else None
+        kept = self.cache if self.cache is not None and self.cache.state is state else None
         cache = kept.beginning(rows) if kept is not None else None
         return cache or self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
 
-    def _start(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs, **options: Unpack[Options]
-    ) -> tuple[Iterator[Event], list[ReplyBuilder]]:
-        asked = self.prepare(messages, **options)
+    def _start(self, asked: Prepared) -> Iterator[Event]:
         rows = identities(asked.inputs, self.model)
-        adapters, changes, state = self.adapters, self.adapters.changes, self.adapters.state
-        cache = self._cache_of(rows)
+        adapters = self.adapters  # others, after a merge in another thread
+        changes, state = adapters.changes, adapters.state
+        cache = self._cache_of(rows, state)
         events = generate(
             self.runner,
             self.tokenizer,
@@ -554,7 +556,7 @@ class Llama4:
         if len(rows) == 1:
             self.cache = PromptCache(self.model, cache, rows[0], self.progress, state)
             events = self.cache.recorded(events)
-        return events, asked.builders(self.tokenizer)
+        return events
 
     def prepare(
         self,

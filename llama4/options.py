@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.engine.replies import ReplyBuilder
 from llama4.engine.sampling import Sampler, SamplingOptions
+from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
@@ -46,6 +47,17 @@ class Prepared:
         """What makes a reply of each row's events."""
         lengths = self.inputs.attention_mask.sum(dim=1).tolist()
         return [ReplyBuilder(length, self.tools, tokenizer.special_tokens, self.form) for length in lengths]
+
+    def builder(self, tokenizer: Tokenizer) -> ReplyBuilder:
+        """That of the only row.
+
+        Raises:
+            Llama4Error: there are several.
+        """
+        builders = self.builders(tokenizer)
+        if len(builders) != 1:
+            raise Llama4Error(f"these are {len(builders)} conversations; use chat_batch for more than one")
+        return builders[0]
 
 
 class Options(SamplingOptions, total=False):

@@ -89,7 +89,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One pre-norm transformer block of a tower. Beside the patches it takes what its attention does."""
+    """One pre-norm transformer block of a tower."""
 
     attention: ClassVar[type[nn.Module]] = VisionAttention
 
@@ -100,9 +100,15 @@ class VisionLayer(nn.Module):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x_W: Tensor, of_attention: Any) -> Tensor:
-        x_W = x_W + self.self_attn(self.input_layernorm(x_W), of_attention)
-        out: Tensor = x_W + self.mlp(self.post_attention_layernorm(x_W))
+    def forward(self, x: Tensor, rotation_or_filled: Any) -> Tensor:
+        """
+        Args:
+            x: patches as the block's attention takes them: [n, L, W] of tiles that are seen one by one, or those of all
+                tiles of a picture, in one row.
+            rotation_or_filled: of the first, the rotation of each patch; of the second, how many are no padding.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rotation_or_filled)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 

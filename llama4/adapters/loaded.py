@@ -33,6 +33,7 @@ class Adapters(Mapping[str, Adapter]):
     Attributes:
         active: the name of the one that the model computes with; None for none.
         changes: how often that has changed.
+        are_merged: whether one of them is being added to the weights, or was: they are then ones of another model.
     """
 
     def __init__(self, model: Llama4Model, side_files: SideFiles = NO_SIDE_FILES) -> None:
@@ -40,6 +41,7 @@ class Adapters(Mapping[str, Adapter]):
         self._adapters: dict[str, Adapter] = {}
         self._versions: Counter[str] = Counter()
         self.changes = 0
+        self.are_merged = False
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Adapter:
@@ -121,7 +123,7 @@ class Adapters(Mapping[str, Adapter]):
             Llama4Error: another thread, or who reads the reply, chose another adapter in between, or merged one.
         """
         for event in reply:
-            if self.changes != changes:
+            if self.changes != changes or self.are_merged:
                 raise Llama4Error(
                     "another adapter was chosen, or one was merged, while this reply was being written; ask again, and "
                     "change adapters between replies"

@@ -24,20 +24,27 @@ def merge_adapter(adapter: Adapter, model: Llama4Model, *, progress: bool = Fals
     are replaced and not written to: what another thread computes with at this moment stays.
 
     Raises:
-        Llama4Error: the adapter does not fit, or a matrix is in a format that is only read, or is two: that of
-            embeddings and of the head; nothing is changed then.
+        Llama4Error: as `check_can_merge`; nothing is changed then.
     """
     assert not adapter.is_attached, "take it off first"
-    adapter.check(model)
-    for name, _ in adapter.items():
-        _check_can_merge(name, _home(model, name))
-        if model.config.text.tie_word_embeddings and target_of(name) == "embeddings":
-            raise Llama4Error(f"{name} is also the head, which the adapter does not change; use it without merging")
+    check_can_merge(adapter, model)
     sizes = {name: _size(_home(model, name), name) for name, _ in adapter.items()}
     with torch.no_grad(), Bar("merging", sum(sizes.values()), "bytes", shown=progress) as bar:
         for name, lora in adapter.items():
             with bar.step(sizes[name]):
                 _merge(_home(model, name), name.rpartition(".")[2], lora)
+
+
+def check_can_merge(adapter: Adapter, model: Llama4Model) -> None:
+    """Raises:
+    Llama4Error: the adapter does not fit, or a matrix is in a format that is only read, or is two: that of embeddings
+        and of the head.
+    """
+    adapter.check(model)
+    for name, _ in adapter.items():
+        _check_is_written(name, _home(model, name))
+        if model.config.text.tie_word_embeddings and target_of(name) == "embeddings":
+            raise Llama4Error(f"{name} is also the head, which the adapter does not change; use it without merging")
 
 
 def _home(model: Llama4Model, name: str) -> nn.Module:
@@ -56,7 +63,7 @@ def _size(home: nn.Module, name: str) -> int:
     return home.get_parameter(leaf if leaf in home._parameters else "weight").nbytes
 
 
-def _check_can_merge(name: str, home: nn.Module) -> None:
+def _check_is_written(name: str, home: nn.Module) -> None:
     kinds = [home.format] if isinstance(home, QuantizedWeight) else []
     if isinstance(home, (SplitExperts, SeparateExperts)):
         raise Llama4Error(f"{name} is in a format that is read and not written; merge into the unquantized model")

@@ -6,25 +6,18 @@ Shapes: B requests, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from llama4.engine.request import Delivery, Request
 from llama4.engine.sampling import Sampler, likeliest
-from llama4.engine.tokens import Token
-
-
-class SupportsBytes(Protocol):
-    """What is asked of a tokenizer."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+from llama4.engine.tokens import SupportsDecode, Token
 
 
 def next_tokens(
     requests: Sequence[Request],
     logits_BV: Tensor,
-    tokenizer: SupportsBytes,
+    tokenizer: SupportsDecode,
     greedy: tuple[list[int], list[float]] | None = None,
 ) -> list[Delivery]:
     """The next token of each request, or why there is none.
@@ -58,11 +51,13 @@ def _sample(
         groups.setdefault(request.choice, []).append(row)
     for (sampler, _), rows in groups.items():
         if sampler.takes_largest and greedy is not None:
-            known = [row for row in rows if requests[row].state.allows(greedy[0][row])]
-            for row in known:
-                chosen[row] = greedy[0][row], greedy[1][row]
-                requests[row].state.accept(greedy[0][row])
-            rows = [row for row in rows if row not in known]
+            candidates, rows = rows, []
+            for row in candidates:
+                if requests[row].state.allows(greedy[0][row]):
+                    chosen[row] = greedy[0][row], greedy[1][row]
+                    requests[row].state.accept(greedy[0][row])
+                else:
+                    rows.append(row)
         if rows:
             own_BV = logits_BV[rows] if len(rows) < len(requests) else logits_BV
             ids_B, logprobs_B = sampler(own_BV, [requests[row].state for row in rows])

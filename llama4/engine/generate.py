@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -18,19 +17,11 @@ from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.scheduler import Scheduler
-from llama4.engine.tokens import Event, FinishReason, Token
+from llama4.engine.tokens import Event, FinishReason, SupportsDecode, Token
 from llama4.errors import ArgumentError
 from llama4.inputs import Inputs
 from llama4.progress import Bar
 from llama4.text.detokenizer import TextAssembler
-
-
-class SupportsDecode(Protocol):
-    """What generation asks of a tokenizer."""
-
-    @property
-    def special_tokens(self) -> dict[str, int]: ...
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
 
 
 def generate(

@@ -22,18 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama4.engine.tokens import SupportsDecode
 from llama4.errors import ArgumentError
 
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python writes JSON: a model that may write spaces without end may do so."""
 
 
-class SupportsText(Protocol):
+class SupportsText(SupportsDecode, Protocol):
     """What a grammar asks of a tokenizer."""
 
-    @property
-    def special_tokens(self) -> dict[str, int]: ...
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
     def encode(self, text: str) -> list[int]: ...
 
 
@@ -86,7 +84,7 @@ class Form:
         if choices is not None:
             if isinstance(choices, str) or not choices or not all(isinstance(each, str) and each for each in choices):
                 raise ArgumentError(f"choices is {choices!r:.80}; it must be a list of texts, none of them empty")
-            _check_size("choices", sum(map(len, choices)), _MAX_SIZE)
+            _check_size("choices", sum(len(each) + len("()|") for each in choices), _MAX_SIZE, ", joined by '()|',")
             regex = "|".join(f"({re.escape(each)})" for each in choices)
         elif (expressions := regex or grammar) is not None:
             _check_size(names[0], len(expressions), _MAX_EXPRESSIONS)
@@ -157,7 +155,8 @@ class Form:
 
 
 _MAX_SIZE = 1 << 18
-"""Characters of a schema, or of choices: llguidance reads them in some tenths of a second."""
+"""Characters of a schema, or of choices as one expression, before escapes: llguidance reads them in some tenths of a
+second."""
 _MAX_EXPRESSIONS = 1 << 15
 """Characters of a regular expression or grammar, or of a schema's patterns: of the longest the worst take a second and
 100 MiB; both grow with the square of the length."""

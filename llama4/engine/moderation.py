@@ -16,6 +16,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import PRESETS, Llama4Config
 from llama4.engine.prefill import prefill
 from llama4.engine.runner import ModelRunner
+from llama4.engine.sampling import not_numbers
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.inputs import Inputs, Processor
 from llama4.text.guard import GUARDS, MARK, Category, Moderation, with_categories
@@ -142,9 +143,7 @@ def judge(
         scores = torch.stack([logits_V[list(words)].float().logsumexp(0) for words in (safe, unsafe)])
         probability = float(scores.softmax(0)[1])
         if probability != probability:
-            raise Llama4Error(
-                f"the model's logits are not numbers in {runner.model.dtype}; load it with dtype='float32'"
-            )
+            raise not_numbers(runner.model.dtype)
         if probability < threshold:
             return Moderation(True, probability, (), "safe", tuple(asked.categories.values()))
         begun = unsafe[max(unsafe, key=lambda first: float(logits_V[first]))]

@@ -51,11 +51,12 @@ class Request:
         given: what it will begin with, if not with a cache that the scheduler gives it.
         keeps_cache: whether it began with a cache of somebody who goes on with it.
         cache: of this request alone; None while it waits, and while it decodes in a cache with others.
-        entered: how many of its blocks have been entered in the index.
+        entered: how many of its blocks are in the index.
+        own_blocks: the numbers of the blocks that it has entered there itself.
         arrival: a number that orders requests.
         choice: how its tokens are chosen, but for the seed, and whether they may be any; equal where that is alike.
         state: what the choice of its next token depends on.
-        reused: tokens of the prompt that were there when it was read, as far as its first token.
+        reused: tokens of the prompt that others had computed when it was read, as far as its first token.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Request:
         self.cache: SequenceCache | None = None
         self.computed = 0
         self.entered = 0
+        self.own_blocks = set[int]()
         scaling = model.config.text.rope_scaling
         rope_length = scaling.effective_length(self.prompt_length) if scaling is not None else 0
         # Blocks are shared where RoPE rotates them alike, and one adapter computed them.
@@ -151,7 +153,7 @@ class Request:
             cache.share(blocks)
         self.cache, self.entered, self.computed = cache, len(blocks), cache.lengths[0]
         if self.times.first_token is None:
-            self.reused = self.computed
+            self.reused = self.computed - CACHE_BLOCK * len(self.own_blocks.intersection(range(len(blocks))))
         if self.observer is not None:
             self.observer.begin()
 

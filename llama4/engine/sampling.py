@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama4.config.generation import RANGES, GenerationConfig, check_setting
 from llama4.engine.grammar import Matcher
-from llama4.errors import ArgumentError
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.ops.sampling import greedy_token
 
 
@@ -33,6 +33,11 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     min_tokens: int | None
     seed: int | None
+
+
+def not_numbers(dtype: torch.dtype) -> Llama4Error:
+    """What to say where nothing can be chosen."""
+    return Llama4Error(f"the model's logits are not numbers in {dtype}; load it with dtype='float32'")
 
 
 @dataclass

@@ -32,15 +32,16 @@ from llama4.cache.prefixes import is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
-from llama4.engine.choice import SupportsBytes, next_tokens
+from llama4.engine.choice import next_tokens
 from llama4.engine.prefill import piece_size, read_pieces
 from llama4.engine.prompt import Piece
 from llama4.engine.request import Delivery, Request, reply_budget
 from llama4.engine.runner import ModelRunner
 from llama4.engine.running import Group, Running
+from llama4.engine.sampling import not_numbers
 from llama4.engine.shared_blocks import SharedBlocks
-from llama4.engine.tokens import Token
-from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
+from llama4.engine.tokens import SupportsDecode, Token
+from llama4.errors import ArgumentError, ContextLengthError
 from llama4.kernels import threads
 from llama4.text.prompt_limit import PromptLimit
 from llama4.units import bytes_text
@@ -76,7 +77,7 @@ class Scheduler:
     def __init__(
         self,
         runner: ModelRunner,
-        tokenizer: SupportsBytes,
+        tokenizer: SupportsDecode,
         *,
         cache_memory: int | None = None,
         max_batch: int = MAX_BATCH,
@@ -399,8 +400,7 @@ class Scheduler:
     def _deliver(self, request: Request, token: Delivery) -> bool:
         """Give a request its next token, or tell it why there is none; -> whether it has ended."""
         if isinstance(token, Token) and math.isnan(token.logprob):
-            dtype = self.runner.model.dtype
-            token = Llama4Error(f"the model's logits are not numbers in {dtype}; load it with dtype='float32'")
+            token = not_numbers(self.runner.model.dtype)
         if isinstance(token, Exception):
             request.reset()
             request.deliver(token)

@@ -52,6 +52,7 @@ class SharedBlocks:
             return
         for i in range(request.entered, request.computed // CACHE_BLOCK):
             self.index.add(request.key(i - 1), request.key(i), cache.full_block(row, i))
+            request.own_blocks.add(i)
         request.entered = request.computed // CACHE_BLOCK
 
     def _next_key(self, request: Request) -> bytes | None:

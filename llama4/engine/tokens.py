@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+
+
+class SupportsDecode(Protocol):
+    """What generation asks of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)

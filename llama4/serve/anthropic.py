@@ -15,7 +15,7 @@ from llama4.serve.conversation import read_media
 from llama4.serve.engine import EngineStream
 from llama4.serve.errors import ErrorForm, Names, Place, RequestError
 from llama4.serve.http import Call, Route, Service, respond
-from llama4.serve.options import MAX_LENGTH, choices_of
+from llama4.serve.options import MAX_LENGTH, choices_of, top_k_of
 from llama4.serve.schema import (
     ANYTHING,
     FLAG,
@@ -217,7 +217,7 @@ async def create(service: Service, call: Call) -> Response:
         "max_new_tokens": fields["max_tokens"],
         "temperature": fields["temperature"],
         "top_p": fields["top_p"],
-        "top_k": fields["top_k"] if (fields["top_k"] or 0) > 0 else None,
+        "top_k": top_k_of(fields),
         "stop": fields["stop_sequences"],
         "seed": None,
     }

@@ -291,11 +291,7 @@ class EngineStream:
         llm, messages = self._engine.llm, self._messages
         prompt = messages if isinstance(messages, Inputs) else conversation(messages)
         asked = llm.prepare(prompt, limit=self._engine.scheduler.limit, **self._options)
-        if len(asked.inputs.input_ids) != 1:
-            raise Llama4Error(
-                f"these are {len(asked.inputs.input_ids)} conversations; use chat_batch for more than one"
-            )
-        (builder,) = asked.builders(llm.tokenizer)
+        builder = asked.builder(llm.tokenizer)
         request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
         text = TextAssembler(asked.stop)

@@ -180,9 +180,15 @@ def check_page(request: Request, settings: Settings) -> None:
     if {"*", *pages} & set(settings.cors_origins):
         return
     origin = origin or f"{request.url.scheme}://{host}"
-    if origin.partition("://")[2] != host or (settings.api_key is None and not _is_address(host)):
-        message = f"pages of {origin!r:.200} may not ask; start the server with --cors-origin {origin:.200}"
-        raise RequestError(message, status=403, code="origin_not_allowed")
+    remedy = f"start the server with --cors-origin {origin:.200}"
+    if origin.partition("://")[2] != host:
+        problem = f"pages of {origin!r:.200} may not ask"
+    elif settings.api_key is None and not _is_address(host):
+        problem = f"without an API key {host!r:.200} may be a name that a web page has made to lead here"
+        remedy += " or with --api-key, or ask by address, as http://127.0.0.1:8000"
+    else:
+        return
+    raise RequestError(f"{problem}; {remedy}", status=403, code="origin_not_allowed")
 
 
 def _is_address(host: str) -> bool:

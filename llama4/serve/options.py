@@ -97,7 +97,7 @@ def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["logit_bias"] is not None:
         options["logit_bias"] = {int(id_): value for id_, value in fields["logit_bias"].items()}
     options["seed"] = fields["seed"] % 2**64 if fields["seed"] is not None else None
-    options["top_k"] = fields["top_k"] if (fields["top_k"] or 0) > 0 else None
+    options["top_k"] = top_k_of(fields)
     form: dict[str, Any] = {"response_format": _with_schema(fields.get("response_format"))}
     outputs: Mapping[str, Any] = fields["structured_outputs"] or {}
     if (schema := outputs.get("json")) is not None:
@@ -106,6 +106,12 @@ def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         form["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
     form |= {"regex": outputs.get("regex"), "choices": outputs.get("choice"), "grammar": outputs.get("grammar")}
     return {**options, **{name: value for name, value in form.items() if value is not None}}
+
+
+def top_k_of(fields: Mapping[str, Any]) -> int | None:
+    """Clients say -1 or 0 where they mean all tokens."""
+    top_k: int | None = fields["top_k"]
+    return top_k if top_k is not None and top_k > 0 else None
 
 
 def _with_schema(form: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -297,6 +297,38 @@ def test_a_reply_is_of_one_adapter(tmp_path: Path) -> None:
     list(reply)
 
 
+def test_a_reply_that_overlaps_a_merge_ends_with_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that begins and ends while weights are being added to."""
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    llm.adapters.add("a", random_adapter(llm.model, LoraConfig(rank=2)))
+    llm.set_adapter("a")
+    errors = []
+
+    def merge(adapter: Adapter, model: Llama4Model, *, progress: bool) -> None:
+        with pytest.raises(Llama4Error, match="or one was merged") as error:
+            llm.chat("hello", max_new_tokens=3)
+        errors.append(error)
+        merge_adapter(adapter, model, progress=progress)
+
+    monkeypatch.setattr("llama4.api.merge_adapter", merge)
+    llm.merge_adapter()
+    assert errors and llm.chat("hello", max_new_tokens=3).usage.completion_tokens
+
+
+def test_an_adapter_that_cannot_be_merged_stays_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    llm.adapters.add("a", random_adapter(llm.model, LoraConfig(rank=2, targets=("embeddings",))))
+    llm.set_adapter("a")
+    expected, kept = llm.chat("hello", max_new_tokens=8).text, llm.cache
+    text = replace(llm.config.text, tie_word_embeddings=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model, "config", replace(llm.config, text=text))
+        with pytest.raises(Llama4Error, match="is also the head"):
+            llm.merge_adapter()
+    assert llm.adapters.active == "a" and llm.cache is kept is not None
+    assert llm.chat("hello", max_new_tokens=8).text == expected
+
+
 def test_what_computes_while_an_adapter_is_merged_keeps_its_weights() -> None:
     model = small_model.model()
     adapter = random_adapter(model, LoraConfig(rank=2))

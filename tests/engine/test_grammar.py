@@ -196,6 +196,7 @@ def test_patterns_whose_common_texts_nobody_finds(join: str) -> None:
         ({"regex": "a?" * 20000}, "regex"),
         ({"grammar": 'start: "a"' + " " * 40000}, "grammar"),
         ({"choices": [f"{i:0100}" for i in range(3000)]}, "choices"),
+        ({"choices": ["a", "b"] * 40000}, "choices"),
         ({"response_format": {"enum": [f"{i:0100}" for i in range(3000)]}}, "response_format"),
         ({"response_format": {"anyOf": [{"pattern": f"{i}" + "a?" * 5000} for i in range(4)]}}, "response_format"),
         ({"response_format": {"patternProperties": {"a?" * 20000: {}}}}, "response_format"),

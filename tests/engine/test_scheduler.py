@@ -315,6 +315,31 @@ def test_what_prompts_that_come_together_have_in_common_is_read_once(llm: Llama4
     assert sum(request.reused for request in asked) == sum(request.prompt_length for request in asked) - read
 
 
+def test_what_a_request_has_read_itself_is_not_reused(llm: Llama4) -> None:
+    """Though it finds that when it was put back meanwhile; what another has read in between is."""
+    scheduler = Scheduler(llm.runner, llm.tokenizer, budget=24)
+    beginning = " ".join(WORDS * 3)
+    first, second = (question(llm, f"{beginning} {i}").request(llm) for i in range(2))
+    common = sum(first.key(i) == second.key(i) for i in range((first.prompt_length - 1) // 8))
+    scheduler.add(first)
+    for _ in range(2):
+        scheduler.step()
+        scheduler.cancel(first)
+        scheduler.waiting.appendleft(first)  # as where memory is short
+    own = scheduler.counts.prompt_tokens
+    assert own < 8 * common
+    scheduler.waiting.clear()
+    scheduler.add(second)
+    while scheduler.has_work:
+        scheduler.step()
+    assert second.reused == own == scheduler.counts.prefix_hits
+    scheduler.add(first)
+    while scheduler.has_work:
+        scheduler.step()
+    assert first.reused == 8 * common - own
+    assert scheduler.counts.prefix_hits == 8 * common
+
+
 def test_cancelled_requests_leave_nothing(llm: Llama4) -> None:
     """While they wait, are read, and decode."""
     for steps in (0, 1, 5):

@@ -85,6 +85,8 @@ def test_logits(ours: CrossAttentionModel, kind: str) -> None:
 class NoText:
     """A tokenizer for tokens whose text nobody reads."""
 
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b""
 

@@ -296,7 +296,7 @@ def test_a_killed_server_has_kept_what_it_answered(tmp_path: Path) -> None:
     for turn in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
             assert process.stdout is not None
-            stuck = threading.Timer(120, process.kill)
+            stuck = threading.Timer(600, process.kill)
             stuck.start()
             url = re.search(r"http://[\d.:]+", process.stdout.readline())
             assert url is not None

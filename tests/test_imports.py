@@ -15,8 +15,8 @@ from tests.oracles import ORACLES
 ROOT = Path(__file__).parents[1]
 
 LINES = (
-    "llama4.arguments llama4.errors llama4.files llama4.forks llama4.gguf llama4.patterns llama4.progress "
-    "llama4.reading llama4.units llama4.version",
+    "llama4.arguments llama4.control_groups llama4.errors llama4.files llama4.forks llama4.gguf llama4.patterns "
+    "llama4.progress llama4.reading llama4.units llama4.version",
     "llama4.vision.config llama4.vision.tiled_config",
     "llama4.config",
     "llama4.text llama4.vision llama4.kernels llama4.tiny",

@@ -22,10 +22,9 @@ from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
+from llama4.weights import memory as weights_memory
 from llama4.weights.checkpoint import open_checkpoint
 
-RESERVE = 0.05
-"""Share of a device's memory left to the runtime: its context, workspaces, fragmentation."""
 MOST_DEVICES = 1 << 14
 """The most devices that `remedies` proposes."""
 
@@ -198,7 +197,7 @@ def _activations(placement: Placement, context: int) -> float:
 
 def usable(placement: Placement) -> float:
     """Bytes of a device that a model can use."""
-    return placement.device_memory * (1 - RESERVE)
+    return weights_memory.usable(placement.device_memory)
 
 
 def fits(placement: Placement, context: int) -> bool:

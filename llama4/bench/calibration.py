@@ -219,11 +219,6 @@ def disk_rate(directory: Path) -> float | None:
     return DISK_RUN / statistics.median(spent)
 
 
-def memory_bytes() -> int:
-    """Memory of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def dtype_of(config: Llama4Config, weights: str) -> str:
     """The dtype that this CPU computes a model in."""
     asked = "bfloat16" if weights == "bf16" else "auto"

@@ -181,11 +181,13 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
 
 def _device_memory(options: argparse.Namespace) -> int:
     """Bytes of one device, as given or as the device has."""
+    import torch
+
     from llama4 import units
     from llama4.analysis import hardware
-    from llama4.bench import calibration as cpu
+    from llama4.weights import memory
 
     if options.device_memory:
         return units.parse_bytes(options.device_memory)
     on_cpu = options.measure or options.device == "cpu"
-    return cpu.memory_bytes() if on_cpu else hardware.DEVICES[options.device or "h100"].memory
+    return memory.total(torch.device("cpu")) if on_cpu else hardware.DEVICES[options.device or "h100"].memory

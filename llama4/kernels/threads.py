@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from llama4.control_groups import cpu_quota, text_of
 from llama4.errors import ArgumentError
 
 VARIABLE = "LLAMA4_THREADS"
@@ -62,9 +63,8 @@ def count() -> int:
 @cache
 def limit() -> int:
     """Cores that this process may use at once: the physical ones of its CPUs, within its control group's quota."""
-    quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     cores = physical_cores(_allowed(), Path("/sys/devices/system/cpu"))
-    return max(1, math.ceil(min(cores, quota)))
+    return max(1, math.ceil(min(cores, cpu_quota())))
 
 
 def _allowed() -> Iterable[int]:
@@ -75,34 +75,5 @@ def _allowed() -> Iterable[int]:
 
 def physical_cores(cpus: Iterable[int], directory: Path) -> int:
     """Cores of these CPUs, of which several may be one core's; the system's directory of CPUs says so."""
-    siblings = {_read(directory / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    siblings = {text_of(directory / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
     return len(siblings)
-
-
-def cpu_quota(membership: Path, root: Path) -> float:
-    """Seconds of computing per second that the control groups of this process allow, of versions 1 and 2; infinite
-    where none says."""
-    least = math.inf
-    for line in _read(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "cpu" if controllers else root
-        group = mount / path.lstrip("/")
-        for directory in (group, *group.parents):  # a container may not see what its group is called outside
-            if not directory.is_relative_to(mount):
-                break
-            if controllers:
-                numbers = f"{_read(directory / 'cpu.cfs_quota_us')} {_read(directory / 'cpu.cfs_period_us')}".split()
-            else:
-                numbers = _read(directory / "cpu.max").split()
-            if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and int(numbers[1]):
-                least = min(least, int(numbers[0]) / int(numbers[1]))
-    return least
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,18 +19,23 @@ _AT_ONCE = 1 << 20
 """Bytes to ask for at once: of more, Linux begins to read what a request to the disk holds, and leaves the rest."""
 
 
+@cache
+def libc() -> ctypes.CDLL:
+    """The system's C library; not of Windows."""
+    return ctypes.CDLL(None)
+
+
 def read_ahead(tensors: Iterable[Tensor]) -> None:
     """Let the system begin to read the pages of tensors in a file's memory map that are not in memory: they are needed
     next. Found missing one after the other, each would be waited for. Only Linux is told."""
     if not sys.platform.startswith("linux"):
         return
-    libc = ctypes.CDLL(None)
     for tensor in tensors:
         if tensor.is_cpu:
             begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
             for at in range(begin, tensor.data_ptr() + tensor.nbytes, _AT_ONCE):
                 length = min(_AT_ONCE, tensor.data_ptr() + tensor.nbytes - at)
-                libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+                libc().madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def copy_runs(target: Tensor, values: Tensor) -> None:

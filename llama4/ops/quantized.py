@@ -183,12 +183,12 @@ def interleaved16(part: Tensor, together: int) -> Tensor:
     return part.unflatten(-1, (-1, together)).unflatten(-3, (-1, abi.INTERLEAVE)).transpose(-3, -2)
 
 
-def interleaved16_copy(part: Tensor, together: int) -> Tensor:
-    """The same as a copy, in the shape of the part. By one thread: two of torch's wait for each other longer than the
-    copy takes where others compute."""
-    rows, copy = interleaved16(part, together), torch.empty_like(part)
+def copied(ordered: Tensor, part: Tensor) -> Tensor:
+    """A view of a part in another order as a copy, in the shape of the part. By one thread: two of torch's wait for
+    each other longer than the copy takes where others compute."""
+    copy = torch.empty_like(part)
     with threads.torch_by_one_thread():
-        copy_runs(copy.view(rows.shape), rows)
+        copy_runs(copy.view(ordered.shape), ordered)
     return copy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -82,15 +83,9 @@ class Int4(WeightFormat):
         return _dequantize(packed, scale, scale.dtype)
 
     def product(self, weight: QuantizedWeight, x_NI: Tensor, expert: int | None = None) -> Tensor:
-        packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)
-        parts = self.parts_of(weight, packed, scale)
-        if weight.stays_mapped and x_NI.is_cpu and self.has_kernel_layout(weight.shape):
-            values, scales = (
-                quantized.interleaved16_copy(weight.part(part, expert), _INTERLEAVED[part]) for part in self.parts
-            )
-            parts = parts._replace(values=values, scale=scales, is_interleaved=True)
         rows_of = self.rows_of(weight, expert, x_NI.dtype)
-        return quantized.linear(x_NI, parts, readable=lambda: in_blocks(rows_of, len(packed), x_NI))
+        readable = partial(in_blocks, rows_of, weight.shape[-2], x_NI)
+        return quantized.linear(x_NI, self.kernel_parts(weight, expert), readable=readable)
 
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         packed, scale = weight.part("weight_packed", expert), weight.part("weight_scale", expert)

@@ -108,8 +108,7 @@ class SplitExperts(QuantizedExperts):
 
 
 class SeparateExperts(QuantizedExperts):
-    """With three Linears per expert, named 0, 1, ..., each packed or not: as NF4 checkpoints may have them, and where
-    they stay in the memory map of a checkpoint that is larger than memory."""
+    """With three Linears per expert, named 0, 1, ..., each packed or not, as NF4 checkpoints may have them."""
 
     matrices = ()
 
@@ -119,18 +118,7 @@ class SeparateExperts(QuantizedExperts):
             self.add_module(str(i), FeedForward(hidden_size, intermediate_size))
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        """While one expert computes, the next is read."""
-        chosen = num_tokens_per_expert_E.nonzero().flatten().tolist()
-        following = dict(pairwise(chosen))
-        for first in chosen[:1]:
-            read_ahead(self.get_submodule(str(first)).parameters())
-
-        def expert(x_ND: Tensor, i: int) -> Tensor:
-            if i in following:
-                read_ahead(self.get_submodule(str(following[i])).parameters())
-            return self.expert(x_ND, i)
-
-        return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
+        return loop_over_experts(self.expert, x_RD, num_tokens_per_expert_E)
 
     def gate_up_of(self, x_RD: Tensor, expert: int) -> Tensor:
         own = self.get_submodule(str(expert))
@@ -139,6 +127,35 @@ class SeparateExperts(QuantizedExperts):
     def down_of(self, hidden_RF: Tensor, expert: int) -> Tensor:
         out: Tensor = self.get_submodule(f"{expert}.down_proj")(hidden_RF)
         return out
+
+
+class MappedExperts(SeparateExperts):
+    """Those that stay in the memory map of a checkpoint that is larger than memory: while one computes, the next is
+    read.
+
+    Args:
+        experts: their Linears.
+    """
+
+    def __init__(self, experts: SeparateExperts) -> None:
+        super().__init__(0, 0, 0)
+        for i, expert in experts.named_children():
+            self.add_module(i, expert)
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        chosen = num_tokens_per_expert_E.nonzero().flatten().tolist()
+        following = dict(pairwise([None, *chosen]))
+
+        def expert(x_ND: Tensor, i: int) -> Tensor:
+            self._read_ahead(following.get(i))
+            return self.expert(x_ND, i)
+
+        self._read_ahead(following.get(None))
+        return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
+
+    def _read_ahead(self, expert: int | None) -> None:
+        if expert is not None:
+            read_ahead(self.get_submodule(str(expert)).parameters())
 
 
 def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
@@ -170,7 +187,7 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
             assert isinstance(linear, nn.Linear)
             shape = (linear.out_features, linear.in_features)
             packed = _packed(name, format, shape, bias=linear.bias is not None)
-            packed.stays_mapped = _EXPERT.fullmatch(name) is not None
+            packed.keeps_checkpoint_layout = _EXPERT.fullmatch(name) is not None
             _put(model, path, packed)
 
 

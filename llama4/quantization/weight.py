@@ -197,7 +197,8 @@ class WeightFormat(ABC):
         return quantized.has_kernels(self.kind, self.activations)
 
     def has_kernel_layout(self, shape: Shape) -> bool:
-        """Whether the CPU kernels of this machine read such a matrix in an order of their own."""
+        """Whether the CPU kernels of this machine read such a matrix in an order of their own; `product` then takes it
+        from `kernel_parts`."""
         return False
 
     def to_kernel_layout(self, part: str, values: Tensor) -> Tensor:
@@ -227,6 +228,16 @@ class WeightFormat(ABC):
             self.activations,
         )
 
+    def kernel_parts(self, weight: QuantizedWeight, expert: int | None = None) -> quantized.Parts:
+        """A matrix as kernels take it for one product: on a CPU in their order, as a copy if the weight has not."""
+        parts = {name: weight.part(name, expert) for name in self.parts}
+        is_on_cpu = parts[self.parts[0]].is_cpu
+        is_copied = is_on_cpu and weight.keeps_checkpoint_layout and self.has_kernel_layout(weight.shape)
+        if is_copied:
+            parts = {name: quantized.copied(self.to_kernel_layout(name, part), part) for name, part in parts.items()}
+        ordered = self.parts_of(weight, parts[self.parts[0]], parts.get("weight_scale"))
+        return ordered._replace(is_interleaved=ordered.is_interleaved or is_copied)
+
     def matrix(self, weight: QuantizedWeight) -> Matrix | None:
         """What the fused CPU kernels need to know of a matrix, valid as long as its parameters stay where they are;
         None if they cannot read it."""
@@ -244,7 +255,8 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         in_kernel_layout: whether the parts are in the order of the CPU kernels; else in a checkpoint's.
-        stays_mapped: whether they have a checkpoint's order on a CPU, too, so that they can be its memory map.
+        keeps_checkpoint_layout: whether they have a checkpoint's order on a CPU, too, so that they can be its memory
+            map; see `WeightFormat.kernel_parts`.
         order: `WeightFormat.order`, on the device of the parts.
 
     Raises:
@@ -255,7 +267,8 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         format.check(shape)
         assert format.order is None or len(shape) == 2, "experts have no orders of their own"
-        self.format, self.shape, self.in_kernel_layout, self.stays_mapped = format, shape, False, False
+        self.format, self.shape, self.in_kernel_layout = format, shape, False
+        self.keeps_checkpoint_layout = False
         self.specs = format.part_specs(shape)
         self.order: Tensor | None
         self.register_buffer("order", format.order, persistent=False)
@@ -315,7 +328,7 @@ class QuantizedWeight(nn.Module):
 
     def choose_layout(self, device: torch.device) -> None:
         """Before the parts are set: expect them in the order that is read on a device."""
-        is_reordered = device.type == "cpu" and not self.stays_mapped
+        is_reordered = device.type == "cpu" and not self.keeps_checkpoint_layout
         self.in_kernel_layout = is_reordered and self.format.has_kernel_layout(self.shape)
         self.order = None if self.order is None else self.order.to(device)
 

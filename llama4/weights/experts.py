@@ -42,8 +42,9 @@ def stack_experts(source: Source, room: int | None = None) -> Source:
     """A checkpoint with experts stacked, whichever way it has them.
 
     Args:
-        room: bytes that its weights may take. If they take more, quantized experts that are three Linears each stay so,
-            to be computed from the memory map: a stack is a copy. None: they are stacked in any case.
+        room: bytes that its weights may take. If they take more, quantized experts that are three Linears each stay so
+            if they are in a memory map, to be computed from there: a stack is a copy. None: they are stacked in any
+            case.
 
     Raises:
         CheckpointError: see `StackedSource`.
@@ -52,10 +53,19 @@ def stack_experts(source: Source, room: int | None = None) -> Source:
         return source
     stacked = StackedSource(source)
     size = sum(source.spec(name).nbytes for name in source.names())
-    if room is None or size <= room or not stacked.is_quantized:
+    if room is None or size <= room or not stacked.is_quantized or not _are_mapped(source):
         return stacked
     note = f"its weights take {bytes_text(size)}, and memory has {bytes_text(room)} for them: of the experts it keeps "
     return Noted(source, note + "what it can, and reads the rest from the files whenever tokens are routed to it")
+
+
+def _are_mapped(source: Source) -> bool:
+    """Whether the packed values of all experts are in a file's memory map, and not computed from what is there."""
+    return all(
+        source.is_mapped(name.removesuffix("weight") + format.parts[0])
+        for name, format in source.plan.items()
+        if format is not None and EXPERT.fullmatch(name)
+    )
 
 
 class StackedSource:

@@ -19,6 +19,7 @@ from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
 from llama4.ops.memory import read_ahead
 from llama4.progress import Bar
+from llama4.quantization.modules import MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 from llama4.weights import memory
@@ -78,6 +79,9 @@ def load(
                 if following is not None and source.origin(following).file == source.origin(name).file:
                     placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SeparateExperts) and placement.stay_mapped(path, module):
+            model.set_submodule(path, MappedExperts(module))
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 
@@ -144,6 +148,11 @@ class _Placement:
         raw = self.source.read(name)
         ordered = weight.from_checkpoint_layout(part, raw)
         return self._place(name, raw, ordered, raw.dtype, stays=self._stays_mapped(name, weight))
+
+    def stay_mapped(self, path: str, experts: SeparateExperts) -> bool:
+        """Whether something of the experts of a layer stays in the file's memory map."""
+        names = [name for name, _ in experts.named_parameters()]
+        return any(self._stays_mapped(f"{path}.{n}", experts.get_submodule(n.rpartition(".")[0])) for n in names)
 
     def _stays_mapped(self, name: str, module: nn.Module) -> bool:
         """Whether a tensor of a module stays in the file's memory map. What every token reads whole does not."""

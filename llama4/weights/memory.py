@@ -21,9 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama4.ops.memory import copy_runs
+from llama4.control_groups import memory_limit
+from llama4.ops.memory import copy_runs, libc
 from llama4.progress import PIECE, each
 
+RESERVE = 0.05
+"""Share of a device's memory left to the runtime: its context, workspaces, fragmentation."""
 REGION = 64 << 20
 """Bytes that are reserved at once; pages that are never written to take no memory."""
 _PAGE = 2 << 20
@@ -98,11 +101,10 @@ def release(tensor: Tensor) -> None:
         return
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     begin, end = begin + -begin % mmap.PAGESIZE, end - end % mmap.PAGESIZE
-    libc = ctypes.CDLL(None)
     if begin < end:
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-    if tensor.nbytes >= _MIN_TRIM and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+        libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+    if tensor.nbytes >= _MIN_TRIM and hasattr(libc(), "malloc_trim"):
+        libc().malloc_trim(0)
 
 
 @cache
@@ -134,19 +136,23 @@ def _set_malloc(options: Mapping[int, int]) -> None:
     """Of glibc; not where the environment has settings for malloc."""
     if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
         return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc(), "mallopt"):
         for option, value in options.items():
-            libc.mallopt(option, value)
+            libc().mallopt(option, value)
 
 
 def for_weights(device: torch.device) -> int:
-    """Bytes of memory of a device, without a tenth for all else."""
-    return int(0.9 * total(device))
+    """Bytes of memory of a device that a model can use."""
+    return int(usable(total(device)))
+
+
+def usable(size: int) -> float:
+    """Of the memory of a device, what a model can use."""
+    return (1 - RESERVE) * size
 
 
 def total(device: torch.device) -> int:
-    """Bytes of memory of a device."""
+    """Bytes of memory of a device; of a CPU, those that this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import statistics
 import subprocess
@@ -47,28 +46,6 @@ class TestCount:
         assert threads.physical_cores(range(4), tmp_path) == 2
         assert threads.physical_cores([0, 2], tmp_path) == 1
         assert threads.physical_cores([0, 1, 7], tmp_path) == 3  # of 7 the system says nothing
-
-    @pytest.mark.parametrize(
-        ("membership", "files", "quota"),
-        [
-            ("0::/", {}, math.inf),
-            ("0::/a/b", {"a/b/cpu.max": "max 100000"}, math.inf),
-            ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
-            ("0::/a/b", {"a/cpu.max": "100000 200000", "a/b/cpu.max": "150000 100000"}, 0.5),
-            ("0::/not/seen/here", {"cpu.max": "150000 100000"}, 1.5),
-            ("2:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
-            ("2:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, math.inf),
-            ("3:cpuset:/a", {"cpu/a/cpu.cfs_quota_us": "1", "cpu/a/cpu.cfs_period_us": "1"}, math.inf),
-        ],
-    )
-    def test_quotas_of_control_groups(
-        self, membership: str, files: dict[str, str], quota: float, tmp_path: Path
-    ) -> None:
-        (tmp_path / "membership").write_text(membership + "\n")
-        for name, text in files.items():
-            (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "groups" / name).write_text(text + "\n")
-        assert threads.cpu_quota(tmp_path / "membership", tmp_path / "groups") == quota
 
     def test_torch_by_one_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of the calling thread; another goes on with as many as it had."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama4.ops.memory import copy_runs
-from llama4.ops.quantized import deinterleaved16, interleaved16, interleaved16_copy
+from llama4.ops.quantized import copied, deinterleaved16, interleaved16
 
 
 @pytest.mark.parametrize("begin", [0, 2, 4, 8, 12, 16])
@@ -19,7 +19,7 @@ def test_rows_are_interleaved_wherever_a_file_has_them(begin: int, dtype: torch.
     memory = torch.empty(values.nbytes + 32, dtype=torch.uint8)
     storage = memory.untyped_storage()[begin : begin + values.nbytes]
     part = torch.empty(0, dtype=torch.uint8).set_(storage).view(dtype).view(values.shape).copy_(values)
-    copy = interleaved16_copy(part, together)
+    copy = copied(interleaved16(part, together), part)
     assert torch.equal(copy.view(-1), interleaved16(values, together).contiguous().view(-1))
     assert torch.equal(deinterleaved16(copy, together), values)
     odd = torch.empty(values.numel() + 1, dtype=dtype)[1:].view(values.shape)

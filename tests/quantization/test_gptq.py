@@ -212,6 +212,15 @@ def test_stacked_experts(plain: Path, tmp_path: Path, writer: Writer) -> None:
     assert torch.equal(loaded(tmp_path / "stacked")(IDS), loaded(tmp_path / "apart")(IDS))
 
 
+@pytest.mark.parametrize("writer", [Writer(), Writer("awq", symmetric=False)], ids=str)
+def test_experts_that_are_larger_than_memory_are_stacked(plain: Path, tmp_path: Path, writer: Writer) -> None:
+    """They are not run as they lie in the files, so that in memory they may as well have the kernels' order."""
+    write(plain, tmp_path / "model", writer)
+    _, source = open_checkpoint(tmp_path / "model", room=0)
+    assert any(name.endswith("experts.gate_up_proj.weight_packed") for name in source.names())
+    assert not any("reads the rest from the files" in note for note in source.notes)
+
+
 @pytest.mark.parametrize(
     "writer",
     [

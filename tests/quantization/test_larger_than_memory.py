@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama4.api import Llama4
-from llama4.quantization.modules import SeparateExperts
+from llama4.quantization.modules import MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 from llama4.weights.convert import quantize
@@ -49,11 +49,12 @@ def test_experts_stay_in_the_files(
     quantize(plain, tmp_path / "packed", scheme, progress=False)
     whole = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
     size = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert not any(isinstance(module, SeparateExperts) for module in whole.model.modules())
     monkeypatch.setattr(memory, "total", lambda device: int(0.9 * size))
     caplog.clear()
     llm = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
     assert "reads the rest from the files" in caplog.text
-    experts = [module for module in llm.model.modules() if isinstance(module, SeparateExperts)]
+    experts = [module for module in llm.model.modules() if isinstance(module, MappedExperts)]
     weights = [weight for each in experts for weight in each.modules() if isinstance(weight, QuantizedWeight)]
     assert len(weights) == 3 * sum(len(list(each.children())) for each in experts) > 0
     assert all(is_mapped(weight.part(part)) for weight in weights for part in weight.format.parts)

@@ -54,7 +54,7 @@ SIDES = (60, TILE)
 """Of pictures: one tile each."""
 TARGETS = ("vision", "projector", "experts")
 
-SEE = 0.4
+SEE = 0.3
 """Share of the time in which it learns to see; in the rest it learns to answer."""
 COLLAGES, TEXTS, SHAPES, OLD = 24, 24, 4, 2
 """Pictures of a step, of each process: full of letters, or with one text; of shapes that must look as they did; and

@@ -195,7 +195,7 @@ def check_zip(path: Path) -> None:
     except Llama4Error as error:
         raise CheckpointError(str(error)) from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        # zipfile raises the last of these for a compression that it does not know
+        # zipfile raises the last of these for a file of a later version of the format than it knows
         raise CheckpointError(
             f"{path} cannot be read as weights: it is cut short or damaged ({error}); fetch it again"
         ) from None

@@ -10,6 +10,15 @@ import pytest
 from llama4.control_groups import cpu_quota, memory_limit
 
 
+def written(membership: str, files: dict[str, str], directory: Path) -> tuple[Path, Path]:
+    """The groups that a process is in, and the root of all, as files."""
+    groups = {f"groups/{name}": text for name, text in files.items()}
+    for name, text in {"membership": membership, **groups}.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text + "\n")
+    return directory / "membership", directory / "groups"
+
+
 @pytest.mark.parametrize(
     ("membership", "files", "quota"),
     [
@@ -24,11 +33,7 @@ from llama4.control_groups import cpu_quota, memory_limit
     ],
 )
 def test_quotas_of_control_groups(membership: str, files: dict[str, str], quota: float, tmp_path: Path) -> None:
-    (tmp_path / "membership").write_text(membership + "\n")
-    for name, text in files.items():
-        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "groups" / name).write_text(text + "\n")
-    assert cpu_quota(tmp_path / "membership", tmp_path / "groups") == quota
+    assert cpu_quota(*written(membership, files, tmp_path)) == quota
 
 
 @pytest.mark.parametrize(
@@ -43,8 +48,4 @@ def test_quotas_of_control_groups(membership: str, files: dict[str, str], quota:
     ],
 )
 def test_memory(membership: str, files: dict[str, str], limit: float, tmp_path: Path) -> None:
-    (tmp_path / "membership").write_text(membership + "\n")
-    for name, text in files.items():
-        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "groups" / name).write_text(text + "\n")
-    assert memory_limit(tmp_path / "membership", tmp_path / "groups") == limit
+    assert memory_limit(*written(membership, files, tmp_path)) == limit

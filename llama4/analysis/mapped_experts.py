@@ -24,12 +24,14 @@ class MappedExperts:
     Attributes:
         experts: of all routed experts.
         room: of memory for their pages, beside all else.
+        own: of memory for all else.
         token: read from the disk to decode one.
         prompt: read from the disk for the whole prompt.
     """
 
     experts: float
     room: float
+    own: float
     token: float
     prompt: float
 
@@ -49,7 +51,8 @@ def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
         if not costs.is_of_experts(name) and costs.share_per_token(text, name) < 0.01
     )
     seldom += costs.vision_bytes(placement.config, placement.dtype)
-    room = usable(placement) - (memory(placement, context).total - total - seldom)
+    own = memory(placement, context).total - total - seldom
+    room = usable(placement) - own
     if room <= 0:
         return None
     room = min(room, total)
@@ -57,7 +60,7 @@ def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
     share = {name: costs.share_per_token(text, name) for name in experts}
     token = sum(size * share[name] for name, size in experts.items()) * (1 - room / total)
     needed = sum(size * min(1.0, piece * share[name]) for name, size in experts.items())
-    return MappedExperts(total, room, token, needed * -(-context // piece))
+    return MappedExperts(total, room, own, token, needed * -(-context // piece))
 
 
 def describe(mapped: MappedExperts, facts: dict[str, Any], disk_rate: float) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def describe(mapped: MappedExperts, facts: dict[str, Any], disk_rate: float) -> 
     return {
         "experts_bytes": int(mapped.experts),
         "experts_room": int(mapped.room),
+        "own_bytes": int(mapped.own),
         "bytes_per_token": int(mapped.token),
         "bytes_for_prompt": int(mapped.prompt),
         "disk_rate": disk_rate,

@@ -24,7 +24,7 @@ from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import Placement
 from llama4.api import Llama4
 from llama4.bench.machine import OtherProcesses
-from llama4.bench.process_memory import peak_bytes, reset_peak, resident_bytes
+from llama4.bench.process_memory import anonymous_bytes, bytes_read, peak_bytes, reset_peak, resident_bytes
 from llama4.bench.report import DISTURBED
 from llama4.cache.sequence import SequenceCache
 from llama4.config import Llama4Config, TextConfig
@@ -229,8 +229,9 @@ def measure_model(
     name: str, revision: str | None, subfolder: str | None, setup: Placement, context: int
 ) -> dict[str, float | None]:
     """Load a model, prefill random tokens, and decode a few: seconds, bytes of the cache, the peak growth of this
-    process in bytes, and the share of the cores that other processes used."""
-    before = resident_bytes()
+    process in bytes, with and without mapped files, the bytes that a token reads from the disk, and the share of the
+    cores that other processes used."""
+    before, own_before = resident_bytes(), anonymous_bytes()
     reset_peak()
     scheme = setup.weights if setup.weights in SCHEMES else None
     llm = Llama4.from_pretrained(
@@ -246,29 +247,37 @@ def measure_model(
         begin = time.perf_counter()
         prefill(model, prompt, cache, progress=True)
         seconds = time.perf_counter() - begin
+    read_before = bytes_read()
+    seconds_per_token = _steps(llm.runner, ids, cache)
+    read = bytes_read()
     return {
         "cache_bytes": cache.num_bytes,
         "seconds_for_prompt": seconds,
-        "seconds_per_token": _steps(llm.runner, ids, cache),
+        "seconds_per_token": seconds_per_token,
+        "bytes_per_token": None if read is None or read_before is None else (read - read_before) / STEPS,
         "bytes": peak_bytes() - before,
+        "own_bytes": anonymous_bytes() - own_before,
         "others": others.share(),
     }
 
 
 def comparison(facts: dict[str, Any], setup: Placement) -> str:
-    """Planned and measured values, as lines of text."""
+    """Planned and measured values, as lines of text. Of a model whose experts stay in files memory is what is not."""
     measured = facts["measured"]
     cached = costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype)
-    rows = {
-        "cache": ("cache_bytes", cached),
-        "memory": ("bytes", facts["bytes_per_device"]["total"]),
-        "time per token": ("seconds_per_token", facts["seconds_per_token"]),
-        "the whole prompt": ("seconds_for_prompt", facts["seconds_for_prompt"]),
-    }
+    planned, mapped = facts, facts.get("mapped_experts")
+    rows = {"cache": ("cache_bytes", cached), "memory": ("bytes", facts["bytes_per_device"]["total"])}
+    if mapped is not None:
+        planned = mapped
+        rows["memory"] = ("own_bytes", mapped["own_bytes"])
+        if measured["bytes_per_token"]:
+            rows["read for a token"] = ("bytes_per_token", mapped["bytes_per_token"])
+    rows["time per token"] = ("seconds_per_token", planned["seconds_per_token"])
+    rows["the whole prompt"] = ("seconds_for_prompt", planned["seconds_for_prompt"])
     lines = [f"  {'on this CPU':<18}{'planned':>12}{'measured':>12}{'planned / measured':>20}"]
-    for label, (key, planned) in rows.items():
+    for label, (key, value) in rows.items():
         text = bytes_text if "bytes" in key else time_text
-        lines.append(f"  {label:<18}{text(planned):>12}{text(measured[key]):>12}{planned / measured[key]:>20.2f}")
+        lines.append(f"  {label:<18}{text(value):>12}{text(measured[key]):>12}{value / measured[key]:>20.2f}")
     if (measured["others"] or 0.0) >= DISTURBED:
         lines.append(f"  Other processes used {measured['others']:.0%} of the cores: measure again without them.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Memory of processes, in bytes."""
+"""Memory of processes and what they read from disks, in bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-PROC, CLEAR_REFS = Path("/proc"), Path("/proc/self/clear_refs")
+PROC, CLEAR_REFS, IO = Path("/proc"), Path("/proc/self/clear_refs"), Path("/proc/self/io")
 
 
 def resident_bytes() -> int:
@@ -26,6 +26,21 @@ def peak_bytes_of(pid: int) -> int:
         return _of_linux("VmHWM", str(pid)) if PROC.is_dir() else _of_rusage(is_self=False)
     except OSError:
         return 0
+
+
+def anonymous_bytes() -> int:
+    """Memory that is this process's own, now, without files that are mapped; on systems other than Linux the peak of
+    both."""
+    return _status("RssAnon")
+
+
+def bytes_read() -> int | None:
+    """What disks have read for this process so far; None where the system does not tell."""
+    try:
+        found = re.search(r"^read_bytes: (\d+)", IO.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def reset_peak() -> None:

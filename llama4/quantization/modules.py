@@ -158,6 +158,24 @@ class MappedExperts(SeparateExperts):
             read_ahead(self.get_submodule(str(expert)).parameters())
 
 
+class MappedEmbedding(nn.Embedding):
+    """Rows that stay in the memory map of a checkpoint that is larger than memory: they alone are read, while a page
+    that is found missing is read with the megabytes around it, which takes the place of experts.
+
+    Args:
+        embedding: their matrix.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.weight = embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight.detach()
+        read_ahead(rows[i] for i in ids.unique().tolist())
+        return super().forward(ids)
+
+
 def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
     """Put packed weights, without values yet, where a plan wants them; the model is on the meta device.
 

@@ -19,7 +19,7 @@ from llama4.families.names import HEAD
 from llama4.ops.linear import Linear
 from llama4.ops.memory import read_ahead
 from llama4.progress import Bar
-from llama4.quantization.modules import MappedExperts, SeparateExperts
+from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 from llama4.weights import memory
@@ -79,10 +79,20 @@ def load(
                 if following is not None and source.origin(following).file == source.origin(name).file:
                     placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, SeparateExperts) and placement.stay_mapped(path, module):
-            model.set_submodule(path, MappedExperts(module))
+    _put_mapped(model, placement)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
+
+
+def _put_mapped(model: nn.Module, placement: _Placement) -> None:
+    """Where experts stay in files, as not all of them fit into memory, have what stays there read with care."""
+    modules = list(model.named_modules())
+    experts = [(path, each) for path, each in modules if isinstance(each, SeparateExperts)]
+    mapped = [(path, each) for path, each in experts if placement.stay_mapped(path, each)]
+    for path, each in mapped:
+        model.set_submodule(path, MappedExperts(each))
+    for path, module in modules if mapped else ():
+        if type(module) is nn.Embedding and placement.stays_mapped(f"{path}.weight", module):
+            model.set_submodule(path, MappedEmbedding(module))
 
 
 def _load_one(model: nn.Module, name: str, aliases: Mapping[str, Sequence[str]], placement: _Placement) -> None:
@@ -122,7 +132,7 @@ class _Placement:
             path, _, leaf = name.rpartition(".")
             module, spec = model.get_submodule(path), self.source.spec(name)
             dtype = self.dtype if self.dtype is not None and not _is_part(module, leaf) else spec.dtype
-            if not self._stays_mapped(name, module):
+            if not self.stays_mapped(name, module):
                 device = self._device(name)
                 sizes[device] = sizes.get(device, 0) + spec._replace(dtype=dtype).nbytes
         for device, size in sizes.items():
@@ -135,26 +145,26 @@ class _Placement:
 
     def read_ahead(self, model: nn.Module, name: str) -> None:
         """While a tensor is copied, the system reads the next one that will be."""
-        if self.source.is_mapped(name) and not self._stays_mapped(name, model.get_submodule(name.rpartition(".")[0])):
+        if self.source.is_mapped(name) and not self.stays_mapped(name, model.get_submodule(name.rpartition(".")[0])):
             read_ahead([self.source.read(name)])
 
     def parameter(self, name: str, module: nn.Module) -> Tensor:
         """The values of a parameter that is not quantized."""
         raw = self.source.read(name)
-        return self._place(name, raw, raw, self.dtype or raw.dtype, stays=self._stays_mapped(name, module))
+        return self._place(name, raw, raw, self.dtype or raw.dtype, stays=self.stays_mapped(name, module))
 
     def part(self, name: str, weight: QuantizedWeight, part: str) -> Tensor:
         """The values of a part of a quantized one."""
         raw = self.source.read(name)
         ordered = weight.from_checkpoint_layout(part, raw)
-        return self._place(name, raw, ordered, raw.dtype, stays=self._stays_mapped(name, weight))
+        return self._place(name, raw, ordered, raw.dtype, stays=self.stays_mapped(name, weight))
 
     def stay_mapped(self, path: str, experts: SeparateExperts) -> bool:
         """Whether something of the experts of a layer stays in the file's memory map."""
         names = [name for name, _ in experts.named_parameters()]
-        return any(self._stays_mapped(f"{path}.{n}", experts.get_submodule(n.rpartition(".")[0])) for n in names)
+        return any(self.stays_mapped(f"{path}.{n}", experts.get_submodule(n.rpartition(".")[0])) for n in names)
 
-    def _stays_mapped(self, name: str, module: nn.Module) -> bool:
+    def stays_mapped(self, name: str, module: nn.Module) -> bool:
         """Whether a tensor of a module stays in the file's memory map. What every token reads whole does not."""
         if self._device(name).type != "cpu" or not self.memory_map or not self.source.is_mapped(name):
             return False
@@ -172,7 +182,7 @@ class _Placement:
         Args:
             raw: as it was read.
             ordered: the same, or a view of it in another order.
-            stays: see `_stays_mapped`.
+            stays: see `stays_mapped`.
         """
         device = self._device(name)
         if device.type != "cpu":

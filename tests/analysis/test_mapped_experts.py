@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from llama4.analysis import mapped_experts as mapped
+from llama4.analysis import planner
+from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import Placement, make_placement
 from llama4.bench import calibration
 from llama4.cli.main import main
@@ -72,6 +74,27 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert own["seconds_for_prompt"] == max(facts["seconds_for_prompt"], own["bytes_for_prompt"] / 2e9)
     assert main(["plan", "scout", *options, *rates]) == 0
     assert "have room in memory, the rest is read at 2.00 GB/s" in capsys.readouterr().out
+
+
+def test_the_plan_beside_what_is_measured() -> None:
+    """Of a model whose experts stay in files the plan is that with the disk, and memory is without the files' pages."""
+    mine = scout(24 * GIB)
+    facts = planner.describe("scout", mine, 1024, Rates(30e9, 30e9, 3e11, 3e11, "given"))
+    found = mapped.mapped_experts(mine, 1024)
+    assert found is not None
+    facts["mapped_experts"] = own = mapped.describe(found, facts, 1e9)
+    facts["measured"] = {
+        "cache_bytes": 1.0,
+        "bytes": 1.0,
+        "own_bytes": own["own_bytes"] / 2,
+        "bytes_per_token": own["bytes_per_token"] / 4,
+        "seconds_per_token": own["seconds_per_token"] / 8,
+        "seconds_for_prompt": own["seconds_for_prompt"] / 16,
+        "others": None,
+    }
+    ratios = {line[:18].strip(): line.split()[-1] for line in calibration.comparison(facts, mine).splitlines()}
+    wanted = {"memory": "2.00", "read for a token": "4.00", "time per token": "8.00", "the whole prompt": "16.00"}
+    assert wanted.items() <= ratios.items()
 
 
 def test_a_directory_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,6 @@ def test_a_plan_beside_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["plan", str(directory), "--context", "300", "--cache", "int8", "--measure", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["measured"]["cache_bytes"] == costs.cache_bytes(text, 300, "float32", "int8")
-    assert all(facts["measured"][key] > 0 for key in ("bytes", "seconds_per_token", "seconds_for_prompt"))
+    assert all(facts["measured"][key] > 0 for key in ("bytes", "own_bytes", "seconds_per_token", "seconds_for_prompt"))
     assert all(0 < facts["rates"][key] < math.inf for key in ("memory", "cache", "products", "attention"))
     assert "measured" in facts["rates"]["source"]

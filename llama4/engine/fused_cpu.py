@@ -25,7 +25,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import Sliding, slots_end
-from llama4.engine.fused_model import Description
+from llama4.engine.fused_model import EXPERTS_IN_FILES, Description
 from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
 from llama4.kernels.abi import LayerStep, Tokens, check
@@ -165,7 +165,7 @@ def only_our_threads(model: Llama4Model, cache: SequenceCache, runner: FusedCpuR
     Args:
         runner: one that may know the model already.
     """
-    if (runner or FusedCpuRunner(model)).undescribed_reason(cache) is not None:
+    if (runner or FusedCpuRunner(model)).undescribed_reason(cache) not in (None, EXPERTS_IN_FILES):
         yield
         return
     with threads.torch_by_one_thread():

@@ -26,14 +26,23 @@ from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.ops.linear import Linear, in_out_matrix, in_out_unsupported_reason, matrix_unsupported_reason, out_in_matrix
-from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts, SplitExperts
+from llama4.quantization.modules import (
+    MappedEmbedding,
+    MappedExperts,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    SplitExperts,
+)
 from llama4.quantization.weight import QuantizedWeight
 
 _MODULES = {
     *(Attention, DecoderLayer, FeedForward, Linear, LoopExperts, MixtureOfExperts, RMSNorm, Router),
-    *(QuantizedEmbedding, QuantizedExperts, QuantizedWeight, SplitExperts),
+    *(MappedExperts, QuantizedEmbedding, QuantizedExperts, QuantizedWeight, SplitExperts),
 }
-"""Modules whose forward the compiled step computes; a subclass may compute something else."""
+"""Modules whose forward the compiled step computes; a subclass may compute something else. Those that stay in files are
+computed by kernels, too, but not in one call."""
+EXPERTS_IN_FILES = "its routed experts stay in files"
+"""The reason where it is the only one."""
 
 
 class UnsupportedError(Exception):
@@ -83,6 +92,7 @@ class Description:
         try:
             _check_frame(model)
             decoder, layers = _describe(model.language_model)
+            _check(not any(isinstance(module, MappedExperts) for module in modules.values()), EXPERTS_IN_FILES)
             decoder.is_batch_invariant = model.is_batch_invariant
         except UnsupportedError as error:
             return cls(None, str(error), modules, children, parameters, dispatchers)
@@ -191,6 +201,8 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
 
 def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Matrix]]:
     """The matrices of a layer's experts, by their fields of `Layer`."""
+    if type(experts) is MappedExperts:
+        return
     fields = {"gate_up": "gate_up_proj", "down": "down_proj"}
     if isinstance(experts, SplitExperts):
         fields = {"gate_up": "gate_proj", "expert_up": "up_proj", "down": "down_proj"}
@@ -206,7 +218,8 @@ def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tupl
 def _embedding(embedding: nn.Module, dtype: torch.dtype) -> Matrix:
     if type(embedding) is QuantizedEmbedding:
         return _matrix("embed_tokens", embedding, dtype, is_head=True)
-    _check(type(embedding) is nn.Embedding and embedding.max_norm is None, "embed_tokens was replaced")
+    known = type(embedding) in (nn.Embedding, MappedEmbedding)
+    _check(known and embedding.max_norm is None, "embed_tokens was replaced")
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     _check(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")

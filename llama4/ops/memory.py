@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
+import re
 import sys
 import threading
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_WIDEST = np.dtype(np.complex128)
+_RUN = 16
 _LARGE_PAGE = 2 << 20
 _AT_ONCE = 1 << 20
 """Bytes to announce at once: of more, Linux begins to read what a request to the disk holds, and leaves the rest."""
+_READERS = 2
 _MADV_POPULATE_READ = 22
 """Of Linux 5.14 and later; Python's mmap does not name it."""
 
@@ -34,26 +39,39 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
     """Let the pages of tensors in a file's memory map that are not in memory be read, one tensor after the other, while
     the caller goes on: they are needed next. Found missing by a product, each would be waited for. Only Linux is asked.
 
-    Large tensors are read in pages of 2 MB, where the file system has such (XFS; ext4 since Linux 6.16): per byte that
-    takes a tenth of the system's time. Of small ones no more than their own pages is read.
+    Large tensors are read 2 MB at a time by two threads, no more than that ahead, and into large pages where the file
+    system has such (XFS; ext4 since Linux 6.16): per byte that takes a tenth of the system's time. Of small ones their
+    own pages alone are read.
     """
     if not sys.platform.startswith("linux"):
         return
-    large = []
+    pieces = []
     for tensor in tensors:
-        if tensor.nbytes >= _LARGE_PAGE and tensor.is_cpu:
-            large.append(tensor)
+        if tensor.is_cpu and tensor.nbytes >= _LARGE_PAGE:
+            if _missing_are_read_in_large_pieces() and not _advise(tensor, mmap.MADV_HUGEPAGE):
+                _advise(tensor, mmap.MADV_RANDOM)
+            else:
+                _announce(tensor)
+            borders = range(_LARGE_PAGE - tensor.data_ptr() % _LARGE_PAGE, tensor.nbytes, _LARGE_PAGE)
+            pieces += [(tensor, *ends) for ends in pairwise([0, *borders, tensor.nbytes])]
         elif tensor.is_cpu:
             _announce(tensor)
-    if large:
-        threading.Thread(target=_read, args=(large,), daemon=True).start()
+    following = iter(pieces)
+    for _ in range(min(_READERS, len(pieces))):
+        threading.Thread(target=_read, args=(following,), daemon=True).start()
 
 
-def _read(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        _advise(tensor, mmap.MADV_HUGEPAGE)
-        if _advise(tensor, _MADV_POPULATE_READ):
-            _announce(tensor)
+@cache
+def _missing_are_read_in_large_pieces() -> bool:
+    """Whether a page that is missing in memory for which large pages are wanted is read with the 2 MB around it, and no
+    more if that is said to be used at random: by Linux 5.18 and later. Before, it would be read alone."""
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    return found is not None and (int(found[1]), int(found[2])) >= (5, 18)
+
+
+def _read(pieces: Iterable[tuple[Tensor, int, int]]) -> None:
+    for tensor, begin, end in pieces:
+        _advise(tensor, _MADV_POPULATE_READ, begin, end - begin)
 
 
 def _announce(tensor: Tensor) -> None:
@@ -74,11 +92,16 @@ def copy_runs(target: Tensor, values: Tensor) -> None:
     """`target.copy_(values)`, runs of 16 bytes as one number each: three times as fast where they lie apart. They may
     begin anywhere, as tensors in files do, which torch's numbers may not and numpy's may."""
     if target.dtype == values.dtype and _is_of_wide_runs(target) and _is_of_wide_runs(values):
-        np.copyto(*(each.detach().view(torch.uint8).numpy().view(_WIDEST) for each in (target, values)))
+        np.copyto(_numbers(target), _numbers(values))
     else:
         target.copy_(values)
 
 
 def _is_of_wide_runs(tensor: Tensor) -> bool:
-    is_run = tensor.ndim > 0 and tensor.shape[-1] * tensor.itemsize == _WIDEST.itemsize and tensor.stride(-1) == 1
+    is_run = tensor.ndim > 0 and tensor.shape[-1] * tensor.itemsize == _RUN and tensor.stride(-1) == 1
     return is_run and tensor.is_cpu
+
+
+def _numbers(tensor: Tensor) -> NDArray[np.complex128]:
+    """A tensor of runs of 16 bytes, each as one number."""
+    return tensor.detach().view(torch.uint8).numpy().view(np.complex128)

@@ -167,7 +167,8 @@ class MappedEmbedding(nn.Embedding):
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        rows, width = embedding.weight.shape
+        super().__init__(rows, width, _weight=embedding.weight)
         self.weight = embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:

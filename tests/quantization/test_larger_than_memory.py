@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from llama4.api import Llama4
-from llama4.quantization.modules import MappedExperts, SeparateExperts
+from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.ops import cpu_kernels
+from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 from llama4.weights.convert import quantize
@@ -58,10 +60,26 @@ def test_experts_stay_in_the_files(
     weights = [weight for each in experts for weight in each.modules() if isinstance(weight, QuantizedWeight)]
     assert len(weights) == 3 * sum(len(list(each.children())) for each in experts) > 0
     assert all(is_mapped(weight.part(part)) for weight in weights for part in weight.format.parts)
+    assert type(llm.model.language_model.model.embed_tokens) is MappedEmbedding
     ids = torch.randint(0, llm.config.text.vocab_size, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for tokens in (ids, ids[:, :1]):
             assert torch.equal(llm.model(tokens), whole.model(tokens))
+    threads: list[int] = []
+    hooks = [each.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads())) for each in experts]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        llm.runner.step(ids[0, :1], llm.model.new_cache(1))
+    finally:
+        torch.set_num_threads(before)
+        for hook in hooks:
+            hook.remove()
+    with torch.inference_mode():
+        reasons = [FusedCpuRunner(each.model).unsupported_reason(each.model.new_cache(1)) for each in (whole, llm)]
+    if cpu_kernels.library_unsupported_reason() is None:
+        assert reasons == [None, "its routed experts stay in files"]
+        assert threads == [1] * len(experts)
     llm.save_pretrained(tmp_path / "again")
     assert same(tmp_path / "again", tmp_path / "packed")
 

@@ -11,41 +11,37 @@ from typing import Any, Unpack
 import torch
 
 from llama4.adapters.loaded import Adapters
-from llama4.adapters.merge import check_can_merge, merge_adapter
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
-from llama4.engine.fused_cpu import check_batch_invariant, make_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
 from llama4.engine.moderation import Asked, ask, judge, limit_of
-from llama4.engine.offload import check_offload, offload_experts
+from llama4.engine.offload import check_offload
+from llama4.engine.placement import Placement, build_and_load
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, Stream
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
 from llama4.engine.tokens import Event
-from llama4.errors import ArgumentError, ConfigError, Llama4Error
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.families import family_of
 from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
-from llama4.model.device import DTYPES, resolve_device, resolve_dtype
-from llama4.model.experts import resolve_experts
+from llama4.model.device import DTYPES, resolve_device
 from llama4.model.multimodal import Llama4Model
 from llama4.options import Options, Prepared, Prompt, conversation
-from llama4.quantization.modules import choose_activations, swap_modules
 from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
 from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
-from llama4.units import count_text, parse_bytes
+from llama4.units import count_text
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config, read_side_files
 from llama4.weights.directory import scratch_directory
 from llama4.weights.ignored import note_ignored
-from llama4.weights.load import load
 from llama4.weights.model_source import ModelSource
 from llama4.weights.quantizing import quantized
 from llama4.weights.save import save
@@ -194,19 +190,18 @@ class Llama4:
         """
         check_names(quantization, activations)
         check_offload(experts_device, experts_memory)
-        copies = parse_bytes(str(experts_memory)) if experts_memory is not None else None
         directory = hub.resolve(name, revision=revision, subfolder=subfolder, token=token, progress=progress)
-        target = resolve_device(device)
-        compute = resolve_dtype(dtype, read_config(directory), target)
-        home = resolve_device(experts_device) if experts_device is not None else target
-        maps_experts = memory_map and target.type == home.type == "cpu"
-        room = memory.for_weights(target) if maps_experts else None
-        config, source = open_checkpoint(directory, dtype=compute, mmproj=mmproj, room=room)
+        placement = Placement.resolve(
+            read_config(directory),
+            device,
+            dtype,
+            experts_device=experts_device,
+            experts_memory=experts_memory,
+            memory_map=memory_map,
+        )
+        config, source = open_checkpoint(directory, dtype=placement.dtype, mmproj=mmproj, room=placement.room)
         if rope_scaling is not None:
-            try:
-                config = replace(config, text=config.text.scaled(rope_scaling))
-            except ConfigError as error:
-                raise ArgumentError(f"rope_scaling: {error}") from None
+            config = config.scaled(rope_scaling)
         for note in source.notes:
             logger.warning("%s: %s", name, note)
         family = family_of(config)
@@ -218,20 +213,18 @@ class Llama4:
         generation_config = side_files.generation_config
         if generation_config.refused:
             logger.warning("%s will not answer: %s", name, generation_config.why_refused())
-        with torch.device("meta"):
-            built = replace(config, dtype=str(compute).removeprefix("torch."))
-            model = family.build(built, resolve_experts(experts, target, compute))
-        swap_modules(model, source.plan)
-        choose_activations(model, activations, target, compute)
-        if batch_invariant:
-            make_batch_invariant(model, target, compute)
-        load(model, source, dtype=compute, device=target, experts_device=home, memory_map=memory_map, progress=progress)
-        check_batch_invariant(model)
-        if home != target:
-            offload_experts(model, target, copies)
-        logger.info("%s: %s on %s", name, compute, target)
+        model = build_and_load(
+            config,
+            source,
+            placement,
+            experts=experts,
+            activations=activations,
+            batch_invariant=batch_invariant,
+            progress=progress,
+        )
+        logger.info("%s: %s on %s", name, placement.dtype, placement.device)
         llm = cls(
-            model.eval(),
+            model,
             tokenizer,
             side_files=side_files,
             max_context=max_context,
@@ -277,12 +270,8 @@ class Llama4:
         """
         if self.adapters.active is None:
             raise ArgumentError("no adapter is in use; choose one with set_adapter")
-        adapters, adapter = self.adapters, self.adapters[self.adapters.active]
-        check_can_merge(adapter, self.model)
-        adapters.are_merged = True
-        self.set_adapter(None)
-        merge_adapter(adapter, self.model, progress=self.progress)
-        self.adapters = Adapters(self.model, self.side_files)
+        self.adapters = self.adapters.merge(self.adapters.active, progress=self.progress)
+        self.cache = None
 
     @property
     def config(self) -> Llama4Config:
@@ -591,9 +580,11 @@ class Llama4:
         form = Form.of(response_format, regex, choices, grammar, called)
         sampler = Sampler.from_options(sampling, defaults)
         check_choice(sampler, self.config.text.vocab_size, top_logprobs)
-        if form is not None and (ignore_eos or sampler.min_tokens):
-            name = "ignore_eos" if ignore_eos else "min_tokens"
-            raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
+        if form is not None:
+            if ignore_eos or sampling.get("min_tokens"):
+                name = "ignore_eos" if ignore_eos else "min_tokens"
+                raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
+            sampler = replace(sampler, min_tokens=0)  # whatever the checkpoint says
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
@@ -628,15 +619,18 @@ class Llama4:
         state = self.adapters.state
         self.cache = PromptCache.load(path, self.model, self.cache_dtype, self.cache_device, self.progress, state)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, must_be_free: bool = False) -> None:
         """Write the model with its tokenizer and a model card in Hugging Face's layout, for this library or
         transformers to read. A card that is there already stays. Weights that were upcast to float32 are written in the
         dtype that they came in, if they are still what they were.
 
+        Args:
+            must_be_free: refuse a directory that holds something; by default a model that is there is replaced.
+
         Raises:
             Llama4Error: the directory cannot be written.
         """
-        self._save(directory)
+        self._save(directory, must_be_free=must_be_free)
 
     def _save(self, directory: str | Path, name: str | None = None, *, must_be_free: bool = False) -> None:
         side_files, generation = self.side_files, self.generation_config.to_dict()

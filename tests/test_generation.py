@@ -108,6 +108,17 @@ def test_the_first_file_that_names_stop_tokens_decides(
     assert set(llm.stop_ids) == ({late, middle} if as_list else {middle})
 
 
+def test_a_reply_has_the_least_tokens_that_the_file_says(directory: Path, free: list[int]) -> None:
+    stop = free[3]
+    say(directory, {"eos_token_id": stop, "min_new_tokens": 9})
+    llm = Llama4.from_pretrained(directory)
+    reply = llm.chat(CONVERSATIONS[0], max_new_tokens=N)
+    assert [ids(reply)] == generated(directory, llm, CONVERSATIONS[:1])
+    assert len(reply.logprobs) > 9
+    assert ids(llm.chat(CONVERSATIONS[0], max_new_tokens=N, min_tokens=0)) == free[: free.index(stop) + 1]
+    assert llm.chat("hi", choices=["ab"], max_new_tokens=N).text == "ab", "a form has an end"
+
+
 def test_config_json_decides_where_the_other_file_is_silent(directory: Path, free: list[int]) -> None:
     """transformers does not look there then, and goes on to the limit."""
     say(directory, {"temperature": None}, text={"eos_token_id": free[5]})

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from llama4.adapters.files import load_adapter
 from llama4.adapters.lora import Adapter
+from llama4.adapters.merge import check_can_merge, merge_adapter
 from llama4.errors import ArgumentError, ConfigError, Llama4Error
 from llama4.files import user_path
 from llama4.model.multimodal import Llama4Model
@@ -115,6 +116,22 @@ class Adapters(Mapping[str, Adapter]):
             if name is not None:
                 self._adapters[name].attach(self._model)
             self.active = name
+
+    def merge(self, name: str, *, progress: bool = False) -> Adapters:
+        """Add one to the weights, see `merge_adapter`; these are then ones of another model.
+
+        Returns:
+            The adapters of that model, none so far.
+
+        Raises:
+            Llama4Error: see `check_can_merge`; nothing is changed then.
+        """
+        adapter = self[name]
+        check_can_merge(adapter, self._model)
+        self.are_merged = True
+        self.activate(None)
+        merge_adapter(adapter, self._model, progress=progress)
+        return Adapters(self._model, self._side_files)
 
     def unchanged(self, reply: Iterator[T], changes: int) -> Iterator[T]:
         """A reply's events, as long as `changes` is what it was when the reply began.

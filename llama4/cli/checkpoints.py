@@ -81,6 +81,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_merge(options: argparse.Namespace) -> int:
+    from llama4.train.merge import write_merged
     from llama4.weights import hub
 
     write_merged(
@@ -90,22 +91,6 @@ def run_merge(options: argparse.Namespace) -> int:
     )
     print(f"{options.target}: {options.base} with {options.adapter}", file=sys.stderr)
     return 0
-
-
-def write_merged(source: Path, adapter: str | Path, target: str) -> None:
-    """Write a model with an adapter in its weights, in the dtype that they come in, however small the model is.
-
-    Raises:
-        Llama4Error: an adapter of another model, or a target that holds something.
-    """
-    from llama4.api import Llama4
-    from llama4.weights.checkpoint import read_config
-    from llama4.weights.directory import check_free
-
-    check_free(target)  # before all the work, and again where nobody comes between
-    llm = Llama4.from_pretrained(source, dtype=read_config(source).dtype or "auto", adapter=adapter)
-    llm.merge_adapter()
-    llm._save(target, must_be_free=True)
 
 
 def run_quantize(options: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.cli.checkpoints import write_merged
 from llama4.cli.interrupts import INTERRUPTED
 from llama4.errors import ArgumentError
 from llama4.units import bytes_text, count_text
@@ -196,6 +195,7 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error(f"--merge is for adapters; --method {options.method} writes a model")
     settings = settings_of(options)
     from llama4.train import Run, TrainingOptions, finetune
+    from llama4.train.merge import write_merged
     from llama4.train.report import read_metrics, write_card, write_curve
     from llama4.weights import hub
     from llama4.weights.directory import check_free

@@ -37,7 +37,6 @@ SAMPLED: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "max_time": (),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
@@ -109,6 +108,7 @@ class GenerationConfig:
         do_sample: whether tokens are drawn where a caller does not say; else the most likely one is taken.
         temperature, top_p, top_k, min_p: how they are drawn, see `Sampler`. Without `do_sample` they have no effect.
         repetition_penalty: see `Sampler`; with and without `do_sample`.
+        min_new_tokens: tokens before which none of these ends a reply, where it may be any text.
         eos_token_id: the tokens that end a reply.
         stop_strings: texts that end a reply, where a caller gives none.
         content: all of generation_config.json, as it was read.
@@ -121,6 +121,7 @@ class GenerationConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
     eos_token_id: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] | None = None
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -156,6 +157,8 @@ class GenerationConfig:
             said[name] = tuple(items) or None
         if not isinstance(said.get("do_sample", False), bool):
             raise ConfigError(f"{file}: do_sample is {said['do_sample']!r}; it must be true or false")
+        if type(least := said.get("min_new_tokens", 0)) is not int or least < 0:
+            raise ConfigError(f"{file}: min_new_tokens is {least!r}; it must be a number of tokens, 0 or more")
         return cls(**said, content=content, file=file)
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,7 +188,7 @@ class GenerationConfig:
                 check_setting(name, value)
             except ValueError as error:
                 raise ConfigError(f"{self.file}: {error}") from None
-        return settings
+        return settings | ({"min_tokens": self.min_new_tokens} if self.min_new_tokens else {})
 
     @property
     def refused(self) -> dict[str, Any]:

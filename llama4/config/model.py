@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llama4.config import hf_json, image_json
 from llama4.config.text import TextConfig
-from llama4.errors import ConfigError
+from llama4.errors import ArgumentError, ConfigError
 from llama4.reading import MAX_PARAMETERS
 from llama4.vision.config import VisionConfig
 from llama4.vision.tiled_config import TiledVisionConfig
@@ -52,6 +52,17 @@ class Llama4Config:
     def num_active_parameters(self) -> int:
         """Parameters that one token of text uses (the "17B" of Scout and Maverick), without the vision tower."""
         return self.text.num_active_parameters()
+
+    def scaled(self, rope_scaling: Mapping[str, Any]) -> Llama4Config:
+        """The same with another scaling of RoPE, see `TextConfig.scaled`.
+
+        Raises:
+            ArgumentError: a scaling that cannot be.
+        """
+        try:
+            return replace(self, text=self.text.scaled(rope_scaling))
+        except ConfigError as error:
+            raise ArgumentError(f"rope_scaling: {error}") from None
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Llama4Config:

@@ -24,7 +24,7 @@ FIELDS = {name for name in vars(Theirs()) if not name.startswith("_")}
 TABLES = (set(USED), set(REFUSED), set(REFUSED_SAMPLED), set(WITHOUT_EFFECT))
 OUT_OF_RANGE = {"temperature": -1, "top_p": 1.5, "top_k": -3, "min_p": 2, "repetition_penalty": 0}
 VALUES: dict[str, Any] = {  # that transformers accepts, and that are not the default
-    "num_beams": 4, "min_length": 3, "min_new_tokens": 3, "max_time": 0.5, "encoder_repetition_penalty": 1.2,
+    "num_beams": 4, "min_length": 3, "max_time": 0.5, "encoder_repetition_penalty": 1.2,
     "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[5]], "sequence_bias": [[[5], 1.0]],
     "suppress_tokens": [5], "begin_suppress_tokens": [5], "forced_bos_token_id": 5, "forced_eos_token_id": 5,
     "exponential_decay_length_penalty": [3, 1.1], "guidance_scale": 2.0, "token_healing": True, "penalty_alpha": 0.6,
@@ -159,6 +159,8 @@ def test_values_out_of_range_name_the_file(name: str) -> None:
         ({"eos_token_id": [1, None]}, r"eos_token_id is \[1, None\]; it must be"),
         ({"eos_token_id": True}, "eos_token_id is True; it must be"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; it must be true or false"),
+        ({"min_new_tokens": 2.5}, "min_new_tokens is 2.5; it must be a number of tokens"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be"),
         ({"stop_strings": [3]}, r"stop_strings is \[3\]; it must be a text, or a list of texts"),
     ],
 )

@@ -35,13 +35,13 @@ from llama4 import Llama4
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import ADAPTER_FILES, save_adapter
 from llama4.adapters.lora import Adapter
-from llama4.cli.checkpoints import write_merged
 from llama4.config import Llama4Config, RopeScaling
 from llama4.engine.prefix_cache import PromptCache
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, sync_file
 from llama4.train.data import load_dataset
 from llama4.train.loop import finetune
+from llama4.train.merge import write_merged
 from llama4.train.optimizer import AdamW
 from llama4.train.prune import prune
 from llama4.train.report import is_finished, read_metrics
@@ -274,7 +274,7 @@ def writers(models: Models) -> Iterator[Writer]:
     yield Writer(
         "merge",
         to_merge,
-        lambda f: write_merged(models.hf, f / "adapter", str(f / "target")),
+        lambda f: write_merged(models.hf, f / "adapter", f / "target"),
         model,
         again=there,
     )

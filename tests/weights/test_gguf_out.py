@@ -213,7 +213,7 @@ def test_how_tokens_are_chosen(directory: Path, tmp_path: Path) -> None:
     found = Llama4.from_pretrained(tmp_path / "a.gguf", progress=False).generation_config
     settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0, "repetition_penalty": 1.1}
     assert found.do_sample and found.sampling() == pytest.approx(settings) and 904 in (found.eos_token_id or ())
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"do_sample": False, "min_new_tokens": 4}))
     convert_to_gguf(tmp_path / "model", tmp_path / "b.gguf", progress=False)
     assert GgufFile.read(tmp_path / "b.gguf").metadata["general.sampling.temp"] == 0
     assert not Llama4.from_pretrained(tmp_path / "b.gguf", progress=False).generation_config.do_sample

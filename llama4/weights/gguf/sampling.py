@@ -51,7 +51,9 @@ def sampling_metadata(generation: GenerationConfig) -> dict[str, Any]:
     if generation.do_sample and "top_k" not in fields:
         said["top_k"] = 0  # all
     found: dict[str, Any] = {
-        f"{_PREFIX}.{_KEYS[field]}": int(value) if field == "top_k" else float(value) for field, value in said.items()
+        f"{_PREFIX}.{key}": int(said[field]) if field == "top_k" else float(said[field])
+        for field, key in _KEYS.items()
+        if field in said
     }
     if "repetition_penalty" in said:
         found[f"{_PREFIX}.{_REPEATED_IN}"] = -1

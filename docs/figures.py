@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,28 +67,21 @@ def render_summary(run: dict[str, Any]) -> str:
 
 
 def render_faults(groups: dict[str, Any]) -> str:
-    """A table for each group of faults: how many were tried, and how many failed before and after they were mended."""
-
-    def cell(counts: dict[str, Any], kind: str) -> str:
-        tried, failed = counts.get(kind, (0, 0))
-        return f"{failed:,} of {tried:,}" if tried else "not measured"
-
-    def version(group: dict[str, Any], column: str) -> str:
-        return f"{group[column]['version']}, {group[column]['date']}".removeprefix(", ")
-
-    parts = []
+    """How often each group of faults was tried, and how often it failed; below, of which kinds, and how often each."""
+    rows, kinds = [], []
     for group in groups.values():
-        before = group.get("before", {"counts": {}})["counts"]
-        after = group["after"]["counts"]
-        rows = [[kind, cell(before, kind), cell(after, kind)] for kind in after]
-        sums = [[sum(counts[kind][i] for kind in counts) for i in (0, 1)] for counts in (before, after)]
-        rows.append(["in all", *(cell({"": each}, "") for each in sums)])
-        measured = f"After: {version(group, 'after')}."
-        if before:
-            measured = f"Before: {version(group, 'before')}. {measured}"
-        columns = ["", "failed before", "failed after"]
-        parts.append(f"**{group['title']}**\n\n{table(columns, rows, markdown=True)}\n\n{measured}\n")
-    return "\n".join(parts)
+        counts = group["counts"]
+        tried, failed = (sum(column) for column in zip(*counts.values(), strict=True))
+        version = f"{group['version']}, {group['date']}".removeprefix(", ")
+        rows.append([group["title"], f"{tried:,}", f"{failed:,}", version])
+        alike = len({tried for tried, _ in counts.values()}) == 1
+        head = f"**{group['title']}**" + (f" ({tried // len(counts)} of each)" if alike else "")
+        told = [
+            f"{kind}{'' if alike else f' {tried}'}{f', {failed} failed' if failed else ''}"
+            for kind, (tried, failed) in counts.items()
+        ]
+        kinds.append(textwrap.fill(f"{head}: {'; '.join(told)}.", 140, break_on_hyphens=False))
+    return "\n\n".join([table(["", "tried", "failed", "seen"], rows, markdown=True), *kinds]) + "\n"
 
 
 def render(page: str, results: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """All that files, crashes and strangers may do: `python -m tests.faults [GROUP ...] [--sample N] [--tries N]` prints,
 for every kind, how many were tried and how many failed. All of it takes the better part of an hour on two cores.
 
-With `--save after` the counts become those of docs/reliability.md; with `--save before` they stand beside them, as what
-was so before it was mended.
+With `--save` the counts become those of docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that try writers (default: 2)")
     parser.add_argument("--tries", type=int, default=100, metavar="N", help="damaged files of each kind (default: 100)")
-    parser.add_argument("--save", choices=("before", "after"), help="the column of docs/reliability.md that this is")
+    parser.add_argument("--save", action="store_true", help="show the counts in docs/reliability.md")
     parser.add_argument("--version", default="", metavar="COMMIT", help="what is tried, for the page")
     options = parser.parse_args()
     if unknown := set(options.groups) - set(groups):
@@ -102,22 +101,20 @@ def main() -> int:
         print(tally, flush=True)
         failed |= bool(tally.failed)
         if options.save:
-            save(name, title, options.save, options.version, tally, list(groups))
+            save(name, title, options.version, tally, list(groups))
     return 1 if failed else 0
 
 
-def save(group: str, title: str, column: str, version: str, tally: Tally, order: list[str]) -> None:
+def save(group: str, title: str, version: str, tally: Tally, order: list[str]) -> None:
     """Store the counts of a group, and render the page."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    of_group = results.setdefault(group, {"title": title})
     counts = {kind: [tally.tried[kind], tally.failed[kind]] for kind in tally.tried}
-    of_group[column] = {"date": str(datetime.date.today()), "version": version, "counts": counts}
+    results[group] = {"title": title, "date": str(datetime.date.today()), "version": version, "counts": counts}
     results = {name: results[name] for name in order if name in results}
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(results, indent=1))
     RESULTS.write_text(f"{text}\n")
-    if column == "after":
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # tests set it
-        subprocess.run([sys.executable, str(ROOT / "docs/figures.py")], check=True, env=environment)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # tests set it
+    subprocess.run([sys.executable, str(ROOT / "docs/figures.py")], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -430,9 +430,9 @@ class Llama4:
         """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments and
         errors are those of `chat`; errors come at once."""
         prompt = messages if isinstance(messages, Inputs) else conversation(messages)
-        asked = self.prepare(prompt, **options)
-        builder = asked.builder(self.tokenizer)
-        return Stream(self._start(asked), builder)
+        prepared = self.prepare(prompt, **options)
+        builder = prepared.builder(self.tokenizer)
+        return Stream(self._start(prepared), builder)
 
     def chat_batch(
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
@@ -443,9 +443,9 @@ class Llama4:
         prompts = (
             conversations if isinstance(conversations, Inputs) else [list(conversation(row)) for row in conversations]
         )
-        asked = self.prepare(prompts, **options)
-        builders = asked.builders(self.tokenizer)
-        for event in self._start(asked):
+        prepared = self.prepare(prompts, **options)
+        builders = prepared.builders(self.tokenizer)
+        for event in self._start(prepared):
             builders[event.row].add(event)
         return [builder.reply() for builder in builders]
 
@@ -521,21 +521,21 @@ class Llama4:
         cache = kept.beginning(rows) if kept is not None else None
         return cache or self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
 
-    def _start(self, asked: Prepared) -> Iterator[Event]:
-        rows = identities(asked.inputs, self.model)
+    def _start(self, prepared: Prepared) -> Iterator[Event]:
+        rows = identities(prepared.inputs, self.model)
         adapters = self.adapters  # others, after a merge in another thread
         changes, state = adapters.changes, adapters.state
         cache = self._cache_of(rows, state)
         events = generate(
             self.runner,
             self.tokenizer,
-            asked.inputs,
-            sampler=asked.sampler,
-            matchers=[asked.matcher(self.tokenizer, self.config.text.vocab_size) for _ in rows],
-            max_new_tokens=asked.max_new_tokens,
-            top_logprobs=asked.top_logprobs,
-            stop_ids=asked.stop_ids,
-            stop=asked.stop,
+            prepared.inputs,
+            sampler=prepared.sampler,
+            matchers=[prepared.matcher(self.tokenizer, self.config.text.vocab_size) for _ in rows],
+            max_new_tokens=prepared.max_new_tokens,
+            top_logprobs=prepared.top_logprobs,
+            stop_ids=prepared.stop_ids,
+            stop=prepared.stop,
             max_context=self.max_context,
             tokens=rows,
             cache=cache,

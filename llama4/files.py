@@ -219,12 +219,16 @@ def _delete_leftovers(path: Path) -> None:
     for found in path.parent.glob(f".{glob.escape(path.name)}-*"):
         if name.fullmatch(found.name):
             with suppress(OSError):  # gone, another user's, or where there are no locks
-                descriptor = os.open(found, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    if try_lock(descriptor):
-                        found.unlink()
-                finally:
-                    os.close(descriptor)
+                _delete_unlocked(found)
+
+
+def _delete_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if try_lock(descriptor):
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

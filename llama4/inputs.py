@@ -292,7 +292,7 @@ class Processor:
             ContextLengthError: as a call of the processor.
             Llama4Error: the tokenizer has no tokens for that.
         """
-        if INFILLING[0] not in self.tokenizer.special_tokens:
+        if INFILLING.prefix not in self.tokenizer.special_tokens:
             raise Llama4Error(
                 f"{self.tokenizer.path} has no tokens for infilling; Code Llama's of 7B and 13B have them"
             )

@@ -6,7 +6,7 @@ Shapes: n tiles, A side of a tile in pixels, P patches of a tile, L = P + 1 with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,11 @@ class VisionMLP(nn.Module):
         return out
 
 
-class VisionLayer(nn.Module):
+Place = TypeVar("Place")
+"""What attention is told of where patches are."""
+
+
+class VisionLayer(nn.Module, Generic[Place]):
     """One pre-norm transformer block of a tower."""
 
     attention: ClassVar[type[nn.Module]] = VisionAttention
@@ -100,14 +104,14 @@ class VisionLayer(nn.Module):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, rotation_or_filled: Any) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         """
         Args:
             x: patches as the block's attention takes them: [n, L, W] of tiles that are seen one by one, or those of all
                 tiles of a picture, in one row.
-            rotation_or_filled: of the first, the rotation of each patch; of the second, how many are no padding.
+            place: of the first, the rotation of each patch; of the second, how many are no padding.
         """
-        x = x + self.self_attn(self.input_layernorm(x), rotation_or_filled)
+        x = x + self.self_attn(self.input_layernorm(x), place)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -121,7 +125,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(VisionLayer[Tensor](config) for _ in range(config.num_hidden_layers))
         self.run_layer: Callable[..., Tensor] = run
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class TiledAttention(Projections):
         return out
 
 
-class LocalLayer(VisionLayer):
+class LocalLayer(VisionLayer[int]):
     """One pre-norm transformer block, over all tiles."""
 
     attention = TiledAttention

@@ -382,28 +382,16 @@ def _stacked(path: str, experts: Mapping[tuple[str, int], Pair], shapes: Shapes)
         return {}
     found: dict[str, Ranked] = {}
     try:
-        stacks = {
-            matrix: tuple(torch.stack([experts[matrix, i][part] for i in range(E)]) for part in (0, 1))
-            for matrix in sorted(names)
-        }
+        stacks: dict[str, Pair] = {}
+        for matrix in names:
+            a, b = (torch.stack([experts[matrix, i][part] for i in range(E)]) for part in (0, 1))
+            stacks[matrix] = a, b
         if "down" in stacks:
             a, b = stacks["down"]
             found[f"{path}.down_proj"] = a, b, a.shape[1]
-        halves = [stacks[matrix] for matrix in ("gate", "up") if matrix in stacks]
-        if halves:
-            width, name, rank = shapes[f"{path}.gate_up_proj"][1] // 2, f"{path}.gate_up_proj", halves[0][0].shape[1]
-            if len({a.shape for a, _ in halves}) > 1:
-                return {}
-            if len(halves) == 2 and torch.equal(halves[0][0], halves[1][0]):
-                found[name] = halves[0][0], torch.cat([b for _, b in halves], dim=1), rank
-            else:
-                blocks = []
-                for matrix in ("gate", "up"):
-                    if matrix in stacks:
-                        b_EFr = stacks[matrix][1]
-                        empty = torch.zeros(E, width, b_EFr.shape[2], dtype=b_EFr.dtype)
-                        blocks.append(torch.cat([b_EFr, empty] if matrix == "gate" else [empty, b_EFr], dim=1))
-                found[name] = torch.cat([a for a, _ in halves], dim=1), torch.cat(blocks, dim=2), rank
+        if "gate" in stacks or "up" in stacks:
+            width = shapes[f"{path}.gate_up_proj"][1] // 2
+            found[f"{path}.gate_up_proj"] = _side_by_side(stacks.get("gate"), stacks.get("up"), width)
     except RuntimeError:  # of different shapes
         return {}
     fits = all(
@@ -411,3 +399,24 @@ def _stacked(path: str, experts: Mapping[tuple[str, int], Pair], shapes: Shapes)
         for name, (a, b, _) in found.items()
     )
     return found if fits else {}
+
+
+def _side_by_side(gate: Pair | None, up: Pair | None, width: int) -> Ranked:
+    """Gate and up as one matrix: with the A of both, where that is the same, else with the A of one below that of the
+    other, which is of twice the rank.
+
+    Raises:
+        RuntimeError: their A are of different shapes.
+    """
+    halves = [half for half in (gate, up) if half is not None]
+    rank = halves[0][0].shape[1]
+    if gate is not None and up is not None and torch.equal(gate[0], up[0]):
+        return gate[0], torch.cat([gate[1], up[1]], dim=1), rank
+    a_2EFr = torch.stack([a for a, _ in halves])
+    columns = []
+    for half in (gate, up):
+        if half is not None:
+            b_EFr = half[1]
+            empty = b_EFr.new_zeros(len(b_EFr), width, b_EFr.shape[2])
+            columns.append(torch.cat([b_EFr, empty] if half is gate else [empty, b_EFr], dim=1))
+    return torch.cat([*a_2EFr], dim=1), torch.cat(columns, dim=2), rank

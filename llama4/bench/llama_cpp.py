@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -85,26 +86,35 @@ def run_program(path: Path, *arguments: str, timeout: float = TIMEOUT) -> Output
         )
     except OSError as error:
         raise Llama4Error(f"{path} cannot be run: {error}") from None
-    peak, end = 0, time.monotonic() + timeout
     with process:
         try:
-            while True:
-                peak = max(peak, peak_bytes_of(process.pid))
-                try:
-                    stdout, stderr = process.communicate(timeout=POLL)
-                    break
-                except subprocess.TimeoutExpired:
-                    if time.monotonic() > end:
-                        raise Llama4Error(f"{path.name} was not done within {timeout:.0f} seconds") from None
+            output = _output(process, time.monotonic() + timeout)
+        except TimeoutError:
+            process.kill()
+            raise Llama4Error(f"{path.name} was not done within {timeout:.0f} seconds") from None
         except BaseException:
             process.kill()
             raise
     if process.returncode:
-        said = stderr.strip().splitlines()
+        said = output.stderr.strip().splitlines()
         raise Llama4Error(
             f"{path.name} failed with code {process.returncode}: {said[-1] if said else 'it said nothing'}"
         )
-    return Output(stdout, stderr, max(peak, peak_bytes_of(process.pid)))
+    return output
+
+
+def _output(process: subprocess.Popen[str], end: float) -> Output:
+    """Of a process when it is done; its memory is looked at meanwhile.
+
+    Raises:
+        TimeoutError: it is not done at that time.
+    """
+    peak = 0
+    while time.monotonic() <= end:
+        peak = max(peak, peak_bytes_of(process.pid))
+        with suppress(subprocess.TimeoutExpired):
+            return Output(*process.communicate(timeout=POLL), max(peak, peak_bytes_of(process.pid)))
+    raise TimeoutError
 
 
 class Programs:

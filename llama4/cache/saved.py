@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,41 +88,10 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             _check_metadata(path, metadata, cache, model)
-            keys = set(file.keys())
-
-            def shape(name: str, dtype: str) -> list[int]:
-                if name not in keys:
-                    raise _damaged(path, f"it lacks {name}")
-                found = file.get_slice(name)
-                if found.get_dtype() != dtype:
-                    raise _damaged(path, f"{name} is {found.get_dtype()}, not {dtype}")
-                return list(found.get_shape())
-
-            length = shape(_TOKENS, "I64")
-            first, rope_length = metadata.get("first", ""), metadata.get("rope_length", "")
-            if not rope_length.isdecimal():
-                raise _damaged(path, f"its rope_length is {rope_length!r}")
-            if len(length) != 1 or not first.isdecimal() or int(first) + length[0] > max_tokens:
-                raise _damaged(
-                    path, f"{length} tokens from position {first!r} on are none that a window of {max_tokens} has"
-                )
-            start, end = int(first), int(first) + length[0]
-            counts = cache.num_blocks(start, end)
-            names = [[f"{i}.{j}" for j in range(count)] for i, count in enumerate(counts)]
-            places = _positions(path, metadata, start, end)
-            seen = [[_PICTURE.format(i, j) for j in range(len(cache.cross_layers))] for i in range(len(places))]
-            wanted = sum(counts) + sum(map(len, seen))
-            if len(keys) != 1 + wanted:
-                raise _damaged(path, f"it has {len(keys) - 1} blocks; {length[0]} tokens take {wanted}")
-            for layer, of_layer in zip(cache.layers, names, strict=True):
-                for name in of_layer:
-                    if (found := shape(name, "U8")) != [layer.block_bytes]:
-                        raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
-            for of_picture in seen:
-                if len({tuple(_check_picture(path, name, shape(name, "U8"), cache)) for name in of_picture}) > 1:
-                    raise _damaged(path, f"the keys of a picture, {of_picture[0]} and others, differ in number")
-            blocks = (name for group in (*names, *seen) for name in group)
-            tensors = {name: file.get_tensor(name) for name in (_TOKENS, *blocks)}
+            names = set(file.keys())
+            specs = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in names}
+            content = _Content.read(path, metadata, specs, cache, max_tokens)
+            tensors = {name: file.get_tensor(name) for name in content.names}
     except FileNotFoundError:
         raise Llama4Error(
             f"{path} cannot be read as a saved cache: there is no such file; give what `save` wrote"
@@ -129,12 +100,82 @@ def load_cache(path: str | Path, cache: SequenceCache, model: str, max_tokens: i
         raise Llama4Error(f"{path} cannot be read as a saved cache: {error}; read the prompt again") from error
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise _damaged(path, "its content does not have its checksum")
+    blocks = [[tensors[name] for name in of_layer] for of_layer in content.blocks]
     pictures = [
         Picture(place, tuple(tensors[name].view(cache.dtype).to(cache.device) for name in of_picture))
-        for place, of_picture in zip(places, seen, strict=True)
+        for place, of_picture in content.pictures.items()
     ]
-    cache.restore(start, end, int(rope_length), [[tensors[name] for name in group] for group in names], pictures)
+    cache.restore(content.start, content.end, content.rope_length, blocks, pictures)
     return tensors[_TOKENS]
+
+
+_Specs: TypeAlias = dict[str, tuple[str, list[int]]]
+"""Dtype and shape of each tensor of a file."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file holds, by its header, which was compared with the cache that it is for.
+
+    Attributes:
+        start, end: positions of the tokens.
+        rope_length: see `SequenceCache`.
+        blocks: names of each layer's tensors.
+        pictures: position -> names of a picture's.
+    """
+
+    start: int
+    end: int
+    rope_length: int
+    blocks: list[list[str]]
+    pictures: dict[int, list[str]]
+
+    @classmethod
+    def read(
+        cls, path: str | Path, metadata: dict[str, str], specs: _Specs, cache: SequenceCache, max_tokens: int
+    ) -> _Content:
+        """Raises:
+        Llama4Error: it is damaged.
+        """
+        length = _shape(path, specs, _TOKENS, "I64")
+        first, rope_length = metadata.get("first", ""), metadata.get("rope_length", "")
+        if not rope_length.isdecimal():
+            raise _damaged(path, f"its rope_length is {rope_length!r}")
+        if len(length) != 1 or not first.isdecimal() or int(first) + length[0] > max_tokens:
+            raise _damaged(
+                path, f"{length} tokens from position {first!r} on are none that a window of {max_tokens} has"
+            )
+        start, end = int(first), int(first) + length[0]
+        blocks = [[f"{i}.{j}" for j in range(count)] for i, count in enumerate(cache.num_blocks(start, end))]
+        pictures = {
+            place: [_PICTURE.format(i, j) for j in range(len(cache.cross_layers))]
+            for i, place in enumerate(_positions(path, metadata, start, end))
+        }
+        content = cls(start, end, int(rope_length), blocks, pictures)
+        if len(specs) != len(content.names):
+            raise _damaged(path, f"it has {len(specs) - 1} blocks; {length[0]} tokens take {len(content.names) - 1}")
+        for layer, of_layer in zip(cache.layers, blocks, strict=True):
+            for name in of_layer:
+                if (found := _shape(path, specs, name, "U8")) != [layer.block_bytes]:
+                    raise _damaged(path, f"block {name} is {found}, but must be [{layer.block_bytes}]")
+        for of_picture in pictures.values():
+            if len({tuple(_check_picture(path, n, _shape(path, specs, n, "U8"), cache)) for n in of_picture}) > 1:
+                raise _damaged(path, f"the keys of a picture, {of_picture[0]} and others, differ in number")
+        return content
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, as they are summed up."""
+        return [_TOKENS, *chain(*self.blocks, *self.pictures.values())]
+
+
+def _shape(path: str | Path, specs: _Specs, name: str, dtype: str) -> list[int]:
+    if name not in specs:
+        raise _damaged(path, f"it lacks {name}")
+    found, shape = specs[name]
+    if found != dtype:
+        raise _damaged(path, f"{name} is {found}, not {dtype}")
+    return shape
 
 
 def _positions(path: str | Path, metadata: dict[str, str], start: int, end: int) -> list[int]:

@@ -51,6 +51,9 @@ FLAGS = (
 )
 """No vector is an argument of what a library exports, which -Wpsabi is about."""
 
+WARNINGS = ("-Wall", "-Wextra")
+"""What the compiler says for these is in the manifest: some of it comes only of what is inlined."""
+
 
 class Level(NamedTuple):
     """An instruction set.
@@ -176,8 +179,8 @@ def found_directory() -> Path:
 def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     """Write the libraries of these levels and the manifest; others of the same sources stay. -> the manifest:
 
-    sources: `sources_hash()`. levels: name -> file, sha256, compiler and seconds of each library. problems: name -> why
-    there is none; "" for all.
+    sources: `sources_hash()`. levels: name -> file, sha256, compiler, seconds and warnings of each library. problems:
+    name -> why there is none; "" for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {"sources": sources_hash(target()), "levels": _built(directory), "problems": {}}
@@ -193,7 +196,7 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     else:
         with TemporaryDirectory(prefix="llama4-kernels-") as work, ThreadPoolExecutor(_cores()) as pool:
             try:
-                version = _run([*command, "--version"]).splitlines()[0]
+                version = _run([*command, "--version"]).stdout.splitlines()[0]
             except (OSError, subprocess.SubprocessError, IndexError) as error:
                 manifest["problems"][""] = f"the C++ compiler does not run: {_first_line(error)}"
                 names = ()
@@ -201,8 +204,8 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
             for name, job in jobs.items():
                 manifest["levels"].pop(name, None)
                 try:
-                    path, seconds = job.result()
-                    entry = {"file": path.name, "sha256": file_hash(path), "compiler": version, "seconds": seconds}
+                    path, about = job.result()
+                    entry = {"file": path.name, "sha256": file_hash(path), "compiler": version, **about}
                     _move(path, directory)
                     manifest["levels"][name] = entry
                 except (OSError, subprocess.SubprocessError) as error:
@@ -222,8 +225,8 @@ def _built(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
-    """A level's library, and the seconds that it took."""
+def _compile(command: list[str], name: str, work: Path) -> tuple[Path, dict[str, Any]]:
+    """A level's library, the seconds that it took, and what the compiler warned of."""
     began = time.monotonic()
     objects, library = work / f"{name}.o", work / f"llama4-{name}.so"
     level, zig = LEVELS[target()][name], "ziglang" in command
@@ -231,12 +234,13 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, int]:
     flags = [*platforms, *([f"-mcpu={level.zig}"] if zig else level.flags)]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     environment = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), **os.environ}  # not in a user's home
-    _run([*command, *FLAGS, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)], environment)
+    arguments = [*command, *FLAGS, *WARNINGS, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)]
+    warnings = _run(arguments, environment).stderr
     _run(
         [*command, *FLAGS, *platforms, *(["-s"] if zig else []), "-shared", str(objects), "-o", str(library)],
         environment,
     )
-    return library, round(time.monotonic() - began)
+    return library, {"seconds": round(time.monotonic() - began), "warnings": warnings}
 
 
 def _move(path: Path, directory: Path) -> None:
@@ -246,11 +250,11 @@ def _move(path: Path, directory: Path) -> None:
     unfinished.replace(directory / path.name)
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
+def _run(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if done.returncode:
         raise subprocess.SubprocessError(done.stderr.strip() or f"{command[0]} ended with {done.returncode}")
-    return done.stdout
+    return done
 
 
 def _first_line(error: Exception) -> str:

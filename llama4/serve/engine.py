@@ -157,7 +157,7 @@ class Engine:
 
     def submit(
         self,
-        asked: Prepared,
+        prepared: Prepared,
         deliver: Callable[[Delivery], None],
         may_wait: bool = False,
         observer: Observer | None = None,
@@ -178,16 +178,16 @@ class Engine:
             ContextLengthError: the prompt leaves no room for a reply in the window, or in the engine's memory.
         """
         self._check_room(may_wait)
-        length = int(asked.inputs.attention_mask.sum())
+        length = int(prepared.inputs.attention_mask.sum())
         request = Request(
-            asked.inputs,
+            prepared.inputs,
             self.llm.model,
-            asked.sampler,
-            max_new_tokens=self.scheduler.reply_budget(length, asked.max_new_tokens),
-            stop_ids=asked.stop_ids,
+            prepared.sampler,
+            max_new_tokens=self.scheduler.reply_budget(length, prepared.max_new_tokens),
+            stop_ids=prepared.stop_ids,
             deliver=deliver,
-            alternatives=asked.top_logprobs,
-            matcher=asked.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
+            alternatives=prepared.top_logprobs,
+            matcher=prepared.matcher(self.llm.tokenizer, self.llm.config.text.vocab_size),
             observer=observer,
             adapter=self._adapters.of(self._usual_adapter if adapter is None else adapter),
         )
@@ -290,11 +290,11 @@ class EngineStream:
     def _open(self, may_wait: bool) -> None:
         llm, messages = self._engine.llm, self._messages
         prompt = messages if isinstance(messages, Inputs) else conversation(messages)
-        asked = llm.prepare(prompt, limit=self._engine.scheduler.limit, **self._options)
-        builder = asked.builder(llm.tokenizer)
-        request = self._engine.submit(asked, self._mailbox.put, may_wait, self._observer, self._adapter)
+        prepared = llm.prepare(prompt, limit=self._engine.scheduler.limit, **self._options)
+        builder = prepared.builder(llm.tokenizer)
+        request = self._engine.submit(prepared, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
-        text = TextAssembler(asked.stop)
+        text = TextAssembler(prepared.stop)
         silent = self._engine.silent_ids
         self._reader = ReplyText(0, request.max_new_tokens, text, request.stop_ids, silent), builder
         self._cancel = weakref.finalize(self, self._engine.cancel, request)

@@ -255,7 +255,7 @@ class Tokenizer:
     def reply_ends(self, configured: Sequence[int] | None) -> tuple[int, ...]:
         """The tokens that end a reply: those that a model's configuration names, else `stop_ids`; of Code Llama also
         the one that ends what fills a gap."""
-        filled = self.special_tokens.get(INFILLING[3])
+        filled = self.special_tokens.get(INFILLING.end)
         return tuple(dict.fromkeys((*(configured or self.stop_ids), *([] if filled is None else [filled]))))
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,18 @@ LLAMA32_VISION = replace(
 """Llama 3's file, but that `<|image|>` has the first id behind the vocabulary. Source: transformers'
 convert_mllama_weights_to_hf.py."""
 
-INFILLING = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
-"""Code Llama's tokens around and between what comes before and after a gap, and at the end of what fills it."""
+
+class Infilling(NamedTuple):
+    """Tokens before what stands in front of a gap, what follows it and what fills it, and at the end of that."""
+
+    prefix: str
+    suffix: str
+    middle: str
+    end: str
+
+
+INFILLING = Infilling("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
+"""Code Llama's."""
 
 SENTENCEPIECE = Vocabulary(
     "",
@@ -156,5 +167,5 @@ SENTENCEPIECE = Vocabulary(
     bos="<s>",
     eos="</s>",
     pad="<unk>",
-    stop=("</s>", INFILLING[3]),
+    stop=("</s>", INFILLING.end),
 )

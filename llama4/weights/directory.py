@@ -72,8 +72,7 @@ def complete_directory(
                 done = True
             finally:
                 if done or keep is None or not any(map(_has_files, (content, work / STEPS))):
-                    for folder in (content, work / DOWNLOADS, work / STEPS):
-                        shutil.rmtree(folder, ignore_errors=True)
+                    _remove(content, work / DOWNLOADS, work / STEPS)
     except OSError as error:
         if error.filename is not None and not _is_of(real_path(os.fsdecode(error.filename)), target, work):
             raise  # of what is read, say
@@ -170,6 +169,11 @@ def _begin(content: Path, keep: Callable[[Path], bool] | None) -> None:
     if keep is None:
         clear(content.with_name(DOWNLOADS))
         clear(content.with_name(STEPS))
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_files(folder: Path) -> bool:

@@ -72,9 +72,7 @@ class Gptq(QuantMethod):
     name = "gptq"
 
     def check(self, content: Mapping[str, Any]) -> None:
-        layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
-        if content.get("is_marlin_format"):
-            layout = "marlin"
+        layout = _layout(content)
         if layout not in (_LESS_ONE, _AS_THEY_ARE) or content.get("bits", 4) not in BITS:
             raise CheckpointError(
                 f"the checkpoint is quantized by GPTQ to {content.get('bits')!r} bits in the format {layout!r}, which "
@@ -83,8 +81,7 @@ class Gptq(QuantMethod):
             )
 
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
-        source = unstacked(source)
-        layout = content.get("checkpoint_format") or content.get("format") or _LESS_ONE
+        source, has_less_one = unstacked(source), _layout(content) == _LESS_ONE
         dynamic = content.get("dynamic")
         others = dynamic.values() if isinstance(dynamic, dict) else ()
         is_symmetric = all(some.get("sym", True) for some in (content, *others) if isinstance(some, dict))
@@ -102,8 +99,14 @@ class Gptq(QuantMethod):
                 is_in_order = _is_in_order(g_idx, own)
                 order = None if is_in_order else order_by_groups(g_idx, own["scales"].shape[0])
             bits = _bits(own, int(content.get("bits", 4)))
-            stored[module] = GptqFormat(bits, is_symmetric, is_in_order, layout == _LESS_ONE, order=order)
+            stored[module] = GptqFormat(bits, is_symmetric, is_in_order, has_less_one, order=order)
         return DecodedSource(source, stored, dtype)
+
+
+def _layout(content: Mapping[str, Any]) -> str:
+    if content.get("is_marlin_format"):
+        return "marlin"
+    return content.get("checkpoint_format") or content.get("format") or _LESS_ONE
 
 
 def _bits(specs: Specs, default: int) -> int:

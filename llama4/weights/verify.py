@@ -57,13 +57,8 @@ def verify(
     with Bar("checking", sum(sizes.values()), "bytes", shown=progress) as bar:
         for name, size in sizes.items():
             with bar.step(size):
-                there = name if name in names else tied.get(name, name)
-                ours, theirs = written.read(name), source.read(there)
-                if not _is_same(ours, theirs):
+                if not _has_same(written, name, source, name if name in names else tied.get(name, name)):
                     different.append(name)
-                for side, tensor, its_name in ((written, ours, name), (source, theirs, there)):
-                    if side.is_mapped(its_name):
-                        memory.release(tensor)
     if different:
         raise _different(f"{len(different)} tensors are not those of its source, the first is {different[0]}")
     if config.num_parameters() <= MAX_PARAMETERS:
@@ -84,6 +79,16 @@ def _compare_tokenizers(source: Tokenizer, written: Tokenizer | None) -> None:
 
 def _different(what: str, missing: Sequence[str] = ()) -> CheckpointError:
     return CheckpointError(f"in the converted checkpoint {what}; nothing is kept of it", missing)
+
+
+def _has_same(written: Source, name: str, source: Source, its_name: str) -> bool:
+    """Whether two checkpoints have the same tensor; neither stays in memory."""
+    ours, theirs = written.read(name), source.read(its_name)
+    is_same = _is_same(ours, theirs)
+    for side, tensor, read in ((written, ours, name), (source, theirs, its_name)):
+        if side.is_mapped(read):
+            memory.release(tensor)
+    return is_same
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -310,7 +310,7 @@ def test_a_reply_that_overlaps_a_merge_ends_with_the_error(tmp_path: Path, monke
         errors.append(error)
         merge_adapter(adapter, model, progress=progress)
 
-    monkeypatch.setattr("llama4.api.merge_adapter", merge)
+    monkeypatch.setattr("llama4.adapters.loaded.merge_adapter", merge)
     llm.merge_adapter()
     assert errors and llm.chat("hello", max_new_tokens=3).usage.completion_tokens
 

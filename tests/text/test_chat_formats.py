@@ -128,7 +128,7 @@ def test_infilling_as_meta_writes_it(tmp_path: Path) -> None:
     assert processor.infill(prefix, suffix).input_ids.tolist() == [wanted]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **CONFIG}))
     replies = describe_model(find(str(tmp_path)))["replies"]
-    assert replies["stop_tokens"] == {128009: None, theirs.piece_to_id(INFILLING[3]): INFILLING[3]}
+    assert replies["stop_tokens"] == {128009: None, theirs.piece_to_id(INFILLING.end): INFILLING.end}
     train(tmp_path / "tokenizer.model")
     with pytest.raises(Llama4Error, match="has no tokens for infilling"):
         Processor.from_config(Tokenizer(tmp_path / "tokenizer.model"), llama.read_config(CONFIG)).infill("a", "b")

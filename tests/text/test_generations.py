@@ -153,8 +153,8 @@ def test_infilling_tokens_are_no_text(tmp_path: Path) -> None:
     theirs = train(tmp_path / "tokenizer.model", user_defined_symbols=list(INFILLING))
     ours = Tokenizer(tmp_path / "tokenizer.model")
     assert [ours.special(name) for name in INFILLING] == [theirs.piece_to_id(name) for name in INFILLING]
-    assert theirs.piece_to_id(INFILLING[0]) in theirs.encode("a <PRE> b")
-    assert ours.special(INFILLING[0]) not in ours.encode("a <PRE> b")
+    assert theirs.piece_to_id(INFILLING.prefix) in theirs.encode("a <PRE> b")
+    assert ours.special(INFILLING.prefix) not in ours.encode("a <PRE> b")
     assert ours.decode(ours.encode("a <PRE> b")) == " a <PRE> b"
 
 

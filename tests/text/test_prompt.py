@@ -20,9 +20,10 @@ from transformers.models.llama4 import processing_llama4
 from llama4.text.messages import image_sources, read_messages
 from llama4.text.prompt import image_tokens, render
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import ToolCall, parse_reply
+from llama4.text.tool_calls import ToolCall
 from llama4.vision.tiling import tile_image
 from tests.meta_chat import chat_format
+from tests.text.tool_call_cases import parse_reply
 
 WEATHER = {
     "type": "function",

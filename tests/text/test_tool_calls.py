@@ -22,9 +22,9 @@ from llama_models.llama3.tool_utils import ToolUtils
 from llama4.text.messages import read_messages
 from llama4.text.prompt import render
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import MARKS, CallReader, ToolCall, parse_reply, read_call
+from llama4.text.tool_calls import MARKS, CallReader, ToolCall, read_call
 from llama4.text.tool_calls.literals import as_json, read_value
-from tests.text.tool_call_cases import CASES, LLAMA_MODELS, LLAMA_STACK, VLLM_STREAMED, Case
+from tests.text.tool_call_cases import CASES, LLAMA_MODELS, LLAMA_STACK, VLLM_STREAMED, Case, parse_reply
 
 Calls = list[tuple[str, dict[str, Any]]]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}

@@ -7,8 +7,19 @@ otherwise, `otherwise` says how, and why.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from llama4.text.tool_calls import CallReader, ToolCall, names_of
+
+
+def parse_reply(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
+    """What a whole reply says, and the tools it calls."""
+    reader = CallReader(names_of(tools))
+    pieces = [*reader.push(text), *reader.finish()]
+    said = "".join(piece for piece in pieces if isinstance(piece, str))
+    return said, [piece for piece in pieces if isinstance(piece, ToolCall)]
 
 
 @dataclass(frozen=True)

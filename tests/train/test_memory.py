@@ -121,7 +121,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a par
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("int4", ""),
         ("nf4", ""),
         ("int4", "gradient_checkpointing=True"),
         ("float32", "gradient_checkpointing=True"),

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,34 +72,11 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError("--lengths are the shortest and the longest, and --shared is from 0 to below the longest")
     if not options.seconds > 0:
         raise ArgumentError(f"--seconds is {options.seconds:g}; it must be above 0")
-    per_client, others = options.requests_per_client, OtherProcesses()
     with ExitStack() as stack:
-        servers, pids = {}, []
-        for scheme in options.quantization:
-            extra = ["--quantization", scheme] if scheme != "none" else []
-            served = stack.enter_context(Served(options.model, "--queue", "1000", *extra))
-            servers[f"llama4, {scheme}" if scheme != "none" else "llama4"] = served.target
-            pids.append(served.pid)
-        for url in options.vs:
-            servers[url.partition("#")[0]] = _target(url)
-        asked = [max(count * per_client, options.least) for count in options.clients]
-        total = options.rounds * len(servers) * sum(asked)
-        figures: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        shares = []
-        with Bar("asking", total, "steps") as bar:
-            for name, target in servers.items():
-                servers[name] = _warmed(target, Prompts(options.model, workload, -1).bodies(1)[0])
-            others.share(pids)
-            for turn in range(options.rounds):
-                for level, clients in enumerate(options.clients):
-                    bodies = Prompts(options.model, workload, 100 * turn + level).bodies(asked[level])
-                    for name, target in servers.items():
-                        bar.describe(f"round {turn + 1}, {clients} clients, {name}")
-                        found = asyncio.run(
-                            under_load(target, bodies, clients, options.seconds, lambda: bar.advance(1))
-                        )
-                        figures.setdefault((name, clients), []).append(found)
-                        shares.append(others.share(pids))
+        servers, pids = _servers(options, stack)
+        first = Prompts(options.model, workload, -1).bodies(1)[0]
+        servers = {name: _warmed(target, first) for name, target in servers.items()}
+        figures, shares = _turns(options, workload, servers, pids)
         alone = [_against_stream(options, workload, scheme, servers) for scheme in options.quantization]
     return {
         "workload": vars(workload),
@@ -106,6 +84,40 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         "one_client_against_stream": alone,
         "share_of_other_processes": shares if not options.vs else [None],
     }
+
+
+def _servers(options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Target], list[int]]:
+    """All by name, ours started; and the processes of ours."""
+    servers, pids = {}, []
+    for scheme in options.quantization:
+        extra = ["--quantization", scheme] if scheme != "none" else []
+        served = stack.enter_context(Served(options.model, "--queue", "1000", *extra))
+        servers[_name(scheme)] = served.target
+        pids.append(served.pid)
+    return servers | {url.partition("#")[0]: _target(url) for url in options.vs}, pids
+
+
+def _name(scheme: str) -> str:
+    return f"llama4, {scheme}" if scheme != "none" else "llama4"
+
+
+def _turns(
+    options: argparse.Namespace, workload: Workload, servers: Mapping[str, Target], pids: Sequence[int]
+) -> tuple[dict[tuple[str, int], list[dict[str, Any]]], list[float | None]]:
+    """The figures of each server with each number of clients, and how busy other processes were."""
+    asked = [max(count * options.requests_per_client, options.least) for count in options.clients]
+    figures: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    shares, others = [], OtherProcesses()
+    others.share(pids)
+    with Bar("asking", options.rounds * len(servers) * sum(asked), "steps") as bar:
+        for turn, (level, clients) in product(range(options.rounds), enumerate(options.clients)):
+            bodies = Prompts(options.model, workload, 100 * turn + level).bodies(asked[level])
+            for name, target in servers.items():
+                bar.describe(f"round {turn + 1}, {clients} clients, {name}")
+                found = asyncio.run(under_load(target, bodies, clients, options.seconds, lambda: bar.advance(1)))
+                figures.setdefault((name, clients), []).append(found)
+                shares.append(others.share(pids))
+    return figures, shares
 
 
 def _warmed(target: Target, body: dict[str, Any]) -> Target:
@@ -126,7 +138,7 @@ def _against_stream(
     options: argparse.Namespace, workload: Workload, scheme: str, servers: Mapping[str, Target]
 ) -> dict[str, Any]:
     """One client and `llm.stream`, turn by turn with the same prompts, none of which share a prefix."""
-    name = f"llama4, {scheme}" if scheme != "none" else "llama4"
+    name = _name(scheme)
     prompts = Prompts(options.model, workload, 10**6)
     bodies = [{**body, "messages": prompts.message(shares=False)} for body in prompts.bodies(options.pairs + 1)]
     direct: list[float] = []

@@ -2,7 +2,7 @@
 
 from llama4.text.tool_calls.call import ToolCall, check_tools, function_name, read_call, short
 from llama4.text.tool_calls.choice import chosen_tools
-from llama4.text.tool_calls.reader import CallReader, names_of, parse_reply
+from llama4.text.tool_calls.reader import CallReader, names_of
 from llama4.text.tool_calls.spellings import MARKS
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "chosen_tools",
     "function_name",
     "names_of",
-    "parse_reply",
     "read_call",
     "short",
 ]

@@ -17,25 +17,6 @@ _END_OF_FENCE = re.compile(r"\s*```")
 _END_OF_FENCE_BEGUN = re.compile(r"\s*`{0,2}")
 
 
-def parse_reply(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
-    """Split a reply into what it says and the tools it calls.
-
-    A call is `{"name": ..., "parameters": {...}}` or with "arguments", a list of such objects, a list
-    `[f(a=1), g(b="x")]`, `<function=f>{...}</function>`, `brave_search.call(query="x")` for one of Meta's built-in
-    tools, or a call of a known function alone on its line, anywhere in the text, with or without `<|python_start|>` and
-    `<|python_end|>`; code between these calls `code_interpreter`. Nothing is evaluated. What is no call, or one whose
-    arguments are not JSON, stays text; calls beside it are kept.
-
-    Args:
-        text: the decoded reply.
-        tools: function schemas; if given, only calls of these functions count.
-    """
-    reader = CallReader(names_of(tools))
-    pieces = [*reader.push(text), *reader.finish()]
-    said = "".join(piece for piece in pieces if isinstance(piece, str))
-    return said, [piece for piece in pieces if isinstance(piece, ToolCall)]
-
-
 def names_of(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str] | None:
     """The names of functions that may be called; None for any.
 
@@ -51,6 +32,12 @@ def names_of(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str] | None
 class CallReader:
     """Reads a reply as it comes. What it returns does not depend on how the text is cut, and comes as soon as it is
     certain: text that may be the beginning of a call is held back, and a call comes when it is complete.
+
+    A call is `{"name": ..., "parameters": {...}}` or with "arguments", a list of such objects, a list
+    `[f(a=1), g(b="x")]`, `<function=f>{...}</function>`, `brave_search.call(query="x")` for one of Meta's built-in
+    tools, or a call of a known function alone on its line, anywhere in the text, with or without `<|python_start|>` and
+    `<|python_end|>`; code between these calls `code_interpreter`. Nothing is evaluated. What is no call, or one whose
+    arguments are not JSON, stays text; calls beside it are kept.
 
     Args:
         known: names of the functions that may be called; None for any.

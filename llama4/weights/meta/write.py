@@ -6,10 +6,11 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, TypeAlias, cast
 from zipfile import ZipFile
 
 import torch
+from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
@@ -19,6 +20,9 @@ from llama4.progress import Bar
 from llama4.weights.meta.names import pieces
 from llama4.weights.meta.source import NAME_RECORD, RANK_FILE, STAMP_RECORD
 from llama4.weights.source import Source
+
+_Owner: TypeAlias = tuple[tuple[int, int, int], str, int]
+"""Which rows of a tensor of Meta's (`Piece.share`) are a parameter's, its name, and which of its pieces they are."""
 
 
 def write_ranks(
@@ -40,10 +44,18 @@ def write_ranks(
     tied = {HEAD: "language_model.model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
     assert {*source.names(), *tied} >= table.keys(), "match the source with its configuration first"
     _check_ranks(config, ranks)
-    parts: dict[str, list[tuple[tuple[int, int, int], str, int]]] = {}  # Meta's key -> what makes it up, in order
+    parts: dict[str, list[_Owner]] = {}  # Meta's key -> what makes it up
     for name, its_pieces in table.items():
         for at, piece in enumerate(its_pieces):
             parts.setdefault(piece.key, []).append((piece.share, name, at))
+
+    def share(owners: list[_Owner], rank: int) -> Tensor:
+        slices = []
+        for _, name, at in sorted(owners):
+            parameter = source.read(tied.get(name, name)).chunk(len(table[name]), dim=-1)[at]
+            slices.append(table[name][at].slice(parameter, rank, ranks))
+        return torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
+
     total = sum(source.spec(tied.get(name, name)).nbytes for name in table)
     with Bar("reading and writing", 2 * total, "bytes", shown=progress) as bar:
         for rank in range(ranks):
@@ -51,22 +63,19 @@ def write_ranks(
             for key, owners in parts.items():
                 size = sum(source.spec(tied.get(name, name)).nbytes // len(table[name]) for _, name, _ in owners)
                 with bar.step(size / ranks):
-                    slices = []
-                    for _, name, at in sorted(owners):
-                        parameter = source.read(tied.get(name, name)).chunk(len(table[name]), dim=-1)[at]
-                        slices.append(table[name][at].slice(parameter, rank, ranks))
-                    state[key] = (
-                        torch.cat(slices) if len(slices) > 1 else slices[0].clone(memory_format=torch.contiguous_format)
-                    )
+                    state[key] = share(owners, rank)
             path = directory / RANK_FILE.format(rank)
             with path.open("wb") as file, _own_errors():
                 torch.save(state, cast(IO[bytes], _Pieces(file, bar)))
             if ranks > 1:
-                own = {NAME_RECORD: path.stem} | ({} if stamp is None else {STAMP_RECORD: stamp})
-                with ZipFile(path, "a") as archive:
-                    folder = archive.namelist()[0].partition("/")[0]
-                    for record, content in own.items():
-                        archive.writestr(f"{folder}/{record}", content)
+                _add_records(path, {NAME_RECORD: path.stem} | ({} if stamp is None else {STAMP_RECORD: stamp}))
+
+
+def _add_records(path: Path, records: dict[str, str]) -> None:
+    with ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        for record, content in records.items():
+            archive.writestr(f"{folder}/{record}", content)
 
 
 class _Pieces(io.RawIOBase):

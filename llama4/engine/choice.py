@@ -12,6 +12,7 @@ from torch import Tensor
 from llama4.engine.request import Delivery, Request
 from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import SupportsDecode, Token
+from llama4.ops.sampling import draw_token
 
 
 def next_tokens(
@@ -43,12 +44,21 @@ def _sample(
     """The next token of each request, and its log-probability; or why its form allows none. Requests that choose alike
     are computed together."""
     chosen: list[tuple[int, float] | Exception] = [(0, 0.0)] * len(requests)
+    drawn: list[int] = []
     groups: dict[tuple[Sampler, bool], list[int]] = {}
     for row, request in enumerate(requests):
-        if request.state.matcher is not None and (problem := request.state.matcher.problem()) is not None:
+        matcher = request.state.matcher
+        if matcher is None and request.sampler.draws_from_logits:
+            drawn.append(row)
+        elif matcher is not None and (problem := matcher.problem()) is not None:
             chosen[row] = problem
-            continue
-        groups.setdefault(request.choice, []).append(row)
+        else:
+            groups.setdefault(request.choice, []).append(row)
+    if drawn:
+        draws = [requests[row].sampler.draw(row, requests[row].state) for row in drawn]
+        for row, found in zip(drawn, draw_token(logits_BV, draws), strict=True):
+            chosen[row] = found
+            requests[row].state.accept(found[0])
     for (sampler, _), rows in groups.items():
         if sampler.takes_largest and greedy is not None:
             candidates, rows = rows, []

@@ -1,6 +1,6 @@
 """Logits -> token ids: greedy, or drawn with temperature, top-k, top-p and min-p; with penalties and biases or not.
 
-Shapes: B rows, V vocabulary, K or F of its tokens.
+Shapes: B rows, V vocabulary, K of its tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from llama4.config.generation import RANGES, GenerationConfig, check_setting
 from llama4.engine.grammar import Matcher
 from llama4.errors import ArgumentError, Llama4Error
-from llama4.ops.sampling import greedy_token
+from llama4.ops.sampling import Draw, draw_token, greedy_token
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -159,6 +159,11 @@ class Sampler:
         return self.temperature == 0 and not self._adjusts
 
     @property
+    def draws_from_logits(self) -> bool:
+        """Whether the token chosen is drawn from the logits, as the model gave them, if the reply may be any text."""
+        return self.temperature != 0 and not self._adjusts
+
+    @property
     def _adjusts(self) -> bool:
         has_penalty = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return bool(has_penalty or self.logit_bias or self.min_tokens)
@@ -166,6 +171,11 @@ class Sampler:
     def row(self, prompt: Sequence[int] = (), stop_ids: Sequence[int] = (), matcher: Matcher | None = None) -> RowState:
         """The state of a row that begins."""
         return RowState(random.Random(self.seed), prompt, stop_ids, matcher)
+
+    def draw(self, index: int, row: RowState) -> Draw:
+        """What to draw the next token of a row with, which is at this index of the logits."""
+        uniform = row.generator.random()
+        return Draw(index, int(self.top_k or 0), float(self.temperature), float(self.top_p), float(self.min_p), uniform)
 
     def __call__(self, logits_BV: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
         """Choose one token per row, and tell the rows.
@@ -182,7 +192,11 @@ class Sampler:
         if has_form:
             pairs = zip(scores_BV, rows, strict=True)
             scores_BV = torch.stack([row.matcher.allow(row_V) if row.matcher else row_V for row_V, row in pairs])
-        ids_B = self._draw(scores_BV, rows) if self.temperature else scores_BV.argmax(dim=-1)
+        if self.temperature:
+            drawn = draw_token(scores_BV, [self.draw(index, row) for index, row in enumerate(rows)])
+            ids_B = torch.tensor([id_ for id_, _ in drawn], device=logits_BV.device)
+        else:
+            ids_B = scores_BV.argmax(dim=-1)
         for row, id_ in zip(rows, ids_B.tolist(), strict=True):
             row.accept(id_)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
@@ -203,23 +217,6 @@ class Sampler:
                 scores_V[list(row.stop_ids)] = -torch.inf
         return scores_BV
 
-    def _draw(self, scores_BV: Tensor, rows: Sequence[RowState]) -> Tensor:
-        """Inverse transform sampling, in order of id, over the tokens that top_k, top_p and min_p leave."""
-        # The largest score is subtracted first, so that no temperature, however small, overflows.
-        shifted_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
-        ids_BK = largest(scores_BV, self.top_k or scores_BV.shape[1])
-        weights_BK = (shifted_BV.gather(1, ids_BK).double() / float(self.temperature)).exp()
-        if self.top_p < 1:
-            chosen_BK, weights_BK = nucleus(weights_BK, self.top_p)
-            ids_BK = ids_BK.gather(1, chosen_BK)
-        sums_BK = weights_BK.masked_fill(weights_BK < self.min_p, 0).cumsum(dim=-1)  # the largest weight is 1
-        totals_B1 = sums_BK[:, -1:]
-        uniform_B1 = torch.tensor([[row.generator.random()] for row in rows], dtype=torch.float64)
-        targets_B1 = uniform_B1.to(totals_B1.device) * totals_B1
-        below_B1 = targets_B1.minimum(totals_B1.nextafter(torch.zeros_like(totals_B1)))  # however the product rounds
-        drawn_B1 = torch.searchsorted(sums_BK, below_B1, right=True).clamp(max=sums_BK.shape[1] - 1)  # NaN, too
-        return ids_BK.gather(1, drawn_B1).squeeze(1)
-
 
 def likeliest(logits_BV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
     """Of each row the ids of so many of the most likely tokens, and log_softmax(logits) in float32 of each."""
@@ -228,40 +225,6 @@ def likeliest(logits_BV: Tensor, count: int) -> list[tuple[tuple[int, float], ..
     values_BK, ids_BK = logits_BV.float().log_softmax(-1).topk(min(count, logits_BV.shape[1]))
     rows = zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
     return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
-
-
-def largest(values_BK: Tensor, count: int) -> Tensor:
-    """The indices of the `count` largest values in order, [B, count]; of equal values the first."""
-    if count >= values_BK.shape[1]:
-        return torch.arange(values_BK.shape[1], device=values_BK.device).expand_as(values_BK)
-    least_B1 = values_BK.topk(count, sorted=False).values.amin(dim=-1, keepdim=True)
-    row_M, index_M = (values_BK < least_B1).logical_not_().nonzero(as_tuple=True)  # M at least that large, or NaN
-    if len(index_M) > len(values_BK) * count:  # some have equals
-        is_least_M = (values_BK[row_M, index_M] > least_B1[row_M, 0]).logical_not_()
-        least_B = row_M[is_least_M].bincount(minlength=len(values_BK))
-        spare_B = row_M.bincount(minlength=len(values_BK)) - count
-        last_B = least_B.cumsum(0) - spare_B  # of those that are taken, counted through all rows
-        index_M = index_M[~is_least_M | (is_least_M.cumsum(0) <= last_B[row_M])]
-    return index_M.view(-1, count)
-
-
-def nucleus(weights_BK: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Of each row the fewest largest weights that sum to this share of all: indices in order, and the weights there,
-    some of which are 0."""
-    needed_B1 = share * weights_BK.sum(dim=-1, keepdim=True)
-    for count in (FEW, weights_BK.shape[1]):
-        indices_BF = largest(weights_BK, count)
-        found_BF = weights_BK.gather(1, indices_BF)
-        if (found_BF.sum(dim=-1, keepdim=True) >= needed_B1).all():
-            break
-    order_BF = found_BF.argsort(dim=-1, descending=True, stable=True)
-    ranked_BF = found_BF.gather(1, order_BF)
-    ranked_BF[ranked_BF.cumsum(dim=-1) - ranked_BF >= needed_B1] = 0  # those before it suffice
-    return indices_BF, found_BF.scatter(1, order_BF, ranked_BF)
-
-
-FEW = 1024
-"""Among so many of the most likely tokens is nearly always all that top_p leaves. To sort 200,000 takes 60 ms."""
 
 
 def check_choice(sampler: Sampler, vocab_size: int, top_logprobs: int) -> None:

@@ -129,6 +129,25 @@ class Tokens(ctypes.Structure):
     ]
 
 
+class Draw(ctypes.Structure):
+    """How to draw a token of a row, and what was drawn.
+
+    Fields:
+        row: of the logits.
+        top_k: of how many of the most likely tokens, 0 for all.
+        top_p, min_p: 1 and 0 for all.
+        uniform: a random number, at least 0 and below 1.
+        id, logprob: of the token; its log_softmax, NaN if the logits are not numbers.
+    """
+
+    _fields_ = [
+        *((name, c_int64) for name in ("row", "top_k")),
+        *((name, c_double) for name in ("temperature", "top_p", "min_p", "uniform")),
+        ("id", c_int64),
+        ("logprob", c_double),
+    ]
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     # x, N, I, O, layout, weight, scales or None, whether these are float32, group size, y
     "linear": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
@@ -144,6 +163,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "swiglu": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     # logits, N, V, ids, log-probabilities
     "greedy_token": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    # logits, N, V, draws, how many
+    "draw_token": (c_void_p, c_int64, c_int64, POINTER(Draw), c_int64),
     # q, addresses of blocks, blocks per sequence, lengths, B, H, K, C, format, y
     "attend": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p),
     # q, k, v, N, addresses of blocks or None, how many, past, H, K, C, format, y
@@ -225,7 +246,7 @@ def bind(library: ctypes.CDLL) -> Library:
 
 def expected_constants() -> dict[str, int]:
     """Sizes of structures, offsets of their fields, members of enums and other constants, by the names in api.cpp."""
-    structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens)}
+    structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens, Draw)}
     return {
         **{name: ctypes.sizeof(kind) for name, kind in structures.items()},
         **{

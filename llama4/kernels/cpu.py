@@ -11,6 +11,7 @@ H query heads, K key/value heads, C head_dim, B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Array
 
 import torch
 from torch import Tensor
@@ -107,6 +108,14 @@ def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     return ids_B, logprobs_B
 
 
+def draw_token(logits_BV: Tensor, draws: Sequence[tuple[float, ...]]) -> list[tuple[int, float]]:
+    """For each draw, the first fields of an `abi.Draw`, the token and its log_softmax in float32."""
+    logits_BV = logits_BV.contiguous()
+    given = (abi.Draw * len(draws))(*draws)
+    _run("draw_token", logits_BV, logits_BV, *logits_BV.shape, given, len(draws))
+    return [(draw.id, draw.logprob) for draw in given]
+
+
 def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, format: str) -> Tensor:
     """One query per sequence and head against the first `lengths` keys in blocks of these addresses, [B, blocks], in a
     format of the cache."""
@@ -129,7 +138,7 @@ def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | 
     return y_NHC
 
 
-def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | float | None) -> None:
+def _run(name: str, like: Tensor, *arguments: Tensor | Matrix | Array[abi.Draw] | float | None) -> None:
     """The kernel for rows of the dtype of `like`; tensors go by their addresses."""
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     abi.check(loader.function(name, like.dtype)(threads.count(), *given))

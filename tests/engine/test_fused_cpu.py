@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4.api import Llama4
 from llama4.engine import fused_cpu
@@ -341,3 +342,33 @@ def test_a_token_is_a_step_and_a_choice(directory: Path, settings: dict[str, flo
         kept.append(logits_BV)
     assert len(steps) == 20 + 21
     assert len({row.sum().item() for row in kept}) == 21  # logits that were given stay as they are
+
+
+class Called(TorchDispatchMode):
+    """The names of the operations of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+DRAWN = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, DRAWN], ids=str)
+def test_between_two_steps_nothing_of_torch_is_called(
+    directory: Path, settings: dict[str, Any], steps: list[int]
+) -> None:
+    """Each of its operations would take as long as a layer of a small model."""
+    runner, sampler = ModelRunner(load(directory, None, "bfloat16")), Sampler(**settings)
+    events = generate(runner, NoText(), Inputs(PROMPT, MASK, None), sampler=sampler, max_new_tokens=8)
+    before = [next(events) for _ in range(3 + 2 * 3)]  # the prompt's, and two steps
+    with Called() as called:
+        after = [next(events) for _ in range(3)]
+    assert [event.row for event in before + after] == [0, 1, 2] * 4
+    assert len(steps) == 3
+    assert called.names == []

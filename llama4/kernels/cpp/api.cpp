@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "check.h"
 #include "decoder.h"
+#include "draw_token.h"
 #include "elementwise.h"
 #include "flash_attention.h"
 #include "greedy_token.h"
@@ -110,6 +111,15 @@ Problem greedy_token(long threads, const X* logits, long N, long V, long* ids, f
   return nullptr;
 }
 
+template <class X>
+Problem draw_token(long threads, const X* logits, long N, long V, Draw* draws, long count) {
+  if (Problem problem = first(addresses(logits, draws), require(N > 0 && V > 0, "there are no logits"),
+                              check::draws(draws, count, N)))
+    return problem;
+  for_each_row(threads, count, V, [&](long i) { ::draw_token(logits + draws[i].row * V, V, draws[i]); });
+  return nullptr;
+}
+
 // One query per sequence.
 template <class X>
 Problem attend(long threads, const X* q, const char* const* block_table, long width, const long* lengths, long B,
@@ -172,9 +182,9 @@ Function function(const char* name, const char* dtype, Problem (*f)(Arguments...
 
 #define BOTH_DTYPES(name) function(#name, "float32", name<float>), function(#name, "bfloat16", name<bf16>)
 const Function functions[] = {
-    BOTH_DTYPES(linear),        BOTH_DTYPES(experts), BOTH_DTYPES(quantize_int4), BOTH_DTYPES(rms_norm),
-    BOTH_DTYPES(apply_rope),    BOTH_DTYPES(swiglu),  BOTH_DTYPES(greedy_token),  BOTH_DTYPES(attend),
-    BOTH_DTYPES(attend_causal), BOTH_DTYPES(decode),
+    BOTH_DTYPES(linear),     BOTH_DTYPES(experts),       BOTH_DTYPES(quantize_int4), BOTH_DTYPES(rms_norm),
+    BOTH_DTYPES(apply_rope), BOTH_DTYPES(swiglu),        BOTH_DTYPES(greedy_token),  BOTH_DTYPES(draw_token),
+    BOTH_DTYPES(attend),     BOTH_DTYPES(attend_causal), BOTH_DTYPES(decode),
 };
 
 struct Constant {
@@ -242,6 +252,15 @@ const Constant constants[] = {
     FIELD(Tokens, logits),
     FIELD(Tokens, greedy),
     FIELD(Tokens, logprobs),
+    SIZE(Draw),
+    FIELD(Draw, row),
+    FIELD(Draw, top_k),
+    FIELD(Draw, temperature),
+    FIELD(Draw, top_p),
+    FIELD(Draw, min_p),
+    FIELD(Draw, uniform),
+    FIELD(Draw, id),
+    FIELD(Draw, logprob),
     MEMBER(MatrixLayout, OUT_IN, OUT_IN),
     MEMBER(MatrixLayout, IN_OUT, IN_OUT),
     NUMBER(max_gemv_rows),

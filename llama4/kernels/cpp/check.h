@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "decoder.h"
+#include "draw_token.h"
 #include "matrix.h"
 
 namespace {
@@ -157,6 +158,14 @@ Problem decode(const Decoder& d, const LayerStep* layer_steps, long step, const 
       return problem;
   }
   return nullptr;
+}
+
+inline Problem draws(const Draw* draws, long count, long N) {
+  bool fits = count >= 0;
+  for (const Draw* d = draws; fits && d < draws + count; d++)
+    fits = 0 <= d->row && d->row < N && d->top_k >= 0 && d->temperature > 0 && 0 < d->top_p && d->top_p <= 1 &&
+           0 <= d->min_p && d->min_p <= 1 && 0 <= d->uniform && d->uniform < 1;
+  return require(fits, "a token cannot be drawn like that");
 }
 
 }  // namespace check

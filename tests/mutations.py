@@ -342,6 +342,13 @@ COMPILED = [
         f"{KERNELS}::TestGreedyToken::test_of_equals_the_first",
     ),
     Mutation(
+        "compiled: of equal logits the last are left to draw from",
+        f"{CPP}/draw_token.h",
+        "place < later.place",
+        "place > later.place",
+        "tests/ops/test_draw_token.py::test_of_equals_the_first_are_left",
+    ),
+    Mutation(
         "compiled: another limit of gemv than in Python",
         f"{CPP}/matrix.h",
         "max_gemv_rows = 12;",

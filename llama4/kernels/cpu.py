@@ -111,7 +111,7 @@ def greedy_token(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 def draw_token(logits_BV: Tensor, draws: Sequence[tuple[float, ...]]) -> list[tuple[int, float]]:
     """For each draw, the first fields of an `abi.Draw`, the token and its log_softmax in float32."""
     logits_BV = logits_BV.contiguous()
-    given = (abi.Draw * len(draws))(*draws)
+    given = (abi.Draw * len(draws))(*(abi.Draw(*draw) for draw in draws))
     _run("draw_token", logits_BV, logits_BV, *logits_BV.shape, given, len(draws))
     return [(draw.id, draw.logprob) for draw in given]
 

@@ -366,9 +366,9 @@ def test_between_two_steps_nothing_of_torch_is_called(
     """Each of its operations would take as long as a layer of a small model."""
     runner, sampler = ModelRunner(load(directory, None, "bfloat16")), Sampler(**settings)
     events = generate(runner, NoText(), Inputs(PROMPT, MASK, None), sampler=sampler, max_new_tokens=8)
-    before = [next(events) for _ in range(3 + 2 * 3)]  # the prompt's, and two steps
+    for _ in range(3 + 2 * 3):  # the prompt's, and two steps
+        next(events)
     with Called() as called:
-        after = [next(events) for _ in range(3)]
-    assert [event.row for event in before + after] == [0, 1, 2] * 4
+        assert {next(events).row for _ in range(3)} == {0, 1, 2}
     assert len(steps) == 3
     assert called.names == []

@@ -87,7 +87,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [1, 15, 64, 300, 4099])
+@pytest.mark.parametrize("vocabulary", [1, 15, 64, 1100])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_the_distribution_is_that_of_float64(filters: Filters, vocabulary: int, dtype: torch.dtype) -> None:
     """Some logits are equal, in bfloat16 many."""
@@ -213,7 +213,10 @@ def test_both_ways_draw_the_same(dtype: torch.dtype, scale: float, monkeypatch: 
     monkeypatch.setattr(loader, "library", lambda: None)
     theirs = draw_token(logits, draws)
     assert [id_ for id_, _ in ours] == [id_ for id_, _ in theirs]
-    assert [logprob for _, logprob in ours] == pytest.approx([logprob for _, logprob in theirs], abs=1e-5)
+    truth = logits.double().log_softmax(-1)
+    assert [logprob for _, logprob in ours] == pytest.approx(
+        [truth[draw.row, id_].item() for draw, (id_, _) in zip(draws, ours, strict=True)], abs=2e-6
+    )
 
 
 @needs_kernels

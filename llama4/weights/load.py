@@ -8,7 +8,8 @@ one is laid out (`QuantizedWeight`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeGuard
 
 import torch
@@ -71,6 +72,12 @@ def load(
         if isinstance(module, QuantizedWeight):
             module.choose_layout(device)
     placement.check_room(model, names)
+    mapped = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, SeparateExperts) and placement.stay_mapped(path, module)
+    }
+    placement = replace(placement, is_larger_than_memory=bool(mapped))
     names.sort(key=lambda name: source.origin(name).file or "")  # each file is mapped once
     sizes = {name: source.spec(name).nbytes for name in names}
     with Bar("loading", sum(sizes.values()), "bytes", shown=progress) as bar:
@@ -79,20 +86,12 @@ def load(
                 if following is not None and source.origin(following).file == source.origin(name).file:
                     placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
-    _put_mapped(model, placement)
-    assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
-
-
-def _put_mapped(model: nn.Module, placement: _Placement) -> None:
-    """Where experts stay in files, as not all of them fit into memory, have what stays there read with care."""
-    modules = list(model.named_modules())
-    experts = [(path, each) for path, each in modules if isinstance(each, SeparateExperts)]
-    mapped = [(path, each) for path, each in experts if placement.stay_mapped(path, each)]
-    for path, each in mapped:
-        model.set_submodule(path, MappedExperts(each))
-    for path, module in modules if mapped else ():
+    for path, experts in mapped.items():
+        model.set_submodule(path, MappedExperts(experts))
+    for path, module in list(model.named_modules()) if mapped else ():
         if type(module) is nn.Embedding and placement.stays_mapped(f"{path}.weight", module):
             model.set_submodule(path, MappedEmbedding(module))
+    assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 
 def _load_one(model: nn.Module, name: str, aliases: Mapping[str, Sequence[str]], placement: _Placement) -> None:
@@ -120,6 +119,8 @@ class _Placement:
     experts_device: torch.device
     memory_map: bool
     is_quantized: bool
+    is_larger_than_memory: bool = False
+    """Whether experts stay in files as not all of them fit: what was copied then makes room for their pages."""
 
     def check_room(self, model: nn.Module, names: Sequence[str]) -> None:
         """See, before anything is read, that what does not stay in the files fits into memory.
@@ -189,10 +190,12 @@ class _Placement:
             return ordered.to(device, dtype)
         if stays:
             return raw
-        copied = memory.in_large_pages(ordered, dtype).view(raw.shape)
-        if self.source.is_mapped(name):
-            memory.release(raw)
-        return copied
+        if not self.source.is_mapped(name):
+            return memory.in_large_pages(ordered, dtype).view(raw.shape)
+        drop = partial(memory.drop, from_cache=self.is_larger_than_memory)
+        copy = memory.in_large_pages(ordered, dtype, copied=drop).view(raw.shape)
+        memory.release(raw)
+        return copy
 
 
 def _is_part(module: nn.Module, leaf: str) -> TypeGuard[QuantizedWeight]:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -34,6 +34,8 @@ _CACHE_LINE = 64
 _PIECE_NUMBERS = PIECE // 2
 _MIN_TRIM = 8 << 20
 """Size of a tensor after which malloc is asked to return freed memory."""
+_MADV_PAGEOUT = 21
+"""Of Linux 5.4 and later; Python's mmap does not name it."""
 _MAX_FREE, _MAX_REUSED_BLOCK = 512 << 20, 256 << 20
 _MIN_RETURNED_BLOCK = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -77,13 +79,21 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _regions.empty(shape, dtype)
 
 
-def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy in large pages, or the tensor itself if it is that already."""
+def in_large_pages(
+    tensor: Tensor, dtype: torch.dtype | None = None, *, copied: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """A contiguous copy in large pages, or the tensor itself if it is that already.
+
+    Args:
+        copied: what is done with each piece of the tensor that is one block of memory when it has been copied.
+    """
     if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.contains(tensor):
         return tensor
     copy = empty(tuple(tensor.shape), dtype or tensor.dtype)
     for target, values in each(list(zip(in_pieces(copy), in_pieces(tensor), strict=True))):
         copy_runs(target, values)
+        if copied is not None and values.ndim and values.stride(0) * len(values) == values.numel():
+            copied(values)
     return copy
 
 
@@ -94,16 +104,26 @@ def in_pieces(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.split(max(1, _PIECE_NUMBERS * len(tensor) // tensor.numel()))
 
 
-def release(tensor: Tensor) -> None:
+def drop(tensor: Tensor, *, from_cache: bool = False) -> None:
     """Drop the pages of a tensor in a file's memory map from this process's memory. Nobody may have written to it; they
-    are read again if they are used again. After a large tensor, malloc returns what it keeps of freed blocks, too."""
+    are read again if they are used again. Only Linux is asked.
+
+    Args:
+        from_cache: also from the system's memory, unless others have mapped them: to make room.
+    """
     if not sys.platform.startswith("linux"):
         return
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     begin, end = begin + -begin % mmap.PAGESIZE, end - end % mmap.PAGESIZE
     if begin < end:
-        libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-    if tensor.nbytes >= _MIN_TRIM and hasattr(libc(), "malloc_trim"):
+        for advice in (*([_MADV_PAGEOUT] if from_cache else []), mmap.MADV_DONTNEED):
+            libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
+def release(tensor: Tensor) -> None:
+    """`drop`; after a large tensor, malloc returns what it keeps of freed blocks, too."""
+    drop(tensor)
+    if tensor.nbytes >= _MIN_TRIM and sys.platform.startswith("linux") and hasattr(libc(), "malloc_trim"):
         libc().malloc_trim(0)
 
 

@@ -8,6 +8,7 @@ import mmap
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from llama4.ops.memory import copy_runs, libc, read_ahead
 from llama4.ops.quantized import copied, deinterleaved16, interleaved16
 from llama4.quantization.modules import MappedEmbedding
+from llama4.weights import memory
 
 
 @pytest.mark.parametrize("begin", [0, 2, 4, 8, 12, 16])
@@ -26,8 +28,8 @@ def test_rows_are_interleaved_wherever_a_file_has_them(begin: int, dtype: torch.
     if begin % dtype.itemsize:
         pytest.skip("not a place of such numbers")
     values = torch.randint(-99, 99, (64, 256), generator=torch.Generator().manual_seed(0)).to(dtype)
-    memory = torch.empty(values.nbytes + 32, dtype=torch.uint8)
-    storage = memory.untyped_storage()[begin : begin + values.nbytes]
+    block = torch.empty(values.nbytes + 32, dtype=torch.uint8)
+    storage = block.untyped_storage()[begin : begin + values.nbytes]
     part = torch.empty(0, dtype=torch.uint8).set_(storage).view(dtype).view(values.shape).copy_(values)
     copy = copied(interleaved16(part, together), part)
     assert torch.equal(copy.view(-1), interleaved16(values, together).contiguous().view(-1))
@@ -78,6 +80,18 @@ def test_what_is_read_ahead_is_mapped_before_it_is_used(tmp_path: Path) -> None:
     if libc().madvise(ctypes.c_void_p(mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE), ctypes.c_size_t(1), 22):
         pytest.skip("this Linux is older than 5.14")
     assert mapped_kilobytes(tmp_path / "file") >= 17 * 1024 // 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is asked")
+def test_what_was_copied_makes_room(tmp_path: Path) -> None:
+    """Of large pages that lie half in a piece some may stay."""
+    mapped = cold_file(tmp_path / "file", 32 * MIB)
+    truth = mapped.clone()
+    assert resident_pages(mapped) == 32 * MIB // mmap.PAGESIZE
+    copy = memory.in_large_pages(mapped, copied=partial(memory.drop, from_cache=True))
+    assert resident_pages(mapped) <= 8 * MIB // mmap.PAGESIZE
+    assert torch.equal(copy, truth)
+    assert torch.equal(mapped, truth)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is asked")

@@ -56,7 +56,7 @@ TARGETS = ("vision", "projector", "experts")
 
 SEE = 0.3
 """Share of the time in which it learns to see; in the rest it learns to answer."""
-COLLAGES, TEXTS, SHAPES, OLD = 24, 24, 4, 2
+COLLAGES, TEXTS, SHAPES, OLD = 24, 24, 4, 4
 """Pictures of a step, of each process: full of letters, or with one text; of shapes that must look as they did; and
 conversations of old questions."""
 WEIGHTS = {"answers": 1.0, "seen": 1.0, "changed": 3.0}

@@ -14,6 +14,7 @@ from llama4.adapters.loaded import Adapters
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
+from llama4.engine.fused_cpu import check_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.grammar import Form
 from llama4.engine.moderation import Asked, ask, judge, limit_of
@@ -160,8 +161,9 @@ class Llama4:
             activations: what int4, int8 and blocks of GGUF are multiplied with on a CPU: "float"; "int8", rounded to
                 int8 with a scale for each group, which is faster, and refused where no weight has such products; "auto"
                 rounds in bfloat16, where the weights are rounded much more.
-            batch_invariant: on a CPU, decode so that a row's logits are the same bits alone and beside any others; see
-                docs/performance.md for what that costs. Refused where steps are not compiled code for AVX-512.
+            batch_invariant: on a CPU, compute prompts and replies so that a token's logits are the same bits alone and
+                beside any others, in whatever pieces its prompt is read; see docs/performance.md for what that costs.
+                Refused where steps are not compiled code for AVX-512.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.
             experts_device: where the weights of routed experts stay. "cpu" runs a model on a GPU that has less memory
@@ -222,6 +224,7 @@ class Llama4:
             batch_invariant=batch_invariant,
             progress=progress,
         )
+        check_batch_invariant(model, cache_dtype)
         logger.info("%s: %s on %s", name, placement.dtype, placement.device)
         llm = cls(
             model,

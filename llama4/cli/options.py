@@ -51,7 +51,7 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     },
     "batch_invariant": {
         "action": "store_true",
-        "help": "on a CPU, decode a row to the same bits, whatever rows stand beside it",
+        "help": "on a CPU, the same bits for a request, whatever requests stand beside it",
     },
     "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
     "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},

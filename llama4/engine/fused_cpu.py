@@ -14,10 +14,11 @@ Shapes: B rows, V vocabulary, S steps.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from llama4.cache.batch import make_batch
@@ -40,7 +41,7 @@ MAX_STEPS = 64
 
 
 def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.dtype) -> None:
-    """From now on a step's logits of a row are the same bits, whatever rows stand beside it.
+    """From now on a token's logits are the same bits, whatever tokens are computed beside it.
 
     Raises:
         ArgumentError: steps on this device, in this dtype or by these kernels are not.
@@ -57,14 +58,49 @@ def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.
     model.is_batch_invariant = True
 
 
-def check_batch_invariant(model: Llama4Model) -> None:
+@torch.inference_mode()
+def check_batch_invariant(model: Llama4Model, cache_dtype: str | torch.dtype) -> None:
     """Once the weights are there.
 
     Raises:
-        ArgumentError: that was asked for, and steps of this model are not compiled code.
+        ArgumentError: that was asked for, and steps of this model with such a cache are not compiled code.
     """
-    if model.is_batch_invariant and (reason := Description.of(model).unsupported_reason) is not None:
+    if not model.is_batch_invariant:
+        return
+    cache = model.new_cache(1, cache_dtype)
+    reason = FusedCpuRunner(model).undescribed_reason(cache)
+    if reason is None and any(isinstance(window, Sliding) for window in cache.windows):
+        reason = "the window of its attention slides, for which steps are not compiled code"
+    if reason is not None:
         raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")
+
+
+def layer_steps(
+    model: Llama4Model,
+    cache: SequenceCache,
+    tables: Sequence[Tensor],
+    factors: PositionFactors,
+    lengths: Mapping[int | None, Tensor],
+) -> ctypes.Array[LayerStep]:
+    """What each layer needs for some steps, as addresses: it does not keep the tensors alive.
+
+    Args:
+        tables: the block table of each layer, [B, blocks].
+        factors: of the tokens of all steps.
+        lengths: by window, how many keys each of these sees, int64.
+    """
+    attentions = [block.self_attn for block in model.language_model.model.layers if isinstance(block, DecoderLayer)]
+    steps = (LayerStep * len(tables))()
+    for i, (attention, table, window) in enumerate(zip(attentions, tables, cache.windows, strict=True)):
+        steps[i] = LayerStep(
+            rotations=factors.rotations[window].data_ptr() if attention.uses_rope else 0,
+            temperatures=factors.temperature_N.data_ptr() if attention.uses_temperature else 0,
+            lengths=lengths[window].data_ptr(),
+            block_table=table.data_ptr(),
+            width=table.shape[1],
+            format=loader.loaded().cache_formats[cache.layers[i].format.name].number,
+        )
+    return steps
 
 
 class FusedSession:
@@ -107,8 +143,7 @@ class FusedSession:
         self.logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype)
         self._ids, self._greedy = ((ctypes.c_int64 * rows)() for _ in range(2))
         self._logprobs = (ctypes.c_float * rows)()
-        attentions = [block.self_attn for block in model.language_model.model.layers if isinstance(block, DecoderLayer)]
-        self._layers = (LayerStep * len(tables))()
+        self._layers = layer_steps(model, cache, tables, factors, lengths_SB)
         self._alive = factors, lengths_SB, tables, description.weights()
         self._decode = loader.function("decode", dtype)
         self._model = threads.count(), description.decoder, self._layers
@@ -120,16 +155,6 @@ class FusedSession:
             greedy=ctypes.addressof(self._greedy),
             logprobs=ctypes.addressof(self._logprobs),
         )
-        for i, (attention, table) in enumerate(zip(attentions, tables, strict=True)):
-            window = cache.windows[i]
-            self._layers[i] = LayerStep(
-                rotations=factors.rotations[window].data_ptr() if attention.uses_rope else 0,
-                temperatures=factors.temperature_N.data_ptr() if attention.uses_temperature else 0,
-                lengths=lengths_SB[window].data_ptr(),
-                block_table=table.data_ptr(),
-                width=table.shape[1],
-                format=loader.loaded().cache_formats[cache.layers[i].format.name].number,
-            )
 
     def is_current(self, cache: SequenceCache) -> bool:
         """Whether the cache is as the last step left it, a step is left, and no hook was added anywhere."""
@@ -226,6 +251,17 @@ class FusedCpuRunner:
             self._description = Description.of(model)
         return self._description.unsupported_reason
 
-    def open(self, cache: SequenceCache) -> FusedSession:
+    @property
+    def description(self) -> Description:
+        """Of the model, as `unsupported_reason` found it."""
         assert self._description is not None, "unsupported_reason comes first"
-        return FusedSession(self.model, self._description, cache)
+        return self._description
+
+    def invariant_description(self, cache: SequenceCache) -> Description | None:
+        """The description of a model that is batch-invariant, if steps of a cache can be computed."""
+        if self.model.is_batch_invariant and self.unsupported_reason(cache) is None:
+            return self.description
+        return None
+
+    def open(self, cache: SequenceCache) -> FusedSession:
+        return FusedSession(self.model, self.description, cache)

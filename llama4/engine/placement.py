@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama4.config import Llama4Config
-from llama4.engine.fused_cpu import check_batch_invariant, make_batch_invariant
+from llama4.engine.fused_cpu import make_batch_invariant
 from llama4.engine.offload import offload_experts
 from llama4.families import family_of
 from llama4.model.device import resolve_device, resolve_dtype
@@ -108,7 +108,6 @@ def build_and_load(
         memory_map=placement.memory_map,
         progress=progress,
     )
-    check_batch_invariant(model)
     if placement.experts_device != device:
         offload_experts(model, device, placement.experts_memory)
     return model.eval()

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.fused_cpu import FusedCpuRunner, only_our_threads
+from llama4.engine.fused_prompt import read_by_steps
 from llama4.engine.prompt import Piece, PromptPictures, split_rows
 from llama4.inputs import Inputs
+from llama4.kernels.abi import MAX_GEMV_ROWS
 from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
 from llama4.progress import Bar, step
@@ -62,13 +64,17 @@ def read_pieces(
     Returns:
         What the head is given for all tokens, packed, [N, D]; and the logits behind each piece, [B, V].
     """
+    fused = described or FusedCpuRunner(model)
+    if (description := fused.invariant_description(cache)) is not None:
+        with step(sum(len(piece.ids) for piece in pieces)):
+            return read_by_steps(model, description, cache, pieces)
     sizes = [len(piece.ids) for piece in pieces]
     ids_BT = torch.zeros(len(pieces), max(sizes), dtype=torch.long)
     mask_BT = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     ids_BT[mask_BT] = torch.tensor([id_ for piece in pieces for id_ in piece.ids])
     features = [part for piece in pieces for part in piece.features]
     grids = [part for piece in pieces for part in piece.grids]
-    with step(sum(sizes)), only_our_threads(model, cache, described):
+    with step(sum(sizes)), only_our_threads(model, cache, fused):
         x_ND, batch = model.hidden_states(
             ids_BT,
             image_features=torch.cat(features) if features else None,
@@ -77,6 +83,15 @@ def read_pieces(
             attention_mask=mask_BT,
         )
         return x_ND, (head or model.language_model.lm_head)(x_ND[batch.last_tokens()])
+
+
+def head_of(model: Llama4Model) -> Callable[[Tensor], Tensor]:
+    """Hidden states [N, D] -> logits, which for a model that is batch-invariant do not depend on N: so few rows that
+    their product never goes by tiles."""
+    head: Callable[[Tensor], Tensor] = model.language_model.lm_head
+    if not model.is_batch_invariant:
+        return head
+    return lambda x_ND: torch.cat([head(part) for part in x_ND.split(MAX_GEMV_ROWS)])
 
 
 def piece_size(model: Llama4Model) -> int:

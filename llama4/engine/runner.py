@@ -139,8 +139,10 @@ class ModelRunner:
                 return runner
             if reason not in self._logged:
                 self._logged.add(reason)
-                level = logging.WARNING if runner.is_worthwhile() else logging.DEBUG
-                logger.log(level, "decoding without the %s runner, which is faster: %s", runner.name, reason)
+                is_invariant = self.model.is_batch_invariant
+                level = logging.WARNING if is_invariant or runner.is_worthwhile() else logging.DEBUG
+                gain = "faster and alone batch-invariant" if is_invariant else "faster"
+                logger.log(level, "decoding without the %s runner, which is %s: %s", runner.name, gain, reason)
         raise AssertionError("the last runner supports everything")
 
     @torch.inference_mode()

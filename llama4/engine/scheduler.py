@@ -33,7 +33,7 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import ends_chunk, slots_end
 from llama4.engine.choice import next_tokens
-from llama4.engine.prefill import piece_size, read_pieces
+from llama4.engine.prefill import head_of, piece_size, read_pieces
 from llama4.engine.prompt import Piece
 from llama4.engine.request import Delivery, Request, reply_budget
 from llama4.engine.runner import ModelRunner
@@ -382,7 +382,7 @@ class Scheduler:
             for request, own_ND in zip(requests, x_ND.split(sizes), strict=True):
                 if request.observer is not None:
                     go_on_with([(request.adapter, len(own_ND))])
-                    request.observer.read(own_ND, request.ids, request.computed, model.language_model.lm_head)
+                    request.observer.read(own_ND, request.ids, request.computed, head_of(model))
         for request, own, size in zip(requests, cache.split(), sizes, strict=True):
             request.cache = own
             request.computed += size

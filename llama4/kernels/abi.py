@@ -117,15 +117,21 @@ class Tokens(ctypes.Structure):
         sequence_starts: address of [B + 1] int64: the tokens of sequence b are sequence_starts[b] to
             sequence_starts[b + 1] - 1; 0 where each
             sequence has one.
+        features: address of [N] addresses of what stands in the place of a token's embedding, [D] in the dtype of the
+            model, 0 where that itself is meant; 0 for none.
         outputs: address of [num_outputs] int64: tokens whose logits are wanted; 0 for the first `num_outputs`.
         logits: address of [num_outputs, V] in the dtype of the model.
         greedy: address of [num_outputs] int64: the index of each largest logit, the lowest on ties.
         logprobs: address of [num_outputs] float32: its log_softmax.
+        hidden: address of [N, D] in the dtype of the model: what the head is given for each token; 0 if not wanted.
     """
 
     _fields_ = [
         (name, c_int64)
-        for name in ("ids", "sequence_starts", "outputs", "B", "num_outputs", "logits", "greedy", "logprobs")
+        for name in (
+            *("ids", "sequence_starts", "features", "outputs", "B", "num_outputs"),
+            *("logits", "greedy", "logprobs", "hidden"),
+        )
     ]
 
 

@@ -186,28 +186,28 @@ inline long blocks_for(long tokens) { return (tokens + block_slots - 1) / block_
 // A query's part of a block: [C] sums, `most`, the sum of the weights, and a gap that keeps them aligned.
 constexpr long part_floats(long C) { return C + 16; }
 
-// y [N, H, C] of queries [N, H, C]. Token n sees the first lengths[n] tokens of its sequence, its own included, which
-// are in the blocks that block_table[b * width] and what follows point to. A task is a block of a sequence and a key
-// head; last blocks, which may be short, come first, when tasks are handed out in large portions.
+// y [N, H, C] of queries [N, H, C], for tokens [from, until). Token n sees the first lengths[n] tokens of its sequence,
+// its own included, which are in the blocks that block_table[b * width] and what follows point to. A task is a block of
+// a sequence and a key head; last blocks, which may be short, come first, when tasks are handed out in large portions.
 template <class F, class X>
-void attend(Team& team, const X* q, const char* const* block_table, long width, const long* lengths,
-            const Sequences& sequences, long H, long K, long C, X* y) {
-  const long N = sequences.N(), group = H / K, part = part_floats(C);
-  const long blocks = blocks_for(*std::max_element(lengths, lengths + N));
-  float* parts = team.memory<float>(N * H * blocks * part);
-  const long keys = std::min(*std::max_element(lengths, lengths + N), block_slots);
+void attend_tokens(Team& team, long from, long until, const X* q, const char* const* block_table, long width,
+                   const long* lengths, const Sequences& sequences, long H, long K, long C, X* y) {
+  const auto scope = team.scope();
+  const long group = H / K, part = part_floats(C), longest = *std::max_element(lengths + from, lengths + until);
+  const long blocks = blocks_for(longest), keys = std::min(longest, block_slots);
+  float* parts = team.memory<float>((until - from) * H * blocks * part);
   team.for_each(sequences.B * blocks * K, 2 * keys * C, [=](long task) {
     float* queries = scratch<float, Use::queries>(max_queries * C);
     float* scores = scratch<float, Use::scores>(max_queries * block_slots);
     const long b = task / K / blocks, block = blocks - 1 - task / K % blocks, k = task % K;
-    for (long token = sequences.begin(b); token < sequences.end(b); token++) {
+    for (long token = std::max(from, sequences.begin(b)); token < std::min(until, sequences.end(b)); token++) {
       const long n = std::min(lengths[token] - block * block_slots, block_slots);
       if (n <= 0) continue;
       const char* memory = block_table[b * width + block];
       const Head<F> keys = head_of<F>(memory, k, K, C), values = head_of<F>(memory, K + k, K, C);
       const auto attend_queries = [&](auto count, long first) {
         const long head = token * H + k * group + first;
-        float* out = parts + (head * blocks + block) * part;
+        float* out = parts + ((head - from * H) * blocks + block) * part;
         if constexpr (has_bf16_attention && std::is_same_v<F, Unquantized<bf16>> && std::is_same_v<X, bf16>) {
           if (C % 32 == 0) return attend_block<count>(q + head * C, keys, values, n, C, scores, out, blocks * part);
         }
@@ -219,8 +219,9 @@ void attend(Team& team, const X* q, const char* const* block_table, long width, 
       else for_each_four(group, attend_queries);
     }
   });
-  team.for_each(N * H, blocks * C, [=](long head) {
-    const float* own = parts + head * blocks * part;
+  team.for_each((until - from) * H, blocks * C, [=](long i) {
+    const long head = from * H + i;
+    const float* own = parts + i * blocks * part;
     const long used = blocks_for(lengths[head / H]);
     float most = own[C], total = 0;
     for (long i = 1; i < used; i++) most = std::max(most, own[i * part + C]);
@@ -232,6 +233,18 @@ void attend(Team& team, const X* q, const char* const* block_table, long width, 
     }
     for (long c = 0; c < C; c += 16) store_floats(y + head * C + c, sums[c / 16] / total);
   });
+}
+
+constexpr long max_part_floats = 1 << 20;  // of all parts that are kept at once
+
+// The same for all tokens, as many at once as their parts allow.
+template <class F, class X>
+void attend(Team& team, const X* q, const char* const* block_table, long width, const long* lengths,
+            const Sequences& sequences, long H, long K, long C, X* y) {
+  const long N = sequences.N(), blocks = blocks_for(*std::max_element(lengths, lengths + N));
+  const long tokens = std::max(max_part_floats / (H * blocks * part_floats(C)), 1l);
+  for (long from = 0; from < N; from += tokens)
+    attend_tokens<F>(team, from, std::min(N, from + tokens), q, block_table, width, lengths, sequences, H, K, C, y);
 }
 
 }  // namespace

@@ -46,11 +46,13 @@ struct LayerStep {
 struct Tokens {
   const long* ids;              // [N]
   const long* sequence_starts;  // [B + 1], where sequences begin among the tokens; nullptr: each has one
+  const void* const* features;  // [N], what stands in the place of a token's embedding, [D], or nullptr; none: nullptr
   const long* outputs;          // [num_outputs], tokens whose logits are wanted; nullptr: the first ones
   int64_t B, num_outputs;
   void* logits;     // [num_outputs, V]
   long* greedy;     // [num_outputs], the index of the largest logit, of equals the first
   float* logprobs;  // [num_outputs], its log_softmax
+  void* hidden;     // [N, D], what the head is given for each token; nullptr if it is not wanted
 };
 
 // The k largest logits, the lowest index on ties, and their sigmoid.
@@ -217,11 +219,14 @@ class DecoderStep {
   void run() {
     team.for_each(N, D, [&](long n) {
       float* to = h + n * D;
-      const X* embedding = (const X*)d.embedding.w + tokens.ids[n] * D;
-      if (d.embedding.layout != OUT_IN) return read_row(d.embedding, tokens.ids[n], to);
+      const X* given = tokens.features ? (const X*)tokens.features[n] : nullptr;
+      const X* embedding = given ? given : (const X*)d.embedding.w + tokens.ids[n] * D;
+      if (!given && d.embedding.layout != OUT_IN) return read_row(d.embedding, tokens.ids[n], to);
       for (long i = 0; i < D; i += 16) store(to + i, load_floats(embedding + i));
     });
     for (long i = 0; i < d.num_layers; i++) attention(d.layers[i], layer_steps[i]), feed_forward(d.layers[i]);
+    if (X* hidden = (X*)tokens.hidden)
+      team.for_each(N, D, [&](long n) { rms_norm(h + n * D, D, (const X*)d.norm, d.eps, hidden + n * D); });
     const long outputs = tokens.num_outputs;
     if (!outputs) return;
     X* logits = (X*)tokens.logits;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "formats.h"
+#include "gemv_in_out.h"
 
 namespace {
 
@@ -113,12 +114,12 @@ constexpr long strip = 32;
 
 // One word row of several strips, from one row of W [I, O], or from two.
 template <class X>
-void pack_row(const X* row, [[maybe_unused]] long O, long strips, long words, Word* to) {
-  for (long n = 0; n < strips; n++, row += strip, to += words * strip) {
+void pack_row(const X* row, [[maybe_unused]] const X* other, long strips, long words, Word* to) {
+  for (long n = 0; n < strips; n++, row += strip, other += strip, to += words * strip) {
 #ifdef __AVX512BF16__
     if constexpr (numbers_per_word<X> == 2) {
       using u16x32 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
-      u16x32 a = load<u16x32>(row), b = load<u16x32>(row + O);
+      u16x32 a = load<u16x32>(row), b = load<u16x32>(other);
       store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
                                         42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
       store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24,
@@ -209,40 +210,53 @@ const Word* arrange_words(Team& team, const X* x, long count) {
 
 constexpr long large_panel = 256 << 10, small_panel = 32 << 10;  // bytes
 
-// y = x W for at least 8 rows of x, in words. W comes in panels of `depth` words by as many strips as `bytes` hold:
-// pack(o, strips, k, depth, to) packs one from output o and word k on; prefetch(o, strips, k, tile, tiles) says which
+// Words along the inputs that are packed at once, and whether their products are the last of a part of the inputs,
+// whose sums are added to those of the other parts.
+struct Panel {
+  long begin, words;
+  bool ends_part;
+};
+
+// y = x W for at least 8 rows of x, in words. W comes in panels, by as many strips as `bytes` hold: pack(o, strips, k,
+// deep, to) packs `deep` words from word k on, from output o on; prefetch(o, strips, panel, tile, tiles) says which
 // part of the next panel to prefetch during a tile of this one. Outputs and rows may have scales.
 template <class X, class Pack, class PrefetchOf>
-void gemm(Phase& phase, const Word* x, long N, long I, long O, long depth, long bytes, const Pack& pack,
-          const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
-  constexpr int per_word = numbers_per_word<X>, most = tile_rows, half = most / 2;
-  const long words = I / per_word, strips = O / strip, tiles = (N + most - 1) / most;
-  const long panel = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
-  phase.add((strips + panel - 1) / panel, panel * strip * I, [=](long task) {
-    const long begin = task * panel, count = std::min(panel, strips - begin);
+void gemm(Phase& phase, const Word* x, long N, long words, long O, const Panel* panels, long num_panels, long bytes,
+          const Pack& pack, const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
+  constexpr int most = tile_rows, half = most / 2;
+  const long strips = O / strip, tiles = (N + most - 1) / most;
+  const auto is_shorter = [](const Panel& a, const Panel& b) { return a.words < b.words; };
+  const long depth = std::max_element(panels, panels + num_panels, is_shorter)->words;
+  const long width = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
+  phase.add((strips + width - 1) / width, width * strip * words * numbers_per_word<X>, [=](long task) {
+    const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * most * strip;
     Word* w = scratch<Word, Use::panel>(count * depth * strip);
-    float* sums = scratch<float, Use::sums>(count * tiles * most * strip);
-    std::fill(sums, sums + count * tiles * most * strip, 0.f);
-    for (long k = 0; k < words; k += depth) {
-      const bool is_last = k + depth >= words;
-      const long deep = std::min(depth, words - k), next_begin = is_last ? begin + panel : begin;
-      pack(begin * strip, count, k, deep, w);
+    float *sums = scratch<float, Use::sums>(2 * size), *totals = sums + size;
+    std::fill(sums, sums + 2 * size, 0.f);
+    for (const Panel* panel = panels; panel != panels + num_panels; panel++) {
+      const bool is_last = panel + 1 == panels + num_panels;
+      const long next_begin = is_last ? begin + width : begin;
+      pack(begin * strip, count, panel->begin, panel->words, w);
       for (long n = 0; n < count; n++) {
         const long o = (begin + n) * strip;
         f32x16 factors[2] = {f32x16{} + 1, f32x16{} + 1};
         for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
         const auto add = [&](auto rows, long first, long tile) {
-          float* own = sums + (n * tiles + tile) * most * strip;
+          const long at = (n * tiles + tile) * most * strip;
           Prefetch ahead;
           if (next_begin < strips)
-            ahead = prefetch(next_begin * strip, panel, is_last ? 0 : k + depth, n * tiles + tile, count * tiles);
-          add_tile<per_word, 2, rows>(x + first * words + k, words, w + n * deep * strip, strip, deep, own, strip,
-                                      ahead);
+            ahead = prefetch(next_begin * strip, width, is_last ? panels : panel + 1, n * tiles + tile, count * tiles);
+          add_tile<numbers_per_word<X>, 2, rows>(x + first * words + panel->begin, words, w + n * panel->words * strip,
+                                                 strip, panel->words, sums + at, strip, ahead);
+          for (long i = at; i < at + rows * strip && panel->ends_part; i += 16) {
+            store(totals + i, load<f32x16>(totals + i) + load<f32x16>(sums + i));
+            store(sums + i, f32x16{});
+          }
           for (long r = 0; r < rows && is_last; r++)
             for (int j = 0; j < 2; j++) {
               const float factor = row_scales ? row_scales[first + r] : 1;
               store_floats(y + (first + r) * O + o + 16 * j,
-                           load<f32x16>(own + r * strip + 16 * j) * (factors[j] * factor));
+                           load<f32x16>(totals + at + r * strip + 16 * j) * (factors[j] * factor));
             }
         };
         for (long tile = 0; tile < tiles; tile++)  // the last may overlap the one before: each has sums of its own
@@ -253,25 +267,50 @@ void gemm(Phase& phase, const Word* x, long N, long I, long O, long depth, long 
   });
 }
 
-// y = x W for W [I, O]. With few rows a panel is used few times, and is best where it is nearest; with many, sums that
-// leave registers cost more.
+// y = x W for W [I, O], in the order of gemv_in_out. With few rows a panel is used few times, and is best where it is
+// nearest; with many, sums that leave registers cost more.
 template <class X>
-void gemm_in_out(Phase& phase, const Word* x, long N, long I, long O, const X* w, X* y) {
-  constexpr int per_word = numbers_per_word<X>;
-  const bool is_short = N < 192;
-  const long words = I / per_word, depth = is_short ? std::min(words, 128l / per_word) : words;
-  const auto pack = [=](long o, long strips, long k, long deep, Word* to) {
-    for (long i = 0; i < deep; i++) pack_row(w + (k + i) * per_word * O + o, O, strips, deep, to + i * strip);
+void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y) {
+  using F = RowsOf<X>;
+  struct Inputs {
+    long first, second;  // of a word; the same one where it has one
   };
-  const auto prefetch = [=](long o, long strips, long k, long tile, long tiles) {  // spread over the tiles
-    const long rows = depth * per_word, lines = strips * strip * long(sizeof(X)) / 64;
-    const long each = std::min(long(per_word), (lines * rows + tiles * depth - 1) / (tiles * depth));
-    const long first = tile * depth * each;
+  const bool is_short = N < 192;
+  const long parts = parts_of(I), longest = is_short ? 128 / F::together : I;
+  Inputs* inputs = phase.team.memory<Inputs>(I);
+  Panel* panels = phase.team.memory<Panel>(I);
+  long words = 0, num_panels = 0;
+  for (long part = 0; part < parts; part++) {
+    const long begin = words;
+    for_each_eight(part * I / parts, (part + 1) * I / parts, [&](auto count, long first, long run) {
+      for (long k = 0; k < count; k += F::together)
+        inputs[words++] = {first + k * run, first + (count == 1 ? 0 : k + F::together - 1) * run};
+    });
+    for (long k = begin; k < words; k += longest)
+      panels[num_panels++] = {k, std::min(longest, words - k), k + longest >= words};
+  }
+  Word* of_x = phase.team.memory<Word>(N * words);
+  phase.team.for_each(N, words, [=](long n) {
+    for (long k = 0; k < words; k++) {
+      const X *own = x + n * I,
+              second = F::together == 2 && inputs[k].first == inputs[k].second ? X(0) : own[inputs[k].second];
+      of_x[n * words + k] = __builtin_bit_cast(Word, F::factor(own[inputs[k].first], second));
+    }
+  });
+  const auto pack = [=](long o, long strips, long k, long deep, Word* to) {
+    for (long i = 0; i < deep; i++)
+      pack_row(w + inputs[k + i].first * O + o, w + inputs[k + i].second * O + o, strips, deep, to + i * strip);
+  };
+  const auto prefetch = [=](long o, long strips, const Panel* next, long tile, long tiles) {  // spread over the tiles
+    const long rows = next->words * F::together, lines = strips * strip * long(sizeof(X)) / 64;
+    const long each = std::min(long(F::together), (lines * rows + tiles * next->words - 1) / (tiles * next->words));
+    const long first = tile * next->words * each;
     // W need not begin with a line of the cache; the end of 64 bytes is in the line that is not there yet.
-    const char* line = (const char*)(w + (k * per_word + first % rows) * O + o) + first / rows * 64 + 63;
+    const char* line = (const char*)(w + (inputs[next->begin].first + first % rows) * O + o) + first / rows * 64 + 63;
     return first / rows < lines ? Prefetch{line, O * long(sizeof(X)), each} : Prefetch{};
   };
-  gemm(phase, x, N, I, O, depth, is_short ? small_panel : large_panel, pack, prefetch, Scales{}, nullptr, y);
+  gemm(phase, of_x, N, words, O, panels, num_panels, is_short ? small_panel : large_panel, pack, prefetch, Scales{},
+       nullptr, y);
 }
 
 // y = x W^T for W [O, I], of which pack_half(o, to) packs half a strip.
@@ -279,12 +318,13 @@ template <class X, class PackHalf>
 void gemm_out_in(Phase& phase, const Word* x, long N, long I, long O, const PackHalf& pack_half, Scales scales,
                  const float* row_scales, X* y) {
   const long words = I / numbers_per_word<X>;
+  const Panel* all = new (phase.team.memory<Panel>(1)) Panel{0, words, true};
   const auto pack = [=](long o, long strips, long, long, Word* to) {
     for (long half = 0; half < 2 * strips; half++)
       pack_half(o + 16 * half, to + half / 2 * strip * words + 16 * (half % 2));
   };
-  const auto prefetch = [](long, long, long, long, long) { return Prefetch{}; };
-  gemm(phase, x, N, I, O, words, large_panel, pack, prefetch, scales, row_scales, y);
+  const auto prefetch = [](long, long, const Panel*, long, long) { return Prefetch{}; };
+  gemm(phase, x, N, words, O, all, 1, large_panel, pack, prefetch, scales, row_scales, y);
 }
 
 }  // namespace

@@ -87,14 +87,25 @@ void add_weight_rows(const typename F::Number* w, long stride, long O, long o, l
 // Parts in which the inputs of a matrix are added up, whatever the number of threads and rows: results are the same.
 inline long parts_of(long I) { return std::clamp(I / 512, 1l, 8l); }
 
-// Partial results of y = x W in `sums` [N, O]: inputs [i, end) for outputs [o, until). Reads W in eight runs of rows
-// side by side: a processor prefetches each.
+// Calls add(count, first, run) for inputs [i, end) in the order in which they are added: `count` of them, `run` apart,
+// from `first` on. These are eight runs of rows side by side, of which a processor prefetches each; then single rows.
+template <class Add>
+void for_each_eight(long i, long end, const Add& add) {
+  constexpr long runs = 8, longest = 16;
+  while (i < end) {
+    const long run = std::min(longest, (end - i) / runs);
+    for (long k = 0; k < run; k++) add(std::integral_constant<int, runs>(), i + k, run);
+    for (long k = i; !run && k < end; k++) add(std::integral_constant<int, 1>(), k, 0);
+    i = run ? i + runs * run : end;
+  }
+}
+
+// Partial results of y = x W in `sums` [N, O]: inputs [i, end) for outputs [o, until).
 template <class X>
 void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end, long o, long until, float* sums) {
   using F = RowsOf<X>;
-  constexpr long runs = 8, longest = 16;
   for (long n = 0; n < N; n++) std::fill(sums + n * O + o, sums + n * O + until, 0.f);
-  const auto add = [&](auto count, long first, long run) {  // so many rows of W, `run` apart
+  for_each_eight(i, end, [&](auto count, long first, long run) {
     constexpr int K = count, steps = (K + F::together - 1) / F::together;
     for_each_four(N, [&](auto rows, long n) {
       typename F::Factor factors[rows * steps];
@@ -105,13 +116,7 @@ void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end
         }
       add_weight_rows<F, K, rows>(w + first * O, run * O, O, o, until, factors, sums + n * O);
     });
-  };
-  while (i < end) {
-    const long run = std::min(longest, (end - i) / runs);
-    for (long k = 0; k < run; k++) add(std::integral_constant<int, runs>(), i + k, run);
-    for (long k = i; !run && k < end; k++) add(std::integral_constant<int, 1>(), k, 0);
-    i = run ? i + runs * run : end;
-  }
+  });
 }
 
 // y = x W. A task is a part of the inputs and, if there are more threads than parts, a slice of the outputs.

@@ -145,22 +145,26 @@ void multiply_gemv(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
   });
 }
 
+// Whether few rows of float32 go in tiles of their own.
+template <class X>
+bool is_unpacked(const Matrix& a, long N) {
+  return std::is_same_v<X, float> && a.layout == IN_OUT && N <= max_unpacked_rows;
+}
+
 template <class X>
 void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N) {
   const long I = begin->matrix.I, layout = begin->matrix.layout;
-  if constexpr (std::is_same_v<X, float>)
-    if (layout == IN_OUT && N <= max_unpacked_rows) {
-      const Matrix& a = begin->matrix;
-      return gemm_unpacked(phase, x, N, I, a.O, (const float*)a.w, begin->y);
-    }
-  if (layout == OUT_IN || layout == IN_OUT) {
+  if (layout == IN_OUT) {
+    const Matrix& a = begin->matrix;
+    if constexpr (std::is_same_v<X, float>)
+      if (is_unpacked<X>(a, N)) return gemm_unpacked(phase, x, N, I, a.O, (const float*)a.w, begin->y);
+    return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y);
+  }
+  if (layout == OUT_IN) {
     const Word* words = arrange_words<Float32>(phase.team, x, N * I);
     for (auto p = begin; p != end; p++) {
-      const Matrix& a = p->matrix;
-      const auto* w = (const X*)a.w;
-      const auto pack = [=](long o, Word* to) { pack_dense(w, I, o, to); };
-      if (layout == IN_OUT) gemm_in_out(phase, words, N, I, a.O, w, p->y);
-      else gemm_out_in(phase, words, N, I, a.O, pack, Scales{}, nullptr, p->y);
+      const auto pack = [=, w = (const X*)p->matrix.w](long o, Word* to) { pack_dense(w, I, o, to); };
+      gemm_out_in(phase, words, N, I, p->matrix.O, pack, Scales{}, nullptr, p->y);
     }
     return;
   }
@@ -191,14 +195,15 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
   });
 }
 
-// Adds products with N rows of x, those side by side that go with each other; without tiles a row's are the same bits,
-// whatever rows stand beside it.
+// Adds products with N rows of x, those side by side that go with each other. If they are invariant, a row's are the
+// same bits, whatever rows stand beside it: they go in tiles only where these add in the order of few rows.
 template <class X>
 void multiply(Phase& phase, std::initializer_list<MatrixProduct<X>> all, const X* x, long N,
-              bool without_tiles = false) {
+              bool is_invariant = false) {
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     for (end = first + 1; end != all.end() && first->goes_with(*end, N);) end++;
-    if (!without_tiles && uses_gemm<X>(first->matrix, N)) multiply_gemm(phase, first, end, x, N);
+    const bool keeps_order = first->matrix.layout == IN_OUT && !is_unpacked<X>(first->matrix, N);
+    if (uses_gemm<X>(first->matrix, N) && (keeps_order || !is_invariant)) multiply_gemm(phase, first, end, x, N);
     else multiply_gemv(phase, first, end, x, N);
   }
 }

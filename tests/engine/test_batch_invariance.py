@@ -1,0 +1,200 @@
+"""With `batch_invariant=True` a token gets the same bits, however its prompt is cut and whatever is read beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.api import Llama4
+from llama4.cache.sequence import SequenceCache
+from llama4.cli.main import main
+from llama4.engine.observers import PromptLogprobs
+from llama4.engine.prefill import read_pieces
+from llama4.engine.prompt import Piece
+from llama4.engine.request import Request
+from llama4.engine.runner import ModelRunner
+from llama4.engine.sampling import Sampler
+from llama4.engine.scheduler import Scheduler
+from llama4.engine.tokens import Token
+from llama4.errors import ArgumentError
+from llama4.inputs import Inputs
+from llama4.kernels import cpu, loader
+from llama4.model.multimodal import Llama4Model
+from llama4.ops import cpu_kernels
+from tests.engine.test_company import long_cases
+from tests.engine.test_scheduler import cases, longest, run
+from tests.families.test_mistral import write
+from tests.marks import needs_kernels
+from tests.parity.references import reference_config, reference_model, relative_error
+
+pytestmark = [
+    needs_kernels,
+    pytest.mark.skipif(not loader.found().level.startswith("avx512"), reason="registers are few"),
+]
+FORMS = [
+    *itertools.product((None, "int8", "int4"), ("float32", "bfloat16"), ("float",)),
+    ("fp8", "bfloat16", "float"),
+    *itertools.product(("int8", "int4"), ("bfloat16",), ("int8",)),
+]
+PROMPT = 260
+"""Tokens: more than a block of the cache, 256, and than some chunks, of 80."""
+PIECES = (1, 2, 7, 16, 64)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of four experts per token, one dense layer in two, RoPE with and without."""
+    text: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 256,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 80,
+    }
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    reference_model(reference_config(head_dim=32, **text), 3).bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=lambda form: "-".join(map(str, form)))
+def model(request: pytest.FixtureRequest, directory: Path) -> Iterator[Llama4Model]:
+    scheme, dtype, activations = request.param
+    options = {"quantization": scheme, "dtype": dtype, "activations": activations}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "MIN_MATRIX", 1)
+        yield Llama4.from_pretrained(directory, batch_invariant=True, progress=False, **options).model
+
+
+def prompt(seed: int, length: int = PROMPT) -> list[int]:
+    ids: list[int] = torch.randint(0, 490, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+@torch.inference_mode()
+def read(model: Llama4Model, cache: SequenceCache, prompts: Sequence[list[int]], size: int) -> list[list[Tensor]]:
+    """Of each prompt the hidden states of all tokens, the logits behind the last, and what the cache holds of it. They
+    end together."""
+    hidden: list[list[Tensor]] = [[] for _ in prompts]
+    for left in range(max(map(len, prompts)), 0, -size):
+        pieces = [ids[max(len(ids) - left, 0) : max(len(ids) - left + size, 0)] for ids in prompts]
+        x_ND, logits_BV = read_pieces(model, cache, [Piece(ids) for ids in pieces])
+        for own, x in zip(hidden, x_ND.split([len(ids) for ids in pieces]), strict=True):
+            own.append(x)
+    return [[torch.cat(own), logits_BV[row], *held(cache, row)] for row, own in enumerate(hidden)]
+
+
+def held(cache: SequenceCache, row: int) -> list[Tensor]:
+    """Keys and values of each layer."""
+    found = []
+    for layer, window in zip(cache.layers, cache.windows, strict=True):
+        slots = cache.cached_tokens(row, cache.next_position[row], window)
+        found += [part for both in layer.read(row, slots, torch.float32, torch.device("cpu")) for part in both]
+    return found
+
+
+def are_equal(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(ours, truth, strict=True)]
+
+
+def test_prompts_in_pieces(model: Llama4Model) -> None:
+    """Across chunks and blocks; and as if each token were decoded."""
+    (truth,) = read(model, model.new_cache(), [prompt(0)], PROMPT)
+    for size in PIECES:
+        (ours,) = read(model, model.new_cache(), [prompt(0)], size)
+        assert all(are_equal(ours, truth)), size
+    runner, cache = ModelRunner(model), model.new_cache()
+    for id_ in prompt(0):
+        logits_BV = runner.step(torch.tensor([id_]), cache)
+    assert all(are_equal([logits_BV[0], *held(cache, 0)], truth[1:]))
+
+
+def test_prompts_beside_others(model: Llama4Model) -> None:
+    """Of all lengths, in pieces that fill more than a call; with keys and values in each format."""
+    prompts = [prompt(seed, length) for seed, length in enumerate((PROMPT, 3, 230, 81, 160))]
+    for cache_dtype in (None, "int8", "fp8", "int4"):
+        together = read(model, model.new_cache(len(prompts), cache_dtype), prompts, 90)
+        for i, (ids, ours) in enumerate(zip(prompts, together, strict=True)):
+            (truth,) = read(model, model.new_cache(1, cache_dtype), [ids], 64)
+            assert all(are_equal(ours, truth)), (i, cache_dtype)
+
+
+@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 2e-6)])
+def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory: Path) -> None:
+    """By less than a millionth of the largest logit in float32 where a model is trained. With random weights what is
+    rounded grows from layer to layer: all of float32 is as far from float64, torch's own products too."""
+    path = directory if name == "random" else name
+    model = Llama4.from_pretrained(path, dtype="float32", progress=False).model
+    (truth,) = read(model, model.new_cache(), [prompt(0)], PROMPT)
+    for size in PIECES[2:]:
+        (ours,) = read(model, model.new_cache(), [prompt(0)], size)
+        assert relative_error(ours[1], truth[1]) < most, size
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4", "fp8"])
+def test_replies_beside_others(form: str) -> None:
+    """Tokens and their log-probabilities, of prompts with pictures and without, read by the scheduler in pieces that
+    begin behind what others read."""
+    options = {"dtype": form} if form.endswith(("16", "32")) else {"quantization": form}
+    llm = Llama4.from_pretrained("tiny", batch_invariant=True, progress=False, **options)  # type: ignore[arg-type]
+    given = [*cases(llm, 6, seed=3), *long_cases(llm, 5)]
+    memory = 3 * llm.model.new_cache().num_bytes_of(longest(given))
+    scheduler = Scheduler(llm.runner, llm.tokenizer, cache_memory=memory, max_batch=6, budget=40)
+    run(llm, scheduler, given, seed=2)
+    for case in given:
+        ours, case.got = case.got, []
+        one = Scheduler(llm.runner, llm.tokenizer, share_prefixes=False, budget=2048)
+        run(llm, one, [case], seed=0)
+        assert case.got == ours
+    assert scheduler.counts.prefix_hits
+
+
+def test_log_probabilities_of_prompts(tmp_path: Path) -> None:
+    """By a head in four bits, of which products with more than 12 rows would go by tiles."""
+    assert main(["convert", "tiny", str(tmp_path / "tiny.gguf"), "--type", "q4_0"]) == 0
+    llm = Llama4.from_pretrained(tmp_path / "tiny.gguf", batch_invariant=True, progress=False)
+    ids = torch.tensor([prompt(1, 100)])
+
+    def logprobs(budget: int) -> list[Token]:
+        observer = PromptLogprobs(ids.shape[1], 3, llm.tokenizer.decode_bytes)
+        scheduler = Scheduler(llm.runner, llm.tokenizer, budget=budget)
+        scheduler.add(
+            Request(
+                Inputs(ids, torch.ones_like(ids), None),
+                llm.model,
+                Sampler(),
+                max_new_tokens=1,
+                stop_ids=(),
+                deliver=lambda token: None,
+                observer=observer,
+            )
+        )
+        while scheduler.has_work:
+            scheduler.step()
+        return observer.tokens
+
+    assert logprobs(512) == logprobs(7)
+
+
+def test_attention_in_parts() -> None:
+    """So many queries and keys that what is kept of them is made in several turns."""
+    H, K, C, blocks, rows = 32, 8, 128, 4, 64
+    memory = torch.randn(blocks, 2, K, 256, C)
+    table = torch.tensor([[block.data_ptr() for block in memory]] * rows)
+    lengths_B, q_BHC = torch.arange(1, rows + 1) * 16, torch.randn(rows, H, C)
+    together = cpu.attend(q_BHC, table, lengths_B, K, "unquantized")
+    for row in (0, 1, 20, 41, 63):
+        own = slice(row, row + 1)
+        assert torch.equal(cpu.attend(q_BHC[own], table[own], lengths_B[own], K, "unquantized"), together[own])
+
+
+def test_a_window_that_slides_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 16, head_dim=32)
+    with pytest.raises(ArgumentError, match="batch_invariant=True does nothing here: the window of its attention sli"):
+        Llama4.from_pretrained(tmp_path, batch_invariant=True, progress=False)

@@ -182,6 +182,15 @@ def test_log_probabilities_of_prompts(tmp_path: Path) -> None:
     assert logprobs(512) == logprobs(7)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", (9, 40, 200)), ("float32", (41, 200))])
+def test_tiles_of_experts_add_as_few_rows_do(dtype: str, rows: tuple[int, ...]) -> None:
+    """In parts of unequal length, of which the last inputs are added one by one."""
+    x_NI, w_IO = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((200, 1568), (1568, 96)))
+    alone = torch.cat([cpu.linear_in_out(own, w_IO) for own in x_NI.split(1)])
+    for count in rows:
+        assert torch.equal(cpu.linear_in_out(x_NI[:count], w_IO), alone[:count]), count
+
+
 def test_attention_in_parts() -> None:
     """So many queries and keys that what is kept of them is made in several turns."""
     H, K, C, blocks, rows = 32, 8, 128, 4, 64

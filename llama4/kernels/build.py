@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 LEVELS_VARIABLE = "LLAMA4_BUILD_LEVELS"
 MACHINE_VARIABLE = "LLAMA4_BUILD_MACHINE"
 
+CPUINFO = Path("/proc/cpuinfo")
 COMPILERS = ("c++", "g++", "clang++")
 ZIG = [sys.executable, "-m", "ziglang", "c++"]
 GLIBC = "2.28"
@@ -73,6 +74,9 @@ _AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX512_VNNI = _AVX512 | {"avx512_vnni"}
 _AVX512_BF16 = _AVX512_VNNI | {"avx512_bf16", "avx512vbmi"}
+_NEON = frozenset({"asimd"})
+_NEON_DOTPROD = _NEON | {"asimddp"}
+_NEON_I8MM = _NEON_DOTPROD | {"i8mm"}
 
 LEVELS: dict[str, dict[str, Level]] = {
     "x86_64": {
@@ -85,10 +89,14 @@ LEVELS: dict[str, dict[str, Level]] = {
             _AVX512_BF16,
         ),
     },
-    "aarch64": {"neon": Level((), "generic", frozenset({"asimd"}))},
+    "aarch64": {
+        "neon": Level((), "generic", _NEON),
+        "neon-dotprod": Level(("-march=armv8-a+dotprod",), "generic+dotprod", _NEON_DOTPROD),
+        "neon-i8mm": Level(("-march=armv8-a+dotprod+i8mm",), "generic+dotprod+i8mm", _NEON_I8MM),
+    },
 }
-"""Machine -> name -> level, the best last. Each is here because the sources are faster with it; they have nothing yet
-for AMX, or NEON's dotprod, i8mm and bf16."""
+"""Machine -> name -> level, the best last. Each is here because the sources compute in fewer instructions with it; they
+have nothing yet for AMX, NEON's bf16, or SVE."""
 
 
 def machine() -> str:
@@ -115,7 +123,7 @@ def target() -> str:
 def cpu_features() -> frozenset[str]:
     """What this CPU has and its system lets programs use, in the words of Linux's /proc/cpuinfo."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        with CPUINFO.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 name, _, value = line.partition(":")
                 if name.strip() in ("flags", "Features"):

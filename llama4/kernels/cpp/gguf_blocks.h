@@ -17,10 +17,6 @@
 
 #include <array>
 
-#ifdef __aarch64__
-#include <arm_neon.h>
-#endif
-
 #include "simd.h"
 
 namespace {

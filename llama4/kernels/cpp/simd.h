@@ -80,6 +80,20 @@ INLINE S multiply_add_bytes(S sums, W w, W x) {
   } else {
 #ifdef __AVX512VNNI__
     return (S)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (S)vusdotq_s32((int32x4_t)sums, (uint8x16_t)w, (int8x16_t)x);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    const auto dot = [x](S sums, W w) { return (S)vdotq_s32((int32x4_t)sums, (int8x16_t)w, (int8x16_t)x); };
+    if constexpr (range <= 127) return dot(sums, w);
+    else return dot(sums, w & 0x7f7f7f7fu) - dot(S{}, w & 0x80808080u);  // the upper bit counts -128
+#elif defined(__aarch64__)
+    const auto products = [](uint8x8_t w, int8x8_t x) {
+      return vpaddlq_s16(vmulq_s16((int16x8_t)vmovl_u8(w), vmovl_s8(x)));
+    };
+    const auto bytes = (uint8x16_t)w;
+    const auto others = (int8x16_t)x;
+    return sums + (S)vpaddq_s32(products(vget_low_u8(bytes), vget_low_s8(others)),
+                                products(vget_high_u8(bytes), vget_high_s8(others)));
 #else
     const auto add = [x](S sums, W w) {  // of w the upper bit alone, or the others: pairs are sums of 16 bits
 #ifdef __AVX512BW__

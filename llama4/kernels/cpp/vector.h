@@ -16,6 +16,8 @@
 #pragma GCC diagnostic pop
 #elif defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))

@@ -9,8 +9,8 @@ checkout has its libraries in the user's cache, by the hash of the sources, so t
 share them. The compiler is `$CXX`, else c++, g++ or clang++, whichever is there, else that of the package `ziglang`,
 which scripts/backend.py asks for where there is no other, or where `$CXX` is "ziglang"; `$CXXFLAGS` come last.
 `$LLAMA4_BUILD_LEVELS` names the levels where none is on the command line, "none" for none. `$LLAMA4_BUILD_MACHINE`
-names another kind of machine than this one, which `ziglang` builds for. Whatever fails is written to the manifest,
-beside what was built.
+names another kind of machine than this one, which `ziglang` builds for, or a compiler that has it in its name, such as
+aarch64-linux-gnu-g++. Whatever fails is written to the manifest, beside what was built.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX512_VNNI = _AVX512 | {"avx512_vnni"}
 _AVX512_BF16 = _AVX512_VNNI | {"avx512_bf16", "avx512vbmi"}
 _NEON = frozenset({"asimd"})
-_NEON_DOTPROD = _NEON | {"asimddp"}
+_NEON_DOTPROD = _NEON | {"atomics", "crc32", "asimdrdm", "asimddp"}
 _NEON_I8MM = _NEON_DOTPROD | {"i8mm"}
 
 LEVELS: dict[str, dict[str, Level]] = {
@@ -91,8 +91,8 @@ LEVELS: dict[str, dict[str, Level]] = {
     },
     "aarch64": {
         "neon": Level((), "generic", _NEON),
-        "neon-dotprod": Level(("-march=armv8-a+dotprod",), "generic+dotprod", _NEON_DOTPROD),
-        "neon-i8mm": Level(("-march=armv8-a+dotprod+i8mm",), "generic+dotprod+i8mm", _NEON_I8MM),
+        "neon-dotprod": Level(("-march=armv8.2-a+dotprod",), "generic+v8_2a+dotprod", _NEON_DOTPROD),
+        "neon-i8mm": Level(("-march=armv8.2-a+dotprod+i8mm",), "generic+v8_2a+dotprod+i8mm", _NEON_I8MM),
     },
 }
 """Machine -> name -> level, the best last. Each is here because the sources compute in fewer instructions with it; they
@@ -160,12 +160,12 @@ def compiler() -> list[str] | None:
     return found or (ZIG if importlib.util.find_spec("ziglang") else None)
 
 
-def directory() -> Path:
+def directory(kind: str = machine()) -> Path:
     """Where this llama4 has its libraries: what it was installed with; in a checkout, what is in the user's cache."""
     if INSTALLED.exists():
         return INSTALLED
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "llama4" / "kernels" / sources_hash()[:16]
+    return cache / "llama4" / "kernels" / sources_hash(kind)[:16]
 
 
 def found_directory() -> Path:
@@ -199,7 +199,7 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
         manifest["problems"][""] = f"there was no {asked if os.environ.get('CXX') == 'ziglang' else any_of}"
     elif not names:
         manifest["problems"][""] = f"nothing was to be built for {target()}"
-    elif target() != machine() and "ziglang" not in command:
+    elif target() != machine() and "ziglang" not in command and target() not in command[0]:
         manifest["problems"][""] = f"{command[0]} does not build for {target()}; set CXX=ziglang"
     else:
         with TemporaryDirectory(prefix="llama4-kernels-") as work, ThreadPoolExecutor(_cores()) as pool:
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [] if names == ["none"] else names
     if unknown := set(names) - set(levels):
         parser.error(f"no such level on {target()}: {', '.join(sorted(unknown))}")
-    to = options.to or directory()
+    to = options.to or directory(target())
     manifest = build(to, names)
     for name in names:
         if entry := manifest["levels"].get(name):

@@ -162,6 +162,18 @@ def test_another_machine(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "-s" in flags, "what it adds for debuggers is ten times the code"
 
 
+@on_x86
+def test_a_compiler_for_another_machine(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name. What it builds in a checkout is not in the place of this machine's."""
+    monkeypatch.setenv(build.MACHINE_VARIABLE, "aarch64")
+    monkeypatch.setenv("CXX", str(fake.rename(fake.with_name("aarch64-linux-gnu-g++"))))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "lib")
+    assert build.main([]) == 0
+    assert [*manifest(build.directory("aarch64"))["levels"]] == ["neon", "neon-dotprod", "neon-i8mm"]
+    assert not build.directory().exists()
+
+
 @pytest.mark.parametrize(("named", "meant"), [("arm64", "aarch64"), ("AMD64", "x86_64"), ("", build.machine())])
 def test_a_machine_has_several_names(named: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.MACHINE_VARIABLE, named)
@@ -275,6 +287,22 @@ def test_a_cpu_runs_what_it_has_all_of() -> None:
     assert build.runs(levels["avx512"].features - {"fma"}) == []
     assert build.runs(levels["avx512"].features - {"avx512vl"}) == ["avx2"]
     assert build.runs(levels["avx512bf16"].features | {"more"}) == ["avx2", "avx512", "avx512vnni", "avx512bf16"]
+
+
+CROSS = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"needs {CROSS}")
+def test_a_level_of_aarch64_asks_of_the_cpu_all_that_its_code_may_use() -> None:
+    def macros(*flags: str) -> set[str]:
+        command = [CROSS, *flags, "-dM", "-E", "-x", "c++", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {line.split()[1] for line in told.splitlines()}
+
+    names = {"asimddp": "DOTPROD", "i8mm": "MATMUL_INT8", "atomics": "ATOMICS", "crc32": "CRC32", "asimdrdm": "QRDMX"}
+    for name, level in build.LEVELS["aarch64"].items():
+        known = {f"__ARM_FEATURE_{names[feature]}" for feature in level.features - {"asimd"}}
+        assert macros(*level.flags) - macros() == known, name
 
 
 @on_x86

@@ -154,6 +154,46 @@ class TestLevels:
         assert loader._find(copy) == loader.Found(None, "", "LLAMA4_CPU_KERNELS=off")
 
 
+NEOVERSE_N1 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs"
+ARM_CPUS = {
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid": "neon",  # Cortex-A72
+    NEOVERSE_N1: "neon-dotprod",
+    f"{NEOVERSE_N1} sha3 sha512 sve asimdfhm uscat ilrcpc flagm dcpodp i8mm bf16 svei8mm svebf16 dgh rng": "neon-i8mm",
+    f"{NEOVERSE_N1} svei8mm": "neon-dotprod",
+}
+
+
+class TestAarch64:
+    @pytest.fixture
+    def find(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], loader.Found]:
+        """What a machine with these features takes of libraries of all levels."""
+        monkeypatch.delenv(loader.LEVEL, raising=False)
+        monkeypatch.setattr(build, "machine", lambda: "aarch64")
+        monkeypatch.setattr(loader, "_load", lambda directory, entry: entry["file"])
+        levels = {name: {"file": name, "sha256": "", "compiler": "g++"} for name in build.LEVELS["aarch64"]}
+        manifest = {"sources": build.sources_hash(), "levels": levels, "problems": {}}
+        (tmp_path / build.MANIFEST).write_text(json.dumps(manifest))
+        monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+
+        def find(features: str) -> loader.Found:
+            build.CPUINFO.write_text(f"processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: {features}\nCPU part\t: 0xd0c\n")
+            return loader._find(tmp_path)
+
+        return find
+
+    @pytest.mark.parametrize("features", ARM_CPUS)
+    def test_the_best_of_what_cpuinfo_names(self, features: str, find: Callable[[str], loader.Found]) -> None:
+        found = find(features)
+        assert (found.level, found.library) == (ARM_CPUS[features], ARM_CPUS[features])
+
+    def test_forced(self, find: Callable[[str], loader.Found], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(loader.LEVEL, "neon")
+        assert find(NEOVERSE_N1).level == "neon"
+        monkeypatch.setenv(loader.LEVEL, "neon-i8mm")
+        with pytest.raises(ValueError, match=r"this CPU lacks i8mm; it runs neon, neon-dotprod$"):
+            find(NEOVERSE_N1)
+
+
 SAMPLE = (
     "tests/kernels/test_decoder.py::test_equals_token_by_token",
     "tests/kernels/test_cpu.py::TestProducts",

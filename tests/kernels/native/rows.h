@@ -1,0 +1,70 @@
+// What is computed of single rows: norms, rotations, activations, the likeliest token.
+
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+double inverse_rms(const double* x, long count, double eps) {
+  double squares = 0;
+  for (long i = 0; i < count; i++) squares += x[i] * x[i];
+  return 1 / std::sqrt(squares / count + eps);
+}
+void rotate(double* x, long C, const float* rotation) {
+  for (long c = 0; c < C; c += 2) {
+    const double re = x[c], im = x[c + 1];
+    x[c] = re * rotation[c] - im * rotation[c + 1], x[c + 1] = re * rotation[c + 1] + im * rotation[c];
+  }
+}
+std::vector<float> rotations(long count) {  // complex numbers of magnitude 1
+  std::vector<float> all;
+  for (double angle : normal(count)) all.push_back(std::cos(angle)), all.push_back(std::sin(angle));
+  return all;
+}
+
+void greedy(const std::string& what, const double* logits, long V, long id, double logprob, double tolerance) {
+  const long best = std::max_element(logits, logits + V) - logits;
+  double total = 0;
+  for (long v = 0; v < V; v++) total += std::exp(logits[v] - logits[best]);
+  expect(id == best && std::abs(logprob + std::log(total)) < tolerance, "%s: %ld, %g instead of %ld, %g", what.c_str(),
+         id, logprob, best, -std::log(total));
+}
+
+void rows(bool narrow) {
+  const long N = 3, D = 160;
+  const double tolerance = narrow ? 0.004 : 1e-6;
+  Doubles x = normal(N * D), up = normal(N * D), weight = normal(D), normed;
+  const Numbers gate(x, narrow), other(up, narrow), scale(weight, narrow);
+  Numbers y(N * D, narrow), wide(x, false);
+  for (long n = 0; n < N; n++) {
+    const double factor = inverse_rms(x.data() + n * D, D, 1e-5);
+    for (long d = 0; d < D; d++) normed.push_back(x[n * D + d] * factor * weight[d]);
+  }
+  call("rms_norm", narrow, wide.data(), N, D, scale.data(), 1e-5f, y.data());
+  compare("rms_norm", y, normed, tolerance);
+  call("swiglu", narrow, gate.data(), other.data(), N, D, D, y.data());
+  compare("swiglu", y, swiglu_of(x, up), tolerance);
+
+  const long H = 2, C = 80;  // x as [N, H, C]
+  const std::vector<float> rotation = rotations(N * C / 2);
+  const float factors[] = {1.5, 1, 3}, *all_factors = factors;
+  Doubles turned = x, turned_normed;
+  for (long i = 0; i < N * H; i++) {
+    rotate(turned.data() + i * C, C, rotation.data() + i / H * C);
+    const double factor = inverse_rms(turned.data() + i * C, C, 1e-5) * factors[i / H];
+    for (long c = 0; c < C; c++) turned_normed.push_back(turned[i * C + c] * factor);
+  }
+  const float* no_factors = nullptr;
+  call("apply_rope", narrow, gate.data(), D, N, H, C, rotation.data(), -1.f, no_factors, y.data());
+  compare("apply_rope", y, turned, tolerance);
+  call("apply_rope", narrow, gate.data(), D, N, H, C, rotation.data(), 1e-5f, all_factors, y.data());
+  compare("apply_rope with a norm", y, turned_normed, tolerance);
+
+  std::vector<long> ids(N);
+  std::vector<float> logprobs(N);
+  call("greedy_token", narrow, gate.data(), N, D, ids.data(), logprobs.data());
+  for (long n = 0; n < N; n++) greedy("greedy_token", x.data() + n * D, D, ids[n], logprobs[n], 1e-5);
+}
+
+}  // namespace

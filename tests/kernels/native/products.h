@@ -43,12 +43,14 @@ void products(bool narrow) {
   std::vector<Format> formats = {{"out x in", 0, 32}, {"in x out", 1, 32}};
   for (const Format& own : table(llama4_weight_formats)) formats.push_back(own);
   for (const Format& own : formats) {
-    const long I = own.multiple == 256 ? 512 : own.multiple == 64 ? 320 : 288;
-    for (const long O : {96, 48}) {                                 // in tiles, and never
-      if (O % 32 && own.name == std::string("in x out")) continue;  // its rows are odd then
+    const long I = own.multiple == 256 ? 256 : own.multiple == 64 ? 192 : 160;
+    const bool is_in_out = own.name == std::string("in x out");
+    for (const long O : {32, 48}) {
+      if (is_in_out && O % 32) continue;  // its rows are odd then
       const Weights w(own.name, narrow, O, I);
       const Matrix a = w.matrix();
-      for (const long N : O == 96 ? std::vector<long>{1, 2, 3, 4, 7, 14, 71} : std::vector<long>{5, 13}) {
+      for (const long N : O == 32 ? std::vector<long>{1, 7, 14, 71}
+                                  : std::vector<long>{1, 2, 3, 4, 13}) {  // in tiles of 32, and never
         Doubles x = coded_rows(N, I, own.name == std::string("fp8"));
         const Numbers rows(x, narrow);
         Numbers y(N * O, narrow);

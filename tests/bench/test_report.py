@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama4 import progress
-from llama4.bench import machine, report
+from llama4.bench import machine, peak_rates, report
 from llama4.bench.machine import OtherProcesses
 from llama4.bench.peak_rates import PeakProbe
 from llama4.bench.report import Spread, number, table
@@ -68,6 +68,16 @@ def test_who_sees_no_bar_gets_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     assert list(report.shown(["one", "two"])) == ["one", "two"]
     assert capsys.readouterr().err.splitlines()[-1] == "llama4: measuring two, 1 of 2 steps"
+
+
+def test_peak_rates_leave_out_what_a_cpu_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has no product of bfloat16 on AVX2."""
+
+    def refused() -> object:
+        raise RuntimeError("could not create a primitive descriptor for the inner product")
+
+    monkeypatch.setattr(peak_rates, "_products", lambda x, weight: [refused, lambda: x @ weight])
+    assert PeakProbe(torch.float32, 1, size=64, read=4096).measure(repeats=1).gemm > 0
 
 
 def test_peak_rates_run_on_the_threads_that_were_asked_for() -> None:

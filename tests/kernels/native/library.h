@@ -56,6 +56,12 @@ struct Tokens {
   long* greedy;
   float* logprobs;
 };
+struct Draw {
+  int64_t row, top_k;
+  double temperature, top_p, min_p, uniform;
+  int64_t id;
+  double logprob;
+};
 
 namespace {
 

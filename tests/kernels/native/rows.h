@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <tuple>
+
 #include "products.h"
 
 namespace {
@@ -65,6 +67,45 @@ void rows(bool narrow) {
   std::vector<float> logprobs(N);
   call("greedy_token", narrow, gate.data(), N, D, ids.data(), logprobs.data());
   for (long n = 0; n < N; n++) greedy("greedy_token", x.data() + n * D, D, ids[n], logprobs[n], 1e-5);
+}
+
+// The token that a random number takes among those that are left, in the order of their ids.
+long drawn(const double* logits, long V, const Draw& draw) {
+  std::vector<std::pair<double, long>> kept;  // weights, less than those of what is likelier, and ids
+  for (long v = 0; v < V; v++) kept.emplace_back(-logits[v], v);
+  std::sort(kept.begin(), kept.end());
+  if (draw.top_k) kept.resize(std::min(draw.top_k, V));
+  const double most = -kept[0].first;
+  double total = 0, sum = 0;
+  for (auto& [weight, v] : kept) total += weight = std::exp((-weight - most) / draw.temperature);
+  size_t count = 0;
+  while (count < kept.size() && sum < draw.top_p * total) sum += kept[count++].first;
+  kept.resize(draw.top_p < 1 ? count : kept.size());
+  total = sum = 0;
+  std::sort(kept.begin(), kept.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (auto& [weight, v] : kept) total += weight = weight < draw.min_p ? 0 : weight;
+  for (const auto& [weight, v] : kept)
+    if ((sum += weight) > draw.uniform * total) return v;
+  return -1;
+}
+
+void draws(bool narrow) {
+  const long N = 2, V = 300;
+  Doubles x = normal(N * V);
+  const Numbers logits(x, narrow);
+  std::vector<Draw> all;
+  for (const auto& [top_k, top_p, min_p] : {std::tuple(0, 1., 0.), {7, 1., 0.}, {0, .6, 0.}, {0, 1., .2}, {40, .7, .1}})
+    for (long i = 0; i < 8; i++) all.push_back({i % N, top_k, 0.5 + i % 3, top_p, min_p, (i + 0.123) / 8, -1, 0});
+  call("draw_token", narrow, logits.data(), N, V, all.data(), long(all.size()));
+  for (const Draw& draw : all) {
+    const double* own = x.data() + draw.row * V;
+    const long id = drawn(own, V, draw);
+    double total = 0;
+    for (long v = 0; v < V; v++) total += std::exp(own[v]);
+    const double logprob = own[id] - std::log(total);
+    expect(draw.id == id && std::abs(draw.logprob - logprob) < 1e-5, "draw_token, %s: %ld, %g instead of %ld, %g",
+           word(narrow), long(draw.id), draw.logprob, id, logprob);
+  }
 }
 
 }  // namespace

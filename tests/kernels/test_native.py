@@ -30,8 +30,8 @@ def test_levels_of_this_machine(tmp_path: Path) -> None:
     subprocess.run([*compiler, *FLAGS, "-c", PROGRAM, "-o", objects], check=True)
     for level in levels:
         library = Path(found.directory) / f"llama4-{level}.so"
-        link = [*compiler, objects, library, f"-Wl,-rpath,{library.parent}", "-o", tmp_path / level]
-        subprocess.run(link, check=True)
+        link = [str(objects), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(tmp_path / level)]
+        subprocess.run([*compiler, *link], check=True)
         done = subprocess.run([tmp_path / level], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (level, done.stdout + done.stderr)
         assert done.stdout.endswith(" checks, 0 failures\n")

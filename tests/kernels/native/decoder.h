@@ -63,12 +63,11 @@ void add(Doubles& to, const Doubles& more, double factor = 1) {
   for (size_t i = 0; i < to.size(); i++) to[i] += factor * more[i];
 }
 
-// The logits of one token; its keys and values are appended to `memory`, [layer][token][2 K C]. `margin`: how far the
-// experts that are chosen were above the others, as a part of all logits' range, at least.
-Doubles decoded(const Model& model, long id, std::vector<std::vector<Doubles>>& memory, const float* rotation,
+// What the head is given for one token, of which h is the embedding; its keys and values are appended to `memory`,
+// [layer][token][2 K C]. `margin`: how far the experts that are chosen were above the others, as a part of all logits'
+// range, at least.
+Doubles decoded(const Model& model, Doubles h, std::vector<std::vector<Doubles>>& memory, const float* rotation,
                 double temperature, double& margin) {
-  Doubles h(D);
-  for (long d = 0; d < D; d++) h[d] = model.embedding.at(id, d);
   for (size_t i = 0; i < model.layers.size(); i++) {
     const OwnLayer& l = model.layers[i];
     Doubles x = normed(h, l.input_norm), q = times(l.q, x.data()), kv = times(l.k, x.data()), out;
@@ -110,7 +109,7 @@ Doubles decoded(const Model& model, long id, std::vector<std::vector<Doubles>>& 
     }
     add(h, shared);
   }
-  return times(model.head, normed(h, model.norm).data());
+  return normed(h, model.norm);
 }
 
 // -> whether it was done: what rounding may decide has no truth.
@@ -147,26 +146,34 @@ bool decoder(bool narrow, const Format& format) {
     steps.push_back({l.has_rope ? rotation.data() : nullptr, l.has_rope ? nullptr : temperatures, lengths,
                      addresses[i].data(), width, format.number});
   }
-  Doubles truth;
+  Doubles feature = normal(D), inner, truth;  // of token 1, in the place of its embedding
+  const Numbers own_feature(feature, narrow);
+  const void* const features[] = {nullptr, own_feature.data(), nullptr};
   double margin = 1;
-  for (long n = 0; n < N; n++)
-    for (double logit :
-         decoded(model, ids[n], memory[sequence_of[n]], rotation.data() + n * C, temperatures[n], margin))
-      truth.push_back(logit);
+  for (long n = 0; n < N; n++) {
+    Doubles h = feature;
+    for (long d = 0; d < D && n != 1; d++) h[d] = model.embedding.at(ids[n], d);
+    const Doubles own = decoded(model, h, memory[sequence_of[n]], rotation.data() + n * C, temperatures[n], margin);
+    inner.insert(inner.end(), own.begin(), own.end());
+    for (double logit : times(model.head, own.data())) truth.push_back(logit);
+  }
   if (margin < 0.1) return false;
 
-  Numbers logits(N * V, narrow);
+  Numbers logits(N * V, narrow), hidden(N * D, narrow);
   std::vector<long> best(N);
   std::vector<float> logprobs(N);
   const Decoder own{layers.data(), count, model.embedding.matrix(), norm.data(), model.head.matrix(), 1e-5, 0};
-  const Tokens tokens{ids, starts, nullptr, B, N, logits.data(), best.data(), logprobs.data()};
+  const Tokens tokens{ids, starts, features, nullptr, B, N, logits.data(), best.data(), logprobs.data(), hidden.data()};
   const Decoder* address = &own;
   const LayerStep* of_layers = steps.data();
   const Tokens* of_step = &tokens;
   call("decode", narrow, address, of_layers, 0l, of_step);
 
   const std::string what = std::string("decode, cache in ") + format.name;
-  if (format.name == std::string("unquantized")) compare(what, logits, truth, narrow ? 0.08 : 1e-5);
+  if (format.name == std::string("unquantized")) {
+    compare(what, logits, truth, narrow ? 0.08 : 1e-5);
+    compare(what + ", what the head is given", hidden, inner, narrow ? 0.08 : 1e-5);
+  }
   for (long n = 0; n < N; n++) {
     Doubles ours;
     for (long v = 0; v < V; v++) ours.push_back(logits.get(n * V + v));

@@ -50,11 +50,14 @@ struct LayerStep {
   int64_t width, format;
 };
 struct Tokens {
-  const long *ids, *sequence_starts, *outputs;
+  const long *ids, *sequence_starts;
+  const void* const* features;
+  const long* outputs;
   int64_t B, num_outputs;
   void* logits;
   long* greedy;
   float* logprobs;
+  void* hidden;
 };
 struct Draw {
   int64_t row, top_k;

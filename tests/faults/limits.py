@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import zipfile
@@ -87,7 +88,7 @@ def meta(change: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def bomb(directory: Path) -> None:
-    with zipfile.ZipFile(directory / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(directory / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.writestr("archive/data.pkl", b"\x80\x02" + bytes(1 << 29))
 
 
@@ -112,6 +113,11 @@ def gguf(change: Callable[[Path], None], **metadata: Any) -> Callable[[Path], No
         change(directory)
 
     return changed
+
+
+def empty_texts(count: int) -> bytes:
+    """So many, as a GGUF file has them."""
+    return struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)
 
 
 def counted(at: int) -> Callable[[Path], None]:
@@ -168,7 +174,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pipe for a GGUF file": (gguf(pipe("a.gguf")), "a.gguf"),
     "a billion keys": (gguf(counted(16)), "a.gguf"),
     "a billion GGUF tensors": (gguf(counted(8)), "a.gguf"),
-    "a GGUF file of a large head": (gguf(nothing, **{"x": [""] * 5_000_000}), "a.gguf"),
+    "a GGUF file of a large head": (gguf(nothing, x=empty_texts(5_000_000)), "a.gguf"),
     "GGUF's millions of tokens": (
         gguf(nothing, **{"tokenizer.ggml.tokens": [f"{i:x}" for i in range(2_000_000)]}),
         "a.gguf",

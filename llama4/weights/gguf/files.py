@@ -93,15 +93,15 @@ class GgufModel:
         Raises:
             CheckpointError: files that are missing or damaged, or no model.
         """
-        paths = [path.with_name(name) for name in parts(path.name)]
-        if missing := [each.name for each in paths if not each.is_file()]:
-            raise CheckpointError(f"{path} is one of {len(paths)} files; fetch the others, too", missing)
-        files = [GgufFile.read(each) for each in paths]
+        names, there = parts(path.name), {each.name for each in path.parent.iterdir()}
+        if missing := [name for name in names if name not in there or not path.with_name(name).is_file()]:
+            raise CheckpointError(f"{path} is one of {len(names)} files; fetch the others, too", missing)
+        files = [GgufFile.read(path.with_name(name)) for name in names]
         _check_split(files)
         if mmproj is not None:
             return cls(files, _vision_tower(mmproj, files[0]))
         if architecture_of(files[0]) in WITH_VISION:
-            name = mmproj_of(path.name, (each.name for each in path.parent.iterdir()))
+            name = mmproj_of(path.name, there)
             beside = GgufFile.read(path.with_name(name)) if name is not None else None
             return cls(files, beside if beside is not None and _belongs(beside, files) else None)
         return cls(files)

@@ -37,7 +37,9 @@ def test_the_loss_falls_as_with_transformers(method: str, rate: float, path: Pat
     llm = Llama4.from_pretrained(tmp_path / "a.gguf", dtype="float32", progress=False)
     data = write(tmp_path / "data.jsonl", *({"prompt": p, "completion": c} for p, c in INSTRUCTIONS.items()))
     lora = LoraConfig(rank=4, alpha=8.0, targets=("attention", "dense"))
-    options = TrainingOptions(method, lora, steps=STEPS, batch_tokens=1 << 20, learning_rate=rate, warmup=1)
+    options = TrainingOptions(
+        method, lora, steps=STEPS, batch_tokens=1 << 20, learning_rate=rate, warmup=1, save_every=STEPS
+    )
     run = Run(llm, data, None, options, progress=False)
     torch.manual_seed(0)
     model: Any = reference_model(path)

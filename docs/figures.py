@@ -63,7 +63,7 @@ def render_summary(run: dict[str, Any]) -> str:
         f"token; {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}; medians of {report['rounds']} "
         f"rounds, {run['date']}; in brackets the ratio to {engines[-1].split()[0]}."
     )
-    return f"{table(['', *SUMMARY.values()], rows, markdown=True)}\n\n{below}\n"
+    return f"{table(['', *SUMMARY.values()], rows, markdown=True)}\n\n{textwrap.fill(below, 140)}\n"
 
 
 def render_faults(groups: dict[str, Any]) -> str:

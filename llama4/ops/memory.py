@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -45,9 +45,10 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    pieces = []
+    large, pieces = [], []
     for tensor in tensors:
         if tensor.is_cpu and tensor.nbytes >= _LARGE_PAGE:
+            large.append(tensor)
             if _missing_are_read_in_large_pieces() and not _advise(tensor, mmap.MADV_HUGEPAGE):
                 _advise(tensor, mmap.MADV_RANDOM)
             else:
@@ -58,7 +59,7 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
             _announce(tensor)
     following = iter(pieces)
     for _ in range(min(_READERS, len(pieces))):
-        threading.Thread(target=_read, args=(following,), daemon=True).start()
+        threading.Thread(target=_read, args=(following, large), daemon=True).start()
 
 
 @cache
@@ -69,9 +70,11 @@ def _missing_are_read_in_large_pieces() -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= (5, 18)
 
 
-def _read(pieces: Iterable[tuple[Tensor, int, int]]) -> None:
+def _read(pieces: Iterable[tuple[Tensor, int, int]], tensors: Sequence[Tensor]) -> None:
     for tensor, begin, end in pieces:
         _advise(tensor, _MADV_POPULATE_READ, begin, end - begin)
+    for tensor in tensors:  # what is used at random is the first that Linux drops, however lately it was
+        _advise(tensor, mmap.MADV_NORMAL)
 
 
 def _announce(tensor: Tensor) -> None:

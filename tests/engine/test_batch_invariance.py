@@ -14,14 +14,13 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.cache.sequence import SequenceCache
 from llama4.cli.main import main
-from llama4.engine.observers import PromptLogprobs
+from llama4.engine.observers import MeanHidden, Observer, PromptLogprobs
 from llama4.engine.prefill import read_pieces
 from llama4.engine.prompt import Piece
 from llama4.engine.request import Request
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.scheduler import Scheduler
-from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError
 from llama4.inputs import Inputs
 from llama4.kernels import cpu, loader
@@ -155,31 +154,28 @@ def test_replies_beside_others(form: str) -> None:
     assert scheduler.counts.prefix_hits
 
 
-def test_log_probabilities_of_prompts(tmp_path: Path) -> None:
-    """By a head in four bits, of which products with more than 12 rows would go by tiles."""
+def test_what_is_learnt_of_a_prompt(tmp_path: Path) -> None:
+    """Log-probabilities, by a head in four bits, of which products with more than 12 rows would go by tiles; and the
+    mean of the hidden states."""
     assert main(["convert", "tiny", str(tmp_path / "tiny.gguf"), "--type", "q4_0"]) == 0
     llm = Llama4.from_pretrained(tmp_path / "tiny.gguf", batch_invariant=True, progress=False)
     ids = torch.tensor([prompt(1, 100)])
+    inputs = Inputs(ids, torch.ones_like(ids), None)
 
-    def logprobs(budget: int) -> list[Token]:
-        observer = PromptLogprobs(ids.shape[1], 3, llm.tokenizer.decode_bytes)
+    def read_by(observer: Observer, budget: int) -> None:
         scheduler = Scheduler(llm.runner, llm.tokenizer, budget=budget)
-        scheduler.add(
-            Request(
-                Inputs(ids, torch.ones_like(ids), None),
-                llm.model,
-                Sampler(),
-                max_new_tokens=1,
-                stop_ids=(),
-                deliver=lambda token: None,
-                observer=observer,
-            )
-        )
+        limits: dict[str, Any] = {"max_new_tokens": 1, "stop_ids": (), "deliver": lambda token: None}
+        scheduler.add(Request(inputs, llm.model, Sampler(), observer=observer, **limits))
         while scheduler.has_work:
             scheduler.step()
-        return observer.tokens
 
-    assert logprobs(512) == logprobs(7)
+    logprobs = [PromptLogprobs(ids.shape[1], 3, llm.tokenizer.decode_bytes) for _ in range(2)]
+    means = [MeanHidden() for _ in range(2)]
+    for i, budget in enumerate((512, 7)):
+        read_by(logprobs[i], budget)
+        read_by(means[i], budget)
+    assert logprobs[0].tokens == logprobs[1].tokens
+    assert torch.equal(means[0].mean_D, means[1].mean_D)
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", (9, 40, 200)), ("float32", (41, 200))])

@@ -51,7 +51,7 @@ def make_batch_invariant(model: Llama4Model, device: torch.device, dtype: torch.
         reason = f"the model is on {device}"
     elif dtype not in (torch.float32, torch.bfloat16):
         reason = f"it computes in {str(dtype).removeprefix('torch.')}"
-    elif reason is None and not (level := loader.found().level).startswith("avx512"):
+    elif reason is None and not (level := loader.found().level).startswith(("avx512", "amx")):
         reason = f"sums of the kernels for {level} go with the rows, since registers are few"
     if reason is not None:
         raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")

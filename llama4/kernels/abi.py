@@ -250,6 +250,22 @@ def bind(library: ctypes.CDLL) -> Library:
     return Library(kernels, _formats(library.llama4_weight_formats), _formats(library.llama4_cache_formats))
 
 
+def add_amx(library: ctypes.CDLL, amx: ctypes.CDLL) -> None:
+    """From now on products of many rows go by AMX, which has a library of its own (kernels/cpp/amx.h).
+
+    Raises:
+        AbiError: they do not, since the system does not permit it, or since one product came out otherwise.
+    """
+    try:
+        use_amx = library.llama4_use_amx
+        use_amx.argtypes, use_amx.restype = (c_void_p,), c_char_p
+        problem = use_amx(ctypes.cast(amx.llama4_amx, c_void_p))
+    except AttributeError as error:
+        raise AbiError(str(error)) from None
+    if problem is not None:
+        raise AbiError(problem.decode())
+
+
 def expected_constants() -> dict[str, int]:
     """Sizes of structures, offsets of their fields, members of enums and other constants, by the names in api.cpp."""
     structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens, Draw)}

@@ -63,17 +63,22 @@ class Level(NamedTuple):
         flags: what the compiler is told.
         zig: what `ziglang` is told instead.
         features: what a CPU must have, in the words of Linux's /proc/cpuinfo.
+        source: what is compiled.
+        base: the level to whose library this one's adds; "" if it is a library by itself.
     """
 
     flags: tuple[str, ...]
     zig: str
     features: frozenset[str]
+    source: str = "api.cpp"
+    base: str = ""
 
 
 _AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX512_VNNI = _AVX512 | {"avx512_vnni"}
 _AVX512_BF16 = _AVX512_VNNI | {"avx512_bf16", "avx512vbmi"}
+_AMX = _AVX512_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
 _NEON = frozenset({"asimd"})
 _NEON_DOTPROD = _NEON | {"atomics", "crc32", "asimdrdm", "asimddp"}
 _NEON_I8MM = _NEON_DOTPROD | {"i8mm"}
@@ -88,6 +93,13 @@ LEVELS: dict[str, dict[str, Level]] = {
             "x86_64_v4+avx512vnni+avx512bf16+avx512vbmi",
             _AVX512_BF16,
         ),
+        "amx": Level(
+            ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+            "x86_64_v4+amx_tile+amx_bf16+amx_int8",
+            _AMX,
+            source="amx.cpp",
+            base="avx512bf16",
+        ),
     },
     "aarch64": {
         "neon": Level((), "generic", _NEON),
@@ -96,7 +108,7 @@ LEVELS: dict[str, dict[str, Level]] = {
     },
 }
 """Machine -> name -> level, the best last. Each is here because the sources compute in fewer instructions with it; they
-have nothing yet for AMX, NEON's bf16, or SVE."""
+have nothing yet for NEON's bf16, or SVE."""
 
 
 def machine() -> str:
@@ -242,7 +254,7 @@ def _compile(command: list[str], name: str, work: Path) -> tuple[Path, dict[str,
     flags = [*platforms, *([f"-mcpu={level.zig}"] if zig else level.flags)]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     environment = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), **os.environ}  # not in a user's home
-    arguments = [*command, *FLAGS, *WARNINGS, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(objects)]
+    arguments = [*command, *FLAGS, *WARNINGS, *flags, "-c", str(SOURCES / level.source), "-o", str(objects)]
     warnings = _run(arguments, environment).stderr
     _run(
         [*command, *FLAGS, *platforms, *(["-s"] if zig else []), "-shared", str(objects), "-o", str(library)],
@@ -291,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [] if names == ["none"] else names
     if unknown := set(names) - set(levels):
         parser.error(f"no such level on {target()}: {', '.join(sorted(unknown))}")
+    names = [name for name in levels if name in {*names, *(levels[own].base for own in names)}]
     to = options.to or directory(target())
     manifest = build(to, names)
     for name in names:

@@ -55,6 +55,10 @@ class _UnusableError(Exception):
     """Why no library is loaded."""
 
 
+class _UnusableLevelError(Exception):
+    """Why a level is not taken that adds to another, which is."""
+
+
 _lock = threading.Lock()
 _found: Found | None = None
 
@@ -109,12 +113,17 @@ def _find(directory: Path) -> Found:
         if level not in levels:
             built = ", ".join(levels) or "none"
             raise ArgumentError(f"{LEVEL}={forced}: this level was not built (built: {built}); {BUILD}")
-        return nothing._replace(
-            library=_load(directory, levels[level]),
-            level=level,
-            compiler=levels[level]["compiler"],
-            why=f"{LEVEL}={forced}" if forced else "the best that was built and that this CPU runs",
-        )
+        why = f"{LEVEL}={forced}" if forced else "the best that was built and that this CPU runs"
+        try:
+            library = _load(directory, levels, level)
+        except _UnusableLevelError as error:
+            if forced:
+                raise ArgumentError(f"{LEVEL}={forced}: {error}") from None
+            why = f"{why} but {level}: {error}"
+            level = _best(manifest, [name for name in usable if name != level])
+            logger.warning("the CPU kernels are those of %s, %s", level, why)
+            library = _load(directory, levels, level)
+        return nothing._replace(library=library, level=level, compiler=levels[level]["compiler"], why=why)
     except _UnusableError as error:
         logger.warning("the CPU kernels are not used, which is slower: %s. %s=off silences this", error, SWITCH)
         return nothing._replace(why=str(error))
@@ -158,12 +167,30 @@ def _best(manifest: dict[str, Any], usable: list[str]) -> str:
     raise _UnusableError(f"{'; '.join(problems) or 'no level for this CPU was built'}; {BUILD}")
 
 
-def _load(directory: Path, entry: dict[str, Any]) -> abi.Library:
-    """Loaded only if it is what was built: a truncated file would end the process, a foreign one could do anything."""
+def _load(directory: Path, levels: dict[str, Any], level: str) -> abi.Library:
+    base = build.LEVELS[build.machine()][level].base
+    if base and base not in levels:
+        raise _UnusableLevelError(f"it needs {base}, which was not built; {BUILD}")
+    entry = levels[base or level]
+    library = _open(directory, entry)
+    try:
+        bound = abi.bind(library)
+    except (AttributeError, abi.AbiError) as error:
+        raise _UnusableError(f"{directory / entry['file']} cannot be used ({error}); {BUILD}") from None
+    if base:
+        try:
+            abi.add_amx(library, _open(directory, levels[level]))
+        except (_UnusableError, abi.AbiError) as error:
+            raise _UnusableLevelError(str(error)) from None
+    return bound
+
+
+def _open(directory: Path, entry: dict[str, Any]) -> ctypes.CDLL:
+    """Only if it is what was built: a truncated file would end the process, a foreign one could do anything."""
     path = directory / entry["file"]
     try:
         if build.file_hash(path) != entry["sha256"]:
             raise _UnusableError(f"{path} is damaged, or not the file that was built; {BUILD}")
-        return abi.bind(ctypes.CDLL(str(path)))
-    except (OSError, AttributeError, abi.AbiError) as error:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
         raise _UnusableError(f"{path} cannot be used ({error}); {BUILD}") from None

@@ -201,7 +201,7 @@ def test_logits_of_some_tokens(model: Llama4Model) -> None:
 @torch.inference_mode()
 def test_rows_do_not_change_each_other(model: Llama4Model, is_invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a bit, if that is asked for; else by less than 1e-6 in float32, and not a bit among a few."""
-    if not loader.found().level.startswith("avx512"):
+    if not loader.found().level.startswith(("avx512", "amx")):
         pytest.skip("registers are few")
     monkeypatch.setattr(model, "is_batch_invariant", is_invariant)
     step = [(i % 5, 1) for i in range(64)]
@@ -219,7 +219,7 @@ def test_rows_do_not_change_each_other(model: Llama4Model, is_invariant: bool, m
 @torch.inference_mode()
 def test_batch_invariance_is_asked_for(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And refused where a step is not compiled code."""
-    if loader.found().level.startswith("avx512"):
+    if loader.found().level.startswith(("avx512", "amx")):
         llm = Llama4.from_pretrained(directory, quantization="int8", batch_invariant=True, progress=False)
         description = Description.of(llm.model)
         assert description.decoder is not None and description.decoder.is_batch_invariant == 1

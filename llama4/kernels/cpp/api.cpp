@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <iterator>
 
+#include "amx_check.h"
 #include "attention.h"
 #include "check.h"
 #include "decoder.h"
@@ -302,3 +303,14 @@ EXPORT const FormatEntry* llama4_cache_formats(long* count) {
   *count = std::size(api::cache_formats);
   return api::cache_formats.data();
 }
+
+#ifdef __AVX512BF16__
+// From now on products of many rows go by AMX, whose library has `open`. -> nullptr, or why they do not
+EXPORT const char* llama4_use_amx(const char* (*open)(const Amx**)) {
+  const Amx* opened = nullptr;
+  if (const char* problem = open(&opened)) return problem;
+  if (!computes_the_same(*opened)) return "a product by AMX is not what AVX512-BF16 computes";
+  amx = opened;
+  return nullptr;
+}
+#endif

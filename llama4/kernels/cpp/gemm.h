@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "amx.h"
 #include "formats.h"
 #include "gemv_in_out.h"
 
@@ -208,6 +209,15 @@ const Word* arrange_words(Team& team, const X* x, long count) {
 
 // ---- the product
 
+// sums [rows, 32] += a b by AMX, for 16 or 32 rows of pairs; words behind the last whole tile go as without it.
+inline void add_by_amx(const Word* a, long a_row, const Word* b, long count, long rows, float* sums, Prefetch ahead) {
+  for (long i = 0; i < count * ahead.each; i++) __builtin_prefetch(ahead.line + i * ahead.row, 0, 2);
+  const long whole = count / 16 * 16;
+  amx->add_pairs(a, a_row, b, whole, rows, sums);
+  for (long r = 0; r < rows && whole < count; r += tile_rows)
+    add_tile<2, 2>(a + r * a_row + whole, a_row, b + whole * strip, strip, count - whole, sums + r * strip, strip);
+}
+
 constexpr long large_panel = 256 << 10, small_panel = 32 << 10;  // bytes
 
 // Words along the inputs that are packed at once, and whether their products are the last of a part of the inputs,
@@ -222,14 +232,19 @@ struct Panel {
 // part of the next panel to prefetch during a tile of this one. Outputs and rows may have scales.
 template <class X, class Pack, class PrefetchOf>
 void gemm(Phase& phase, const Word* x, long N, long words, long O, const Panel* panels, long num_panels, long bytes,
-          const Pack& pack, const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
-  constexpr int most = tile_rows, half = most / 2;
+          const Pack& pack, const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y,
+          bool is_invariant = false) {
+  constexpr int per_word = numbers_per_word<X>;
+  const bool by_amx = per_word == 2 && uses_amx(N) && !is_invariant;
+  const long most = !by_amx ? tile_rows : N < 2 * amx_rows ? amx_rows : 2 * amx_rows;
+  const long half = by_amx ? amx_rows : tile_rows / 2;
   const long strips = O / strip, tiles = (N + most - 1) / most;
   const auto is_shorter = [](const Panel& a, const Panel& b) { return a.words < b.words; };
   const long depth = std::max_element(panels, panels + num_panels, is_shorter)->words;
   const long width = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
-  phase.add((strips + width - 1) / width, width * strip * words * numbers_per_word<X>, [=](long task) {
+  phase.add((strips + width - 1) / width, width * strip * words * per_word, [=](long task) {
     const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * most * strip;
+    const AmxScope scope(by_amx, 16);
     Word* w = scratch<Word, Use::panel>(count * depth * strip);
     float *sums = scratch<float, Use::sums>(2 * size), *totals = sums + size;
     std::fill(sums, sums + 2 * size, 0.f);
@@ -241,13 +256,15 @@ void gemm(Phase& phase, const Word* x, long N, long words, long O, const Panel* 
         const long o = (begin + n) * strip;
         f32x16 factors[2] = {f32x16{} + 1, f32x16{} + 1};
         for (int j = 0; j < strip && scales; j++) factors[j / 16][j % 16] = scales[o + j];
-        const auto add = [&](auto rows, long first, long tile) {
+        const auto add = [&](long rows, long first, long tile) {
+          const Word *a = x + first * words + panel->begin, *b = w + n * panel->words * strip;
           const long at = (n * tiles + tile) * most * strip;
           Prefetch ahead;
           if (next_begin < strips)
             ahead = prefetch(next_begin * strip, width, is_last ? panels : panel + 1, n * tiles + tile, count * tiles);
-          add_tile<numbers_per_word<X>, 2, rows>(x + first * words + panel->begin, words, w + n * panel->words * strip,
-                                                 strip, panel->words, sums + at, strip, ahead);
+          if (by_amx) add_by_amx(a, words, b, panel->words, rows, sums + at, ahead);
+          else if (rows == most) add_tile<per_word, 2>(a, words, b, strip, panel->words, sums + at, strip, ahead);
+          else add_tile<per_word, 2, tile_rows / 2>(a, words, b, strip, panel->words, sums + at, strip, ahead);
           for (long i = at; i < at + rows * strip && panel->ends_part; i += 16) {
             store(totals + i, load<f32x16>(totals + i) + load<f32x16>(sums + i));
             store(sums + i, f32x16{});
@@ -260,17 +277,17 @@ void gemm(Phase& phase, const Word* x, long N, long words, long O, const Panel* 
             }
         };
         for (long tile = 0; tile < tiles; tile++)  // the last may overlap the one before: each has sums of its own
-          if (N - tile * most <= half) add(std::integral_constant<int, half>(), N - half, tile);
-          else add(std::integral_constant<int, most>(), std::min(tile * most, N - most), tile);
+          if (N - tile * most <= half) add(half, N - half, tile);
+          else add(most, std::min(tile * most, N - most), tile);
       }
     }
   });
 }
 
-// y = x W for W [I, O], in the order of gemv_in_out. With few rows a panel is used few times, and is best where it is
-// nearest; with many, sums that leave registers cost more.
+// y = x W for W [I, O], in the order of gemv_in_out, if that is asked for or AMX is not there. With few rows a panel is
+// used few times, and is best where it is nearest; with many, sums that leave registers cost more.
 template <class X>
-void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y) {
+void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y, bool is_invariant) {
   using F = RowsOf<X>;
   struct Inputs {
     long first, second;  // of a word; the same one where it has one
@@ -310,7 +327,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     return first / rows < lines ? Prefetch{line, O * long(sizeof(X)), each} : Prefetch{};
   };
   gemm(phase, of_x, N, words, O, panels, num_panels, is_short ? small_panel : large_panel, pack, prefetch, Scales{},
-       nullptr, y);
+       nullptr, y, is_invariant);
 }
 
 // y = x W^T for W [O, I], of which pack_half(o, to) packs half a strip.

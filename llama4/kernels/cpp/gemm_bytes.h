@@ -23,17 +23,25 @@ struct ByteGroup {
       : words(input_group(f) / 4), of_strip((words + 1 + has_minimum<F>)*strip), of_row(words + 3) {}
 };
 
-// Rows of a tile of which `left` rows are left: an even number.
-constexpr long rows_of_tile(long left) { return std::min<long>(byte_tile_rows, (left + 1) / 2 * 2); }
+// Most rows of a tile. AMX pays where a group has a line or half of one.
+inline long most_byte_rows(const ByteGroup& group, long N) {
+  return uses_amx(N) && group.words % 8 == 0 ? amx_rows : byte_tile_rows;
+}
+
+// Rows of a tile of which `left` rows are left: an even number; by AMX all of them.
+inline long rows_of_tile(long left, long most) {
+  return most == byte_tile_rows ? std::min(most, (left + 1) / 2 * 2) : most;
+}
 
 // Tiles one behind the other; for a row that is missing the last one again.
 template <class F, class X>
 const Word* pack_byte_rows(Team& team, const F& f, const X* x, long N) {
   const ByteGroup group(f);
-  const long inputs = input_group(f), I = f.I, groups = I / inputs;
-  Word* packed = team.memory<Word>((N + 1) / 2 * 2 * groups * group.of_row);
-  team.for_each((N + byte_tile_rows - 1) / byte_tile_rows, byte_tile_rows * I, [=](long tile) {
-    const long first = tile * byte_tile_rows, rows = rows_of_tile(N - first);
+  const long inputs = input_group(f), I = f.I, groups = I / inputs, most = most_byte_rows(group, N);
+  const long tiles = (N + most - 1) / most;
+  Word* packed = team.memory<Word>(tiles * most * groups * group.of_row);
+  team.for_each(tiles, most * I, [=](long tile) {
+    const long first = tile * most, rows = rows_of_tile(N - first, most);
     for (long r = 0; r < rows; r++) {
       const X* row = x + std::min(first + r, N - 1) * I;
       Word* own = packed + (first * groups + r) * group.of_row;
@@ -204,23 +212,49 @@ __attribute__((noinline)) void multiply_byte_tile(const F f, const Word* x, cons
   }
 }
 
+// The same by AMX for 16 rows, of which `rows` are wanted: to the same bits.
+template <class F>
+__attribute__((noinline)) void multiply_byte_tile_by_amx(const F f, const Word* x, const Word* w, long groups,
+                                                         long rows, float (*y)[strip]) {
+  const ByteGroup group(f);
+  std::fill(y[0], y[rows], 0.f);
+  for (long g = 0; g < groups; g++, x += group.of_row * amx_rows, w += group.of_strip) {
+    alignas(64) int32_t sums[amx_rows][strip];
+    amx->multiply_bytes(x, group.of_row, w, group.words, sums[0]);
+    const auto* factors = (const float*)w + group.words * strip;
+    for (long r = 0; r < rows; r++) {
+      const Word* own = x + r * group.of_row + group.words;
+      const auto *scale = (const float*)own + 1, *sum = (const float*)own + 2;
+      for (int j = 0; j < strip; j += 16) {
+        const auto products = (i32x16)(load<u32x16>(sums[r] + j) + own[0]);
+        f32x16 total = load<f32x16>(y[r] + j) + to_floats(products) * (load<f32x16>(factors + j) * *scale);
+        if constexpr (has_minimum<F>) total += load<f32x16>(factors + strip + j) * *sum;
+        store(y[r] + j, total);
+      }
+    }
+  }
+}
+
 // y = x W^T for rows that `pack_byte_rows` packed: a strip of W is packed, and used while it is in the caches.
 template <class F, class X>
 void gemm_bytes(Phase& phase, const Word* x, long N, const F& f, long O, Scales scales, X* y) {
   phase.add(O / strip, strip * f.I, [=](long task) {
     const ByteGroup group(f);
-    const long groups = f.I / input_group(f), o = task * strip;
+    const long groups = f.I / input_group(f), o = task * strip, most = most_byte_rows(group, N);
+    const AmxScope scope(most != byte_tile_rows, group.words % 16 ? 8 : 16);
     Word* w = scratch<Word, Use::panel>(groups * group.of_strip);
     pack_bytes(f, scales, o, w), pack_bytes(f, scales, o + 16, w + 16);
-    for (long n = 0; n < N; n += byte_tile_rows) {
+    for (long n = 0; n < N; n += most) {
       const Word* tile = x + n * groups * group.of_row;
-      float sums[byte_tile_rows][strip];
-      switch (rows_of_tile(N - n)) {
+      const long rows = std::min(most, N - n);
+      float sums[amx_rows][strip];
+      switch (rows_of_tile(N - n, most)) {
         case 2: multiply_byte_tile<F, 2>(f, tile, w, groups, sums); break;
         case 4: multiply_byte_tile<F, std::min(4, byte_tile_rows)>(f, tile, w, groups, sums); break;
+        case amx_rows: multiply_byte_tile_by_amx(f, tile, w, groups, rows, sums); break;
         default: multiply_byte_tile<F, byte_tile_rows>(f, tile, w, groups, sums);
       }
-      for (long r = 0; r < std::min<long>(byte_tile_rows, N - n); r++)
+      for (long r = 0; r < rows; r++)
         for (int j = 0; j < strip; j += 16) store_floats(y + (n + r) * O + o + j, load<f32x16>(sums[r] + j));
     }
   });

@@ -37,25 +37,27 @@ struct Matrix {
 constexpr long max_gemv_rows = 12;
 
 // The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they do as soon as one is full;
-// of the others some need many rows, where registers suffice.
-inline long gemv_rows_of(const Matrix& a) {
+// of the others some need many rows, where registers suffice, unless tiles are AMX's.
+template <class X>
+long gemv_rows_of(const Matrix& a) {
   if (a.layout == IN_OUT) return tile_rows;
   if (vectors_in_registers <= 16) return max_gemv_rows;
-  if (a.layout == OUT_IN) return 64;
-  long rows = max_gemv_rows;
+  long rows = a.layout == OUT_IN ? 64 : max_gemv_rows;
+  bool goes_by_amx = amx && numbers_per_word<X> == 2;
   QuantizedFormats::visit(a.layout, [&](auto format) {
     using F = decltype(format);
+    goes_by_amx |= amx && has_int8_inputs<F>;
     if constexpr (is_block_format<F>) return;
     else if constexpr (F::interleaved) rows = has_int8_inputs<F> && a.group_size < 128 ? max_gemv_rows : 64;
     else if constexpr (!has_int8_inputs<F>) rows = 16;
   });
-  return rows;
+  return goes_by_amx ? std::min(rows, amx_rows - 1) : rows;
 }
 
 // Whether rows go in tiles.
 template <class X>
 bool uses_gemm(const Matrix& a, long N) {
-  return a.O % strip == 0 && a.I % numbers_per_word<X> == 0 && N > gemv_rows_of(a);
+  return a.O % strip == 0 && a.I % numbers_per_word<X> == 0 && N > gemv_rows_of<X>(a);
 }
 
 // Inputs of which the rows of a dense matrix must be a multiple, whatever the machine.
@@ -152,13 +154,14 @@ bool is_unpacked(const Matrix& a, long N) {
 }
 
 template <class X>
-void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N) {
+void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
+                   bool is_invariant) {
   const long I = begin->matrix.I, layout = begin->matrix.layout;
   if (layout == IN_OUT) {
     const Matrix& a = begin->matrix;
     if constexpr (std::is_same_v<X, float>)
       if (is_unpacked<X>(a, N)) return gemm_unpacked(phase, x, N, I, a.O, (const float*)a.w, begin->y);
-    return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y);
+    return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y, is_invariant);
   }
   if (layout == OUT_IN) {
     const Word* words = arrange_words<Float32>(phase.team, x, N * I);
@@ -203,7 +206,8 @@ void multiply(Phase& phase, std::initializer_list<MatrixProduct<X>> all, const X
   for (auto first = all.begin(), end = first; first != all.end(); first = end) {
     for (end = first + 1; end != all.end() && first->goes_with(*end, N);) end++;
     const bool keeps_order = first->matrix.layout == IN_OUT && !is_unpacked<X>(first->matrix, N);
-    if (uses_gemm<X>(first->matrix, N) && (keeps_order || !is_invariant)) multiply_gemm(phase, first, end, x, N);
+    if (uses_gemm<X>(first->matrix, N) && (keeps_order || !is_invariant))
+      multiply_gemm(phase, first, end, x, N, is_invariant);
     else multiply_gemv(phase, first, end, x, N);
   }
 }

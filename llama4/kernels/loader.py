@@ -121,7 +121,7 @@ def _find(directory: Path) -> Found:
                 raise ArgumentError(f"{LEVEL}={forced}: {error}") from None
             why = f"{why} but {level}: {error}"
             level = _best(manifest, [name for name in usable if name != level])
-            logger.warning("the CPU kernels are those of %s, %s", level, why)
+            logger.warning("the CPU kernels are those of %s: %s. %s=%s silences this", level, why, LEVEL, level)
             library = _load(directory, levels, level)
         return nothing._replace(library=library, level=level, compiler=levels[level]["compiler"], why=why)
     except _UnusableError as error:

@@ -187,14 +187,13 @@ def products() -> dict[str, Tensor]:
         scale = torch.rand(96, 1, generator=generator).bfloat16()
         fours = torch.randint(-(2**31), 2**31, (96, 96), generator=generator).int()
         for inputs in (64, 192, 768):  # groups of 64, 64 and 128
-            own = x[:, :inputs].contiguous(), codes[:, :inputs].contiguous(), scale
-            results[f"int8 {inputs} {rows}"] = cpu.linear_quantized("int8", *own)
-            results[f"integers int8 {inputs} {rows}"] = cpu.linear_quantized("int8_int8", *own)
+            part, weight = x[:, :inputs].contiguous(), codes[:, :inputs].contiguous()
+            results[f"int8 {inputs} {rows}"] = cpu.linear_quantized("int8", part, weight, scale)
+            results[f"integers int8 {inputs} {rows}"] = cpu.linear_quantized("int8_int8", part, weight, scale)
         for group in (32, 64, 96, 256):
             scales = torch.rand(96, 768 // group, generator=generator).bfloat16()
-            own = x, fours, scales, group
-            results[f"int4 {group} {rows}"] = cpu.linear_quantized("int4", *own)
-            results[f"integers int4 {group} {rows}"] = cpu.linear_quantized("int4_int8", *own)
+            results[f"int4 {group} {rows}"] = cpu.linear_quantized("int4", x, fours, scales, group)
+            results[f"integers int4 {group} {rows}"] = cpu.linear_quantized("int4_int8", x, fours, scales, group)
     return results
 
 
@@ -243,20 +242,27 @@ def test_the_next_level_serves_where_it_is_wrong(
 @pytest.mark.usefixtures("_features")
 def test_what_is_built_asks_this_system(tmp_path: Path) -> None:
     """Which has no tiles to give, unless its CPU has them."""
-    directory = built(tmp_path / "lib")
+    found = loader._find(built(tmp_path / "lib"))
+    assert found.level == (LEVEL if HAS_AMX else BASE)
+    assert HAS_AMX or found.why.endswith("but amx: the system does not let this process use the tiles of AMX")
+
+
+@pytest.mark.usefixtures("_features")
+def test_a_library_that_is_damaged_or_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = emulated(tmp_path / "lib")
+    library, manifest = directory / f"llama4-{LEVEL}.so", directory / build.MANIFEST
+    library.write_bytes(library.read_bytes()[:-1])
     found = loader._find(directory)
-    if HAS_AMX:
-        assert found.level == LEVEL
-        return
     assert found.level == BASE
-    assert "the system does not let this process use the tiles of AMX" in found.why
-    damaged = directory / f"llama4-{LEVEL}.so"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert "is damaged" in loader._find(directory).why
-    manifest = json.loads((directory / build.MANIFEST).read_text())
-    del manifest["levels"][BASE]
-    (directory / build.MANIFEST).write_text(json.dumps(manifest))
-    assert f"it needs {BASE}, which was not built" in loader._find(directory).why
+    assert "but amx: " in found.why
+    assert "is damaged" in found.why
+    told = json.loads(manifest.read_text())
+    del told["levels"][BASE]
+    manifest.write_text(json.dumps(told))
+    assert loader._find(directory).level not in (LEVEL, BASE)
+    monkeypatch.setenv(loader.LEVEL, LEVEL)
+    with pytest.raises(ValueError, match="LLAMA4_CPU=amx: it needs avx512bf16, which was not built"):
+        loader._find(directory)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")

@@ -57,7 +57,7 @@ def test_a_level_that_fails_leaves_the_others(fake: Path, tmp_path: Path) -> Non
     assert told["sources"] == build.sources_hash()
     assert {path.name for path in directory.iterdir()} == {
         build.MANIFEST,
-        *(f"llama4-{level}.so" for level in ("avx2", "avx512", "avx512vnni")),
+        *(f"llama4-{level}.so" for level in ("avx2", "avx512", "avx512vnni", "amx")),
     }
     for level, entry in told["levels"].items():
         assert entry["sha256"] == build.file_hash(directory / f"llama4-{level}.so")
@@ -287,6 +287,17 @@ def test_a_cpu_runs_what_it_has_all_of() -> None:
     assert build.runs(levels["avx512"].features - {"fma"}) == []
     assert build.runs(levels["avx512"].features - {"avx512vl"}) == ["avx2"]
     assert build.runs(levels["avx512bf16"].features | {"more"}) == ["avx2", "avx512", "avx512vnni", "avx512bf16"]
+    assert build.runs(levels["amx"].features) == [*levels]
+    assert build.runs(levels["amx"].features - {"amx_int8"}) == [*levels][:-1]
+
+
+@on_x86
+def test_a_level_comes_with_what_it_adds_to(fake: Path, tmp_path: Path) -> None:
+    """Whether that can be built or not."""
+    assert build.main(["--to", str(tmp_path), "amx"]) == 1
+    told = manifest(tmp_path)
+    assert ([*told["levels"]], [*told["problems"]]) == (["amx"], ["avx512bf16"])
+    assert (tmp_path / "llama4-amx.so").exists()
 
 
 CROSS = "aarch64-linux-gnu-g++"
@@ -316,7 +327,7 @@ def test_a_level_asks_of_the_cpu_all_that_its_code_may_use() -> None:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         base = subprocess.run(["g++", *command[-5:]], capture_output=True, text=True, check=True).stdout
         ours = {line.split()[1] for line in {*told.splitlines()} - {*base.splitlines()}}
-        kinds = ("__AVX", "__FMA__", "__F16C", "__BMI", "__LZ", "__MOVBE")
+        kinds = ("__AVX", "__AMX", "__FMA__", "__F16C", "__BMI", "__LZ", "__MOVBE")
         ours = {macro for macro in ours if macro.startswith(kinds)}
         known = {f"__{macros.get(feature, feature.upper())}__" for feature in level.features | older}
         assert ours <= known, name
@@ -332,9 +343,9 @@ def test_no_warnings(level: str) -> None:
     if "warnings" in entry and "clang" not in entry["compiler"]:
         assert entry["warnings"] == ""
     else:
-        flags = build.LEVELS["x86_64"][level].flags if level != "none" else ()
-        command = ["g++", *build.FLAGS, *build.WARNINGS, "-Werror", *flags]
-        subprocess.run([*command, "-fsyntax-only", str(build.SOURCES / "api.cpp")], check=True)
+        own = build.LEVELS["x86_64"].get(level, build.Level((), "", frozenset()))
+        command = ["g++", *build.FLAGS, *build.WARNINGS, "-Werror", *own.flags]
+        subprocess.run([*command, "-fsyntax-only", str(build.SOURCES / own.source)], check=True)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")

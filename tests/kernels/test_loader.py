@@ -42,8 +42,14 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shutil.copytree(build.directory(), tmp_path / "lib")
 
 
+def base_level() -> str:
+    """Of the library that this process uses, whatever is added to it."""
+    own = loader.found().level
+    return build.LEVELS[build.machine()][own].base or own
+
+
 def library(directory: Path) -> Path:
-    return directory / f"llama4-{loader.found().level}.so"
+    return directory / f"llama4-{base_level()}.so"
 
 
 def rewrite(directory: Path, **changes: object) -> None:
@@ -72,7 +78,7 @@ def exchange(directory: Path, path: Path) -> None:
     """By a file that the manifest knows."""
     put(directory, path.read_bytes())
     entry = {"file": library(directory).name, "sha256": build.file_hash(path), "compiler": ""}
-    rewrite(directory, levels={loader.found().level: entry})
+    rewrite(directory, levels={base_level(): entry})
 
 
 def foreign(directory: Path) -> None:

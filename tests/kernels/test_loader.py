@@ -175,7 +175,7 @@ class TestAarch64:
         """What a machine with these features takes of libraries of all levels."""
         monkeypatch.delenv(loader.LEVEL, raising=False)
         monkeypatch.setattr(build, "machine", lambda: "aarch64")
-        monkeypatch.setattr(loader, "_load", lambda directory, entry: None)
+        monkeypatch.setattr(loader, "_load", lambda directory, levels, level: None)
         levels = {name: {"file": name, "sha256": "", "compiler": "g++"} for name in build.LEVELS["aarch64"]}
         manifest = {"sources": build.sources_hash(), "levels": levels, "problems": {}}
         (tmp_path / build.MANIFEST).write_text(json.dumps(manifest))

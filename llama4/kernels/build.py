@@ -211,8 +211,10 @@ def build(directory: Path, names: Sequence[str]) -> dict[str, Any]:
         manifest["problems"][""] = f"there was no {asked if os.environ.get('CXX') == 'ziglang' else any_of}"
     elif not names:
         manifest["problems"][""] = f"nothing was to be built for {target()}"
-    elif target() != machine() and "ziglang" not in command and target() not in command[0]:
-        manifest["problems"][""] = f"{command[0]} does not build for {target()}; set CXX=ziglang"
+    elif target() != machine() and not any(target() in Path(word).name or word == "ziglang" for word in command):
+        manifest["problems"][""] = (
+            f"{command[0]} does not build for {target()}; set CXX to ziglang, or to a compiler with that in its name"
+        )
     else:
         with TemporaryDirectory(prefix="llama4-kernels-") as work, ThreadPoolExecutor(_cores()) as pool:
             try:

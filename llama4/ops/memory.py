@@ -58,8 +58,11 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
         elif tensor.is_cpu:
             _announce(tensor)
     following = iter(pieces)
-    for _ in range(min(_READERS, len(pieces))):
-        threading.Thread(target=_read, args=(following, large), daemon=True).start()
+    try:
+        for _ in range(min(_READERS, len(pieces))):
+            threading.Thread(target=_read, args=(following, large), daemon=True).start()
+    except RuntimeError:  # no more threads, or the interpreter ends: what is not read ahead is read when it is used
+        _read(iter(()), large)
 
 
 @cache

@@ -34,7 +34,7 @@ from tests.parity.references import reference_config, reference_model, relative_
 
 pytestmark = [
     needs_kernels,
-    pytest.mark.skipif(not loader.found().level.startswith("avx512"), reason="registers are few"),
+    pytest.mark.skipif(not loader.found().level.startswith(("avx512", "amx")), reason="registers are few"),
 ]
 FORMS = [
     *itertools.product((None, "int8", "int4"), ("float32", "bfloat16"), ("float",)),

@@ -295,7 +295,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
   const bool is_short = N < 192;
   const long parts = parts_of(I), longest = is_short ? 128 / F::together : I;
   Inputs* inputs = phase.team.memory<Inputs>(I);
-  Panel* panels = phase.team.memory<Panel>(I);
+  Panel* panels = phase.team.memory<Panel>(I / longest + parts);
   long words = 0, num_panels = 0;
   for (long part = 0; part < parts; part++) {
     const long begin = words;

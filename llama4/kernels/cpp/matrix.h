@@ -46,7 +46,7 @@ long gemv_rows_of(const Matrix& a) {
   bool goes_by_amx = amx && numbers_per_word<X> == 2;
   QuantizedFormats::visit(a.layout, [&](auto format) {
     using F = decltype(format);
-    goes_by_amx |= amx && has_int8_inputs<F>;
+    goes_by_amx |= amx && has_int8_inputs<F> && a.group_size % 32 == 0;
     if constexpr (is_block_format<F>) return;
     else if constexpr (F::interleaved) rows = has_int8_inputs<F> && a.group_size < 128 ? max_gemv_rows : 64;
     else if constexpr (!has_int8_inputs<F>) rows = 16;

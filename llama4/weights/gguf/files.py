@@ -93,7 +93,8 @@ class GgufModel:
         Raises:
             CheckpointError: files that are missing or damaged, or no model.
         """
-        names, there = parts(path.name), {each.name for each in path.parent.iterdir()}
+        names = parts(path.name)
+        there = {each.name for each in path.parent.iterdir()} if len(names) > 1 else {path.name}
         if missing := [name for name in names if name not in there or not path.with_name(name).is_file()]:
             raise CheckpointError(f"{path} is one of {len(names)} files; fetch the others, too", missing)
         files = [GgufFile.read(path.with_name(name)) for name in names]
@@ -101,7 +102,7 @@ class GgufModel:
         if mmproj is not None:
             return cls(files, _vision_tower(mmproj, files[0]))
         if architecture_of(files[0]) in WITH_VISION:
-            name = mmproj_of(path.name, there)
+            name = mmproj_of(path.name, {each.name for each in path.parent.iterdir()})
             beside = GgufFile.read(path.with_name(name)) if name is not None else None
             return cls(files, beside if beside is not None and _belongs(beside, files) else None)
         return cls(files)

@@ -1,5 +1,6 @@
 // Compares every kernel that a library exports with float64, without Python: for machines that have none here.
-// test_native.py links it with the kernels and runs it, for aarch64 under qemu. It ends with 0 if all is well.
+// test_native.py runs it at the levels of this machine, scripts/check-aarch64 at those of aarch64 under qemu. It ends
+// with 0 if all is well.
 
 #include "decoder.h"
 

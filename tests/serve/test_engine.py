@@ -414,5 +414,5 @@ def test_several_replies_and_likely_tokens(llm: Llama4, engine: Engine) -> None:
     for token, same in zip(reply.logprobs, other.logprobs, strict=True):
         assert [id_ for id_, _ in token.alternatives] == [id_ for id_, _ in same.alternatives]
         values = dict(token.alternatives)
-        assert len(values) == 3 and max(values.values()) >= token.logprob
+        assert len(values) == 3 and max(values.values()) >= token.logprob - 1e-6
         assert values.get(token.id, token.logprob) == pytest.approx(token.logprob, abs=1e-5)

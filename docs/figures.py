@@ -46,22 +46,16 @@ def render_run(run: dict[str, Any]) -> str:
 
 
 def render_summary(run: dict[str, Any]) -> str:
-    """The main figures of a run of `bench generate`, a row per engine, speeds with their ratio to the last engine's."""
+    """The main figures of a run of `bench generate`, a row per engine."""
     report = run["report"]
     figures = {(figure["task"], figure["engine"]): figure for figure in report["figures"]}
-    engines = list(dict.fromkeys(figure["engine"] for figure in report["figures"]))
-
-    def cell(task: str, engine: str) -> str:
-        figure, baseline = figures[task, engine], figures[task, engines[-1]]
-        ratio = f" ({figure['median'] / baseline['median']:.1f}x)" if figure["unit"] == "tokens/s" else ""
-        return f"{number(figure['median'])}{ratio if engine != engines[-1] else ''}"
-
-    rows = [[engine, *(cell(task, engine) for task in SUMMARY)] for engine in engines]
+    engines = [figure["engine"] for figure in report["figures"] if figure["task"] == "peak memory, MiB"]
+    rows = [[engine, *(number(figures[task, engine]["median"]) for task in SUMMARY)] for engine in engines]
     machine = report["machine"]
     below = (
         f"{number(report['parameters'] / 1e6)} million parameters, {number(report['active'] / 1e6)} million active per "
-        f"token; {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}; medians of {report['rounds']} "
-        f"rounds, {run['date']}; in brackets the ratio to {engines[-1].split()[0]}."
+        f"token; {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}; medians of up to "
+        f"{report['rounds']} rounds, {run['date']}."
     )
     return f"{table(['', *SUMMARY.values()], rows, markdown=True)}\n\n{textwrap.fill(below, 140)}\n"
 

@@ -1,7 +1,8 @@
 """Runs the benchmarks and stores their reports in docs/performance.json: `python docs/measure.py DIRECTORY [RUN ...]`.
 
-DIRECTORY holds the models, by the names that the commands have. Without names of runs, all are run, which takes about
-an hour. All pages are rendered afterwards (figures.py).
+DIRECTORY holds the models, by the names that the commands have, and the peers: llama.cpp's build directory and, as
+vllm, an environment with vLLM. Without names of runs, all are run, which takes about an hour and a half. All pages are
+rendered afterwards (figures.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import figures
 
 from llama4.files import replace_text
 
+PEERS = "--vs llama.cpp=build/bin --vs vllm=vllm/bin/python"
 RUNS = {
-    "small": "bench generate small --quantization none int8 int4 --vs transformers --rounds 3",
-    "small-float32": "bench generate small --dtype float32 --rounds 3",
-    "mav": "bench generate mav --vs transformers --rounds 3",
+    "small": f"bench generate small --quantization none int8 int4 fp8 {PEERS} --vs transformers --rounds 3 --limit 20",
+    "small-float32": f"bench generate small --dtype float32 {PEERS} --rounds 3 --limit 20",
+    "mav": f"bench generate mav --quantization none int8 int4 {PEERS} --rounds 3 --limit 20",
     "small-threads": "bench generate small --threads 1 2 --rounds 3",
     "profile": "bench profile small",
     "profile-2048": "bench profile small --prompt 2048",

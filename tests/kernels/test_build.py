@@ -150,7 +150,7 @@ def test_flags_of_ziglang(fake: Path, tmp_path: Path) -> None:
 @on_x86
 @pytest.mark.skipif(platform.system() != "Linux", reason="glibc")
 def test_another_machine(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which `ziglang` builds for, or a compiler by its name; the manifest is one that this machine's kernels do not pass for."""
+    """Which `ziglang` builds for, or a compiler of that name; this machine's kernels do not pass for its manifest."""
     monkeypatch.setenv(build.MACHINE_VARIABLE, "aarch64")
     assert "does not build for aarch64; set CXX to ziglang" in build.build(tmp_path, ["neon"])["problems"][""]
     monkeypatch.setattr(build, "compiler", lambda: [str(fake), "ziglang"])

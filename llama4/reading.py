@@ -194,8 +194,7 @@ def check_zip(path: Path) -> None:
             entries = file.infolist()
     except Llama4Error as error:
         raise CheckpointError(str(error)) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        # zipfile raises the last of these for a file of a later version of the format than it knows
+    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:  # the last: a later version of the format
         raise CheckpointError(
             f"{path} cannot be read as weights: it is cut short or damaged ({error}); fetch it again"
         ) from None

@@ -151,8 +151,13 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             "parameters": config.num_parameters(),
             "active": roofline.active_numbers(config.text),
             "rounds": options.rounds,
-            "engines": {name: asdict(engine) for name, engine in engines.items()},
+            "engines": {name: _without_paths(engine) for name, engine in engines.items()},
         } | measure(config, engines, plans, tasks)
+
+
+def _without_paths(engine: EngineConfig) -> dict[str, Any]:
+    """For a report: places in the file system are of one machine, and some of them are gone when it is read."""
+    return {name: value for name, value in asdict(engine).items() if name not in ("directory", "programs")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from tests.engine.test_company import long_cases
 from tests.engine.test_scheduler import cases, longest, run
 from tests.families.test_mistral import write
 from tests.marks import needs_kernels
-from tests.parity.references import reference_config, reference_model, relative_error
+from tests.parity.references import relative_error, write_mixed
 
 pytestmark = [
     needs_kernels,
@@ -48,18 +48,7 @@ PIECES = (1, 2, 7, 16, 64)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of four experts per token, one dense layer in two, RoPE with and without."""
-    text: dict[str, Any] = {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 256,
-        "num_experts_per_tok": 2,
-        "interleave_moe_layer_step": 2,
-        "attention_chunk_size": 80,
-    }
-    path = tmp_path_factory.mktemp("checkpoint") / "model"
-    reference_model(reference_config(head_dim=32, **text), 3).bfloat16().save_pretrained(path)
-    return path
+    return write_mixed(tmp_path_factory.mktemp("checkpoint") / "model", attention_chunk_size=80)
 
 
 @pytest.fixture(scope="module", params=FORMS, ids=lambda form: "-".join(map(str, form)))

@@ -28,7 +28,7 @@ from llama4.ops import cpu_kernels
 from llama4.quantization.schemes import SCHEMES
 from tests import small_model
 from tests.marks import needs_kernels
-from tests.parity.references import reference_config, reference_model, relative_error
+from tests.parity.references import reference_config, reference_model, relative_error, write_mixed
 
 pytestmark = needs_kernels
 PROMPT = torch.randint(0, 490, (3, 20), generator=torch.Generator().manual_seed(8))
@@ -44,18 +44,7 @@ def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two experts per token, one dense layer in two, RoPE with and without; of widths that four bits take."""
-    text: dict[str, Any] = {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 256,
-        "num_experts_per_tok": 2,
-        "interleave_moe_layer_step": 2,
-        "num_hidden_layers": 4,
-    }
-    path = tmp_path_factory.mktemp("checkpoint") / "model"
-    reference_model(reference_config(head_dim=32, **text), 3).bfloat16().save_pretrained(path)
-    return path
+    return write_mixed(tmp_path_factory.mktemp("checkpoint") / "model", num_hidden_layers=4)
 
 
 def load(directory: Path, scheme: str | None, dtype: str, experts: str = "auto") -> Llama4Model:

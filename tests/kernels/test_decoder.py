@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from llama4.model.positions import PositionFactors
 from llama4.ops import cpu_kernels
 from llama4.quantization.weight import QuantizedWeight
 from tests.marks import needs_kernels
-from tests.parity.references import VOCABULARY, reference_config, reference_model, relative_error
+from tests.parity.references import VOCABULARY, relative_error, write_mixed
 
 pytestmark = needs_kernels
 CHUNK = 288
@@ -57,18 +56,7 @@ def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of four experts per token, one dense layer in two, RoPE with and without."""
-    text: dict[str, Any] = {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 256,
-        "num_experts_per_tok": 2,
-        "interleave_moe_layer_step": 2,
-        "attention_chunk_size": CHUNK,
-    }
-    path = tmp_path_factory.mktemp("checkpoint") / "model"
-    reference_model(reference_config(head_dim=32, **text), 3).bfloat16().save_pretrained(path)
-    return path
+    return write_mixed(tmp_path_factory.mktemp("checkpoint") / "model", attention_chunk_size=CHUNK)
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda given: f"{given[0]}-{given[1]}")

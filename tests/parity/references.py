@@ -76,6 +76,15 @@ def reference_model(config: ReferenceConfig, seed: int = 0) -> ReferenceModel:
     return model
 
 
+def write_mixed(directory: Path, **text: Any) -> Path:
+    """A checkpoint in bfloat16 with all that a compiled step knows, of widths that four bits take: two experts per
+    token, one dense layer in two, RoPE with and without."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256, "head_dim": 32}
+    config = reference_config(**sizes, num_experts_per_tok=2, interleave_moe_layer_step=2, **text)
+    reference_model(config, 3).bfloat16().save_pretrained(directory)
+    return directory
+
+
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     return ((ours - truth).abs().max() / truth.abs().max()).item()

@@ -312,11 +312,13 @@ class Llama4:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply: those that generation_config.json names, else config.json, else the tokenizer's.
+        What is outside of the vocabulary is no token.
 
         Raises:
             Llama4Error: the first two name none, and the model came without a tokenizer.
         """
-        configured = self.generation_config.eos_token_id or self.config.text.eos_token_id
+        named = self.generation_config.eos_token_id or self.config.text.eos_token_id or ()
+        configured = tuple(id_ for id_ in named if 0 <= id_ < self.config.text.vocab_size)
         if self._tokenizer is None and configured:
             return configured
         return self.tokenizer.reply_ends(configured)

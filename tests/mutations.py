@@ -205,8 +205,8 @@ MUTATIONS = [
     Mutation(
         "built-in names of stop tokens before the checkpoint's",
         "llama4/api.py",
-        "configured = self.generation_config.eos_token_id or self.config.text.eos_token_id",
-        "configured = self.tokenizer.stop_ids or self.generation_config.eos_token_id",
+        "named = self.generation_config.eos_token_id or self.config.text.eos_token_id",
+        "named = self.tokenizer.stop_ids or self.generation_config.eos_token_id",
         "tests/test_generation.py::test_the_first_file_that_names_stop_tokens_decides",
     ),
     Mutation(

@@ -119,6 +119,15 @@ def test_a_reply_has_the_least_tokens_that_the_file_says(directory: Path, free: 
     assert llm.chat("hi", choices=["ab"], max_new_tokens=N).text == "ab", "a form has an end"
 
 
+@pytest.mark.parametrize("outside", [-1, 999_999])
+def test_an_end_outside_of_the_vocabulary_is_no_token(directory: Path, free: list[int], outside: int) -> None:
+    say(directory, {"eos_token_id": [outside, free[3]], "min_new_tokens": 9})
+    llm = Llama4.from_pretrained(directory)
+    assert llm.stop_ids == (free[3],)
+    assert len(llm.chat(CONVERSATIONS[0], max_new_tokens=N).logprobs) > 9
+    assert llm.chat("hi", choices=["ab"], max_new_tokens=N).text == "ab"
+
+
 def test_config_json_decides_where_the_other_file_is_silent(directory: Path, free: list[int]) -> None:
     """transformers does not look there then, and goes on to the limit."""
     say(directory, {"temperature": None}, text={"eos_token_id": free[5]})

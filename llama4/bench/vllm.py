@@ -6,6 +6,7 @@ tcmalloc and Intel's OpenMP, where they are, loaded before anything else.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -43,13 +44,13 @@ def interpreter_of(text: str) -> str | None:
     """The file that PYTHON of `vllm=PYTHON` is; None if it is something else.
 
     Raises:
-        Llama4Error: there is no such program.
+        argparse.ArgumentTypeError: there is no such program.
     """
     name, _, python = text.partition("=")
     if name != NAME or not python:
         return None
     if (found := shutil.which(python)) is None:
-        raise Llama4Error(
+        raise argparse.ArgumentTypeError(
             f"{python} is no program that can be run; name vLLM's interpreter, as {NAME}=/path/bin/python"
         )
     return os.path.abspath(found)

@@ -136,6 +136,9 @@ class Sampler:
         for id_, bias in self.logit_bias:
             if not -100 <= bias <= 100:
                 raise ArgumentError(f"logit_bias of token {id_} is {bias}; it must be from -100 to 100")
+        for name in ("min_tokens", "seed"):
+            if not isinstance(value := getattr(self, name), int | None):
+                raise ArgumentError(f"{name} is {value!r}; it must be a whole number")
         if self.min_tokens < 0:
             raise ArgumentError(f"min_tokens is {self.min_tokens}; it must be 0 or more")
         if self.seed is not None and self.seed < 0:

@@ -280,6 +280,8 @@ def test_half_precision_logits() -> None:
         ({"presence_penalty": 2.5}, "2.5", "from -2 to 2"),
         ({"frequency_penalty": float("nan")}, "nan", "from -2 to 2"),
         ({"min_tokens": -1}, "-1", "0 or more"),
+        ({"min_tokens": 2.5}, "2.5", "a whole number"),
+        ({"seed": "a"}, "'a'", "a whole number"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], value: str, remedy: str) -> None:

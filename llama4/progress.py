@@ -9,11 +9,12 @@ a line now and then of what may last for hours.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -46,6 +47,13 @@ _current: ContextVar[Bar | None] = ContextVar("bar", default=None)
 def has_display() -> bool:
     """Whether somebody sees what goes to stderr while it comes: on a terminal, or in a notebook."""
     return sys.stderr.isatty() or in_notebook()
+
+
+def _columns() -> int | None:
+    """80 on a terminal that has no size, as in a container, where tqdm would draw nothing; None: tqdm finds out."""
+    with suppress(OSError, ValueError):
+        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
+    return None
 
 
 def in_notebook() -> bool:
@@ -132,7 +140,7 @@ class Bar:
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
             drawn: dict[str, Any] = {"delay": DELAY, "mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
-            self._bar = tqdm(**self._settings, **drawn, leave=False)
+            self._bar = tqdm(**self._settings, **drawn, ncols=_columns(), leave=False)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
 

@@ -1,16 +1,12 @@
 """The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter.
 
-The interpreter must be chosen before triton is imported. So here the tests are skipped, and `test_in_the_interpreter`
-runs this file again in a process of its own, where they are not. What the interpreter cannot see, that a kernel can be
-compiled for a GPU, `test_compiles` does with triton's own compiler, which needs no GPU either.
+What the interpreter cannot see, that a kernel can be compiled for a GPU, `test_compiles` does with triton's own
+compiler, which needs no GPU either.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.bench.device.kernels import Target
 from llama4.kernels.triton import launch
 from llama4.ops import quantized_gpu
 from llama4.ops.fp8 import to_fp8
@@ -28,11 +23,20 @@ from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
 from llama4.quantization.modules import QuantizedExperts
 from llama4.quantization.weight import WeightFormat
+from tests.kernels.interpreter import (
+    DEVICE,
+    INTERPRETED,
+    bfloat16_in_the_interpreter,  # noqa: F401
+    compile_only,
+    needs_the_compiler,
+    needs_the_interpreter,
+    on_a_device,
+    run_again,
+)
 from tests.quantization.test_weight import name_of, packed
 
-triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COUNTS = {
@@ -47,49 +51,6 @@ COUNTS = {
 }
 INPUTS = 192
 """Three blocks, since no larger power of two than 64 divides them."""
-
-
-def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
-    absent = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(absent, reason="no GPU; test_in_the_interpreter runs it on the CPU")
-    return pytest.mark.cuda(skip(test))
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps bfloat16 as bits and takes them for integers where it computes."""
-    if not INTERPRETED:
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    to_float, subtract, dot = (getattr(InterpreterBuilder, f"create_{name}") for name in ("si_to_fp", "fsub", "dot"))
-
-    def wide(a: Any) -> Any:
-        if a.dtype.scalar != tl.bfloat16:
-            return a
-        return TensorHandle((a.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def narrow(a: Any) -> Any:
-        bits = a.data.view(np.uint32)
-        assert not (bits & 0xFFFF).any(), "codes are exact in bfloat16"
-        return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
-
-    def new_subtract(self: Any, a: Any, b: Any) -> Any:
-        difference = subtract(self, wide(a), wide(b))
-        return narrow(difference) if a.dtype.scalar == tl.bfloat16 else difference
-
-    def new_to_float(self: Any, a: Any, dtype: Any) -> Any:
-        return narrow(to_float(self, a, tl.float32)) if dtype.scalar == tl.bfloat16 else to_float(self, a, dtype)
-
-    constant = InterpreterBuilder.get_fp32
-    monkeypatch.setattr(
-        InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
-    )
-    monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
-    monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
 
 
 @pytest.fixture
@@ -209,32 +170,16 @@ def test_modules(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatc
     assert calls == 3
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is running, or not needed")
+@needs_the_interpreter
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__))]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_again(__file__)
 
 
-class OneOfSeveral(Target):
-    def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by it
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@needs_the_compiler
 @pytest.mark.parametrize(("kind", "capability"), [("int4", 80), ("int4", 90), ("int8", 90), ("fp8", 80)])
 def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For an A100 and an H100, at Scout's sizes."""
-    from triton.runtime.jit import JITFunction
-
-    compiled, run = [], JITFunction.run
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", OneOfSeveral(capability))
-    monkeypatch.setattr(
-        JITFunction, "run", lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
-    )
+    compiled = compile_only(capability, monkeypatch, tmp_path)
     experts, outputs, inputs = 16, 16384, 5120
     codes = torch.empty(experts, outputs, inputs, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
     if kind == "int4":

@@ -1,0 +1,98 @@
+"""Triton kernels without a GPU: run in Triton's interpreter, and compiled for GPUs that are not there.
+
+The interpreter must be chosen before triton is imported. So a file of tests skips those that need a device, and one of
+its tests runs the file again in a process of its own, where they are not skipped (`run_again`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama4.bench.device.kernels import Target
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+needs_the_interpreter = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is running, or not needed")
+needs_the_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
+    absent = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(absent, reason="no GPU; test_in_the_interpreter runs it on the CPU")
+    return pytest.mark.cuda(skip(test))
+
+
+def run_again(file: str) -> None:
+    """All tests of a file, in the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", file]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class _OneOfSeveral(Target):
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by it
+
+
+def compile_only(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """From here on kernels are compiled for a GPU of that compute capability, such as 90, and not launched. -> a list,
+    to which each of them is added."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Any] = []
+    run = JITFunction.run
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", _OneOfSeveral(capability))
+    monkeypatch.setattr(
+        JITFunction, "run", lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
+    )
+    return compiled
+
+
+@pytest.fixture
+def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps bfloat16 as bits and takes them for integers where it computes."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    to_float, subtract, dot = (getattr(InterpreterBuilder, f"create_{name}") for name in ("si_to_fp", "fsub", "dot"))
+
+    def wide(a: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return a
+        return TensorHandle((a.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def narrow(a: Any) -> Any:
+        bits = a.data.view(np.uint32)
+        assert not (bits & 0xFFFF).any(), "codes are exact in bfloat16"
+        return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+
+    def new_subtract(self: Any, a: Any, b: Any) -> Any:
+        difference = subtract(self, wide(a), wide(b))
+        return narrow(difference) if a.dtype.scalar == tl.bfloat16 else difference
+
+    def new_to_float(self: Any, a: Any, dtype: Any) -> Any:
+        return narrow(to_float(self, a, tl.float32)) if dtype.scalar == tl.bfloat16 else to_float(self, a, dtype)
+
+    constant = InterpreterBuilder.get_fp32
+    monkeypatch.setattr(
+        InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
+    )
+    monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
+    monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama4.kernels import cpu
-from llama4.ops import cpu_kernels
+from llama4.kernels import cpu, gpu
+from llama4.ops import cpu_kernels, gpu_kernels
 from llama4.ops.precision import upcast
 
 
@@ -21,9 +21,11 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`rms_normalise(x) * weight`, [..., D]. Takes any dtype, returns that of the weight."""
-    if unsupported_reason(x, weight_D):
-        return (rms_normalise(x, eps) * weight_D).type_as(weight_D)
-    return cpu.rms_norm(x, weight_D, eps)
+    if unsupported_reason(x, weight_D) is None:
+        return cpu.rms_norm(x, weight_D, eps)
+    if gpu_unsupported_reason(x, weight_D) is None:
+        return gpu.rms_norm(x, weight_D, eps)
+    return (rms_normalise(x, eps) * weight_D).type_as(weight_D)
 
 
 def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
@@ -31,3 +33,10 @@ def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
     if x.dtype != torch.float32:
         return "x is not float32, as the residual stream is"
     return cpu_kernels.elementwise_unsupported_reason(len(weight_D), x, weight_D)
+
+
+def gpu_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
+    """Why the Triton kernel does not take these; None if it does."""
+    if len(weight_D) > gpu.MAX_WIDTH:
+        return f"rows are wider than {gpu.MAX_WIDTH}"
+    return gpu_kernels.unsupported_reason(x, weight_D)

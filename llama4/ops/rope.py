@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llama4.kernels import abi, cpu
-from llama4.ops import cpu_kernels
+from llama4.kernels import abi, cpu, gpu
+from llama4.ops import cpu_kernels, gpu_kernels
 from llama4.ops.norm import rms_normalise
 from llama4.vision.rope import rotate
 
@@ -28,15 +28,17 @@ def apply_rope(
     Returns:
         Both in their own dtype; computed in float32 or better.
     """
-    if unsupported_reason(q_NHC, k_NKC):
-        q = _rotate_normalise_scale(q_NHC, rotation, qk_norm_eps, temperature_N)
-        return q, _rotate_normalise_scale(k_NKC, rotation, qk_norm_eps, None)
     q, k = q_NHC, k_NKC
-    if rotation is not None or qk_norm_eps is not None:
-        k = cpu.apply_rope(k, rotation, qk_norm_eps, None)
-    if rotation is not None or qk_norm_eps is not None or temperature_N is not None:
-        q = cpu.apply_rope(q, rotation, qk_norm_eps, temperature_N)
-    return q, k
+    if unsupported_reason(q, k) is None:
+        if rotation is not None or qk_norm_eps is not None:
+            k = cpu.apply_rope(k, rotation, qk_norm_eps, None)
+        if rotation is not None or qk_norm_eps is not None or temperature_N is not None:
+            q = cpu.apply_rope(q, rotation, qk_norm_eps, temperature_N)
+        return q, k
+    if gpu_kernels.unsupported_reason(q, k) is None:
+        return gpu.apply_rope(q, k, rotation, qk_norm_eps, temperature_N)
+    q = _rotate_normalise_scale(q, rotation, qk_norm_eps, temperature_N)
+    return q, _rotate_normalise_scale(k, rotation, qk_norm_eps, None)
 
 
 def _rotate_normalise_scale(

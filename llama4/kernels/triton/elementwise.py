@@ -1,0 +1,124 @@
+"""Triton kernels for what stands between matrix products: norm, rotation of heads, SwiGLU.
+
+In torch each is several kernels, and each of those reads and writes all of its tensor. Here one kernel reads the inputs
+once, computes in float32 and writes the result once. A program has one row, or a block of one, so any number of rows
+takes any number of programs and nothing of the result depends on it.
+
+Shapes: N tokens (rows), D hidden size, F width of an MLP, H query heads, K key/value heads, C head_dim, k experts per
+token, R = N * k routed rows.
+"""
+
+# mypy: ignore-errors
+# What is inside the kernels is Triton's language, for which there are no types.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm(
+    x_ND,
+    delta_ND,
+    routed_RD,
+    rows_Nk,
+    weight_D,
+    sum_ND,
+    y_ND,
+    eps,
+    k: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program n normalises row n: of x, or of x + delta, which is written to `sum_ND`; or of x + (delta + the rows of
+    its experts)."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    x = tl.load(x_ND + n * D + d, mask=d < D, other=0).to(tl.float32)
+    if delta_ND is not None:
+        delta = tl.load(delta_ND + n * D + d, mask=d < D, other=0).to(tl.float32)
+        if routed_RD is not None:
+            for i in tl.static_range(k):
+                row = tl.load(rows_Nk + n * k + i)
+                delta += tl.load(routed_RD + row * D + d, mask=d < D, other=0).to(tl.float32)
+        x += delta
+        tl.store(sum_ND + n * D + d, x, mask=d < D)
+    weight = tl.load(weight_D + d, mask=d < D, other=0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight
+    tl.store(y_ND + n * D + d, y.to(y_ND.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def apply_rope(
+    q_NHC,
+    k_NKC,
+    rotations,
+    factor_N,
+    new_q_NHC,
+    new_k_NKC,
+    period,
+    eps,
+    q_stride_n,
+    q_stride_h,
+    k_stride_n,
+    k_stride_h,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Program (n, b) turns heads b * BLOCK_H, ... of token n; behind the blocks of queries come those of keys. Token n
+    has the rotation n % period; the real and imaginary parts of a rotation take turns."""
+    n = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    query_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    rotation = None if rotations is None else rotations + n % period * C
+    if block < query_blocks:
+        factor = None if factor_N is None else tl.load(factor_N + n).to(tl.float32)
+        x_HC, y_HC = q_NHC + n * q_stride_n, new_q_NHC + n * H * C
+        turn_heads(x_HC, q_stride_h, rotation, eps, factor, y_HC, block, H, C, BLOCK_H, BLOCK_C)
+    else:
+        x_HC, y_HC = k_NKC + n * k_stride_n, new_k_NKC + n * K * C
+        turn_heads(x_HC, k_stride_h, rotation, eps, None, y_HC, block - query_blocks, K, C, BLOCK_H, BLOCK_C)
+
+
+@triton.jit
+def turn_heads(
+    x_HC,
+    stride_h,
+    rotation,
+    eps,
+    factor,
+    y_HC,
+    block,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Pairs times the rotation, then normalised, then times the factor; each if given."""
+    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+    c = tl.arange(0, BLOCK_C)
+    inside = (h < H)[:, None] & (c < C)[None, :]
+    x = tl.load(x_HC + (h * stride_h)[:, None] + c[None, :], mask=inside, other=0).to(tl.float32)
+    if rotation is not None:
+        real, imaginary = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_C // 2, 2]))
+        turns = tl.load(rotation + c, mask=c < C, other=0)
+        cos, sin = tl.split(tl.reshape(turns, [1, BLOCK_C // 2, 2]))
+        x = tl.interleave(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    if eps is not None:
+        x *= tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+    if factor is not None:
+        x *= factor
+    tl.store(y_HC + (h * C)[:, None] + c[None, :], x.to(y_HC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu(gate_NF, up_NF, y_NF, gate_stride, up_stride, F, BLOCK: tl.constexpr):
+    """Program (n, b) computes elements b * BLOCK, ... of row n."""
+    n = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_NF + n * gate_stride + f, mask=f < F, other=0).to(tl.float32)
+    up = tl.load(up_NF + n * up_stride + f, mask=f < F, other=0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_NF + n * F + f, y.to(y_NF.dtype.element_ty), mask=f < F)

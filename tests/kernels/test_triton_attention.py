@@ -1,0 +1,177 @@
+"""The Triton kernels for attention in a step of decoding: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.cache.formats import CacheFormat, resolve_format
+from llama4.cache.layer import LayerCache
+from llama4.config import CACHE_BLOCK, TextConfig
+from llama4.kernels.triton import launch_attention
+from tests.kernels.interpreter import (
+    DEVICE,
+    bfloat16_in_the_interpreter,  # noqa: F401
+    compile_only,
+    needs_the_compiler,
+    needs_the_interpreter,
+    on_a_device,
+    run_again,
+)
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter")
+
+ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of the largest number: probabilities and results are rounded to the dtype, sums are float32."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """What a kernel does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def format_of(kind: str) -> CacheFormat:
+    return resolve_format(kind, torch.float64)
+
+
+def make_cache(kind: str, heads: int, head_dim: int, lengths: list[int], dtype: torch.dtype) -> LayerCache:
+    """Random keys and values, and behind them what is no number."""
+    config = TextConfig(num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim)
+    cache = LayerCache(len(lengths), config, format_of(kind), torch.device(DEVICE))
+    torch.manual_seed(sum(lengths))
+    for row, length in reversed(list(enumerate(lengths))):
+        keys, values = torch.randn(2, length, heads, head_dim, device=DEVICE).to(dtype)
+        cache.write(row, 0, 2 * keys, values)
+        stored, scales = cache.parts(cache.rows[row][-1])
+        if length % CACHE_BLOCK:
+            stored.view(torch.uint8)[:, :, length % CACHE_BLOCK :] = 0xFF  # NaN in all floats
+            if scales is not None:
+                scales[:, :, length % CACHE_BLOCK :] = torch.nan
+    return cache
+
+
+def attention(q_BHC: Tensor, cache: LayerCache, lengths: list[int]) -> Tensor:
+    """In float64."""
+    outs = []
+    for row, (q_HC, length) in enumerate(zip(q_BHC.double(), lengths, strict=True)):
+        parts = list(cache.read(row, length, torch.float64, q_BHC.device))
+        group = q_HC.shape[0] // cache.heads
+        keys, values = (torch.cat(each, dim=1).repeat_interleave(group, dim=0) for each in zip(*parts, strict=True))
+        scores_HS = (keys @ q_HC[..., None])[..., 0] * q_HC.shape[1] ** -0.5
+        outs.append((scores_HS.softmax(-1)[:, None] @ values)[:, 0])
+    return torch.stack(outs)
+
+
+def check(
+    kind: str, lengths: list[int], dtype: torch.dtype = torch.bfloat16, heads: int = 2, group: int = 5, C: int = 128
+) -> None:
+    cache = make_cache(kind, heads, C, lengths, dtype)
+    q = torch.randn(len(lengths), 2 * heads * group + 1, C, device=DEVICE).to(dtype)[:, 1 : 1 + heads * group]
+    lengths_B = torch.tensor(lengths, device=DEVICE, dtype=torch.int32 if heads % 2 else torch.int64)
+    out = launch_attention.attend(q, cache.block_table().to(DEVICE), lengths_B, heads, kind)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    truth = attention(q, cache, lengths)
+    assert (out - truth).abs().max() / truth.abs().max() < ERROR[dtype]
+
+
+@on_a_device
+@pytest.mark.parametrize("lengths", [[1], [255], [256], [257], [1000], [3, 700, 64, 1]], ids=str)
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_attend(kind: str, lengths: list[int]) -> None:
+    """Of one row, most shares have nothing to do."""
+    check(kind, lengths)
+
+
+@on_a_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+    check(kind, [300, 65], dtype)
+
+
+@on_a_device
+@pytest.mark.parametrize(("heads", "group", "C"), [(1, 1, 64), (3, 8, 64), (2, 17, 128), (2, 2, 80), (1, 4, 16)])
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_shapes_of_heads(kind: str, heads: int, group: int, C: int) -> None:
+    check(kind, [130, 20], heads=heads, group=group, C=C)
+
+
+@on_a_device
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_many_rows_have_one_share(kind: str) -> None:
+    assert launch_attention.num_splits(2 * 300, torch.device(DEVICE)) == 1
+    check(kind, [1 + 7 * row % 90 for row in range(300 if DEVICE == "cuda" else 20)])
+
+
+@on_a_device
+def test_a_table_may_be_wider_than_the_rows() -> None:
+    lengths = [70, 300]
+    cache = make_cache("float32", 2, 64, lengths, torch.float32)
+    table = torch.full((2, 50), -1, device=DEVICE)[:, :40]
+    table[:, :2] = cache.block_table()
+    q = torch.randn(2, 4, 64, device=DEVICE)
+    out = launch_attention.attend(q, table, torch.tensor(lengths, device=DEVICE), 2, "float32")
+    assert torch.allclose(out.double(), attention(q, cache, lengths), atol=1e-5)
+
+
+def awkward(x: Tensor) -> Tensor:
+    """Zeros, equal magnitudes of both signs, and numbers halfway between two values."""
+    C = x.shape[-1]
+    x[0, 0] = 0
+    x[0, 1] = torch.tensor([1.0, -1.0]).repeat(C // 2)
+    x[1, 0] = -x[0, 1]
+    x[1, 1] = torch.arange(C) - C / 2 + 0.5
+    x[1, 1, 0] = 127
+    x[2, 0] = torch.linspace(-448, 448, C)
+    x[2, 1] = 448 * 2.0 ** -torch.arange(C)
+    return x
+
+
+@on_a_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_write(kind: str, dtype: torch.dtype) -> None:
+    """The bits that `LayerCache.write` writes, and nothing else."""
+    slots, heads, C = [0, 255, 256, 517, 100], 2, 64
+    cache, other = (make_cache(kind, heads, C, [slot + 1 for slot in slots], dtype) for _ in range(2))
+    torch.manual_seed(0)
+    k, v = (3 * torch.randn(2, len(slots), 3 * heads, C, device=DEVICE)).to(dtype)[:, :, 1::3]
+    awkward(k)
+    awkward(v[1:])
+    assert not k.is_contiguous()
+    table = cache.block_table().to(DEVICE)
+    launch_attention.write(k, v, table, torch.tensor(slots, device=DEVICE), kind)
+    for row, slot in enumerate(slots):
+        other._fill(row, slot, k[row : row + 1], v[row : row + 1])
+        for ours, theirs in zip(cache.rows[row], other.rows[row], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@needs_the_interpreter
+def test_in_the_interpreter() -> None:
+    run_again(__file__)
+
+
+@needs_the_compiler
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For an A100 and an H100, at Scout's sizes."""
+    compiled = compile_only(capability, monkeypatch, tmp_path)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    q, k = (torch.empty(2, heads, 128, dtype=dtype, device="meta") for heads in (40, 8))
+    table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((2, 32), (2,)))
+    launch_attention.write(k, k, table, lengths, kind)
+    launch_attention.attend(q, table, lengths, 8, kind)
+    for kernel in compiled:
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 99 * 1024, "what the smallest of GPUs has"
+    assert [kernel.metadata.name for kernel in compiled] == ["write", "attend", "combine"]

@@ -70,7 +70,8 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    to_float, subtract, dot = (getattr(InterpreterBuilder, f"create_{name}") for name in ("si_to_fp", "fsub", "dot"))
+    names = "si_to_fp", "fsub", "dot", "fp_trunc"
+    to_float, subtract, dot, truncate = (getattr(InterpreterBuilder, f"create_{name}") for name in names)
 
     def wide(a: Any) -> Any:
         if a.dtype.scalar != tl.bfloat16:
@@ -89,10 +90,17 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     def new_to_float(self: Any, a: Any, dtype: Any) -> Any:
         return narrow(to_float(self, a, tl.float32)) if dtype.scalar == tl.bfloat16 else to_float(self, a, dtype)
 
+    def new_truncate(self: Any, a: Any, dtype: Any) -> Any:
+        if dtype.scalar != tl.bfloat16:
+            return truncate(self, a, dtype)
+        bits = a.data.astype(np.float32).view(np.uint32)  # it cuts off what it should round
+        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), dtype.scalar)
+
     constant = InterpreterBuilder.get_fp32
     monkeypatch.setattr(
         InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
     )
     monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
     monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", new_truncate)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))

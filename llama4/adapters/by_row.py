@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from llama4.adapters.loaded import Adapters
 from llama4.adapters.lora import STACKS, Adapter, Lora, experts_forward, router_forward
-from llama4.model.dispatch import Dispatched, LocalDispatcher
+from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.moe import MixtureOfExperts, Router
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.routing import Dispatched
 from llama4.quantization.modules import QuantizedExperts
 
 LANGUAGE = "language_model."

@@ -4,8 +4,8 @@ As with `kernels.cpu`: when a kernel takes its arguments is decided in `llama4.o
 are not compared here. Triton is imported at the first launch. No launch waits for the device, and none depends on what
 a tensor holds.
 
-Shapes: N rows, D hidden size, F width of an MLP, H query heads, K key/value heads, C head_dim, k experts per token,
-R = N * k routed rows.
+Shapes: N rows, I inputs, D hidden size, F width of an MLP, H query heads, K key/value heads, C head_dim, E experts,
+k experts per token, R = N * k routed rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ MAX_WIDTH = 1 << 15
 """Widest rows that a program holds."""
 BLOCK = 1024
 """Elements that a program computes where it does not need all of a row."""
+MAX_TOP_1 = 64
+"""Most tokens of which each program of `dispatch_top_1` looks at all."""
+
+Dispatched = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Tokens times scores, sorted by expert, [R, D]; rows of each expert [E]; the token of each row [R]; the rows of each
+token [N, k]; see `ops.routing.Dispatched`."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -119,6 +125,77 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     grid = N, -(-F // block)
     _launch(elementwise.swiglu, grid, y_NF, gate_NF, up_NF, y_NF, gate_NF.stride(0), up_NF.stride(0), F, BLOCK=block)
     return y_NF
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values and their float32 scales [..., 1], to the bit those of `ops.fp8.to_fp8`."""
+    from llama4.kernels.triton import elementwise
+
+    x, I = x.contiguous(), x.shape[-1]  # noqa: E741
+    values = torch.empty_like(x, dtype=torch.uint8)
+    scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _launch(elementwise.to_fp8, (scales.numel(),), x, x, values, scales, I=I, **_whole_row(I))
+    return values.view(torch.float8_e4m3fn), scales
+
+
+def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32, [N, E], for few tokens: the weights are read for each of them."""
+    from llama4.kernels.triton import routing
+
+    x_ND, weight_ED = x_ND.contiguous(), weight_ED.contiguous()
+    (N, D), E = x_ND.shape, len(weight_ED)
+    logits_NE = x_ND.new_empty(N, E, dtype=torch.float32)
+    _launch(routing.router_logits, (N, E), x_ND, x_ND, weight_ED, logits_NE, E=E, D=D, **_whole_row(D))
+    return logits_NE
+
+
+def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: int) -> Dispatched:
+    """Tokens to the experts chosen for them, int64."""
+    from llama4.kernels.triton import routing
+
+    x_ND, scores_Nk, experts_Nk = x_ND.contiguous(), scores_Nk.contiguous(), experts_Nk.contiguous()
+    (N, k), D = experts_Nk.shape, x_ND.shape[1]
+    x_RD, counts_E, tokens_R, rows_Nk = dispatched = _empty_dispatched(x_ND, N, k, num_experts)
+    numbers = experts_Nk, tokens_R, rows_Nk, counts_E, N * k
+    block = MAX_TOP_1 if N * k <= MAX_TOP_1 else BLOCK
+    _launch(routing.sort_by_expert, (num_experts,), x_ND, *numbers, k=k, BLOCK=block)
+    tensors = x_ND, scores_Nk, rows_Nk, x_RD
+    _launch(routing.scatter_scaled, (N * k, -(-D // BLOCK)), x_ND, *tensors, D, k=k, BLOCK=BLOCK)
+    return dispatched
+
+
+def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
+    """At most `MAX_TOP_1` tokens to the expert of the largest logit, the first on ties, with its sigmoid as the
+    score."""
+    from llama4.kernels.triton import routing
+
+    x_ND, logits_NE = x_ND.contiguous(), logits_NE.contiguous()
+    (N, D), E = x_ND.shape, logits_NE.shape[1]
+    x_RD, counts_E, tokens_R, rows_N1 = dispatched = _empty_dispatched(x_ND, N, 1, E)
+    if not N:
+        counts_E.zero_()
+        return dispatched
+    sizes = {"E": E, "BLOCK_N": _next_power(N), "BLOCK_E": _next_power(E), "BLOCK": BLOCK}
+    tensors = x_ND, logits_NE, x_RD, counts_E, tokens_R, rows_N1
+    _launch(routing.dispatch_top_1, (N, -(-D // BLOCK)), x_ND, *tensors, N, D, **sizes)
+    return dispatched
+
+
+def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:
+    """out + the rows of each token, in float32, [N, D]."""
+    from llama4.kernels.triton import routing
+
+    routed_RD, rows_Nk, out_ND = routed_RD.contiguous(), rows_Nk.contiguous(), out_ND.contiguous()
+    (N, k), D = rows_Nk.shape, out_ND.shape[1]
+    sum_ND = out_ND.new_empty(N, D, dtype=torch.float32)
+    tensors = routed_RD, rows_Nk, out_ND, sum_ND
+    _launch(routing.combine, (N, -(-D // BLOCK)), out_ND, *tensors, D, k=k, BLOCK=BLOCK)
+    return sum_ND
+
+
+def _empty_dispatched(x_ND: Tensor, N: int, k: int, E: int) -> Dispatched:
+    x_RD, counts_E = x_ND.new_empty(N * k, x_ND.shape[1]), x_ND.new_empty(E, dtype=torch.int64)
+    return x_RD, counts_E, x_ND.new_empty(N * k, dtype=torch.int64), x_ND.new_empty(N, k, dtype=torch.int64)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Tensor | float | None, **sizes: int) -> None:

@@ -9,27 +9,10 @@ Shapes: N packed tokens, D hidden size, E experts, k experts per token, R = N * 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from llama4.ops.precision import upcast
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """What experts compute with.
-
-    Attributes:
-        x_RD: rows sorted by expert, each already multiplied by its score, in the dtype of the tokens.
-        num_tokens_per_expert_E: int64, how many rows each expert has; they sum to R.
-        tokens_R: the token that each row is of.
-    """
-
-    x_RD: Tensor
-    num_tokens_per_expert_E: Tensor
-    tokens_R: Tensor
+from llama4.ops import routing
+from llama4.ops.routing import Dispatched
 
 
 class LocalDispatcher:
@@ -49,12 +32,7 @@ class LocalDispatcher:
             scores_Nk: of the chosen experts, in float32 or better.
             experts_Nk: their indices, int64.
         """
-        order_R = experts_Nk.flatten().argsort(stable=True)
-        tokens_R = order_R // experts_Nk.shape[1]
-        x_RD = (x_ND[tokens_R] * scores_Nk.flatten()[order_R, None]).type_as(x_ND)
-        every_E1 = torch.arange(self.num_experts, device=x_ND.device)[:, None]
-        counts_E = (experts_Nk.flatten() == every_E1).sum(1)  # for bincount, the host would wait for a GPU
-        return Dispatched(x_RD, counts_E, tokens_R)
+        return routing.dispatch(x_ND, scores_Nk, experts_Nk, self.num_experts)
 
     def combine(self, routed_RD: Tensor, dispatched: Dispatched, out_ND: Tensor) -> Tensor:
         """Add what the experts returned to `out_ND`, the output of the shared expert, each row to its token.
@@ -62,5 +40,4 @@ class LocalDispatcher:
         Returns:
             [N, D] in float32 or better; `out_ND` is not changed.
         """
-        out_ND = upcast(out_ND)
-        return out_ND.index_add(0, dispatched.tokens_R, routed_RD.to(out_ND.dtype))
+        return routing.combine(routed_RD, dispatched.rows_Nk, out_ND)

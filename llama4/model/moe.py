@@ -12,8 +12,7 @@ from llama4.config import TextConfig
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
-from llama4.ops.linear import linear
-from llama4.ops.precision import upcast
+from llama4.ops.routing import router_logits
 
 
 def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +40,7 @@ class Router(nn.Linear):
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """[N, E], of every expert."""
-        return linear(upcast(x_ND), upcast(self.weight))
+        return router_logits(x_ND, self.weight)
 
 
 class MixtureOfExperts(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama4.kernels import gpu
 from llama4.kernels.triton import launch
-from llama4.ops import norm, rope, swiglu
+from llama4.ops import fp8, norm, rope, swiglu
 from llama4.vision.rope import unit_numbers
 from tests.kernels.interpreter import (
     DEVICE,
@@ -130,6 +130,37 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 @on_a_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 5120), (300, 1000), (2, 3, 96), (5, 1)])
+def test_to_fp8(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_fp8(3 * drawn(*shape, dtype=dtype))
+
+
+def check_fp8(x: Tensor) -> None:
+    """To the bit what torch gives on a CPU."""
+    (values, scales), (true_values, true_scales) = gpu.to_fp8(x), fp8.to_fp8(x.cpu(), torch.float32)
+    assert values.dtype == true_values.dtype
+    assert torch.equal(values.cpu().view(torch.uint8), true_values.view(torch.uint8))
+    assert scales.dtype == true_scales.dtype
+    assert torch.equal(scales.cpu(), true_scales)
+
+
+@on_a_device
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_every_number_of_bfloat16_becomes_e4m3() -> None:
+    """Ties, subnormal numbers, zeros of both signs; in rows whose scale is 1, that of zeros, and some that are not."""
+    every = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16)
+    every = every[every.abs() <= 448]
+    rows = torch.nn.functional.pad(every, (0, -len(every) % 63)).view(-1, 63)
+    x = torch.cat([torch.cat([rows, torch.full((len(rows), 1), 448.0)], dim=1), rows.new_zeros(1, 64)])
+    tiny = torch.tensor([1.4, 1.5, 0.3, -1.4]).view(4, 1) * 448 * 2.0**-149 * torch.linspace(-1, 1, 64)
+    for given in (x.float(), tiny, torch.tensor([[1.0, torch.inf, -2.0], [0.0, 2.0**-149, -0.0]])):
+        check_fp8(given.to(DEVICE))
+    values, _ = gpu.to_fp8(torch.tensor([[1.0, torch.nan]], device=DEVICE))
+    assert values.float().isnan().tolist() == [[False, True]]
+
+
+@on_a_device
 def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is trained does not."""
     if INTERPRETED:
@@ -149,15 +180,16 @@ def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         norm.rms_norm(x_ND, weight_D, 1e-5)
         rope.apply_rope(x_ND.view(2, 2, 32), x_ND.view(2, 2, 32), None, 1e-5, None)
         swiglu.swiglu(*x_ND.chunk(2, dim=-1))
+        fp8.to_fp8(x_ND, torch.float32)
 
     all_of_them()
-    assert len(launches) == 3
+    assert len(launches) == 4
     x_ND.requires_grad_()
     all_of_them()
-    assert len(launches) == 3
+    assert len(launches) == 4
     with torch.no_grad():
         all_of_them()
-    assert len(launches) == 6
+    assert len(launches) == 8
 
 
 def _at_scouts_sizes() -> dict[str, Callable[[], object]]:
@@ -176,6 +208,7 @@ def _at_scouts_sizes() -> dict[str, Callable[[], object]]:
         "temperature": lambda: gpu.apply_rope(q_NHC, k_NKC, None, None, tensor(7, dtype=torch.float32)),
         "patches": lambda: gpu.apply_rope(patches_NHC, patches_NHC, rotation_of_patches, None, None),
         "swiglu": lambda: gpu.swiglu(*tensor(7, 2 * 8192).chunk(2, dim=-1)),
+        "e4m3": lambda: gpu.to_fp8(tensor(7, 8192)),
     }
 
 

@@ -1,11 +1,11 @@
-"""Triton kernels for what stands between matrix products: norm, rotation of heads, SwiGLU.
+"""Triton kernels for what stands between matrix products: norm, rotation of heads, SwiGLU, rounding to e4m3.
 
 In torch each is several kernels, and each of those reads and writes all of its tensor. Here one kernel reads the inputs
 once, computes in float32 and writes the result once. A program has one row, or a block of one, so any number of rows
 takes any number of programs and nothing of the result depends on it.
 
-Shapes: N tokens (rows), D hidden size, F width of an MLP, H query heads, K key/value heads, C head_dim, k experts per
-token, R = N * k routed rows.
+Shapes: N tokens (rows), I inputs, D hidden size, F width of an MLP, H query heads, K key/value heads, C head_dim, k
+experts per token, R = N * k routed rows.
 """
 
 # mypy: ignore-errors
@@ -122,3 +122,28 @@ def swiglu(gate_NF, up_NF, y_NF, gate_stride, up_stride, F, BLOCK: tl.constexpr)
     up = tl.load(up_NF + n * up_stride + f, mask=f < F, other=0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_NF + n * F + f, y.to(y_NF.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def to_fp8(x_NI, values_NI, scales_N, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+    """Program n rounds row n, divided by a scale with which its largest becomes 448. Divisions are those of IEEE 754,
+    as torch's between tensors, where `/` is an approximation."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_NI + n * I + i, mask=i < I, other=0).to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(x)), 448.0)
+    scale = tl.where(scale == 0, 1.0, scale)
+    tl.store(scales_N + n, scale)
+    tl.store(values_NI + n * I + i, e4m3_bits(tl.div_rn(x, scale)), mask=i < I)
+
+
+@triton.jit
+def e4m3_bits(x):
+    """float32 as a byte of e4m3: to the nearest, on ties to the even; at most 448; also on GPUs that know no e4m3."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign, size = (bits >> 24) & 128, tl.abs(x)
+    small = (size + 16384.0).to(tl.uint32, bitcast=True)  # adding 2^14 rounds to multiples of 2^-9: e4m3's subnormals
+    bits = tl.minimum(size, 448.0).to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 127 - 7, of the exponents' biases
+    magnitude = tl.where(size < 0.015625, small, normal) & 127
+    return (sign | tl.where(size == size, magnitude, 127)).to(tl.uint8)

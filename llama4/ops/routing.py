@@ -1,0 +1,76 @@
+"""Tokens to experts and their results back: the router's logits, rows sorted by expert, sums of a token's rows.
+
+Shapes: N packed tokens, D hidden size, E experts, k experts per token, R = N * k routed rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama4.kernels import gpu
+from llama4.ops import gpu_kernels
+from llama4.ops.linear import linear
+from llama4.ops.precision import upcast
+
+
+class Dispatched(NamedTuple):
+    """What experts compute with.
+
+    Attributes:
+        x_RD: rows sorted by expert, those of one expert in the order of the tokens, each already multiplied by its
+            score, in the dtype of the tokens.
+        num_tokens_per_expert_E: int64, how many rows each expert has; they sum to R.
+        tokens_R: the token that each row is of.
+        rows_Nk: the rows of each token.
+    """
+
+    x_RD: Tensor
+    num_tokens_per_expert_E: Tensor
+    tokens_R: Tensor
+    rows_Nk: Tensor
+
+
+def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T, [N, E], in float32 or better."""
+    if logits_unsupported_reason(x_ND, weight_ED) is None:
+        return gpu.router_logits(x_ND, weight_ED)
+    return linear(upcast(x_ND), upcast(weight_ED))
+
+
+def logits_unsupported_reason(x_ND: Tensor, weight_ED: Tensor) -> str | None:
+    """Why the Triton kernel does not take these; None if it does."""
+    if len(x_ND) > gpu.MAX_TOP_1:
+        return "so many rows are faster in a product of matrices"
+    if x_ND.shape[1] > gpu.MAX_WIDTH:
+        return f"rows are wider than {gpu.MAX_WIDTH}"
+    return gpu_kernels.unsupported_reason(x_ND, weight_ED)
+
+
+def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: int) -> Dispatched:
+    """Tokens times their scores, sorted by expert; the host does not wait for a GPU.
+
+    Args:
+        x_ND: tokens.
+        scores_Nk: of the chosen experts, in float32 or better.
+        experts_Nk: their indices, int64.
+        num_experts: of the layer.
+    """
+    if gpu_kernels.unsupported_reason(x_ND, scores_Nk) is None:
+        return Dispatched(*gpu.dispatch(x_ND, scores_Nk, experts_Nk, num_experts))
+    order_R = experts_Nk.flatten().argsort(stable=True)
+    tokens_R, rows_Nk = order_R // experts_Nk.shape[1], order_R.argsort().view_as(experts_Nk)
+    x_RD = (x_ND[tokens_R] * scores_Nk.flatten()[order_R, None]).type_as(x_ND)
+    every_E1 = torch.arange(num_experts, device=x_ND.device)[:, None]
+    counts_E = (experts_Nk.flatten() == every_E1).sum(1)  # for bincount, the host would wait
+    return Dispatched(x_RD, counts_E, tokens_R, rows_Nk)
+
+
+def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:
+    """out + the rows of each token, always in the same order, [N, D] in float32 or better."""
+    if gpu_kernels.unsupported_reason(routed_RD, out_ND) is None:
+        return gpu.combine(routed_RD, rows_Nk, out_ND)
+    out_ND = upcast(out_ND)
+    return out_ND + routed_RD.to(out_ND.dtype)[rows_Nk].sum(1)

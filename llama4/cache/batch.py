@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from llama4.cache.pictures import Sight
-from llama4.config.window import chunk_end, chunk_start
+from llama4.config.window import Sliding, chunk_end, chunk_start, slot_of
 from llama4.errors import Llama4Error
+from llama4.ops.memory import to_device
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Span:
     past: int
     is_last: bool
     before: int
+
+    def slot(self, window: int | None) -> int:
+        """Where the first of them goes in a layer with this window."""
+        return slot_of(self.before, window) if isinstance(window, Sliding) else self.past
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Batch:
     sight: Sight | None = None
     _spans: dict[int | None, list[Span]] = field(default_factory=dict)
     _key_lengths: dict[int | None, Tensor] = field(default_factory=dict)
+    _slots: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
     def next_position(self) -> tuple[int, ...]:
@@ -93,7 +99,7 @@ class Batch:
     def last_tokens(self) -> Tensor:
         """Packed places of the last token of every row that has one."""
         ends = [end - 1 for end, length in zip(accumulate(self.lengths), self.lengths, strict=True) if length]
-        return torch.tensor(ends, dtype=torch.long, device=self.positions_N.device)
+        return to_device(ends, self.positions_N.device)
 
     def unpack_last(self, x_R: Tensor) -> Tensor:
         """What was computed for `last_tokens`, [R, ...] -> [B, 1, ...], zeros where a row has no token."""
@@ -101,7 +107,7 @@ class Batch:
         if len(rows) == len(self.lengths):
             return x_R[:, None]
         full = x_R.new_zeros(len(self.lengths), *x_R.shape[1:])
-        return full.index_copy(0, torch.tensor(rows, dtype=torch.long, device=x_R.device), x_R)[:, None]
+        return full.index_copy(0, to_device(rows, x_R.device), x_R)[:, None]
 
     def rope_lengths_N(self) -> Tensor:
         """`rope_lengths` of each packed token's row."""
@@ -131,8 +137,15 @@ class Batch:
         int64."""
         if window not in self._key_lengths:
             lengths = [span.past + 1 for span in self.spans(window)]
-            self._key_lengths[window] = torch.tensor(lengths, device=self.positions_N.device)
+            self._key_lengths[window] = to_device(lengths, self.positions_N.device)
         return self._key_lengths[window]
+
+    def slots(self, window: int | None) -> Tensor:
+        """In a step of decoding: where each row's token goes in layers with this window, [B] int64."""
+        if window not in self._slots:
+            slots = [span.slot(window) for span in self.spans(window)]
+            self._slots[window] = to_device(slots, self.positions_N.device)
+        return self._slots[window]
 
 
 def make_batch(

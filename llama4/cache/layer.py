@@ -18,6 +18,7 @@ from llama4.cache.formats import CacheFormat
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
 from llama4.config.window import Sliding, slot_of
+from llama4.ops.memory import to_device
 
 READ_SLOTS = 16 * CACHE_BLOCK
 """Slots that are concatenated, and dequantized, at once where attention reads keys and values as one tensor."""
@@ -106,22 +107,26 @@ class LayerCache:
     def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens behind the first `past` slots of a row; what was there is lost."""
         self.reserve(row, past, len(keys_NKC))
-        self._fill(row, past, keys_NKC, values_NKC)
+        self.fill(row, past, keys_NKC, values_NKC)
 
     def write_ring(self, row: int, before: int, window: Sliding, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens, behind the first `before` of the row's sequence, into a ring of `window` slots, where they
         take the places of the oldest."""
         before, new = before + max(0, len(keys_NKC) - window), len(keys_NKC[-window:])
+        self.reserve_ring(row, before, new, window)
+        begin = len(keys_NKC) - new
+        for slot, count in _runs_in_ring(before, new, window):
+            self.fill(row, slot, keys_NKC[begin : begin + count], values_NKC[begin : begin + count])
+            begin += count
+
+    def reserve_ring(self, row: int, before: int, new: int, window: Sliding) -> None:
+        """Take blocks for at most `window` new tokens behind the first `before` of the row's sequence, in a ring. Those
+        that they go to are this row's own from then on."""
         held = min(before, window)
         self.reserve(row, held, min(held + new, window) - held)
-        begin = len(keys_NKC) - new
-        while begin < len(keys_NKC):
-            slot = slot_of(before, window)
-            end = begin + min(len(keys_NKC) - begin, CACHE_BLOCK - slot % CACHE_BLOCK, window - slot)
+        for slot, _ in _runs_in_ring(before, new, window):
             if slot % CACHE_BLOCK == 0:
                 self.detach(row, slot)
-            self._fill(row, slot, keys_NKC[begin:end], values_NKC[begin:end])
-            before, begin = before + end - begin, end
 
     def detach(self, row: int, slot: int) -> None:
         """Make the block of a slot, if there is one, this row's own: it will be written to, and may be shared."""
@@ -130,8 +135,8 @@ class LayerCache:
             self.pool.count(block)
             self._block_table = None
 
-    def _fill(self, row: int, begin: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
-        """Write to slots from `begin` on, whose blocks are there."""
+    def fill(self, row: int, begin: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+        """Write to slots from `begin` on, whose blocks are there and the row's own."""
         first, end = begin, begin + len(keys_NKC)
         new = self.format.encode(torch.stack((keys_NKC.detach(), values_NKC.detach())).transpose(1, 2))
         while begin < end:
@@ -154,11 +159,11 @@ class LayerCache:
             yield keys, values
 
     def block_table(self) -> Tensor:
-        """Addresses of the blocks of every row, [B, blocks], zeros behind the last."""
+        """Addresses of the blocks of every row, [B, blocks], zeros behind the last; on the device of the blocks."""
         if self._block_table is None:
             width = max(map(len, self.rows))
             addresses = [[b.data_ptr() for b in blocks] + [0] * (width - len(blocks)) for blocks in self.rows]
-            self._block_table = torch.tensor(addresses, dtype=torch.long)
+            self._block_table = to_device(addresses, self.device)
         return self._block_table
 
     def block_addresses(self, row: int) -> Tensor:
@@ -194,3 +199,12 @@ class LayerCache:
         joined.rows = [row for layer in layers for row in layer.rows]
         joined._block_table = None
         return joined
+
+
+def _runs_in_ring(before: int, new: int, window: Sliding) -> Iterator[tuple[int, int]]:
+    """Where new tokens go in a ring, cut where blocks end, and the ring: the first slot of each run, and how many."""
+    while new:
+        slot = slot_of(before, window)
+        count = min(new, CACHE_BLOCK - slot % CACHE_BLOCK, window - slot)
+        yield slot, count
+        before, new = before + count, new - count

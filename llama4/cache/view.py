@@ -12,6 +12,7 @@ from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, PictureView
 from llama4.cache.sequence import SequenceCache
 from llama4.config.window import Sliding
+from llama4.ops.attention import write_step
 
 
 class LayerView:
@@ -26,12 +27,18 @@ class LayerView:
         self._cache = cache
         self.blocks: LayerCache = cache.layers[layer]
         self._window = cache.windows[layer]
+        self._batch = batch
         self._spans = [span for span in batch.spans(self._window) if span.is_last]
 
     def write(self, k_NKC: Tensor, v_NKC: Tensor) -> None:
         """Write the keys and values of the batch. Of a row that crosses chunk borders only the last chunk is kept: no
         token will see the others again."""
         self._cache.begin_write()
+        if self._batch.is_decode:
+            self.reserve()
+            slots = [span.slot(self._window) for span in self._spans]
+            write_step(k_NKC, v_NKC, self.blocks, slots, self._batch.slots(self._window))
+            return
         for span in self._spans:
             k, v = k_NKC[span.begin : span.end], v_NKC[span.begin : span.end]
             if isinstance(self._window, Sliding):
@@ -40,10 +47,14 @@ class LayerView:
                 self.blocks.write(span.row, span.past, k, v)
 
     def reserve(self) -> Tensor:
-        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table. No ring has come
-        to its end."""
+        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table. To a ring go no
+        more tokens than it has slots."""
         for span in self._spans:
-            self.blocks.reserve(span.row, span.past, span.end - span.begin)
+            new = span.end - span.begin
+            if isinstance(self._window, Sliding):
+                self.blocks.reserve_ring(span.row, span.before, new, self._window)
+            else:
+                self.blocks.reserve(span.row, span.past, new)
         return self.blocks.block_table()
 
 

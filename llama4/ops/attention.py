@@ -19,7 +19,7 @@ from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import Sliding, slot_of
 from llama4.kernels import abi, cpu, loader
-from llama4.ops import cpu_kernels
+from llama4.ops import attention_gpu, cpu_kernels
 from llama4.ops.precision import upcast
 
 QUERIES = 256
@@ -31,15 +31,19 @@ class KeyValueBlocks(Protocol):
 
     format: CacheFormat
     heads: int
+    device: torch.device
 
     def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `slots` slots of a row, some thousands at a time: keys and values, each [K, S, C]."""
 
     def block_table(self) -> Tensor:
-        """Addresses of the blocks of every row, [B, blocks], zeros behind the last."""
+        """Addresses of the blocks of every row, [B, blocks], zeros behind the last; on the device of the blocks."""
 
     def block_addresses(self, row: int) -> Tensor:
         """Addresses of the blocks of one row."""
+
+    def fill(self, row: int, begin: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+        """Write to slots from `begin` on, whose blocks are there and the row's own."""
 
 
 def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -180,11 +184,28 @@ def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int
     """
     if not unsupported_reason(q_BHC, max(lengths), cache.format):
         return cpu.attend(q_BHC, cache.block_table(), lengths_B, cache.heads, cache.format.name)
+    if not gpu_unsupported_reason(q_BHC, cache):
+        return attention_gpu.decode_attention(q_BHC, cache.block_table(), lengths_B, cache.heads, cache.format)
     outs = []
     for row, (q_HC, length) in enumerate(zip(q_BHC, lengths, strict=True)):
         spans = cache.read(row, length, q_HC.dtype, q_HC.device)
         outs.append(merge(softmax_attention(q_HC[:, None], k, v, causal=False) for k, v in spans)[:, 0])
     return torch.stack(outs).type_as(q_BHC)
+
+
+def write_step(k_BKC: Tensor, v_BKC: Tensor, cache: KeyValueBlocks, slots: Sequence[int], slots_B: Tensor) -> None:
+    """Write the key and value of one new token per sequence into a slot of its row of the cache, whose block is there
+    and the row's own.
+
+    Args:
+        slots: on the host.
+        slots_B: the same, int64, on the device.
+    """
+    if not gpu_unsupported_reason(k_BKC, cache):
+        attention_gpu.write_step(k_BKC, v_BKC, cache.block_table(), slots_B, cache.format)
+        return
+    for row, slot in enumerate(slots):
+        cache.fill(row, slot, k_BKC[row : row + 1], v_BKC[row : row + 1])
 
 
 def unsupported_reason(q_NHC: Tensor, keys: int, format: CacheFormat) -> str | None:
@@ -193,6 +214,13 @@ def unsupported_reason(q_NHC: Tensor, keys: int, format: CacheFormat) -> str | N
     if H * C < cpu_kernels.MIN_WIDTH and max(N, CACHE_BLOCK) * keys * H * C < cpu_kernels.MIN_ATTENTION:
         return "there is too little to compute for a call to pay"
     return format_unsupported_reason(format, q_NHC.dtype, C) or cpu_kernels.unsupported_reason(q_NHC)
+
+
+def gpu_unsupported_reason(x_BHC: Tensor, cache: KeyValueBlocks) -> str | None:
+    """Why no Triton kernel takes queries or keys of a step of decoding; None if one does."""
+    if torch.is_grad_enabled() and x_BHC.requires_grad:
+        return "a tensor needs a gradient"
+    return attention_gpu.unsupported_reason(x_BHC.dtype, x_BHC.shape[2], cache.format, x_BHC.device, cache.device)
 
 
 def format_unsupported_reason(format: CacheFormat, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -29,6 +29,12 @@ _MADV_POPULATE_READ = 22
 """Of Linux 5.14 and later; Python's mmap does not name it."""
 
 
+def to_device(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Integers, int64, on a device, without waiting for what that computes."""
+    there = torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
+
+
 @cache
 def libc() -> ctypes.CDLL:
     """The system's C library; not of Windows."""

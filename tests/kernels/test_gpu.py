@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llama4.cache.formats import QUANTIZED, CacheFormat, Unquantized
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch
 from llama4.model.experts import GroupedExperts
-from llama4.ops import fp8, quantized_gpu
+from llama4.ops import attention_gpu, fp8, quantized_gpu
 from llama4.quantization.fp8 import Fp8
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -115,3 +116,20 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16)))
         assert experts(x, counts).shape == (20, 32)
+
+
+def test_blocks_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+
+    def reason(format: CacheFormat, device: torch.device, blocks: torch.device, head_dim: int = 128) -> str | None:
+        return attention_gpu.unsupported_reason(torch.bfloat16, head_dim, format, device, blocks)
+
+    half = Unquantized(torch.float16)
+    for format in (half, *QUANTIZED.values()):
+        assert reason(format, here, here) is reason(format, here, CUDA) is None
+    assert reason(half, CPU, CPU) == "the model is not on a GPU"
+    assert reason(half, here, CPU) == "the cache's blocks are on cpu"
+    assert reason(half, here, there) == "the cache's blocks are on cuda:1"
+    assert reason(Unquantized(torch.float64), here, here) == "there are no kernels for a cache in float64"
+    assert reason(half, here, here, 512) == "heads are larger than 256"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from llama4.cache.formats import CacheFormat, resolve_format
 from llama4.cache.layer import LayerCache
 from llama4.config import CACHE_BLOCK, TextConfig
 from llama4.kernels.triton import launch_attention
+from llama4.model.multimodal import Llama4Model
+from llama4.ops import attention_gpu
+from tests import small_model
 from tests.kernels.interpreter import (
     DEVICE,
+    INTERPRETED,
     bfloat16_in_the_interpreter,  # noqa: F401
     compile_only,
     needs_the_compiler,
@@ -150,9 +155,46 @@ def test_write(kind: str, dtype: torch.dtype) -> None:
     table = cache.block_table().to(DEVICE)
     launch_attention.write(k, v, table, torch.tensor(slots, device=DEVICE), kind)
     for row, slot in enumerate(slots):
-        other._fill(row, slot, k[row : row + 1], v[row : row + 1])
+        other.fill(row, slot, k[row : row + 1], v[row : row + 1])
         for ours, theirs in zip(cache.rows[row], other.rows[row], strict=True):
             assert torch.equal(ours, theirs)
+
+
+@on_a_device
+@pytest.mark.parametrize(("window", "cache_dtype"), [("chunks", "int8"), ("ring", "auto")])
+def test_steps(window: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model, past the end of a chunk, of a block and of a ring: as without the kernels."""
+    config = small_model.config()
+    prompt = 254 if window == "chunks" else 298
+    if window == "ring":
+        config = replace(config, text=replace(config.text, attention_chunk_size=None, sliding_window=300))
+    model = Llama4Model(config).eval().to(DEVICE)
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(0, small_model.RANKS, (2, prompt + 4), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones(2, prompt, dtype=torch.bool, device=DEVICE)
+    mask[1, :2] = False  # one row ends a block or a ring before the other
+
+    attend, calls = launch_attention.attend, 0
+
+    def counted(q_BHC: Tensor, table_BW: Tensor, lengths_B: Tensor, heads: int, kind: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return attend(q_BHC, table_BW, lengths_B, heads, kind)
+
+    monkeypatch.setattr(launch_attention, "attend", counted)
+
+    @torch.inference_mode()
+    def logits(reason: str | None) -> Tensor:
+        if INTERPRETED or reason:
+            monkeypatch.setattr(attention_gpu, "unsupported_reason", lambda *args: reason)
+        cache = model.new_cache(2, cache_dtype)
+        model(ids[:, :prompt], cache=cache, attention_mask=mask)
+        other = cache.fork()
+        steps = [model(ids[:, i : i + 1], cache=cache) for i in range(prompt, prompt + 4)]
+        return torch.cat([*steps, model(ids[:, :1], cache=other)], dim=1)
+
+    assert torch.allclose(logits(None), logits("not now"), atol=1e-4)
+    assert calls == 5 * config.text.num_hidden_layers
 
 
 @needs_the_interpreter

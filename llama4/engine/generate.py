@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.grammar import Matcher
-from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.engine.prefill import prefill_tokens
 from llama4.engine.prompt import split_rows
 from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
@@ -67,7 +67,12 @@ def generate(
     stops, silent = stop_strings(stop), frozenset(tokenizer.special_tokens.values())
     count, events = len(inputs.input_ids), deque[Event]()
     scheduler = Scheduler(
-        runner, tokenizer, budget=PREFILL_TOKENS, max_batch=count, max_context=max_context, share_prefixes=False
+        runner,
+        tokenizer,
+        budget=prefill_tokens(runner.model),
+        max_batch=count,
+        max_context=max_context,
+        share_prefixes=False,
     )
     caches: Sequence[SequenceCache | None] = [*cache.split()] if cache is not None else [None] * count
     for row, prompt in enumerate(split_rows(runner.model, inputs)):

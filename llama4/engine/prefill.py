@@ -22,6 +22,9 @@ from llama4.progress import Bar, step
 
 PREFILL_TOKENS = 2048
 """Most tokens of all rows together that go through the model at once: bounds the memory a long prompt takes."""
+GPU_PREFILL_TOKENS = 16384
+"""The same on a GPU: each piece reads the matrices of all experts, and with 2,048 tokens, 128 for each of 16 experts, a
+GPU waits for them."""
 
 
 @torch.inference_mode()
@@ -94,11 +97,14 @@ def head_of(model: Llama4Model) -> Callable[[Tensor], Tensor]:
     return lambda x_ND: torch.cat([head(part) for part in x_ND.split(MAX_GEMV_ROWS)])
 
 
+def prefill_tokens(model: Llama4Model) -> int:
+    """Most tokens at once, whatever memory there is. In float32 torch's attention on a GPU holds T x T scores."""
+    has_flash = model.device.type == "cuda" and model.dtype.itemsize == 2
+    return GPU_PREFILL_TOKENS if has_flash else PREFILL_TOKENS
+
+
 def piece_size(model: Llama4Model) -> int:
-    """Tokens that go through the model at once: 2,048, or fewer where their activations would take more than a quarter
-    of the memory that is free."""
-    text = model.config.text
-    heads = text.num_attention_heads + 2 * text.num_key_value_heads
-    widest = max(text.intermediate_size_mlp, 3 * text.intermediate_size, heads * text.head_dim)
-    per_token = 4 * (4 * text.hidden_size + 3 * widest)  # the residual and what is added to it; what is between
-    return max(64, min(PREFILL_TOKENS, free_memory(model.device) // 4 // per_token))
+    """Tokens that go through the model at once: `prefill_tokens`, or fewer where their activations would take more than
+    a quarter of the memory that is free."""
+    per_token = model.config.text.activation_bytes(model.dtype.itemsize)
+    return max(64, min(prefill_tokens(model), int(free_memory(model.device) / 4 / per_token)))

@@ -53,9 +53,11 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that could be allocated now; 1 TiB where the system does not say."""
+    """Bytes of memory that could be allocated now; 1 TiB where the system does not say. Of a GPU's, torch keeps what
+    was released."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

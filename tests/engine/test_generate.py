@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 
+from llama4.config import PRESETS
 from llama4.engine.generate import generate
-from llama4.engine.prefill import prefill
+from llama4.engine.prefill import piece_size, prefill
 from llama4.engine.runner import ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Event
@@ -157,6 +159,26 @@ def test_prefill_in_pieces_fills_the_cache_as_one_piece_does(
     monkeypatch.setattr("llama4.engine.prefill.piece_size", lambda _: 20)
     for inputs, expected in zip(several, whole, strict=True):
         torch.testing.assert_close(prefill(model, inputs, model.new_cache(2)), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "free", "tokens"),
+    [
+        ("cpu", torch.bfloat16, 1 << 40, 2048),
+        ("cuda", torch.bfloat16, 1 << 40, 16384),
+        ("cuda", torch.float32, 1 << 40, 2048),
+        ("cuda", torch.bfloat16, 4 * 142_000 * 5000, 5000),
+        ("cuda", torch.bfloat16, 0, 64),
+    ],
+)
+def test_pieces_are_as_large_as_the_memory_allows(
+    device: str, dtype: torch.dtype, free: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Scout, whose tokens take 142 kB each: the residual stream in float32 and its norm, gate, up and their product,
+    what goes into the experts and comes from them, and their sum in float32."""
+    monkeypatch.setattr("llama4.engine.prefill.free_memory", lambda _: free)
+    scout = SimpleNamespace(config=PRESETS["scout"](), device=torch.device(device), dtype=dtype)
+    assert piece_size(cast(Llama4Model, scout)) == pytest.approx(tokens, rel=0.01)
 
 
 def test_transformers_generates_the_same(

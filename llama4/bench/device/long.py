@@ -9,8 +9,8 @@ import torch
 from llama4.bench.device import timing, workload
 from llama4.bench.device.record import NO_TIME, Figures, Record, Skip
 from llama4.bench.device.scout import Subject
+from llama4.engine.prefill import piece_size
 
-PIECE = 2048
 MARKS = (16384, 32768, 65536, 131072)
 DRY_MARKS = (64, 160)
 STEPS = 8
@@ -24,13 +24,14 @@ class Reading:
         self.model, _ = subject.get()
         self.ids_BT = workload.ids(subject.text, 1, tokens, self.record.device)
         self.cache = self.model.new_cache(1, "fp8")
+        self.piece = piece_size(self.model)
         self.read = 0
 
     def go_on(self, end: int) -> Figures:
         """Read up to a token, in pieces, as long as there is time; then decode a few from there."""
         begin, spent = self.read, 0.0
-        while self.read < end and self.record.seconds_left > 3 + 2 * spent / max(1, self.read - begin) * PIECE:
-            piece_BT = self.ids_BT[:, self.read : min(end, self.read + PIECE)]
+        while self.read < end and self.record.seconds_left > 3 + 2 * spent / max(1, self.read - begin) * self.piece:
+            piece_BT = self.ids_BT[:, self.read : min(end, self.read + self.piece)]
             run = partial(self.model, piece_BT, cache=self.cache, last_only=True)
             spent += timing.once(run, self.record.device)
             self.read += piece_BT.shape[1]

@@ -20,6 +20,7 @@ from llama4.bench.device.record import Figures, Record
 from llama4.bench.device.static_decoder import StaticDecoder
 from llama4.cache.sequence import SequenceCache
 from llama4.config import TextConfig
+from llama4.engine.prefill import piece_size
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.plan import QuantizationPlan
 
@@ -75,7 +76,7 @@ class Subject:
             return workload.read(model, ids_BT, model.new_cache())
 
         spent = self.record.time(read, 1.0, 5) if many else timing.once(read, device)
-        pieces = -(-tokens // 2048)
+        pieces = -(-tokens // piece_size(model))
         work = roofline.prefill(self.text, plan, torch.bfloat16, tokens)
         work = roofline.Work(work.flops, work.bytes * pieces)
         held = workload.shares(work, spent, self.record.rates, self.kind)

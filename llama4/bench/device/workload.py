@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llama4.bench import roofline
 from llama4.cache.sequence import SequenceCache
 from llama4.config import PRESETS, Llama4Config, TextConfig
+from llama4.engine.prefill import piece_size
 from llama4.model.experts import BACKENDS
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
@@ -187,10 +188,10 @@ def ids(text: TextConfig, rows: int, tokens: int, device: torch.device) -> Tenso
     return drawn.to(device)
 
 
-def read(model: Llama4Model, ids_BT: Tensor, cache: SequenceCache, piece: int = 2048) -> Tensor:
-    """Read prompts into a cache, some tokens at a time, as generation does; -> logits of the last tokens, [B, V]."""
+def read(model: Llama4Model, ids_BT: Tensor, cache: SequenceCache) -> Tensor:
+    """Read prompts into a cache, in the pieces of generation; -> logits of the last tokens, [B, V]."""
     logits_B1V = torch.empty(0)
-    for part_BT in ids_BT.split(max(1, piece // len(ids_BT)), dim=1):
+    for part_BT in ids_BT.split(max(1, piece_size(model) // len(ids_BT)), dim=1):
         logits_B1V = model(part_BT, cache=cache, last_only=True)
     return logits_B1V[:, -1]
 

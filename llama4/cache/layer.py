@@ -22,6 +22,9 @@ from llama4.ops.memory import to_device
 
 READ_SLOTS = 16 * CACHE_BLOCK
 """Slots that are concatenated, and dequantized, at once where attention reads keys and values as one tensor."""
+GPU_READ_BYTES = 128 << 20
+"""The same for a GPU, as bytes of the tensors: 32,768 slots of Scout. Merging what attention gives for each part then
+takes little of the time."""
 
 
 class LayerCache:
@@ -54,6 +57,7 @@ class LayerCache:
         self.device = device
         self.rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
         self._shape = (2, self.heads, CACHE_BLOCK)
+        self._head_dim = config.head_dim
         self._bytes = format.bytes(config.head_dim)
         self._block_table: Tensor | None = None
 
@@ -148,8 +152,13 @@ class LayerCache:
 
     def read(self, row: int, slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `slots` slots of a row, some thousands at a time: keys and values, each [K, S, C]."""
-        for begin in range(0, slots, READ_SLOTS):
-            end = min(slots, begin + READ_SLOTS)
+        at_once = READ_SLOTS
+        if device.type == "cuda":
+            size = 8 if self.format.scaled else dtype.itemsize  # of float32 numbers, and of these times their scales
+            at_once = GPU_READ_BYTES // (2 * self.heads * self._head_dim * size * CACHE_BLOCK) * CACHE_BLOCK
+            at_once = max(at_once, READ_SLOTS)
+        for begin in range(0, slots, at_once):
+            end = min(slots, begin + at_once)
             blocks = self.rows[row][begin // CACHE_BLOCK : self.num_blocks(end)]
             parts = [self.parts(block.to(device, non_blocking=self.pinned)) for block in blocks]
             stored = torch.cat([values for values, _ in parts], dim=2)[:, :, : end - begin]

@@ -51,9 +51,13 @@ def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool)
 
     Causal: query i sees keys 0 to i.
     """
-    group = q_HNC.shape[0] // k_KSC.shape[0]
-    k_HSC, v_HSC = (x.repeat_interleave(group, dim=0) for x in (k_KSC, v_KSC))
-    if not flash_unsupported_reason(q_HNC):
+    takes_flash = not flash_unsupported_reason(q_HNC)
+    if takes_flash and q_HNC.is_cuda and torch.version.hip is None:
+        k_HSC, v_HSC = k_KSC, v_KSC  # this operator finds the key head of a query head
+    else:
+        group = q_HNC.shape[0] // k_KSC.shape[0]
+        k_HSC, v_HSC = (x.repeat_interleave(group, dim=0) for x in (k_KSC, v_KSC))
+    if takes_flash:
         flash = _FLASH[q_HNC.device.type]
         out_1HNC, lse_1HN = flash(q_HNC[None], k_HSC[None], v_HSC[None], 0.0, causal)[:2]
         return out_1HNC[0], lse_1HN[0]
@@ -72,6 +76,8 @@ def flash_unsupported_reason(q_HNC: Tensor) -> str | None:
     """Why torch's flash attention does not take queries; None if it does."""
     if q_HNC.dtype not in _FLASH_DTYPES.get(q_HNC.device.type, ()):
         return f"there is none for {q_HNC.dtype} on {q_HNC.device.type}"
+    if q_HNC.is_cuda and (q_HNC.shape[2] % 8 or q_HNC.shape[2] > 256):
+        return "the head dimension is no multiple of 8 up to 256"
     return "its operator below autograd has no gradient" if torch.is_grad_enabled() else None
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.api import Llama4
-from llama4.bench.device import machine, timing, workload
+from llama4.bench.device import attention, machine, timing, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.bench.vqa import exam
 from llama4.config import TextConfig
@@ -36,6 +36,7 @@ def run(record: Record) -> None:
     for scheme in SCHEMES:
         for rows in (1, 8, 9, 100) if not record.dry else (2, 9):
             record.case(f"kernel {scheme}, {rows} rows", partial(_kernel, record, scheme, rows))
+    attention.run(record)
     for name in BACKENDS:
         _experts(record, name, None)
     for scheme in SCHEMES:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from llama4.bench.device import experts, machine, workload
+from llama4.bench.device import attention, experts, machine, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import launch, launch_attention
 
 WORKERS = 16
 
@@ -36,6 +36,13 @@ class Product:
     dtype: torch.dtype = torch.bfloat16
 
 
+@dataclass(frozen=True)
+class Step:
+    """Attention of one token over a cache in a format."""
+
+    kind: str
+
+
 def run(record: Record) -> None:
     record.case("compiled ahead", lambda: _compile(record))
 
@@ -47,12 +54,12 @@ def _compile(record: Record) -> Figures:
         raise Skip("not a GPU")
     with multiprocessing.get_context("fork").Pool(min(WORKERS, os.cpu_count() or 1)) as pool:  # before CUDA starts here
         capability = torch.cuda.get_device_capability(record.device)
-        wanted = list(products())
-        tasks = [(product, 10 * capability[0] + capability[1]) for product in wanted]
+        wanted: list[Product | Step] = [*map(Step, launch_attention.KINDS), *products()]
+        tasks = [(kernel, 10 * capability[0] + capability[1]) for kernel in wanted]
         begin = time.perf_counter()
         reasons = [reason for reason in pool.imap_unordered(compile_one, tasks) if reason]
         spent = time.perf_counter() - begin
-    return {"products": len(wanted), "compile_s": spent, "failed": len(reasons), "why": reasons[0] if reasons else ""}
+    return {"kernels": len(wanted), "compile_s": spent, "failed": len(reasons), "why": reasons[0] if reasons else ""}
 
 
 def products() -> Iterator[Product]:
@@ -93,14 +100,14 @@ def _experts(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
         yield Product(kind, rows, outputs, inputs, E, 128 if kind == "int4" else None)
 
 
-def compile_one(task: tuple[Product, int]) -> str | None:
+def compile_one(task: tuple[Product | Step, int]) -> str | None:
     """In a process of its own, for a GPU of a compute capability, such as 90; -> why it failed, if it did."""
-    product, capability = task
+    kernel, capability = task
     try:
         _prepare(capability)
-        _ask_for(product)
+        _ask_for_step(kernel) if isinstance(kernel, Step) else _ask_for(kernel)
     except Exception as error:
-        return f"{product}: {type(error).__name__}: {error}"[:300]
+        return f"{kernel}: {type(error).__name__}: {error}"[:300]
     return None
 
 
@@ -121,6 +128,15 @@ def _ask_for(product: Product) -> None:
         x_scales_R=torch.empty(product.rows, device="meta") if is_fp8 else None,
         dtype=product.dtype,
     )
+
+
+def _ask_for_step(step: Step) -> None:
+    """Compile what a step would launch at the sizes of Scout."""
+    rows, (H, K, C) = 2, attention.HEADS
+    q, k, v = (torch.empty(rows, heads, C, dtype=torch.bfloat16, device="meta") for heads in (H, K, K))
+    table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((rows, 2), (rows,)))
+    launch_attention.write(k, v, table, lengths, step.kind)
+    launch_attention.attend(q, table, lengths, K, step.kind)
 
 
 class Target:

@@ -47,6 +47,7 @@ from PIL import ImageFile  # noqa: E402
 from tests.oracles import skip_what_reaches_a_stranger  # noqa: E402
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: a worker per core, 3 GiB of memory each, and no more than eight, as each has torch to import."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

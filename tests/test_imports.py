@@ -123,7 +123,10 @@ def test_kernels_are_known_to_few(module: str) -> None:
 
 PREDICATE = re.compile(r"\w*unsupported_reason|has_\w+_kernel\w*")
 """What is asked before a faster way is taken."""
-ASK = ("llama4.kernels", "llama4.ops", "llama4.bench", "llama4.engine.fused_cpu", "llama4.engine.fused_model")
+ASK = (
+    *("llama4.kernels", "llama4.ops", "llama4.bench"),
+    *("llama4.engine.fused_cpu", "llama4.engine.fused_model", "llama4.engine.cuda_graphs"),
+)
 RESOLVE = {
     "llama4.model.experts": {"backend", "preferred", "BACKENDS[name]"},  # a backend is chosen when a model is built
     "llama4.engine.runner": {"runner"},  # and a runner when some steps begin

@@ -35,6 +35,7 @@ from llama4.families.names import HEAD
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
+from llama4.progress import Bar, step
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
@@ -64,8 +65,12 @@ def measure_rates(setup: Placement) -> Rates:
     share = text.num_local_experts / config.text.num_local_experts if text.moe_layers else 1.0
     piece = max(1, int(min(PREFILL_TOKENS, text.max_position_embeddings // (PIECES + 1)) * share))
     others = OtherProcesses()
-    passes = [_pass(model, piece, cache_dtype) for _ in range(PASSES + 1)][1:]
-    near, far, *pieces = (statistics.median(times) for times in zip(*passes, strict=True))
+    passes = []
+    with Bar("measuring this CPU", PASSES + 1, "steps"):
+        for _ in range(PASSES + 1):
+            with step(1):
+                passes.append(_pass(model, piece, cache_dtype))
+    near, far, *pieces = (statistics.median(times) for times in zip(*passes[1:], strict=True))
     # Both contexts read the same weights: the difference is reading the cache.
     contexts = (NEAR + STEPS // 2, piece * PIECES + STEPS // 2)
     near_bytes, far_bytes = (costs.cache_bytes_read(text, n, dtype, cache_dtype) for n in contexts)

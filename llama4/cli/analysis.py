@@ -89,6 +89,8 @@ def run_plan(options: argparse.Namespace) -> int:
     from llama4.analysis import hardware, mapped_experts, planner
     from llama4.analysis.info import read_config
     from llama4.bench import calibration as cpu
+    from llama4.families import PRESETS
+    from llama4.tiny import EMBEDDED
 
     if options.finetune:
         return run_plan_of_training(options)
@@ -100,6 +102,8 @@ def run_plan(options: argparse.Namespace) -> int:
         options.parser.error("--measure and --device cpu are for this one CPU")
     if options.disk_rate and not on_cpu:
         options.parser.error("--disk-rate is of a model larger than this CPU's memory; add --device cpu")
+    if options.measure and options.model in PRESETS and options.model not in EMBEDDED:
+        options.parser.error(f"--measure runs a model, and {options.model} is a shape without weights; leave it out")
     config = read_config(options.model, options.revision, subfolder=options.subfolder)
     device = "h100" if on_cpu else options.device or "h100"
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))

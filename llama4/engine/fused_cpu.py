@@ -200,7 +200,7 @@ def only_our_threads(model: Llama4Model, cache: SequenceCache, runner: FusedCpuR
 class FusedCpuRunner:
     """Steps by compiled code."""
 
-    name = "fused CPU"
+    name, device = "fused CPU", "cpu"
 
     def __init__(self, model: Llama4Model) -> None:
         self.model = model

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
+from llama4.engine.snapshot import Snapshot, UnsupportedError, check, check_frame, parts_of
 from llama4.kernels.abi import LANES, MAX_HEAD_DIM, Decoder, Layer, Matrix
 from llama4.model.attention import Attention
-from llama4.model.decoder import Decoder as Stack
 from llama4.model.decoder import DecoderLayer, LanguageModel
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import LoopExperts
@@ -45,102 +44,33 @@ EXPERTS_IN_FILES = "its routed experts stay in files"
 """The reason where it is the only one."""
 
 
-class UnsupportedError(Exception):
-    """What the compiled step cannot compute."""
-
-
-@dataclass
-class Description:
+@dataclass(kw_only=True)
+class Description(Snapshot):
     """A model as the compiled step reads it, and what this was read from. It does not keep the model alive.
 
     Attributes:
         decoder: the description; None if the step cannot compute this model.
         unsupported_reason: why.
-        modules: those of the language model, by name.
-        children: (parent, name, child) of each module.
-        parameters: (module, name, address) of each parameter.
-        dispatchers: that of each layer with experts, which is no module.
         is_outdated: whether another description has taken its place.
     """
 
     decoder: Decoder | None
     unsupported_reason: str | None
-    modules: dict[str, nn.Module]
-    children: list[tuple[nn.Module, str, nn.Module]]
-    parameters: list[tuple[nn.Module, str, int]]
-    dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
     is_outdated: bool = False
     _layers: ctypes.Array[Layer] | None = field(repr=False, default=None)
 
     @classmethod
     def of(cls, model: Llama4Model) -> Description:
-        modules = dict(model.language_model.named_modules())
-        children = [
-            (parent, name, child)
-            for parent in modules.values()
-            for name, child in parent._modules.items()
-            if child is not None
-        ]
-        parameters = [
-            (module, name, parameter.data_ptr())
-            for module in modules.values()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
-        dispatchers = [(module, module.dispatcher) for module in experts]
+        parts = parts_of(model)
         try:
-            _check_frame(model)
+            check_frame(model)
             decoder, layers = _describe(model.language_model)
-            _check(not any(isinstance(module, MappedExperts) for module in modules.values()), EXPERTS_IN_FILES)
+            is_mapped = any(isinstance(module, MappedExperts) for module in parts["modules"].values())
+            check(not is_mapped, EXPERTS_IN_FILES)
             decoder.is_batch_invariant = model.is_batch_invariant
         except UnsupportedError as error:
-            return cls(None, str(error), modules, children, parameters, dispatchers)
-        return cls(decoder, None, modules, children, parameters, dispatchers, _layers=layers)
-
-    def is_current(self, model: Llama4Model) -> bool:
-        """Whether every module and dispatcher is still in its place, and every parameter at its address."""
-        return (
-            model.language_model is self.modules[""]
-            and all(parent._modules.get(name) is child for parent, name, child in self.children)
-            and all(module.dispatcher is dispatcher for module, dispatcher in self.dispatchers)
-            and all(
-                (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
-                for module, name, address in self.parameters
-            )
-        )
-
-    def hooked(self, model: Llama4Model) -> str | None:
-        """The name of a module whose call does more than its class says, by a hook or a forward of its own."""
-        if _has_hook(model):
-            return "the model"
-        for name, module in self.modules.items():
-            if _has_hook(module):
-                return f"language_model.{name}".rstrip(".")
-        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-            return "every module"
-        return None
-
-    def weights(self) -> list[torch.Tensor]:
-        """The parameters, to be kept in memory while their addresses are in use."""
-        found = [module._parameters[name] for module, name, _ in self.parameters]
-        return [weight.detach() for weight in found if weight is not None]
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _check_frame(model: Llama4Model) -> None:
-    """What stands around the layers: a subclass or a wrapper may compute something else."""
-    inner = model.language_model
-    frame = (
-        ("the model", model, Llama4Model),
-        ("language_model", inner, LanguageModel),
-        ("its model", inner.model, Stack),
-    )
-    for name, module, known in frame:
-        _check(type(module) is known, f"{name} is {type(module).__name__}, which it does not compute")
+            return cls(decoder=None, unsupported_reason=str(error), **parts)
+        return cls(decoder=decoder, unsupported_reason=None, _layers=layers, **parts)
 
 
 def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Layer]]:
@@ -151,7 +81,7 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
             raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
             raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
-    _check(type(norm) is RMSNorm, "the last norm was replaced")
+    check(type(norm) is RMSNorm, "the last norm was replaced")
     layers = (Layer * len(inner.layers))(*(_layer(f"layers.{i}", x, dtype) for i, x in enumerate(inner.layers)))
     decoder = Decoder(
         layers=ctypes.addressof(layers),
@@ -167,10 +97,10 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
 def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     assert isinstance(layer, DecoderLayer)
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
-    _check(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
-    _check(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
+    check(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
+    check(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
     C = attention.head_dim
-    _check(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
+    check(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
     described = Layer(
         **{
             part: _matrix(f"{name}.self_attn.{part}_proj", getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"
@@ -186,8 +116,8 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     if isinstance(dense, MixtureOfExperts):
         router = dense.router
         replaced = type(dense.dispatcher).__name__
-        _check(type(dense.dispatcher) is LocalDispatcher, f"{path}.dispatcher is {replaced}, which it does not compute")
-        _check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
+        check(type(dense.dispatcher) is LocalDispatcher, f"{path}.dispatcher is {replaced}, which it does not compute")
+        check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
         described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
         described.experts_per_token = router.k
         for part, matrix in _experts(f"{path}.experts", dense.experts, dtype):
@@ -219,24 +149,24 @@ def _embedding(embedding: nn.Module, dtype: torch.dtype) -> Matrix:
     if type(embedding) is QuantizedEmbedding:
         return _matrix("embed_tokens", embedding, dtype, is_head=True)
     known = type(embedding) in (nn.Embedding, MappedEmbedding)
-    _check(known and embedding.max_norm is None, "embed_tokens was replaced")
+    check(known and embedding.max_norm is None, "embed_tokens was replaced")
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
-    _check(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")
+    check(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")
     return _known("embed_tokens", out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
 
 
 def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
-    _check(getattr(module, "bias", None) is None, f"{name} has a bias")
+    check(getattr(module, "bias", None) is None, f"{name} has a bias")
     if type(module) is Linear:
         weight = module.weight
         matrix = _known(name, out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
     else:
-        _check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
+        check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
         assert isinstance(module, QuantizedWeight)
-        _check(module.order is None, f"{name} has its inputs in an order of their own")
+        check(module.order is None, f"{name} has its inputs in an order of their own")
         matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
-    _check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
+    check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
     return matrix
 
 
@@ -244,8 +174,3 @@ def _known(name: str, matrix: Matrix | None, reason: str | None) -> Matrix:
     if matrix is None:
         raise UnsupportedError(f"{name}: {reason}")
     return matrix
-
-
-def _check(condition: bool, reason: str) -> None:
-    if not condition:
-        raise UnsupportedError(reason)

@@ -1,8 +1,9 @@
 """Who computes a step of decoding, one more token in every row of a cache.
 
 `Llama4Model.forward` is the readable way and knows no other. A runner stands above it: `EagerRunner` calls it,
-`FusedCpuRunner` computes the same in one call of compiled code. `ModelRunner`, which is `llm.runner`, takes the first
-that can for each step. Everything that decodes calls a runner: generation and the benchmarks.
+`FusedCpuRunner` computes the same in one call of compiled code, `CudaGraphRunner` by replaying a CUDA graph.
+`ModelRunner`, which is `llm.runner`, takes the first that can for each step. Everything that decodes calls a runner:
+generation and the benchmarks.
 
 Shapes: B rows, V vocabulary.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
+from llama4.engine.cuda_graphs import CudaGraphRunner
 from llama4.engine.fused_cpu import FusedCpuRunner, only_our_threads
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
@@ -51,6 +53,10 @@ class Runner(Protocol):
     """One way to compute steps of a model."""
 
     name: str
+
+    @property
+    def device(self) -> str | None:
+        """The type of device that it is for; None for any."""
 
     def is_worthwhile(self) -> bool:
         """Whether this way is meant for the model: it has a kernel on its device, and the model is large enough to
@@ -88,7 +94,7 @@ class EagerSession:
 class EagerRunner:
     """Steps by `Llama4Model.forward`: any model, any device."""
 
-    name = "eager"
+    name, device = "eager", None
 
     def __init__(self, model: Llama4Model) -> None:
         self.model = model
@@ -108,8 +114,7 @@ class ModelRunner:
     """The fast way to decode: for each step the first of its runners that can compute it.
 
     Steps compute no gradients. What keeps a model from a faster runner, such as a hook or an adapter, is logged once
-    for each reason, as a warning. That a model is on another device, or too small to gain, is no loss, and is only
-    logged at DEBUG.
+    for each reason, as a warning. That a model is too small to gain is no loss, and is only logged at DEBUG.
 
     Args:
         model: the model; runners see what is changed in it, from one reply to the next.
@@ -121,7 +126,7 @@ class ModelRunner:
 
     def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
         self.model = model
-        self.runners = tuple(runners or (FusedCpuRunner(model), EagerRunner(model)))
+        self.runners = tuple(runners or (FusedCpuRunner(model), CudaGraphRunner(model), EagerRunner(model)))
         self.described = next((each for each in self.runners if isinstance(each, FusedCpuRunner)), None)
         self._sessions: dict[int, tuple[Session, weakref.ref[SequenceCache]]] = {}
         self._logged: set[str] = set()
@@ -133,7 +138,10 @@ class ModelRunner:
     @torch.inference_mode()
     def choose(self, cache: SequenceCache) -> Runner:
         """The runner of the next step of a cache."""
+        device = self.model.device.type
         for runner in self.runners:
+            if runner.device not in (None, device):
+                continue
             reason = runner.unsupported_reason(cache)
             if reason is None:
                 return runner

@@ -1,6 +1,6 @@
 """Root-mean-square normalisation (Zhang & Sennrich 2019).
 
-Shapes: D hidden size.
+Shapes: N tokens, D hidden size, k experts per token, R = N * k routed rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.kernels import cpu, gpu
-from llama4.ops import cpu_kernels, gpu_kernels
+from llama4.ops import cpu_kernels, gpu_kernels, routing
 from llama4.ops.precision import upcast
 
 
@@ -26,6 +26,23 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if gpu_unsupported_reason(x, weight_D) is None:
         return gpu.rms_norm(x, weight_D, eps)
     return (rms_normalise(x, eps) * weight_D).type_as(weight_D)
+
+
+def add_rms_norm(x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A step of the residual stream, x + delta in float32 or better, and `rms_norm` of it."""
+    if gpu_unsupported_reason(x_ND, weight_D) is None:
+        return gpu.add_rms_norm(x_ND, delta_ND, weight_D, eps)
+    x_ND = upcast(x_ND) + delta_ND
+    return x_ND, rms_norm(x_ND, weight_D, eps)
+
+
+def add_experts_rms_norm(
+    x_ND: Tensor, shared_ND: Tensor, routed_RD: Tensor, rows_Nk: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same where delta is the output of a mixture of experts: see `ops.routing.combine`."""
+    if gpu_unsupported_reason(x_ND, weight_D) is None:
+        return gpu.add_rms_norm(x_ND, shared_ND, weight_D, eps, routed_RD, rows_Nk)
+    return add_rms_norm(x_ND, routing.combine(routed_RD, rows_Nk, shared_ND), weight_D, eps)
 
 
 def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:

@@ -68,6 +68,14 @@ def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: i
     return Dispatched(x_RD, counts_E, tokens_R, rows_Nk)
 
 
+def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
+    """Each token to the expert of its largest logit, the first on ties, with its sigmoid as the score."""
+    if len(x_ND) <= gpu.MAX_TOP_1 and gpu_kernels.unsupported_reason(x_ND, logits_NE) is None:
+        return Dispatched(*gpu.dispatch_top_1(x_ND, logits_NE))
+    values_N1, experts_N1 = logits_NE.max(dim=1, keepdim=True)
+    return dispatch(x_ND, values_N1.sigmoid(), experts_N1, logits_NE.shape[1])
+
+
 def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:
     """out + the rows of each token, always in the same order, [N, D] in float32 or better."""
     if gpu_kernels.unsupported_reason(routed_RD, out_ND) is None:

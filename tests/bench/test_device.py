@@ -51,7 +51,7 @@ def test_dry_run(tmp_path: Path) -> None:
         assert not step["restarts"]
     assert {name for name, step in steps.items() if step["profiles"]} == {"scout-4", "scout-48", "experts", "vision"}
     assert (tmp_path / "report.md").read_text(encoding="utf-8") + "\n" == done.stdout
-    assert "## scout-4: int4: decode, batch 1" in (tmp_path / "profiles.md").read_text(encoding="utf-8")
+    assert "## scout-4: int4: prompt of 96" in (tmp_path / "profiles.md").read_text(encoding="utf-8")
     layers = json.loads((tmp_path / "experts.json").read_text(encoding="utf-8"))["layers"]
     assert [layer["experts"] for layer in layers] == [4, 32]
     for layer in layers:

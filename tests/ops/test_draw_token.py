@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from llama4.kernels import abi, cpu, loader
+from llama4.ops import sampling
 from llama4.ops.sampling import Draw, draw_token
 from tests.marks import needs_kernels
 
 BELOW_1 = 1 - 2**-53
 
 
-@pytest.fixture(params=["torch", pytest.param("kernel", marks=needs_kernels)], autouse=True)
+@pytest.fixture(params=["torch", "torch on a GPU", pytest.param("kernel", marks=needs_kernels)], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
-    if name == "torch":
+    if name != "kernel":
         monkeypatch.setattr(loader, "library", lambda: None)
+    if name == "torch on a GPU":
+        monkeypatch.setattr(sampling, "_draw", sampling._draw_without_waiting)
     return name
 
 

@@ -17,9 +17,16 @@ from llama4.files import replace_text
 
 TARGETS = (
     ("scout-48", "decode, batch 1, graph", "roofline_share", 0.6),
-    ("scout-4", "bfloat16: prompt of 2048", "share_of_gemm", 0.6),
-    ("scout-4", "fp8: prompt of 2048", "times_bfloat16", 1.3),
-    ("scout-4", "transformers: prompt of 2048", "times_slower", 5.0),
+    *(
+        target
+        for tokens in (2048, 16384)
+        for target in (
+            ("scout-4", f"bfloat16: prompt of {tokens}", "share_of_gemm", 0.6),
+            ("scout-4", f"fp8: prompt of {tokens}", "times_bfloat16", 1.3),
+            ("scout-4", f"transformers: prompt of {tokens}", "times_slower", 5.0),
+        )
+    ),
+    ("scout-4", "transformers: decode, batch 1", "times_slower", 5.0),
     ("vision", "tower", "share_of_gemm", 0.5),
 )
 """Step, case, figure, and how much it is to be."""

@@ -1,14 +1,13 @@
 """Scout: cut to four layers in several formats beside transformers, and whole in int4.
 
-A prompt is read in pieces, as generation does. A step of decoding is one token in every row, from ids on the device to
-logits on the device: by the model as it is called today, in static buffers ("static"), and in static buffers from a
-CUDA graph ("graph"). Those two are not yet what generation uses.
+A prompt is read in pieces, as generation does. A step of decoding is one token in every row, by the model's own forward
+("eager"), and as generation does it, from a CUDA graph ("graph").
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from llama4.bench import roofline
 from llama4.bench.device import timing, workload
-from llama4.bench.device.record import Figures, Record
-from llama4.bench.device.static_decoder import StaticDecoder
+from llama4.bench.device.record import Figures, Record, Skip
 from llama4.cache.sequence import SequenceCache
 from llama4.config import TextConfig
+from llama4.engine.cuda_graphs import CudaGraphRunner, GraphSession
 from llama4.engine.prefill import piece_size
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.sampling import Draw, draw_token
 from llama4.quantization.plan import QuantizationPlan
 
 BATCHES = (1, 4, 16)
@@ -70,12 +70,11 @@ class Subject:
         device = self.record.device
         ids_BT = workload.ids(self.text, 1, tokens, device)
         workload.read(model, ids_BT[:, : 300 if tokens > 300 else tokens], model.new_cache())  # compiles
-        many = tokens <= 4096
 
         def read() -> Tensor:
             return workload.read(model, ids_BT, model.new_cache())
 
-        spent = self.record.time(read, 1.0, 5) if many else timing.once(read, device)
+        spent = self.record.time(read, 1.0, 5)
         pieces = -(-tokens // piece_size(model))
         work = roofline.prefill(self.text, plan, torch.bfloat16, tokens)
         work = roofline.Work(work.flops, work.bytes * pieces)
@@ -108,24 +107,37 @@ class Subject:
         waits = timing.host_waits(partial(model, ids_SB1[0], cache=cache, last_only=True), device)
         return self._step_figures(spent, batch, context) | {"host_waits": waits}
 
-    def decode_static(self, batch: int, capture: bool) -> Figures:
-        """Milliseconds of a step in static buffers, run operation by operation or replayed from a CUDA graph; and how
-        far its logits are from those of an eager step."""
+    def decode_graph(self, batch: int) -> Figures:
+        """Milliseconds of a step from a CUDA graph, of one whose most likely token the host waits for, and how far its
+        logits are from those of an eager step."""
         model, _ = self.get()
         device, context = self.record.device, self.context
         cache = self._filled(model, batch, context)
-        ids_SB = workload.ids(self.text, self.steps, batch, device)
-        decoder = StaticDecoder(model, cache, 2 * self.steps + 2, capture=capture)
-        error = workload.relative(decoder.step(ids_SB[0]), model(ids_SB[0][:, None], cache=cache, last_only=True)[:, 0])
-        waits = timing.host_waits(partial(decoder.step, ids_SB[1]), device)
+        ids = workload.ids(self.text, 1, batch, device)[0]
+        eager_BV = model(ids[:, None], cache=cache.fork(), last_only=True)[:, 0]
+        session = self._session(model, cache)
+        session.run(ids.tolist(), cache)
+        error = workload.relative(session.logits_BV, eager_BV)
+        waits = timing.host_waits(lambda: session.run(ids.tolist(), cache), device) - 1  # for these ids
+        chosen = session.greedy_token()[0]
 
-        def steps() -> None:
-            for ids_B in ids_SB:
-                decoder.step(ids_B)
+        def steps(is_read: bool) -> None:
+            nonlocal chosen
+            for _ in range(self.steps):
+                session.run(chosen, cache)
+                chosen = session.greedy_token()[0] if is_read else chosen
 
-        steps()
-        spent = timing.once(steps, device) / self.steps
-        return self._step_figures(spent, batch, context) | {"host_waits": waits, "difference": error}
+        steps(True)
+        spent = timing.once(partial(steps, False), device) / self.steps
+        read = timing.once(partial(steps, True), device) / self.steps
+        figures = {"host_waits": waits, "difference": error, "token_ms": read * 1e3}
+        return self._step_figures(spent, batch, context) | figures
+
+    def _session(self, model: Llama4Model, cache: SequenceCache) -> GraphSession:
+        runner = CudaGraphRunner(model)
+        if (reason := runner.unsupported_reason(cache)) is not None:
+            raise Skip(reason)
+        return runner.open(cache)
 
     def _step_figures(self, spent: float, batch: int, context: int) -> dict[str, float]:
         _, plan = self.get()
@@ -146,17 +158,12 @@ class Subject:
         ids_BT = workload.ids(self.text, 1, tokens, self.record.device)
         return lambda: workload.read(model, ids_BT, model.new_cache())
 
-    def one_static_step(self, batch: int) -> Callable[[], object]:
+    def one_graph_step(self, batch: int) -> Callable[[], object]:
         """For a profile; from a graph."""
         model, _ = self.get()
-        decoder = StaticDecoder(model, self._filled(model, batch, self.context), 8)
-        return partial(decoder.step, workload.ids(self.text, 1, batch, self.record.device)[0])
-
-    def one_step(self, batch: int) -> Callable[[], object]:
-        """For a profile."""
-        model, _ = self.get()
         cache = self._filled(model, batch, self.context)
-        return partial(model, workload.ids(self.text, batch, 1, self.record.device), cache=cache, last_only=True)
+        session = self._session(model, cache)
+        return lambda: session.run([0] * batch, cache)
 
 
 def four_layers(record: Record) -> None:
@@ -173,12 +180,13 @@ def four_layers(record: Record) -> None:
             if figures is not None:
                 milliseconds[subject.name, tokens] = figures["prompt_ms"]
         for batch in BATCHES:
-            record.case(f"{subject.name}: decode, batch {batch}", partial(subject.decode, batch))
-            _static(record, subject, batch, f"{subject.name}: ")
+            figures = _decode(record, subject, batch, f"{subject.name}: ")
+            if figures is not None:
+                milliseconds[f"{subject.name}, a step of", batch] = figures["step_ms"]
         record.profile(f"{subject.name}: prompt of {prompts[0]}", partial(subject.one_prompt, prompts[0]))
-        record.profile(f"{subject.name}: decode, batch 1", partial(subject.one_step, 1))
+        record.profile(f"{subject.name}: decode, batch 1, graph", partial(subject.one_graph_step, 1))
         if scheme is None:
-            _transformers(record, subject, prompts[0], milliseconds)
+            _transformers(record, subject, prompts, milliseconds)
         subject.release()
 
 
@@ -189,7 +197,9 @@ def _beside(subject: Subject, tokens: int, milliseconds: dict[tuple[str, int], f
     return figures | ({"times_bfloat16": plain / figures["prompt_ms"]} if plain else {})
 
 
-def _transformers(record: Record, subject: Subject, tokens: int, milliseconds: dict[tuple[str, int], float]) -> None:
+def _transformers(
+    record: Record, subject: Subject, prompts: Sequence[int], milliseconds: dict[tuple[str, int], float]
+) -> None:
     """With the same weights, which both hold."""
     made: list[object] = []
 
@@ -200,12 +210,13 @@ def _transformers(record: Record, subject: Subject, tokens: int, milliseconds: d
             made.append(transformers_baseline.Peer(subject.get()[0]))
         return made[0]
 
-    def prompt() -> Figures:
+    def prompt(tokens: int) -> Figures:
         ids_BT = workload.ids(subject.text, 1, tokens, record.device)
         theirs: Tensor = peer().read(ids_BT)[0]  # type: ignore[attr-defined]
         model, _ = subject.get()
         ours = workload.read(model, ids_BT, model.new_cache())
-        spent = record.time(lambda: peer().read(ids_BT), 1.0, 5)  # type: ignore[attr-defined]
+        read: Callable[[], object] = lambda: peer().read(ids_BT)  # type: ignore[attr-defined]  # noqa: E731
+        spent = record.time(read, 1.0, 5)
         own = milliseconds.get(("bfloat16", tokens))
         slower = {"times_slower": spent * 1e3 / own} if own else {}
         return {"prompt_ms": spent * 1e3, "difference": workload.relative(ours, theirs), **slower}
@@ -219,35 +230,49 @@ def _transformers(record: Record, subject: Subject, tokens: int, milliseconds: d
             for ids_B1 in ids_SB1:
                 peer().step(ids_B1, cache)  # type: ignore[attr-defined]
 
-        return {"step_ms": timing.once(steps, record.device) / subject.steps * 1e3}
+        spent = timing.once(steps, record.device) / subject.steps * 1e3
+        own = milliseconds.get(("bfloat16, a step of", batch))
+        return {"step_ms": spent} | ({"times_slower": spent / own} if own else {})
 
-    record.case(f"transformers: prompt of {tokens}", prompt)
+    for tokens in prompts:
+        record.case(f"transformers: prompt of {tokens}", partial(prompt, tokens))
     for batch in BATCHES:
         record.case(f"transformers: decode, batch {batch}", partial(decode, batch))
     made.clear()
 
 
-def _static(record: Record, subject: Subject, batch: int, prefix: str = "") -> None:
-    record.case(f"{prefix}decode, batch {batch}, static", partial(subject.decode_static, batch, False))
-    record.case(f"{prefix}decode, batch {batch}, graph", partial(subject.decode_static, batch, True))
+def _decode(record: Record, subject: Subject, batch: int, prefix: str = "") -> Figures | None:
+    """-> what is seen of steps from a graph."""
+    figures = record.case(f"{prefix}decode, batch {batch}, graph", partial(subject.decode_graph, batch))
+    record.case(f"{prefix}decode, batch {batch}, eager", partial(subject.decode, batch))
+    return figures
 
 
 def all_layers(record: Record) -> None:
     text = workload.text_config("scout", dry=record.dry)
     subject = Subject(record, text, "int4", vision=True)
     record.case("built", subject.built)
-    record.case("decode, batch 1", partial(subject.decode, 1))
-    _static(record, subject, 1)
+    _decode(record, subject, 1)
     prompts = (96, 200) if record.dry else (2048, 16384)
     record.case(f"prompt of {prompts[0]}", partial(subject.prompt, prompts[0]))
     for batch in BATCHES[1:]:
-        record.case(f"decode, batch {batch}", partial(subject.decode, batch))
-        _static(record, subject, batch)
+        _decode(record, subject, batch)
+    record.case("drawing a token", partial(_drawing, record, text))
     record.case("a picture of 17 tiles and a question: first token", partial(_picture, subject))
-    record.profile("decode, batch 1", partial(subject.one_step, 1))
-    record.profile("decode, batch 1, graph", partial(subject.one_static_step, 1))
+    record.profile("decode, batch 1, graph", partial(subject.one_graph_step, 1))
+    record.profile("decode, batch 16, graph", partial(subject.one_graph_step, 16))
     record.profile(f"prompt of {prompts[0]}", partial(subject.one_prompt, prompts[0]))
     record.case(f"prompt of {prompts[1]}", partial(subject.prompt, prompts[1]))
+
+
+def _drawing(record: Record, text: TextConfig) -> Figures:
+    """Of one row of logits, as Llama 4's own settings have it; greedily no time passes outside of the graph."""
+    logits_1V = 3 * torch.randn(1, text.vocab_size, device=record.device).bfloat16()
+    figures: dict[str, float] = {}
+    for name, draw in {"drawn": Draw(0, 0, 0.6, 0.9, 0.0, 0.4), "top_k_drawn": Draw(0, 50, 0.6, 0.9, 0.0, 0.4)}.items():
+        run = partial(draw_token, logits_1V, [draw])
+        figures |= {f"{name}_ms": record.time(run, 0.2) * 1e3, f"{name}_waits": timing.host_waits(run, record.device)}
+    return figures
 
 
 def _picture(subject: Subject) -> Figures:

@@ -1,0 +1,127 @@
+"""What a model was made of when a faster way to compute it was prepared, and whether it still is.
+
+A runner that does not call the modules of a model computes what their classes say. So it must know that nobody has put
+another module, parameter or dispatcher in a place, nor hung a hook anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, TypedDict
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from llama4.model.decoder import Decoder, LanguageModel
+from llama4.model.dispatch import LocalDispatcher
+from llama4.model.moe import MixtureOfExperts
+from llama4.model.multimodal import Llama4Model
+
+
+class UnsupportedError(Exception):
+    """What a faster way cannot compute."""
+
+
+def check(condition: bool, reason: str) -> None:
+    if not condition:
+        raise UnsupportedError(reason)
+
+
+def check_frame(model: Llama4Model) -> None:
+    """What stands around the layers: a subclass or a wrapper may compute something else.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    inner = model.language_model
+    frame = (
+        ("the model", model, Llama4Model),
+        ("language_model", inner, LanguageModel),
+        ("its model", inner.model, Decoder),
+    )
+    for name, module, known in frame:
+        check(type(module) is known, f"{name} is {type(module).__name__}, which it does not compute")
+
+
+class Parts(TypedDict):
+    """The fields of a `Snapshot`."""
+
+    modules: dict[str, nn.Module]
+    children: list[tuple[nn.Module, str, nn.Module]]
+    parameters: list[tuple[nn.Module, str, int]]
+    dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
+
+
+def parts_of(model: Llama4Model) -> Parts:
+    modules = dict(model.language_model.named_modules())
+    experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
+    return {
+        "modules": modules,
+        "children": [
+            (parent, name, child)
+            for parent in modules.values()
+            for name, child in parent._modules.items()
+            if child is not None
+        ],
+        "parameters": [
+            (module, name, parameter.data_ptr())
+            for module in modules.values()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ],
+        "dispatchers": [(module, module.dispatcher) for module in experts],
+    }
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """The parts of a model. It does not keep the model alive.
+
+    Attributes:
+        modules: those of the language model, by name.
+        children: (parent, name, child) of each module.
+        parameters: (module, name, address) of each parameter.
+        dispatchers: that of each layer with experts, which is no module.
+    """
+
+    modules: dict[str, nn.Module]
+    children: list[tuple[nn.Module, str, nn.Module]]
+    parameters: list[tuple[nn.Module, str, int]]
+    dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
+
+    @classmethod
+    def taken(cls, model: Llama4Model) -> Self:
+        return cls(**parts_of(model))
+
+    def is_current(self, model: Llama4Model) -> bool:
+        """Whether every module and dispatcher is still in its place, and every parameter at its address."""
+        return (
+            model.language_model is self.modules[""]
+            and all(parent._modules.get(name) is child for parent, name, child in self.children)
+            and all(module.dispatcher is dispatcher for module, dispatcher in self.dispatchers)
+            and all(
+                (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
+                for module, name, address in self.parameters
+            )
+        )
+
+    def hooked(self, model: Llama4Model) -> str | None:
+        """The name of a module whose call does more than its class says, by a hook or a forward of its own."""
+        if _has_hook(model):
+            return "the model"
+        for name, module in self.modules.items():
+            if _has_hook(module):
+                return f"language_model.{name}".rstrip(".")
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return "every module"
+        return None
+
+    def weights(self) -> list[torch.Tensor]:
+        """The parameters, to be kept in memory while their addresses are in use."""
+        found = [module._parameters[name] for module, name, _ in self.parameters]
+        return [weight.detach() for weight in found if weight is not None]
+
+
+def _has_hook(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,0 +1,154 @@
+"""Steps from CUDA graphs are what eager steps compute. Without a GPU the kernels are interpreted, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama4.engine.cuda_graphs import CudaGraphRunner
+from llama4.engine.runner import EagerRunner, ModelRunner
+from llama4.kernels.triton import launch, launch_attention
+from llama4.model.experts import GroupedExperts
+from llama4.model.multimodal import Llama4Model
+from llama4.ops import attention_gpu
+from tests import small_model
+from tests.kernels.interpreter import DEVICE, INTERPRETED, needs_the_interpreter, on_a_device, run_again
+
+pytest.importorskip("triton")
+IDS = torch.randint(0, small_model.RANKS, (3, 300), generator=torch.Generator().manual_seed(0))
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+BOUND = 1e-4 if INTERPRETED else 0.05
+"""Sums in another order; in bfloat16 a token may go to another expert."""
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(CudaGraphRunner, "device", "cpu")
+        monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
+        monkeypatch.setattr(attention_gpu, "unsupported_reason", lambda *arguments: None)
+        monkeypatch.setattr(
+            launch_attention, "_multiprocessors", lambda device: 3
+        )  # the keys of one row are shared out
+
+
+@pytest.fixture
+def model() -> Iterator[Llama4Model]:
+    config = small_model.config()
+    text = replace(
+        config.text, head_dim=16, num_hidden_layers=2, moe_layers=None, layer_types=None, no_rope_layers=(1, 0)
+    )
+    built = Llama4Model(replace(config, text=text), GroupedExperts).eval()
+    built.init_weights(torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        yield built.to(DEVICE, DTYPE)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).float().norm() / b.float().norm()).item()
+
+
+@on_a_device
+@pytest.mark.parametrize(
+    ("prompt", "padding", "format"),
+    [
+        (1, [0, 0, 0], None),
+        (30, [0, 5, 12], None),
+        (30, [0, 1, 2], "int8"),
+        (254, [0, 3, 220], None),
+        (254, [1, 0, 0], "fp8"),
+        (30, [2, 0, 2], "int4"),
+    ],
+)
+def test_is_what_eager_steps_are(model: Llama4Model, prompt: int, padding: list[int], format: str | None) -> None:
+    """Of rows of different length, across borders of chunks of 32 tokens and of blocks of 256."""
+    bound = max(BOUND, 2e-2 if format else 0)  # the last bit of a key may be rounded another way
+    mask = torch.arange(prompt) >= torch.tensor(padding)[:, None]
+    cache = model.new_cache(3, format)
+    model(IDS[:, :prompt].to(DEVICE), cache=cache, attention_mask=mask)
+    other, runner = cache.fork(), ModelRunner(model, [CudaGraphRunner(model), EagerRunner(model)])
+    assert runner.choose(cache).name == "CUDA graph"
+    for ids_B in IDS[:, prompt : prompt + 4].unbind(1):
+        eager = model(ids_B[:, None].to(DEVICE), cache=other)[:, 0]
+        step = runner.step(ids_B, cache)
+        assert relative(step, eager) < bound
+        greedy, logprobs = runner._sessions[id(cache)][0].greedy_token()
+        assert greedy == step.float().argmax(-1).tolist()
+        assert torch.tensor(logprobs).allclose(step.float().log_softmax(-1).amax(-1).cpu(), atol=1e-3)
+    assert cache.next_position == other.next_position
+
+
+@on_a_device
+def test_two_caches_in_turns(model: Llama4Model) -> None:
+    """They use the same buffers, one after the other."""
+    runner, caches = CudaGraphRunner(model), []
+    stepper = ModelRunner(model, [runner, EagerRunner(model)])
+    for row in range(2):
+        cache = model.new_cache(1)
+        model(IDS[row : row + 1, : 10 + row].to(DEVICE), cache=cache)
+        caches.append((cache, cache.fork()))
+    for ids in IDS[2, :6].split(1):
+        for cache, other in caches:
+            eager = model(ids[None].to(DEVICE), cache=other)[:, 0]
+            assert relative(stepper.step(ids, cache), eager) < BOUND
+    assert len(runner._steps) == 1
+
+
+@on_a_device
+def test_wider_tables(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than a graph was made for."""
+    monkeypatch.setattr("llama4.engine.cuda_graphs.LEAST_WIDTH", 1)
+    cache, runner = model.new_cache(1), CudaGraphRunner(model)
+    model(IDS[:1, :255].to(DEVICE), cache=cache)
+    stepper, other = ModelRunner(model, [runner, EagerRunner(model)]), cache.fork()
+    for ids in IDS[1, :3].split(1):
+        eager = model(ids[None].to(DEVICE), cache=other)[:, 0]
+        assert relative(stepper.step(ids, cache), eager) < BOUND
+    assert [width for _, width, _ in runner._steps] == [1, 2]
+
+
+@on_a_device
+def test_what_changes_the_model(model: Llama4Model) -> None:
+    """A hook keeps from it, and other weights are seen."""
+    cache, runner = model.new_cache(1), CudaGraphRunner(model)
+    model(IDS[:1, :5].to(DEVICE), cache=cache)
+    assert runner.unsupported_reason(cache) is None
+    layer = small_model.layers(model)[0]
+    hook = layer.self_attn.register_forward_hook(lambda *arguments: None)
+    assert runner.unsupported_reason(cache) == (
+        "language_model.model.layers.0.self_attn has a hook, or a forward of its own"
+    )
+    hook.remove()
+    stepper = ModelRunner(model, [runner, EagerRunner(model)])
+    stepper.step(IDS[0, 5:6], cache)
+    first = runner.snapshot
+    layer.self_attn.q_proj.weight = torch.nn.Parameter(-layer.self_attn.q_proj.weight, requires_grad=False)
+    stepper.release(cache)
+    other = cache.fork()
+    eager = model(IDS[:1, 6:7].to(DEVICE), cache=other)[:, 0]
+    assert relative(stepper.step(IDS[0, 6:7], cache), eager) < BOUND
+    assert runner.snapshot is not first
+
+
+@on_a_device
+def test_what_it_does_not_compute(model: Llama4Model) -> None:
+    runner, cache = CudaGraphRunner(model), model.new_cache(1)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert "gradients" in (runner.unsupported_reason(cache) or "")
+    small_model.layers(model)[1].feed_forward.experts = torch.nn.Identity()
+    assert runner.unsupported_reason(cache) == "layers.1.feed_forward.experts is Identity, which waits"
+
+
+@needs_the_interpreter
+def test_in_the_interpreter() -> None:
+    run_again(__file__)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels seem to run on the CPU")
+def test_on_a_cpu() -> None:
+    model = small_model.model()
+    assert CudaGraphRunner(model).unsupported_reason(model.new_cache(1)) == "they are for GPUs, not for cpu"

@@ -21,8 +21,8 @@ def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str |
         return f"there are no kernels for {kind}"
     if kind == "fp8" and group_size:
         return "there is more than one scale per output"
-    if (group_size or x_RI.shape[1]) % 16:
-        return "the inputs of a scale are no multiple of 16"
+    if (group_size or x_RI.shape[1]) % (multiple := 32 if kind == "int4" else 16):
+        return f"the inputs of a scale are no multiple of {multiple}"
     if torch.compiler.is_compiling():
         return "torch.compile traces this call"
     if x_RI.requires_grad and torch.is_grad_enabled():

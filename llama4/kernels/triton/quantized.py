@@ -4,18 +4,16 @@ Both read quantized values as a checkpoint stores them, convert them in register
 are integers or e4m3, exact in every dtype that a product is computed in; scales are applied to sums, so no weight is
 rounded.
 
-- `gemv` is for decoding, where each byte of a matrix is read for one row and memory bandwidth is the limit. A program
-  computes a few outputs of one row; neighbouring threads read neighbouring bytes; tensor cores are not used.
+- `gemv` is for decoding, where each byte of a matrix is read for a row or few and memory bandwidth is the limit.
 - `grouped_gemm` is for prompts, where a matrix is read once per tile of rows and arithmetic is the limit. A program
   computes a tile of outputs x rows of one expert on tensor cores. It computes (W x^T)^T: the weights are then the left
   operand, which Hopper's tensor cores take from registers, where the values were converted.
 
 Only the device knows how many rows an expert has. So the grid has the size of the worst case, each program finds its
 expert by summing the counts, and programs without one return. Nothing waits for the device, and a launch can be
-replayed with other counts. Past the last output or row, the last one is read and nothing is stored; inputs come in
-whole blocks.
+replayed with other counts.
 
-Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
+Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale; T threads, W words of 32 bits.
 """
 
 # mypy: ignore-errors
@@ -73,49 +71,175 @@ def from_e4m3(values):
 
 
 @triton.jit
+def place(words, first: tl.constexpr, bits: tl.constexpr, is_signed: tl.constexpr, exponent):
+    """The `bits` bits from bit `first` on of each word, as a float32; where they are not signed, less 2^(bits - 1).
+
+    Or-ed into the mantissa of 2^(23 - first) they count whole numbers: one logical operation and one subtraction, which
+    is exact, convert them. `exponent` has the bits of 2^23. It is an argument, since a number that the compiler knows
+    would cost a logical operation of its own.
+    """
+    half: tl.constexpr = 1 << (bits - 1)
+    mask: tl.constexpr = (2 * half - 1) << first
+    flip: tl.constexpr = half << first if is_signed else 0  # two's complement: from its least number on
+    number = (words & mask) ^ (exponent - (first << 23) + flip)
+    return number.to(tl.float32, bitcast=True) - ((1 << (23 - first)) + half)
+
+
+@triton.jit
+def place_e4m3(words, byte: tl.constexpr):
+    """A byte of each word, e4m3, as a float32, times 2^-120: sign, exponent and mantissa move to where those of a
+    float32 are. Exact, also for subnormal numbers."""
+    number = (words.to(tl.int32, bitcast=True) << (24 - 8 * byte)) >> 4
+    return (number & (0x07F00000 - 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_products(sums_TOR, words_TO, x, kind: tl.constexpr, exponent):
+    """To the sums, the products of the weights in a word for each thread and output with the thread's inputs of each
+    row, x [T, R, 8 or 4]."""
+    T: tl.constexpr = x.shape[0]
+    R: tl.constexpr = x.shape[1]
+    x = from_e4m3(x).to(tl.float32) * 2.0**108 if kind == "fp8" else x.to(tl.float32)
+    words = words_TO[:, :, None]
+    if kind == "int4":
+        even, odd = tl.split(tl.reshape(x, [T, 1, R, 4, 2]))
+        x04, x26 = tl.split(tl.reshape(even, [T, 1, R, 2, 2]))
+        x15, x37 = tl.split(tl.reshape(odd, [T, 1, R, 2, 2]))
+        x0, x4 = tl.split(x04)
+        x1, x5 = tl.split(x15)
+        x2, x6 = tl.split(x26)
+        x3, x7 = tl.split(x37)
+        upper = words >> 12
+        sums_TOR += place(words, 0, 4, False, exponent) * x0
+        sums_TOR += place(words, 4, 4, False, exponent) * x1
+        sums_TOR += place(words, 8, 4, False, exponent) * x2
+        sums_TOR += place(words, 12, 4, False, exponent) * x3
+        sums_TOR += place(words, 16, 4, False, exponent) * x4
+        sums_TOR += place(upper, 8, 4, False, exponent) * x5
+        sums_TOR += place(upper, 12, 4, False, exponent) * x6
+        sums_TOR += place(upper, 16, 4, False, exponent) * x7
+    else:
+        even, odd = tl.split(tl.reshape(x, [T, 1, R, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        if kind == "int8":
+            upper = words >> 16
+            sums_TOR += place(words, 0, 8, True, exponent) * x0
+            sums_TOR += place(words, 8, 8, True, exponent) * x1
+            sums_TOR += place(upper, 0, 8, True, exponent) * x2
+            sums_TOR += place(upper, 8, 8, True, exponent) * x3
+        else:
+            sums_TOR += place_e4m3(words, 0) * x0
+            sums_TOR += place_e4m3(words, 1) * x1
+            sums_TOR += place_e4m3(words, 2) * x2
+            sums_TOR += place_e4m3(words, 3) * x3
+    return sums_TOR
+
+
+@triton.jit
 def gemv(
     x_RI,
-    values_EOI,
+    values_EOW,
     scales_EOG,
     x_scales_R,
     counts_E,
     y_RO,
+    values_1,
+    scales_1,
+    values_2,
+    scales_2,
+    exponent,
     rows,
     outputs,
+    outputs_1,
+    outputs_2,
     inputs: tl.constexpr,
     E: tl.constexpr,
     kind: tl.constexpr,
     group: tl.constexpr,
-    STEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    THREADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Program (r, b) computes outputs b * BLOCK_O, ... of row r. BLOCK_I divides the inputs; STEP divides BLOCK_I and
-    `group`, the inputs that share a scale, which is 0 if all do."""
-    PACK: tl.constexpr = 2 if kind == "int4" else 1
-    expert, row, end = find_tile(counts_E, tl.program_id(0), rows, E, 1)
-    if row >= end:
+    """Program (t, b) computes the b-th block of outputs of the t-th tile of rows; without counts there may be up to
+    three matrices, whose outputs lie side by side. The last block of a matrix ends with it and shares outputs with the
+    one before; no matrix has less than a block.
+
+    It is fast because a weight costs hardly more than three instructions, a logical operation, a subtraction and a
+    multiply-add, for which an H100 has time while it reads 4 bits. So nothing else happens per weight. A thread takes
+    16 bytes of each output of the block at a time; the inputs that belong to them are in its registers already, and
+    serve all the outputs; it keeps its sums to itself until the end; and it applies a scale once, since `group`, the
+    inputs that share one, 0 if all do, is a multiple of its inputs.
+
+    Triton gives consecutive threads to the first dimension of tiles in which the last is a thread's own. So those of
+    values, scales and inputs have the same layout, and nothing has to be exchanged between threads.
+
+    EARLY: the program may start before the kernel that it follows has ended.
+    """
+    IN_WORD: tl.constexpr = 8 if kind == "int4" else 4
+    IN_THREAD: tl.constexpr = 4 * IN_WORD
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    expert, begin, end = find_tile(counts_E, tl.program_id(0), rows, E, BLOCK_R)
+    if begin >= end:
         return
-    row = row.to(tl.int64)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    matrix_row = expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1)
-    values = values_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
-    sums = tl.zeros([BLOCK_O, BLOCK_I // STEP], tl.float32)
-    for start in range(0, inputs, BLOCK_I):
-        weights = convert(tl.load(values + start // PACK), kind, tl.float32)
-        x = tl.load(x_RI + row * inputs + start + tl.arange(0, BLOCK_I))
-        x = from_e4m3(x).to(tl.float32) if kind == "fp8" else x.to(tl.float32)
-        part = tl.sum(tl.reshape(weights * x[None, :], [BLOCK_O, BLOCK_I // STEP, STEP]), 2)
-        if group:
-            g = (start + tl.arange(0, BLOCK_I // STEP) * STEP) // group
-            part *= tl.load(scales_EOG + (matrix_row * (inputs // group))[:, None] + g[None, :]).to(tl.float32)
-        sums += part
-    y = tl.sum(sums, 1)
+    block, column, columns = tl.program_id(1), 0, outputs
+    if values_1 is not None:
+        columns += outputs_1 + outputs_2
+        blocks, blocks_1 = tl.cdiv(outputs, BLOCK_O), tl.cdiv(outputs_1, BLOCK_O)
+        if block >= blocks:
+            block, column = block - blocks, outputs
+            values_EOW, scales_EOG, outputs = values_1, scales_1, outputs_1
+            if values_2 is not None:  # noqa: SIM102  # not a value of the kernel
+                if block >= blocks_1:
+                    block, column = block - blocks_1, column + outputs_1
+                    values_EOW, scales_EOG, outputs = values_2, scales_2, outputs_2
+        values_EOW = tl.multiple_of(values_EOW, 16)  # which the compiler forgets where it depends
+    first = tl.minimum(block * BLOCK_O, outputs - BLOCK_O)
+    matrix_row = expert.to(tl.int64) * outputs + first
+    t, o = tl.arange(0, THREADS), tl.arange(0, BLOCK_O)
+    words: tl.constexpr = inputs // IN_WORD
+    values = values_EOW + matrix_row * words
+    values += (4 * t)[:, None, None] + (words * o)[None, :, None] + tl.arange(0, 4)[None, None]
+    scales = scales_EOG + matrix_row * (inputs // group if group else 1)
     if not group:
-        y *= tl.load(scales_EOG + matrix_row).to(tl.float32)
+        scale = tl.load(scales + o)
+    row = begin + tl.arange(0, BLOCK_R)
+    real_row = tl.minimum(row, end - 1).to(tl.int64)
+    x = x_RI + (real_row * inputs)[None, :, None] + (IN_THREAD * t)[:, None, None] + tl.arange(0, IN_WORD)[None, None]
+    exponent = exponent.to(tl.uint32)
+    sums = tl.zeros([THREADS, BLOCK_O, BLOCK_R], tl.float32)
+    for start in range(0, inputs, THREADS * IN_THREAD):
+        i, inside, zero = start + IN_THREAD * t, None, None
+        if inputs % (THREADS * IN_THREAD):
+            inside, zero = (i < inputs)[:, None, None], 0
+        four_words = tl.load(values + start // IN_WORD, mask=inside)
+        if group:
+            g = tl.minimum(i, inputs - 1) // group
+            scale = tl.load(scales + g[:, None] + (inputs // group * o)[None])
+        x_0 = tl.load(x + start, mask=inside, other=zero)
+        x_1 = tl.load(x + start + IN_WORD, mask=inside, other=zero)
+        x_2 = tl.load(x + start + 2 * IN_WORD, mask=inside, other=zero)
+        x_3 = tl.load(x + start + 3 * IN_WORD, mask=inside, other=zero)
+        even, odd = tl.split(tl.reshape(four_words, [THREADS, BLOCK_O, 2, 2]))
+        words_0, words_2 = tl.split(even)
+        words_1, words_3 = tl.split(odd)
+        part = tl.zeros_like(sums)
+        part = add_products(part, words_0, x_0, kind, exponent)
+        part = add_products(part, words_1, x_1, kind, exponent)
+        part = add_products(part, words_2, x_2, kind, exponent)
+        part = add_products(part, words_3, x_3, kind, exponent)
+        if group:
+            part *= scale.to(tl.float32)[:, :, None]
+        sums += part
+    y = tl.sum(sums, 0)
+    if not group:
+        y *= scale.to(tl.float32)[:, None]
     if kind == "fp8":
-        y *= tl.load(x_scales_R + row) * 65536.0  # twice 2^8
-    tl.store(y_RO + row * outputs + o, y.to(y_RO.dtype.element_ty), mask=o < outputs)
+        y *= tl.load(x_scales_R + real_row)[None] * 2.0**20  # 2^-120 of a weight, 2^100 of an input
+    y_OR = y_RO + (row.to(tl.int64) * columns)[None] + (column + first + o)[:, None]
+    tl.store(y_OR, y.to(y_RO.dtype.element_ty), mask=(row < end)[None])
 
 
 @triton.jit
@@ -135,30 +259,45 @@ def grouped_gemm(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Program (t, b) computes outputs b * BLOCK_O, ... of the t-th tile of rows. BLOCK_I divides the inputs and
-    `group`, the inputs that share a scale, which is 0 if all do."""
+    """A program computes BLOCK_O outputs of a tile of BLOCK_R rows. BLOCK_I divides the inputs and `group`, the inputs
+    that share a scale, which is 0 if all do. Past the last output or row, the last one is read and nothing is stored.
+
+    Programs that run at the same time have few different rows and outputs, which are then read from the cache: of
+    TILES tiles all outputs are computed before the next tiles begin. Products of a group are added up by the tensor
+    cores, and multiplied by the scale together.
+    """
     PACK: tl.constexpr = 2 if kind == "int4" else 1
     dtype: tl.constexpr = tl.float16 if kind == "fp8" else x_RI.dtype.element_ty
-    expert, begin, end = find_tile(counts_E, tl.program_id(0), rows, E, BLOCK_R)
+    blocks = tl.cdiv(outputs, BLOCK_O)
+    program, at_once = tl.program_id(0), TILES * blocks
+    first_tile = program // at_once * TILES
+    tiles = tl.minimum(tl.num_programs(0) // blocks - first_tile, TILES)
+    tile, block = first_tile + program % at_once % tiles, program % at_once // tiles
+    expert, begin, end = find_tile(counts_E, tile, rows, E, BLOCK_R)
     if begin >= end:
         return
     row = begin + tl.arange(0, BLOCK_R)
     real_row = tl.minimum(row, end - 1).to(tl.int64)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     matrix_row = expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1)
     values = values_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
     x_columns = x_RI + (real_row * inputs)[None, :] + tl.arange(0, BLOCK_I)[:, None]
     sums = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
-    for start in range(0, inputs, BLOCK_I):
-        weights = convert(tl.load(values + start // PACK), kind, dtype)
-        x = tl.load(x_columns + start)
-        x = from_e4m3(x) if kind == "fp8" else x
+    IN_STEP: tl.constexpr = 2 * BLOCK_I if group and group % (2 * BLOCK_I) == 0 else BLOCK_I
+    for first in range(0, inputs, IN_STEP):
+        part = tl.zeros_like(sums) if group else sums
+        for start in tl.static_range(0, IN_STEP, BLOCK_I):
+            weights = convert(tl.load(values + (first + start) // PACK), kind, dtype)
+            x = tl.load(x_columns + first + start)
+            x = from_e4m3(x) if kind == "fp8" else x
+            part = tl.dot(weights, x, part, input_precision="ieee")
         if group:
-            scale = tl.load(scales_EOG + matrix_row * (inputs // group) + start // group).to(tl.float32)
-            sums += tl.dot(weights, x, input_precision="ieee") * scale[:, None]
+            scale = tl.load(scales_EOG + matrix_row * (inputs // group) + first // group).to(tl.float32)
+            sums += part * scale[:, None]
         else:
-            sums = tl.dot(weights, x, sums, input_precision="ieee")
+            sums = part
     if not group:
         sums *= tl.load(scales_EOG + matrix_row).to(tl.float32)[:, None]
     if kind == "fp8":

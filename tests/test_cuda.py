@@ -36,17 +36,18 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm()).item()
 
 
-def config() -> Llama4Config:
+def config(layers: int = 4) -> Llama4Config:
     """The small model, with sizes that every format holds."""
     small = small_model.config()
     text = replace(small.text, hidden_size=128, intermediate_size=64, head_dim=32)
+    text = replace(text, num_hidden_layers=layers, moe_layers=None, layer_types=None, no_rope_layers=None)
     assert small.vision is not None
     vision = replace(small.vision, projector_output_dim=24)
     return replace(small, text=text, vision=vision)
 
 
-def quantized_model(scheme: str | None) -> Llama4Model:
-    model = Llama4Model(config()).eval()
+def quantized_model(scheme: str | None, layers: int = 4) -> Llama4Model:
+    model = Llama4Model(config(layers)).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     if scheme is None:
         return model

@@ -25,13 +25,14 @@ from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.model.positions import PositionFactors
-from llama4.ops import attention_gpu
+from llama4.ops import attention_gpu, quantized_gpu
 from llama4.ops.norm import add_experts_rms_norm, add_rms_norm
 from llama4.ops.precision import upcast
 from llama4.ops.rope import apply_rope
 from llama4.ops.routing import dispatch_top_1
 from llama4.ops.sampling import greedy_token
 from llama4.ops.swiglu import swiglu
+from llama4.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -184,6 +185,14 @@ class Branch:
 
 def linears(modules: Sequence[nn.Module], x_BD: Tensor) -> list[Tensor]:
     """What several Linears make of the same rows: in one launch where their weights are quantized alike."""
+    packed = [module for module in modules if type(module) is QuantizedWeight]
+    parts = [module.stack() for module in packed if module.bias is None and module.order is None]
+    matrices = [(part.values, part.scale) for part in parts if part is not None and part.scale is not None]
+    if len(matrices) == len(modules):
+        kinds = {(part.kind, part.group_size) for part in parts if part is not None}
+        kind, group_size = min(kinds)
+        if len(kinds) == 1 and quantized_gpu.together_unsupported_reason(kind, x_BD, group_size) is None:
+            return quantized_gpu.linears(kind, x_BD, matrices)
     return [module(x_BD) for module in modules]
 
 

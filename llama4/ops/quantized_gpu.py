@@ -5,6 +5,8 @@ Shapes: R routed rows sorted by expert, I inputs, O outputs, E experts, G groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,22 @@ def linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Ten
     x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
     x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
     return launch.product(kind, x_values, values, scale, counts_E, x_scales_R=x_scale_R, dtype=x_RI.dtype)
+
+
+def linears(kind: str, x_RI: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`linear` by up to three matrices, each values and scale, where `together_unsupported_reason` is None: views
+    [R, O] of one tensor, which one launch computes."""
+    outputs = [scale.shape[0] for _, scale in matrices]
+    if kind != "fp8":
+        return list(launch.products(kind, x_RI, matrices).split(outputs, dim=1))
+    x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
+    x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
+    y_RO = launch.products(kind, x_values, matrices, x_scales_R=x_scale_R, dtype=x_RI.dtype)
+    return list(y_RO.split(outputs, dim=1))
+
+
+def together_unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
+    """Why one launch does not multiply rows by several matrices; None if it does."""
+    if len(x_RI) > launch.MAX_GEMV_ROWS:
+        return "with so many rows a launch costs nothing"
+    return unsupported_reason(kind, x_RI, group_size)

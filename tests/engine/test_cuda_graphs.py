@@ -14,9 +14,10 @@ from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.kernels.triton import launch, launch_attention
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
-from llama4.ops import attention_gpu
+from llama4.ops import attention_gpu, quantized_gpu
 from tests import small_model
 from tests.kernels.interpreter import DEVICE, INTERPRETED, needs_the_interpreter, on_a_device, run_again
+from tests.test_cuda import quantized_model
 
 pytest.importorskip("triton")
 IDS = torch.randint(0, small_model.RANKS, (3, 300), generator=torch.Generator().manual_seed(0))
@@ -80,6 +81,27 @@ def test_is_what_eager_steps_are(model: Llama4Model, prompt: int, padding: list[
         assert greedy == step.float().argmax(-1).tolist()
         assert torch.tensor(logprobs).allclose(step.float().log_softmax(-1).amax(-1).cpu(), atol=1e-3)
     assert cache.next_position == other.next_position
+
+
+@on_a_device
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
+def test_quantized(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several matrices are multiplied in one launch."""
+    if INTERPRETED:
+        if scheme != "int8":
+            pytest.skip("the interpreter takes long; test_triton has the kernels")
+        monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *arguments: None)
+    launched, products = [], launch.products
+    monkeypatch.setattr(launch, "products", lambda *args, **kwargs: launched.append(1) or products(*args, **kwargs))
+    with torch.inference_mode():
+        quantized = quantized_model(scheme, layers=1).to(DEVICE, DTYPE)
+        runner, cache = CudaGraphRunner(quantized), quantized.new_cache(2)
+        assert runner.unsupported_reason(cache) is None
+        quantized(IDS[:2, :10].to(DEVICE), cache=cache)
+        eager = quantized(IDS[:2, 10:11].to(DEVICE), cache=cache.fork())[:, 0]
+        step = ModelRunner(quantized, [runner, EagerRunner(quantized)]).step(IDS[:2, 10], cache)
+    assert relative(step, eager) < (0.1 if scheme == "fp8" else BOUND)
+    assert len(launched) >= 2 * len(small_model.layers(quantized))
 
 
 @on_a_device

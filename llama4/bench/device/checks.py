@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.api import Llama4
-from llama4.bench.device import attention, machine, timing, workload
+from llama4.bench.device import attention, elementwise, machine, timing, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.bench.vqa import exam
 from llama4.config import TextConfig
@@ -36,6 +36,10 @@ def run(record: Record) -> None:
     for scheme in SCHEMES:
         for rows in (1, 8, 9, 100) if not record.dry else (2, 9):
             record.case(f"kernel {scheme}, {rows} rows", partial(_kernel, record, scheme, rows))
+    for tokens in (1, 40, 2048) if not record.dry else (3,):
+        for name, case in elementwise.CASES.items():
+            if tokens <= case.most_tokens:
+                record.case(f"kernel {name}, {tokens} tokens", partial(_between, record, case, tokens))
     attention.run(record)
     for name in BACKENDS:
         _experts(record, name, None)
@@ -97,6 +101,20 @@ def _packed_matrices(kind: str, E: int, O: int, I: int, device: torch.device) ->
         module = QuantizedWeight(FORMATS[kind](64 if kind == "int4" else None), (E, O, I))
     workload.fill(module, lambda name: device)
     return module
+
+
+def _between(record: Record, case: elementwise.Case, tokens: int) -> Figures:
+    """A kernel between matrix products, alone; without waiting for the device."""
+    if reason := machine.triton_missing(record.device):
+        raise Skip(reason)
+    torch.manual_seed(0)
+    text = workload.text_config("scout", layers=1, dry=record.dry)
+    given = elementwise.Inputs(text, tokens, record.device)
+    outputs = case.run(given)
+    errors = [workload.relative(y, truth) for y, truth in zip(outputs, case.truth(given), strict=True)]
+    with timing.waiting_is_an_error(record.device):
+        case.run(given)
+    return {"us": record.time(lambda: case.run(given), 0.02) * 1e6} | _held(max(errors), case.bound)
 
 
 def _experts(record: Record, name: str, scheme: str | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llama4.bench.device import attention, experts, machine, workload
+from llama4.bench.device import elementwise, experts, machine, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch, launch_attention
@@ -43,6 +43,14 @@ class Step:
     kind: str
 
 
+@dataclass(frozen=True)
+class Between:
+    """A kernel between matrix products, one of `elementwise.CASES`, at Scout's sizes."""
+
+    name: str
+    tokens: int
+
+
 def run(record: Record) -> None:
     record.case("compiled ahead", lambda: _compile(record))
 
@@ -54,12 +62,20 @@ def _compile(record: Record) -> Figures:
         raise Skip("not a GPU")
     with multiprocessing.get_context("fork").Pool(min(WORKERS, os.cpu_count() or 1)) as pool:  # before CUDA starts here
         capability = torch.cuda.get_device_capability(record.device)
-        wanted: list[Product | Step] = [*map(Step, launch_attention.KINDS), *products()]
+        wanted: list[Product | Step | Between] = [*map(Step, launch_attention.KINDS), *between(), *products()]
         tasks = [(kernel, 10 * capability[0] + capability[1]) for kernel in wanted]
         begin = time.perf_counter()
         reasons = [reason for reason in pool.imap_unordered(compile_one, tasks) if reason]
         spent = time.perf_counter() - begin
     return {"kernels": len(wanted), "compile_s": spent, "failed": len(reasons), "why": reasons[0] if reasons else ""}
+
+
+def between() -> Iterator[Between]:
+    """Those of one token, which alone has kernels of its own, and of more."""
+    for name, case in elementwise.CASES.items():
+        for tokens in (1, 16, 2048):
+            if tokens <= case.most_tokens:
+                yield Between(name, tokens)
 
 
 def products() -> Iterator[Product]:
@@ -100,12 +116,18 @@ def _experts(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
         yield Product(kind, rows, outputs, inputs, E, 128 if kind == "int4" else None)
 
 
-def compile_one(task: tuple[Product | Step, int]) -> str | None:
+def compile_one(task: tuple[Product | Step | Between, int]) -> str | None:
     """In a process of its own, for a GPU of a compute capability, such as 90; -> why it failed, if it did."""
     kernel, capability = task
     try:
         _prepare(capability)
-        _ask_for_step(kernel) if isinstance(kernel, Step) else _ask_for(kernel)
+        if isinstance(kernel, Product):
+            _ask_for(kernel)
+        elif isinstance(kernel, Step):
+            _ask_for_step(kernel)
+        else:
+            text = workload.text_config("scout", layers=1)
+            elementwise.CASES[kernel.name].run(elementwise.Inputs(text, kernel.tokens, torch.device("meta")))
     except Exception as error:
         return f"{kernel}: {type(error).__name__}: {error}"[:300]
     return None

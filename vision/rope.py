@@ -45,3 +45,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """
     pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2)
+
+
+def rotate_both(q: Tensor, k: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated, each in its own dtype."""
+    return rotate(q, rotation).type_as(q), rotate(k, rotation).type_as(k)

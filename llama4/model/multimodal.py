@@ -21,6 +21,7 @@ from llama4.config import Llama4Config
 from llama4.errors import Llama4Error
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
+from llama4.ops.rope import rotate_patches
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel, run, run_recomputed
 from llama4.vision.projector import Projector
@@ -64,6 +65,7 @@ class Llama4Model(nn.Module):
 
     def _add_vision(self, vision: VisionConfig) -> None:
         self.vision_model = VisionModel(vision)
+        self.vision_model.set_rotate(rotate_patches)
         self.multi_modal_projector = Projector(vision, self.config.text.hidden_size)
 
     @property

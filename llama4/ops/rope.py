@@ -1,6 +1,6 @@
 """What positions do to queries and keys: RoPE, then QK-norm, then the attention temperature.
 
-Shapes: N packed tokens, H query heads, K key/value heads, C head_dim.
+Shapes: N packed tokens, H query heads, K key/value heads, C head_dim, n tiles, L patches of a tile and the class token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 from llama4.kernels import abi, cpu, gpu
 from llama4.ops import cpu_kernels, gpu_kernels
 from llama4.ops.norm import rms_normalise
-from llama4.vision.rope import rotate
+from llama4.vision.rope import rotate, rotate_both
 
 
 def apply_rope(
@@ -39,6 +39,14 @@ def apply_rope(
         return gpu.apply_rope(q, k, rotation, qk_norm_eps, temperature_N)
     q = _rotate_normalise_scale(q, rotation, qk_norm_eps, temperature_N)
     return q, _rotate_normalise_scale(k, rotation, qk_norm_eps, None)
+
+
+def rotate_patches(q_nLHC: Tensor, k_nLHC: Tensor, rotation_L1C: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate_both` of a vision tower's queries and keys: patches have the same rotations in every tile."""
+    if gpu_kernels.unsupported_reason(q_nLHC, k_nLHC):
+        return rotate_both(q_nLHC, k_nLHC, rotation_L1C)
+    q, k = gpu.apply_rope(q_nLHC.flatten(0, 1), k_nLHC.flatten(0, 1), rotation_L1C[:, 0], None, None)
+    return q.view_as(q_nLHC), k.view_as(k_nLHC)
 
 
 def _rotate_normalise_scale(

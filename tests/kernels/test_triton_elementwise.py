@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llama4.kernels import gpu
 from llama4.kernels.triton import launch
-from llama4.ops import fp8, norm, rope, swiglu
-from llama4.vision.rope import unit_numbers
+from llama4.ops import fp8, gpu_kernels, norm, rope, swiglu
+from llama4.vision.rope import rotate_both, unit_numbers
 from tests.kernels.interpreter import (
     DEVICE,
     INTERPRETED,
@@ -111,13 +111,15 @@ def test_apply_rope(tokens: int, H: int, K: int, C: int, eps: float | None, rota
 
 
 @on_a_device
-def test_rotations_of_patches_repeat() -> None:
-    """With every tile."""
-    q_NHC, k_NKC = heads(torch.float32, 6, 3, 3, 24)
-    rotation = unit_numbers(drawn(2, 12).double(), torch.float32)
-    repeated = gpu.apply_rope(q_NHC, k_NKC, rotation.repeat(3, 1), None, None)
-    for y, truth in zip(gpu.apply_rope(q_NHC, k_NKC, rotation, None, None), repeated, strict=True):
-        assert torch.equal(y, truth)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_patches(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every tile by the same rotations."""
+    monkeypatch.setattr(gpu_kernels, "unsupported_reason", lambda *tensors: None)
+    q_nLHC, k_nLHC = (drawn(3, 2, 4, 24, dtype=dtype, seed=seed) for seed in (0, 1))
+    rotation_L1C = unit_numbers(drawn(2, 1, 12).double(), torch.float64)
+    truths = rotate_both(q_nLHC.double(), k_nLHC.double(), rotation_L1C)
+    for y, truth in zip(rope.rotate_patches(q_nLHC, k_nLHC, rotation_L1C.to(torch.complex64)), truths, strict=True):
+        check(y, truth, dtype)
 
 
 @on_a_device

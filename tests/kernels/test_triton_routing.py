@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import gpu
+from llama4.kernels import gpu, loader
 from llama4.kernels.triton import launch
 from llama4.model.moe import top_k
-from llama4.ops import routing
+from llama4.ops import gpu_kernels, routing
+from tests import small_model
 from tests.kernels.interpreter import (
     DEVICE,
     INTERPRETED,
@@ -145,6 +146,33 @@ def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x_ND.requires_grad_()
     assert torch.allclose(all_of_them(), y_ND, rtol=1e-5, atol=1e-5)
     assert len(launches) == 4
+
+
+@on_a_device
+@pytest.mark.skipif(not INTERPRETED, reason="the tests of whole models on a GPU see to it there")
+def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and step give by the kernels what they give without."""
+    monkeypatch.setattr(loader, "library", lambda: None)
+    model, ids_BT = small_model.model(), torch.arange(2 * 9).view(2, 9) + 3
+
+    def logits() -> Tensor:
+        cache = model.new_cache(2)
+        return torch.cat([model(part, cache=cache) for part in ids_BT.split([8, 1], dim=1)], dim=1)
+
+    with torch.no_grad():
+        truth_BTV = logits()
+        launches: set[str] = set()
+        launched = gpu._launch
+
+        def counted(kernel: Any, *arguments: Any, **sizes: Any) -> None:
+            launches.add(kernel.fn.__name__)
+            launched(kernel, *arguments, **sizes)
+
+        monkeypatch.setattr(gpu, "_launch", counted)
+        monkeypatch.setattr(gpu_kernels, "unsupported_reason", lambda *tensors: None)
+        assert torch.allclose(logits(), truth_BTV, rtol=1e-4, atol=1e-4)
+    between = {"rms_norm", "apply_rope", "swiglu"}
+    assert launches == between | {"router_logits", "sort_by_expert", "scatter_scaled", "combine"}
 
 
 @needs_the_compiler

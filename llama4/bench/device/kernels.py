@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llama4.bench.device import elementwise, experts, machine, workload
+from llama4.bench.device import attention, elementwise, experts, machine, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch, launch_attention

@@ -41,6 +41,20 @@ def decode_attention(
     return launch_attention.attend(_adjacent(q_BHC), block_table_BW, lengths_B, heads, kind_of(format))
 
 
+def write_and_attend(
+    q_BHC: Tensor,
+    k_BKC: Tensor,
+    v_BKC: Tensor,
+    block_table_BW: Tensor,
+    slots_B: Tensor,
+    lengths_B: Tensor,
+    format: CacheFormat,
+) -> Tensor:
+    """`write_step`, and `decode_attention` that sees what was written, in one launch less."""
+    new = _adjacent(k_BKC.detach()), _adjacent(v_BKC.detach()), slots_B
+    return launch_attention.attend(_adjacent(q_BHC), block_table_BW, lengths_B, k_BKC.shape[1], kind_of(format), new)
+
+
 def write_step(k_BKC: Tensor, v_BKC: Tensor, block_table_BW: Tensor, slots_B: Tensor, format: CacheFormat) -> None:
     """Write the key and value of one new token of each row into a slot of the row's blocks, encoded in the format.
     There must be no `unsupported_reason`."""

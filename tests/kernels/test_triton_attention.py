@@ -127,6 +127,23 @@ def test_a_table_may_be_wider_than_the_rows() -> None:
     assert torch.allclose(out.double(), attention(q, cache, lengths), atol=1e-5)
 
 
+@on_a_device
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_write_and_attend(kind: str) -> None:
+    """In one launch, wherever the new token's slot is: the same as in two."""
+    lengths, slots, heads, C = [1, 64, 65, 300, 200], [0, 63, 64, 299, 17], 2, 64
+    cache, other = (make_cache(kind, heads, C, lengths, torch.bfloat16) for _ in range(2))
+    q = torch.randn(len(lengths), 3 * heads, C, device=DEVICE).bfloat16()
+    k, v = torch.randn(2, len(lengths), heads, C, device=DEVICE).bfloat16()
+    lengths_B, slots_B = torch.tensor(lengths, device=DEVICE), torch.tensor(slots, device=DEVICE)
+    out = attention_gpu.write_and_attend(q, k, v, cache.block_table(), slots_B, lengths_B, cache.format)
+    attention_gpu.write_step(k, v, other.block_table(), slots_B, cache.format)
+    truth = attention_gpu.decode_attention(q, other.block_table(), lengths_B, heads, cache.format)
+    assert torch.equal(out, truth)
+    for ours, theirs in zip(cache.rows, other.rows, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 def awkward(x: Tensor) -> Tensor:
     """Zeros, equal magnitudes of both signs, and numbers halfway between two values."""
     C = x.shape[-1]
@@ -213,7 +230,8 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
     table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((2, 32), (2,)))
     launch_attention.write(k, k, table, lengths, kind)
     launch_attention.attend(q, table, lengths, 8, kind)
+    launch_attention.attend(q, table, lengths, 8, kind, (k, k, lengths))
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 99 * 1024, "what the smallest of GPUs has"
-    assert [kernel.metadata.name for kernel in compiled] == ["write", "attend", "combine"]
+    assert [kernel.metadata.name for kernel in compiled] == ["write", *2 * ["attend", "combine"]]

@@ -158,7 +158,8 @@ def _ask_for_step(step: Step) -> None:
     q, k, v = (torch.empty(rows, heads, C, dtype=torch.bfloat16, device="meta") for heads in (H, K, K))
     table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((rows, 2), (rows,)))
     launch_attention.write(k, v, table, lengths, step.kind)
-    launch_attention.attend(q, table, lengths, K, step.kind)
+    for new in (None, (k, v, lengths)):
+        launch_attention.attend(q, table, lengths, K, step.kind, new)
 
 
 class Target:

@@ -38,9 +38,16 @@ def attend(
     parts_BHSC,
     lse_BHS,
     out_BHC,
+    k_BKC,
+    v_BKC,
+    slots_B,
     q_row,
     q_head,
     table_row,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
     scale,
     splits,
     stored: tl.constexpr,
@@ -59,7 +66,9 @@ def attend(
     Args:
         parts_BHSC, lse_BHS: attention over each share, float32, and the logarithm to base 2 of its denominator; None
             where rows have one share each, which goes to `out_BHC`.
-        q_row, q_head, table_row: strides.
+        k_BKC, v_BKC, slots_B: new keys and values, which the program that reads their slots puts there first; None
+            where `write` has.
+        q_row, q_head, table_row, k_row, k_head, v_row, v_head: strides.
         scale: of scores, times log2(e).
         stored: the dtype that values are loaded as.
         BLOCK_S: divides BLOCK.
@@ -76,6 +85,17 @@ def attend(
     end = tl.minimum(begin + share, length)
     if begin >= end:
         return
+    table_W = table_BW + row.to(tl.int64) * table_row
+    if k_BKC is not None:
+        slot = tl.load(slots_B + row).to(tl.int32)
+        if (slot >= begin) & (slot < end):
+            new = tl.load(table_W + slot // BLOCK)
+            slot = head * BLOCK + slot % BLOCK
+            k_C = k_BKC + row.to(tl.int64) * k_row + head * k_head
+            v_C = v_BKC + row.to(tl.int64) * v_row + head * v_head
+            encode(k_C, new, slot, kind, stored, K, C, BLOCK, BLOCK_C)
+            encode(v_C, new, K * BLOCK + slot, kind, stored, K, C, BLOCK, BLOCK_C)
+            tl.debug_barrier()  # what one thread has written, others read
 
     g, c, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
     is_query = (g < G)[:, None] & (c < WIDTH)[None, :]
@@ -88,7 +108,6 @@ def attend(
     largest = tl.full([BLOCK_G], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
 
-    table_W = table_BW + row.to(tl.int64) * table_row
     address = tl.load(table_W + begin // BLOCK)
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         is_seen = start + s < end  # what is stored behind may be no number
@@ -207,29 +226,43 @@ def write(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (b * K + k, 0) puts a new key into its slot, program (b * K + k, 1) a new value, the same bits as
-    `CacheFormat.encode` gives.
+    """Program (b * K + k, 0) puts a new key into its slot, program (b * K + k, 1) a new value.
 
     Args:
         k_row, k_head, v_row, v_head, table_row: strides.
         BLOCK_C: C, or of int4 C / 2, rounded up to a power of two.
     """
-    WIDTH: tl.constexpr = C // 2 if kind == "int4" else C
-    dtype: tl.constexpr = k_BKC.dtype.element_ty
     row, head, part = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, tl.program_id(1)
-    c = tl.arange(0, BLOCK_C)
-    x_at = k_BKC + row * k_row + head * k_head + c
+    x_C = k_BKC + row * k_row + head * k_head
     if part == 1:
-        x_at = v_BKC + row * v_row + head * v_head + c
-    x = tl.load(x_at, mask=c < WIDTH, other=0)
-
+        x_C = v_BKC + row * v_row + head * v_head
     slot = tl.load(slots_B + row)
     address = tl.load(table_BW + row * table_row + slot // BLOCK)
-    at = (part * K + head) * BLOCK + slot % BLOCK
-    values_at = pointer(address, stored) + at * WIDTH + c
-    scale_at = pointer(address, tl.bfloat16) + K * BLOCK * WIDTH + at
+    encode(x_C, address, (part * K + head) * BLOCK + slot % BLOCK, kind, stored, K, C, BLOCK, BLOCK_C)
+
+
+@triton.jit
+def encode(
+    x_C,
+    address,
+    slot,
+    kind: tl.constexpr,
+    stored: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Put one head's key or value into a slot of a block, counted from the block's first, as `CacheFormat.encode` gives
+    it, bit for bit."""
+    WIDTH: tl.constexpr = C // 2 if kind == "int4" else C
+    dtype: tl.constexpr = x_C.dtype.element_ty
+    c = tl.arange(0, BLOCK_C)
+    x = tl.load(x_C + c, mask=c < WIDTH, other=0)
+    values_at = pointer(address, stored) + slot * WIDTH + c
+    scale_at = pointer(address, tl.bfloat16) + K * BLOCK * WIDTH + slot
     if kind == "int4":
-        x, x_high = x.to(tl.float32), tl.load(x_at + WIDTH, mask=c < WIDTH, other=0).to(tl.float32)
+        x, x_high = x.to(tl.float32), tl.load(x_C + WIDTH + c, mask=c < WIDTH, other=0).to(tl.float32)
         low, high = first_largest(x, c), first_largest(x_high, c)
         scale = rounded_scale(tl.where(tl.abs(high) > tl.abs(low), high, low) / -8, dtype)
         nibbles = to_nibble(x, scale) | to_nibble(x_high, scale) << 4

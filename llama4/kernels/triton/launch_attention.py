@@ -24,7 +24,14 @@ MAX_SPLITS = 128
 MAX_HEAD_DIM = 256
 
 
-def attend(q_BHC: Tensor, table_BW: Tensor, lengths_B: Tensor, heads: int, kind: str) -> Tensor:
+def attend(
+    q_BHC: Tensor,
+    table_BW: Tensor,
+    lengths_B: Tensor,
+    heads: int,
+    kind: str,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
     """One query per head and row against the first `lengths_B` slots of the row, at least one; -> [B, H, C] in the
     dtype of the queries. The scale of the softmax is C^-0.5.
 
@@ -34,11 +41,18 @@ def attend(q_BHC: Tensor, table_BW: Tensor, lengths_B: Tensor, heads: int, kind:
         lengths_B: int32 or int64, on the device.
         heads: K.
         kind: one of KINDS, of the blocks.
+        new: keys, values and slots, as for `write`, which is done first, in the same launch; the slots are among those
+            that are read.
     """
     from llama4.kernels.triton import attention
 
     (B, H, C), width = q_BHC.shape, _width(q_BHC.shape[2], kind)
     assert q_BHC.stride(2) == table_BW.stride(1) == 1
+    k_BKC, v_BKC, slots_B = new or (None, None, None)
+    strides: list[int] = [q_BHC.stride(0), q_BHC.stride(1), table_BW.stride(0)]
+    for x_BKC in (k_BKC, v_BKC):
+        assert x_BKC is None or x_BKC.stride(2) == 1
+        strides += x_BKC.stride()[:2] if x_BKC is not None else (0, 0)
     splits = num_splits(B * heads, q_BHC.device)
     out_BHC = torch.empty(B, H, C, dtype=q_BHC.dtype, device=q_BHC.device)
     parts_BHSC, lse_BHS = None, None
@@ -49,8 +63,8 @@ def attend(q_BHC: Tensor, table_BW: Tensor, lengths_B: Tensor, heads: int, kind:
     block_s = max(16, min(64, 2**14 // (block_c * q_BHC.dtype.itemsize)))  # four tiles of 16 KiB are under way
     with torch.cuda.device_of(q_BHC):
         attention.attend[B * heads, splits](
-            *(q_BHC, table_BW, lengths_B, parts_BHSC, lse_BHS, out_BHC),
-            *(q_BHC.stride(0), q_BHC.stride(1), table_BW.stride(0), C**-0.5 * attention.LOG2_E.value, splits),
+            *(q_BHC, table_BW, lengths_B, parts_BHSC, lse_BHS, out_BHC, k_BKC, v_BKC, slots_B),
+            *(*strides, C**-0.5 * attention.LOG2_E.value, splits),
             stored=_stored(kind),
             kind=kind,
             K=heads,

@@ -25,9 +25,10 @@ from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.model.positions import PositionFactors
-from llama4.ops import attention_gpu, quantized_gpu
+from llama4.ops import attention_gpu
 from llama4.ops.norm import add_experts_rms_norm, add_rms_norm
 from llama4.ops.precision import upcast
+from llama4.ops.quantized import linears_at_once
 from llama4.ops.rope import apply_rope
 from llama4.ops.routing import dispatch_top_1
 from llama4.ops.sampling import greedy_token
@@ -142,8 +143,7 @@ class StaticStep:
         temperature_B = factors.temperature_N if attention.uses_temperature else None
         q_BHC, k_BKC = apply_rope(q_BHC, k_BKC, rotation, attention.qk_norm_eps, temperature_B)
         table_BW, format = self.tables_LBW[layer], self._formats[layer]
-        attention_gpu.write_step(k_BKC, v_BKC, table_BW, slots_B, format)
-        out_BHC = attention_gpu.decode_attention(q_BHC, table_BW, lengths_B, k_BKC.shape[1], format)
+        out_BHC = attention_gpu.write_and_attend(q_BHC, k_BKC, v_BKC, table_BW, slots_B, lengths_B, format)
         out: Tensor = attention.o_proj(out_BHC.flatten(1))
         return out
 
@@ -186,14 +186,10 @@ class Branch:
 def linears(modules: Sequence[nn.Module], x_BD: Tensor) -> list[Tensor]:
     """What several Linears make of the same rows: in one launch where their weights are quantized alike."""
     packed = [module for module in modules if type(module) is QuantizedWeight]
-    parts = [module.stack() for module in packed if module.bias is None and module.order is None]
-    matrices = [(part.values, part.scale) for part in parts if part is not None and part.scale is not None]
-    if len(matrices) == len(modules):
-        kinds = {(part.kind, part.group_size) for part in parts if part is not None}
-        kind, group_size = min(kinds)
-        if len(kinds) == 1 and quantized_gpu.together_unsupported_reason(kind, x_BD, group_size) is None:
-            return quantized_gpu.linears(kind, x_BD, matrices)
-    return [module(x_BD) for module in modules]
+    stacks = [module.stack() for module in packed if module.bias is None and module.order is None]
+    matrices = [parts for parts in stacks if parts is not None]
+    outputs = linears_at_once(x_BD, matrices) if len(matrices) == len(modules) else None
+    return outputs or [module(x_BD) for module in modules]
 
 
 def _swiglu(block: FeedForward, x_BD: Tensor) -> Tensor:

@@ -77,6 +77,18 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
     return readable()
 
 
+def linears_at_once(x_NI: Tensor, matrices: Sequence[Parts]) -> list[Tensor] | None:
+    """x W^T for each of up to three matrices, by a kernel that takes them all; None if none does."""
+    scaled = [(parts.values, parts.scale) for parts in matrices if parts.scale is not None]
+    kinds = {(parts.kind, parts.group_size) for parts in matrices}
+    kind, group_size = matrices[0].kind, matrices[0].group_size
+    if len(scaled) < len(matrices) or len(kinds) > 1:
+        return None
+    if quantized_gpu.together_unsupported_reason(kind, x_NI, group_size):
+        return None
+    return quantized_gpu.linears(kind, x_NI, scaled)
+
+
 def swiglu_experts(
     expert: Callable[[Tensor, int], Tensor],
     x_RD: Tensor,

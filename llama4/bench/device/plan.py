@@ -37,9 +37,9 @@ PLAN = (
         "scout-4", "Scout cut to 4 layers, bfloat16, int4 and fp8, beside transformers", 110, 60, function="four_layers"
     ),
     _step("scout-48", "All of Scout in int4: prompts, decoding, a picture", 120, 60, function="all_layers"),
-    _step("experts", "One layer of experts over 1 to 16,384 tokens: the table for experts='auto'", 100),
     _step("vision", "The vision tower over 17 tiles, and the preparation of a picture", 30),
     _step("long", "128k tokens with an fp8 cache, all of Scout in int4", 90, 60),
     _step("offload", "Experts on the host, a quarter of them copied to the card", 45),
+    _step("experts", "One layer of experts over 1 to 16,384 tokens: the table for experts='auto'", 100),
     _step("suite", "The tests that are marked `cuda`", 240, 120),
 )

@@ -20,8 +20,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MAX_GEMV_ROWS = 8
-"""Most rows, of all experts together, for `gemv`, which reads an expert's matrix once per row; with experts in int4
-twice as many. Measured on an H100, like the sizes of blocks below."""
+"""Most rows, of all experts together, for `gemv`, which reads an expert's matrix once per row. Measured on an H100,
+like the sizes of blocks below."""
 KINDS = ("int4", "int8", "fp8")
 _EXPONENT = 0x4B000000
 """The bits of 2^23 in float32."""
@@ -79,7 +79,7 @@ def product(
         x_scales_R: float32, for "fp8".
         dtype: of the result; by default that of x.
     """
-    if len(x_RI) <= _most_gemv_rows(kind, counts_E):
+    if len(x_RI) <= MAX_GEMV_ROWS:
         return _gemv(kind, x_RI, [(values, scales)], counts_E, x_scales_R, dtype)
     from llama4.kernels.triton import quantized
 
@@ -112,13 +112,9 @@ def products(
     Args:
         matrices: values and scales of each.
     """
-    if len(x_RI) <= _most_gemv_rows(kind, None):
+    if len(x_RI) <= MAX_GEMV_ROWS:
         return _gemv(kind, x_RI, matrices, None, x_scales_R, dtype)
     return torch.cat([product(kind, x_RI, *matrix, x_scales_R=x_scales_R, dtype=dtype) for matrix in matrices], dim=1)
-
-
-def _most_gemv_rows(kind: str, counts_E: Tensor | None) -> int:
-    return 2 * MAX_GEMV_ROWS if kind == "int4" and counts_E is not None else MAX_GEMV_ROWS
 
 
 def _gemv(

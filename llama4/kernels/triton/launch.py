@@ -87,7 +87,7 @@ def product(
     (rows, inputs), outputs, E = x_RI.shape, scales.shape[-2], 1 if counts_E is None else len(counts_E)
     y_RO = torch.empty(rows, outputs, dtype=dtype or x_RI.dtype, device=x_RI.device)
     group, most = _group(inputs, scales), min(E, rows)
-    blocks = _gemm_blocks(x_RI, -(-rows // E), group)
+    blocks = _gemm_blocks(x_RI, rows, E, group)
     tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     values = values if kind == "int8" else values.view(torch.uint8)
     with torch.cuda.device_of(x_RI):
@@ -183,17 +183,18 @@ def _gemv_blocks(device: torch.device, kind: str, rows: int, outputs: Sequence[i
     }
 
 
-def _gemm_blocks(x_RI: Tensor, rows: int, group: int) -> dict[str, int]:
+def _gemm_blocks(x_RI: Tensor, rows: int, E: int, group: int) -> dict[str, int]:
     """As many rows at once as an expert has on average. All fit into the registers, and before Hopper into the 99 KiB
-    of shared memory that the smallest of GPUs has."""
-    at_once = min(max(1 << (rows - 1).bit_length(), 16), 128)
+    of shared memory that the smallest of GPUs has. Where programs are few, each has more loads under way."""
+    at_once = min(max(1 << (-(-rows // E) - 1).bit_length(), 16), 128)
+    stages = 3 if _capability(x_RI.device) == 90 else 2
     if x_RI.dtype == torch.float32:
         most, blocks = 32, {"BLOCK_R": min(at_once, 64), "BLOCK_O": 64, "num_warps": 4}
     elif at_once < 64:
         most, blocks = 128, {"BLOCK_R": at_once, "BLOCK_O": 64, "num_warps": 4}
+        stages = 6 if E == 1 else 3
     else:
         most, blocks = 64, {"BLOCK_R": at_once, "BLOCK_O": 128, "num_warps": 8}
-    stages = 3 if _capability(x_RI.device) == 90 else 2
     return {**blocks, "BLOCK_I": min(_power_in(group or x_RI.shape[1]), most), "TILES": 8, "num_stages": stages}
 
 

@@ -51,7 +51,7 @@ LEAST_WIDTH = 64
 
 class GraphSession:
     """The next steps of one cache, prepared. It is current as long as nothing but its own steps changes the cache, and
-    no other session uses the graph."""
+    no other session uses the graph. It keeps the weights that it was made with in memory."""
 
     def __init__(self, runner: CudaGraphRunner, snapshot: Snapshot, cache: SequenceCache) -> None:
         model, rows = runner.model, cache.batch_size
@@ -78,7 +78,8 @@ class GraphSession:
         _upload(self._step.start_B, batch.start)
         _upload(self._step.position_B, batch.query_start)
         runner.capture(self._step)
-        runner.user = self
+        self._step.user = self._key = object()
+        self._weights = snapshot.weights()  # which the graph reads, whatever takes their places
 
     @property
     def logits_BV(self) -> Tensor:
@@ -89,7 +90,7 @@ class GraphSession:
         return (
             self._version == cache.version
             and self._left > 0
-            and self._runner.user is self
+            and self._step.user is self._key
             and self._hooks == RemovableHandle.next_id
             and self._runner.snapshot is self._snapshot
         )
@@ -113,7 +114,6 @@ class CudaGraphRunner:
 
     Attributes:
         snapshot: the model as it was when the graphs were captured.
-        user: the session whose cache the graphs' buffers describe.
     """
 
     name, device = "CUDA graph", "cuda"
@@ -121,7 +121,6 @@ class CudaGraphRunner:
     def __init__(self, model: Llama4Model) -> None:
         self.model = model
         self.snapshot: Snapshot | None = None
-        self.user: GraphSession | None = None
         self._unsupported: str | None = None
         self._steps: dict[tuple[int, int, tuple[CacheFormat, ...]], StaticStep] = {}
         self._pool: _POOL_HANDLE | None = None
@@ -180,7 +179,7 @@ class CudaGraphRunner:
     def release(self) -> None:
         """Let go of all graphs."""
         self._steps.clear()
-        self.user = self._pool = None
+        self._pool = None
 
 
 def _unsupported_reason(model: Llama4Model) -> str | None:
@@ -189,11 +188,12 @@ def _unsupported_reason(model: Llama4Model) -> str | None:
     try:
         check_frame(model)
         for name, module in inner.model.layers.named_modules():
-            check(not name or type(module) in _MODULES, f"layers.{name} is {type(module).__name__}, which waits")
+            is_known = not name or type(module) in _MODULES
+            check(is_known, f"layers.{name} is {type(module).__name__}, which it does not compute")
             if isinstance(module, MixtureOfExperts):
                 replaced = type(module.dispatcher).__name__
-                is_known = type(module.dispatcher) is LocalDispatcher
-                check(is_known, f"layers.{name}.dispatcher is {replaced}, which it does not compute")
+                is_local = type(module.dispatcher) is LocalDispatcher
+                check(is_local, f"layers.{name}.dispatcher is {replaced}, which it does not compute")
             if isinstance(module, QuantizedExperts):
                 for part in module.matrices:
                     _check_waits_not(f"layers.{name}.{part}", getattr(module, part), model)

@@ -55,6 +55,7 @@ class StaticStep:
         position_B: positions of the tokens; a step counts them up.
         logits_BV: of the next tokens.
         greedy_B, logprobs_B: the index of each row's largest logit, and its log_softmax.
+        user: a mark of who wrote last what is read from the host.
     """
 
     def __init__(self, model: Llama4Model, rows: int, width: int, formats: Sequence[CacheFormat]) -> None:
@@ -69,6 +70,7 @@ class StaticStep:
         self._formats = tuple(formats)
         self._branch = Branch(device)
         self._replay: Callable[[], None] | None = None
+        self.user: object = None
 
     @property
     def is_captured(self) -> bool:

@@ -10,6 +10,7 @@ from llama4.bench.device import timing, workload
 from llama4.bench.device.record import NO_TIME, Figures, Record, Skip
 from llama4.bench.device.scout import Subject
 from llama4.engine.prefill import piece_size
+from llama4.engine.runner import ModelRunner
 
 MARKS = (16384, 32768, 65536, 131072)
 DRY_MARKS = (64, 160)
@@ -37,13 +38,13 @@ class Reading:
             self.read += piece_BT.shape[1]
         if self.read == begin:
             raise Skip(NO_TIME)
-        other = self.cache.fork()
-        token_B1 = self.ids_BT[:, :1]
-        self.model(token_B1, cache=other, last_only=True)
+        other, runner = self.cache.fork(), ModelRunner(self.model)
+        ids = self.ids_BT[0, :1].tolist()
+        runner.run(ids, other)
 
         def steps() -> None:
             for _ in range(STEPS):
-                self.model(token_B1, cache=other, last_only=True)
+                runner.run(ids, other)
 
         step = timing.once(steps, self.record.device) / STEPS
         return {

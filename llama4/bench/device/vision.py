@@ -11,6 +11,7 @@ from llama4.bench import roofline
 from llama4.bench.device import timing, workload
 from llama4.bench.device.record import Figures, Record
 from llama4.bench.tasks import photo_bytes
+from llama4.ops.rope import rotate_patches
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from llama4.vision.images import load_image
@@ -26,6 +27,7 @@ def run(record: Record) -> None:
             with torch.device("meta"):
                 made.append(VisionModel(config).to(torch.bfloat16).eval())
             workload.fill(made[0], lambda name: record.device)
+            made[0].set_rotate(rotate_patches)  # as models have it
         return made[0]
 
     def pixels(tiles: int) -> Tensor:

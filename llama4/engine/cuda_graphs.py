@@ -95,6 +95,7 @@ class GraphSession:
             and self._runner.snapshot is self._snapshot
         )
 
+    @torch.inference_mode()
     def run(self, ids: list[int], cache: SequenceCache) -> None:
         """One more token in every row. The host waits for nothing."""
         check_rows(len(ids), cache)
@@ -156,6 +157,9 @@ class CudaGraphRunner:
         return None if hooked is None else f"{hooked} has a hook, or a forward of its own"
 
     def open(self, cache: SequenceCache) -> GraphSession:
+        """Raises:
+        UnsupportedError: a graph cannot be captured, as there is no memory, or for whatever else; nor will the next.
+        """
         assert self.snapshot is not None, "unsupported_reason comes first"
         return GraphSession(self, self.snapshot, cache)
 
@@ -170,11 +174,17 @@ class CudaGraphRunner:
 
     def capture(self, step: StaticStep) -> None:
         """All graphs share the memory of what is between their kernels: only one is replayed at a time."""
-        if step.is_captured or self.model.device.type != "cuda":  # tests interpret the kernels
+        if step.is_captured:
             return
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        step.capture(self._pool)
+        try:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            step.capture(self._pool)
+        except Exception as error:  # of CUDA, the compiler of kernels, the driver
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.release()
+            self._unsupported = f"a step could not be captured: {said}"
+            raise UnsupportedError(self._unsupported) from error
 
     def release(self) -> None:
         """Let go of all graphs."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.cuda_graphs import CudaGraphRunner
 from llama4.engine.fused_cpu import FusedCpuRunner, only_our_threads
+from llama4.engine.snapshot import UnsupportedError
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model, check_ids, check_rows
 from llama4.ops.sampling import greedy_token
@@ -67,7 +68,11 @@ class Runner(Protocol):
 
     def open(self, cache: SequenceCache) -> Session:
         """Prepare the next steps of a cache. There must be no `unsupported_reason`. The session does not keep the cache
-        in memory."""
+        in memory.
+
+        Raises:
+            UnsupportedError: that cannot be done, which is an `unsupported_reason` from now on.
+        """
 
 
 class EagerSession:
@@ -186,9 +191,15 @@ class ModelRunner:
     def _open(self, ids: list[int], cache: SequenceCache) -> Session:
         check_rows(len(ids), cache)
         check_ids(min(ids), max(ids), self.model.config.text.num_embeddings)
-        session, key, sessions = self.choose(cache).open(cache), id(cache), self._sessions
+        session, key, sessions = self._session(cache), id(cache), self._sessions
         sessions[key] = session, weakref.ref(cache, lambda _: sessions.pop(key, None))
         return session
+
+    def _session(self, cache: SequenceCache) -> Session:
+        try:
+            return self.choose(cache).open(cache)
+        except UnsupportedError:  # it says so itself from now on
+            return self.choose(cache).open(cache)
 
 
 def _copied(model: Llama4Model, runners: Sequence[Callable[[Llama4Model], Runner]]) -> ModelRunner:

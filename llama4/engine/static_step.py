@@ -80,10 +80,11 @@ class StaticStep:
     @torch.inference_mode()
     def run(self) -> None:
         """Compute the step, from `ids_B` to `greedy_B`. The host does not wait for it."""
-        if self._replay is not None:
-            self._replay()
-        else:
-            self._compute()
+        with torch.cuda.device_of(self.ids_B):
+            if self._replay is not None:
+                self._replay()
+            else:
+                self._compute()
 
     @torch.inference_mode()
     def capture(self, pool: _POOL_HANDLE) -> None:
@@ -92,18 +93,19 @@ class StaticStep:
         The buffers must be those of a cache that is there: the step is computed, which changes no more of it than the
         slots that its own step will write, and counted back.
         """
-        position_B = self.position_B.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels, which cannot be captured
-            for _ in range(2):
+        with torch.cuda.device_of(self.ids_B):
+            position_B = self.position_B.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels, which cannot be captured
+                for _ in range(2):
+                    self._compute()
+                    self.position_B.copy_(position_B)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._compute()
-                self.position_B.copy_(position_B)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._compute()
-        self._replay = graph.replay
+            self._replay = graph.replay
 
     def _compute(self) -> None:
         decoder, head = self.model.language_model.model, self.model.language_model.lm_head
@@ -155,7 +157,7 @@ class StaticStep:
         if isinstance(block, FeedForward):
             return add_rms_norm(x_BD, _swiglu(block, normed_BD), norm.weight, norm.eps)
         assert isinstance(block, MixtureOfExperts)
-        shared_BD = self._branch.run(lambda: _swiglu(block.shared_expert, normed_BD))
+        shared_BD = self._branch.fork(lambda: _swiglu(block.shared_expert, normed_BD))
         if block.router.k == 1:
             routed = dispatch_top_1(normed_BD, block.router.logits(normed_BD))
         else:
@@ -171,7 +173,7 @@ class Branch:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, compute: Callable[[], Tensor]) -> Tensor:
+    def fork(self, compute: Callable[[], Tensor]) -> Tensor:
         """Begin it. What it reads must be kept until `join`."""
         if self._stream is None:
             return compute()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama4.engine.cuda_graphs import CudaGraphRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
+from llama4.engine.static_step import StaticStep
 from llama4.kernels.triton import launch, launch_attention
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
@@ -23,6 +24,7 @@ from tests.test_cuda import quantized_model
 pytest.importorskip("triton")
 IDS = torch.randint(0, small_model.RANKS, (3, 300), generator=torch.Generator().manual_seed(0))
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+CAPTURE = CudaGraphRunner.capture
 BOUND = 1e-4 if INTERPRETED else 0.05
 """Sums in another order; in bfloat16 a token may go to another expert."""
 
@@ -31,6 +33,7 @@ BOUND = 1e-4 if INTERPRETED else 0.05
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(CudaGraphRunner, "device", "cpu")
+        monkeypatch.setattr(CudaGraphRunner, "capture", lambda self, step: None)  # steps are computed kernel by kernel
         monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(attention_gpu, "unsupported_reason", lambda *arguments: None)
         monkeypatch.setattr(
@@ -38,16 +41,24 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         )  # the keys of one row are shared out
 
 
+def build(**changes: Any) -> Llama4Model:
+    config = small_model.config()
+    shape: dict[str, Any] = {
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        "no_rope_layers": (1, 0),
+        "moe_layers": None,
+        "layer_types": None,
+    }
+    built = Llama4Model(replace(config, text=replace(config.text, **shape | changes)), GroupedExperts).eval()
+    built.init_weights(torch.Generator().manual_seed(0))
+    return built.to(DEVICE, DTYPE)
+
+
 @pytest.fixture
 def model() -> Iterator[Llama4Model]:
-    config = small_model.config()
-    text = replace(
-        config.text, head_dim=16, num_hidden_layers=2, moe_layers=None, layer_types=None, no_rope_layers=(1, 0)
-    )
-    built = Llama4Model(replace(config, text=text), GroupedExperts).eval()
-    built.init_weights(torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        yield built.to(DEVICE, DTYPE)
+        yield build()
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -82,6 +93,43 @@ def test_is_what_eager_steps_are(model: Llama4Model, prompt: int, padding: list[
         assert greedy == step.float().argmax(-1).tolist()
         assert torch.tensor(logprobs).allclose(step.float().log_softmax(-1).amax(-1).cpu(), atol=1e-3)
     assert cache.next_position == other.next_position
+
+
+@on_a_device
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts_per_tok": 2},
+        {"moe_layers": ()},
+        {"moe_layers": (1,), "head_dim": 24, "attention_bias": True},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    ],
+)
+def test_shapes(changes: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        model = build(**changes)
+        cache, runner = model.new_cache(2), ModelRunner(model, [CudaGraphRunner(model), EagerRunner(model)])
+        model(IDS[:2, :10].to(DEVICE), cache=cache)
+        other = cache.fork()
+        for ids_B in IDS[:2, 10:12].unbind(1):
+            assert runner.choose(cache).name == "CUDA graph"
+            eager = model(ids_B[:, None].to(DEVICE), cache=other)[:, 0]
+            assert relative(runner.step(ids_B, cache), eager) < BOUND
+
+
+@on_a_device
+def test_until_a_window_slides() -> None:
+    """Then steps are eager."""
+    with torch.inference_mode():
+        model = build(sliding_window=12, attention_chunk_size=None, no_rope_layers=(1, 1))
+        cache, runner = model.new_cache(1), ModelRunner(model, [CudaGraphRunner(model), EagerRunner(model)])
+        model(IDS[:1, :10].to(DEVICE), cache=cache)
+        other, names = cache.fork(), []
+        for ids in IDS[1, :4].split(1):
+            names.append(runner.choose(cache).name)
+            eager = model(ids[None].to(DEVICE), cache=other)[:, 0]
+            assert relative(runner.step(ids, cache), eager) < BOUND
+    assert names == ["CUDA graph"] * 2 + ["eager"] * 2
 
 
 @on_a_device
@@ -161,6 +209,39 @@ def test_what_changes_the_model(model: Llama4Model) -> None:
     eager = model(IDS[:1, 6:7].to(DEVICE), cache=other)[:, 0]
     assert relative(stepper.step(IDS[0, 6:7], cache), eager) < BOUND
     assert runner.snapshot is not first
+
+
+@on_a_device
+def test_a_graph_that_cannot_be_captured(
+    model: Llama4Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps are then eager, and that is said once."""
+
+    def broken(self: StaticStep, pool: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nat line 7")
+
+    monkeypatch.setattr(CudaGraphRunner, "capture", CAPTURE)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(StaticStep, "capture", broken)
+    runner, cache = CudaGraphRunner(model), model.new_cache(1)
+    model(IDS[:1, :5].to(DEVICE), cache=cache)
+    stepper, other = ModelRunner(model, [runner, EagerRunner(model)]), cache.fork()
+    for ids in IDS[1, :3].split(1):
+        eager = model(ids[None].to(DEVICE), cache=other)[:, 0]
+        assert torch.equal(stepper.step(ids, cache), eager)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith("faster: a step could not be captured: CUDA error: out of memory")
+
+
+@on_a_device
+def test_outside_of_inference_mode(model: Llama4Model) -> None:
+    cache = model.new_cache(1)
+    model(IDS[:1, :5].to(DEVICE), cache=cache)
+    runner = ModelRunner(model, [CudaGraphRunner(model), EagerRunner(model)])
+    with torch.inference_mode(False):
+        for _ in range(2):
+            session = runner.run([3], cache)
+            assert len(session.greedy_token()[0]) == 1
 
 
 @on_a_device

@@ -13,5 +13,5 @@ ends the process is recorded, and the step goes on behind it in a new process. R
     report      results -> files
     timing      seconds on a device, CUDA graphs, profiles
     workload    models and layers with random weights, made on the device
-    machine, kernels, checks, scout, experts, vision, long, suite        the steps
+    machine, kernels, checks, scout, vision, long, offload, finetune, experts, suite    the steps
 """

@@ -40,6 +40,7 @@ PLAN = (
     _step("vision", "The vision tower over 17 tiles, and the preparation of a picture", 30),
     _step("long", "128k tokens with an fp8 cache, all of Scout in int4", 90, 60),
     _step("offload", "Experts on the host, a quarter of them copied to the card", 45),
-    _step("experts", "One layer of experts over 1 to 16,384 tokens: the table for experts='auto'", 100),
+    _step("finetune", "A step of LoRA that reaches the experts, over bfloat16 and int4", 45),
+    _step("experts", "One layer of experts by every backend and format, beside transformers", 100),
     _step("suite", "The tests that are marked `cuda`", 240, 120),
 )

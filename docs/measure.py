@@ -1,8 +1,8 @@
 """Runs the benchmarks and stores their reports in docs/performance.json: `python docs/measure.py DIRECTORY [RUN ...]`.
 
 DIRECTORY holds the models, by the names that the commands have, and the peers: llama.cpp's build directory and, as
-vllm, an environment with vLLM. Without names of runs, all are run, which takes about an hour and a half. All pages are
-rendered afterwards (figures.py).
+vllm, an environment with vLLM. Without names of runs, all are run but those of other CPUs, which takes about an hour
+and a half. All pages are rendered afterwards (figures.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import figures
 
 from llama4.files import replace_text
+from llama4.kernels import loader
 
 PEERS = "--vs llama.cpp=build/bin --vs vllm=vllm/bin/python"
 RUNS = {
@@ -34,8 +35,13 @@ RUNS = {
     "context-filled": "bench growth tiny --dtype bfloat16 --filled --context 1M",
     "experts": "bench moe",
     "images": "bench images",
+    "small-vnni": f"bench generate small --quantization none int8 int4 {PEERS} --rounds 3 --limit 20",
+    "small-float32-vnni": f"bench generate small --dtype float32 {PEERS} --rounds 3 --limit 20",
+    "profile-vnni": "bench profile small",
 }
 """Name -> command, as it is typed after `llama4`."""
+LEVELS = {name: "avx512vnni" for name in RUNS if name.endswith("-vnni")}
+"""Name -> the level of kernels on whose CPUs this is run; the others are run on any."""
 
 
 def run(command: str, directory: str) -> dict[str, Any]:
@@ -65,7 +71,8 @@ def dump(results: dict[str, Any]) -> str:
 def main(directory: str, names: Sequence[str] = ()) -> None:
     if unknown := set(names) - set(RUNS):
         raise SystemExit(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
-    for name in names or RUNS:
+    level = loader.found().level
+    for name in names or [name for name in RUNS if LEVELS.get(name, level) == level]:
         report = run(RUNS[name], directory)
         results = figures.load()  # read anew: a long series can be interrupted and resumed
         results[name] = {"command": f"llama4 {RUNS[name]}", "date": str(datetime.date.today()), "report": report}

@@ -14,6 +14,7 @@ import pytest
 
 from llama4.bench.__main__ import BENCHES
 from llama4.cli.main import main
+from llama4.kernels import loader
 from tests.faults import __main__ as faults
 from tests.faults import limits
 
@@ -104,6 +105,20 @@ def test_a_measured_report_is_stored_and_rendered(
     assert (tmp_path / "picture.svg").read_text() == figures.bars.draw(figures.load()["small"]["report"])
     with pytest.raises(SystemExit, match="no such run: nothing"):
         measure.main(".", ["nothing"])
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512vnni"])
+def test_without_names_runs_of_other_cpus_are_left_out(
+    measure: ModuleType, figures: ModuleType, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(measure.loader, "found", lambda: loader.Found(None, level, ""))
+    monkeypatch.setattr(measure, "run", lambda command, directory: commands.append(command))
+    monkeypatch.setattr(measure, "replace_text", lambda path, text: None)
+    monkeypatch.setattr(figures, "main", lambda: None)
+    measure.main(".")
+    others = set(measure.LEVELS) if level == "avx2" else set()
+    assert commands == [command for name, command in measure.RUNS.items() if name not in others]
 
 
 def test_json_keeps_six_digits(measure: ModuleType) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llama4 import Llama4
 from llama4.config import Llama4Config
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import support
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import fp8
@@ -173,5 +173,5 @@ def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = packed_experts(Int4(32), 4, 256, 128, torch.bfloat16).cuda()
     x, counts = torch.randn(20, 256, device="cuda").bfloat16(), torch.tensor([10, 0, 3, 7], device="cuda")
     ours = experts(x, counts)
-    monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: "switched off")
+    monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: "switched off")
     assert relative(ours, experts(x, counts)) < 1e-2

@@ -126,8 +126,8 @@ class LayerCache:
     def reserve_ring(self, row: int, before: int, new: int, window: Sliding) -> None:
         """Take blocks for at most `window` new tokens behind the first `before` of the row's sequence, in a ring. Those
         that they go to are this row's own from then on."""
-        held = min(before, window)
-        self.reserve(row, held, min(held + new, window) - held)
+        cached_tokens = min(before, window)
+        self.reserve(row, cached_tokens, min(cached_tokens + new, window) - cached_tokens)
         for slot, _ in _runs_in_ring(before, new, window):
             if slot % CACHE_BLOCK == 0:
                 self.detach(row, slot)

@@ -23,7 +23,7 @@ from llama4.config import CACHE_BLOCK
 from llama4.config.window import Sliding, slots_end
 from llama4.engine.snapshot import Snapshot, UnsupportedError, check, check_frame
 from llama4.engine.static_step import StaticStep
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import common, support
 from llama4.model.attention import Attention
 from llama4.model.decoder import DecoderLayer
 from llama4.model.dispatch import LocalDispatcher
@@ -130,7 +130,7 @@ class CudaGraphRunner:
         return self._absent_reason() is None
 
     def _absent_reason(self) -> str | None:
-        return launch.unsupported_reason(self.model.device, self.model.dtype)
+        return support.unsupported_reason(self.model.device, self.model.dtype)
 
     def unsupported_reason(self, cache: SequenceCache) -> str | None:
         model, text = self.model, self.model.config.text
@@ -165,7 +165,7 @@ class CudaGraphRunner:
 
     def step_of(self, cache: SequenceCache, width: int) -> StaticStep:
         """That of the caches with so many rows and formats, and room for tables of this width."""
-        width = max(LEAST_WIDTH, 1 << (width - 1).bit_length())
+        width = max(LEAST_WIDTH, common.next_power_of_two(width))
         formats = tuple(layer.format for layer in cache.layers)
         key = cache.batch_size, width, formats
         if key not in self._steps:
@@ -219,8 +219,8 @@ def _unsupported_reason(model: Llama4Model) -> str | None:
 
 def _check_waits_not(name: str, weight: QuantizedWeight, model: Llama4Model) -> None:
     """Experts whose matrices no kernel reads are computed one by one, and the host must know which."""
-    row_1I = torch.empty(1, weight.shape[-1], dtype=model.dtype, device=model.device)
-    reason = quantized_gpu.unsupported_reason(weight.format.kind, row_1I, weight.format.group_size)
+    x, format = torch.empty(0, dtype=model.dtype, device=model.device), weight.format
+    reason = quantized_gpu.unsupported_reason(format.kind, x, weight.shape[-1], format.group_size)
     check(reason is None, f"{name}: {reason}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
-from llama4.kernels.triton import launch, launch_attention
+from llama4.kernels.triton import launch_attention, support
 
 
 def kind_of(format: CacheFormat) -> str:
@@ -31,7 +31,7 @@ def unsupported_reason(
         return f"heads are larger than {launch_attention.MAX_HEAD_DIM}"
     if torch.compiler.is_compiling():
         return "torch.compile traces this call"
-    return launch.unsupported_reason(device, dtype)
+    return support.unsupported_reason(device, dtype)
 
 
 def decode_attention(

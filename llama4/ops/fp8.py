@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from llama4.kernels import gpu
+from llama4.kernels.triton import common, launch_elementwise
 from llama4.ops import gpu_kernels
 from llama4.ops.precision import not_zero
 
@@ -22,7 +22,7 @@ LARGEST = torch.finfo(E4M3).max
 def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """e4m3 values and scales [..., 1]: the largest of each row becomes 448, the largest of e4m3."""
     if gpu_unsupported_reason(x, scale_dtype) is None:
-        return gpu.to_fp8(x)
+        return launch_elementwise.to_fp8(x)
     wide = x.float()
     largest = wide.new_full((1,), LARGEST)  # dividing by a number, a GPU multiplies by its inverse: other scales
     scale = not_zero(wide.abs().amax(-1, keepdim=True) / largest).to(scale_dtype)
@@ -33,8 +33,8 @@ def gpu_unsupported_reason(x: Tensor, scale_dtype: torch.dtype) -> str | None:
     """Why the Triton kernel does not round these; None if it does."""
     if scale_dtype != torch.float32:
         return "scales are not float32"
-    if x.shape[-1] > gpu.MAX_WIDTH:
-        return f"rows are wider than {gpu.MAX_WIDTH}"
+    if x.shape[-1] > common.MAX_WIDTH:
+        return f"rows are wider than {common.MAX_WIDTH}"
     return gpu_kernels.unsupported_reason(x)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import support
 
 
 def unsupported_reason(*tensors: Tensor) -> str | None:
@@ -21,6 +21,6 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if is_training and tensor.requires_grad:
             return "a tensor needs a gradient"
-        if reason := launch.unsupported_reason(tensor.device, tensor.dtype):
+        if reason := support.unsupported_reason(tensor.device, tensor.dtype):
             return reason
     return None

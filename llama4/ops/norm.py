@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama4.kernels import cpu, gpu
+from llama4.kernels import cpu
+from llama4.kernels.triton import common, launch_elementwise
 from llama4.ops import cpu_kernels, gpu_kernels, routing
 from llama4.ops.precision import upcast
 
@@ -24,14 +25,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if unsupported_reason(x, weight_D) is None:
         return cpu.rms_norm(x, weight_D, eps)
     if gpu_unsupported_reason(x, weight_D) is None:
-        return gpu.rms_norm(x, weight_D, eps)
+        return launch_elementwise.rms_norm(x, weight_D, eps)
     return (rms_normalise(x, eps) * weight_D).type_as(weight_D)
 
 
 def add_rms_norm(x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A step of the residual stream, x + delta in float32 or better, and `rms_norm` of it."""
     if gpu_unsupported_reason(x_ND, weight_D) is None:
-        return gpu.add_rms_norm(x_ND, delta_ND, weight_D, eps)
+        return launch_elementwise.add_rms_norm(x_ND, delta_ND, weight_D, eps)
     x_ND = upcast(x_ND) + delta_ND
     return x_ND, rms_norm(x_ND, weight_D, eps)
 
@@ -41,7 +42,7 @@ def add_experts_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """The same where delta is the output of a mixture of experts: see `ops.routing.combine`."""
     if gpu_unsupported_reason(x_ND, weight_D) is None:
-        return gpu.add_rms_norm(x_ND, shared_ND, weight_D, eps, routed_RD, rows_Nk)
+        return launch_elementwise.add_rms_norm(x_ND, shared_ND, weight_D, eps, routed_RD, rows_Nk)
     return add_rms_norm(x_ND, routing.combine(routed_RD, rows_Nk, shared_ND), weight_D, eps)
 
 
@@ -54,6 +55,6 @@ def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
 
 def gpu_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
     """Why the Triton kernel does not take these; None if it does."""
-    if len(weight_D) > gpu.MAX_WIDTH:
-        return f"rows are wider than {gpu.MAX_WIDTH}"
+    if len(weight_D) > common.MAX_WIDTH:
+        return f"rows are wider than {common.MAX_WIDTH}"
     return gpu_kernels.unsupported_reason(x, weight_D)

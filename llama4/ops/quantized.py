@@ -70,7 +70,7 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
     if parts is None:
         return readable()
     kind, values, scale, group_size = parts.kind, parts.values, parts.scale, parts.group_size
-    if scale is not None and not quantized_gpu.unsupported_reason(kind, x_NI, group_size):
+    if scale is not None and not quantized_gpu.unsupported_reason(kind, x_NI, parts.inputs, group_size):
         return quantized_gpu.linear(kind, x_NI, values, scale)
     if not unsupported_reason(x_NI, parts):
         return cpu.linear_quantized(parts.kernel, x_NI, values, scale, group_size)
@@ -104,11 +104,10 @@ def swiglu_experts(
     """
     if gate_up is None or down is None:
         return experts.loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
-    if (
-        gate_up.scale is not None
-        and down.scale is not None
-        and not any(quantized_gpu.unsupported_reason(stack.kind, x_RD, stack.group_size) for stack in (gate_up, down))
-    ):
+    reasons = [
+        quantized_gpu.unsupported_reason(stack.kind, x_RD, stack.inputs, stack.group_size) for stack in (gate_up, down)
+    ]
+    if gate_up.scale is not None and down.scale is not None and not any(reasons):
         counts_E = num_tokens_per_expert_E
         gate_up_R2F = quantized_gpu.linear(gate_up.kind, x_RD, gate_up.values, gate_up.scale, counts_E)
         return quantized_gpu.linear(down.kind, swiglu(*gate_up_R2F.chunk(2, dim=-1)), down.values, down.scale, counts_E)

@@ -10,26 +10,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import launch_products, support
 from llama4.ops import fp8
 
 
-def unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
-    """Why no kernel multiplies these rows with a matrix of a format, `group_size` inputs to a scale; None if one does.
-    That the kernels do not run on a GPU is logged once."""
-    if not x_RI.is_cuda:
+def unsupported_reason(kind: str, x: Tensor, inputs: int, group_size: int | None) -> str | None:
+    """Why no kernel multiplies rows with a matrix of a format; None if one does. That the kernels do not run on a GPU
+    is logged once.
+
+    Args:
+        x: the rows, or those that they will be computed from.
+        inputs: of the matrix.
+        group_size: how many of them share a scale, if not all do.
+    """
+    if not x.is_cuda:
         return "the rows are not on a GPU"
-    if kind not in launch.KINDS:
+    if kind not in launch_products.KINDS:
         return f"there are no kernels for {kind}"
     if kind == "fp8" and group_size:
         return "there is more than one scale per output"
-    if (group_size or x_RI.shape[1]) % (multiple := 32 if kind == "int4" else 16):
+    if (group_size or inputs) % (multiple := 32 if kind == "int4" else 16):
         return f"the inputs of a scale are no multiple of {multiple}"
     if torch.compiler.is_compiling():
         return "torch.compile traces this call"
-    if x_RI.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled():
         return "a tensor needs a gradient"
-    return launch.unsupported_reason(x_RI.device, x_RI.dtype)
+    return support.unsupported_reason(x.device, x.dtype)
 
 
 def linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Tensor | None = None) -> Tensor:
@@ -42,15 +48,15 @@ def linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Ten
         counts_E: rows of each expert, on the rows' device; None: there is one matrix.
     """
     if kind != "fp8":
-        return launch.product(kind, x_RI, values, scale, counts_E)
+        return launch_products.product(kind, x_RI, values, scale, counts_E)
     is_grouped = counts_E is not None
-    if len(x_RI) > launch.MAX_GEMV_ROWS and fp8.torch_multiplies(x_RI, values, grouped=is_grouped):
+    if len(x_RI) > launch_products.MAX_GEMV_ROWS and fp8.torch_multiplies(x_RI, values, grouped=is_grouped):
         if counts_E is None:
             return fp8.scaled_mm(x_RI, values, scale)
         return fp8.scaled_grouped_mm(x_RI, values, scale, counts_E)
     x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
     x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
-    return launch.product(kind, x_values, values, scale, counts_E, x_scales_R=x_scale_R, dtype=x_RI.dtype)
+    return launch_products.product(kind, x_values, values, scale, counts_E, x_scales_R=x_scale_R, dtype=x_RI.dtype)
 
 
 def linears(kind: str, x_RI: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -58,15 +64,15 @@ def linears(kind: str, x_RI: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) 
     [R, O] of one tensor, which one launch computes."""
     outputs = [scale.shape[0] for _, scale in matrices]
     if kind != "fp8":
-        return list(launch.products(kind, x_RI, matrices).split(outputs, dim=1))
+        return list(launch_products.products(kind, x_RI, matrices).split(outputs, dim=1))
     x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
     x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
-    y_RO = launch.products(kind, x_values, matrices, x_scales_R=x_scale_R, dtype=x_RI.dtype)
+    y_RO = launch_products.products(kind, x_values, matrices, x_scales_R=x_scale_R, dtype=x_RI.dtype)
     return list(y_RO.split(outputs, dim=1))
 
 
 def together_unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
     """Why one launch does not multiply rows by several matrices; None if it does."""
-    if len(x_RI) > launch.MAX_GEMV_ROWS:
+    if len(x_RI) > launch_products.MAX_GEMV_ROWS:
         return "with so many rows a launch costs nothing"
-    return unsupported_reason(kind, x_RI, group_size)
+    return unsupported_reason(kind, x_RI, x_RI.shape[1], group_size)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llama4.kernels import abi, cpu, gpu
+from llama4.kernels import abi, cpu
+from llama4.kernels.triton import launch_elementwise
 from llama4.ops import cpu_kernels, gpu_kernels
 from llama4.ops.norm import rms_normalise
 from llama4.vision.rope import rotate, rotate_both
@@ -36,7 +37,7 @@ def apply_rope(
             q = cpu.apply_rope(q, rotation, qk_norm_eps, temperature_N)
         return q, k
     if gpu_kernels.unsupported_reason(q, k) is None:
-        return gpu.apply_rope(q, k, rotation, qk_norm_eps, temperature_N)
+        return launch_elementwise.apply_rope(q, k, rotation, qk_norm_eps, temperature_N)
     q = _rotate_normalise_scale(q, rotation, qk_norm_eps, temperature_N)
     return q, _rotate_normalise_scale(k, rotation, qk_norm_eps, None)
 
@@ -45,7 +46,7 @@ def rotate_patches(q_nLHC: Tensor, k_nLHC: Tensor, rotation_L1C: Tensor) -> tupl
     """`rotate_both` of a vision tower's queries and keys: patches have the same rotations in every tile."""
     if gpu_kernels.unsupported_reason(q_nLHC, k_nLHC):
         return rotate_both(q_nLHC, k_nLHC, rotation_L1C)
-    q, k = gpu.apply_rope(q_nLHC.flatten(0, 1), k_nLHC.flatten(0, 1), rotation_L1C[:, 0], None, None)
+    q, k = launch_elementwise.apply_rope(q_nLHC.flatten(0, 1), k_nLHC.flatten(0, 1), rotation_L1C[:, 0], None, None)
     return q.view_as(q_nLHC), k.view_as(k_nLHC)
 
 

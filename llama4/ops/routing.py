@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama4.kernels import gpu
+from llama4.kernels.triton import common, launch_routing
 from llama4.ops import gpu_kernels
 from llama4.ops.linear import linear
 from llama4.ops.precision import upcast
@@ -36,16 +36,16 @@ class Dispatched(NamedTuple):
 def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T, [N, E], in float32 or better."""
     if logits_unsupported_reason(x_ND, weight_ED) is None:
-        return gpu.router_logits(x_ND, weight_ED)
+        return launch_routing.router_logits(x_ND, weight_ED)
     return linear(upcast(x_ND), upcast(weight_ED))
 
 
 def logits_unsupported_reason(x_ND: Tensor, weight_ED: Tensor) -> str | None:
     """Why the Triton kernel does not take these; None if it does."""
-    if len(x_ND) > gpu.MAX_TOP_1:
+    if len(x_ND) > launch_routing.MAX_TOP_1:
         return "so many rows are faster in a product of matrices"
-    if x_ND.shape[1] > gpu.MAX_WIDTH:
-        return f"rows are wider than {gpu.MAX_WIDTH}"
+    if x_ND.shape[1] > common.MAX_WIDTH:
+        return f"rows are wider than {common.MAX_WIDTH}"
     return gpu_kernels.unsupported_reason(x_ND, weight_ED)
 
 
@@ -59,7 +59,7 @@ def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: i
         num_experts: of the layer.
     """
     if gpu_kernels.unsupported_reason(x_ND, scores_Nk) is None:
-        return Dispatched(*gpu.dispatch(x_ND, scores_Nk, experts_Nk, num_experts))
+        return Dispatched(*launch_routing.dispatch(x_ND, scores_Nk, experts_Nk, num_experts))
     order_R = experts_Nk.flatten().argsort(stable=True)
     tokens_R, rows_Nk = order_R // experts_Nk.shape[1], order_R.argsort().view_as(experts_Nk)
     x_RD = (x_ND[tokens_R] * scores_Nk.flatten()[order_R, None]).type_as(x_ND)
@@ -70,8 +70,8 @@ def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: i
 
 def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
     """Each token to the expert of its largest logit, the first on ties, with its sigmoid as the score."""
-    if len(x_ND) <= gpu.MAX_TOP_1 and gpu_kernels.unsupported_reason(x_ND, logits_NE) is None:
-        return Dispatched(*gpu.dispatch_top_1(x_ND, logits_NE))
+    if len(x_ND) <= launch_routing.MAX_TOP_1 and gpu_kernels.unsupported_reason(x_ND, logits_NE) is None:
+        return Dispatched(*launch_routing.dispatch_top_1(x_ND, logits_NE))
     values_N1, experts_N1 = logits_NE.max(dim=1, keepdim=True)
     return dispatch(x_ND, values_N1.sigmoid(), experts_N1, logits_NE.shape[1])
 
@@ -79,6 +79,6 @@ def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
 def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:
     """out + the rows of each token, always in the same order, [N, D] in float32 or better."""
     if gpu_kernels.unsupported_reason(routed_RD, out_ND) is None:
-        return gpu.combine(routed_RD, rows_Nk, out_ND)
+        return launch_routing.combine(routed_RD, rows_Nk, out_ND)
     out_ND = upcast(out_ND)
     return out_ND + routed_RD.to(out_ND.dtype)[rows_Nk].sum(1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4.kernels import cpu, gpu
+from llama4.kernels import cpu
+from llama4.kernels.triton import launch_elementwise
 from llama4.ops import cpu_kernels, gpu_kernels
 
 
@@ -17,7 +18,7 @@ def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     if unsupported_reason(gate_NF, up_NF) is None:
         return cpu.swiglu(gate_NF, up_NF)
     if gpu_unsupported_reason(gate_NF, up_NF) is None:
-        return gpu.swiglu(gate_NF, up_NF)
+        return launch_elementwise.swiglu(gate_NF, up_NF)
     return F.silu(gate_NF) * up_NF
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from llama4.bench.device import kernels, report, workload
 from llama4.bench.device.plan import PLAN, Step
 from llama4.bench.device.runner import Result, Runner
-from llama4.kernels.triton import launch
+from llama4.engine import static_step
+from llama4.kernels.triton import launch_products
 from llama4.ops import quantized_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -145,14 +146,14 @@ def test_kernels_are_compiled_as_they_are_launched(kind: str, monkeypatch: pytes
     asked: list[list[Any]] = []
 
     def product(
-        kind: str, x: Tensor, codes: Tensor, scales: Tensor, counts: Tensor | None = None, **rest: Any
+        kind: str, x: Tensor, values: Tensor, scales: Tensor, counts: Tensor | None = None, **rest: Any
     ) -> Tensor:
-        tensors = [x, codes, scales, counts, rest.get("x_scales_R")]
+        tensors = [x, values, scales, counts, rest.get("x_scales_R")]
         dtype = rest.get("dtype") or x.dtype
         asked.append([kind, dtype, *((tuple(t.shape), t.dtype) if t is not None else None for t in tensors)])
         return torch.zeros(len(x), scales.shape[-2], dtype=dtype, device=x.device)
 
-    monkeypatch.setattr(launch, "product", product)
+    monkeypatch.setattr(launch_products, "product", product)
     monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *args: None)
     text = workload.text_config("scout", layers=1, dry=True)
     experts: Any = workload.moe_layer(text, torch.device("cpu"), kind).experts
@@ -166,17 +167,48 @@ def test_kernels_are_compiled_as_they_are_launched(kind: str, monkeypatch: pytes
     assert len({*kernels.products()}) == len([*kernels.products()]) > 100
 
 
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_products_with_several_matrices_are_compiled_as_they_are_launched(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a graph's step."""
+    asked: list[list[Any]] = []
+
+    def products(kind: str, x: Tensor, matrices: Sequence[tuple[Tensor, Tensor]], **rest: Any) -> Tensor:
+        tensors = [x, *(part for matrix in matrices for part in matrix), rest.get("x_scales_R")]
+        dtype = rest.get("dtype") or x.dtype
+        asked.append([kind, dtype, *((tuple(t.shape), t.dtype) if t is not None else None for t in tensors)])
+        return torch.zeros(len(x), sum(len(scales) for _, scales in matrices), dtype=dtype, device=x.device)
+
+    monkeypatch.setattr(launch_products, "products", products)
+    monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *args: None)
+    text = workload.text_config("scout", layers=1, dry=True)
+    model, _ = workload.build(workload.config(text), torch.device("cpu"), kind)
+    layer: Any = model.language_model.model.layers[0]
+    attention, x = layer.self_attn, torch.zeros(3, text.hidden_size).bfloat16()
+    static_step.linears((attention.q_proj, attention.k_proj, attention.v_proj), x)
+    shared = layer.feed_forward.shared_expert
+    static_step.linears((shared.gate_proj, shared.up_proj), x)
+    launched = asked.copy()
+    asked.clear()
+    for wanted in kernels._layer(kind, text, 3):
+        if wanted.others:
+            kernels._ask_for(dataclasses.replace(wanted, group=wanted.group and text.hidden_size))
+    assert asked == launched
+
+
 def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """In a process of its own, which launches nothing afterwards."""
     pytest.importorskip("triton")
     code = """
 from llama4.bench.device.kernels import Between, Product, compile_one
-for wanted in (Between("swiglu", 3), Product("int8", 3, 64, 128, 4), Product("no kind", 3, 64, 128)):
+several = Product("int8", 3, 64, 128, others=(64, 32))
+for wanted in (Between("swiglu", 3), Product("int8", 3, 64, 128, 4), several, Product("no kind", 3, 64, 128)):
     print(compile_one((wanted, 90)))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.startswith("None\nNone\nProduct(kind='no kind'")
+    assert told.stdout.startswith("None\nNone\nNone\nProduct(kind='no kind'")
     assert {path.stem for path in tmp_path.rglob("*.cubin")} == {"gemv", "swiglu"}
 
 

@@ -13,12 +13,19 @@ from torch import Tensor
 from llama4.engine.cuda_graphs import CudaGraphRunner
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.engine.static_step import StaticStep
-from llama4.kernels.triton import launch, launch_attention
+from llama4.kernels.triton import common, launch_products, support
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.ops import attention_gpu, quantized_gpu
 from tests import small_model
-from tests.kernels.interpreter import DEVICE, INTERPRETED, needs_the_interpreter, on_a_device, run_again
+from tests.kernels.interpreter import (
+    DEVICE,
+    INTERPRETED,
+    launches_in_the_interpreter,  # noqa: F401
+    needs_the_interpreter,
+    on_a_device,
+    run_again,
+)
 from tests.test_cuda import quantized_model
 
 pytest.importorskip("triton")
@@ -30,15 +37,13 @@ BOUND = 1e-4 if INTERPRETED else 0.05
 
 
 @pytest.fixture(autouse=True)
-def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_if_on_a_gpu(launches_in_the_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     if INTERPRETED:
         monkeypatch.setattr(CudaGraphRunner, "device", "cpu")
         monkeypatch.setattr(CudaGraphRunner, "capture", lambda self, step: None)  # steps are computed kernel by kernel
-        monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
+        monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(attention_gpu, "unsupported_reason", lambda *arguments: None)
-        monkeypatch.setattr(
-            launch_attention, "_multiprocessors", lambda device: 3
-        )  # the keys of one row are shared out
+        monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(0, 3))  # the keys of one row are shared out
 
 
 def build(**changes: Any) -> Llama4Model:
@@ -66,6 +71,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @on_a_device
+@pytest.mark.filterwarnings("ignore:.* encountered in multiply")  # of scales in slots without a token
 @pytest.mark.parametrize(
     ("prompt", "padding", "format"),
     [
@@ -140,14 +146,14 @@ def test_quantized(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if scheme != "int8":
             pytest.skip("the interpreter takes long; test_triton has the kernels")
         monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *arguments: None)
-    launched, products = 0, launch.products
+    launched, products = 0, launch_products.products
 
     def counted(*arguments: Any, **named: Any) -> Tensor:
         nonlocal launched
         launched += 1
         return products(*arguments, **named)
 
-    monkeypatch.setattr(launch, "products", counted)
+    monkeypatch.setattr(launch_products, "products", counted)
     with torch.inference_mode():
         quantized = quantized_model(scheme, layers=1).to(DEVICE, DTYPE)
         runner, cache = CudaGraphRunner(quantized), quantized.new_cache(2)

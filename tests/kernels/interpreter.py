@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from llama4.bench.device.kernels import Target
+from llama4.kernels.triton import common, launch_products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -54,11 +55,27 @@ def compile_only(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     compiled: list[Any] = []
     run = JITFunction.run
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(common.GPUS, torch.device("meta"), common.Gpu(capability, multiprocessors=132))
     monkeypatch.setattr(triton.runtime.driver, "_active", _OneOfSeveral(capability))
     monkeypatch.setattr(
         JITFunction, "run", lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
     )
     return compiled
+
+
+@pytest.fixture
+def launches_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of 16 multiprocessors, but of large blocks, which cost it what small ones do."""
+    if not INTERPRETED:
+        return
+    gemv_blocks = launch_products._gemv_blocks
+
+    def large_blocks(kind: str, rows: int, outputs: Sequence[int], inputs: int) -> dict[str, int]:
+        least = min(o for o in outputs if o)
+        return gemv_blocks(kind, rows, outputs, inputs) | {"BLOCK_O": min(32, 1 << (least.bit_length() - 1))}
+
+    monkeypatch.setattr(launch_products, "_gemv_blocks", large_blocks)
+    monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(capability=0, multiprocessors=16))
 
 
 @pytest.fixture
@@ -80,7 +97,7 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def narrow(a: Any) -> Any:
         bits = a.data.view(np.uint32)
-        assert not (bits & 0xFFFF).any(), "codes are exact in bfloat16"
+        assert not (bits & 0xFFFF).any(), "values are exact in bfloat16"
         return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
 
     def new_subtract(self: Any, a: Any, b: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama4.cache.formats import QUANTIZED, CacheFormat, Unquantized
 from llama4.config import TextConfig
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import common, launch_attention, launch_elementwise, launch_products, support
 from llama4.model.experts import GroupedExperts
 from llama4.ops import attention_gpu, fp8, quantized_gpu
 from llama4.quantization.fp8 import Fp8
@@ -23,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    caches = launch.unsupported_reason, launch._failure  # a test may replace them
+    caches = support.unsupported_reason, support._failure  # a test may replace them
     for function in caches:
         function.cache_clear()
     yield
@@ -32,44 +33,80 @@ def forget() -> Iterator[None]:
 
 
 def test_not_on_a_cpu() -> None:
-    assert launch.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
-    assert quantized_gpu.unsupported_reason("int4", torch.zeros(1, 64), 32) == "the rows are not on a GPU"
+    assert support.unsupported_reason(CPU, torch.bfloat16) == "they are for GPUs, not for cpu"
+    assert quantized_gpu.unsupported_reason("int4", torch.zeros(1, 64), 64, 32) == "the rows are not on a GPU"
 
 
 def test_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_failure", lambda device: None)
-    monkeypatch.setattr(launch, "find_spec", lambda name: name)
-    assert launch.unsupported_reason(CUDA, torch.bfloat16) is None
-    assert launch.unsupported_reason(CUDA, torch.float64) == "they do not take torch.float64"
-    launch.unsupported_reason.cache_clear()
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    assert launch.unsupported_reason(CUDA, torch.bfloat16) == "the package triton is not installed"
-    launch.unsupported_reason.cache_clear()
-    monkeypatch.setenv(launch.SWITCH, "off")
-    assert launch.unsupported_reason(CUDA, torch.bfloat16) == "LLAMA4_GPU_KERNELS is off"
+    monkeypatch.setattr(support, "_probes", lambda device: ())
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    monkeypatch.setitem(common.GPUS, CUDA, common.Gpu(80, 108))
+
+    def reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
+        support.unsupported_reason.cache_clear()
+        support._failure.cache_clear()
+        return support.unsupported_reason(CUDA, dtype)
+
+    assert reason() is None
+    assert reason(torch.float64) == "they do not take torch.float64"
+    monkeypatch.setitem(common.GPUS, CUDA, common.Gpu(75, 40))
+    assert reason() == "its compute capability is 7.5; they need 8.0"
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    assert reason() == "the package triton is not installed"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert reason() == "they are for NVIDIA's GPUs, and torch is built for ROCm"
+    monkeypatch.setenv(support.SWITCH, "off")
+    assert reason() == "LLAMA4_GPU_KERNELS is off"
 
 
-def test_what_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+TRIED = {
+    "a product": (launch_products, "product", 16),
+    "a norm": (launch_elementwise, "rms_norm", 2),
+    "attention": (launch_attention, "attend", 2),
+}
+"""Launches, and what all numbers of their results should be."""
+
+
+def constant(number: float, *given: object) -> Tensor:
+    return torch.full((1, 4), float(number))
+
+
+def test_nothing_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(common.GPUS, CPU, common.Gpu(80, 108))
+    for module, name, right in TRIED.values():
+        monkeypatch.setattr(module, name, partial(constant, right))
+    assert support._failure(CPU) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("broken", TRIED)
+def test_what_fails_is_told_once(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whether a launch fails or gives something wrong."""
+    monkeypatch.setitem(common.GPUS, CPU, common.Gpu(80, 108))
+    for module, name, right in TRIED.values():
+        monkeypatch.setattr(module, name, partial(constant, right))
 
-    def broken(*arguments: object) -> Tensor:
+    def reason(launch: Callable[..., Tensor]) -> str | None:
+        monkeypatch.setattr(*TRIED[broken][:2], launch)
+        support._failure.cache_clear()
+        assert support._failure(CPU) == support._failure(CPU)
+        return support._failure(CPU)
+
+    def failing(*given: object) -> Tensor:
         raise RuntimeError("no compiler\nat line 7")
 
-    monkeypatch.setattr(launch, "product", broken)
-    for _ in range(3):
-        assert launch._failure(CPU) == "no compiler"
-    monkeypatch.setattr(launch, "product", lambda *arguments: torch.full((1, 4), 15.0))
-    launch._failure.cache_clear()
-    assert launch._failure(CPU) == "a product gave 15.0 instead of 16"
-    monkeypatch.setattr(launch, "product", lambda x, codes, *rest: torch.full((1, 4), 16.0))
-    launch._failure.cache_clear()
-    assert launch._failure(CPU) is None
+    right = TRIED[broken][2]
+    assert reason(failing) == "no compiler"
+    assert reason(partial(constant, 15)) == f"{broken} gave 15.0 instead of {right}"
+    assert reason(partial(constant, math.nan)) == f"{broken} gave nan instead of {right}"
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 2
-    assert warnings[0] == "the Triton kernels do not run on cpu (no compiler); torch's own products are slower"
+    assert len(warnings) == 3
+    assert warnings[0] == "the Triton kernels do not run on cpu (no compiler); torch's own operations are slower"
 
 
-@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("kind", launch_products.KINDS)
 @pytest.mark.parametrize(("rows", "experts"), [(1, 1), (8, 16), (9, 16), (33, 4), (300, 16), (2048, 1), (2048, 128)])
 def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However rows are spread, there is a program for each tile of each expert; and blocks divide what they must."""
@@ -79,14 +116,16 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *tensors, **sizes: launches.append((grid, sizes))
 
-    triton_packed = pytest.importorskip("llama4.kernels.triton.quantized")
-    monkeypatch.setattr(triton_packed, "gemv", Kernel())
-    monkeypatch.setattr(triton_packed, "grouped_gemm", Kernel())
+    quantized = pytest.importorskip("llama4.kernels.triton.quantized")
+    monkeypatch.setattr(quantized, "gemv", Kernel())
+    monkeypatch.setattr(quantized, "grouped_gemm", Kernel())
+    monkeypatch.setitem(common.GPUS, CPU, common.Gpu(90, 132))
     group = 32 if kind == "int4" else 192
     x = torch.empty(rows, 192, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16)
-    codes = torch.empty(experts, 100, 192, dtype=torch.int8).view(torch.int8 if kind == "int8" else torch.uint8)
-    codes = codes[..., :96].contiguous().view(torch.int32) if kind == "int4" else codes
-    launch.product(kind, x, codes, torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64))
+    values = torch.empty(experts, 100, 192, dtype=torch.int8).view(torch.int8 if kind == "int8" else torch.uint8)
+    values = values[..., :96].contiguous().view(torch.int32) if kind == "int4" else values
+    scales, counts = torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64)
+    launch_products.product(kind, x, values, scales, counts)
     grid, sizes = launches[0]
     at_once, blocks = sizes["BLOCK_R"], -(-100 // sizes["BLOCK_O"])
     tiles = math.prod(grid) // blocks
@@ -112,7 +151,7 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
         values, scale = (torch.empty(spec.shape, dtype=spec.dtype) for spec in Fp8().part_specs((4, 48, 32)).values())
         y = quantized_gpu.linear("fp8", x, values, scale, counts)
         assert (y.shape, y.dtype, y.device.type) == ((20, 48), torch.bfloat16, "cuda")
-        assert quantized_gpu.unsupported_reason("fp8", x, 16) == "there is more than one scale per output"
+        assert quantized_gpu.unsupported_reason("fp8", x, 32, 16) == "there is more than one scale per output"
         y = fp8.scaled_mm(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
         assert (y.shape, y.dtype) == ((20, 48), torch.bfloat16)
         experts = GroupedExperts(TextConfig(hidden_size=32, intermediate_size=48, num_local_experts=4))
@@ -122,7 +161,7 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
 
 
 def test_blocks_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
+    monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
     here, there = torch.device("cuda", 0), torch.device("cuda", 1)
 
     def reason(format: CacheFormat, device: torch.device, blocks: torch.device, head_dim: int = 128) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import common, launch_elementwise, launch_products, support
 from llama4.ops import quantized_gpu
 from llama4.ops.fp8 import to_fp8
 from llama4.quantization import int4
@@ -28,6 +28,7 @@ from tests.kernels.interpreter import (
     INTERPRETED,
     bfloat16_in_the_interpreter,  # noqa: F401
     compile_only,
+    launches_in_the_interpreter,  # noqa: F401
     needs_the_compiler,
     needs_the_interpreter,
     on_a_device,
@@ -36,7 +37,7 @@ from tests.kernels.interpreter import (
 from tests.quantization.test_weight import name_of, packed
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter")
+pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter", "launches_in_the_interpreter")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COUNTS = {
@@ -62,46 +63,46 @@ def nothing_left_over() -> Iterator[None]:
 
 
 def random_matrices(kind: str, experts: int, outputs: int, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> codes and scales as a checkpoint has them, and what they stand for, in float64."""
+    """-> values and scales as a checkpoint has them, and what they stand for, in float64."""
     generator = torch.Generator().manual_seed(0)
     groups = INPUTS // group if group else 1
     scales = (torch.rand(experts, outputs, groups, generator=generator) + 0.5).bfloat16()
     shape = experts, outputs, INPUTS
     if kind == "fp8":
-        codes = torch.arange(experts * outputs * INPUTS).view(shape).to(torch.uint8)
-        codes[codes & 127 == 127] = 0  # not numbers; all others occur
-        numbers = codes.view(torch.float8_e4m3fn).double()
+        values = torch.arange(experts * outputs * INPUTS).view(shape).to(torch.uint8)
+        values[values & 127 == 127] = 0  # not numbers; all others occur
+        numbers = values.view(torch.float8_e4m3fn).double()
     else:
         low, high = (-8, 8) if kind == "int4" else (-128, 128)
-        codes = torch.randint(low, high, shape, dtype=torch.int8, generator=generator)
-        numbers = codes.double()
+        values = torch.randint(low, high, shape, dtype=torch.int8, generator=generator)
+        numbers = values.double()
     matrices = (numbers.unflatten(-1, (groups, -1)) * scales.double()[..., None]).flatten(-2)
-    return int4.pack(codes) if kind == "int4" else codes, scales, matrices
+    return int4.pack(values) if kind == "int4" else values, scales, matrices
 
 
 def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -> None:
-    outputs = 20 if sum(counts) <= launch.MAX_GEMV_ROWS else 140  # ends within a block
-    codes, scales, matrices = random_matrices(kind, len(counts), outputs, group)
+    outputs = 20 if sum(counts) <= launch_products.MAX_GEMV_ROWS else 140  # ends within a block
+    values, scales, matrices = random_matrices(kind, len(counts), outputs, group)
     x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_scales = None
     if kind == "fp8":
-        codes_of_x, scales_of_x = to_fp8(x, torch.float32)
-        exact, x, x_scales = codes_of_x.double() * scales_of_x.double(), codes_of_x.view(torch.uint8), scales_of_x[:, 0]
+        x_values, x_scales = to_fp8(x, torch.float32)
+        exact, x, x_scales = x_values.double() * x_scales.double(), x_values.view(torch.uint8), x_scales[:, 0]
     else:
         exact = x.double()
     truth = torch.cat([rows @ matrix.mT for rows, matrix in zip(exact.split(counts), matrices, strict=True)])
-    x, codes, scales = x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE)
+    x, values, scales = x.to(DEVICE), values.to(DEVICE), scales.to(DEVICE)
     x_scales = None if x_scales is None else x_scales.to(DEVICE)
     counts_there = torch.tensor(counts, device=DEVICE) if len(counts) > 1 else None
-    y = launch.product(kind, x, codes, scales, counts_there, x_scales_R=x_scales, dtype=torch.float32)
+    y = launch_products.product(kind, x, values, scales, counts_there, x_scales_R=x_scales, dtype=torch.float32)
     error = (y.cpu().double() - truth).abs().max() / truth.abs().max()
-    assert error < 1e-5, "codes and inputs are exact, and sums of hundreds of products are rounded to float32"
+    assert error < 1e-5, "values and inputs are exact, and sums of hundreds of products are rounded to float32"
 
 
 @on_a_device
 @pytest.mark.usefixtures("nothing_left_over")
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("kind", launch_products.KINDS)
 def test_product(kind: str, counts: str) -> None:
     check(kind, torch.bfloat16, COUNTS[counts], 64 if kind == "int4" else None)
 
@@ -109,7 +110,7 @@ def test_product(kind: str, counts: str) -> None:
 @on_a_device
 @pytest.mark.parametrize("counts", ["one row", "some rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("kind", launch_products.KINDS)
 def test_other_dtypes(kind: str, dtype: torch.dtype, counts: str) -> None:
     check(kind, dtype, COUNTS[counts], 32 if kind == "int4" else None)
 
@@ -123,7 +124,7 @@ def test_groups(group: int | None, counts: str) -> None:
 
 
 @on_a_device
-@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("kind", launch_products.KINDS)
 def test_whole_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a length of which no thread has less than others."""
     monkeypatch.setitem(globals(), "INPUTS", 1024)
@@ -132,8 +133,8 @@ def test_whole_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @on_a_device
 @pytest.mark.usefixtures("nothing_left_over")
-@pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("kind", launch.KINDS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", launch_products.KINDS)
 def test_products(kind: str, rows: int) -> None:
     """With two and three matrices at once, bit for bit those with each of them."""
     x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -143,10 +144,10 @@ def test_products(kind: str, rows: int) -> None:
         x, x_scales = values.view(torch.uint8), scales[:, 0]
     matrices, alone = [], []
     for outputs in (20, 8, 12):
-        codes, scales, _ = random_matrices(kind, 1, outputs, 32 if kind == "int4" else None)
-        matrices.append((codes[0].to(DEVICE), scales[0].to(DEVICE)))
-        alone.append(launch.product(kind, x, *matrices[-1], x_scales_R=x_scales, dtype=torch.float32))
-        y = launch.products(kind, x, matrices, x_scales_R=x_scales, dtype=torch.float32)
+        values, scales, _ = random_matrices(kind, 1, outputs, 32 if kind == "int4" else None)
+        matrices.append((values[0].to(DEVICE), scales[0].to(DEVICE)))
+        alone.append(launch_products.product(kind, x, *matrices[-1], x_scales_R=x_scales, dtype=torch.float32))
+        y = launch_products.products(kind, x, matrices, x_scales_R=x_scales, dtype=torch.float32)
         assert torch.equal(y, torch.cat(alone, dim=1))
 
 
@@ -155,11 +156,18 @@ def test_products(kind: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [7, 30])
 def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
     """Others would be right by chance, where their own program comes later: here the last rows have none."""
-    codes, scales, _ = random_matrices("int8", 3, 20, None)
+    values, scales, _ = random_matrices("int8", 3, 20, None)
     x, counts = torch.ones(rows, INPUTS, device=DEVICE), torch.tensor([2, 0, 3], device=DEVICE)
-    y = launch.product("int8", x, codes.to(DEVICE), scales.to(DEVICE), counts)
+    y = launch_products.product("int8", x, values.to(DEVICE), scales.to(DEVICE), counts)
     assert y[:5].isfinite().all()
     assert y[5:].isnan().all()
+
+
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, whose tensors are on the CPU."""
+    if INTERPRETED:
+        monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
+        monkeypatch.setattr(Tensor, "is_cuda", True)
 
 
 @on_a_device
@@ -175,20 +183,15 @@ def test_modules(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatc
     counts = torch.tensor([rows - rows // 3, 0, rows // 3])
     truths = linear(x), experts(x, counts)
 
-    product, calls = launch.product, 0
+    product, calls = launch_products.product, 0
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return product(*args, **kwargs)
 
-    if INTERPRETED:
-
-        def reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
-            return None if (group_size or x_RI.shape[1]) % 16 == 0 else "it is not tested"
-
-        monkeypatch.setattr(quantized_gpu, "unsupported_reason", reason)
-    monkeypatch.setattr(launch, "product", counted)
+    as_if_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(launch_products, "product", counted)
     linear, experts = linear.to(DEVICE), experts.to(DEVICE)
     x, counts = x.to(DEVICE), counts.to(DEVICE)
     for y, truth in zip((linear(x), experts(x, counts)), truths, strict=True):
@@ -196,6 +199,46 @@ def test_modules(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatc
         assert y.dtype == torch.float32
         assert torch.allclose(y.cpu(), truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item() if rows else 0)
     assert calls == 3
+
+
+@on_a_device
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("format", [Int8(), Fp8()], ids=name_of)
+def test_experts_whose_width_no_kernel_takes(format: WeightFormat, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second product, while the first would do."""
+    experts = QuantizedExperts()
+    experts.gate_up_proj = packed(torch.randn(3, 48, 32, generator=torch.Generator().manual_seed(0)), format)
+    experts.down_proj = packed(torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(1)), format)
+    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(3)) / 10
+    counts = torch.tensor([rows - rows // 3, 0, rows // 3])
+    truth = experts(x, counts)
+    as_if_on_a_gpu(monkeypatch)
+    experts, x, counts = experts.to(DEVICE), x.to(DEVICE), counts.to(DEVICE)
+    reasons = [quantized_gpu.unsupported_reason(format.kind, x, inputs, format.group_size) for inputs in (32, 24)]
+    assert reasons == [None, "the inputs of a scale are no multiple of 16"]
+    assert torch.allclose(experts(x, counts).cpu(), truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item())
+
+
+@on_a_device
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_row_with_nan(rows: int) -> None:
+    """In e4m3 it gives nothing else, and other rows are as they were."""
+    x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x[1, 5] = torch.nan
+    x_values, x_scales = launch_elementwise.to_fp8(x)
+    values, scales = (part[0].to(DEVICE) for part in random_matrices("fp8", 1, 20, None)[:2])
+    x_values, x_scales_R = x_values.view(torch.uint8), x_scales[:, 0]
+    y = launch_products.product("fp8", x_values, values, scales, x_scales_R=x_scales_R, dtype=torch.float32)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@on_a_device
+def test_what_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the kernels are used; it goes well here."""
+    if INTERPRETED:
+        monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(80, 16))
+    assert support._fault(torch.device(DEVICE)) is None
 
 
 @needs_the_interpreter
@@ -209,17 +252,17 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
     """For an A100 and an H100, at Scout's sizes."""
     compiled = compile_only(capability, monkeypatch, tmp_path)
     experts, outputs, inputs = 16, 16384, 5120
-    codes = torch.empty(experts, outputs, inputs, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
+    values = torch.empty(experts, outputs, inputs, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
     if kind == "int4":
-        codes = codes[..., : inputs // 2].contiguous().view(torch.int32)
+        values = values[..., : inputs // 2].contiguous().view(torch.int32)
     scales = torch.empty(experts, outputs, inputs // 128 if kind == "int4" else 1, dtype=torch.bfloat16, device="meta")
     counts = torch.empty(experts, dtype=torch.int64, device="meta")
     for rows in (4, 2048):
         x = torch.empty(rows, inputs, dtype=torch.uint8 if kind == "fp8" else torch.bfloat16, device="meta")
         x_scales = torch.empty(rows, device="meta") if kind == "fp8" else None
-        launch.product(kind, x, codes, scales, counts, x_scales_R=x_scales, dtype=torch.bfloat16)
+        launch_products.product(kind, x, values, scales, counts, x_scales_R=x_scales, dtype=torch.bfloat16)
     x, x_scales = x[:1], None if x_scales is None else x_scales[:1]
-    launch.products(kind, x, [(codes[0], scales[0])] * 3, x_scales_R=x_scales, dtype=torch.bfloat16)
+    launch_products.products(kind, x, [(values[0], scales[0])] * 3, x_scales_R=x_scales, dtype=torch.bfloat16)
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= {80: 99, 90: 227}[capability] * 1024, "what the smallest of those GPUs has"

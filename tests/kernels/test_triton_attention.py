@@ -22,6 +22,7 @@ from tests.kernels.interpreter import (
     INTERPRETED,
     bfloat16_in_the_interpreter,  # noqa: F401
     compile_only,
+    launches_in_the_interpreter,  # noqa: F401
     needs_the_compiler,
     needs_the_interpreter,
     on_a_device,
@@ -29,7 +30,7 @@ from tests.kernels.interpreter import (
 )
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter")
+pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter", "launches_in_the_interpreter")
 
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Of the largest number: probabilities and results are rounded to the dtype, sums are float32."""
@@ -175,6 +176,21 @@ def test_write(kind: str, dtype: torch.dtype) -> None:
         other.fill(row, slot, k[row : row + 1], v[row : row + 1])
         for ours, theirs in zip(cache.rows[row], other.rows[row], strict=True):
             assert torch.equal(ours, theirs)
+
+
+@on_a_device
+@pytest.mark.parametrize("at", [3, 40])
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_write_nan(kind: str, at: int) -> None:
+    """What `LayerCache.write` makes of it: where a scale is of all numbers of a head, none is left."""
+    cache, other = (make_cache(kind, 2, 64, [4], torch.float32) for _ in range(2))
+    k, v = torch.randn(2, 1, 2, 64, device=DEVICE)
+    k[0, 0, at] = v[0, 1, at] = torch.nan
+    launch_attention.write(k, v, cache.block_table().to(DEVICE), torch.tensor([3], device=DEVICE), kind)
+    other.fill(0, 3, k, v)
+    for ours, theirs in zip(*(next(each.read(0, 4, torch.float64, k.device)) for each in (cache, other)), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert theirs.isnan().any()
 
 
 @on_a_device

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama4.kernels import gpu, loader
-from llama4.kernels.triton import launch
+from llama4.kernels import loader
+from llama4.kernels.triton import common, launch_routing, support
 from llama4.model.moe import top_k
 from llama4.ops import gpu_kernels, routing
 from tests import small_model
@@ -56,7 +56,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("rows", "E", "D"), [(0, 4, 64), (1, 16, 5120), (5, 3, 1000), (9, 128, 32)])
 def test_router_logits(rows: int, E: int, D: int, dtype: torch.dtype) -> None:
     x_ND, weight_ED = drawn(rows, D, dtype=dtype), drawn(E, D, dtype=dtype, seed=1)
-    logits_NE = gpu.router_logits(x_ND.to(DEVICE), weight_ED.to(DEVICE)).cpu()
+    logits_NE = launch_routing.router_logits(x_ND.to(DEVICE), weight_ED.to(DEVICE)).cpu()
     assert logits_NE.dtype == torch.float32
     assert torch.allclose(logits_NE.double(), x_ND.double() @ weight_ED.double().mT, rtol=1e-5, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_dispatch(tokens: int, k: int, E: int, dtype: torch.dtype) -> None:
     x_ND = drawn(tokens, 40, dtype=dtype)
     scores_Nk, experts_Nk = drawn(tokens, E).topk(k)
     truth = routing.dispatch(x_ND, scores_Nk, experts_Nk, E)
-    check(gpu.dispatch(x_ND.to(DEVICE), scores_Nk.to(DEVICE), experts_Nk.to(DEVICE), E), truth)
+    check(launch_routing.dispatch(x_ND.to(DEVICE), scores_Nk.to(DEVICE), experts_Nk.to(DEVICE), E), truth)
 
 
 @on_a_device
@@ -82,7 +82,7 @@ def test_dispatch_many(k: int) -> None:
     x_ND, scores_Nk = drawn(1100, 8), drawn(1100, k, seed=1)
     experts_Nk = (drawn(1100, 4) + torch.tensor([0, 9, 0, 1])).topk(k).indices
     truth = routing.dispatch(x_ND, scores_Nk, experts_Nk, 4)
-    check(gpu.dispatch(x_ND.to(DEVICE), scores_Nk.to(DEVICE), experts_Nk.to(DEVICE), 4), truth)
+    check(launch_routing.dispatch(x_ND.to(DEVICE), scores_Nk.to(DEVICE), experts_Nk.to(DEVICE), 4), truth)
 
 
 @on_a_device
@@ -93,14 +93,14 @@ def test_dispatch_top_1(tokens: int, E: int, dtype: torch.dtype) -> None:
     x_ND, logits_NE = drawn(tokens, 1030, dtype=dtype), drawn(tokens, E).round()
     logits_N1, experts_N1 = top_k(logits_NE, 1)
     truth = routing.dispatch(x_ND, logits_N1.sigmoid(), experts_N1, E)
-    check(gpu.dispatch_top_1(x_ND.to(DEVICE), logits_NE.to(DEVICE)), truth)
+    check(launch_routing.dispatch_top_1(x_ND.to(DEVICE), logits_NE.to(DEVICE)), truth)
 
 
 @on_a_device
 def test_logits_that_are_no_numbers_choose_an_expert() -> None:
     """Any, so that nothing is read or written where no row is."""
     logits_NE = torch.full((3, 5), torch.nan, device=DEVICE)
-    _, counts_E, tokens_R, rows_N1 = gpu.dispatch_top_1(torch.ones(3, 64, device=DEVICE), logits_NE)
+    _, counts_E, tokens_R, rows_N1 = launch_routing.dispatch_top_1(torch.ones(3, 64, device=DEVICE), logits_NE)
     assert counts_E.sum() == 3
     assert tokens_R.sort().values.tolist() == rows_N1.flatten().sort().values.tolist() == [0, 1, 2]
 
@@ -113,7 +113,7 @@ def test_combine(tokens: int, k: int, dtype: torch.dtype) -> None:
     routed_RD, out_ND = drawn(tokens * k, 1030, dtype=dtype), drawn(tokens, 1030, dtype=dtype, seed=1)
     rows_Nk = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(0)).view(tokens, k)
     before_ND = out_ND.clone()
-    sum_ND = gpu.combine(routed_RD.to(DEVICE), rows_Nk.to(DEVICE), out_ND.to(DEVICE)).cpu()
+    sum_ND = launch_routing.combine(routed_RD.to(DEVICE), rows_Nk.to(DEVICE), out_ND.to(DEVICE)).cpu()
     assert sum_ND.dtype == torch.float32
     assert torch.equal(out_ND, before_ND)
     truth_ND = routing.combine(routed_RD, rows_Nk, out_ND)
@@ -124,16 +124,16 @@ def test_combine(tokens: int, k: int, dtype: torch.dtype) -> None:
 def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is trained does not."""
     if INTERPRETED:
-        monkeypatch.setattr(launch, "unsupported_reason", lambda device, dtype: None)
+        monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(Tensor, "is_cuda", True)
     launches = []
-    launched = gpu._launch
+    launched = common.launch
 
     def counted(*arguments: Any, **sizes: Any) -> None:
         launches.append(arguments[0])
         launched(*arguments, **sizes)
 
-    monkeypatch.setattr(gpu, "_launch", counted)
+    monkeypatch.setattr(common, "launch", counted)
     x_ND, weight_ED = drawn(3, 64).to(DEVICE), drawn(4, 64).to(DEVICE)
 
     def all_of_them() -> Tensor:
@@ -162,13 +162,13 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         truth_BTV = logits()
         launches: set[str] = set()
-        launched = gpu._launch
+        launched = common.launch
 
         def counted(kernel: Any, *arguments: Any, **sizes: Any) -> None:
             launches.add(kernel.fn.__name__)
             launched(kernel, *arguments, **sizes)
 
-        monkeypatch.setattr(gpu, "_launch", counted)
+        monkeypatch.setattr(common, "launch", counted)
         monkeypatch.setattr(gpu_kernels, "unsupported_reason", lambda *tensors: None)
         assert torch.allclose(logits(), truth_BTV, rtol=1e-4, atol=1e-4)
     between = {"rms_norm", "apply_rope", "swiglu"}
@@ -185,11 +185,11 @@ def test_compiles(E: int, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_
         for tokens in (1, 64, 2048):
             x_ND, weight_ED = torch.empty(tokens, 5120).bfloat16(), torch.empty(E, 5120).bfloat16()
             logits_NE, experts_N1 = torch.empty(tokens, E), torch.empty(tokens, 1, dtype=torch.int64)
-            if tokens <= gpu.MAX_TOP_1:
-                gpu.router_logits(x_ND, weight_ED)
-                gpu.dispatch_top_1(x_ND, logits_NE)
-            gpu.dispatch(x_ND, logits_NE[:, :1], experts_N1, E)
-            gpu.combine(x_ND, experts_N1, x_ND)
+            if tokens <= launch_routing.MAX_TOP_1:
+                launch_routing.router_logits(x_ND, weight_ED)
+                launch_routing.dispatch_top_1(x_ND, logits_NE)
+            launch_routing.dispatch(x_ND, logits_NE[:, :1], experts_N1, E)
+            launch_routing.combine(x_ND, experts_N1, x_ND)
     assert len(compiled) == 13
     for kernel in compiled:
         assert kernel.asm["cubin"]

@@ -19,7 +19,7 @@ from llama4.bench.device.record import Figures, Record, Skip
 from llama4.bench.vqa import exam
 from llama4.config import TextConfig
 from llama4.errors import Llama4Error
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import launch_products, support
 from llama4.model.experts import BACKENDS
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.modules import QuantizedExperts
@@ -57,7 +57,7 @@ def _compiles(record: Record) -> Figures:
         raise Skip(reason)
     if record.device.type != "cuda":
         raise Skip("not a GPU; the kernels run in Triton's interpreter")
-    if reason := launch.unsupported_reason(record.device, torch.bfloat16):
+    if reason := support.unsupported_reason(record.device, torch.bfloat16):
         raise Llama4Error(reason)
     return {}
 
@@ -83,7 +83,7 @@ def _kernel(record: Record, kind: str, rows: int) -> Figures:
         x_scales = x.abs().amax(1) / 448
         x = (x / x_scales[:, None]).to(torch.float8_e4m3fn)
         exact, x = x.double() * x_scales[:, None].double(), x.view(torch.uint8)
-    y = launch.product(
+    y = launch_products.product(
         kind,
         x,
         module.part(module.format.parts[0]),

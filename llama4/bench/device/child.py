@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llama4.bench.device.record import DeviceLostError, Record
+from llama4.kernels.triton import common
 
 DEVICE_LOST = 3
 """Exit code: the step has to go on in another process."""
@@ -53,6 +54,8 @@ def main(task: Task) -> None:
     os.dup2(log, 2)
     print(f"\n--- {task.function} ---", file=sys.stderr, flush=True)
     torch.manual_seed(0)
+    if task.dry:  # the kernels are interpreted
+        common.GPUS[torch.device(task.device)] = common.Gpu(capability=0, multiprocessors=16)
     record = Record(
         task.lines,
         torch.device(task.device),

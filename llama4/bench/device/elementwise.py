@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.kernels import gpu
+from llama4.kernels.triton import launch_elementwise, launch_routing
 from llama4.model.moe import top_k
 from llama4.ops import fp8, norm, rope, routing, swiglu
 from llama4.vision.rope import unit_numbers
@@ -62,47 +62,49 @@ def _summed(given: Inputs, *deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 CASES: dict[str, Case] = {
     "norm": Case(
-        lambda i: [gpu.rms_norm(i.residual_ND, i.weight_D, EPS)],
+        lambda i: [launch_elementwise.rms_norm(i.residual_ND, i.weight_D, EPS)],
         lambda i: [norm.rms_norm(i.residual_ND.double(), i.weight_D.double(), EPS)],
     ),
     "sum and norm": Case(
-        lambda i: gpu.add_rms_norm(i.residual_ND, i.delta_ND, i.weight_D, EPS),
+        lambda i: launch_elementwise.add_rms_norm(i.residual_ND, i.delta_ND, i.weight_D, EPS),
         lambda i: _summed(i, i.delta_ND),
     ),
     "sum of experts and norm": Case(
-        lambda i: gpu.add_rms_norm(i.residual_ND, i.delta_ND, i.weight_D, EPS, i.routed_RD, i.rows_N1),
+        lambda i: launch_elementwise.add_rms_norm(i.residual_ND, i.delta_ND, i.weight_D, EPS, i.routed_RD, i.rows_N1),
         lambda i: _summed(i, i.delta_ND, i.routed_RD[i.rows_N1[:, 0]]),
     ),
     "rope and qk-norm": Case(
-        lambda i: gpu.apply_rope(i.q_NHC, i.k_NKC, i.rotation, EPS, None),
+        lambda i: launch_elementwise.apply_rope(i.q_NHC, i.k_NKC, i.rotation, EPS, None),
         lambda i: rope.apply_rope(i.q_NHC.double(), i.k_NKC.double(), i.rotation.to(torch.complex128), EPS, None),
     ),
     "temperature": Case(
-        lambda i: gpu.apply_rope(i.q_NHC, i.k_NKC, None, None, i.temperature_N),
+        lambda i: launch_elementwise.apply_rope(i.q_NHC, i.k_NKC, None, None, i.temperature_N),
         lambda i: rope.apply_rope(i.q_NHC.double(), i.k_NKC.double(), None, None, i.temperature_N.double()),
     ),
     "swiglu": Case(
-        lambda i: [gpu.swiglu(i.gate_NF, i.up_NF)],
+        lambda i: [launch_elementwise.swiglu(i.gate_NF, i.up_NF)],
         lambda i: [swiglu.swiglu(i.gate_NF.double(), i.up_NF.double())],
     ),
-    "e4m3": Case(lambda i: gpu.to_fp8(i.x_ND), lambda i: fp8.to_fp8(i.x_ND.cpu(), torch.float32), bound=0.0),
+    "e4m3": Case(
+        lambda i: launch_elementwise.to_fp8(i.x_ND), lambda i: fp8.to_fp8(i.x_ND.cpu(), torch.float32), bound=0.0
+    ),
     "router": Case(
-        lambda i: [gpu.router_logits(i.x_ND, i.router_ED)],
+        lambda i: [launch_routing.router_logits(i.x_ND, i.router_ED)],
         lambda i: [i.x_ND.double() @ i.router_ED.double().mT],
         bound=1e-5,
-        most_tokens=gpu.MAX_TOP_1,
+        most_tokens=launch_routing.MAX_TOP_1,
     ),
     "choice and dispatch": Case(
-        lambda i: gpu.dispatch_top_1(i.x_ND, i.logits_NE),
+        lambda i: launch_routing.dispatch_top_1(i.x_ND, i.logits_NE),
         lambda i: routing.dispatch(i.x_ND.double(), i.scores_N1.double(), i.experts_N1, i.logits_NE.shape[1]),
-        most_tokens=gpu.MAX_TOP_1,
+        most_tokens=launch_routing.MAX_TOP_1,
     ),
     "dispatch": Case(
-        lambda i: gpu.dispatch(i.x_ND, i.scores_N1, i.experts_N1, i.logits_NE.shape[1]),
+        lambda i: launch_routing.dispatch(i.x_ND, i.scores_N1, i.experts_N1, i.logits_NE.shape[1]),
         lambda i: routing.dispatch(i.x_ND.double(), i.scores_N1.double(), i.experts_N1, i.logits_NE.shape[1]),
     ),
     "combine": Case(
-        lambda i: [gpu.combine(i.routed_RD, i.rows_N1, i.delta_ND)],
+        lambda i: [launch_routing.combine(i.routed_RD, i.rows_N1, i.delta_ND)],
         lambda i: [routing.combine(i.routed_RD.double(), i.rows_N1, i.delta_ND.double())],
     ),
 }

@@ -29,7 +29,7 @@ from llama4.bench.device import machine, timing, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
 from llama4.files import replace_text
-from llama4.kernels.triton import launch
+from llama4.kernels.triton import launch_products
 from llama4.model.experts import BACKENDS
 from llama4.model.moe import MixtureOfExperts
 
@@ -204,12 +204,12 @@ def _gemv(record: Record, text: TextConfig, made: Callable[[], nn.Module], token
 @contextmanager
 def most_gemv_rows(rows: int) -> Iterator[None]:
     """Within, so many rows at most go through the kernel for few."""
-    before = launch.MAX_GEMV_ROWS
-    launch.MAX_GEMV_ROWS = rows
+    before = launch_products.MAX_GEMV_ROWS
+    launch_products.MAX_GEMV_ROWS = rows
     try:
         yield
     finally:
-        launch.MAX_GEMV_ROWS = before
+        launch_products.MAX_GEMV_ROWS = before
 
 
 def _beside_transformers(

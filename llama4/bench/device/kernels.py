@@ -14,18 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama4.bench.device import attention, elementwise, experts, machine, workload
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
-from llama4.kernels.triton import launch, launch_attention
+from llama4.kernels.triton import common, launch_attention, launch_products
 
 WORKERS = 16
 
 
 @dataclass(frozen=True)
 class Product:
-    """Rows times a matrix [O, I], or, sorted, times E of them."""
+    """Rows times a matrix [O, I], or, sorted, times E of them.
+
+    Attributes:
+        others: outputs of up to two more matrices, which the same launch multiplies.
+    """
 
     kind: str
     rows: int
@@ -34,6 +39,7 @@ class Product:
     experts: int | None = None
     group: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def products() -> Iterator[Product]:
 
 def _all_products() -> Iterator[Product]:
     text = workload.text_config("scout", layers=4)
-    for kind, most in (("int4", 1 << 30), ("fp8", launch.MAX_GEMV_ROWS)):  # more rows of fp8 are torch's
+    for kind, most in (("int4", 1 << 30), ("fp8", launch_products.MAX_GEMV_ROWS)):  # more rows of fp8 are torch's
         for rows in (1, 2048, 4, 16):
             if rows <= most:
                 yield from _layer(kind, text, rows)
@@ -108,6 +114,9 @@ def _layer(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
     queries, keys = text.num_attention_heads * C, text.num_key_value_heads * C
     for outputs, inputs in ((queries, D), (keys, D), (D, queries), (F, D), (D, F)):
         yield Product(kind, rows, outputs, inputs, None, group)
+    if rows <= launch_products.MAX_GEMV_ROWS:  # what a graph's step launches
+        for outputs, *others in ((queries, keys, keys), (F, F)):
+            yield Product(kind, rows, outputs, D, None, group, others=tuple(others))
 
 
 def _experts(kind: str, text: TextConfig, rows: int) -> Iterator[Product]:
@@ -135,21 +144,23 @@ def compile_one(task: tuple[Product | Step | Between, int]) -> str | None:
 
 def _ask_for(product: Product) -> None:
     """Compile the kernel that this product would launch."""
-    kind, O, I = product.kind, product.outputs, product.inputs  # noqa: E741
-    leading = (product.experts,) if product.experts else ()
-    row = I // 8 if kind == "int4" else I
-    codes = torch.empty(*leading, O, row, dtype=workload.VALUES_DTYPE[kind], device="meta")
-    scales = torch.empty(*leading, O, I // product.group if product.group else 1, dtype=torch.bfloat16, device="meta")
-    is_fp8 = kind == "fp8"
-    launch.product(
-        kind,
-        torch.empty(product.rows, I, dtype=torch.uint8 if is_fp8 else product.dtype, device="meta"),
-        codes,
-        scales,
-        torch.empty(product.experts, dtype=torch.int64, device="meta") if product.experts else None,
-        x_scales_R=torch.empty(product.rows, device="meta") if is_fp8 else None,
-        dtype=product.dtype,
-    )
+    kind, I, is_fp8 = product.kind, product.inputs, product.kind == "fp8"  # noqa: E741
+    x = torch.empty(product.rows, I, dtype=torch.uint8 if is_fp8 else product.dtype, device="meta")
+    x_scales = torch.empty(product.rows, device="meta") if is_fp8 else None
+    first, *others = (_matrix(product, outputs) for outputs in (product.outputs, *product.others))
+    if others:
+        launch_products.products(kind, x, [first, *others], x_scales_R=x_scales, dtype=product.dtype)
+        return
+    counts = torch.empty(product.experts, dtype=torch.int64, device="meta") if product.experts else None
+    launch_products.product(kind, x, *first, counts, x_scales_R=x_scales, dtype=product.dtype)
+
+
+def _matrix(product: Product, outputs: int) -> tuple[Tensor, Tensor]:
+    """Values and scales, without data."""
+    I, leading = product.inputs, (product.experts,) if product.experts else ()  # noqa: E741
+    in_row, groups = I // 8 if product.kind == "int4" else I, I // product.group if product.group else 1
+    values = torch.empty(*leading, outputs, in_row, dtype=workload.VALUES_DTYPE[product.kind], device="meta")
+    return values, torch.empty(*leading, outputs, groups, dtype=torch.bfloat16, device="meta")
 
 
 def _ask_for_step(step: Step) -> None:
@@ -189,4 +200,5 @@ def _prepare(capability: int) -> None:
         return
     launched = JITFunction.run
     triton.runtime.driver._active = Target(capability)
+    common.GPUS[torch.device("meta")] = common.Gpu(capability, multiprocessors=132)
     JITFunction.run = lambda *args, **kwargs: launched(*args, **kwargs | {"warmup": True})

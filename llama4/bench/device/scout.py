@@ -193,8 +193,8 @@ def four_layers(record: Record) -> None:
 def _beside(subject: Subject, tokens: int, milliseconds: dict[tuple[str, int], float]) -> Figures:
     """A prompt, beside the same in bfloat16."""
     figures = dict(subject.prompt(tokens))
-    plain = milliseconds.get(("bfloat16", tokens))
-    return figures | ({"times_bfloat16": plain / figures["prompt_ms"]} if plain else {})
+    in_bfloat16 = milliseconds.get(("bfloat16", tokens))
+    return figures | ({"times_bfloat16": in_bfloat16 / figures["prompt_ms"]} if in_bfloat16 else {})
 
 
 def _transformers(

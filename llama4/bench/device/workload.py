@@ -27,7 +27,7 @@ from llama4.quantization.plan import QuantizationPlan, make_plan
 from llama4.quantization.weight import QuantizedWeight
 from llama4.vision.config import VisionConfig
 
-CODES_STD = {"int4": 4.6, "int8": 74.0, "fp8": 64.0}
+VALUES_STD = {"int4": 4.6, "int8": 74.0, "fp8": 64.0}
 """Standard deviation of the quantized values that `fill` draws."""
 VALUES_DTYPE = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.uint8}
 SMALL_VISION = VisionConfig(
@@ -139,7 +139,7 @@ def _normal(values: Tensor, std: float) -> None:
 
 def _fill_packed(module: QuantizedWeight, part: str, values: Tensor) -> None:
     if part == "weight_scale":  # powers of two, by which quantized values are multiplied exactly
-        middle = -math.log2(CODES_STD[module.format.kind] * module.shape[-1] ** 0.5)
+        middle = -math.log2(VALUES_STD[module.format.kind] * module.shape[-1] ** 0.5)
         powers = torch.randint(-1, 2, values.shape, device=values.device) + round(middle)
         values.copy_(torch.exp2(powers.float()))
     elif values.dtype == torch.int32:
@@ -148,7 +148,7 @@ def _fill_packed(module: QuantizedWeight, part: str, values: Tensor) -> None:
         values.random_(-127, 128)
     else:  # bytes of e4m3
         for some in values.view(torch.uint8).view(-1).split(1 << 26):
-            numbers = torch.randn(len(some), device=some.device).mul_(CODES_STD["fp8"]).clamp_(-448, 448)
+            numbers = torch.randn(len(some), device=some.device).mul_(VALUES_STD["fp8"]).clamp_(-448, 448)
             some.copy_(numbers.to(torch.float8_e4m3fn).view(torch.uint8))
 
 

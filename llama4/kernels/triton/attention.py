@@ -19,7 +19,7 @@ Shapes: B rows, H query heads, K key/value heads, G = H / K, C head_dim, W block
 import triton
 import triton.language as tl
 
-from llama4.kernels.triton.quantized import from_e4m3, from_nibble
+from llama4.kernels.triton.number_formats import from_e4m3, from_nibble, largest_magnitude, magnitudes, to_e4m3
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -264,16 +264,17 @@ def encode(
     if kind == "int4":
         x, x_high = x.to(tl.float32), tl.load(x_C + WIDTH + c, mask=c < WIDTH, other=0).to(tl.float32)
         low, high = first_largest(x, c), first_largest(x_high, c)
-        scale = rounded_scale(tl.where(tl.abs(high) > tl.abs(low), high, low) / -8, dtype)
+        scale = rounded_scale(tl.where(magnitudes(high) > magnitudes(low), high, low) / -8, dtype)
         nibbles = to_nibble(x, scale) | to_nibble(x_high, scale) << 4
         tl.store(values_at, nibbles, mask=c < WIDTH)
         tl.store(scale_at, scale)
     elif kind == "int8" or kind == "fp8":
         LARGEST: tl.constexpr = 127.0 if kind == "int8" else 448.0
         x = x.to(tl.float32)
-        scale = rounded_scale(tl.div_rn(tl.max(tl.abs(x), 0), LARGEST), dtype)
-        x = clamped(tl.div_rn(x, scale.to(tl.float32)), -LARGEST, LARGEST)
-        tl.store(values_at, round_even(x).to(tl.int8) if kind == "int8" else to_e4m3(x), mask=c < WIDTH)
+        scale = rounded_scale(tl.div_rn(largest_magnitude(x), LARGEST), dtype)
+        x = tl.div_rn(x, scale.to(tl.float32))
+        x = round_even(clamped(x, -LARGEST, LARGEST)).to(tl.int8) if kind == "int8" else to_e4m3(x)
+        tl.store(values_at, x, mask=c < WIDTH)
         tl.store(scale_at, scale)
     else:
         tl.store(values_at, x.to(stored), mask=c < WIDTH)
@@ -282,7 +283,7 @@ def encode(
 @triton.jit
 def first_largest(x, c):
     """The number of the largest magnitude, the first of several."""
-    return tl.sum(tl.where(c == tl.argmax(tl.abs(x), 0, tie_break_left=True), x, 0), 0)
+    return tl.sum(tl.where(c == tl.argmax(magnitudes(x), 0, tie_break_left=True), x, 0), 0)
 
 
 @triton.jit
@@ -308,15 +309,3 @@ def round_even(x):
     """To the nearest integer, the even one of two, for magnitudes below 2^22: float32 has no place for fractions
     beside 1.5 x 2^23."""
     return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def to_e4m3(x):
-    """Float32 within +-448 -> bytes of e4m3, to the nearest, the even one of two. In integers: GPUs before Hopper have
-    no instruction for it."""
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20) - (120 << 3)  # the exponent's bias is 7, not 127
-    subnormal = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000  # multiples of 2^-9, the last bit there
-    codes = tl.where(magnitude < 0x3C800000, subnormal, normal)  # 2^-6
-    return (bits >> 24 & 0x80 | codes).to(tl.uint8)

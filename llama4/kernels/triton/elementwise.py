@@ -14,6 +14,8 @@ experts per token, R = N * k routed rows.
 import triton
 import triton.language as tl
 
+from llama4.kernels.triton.number_formats import largest_magnitude, to_e4m3
+
 
 @triton.jit
 def rms_norm(
@@ -67,8 +69,8 @@ def apply_rope(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (n, b) turns heads b * BLOCK_H, ... of token n; behind the blocks of queries come those of keys. Token n
-    has the rotation n % period; the real and imaginary parts of a rotation take turns."""
+    """Program (n, b) rotates heads b * BLOCK_H, ... of token n; behind the blocks of queries come those of keys. Token
+    n has the rotation n % period; the real and imaginary parts of a rotation alternate."""
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     query_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -76,14 +78,14 @@ def apply_rope(
     if block < query_blocks:
         factor = None if factor_N is None else tl.load(factor_N + n).to(tl.float32)
         x_HC, y_HC = q_NHC + n * q_stride_n, new_q_NHC + n * H * C
-        turn_heads(x_HC, q_stride_h, rotation, eps, factor, y_HC, block, H, C, BLOCK_H, BLOCK_C)
+        rotate_heads(x_HC, q_stride_h, rotation, eps, factor, y_HC, block, H, C, BLOCK_H, BLOCK_C)
     else:
         x_HC, y_HC = k_NKC + n * k_stride_n, new_k_NKC + n * K * C
-        turn_heads(x_HC, k_stride_h, rotation, eps, None, y_HC, block - query_blocks, K, C, BLOCK_H, BLOCK_C)
+        rotate_heads(x_HC, k_stride_h, rotation, eps, None, y_HC, block - query_blocks, K, C, BLOCK_H, BLOCK_C)
 
 
 @triton.jit
-def turn_heads(
+def rotate_heads(
     x_HC,
     stride_h,
     rotation,
@@ -103,8 +105,8 @@ def turn_heads(
     x = tl.load(x_HC + (h * stride_h)[:, None] + c[None, :], mask=inside, other=0).to(tl.float32)
     if rotation is not None:
         real, imaginary = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_C // 2, 2]))
-        turns = tl.load(rotation + c, mask=c < C, other=0)
-        cos, sin = tl.split(tl.reshape(turns, [1, BLOCK_C // 2, 2]))
+        parts = tl.load(rotation + c, mask=c < C, other=0)
+        cos, sin = tl.split(tl.reshape(parts, [1, BLOCK_C // 2, 2]))
         x = tl.interleave(real * cos - imaginary * sin, real * sin + imaginary * cos)
     if eps is not None:
         x *= tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
@@ -131,19 +133,7 @@ def to_fp8(x_NI, values_NI, scales_N, I: tl.constexpr, BLOCK: tl.constexpr):  # 
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(x_NI + n * I + i, mask=i < I, other=0).to(tl.float32)
-    scale = tl.div_rn(tl.max(tl.abs(x)), 448.0)
+    scale = tl.div_rn(largest_magnitude(x), 448.0)
     scale = tl.where(scale == 0, 1.0, scale)
     tl.store(scales_N + n, scale)
-    tl.store(values_NI + n * I + i, e4m3_bits(tl.div_rn(x, scale)), mask=i < I)
-
-
-@triton.jit
-def e4m3_bits(x):
-    """float32 as a byte of e4m3: to the nearest, on ties to the even; at most 448; also on GPUs that know no e4m3."""
-    bits = x.to(tl.uint32, bitcast=True)
-    sign, size = (bits >> 24) & 128, tl.abs(x)
-    small = (size + 16384.0).to(tl.uint32, bitcast=True)  # adding 2^14 rounds to multiples of 2^-9: e4m3's subnormals
-    bits = tl.minimum(size, 448.0).to(tl.uint32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 127 - 7, of the exponents' biases
-    magnitude = tl.where(size < 0.015625, small, normal) & 127
-    return (sign | tl.where(size == size, magnitude, 127)).to(tl.uint8)
+    tl.store(values_NI + n * I + i, to_e4m3(tl.div_rn(x, scale)), mask=i < I)

@@ -9,13 +9,13 @@ Shapes: B rows, H query heads, K key/value heads, C head_dim, W blocks of a row 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama4.config import CACHE_BLOCK
+from llama4.kernels.triton import common
 
 KINDS = ("bfloat16", "float16", "float32", "int8", "fp8", "int4")
 """What caches hold: dtypes, and formats with scales."""
@@ -59,7 +59,7 @@ def attend(
     if splits > 1:
         parts_BHSC = torch.empty(B, H, splits, C, dtype=torch.float32, device=q_BHC.device)
         lse_BHS = torch.empty(B, H, splits, dtype=torch.float32, device=q_BHC.device)
-    block_c = max(16, _power_above(width))
+    block_c = max(16, common.next_power_of_two(width))
     block_s = max(16, min(64, 2**14 // (block_c * q_BHC.dtype.itemsize)))  # four tiles of 16 KiB are under way
     with torch.cuda.device_of(q_BHC):
         attention.attend[B * heads, splits](
@@ -71,7 +71,7 @@ def attend(
             G=H // heads,
             C=C,
             BLOCK=CACHE_BLOCK,
-            BLOCK_G=max(16, _power_above(H // heads)),
+            BLOCK_G=max(16, common.next_power_of_two(H // heads)),
             BLOCK_S=block_s,
             BLOCK_C=block_c,
             STAGES=3,
@@ -84,7 +84,7 @@ def attend(
                 C=C,
                 MAX_SPLITS=MAX_SPLITS,
                 BLOCK_S=block_s,
-                BLOCK_C=_power_above(C),
+                BLOCK_C=common.next_power_of_two(C),
                 AT_ONCE=16,
                 num_warps=4,
             )
@@ -112,7 +112,7 @@ def write(k_BKC: Tensor, v_BKC: Tensor, table_BW: Tensor, slots_B: Tensor, kind:
             K=K,
             C=C,
             BLOCK=CACHE_BLOCK,
-            BLOCK_C=_power_above(_width(C, kind)),
+            BLOCK_C=common.next_power_of_two(_width(C, kind)),
             num_warps=1,
         )
 
@@ -120,12 +120,7 @@ def write(k_BKC: Tensor, v_BKC: Tensor, table_BW: Tensor, slots_B: Tensor, kind:
 def num_splits(row_heads: int, device: torch.device) -> int:
     """Shares that the keys of each row and key head are cut into, so that there are about two programs for each of the
     device's multiprocessors."""
-    return max(1, min(MAX_SPLITS, 2 * _multiprocessors(device) // row_heads))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    return max(1, min(MAX_SPLITS, 2 * common.gpu(device).multiprocessors // row_heads))
 
 
 def _width(head_dim: int, kind: str) -> int:
@@ -137,8 +132,3 @@ def _stored(kind: str) -> Any:
     import triton.language as tl
 
     return {"int8": tl.int8, "fp8": tl.uint8, "int4": tl.uint8}.get(kind) or getattr(tl, kind)
-
-
-def _power_above(n: int) -> int:
-    """The smallest power of two that is not less than n."""
-    return 1 << (n - 1).bit_length()

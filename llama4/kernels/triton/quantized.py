@@ -22,6 +22,8 @@ Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a 
 import triton
 import triton.language as tl
 
+from llama4.kernels.triton.number_formats import from_e4m3, from_nibble, place, place_e4m3
+
 
 @triton.jit
 def find_tile(counts_E, tile, rows, E: tl.constexpr, BLOCK_R: tl.constexpr):
@@ -49,48 +51,6 @@ def convert(values, kind: tl.constexpr, dtype: tl.constexpr):
         return from_e4m3(values).to(dtype)
     else:
         return values.to(dtype)
-
-
-@triton.jit
-def from_nibble(values, dtype: tl.constexpr):
-    """0 to 15 -> -8 to 7. Placed in the lowest bits of a power of two whose last bit has the value 1, they need no
-    conversion from integers, which is slower than arithmetic."""
-    if dtype == tl.bfloat16:
-        return (values.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136  # 2^7 + 8
-    elif dtype == tl.float16:
-        return (values.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032  # 2^10 + 8
-    else:
-        return values.to(tl.float32) - 8
-
-
-@triton.jit
-def from_e4m3(values):
-    """Bytes of e4m3 as float16, times 2^-8: the exponent moves into a field of one bit more, whose bias is 15 and not
-    7. Exact, also for subnormal numbers, and on GPUs that know no e4m3."""
-    return ((values.to(tl.int16) << 8 >> 1) & ~0x4000).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def place(words, first: tl.constexpr, bits: tl.constexpr, is_signed: tl.constexpr, exponent):
-    """The `bits` bits from bit `first` on of each word, as a float32; where they are not signed, less 2^(bits - 1).
-
-    Or-ed into the mantissa of 2^(23 - first) they count whole numbers: one logical operation and one subtraction, which
-    is exact, convert them. `exponent` has the bits of 2^23. It is an argument, since a number that the compiler knows
-    would cost a logical operation of its own.
-    """
-    half: tl.constexpr = 1 << (bits - 1)
-    mask: tl.constexpr = (2 * half - 1) << first
-    flip: tl.constexpr = half << first if is_signed else 0  # two's complement: from its least number on
-    number = (words & mask) ^ (exponent - (first << 23) + flip)
-    return number.to(tl.float32, bitcast=True) - ((1 << (23 - first)) + half)
-
-
-@triton.jit
-def place_e4m3(words, byte: tl.constexpr):
-    """A byte of each word, e4m3, as a float32, times 2^-120: sign, exponent and mantissa move to where those of a
-    float32 are. Exact, also for subnormal numbers."""
-    number = (words.to(tl.int32, bitcast=True) << (24 - 8 * byte)) >> 4
-    return (number & (0x07F00000 - 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

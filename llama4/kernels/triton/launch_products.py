@@ -1,23 +1,16 @@
-"""Launches the kernels of `quantized` for products with quantized matrices on a GPU.
-
-Triton comes with torch's builds for CUDA. It is imported at the first product; where it cannot run, torch's own
-operations serve.
+"""Launches the kernels of `quantized`, for products with quantized matrices on a GPU. No launch waits for the device.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from llama4.kernels.triton import common
 
 MAX_GEMV_ROWS = 8
 """Most rows, of all experts together, for `gemv`, which reads an expert's matrix once per row. Measured on an H100,
@@ -25,37 +18,6 @@ like the sizes of blocks below."""
 KINDS = ("int4", "int8", "fp8")
 _EXPONENT = 0x4B000000
 """The bits of 2^23 in float32."""
-SWITCH = "LLAMA4_GPU_KERNELS"
-"""Environment variable; "off" keeps to torch."""
-
-
-@cache
-def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels do not take rows there; None if they do."""
-    if device.type != "cuda":
-        return f"they are for GPUs, not for {device.type}"
-    if os.environ.get(SWITCH, "").lower() == "off":
-        return f"{SWITCH} is off"
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"they do not take {dtype}"
-    return _failure(device)
-
-
-@cache
-def _failure(device: torch.device) -> str | None:
-    """What is wrong with a product whose result is known; logged once."""
-    try:
-        x, values = torch.ones(1, 32, device=device), torch.ones(4, 32, dtype=torch.int8, device=device)
-        y = product("int8", x, values, torch.full((4, 1), 0.5, device=device))
-        if y.eq(16).all():
-            return None
-        reason = f"a product gave {y[0, 0].item()} instead of 16"
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    logger.warning("the Triton kernels do not run on %s (%s); torch's own products are slower", device, reason)
-    return reason
 
 
 def product(
@@ -107,14 +69,13 @@ def products(
     x_scales_R: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`product` with each of up to three matrices, [R, O + O + O]: in one launch where rows are few.
+    """`product` of at most `MAX_GEMV_ROWS` rows with each of up to three matrices, [R, O + O + O], in one launch.
 
     Args:
         matrices: values and scales of each.
     """
-    if len(x_RI) <= MAX_GEMV_ROWS:
-        return _gemv(kind, x_RI, matrices, None, x_scales_R, dtype)
-    return torch.cat([product(kind, x_RI, *matrix, x_scales_R=x_scales_R, dtype=dtype) for matrix in matrices], dim=1)
+    assert len(x_RI) <= MAX_GEMV_ROWS
+    return _gemv(kind, x_RI, matrices, None, x_scales_R, dtype)
 
 
 def _gemv(
@@ -138,8 +99,8 @@ def _gemv(
     y_RO = torch.empty(rows, sum(outputs), dtype=dtype or x_RI.dtype, device=x_RI.device)
     if not rows:
         return y_RO
-    early = _capability(x_RI.device) >= 90
-    blocks = _gemv_blocks(x_RI.device, kind, rows if counts_E is None else 1, outputs, inputs)
+    early = common.gpu(x_RI.device).capability >= 90
+    blocks = _gemv_blocks(kind, rows if counts_E is None else 1, outputs, inputs)
     grid = -(-rows // blocks["BLOCK_R"]), sum(-(-o // blocks["BLOCK_O"]) for o in outputs)
     sizes = {"E": E, "kind": kind, "group": _group(inputs, matrices[0][1]), "EARLY": early, **blocks}
     with torch.cuda.device_of(x_RI):
@@ -157,26 +118,13 @@ def _group(inputs: int, scales: Tensor) -> int:
     return inputs // groups if groups > 1 else 0
 
 
-def _capability(device: torch.device) -> int:
-    """Compute capability of the GPU that kernels are compiled for, such as 90; 0 if there is none."""
-    if device.type == "cpu":
-        return 0
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    import triton
-
-    return int(triton.runtime.driver.active.get_current_target().arch)
-
-
-def _gemv_blocks(device: torch.device, kind: str, rows: int, outputs: Sequence[int], inputs: int) -> dict[str, int]:
-    """Few outputs are spread over more threads. In Triton's interpreter, where a large block costs what a small one
-    does, blocks are large."""
+def _gemv_blocks(kind: str, rows: int, outputs: Sequence[int], inputs: int) -> dict[str, int]:
+    """Few outputs are spread over more threads."""
     threads, is_small = inputs // (32 if kind == "int4" else 16), sum(outputs) < 8192
     warps = 2 if is_small and threads % 64 == 0 else 1
-    most = 32 if device.type == "cpu" else 2 if is_small and warps == 1 and rows == 1 else 4
+    most = 2 if is_small and warps == 1 and rows == 1 else 4
     return {
-        "BLOCK_R": 1 << (min(rows, 4) - 1).bit_length(),
+        "BLOCK_R": common.next_power_of_two(min(rows, 4)),
         "BLOCK_O": min(most, 1 << (min(o for o in outputs if o).bit_length() - 1)),
         "THREADS": 32 * warps,
         "num_warps": warps,
@@ -186,8 +134,8 @@ def _gemv_blocks(device: torch.device, kind: str, rows: int, outputs: Sequence[i
 def _gemm_blocks(x_RI: Tensor, rows: int, E: int, group: int) -> dict[str, int]:
     """As many rows at once as an expert has on average. All fit into the registers, and before Hopper into the 99 KiB
     of shared memory that the smallest of GPUs has. Where programs are few, each has more loads under way."""
-    at_once = min(max(1 << (-(-rows // E) - 1).bit_length(), 16), 128)
-    stages = 3 if _capability(x_RI.device) == 90 else 2
+    at_once = min(max(common.next_power_of_two(-(-rows // E)), 16), 128)
+    stages = 3 if common.gpu(x_RI.device).capability == 90 else 2
     if x_RI.dtype == torch.float32:
         most, blocks = 32, {"BLOCK_R": min(at_once, 64), "BLOCK_O": 64, "num_warps": 4}
     elif at_once < 64:

@@ -100,6 +100,18 @@ class VisionConfig:
         """Keys of a tile in layers of cross-attention; 0 in models without such layers."""
         return 0
 
+    def activation_bytes(self, size: int) -> float:
+        """Bytes that a tile takes while it goes through a layer of the tower, without gradients.
+
+        They are of the residual stream, its norm and what is added to it; and of queries and keys before and after
+        RoPE, values, and the output by head and by token, or of what the MLP's GELU takes and gives.
+
+        Args:
+            size: bytes of a number in the model's dtype.
+        """
+        between = max(7 * self.hidden_size, 2 * self.intermediate_size)
+        return size * (self.num_patches + 1) * (3 * self.hidden_size + between)
+
     def num_parameters(self) -> int:
         """Parameters of the tower and the adapter, without the projection into the decoder."""
         width, mlp, out = self.hidden_size, self.intermediate_size, self.vision_output_dim

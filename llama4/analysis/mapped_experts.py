@@ -13,7 +13,6 @@ from typing import Any
 
 from llama4.analysis import costs
 from llama4.analysis.planner import Placement, fits, memory, usable
-from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.units import bytes_text, time_text
 
 
@@ -56,7 +55,7 @@ def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
     if room <= 0:
         return None
     room = min(room, total)
-    piece = min(context, PREFILL_TOKENS)
+    piece = min(context, placement.prefill_tokens)
     share = {name: costs.share_per_token(text, name) for name in experts}
     token = sum(size * share[name] for name, size in experts.items()) * (1 - room / total)
     needed = sum(size * min(1.0, piece * share[name]) for name, size in experts.items())

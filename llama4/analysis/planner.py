@@ -18,7 +18,7 @@ from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
 from llama4.config.window import most_visible_tokens
-from llama4.engine.prefill import PREFILL_TOKENS
+from llama4.engine.prefill import prefill_tokens
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
@@ -42,6 +42,7 @@ class Placement:
         tensor_parallel: size of a group of devices that split every head, expert and dense layer. Groups are context
             parallel: each has all weights, and a share of what the layers that see the whole context have cached.
         device_memory: bytes of one device.
+        device_type: torch's name of its kind.
 
     Raises:
         Llama4Error: a number of devices that cannot be divided so.
@@ -55,6 +56,7 @@ class Placement:
     devices: int
     tensor_parallel: int
     device_memory: int
+    device_type: str
 
     def __post_init__(self) -> None:
         heads = self.config.text.num_key_value_heads
@@ -70,6 +72,11 @@ class Placement:
     @property
     def context_parallel(self) -> int:
         return self.devices // self.tensor_parallel
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of a prompt that go through the model at once."""
+        return prefill_tokens(self.device_type, getattr(torch, self.dtype), self.config.text.head_dim)
 
     def on(self, devices: int) -> Placement:
         """The same on so many devices, tensor parallel over as many of them as the key heads allow."""
@@ -87,6 +94,7 @@ def make_placement(
     devices: int = 1,
     tensor_parallel: int | None = None,
     device_memory: int = 80 << 30,
+    device_type: str = "cuda",
 ) -> Placement:
     """A model on devices, from the options of `llama4 plan`.
 
@@ -115,7 +123,7 @@ def make_placement(
         dtype = "bfloat16" if weights == "bf16" else config.dtype
     cache_dtype = "bfloat16" if cache_dtype == "bf16" else cache_dtype
     label = dtype if weights in ("auto", "bf16") else weights
-    whole = Placement(config, plan, label, dtype, cache_dtype, 1, 1, device_memory)
+    whole = Placement(config, plan, label, dtype, cache_dtype, 1, 1, device_memory, device_type)
     chosen = whole.on(devices)
     return chosen if tensor_parallel is None else replace(chosen, tensor_parallel=tensor_parallel)
 
@@ -192,7 +200,7 @@ def _activations(placement: Placement, context: int) -> float:
     """Bytes beside weights and cache while a piece of a prompt goes through a layer."""
     size = getattr(torch, placement.dtype).itemsize
     per_token = placement.config.text.activation_bytes(size, placement.tensor_parallel)
-    return min(context, PREFILL_TOKENS) * per_token
+    return min(context, placement.prefill_tokens) * per_token
 
 
 def usable(placement: Placement) -> float:
@@ -226,7 +234,7 @@ def times(placement: Placement, context: int, rates: Rates) -> Times:
     for i in range(text.num_hidden_layers):
         seen = text.visible_tokens(i, context) * costs.key_value_bytes(text, i, placement.dtype, placement.cache_dtype)
         cached += seen / (placement.devices if text.window(i) is None else placement.tensor_parallel)
-    piece = min(context, PREFILL_TOKENS)
+    piece = min(context, placement.prefill_tokens)
     pieces = context / max(piece, 1) / placement.context_parallel
     read = _per_device(placement, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
     attention = costs.attention_flops(text, context)

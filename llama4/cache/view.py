@@ -35,9 +35,9 @@ class LayerView:
         token will see the others again."""
         self._cache.begin_write()
         if self._batch.is_decode:
-            self.reserve()
+            self._take_blocks()
             slots = [span.slot(self._window) for span in self._spans]
-            write_step(k_NKC, v_NKC, self.blocks, slots, self._batch.slots(self._window))
+            write_step(k_NKC, v_NKC, self.blocks, slots, lambda: self._batch.slots(self._window))
             return
         for span in self._spans:
             k, v = k_NKC[span.begin : span.end], v_NKC[span.begin : span.end]
@@ -47,15 +47,18 @@ class LayerView:
                 self.blocks.write(span.row, span.past, k, v)
 
     def reserve(self) -> Tensor:
-        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table. To a ring go no
-        more tokens than it has slots."""
+        """Take the blocks that `write` would write to, for a kernel that does so; -> the block table."""
+        self._take_blocks()
+        return self.blocks.block_table()
+
+    def _take_blocks(self) -> None:
+        """To a ring go no more tokens than it has slots."""
         for span in self._spans:
             new = span.end - span.begin
             if isinstance(self._window, Sliding):
                 self.blocks.reserve_ring(span.row, span.before, new, self._window)
             else:
                 self.blocks.reserve(span.row, span.past, new)
-        return self.blocks.block_table()
 
 
 class CacheView:

@@ -116,6 +116,7 @@ def run_plan(options: argparse.Namespace) -> int:
         devices=options.devices,
         tensor_parallel=options.tensor_parallel,
         device_memory=_device_memory(options),
+        device_type="cpu" if on_cpu else "cuda",
     )
     wanted = units.parse_tokens(options.context, units.MIN_CONTEXT) if options.context else None
     context = planner.checked_context(placement, wanted)

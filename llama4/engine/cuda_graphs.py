@@ -21,12 +21,11 @@ from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
 from llama4.config import CACHE_BLOCK
 from llama4.config.window import Sliding, slots_end
-from llama4.engine.snapshot import Snapshot, UnsupportedError, check, check_frame
+from llama4.engine.snapshot import Snapshot, UnsupportedError, check_frame, require
 from llama4.engine.static_step import StaticStep
 from llama4.kernels.triton import common, support
 from llama4.model.attention import Attention
 from llama4.model.decoder import DecoderLayer
-from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import GroupedExperts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts, Router
@@ -196,22 +195,14 @@ def _unsupported_reason(model: Llama4Model) -> str | None:
     """Why a static step does not compute what the modules of a model do; None if it does."""
     inner = model.language_model
     try:
-        check_frame(model)
+        check_frame(model, (nn.Embedding, QuantizedEmbedding))
         for name, module in inner.model.layers.named_modules():
             is_known = not name or type(module) in _MODULES
-            check(is_known, f"layers.{name} is {type(module).__name__}, which it does not compute")
-            if isinstance(module, MixtureOfExperts):
-                replaced = type(module.dispatcher).__name__
-                is_local = type(module.dispatcher) is LocalDispatcher
-                check(is_local, f"layers.{name}.dispatcher is {replaced}, which it does not compute")
+            require(is_known, f"layers.{name} is {type(module).__name__}, which it does not compute")
             if isinstance(module, QuantizedExperts):
                 for part in module.matrices:
                     _check_waits_not(f"layers.{name}.{part}", getattr(module, part), model)
-        check(type(inner.model.norm) is RMSNorm, "the last norm was replaced")
-        check(type(inner.lm_head) in (Linear, QuantizedWeight), f"lm_head is {type(inner.lm_head).__name__}")
-        embedding = inner.model.embed_tokens
-        known = type(embedding) in (nn.Embedding, QuantizedEmbedding) and getattr(embedding, "max_norm", None) is None
-        check(known, "embed_tokens was replaced")
+        require(type(inner.lm_head) in (Linear, QuantizedWeight), f"lm_head is {type(inner.lm_head).__name__}")
     except UnsupportedError as error:
         return str(error)
     return None
@@ -221,7 +212,7 @@ def _check_waits_not(name: str, weight: QuantizedWeight, model: Llama4Model) -> 
     """Experts whose matrices no kernel reads are computed one by one, and the host must know which."""
     x, format = torch.empty(0, dtype=model.dtype, device=model.device), weight.format
     reason = quantized_gpu.unsupported_reason(format.kind, x, weight.shape[-1], format.group_size)
-    check(reason is None, f"{name}: {reason}")
+    require(reason is None, f"{name}: {reason}")
 
 
 def _upload(buffer_B: Tensor, values: tuple[int, ...] | list[int]) -> None:

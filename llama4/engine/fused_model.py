@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from llama4.engine.snapshot import Snapshot, UnsupportedError, check, check_frame, parts_of
+from llama4.engine.snapshot import Snapshot, UnsupportedError, check_frame, require
 from llama4.kernels.abi import LANES, MAX_HEAD_DIM, Decoder, Layer, Matrix
 from llama4.model.attention import Attention
 from llama4.model.decoder import DecoderLayer, LanguageModel
-from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import LoopExperts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts, Router
@@ -40,6 +39,7 @@ _MODULES = {
 }
 """Modules whose forward the compiled step computes; a subclass may compute something else. Those that stay in files are
 computed by kernels, too, but not in one call."""
+_EMBEDDINGS = nn.Embedding, MappedEmbedding, QuantizedEmbedding
 EXPERTS_IN_FILES = "its routed experts stay in files"
 """The reason where it is the only one."""
 
@@ -61,16 +61,16 @@ class Description(Snapshot):
 
     @classmethod
     def of(cls, model: Llama4Model) -> Description:
-        parts = parts_of(model)
+        snapshot = Snapshot.taken(model)
         try:
-            check_frame(model)
+            check_frame(model, _EMBEDDINGS)
             decoder, layers = _describe(model.language_model)
-            is_mapped = any(isinstance(module, MappedExperts) for module in parts["modules"].values())
-            check(not is_mapped, EXPERTS_IN_FILES)
+            is_mapped = any(isinstance(module, MappedExperts) for module in snapshot.modules.values())
+            require(not is_mapped, EXPERTS_IN_FILES)
             decoder.is_batch_invariant = model.is_batch_invariant
         except UnsupportedError as error:
-            return cls(decoder=None, unsupported_reason=str(error), **parts)
-        return cls(decoder=decoder, unsupported_reason=None, _layers=layers, **parts)
+            return cls(decoder=None, unsupported_reason=str(error), **vars(snapshot))
+        return cls(decoder=decoder, unsupported_reason=None, _layers=layers, **vars(snapshot))
 
 
 def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Layer]]:
@@ -81,7 +81,6 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
             raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
             raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
-    check(type(norm) is RMSNorm, "the last norm was replaced")
     layers = (Layer * len(inner.layers))(*(_layer(f"layers.{i}", x, dtype) for i, x in enumerate(inner.layers)))
     decoder = Decoder(
         layers=ctypes.addressof(layers),
@@ -97,10 +96,10 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
 def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     assert isinstance(layer, DecoderLayer)
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
-    check(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
-    check(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
+    require(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
+    require(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
     C = attention.head_dim
-    check(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
+    require(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
     described = Layer(
         **{
             part: _matrix(f"{name}.self_attn.{part}_proj", getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"
@@ -115,9 +114,7 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     dense, path = layer.feed_forward, f"{name}.feed_forward"
     if isinstance(dense, MixtureOfExperts):
         router = dense.router
-        replaced = type(dense.dispatcher).__name__
-        check(type(dense.dispatcher) is LocalDispatcher, f"{path}.dispatcher is {replaced}, which it does not compute")
-        check(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
+        require(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
         described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
         described.experts_per_token = router.k
         for part, matrix in _experts(f"{path}.experts", dense.experts, dtype):
@@ -148,25 +145,23 @@ def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tupl
 def _embedding(embedding: nn.Module, dtype: torch.dtype) -> Matrix:
     if type(embedding) is QuantizedEmbedding:
         return _matrix("embed_tokens", embedding, dtype, is_head=True)
-    known = type(embedding) in (nn.Embedding, MappedEmbedding)
-    check(known and embedding.max_norm is None, "embed_tokens was replaced")
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
-    check(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")
+    require(weight.dtype == dtype, f"embeddings are {weight.dtype} in a model of {dtype}")
     return _known("embed_tokens", out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
 
 
 def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool = False) -> Matrix:
-    check(getattr(module, "bias", None) is None, f"{name} has a bias")
+    require(getattr(module, "bias", None) is None, f"{name} has a bias")
     if type(module) is Linear:
         weight = module.weight
         matrix = _known(name, out_in_matrix(weight, dtype), matrix_unsupported_reason(weight, dtype))
     else:
-        check(type(module) in _MODULES, f"{name} is {type(module).__name__}")
+        require(type(module) in _MODULES, f"{name} is {type(module).__name__}")
         assert isinstance(module, QuantizedWeight)
-        check(module.order is None, f"{name} has its inputs in an order of their own")
+        require(module.order is None, f"{name} has its inputs in an order of their own")
         matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
-    check(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
+    require(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
     return matrix
 
 

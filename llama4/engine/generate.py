@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.cache.sequence import SequenceCache
 from llama4.engine.grammar import Matcher
-from llama4.engine.prefill import prefill_tokens
+from llama4.engine.prefill import piece_size
 from llama4.engine.prompt import split_rows
 from llama4.engine.request import Delivery, Request
 from llama4.engine.runner import ModelRunner
@@ -69,7 +69,7 @@ def generate(
     scheduler = Scheduler(
         runner,
         tokenizer,
-        budget=prefill_tokens(runner.model),
+        budget=piece_size(runner.model),
         max_batch=count,
         max_context=max_context,
         share_prefixes=False,

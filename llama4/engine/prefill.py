@@ -18,6 +18,7 @@ from llama4.inputs import Inputs
 from llama4.kernels.abi import MAX_GEMV_ROWS
 from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.attention import flash_absent_reason
 from llama4.progress import Bar, step
 
 PREFILL_TOKENS = 2048
@@ -25,6 +26,8 @@ PREFILL_TOKENS = 2048
 GPU_PREFILL_TOKENS = 16384
 """The same on a GPU: each piece reads the matrices of all experts, and with 2,048 tokens, 128 for each of 16 experts, a
 GPU waits for them."""
+LEAST_TOKENS = 64
+"""So many go through it at once, however little memory is free."""
 
 
 @torch.inference_mode()
@@ -97,14 +100,16 @@ def head_of(model: Llama4Model) -> Callable[[Tensor], Tensor]:
     return lambda x_ND: torch.cat([head(part) for part in x_ND.split(MAX_GEMV_ROWS)])
 
 
-def prefill_tokens(model: Llama4Model) -> int:
-    """Most tokens at once, whatever memory there is. In float32 torch's attention on a GPU holds T x T scores."""
-    has_flash = model.device.type == "cuda" and model.dtype.itemsize == 2
-    return GPU_PREFILL_TOKENS if has_flash else PREFILL_TOKENS
+def prefill_tokens(device_type: str, dtype: torch.dtype, head_dim: int) -> int:
+    """Most tokens at once, whatever memory there is. Where torch's attention on a GPU is not flash attention it holds
+    T x T scores."""
+    has_flash = flash_absent_reason(device_type, dtype, head_dim) is None
+    return GPU_PREFILL_TOKENS if device_type == "cuda" and has_flash else PREFILL_TOKENS
 
 
 def piece_size(model: Llama4Model) -> int:
     """Tokens that go through the model at once: `prefill_tokens`, or fewer where their activations would take more than
     a quarter of the memory that is free."""
-    per_token = model.config.text.activation_bytes(model.dtype.itemsize)
-    return max(64, min(prefill_tokens(model), int(free_memory(model.device) / 4 / per_token)))
+    text, device = model.config.text, model.device
+    fitting = int(free_memory(device) / 4 / text.activation_bytes(model.dtype.itemsize))
+    return min(prefill_tokens(device.type, model.dtype, text.head_dim), max(fitting, LEAST_TOKENS))

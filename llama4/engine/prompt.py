@@ -14,11 +14,12 @@ from torch import Tensor
 
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
+from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
 from llama4.progress import inner_bar
 
 TILES_AT_ONCE = 32
-"""On a GPU: their activations take 0.7 GB in a tower of Llama 4's size."""
+"""At most, on a GPU: their activations take 0.6 GB in a tower of Llama 4's size."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ class PromptPictures:
         at, per_tile = tiles.start, self._per_tile
         with inner_bar("looking at pictures", len(tiles), "tiles") as bar:
             while at < tiles.stop:
-                with bar.step(min(self._at_once, tiles.stop - at)):
-                    run, features = self._encode(at, tiles.stop)
-                end = min(run.stop, tiles.stop)
-                wanted = slice(max(first, at * per_tile), min(last, end * per_tile))
+                run = self._run(at, tiles.stop)
+                next_ = min(run.stop, tiles.stop)
+                with bar.step(next_ - at):
+                    features = self._encode(run)
+                wanted = slice(max(first, at * per_tile), min(last, next_ * per_tile))
                 parts.append(features[wanted.start - run.start * per_tile : wanted.stop - run.start * per_tile])
-                at = end
+                at = next_
         if written := ids[max(begin, self._prompt_length) : end].count(self._patch):
             patches = torch.full((written,), self._patch, device=self._model.device)
             parts.append(self._model.language_model.model.embed_tokens(patches))
@@ -120,14 +122,24 @@ class PromptPictures:
 
     @property
     def _at_once(self) -> int:
-        """Tiles that are encoded together: one gives a CPU's kernels enough to do."""
-        return TILES_AT_ONCE if self._model.device.type != "cpu" and self._grids is None else 1
+        """Tiles that are encoded together: one gives a CPU's kernels enough to do. On a GPU their activations take a
+        quarter of the free memory at most."""
+        device, vision = self._model.device, self._model.config.vision
+        if device.type == "cpu" or self._grids is not None or vision is None:
+            return 1
+        per_tile = vision.activation_bytes(self._model.dtype.itemsize)
+        return max(1, min(TILES_AT_ONCE, int(free_memory(device) / 4 / per_tile)))
 
-    def _encode(self, tile: int, end: int) -> tuple[range, Tensor]:
-        """Some tiles, before `end`, that include this one, and what stands for them."""
+    def _run(self, tile: int, end: int) -> range:
+        """Tiles that are encoded together: those that were, if this is one of them, else it and others before `end`."""
+        if self._encoded is not None and tile in self._encoded[0]:
+            return self._encoded[0]
+        return range(tile, min(tile + self._at_once, end))
+
+    def _encode(self, run: range) -> Tensor:
+        """What stands for these tiles."""
         assert self._pixel_values is not None
-        if self._encoded is None or tile not in self._encoded[0]:
-            run = range(tile, min(tile + self._at_once, end))
+        if self._encoded is None or self._encoded[0] != run:
             grids = self._grids[run.start : run.stop] if self._grids is not None else None
             self._encoded = run, self._model.encode_images(self._pixel_values[run.start : run.stop], grids)
-        return self._encoded
+        return self._encoded[1]

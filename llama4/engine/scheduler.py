@@ -48,6 +48,8 @@ from llama4.units import bytes_text
 
 BUDGET = 512
 """Tokens of one step, decoding and reading together."""
+GPU_BUDGET = 4096
+"""The same on a GPU, where all experts are read with each piece of a prompt. A guess: no server was timed there."""
 MAX_BATCH = 64
 
 
@@ -61,6 +63,10 @@ class Counts:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+
+
+def default_budget(device: torch.device) -> int:
+    return GPU_BUDGET if device.type == "cuda" else BUDGET
 
 
 class Scheduler:
@@ -82,7 +88,7 @@ class Scheduler:
         cache_memory: int | None = None,
         max_batch: int = MAX_BATCH,
         max_context: int | None = None,
-        budget: int = BUDGET,
+        budget: int | None = None,
         new_cache: Callable[[BlockPool], SequenceCache] | None = None,
         adapters: RowAdapters | None = None,
         share_prefixes: bool = True,
@@ -92,7 +98,7 @@ class Scheduler:
             cache_memory: bytes of all keys and values; None for no limit.
             max_batch: most requests that are read and decoded at once.
             max_context: most tokens of prompt and reply; by default the model's window.
-            budget: most tokens of a step.
+            budget: most tokens of a step; by default what suits the model's device.
             new_cache: makes an empty cache of one row; by default the model's own.
             adapters: those that requests may name.
             share_prefixes: whether what was read is kept for prompts that begin like it.
@@ -100,6 +106,8 @@ class Scheduler:
         Raises:
             ArgumentError: `max_batch` or `budget` below 1, or memory that does not hold one sequence of two tokens.
         """
+        if budget is None:
+            budget = default_budget(runner.model.device)
         for name, value in (("max_batch", max_batch), ("budget", budget)):
             if value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be at least 1")

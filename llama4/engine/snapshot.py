@@ -6,8 +6,8 @@ another module, parameter or dispatcher in a place, nor hung a hook anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Self, TypedDict
 
 import torch
 from torch import nn
@@ -17,19 +17,23 @@ from llama4.model.decoder import Decoder, LanguageModel
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
+from llama4.model.norm import RMSNorm
 
 
 class UnsupportedError(Exception):
     """What a faster way cannot compute."""
 
 
-def check(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
     if not condition:
         raise UnsupportedError(reason)
 
 
-def check_frame(model: Llama4Model) -> None:
-    """What stands around the layers: a subclass or a wrapper may compute something else.
+def check_frame(model: Llama4Model, embeddings: Collection[type[nn.Module]]) -> None:
+    """What stands around the layers, and how tokens reach experts: a subclass or a wrapper may compute something else.
+
+    Args:
+        embeddings: classes that may be `embed_tokens`.
 
     Raises:
         UnsupportedError: it does.
@@ -41,37 +45,15 @@ def check_frame(model: Llama4Model) -> None:
         ("its model", inner.model, Decoder),
     )
     for name, module, known in frame:
-        check(type(module) is known, f"{name} is {type(module).__name__}, which it does not compute")
-
-
-class Parts(TypedDict):
-    """The fields of a `Snapshot`."""
-
-    modules: dict[str, nn.Module]
-    children: list[tuple[nn.Module, str, nn.Module]]
-    parameters: list[tuple[nn.Module, str, int]]
-    dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
-
-
-def parts_of(model: Llama4Model) -> Parts:
-    modules = dict(model.language_model.named_modules())
-    experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
-    return {
-        "modules": modules,
-        "children": [
-            (parent, name, child)
-            for parent in modules.values()
-            for name, child in parent._modules.items()
-            if child is not None
-        ],
-        "parameters": [
-            (module, name, parameter.data_ptr())
-            for module in modules.values()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ],
-        "dispatchers": [(module, module.dispatcher) for module in experts],
-    }
+        require(type(module) is known, f"{name} is {type(module).__name__}, which it does not compute")
+    embedding = inner.model.embed_tokens
+    is_known = type(embedding) in embeddings and getattr(embedding, "max_norm", None) is None
+    require(is_known, "embed_tokens was replaced")
+    require(type(inner.model.norm) is RMSNorm, "the last norm was replaced")
+    for name, module in inner.model.layers.named_modules():
+        if isinstance(module, MixtureOfExperts):
+            is_local, replaced = type(module.dispatcher) is LocalDispatcher, type(module.dispatcher).__name__
+            require(is_local, f"layers.{name}.dispatcher is {replaced}, which it does not compute")
 
 
 @dataclass(kw_only=True)
@@ -90,9 +72,26 @@ class Snapshot:
     parameters: list[tuple[nn.Module, str, int]]
     dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
 
-    @classmethod
-    def taken(cls, model: Llama4Model) -> Self:
-        return cls(**parts_of(model))
+    @staticmethod
+    def taken(model: Llama4Model) -> Snapshot:
+        modules = dict(model.language_model.named_modules())
+        experts = [module for module in modules.values() if isinstance(module, MixtureOfExperts)]
+        return Snapshot(
+            modules=modules,
+            children=[
+                (parent, name, child)
+                for parent in modules.values()
+                for name, child in parent._modules.items()
+                if child is not None
+            ],
+            parameters=[
+                (module, name, parameter.data_ptr())
+                for module in modules.values()
+                for name, parameter in module._parameters.items()
+                if parameter is not None
+            ],
+            dispatchers=[(module, module.dispatcher) for module in experts],
+        )
 
     def is_current(self, model: Llama4Model) -> bool:
         """Whether every module and dispatcher is still in its place, and every parameter at its address."""

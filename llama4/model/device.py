@@ -53,11 +53,17 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that could be allocated now; 1 TiB where the system does not say. Of a GPU's, torch keeps what
-    was released."""
+    """Bytes of memory that could be allocated now; 1 TiB where the system does not say.
+
+    Of a GPU's, torch keeps what was released. Rests of blocks of which a part is in use do not count: nothing larger
+    finds room there.
+    """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        free, stats = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_stats(device)
+        reserved, *used = (
+            stats[f"{kind}.all.current"] for kind in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
+        )
+        return int(free + reserved - sum(used))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -74,11 +74,18 @@ def softmax_attention(q_HNC: Tensor, k_KSC: Tensor, v_KSC: Tensor, causal: bool)
 
 def flash_unsupported_reason(q_HNC: Tensor) -> str | None:
     """Why torch's flash attention does not take queries; None if it does."""
-    if q_HNC.dtype not in _FLASH_DTYPES.get(q_HNC.device.type, ()):
-        return f"there is none for {q_HNC.dtype} on {q_HNC.device.type}"
-    if q_HNC.is_cuda and (q_HNC.shape[2] % 8 or q_HNC.shape[2] > 256):
-        return "the head dimension is no multiple of 8 up to 256"
+    if reason := flash_absent_reason(q_HNC.device.type, q_HNC.dtype, q_HNC.shape[2]):
+        return reason
     return "its operator below autograd has no gradient" if torch.is_grad_enabled() else None
+
+
+def flash_absent_reason(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch has no flash attention for such queries, without gradients; None if it has."""
+    if dtype not in _FLASH_DTYPES.get(device_type, ()):
+        return f"there is none for {dtype} on {device_type}"
+    if device_type == "cuda" and (head_dim % 8 or head_dim > 256):
+        return "the head dimension is no multiple of 8 up to 256"
+    return None
 
 
 _FLASH: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -199,16 +206,18 @@ def decode_attention(q_BHC: Tensor, cache: KeyValueBlocks, lengths: Sequence[int
     return torch.stack(outs).type_as(q_BHC)
 
 
-def write_step(k_BKC: Tensor, v_BKC: Tensor, cache: KeyValueBlocks, slots: Sequence[int], slots_B: Tensor) -> None:
+def write_step(
+    k_BKC: Tensor, v_BKC: Tensor, cache: KeyValueBlocks, slots: Sequence[int], slots_B: Callable[[], Tensor]
+) -> None:
     """Write the key and value of one new token per sequence into a slot of its row of the cache, whose block is there
     and the row's own.
 
     Args:
         slots: on the host.
-        slots_B: the same, int64, on the device.
+        slots_B: gives the same, int64, on the device, where a kernel wants them there.
     """
     if not gpu_unsupported_reason(k_BKC, cache):
-        attention_gpu.write_step(k_BKC, v_BKC, cache.block_table(), slots_B, cache.format)
+        attention_gpu.write_step(k_BKC, v_BKC, cache.block_table(), slots_B(), cache.format)
         return
     for row, slot in enumerate(slots):
         cache.fill(row, slot, k_BKC[row : row + 1], v_BKC[row : row + 1])

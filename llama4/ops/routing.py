@@ -61,11 +61,12 @@ def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: i
     if gpu_kernels.unsupported_reason(x_ND, scores_Nk) is None:
         return Dispatched(*launch_routing.dispatch(x_ND, scores_Nk, experts_Nk, num_experts))
     order_R = experts_Nk.flatten().argsort(stable=True)
-    tokens_R, rows_Nk = order_R // experts_Nk.shape[1], order_R.argsort().view_as(experts_Nk)
+    tokens_R = order_R // experts_Nk.shape[1]
+    rows_Nk = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
     x_RD = (x_ND[tokens_R] * scores_Nk.flatten()[order_R, None]).type_as(x_ND)
     every_E1 = torch.arange(num_experts, device=x_ND.device)[:, None]
     counts_E = (experts_Nk.flatten() == every_E1).sum(1)  # for bincount, the host would wait
-    return Dispatched(x_RD, counts_E, tokens_R, rows_Nk)
+    return Dispatched(x_RD, counts_E, tokens_R, rows_Nk.view_as(experts_Nk))
 
 
 def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
@@ -81,4 +82,6 @@ def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:
     if gpu_kernels.unsupported_reason(routed_RD, out_ND) is None:
         return launch_routing.combine(routed_RD, rows_Nk, out_ND)
     out_ND = upcast(out_ND)
-    return out_ND + routed_RD.to(out_ND.dtype)[rows_Nk].sum(1)
+    added_NkD = routed_RD.index_select(0, rows_Nk.flatten()).unflatten(0, rows_Nk.shape)
+    added_ND = added_NkD.squeeze(1) if rows_Nk.shape[1] == 1 else added_NkD.sum(1, dtype=out_ND.dtype)
+    return out_ND + added_ND

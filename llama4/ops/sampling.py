@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.kernels import cpu
@@ -96,10 +97,18 @@ def _draw_without_waiting(logits_BV: Tensor, how: Draw, uniform: Sequence[float]
 
 
 def _running_sum(weights_BV: Tensor) -> Tensor:
-    """`cumsum` of each row, in one of them all, which a GPU shares among its processors."""
-    sums_BV = weights_BV.flatten().cumsum(0).view_as(weights_BV)
-    before_B1 = torch.cat([sums_BV.new_zeros(1, 1), sums_BV[:-1, -1:]])
-    return sums_BV - before_B1
+    """`cumsum` of each row of numbers that are not negative: those of runs of 1, 2, 4, ... numbers, joined two by two.
+
+    So sums never fall, where a number is 0 they stay, and what they round to depends on no other row. Torch's on a GPU
+    depends on how many rows there are, and of a single row varies from call to call.
+    """
+    B, V = weights_BV.shape
+    sums_BV, size = F.pad(weights_BV, (0, (1 << (V - 1).bit_length()) - V)), 1
+    while size < sums_BV.shape[1]:
+        pairs = sums_BV.view(B, -1, 2, size)
+        pairs[:, :, 1] += pairs[:, :, 0, -1:]
+        size *= 2
+    return sums_BV[:, :V].contiguous()
 
 
 def _find(sums_BK: Tensor, uniform_B1: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates, published_rates
@@ -24,6 +27,8 @@ from llama4.analysis.planner import (
     usable,
 )
 from llama4.config import PRESETS, Llama4Config
+from llama4.engine.prefill import piece_size
+from llama4.model.multimodal import Llama4Model
 from llama4.weights.convert import quantize
 from tests import small_model
 
@@ -125,9 +130,37 @@ def test_times_by_hand() -> None:
     one = make_placement("scout", PRESETS["scout"]())
     read = costs.weight_bytes_read(text)
     assert times(one, 2**20, Rates(1, never, never, never, "")).token == pytest.approx(read)
-    # Reading all weights for every 2048 tokens takes the longer, where products cost nothing.
+    # Where products cost nothing, reading all weights takes longer: for every 16,384 tokens, on a CPU for every 2048.
     whole = costs.weight_bytes(PRESETS["scout"]()) - costs.vision_bytes(PRESETS["scout"]())
-    assert times(one, 2**20, Rates(1, 1, never, never, "")).prompt == pytest.approx(512 * whole, rel=0.02)
+    for placement, pieces in ((one, 64), (replace(one, device_type="cpu"), 512)):
+        spent = times(placement, 2**20, Rates(1, 1, never, never, "")).prompt
+        assert spent == pytest.approx(pieces * whole, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "tokens"),
+    [
+        ("cuda", "bfloat16", 128, 16384),
+        ("cuda", "float16", 256, 16384),
+        ("cuda", "bfloat16", 20, 2048),
+        ("cuda", "bfloat16", 264, 2048),
+        ("cuda", "float32", 128, 2048),
+        ("cpu", "bfloat16", 128, 2048),
+        ("cpu", "float32", 20, 2048),
+    ],
+)
+def test_pieces_of_a_prompt_are_those_that_the_library_reads(
+    device: str, dtype: str, head_dim: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is memory enough; activations are of one piece."""
+    config = PRESETS["scout"]()
+    config = replace(config, text=replace(config.text, head_dim=head_dim))
+    placement = make_placement("scout", config, dtype=dtype, device_type=device)
+    monkeypatch.setattr("llama4.engine.prefill.free_memory", lambda _: 1 << 50)
+    model = SimpleNamespace(config=config, device=torch.device(device), dtype=getattr(torch, dtype))
+    assert placement.prefill_tokens == piece_size(cast(Llama4Model, model)) == tokens
+    size = model.dtype.itemsize
+    assert memory(placement, TEN_MILLION).activations == tokens * config.text.activation_bytes(size)
 
 
 def test_two_groups_halve_what_grows_and_no_more() -> None:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama4.cache.batch import Batch
 from llama4.cache.formats import QUANTIZED, Unquantized, resolve_format
+from llama4.cache.layer import LayerCache
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
+from llama4.kernels import loader
 from llama4.model.multimodal import Llama4Model
 
 CHUNK = 512
@@ -60,6 +63,16 @@ def test_formats_are_chosen_by_name_or_dtype() -> None:
     for bad in ("int3", torch.int8, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=r"int3|int8|float8.*is not known; choose"):
             resolve_format(bad, torch.float32)
+
+
+def test_a_step_on_a_cpu_makes_nothing_for_a_gpu(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the slots as a tensor, nor, without kernels, block tables."""
+    monkeypatch.setattr(loader, "library", lambda: None)
+    cache = model.new_cache()
+    model(ids(3), cache=cache)
+    for owner, name in ((Batch, "slots"), (LayerCache, "block_table")):
+        monkeypatch.setattr(owner, name, lambda *arguments: pytest.fail("it is not read"))
+    assert model(ids(1), cache=cache).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [None, *QUANTIZED])

@@ -410,6 +410,16 @@ def test_a_patch_that_the_model_wrote_is_no_picture(llm: Llama4, monkeypatch: py
     ]
 
 
+def test_the_budget_is_that_of_the_device(llm: Llama4) -> None:
+    """A GPU reads all experts for every piece of a prompt."""
+    budgets = [schedulers.default_budget(torch.device(name)) for name in ("cpu", "cuda")]
+    assert budgets == [schedulers.BUDGET, schedulers.GPU_BUDGET]
+    assert Scheduler(llm.runner, llm.tokenizer).budget == schedulers.BUDGET
+    assert Scheduler(llm.runner, llm.tokenizer, budget=7).budget == 7
+    with pytest.raises(ArgumentError, match="budget is 0"):
+        Scheduler(llm.runner, llm.tokenizer, budget=0)
+
+
 def test_the_pool_bounds_the_window(llm: Llama4) -> None:
     least = llm.model.new_cache().num_bytes_of(8)
     assert Scheduler(llm.runner, llm.tokenizer, cache_memory=least).window == 8

@@ -181,6 +181,23 @@ def test_rows_are_drawn_as_each_alone(dtype: torch.dtype) -> None:
         assert logprob == pytest.approx(own.double().log_softmax(-1)[id_].item(), abs=2e-6)
 
 
+@pytest.mark.parametrize("way", ["torch on a GPU"], indirect=True)
+@pytest.mark.parametrize("count", [1, 2, 64, 1000, 1025])
+def test_sums_of_a_row_are_its_own(count: int) -> None:
+    """To the bit, whatever rows are beside it; they stay where a weight is 0, and never fall."""
+    weights_BV = torch.rand(5, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)) ** 9
+    weights_BV[:, ::3] = 0
+    given_BV = weights_BV.clone()
+    sums_BV = sampling._running_sum(weights_BV)
+    assert weights_BV.equal(given_BV)
+    assert torch.allclose(sums_BV, weights_BV.cumsum(1), rtol=1e-13, atol=0)
+    for row, own_V in enumerate(weights_BV):
+        assert sums_BV[row].equal(sampling._running_sum(own_V[None])[0])
+    steps_BV = sums_BV.diff(dim=1)
+    assert (steps_BV >= 0).all()
+    assert not steps_BV[weights_BV[:, 1:] == 0].any()
+
+
 def test_frequencies_are_probabilities() -> None:
     """Pearson's chi-square of 20,000 draws with a fixed seed: with k degrees of freedom it is k, give or take the
     square root of 2 k."""

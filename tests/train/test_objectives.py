@@ -126,7 +126,7 @@ def test_dpo_learns_to_prefer(llm: Llama4, pairs: Path, tmp_path: Path) -> None:
     assert result.losses[0] == pytest.approx(math.log(2), rel=1e-5)
     assert result.eval_losses[-1][1] < 0.3 and result.values["accuracy"] == 1 and result.values["margin"] > 1
     lines = read_metrics(tmp_path / "out")
-    assert lines[0]["eval_accuracy"] == 0 and lines[1]["margin"] == 0
+    assert lines[0]["eval_accuracy"] == 0 and abs(lines[1]["margin"]) < 1e-5, "sums in another order"
     assert not any(module._forward_hooks for module in llm.model.modules())
 
 

@@ -89,7 +89,7 @@ def check(
 
 
 @on_a_device
-@pytest.mark.parametrize("lengths", [[1], [255], [256], [257], [1000], [3, 700, 64, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [256], [257], [3, 700, 64, 1]], ids=str)
 @pytest.mark.parametrize("kind", launch_attention.KINDS)
 def test_attend(kind: str, lengths: list[int]) -> None:
     """Of one row, most shares have nothing to do."""

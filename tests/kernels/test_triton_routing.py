@@ -27,7 +27,7 @@ from tests.kernels.interpreter import (
 
 pytest.importorskip("triton")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16]
 ULP = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """The distance of neighbours, relative to a number: the interpreter cuts off where a GPU rounds."""
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llama4.cache.batch import Batch
+from llama4.cache.batch import Batch, make_batch
 from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, PictureView
 from llama4.cache.sequence import SequenceCache
-from llama4.config.window import Sliding
+from llama4.config import CACHE_BLOCK
+from llama4.config.window import Sliding, slots_end
 from llama4.ops.attention import write_step
 
 
@@ -78,6 +79,29 @@ class CacheView:
         tokens, pictures = iter(self.layers), iter(self.cross_layers)
         count = len(self.layers) + len(self.cross_layers)
         self.of_layer = [next(pictures) if i in cache.cross_layers else next(tokens) for i in range(count)]
+
+    @classmethod
+    def of_step(cls, cache: SequenceCache) -> CacheView:
+        """For one more token in every row."""
+        batch = make_batch(
+            cache.batch_size,
+            1,
+            cache.device,
+            start=cache.start,
+            next_position=cache.next_position,
+            rope_lengths=cache.rope_lengths,
+        )
+        return cls(cache, batch)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps, this one the first, for which the blocks that it takes suffice, and in which no row begins a chunk or
+        another round of a ring."""
+        windows, batch = set(self.cache.windows), self.batch
+        room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
+        places = list(zip(batch.query_start, batch.start, strict=True))
+        room += [end - p for window in windows for p, s in places if (end := slots_end(p, window, s)) is not None]
+        return min(room)
 
     def commit(self) -> None:
         """Count the batch's tokens, and its pictures."""

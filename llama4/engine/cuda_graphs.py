@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llama4.cache.batch import make_batch
 from llama4.cache.formats import CacheFormat
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
-from llama4.config import CACHE_BLOCK
-from llama4.config.window import Sliding, slots_end
+from llama4.config.window import Sliding
 from llama4.engine.snapshot import Snapshot, UnsupportedError, check_frame, require
 from llama4.engine.static_step import StaticStep
 from llama4.kernels.triton import common, support
@@ -47,35 +45,26 @@ _MODULES = {
 LEAST_WIDTH = 64
 """Blocks of a row that a table has room for at least. A graph is captured anew when twice as many are needed."""
 
+MAX_GRAPHS = 64
+"""That are kept; those used longest ago are captured anew."""
+
 
 class GraphSession:
     """The next steps of one cache, prepared. It is current as long as nothing but its own steps changes the cache, and
     no other session uses the graph. It keeps the weights that it was made with in memory."""
 
     def __init__(self, runner: CudaGraphRunner, snapshot: Snapshot, cache: SequenceCache) -> None:
-        model, rows = runner.model, cache.batch_size
-        batch = make_batch(
-            rows,
-            1,
-            model.device,
-            start=cache.start,
-            next_position=cache.next_position,
-            rope_lengths=cache.rope_lengths,
-        )
-        windows = set(cache.windows)
-        room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
-        places = list(zip(batch.query_start, batch.start, strict=True))
-        room += [end - p for window in windows for p, s in places if (end := slots_end(p, window, s)) is not None]
-        self._left = min(room)
-        tables = CacheView(cache, batch).reserve_step()
+        view = CacheView.of_step(cache)
+        self._left = view.steps_left
+        tables = view.reserve_step()
         self._step = runner.step_of(cache, max(table.shape[1] for table in tables))
         self._runner, self._snapshot = runner, snapshot
         self._version, self._hooks = cache.version, RemovableHandle.next_id
-        self._vocab_size = model.config.text.num_embeddings
+        self._vocab_size = runner.model.config.text.num_embeddings
         for own_BW, table_BW in zip(self._step.tables_LBW, tables, strict=True):
             own_BW[:, : table_BW.shape[1]].copy_(table_BW, non_blocking=True)
-        _upload(self._step.start_B, batch.start)
-        _upload(self._step.position_B, batch.query_start)
+        _upload(self._step.start_B, view.batch.start)
+        _upload(self._step.position_B, view.batch.query_start)
         runner.capture(self._step)
         self._step.user = self._key = object()
         self._weights = snapshot.weights()  # which the graph reads, whatever takes their places
@@ -167,9 +156,11 @@ class CudaGraphRunner:
         width = max(LEAST_WIDTH, common.next_power_of_two(width))
         formats = tuple(layer.format for layer in cache.layers)
         key = cache.batch_size, width, formats
-        if key not in self._steps:
-            self._steps[key] = StaticStep(self.model, cache.batch_size, width, formats)
-        return self._steps[key]
+        step = self._steps.pop(key, None) or StaticStep(self.model, cache.batch_size, width, formats)
+        self._steps[key] = step  # the last one used
+        while len(self._steps) > MAX_GRAPHS:
+            self._steps.pop(next(iter(self._steps)))
+        return step
 
     def capture(self, step: StaticStep) -> None:
         """All graphs share the memory of what is between their kernels: only one is replayed at a time."""

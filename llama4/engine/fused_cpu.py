@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from llama4.cache.batch import make_batch
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
-from llama4.config import CACHE_BLOCK
-from llama4.config.window import Sliding, slots_end
+from llama4.config.window import Sliding
 from llama4.engine.fused_model import EXPERTS_IN_FILES, Description
 from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
@@ -119,23 +117,13 @@ class FusedSession:
     def __init__(self, model: Llama4Model, description: Description, cache: SequenceCache) -> None:
         assert description.decoder is not None
         config, dtype, rows = model.config.text, model.dtype, cache.batch_size
-        batch = make_batch(
-            rows,
-            1,
-            model.device,
-            start=cache.start,
-            next_position=cache.next_position,
-            rope_lengths=cache.rope_lengths,
-        )
-        windows = set(cache.windows)
-        room = [CACHE_BLOCK - span.past % CACHE_BLOCK for window in windows for span in batch.spans(window)]
-        places = list(zip(batch.query_start, batch.start, strict=True))
-        room += [end - p for window in windows for p, s in places if (end := slots_end(p, window, s)) is not None]
-        self.count = min(MAX_STEPS, *room)
+        view = CacheView.of_step(cache)
+        batch, windows = view.batch, set(cache.windows)
+        self.count = min(MAX_STEPS, view.steps_left)
         ahead_S1 = torch.arange(self.count)[:, None]
         factors = PositionFactors.of_batch(config, batch, dtype, self.count)
         lengths_SB = {window: batch.key_lengths(window) + ahead_S1 for window in windows}
-        tables = CacheView(cache, batch).reserve_step()
+        tables = view.reserve_step()
 
         self.description = description
         self.step, self.version, self.hooks = 0, cache.version, RemovableHandle.next_id

@@ -99,8 +99,8 @@ def _draw_without_waiting(logits_BV: Tensor, how: Draw, uniform: Sequence[float]
 def _running_sum(weights_BV: Tensor) -> Tensor:
     """`cumsum` of each row of numbers that are not negative: those of runs of 1, 2, 4, ... numbers, joined two by two.
 
-    So sums never fall, where a number is 0 they stay, and what they round to depends on no other row. Torch's on a GPU
-    depends on how many rows there are, and of a single row varies from call to call.
+    So sums never fall, where a number is 0 they stay, and what they round to depends on no other row. Torch's own on a
+    GPU is not deterministic, by its documentation.
     """
     B, V = weights_BV.shape
     sums_BV, size = F.pad(weights_BV, (0, (1 << (V - 1).bit_length()) - V)), 1

@@ -182,6 +182,16 @@ def test_two_caches_in_turns(model: Llama4Model) -> None:
 
 
 @on_a_device
+def test_graphs_used_longest_ago_go(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama4.engine.cuda_graphs.MAX_GRAPHS", 2)
+    runner = CudaGraphRunner(model)
+    one, _ = (runner.step_of(model.new_cache(rows), 1) for rows in (1, 2))
+    assert runner.step_of(model.new_cache(1), 1) is one
+    runner.step_of(model.new_cache(3), 1)
+    assert [rows for rows, _, _ in runner._steps] == [1, 3]
+
+
+@on_a_device
 def test_wider_tables(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Than a graph was made for."""
     monkeypatch.setattr("llama4.engine.cuda_graphs.LEAST_WIDTH", 1)

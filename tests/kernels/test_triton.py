@@ -26,9 +26,7 @@ from llama4.quantization.weight import WeightFormat
 from tests.kernels.interpreter import (
     DEVICE,
     INTERPRETED,
-    bfloat16_in_the_interpreter,  # noqa: F401
     compile_only,
-    launches_in_the_interpreter,  # noqa: F401
     needs_the_compiler,
     needs_the_interpreter,
     on_a_device,

@@ -20,9 +20,7 @@ from tests import small_model
 from tests.kernels.interpreter import (
     DEVICE,
     INTERPRETED,
-    bfloat16_in_the_interpreter,  # noqa: F401
     compile_only,
-    launches_in_the_interpreter,  # noqa: F401
     needs_the_compiler,
     needs_the_interpreter,
     on_a_device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from llama4.analysis import costs
 from llama4.cache.formats import QUANTIZED
 from llama4.config import Llama4Config
-from llama4.errors import ArgumentError, ChatTemplateError
+from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
 from llama4.text.tokenizer import Tokenizer
@@ -26,9 +27,6 @@ from llama4.weights.side_files import NO_SIDE_FILES, SIDE_FILES, HubOrigin, Side
 from llama4.weights.source import Source
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import files_in, why_unreadable
-
-BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}
-"""Of the weights alone; the scales of a quantized model are not counted."""
 
 
 def read_config(
@@ -257,7 +255,7 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
         "vocabulary": text.vocab_size,
         "parameters": total,
         "active_parameters": config.num_active_parameters(),
-        "bytes": {name: int(total * size) for name, size in BYTES_PER_PARAMETER.items()},
+        "bytes": weight_bytes(config),
         "window": window,
         "attention_chunk": text.attention_chunk_size,
         "sliding_window": text.sliding_window,
@@ -286,6 +284,17 @@ def describe(config: Llama4Config, context: int | None = None) -> dict[str, Any]
             "picture_cache_bytes": costs.picture_cache_bytes(config),
         }
     return facts
+
+
+def weight_bytes(config: Llama4Config) -> dict[str, int]:
+    """Bytes of all weights in dtypes, and in the schemes that suit the model: as `llama4 quantize` writes them, with
+    scales and with what no scheme quantizes, in the model's dtype."""
+    sizes = {dtype: costs.weight_bytes(config, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    for scheme in ("fp8", "int4"):
+        with suppress(Llama4Error):  # its shapes are not for it
+            plan = costs.quantization_plan(config.text, scheme)
+            sizes[scheme] = costs.weight_bytes(config, plan, config.dtype)
+    return sizes
 
 
 def table(name: str, facts: dict[str, Any]) -> str:

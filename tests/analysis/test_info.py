@@ -10,8 +10,9 @@ import pytest
 
 from llama4.analysis.info import describe_model, find, table
 from llama4.families.llama4 import Llama4Family
-from llama4.weights.convert import convert_to_gguf
+from llama4.weights.convert import convert_to_gguf, quantize
 from tests import small_model
+from tests.parity.references import write_mixed
 from tests.weights.test_meta import make_reference, params, write_meta
 
 LLAMA4, OWN = Llama4Family(), "by the checkpoint's own chat template"
@@ -59,6 +60,16 @@ def test_files_of_each_layout(directory: Path, tmp_path: Path) -> None:
     write_meta(tmp_path / "meta", meta, params(False), 1)
     size = 4 * sum(parameter.numel() for parameter in meta.parameters())
     assert lines_of(tmp_path / "meta")["files"] == f"Meta's layout: float32; {size / 2**20:.1f} MiB in all"
+
+
+def test_weights_in_a_scheme_take_what_quantize_writes(directory: Path, tmp_path: Path) -> None:
+    """With scales, and with what no scheme quantizes. A scheme that does not suit the model is left out."""
+    sizes = describe_model(find(str(write_mixed(tmp_path / "model"))))["bytes"]
+    for scheme in ("fp8", "int4"):
+        quantize(tmp_path / "model", tmp_path / scheme, scheme, progress=False)
+        assert sizes[scheme] == describe_model(find(str(tmp_path / scheme)))["quantization"]["bytes"]
+    assert sizes["float32"] == 2 * sizes["bfloat16"] > 2 * sizes["fp8"] > 2 * sizes["int4"]
+    assert "int4" not in describe_model(find(str(directory)))["bytes"]
 
 
 def test_files_without_a_quantization_config(directory: Path, tmp_path: Path) -> None:

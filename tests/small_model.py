@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def config() -> Llama4Config:
         max_tiles=4,
     )
     return Llama4Config(text, vision, RANKS + 80, RANKS + 81, RANKS + 92, dtype="float32")
+
+
+def with_two_layers(config: Llama4Config) -> Llama4Config:
+    """The same but for its depth; the second layer has no RoPE."""
+    text = replace(config.text, num_hidden_layers=2, no_rope_layers=(1, 0), moe_layers=None, layer_types=None)
+    return replace(config, text=text)
 
 
 def model(seed: int = 0, *, ends: bool = False) -> Llama4Model:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from llama4.adapters.config import LoraConfig, target_of
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.model.experts import Experts
-from llama4.model.moe import Router, top_k
+from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.low_rank import low_rank, low_rank_experts
 from llama4.ops.precision import upcast
+from llama4.ops.routing import top_k
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts
 from llama4.quantization.weight import QuantizedWeight

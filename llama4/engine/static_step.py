@@ -30,7 +30,7 @@ from llama4.ops.norm import add_experts_rms_norm, add_rms_norm
 from llama4.ops.precision import upcast
 from llama4.ops.quantized import linears_at_once
 from llama4.ops.rope import apply_rope
-from llama4.ops.routing import dispatch_top_1
+from llama4.ops.routing import dispatch_top_k
 from llama4.ops.sampling import greedy_token
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.weight import QuantizedWeight
@@ -158,10 +158,7 @@ class StaticStep:
             return add_rms_norm(x_BD, _swiglu(block, normed_BD), norm.weight, norm.eps)
         assert isinstance(block, MixtureOfExperts)
         shared_BD = self._branch.fork(lambda: _swiglu(block.shared_expert, normed_BD))
-        if block.router.k == 1:
-            routed = dispatch_top_1(normed_BD, block.router.logits(normed_BD))
-        else:
-            routed = block.dispatcher.dispatch(normed_BD, *block.router(normed_BD))
+        routed = dispatch_top_k(normed_BD, block.router.logits(normed_BD), block.router.k)
         routed_RD = block.experts(routed.x_RD, routed.num_tokens_per_expert_E)
         self._branch.join()
         return add_experts_rms_norm(x_BD, shared_BD, routed_RD, routed.rows_Nk, norm.weight, norm.eps)

@@ -12,17 +12,7 @@ from llama4.config import TextConfig
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
-from llama4.ops.routing import router_logits
-
-
-def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their indices, [N, k]; the lowest index on ties (torch.topk promises no
-    order)."""
-    if k == 1:
-        values_N1, indices_N1 = logits_NE.max(dim=-1, keepdim=True)
-        return values_N1, indices_N1
-    values_NE, indices_NE = logits_NE.sort(dim=-1, descending=True, stable=True)
-    return values_NE[:, :k], indices_NE[:, :k]
+from llama4.ops.routing import router_logits, top_k
 
 
 class Router(nn.Linear):

@@ -49,6 +49,16 @@ def logits_unsupported_reason(x_ND: Tensor, weight_ED: Tensor) -> str | None:
     return gpu_kernels.unsupported_reason(x_ND, weight_ED)
 
 
+def top_k(logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their indices, [N, k]; the lowest index on ties (torch.topk promises no
+    order)."""
+    if k == 1:
+        values_N1, indices_N1 = logits_NE.max(dim=-1, keepdim=True)
+        return values_N1, indices_N1
+    values_NE, indices_NE = logits_NE.sort(dim=-1, descending=True, stable=True)
+    return values_NE[:, :k], indices_NE[:, :k]
+
+
 def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: int) -> Dispatched:
     """Tokens times their scores, sorted by expert; the host does not wait for a GPU.
 
@@ -69,12 +79,14 @@ def dispatch(x_ND: Tensor, scores_Nk: Tensor, experts_Nk: Tensor, num_experts: i
     return Dispatched(x_RD, counts_E, tokens_R, rows_Nk.view_as(experts_Nk))
 
 
-def dispatch_top_1(x_ND: Tensor, logits_NE: Tensor) -> Dispatched:
-    """Each token to the expert of its largest logit, the first on ties, with its sigmoid as the score."""
-    if len(x_ND) <= launch_routing.MAX_TOP_1 and gpu_kernels.unsupported_reason(x_ND, logits_NE) is None:
+def dispatch_top_k(x_ND: Tensor, logits_NE: Tensor, k: int) -> Dispatched:
+    """Each token to the experts of its k largest logits, with their sigmoids as scores. To sort by one expert each, a
+    few tokens need no more than a look at all of them."""
+    few = k == 1 and len(x_ND) <= launch_routing.MAX_TOP_1
+    if few and gpu_kernels.unsupported_reason(x_ND, logits_NE) is None:
         return Dispatched(*launch_routing.dispatch_top_1(x_ND, logits_NE))
-    values_N1, experts_N1 = logits_NE.max(dim=1, keepdim=True)
-    return dispatch(x_ND, values_N1.sigmoid(), experts_N1, logits_NE.shape[1])
+    logits_Nk, experts_Nk = top_k(logits_NE, k)
+    return dispatch(x_ND, logits_Nk.sigmoid(), experts_Nk, logits_NE.shape[1])
 
 
 def combine(routed_RD: Tensor, rows_Nk: Tensor, out_ND: Tensor) -> Tensor:

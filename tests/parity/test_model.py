@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llama4.config import CACHE_BLOCK, Llama4Config
 from llama4.model.experts import Experts, GroupedExperts, LoopExperts
-from llama4.model.moe import top_k
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.routing import top_k
 from tests import small_model
 from tests.parity.references import CHUNK, PATCH, ReferenceModel, reference_config, reference_model, relative_error
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.kernels.triton import launch_elementwise, launch_routing
-from llama4.model.moe import top_k
 from llama4.ops import fp8, norm, rope, routing, swiglu
+from llama4.ops.routing import top_k
 from llama4.vision.rope import unit_numbers
 
 EPS = 1e-5

@@ -16,14 +16,12 @@ from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
 from llama4.engine.fused_cpu import check_batch_invariant
 from llama4.engine.generate import generate, stop_strings
-from llama4.engine.grammar import Form
 from llama4.engine.moderation import Asked, ask, judge, limit_of
 from llama4.engine.offload import check_offload
 from llama4.engine.placement import Placement, build_and_load
 from llama4.engine.prefix_cache import PromptCache, identities
 from llama4.engine.replies import Reply, Stream
 from llama4.engine.runner import ModelRunner
-from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
 from llama4.engine.tokens import Event
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.families import family_of
@@ -31,13 +29,12 @@ from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import DTYPES, resolve_device
 from llama4.model.multimodal import Llama4Model
-from llama4.options import Options, Prepared, Prompt, conversation
+from llama4.options import MAX_NEW_TOKENS, Options, Prepared, Prompt, choice_of, conversation
 from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
 from llama4.text.prompt_limit import PromptLimit
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import chosen_tools
 from llama4.units import count_text
 from llama4.weights import hub, memory
 from llama4.weights.checkpoint import open_checkpoint, read_config, read_side_files
@@ -327,7 +324,7 @@ class Llama4:
         self,
         messages: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -556,20 +553,8 @@ class Llama4:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]] | Inputs,
         *,
-        max_new_tokens: int = 256,
-        stop: str | Sequence[str] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        continue_final_message: bool | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        response_format: Any = None,
-        regex: str | None = None,
-        choices: Sequence[str] | None = None,
-        grammar: str | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        ignore_eos: bool = False,
-        top_logprobs: int = 0,
         limit: PromptLimit | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[Options],
     ) -> Prepared:
         """What is computed for these arguments of `chat`: the prompt's tokens and pictures, and how the reply is
         chosen, the checkpoint's defaults included. Nothing is computed yet.
@@ -581,33 +566,26 @@ class Llama4:
             Llama4Error: as `chat`.
         """
         defaults, inputs = self.generation_config, messages
-        tools, called = chosen_tools(tools, tool_choice)
-        form = Form.of(response_format, regex, choices, grammar, called)
-        sampler = Sampler.from_options(sampling, defaults)
-        check_choice(sampler, self.config.text.vocab_size, top_logprobs)
-        if form is not None:
-            if ignore_eos or sampling.get("min_tokens"):
-                name = "ignore_eos" if ignore_eos else "min_tokens"
-                raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
-            sampler = replace(sampler, min_tokens=0)  # whatever the checkpoint says
+        sampler, tools, form = choice_of(options, defaults, self.config.text.vocab_size)
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
                 tools=tools,
-                continue_final_message=continue_final_message,
-                chat_template_kwargs=chat_template_kwargs,
+                continue_final_message=options.get("continue_final_message"),
+                chat_template_kwargs=options.get("chat_template_kwargs"),
                 limit=limit or self.prompt_limit,
             )
         notice_fork()
+        stop = options.get("stop")
         return Prepared(
             inputs,
             sampler,
-            max_new_tokens,
+            options.get("max_new_tokens", MAX_NEW_TOKENS),
             stop_strings(defaults.stop_strings if stop is None else stop),
-            () if ignore_eos else self.stop_ids,
+            () if options.get("ignore_eos") else self.stop_ids,
             tools,
             form,
-            top_logprobs,
+            options.get("top_logprobs", 0),
         )
 
     def __repr__(self) -> str:

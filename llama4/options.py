@@ -1,18 +1,23 @@
-"""What a call of `chat` takes: `Options`, and `Prepared`, what is computed for it."""
+"""What a call of `chat` takes: `Options`; what they say of the reply's tokens; and `Prepared`, what is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
 
+from llama4.config import GenerationConfig
 from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.engine.replies import ReplyBuilder
-from llama4.engine.sampling import Sampler, SamplingOptions
-from llama4.errors import Llama4Error
+from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.inputs import Inputs
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
+from llama4.text.tool_calls import chosen_tools
+
+MAX_NEW_TOKENS = 256
+"""Of a reply, where a caller does not say."""
 
 Prompt: TypeAlias = str | Sequence[Message] | Inputs
 """A question, a conversation, or what the processor made of one (for instance `processor.complete(text)`)."""
@@ -75,6 +80,36 @@ class Options(SamplingOptions, total=False):
     tool_choice: str | Mapping[str, Any] | None
     ignore_eos: bool
     top_logprobs: int
+
+
+_OTHERS = Options.__annotations__.keys() - SamplingOptions.__annotations__.keys()
+"""Options that no `Sampler` takes."""
+
+
+def choice_of(
+    options: Options, defaults: GenerationConfig, vocab_size: int
+) -> tuple[Sampler, Sequence[Mapping[str, Any]] | None, Form | None]:
+    """How the tokens of a reply are chosen: by which sampler, with which tools, and held to which form.
+
+    Args:
+        defaults: what the checkpoint says.
+
+    Raises:
+        Llama4Error: an option out of its range, or options that contradict each other.
+        TypeError: an option that there is not.
+    """
+    tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
+    forms = (options.get("response_format"), options.get("regex"), options.get("choices"), options.get("grammar"))
+    form = Form.of(*forms, called)
+    sampling = {name: value for name, value in options.items() if name not in _OTHERS}
+    sampler = Sampler.from_options(cast(SamplingOptions, sampling), defaults)
+    check_choice(sampler, vocab_size, options.get("top_logprobs", 0))
+    if form is not None:
+        if options.get("ignore_eos") or options.get("min_tokens"):
+            name = "ignore_eos" if options.get("ignore_eos") else "min_tokens"
+            raise ArgumentError(f"{name} is given with a form of the reply, which has an end; choose one")
+        sampler = replace(sampler, min_tokens=0)  # whatever the checkpoint says
+    return sampler, tools, form
 
 
 def conversation(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from llama4.bench.device import kernels, report, workload
 from llama4.bench.device.plan import PLAN, Step
+from llama4.bench.device.record import NO_TIME
 from llama4.bench.device.runner import Result, Runner
 from llama4.engine import static_step
 from llama4.kernels.triton import launch_products
@@ -61,7 +63,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 8, "some machines give no more files back"
 
 
-def run(out: Path, *names: str, seconds: float = 30, case_seconds: float = 2, minutes: float = 1) -> dict[str, Any]:
+def run(out: Path, *names: str, seconds: float = 300, case_seconds: float = 2, minutes: float = 10) -> dict[str, Any]:
     """Steps of device_faults."""
     steps = [Step(name, f"tests.bench.device_faults:{name}", name, seconds, case_seconds) for name in names]
     told = report.Report(out, {})
@@ -123,14 +125,30 @@ def is_running(pid: int) -> bool:
     return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
 
 
-def test_limits_of_a_step_and_of_everything(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    steps = run(tmp_path, "fine", "slow", seconds=6)
-    assert steps["slow"]["state"] == "ended early"
-    assert 2 <= sum(state == "done" for state, _ in cases(steps["slow"]).values()) < 500
-    assert time.monotonic() - begin < 80
-    steps = run(tmp_path, "slow", "fine", minutes=0.3)
-    assert (steps["slow"]["state"], steps["fine"]["state"]) == ("ended early", "skipped")
+@pytest.mark.parametrize("limit", ["step", "everything"])
+def test_limits(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By clocks that jump: in "slow" at every case, in the runner when "hanging" hangs."""
+
+    child = tmp_path / "child"
+
+    def now() -> float:
+        hangs = child.exists() and child.read_text(encoding="utf-8")
+        return time.monotonic() + (10_000 if hangs else 0)
+
+    monkeypatch.setattr("llama4.bench.device.runner.time", SimpleNamespace(monotonic=now))
+    names = ("slow", "hanging", "fine")
+    if limit == "step":
+        steps = run(tmp_path, *names, seconds=600, case_seconds=600, minutes=1000)
+        assert [steps[name]["state"] for name in names] == ["ended early", "ended early", "done"]
+        done = [name for name, (state, _) in cases(steps["slow"]).items() if state == "done"]
+        assert 2 <= len(done) < 600
+        assert cases(steps["slow"])["999"] == ("skipped", NO_TIME)
+    else:
+        steps = run(tmp_path, *names[1:], seconds=20_000, case_seconds=20_000, minutes=100)
+        assert [steps[name]["state"] for name in names[1:]] == ["ended early", "skipped"]
+        assert steps["fine"]["reason"] == NO_TIME
+    assert cases(steps["hanging"]) == {"before": ("done", ""), "hangs": ("failed", NO_TIME)}
+    assert not is_running(int(child.read_text(encoding="utf-8")))
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

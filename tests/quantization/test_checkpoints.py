@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -349,15 +350,15 @@ def test_several_formats_in_one_checkpoint(plain: Path, tmp_path: Path) -> None:
 # -- interrupted, and larger than memory ---------------------------------------------------------------------------
 
 
-SLOW = """
-import sys, time
+STEPWISE = """
+import sys
 import llama4.weights.safetensors as saver
 save = saver._save_shard
-def slow(files, keys, path, *others):
+def save_and_wait(files, keys, path, *others):
     save(files, keys, path, *others)
     print(path.name, flush=True)
-    time.sleep(0.3)
-saver._save_shard = slow
+    sys.stdin.readline()
+saver._save_shard = save_and_wait
 from llama4.weights.convert import quantize
 quantize(sys.argv[1], sys.argv[2], "int4", max_shard_bytes=int(sys.argv[3]), progress=False)
 """
@@ -366,22 +367,24 @@ quantize(sys.argv[1], sys.argv[2], "int4", max_shard_bytes=int(sys.argv[3]), pro
 def run(script: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment)
 
 
 def test_killed_and_run_again(plain: Path, tmp_path: Path) -> None:
     """kill -9 after the second shard: nothing under the final name; the next run writes only what was missing."""
     truth = tmp_path / "truth/model"  # a model card has the directory's name
     quantize(plain, truth, "int4", max_shard_bytes=SHARD, progress=False)
-    with run(SLOW, plain, tmp_path / "model", SHARD) as first:
-        assert first.stdout is not None
-        done = [first.stdout.readline().strip() for _ in range(2)]
+    with run(STEPWISE, plain, tmp_path / "model", SHARD) as first:
+        assert first.stdin is not None and first.stdout is not None
+        done = [first.stdout.readline().strip()]
+        print(file=first.stdin, flush=True)
+        done.append(first.stdout.readline().strip())
         first.send_signal(signal.SIGKILL)
     assert not (tmp_path / "model").exists()
     kept = tmp_path / ".model-partial" / "content"
     written = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
     assert set(done) <= written.keys()
-    with run(SLOW, plain, tmp_path / "model", SHARD) as second:
+    with run(STEPWISE, plain, tmp_path / "model", SHARD) as second:
         output, errors = second.communicate()
     assert second.returncode == 0, errors
     assert not set(output.split()) & set(done)
@@ -392,7 +395,7 @@ def test_killed_and_run_again(plain: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_begun_otherwise_is_begun_anew(plain: Path, tmp_path: Path) -> None:
-    with run(SLOW, plain, tmp_path / "model", SHARD) as first:
+    with run(STEPWISE, plain, tmp_path / "model", SHARD) as first:
         assert first.stdout is not None
         first.stdout.readline()
         with pytest.raises(CheckpointError, match=r"process \d+ on .* since .* is writing .*model; wait"):

@@ -62,15 +62,12 @@ class Running:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def slow_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A small model is at its window's end before the client of a busy machine has read a line."""
-        step = self.engine.scheduler.step
-
-        def slowly() -> None:
-            time.sleep(0.002)
-            step()
-
-        monkeypatch.setattr(self.engine.scheduler, "step", slowly)
+    def hold(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """Until the event is set a reply has its first token and no other: none comes to its end before its client has
+        done what a test is about, however busy the machine is."""
+        decode, may_go_on = self.engine.scheduler._decode, threading.Event()
+        monkeypatch.setattr(self.engine.scheduler, "_decode", lambda: decode() if may_go_on.wait(0.002) else 0)
+        return may_go_on
 
     def is_idle(self) -> bool:
         return not self.engine.scheduler.has_work and self.engine.num_waiting == 0

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -381,7 +380,6 @@ def test_other_routes(llm: Llama4, running: Running) -> None:
 
 def test_a_client_that_leaves_stops_the_work(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is counted as one that has left."""
-    running.slow_down(monkeypatch)
 
     def aborted() -> int:
         found = re.search(
@@ -391,17 +389,18 @@ def test_a_client_that_leaves_stops_the_work(running: Running, monkeypatch: pyte
 
     until(running.is_idle)
     before = aborted()
+    running.hold(monkeypatch)
     with running.client.stream("POST", "/v1/chat/completions", json={**FOREVER, "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: a generator that goes closes the connection
+        next(lines)
         until(lambda: not running.is_idle())  # the first token is told while its request is between two lists
     until(running.is_idle)
     with asked(running, "/v1/chat/completions", FOREVER):
         until(lambda: not running.is_idle())
     until(running.is_idle)
     until(lambda: aborted() == before + 2)
-    while running.engine.scheduler.index.evict():
-        pass
-    assert running.engine.scheduler.pool.used == 0
+    until(running.is_idle)
+    until(lambda: not running.engine.scheduler.index.evict() and running.engine.scheduler.pool.used == 0)
 
 
 def asked(running: Running, route: str, fields: dict[str, Any]) -> socket.socket:
@@ -416,26 +415,25 @@ def asked(running: Running, route: str, fields: dict[str, Any]) -> socket.socket
 def test_a_client_that_leaves_stops_the_reading(
     running: Running, monkeypatch: pytest.MonkeyPatch, route: str, field: str
 ) -> None:
-    """Of texts, before the engine has them."""
+    """Of texts, before the engine has them: that which is being read is the last."""
     read: list[str] = []
+    has_left = threading.Event()
 
-    def slowly(service: Any, prompt: str) -> None:
-        time.sleep(0.5)
+    def held(service: Any, prompt: str) -> None:
         read.append(prompt)
+        has_left.wait(60)
 
-    monkeypatch.setattr("llama4.serve.completions.input_of", slowly)
+    monkeypatch.setattr("llama4.serve.completions.input_of", held)
     with asked(running, route, {field: ["text"] * 8}):
         until(lambda: read)
-    before = 0
-    while before != len(read):
-        before = len(read)
-        time.sleep(1)
-    assert len(read) < 8
+    until(lambda: running.num_tasks == 1)  # uvicorn's own: nobody is left who would read on
+    has_left.set()
+    assert len(read) == 1
 
 
 def test_a_key_and_a_full_queue(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
     running = Running(llm, Settings("tiny", api_key="secret"), max_batch=1, max_waiting=1)
-    running.slow_down(monkeypatch)
+    may_go_on = running.hold(monkeypatch)
     try:
         client = running.client
         assert client.get("/v1/models").status_code == 401
@@ -452,6 +450,7 @@ def test_a_key_and_a_full_queue(llm: Llama4, monkeypatch: pytest.MonkeyPatch) ->
                 third = client.post("/v1/chat/completions", json={"messages": QUESTION})
                 assert third.status_code == 429 and third.headers["retry-after"]
                 first.close()
+                may_go_on.set()
                 assert second.result().status_code == 200
     finally:
         running.close()

@@ -383,10 +383,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
 def test_templates_without_bounds_are_stopped(source: str, tokenizer: Tokenizer) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ChatTemplateError, match=r"was stopped|Range too big|at most 262144 are read"):
         ChatTemplate({"default": source}, tokenizer).compose([USER])
-    assert time.monotonic() - began < 30  # 1 s on an idle core
+    assert time.process_time() - began < 30  # 1 s on an idle core
 
 
 @pytest.mark.parametrize(

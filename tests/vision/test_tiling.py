@@ -134,9 +134,9 @@ def test_mean_and_std_per_channel() -> None:
 
 def test_twelve_megapixels_are_fast() -> None:
     image = Image.effect_noise((4000, 3000), 80).convert("RGB")
-    start = time.perf_counter()
+    start = time.process_time()
     tiles = tile_image(image)
-    assert time.perf_counter() - start < 20  # 0.08 s on an idle core
+    assert time.process_time() - start < 20  # 0.08 s on an idle core
     assert len(tiles.pixel_values) == 13
 
 

@@ -65,7 +65,7 @@ def compile_only(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.fixture
 def launches_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU of 16 multiprocessors, but of large blocks, which cost it what small ones do."""
+    """As on a GPU of 8 multiprocessors, but of large blocks, which cost it what small ones do."""
     if not INTERPRETED:
         return
     gemv_blocks = launch_products._gemv_blocks
@@ -75,7 +75,7 @@ def launches_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return gemv_blocks(kind, rows, outputs, inputs) | {"BLOCK_O": min(32, 1 << (least.bit_length() - 1))}
 
     monkeypatch.setattr(launch_products, "_gemv_blocks", large_blocks)
-    monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(capability=0, multiprocessors=16))
+    monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(capability=0, multiprocessors=8))
 
 
 @pytest.fixture

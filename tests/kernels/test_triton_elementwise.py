@@ -132,7 +132,7 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
 
 @on_a_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 64), (1, 5120), (300, 1000), (2, 3, 96), (5, 1)])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 5120), (30, 1000), (2, 3, 96), (5, 1)])
 def test_to_fp8(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_fp8(3 * drawn(*shape, dtype=dtype))
 
@@ -155,8 +155,8 @@ def test_every_number_of_bfloat16_becomes_e4m3() -> None:
     """Ties, subnormal numbers, zeros of both signs; in rows whose scale is 1, that of zeros, and some that are not."""
     every = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16)
     every = every[every.abs() <= 448]
-    rows = torch.nn.functional.pad(every, (0, -len(every) % 63)).view(-1, 63)
-    x = torch.cat([torch.cat([rows, torch.full((len(rows), 1), 448.0)], dim=1), rows.new_zeros(1, 64)])
+    rows = torch.nn.functional.pad(every, (0, -len(every) % 1023)).view(-1, 1023)
+    x = torch.cat([torch.cat([rows, torch.full((len(rows), 1), 448.0)], dim=1), rows.new_zeros(1, 1024)])
     tiny = torch.tensor([1.4, 1.5, 0.3, -1.4]).view(4, 1) * 448 * 2.0**-149 * torch.linspace(-1, 1, 64)
     special = torch.tensor([[1.0, torch.inf, -2.0], [0.0, 2.0**-149, -0.0], [1.0, torch.nan, -torch.inf]])
     for given in (x.float(), tiny, special):

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -67,8 +69,6 @@ def model(kind: str, width: int = D) -> Llama4Model:
 
 def measure(kind: str, directory: Path, **options: Any) -> dict[str, int]:
     """What was said, what of it is oneDNN's code, and what it was, in bytes beyond the loaded models."""
-    import torch._dynamo  # checkpointing does, when it is first used
-
     torch.set_num_threads(1)
     tokenizer = Tokenizer(small_model.write_tokenizer(directory / "tokenizer.model"))
     is_taught = options.get("method") == "distill"
@@ -103,15 +103,35 @@ def measure_step() -> dict[str, int]:
     return {"said": RUN * RUN_BYTES, "was": was}
 
 
-def in_a_child(call: str) -> dict[str, int]:
-    """What a function of this file returns in a process of its own: in this one malloc may hold free memory, which
-    counts as resident before it is taken."""
-    script = f"from tests.train.test_memory import *; print(json.dumps({call}))"
+FORKS = """
+import torch._dynamo  # which checkpointing imports when it is first used
+from tests.train.test_memory import *
+for call in sys.stdin:
+    if os.fork() == 0:
+        told = os.dup(1)
+        os.dup2(2, 1)
+        os.write(told, json.dumps(eval(call)).encode() + b"\\n")
+        os._exit(0)
+    if os.wait()[1]:
+        print("{}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_a_child() -> Iterator[Callable[[str], dict[str, int]]]:
+    """Tells what a function of this file returns in a process of its own: in this one malloc may hold free memory,
+    which counts as resident before it is taken. All are forked from one that has imported what they need."""
     path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])  # last: llama4 is the one that is tested
-    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    environment = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=PIPE, stdout=PIPE, text=True, env=environment) as parent:
+
+        def call(function: str) -> dict[str, int]:
+            assert parent.stdin is not None and parent.stdout is not None
+            print(function, file=parent.stdin, flush=True)
+            found: dict[str, int] = json.loads(parent.stdout.readline())
+            return found
+
+        yield call
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a part of a process is Linux's")
@@ -127,14 +147,16 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a par
         ("float32", "method='distill', teacher='teacher'"),
     ],
 )
-def test_a_run_takes_what_was_said(kind: str, options: str, tmp_path: Path) -> None:
+def test_a_run_takes_what_was_said(
+    kind: str, options: str, tmp_path: Path, in_a_child: Callable[[str], dict[str, int]]
+) -> None:
     """To a tenth; what oneDNN keeps depends on the CPU and on its version, so it may be less."""
     found = in_a_child(f"measure({kind!r}, Path({str(tmp_path)!r}), {options})")
     assert 0.9 * (found["said"] - found["code"]) < found["was"] < 1.1 * found["said"], found
 
 
 @on_linux
-def test_an_8_bit_step_takes_one_run() -> None:
+def test_an_8_bit_step_takes_one_run(in_a_child: Callable[[str], dict[str, int]]) -> None:
     """Whatever the size of the parameter."""
     found = in_a_child("measure_step()")
     assert 0.5 * found["said"] < found["was"] < 1.2 * found["said"], found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,39 @@ from llama4.vision import images, tiling
 from llama4.vision.images import load_image
 from llama4.vision.limits import ImageLimits
 
-SCRIPT = """
-import resource, sys
-from llama4.vision.images import load_image
-from llama4.vision.tiling import tile_image
+EACH = """
+import os, sys
 from PIL import Image
+from llama4.vision.images import load_image
+from llama4.vision.limits import ImageLimits
+from llama4.vision.tiling import tile_image
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 tile_image(load_image(Image.new("RGBA", (700, 500))))  # what is imported and allocated once
-before = peak()
-image = load_image(sys.argv[1])
-pixels = image.width * image.height
-tiles = tile_image(image)
-print(pixels, peak() - before, *tiles.pixel_values.shape)
-"""
-
-
-EACH = (
-    SCRIPT.partition("before =")[0]
-    + """
-import os
-from llama4.vision.limits import ImageLimits
-for path in sys.argv[1:]:  # each in a process of its own, whose peak begins at what it has now
+limits = ImageLimits(max_decoding=10**10) if sys.argv[1] == "decode" else ImageLimits()
+for path in sys.argv[2:]:  # each in a process of its own, whose peak begins at what it has now
     if os.fork() == 0:
         before = peak()
-        image = load_image(path, ImageLimits(max_decoding=10**10))
-        print((peak() - before) / image.width / image.height, flush=True)
+        image = load_image(path, limits)
+        pixels = image.width * image.height
+        if sys.argv[1] == "prepare":
+            tile_image(image)
+        print(pixels, peak() - before, flush=True)
         os._exit(0)
-    os.wait()
+    assert os.wait()[1] == 0
 """
-)
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def taken(what: str, paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Of each picture the pixels, and the bytes that it takes to "prepare" it or to "decode" it."""
+    command = [sys.executable, "-c", EACH, what, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return [(int(pixels), int(used)) for pixels, used in lines]
 
 
 def png(width: int, height: int, colour: int, channels: int) -> bytes:
@@ -69,26 +70,23 @@ def png(width: int, height: int, colour: int, channels: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data + packer.flush()) + chunk(b"IEND", b"")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("width", "height", "colour", "channels"),
-    [(1, 1_000_000, 0, 1), (1_000_000, 3, 2, 3), (4000, 5000, 6, 4), (30, 600_000, 4, 2)],
-    ids=["1 wide", "3 high", "RGBA", "narrow, grey with alpha"],
-)
-def test_memory(width: int, height: int, colour: int, channels: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(png(width, height, colour, channels))
-    command = [sys.executable, "-c", SCRIPT, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    pixels, used = map(int, re.findall(r"\d+", result.stdout)[:2])
-    assert pixels == width * height
-    decoded = 4 * pixels + 8 * height  # as PIL has it: 4 bytes a pixel, and an address for each row
-    assert used < decoded + 4 * pixels + 100e6
+PICTURES = [(1, 1_000_000, 0, 1), (1_000_000, 3, 2, 3), (4000, 5000, 6, 4), (30, 600_000, 4, 2)]
+"""Width, height, PNG's kind of colour and its channels: one wide, three high, RGBA, narrow and grey with alpha."""
+
+
+@needs_proc
+def test_memory(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(len(PICTURES))]
+    for path, picture in zip(paths, PICTURES, strict=True):
+        path.write_bytes(png(*picture))
+    for (width, height, _, _), (pixels, used) in zip(PICTURES, taken("prepare", paths), strict=True):
+        assert pixels == width * height
+        decoded = 4 * pixels + 8 * height  # as PIL has it: 4 bytes a pixel, and an address for each row
+        assert used < decoded + 4 * pixels + 100e6, (width, height)
 
 
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "WebP": ("RGB", "WEBP", {"lossless": True, "method": 0}),
+    "WebP": ("RGB", "WEBP", {"lossless": True, "quality": 0, "method": 0}),
     "WebP with alpha": ("RGBA", "WEBP", {"method": 0}),
     "JPEG 2000": ("RGBA", "JPEG2000", {}),
     "AVIF": ("RGBA", "AVIF", {"speed": 10, "quality": 30}),
@@ -104,27 +102,24 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 MEBIPIXELS = 5
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
 def test_decoders(tmp_path: Path) -> None:
     """Bytes a pixel do not exceed what is said of a format, or what is allowed: a picture at its limit takes no more
     than 100 MB beyond it."""
     noise = Image.effect_noise((2048, 512 * MEBIPIXELS), 50)
-    wanted: dict[str, float] = {}
+    wanted: dict[Path, float] = {}
     for mode, name, options in FORMS.values():
         if features.check({"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(name, "zlib")):
             path = tmp_path / f"{len(wanted)}.{name}"
             image = Image.merge(mode, [noise] * len(mode)) if mode in ("RGB", "RGBA", "CMYK") else noise.convert(mode)
             image.save(path, name, **options)
             kind = f"JPEG of several scans, {mode}" if options.get("progressive") else name
-            taken = images.DECODERS.get(kind, images.ALLOWED)  # and, if it is named there, the file
-            wanted[str(path)] = 4 + taken + (kind in images.DECODERS) * path.stat().st_size / image.width / image.height
-    command = [sys.executable, "-c", EACH, *wanted]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    used = dict(zip(wanted, map(float, result.stdout.split()), strict=True))
-    print({Path(path).name: round(value, 1) for path, value in used.items()})
+            own = images.DECODERS.get(kind, images.ALLOWED)  # and, if it is named there, the file
+            wanted[path] = 4 + own + (kind in images.DECODERS) * path.stat().st_size / image.width / image.height
+    used = {path: used / pixels for path, (pixels, used) in zip(wanted, taken("decode", [*wanted]), strict=True)}
+    print({path.name: round(value, 1) for path, value in used.items()})
     band = 30e6 / (1 << 20) / MEBIPIXELS  # what is converted at a time
-    assert not {Path(path).name: value for path, value in used.items() if value > wanted[path] + band}
+    assert not {path.name: value for path, value in used.items() if value > wanted[path] + band}
 
 
 def test_a_decoder_that_would_take_too_much() -> None:

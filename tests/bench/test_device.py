@@ -41,7 +41,7 @@ def results_of(out: Path) -> dict[str, Any]:
 
 def test_dry_run(tmp_path: Path) -> None:
     """Every step, on small shapes, from a directory without anything."""
-    command = [sys.executable, "-m", "llama4.bench", "device", "--dry-run", "--minutes", "5", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "llama4.bench", "device", "--dry-run", "--minutes", "20", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     steps = results_of(tmp_path)

@@ -22,6 +22,7 @@ from llama4.model.experts import BACKENDS, backends_for
 from llama4.model.multimodal import Llama4Model
 from tests.parity import specification
 from tests.parity.references import ReferenceConfig, reference_model, relative_error
+from tests.parity.ways import KERNELS, TORCH, computed_by
 
 EXAMPLES = int(os.environ.get("LLAMA4_EXAMPLES", "0"))
 FLOAT32, FLOAT64 = 1e-5, 1e-10
@@ -29,6 +30,11 @@ FLOAT32, FLOAT64 = 1e-5, 1e-10
 CLEAR = 1e-4
 """A router whose choice hangs on less than this may choose otherwise in float32; such a case says nothing."""
 VOCABULARY, PATCH = 64, 63
+
+
+@pytest.fixture(autouse=True)
+def way() -> None:
+    """Every case is computed in both ways, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +218,18 @@ def check(case: Case) -> bool:
     truths = [specification.run(weights, ours.config, ids, tiles if len(tiles) else None) for ids, tiles in batch]
     if min(truth.margin for truth in truths) < CLEAR:
         return False
-    single = batched(ours, batch, case.pad_left)
-    pieces = in_pieces(ours, *batch[0], case.cuts)
-    for (ids, tiles), truth, logits in zip(batch, truths, single, strict=True):
-        reference = theirs(torch.tensor([ids]), pixel_values=tiles if len(tiles) else None, use_cache=False).logits[0]
+    references = [
+        theirs(torch.tensor([ids]), pixel_values=tiles if len(tiles) else None, use_cache=False).logits[0]
+        for ids, tiles in batch
+    ]
+    for reference, truth in zip(references, truths, strict=True):
         assert relative_error(reference.double(), truth.logits) < FLOAT32, "the two references differ"
-        assert relative_error(logits, reference) < FLOAT32
-    assert relative_error(pieces.double(), truths[0].logits) < FLOAT32
+    for way in (TORCH, KERNELS):
+        with computed_by(way):
+            single, pieces = batched(ours, batch, case.pad_left), in_pieces(ours, *batch[0], case.cuts)
+        for reference, logits in zip(references, single, strict=True):
+            assert relative_error(logits, reference) < FLOAT32, way
+        assert relative_error(pieces.double(), truths[0].logits) < FLOAT32, way
     if case.backend == "loop":  # torch's grouped product has no float64
         double = ours.double()
         for truth, logits in zip(truths, batched(double, batch, case.pad_left), strict=True):

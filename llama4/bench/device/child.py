@@ -55,7 +55,7 @@ def main(task: Task) -> None:
     print(f"\n--- {task.function} ---", file=sys.stderr, flush=True)
     torch.manual_seed(0)
     if task.dry:  # the kernels are interpreted
-        common.GPUS[torch.device(task.device)] = common.Gpu(capability=0, multiprocessors=16)
+        common.GPUS[torch.device(task.device)] = common.Gpu(capability=0, multiprocessors=4)
     record = Record(
         task.lines,
         torch.device(task.device),

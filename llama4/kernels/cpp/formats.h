@@ -60,6 +60,14 @@ struct Int8 : InOrder<uint8_t> {
   }
 };
 
+// Beside rows of x as integers of 16 bits.
+struct Int8Halves : Int8 {
+  static constexpr int inputs = 64;
+  static constexpr bool has_half_inputs = true;
+};
+template <class F>
+constexpr bool has_half_inputs = requires { F::has_half_inputs; };
+
 struct Fp8 : InOrder<uint8_t> {
   static constexpr const char* name = "fp8";
   static constexpr long multiple = 64;
@@ -180,6 +188,11 @@ struct FastestFor<Int8, bf16> {
 template <>
 struct FastestFor<Fp8, bf16> {
   using Format = Fp8Pairs;
+};
+#elif defined(__AVX2__)
+template <>
+struct FastestFor<Int8, bf16> {
+  using Format = Int8Halves;
 };
 #endif
 template <class F, class X>

@@ -9,9 +9,13 @@
 
 namespace {
 
+// Whether a block of a dense matrix is a line of memory, of which a sum takes one product, or two in floats.
+template <class F>
+constexpr bool is_dense_line = F::inputs == 64 / sizeof(*F::w) && sizeof(*F::w) > 1;
+
 // Rows of x that meet a row of W at once. Eight, where sums of one block at a time leave registers for them.
 template <class F>
-constexpr int gemv_rows = F::planes == 1 && F::inputs == 64 / sizeof(*F::w) && vectors_in_registers > 16 ? 8 : 4;
+constexpr int gemv_rows = is_dense_line<F> && vectors_in_registers > 16 ? 8 : 4;
 
 // x in the order of a format's planes and in their precision. For each gemv_rows (or those that are left): all rows'
 // inputs of the first block, then of the next, so that what is multiplied with a block of W is contiguous.
@@ -37,17 +41,26 @@ const typename F::Plane* arrange_inputs(Team& team, const X* x, long N, long I) 
 constexpr long prefetch_bytes = 8192;  // how far ahead; less is slower
 constexpr long task_outputs = 32;  // rows of W of a task: read from memory once, and from the cache for more rows of x
 
-// Whether a core computes so much per number that it does not look far enough ahead by itself.
+// Whether a core that only sums what it reads does not look far enough ahead by itself: Intel's, which are those that
+// have AVX512 without bfloat16.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr bool sums_need_prefetch = true;
+#else
+constexpr bool sums_need_prefetch = false;
+#endif
+
+// Whether one does that computes so much per number.
 template <class F, int N>
-constexpr bool needs_prefetch = N > 1 || F::planes > 2;
+constexpr bool needs_prefetch = sums_need_prefetch || N > 1 || F::planes > 2;
 
 // Blocks that are multiplied at once, each to sums of its own. Like all that the order of a sum depends on, it does not
 // depend on how many rows of x there are, where registers suffice (not with AVX2): the result for a row is the same
 // bits, whatever stands beside it. One, where a block is one product: a core that requests more lines than it can wait
-// for is slower.
+// for is slower; or where eight rows of x are to meet two of W.
 template <class F, int N>
 constexpr int unrolled_blocks =
-    F::planes == 1 && F::inputs == 64 / sizeof(*F::w) ? 1 : std::min(4, std::max(1, vectors_in_registers / 2 / N));
+    is_dense_line<F> && (F::planes == 1 || gemv_rows<F> == 8) ? 1
+                                                              : std::min(4, std::max(1, vectors_in_registers / 2 / N));
 
 // Blocks of a row, a multiple of 16, of which the inputs of so many rows of x stay in the nearest cache.
 template <class F>
@@ -62,7 +75,8 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     f.read(o, block + u, w[u]);
-    if (needs_prefetch<F, N>) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
+    const bool begins_line = u * F::inputs * sizeof(*F::w) % 64 == 0;
+    if (needs_prefetch<F, N> && begins_line) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
   }
 #pragma GCC unroll 8
   for (int plane = 0; plane < F::planes; plane++)
@@ -111,25 +125,27 @@ constexpr int rows_together = gemv_rows<F> == 4 ? 1
 template <class F, int N>
 __attribute__((noinline)) void dot_rows_together(const F f, long first, long from, long until, long segment,
                                                  const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
-  static_assert(F::planes == 1);
   constexpr int R = rows_together<F, N>;
   for (long i = 0; i < 16; i += R)
     for (long block = from; block < until;) {
       const long end = std::min(block + segment, until);
       f32x16 sums[R][N] = {};
       for (; block < end; block++) {
-        typename F::Plane w[R];
+        typename F::Plane w[R][F::planes];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          f.read(first + i + r, block, w + r);
+          f.read(first + i + r, block, w[r]);
           if (N > 4) __builtin_prefetch((const char*)f.at(first + i + r, block) + ahead, 0, 2);
         }
+#pragma GCC unroll 2
+        for (int plane = 0; plane < F::planes; plane++)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-          const auto inputs = load<typename F::Plane>(x + block * N + n);
+          for (int n = 0; n < N; n++) {
+            auto inputs = load<typename F::Plane>(x + (block * N + n) * F::planes + plane);
+            keep_in_register(inputs);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; r++) sums[r][n] = multiply_add(sums[r][n], w[r], inputs);
-        }
+            for (int r = 0; r < R; r++) sums[r][n] = multiply_add(sums[r][n], w[r][plane], inputs);
+          }
       }
       asm volatile("" ::: "memory");  // GCC would load `results` before the loop, and w again for every product
 #pragma GCC unroll 4

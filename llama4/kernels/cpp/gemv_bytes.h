@@ -17,20 +17,29 @@ INLINE long input_group(const F& f) {
   else return f.I % 128 ? 64 : 128;
 }
 
-// Inputs as bytes, in the order in which a format has them: a byte of int4 is two neighbours of 32. -> their sum
+// 32 inputs as bytes, in the order in which a format has them: a byte of int4 is two neighbours, so there those in even
+// places come first. -> their sums
+template <class F, class X>
+INLINE i32x16 round_32(const X* x, float factor, int8_t* to) {
+  const i32x16 first = round_sixteen(x, factor), second = round_sixteen(x + 16, factor);
+  store_low(to, first), store_low(to + 16, second);
+  if constexpr (F::interleaved) {
+    const auto a = load<u8x16>(to), b = load<u8x16>(to + 16);
+    store(to, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    store(to + 16, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  }
+  return first + second;
+}
+
+// A group of inputs as bytes. -> their sum
 template <class F, class X>
 INLINE int32_t round_bytes(const X* x, long count, float factor, int8_t* to) {
   i32x16 sums{};
-  for (long i = 0; i < count; i += 16) {
+  long i = 0;
+  for (; i + 32 <= count; i += 32) sums += round_32<F>(x + i, factor, to + i);
+  if (i < count) {  // a group of sixteen
     const i32x16 integers = round_sixteen(x + i, factor);
-    sums += integers;
-    if constexpr (F::interleaved) {
-      int8_t bytes[16];
-      store_low(bytes, integers);
-      for (int k = 0; k < 16; k++) to[i / 32 * 32 + i % 32 / 2 + k % 2 * 16 + k / 2] = bytes[k];
-    } else {
-      store_low(to + i, integers);
-    }
+    store_low(to + i, integers), sums += integers;
   }
   return horizontal_sum(sums);
 }
@@ -59,18 +68,17 @@ ByteInputs arrange_bytes(Team& team, const X* x, long N, long I, long group) {
     for (long g = 0; g < groups; g++) {
       const X* from = x + n * I + g * group;
       const Rounding rounding = rounding_of<int8_t>(from, group);
-      int32_t sum = 0;
+      i32x16 sums{};
       for (long i = 0; i < group; i += 32) {
         int8_t own[32];
-        sum += round_bytes<F>(from + i, 32, rounding.factor, own);
-        constexpr int count = run < 32 ? run : 32;
-        for (int k = 0; k < 32; k += count) {
+        sums += round_32<F>(from + i, rounding.factor, own);
+        for (int k = 0; k < 32; k += 16) {
           const long at = g * group + i + k;
-          __builtin_memcpy(bytes + first * I + (at / run * rows + row) * run + at % run, own + k, count);
+          __builtin_memcpy(bytes + first * I + (at / run * rows + row) * run + at % run, own + k, 16);
         }
       }
       scales[first * groups + g * rows + row] = rounding.scale;
-      begin[first * groups + g * rows + row] = least_value<F> / lanes * sum;
+      begin[first * groups + g * rows + row] = least_value<F> / lanes * horizontal_sum(sums);
     }
   });
   return {bytes, scales, begin};
@@ -94,7 +102,7 @@ void gemv_byte_outputs(const Int8Inputs<Int8>& f, Scales scales, const ByteInput
         for (int n = 0; n < N; n++) sums[n] = i32x16{} + x.begin[g * N + n];
         for (long k = 0; k < group; k += 64, w += 64, bytes += N * 64) {
           const u32x16 weights = load<u32x16>(w) ^ 0x80808080u;
-          if (N > 1) __builtin_prefetch(w + prefetch_bytes, 0, 2);
+          if (sums_need_prefetch || N > 1) __builtin_prefetch(w + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++) sums[n] = multiply_add_bytes<255>(sums[n], weights, load<u32x16>(bytes + n * 64));
         }
@@ -137,7 +145,7 @@ void gemv_byte_outputs(const Int8Inputs<Int4>& f, Scales, const ByteInputs& x, l
         for (int j = 0; j < 4; j++) {
           u32x16 codes[2];
           read_nibbles(load<u32x16>(w + 64 * j), codes);
-          if (N > 1) __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
+          if (sums_need_prefetch || N > 1) __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++)
             sums[n][j] =

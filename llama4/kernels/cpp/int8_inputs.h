@@ -17,7 +17,8 @@ INLINE void take_inputs(const X* x, long count, Number (&to)[step]) {
   std::fill(to + count, to + step, Number());
 }
 
-// How a group of inputs becomes integers of which the largest is the largest that there is. NaN and infinity have no
+// How a group of inputs becomes integers of which the largest is the largest that there is; of 16 bits, at least half
+// of it, as the scale is a power of two then: bfloat16 from 128 steps on are not rounded. NaN and infinity have no
 // integers: the scale of a group that has one is NaN.
 struct Rounding {
   float factor, scale;
@@ -31,8 +32,11 @@ INLINE Rounding rounding_of(const X* x, long count) {
     magnitudes = max(magnitudes, max(own, -own));
     nothing += own - own;  // `own * 0` GCC takes for 0
   }
-  const float most = horizontal_max(magnitudes);
-  return {most > 0 ? largest / most : 0, most / largest + horizontal_sum(nothing)};
+  const float most = horizontal_max(magnitudes), no_number = horizontal_sum(nothing);
+  if constexpr (largest <= 127) return {most > 0 ? largest / most : 0, most / largest + no_number};
+  const auto above = (__builtin_bit_cast(uint32_t, most / largest) + 0x7fffff) & 0x7f800000;
+  const auto power = __builtin_bit_cast(float, uint32_t(above));
+  return {most > 0 ? 1 / power : 0, power + no_number};
 }
 
 template <class X>

@@ -11,6 +11,7 @@
 #include "gemv.h"
 #include "gemv_blocks.h"
 #include "gemv_bytes.h"
+#include "gemv_halves.h"
 #include "gemv_in_out.h"
 #include "gemv_int4.h"
 
@@ -141,6 +142,8 @@ void multiply_gemv(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
       gemv_bytes(phase, products.data(), count, x, N);
     } else if constexpr (F::interleaved) {
       gemv_int4(phase, products.data(), count, x, N);
+    } else if constexpr (has_half_inputs<Fastest<F, X>>) {
+      gemv_halves(phase, products.data(), count, x, N);
     } else {
       gemv(phase, products.data(), count, x, N);
     }

@@ -72,6 +72,15 @@ inline f32x16 multiply_add(f32x16 sums, bf16x32 a, const bf16x32* b) {  // GCC w
 }
 #endif
 
+// For what several products share: GCC would load it again for each.
+template <class V>
+INLINE void keep_in_register([[maybe_unused]] V& v) {
+#ifdef __AVX512F__
+  if constexpr (requires { v.bits; }) asm("" : "+v"(v.bits));
+  else asm("" : "+v"(v));
+#endif
+}
+
 // Each sum gets the products of its four bytes of w, unsigned and at most `range`, with those of x, from -127 to 127.
 template <int range, class S, class W>
 INLINE S multiply_add_bytes(S sums, W w, W x) {
@@ -130,6 +139,18 @@ INLINE S multiply_add_halves(S sums, W w, W x) {
   }
 }
 
+// 32 signed bytes as halves of words.
+INLINE u32x16 widen_to_halves(const uint8_t* from) {
+#ifdef __AVX512BW__
+  return (u32x16)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+#else
+  const auto sixteen = [](const uint8_t* at) {
+    return (u32x8)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+  };
+  return {sixteen(from), sixteen(from + 16)};
+#endif
+}
+
 // The signed bytes of words as halves of words: those in even places, then those in odd ones.
 INLINE void split_bytes(u32x16 words, u32x16* halves) {
 #ifdef __AVX512BW__
@@ -148,7 +169,7 @@ INLINE void split_bytes(u32x16 words, u32x16* halves) {
 template <int together, class Run>
 void for_each_rows(long N, const Run& run) {
   const auto run_rest = [&]<int... k>(long n, std::integer_sequence<int, k...>) {
-    ((N - n == k + 1 && (run(std::integral_constant<int, k + 1>(), n), true)) || ...);
+    (void)((N - n == k + 1 && (run(std::integral_constant<int, k + 1>(), n), true)) || ...);
   };
   long n = 0;
   for (; n + together <= N; n += together) run(std::integral_constant<int, together>(), n);

@@ -31,6 +31,7 @@ using bf16 = uint16_t;  // its bits
 using f32x4 = float __attribute__((vector_size(16), aligned(4), may_alias));
 using u32x4 = uint32_t __attribute__((vector_size(16), aligned(4), may_alias));
 using i32x4 = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
+using u8x16 = uint8_t __attribute__((vector_size(16), aligned(1), may_alias));
 
 template <class V>
 constexpr int lanes_of = sizeof(V) / 4;

@@ -6,6 +6,7 @@ LLAMA4_SMOLLM2_PROMPTS=50 compares the replies to so many prompts; by default it
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -143,9 +144,18 @@ NAMES = {
 }
 
 
+@functools.cache
+def tensors_of(path: Path) -> list[Any]:
+    """As the package `gguf` reads them, which takes its reader seconds."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is the truth of dequantized weights")
+    return list(gguf.GGUFReader(path).tensors)
+
+
 def reference_model(path: Path) -> LlamaForCausalLM:
     """transformers' model with the weights that the package `gguf` reads and dequantizes."""
-    gguf = pytest.importorskip("gguf", reason="the package gguf is the truth of dequantized weights")
+    tensors = tensors_of(path)
+    import gguf
+
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -159,7 +169,7 @@ def reference_model(path: Path) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     weights: dict[str, Tensor] = {}
-    for tensor in gguf.GGUFReader(path).tensors:
+    for tensor in tensors:
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         _, _, rest = tensor.name.partition("blk.")
         layer, _, name = rest.partition(".")

@@ -160,7 +160,10 @@ def _matrix(name: str, module: nn.Module, dtype: torch.dtype, *, is_head: bool =
         require(type(module) in _MODULES, f"{name} is {type(module).__name__}")
         assert isinstance(module, QuantizedWeight)
         require(module.order is None, f"{name} has its inputs in an order of their own")
-        matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
+        if module.keeps_checkpoint_layout and module.format.has_kernel_layout(module.shape):
+            matrix = Matrix(O=module.shape[-2], I=module.shape[-1])  # in a file until its first use, as experts are
+        else:
+            matrix = _known(name, module.matrix(), f"it does not read {module.format.kind} weights of this shape")
     require(is_head or matrix.O % LANES == 0, f"{name} has {matrix.O} outputs, no multiple of {LANES}")
     return matrix
 

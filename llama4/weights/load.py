@@ -7,9 +7,8 @@ one is laid out (`QuantizedWeight`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeGuard
 
 import torch
@@ -24,6 +23,7 @@ from llama4.quantization.modules import MappedEmbedding, MappedExperts, Separate
 from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 from llama4.weights import memory
+from llama4.weights.first_use import copy_at_first_use
 from llama4.weights.source import Source
 
 
@@ -43,7 +43,8 @@ def load(
     never touches the file), so that loading is nearly free and bytes are read when they are first used. All others are
     copied one by one, in large pages, and there are never two copies of the model in memory. So are some that could be
     mapped but that every token reads whole, as a file's pages are small: the head, and the Linears of a quantized model
-    that are not quantized.
+    that are not quantized. Where routed experts stay in files since not all of them fit, this is done when a layer
+    first computes, and until then all that can stays in the map.
 
     Args:
         model: its `named_parameters()` say what is wanted.
@@ -77,7 +78,11 @@ def load(
         for path, module in model.named_modules()
         if isinstance(module, SeparateExperts) and placement.stay_mapped(path, module)
     }
-    placement = replace(placement, is_larger_than_memory=bool(mapped))
+    first_use: Sequence[str] = ()
+    if mapped:
+        first_use = placement.copied_from_map(model, names)
+        placement = replace(placement, first_use=frozenset(first_use))
+        placement.keep_checkpoint_layout(model)
     names.sort(key=lambda name: source.origin(name).file or "")  # each file is mapped once
     sizes = {name: source.spec(name).nbytes for name in names}
     with Bar("loading", sum(sizes.values()), "bytes", shown=progress) as bar:
@@ -91,6 +96,7 @@ def load(
     for path, module in list(model.named_modules()) if mapped else ():
         if type(module) is nn.Embedding and placement.stays_mapped(f"{path}.weight", module):
             model.set_submodule(path, MappedEmbedding(module))
+    copy_at_first_use(model, first_use)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
 
 
@@ -119,8 +125,8 @@ class _Placement:
     experts_device: torch.device
     memory_map: bool
     is_quantized: bool
-    is_larger_than_memory: bool = False
-    """Whether experts stay in files as not all of them fit: what was copied then makes room for their pages."""
+    first_use: Collection[str] = ()
+    """Parameters that stay in the file's memory map until they are first used: not all experts fit into memory."""
 
     def check_room(self, model: nn.Module, names: Sequence[str]) -> None:
         """See, before anything is read, that what does not stay in the files fits into memory.
@@ -160,19 +166,45 @@ class _Placement:
         ordered = weight.from_checkpoint_layout(part, raw)
         return self._place(name, raw, ordered, raw.dtype, stays=self.stays_mapped(name, weight))
 
+    def copied_from_map(self, model: nn.Module, names: Sequence[str]) -> list[str]:
+        """Parameters that could stay in the file's memory map, and do not."""
+        modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+        return [
+            name
+            for name, module in modules.items()
+            if self._can_stay_mapped(name, module) and not self.stays_mapped(name, module)
+        ]
+
+    def keep_checkpoint_layout(self, model: nn.Module) -> None:
+        """Expect quantized weights that are copied at their first use in the order that the file has."""
+        for name in self.first_use:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            if _is_part(module, leaf):
+                module.keeps_checkpoint_layout = True
+                module.choose_layout(self.device)
+
     def stay_mapped(self, path: str, experts: SeparateExperts) -> bool:
         """Whether something of the experts of a layer stays in the file's memory map."""
         names = [name for name, _ in experts.named_parameters()]
         return any(self.stays_mapped(f"{path}.{n}", experts.get_submodule(n.rpartition(".")[0])) for n in names)
 
     def stays_mapped(self, name: str, module: nn.Module) -> bool:
-        """Whether a tensor of a module stays in the file's memory map. What every token reads whole does not."""
-        if self._device(name).type != "cpu" or not self.memory_map or not self.source.is_mapped(name):
+        """Whether a tensor of a module stays in the file's memory map. What every token reads whole does not, if it is
+        to be in another order or in large pages."""
+        if not self._can_stay_mapped(name, module):
             return False
+        if name in self.first_use:
+            return True
         if _is_part(module, name.rpartition(".")[2]):
             return not module.in_kernel_layout
-        is_read_by_every_token = name == HEAD or (self.is_quantized and isinstance(module, Linear))
-        return not is_read_by_every_token and self.dtype in (None, self.source.spec(name).dtype)
+        return name != HEAD and not (self.is_quantized and isinstance(module, Linear))
+
+    def _can_stay_mapped(self, name: str, module: nn.Module) -> bool:
+        """Whether what is in the file's memory map is what the model computes with, its order apart."""
+        if self._device(name).type != "cpu" or not self.memory_map or not self.source.is_mapped(name):
+            return False
+        return _is_part(module, name.rpartition(".")[2]) or self.dtype in (None, self.source.spec(name).dtype)
 
     def _device(self, name: str) -> torch.device:
         return self.experts_device if ".experts." in name else self.device
@@ -192,10 +224,7 @@ class _Placement:
             return raw
         if not self.source.is_mapped(name):
             return memory.in_large_pages(ordered, dtype).view(raw.shape)
-        drop = partial(memory.drop, from_cache=self.is_larger_than_memory)
-        copy = memory.in_large_pages(ordered, dtype, copied=drop).view(raw.shape)
-        memory.release(raw)
-        return copy
+        return memory.copied_from_file(raw, ordered, dtype, from_cache=bool(self.first_use))
 
 
 def _is_part(module: nn.Module, leaf: str) -> TypeGuard[QuantizedWeight]:

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -94,6 +94,20 @@ def in_large_pages(
         copy_runs(target, values)
         if copied is not None and values.ndim and values.stride(0) * len(values) == values.numel():
             copied(values)
+    return copy
+
+
+def copied_from_file(
+    raw: Tensor, ordered: Tensor, dtype: torch.dtype | None = None, *, from_cache: bool = False
+) -> Tensor:
+    """A copy in large pages of a tensor in a file's memory map, whose pages are dropped piece by piece.
+
+    Args:
+        ordered: the same, or a view of it in another order, which the copy has.
+        from_cache: see `drop`.
+    """
+    copy = in_large_pages(ordered, dtype, copied=partial(drop, from_cache=from_cache)).view(raw.shape)
+    release(raw)
     return copy
 
 

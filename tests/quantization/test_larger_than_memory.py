@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,16 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.ops import cpu_kernels
+from llama4.ops.linear import Linear
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 from llama4.weights.convert import quantize
+from tests.marks import needs_kernels
 from tests.parity.references import reference_config, reference_model
 from tests.quantization.test_checkpoints import same
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux says what is mapped")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,14 @@ def is_mapped(tensor: Tensor) -> bool:
     return any(begin <= tensor.data_ptr() < end for begin, end, _ in mapped_files())
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux says what is mapped")
+def larger_than_memory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Llama4:
+    """A checkpoint in bfloat16 on a machine that has less memory than its weights take."""
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    monkeypatch.setattr(memory, "total", lambda device: int(0.9 * size))
+    return Llama4.from_pretrained(directory, dtype="bfloat16", progress=False)
+
+
+@linux
 @pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
 def test_experts_stay_in_the_files(
     plain: Path,
@@ -50,11 +63,9 @@ def test_experts_stay_in_the_files(
     """The same logits, bit by bit, and the same checkpoint when it is saved again."""
     quantize(plain, tmp_path / "packed", scheme, progress=False)
     whole = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
-    size = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
     assert not any(isinstance(module, SeparateExperts) for module in whole.model.modules())
-    monkeypatch.setattr(memory, "total", lambda device: int(0.9 * size))
     caplog.clear()
-    llm = Llama4.from_pretrained(tmp_path / "packed", dtype="bfloat16", progress=False)
+    llm = larger_than_memory(tmp_path / "packed", monkeypatch)
     assert "reads the rest from the files" in caplog.text
     experts = [module for module in llm.model.modules() if isinstance(module, MappedExperts)]
     weights = [weight for each in experts for weight in each.modules() if isinstance(weight, QuantizedWeight)]
@@ -82,6 +93,98 @@ def test_experts_stay_in_the_files(
         assert threads == [1] * len(experts)
     llm.save_pretrained(tmp_path / "again")
     assert same(tmp_path / "again", tmp_path / "packed")
+
+
+def logits(llm: Llama4) -> Tensor:
+    with torch.inference_mode():
+        return llm.model(torch.arange(20)[None]).clone()
+
+
+@pytest.fixture(scope="module")
+def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("packed") / "model"
+    quantize(plain, directory, "int4", progress=False)
+    return directory
+
+
+def needed_by_every_token(llm: Llama4) -> list[Tensor]:
+    """Parameters of Linears, quantized or not, that are no experts."""
+    return [
+        parameter
+        for name, module in llm.model.language_model.named_modules()
+        if isinstance(module, (QuantizedWeight, Linear)) and ".experts." not in name
+        for parameter in module.parameters()
+    ]
+
+
+def has_hooks(llm: Llama4) -> bool:
+    return any(module._forward_pre_hooks for module in llm.model.modules())
+
+
+@linux
+@needs_kernels
+def test_what_every_token_needs_is_copied_when_a_layer_first_computes(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = larger_than_memory(packed, monkeypatch)
+    layers, parameters = llm.model.language_model.model.layers, needed_by_every_token(llm)
+    assert len(parameters) == 7 * 2 * len(layers) + 1
+    assert all(map(is_mapped, parameters))
+    before = {name: values.clone() for name, values in llm.model.state_dict().items()}
+    seen: list[bool] = []
+    hook = layers[1].self_attn.register_forward_hook(
+        lambda *_: seen.extend(is_mapped(layers[i].self_attn.q_proj.part("weight_packed")) for i in (1, 3))
+    )
+    first = logits(llm)
+    hook.remove()
+    assert seen == [False, True]
+    assert not any(map(is_mapped, parameters))
+    assert all(a is b for a, b in zip(needed_by_every_token(llm), parameters, strict=True))
+    assert not has_hooks(llm)
+    after = llm.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(llm), first)
+
+
+@linux
+@needs_kernels
+def test_a_copy_of_a_model_copies_its_own(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = larger_than_memory(packed, monkeypatch)
+    twin = copy.deepcopy(llm)
+    first = logits(llm)
+    assert has_hooks(twin)
+    assert torch.equal(logits(twin), first)
+    assert not has_hooks(twin)
+    assert twin.model.language_model.model.layers[3].self_attn.q_proj.in_kernel_layout
+
+
+@linux
+@needs_kernels
+def test_what_was_replaced_before_its_first_use_is_left(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = larger_than_memory(packed, monkeypatch)
+    attention = llm.model.language_model.model.layers[1].self_attn
+    scale = attention.q_proj.part("weight_scale") * 2
+    llm.model.language_model.model.layers[0].register_forward_hook(
+        lambda *_: attention.q_proj.set_part("weight_scale", scale)
+    )
+    logits(llm)
+    assert torch.equal(attention.q_proj.part("weight_scale"), scale)
+    assert not attention.q_proj.in_kernel_layout
+    assert attention.k_proj.in_kernel_layout
+
+
+@linux
+def test_copies_without_threads(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logits(larger_than_memory(packed, monkeypatch))
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    llm = larger_than_memory(packed, monkeypatch)
+    assert torch.equal(logits(llm), first)
+    assert not any(map(is_mapped, needed_by_every_token(llm)))
 
 
 def test_a_model_of_which_too_much_is_no_expert(

@@ -1,0 +1,150 @@
+"""A model that is larger than memory: what every token needs is copied when a layer first computes, not while loading.
+
+Until then such weights stay in the files' memory map, in a checkpoint's order, which computes the same and takes
+longer. So loading reads next to nothing. A layer's are copied by a thread, while the layer before computes and waits
+for its experts: a first prompt reads nearly all of the files anyhow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llama4.model.decoder import LAYERS
+from llama4.ops.memory import read_ahead
+from llama4.quantization.weight import QuantizedWeight
+from llama4.weights import memory
+
+_LAYERS = tuple(LAYERS.values())
+
+
+def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters that are in a file's memory map be copied into memory of their own, in large pages and in the
+    kernels' order, before their decoder layer first computes; those outside of the layers, before their module does.
+
+    Args:
+        names: of parameters of Linears, and of parts of quantized weights.
+    """
+    needed: dict[str, dict[nn.Module, list[str]]] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        needed.setdefault(_layer_of(model, path), {}).setdefault(model.get_submodule(path), []).append(leaf)
+    following = None
+    for path in reversed([path for path, _ in model.named_modules() if path in needed]):
+        following = FirstUse(needed[path], following)
+        following.handle = model.get_submodule(path).register_forward_pre_hook(following)
+
+
+def _layer_of(model: nn.Module, path: str) -> str:
+    """The decoder layer that a module is in; the module itself if it is in none."""
+    parts = path.split(".")
+    outer = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((each for each in outer if isinstance(model.get_submodule(each), _LAYERS)), path)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A module's parameters by name, where they were, and copies of them."""
+
+    module: nn.Module
+    addresses: Mapping[str, int]
+    copies: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module, in_file: Sequence[str]) -> _Copied:
+        """
+        Args:
+            in_file: names of the parameters that are in a file's memory map. Of a quantized weight others are copied,
+                too: all are in one order.
+        """
+        if isinstance(module, QuantizedWeight):
+            parts = {name: module.part(name).detach() for name in module.specs}
+            copies = {
+                name: _copy(
+                    part,
+                    module.format.to_kernel_layout(name, part),
+                    is_in_file=name in in_file and module.checkpoint_dtype(name) == part.dtype,
+                )
+                for name, part in parts.items()
+            }
+        else:
+            parts = {name: module.get_parameter(name).detach() for name in in_file}
+            copies = {name: _copy(part, part, is_in_file=True) for name, part in parts.items()}
+        return cls(module, {name: part.data_ptr() for name, part in parts.items()}, copies)
+
+    def put(self) -> None:
+        """Into the places of the module's own, unless these have moved."""
+        parameters = {name: self.module._parameters.get(name) for name in self.copies}
+        if any(p is None or p.data_ptr() != self.addresses[name] for name, p in parameters.items()):
+            return
+        for name, parameter in parameters.items():
+            assert parameter is not None
+            parameter.data = self.copies[name]
+        if isinstance(self.module, QuantizedWeight):
+            self.module.keeps_checkpoint_layout, self.module.in_kernel_layout = False, True
+
+
+def _copy(part: Tensor, ordered: Tensor, *, is_in_file: bool) -> Tensor:
+    """In large pages. What was copied makes room in the system's memory."""
+    if is_in_file:
+        return memory.copied_from_file(part, ordered, from_cache=True)
+    return memory.in_large_pages(ordered).view(part.shape)
+
+
+class FirstUse:
+    """A hook before the first forward of a module: copies of weights that it needs take their places.
+
+    Args:
+        weights: modules, and the names of their parameters.
+        following: the hook of what computes next: its copies are begun when these are there.
+    """
+
+    handle: RemovableHandle
+
+    def __init__(self, weights: Mapping[nn.Module, Sequence[str]], following: FirstUse | None) -> None:
+        self._weights, self._following = weights, following
+        self._copied: list[_Copied] | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model: what is under way is not theirs."""
+        return self.__dict__ | {"_copied": None, "_thread": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        with self._lock:
+            if self._thread is not None:
+                self._thread.join()
+            if self._copied is None:
+                self._copy()
+            if self._following is not None:
+                self._following.begin()
+            assert self._copied is not None
+            with torch.inference_mode(False):
+                for copied in self._copied:
+                    copied.put()
+            self._weights, self._copied, self._thread, self._following = {}, [], None, None
+            self.handle.remove()
+
+    def begin(self) -> None:
+        """Copy, in a thread."""
+        thread = threading.Thread(target=self._copy, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: copies are made when they are needed
+            return
+        self._thread = thread
+
+    def _copy(self) -> None:
+        with torch.inference_mode(False):
+            read_ahead(module.get_parameter(name) for module, names in self._weights.items() for name in names)
+            self._copied = [_Copied.of(*weight) for weight in self._weights.items()]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from llama4.errors import Llama4Error
 from llama4.progress import each
 from llama4.vision.config import VisionConfig
+from llama4.vision.linear import TowerLinear
 from llama4.vision.projector import VisionAdapter
 from llama4.vision.rope import rotate_both, rotation_2d
 
@@ -41,7 +42,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        self.linear = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
+        self.linear = TowerLinear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
 
     def forward(self, pixels_n3AA: Tensor) -> Tensor:
         patches = F.unfold(pixels_n3AA, self.patch_size, stride=self.patch_size)
@@ -56,7 +57,7 @@ class Projections(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         width = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (TowerLinear(width, width, bias) for _ in range(4))
 
 
 class VisionAttention(Projections):
@@ -86,8 +87,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = TowerLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = TowerLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.vision.config import VisionConfig
+from llama4.vision.linear import TowerLinear
 
 
 def pixel_shuffle(x_nPW: Tensor, ratio: float) -> Tensor:
@@ -30,8 +31,8 @@ class AdapterMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.intermediate_size, config.projector_input_dim, bias=False)
-        self.fc2 = nn.Linear(config.projector_output_dim, config.projector_output_dim, bias=False)
+        self.fc1 = TowerLinear(config.intermediate_size, config.projector_input_dim, bias=False)
+        self.fc2 = TowerLinear(config.projector_output_dim, config.projector_output_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.fc2(F.gelu(self.fc1(x))))
@@ -55,7 +56,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision_output_dim, hidden_size, bias=False)
+        self.linear_1 = TowerLinear(config.vision_output_dim, hidden_size, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         out: Tensor = self.linear_1(features)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama4.cache.batch import Batch
 from llama4.cache.pictures import NewPicture, make_sight
 from llama4.cache.sequence import SequenceCache
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
+from llama4.ops.linear import linear_of_tower
 from llama4.vision.config import VisionConfig
+from llama4.vision.linear import TowerLinear, set_product
 from llama4.vision.tiled_config import TiledVisionConfig
 from llama4.vision.tiled_encoder import TiledVisionModel
 
@@ -33,9 +35,11 @@ class CrossAttentionModel(Llama4Model):
     def _add_vision(self, vision: VisionConfig) -> None:
         assert isinstance(vision, TiledVisionConfig)
         self.vision_model = TiledVisionModel(vision)  # type: ignore[assignment]  # another tower
-        self.multi_modal_projector = nn.Linear(  # type: ignore[assignment]
+        self.multi_modal_projector = TowerLinear(  # type: ignore[assignment]
             vision.vision_output_dim, self.config.text.hidden_size
         )
+        for part in (self.vision_model, self.multi_modal_projector):
+            set_product(part, linear_of_tower)
 
     def encode_images(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
         """Pictures -> features of their patches.

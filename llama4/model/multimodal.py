@@ -21,9 +21,11 @@ from llama4.config import Llama4Config
 from llama4.errors import Llama4Error
 from llama4.model.decoder import LanguageModel
 from llama4.model.experts import Experts, LoopExperts
+from llama4.ops.linear import linear_of_tower
 from llama4.ops.rope import rotate_patches
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel, run, run_recomputed
+from llama4.vision.linear import set_product
 from llama4.vision.projector import Projector
 
 
@@ -67,6 +69,8 @@ class Llama4Model(nn.Module):
         self.vision_model = VisionModel(vision)
         self.vision_model.set_rotate(rotate_patches)
         self.multi_modal_projector = Projector(vision, self.config.text.hidden_size)
+        for part in (self.vision_model, self.multi_modal_projector):
+            set_product(part, linear_of_tower)
 
     @property
     def device(self) -> torch.device:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from llama4.kernels import abi, loader
+from llama4.kernels import abi, build, loader
 
 MIN_MATRIX = 1 << 11
 """Elements from which a matrix is worth the call."""
@@ -53,6 +54,13 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
 def library_unsupported_reason() -> str | None:
     """Why there are no kernels; None if there are."""
     return "there are no CPU kernels, or they are switched off" if loader.library() is None else None
+
+
+@cache
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies numbers in bfloat16 itself, as far as its system says. Then torch's products are as
+    fast as those of the kernels."""
+    return not build.cpu_features().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def elementwise_unsupported_reason(width: int, *tensors: Tensor) -> str | None:

@@ -42,6 +42,21 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return F.linear(x, weight_OI)
 
 
+def linear_of_tower(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [..., I] -> [..., O]: in bfloat16, on a CPU without instructions for it, by the compiled kernels.
+    They are three times as fast there as torch's product."""
+    rows_NI = x.reshape(-1, x.shape[-1])
+    if (
+        x.dtype != torch.bfloat16
+        or cpu_kernels.has_bfloat16_instructions()
+        or not _takes_rows(rows_NI, outputs=len(weight_OI))
+        or unsupported_reason(rows_NI, weight_OI)
+    ):
+        return F.linear(x, weight_OI, bias_O)
+    y = cpu.linear(rows_NI, weight_OI).unflatten(0, x.shape[:-1])
+    return y if bias_O is None else y.add_(bias_O)
+
+
 def linear_in_out(x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     """x W, [N, O], for matrices that are stored in x out, as experts are."""
     if is_frozen(x_NI, weight_IO):

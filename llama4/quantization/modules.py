@@ -17,6 +17,7 @@ from llama4.ops.quantized import swiglu_experts
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.plan import PARTS, QuantizationPlan
 from llama4.quantization.weight import QuantizedWeight, Shape, WeightFormat
+from llama4.vision.linear import TowerLinear
 
 _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
@@ -201,7 +202,7 @@ def swap_modules(model: nn.Module, plan: QuantizationPlan) -> None:
             if isinstance(linear, nn.Embedding) and format.has_rows:
                 _pack_embedding(model, name, linear, format)
                 continue
-            if type(linear) not in (nn.Linear, Linear):
+            if type(linear) not in (nn.Linear, Linear, TowerLinear):
                 raise CheckpointError(f"{name} is quantized, which this library does not run; take it unquantized")
             assert isinstance(linear, nn.Linear)
             shape = (linear.out_features, linear.in_features)

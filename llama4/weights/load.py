@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from llama4.errors import CheckpointError
-from llama4.families.names import HEAD
+from llama4.families.names import HEAD, VISION
 from llama4.ops.linear import Linear
 from llama4.ops.memory import read_ahead
 from llama4.progress import Bar
@@ -97,7 +97,15 @@ def load(
         if type(module) is nn.Embedding and placement.stays_mapped(f"{path}.weight", module):
             model.set_submodule(path, MappedEmbedding(module))
     copy_at_first_use(model, first_use)
+    for path, module in model.named_children() if mapped else ():
+        if f"{path}.".startswith(VISION):
+            module.register_forward_pre_hook(_read_ahead)
     assert not any(p.is_meta for p in model.parameters()), "a parameter was left without values"
+
+
+def _read_ahead(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook before a part computes that is mostly in files, and seldom in use."""
+    read_ahead(module.parameters())
 
 
 def _load_one(model: nn.Module, name: str, aliases: Mapping[str, Sequence[str]], placement: _Placement) -> None:

@@ -107,7 +107,7 @@ def copied_from_file(
         from_cache: see `drop`.
     """
     copy = in_large_pages(ordered, dtype, copied=partial(drop, from_cache=from_cache)).view(raw.shape)
-    release(raw)
+    drop(raw)
     return copy
 
 

@@ -80,6 +80,24 @@ class TestEitherWay:
         assert close(linear.linear_in_out(x, weight_OI.mT.contiguous()), truth)
         assert close(linear.linear_in_out(x, weight_OI.mT), truth), "not contiguous"
 
+    @pytest.mark.parametrize("inputs", [64, 72])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_linear_of_a_tower(
+        self, rows: int, dtype: torch.dtype, way: str, inputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rows of 72 are for torch; so is float32."""
+        monkeypatch.setattr(cpu_kernels, "has_bfloat16_instructions", lambda: False)
+        x, weight = normal(2, rows, inputs, dtype=dtype), normal(96, inputs, seed=1, dtype=dtype)
+        given = x, weight, normal(96, seed=2, dtype=dtype) if bias else None
+        truth = torch.nn.functional.linear(*(each if each is None else each.double() for each in given))
+        called: list[str] = []
+        product = linear.cpu.linear
+        monkeypatch.setattr(linear.cpu, "linear", lambda *rest: (called.append("kernel"), product(*rest))[1])
+        y = linear.linear_of_tower(*given)
+        assert y.dtype == dtype
+        assert close(y, truth)
+        assert bool(called) == (way == "kernels" and dtype == torch.bfloat16 and inputs == 64)
+
     @pytest.mark.parametrize("past", [0, 1, 300])
     def test_attention_without_a_cache_has_no_past(self, rows: int, dtype: torch.dtype, way: str, past: int) -> None:
         """Attention over a past and new tokens is the merged attention over each; 300 queries would be more than one

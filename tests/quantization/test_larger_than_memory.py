@@ -17,6 +17,7 @@ from llama4.ops import cpu_kernels
 from llama4.ops.linear import Linear
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
+from llama4.weights import load as load_module
 from llama4.weights import memory
 from llama4.weights.convert import quantize
 from tests.marks import needs_kernels
@@ -118,7 +119,7 @@ def needed_by_every_token(llm: Llama4) -> list[Tensor]:
 
 
 def has_hooks(llm: Llama4) -> bool:
-    return any(module._forward_pre_hooks for module in llm.model.modules())
+    return any(module._forward_pre_hooks for module in llm.model.language_model.modules())
 
 
 @linux
@@ -185,6 +186,21 @@ def test_copies_without_threads(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     llm = larger_than_memory(packed, monkeypatch)
     assert torch.equal(logits(llm), first)
     assert not any(map(is_mapped, needed_by_every_token(llm)))
+
+
+@linux
+def test_the_tower_is_read_before_it_computes(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, pixels = larger_than_memory(packed, monkeypatch), torch.rand(2, 3, 56, 56)
+    read: list[Tensor] = []
+    monkeypatch.setattr(load_module, "read_ahead", read.extend)
+    features = llm.model.encode_images(pixels)
+    assert llm.model.vision_model is not None
+    assert llm.model.multi_modal_projector is not None
+    tower, projector = llm.model.vision_model, llm.model.multi_modal_projector
+    assert all(a is b for a, b in zip(read, [*tower.parameters(), *projector.parameters()], strict=True))
+    monkeypatch.undo()
+    whole = Llama4.from_pretrained(packed, dtype="bfloat16", progress=False)
+    assert torch.equal(whole.model.encode_images(pixels), features)
 
 
 def test_a_model_of_which_too_much_is_no_expert(

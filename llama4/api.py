@@ -172,8 +172,9 @@ class Llama4:
             cache_device: where these are stored; "cpu" keeps a long context out of a GPU's memory.
             memory_map: on a CPU, map weights other than the head from the file: their pages are read at first use, and
                 the system can drop them when memory is short. Of a quantized model only embeddings and vision tower
-                are mapped, and the routed experts of one that is larger than memory. False copies all weights into
-                memory, in huge pages where the system has them: loading takes longer, decoding may be faster.
+                are mapped, and the routed experts of one that is larger than memory, whose other weights are copied
+                when they are first used. False copies all weights into memory, in huge pages where the system has them:
+                loading takes longer, decoding may be faster.
             adapter: a directory as PEFT writes it, or several by name, of which the first is used until `set_adapter`
                 says otherwise. A single one has the name "default".
             rope_scaling: another scaling of RoPE than the checkpoint's, for longer contexts, as config.json has it:

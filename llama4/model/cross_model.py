@@ -38,7 +38,7 @@ class CrossAttentionModel(Llama4Model):
         self.multi_modal_projector = TowerLinear(  # type: ignore[assignment]
             vision.vision_output_dim, self.config.text.hidden_size
         )
-        for part in (self.vision_model, self.multi_modal_projector):
+        for part in self._tower():
             set_product(part, linear_of_tower)
 
     def encode_images(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:

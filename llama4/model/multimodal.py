@@ -69,7 +69,7 @@ class Llama4Model(nn.Module):
         self.vision_model = VisionModel(vision)
         self.vision_model.set_rotate(rotate_patches)
         self.multi_modal_projector = Projector(vision, self.config.text.hidden_size)
-        for part in (self.vision_model, self.multi_modal_projector):
+        for part in self._tower():
             set_product(part, linear_of_tower)
 
     @property

@@ -7,6 +7,7 @@ for its experts: a first prompt reads nearly all of the files anyhow.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llama4.model.decoder import LAYERS
 from llama4.ops.memory import read_ahead
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 
-_LAYERS = tuple(LAYERS.values())
+_IN_LAYER = re.compile(r"(?P<layer>.*\.layers\.\d+)\..*")
 
 
 def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
@@ -34,18 +34,13 @@ def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
     needed: dict[str, dict[nn.Module, list[str]]] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        needed.setdefault(_layer_of(model, path), {}).setdefault(model.get_submodule(path), []).append(leaf)
+        match = _IN_LAYER.fullmatch(path)
+        user = match["layer"] if match else path
+        needed.setdefault(user, {}).setdefault(model.get_submodule(path), []).append(leaf)
     following = None
     for path in reversed([path for path, _ in model.named_modules() if path in needed]):
         following = FirstUse(needed[path], following)
         following.handle = model.get_submodule(path).register_forward_pre_hook(following)
-
-
-def _layer_of(model: nn.Module, path: str) -> str:
-    """The decoder layer that a module is in; the module itself if it is in none."""
-    parts = path.split(".")
-    outer = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return next((each for each in outer if isinstance(model.get_submodule(each), _LAYERS)), path)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.formats import QUANTIZED, Unquantized
-from llama4.kernels import loader
+from llama4.kernels import cpu, loader
 from llama4.ops import attention, cpu_kernels, experts, linear, norm, quantized, rope, sampling, swiglu
 from llama4.ops.quantized import Parts
 from tests.marks import needs_kernels
@@ -88,12 +88,17 @@ class TestEitherWay:
         """Rows of 72 are for torch; so is float32."""
         monkeypatch.setattr(cpu_kernels, "has_bfloat16_instructions", lambda: False)
         x, weight = normal(2, rows, inputs, dtype=dtype), normal(96, inputs, seed=1, dtype=dtype)
-        given = x, weight, normal(96, seed=2, dtype=dtype) if bias else None
-        truth = torch.nn.functional.linear(*(each if each is None else each.double() for each in given))
-        called: list[str] = []
-        product = linear.cpu.linear
-        monkeypatch.setattr(linear.cpu, "linear", lambda *rest: (called.append("kernel"), product(*rest))[1])
-        y = linear.linear_of_tower(*given)
+        added = normal(96, seed=2, dtype=dtype) if bias else None
+        truth = x.double() @ weight.double().mT + (0.0 if added is None else added.double())
+        called: list[Tensor] = []
+
+        def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+            called.append(x_NI)
+            return kernel(x_NI, weight_OI)
+
+        kernel = cpu.linear
+        monkeypatch.setattr(cpu, "linear", product)
+        y = linear.linear_of_tower(x, weight, added)
         assert y.dtype == dtype
         assert close(y, truth)
         assert bool(called) == (way == "kernels" and dtype == torch.bfloat16 and inputs == 64)

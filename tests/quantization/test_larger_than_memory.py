@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
+from llama4.model.attention import Attention
 from llama4.ops import cpu_kernels
 from llama4.ops.linear import Linear
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
@@ -118,6 +119,18 @@ def needed_by_every_token(llm: Llama4) -> list[Tensor]:
     ]
 
 
+def attention(llm: Llama4, layer: int) -> Attention:
+    found = llm.model.language_model.model.layers[layer].self_attn
+    assert isinstance(found, Attention)
+    return found
+
+
+def query_of(llm: Llama4, layer: int) -> QuantizedWeight:
+    found = attention(llm, layer).q_proj
+    assert isinstance(found, QuantizedWeight)
+    return found
+
+
 def has_hooks(llm: Llama4) -> bool:
     return any(module._forward_pre_hooks for module in llm.model.language_model.modules())
 
@@ -128,13 +141,13 @@ def test_what_every_token_needs_is_copied_when_a_layer_first_computes(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = larger_than_memory(packed, monkeypatch)
-    layers, parameters = llm.model.language_model.model.layers, needed_by_every_token(llm)
-    assert len(parameters) == 7 * 2 * len(layers) + 1
+    parameters = needed_by_every_token(llm)
+    assert len(parameters) == 7 * 2 * llm.config.text.num_hidden_layers + 1
     assert all(map(is_mapped, parameters))
     before = {name: values.clone() for name, values in llm.model.state_dict().items()}
     seen: list[bool] = []
-    hook = layers[1].self_attn.register_forward_hook(
-        lambda *_: seen.extend(is_mapped(layers[i].self_attn.q_proj.part("weight_packed")) for i in (1, 3))
+    hook = attention(llm, 1).register_forward_hook(
+        lambda *_: seen.extend(is_mapped(query_of(llm, i).part("weight_packed")) for i in (1, 3))
     )
     first = logits(llm)
     hook.remove()
@@ -157,22 +170,19 @@ def test_a_copy_of_a_model_copies_its_own(packed: Path, monkeypatch: pytest.Monk
     assert has_hooks(twin)
     assert torch.equal(logits(twin), first)
     assert not has_hooks(twin)
-    assert twin.model.language_model.model.layers[3].self_attn.q_proj.in_kernel_layout
+    assert query_of(twin, 3).in_kernel_layout
 
 
 @linux
 @needs_kernels
 def test_what_was_replaced_before_its_first_use_is_left(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = larger_than_memory(packed, monkeypatch)
-    attention = llm.model.language_model.model.layers[1].self_attn
-    scale = attention.q_proj.part("weight_scale") * 2
-    llm.model.language_model.model.layers[0].register_forward_hook(
-        lambda *_: attention.q_proj.set_part("weight_scale", scale)
-    )
+    scale = query_of(llm, 1).part("weight_scale") * 2
+    attention(llm, 0).register_forward_hook(lambda *_: query_of(llm, 1).set_part("weight_scale", scale))
     logits(llm)
-    assert torch.equal(attention.q_proj.part("weight_scale"), scale)
-    assert not attention.q_proj.in_kernel_layout
-    assert attention.k_proj.in_kernel_layout
+    assert torch.equal(query_of(llm, 1).part("weight_scale"), scale)
+    assert not query_of(llm, 1).in_kernel_layout
+    assert query_of(llm, 2).in_kernel_layout
 
 
 @linux

@@ -3,12 +3,13 @@ reads none in memory."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.kernels import cpu
+from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels, linear
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.modules import MappedEmbedding, MappedExperts
@@ -36,17 +38,22 @@ BORDER = 1 << 31
 
 def write_sparse(path: Path, tensors: Mapping[str, TensorSpec], written: Mapping[str, Tensor]) -> None:
     """A safetensors file in which tensors lie in their order, zeros but for the last numbers that are given of some."""
-    header, end = {}, 0
-    for name, spec in tensors.items():
-        header[name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [end, end + spec.nbytes]}
-        end += spec.nbytes
+    ends = dict(zip(tensors, itertools.accumulate(spec.nbytes for spec in tensors.values()), strict=True))
+    header = {
+        name: {
+            "dtype": NAMES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": [ends[name] - spec.nbytes, ends[name]],
+        }
+        for name, spec in tensors.items()
+    }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        file.truncate(8 + len(text) + max(ends.values()))
         for name, values in written.items():
-            file.seek(8 + len(text) + header[name]["data_offsets"][1] - values.nbytes)
+            file.seek(8 + len(text) + ends[name] - values.nbytes)
             file.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -163,17 +170,17 @@ def test_the_kernels_find_a_quantized_expert(tmp_path: Path, kind: str) -> None:
         whole.append(stack)
     counts = torch.zeros(whole[0].shape[0], dtype=torch.int64)
     counts[-1] = len(x)
-    expected = quantized_experts(x, torch.tensor([len(x)]), alone)
+    expected = experts(x, torch.tensor([len(x)]), [weight.matrix() for weight in alone])
     assert expected.isfinite().all()
     assert expected.any()
-    assert torch.equal(quantized_experts(x, counts, whole), expected)
+    assert torch.equal(experts(x, counts, [weight.matrix() for weight in whole]), expected)
     last = whole[0].shape[0] - 1
     assert torch.equal(whole[0].product(x, last), alone[0].product(x, 0))
     assert torch.equal(whole[0].dequantize(last), alone[0].dequantize(0))
 
 
-def quantized_experts(x: Tensor, counts: Tensor, weights: list[QuantizedWeight]) -> Tensor:
-    gate_up, down = (weight.matrix() for weight in weights)
+def experts(x: Tensor, counts: Tensor, matrices: Sequence[Matrix | None]) -> Tensor:
+    gate_up, down = matrices
     assert gate_up is not None
     assert down is not None
     return cpu.experts(x, counts, gate_up, down)
@@ -193,7 +200,7 @@ def test_the_kernels_find_an_expert(tmp_path: Path) -> None:
     counts = torch.zeros(count, dtype=torch.int64)
     counts[-1] = len(x)
     expected, found = (
-        cpu.experts(x, c, *(linear.in_out_matrix(weight, x.dtype) for weight in weights))
+        experts(x, c, [linear.in_out_matrix(weight, x.dtype) for weight in weights])
         for c, weights in ((counts[-1:], alone), (counts, whole))
     )
     assert expected.any()

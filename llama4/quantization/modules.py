@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from llama4.vision.linear import TowerLinear
 
 _EXPERTS = re.compile(r"(?P<path>.*\.experts|experts)\.(?P<matrix>gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r"(?P<path>.*\.experts|experts)\.\d+\.(gate|up|down)_proj\.weight")
+
+MAX_WAITING = 512 << 20
+"""Bytes of experts that are read before it is known that they are needed."""
 
 
 def choose_activations(model: nn.Module, activations: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -132,31 +136,46 @@ class SeparateExperts(QuantizedExperts):
 
 class MappedExperts(SeparateExperts):
     """Those that stay in the memory map of a checkpoint that is larger than memory: while one computes, the next is
-    read.
+    read. A prompt that needs all of them will need those of the next layer, too: the first of these are read while
+    attention computes.
 
     Args:
         experts: their Linears.
+        of_layers: those of all layers, one after the other; to be filled by the caller.
     """
 
-    def __init__(self, experts: SeparateExperts) -> None:
+    def __init__(self, experts: SeparateExperts, of_layers: Sequence[MappedExperts]) -> None:
         super().__init__(0, 0, 0)
         for i, expert in experts.named_children():
             self.add_module(i, expert)
+        self._of_layers = of_layers
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         chosen = num_tokens_per_expert_E.nonzero().flatten().tolist()
         following = dict(pairwise([None, *chosen]))
+        needs_all = len(chosen) == len(num_tokens_per_expert_E)
 
         def expert(x_ND: Tensor, i: int) -> Tensor:
-            self._read_ahead(following.get(i))
+            if i in following:
+                self._read_ahead(following[i])
+            elif needs_all:
+                self._read_next_layer()
             return self.expert(x_ND, i)
 
-        self._read_ahead(following.get(None))
+        if chosen:
+            self._read_ahead(chosen[0])
         return loop_over_experts(expert, x_RD, num_tokens_per_expert_E)
 
-    def _read_ahead(self, expert: int | None) -> None:
-        if expert is not None:
-            read_ahead(self.get_submodule(str(expert)).parameters())
+    def _read_next_layer(self) -> None:
+        """Its first experts, as many as may wait in memory."""
+        after = self._of_layers.index(self) + 1
+        if after < len(self._of_layers):
+            parameters = list(self._of_layers[after].parameters())
+            sizes = accumulate(parameter.nbytes for parameter in parameters)
+            read_ahead(parameters[: sum(size <= MAX_WAITING for size in sizes)])
+
+    def _read_ahead(self, expert: int) -> None:
+        read_ahead(self.get_submodule(str(expert)).parameters())
 
 
 class MappedEmbedding(nn.Embedding):

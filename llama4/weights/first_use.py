@@ -37,10 +37,11 @@ def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
         match = _IN_LAYER.fullmatch(path)
         user = match["layer"] if match else path
         needed.setdefault(user, {}).setdefault(model.get_submodule(path), []).append(leaf)
-    following = None
-    for path in reversed([path for path, _ in model.named_modules() if path in needed]):
-        following = FirstUse(needed[path], following)
-        following.handle = model.get_submodule(path).register_forward_pre_hook(following)
+    hooks: list[FirstUse] = []
+    for path, module in model.named_modules():
+        if path in needed:
+            hooks.append(FirstUse(needed[path], hooks))
+            hooks[-1].handle = module.register_forward_pre_hook(hooks[-1])
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,14 @@ class FirstUse:
 
     Args:
         weights: modules, and the names of their parameters.
-        following: the hook of what computes next: its copies are begun when these are there.
+        hooks: of all modules, in the order in which they compute, to be filled by the caller: when these copies are
+            there, those of the next are begun.
     """
 
     handle: RemovableHandle
 
-    def __init__(self, weights: Mapping[nn.Module, Sequence[str]], following: FirstUse | None) -> None:
-        self._weights, self._following = weights, following
+    def __init__(self, weights: Mapping[nn.Module, Sequence[str]], hooks: Sequence[FirstUse]) -> None:
+        self._weights, self._hooks = weights, hooks
         self._copied: list[_Copied] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -117,17 +119,19 @@ class FirstUse:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         with self._lock:
+            if not self._weights:  # another thread was first
+                return
             if self._thread is not None:
                 self._thread.join()
             if self._copied is None:
                 self._copy()
-            if self._following is not None:
-                self._following.begin()
+            for hook in self._hooks[self._hooks.index(self) + 1 :][:1]:
+                hook.begin()
             assert self._copied is not None
             with torch.inference_mode(False):
                 for copied in self._copied:
                     copied.put()
-            self._weights, self._copied, self._thread, self._following = {}, [], None, None
+            self._weights, self._copied, self._thread = {}, None, None
             self.handle.remove()
 
     def begin(self) -> None:

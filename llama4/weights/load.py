@@ -91,8 +91,10 @@ def load(
                 if following is not None and source.origin(following).file == source.origin(name).file:
                     placement.read_ahead(model, following)
                 _load_one(model, name, aliases, placement)
+    of_layers: list[MappedExperts] = []
     for path, experts in mapped.items():
-        model.set_submodule(path, MappedExperts(experts))
+        of_layers.append(MappedExperts(experts, of_layers))
+        model.set_submodule(path, of_layers[-1])
     for path, module in list(model.named_modules()) if mapped else ():
         if type(module) is nn.Embedding and placement.stays_mapped(f"{path}.weight", module):
             model.set_submodule(path, MappedEmbedding(module))

@@ -14,8 +14,10 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.model.attention import Attention
+from llama4.model.moe import Router
 from llama4.ops import cpu_kernels
 from llama4.ops.linear import Linear
+from llama4.quantization import modules
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import load as load_module
@@ -196,6 +198,36 @@ def test_copies_without_threads(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     llm = larger_than_memory(packed, monkeypatch)
     assert torch.equal(logits(llm), first)
     assert not any(map(is_mapped, needed_by_every_token(llm)))
+
+
+def test_experts_are_read_before_they_compute(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next expert of a layer; and where all of them are needed, the first one of the next layer."""
+    llm = larger_than_memory(packed, monkeypatch)
+    layers = [[*module.children()] for module in llm.model.modules() if isinstance(module, MappedExperts)]
+    names = {id([*expert.parameters()][-1]): (i, k) for i, own in enumerate(layers) for k, expert in enumerate(own)}
+    sizes = [sum(parameter.nbytes for parameter in expert.parameters()) for expert in layers[0]]
+    monkeypatch.setattr(modules, "MAX_WAITING", sizes[0] + sizes[1] - 1)
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        modules,
+        "read_ahead",
+        lambda parameters: read.extend(names[id(each)] for each in parameters if id(each) in names),
+    )
+    chosen: list[int] = []
+    for module in llm.model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(
+                lambda module, inputs, out: (out[0], torch.tensor(chosen or [0, 1, 2, 3])[:, None])
+            )
+    ids = torch.arange(4)[None]
+    with torch.inference_mode():
+        llm.model(ids)
+        whole = [(i, k) for i in range(len(layers)) for k in range(4)]
+        assert read == [each for i, k in whole for each in [(i, k)] * (2 if i and not k else 1)]
+        read.clear()
+        chosen.extend([1, 1, 3, 1])
+        llm.model(ids)
+        assert read == [(i, k) for i in range(len(layers)) for k in (1, 3)]
 
 
 @linux

@@ -359,11 +359,12 @@ void read_row(const F& f, long o, float* to) {
 
 // Half a strip, outputs o to o + 15, for a product of many rows; inputs in order.
 template <class X, class F>
-void pack_blocks(const F& f, long o, Word* to) {
+void pack_blocks(const F& f, long o, long first, long count, Word* to) {
   constexpr int per_word = numbers_per_word<X>;
+  const long end = (first + count) * per_word;
   f32x16 w[16][step_weights<F> / 16];
-  for (long begin = 0; begin < f.I; begin += step_weights<F>) {
-    const long left = std::min(f.I - begin, step_weights<F>);
+  for (long begin = first * per_word; begin < end; begin += step_weights<F>) {
+    const long left = std::min(end - begin, step_weights<F>);
     for (int i = 0; i < 16; i++) read_weights(f, o + i, begin / step_weights<F>, w[i]);
     for (int k = 0; k < left / 16; k += per_word, to += 16 * strip) {
       u32x16 words[16];

@@ -159,7 +159,7 @@ bool is_unpacked(const Matrix& a, long N) {
 template <class X>
 void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
                    bool is_invariant) {
-  const long I = begin->matrix.I, layout = begin->matrix.layout;
+  const long I = begin->matrix.I, count = I / numbers_per_word<X>, layout = begin->matrix.layout;
   if (layout == IN_OUT) {
     const Matrix& a = begin->matrix;
     if constexpr (std::is_same_v<X, float>)
@@ -167,10 +167,12 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y, is_invariant);
   }
   if (layout == OUT_IN) {
-    const Word* words = arrange_words<Float32>(phase.team, x, N * I);
+    const Rows rows = pack_rows<X>(phase.team, arrange_words<Float32>(phase.team, x, N * I), N, count);
     for (auto p = begin; p != end; p++) {
-      const auto pack = [=, w = (const X*)p->matrix.w](long o, Word* to) { pack_dense(w, I, o, to); };
-      gemm_out_in(phase, words, N, I, p->matrix.O, pack, Scales{}, nullptr, p->y);
+      const auto pack_half = [=, w = (const X*)p->matrix.w](long o, long first, long words, Word* to) {
+        pack_dense(w, I, o, first, words, to);
+      };
+      gemm_out_in(phase, rows, p->matrix.O, pack_half, Scales{}, nullptr, p->y);
     }
     return;
   }
@@ -189,14 +191,15 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     } else {
       words = arrange_words<std::conditional_t<F::grouped, Float32, F>>(phase.team, x, N * I);
     }
+    const Rows rows = pack_rows<X>(phase.team, words, N, count);
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
-      const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, Word* to) {
-        if constexpr (is_block_format<F>) pack_blocks<X>(f, o, to);
-        else if constexpr (F::interleaved) pack_int4<X>(f, o, to);
-        else pack_format<X>(f, o, to);
+      const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, long first, long words, Word* to) {
+        if constexpr (is_block_format<F>) pack_blocks<X>(f, o, first, words, to);
+        else if constexpr (F::interleaved) pack_int4<X>(f, o, first, words, to);
+        else pack_format<X>(f, o, first, words, to);
       };
-      gemm_out_in(phase, words, N, I, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
+      gemm_out_in(phase, rows, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
     }
   });
 }

@@ -267,10 +267,11 @@ constexpr int unrolled_words = 4;
 // where it is shared with another process.
 template <int per_word, int rows>
 INLINE void add_columns(const Word* a, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
-  if constexpr (rows > vectors_in_registers / 2) {
-    constexpr int half = rows / 8 * 4;
-    add_columns<per_word, half>(a, b, count, is_first, sums, ahead);
-    return add_columns<per_word, rows - half>(a + half, b, count, is_first, sums + half * strip, ahead);
+  constexpr int most = vectors_in_registers > 16 ? packed_rows : 6, parts = (rows + most - 1) / most;
+  if constexpr (parts > 1) {
+    constexpr int own = (rows + parts - 1) / parts;
+    add_columns<per_word, own>(a, b, count, is_first, sums, ahead);
+    return add_columns<per_word, rows - own>(a + own, b, count, is_first, sums + own * strip, ahead);
   }
   f32x16 registers[rows];
 #pragma GCC unroll 16

@@ -332,10 +332,12 @@ void store_tile(const float* sums, long rows, long o, Scales scales, const float
   }
 }
 
-// A panel of a strip, 32 KB, lies in the nearest cache; what is packed at once, and the tiles of x that meet it, in the
-// next. With few rows a panel is used few times, and less of it is packed at once.
-constexpr long panel_words = 256, panel_bytes = 128 << 10, block_bytes = 256 << 10;
-constexpr long short_panel_words = 128, short_panel_bytes = 32 << 10;
+// What is packed at once, as words along the inputs and bytes: with the tiles of x that meet it, it lies in the cache
+// of a core. Rows of W [I, O] come from distant places, so less of them; with few rows of x, which use a panel for a
+// short time, so much as lies in the nearest cache.
+constexpr long panel_words = 512, panel_bytes = 256 << 10, block_bytes = 512 << 10;
+constexpr long in_out_words = 256, in_out_bytes = 128 << 10;
+constexpr long short_words = 128, short_bytes = 32 << 10;
 
 // y = x W. W comes in panels, by as many strips as `bytes` hold: pack(o, strips, panel, to) packs a panel from output o
 // on, which is in the memory that prefetch(o, strips, panel) names. Outputs and rows may have scales.
@@ -394,7 +396,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     long first, second;  // of a word; the same one where it has one
   };
   const bool is_short = N < 192;
-  const long parts = parts_of(I), longest = (is_short ? short_panel_words : panel_words) / F::together;
+  const long parts = parts_of(I), longest = (is_short ? short_words : in_out_words) / F::together;
   Inputs* inputs = phase.team.memory<Inputs>(I);
   Panel* panels = phase.team.memory<Panel>(I / longest + parts);
   long words = 0, num_panels = 0;
@@ -427,8 +429,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     return Prefetch{row, O * long(sizeof(X)), strips * strip * long(sizeof(X)) / 64, panel.count * F::together};
   };
   const Rows rows = pack_rows<X>(phase.team, of_x, N, words, is_invariant);
-  gemm(phase, rows, O, panels, num_panels, is_short ? short_panel_bytes : panel_bytes, pack, prefetch, Scales{},
-       nullptr, y);
+  gemm(phase, rows, O, panels, num_panels, is_short ? short_bytes : in_out_bytes, pack, prefetch, Scales{}, nullptr, y);
 }
 
 // y = x W^T for W [O, I], of which pack_half(o, first, count, to) packs half a strip of so many words from one on.

@@ -48,9 +48,9 @@ def linear_of_tower(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
     rows_NI = x.reshape(-1, x.shape[-1])
     if (
         x.dtype != torch.bfloat16
-        or cpu_kernels.has_bfloat16_instructions()
         or not _takes_rows(rows_NI, outputs=len(weight_OI))
         or unsupported_reason(rows_NI, weight_OI)
+        or cpu_kernels.has_bfloat16_instructions()
     ):
         return F.linear(x, weight_OI, bias_O)
     y = cpu.linear(rows_NI, weight_OI).unflatten(0, x.shape[:-1])

@@ -36,6 +36,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield name
 
 
+def test_a_tower_in_bfloat16_can_be_compiled() -> None:
+    """All in one graph: what the CPU has is not looked up while torch.compile traces."""
+    x, weight, bias = (normal(*shape, dtype=torch.bfloat16) for shape in ((2, 5, 64), (96, 64), (96,)))
+    compiled = torch.compile(linear.linear_of_tower, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 class TestEitherWay:

@@ -14,7 +14,7 @@ namespace {
 constexpr int half_rows = vectors_in_registers > 16 ? 8 : 4;  // rows of x that meet a row of W at once
 constexpr long half_inputs = 32;                              // in a vector
 
-// Inputs that share a scale in x: the more, the fewer sums are scaled.
+// Inputs that share a scale in x: the more, the fewer sums are scaled. A sum has room for 8,192.
 inline long half_group(long I) { return I % 256 == 0 ? 256 : I % 128 == 0 ? 128 : 64; }
 
 // For each half_rows rows of x (or those that are left): of the first 32 inputs those of every row, then of the next

@@ -41,8 +41,8 @@ const typename F::Plane* arrange_inputs(Team& team, const X* x, long N, long I) 
 constexpr long prefetch_bytes = 8192;  // how far ahead; less is slower
 constexpr long task_outputs = 32;  // rows of W of a task: read from memory once, and from the cache for more rows of x
 
-// Whether a core that only sums what it reads does not look far enough ahead by itself: Intel's. At this level there are
-// no others; Intel's with AVX512-BF16 share theirs with AMD's, where prefetching costs more than it gives.
+// Whether a core that only sums what it reads does not look far enough ahead by itself: Intel's. At these levels there
+// are no others; Intel's with AVX512-BF16 share theirs with AMD's, for which prefetching costs more than it gives.
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
 constexpr bool sums_need_prefetch = true;
 #else

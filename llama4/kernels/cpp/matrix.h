@@ -37,11 +37,11 @@ struct Matrix {
 // Most rows of a product with any matrix that do not go in tiles: it takes as long as reading the matrix does.
 constexpr long max_gemv_rows = 12;
 
-// The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they do as soon as one is full;
-// of the others some need many rows, where registers suffice, unless tiles are AMX's.
+// The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they do when half of one is
+// full; of the others some need many rows, where registers suffice, unless tiles are AMX's.
 template <class X>
 long gemv_rows_of(const Matrix& a) {
-  if (a.layout == IN_OUT) return tile_rows;
+  if (a.layout == IN_OUT) return packed_rows / 2;
   if (vectors_in_registers <= 16) return max_gemv_rows;
   long rows = a.layout == OUT_IN ? 64 : max_gemv_rows;
   bool goes_by_amx = amx && numbers_per_word<X> == 2;
@@ -167,12 +167,12 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y, is_invariant);
   }
   if (layout == OUT_IN) {
-    const Rows rows = pack_rows<X>(phase.team, arrange_words<Float32>(phase.team, x, N * I), N, count);
+    const PackedInputs packed = pack_inputs<X>(phase.team, arrange_words<Float32>(phase.team, x, N * I), N, count);
     for (auto p = begin; p != end; p++) {
       const auto pack_half = [=, w = (const X*)p->matrix.w](long o, long first, long words, Word* to) {
         pack_dense(w, I, o, first, words, to);
       };
-      gemm_out_in(phase, rows, p->matrix.O, pack_half, Scales{}, nullptr, p->y);
+      gemm_out_in(phase, packed, p->matrix.O, pack_half, Scales{}, nullptr, p->y);
     }
     return;
   }
@@ -191,7 +191,7 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     } else {
       words = arrange_words<std::conditional_t<F::grouped, Float32, F>>(phase.team, x, N * I);
     }
-    const Rows rows = pack_rows<X>(phase.team, words, N, count);
+    const PackedInputs packed = pack_inputs<X>(phase.team, words, N, count);
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, long first, long words, Word* to) {
@@ -199,7 +199,7 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
         else if constexpr (F::interleaved) pack_int4<X>(f, o, first, words, to);
         else pack_format<X>(f, o, first, words, to);
       };
-      gemm_out_in(phase, rows, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
+      gemm_out_in(phase, packed, a.O, pack_half, F::grouped ? Scales{} : a.scales, row_scales, p->y);
     }
   });
 }

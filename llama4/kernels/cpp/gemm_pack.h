@@ -1,0 +1,196 @@
+// Rows of x and of W, of any format, as words of 32 bits: a float, or, where the machine multiplies them so, two
+// bfloat16 that are neighbours along the inputs and whose products go to the same sum.
+
+#pragma once
+
+#include "amx.h"
+#include "formats.h"
+
+namespace {
+
+using Word = uint32_t;
+template <class X>
+constexpr int numbers_per_word =
+#ifdef __AVX512BF16__
+    std::is_same_v<X, bf16> ? 2 : 1;
+#else
+    1;
+#endif
+
+// What words consist of, for rows of a dtype.
+template <class X>
+using WordNumber = std::conditional_t<numbers_per_word<X> == 2, bf16, float>;
+
+template <int per_word>
+u32x16 words_of(const f32x16* planes) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) return (u32x16)_mm512_cvtne2ps_pbh((__m512)planes[1], (__m512)planes[0]);
+#endif
+  return (u32x16)planes[0];
+}
+
+// 16 words, of which number k is lane i of vector k.
+template <int per_word>
+u32x16 words_across(const f32x16* vectors) {
+#ifdef __AVX512BF16__
+  if constexpr (per_word == 2) {
+    using u16x32 = uint16_t __attribute__((vector_size(64)));
+    const auto all = (u16x32)words_of<2>(vectors);
+    return (u32x16)__builtin_shufflevector(all, all, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
+                                           25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#endif
+  return words_of<1>(vectors);
+}
+
+// 16 words of consecutive numbers.
+template <class X>
+u32x16 load_words(const X* numbers) {
+  if constexpr (sizeof(X) * numbers_per_word<X> == sizeof(Word)) return load<u32x16>(numbers);
+  return (u32x16)load_floats(numbers);
+}
+
+// ---- W: a strip is 32 outputs, as [I, 32] in words along the inputs
+
+constexpr long strip = 32;
+
+// One word row of several strips, from one row of W [I, O], or from two.
+template <class X>
+void pack_row(const X* row, [[maybe_unused]] const X* other, long strips, long words, Word* to) {
+  for (long n = 0; n < strips; n++, row += strip, other += strip, to += words * strip) {
+#ifdef __AVX512BF16__
+    if constexpr (numbers_per_word<X> == 2) {
+      using u16x32 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
+      u16x32 a = load<u16x32>(row), b = load<u16x32>(other);
+      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
+                                        42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24,
+                                             56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+      continue;
+    }
+#endif
+    store(to, load_floats(row)), store(to + 16, load_floats(row + 16));
+  }
+}
+
+// 16 words of each of 16 outputs, as 16 rows of half a strip.
+inline void pack_words(u32x16* words, Word* to) {
+  transpose(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) store(to + i * strip, words[i]);
+}
+
+// Half a strip, outputs o to o + 15, of W [O, I] in the dtype of the rows: `count` words from word `first` on.
+template <class X>
+void pack_dense(const X* w, long I, long o, long first, long count, Word* to) {
+  constexpr long per_word = numbers_per_word<X>;
+  for (long i = first * per_word; i < (first + count) * per_word; i += 16 * per_word, to += 16 * strip) {
+    u32x16 words[16];
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; k++) words[k] = load_words(w + (o + k) * I + i);
+    pack_words(words, to);
+  }
+}
+
+// Half a strip of W [O, I] in another format. The inputs come in the order of the planes.
+template <class X, class F>
+void pack_format(const F& f, long o, long first, long count, Word* to) {
+  constexpr int blocks = F::planes == 1 ? 2 : 1, planes = blocks * F::planes, per_word = numbers_per_word<X>;
+  f32x16 w[16][planes];
+  for (long input = first * per_word; input < (first + count) * per_word; input += blocks * F::inputs) {
+    const long block = input / F::inputs;
+    for (int i = 0; i < 16; i++)
+      for (int b = 0; b < blocks; b++) f.read(o + i, block + b, w[i] + b);
+    for (int plane = 0; plane < planes; plane += per_word, to += 16 * strip) {
+      u32x16 words[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) words[i] = words_of<per_word>(w[i] + plane);
+      pack_words(words, to);
+    }
+  }
+}
+
+// Half a strip, outputs o to o + 15, of interleaved int4; inputs in order.
+template <class X>
+void pack_int4(const Int4& f, long o, long first, long count, Word* to) {
+  constexpr int per_word = numbers_per_word<X>;
+  const uint8_t* w = f.at(o) + first * per_word / Int4::step_inputs * Int4::step_bytes;
+  for (long i = first * per_word; i < (first + count) * per_word; i += Int4::step_inputs, w += Int4::step_bytes) {
+    const f32x16 scales = f.scales_at(o, i / f.group);
+    u32x16 words[4];  // of four outputs each; then one word of each output
+    for (int j = 0; j < 4; j++) words[j] = load<u32x16>(w + 64 * j);
+    transpose<2>(words);
+    for (const u32x16 own : words)
+#pragma GCC unroll 8
+      for (int place = 0; place < 8; place += per_word, to += strip) {
+        f32x16 numbers[per_word];
+        for (int k = 0; k < per_word; k++) numbers[k] = read_int4(transpose_fours(own), place + k) * scales;
+        store(to, words_across<per_word>(numbers));
+      }
+  }
+}
+
+// ---- x
+
+// x [count] as words, in the order in which a format's planes have the inputs.
+template <class F, class X>
+const Word* arrange_words(Team& team, const X* x, long count) {
+  if (F::planes == 1 && std::is_same_v<X, WordNumber<X>>) return (const Word*)x;
+  constexpr int plane_inputs = F::inputs / F::planes;
+  auto* to = team.memory<WordNumber<X>>(count);
+  team.for_each((count + F::inputs - 1) / F::inputs, F::inputs, [=](long block) {
+    const long from = block * F::inputs;
+    if (count - from < F::inputs) {  // of a dense matrix [I, O], whose inputs may be any number
+      for (long i = from; i < count; i++) assign(to[i], upcast(x[i]));
+      return;
+    }
+    for (int plane = 0; plane < F::planes; plane++)
+      for (int lane = 0; lane < plane_inputs; lane++)
+        assign(to[from + plane * plane_inputs + lane], upcast(x[from + F::place(plane, lane)]));
+  });
+  return (const Word*)to;
+}
+
+constexpr int packed_rows = 16;
+
+// x [N, count] in words: in tiles of 16 rows, [tiles, count, 16], with zeros behind the last row; for AMX as it is, and
+// the last tile overlaps the one before.
+struct PackedInputs {
+  const Word* words;
+  long N, count;
+  bool by_amx;
+
+  // The first row of a tile of so many.
+  long first_of(long tile, long most) const {
+    const long first = tile * most;
+    if (!by_amx || N - first >= most) return first;
+    return N - (N - first > amx_rows ? most : amx_rows);
+  }
+  // Where a tile that begins with this row has this word.
+  const Word* at(long first, long word) const { return words + first * count + word * (by_amx ? 1 : packed_rows); }
+};
+
+template <class X>
+PackedInputs pack_inputs(Team& team, const Word* x, long N, long count, bool is_invariant = false) {
+  if (numbers_per_word<X> == 2 && uses_amx(N) && !is_invariant) return {x, N, count, true};
+  const long tiles = (N + packed_rows - 1) / packed_rows;
+  Word* packed = team.memory<Word>(tiles * count * packed_rows);
+  team.for_each(tiles, count * packed_rows, [=](long tile) {
+    const long first = tile * packed_rows, rows = std::min(N - first, long(packed_rows));
+    const Word* from = x + first * count;
+    Word* to = packed + first * count;
+    long k = 0;
+    for (; k + 16 <= count; k += 16) {
+      u32x16 words[16] = {};
+      for (long r = 0; r < rows; r++) words[r] = load<u32x16>(from + r * count + k);
+      transpose(words);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) store(to + (k + i) * packed_rows, words[i]);
+    }
+    for (; k < count; k++)
+      for (long r = 0; r < packed_rows; r++) to[k * packed_rows + r] = r < rows ? from[r * count + k] : 0;
+  });
+  return {packed, N, count, false};
+}
+
+}  // namespace

@@ -20,6 +20,10 @@ SLOW = "scouts_size"
 """Names of tests that prepare much on the host; they come last."""
 
 
+MARKS = ("pytest.mark.cuda", "@on_a_device")
+"""How a file marks tests that need a GPU: by itself, or so that they also run in Triton's interpreter."""
+
+
 class Outcomes:
     """A plugin of pytest that counts."""
 
@@ -53,8 +57,9 @@ def run(record: Record) -> None:
 
 
 def _files() -> list[Path]:
-    paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in paths if "mark.cuda" in path.read_text(encoding="utf-8")]
+    """Those marked one by one, then those of kernels, which compile for long."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    return [path for mark in MARKS for path, text in texts.items() if mark in text]
 
 
 def _skip(reason: str) -> Figures:

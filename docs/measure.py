@@ -36,6 +36,7 @@ RUNS = {
     "experts": "bench moe",
     "images": "bench images",
     "small-vnni": f"bench generate small --quantization none int8 int4 {PEERS} --rounds 3 --limit 20",
+    "small-int8-vnni": f"bench generate small --quantization none int8 {PEERS} --rounds 3 --limit 8",
     "small-float32-vnni": f"bench generate small --dtype float32 {PEERS} --rounds 3 --limit 20",
     "profile-vnni": "bench profile small",
 }

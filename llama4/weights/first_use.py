@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
     Args:
         names: of parameters of Linears, and of parts of quantized weights.
     """
-    needed: dict[str, dict[nn.Module, list[str]]] = {}
+    needed: dict[str, dict[nn.Module, dict[str, int]]] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         match = _IN_LAYER.fullmatch(path)
-        user = match["layer"] if match else path
-        needed.setdefault(user, {}).setdefault(model.get_submodule(path), []).append(leaf)
+        user, module = match["layer"] if match else path, model.get_submodule(path)
+        needed.setdefault(user, {}).setdefault(module, {})[leaf] = module.get_parameter(leaf).data_ptr()
     hooks: list[FirstUse] = []
     for path, module in model.named_modules():
         if path in needed:
@@ -53,26 +53,23 @@ class _Copied:
     copies: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, module: nn.Module, in_file: Sequence[str]) -> _Copied:
+    def of(cls, module: nn.Module, in_file: Mapping[str, int]) -> _Copied:
         """
         Args:
-            in_file: names of the parameters that are in a file's memory map. Of a quantized weight others are copied,
-                too: all are in one order.
+            in_file: where the parameters are that are in a file's memory map, if they were not replaced. Of a quantized
+                weight others are copied, too: all are in one order.
         """
-        if isinstance(module, QuantizedWeight):
-            parts = {name: module.part(name).detach() for name in module.specs}
-            copies = {
-                name: _copy(
-                    part,
-                    module.format.to_kernel_layout(name, part),
-                    is_in_file=name in in_file and module.checkpoint_dtype(name) == part.dtype,
-                )
-                for name, part in parts.items()
-            }
-        else:
-            parts = {name: module.get_parameter(name).detach() for name in in_file}
-            copies = {name: _copy(part, part, is_in_file=True) for name, part in parts.items()}
-        return cls(module, {name: part.data_ptr() for name, part in parts.items()}, copies)
+        names: Iterable[str] = module.specs if isinstance(module, QuantizedWeight) else in_file
+        parts = {name: module.get_parameter(name).detach() for name in names}
+        addresses = {name: part.data_ptr() for name, part in parts.items()}
+        copies = {}
+        for name, part in parts.items():
+            ordered, is_in_file = part, addresses[name] == in_file.get(name)
+            if isinstance(module, QuantizedWeight):
+                ordered = module.format.to_kernel_layout(name, part)
+                is_in_file &= module.checkpoint_dtype(name) == part.dtype
+            copies[name] = _copy(part, ordered, is_in_file=is_in_file)
+        return cls(module, addresses, copies)
 
     def put(self) -> None:
         """Into the places of the module's own, unless these have moved."""
@@ -97,14 +94,14 @@ class FirstUse:
     """A hook before the first forward of a module: copies of weights that it needs take their places.
 
     Args:
-        weights: modules, and the names of their parameters.
+        weights: modules, and where their parameters are in memory, by name.
         hooks: of all modules, in the order in which they compute, to be filled by the caller: when these copies are
             there, those of the next are begun.
     """
 
     handle: RemovableHandle
 
-    def __init__(self, weights: Mapping[nn.Module, Sequence[str]], hooks: Sequence[FirstUse]) -> None:
+    def __init__(self, weights: Mapping[nn.Module, Mapping[str, int]], hooks: Sequence[FirstUse]) -> None:
         self._weights, self._hooks = weights, hooks
         self._copied: list[_Copied] | None = None
         self._thread: threading.Thread | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -20,8 +21,8 @@ from llama4.ops.linear import Linear
 from llama4.quantization import modules
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
+from llama4.weights import first_use, memory
 from llama4.weights import load as load_module
-from llama4.weights import memory
 from llama4.weights.convert import quantize
 from tests.marks import needs_kernels
 from tests.parity.references import reference_config, reference_model
@@ -178,6 +179,7 @@ def test_a_copy_of_a_model_copies_its_own(packed: Path, monkeypatch: pytest.Monk
 @linux
 @needs_kernels
 def test_what_was_replaced_before_its_first_use_is_left(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use.FirstUse, "begin", first_use.FirstUse._copy)  # when a thread would begin, at once
     llm = larger_than_memory(packed, monkeypatch)
     scale = query_of(llm, 1).part("weight_scale") * 2
     attention(llm, 0).register_forward_hook(lambda *_: query_of(llm, 1).set_part("weight_scale", scale))
@@ -185,6 +187,21 @@ def test_what_was_replaced_before_its_first_use_is_left(packed: Path, monkeypatc
     assert torch.equal(query_of(llm, 1).part("weight_scale"), scale)
     assert not query_of(llm, 1).in_kernel_layout
     assert query_of(llm, 2).in_kernel_layout
+
+
+@linux
+@needs_kernels
+def test_what_was_replaced_before_it_is_copied_keeps_its_values(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a file are dropped when they have been copied; those of a tensor of somebody's own are not."""
+    llm = larger_than_memory(packed, monkeypatch)
+    first = query_of(llm, 1).part("weight_packed").clone()
+    assert first.nbytes % mmap.PAGESIZE == 0
+    pages = mmap.mmap(-1, first.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    own = torch.frombuffer(pages, dtype=first.dtype).view_as(first).copy_(first)
+    query_of(llm, 1).set_part("weight_packed", own)
+    result = logits(llm)
+    assert torch.equal(own, first)
+    assert torch.equal(result, logits(larger_than_memory(packed, monkeypatch)))
 
 
 @linux

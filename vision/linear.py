@@ -15,7 +15,7 @@ class TowerLinear(nn.Linear):
     """torch's.
 
     Attributes:
-        product: torch's, or a faster way that gives the same.
+        product: torch's, or a faster way that gives the same up to rounding.
     """
 
     product: Product = staticmethod(F.linear)

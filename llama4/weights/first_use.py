@@ -122,8 +122,9 @@ class FirstUse:
                 self._thread.join()
             if self._copied is None:
                 self._copy()
-            for hook in self._hooks[self._hooks.index(self) + 1 :][:1]:
-                hook.begin()
+            following = self._hooks.index(self) + 1
+            if following < len(self._hooks):
+                self._hooks[following].begin()
             assert self._copied is not None
             with torch.inference_mode(False):
                 for copied in self._copied:

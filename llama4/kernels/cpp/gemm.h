@@ -128,10 +128,9 @@ inline void add_by_amx(const Word* a, long a_row, const Word* b, long count, boo
     add_tile<2, 2>(a + r * a_row + whole, a_row, b + whole * strip, strip, count - whole, sums + r * strip, strip);
 }
 
-// Words along the inputs that are packed at once. Sums of a part of the inputs are added to those of the others.
+// Words along the inputs that are packed at once, of a part of the inputs, whose sums are added to the other parts'.
 struct Panel {
-  long begin, count;
-  bool begins_part, ends_part, ends_first_part;
+  long begin, count, part;
 };
 
 // y [rows, O] from output o on, 32 of them.
@@ -169,10 +168,12 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
     const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * tile_size;
     const AmxScope scope(x.by_amx, 16);
     Word* w = scratch<Word, Use::panel>(count * depth * strip);
-    const bool has_parts = !panels[num_panels - 1].ends_first_part;
+    const bool has_parts = panels[num_panels - 1].part > 0;
     float *sums = scratch<float, Use::sums>((1 + has_parts) * size), *totals = has_parts ? sums + size : sums;
     for (const Panel* panel = panels; panel != panels + num_panels; panel++) {
       const bool is_last = panel + 1 == panels + num_panels;
+      const bool begins_part = panel == panels || panel[-1].part != panel->part;
+      const bool ends_part = is_last || panel[1].part != panel->part;
       pack(begin * strip, count, *panel, w);
       Prefetch ahead;
       if (const long next = is_last ? begin + width : begin; next < strips) {
@@ -184,12 +185,11 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
         const long at = (n * tiles + tile) * tile_size;
         const Word* b = w + n * panel->count * strip;
         if (x.by_amx)
-          add_by_amx(x.at(first, panel->begin), x.count, b, panel->count, panel->begins_part, rows, sums + at, ahead);
-        else
-          add_packed<per_word>(x.at(first, panel->begin), rows, b, panel->count, panel->begins_part, sums + at, ahead);
-        for (long i = at; has_parts && panel->ends_part && i < at + rows * strip; i += 16) {
+          add_by_amx(x.at(first, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
+        else add_packed<per_word>(x.at(first, panel->begin), rows, b, panel->count, begins_part, sums + at, ahead);
+        for (long i = at; has_parts && ends_part && i < at + rows * strip; i += 16) {
           const f32x16 own = load<f32x16>(sums + i);
-          store(totals + i, panel->ends_first_part ? own : load<f32x16>(totals + i) + own);
+          store(totals + i, panel->part ? load<f32x16>(totals + i) + own : own);
         }
         if (is_last)
           store_tile(totals + at, rows, (begin + n) * strip, scales, row_scales ? row_scales + first : nullptr, O,
@@ -221,8 +221,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
       for (long k = 0; k < count; k += F::together)
         inputs[words++] = {first + k * run, first + (count == 1 ? 0 : k + F::together - 1) * run};
     });
-    for (long k = begin; k < words; k += longest)
-      panels[num_panels++] = {k, std::min(longest, words - k), k == begin, k + longest >= words, !part};
+    for (long k = begin; k < words; k += longest) panels[num_panels++] = {k, std::min(longest, words - k), part};
   }
   Word* of_x = phase.team.memory<Word>(N * words);
   phase.team.for_each(N, words, [=](long n) {
@@ -254,11 +253,8 @@ void gemm_out_in(Phase& phase, const PackedInputs& x, long O, const PackHalf& pa
                  const float* row_scales, X* y) {
   const long num_panels = (x.count + panel_words - 1) / panel_words;
   Panel* panels = phase.team.memory<Panel>(num_panels);
-  for (long i = 0; i < num_panels; i++) {
-    const long begin = i * panel_words;
-    const bool is_last = i + 1 == num_panels;
-    panels[i] = {begin, std::min(panel_words, x.count - begin), i == 0, is_last, is_last};
-  }
+  for (long i = 0; i < num_panels; i++)
+    panels[i] = {i * panel_words, std::min(panel_words, x.count - i * panel_words), 0};
   const auto pack = [=](long o, long strips, const Panel& panel, Word* to) {
     for (long half = 0; half < 2 * strips; half++)
       pack_half(o + 16 * half, panel.begin, panel.count, to + half / 2 * strip * panel.count + 16 * (half % 2));

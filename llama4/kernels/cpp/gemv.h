@@ -155,6 +155,13 @@ __attribute__((noinline)) void dot_rows_together(const F f, long first, long fro
     }
 }
 
+// Outputs `first` to `first + count - 1`, at most 16, of a row of y, times their scales if there are any.
+template <class Y>
+void store_outputs(f32x16 totals, Scales scales, long first, long count, Y* y) {
+  if (count == 16) return store_floats(y + first, scales ? totals * scales.load(first) : totals);
+  for (long i = 0; i < count; i++) assign(y[first + i], scales ? totals[i] * scales[first + i] : totals[i]);
+}
+
 // `count` <= 16 outputs from `first` on. Long rows are read in equal segments, so that a segment of several rows of x
 // stays in the nearest cache. What is prefetched is the next segment of the same row, or the first one 16 rows later;
 // nothing is read behind the end of W.
@@ -182,11 +189,8 @@ void gemv_outputs(const F& f, const typename F::Plane* x, bool is_cached, long f
     }
   }
   for (int n = 0; n < N; n++) {
-    f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
-    for (long i = 0; scales && i < count; i++) totals[i] *= scales[first + i];
-    Y* to = y + n * O + first;
-    if (count == rows) store_floats(to, totals);
-    for (long i = 0; count < rows && i < count; i++) assign(to[i], totals[i]);
+    const f32x16 totals = horizontal_sums(results[n]) * (row_scales ? row_scales[n] : 1);
+    store_outputs(totals, scales, first, count, y + n * O);
   }
 }
 

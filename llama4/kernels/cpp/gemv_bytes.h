@@ -112,13 +112,7 @@ void gemv_byte_outputs(const Int8Inputs<Int8>& f, Scales scales, const ByteInput
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) results[n][i] = totals[n];
     }
-    for (int n = 0; n < N; n++) {
-      f32x16 all = horizontal_sums(results[n]);
-      for (long i = 0; i < count; i++) all[i] *= scales[first + i];
-      Y* to = y + n * O + first;
-      if (count == 16) store_floats(to, all);
-      for (long i = 0; count < 16 && i < count; i++) assign(to[i], all[i]);
-    }
+    for (int n = 0; n < N; n++) store_outputs(horizontal_sums(results[n]), scales, first, count, y + n * O);
   }
 }
 

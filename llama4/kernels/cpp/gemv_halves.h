@@ -94,13 +94,7 @@ void gemv_half_outputs(const Int8Halves& f, Scales scales, const HalfInputs& x, 
       add_half_rows<together, N>(f.at(first + i, 0), x, f.I, group, i, results);
     };
     for_each_rows<half_rows_together<N>>(count, add);
-    for (int n = 0; n < N; n++) {
-      f32x16 all = horizontal_sums(results[n]);
-      for (long i = 0; i < count; i++) all[i] *= scales[first + i];
-      bf16* to = y + n * O + first;
-      if (count == 16) store_floats(to, all);
-      for (long i = 0; count < 16 && i < count; i++) assign(to[i], all[i]);
-    }
+    for (int n = 0; n < N; n++) store_outputs(horizontal_sums(results[n]), scales, first, count, y + n * O);
   }
 }
 

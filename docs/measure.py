@@ -77,7 +77,7 @@ def main(directory: str, names: Sequence[str] = ()) -> None:
         report = run(RUNS[name], directory)
         results = figures.load()  # read anew: a long series can be interrupted and resumed
         results[name] = {"command": f"llama4 {RUNS[name]}", "date": str(datetime.date.today()), "report": report}
-        replace_text(figures.RESULTS, dump(results))
+        replace_text(figures.RESULTS, dump({each: results[each] for each in RUNS if each in results}))
     figures.main()
 
 

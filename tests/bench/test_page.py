@@ -86,13 +86,15 @@ def test_a_measured_report_is_stored_and_rendered(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From a benchmark's JSON to the page."""
+    """From a benchmark's JSON to the page; a run that is new stands where RUNS has it."""
     command = "bench moe --hidden-size 64 --width 64 --experts 2 --tokens 1 --rounds 1 --backends loop --dtype float32"
     capsys.readouterr()
     assert main([*command.split(), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     results, page = tmp_path / "results.json", tmp_path / "page.md"
-    results.write_text(measure.dump(figures.load()))
+    stored = figures.load()
+    del stored["experts"]
+    results.write_text(measure.dump(stored))
     page.write_text("<!-- figures: experts -->\n<!-- end -->\n")
     monkeypatch.setitem(measure.RUNS, "experts", command)
     monkeypatch.setattr(measure, "run", lambda command, directory: report)
@@ -102,6 +104,7 @@ def test_a_measured_report_is_stored_and_rendered(
     measure.main(".", ["experts"])
     assert f"```\nllama4 {command}\n```" in page.read_text()
     assert "2 experts of 64 x 64" in page.read_text()
+    assert list(figures.load()) == list(measure.RUNS)
     assert (tmp_path / "picture.svg").read_text() == figures.bars.draw(figures.load()["small"]["report"])
     with pytest.raises(SystemExit, match="no such run: nothing"):
         measure.main(".", ["nothing"])

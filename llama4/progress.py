@@ -49,11 +49,12 @@ def has_display() -> bool:
     return sys.stderr.isatty() or in_notebook()
 
 
-def _columns() -> int | None:
-    """80 on a terminal that has no size, as in a container, where tqdm would draw nothing; None: tqdm finds out."""
+def _size() -> dict[str, int]:
+    """tqdm's size for a terminal that has none, as in a container, where it would draw nothing; else tqdm finds out."""
     with suppress(OSError, ValueError):
-        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
-    return None
+        size = os.get_terminal_size(sys.stderr.fileno())
+        return {"ncols": size.columns or 80, "nrows": size.lines or 24} if 0 in size else {}
+    return {}
 
 
 def in_notebook() -> bool:
@@ -140,7 +141,7 @@ class Bar:
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
             drawn: dict[str, Any] = {"delay": DELAY, "mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
-            self._bar = tqdm(**self._settings, **drawn, ncols=_columns(), leave=False)
+            self._bar = tqdm(**self._settings, **drawn, **_size(), leave=False)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
 

@@ -54,15 +54,15 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 class Terminal:
     """A pseudo-terminal in place of stderr; `text` is what was written to it."""
 
-    def __init__(self, columns: int = 100) -> None:
-        self._columns = columns
+    def __init__(self, rows: int = 24, columns: int = 100) -> None:
+        self._size = rows, columns
 
     def __enter__(self) -> Terminal:
         import pty
         import termios
 
         self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, self._columns))
+        termios.tcsetwinsize(theirs, self._size)
         self.text, self._seen, self._before = "", b"", sys.stderr
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
@@ -226,12 +226,12 @@ def test_one_tensor_moves_a_bar(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("columns", [100, 0])
-def test_time_moves_within_a_step_without_parts(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(24, 100), (0, 100), (24, 0), (0, 0)])
+def test_time_moves_within_a_step_without_parts(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
     """Also on a terminal without a size, as a container may have it."""
     monkeypatch.setattr(progress, "DELAY", 0.05)
     monkeypatch.setattr(progress, "TICK", 0.05)
-    with Terminal(columns) as terminal, Bar("computing", 2, "steps") as bar, bar.step(2):
+    with Terminal(rows, columns) as terminal, Bar("computing", 2, "steps") as bar, bar.step(2):
         terminal.wait(lambda seen: seen.count(b"computing:   0%") > 5 and re.search(rb"\[00:0[1-9]<", seen))
     text = terminal.text
     assert text.count("computing:   0%") > 5

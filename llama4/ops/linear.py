@@ -53,7 +53,7 @@ def linear_of_tower(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
         or cpu_kernels.has_bfloat16_instructions()
     ):
         return F.linear(x, weight_OI, bias_O)
-    y = cpu.linear(rows_NI, weight_OI).unflatten(0, x.shape[:-1])
+    y = cpu.linear(rows_NI, weight_OI).reshape(*x.shape[:-1], len(weight_OI))
     return y if bias_O is None else y.add_(bias_O)
 
 

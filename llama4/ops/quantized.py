@@ -198,6 +198,9 @@ def copied(ordered: Tensor, part: Tensor) -> Tensor:
     """A view of a part in another order as a copy, in the shape of the part. By one thread: two of torch's wait for
     each other longer than the copy takes where others compute."""
     copy = torch.empty_like(part)
+    if torch.compiler.is_compiling():  # numbers of threads, and numpy's copies, are no part of a graph
+        copy.view(ordered.shape).copy_(ordered)
+        return copy
     with threads.torch_by_one_thread():
         copy_runs(copy.view(ordered.shape), ordered)
     return copy

@@ -36,6 +36,8 @@ DRAIN_SECONDS = 30
 MAX_HEADERS = 64 * 2**10
 HEAD_SECONDS = 60.0
 """In which the head of a request must have come."""
+ANSWERED_SECONDS = 0.3
+"""After which what had its answer already is over."""
 MAX_FILES = 2**16
 
 
@@ -95,10 +97,18 @@ class _Runner(uvicorn.Server):
         if self._server.service.is_draining:
             _leave(sig, frame)
         self._server.service.is_draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say so, if it takes longer than what has been answered already."""
+        telling = asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self._tell)
+        await super().shutdown(sockets)
+        telling.cancel()
+
+    def _tell(self) -> None:
         if self.server_state.tasks:
             told = f"stopping; what is being answered has {DRAIN_SECONDS} seconds; Ctrl-C again stops now"
             print(f"llama4: {told}", file=sys.stderr, flush=True)
-        super().handle_exit(sig, frame)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

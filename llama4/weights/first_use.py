@@ -7,9 +7,12 @@ for its experts: a first prompt reads nearly all of the files anyhow.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from llama4.ops.memory import read_ahead
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights import memory
 
+_State = tuple[int, int]
+"""A parameter's address, and how often it was written to: others once it was replaced or changed."""
 _IN_LAYER = re.compile(r"(?P<layer>.*\.layers\.\d+)\..*")
 
 
@@ -31,12 +36,12 @@ def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
     Args:
         names: of parameters of Linears, and of parts of quantized weights.
     """
-    needed: dict[str, dict[nn.Module, dict[str, int]]] = {}
+    needed: dict[str, dict[nn.Module, dict[str, _State]]] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         match = _IN_LAYER.fullmatch(path)
         user, module = match["layer"] if match else path, model.get_submodule(path)
-        needed.setdefault(user, {}).setdefault(module, {})[leaf] = module.get_parameter(leaf).data_ptr()
+        needed.setdefault(user, {}).setdefault(module, {})[leaf] = _state(module.get_parameter(leaf))
     hooks: list[FirstUse] = []
     for path, module in model.named_modules():
         if path in needed:
@@ -44,68 +49,79 @@ def copy_at_first_use(model: nn.Module, names: Sequence[str]) -> None:
             hooks[-1].handle = module.register_forward_pre_hook(hooks[-1])
 
 
+def _state(parameter: Tensor) -> _State:
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
 @dataclass(frozen=True)
 class _Copied:
-    """A module's parameters by name, where they were, and copies of them."""
+    """Copies of a module's parameters by name, and what these were when they were copied.
+
+    Attributes:
+        in_file: what those were that are in a file's memory map, when they were loaded.
+    """
 
     module: nn.Module
-    addresses: Mapping[str, int]
+    in_file: Mapping[str, _State]
+    states: Mapping[str, _State]
     copies: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, module: nn.Module, in_file: Mapping[str, int]) -> _Copied:
-        """
-        Args:
-            in_file: where the parameters are that are in a file's memory map, if they were not replaced. Of a quantized
-                weight others are copied, too: all are in one order.
-        """
+    def of(cls, module: nn.Module, in_file: Mapping[str, _State]) -> _Copied:
+        """Of a quantized weight all parts, also those that are not in a file: they are in one order."""
         names: Iterable[str] = module.specs if isinstance(module, QuantizedWeight) else in_file
-        parts = {name: module.get_parameter(name).detach() for name in names}
-        addresses = {name: part.data_ptr() for name, part in parts.items()}
+        parameters = {name: module.get_parameter(name) for name in names}
+        states = {name: _state(parameter) for name, parameter in parameters.items()}
         copies = {}
-        for name, part in parts.items():
-            ordered, is_in_file = part, addresses[name] == in_file.get(name)
+        for name, parameter in parameters.items():
+            part = ordered = parameter.detach()
             if isinstance(module, QuantizedWeight):
                 ordered = module.format.to_kernel_layout(name, part)
-                is_in_file &= module.checkpoint_dtype(name) == part.dtype
-            copies[name] = _copy(part, ordered, is_in_file=is_in_file)
-        return cls(module, addresses, copies)
+            copies[name] = memory.in_large_pages(ordered).view(part.shape)
+        return cls(module, in_file, states, copies)
 
     def put(self) -> None:
-        """Into the places of the module's own, unless these have moved."""
+        """Into the places of the module's own, unless one of these has been replaced or written to. Interrupted, it may
+        be called again."""
         parameters = {name: self.module._parameters.get(name) for name in self.copies}
-        if any(p is None or p.data_ptr() != self.addresses[name] for name, p in parameters.items()):
-            return
+        waiting: dict[str, nn.Parameter] = {}
         for name, parameter in parameters.items():
-            assert parameter is not None
+            if parameter is not None and parameter.data_ptr() == self.copies[name].data_ptr():
+                continue
+            if parameter is None or _state(parameter) != self.states[name]:
+                return
+            waiting[name] = parameter
+        left = []
+        for name, parameter in waiting.items():
+            if self.states[name] == self.in_file.get(name) and self._is_as_in_file(name, parameter):
+                left.append(parameter.detach())
             parameter.data = self.copies[name]
         if isinstance(self.module, QuantizedWeight):
             self.module.keeps_checkpoint_layout, self.module.in_kernel_layout = False, True
+        for part in left:  # what was copied makes room in the system's memory
+            memory.drop(part, from_cache=True)
 
-
-def _copy(part: Tensor, ordered: Tensor, *, is_in_file: bool) -> Tensor:
-    """In large pages. What was copied makes room in the system's memory."""
-    if is_in_file:
-        return memory.copied_from_file(part, ordered, from_cache=True)
-    return memory.in_large_pages(ordered).view(part.shape)
+    def _is_as_in_file(self, name: str, parameter: Tensor) -> bool:
+        return not isinstance(self.module, QuantizedWeight) or self.module.checkpoint_dtype(name) == parameter.dtype
 
 
 class FirstUse:
     """A hook before the first forward of a module: copies of weights that it needs take their places.
 
     Args:
-        weights: modules, and where their parameters are in memory, by name.
+        weights: modules, and the state of their parameters by name.
         hooks: of all modules, in the order in which they compute, to be filled by the caller: when these copies are
             there, those of the next are begun.
     """
 
     handle: RemovableHandle
 
-    def __init__(self, weights: Mapping[nn.Module, Mapping[str, int]], hooks: Sequence[FirstUse]) -> None:
+    def __init__(self, weights: Mapping[nn.Module, Mapping[str, _State]], hooks: Sequence[FirstUse]) -> None:
         self._weights, self._hooks = weights, hooks
         self._copied: list[_Copied] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        _all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model: what is under way is not theirs."""
@@ -113,8 +129,15 @@ class FirstUse:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+        _all.add(self)
+
+    def after_fork(self) -> None:
+        """In a child, which has none of the threads: of them, and of what holds the lock."""
+        self._lock, self._thread = threading.Lock(), None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():  # weights compute where they are
+            return
         with self._lock:
             if not self._weights:  # another thread was first
                 return
@@ -134,7 +157,7 @@ class FirstUse:
 
     def begin(self) -> None:
         """Copy, in a thread."""
-        thread = threading.Thread(target=self._copy, daemon=True)
+        thread = threading.Thread(target=self._try_to_copy, daemon=True)
         try:
             thread.start()
         except RuntimeError:  # no more threads: copies are made when they are needed
@@ -145,3 +168,19 @@ class FirstUse:
         with torch.inference_mode(False):
             read_ahead(module.get_parameter(name) for module, names in self._weights.items() for name in names)
             self._copied = [_Copied.of(*weight) for weight in self._weights.items()]
+
+    def _try_to_copy(self) -> None:
+        with suppress(Exception):  # it is tried again by whoever needs the copies
+            self._copy()
+
+
+_all: weakref.WeakSet[FirstUse] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for hook in list(_all):
+        hook.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

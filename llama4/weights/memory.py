@@ -45,10 +45,16 @@ class _Regions:
     """Tensors one after the other in regions of large pages; a region is unmapped when its last tensor is freed."""
 
     def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+        self._begins: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+    def _renew(self) -> None:
+        """In a child of a fork, too: no thread is there that would give the lock back, or finish a region."""
         self._lock = threading.Lock()
         self._region: mmap.mmap | None = None
         self._next = 0
-        self._begins: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
     def contains(self, tensor: Tensor) -> bool:
         begin = tensor.data_ptr()

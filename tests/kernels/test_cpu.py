@@ -77,6 +77,12 @@ class TestProducts:
         x_scale = x.float().abs().amax(1, keepdim=True) / 448
         rounded = (x.float() / x_scale).to(torch.float8_e4m3fn).double() * x_scale.double()
         assert close(cpu.linear_quantized("fp8", x, codes, scale), rounded @ weight.mT)
+        whole = cpu.linear_quantized("fp8", x, codes, scale)
+        for value in (torch.nan, torch.inf, -torch.inf):  # the row's alone
+            x[rows // 2, 300] = value
+            y = cpu.linear_quantized("fp8", x, codes, scale)
+            assert y[rows // 2].isnan().all()
+            assert torch.equal(y[: rows // 2], whole[: rows // 2])
 
     @pytest.mark.parametrize(("inputs", "group_size"), [(576, 32), (576, 64), (576, 96), (768, 128), (768, 256)])
     def test_int4(self, rows: int, dtype: torch.dtype, inputs: int, group_size: int, outputs: int) -> None:

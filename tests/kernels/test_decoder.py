@@ -175,6 +175,19 @@ def test_quantized_caches(model: Llama4Model, step: list[tuple[int, int]], cache
     assert_close(model, fused(model, step, cache)[0], truth, quantized_cache=True)
 
 
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+@torch.inference_mode()
+def test_nan_is_written_as_nan(model: Llama4Model, cache_dtype: str) -> None:
+    cache, token = filled(model, [(30, 1)], cache_dtype), ids_of(0, 30, 1)
+    embedding = model.language_model.model.embed_tokens.weight
+    before = embedding[token].clone()
+    embedding[token] = torch.nan
+    fused(model, [(30, 1)], cache)
+    embedding[token] = before
+    for held in next(cache.layers[0].read(0, 31, torch.float32, torch.device("cpu"))):  # [K, S, C]
+        assert held[:, 30].isnan().all() and not held[:, :30].isnan().any()
+
+
 @torch.inference_mode()
 def test_logits_of_some_tokens(model: Llama4Model) -> None:
     step = STEPS["sixteen sequences of four"]

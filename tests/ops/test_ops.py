@@ -108,6 +108,7 @@ class TestEitherWay:
         y = linear.linear_of_tower(x, weight, added)
         assert y.dtype == dtype
         assert close(y, truth)
+        assert close(linear.linear_of_tower(x[0, 0], weight, added), truth[0, 0])
         assert bool(called) == (way == "kernels" and dtype == torch.bfloat16 and inputs == 64)
 
     @pytest.mark.parametrize("past", [0, 1, 300])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import mmap
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,103 @@ def test_what_was_replaced_before_it_is_copied_keeps_its_values(packed: Path, mo
     result = logits(llm)
     assert torch.equal(own, first)
     assert torch.equal(result, logits(larger_than_memory(packed, monkeypatch)))
+
+
+@linux
+@needs_kernels
+@pytest.mark.parametrize("when", ["before it is copied", "before it is used"])
+def test_what_was_written_to_in_place_counts(packed: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    monkeypatch.setattr(first_use.FirstUse, "begin", first_use.FirstUse._copy)  # when a thread would begin, at once
+    whole = Llama4.from_pretrained(packed, dtype="bfloat16", progress=False)
+    llm = larger_than_memory(packed, monkeypatch)
+    doubled = {"weight_scale": query_of(llm, 1).part("weight_scale") * 2}
+
+    def change(model: Llama4) -> None:
+        query_of(model, 1).load_state_dict(doubled, strict=False)
+
+    change(whole)
+    if when == "before it is copied":
+        change(llm)
+    else:
+        attention(llm, 0).register_forward_hook(lambda *_: change(llm))
+    assert torch.equal(logits(llm), logits(whole))
+
+
+@linux
+@needs_kernels
+def test_what_was_written_to_in_place_outlives_copies_that_are_lost(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of a file's memory map are dropped when copies have taken their places, and not before."""
+    llm = larger_than_memory(packed, monkeypatch)
+    hooks = [hook for module in llm.model.modules() for hook in module._forward_pre_hooks.values()]
+    own = [hook for hook in hooks if isinstance(hook, first_use.FirstUse)]
+    weight = query_of(llm, 1)
+    with torch.no_grad():
+        weight.part("weight_packed").bitwise_xor_(0x11)
+    changed = weight.part("weight_packed").clone()
+    for hook in own:
+        hook._copy()
+        hook._copied = None
+    assert torch.equal(weight.part("weight_packed"), changed)
+
+
+@linux
+@needs_kernels
+def test_interrupted_when_copies_are_put(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logits(larger_than_memory(packed, monkeypatch))
+    llm = larger_than_memory(packed, monkeypatch)
+    put = first_use._Copied.put
+
+    def interrupted(copied: first_use._Copied) -> None:
+        monkeypatch.setattr(first_use._Copied, "put", put)
+        name, values = next(iter(copied.copies.items()))
+        copied.module.get_parameter(name).data = values
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_use._Copied, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits(llm)
+    assert torch.equal(logits(llm), first)
+
+
+@linux
+@needs_kernels
+def test_a_fork_while_copies_are_made(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child has no thread that would make them, or give a lock back."""
+    llm = larger_than_memory(packed, monkeypatch)
+    hooks = [hook for module in llm.model.modules() for hook in module._forward_pre_hooks.values()]
+    held = [hook for hook in hooks if isinstance(hook, first_use.FirstUse)]
+    assert held
+    for hook in held:
+        hook._lock.acquire()
+    memory._regions._lock.acquire()
+    child = os.fork()
+    if not child:
+        logits(llm)
+        os._exit(0)
+    memory._regions._lock.release()
+    for hook in held:
+        hook._lock.release()
+    deadline = time.monotonic() + 60
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+    assert done == (child, 0)
+
+
+@linux
+@needs_kernels
+@pytest.mark.parametrize("is_used", [False, True])
+def test_compiled(packed: Path, monkeypatch: pytest.MonkeyPatch, is_used: bool) -> None:
+    llm = larger_than_memory(packed, monkeypatch)
+    if is_used:
+        logits(llm)
+    compiled = torch.compile(llm.model, backend="eager")
+    with torch.inference_mode():
+        result = compiled(torch.arange(20)[None])
+    assert torch.allclose(result, logits(llm), rtol=0, atol=0.05)
 
 
 @linux

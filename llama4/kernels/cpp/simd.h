@@ -285,15 +285,17 @@ inline f32x16 round_to_e4m3(f32x16 x) {
   return (f32x16)((u32x16)min(y, f32x16{} + max_e4m3) | (bits & 0x80000000u));
 }
 
-// A row of I numbers, divided by a scale so that the largest magnitude is 448, and rounded to e4m3. -> the scale
+// A row of I numbers, divided by a scale so that the largest magnitude is 448, and rounded to e4m3. -> the scale, which
+// is NaN if one of them is NaN or infinite.
 template <class X, class To>
 float quantize_row_e4m3(const X* x, long I, To* to) {
-  f32x16 most{};
+  f32x16 most{}, nothing{};
   for (long i = 0; i < I; i += lanes) {
     f32x16 v = load_floats(x + i);
     most = max(most, max(v, -v));
+    nothing += v - v;
   }
-  const float scale = horizontal_max(most) > 0 ? horizontal_max(most) / max_e4m3 : 1;
+  const float scale = (horizontal_max(most) > 0 ? horizontal_max(most) / max_e4m3 : 1) + horizontal_sum(nothing);
   for (long i = 0; i < I; i += lanes) store_floats(to + i, round_to_e4m3(load_floats(x + i) / scale));
   return scale;
 }

@@ -178,14 +178,18 @@ def test_quantized_caches(model: Llama4Model, step: list[tuple[int, int]], cache
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
 @torch.inference_mode()
 def test_nan_is_written_as_nan(model: Llama4Model, cache_dtype: str) -> None:
-    cache, token = filled(model, [(30, 1)], cache_dtype), ids_of(0, 30, 1)
-    embedding = model.language_model.model.embed_tokens.weight
-    before = embedding[token].clone()
-    embedding[token] = torch.nan
+    """Where one scale is of all numbers of a head, none of them is left."""
+    cache = filled(model, [(30, 1)], cache_dtype)
+    index = next(i for i, layer in enumerate(cache.layers) if layer.format.scaled)
+    of_values = model.get_submodule(f"language_model.model.layers.{index}.self_attn.v_proj")
+    factors = next(each for each in of_values.parameters() if each.is_floating_point())
+    before = factors.clone()
+    factors[5] = torch.nan
     fused(model, [(30, 1)], cache)
-    embedding[token] = before
-    for held in next(cache.layers[0].read(0, 31, torch.float32, torch.device("cpu"))):  # [K, S, C]
-        assert held[:, 30].isnan().all() and not held[:, :30].isnan().any()
+    factors.copy_(before)
+    keys, values = next(cache.layers[index].read(0, 31, torch.float32, torch.device("cpu")))  # [K, S, C]
+    assert not keys.isnan().any() and not values[:, :30].isnan().any()
+    assert values[:, 30].isnan().all(dim=1).tolist() == values[:, 30].isnan().any(dim=1).tolist() == [True, False]
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ and a half. All pages are rendered afterwards (figures.py).
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -82,4 +83,8 @@ def main(directory: str, names: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIRECTORY")
+    parser.add_argument("runs", metavar="RUN", nargs="*", default=[])
+    options = parser.parse_args()
+    main(options.directory, options.runs)

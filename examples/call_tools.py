@@ -4,8 +4,8 @@ give a Llama 4 Instruct.
 python examples/call_tools.py [MODEL] [QUESTION]
 """
 
+import argparse
 import json
-import sys
 from typing import Any
 
 from llama4 import Llama4
@@ -25,9 +25,13 @@ def get_weather(city: str) -> dict[str, Any]:
     return {"city": city, "sky": "clear", "celsius": 21}
 
 
-llm = Llama4.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny")
-question = sys.argv[2] if len(sys.argv) > 2 else "Do I need an umbrella in Zürich?"
-messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", metavar="MODEL", nargs="?", default="tiny")
+parser.add_argument("question", metavar="QUESTION", nargs="?", default="Do I need an umbrella in Zürich?")
+args = parser.parse_args()
+
+llm = Llama4.from_pretrained(args.model)
+messages: list[dict[str, Any]] = [{"role": "user", "content": args.question}]
 while (reply := llm.chat(messages, tools=[TOOL], max_new_tokens=200)).tool_calls:
     calls = [call.to_openai() for call in reply.tool_calls]
     messages.append({"role": "assistant", "content": reply.text, "tool_calls": calls})

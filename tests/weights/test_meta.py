@@ -491,7 +491,10 @@ class TestCommand:
         assert "exists already" in capsys.readouterr().err
         assert (tmp_path / "used" / "file").read_text() == "mine"
         assert main(["convert", "tiny", str(tmp_path / "meta"), "--to", "meta"]) == 1  # head_dim is not D / H
-        assert "head_dim = 64" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "no field for head_dim = 64 (it would be read as 48)" in said
+        assert "rope_scaling's original_max_position_embeddings = 512 (it would be read as 8192)" in said
+        assert "RopeScaling(" not in said and "write Hugging Face's layout (hf) or GGUF" in said
         assert main(["convert", str(tmp_path / "used"), str(tmp_path / "used"), "--to", "hf"]) == 1
         assert "is the source itself" in capsys.readouterr().err
         assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x"), "--to", "hf"]) == 1

@@ -82,23 +82,22 @@ def write_gguf(
 
 
 def differences(config: Llama4Config) -> list[str]:
-    """In what llama.cpp would compute a model otherwise than this library within its window, in words."""
+    """What llama.cpp assumes, in words, that is otherwise in this model and would show within its window."""
     text, layers = config.text, range(config.text.num_hidden_layers)
     if config.family != "llama4":
         slides = text.sliding_window is not None and text.sliding_window < text.max_position_embeddings
-        return ["its tokens see all before them, however many"] if slides else []
+        return [f"that tokens see all before them, not the last {text.sliding_window}"] if slides else []
     window, chunks = text.max_position_embeddings, {text.window(i) for i in layers if text.uses_rope(i)}
+    own, fixed = _growth(text, window), _TEMPERATURE if _TEMPERATURE[1] <= window else None
     others = {
-        "it refuses models without experts": text.num_local_experts == 0,
-        f"its chunk is {_CHUNK} tokens, not {text.attention_chunk_size}": any(
+        "experts in every model": text.num_local_experts == 0,
+        f"chunks of {_CHUNK} tokens, not {text.attention_chunk_size or 'of all'}": any(
             min(chunk or window, window) != min(_CHUNK, window) for chunk in chunks
         ),
-        f"its temperature grows by {_TEMPERATURE[0]} after {_TEMPERATURE[1]} tokens": _growth(text, window)
-        != (_TEMPERATURE if _TEMPERATURE[1] <= window else None),
-        "every fourth of its layers is without RoPE": text.no_rope_layers
-        != tuple(int((i + 1) % 4 != 0) for i in layers),
-        "it norms queries and keys unless experts are 128": text.use_qk_norm != (text.num_local_experts != 128),
-        "its attention has no bias": text.attention_bias,
+        f"a temperature that {_growth_text(fixed)}, not one that {_growth_text(own)}": own != fixed,
+        "every fourth layer without RoPE": text.no_rope_layers != tuple(int((i + 1) % 4 != 0) for i in layers),
+        "norms of queries and keys unless experts are 128": text.use_qk_norm != (text.num_local_experts != 128),
+        "attention without biases": text.attention_bias,
     }
     return [words for words, differs in others.items() if differs]
 
@@ -112,6 +111,10 @@ def _growth(text: TextConfig, window: int) -> tuple[float, int] | None:
     """By how much the temperature grows after how many tokens; None where it does not within the window."""
     grows = text.attn_temperature_tuning and text.attn_scale != 0 and text.floor_scale <= window
     return (text.attn_scale, text.floor_scale) if grows else None
+
+
+def _growth_text(growth: tuple[float, int] | None) -> str:
+    return "stays" if growth is None else f"grows by {growth[0]} from {growth[1]} tokens on"
 
 
 def _check_expressible(config: Llama4Config) -> None:

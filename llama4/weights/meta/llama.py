@@ -9,11 +9,18 @@ from typing import Any
 
 from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.config.typed import section
-from llama4.errors import CheckpointError, ConfigError, Llama4Error
+from llama4.errors import ConfigError, Llama4Error
 from llama4.reading import read_json
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA3, LLAMA3_RANKS, SENTENCEPIECE
-from llama4.weights.meta.params import PARAMS_FILE, DecoderParams, dense_width, read_object
+from llama4.weights.meta.params import (
+    PARAMS_FILE,
+    DecoderParams,
+    check_nothing_is_lost,
+    dense_width,
+    lost_fields,
+    read_object,
+)
 
 _LLAMA4 = ("moe_args", "vision_args", "nope_layer_interval", "attention_chunk_size", "use_qk_norm", "ffn_exp")
 """Fields that only Llama 4's files have."""
@@ -135,7 +142,5 @@ def params_from_config(config: Llama4Config) -> dict[str, Any]:
     ours = {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "intermediate_size"}
     ours |= {"moe_layers", "interleave_moe_layer_step", "no_rope_layer_interval"}
     names = [name for name in TextConfig.__dataclass_fields__ if name not in ours]
-    lost = [f"{name} = {getattr(text, name)}" for name in names if getattr(text, name) != getattr(back, name)]
-    if lost:
-        raise CheckpointError(f"Meta's params.json has no field for {', '.join(lost)}; keep Hugging Face's layout")
+    check_nothing_is_lost(lost_fields(text, back, names))
     return params

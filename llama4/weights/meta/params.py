@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,18 +294,38 @@ def _check_expressible(config: Llama4Config, params: Mapping[str, Any]) -> None:
     ours, back = config.text, whole.text
     plain = {"layer_types", "interleave_moe_layer_step", "no_rope_layer_interval", "bos_token_id", "eos_token_id"}
     names = [name for name in TextConfig.__dataclass_fields__ if name not in plain | {"pad_token_id"}]
-    lost = [name for name in names if getattr(ours, name) != getattr(back, name)]
     has_experts, has_dense = _kinds_of_layers(ours)
     unused = {"tie_word_embeddings"}  # the head is written out
     unused |= set() if has_experts else {"intermediate_size"}
     unused |= set() if has_dense else {"intermediate_size_mlp"}
-    lost = [name for name in lost if name not in unused]
+    lost = lost_fields(ours, back, [name for name in names if name not in unused])
     windows = [ours.window(i) for i in range(ours.num_hidden_layers)]
     if windows != [back.window(i) for i in range(ours.num_hidden_layers)]:
-        lost.append("layer_types")
-    values = [f"{name} = {getattr(ours, name)}" for name in lost]
+        lost += lost_fields(ours, back, ["layer_types"])
     if config.vision is not None:
-        pairs = zip(vars(config.vision).items(), vars(whole.vision).values(), strict=True)
-        values += [f"vision's {name} = {value}" for (name, value), there in pairs if value != there]
-    if values:
-        raise CheckpointError(f"Meta's params.json has no field for {', '.join(values)}; keep Hugging Face's layout")
+        lost += lost_fields(config.vision, whole.vision, list(vars(config.vision)), "vision's ")
+    check_nothing_is_lost(lost)
+
+
+def lost_fields(ours: object, back: object, names: Sequence[str], of: str = "") -> list[str]:
+    """In words, the fields of a configuration that were read back otherwise; of an object in it, its fields."""
+    lost = []
+    for name in names:
+        value, read = getattr(ours, name), getattr(back, name)
+        if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(read):
+            lost += lost_fields(value, read, [field.name for field in dataclasses.fields(value)], f"{of}{name}'s ")
+        elif value != read:
+            is_long = isinstance(value, tuple)  # a value for each layer
+            lost.append(f"{of}{name}" + ("" if is_long else f" = {value} (it would be read as {read})"))
+    return lost
+
+
+def check_nothing_is_lost(lost: Sequence[str]) -> None:
+    """Raises:
+    CheckpointError: something is, of `lost_fields`.
+    """
+    if lost:
+        raise CheckpointError(
+            f"Meta's layout cannot hold this model; its params.json has no field for {', '.join(lost)}: "
+            "write Hugging Face's layout (hf) or GGUF"
+        )

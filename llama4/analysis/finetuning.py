@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from llama4.adapters.config import LoraConfig, target_of
 from llama4.adapters.lora import Adapter
@@ -28,6 +29,7 @@ from llama4.errors import ArgumentError
 from llama4.families.names import HEAD
 from llama4.model.device import DTYPES
 from llama4.model.multimodal import Llama4Model
+from llama4.progress import Bar
 from llama4.train.memory import (
     PROBES,
     Estimate,
@@ -44,6 +46,8 @@ from llama4.units import bytes_text, count_text, time_text
 METHODS = ("lora", "qlora", "full")
 NARROWEST = 64
 """The most by which widths are divided for the forwards that are counted."""
+MIN_TOKENS = 2
+"""Of an example: the second is learnt."""
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward pass for one of its forward: five products for two (Dao 2023, "FlashAttention-2",
 section 4.1)."""
@@ -73,8 +77,10 @@ class Training:
     def __post_init__(self) -> None:
         if pictures := {"vision", "projector"} & set(self.lora.targets):
             raise ArgumentError(f"target {min(pictures)!r}: pictures are not planned; leave it out")
-        if min(self.batch_tokens, self.length) < 2:
-            raise ArgumentError(f"a batch of {self.batch_tokens} tokens in examples of {self.length}; give at least 2")
+        if min(self.batch_tokens, self.length) < MIN_TOKENS:
+            raise ArgumentError(
+                f"a batch of {self.batch_tokens} tokens in examples of {self.length}; give at least {MIN_TOKENS}"
+            )
 
 
 def adapter_shapes(text: TextConfig, lora: LoraConfig) -> dict[str, tuple[int, int, int, int]]:
@@ -112,23 +118,40 @@ def _largest(text: TextConfig, training: Training) -> int:
     return max(E * r * max(inputs, outputs) for E, r, inputs, outputs in adapter_shapes(text, training.lora).values())
 
 
-def activations(text: TextConfig, training: Training, dtype: str) -> dict[bool, tuple[int, int]]:
-    """Bytes that are kept of a batch, and bytes of a layer that is computed again: for False without gradient
-    checkpointing, for True with it."""
-    factor = _divisor(text)
-    factors = sorted({factor, max(1, factor // 2)}, reverse=True)
-    found = [[_kept(text, training, dtype, f, probe) for probe in PROBES] for f in factors]
+@dataclass(frozen=True)
+class Activations:
+    """What autograd keeps of a batch, counted in small forwards of narrow models.
 
-    def at_full_width(size: Callable[[Kept], int]) -> int:
-        narrow, *wider = (along_line(size(small), size(large), training.batch_tokens) for small, large in found)
-        if not wider:
-            return narrow
-        return round(narrow + (factor - 1) * (wider[0] - narrow))  # a + b / f, of which the difference is b / f
+    Attributes:
+        factor: the most by which widths were divided.
+        counted: of a model so narrow, and if it is more than 1 of one twice as wide, at the two `PROBES`.
+    """
 
-    def both(recomputed: bool) -> tuple[int, int]:
+    factor: int
+    counted: tuple[tuple[Kept, Kept], ...]
+
+    def of(self, tokens: int, recomputed: bool) -> tuple[int, int]:
+        """Bytes that are kept of a batch, and bytes of a layer that is computed again, with gradient checkpointing."""
+
+        def at_full_width(size: Callable[[Kept], int]) -> int:
+            narrow, *wider = (along_line(size(small), size(large), tokens) for small, large in self.counted)
+            if not wider:
+                return narrow
+            return round(narrow + (self.factor - 1) * (wider[0] - narrow))  # a + b / f, the difference is b / f
+
         return at_full_width(lambda of: of.total(recomputed)), at_full_width(lambda of: of.layer(recomputed))
 
-    return {recomputed: both(recomputed) for recomputed in (False, True)}
+
+def count_activations(text: TextConfig, training: Training, dtype: str) -> Activations:
+    factor = _divisor(text)
+    factors = sorted({factor, max(1, factor // 2)}, reverse=True)
+    with Bar("counting activations", len(factors) * len(PROBES), "steps") as bar:
+
+        def kept(factor: int, tokens: int) -> Kept:
+            with bar.step(1):
+                return _kept(text, training, dtype, factor, tokens)
+
+        return Activations(factor, tuple((kept(f, PROBES[0]), kept(f, PROBES[1])) for f in factors))
 
 
 def _divisor(text: TextConfig) -> int:
@@ -151,7 +174,8 @@ def _kept(text: TextConfig, training: Training, dtype: str, factor: int, tokens:
     # the first layer is one of its own: nothing that comes before it is trained
     chosen = [0, *(kinds.index(kind, 1) for kind in dict.fromkeys(kinds[1:]))]
     model = Llama4Model(_narrow(text, factor, chosen)).to(DTYPES[dtype])
-    model.init_weights()
+    for name, parameter in model.named_parameters():  # what is kept depends on where tokens go, and not on values
+        (nn.init.normal_ if name.endswith(("embed_tokens.weight", "router.weight")) else nn.init.zeros_)(parameter)
     model.requires_grad_(training.method == "full")
     if training.method == "full":
         kept = kept_bytes(model, dict(model.named_parameters()), tokens)
@@ -210,7 +234,7 @@ def needs(placement: Placement, training: Training, kept: tuple[int, int]) -> Ne
     """What a device needs.
 
     Args:
-        kept: of `activations`.
+        kept: of `Activations`.
     """
     config, N = placement.config, placement.devices
     text, size = config.text, getattr(torch, placement.dtype).itemsize
@@ -255,6 +279,16 @@ def fewest_devices(placement: Placement, training: Training, kept: tuple[int, in
     return None
 
 
+def fitting_batch(placement: Placement, training: Training, activations: Activations, recomputed: bool) -> int | None:
+    """Tokens of a batch that fits on each of these devices, halved until it does; None if none does."""
+    tokens = training.batch_tokens
+    while tokens >= MIN_TOKENS:
+        if fits(placement, replace(training, batch_tokens=tokens), activations.of(tokens, recomputed)):
+            return tokens
+        tokens //= 2
+    return None
+
+
 def flops_per_token(text: TextConfig, training: Training, recomputed: bool) -> tuple[float, float]:
     """FLOPs of products and of attention of a token of a step.
 
@@ -283,10 +317,11 @@ def tokens_per_second(placement: Placement, training: Training, recomputed: bool
 
 def describe(name: str, placement: Placement, training: Training, rates: Rates) -> dict[str, Any]:
     """The figures of `llama4 plan --finetune`, ready for JSON; bytes, tokens, seconds."""
-    kept = activations(placement.config.text, training, placement.dtype)
+    activations = count_activations(placement.config.text, training, placement.dtype)
     ways = {}
     for recomputed, word in ((False, "plain"), (True, "gradient_checkpointing")):
-        need = needs(placement, training, kept[recomputed])
+        kept = activations.of(training.batch_tokens, recomputed)
+        need = needs(placement, training, kept)
         batch = need.training
         ways[word] = {
             "bytes_per_device": {
@@ -299,8 +334,9 @@ def describe(name: str, placement: Placement, training: Training, rates: Rates) 
                 "step": batch.step,
                 "total": int(need.total),
             },
-            "fits": fits(placement, training, kept[recomputed]),
-            "fewest_devices": fewest_devices(placement, training, kept[recomputed]),
+            "fits": fits(placement, training, kept),
+            "fewest_devices": fewest_devices(placement, training, kept),
+            "fitting_batch_tokens": fitting_batch(placement, training, activations, recomputed),
             "tokens_per_second": tokens_per_second(placement, training, recomputed, rates),
         }
     lora = training.lora
@@ -358,14 +394,23 @@ def table(facts: Mapping[str, Any]) -> str:
     lines.append(
         row(f"of {usable_text} per device", ["fits" if way["fits"] else "DOES NOT FIT" for way in ways.values()])
     )
-    fewest = [way["fewest_devices"] for way in ways.values()]
-    lines.append(row("fewest devices (1, 2, 4, ...)", [f"{n:,}" if n else "no number" for n in fewest]))
+    fewest, batches = ([way[key] for way in ways.values()] for key in ("fewest_devices", "fitting_batch_tokens"))
+    lines.append(
+        row("fewest devices (1, 2, ...), this batch on each", [f"{n:,}" if n else "no number" for n in fewest])
+    )
+    is_short = not all(way["fits"] for way in ways.values())
+    if is_short:
+        lines.append(row("a batch that fits, halved until it does", [f"{n:,}" if n else "none" for n in batches]))
     speeds = [way["tokens_per_second"] for way in ways.values()]
     lines.append(row("tokens a second, of all", [f"{speed:,.0f}" for speed in speeds]))
     lines.append(row("a million tokens", [time_text(1e6 / speed) for speed in speeds]))
     lines += textwrap.wrap(
         f"  rates             {facts['rates']}", 110, subsequent_indent=" " * 20, break_on_hyphens=False
     )
+    if is_short:
+        lines.append(
+            "  more devices      share weights and what is trained; activations are of a batch that each has to itself"
+        )
     lines.append(f"  not counted       {'what the devices tell each other; ' if devices > 1 else ''}pictures")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from llama4.config import PRESETS, TextConfig
 from llama4.errors import ArgumentError
 from llama4.model.device import DTYPES
 from llama4.model.multimodal import Llama4Model
-from llama4.train.memory import code_bytes, estimate
+from llama4.train.memory import Kept, code_bytes, estimate
 from tests import small_model
 
 GIB = 2**30
@@ -81,12 +81,13 @@ def test_activations_of_narrow_models_are_those_of_the_whole(method: str, dtype:
         adapter = Adapter.create(model, how.lora).train()
         adapter.attach(model)
         trained = dict(adapter.named_parameters())
-    found = finetuning.activations(TINY, how, dtype)
-    for recomputed, (kept, layer) in found.items():
+    found = finetuning.count_activations(TINY, how, dtype)
+    for recomputed in (False, True):
+        kept, layer = found.of(1000, recomputed)
         whole = estimate(model, trained, 1000, recomputed=recomputed)
         assert kept == pytest.approx(whole.activations - code_bytes(model, trained), rel=1e-3)
         assert layer == pytest.approx(whole.layer, rel=1e-3)
-    assert found[True][0] < 0.3 * found[False][0]
+    assert found.of(1000, True)[0] < 0.3 * found.of(1000, False)[0]
     assert sum(p.numel() for p in trained.values()) == finetuning.num_trained(model.config, how)
 
 
@@ -98,6 +99,18 @@ def test_the_fewest_devices_are_the_first_that_fit() -> None:
         assert finetuning.fits(placed(weights=weights, devices=fewest), how, kept)
         assert fewest == 1 or not finetuning.fits(placed(weights=weights, devices=fewest // 2), how, kept)
     assert finetuning.fewest_devices(placed(), training(), (80 * GIB, 0)) is None
+
+
+def test_a_batch_fits_where_more_devices_are_of_no_use() -> None:
+    """Activations are of each device's own batch: half of it takes half of them, a second device nothing."""
+    how, kept = training(), Kept(layers=[0], head=0)
+    each = 20 * GIB // 1024  # bytes of a token: 80 GiB of 4096, of which 2 or 1 fit beside the weights' share
+    counted = finetuning.Activations(1, ((replace(kept, outside=64 * each), replace(kept, outside=192 * each)),))
+    assert counted.of(4096, False) == (80 * GIB, 0)
+    assert finetuning.fewest_devices(placed(), how, counted.of(4096, False)) is None
+    assert finetuning.fitting_batch(placed(), how, counted, False) == 2048
+    assert finetuning.fitting_batch(placed(devices=4), how, counted, False) == 1024
+    assert finetuning.fitting_batch(placed(devices=2), how, counted, False) is None
 
 
 def test_time_by_hand() -> None:

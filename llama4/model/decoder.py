@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         sizes = config.num_embeddings, config.hidden_size
-        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.randn(sizes))  # normal_ on meta imports torch.compile
+        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.empty(sizes))  # drawn on meta it imports sympy
         kinds = enumerate(config.layer_types or ())
         self.layers = nn.ModuleList(LAYERS[kind](config, i, experts) for i, kind in kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -12,11 +12,11 @@ from llama4.model.multimodal import Llama4Model
 before = set(sys.modules)
 with torch.device("meta"):
     Llama4Model(PRESETS["scout"]())
-print("torch._dynamo" in sys.modules.keys() - before)
+print({"torch._dynamo", "sympy"} & (sys.modules.keys() - before))
 """
 
 
 def test_torchs_compiler_is_not_imported() -> None:
-    """It takes a second or more, and the first answer waits for it."""
+    """Nor what it is built on: either takes a second or more, and the first answer waits for it."""
     done = subprocess.run([sys.executable, "-c", BUILD], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"

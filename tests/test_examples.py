@@ -7,6 +7,7 @@ import json
 import random
 import re
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,15 @@ def somewhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setitem(EMBEDDED, "tiny", small_model.write(tmp_path / "tiny"))
 
 
+def ignored(names: list[str]) -> list[str]:
+    """Those that git would not add to the repository; all where this is none."""
+    root = EXAMPLES.parent
+    if not (root / ".git").exists() or not names:
+        return names
+    done = subprocess.run(["git", "-C", str(root), "check-ignore", *names], capture_output=True, text=True)
+    return done.stdout.split()
+
+
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
@@ -46,6 +56,8 @@ def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         pytest.importorskip("ray")
     run(name, monkeypatch)
     assert capsys.readouterr().out.strip()
+    made = sorted(path.name for path in Path.cwd().iterdir() if path.name != "tiny")
+    assert ignored(made) == made
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *LARGER])

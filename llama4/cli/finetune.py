@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.cli.interrupts import INTERRUPTED
 from llama4.errors import ArgumentError
+from llama4.progress import starting
 from llama4.units import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ DATA = "what to learn: .jsonl, .jsonl.gz, .parquet, or a data set on the Hub, ow
 def add_parser(commands: Any) -> None:
     about = (
         "Train an adapter (or all weights) on JSON lines: messages, prompt and completion, instruction and output, "
-        "conversations, or text; dpo on prompt, chosen and rejected. Ctrl-C saves the state; --resume goes on from it, "
+        "conversations, or text; dpo on prompt, chosen and rejected. Such as "
+        '{"prompt": "Which colour has snow?", "completion": "White."} in a line. '
+        "Ctrl-C saves the state; --resume goes on from it, "
         "bit by bit."
     )
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
@@ -138,10 +141,11 @@ def add_teach_parser(commands: Any) -> None:
 
 
 def run_teach(options: argparse.Namespace) -> int:
-    from llama4.api import Llama4
-    from llama4.train import TrainingOptions
-    from llama4.train.data import load_dataset
-    from llama4.train.teacher import save_teacher
+    with starting():
+        from llama4.api import Llama4
+        from llama4.train import TrainingOptions
+        from llama4.train.data import load_dataset
+        from llama4.train.teacher import save_teacher
 
     given = {name: getattr(options, name) for name in READING if getattr(options, name) is not None}
     settings = TrainingOptions(**given)
@@ -160,8 +164,8 @@ def run_teach(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `TrainingOptions`."""
-    from llama4.train import LoraConfig
-
+    with starting():
+        from llama4.train import LoraConfig
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     lora = {name: getattr(options, name) for name in LORA if getattr(options, name) is not None}
     if "targets" in lora:
@@ -194,11 +198,12 @@ def run(options: argparse.Namespace) -> int:
     if options.merge and options.method in ALL_WEIGHTS:
         options.parser.error(f"--merge is for adapters; --method {options.method} writes a model")
     settings = settings_of(options)
-    from llama4.train import Run, TrainingOptions, finetune
-    from llama4.train.merge import write_merged
-    from llama4.train.report import read_metrics, write_card, write_curve
-    from llama4.weights import hub
-    from llama4.weights.directory import check_free
+    with starting():
+        from llama4.train import Run, TrainingOptions, finetune
+        from llama4.train.merge import write_merged
+        from llama4.train.report import read_metrics, write_card, write_curve
+        from llama4.weights import hub
+        from llama4.weights.directory import check_free
 
     if options.dry_run:
         show(Run(options.model, options.data, options.eval, TrainingOptions(**settings)))

@@ -12,6 +12,7 @@ from llama4.arguments import printable
 from llama4.cli.generate import read_stdin
 from llama4.cli.options import add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.progress import starting
 from llama4.reading import read_json, read_text
 
 if TYPE_CHECKING:
@@ -21,13 +22,16 @@ UNSAFE = 3
 """Exit code where a message is unsafe; 0 is safe, 1 and 2 are errors, as of every command."""
 
 
+GUARD = "a Llama Guard or Prompt Guard: directory, GGUF file or Hub id, such as meta-llama/Llama-Guard-3-1B"
+
+
 def add_parser(commands: Any) -> None:
     about = (
         "Ask a Llama Guard whether a prompt, or the response to it, is safe, or a Prompt Guard whether a text attacks "
         f"a model. Exit code: 0 safe, {UNSAFE} unsafe, 1 or 2 an error."
     )
     parser = commands.add_parser("moderate", help="ask a Llama Guard or Prompt Guard", description=about)
-    parser.add_argument("model", metavar="MODEL", help="a directory, a GGUF file or a Hub id")
+    parser.add_argument("model", metavar="MODEL", help=GUARD)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("text", nargs="?", metavar="TEXT", help="what a user says; - reads it from stdin")
     text.add_argument("--file", type=Path, metavar="FILE", help="the text of a file")
@@ -85,7 +89,8 @@ def _asked(options: argparse.Namespace, text: str) -> Moderation:
 
 def _is_prompt_guard(options: argparse.Namespace) -> bool:
     """Whether config.json says so; Meta's layout and GGUF have none."""
-    from llama4.weights import hub
+    with starting():
+        from llama4.weights import hub
 
     directory = hub.resolve(
         options.model,

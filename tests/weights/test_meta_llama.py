@@ -189,7 +189,7 @@ def test_what_metas_layout_cannot_say(tmp_path: Path) -> None:
     biased = LlamaFamily().write_config(config_from_params({"dim": 96, "n_layers": 2, "n_heads": 8}))
     from llama4.families.llama import read_config
 
-    with pytest.raises(CheckpointError, match="no field for attention_bias = True .it would be read as False"):
+    with pytest.raises(CheckpointError, match=r"no field for attention_bias = True \(it would be read as False\)"):
         params_from_config(read_config({**biased, "attention_bias": True}))
     (tmp_path / "params.json").write_text('{"dim": 96, "n_layers": 2}')
     with pytest.raises(ConfigError, match="lacks n_heads"):

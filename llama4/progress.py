@@ -79,15 +79,23 @@ class Bar:
         unit: "bytes", "tokens", "tiles" or "steps".
         shown: false shows nothing, nor does any bar that is opened inside.
         logged: where nobody sees it, what `describe` says is a line on stderr, now and then.
+        at_once: seen before anything is done, not after `DELAY`.
     """
 
     def __init__(
-        self, doing: str, total: float | None = None, unit: str = "", *, shown: bool = True, logged: bool = False
+        self,
+        doing: str,
+        total: float | None = None,
+        unit: str = "",
+        *,
+        shown: bool = True,
+        logged: bool = False,
+        at_once: bool = False,
     ) -> None:
         outer = _current.get()
         self.shown: bool = shown and (outer is None or outer.shown)
         self._bar: Any = None
-        self._settings = {"desc": doing, "total": total, **_UNITS[unit]}
+        self._settings = {"desc": doing, "total": total, "delay": 0 if at_once else DELAY, **_UNITS[unit]}
         self._is_logged = logged and self.shown and not has_display()
         self._opened = self._said = time.monotonic()
         self._at = self._begin = self._extent = 0.0
@@ -140,7 +148,7 @@ class Bar:
         if self.shown and has_display():
             from tqdm.auto import tqdm  # a notebook's, in a notebook
 
-            drawn: dict[str, Any] = {"delay": DELAY, "mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
+            drawn: dict[str, Any] = {"mininterval": INTERVAL, "miniters": 0, "smoothing": 0}
             self._bar = tqdm(**self._settings, **drawn, **_size(), leave=False)
             threading.Thread(target=self._tick, name="llama4-progress", daemon=True).start()
         return self
@@ -174,6 +182,12 @@ class Bar:
             with self._lock:
                 if not self._closed.is_set():
                     self._bar.update(0)
+
+
+def starting() -> Bar:
+    """Around the imports of a command: torch takes seconds. Seen at once, as the system loads libraries in one piece,
+    meanwhile nothing moves."""
+    return Bar("starting", shown="torch" not in sys.modules, at_once=True)
 
 
 def inner_bar(doing: str, total: float, unit: str) -> Bar:

@@ -352,3 +352,52 @@ def test_a_log_of_training_shows_its_loss(
 def test_importing_is_light() -> None:
     code = "import sys, llama4.progress, llama4.cli.main; sys.exit('tqdm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+STARTING = """
+import os, sys
+from llama4.cli.main import main
+from llama4.progress import Bar
+
+def enter(bar):
+    print(bar._settings["desc"], "torch" in sys.modules, flush=True)
+    os._exit(7)
+
+Bar.__enter__ = enter
+main(sys.argv[1:])
+"""
+
+
+def test_a_bar_may_be_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what it is around has done anything."""
+    monkeypatch.setattr(progress, "DELAY", 100)
+    with Terminal() as terminal, Bar("starting", at_once=True):
+        terminal.wait(lambda seen: b"starting: 00:00" in seen)
+    assert "starting: 00:00" in terminal.text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate hi",
+        "chat",
+        "serve tiny",
+        "info tiny",
+        "info --system",
+        "plan scout",
+        "moderate tiny hi",
+        "finetune tiny --data none.jsonl --output none",
+        "teach tiny --data none.jsonl --output none.safetensors",
+        "prune tiny none --data none.jsonl --layers 1",
+        "convert tiny none --to hf",
+        "merge tiny none none",
+        "quantize tiny none --scheme int4",
+        "bench generate tiny",
+    ],
+)
+def test_a_command_says_that_it_starts(command: str) -> None:
+    """The first bar is that of the imports, and before it nothing has taken long."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, *command.split()], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (7, "starting False\n")

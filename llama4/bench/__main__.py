@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from llama4.arguments import report
+from llama4.progress import starting
 
 BENCHES = {
     "generate": ("generate", "speed and memory of a model, beside other engines and the machine's roofline"),
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     module, _ = BENCHES[name]
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported: its profiler writes to stderr
     try:
-        code: int = import_module(f"llama4.bench.{module}").main(options)
+        with starting():
+            bench = import_module(f"llama4.bench.{module}")
+        code: int = bench.main(options)
         return code
     except (ValueError, OSError) as error:
         return report(error, as_json="--json" in options)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama4.ops import linear
+from llama4.progress import Bar
 from llama4.weights import memory
 
 
@@ -60,13 +61,14 @@ class PeakProbe:
         dtypes = dict.fromkeys((dtype, torch.float32)) if numbers.is_cpu else [dtype]
         ways = [way for kind in dtypes for way in _products(*torch.ones(2, size, size, dtype=kind, device=device))]
         seconds = {}
-        for way in ways:
-            try:
-                with self._in_threads():
-                    seconds[way] = _fastest(way, 1)
-            except RuntimeError:  # oneDNN's, of bfloat16 on a CPU without AVX512
-                if not numbers.is_cpu:
-                    raise
+        with Bar("measuring what this machine reaches", len(ways), "steps") as bar, self._in_threads():
+            for way in ways:
+                try:
+                    with bar.step(1):
+                        seconds[way] = _fastest(way, 1)
+                except RuntimeError:  # oneDNN's, of bfloat16 on a CPU without AVX512
+                    if not numbers.is_cpu:
+                        raise
         self._products = [way for way in seconds if seconds[way] < 1.5 * min(seconds.values())]
 
     @torch.inference_mode()

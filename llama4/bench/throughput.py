@@ -196,7 +196,10 @@ class _Session:
             if engines[name].programs is None:  # each of those warms up by itself
                 self.workers[name].call("seconds", task)
         llama4 = next(iter(self.workers.values()))
-        self.experts = {task: llama4.call("distinct_experts", task) for task in tasks if task.kind == "decode"}
+        decoding = [task for task in tasks if task.kind == "decode"]
+        self.experts = {
+            task: llama4.call("distinct_experts", task) for task in shown(decoding, lambda task: f"experts of {task}")
+        }
         has_picture = any(task.kind == "picture" for task in tasks)
         seen = {name for task, name in self.pairs if task.kind == "picture"} if has_picture else set()
         self._pictures = {n: w.call("picture_size") if n in seen else (0, 0) for n, w in self.workers.items()}

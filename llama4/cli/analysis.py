@@ -11,6 +11,7 @@ from llama4.arguments import printable
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.finetune import LORA, SETTINGS, parse_targets
 from llama4.cli.options import add_hub_options
+from llama4.progress import starting
 from llama4.quantization.schemes import SCHEMES
 
 MODEL = {
@@ -68,13 +69,15 @@ def run_info(options: argparse.Namespace) -> int:
     if options.system == bool(options.model):
         options.parser.error("give a model, or --system")
     if options.system:
-        from llama4.bench import machine
+        with starting():
+            from llama4.bench import machine
 
         system = machine.system()
         print(json.dumps(system, indent=2) if options.json else machine.table(system))
         return 0
-    from llama4.analysis.info import describe_model, find, table
-    from llama4.units import MIN_CONTEXT, parse_tokens
+    with starting():
+        from llama4.analysis.info import describe_model, find, table
+        from llama4.units import MIN_CONTEXT, parse_tokens
 
     model = find(options.model, options.revision, subfolder=options.subfolder)
     context = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
@@ -85,12 +88,13 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    from llama4 import units
-    from llama4.analysis import hardware, mapped_experts, planner
-    from llama4.analysis.info import read_config
-    from llama4.bench import calibration as cpu
-    from llama4.families import PRESETS
-    from llama4.tiny import EMBEDDED
+    with starting():
+        from llama4 import units
+        from llama4.analysis import hardware, mapped_experts, planner
+        from llama4.analysis.info import read_config
+        from llama4.bench import calibration as cpu
+        from llama4.families import PRESETS
+        from llama4.tiny import EMBEDDED
 
     if options.finetune:
         return run_plan_of_training(options)

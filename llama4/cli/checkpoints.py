@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.cli.options import add_hub_options
+from llama4.progress import starting
 from llama4.quantization.schemes import CALIBRATED, SCHEMES
 from llama4.reading import read_text
 from llama4.units import bytes_text
@@ -58,9 +59,10 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    from llama4.weights import hub
-    from llama4.weights.checkpoint import WRITTEN
-    from llama4.weights.convert import convert, convert_to_gguf
+    with starting():
+        from llama4.weights import hub
+        from llama4.weights.checkpoint import WRITTEN
+        from llama4.weights.convert import convert, convert_to_gguf
 
     is_file = options.target.lower().endswith(".gguf")
     if options.to == "gguf" and not is_file:
@@ -81,8 +83,9 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_merge(options: argparse.Namespace) -> int:
-    from llama4.train.merge import write_merged
-    from llama4.weights import hub
+    with starting():
+        from llama4.train.merge import write_merged
+        from llama4.weights import hub
 
     write_merged(
         hub.resolve(options.base, revision=options.revision, subfolder=options.subfolder),
@@ -94,8 +97,9 @@ def run_merge(options: argparse.Namespace) -> int:
 
 
 def run_quantize(options: argparse.Namespace) -> int:
-    from llama4.weights import hub
-    from llama4.weights.convert import quantize
+    with starting():
+        from llama4.weights import hub
+        from llama4.weights.convert import quantize
 
     if not options.shard_gb > 0:
         options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")

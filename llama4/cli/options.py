@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.interrupts import answered_soon
+from llama4.progress import starting
 from llama4.quantization.schemes import ACTIVATIONS, SCHEMES
 from llama4.text.chat_formats import CHAT_FORMATS
 from llama4.vision.limits import LIMITS
@@ -165,7 +166,8 @@ def loading_options_given(options: argparse.Namespace) -> list[str]:
 
 def load_model(options: argparse.Namespace) -> Llama4:
     with answered_soon():  # also of commands that answer Ctrl-C themselves afterwards
-        from llama4.api import Llama4
+        with starting():
+            from llama4.api import Llama4
 
         llm = Llama4.from_pretrained(options.model, **_arguments(options, FROM_PRETRAINED))
     if options.private_host:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama4.cli.finetune import READING
 from llama4.cli.options import add_hub_options
+from llama4.progress import starting
 
 
 def add_parser(commands: Any) -> None:
@@ -33,8 +34,9 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("say how many stay: --experts N, --layers N, or both")
     if options.merge and options.experts is None:
         options.parser.error("--merge is of the experts that go: --experts N says how many stay")
-    from llama4.train.prune import prune
-    from llama4.weights import hub
+    with starting():
+        from llama4.train.prune import prune
+        from llama4.weights import hub
 
     reading = {name: getattr(options, name) for name in ("batch_tokens", "max_length")}
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)

@@ -14,6 +14,7 @@ from llama4.arguments import PrintableFormatter
 from llama4.cli.options import FROM_PRETRAINED, add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import user_path
+from llama4.progress import starting
 
 
 def add_parser(commands: Any) -> None:
@@ -57,11 +58,12 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from llama4.serve.app import Server, Settings
-        from llama4.serve.engine import Engine
-        from llama4.serve.run import Address, listening_at
-        from llama4.serve.run import run as serve
-        from llama4.serve.settings import check_names
+        with starting():
+            from llama4.serve.app import Server, Settings
+            from llama4.serve.engine import Engine
+            from llama4.serve.run import Address, listening_at
+            from llama4.serve.run import run as serve
+            from llama4.serve.settings import check_names
     except ModuleNotFoundError as error:
         if str(error.name).startswith("llama4"):
             raise

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,21 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 needs_the_interpreter = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is running, or not needed")
 needs_the_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+def _replace_the_language_once() -> None:
+    """The interpreter puts its functions in the place of those of `triton.language` at each launch and at each call of a
+    function in a kernel, and looks through the whole language for them: longer than most kernels here compute."""
+    pytest.importorskip("triton")
+    from triton import language
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+
+
+if INTERPRETED:
+    _replace_the_language_once()
 
 
 def on_a_device(test: Callable[..., None]) -> Callable[..., None]:

@@ -28,8 +28,8 @@ needs_the_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter doe
 
 
 def _replace_the_language_once() -> None:
-    """The interpreter puts its functions in the place of those of `triton.language` at each launch and at each call of a
-    function in a kernel, and looks through the whole language for them: longer than most kernels here compute."""
+    """The interpreter puts its functions in the place of those of `triton.language` at each launch, and at each call of
+    a function in a kernel, and looks through the whole language for them: longer than most kernels here compute."""
     pytest.importorskip("triton")
     from triton import language
     from triton.runtime import interpreter

@@ -133,6 +133,7 @@ def many_strings() -> Iterator[str]:
         yield "".join(rng.choices(parts, k=rng.randint(1, 25)))
 
 
+@pytest.mark.no_cover
 def test_ten_thousand_strings_as_both_references(genuine: Tokenizer, reference: meta.Tokenizer) -> None:
     library = TikTokenConverter(str(GENUINE), pattern=reference.O200K_PATTERN, extra_special_tokens=[]).converted()
     strings = list(many_strings())
@@ -254,6 +255,7 @@ def test_a_million_blanks(genuine: Tokenizer) -> None:
         assert genuine.decode(genuine.encode(text)) == text
 
 
+@pytest.mark.no_cover
 def test_ten_megabytes_of_text(genuine: Tokenizer, reference: meta.Tokenizer) -> None:
     paragraph = "It was a bright cold day in April, and 13 clocks were striking.\n\nÜber 日本 \t " * 100
     text = paragraph * (10_000_000 // len(paragraph.encode()))

@@ -6,14 +6,18 @@ import importlib.util
 import os
 import signal
 import sys
-from collections import Counter
+import time
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
-MEASURED_CASES = 2
+MEASURED_SECONDS = 0.3
+MEASURED = defaultdict[str, float](float)
+"""Of each test, what its cases have taken of the processor's time in this process."""
 
 
 def _test_what_is_installed() -> None:
@@ -64,16 +68,19 @@ def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
-def measure_first_cases(items: list[pytest.Item]) -> None:
-    """What coverage costs: Python 3.11 runs three times longer under its tracer. Later cases of a test run without."""
-    cases = Counter[str]()
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        cases[test] += 1
-        if cases[test] > MEASURED_CASES:
-            item.add_marker("no_cover")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_what_reaches_a_stranger(items)
-    measure_first_cases(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Coverage is of a test's cases until they have taken a while: Python 3.11 runs three times longer under its
+    tracer, and later cases reach little else."""
+    test = item.nodeid.partition("[")[0]
+    if MEASURED[test] > MEASURED_SECONDS:
+        item.add_marker("no_cover")
+    begun = time.process_time()
+    try:
+        return (yield)
+    finally:
+        MEASURED[test] += time.process_time() - begun

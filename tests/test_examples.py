@@ -89,6 +89,7 @@ def test_example_is_short_and_explains_itself(name: str) -> None:
     assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(source)) or "")
 
 
+@pytest.mark.no_cover
 def test_json_is_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_letters_are_drawn_where_they_are_looked_for() -> None:
         assert {example["LETTERS"][i - 1] for i in labels[labels > 0].tolist()} <= set(scene.text.characters)
 
 
+@pytest.mark.no_cover
 def test_letters_are_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

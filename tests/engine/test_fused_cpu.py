@@ -109,8 +109,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("scheme", "dtype"), [(None, "float32"), (None, "bfloat16"), ("int4", "float32")])
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "count"), [(None, "float32", 2), (None, "bfloat16", 3), ("int4", "float32", 3)]
+)
 def test_by_a_team(
     wide: Path, scheme: str | None, dtype: str, count: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,7 @@ def test_long_white_space_is_cut_as_the_pattern_cuts_it(head: str, tail: str, ge
     assert genuine.encode(text) == genuine.model._encoding.encode_ordinary(text)
 
 
+@pytest.mark.no_cover
 def test_a_million_blanks(genuine: Tokenizer) -> None:
     for text in ("x" + " " * 1_500_000 + "y", " " * 1_500_000 + "\n", "\t" * 1_500_000):
         assert genuine.decode(genuine.encode(text)) == text

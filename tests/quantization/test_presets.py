@@ -392,23 +392,23 @@ def test_a_target_that_is_no_pattern(
 
 def test_a_slow_target_and_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each match ends in time, and all of them do not."""
-    monkeypatch.setattr("llama4.weights.compressed._PATIENCE", 0.5)
     format: Any = object()
     source: Any = SimpleNamespace(origin=lambda name: SimpleNamespace(key=name))
-    targets = _Targets([(["re:(a|aa)+$", "Linear"], format)])
+    groups: Any = [(["re:(a|aa)+$", "Linear"], format)]
+    targets = _Targets(groups)
     for i in range(1000):
         assert targets.format_of(f"layers.{i}.up_proj", source) is format
+    monkeypatch.setattr("llama4.weights.compressed._PATIENCE", 1.0)
+    targets = _Targets(groups)
 
     def all_names() -> None:
         for i in range(100_000):
             seen.append(targets.format_of(f"{'a' * 16}{i}", source))
 
-    begin, seen = time.monotonic(), list[StoredFormat]()
-    with pytest.raises(
-        CheckpointError, match=r"takes more than 0.5 s, which is the limit of all targets for all names"
-    ):
+    begin, seen = time.process_time(), list[StoredFormat]()
+    with pytest.raises(CheckpointError, match=r"takes more than 1 s, which is the limit of all targets for all names"):
         all_names()
-    assert len(seen) > 1 and time.monotonic() - begin < 30
+    assert len(seen) > 1 and time.process_time() - begin < 30
 
 
 @torch.inference_mode()

@@ -89,8 +89,8 @@ class Record:
         return figures
 
     def time(self, run: Callable[[], object], budget: float = 0.4, most: int = 50) -> float:
-        """Median seconds on the device of several runs, which take `budget` seconds together."""
-        return timing.seconds(run, self.device, budget / 100 if self.dry else budget, most)
+        """Median seconds on the device of several runs, which take `budget` seconds together; of one if dry."""
+        return timing.once(run, self.device) if self.dry else timing.seconds(run, self.device, budget, most)
 
     def profile(self, name: str, prepare: Callable[[], Callable[[], object]]) -> None:
         """A case that writes which kernels take longest in the run that `prepare` gives."""

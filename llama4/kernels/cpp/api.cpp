@@ -3,6 +3,7 @@
 // Formats have their numbers here; Python reads them.
 
 #include <cstddef>
+#include <functional>
 #include <iterator>
 
 #include "amx_check.h"
@@ -40,6 +41,10 @@ Problem linear(long threads, const X* x, long N, long I, long O, long layout, co
   return nullptr;
 }
 
+// Rows of several experts that are computed at once: beside them threads have enough to do between two points where they
+// wait for each other, and what lies between two products stays in the caches.
+constexpr long most_together = 1024;
+
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
 template <class X>
 Problem experts(long threads, const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
@@ -47,15 +52,14 @@ Problem experts(long threads, const Matrix* gate_up, const Matrix* down, const l
   if (Problem problem = first(check::experts<X>(*gate_up, *down),
                               require(*std::min_element(counts, counts + E) >= 0, "an expert has negative rows")))
     return problem;
-  const long D = gate_up->I, F = down->I, most = *std::max_element(counts, counts + E);
-  if (Problem problem = most ? addresses(x, y) : nullptr) return problem;
-  X *wide = scratch<X, Use::wide>(most * 3 * F), *inner = wide + most * 2 * F;
-  for (long e = 0; e < E; x += counts[e] * D, y += counts[e] * D, e++) {
-    if (!counts[e]) continue;
-    ::linear(threads, gate_up->expert(e), x, counts[e], wide);
-    for_each_row(threads, counts[e], F,
-                 [&](long i) { ::swiglu(wide + i * 2 * F, wide + i * 2 * F + F, F, inner + i * F); });
-    ::linear(threads, down->expert(e), inner, counts[e], y);
+  if (Problem problem = std::any_of(counts, counts + E, std::identity()) ? addresses(x, y) : nullptr) return problem;
+  Team team(gate_up->numbers() > min_parallel ? threads : 1);
+  const long D = gate_up->I;
+  for (long e = 0, end; e < E; e = end) {
+    long rows = counts[e];
+    for (end = e + 1; end < E && rows + counts[end] <= most_together; end++) rows += counts[end];
+    ::experts(team, *gate_up, *down, e, end, counts, x, y);
+    x += rows * D, y += rows * D;
   }
   return nullptr;
 }

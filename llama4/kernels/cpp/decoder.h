@@ -7,9 +7,8 @@
 #pragma once
 
 #include "attention.h"
-#include "elementwise.h"
+#include "experts.h"
 #include "greedy_token.h"
-#include "matrix.h"
 
 namespace {
 
@@ -111,16 +110,6 @@ class DecoderStep {
 
   void norm(const void* weight, double eps, long from, long to) const {
     rms_norm(h + from * D, D, (const X*)weight, eps, x + to * D);
-  }
-
-  // swiglu for rows of gate and up, `stride` apart, a piece at a time.
-  static void swiglu_rows(Phase& phase, const X* gate, const X* up, long count, long F, long stride, X* y) {
-    constexpr long piece = 256;
-    const long pieces = (F + piece - 1) / piece;
-    phase.add(count * pieces, piece, [=](long i) {
-      const long n = i / pieces, f = i % pieces * piece;
-      swiglu(gate + n * stride + f, up + n * stride + f, std::min(piece, F - f), y + n * F + f);
-    });
   }
 
   void attention(const Layer& l, const LayerStep& s) {

@@ -223,14 +223,15 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     });
     for (long k = begin; k < words; k += longest) panels[num_panels++] = {k, std::min(longest, words - k), part};
   }
-  Word* of_x = phase.team.memory<Word>(N * words);
-  phase.team.for_each(N, words, [=](long n) {
-    for (long k = 0; k < words; k++) {
-      const X *own = x + n * I,
-              second = F::together == 2 && inputs[k].first == inputs[k].second ? X(0) : own[inputs[k].second];
-      of_x[n * words + k] = __builtin_bit_cast(Word, F::factor(own[inputs[k].first], second));
+  const auto read = [=](long n, long k, long count) {
+    Word own[16] = {};
+    for (long i = 0; i < count; i++) {
+      const auto [first, second] = inputs[k + i];
+      const X other = F::together == 2 && first == second ? X(0) : x[n * I + second];
+      own[i] = __builtin_bit_cast(Word, F::factor(x[n * I + first], other));
     }
-  });
+    return load<u32x16>(own);
+  };
   const auto pack = [=](long o, long strips, const Panel& panel, Word* to) {
     for (long i = 0; i < panel.count; i++) {
       const Inputs& own = inputs[panel.begin + i];
@@ -242,7 +243,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     const char* row = (const char*)(w + inputs[panel.begin].first * O + o) + 63;
     return Prefetch{row, O * long(sizeof(X)), strips * strip * long(sizeof(X)) / 64, panel.count * F::together};
   };
-  const PackedInputs packed = pack_inputs<X>(phase.team, of_x, N, words, is_invariant);
+  const PackedInputs packed = pack_inputs(phase, N, words, goes_by_amx<X>(N, is_invariant), read);
   gemm(phase, packed, O, panels, num_panels, is_short ? short_bytes : in_out_bytes, pack, prefetch, Scales{}, nullptr,
        y);
 }

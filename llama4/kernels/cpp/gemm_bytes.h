@@ -35,12 +35,12 @@ inline long rows_of_tile(long left, long most) {
 
 // Tiles one behind the other; for a row that is missing the last one again.
 template <class F, class X>
-const Word* pack_byte_rows(Team& team, const F& f, const X* x, long N) {
+const Word* pack_byte_rows(Phase& phase, const F& f, const X* x, long N) {
   const ByteGroup group(f);
   const long inputs = input_group(f), I = f.I, groups = I / inputs, most = most_byte_rows(group, N);
   const long tiles = (N + most - 1) / most;
-  Word* packed = team.memory<Word>(tiles * most * groups * group.of_row);
-  team.for_each(tiles, most * I, [=](long tile) {
+  Word* packed = phase.team.memory<Word>(tiles * most * groups * group.of_row);
+  phase.add_before(tiles, most * I, [=](long tile) {
     const long first = tile * most, rows = rows_of_tile(N - first, most);
     for (long r = 0; r < rows; r++) {
       const X* row = x + std::min(first + r, N - 1) * I;

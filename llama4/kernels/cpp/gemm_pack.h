@@ -132,23 +132,18 @@ void pack_int4(const Int4& f, long o, long first, long count, Word* to) {
 
 // ---- x
 
-// x [count] as words, in the order in which a format's planes have the inputs.
+// x [count] in the order in which a format's planes have the inputs.
 template <class F, class X>
-const Word* arrange_words(Team& team, const X* x, long count) {
-  if (F::planes == 1 && std::is_same_v<X, WordNumber<X>>) return (const Word*)x;
+const WordNumber<X>* arrange_planes(Team& team, const X* x, long count) {
   constexpr int plane_inputs = F::inputs / F::planes;
   auto* to = team.memory<WordNumber<X>>(count);
-  team.for_each((count + F::inputs - 1) / F::inputs, F::inputs, [=](long block) {
+  team.for_each(count / F::inputs, F::inputs, [=](long block) {
     const long from = block * F::inputs;
-    if (count - from < F::inputs) {  // of a dense matrix [I, O], whose inputs may be any number
-      for (long i = from; i < count; i++) assign(to[i], upcast(x[i]));
-      return;
-    }
     for (int plane = 0; plane < F::planes; plane++)
       for (int lane = 0; lane < plane_inputs; lane++)
         assign(to[from + plane * plane_inputs + lane], upcast(x[from + F::place(plane, lane)]));
   });
-  return (const Word*)to;
+  return to;
 }
 
 constexpr int packed_rows = 16;
@@ -171,26 +166,41 @@ struct PackedInputs {
 };
 
 template <class X>
-PackedInputs pack_inputs(Team& team, const Word* x, long N, long count, bool is_invariant = false) {
-  if (numbers_per_word<X> == 2 && uses_amx(N) && !is_invariant) return {x, N, count, true};
-  const long tiles = (N + packed_rows - 1) / packed_rows;
-  Word* packed = team.memory<Word>(tiles * count * packed_rows);
-  team.for_each(tiles, count * packed_rows, [=](long tile) {
-    const long first = tile * packed_rows, rows = std::min(N - first, long(packed_rows));
-    const Word* from = x + first * count;
-    Word* to = packed + first * count;
-    long k = 0;
-    for (; k + 16 <= count; k += 16) {
+bool goes_by_amx(long N, bool is_invariant = false) {
+  return numbers_per_word<X> == 2 && uses_amx(N) && !is_invariant;
+}
+
+// Rows of `count` words: read(n, k, words) gives words k to k + 15 of row n, or as many as there are.
+template <class Read>
+PackedInputs pack_inputs(Phase& phase, long N, long count, bool by_amx, const Read& read) {
+  const long height = by_amx ? 1 : packed_rows, tiles = (N + height - 1) / height;
+  Word* packed = phase.team.memory<Word>(tiles * height * count);
+  phase.add_before(tiles, height * count, [=](long tile) {
+    const long first = tile * height, rows = std::min(N - first, height);
+    for (long k = 0; k < count; k += 16) {
+      const long some = std::min(16l, count - k);
       u32x16 words[16] = {};
-      for (long r = 0; r < rows; r++) words[r] = load<u32x16>(from + r * count + k);
+      for (long r = 0; r < rows; r++) words[r] = read(first + r, k, some);
+      Word* to = packed + first * count + k * height;
+      if (by_amx) {
+        __builtin_memcpy(to, words, some * sizeof(Word));
+        continue;
+      }
       transpose(words);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) store(to + (k + i) * packed_rows, words[i]);
+      for (long i = 0; i < some; i++) store(to + i * packed_rows, words[i]);
     }
-    for (; k < count; k++)
-      for (long r = 0; r < packed_rows; r++) to[k * packed_rows + r] = r < rows ? from[r * count + k] : 0;
   });
-  return {packed, N, count, false};
+  return {packed, N, count, by_amx};
+}
+
+// Rows of I numbers in order, a multiple of what 16 words have.
+template <class X, class Number>
+PackedInputs pack_rows(Phase& phase, const Number* x, long N, long I) {
+  constexpr long per_word = numbers_per_word<X>;
+  const bool by_amx = goes_by_amx<X>(N);
+  if (by_amx && std::is_same_v<Number, WordNumber<X>>) return {(const Word*)x, N, I / per_word, true};
+  return pack_inputs(phase, N, I / per_word, by_amx,
+                     [=](long n, long k, long) { return load_words(x + n * I + k * per_word); });
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void gemm_unpacked(Phase& phase, const float* x, long N, long I, long O, const f
   if constexpr (R < most)
     if (N > tiles * R) return gemm_unpacked<R + 2>(phase, x, N, I, O, w, y);
   float* inputs = phase.team.memory<float>(tiles * R * I);  // [tiles, I, R], with zeros behind the last row
-  phase.team.for_each((I + depth - 1) / depth, depth * N, [=](long task) {
+  phase.add_before((I + depth - 1) / depth, depth * N, [=](long task) {
     const long begin = task * depth;
     for (long n = 0; n < tiles * R; n++)
       for (long i = begin; i < std::min(I, begin + depth); i++)

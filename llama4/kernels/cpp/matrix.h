@@ -159,7 +159,7 @@ bool is_unpacked(const Matrix& a, long N) {
 template <class X>
 void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProduct<X>* end, const X* x, long N,
                    bool is_invariant) {
-  const long I = begin->matrix.I, count = I / numbers_per_word<X>, layout = begin->matrix.layout;
+  const long I = begin->matrix.I, layout = begin->matrix.layout;
   if (layout == IN_OUT) {
     const Matrix& a = begin->matrix;
     if constexpr (std::is_same_v<X, float>)
@@ -167,7 +167,7 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
     return gemm_in_out(phase, x, N, I, a.O, (const X*)a.w, begin->y, is_invariant);
   }
   if (layout == OUT_IN) {
-    const PackedInputs packed = pack_inputs<X>(phase.team, arrange_words<Float32>(phase.team, x, N * I), N, count);
+    const PackedInputs packed = pack_rows<X>(phase, x, N, I);
     for (auto p = begin; p != end; p++) {
       const auto pack_half = [=, w = (const X*)p->matrix.w](long o, long first, long words, Word* to) {
         pack_dense(w, I, o, first, words, to);
@@ -178,20 +178,21 @@ void multiply_gemm(Phase& phase, const MatrixProduct<X>* begin, const MatrixProd
   }
   QuantizedFormats::visit(layout, [&](auto format) {
     using F = decltype(format);
-    const Word* words = nullptr;
+    PackedInputs packed;
     const float* row_scales = nullptr;
     if constexpr (has_int8_inputs<F>) {
-      words = pack_byte_rows(phase.team, read_as<F, uint8_t>(begin->matrix), x, N);
+      const Word* words = pack_byte_rows(phase, read_as<F, uint8_t>(begin->matrix), x, N);
       for (auto p = begin; p != end; p++)
         gemm_bytes(phase, words, N, read_as<F, uint8_t>(p->matrix), p->matrix.O, p->matrix.scales, p->y);
       return;
     } else if constexpr (F::rounds_inputs) {
       const RoundedRows<X> rounded(phase.team, x, N, I);
-      words = (const Word*)rounded.rows, row_scales = rounded.scales;
+      packed = pack_rows<X>(phase, rounded.rows, N, I), row_scales = rounded.scales;
+    } else if constexpr (std::conditional_t<F::grouped, Float32, F>::planes == 1) {
+      packed = pack_rows<X>(phase, x, N, I);
     } else {
-      words = arrange_words<std::conditional_t<F::grouped, Float32, F>>(phase.team, x, N * I);
+      packed = pack_rows<X>(phase, arrange_planes<F>(phase.team, x, N * I), N, I);
     }
-    const PackedInputs packed = pack_inputs<X>(phase.team, words, N, count);
     for (auto p = begin; p != end; p++) {
       const Matrix& a = p->matrix;
       const auto pack_half = [f = read_as<F, uint8_t>(a)](long o, long first, long words, Word* to) {

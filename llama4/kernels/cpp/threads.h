@@ -280,7 +280,7 @@ class Memory {
 
 // Memory of the calling thread, aligned as registers are, kept from call to call. Two buffers that are in use at the
 // same time have different names.
-enum class Use { wide, panel, sums, queries, scores, words, floats, group };
+enum class Use { panel, sums, queries, scores, words, floats, group };
 
 template <class T, Use use>
 T* scratch(long count) {
@@ -336,8 +336,8 @@ class Team {
   }
 };
 
-// Loops that a team shares as if they were one, so that none waits for the end of another; then those that need what
-// these have computed.
+// Loops that a team shares as if they were one, so that none waits for the end of another; those whose results they
+// need come before, those that need theirs after.
 class Phase {
   // Numbers that a task reads make units, so that a thread's share of loops with large and small tasks is fair.
   static constexpr long unit = 1 << 14;
@@ -347,9 +347,9 @@ class Phase {
   };
   struct Loops {
     std::vector<Part> parts;
-    long units = 0;
+    long units = 0, numbers = 0;
   };
-  Loops first, after;
+  Loops before, main, after;
 
   template <class Run>
   void add(Loops& loops, long count, long numbers, const Run& run) {
@@ -360,7 +360,7 @@ class Phase {
     };
     const long units = std::max(numbers / unit, 1l);
     loops.parts.push_back({{run_some, closure, count}, units});
-    loops.units += count * units;
+    loops.units += count * units, loops.numbers += count * numbers;
   }
 
   void run(const Loops& loops) {
@@ -372,7 +372,8 @@ class Phase {
         if (end <= 0) return;
       }
     };
-    team.run({run_some, &loops, loops.units});
+    if (loops.numbers < min_shared) run_some(&loops, 0, loops.units);
+    else team.run({run_some, &loops, loops.units});
   }
 
  public:
@@ -383,13 +384,17 @@ class Phase {
   // Calls run(task) for each of `count` tasks, which read `numbers` each.
   template <class Run>
   void add(long count, long numbers, const Run& run) {
-    add(first, count, numbers, run);
+    add(main, count, numbers, run);
+  }
+  template <class Run>
+  void add_before(long count, long numbers, const Run& run) {
+    add(before, count, numbers, run);
   }
   template <class Run>
   void add_after(long count, long numbers, const Run& run) {
     add(after, count, numbers, run);
   }
-  void run() { run(first), run(after); }
+  void run() { run(before), run(main), run(after); }
 };
 
 }  // namespace

@@ -29,6 +29,8 @@ constexpr const Amx* amx = nullptr;
 // Fewest rows that go by AMX: as many as a tile has.
 constexpr long amx_rows = 16;
 inline bool uses_amx(long N) { return amx && N >= amx_rows; }
+// Rows of a tile.
+inline long amx_height(long N) { return N < 2 * amx_rows ? amx_rows : 2 * amx_rows; }
 
 // A thread's use of tiles, if it has any. It ends before the thread sleeps or goes back to the program: others
 // configure tiles as they need them.

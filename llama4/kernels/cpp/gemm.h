@@ -1,4 +1,4 @@
-// Products of many rows, x [N, I] with W: sums of a tile of 16 rows by 16 outputs stay in registers; x is packed in
+// Products of many rows, x [N, I] with W: sums of a tile of up to 24 rows by 16 outputs stay in registers; x is packed in
 // tiles, W in panels.
 
 #pragma once
@@ -75,24 +75,24 @@ struct Prefetch {
 
 constexpr int unrolled_words = 4;
 
-// sums [rows, 16 of 32] = a b, or are added to, for the first rows of a packed tile and 16 columns of a strip. A number
-// of a is used once, from memory: with its product it is one instruction, so the front end of a core suffices even
-// where it is shared with another process.
-template <int per_word, int rows>
+// sums [rows, 16 of 32] = a b, or are added to, for rows of a tile, a_row words to an input, and 16 columns of a strip.
+// A number of a is used once, from memory: with its product it is one instruction, so the front end of a core suffices
+// even where it is shared with another process.
+template <int per_word, int rows, int a_row>
 INLINE void add_columns(const Word* a, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
-  constexpr int most = vectors_in_registers > 16 ? packed_rows : 6, parts = (rows + most - 1) / most;
+  constexpr int parts = (rows + rows_in_registers - 1) / rows_in_registers;
   if constexpr (parts > 1) {
     constexpr int own = (rows + parts - 1) / parts;
-    add_columns<per_word, own>(a, b, count, is_first, sums, ahead);
-    return add_columns<per_word, rows - own>(a + own, b, count, is_first, sums + own * strip, ahead);
+    add_columns<per_word, own, a_row>(a, b, count, is_first, sums, ahead);
+    return add_columns<per_word, rows - own, a_row>(a + own, b, count, is_first, sums + own * strip, ahead);
   }
   f32x16 registers[rows];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int r = 0; r < rows; r++) registers[r] = is_first ? f32x16{} : load<f32x16>(sums + r * strip);
   const auto add = [&](long i) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int r = 0; r < rows; r++)
-      registers[r] = multiply_add_words<per_word>(registers[r], a[i * packed_rows + r], b + i * strip);
+      registers[r] = multiply_add_words<per_word>(registers[r], a[i * a_row + r], b + i * strip);
   };
   long i = 0;
   for (; i + unrolled_words <= count; i += unrolled_words) {
@@ -101,18 +101,18 @@ INLINE void add_columns(const Word* a, const Word* b, long count, bool is_first,
     for (int k = 0; k < unrolled_words; k++) add(i + k);
   }
   for (; i < count; i++) add(i);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int r = 0; r < rows; r++) store(sums + r * strip, registers[r]);
 }
 
-// The same for 32 columns, and for any number of rows, in fours.
-template <int per_word, int most = 4>
-void add_packed(const Word* a, long rows, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
-  if constexpr (most < packed_rows)
-    if (rows > most) return add_packed<per_word, most + 4>(a, rows, b, count, is_first, sums, ahead);
+// The same for 32 columns and all rows of a tile.
+template <int per_word, int rows = least_height>
+void add_packed(const Word* a, long height, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
+  if constexpr (rows < most_height)
+    if (height > rows) return add_packed<per_word, rows + 2>(a, height, b, count, is_first, sums, ahead);
   Prefetch own = ahead;  // in registers
   for (int column = 0; column < strip; column += 16)
-    add_columns<per_word, most>(a, b + column, count, is_first, sums + column, own);
+    add_columns<per_word, rows, packed_rows(rows)>(a, b + column, count, is_first, sums + column, own);
   ahead = own;
 }
 
@@ -158,12 +158,11 @@ template <class X, class Pack, class PrefetchOf>
 void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long num_panels, long bytes,
           const Pack& pack, const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
   constexpr int per_word = numbers_per_word<X>;
-  const long most = !x.by_amx ? packed_rows : x.N < 2 * amx_rows ? amx_rows : 2 * amx_rows;
-  const long strips = O / strip, tiles = (x.N + most - 1) / most, tile_size = most * strip;
+  const long strips = O / strip, tiles = (x.N + x.height - 1) / x.height, tile_size = x.height * strip;
   const auto is_shorter = [](const Panel& a, const Panel& b) { return a.count < b.count; };
   const long depth = std::max_element(panels, panels + num_panels, is_shorter)->count;
   const long width = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
-  const long block = std::max(1l, block_bytes / (depth * most * 4));  // of tiles
+  const long block = std::max(1l, block_bytes / (depth * x.height * 4));  // of tiles
   phase.add((strips + width - 1) / width, width * strip * x.count * per_word, [=](long task) {
     const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * tile_size;
     const AmxScope scope(x.by_amx, 16);
@@ -181,12 +180,12 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
         ahead.spread(count * tiles * strip / 16 * std::max(panel->count / unrolled_words, 1l));
       }
       const auto multiply_tile = [&](long n, long tile) {
-        const long first = x.first_of(tile, most), rows = std::min(x.N - first, most);
+        const long first = x.first_of(tile), rows = std::min(x.N - first, x.height);
         const long at = (n * tiles + tile) * tile_size;
         const Word* b = w + n * panel->count * strip;
         if (x.by_amx)
-          add_by_amx(x.at(first, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
-        else add_packed<per_word>(x.at(first, panel->begin), rows, b, panel->count, begins_part, sums + at, ahead);
+          add_by_amx(x.at(tile, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
+        else add_packed<per_word>(x.at(tile, panel->begin), x.height, b, panel->count, begins_part, sums + at, ahead);
         for (long i = at; has_parts && ends_part && i < at + rows * strip; i += 16) {
           const f32x16 own = load<f32x16>(sums + i);
           store(totals + i, panel->part ? load<f32x16>(totals + i) + own : own);

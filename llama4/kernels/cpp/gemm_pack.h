@@ -146,23 +146,44 @@ const WordNumber<X>* arrange_planes(Team& team, const X* x, long count) {
   return to;
 }
 
-constexpr int packed_rows = 16;
+// Rows of a tile: an even number, and no more than have their sums in registers.
+constexpr int least_height = 8, most_height = 24;
+// Rows that registers have place for; a higher tile is computed in parts.
+constexpr int rows_in_registers = vectors_in_registers > 16 ? most_height : 6;
 
-// x [N, count] in words: in tiles of 16 rows, [tiles, count, 16], with zeros behind the last row; for AMX as it is, and
-// the last tile overlaps the one before.
+// The height of tiles by which N rows take the least time: few rows are missing in the last one, and numbers of W are
+// read few times.
+inline long height_for(long N) {
+  const auto time = [=](long height) {
+    return (N + height - 1) / height * (height + (height + rows_in_registers - 1) / rows_in_registers);
+  };
+  long best = 16;
+  for (long height = least_height; height <= most_height; height += 2)
+    if (time(height) < time(best)) best = height;
+  return best;
+}
+
+// Words that a tile has of each input: as many rows as make whole vectors.
+constexpr long packed_rows(long height) { return height <= 16 ? 16 : 24; }
+
+// x [N, count] in words: in tiles of so many rows, [tiles, count, packed_rows], with zeros behind the last row; for AMX
+// as it is, where the height is that of most tiles, and the last tile overlaps the one before.
 struct PackedInputs {
   const Word* words;
-  long N, count;
+  long N, count, height;
   bool by_amx;
 
-  // The first row of a tile of so many.
-  long first_of(long tile, long most) const {
-    const long first = tile * most;
-    if (!by_amx || N - first >= most) return first;
-    return N - (N - first > amx_rows ? most : amx_rows);
+  // The first row of a tile.
+  long first_of(long tile) const {
+    const long first = tile * height;
+    if (!by_amx || N - first >= height) return first;
+    return N - (N - first > amx_rows ? height : amx_rows);
   }
-  // Where a tile that begins with this row has this word.
-  const Word* at(long first, long word) const { return words + first * count + word * (by_amx ? 1 : packed_rows); }
+  // Where a tile has this word.
+  const Word* at(long tile, long word) const {
+    if (by_amx) return words + first_of(tile) * count + word;
+    return words + (tile * count + word) * packed_rows(height);
+  }
 };
 
 template <class X>
@@ -173,24 +194,35 @@ bool goes_by_amx(long N, bool is_invariant = false) {
 // Rows of `count` words: read(n, k, words) gives words k to k + 15 of row n, or as many as there are.
 template <class Read>
 PackedInputs pack_inputs(Phase& phase, long N, long count, bool by_amx, const Read& read) {
-  const long height = by_amx ? 1 : packed_rows, tiles = (N + height - 1) / height;
-  Word* packed = phase.team.memory<Word>(tiles * height * count);
-  phase.add_before(tiles, height * count, [=](long tile) {
-    const long first = tile * height, rows = std::min(N - first, height);
-    for (long k = 0; k < count; k += 16) {
-      const long some = std::min(16l, count - k);
-      u32x16 words[16] = {};
-      for (long r = 0; r < rows; r++) words[r] = read(first + r, k, some);
-      Word* to = packed + first * count + k * height;
-      if (by_amx) {
-        __builtin_memcpy(to, words, some * sizeof(Word));
-        continue;
+  if (by_amx) {
+    Word* packed = phase.team.memory<Word>(N * count);
+    phase.add_before(N, count, [=](long n) {
+      for (long k = 0; k < count; k += 16) {
+        const u32x16 words = read(n, k, std::min(16l, count - k));
+        __builtin_memcpy(packed + n * count + k, &words, std::min(16l, count - k) * sizeof(Word));
       }
-      transpose(words);
-      for (long i = 0; i < some; i++) store(to + i * packed_rows, words[i]);
-    }
+    });
+    return {packed, N, count, amx_height(N), true};
+  }
+  const long height = height_for(N), tiles = (N + height - 1) / height, own = packed_rows(height);
+  Word* packed = phase.team.memory<Word>(tiles * own * count);
+  phase.add_before(tiles, own * count, [=](long tile) {
+    const long first = tile * height, rows = std::min(N - first, height);
+    for (long k = 0; k < count; k += 16)
+      for (long begin = 0; begin < own; begin += 16) {
+        const long some = std::min(16l, count - k), end = std::min(rows, begin + 16);
+        u32x16 words[16] = {};
+        for (long r = begin; r < end; r++) words[r - begin] = read(first + r, k, some);
+        transpose(words);
+        Word* to = packed + (tile * count + k) * own + begin;
+#pragma GCC unroll 16
+        for (long i = 0; i < 16; i++)
+          if (i >= some) break;
+          else if (begin + 16 <= own) store(to + i * own, words[i]);
+          else __builtin_memcpy(to + i * own, &words[i], 8 * sizeof(Word));
+      }
   });
-  return {packed, N, count, by_amx};
+  return {packed, N, count, height, false};
 }
 
 // Rows of I numbers in order, a multiple of what 16 words have.
@@ -198,7 +230,7 @@ template <class X, class Number>
 PackedInputs pack_rows(Phase& phase, const Number* x, long N, long I) {
   constexpr long per_word = numbers_per_word<X>;
   const bool by_amx = goes_by_amx<X>(N);
-  if (by_amx && std::is_same_v<Number, WordNumber<X>>) return {(const Word*)x, N, I / per_word, true};
+  if (by_amx && std::is_same_v<Number, WordNumber<X>>) return {(const Word*)x, N, I / per_word, amx_height(N), true};
   return pack_inputs(phase, N, I / per_word, by_amx,
                      [=](long n, long k, long) { return load_words(x + n * I + k * per_word); });
 }

@@ -41,7 +41,7 @@ constexpr long max_gemv_rows = 12;
 // full; of the others some need many rows, where registers suffice, unless tiles are AMX's.
 template <class X>
 long gemv_rows_of(const Matrix& a) {
-  if (a.layout == IN_OUT) return packed_rows / 2;
+  if (a.layout == IN_OUT) return least_height;
   if (vectors_in_registers <= 16) return max_gemv_rows;
   long rows = a.layout == OUT_IN ? 64 : max_gemv_rows;
   bool goes_by_amx = amx && numbers_per_word<X> == 2;

@@ -245,11 +245,10 @@ class FusedCpuRunner:
         assert self._description is not None, "unsupported_reason comes first"
         return self._description
 
-    def invariant_description(self, cache: SequenceCache) -> Description | None:
-        """The description of a model that is batch-invariant, if steps of a cache can be computed."""
-        if self.model.is_batch_invariant and self.unsupported_reason(cache) is None:
-            return self.description
-        return None
+    def prompt_description(self, cache: SequenceCache) -> Description | None:
+        """The description of the model, if prompts of a cache can be computed as steps are."""
+        slides = any(isinstance(window, Sliding) for window in cache.windows)
+        return None if slides or self.unsupported_reason(cache) is not None else self.description
 
     def open(self, cache: SequenceCache) -> FusedSession:
         return FusedSession(self.model, self.description, cache)

@@ -1,8 +1,9 @@
-"""Prompts on a CPU by the same compiled code as decoding, for a model that is batch-invariant.
+"""Prompts on a CPU by the same compiled code as decoding: a call for each layer, between which Ctrl-C is answered.
 
-In that code what a token gets does not depend on the tokens beside it: each sum of a product goes in one order, and the
-token's attention goes block by block of the cache, counted from where its sequence or chunk begins. So a prompt gives
-the same bits in pieces of any sizes, token by token, behind what another prompt left in the cache, and in any company.
+For a model that is batch-invariant, what a token gets there does not depend on the tokens beside it: each sum of a
+product goes in one order, and the token's attention goes block by block of the cache, counted from where its sequence
+or chunk begins. So a prompt gives the same bits in pieces of any sizes, token by token, behind what another prompt left
+in the cache, and in any company.
 
 Shapes: B rows, N tokens of a step, D hidden size, V vocabulary.
 """
@@ -27,9 +28,10 @@ from llama4.kernels import loader, threads
 from llama4.kernels.abi import Tokens, check
 from llama4.model.multimodal import Llama4Model, check_ids
 from llama4.model.positions import PositionFactors
+from llama4.progress import each
 
-STEP_TOKENS = 256
-"""Most tokens of a call: bounds the memory that it takes."""
+INVARIANT_TOKENS = 256
+"""Most tokens of a call for a model that is batch-invariant: each token's attention keeps parts of its own."""
 
 
 @torch.inference_mode()
@@ -47,7 +49,8 @@ def read_by_steps(
     logits_BV = torch.empty(len(pieces), model.config.text.vocab_size, dtype=model.dtype)
     features = [_features(model, piece) for piece in pieces]
     while read != ends:
-        sizes = _next_sizes(cache, [end - begin for begin, end in zip(read, ends, strict=True)])
+        left = [end - begin for begin, end in zip(read, ends, strict=True)]
+        sizes = _next_sizes(cache, left, INVARIANT_TOKENS if model.is_batch_invariant else sum(left))
         parts = [slice(begin, begin + size) for begin, size in zip(read, sizes, strict=True)]
         read = [part.stop for part in parts]
         last = [row for row, size in enumerate(sizes) if size and read[row] == ends[row]]
@@ -64,9 +67,10 @@ def read_by_steps(
     return x_ND, logits_BV
 
 
-def _next_sizes(cache: SequenceCache, left: Sequence[int]) -> list[int]:
-    """How many tokens of each row the next call computes: it must not cross the border of a chunk."""
-    sizes, room = [], STEP_TOKENS
+def _next_sizes(cache: SequenceCache, left: Sequence[int], room: int) -> list[int]:
+    """How many tokens of each row are computed next, no more than `room` together: none crosses the border of a
+    chunk."""
+    sizes = []
     for row, count in enumerate(left):
         start, position = cache.start[row], cache.next_position[row]
         ends = [slots_end(position, window, start) for window in set(cache.windows)]
@@ -84,7 +88,7 @@ def _features(model: Llama4Model, piece: Piece) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class _Step:
-    """One call.
+    """Tokens that go through the model at once.
 
     Attributes:
         ids, features: of the tokens of all rows.
@@ -112,6 +116,7 @@ class _Step:
         starts = torch.tensor([0, *itertools.accumulate(size for size in self.sizes if size)])
         features = torch.tensor([each.data_ptr() if each is not None else 0 for each in self.features])
         x_ND = torch.empty(len(ids), len(model.language_model.model.norm.weight), dtype=model.dtype)
+        residual_ND = torch.empty_like(x_ND, dtype=torch.float32)
         logits = torch.empty(len(places), model.config.text.vocab_size, dtype=model.dtype)
         greedy, logprobs = torch.empty(len(places), dtype=torch.long), torch.empty(len(places))
         tokens = Tokens(
@@ -125,8 +130,12 @@ class _Step:
             greedy=greedy.data_ptr(),
             logprobs=logprobs.data_ptr(),
             hidden=x_ND.data_ptr(),
+            residual=residual_ND.data_ptr(),
+            is_prompt=not model.is_batch_invariant,
         )
-        check(loader.function("decode", model.dtype)(threads.count(), description.decoder, steps, 0, tokens))
+        decode = loader.function("decode", model.dtype)
+        for tokens.layer in each(range(len(tables))):
+            check(decode(threads.count(), description.decoder, steps, 0, tokens))
         view.commit()
         return x_ND, logits
 

@@ -71,7 +71,7 @@ def read_pieces(
         What the head is given for all tokens, packed, [N, D]; and the logits behind each piece, [B, V].
     """
     fused = described or FusedCpuRunner(model)
-    if (description := fused.invariant_description(cache)) is not None:
+    if (description := fused.prompt_description(cache)) is not None:
         with step(sum(len(piece.ids) for piece in pieces)):
             return read_by_steps(model, description, cache, pieces)
     sizes = [len(piece.ids) for piece in pieces]

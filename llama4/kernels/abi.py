@@ -124,13 +124,18 @@ class Tokens(ctypes.Structure):
         greedy: address of [num_outputs] int64: the index of each largest logit, the lowest on ties.
         logprobs: address of [num_outputs] float32: its log_softmax.
         hidden: address of [N, D] in the dtype of the model: what the head is given for each token; 0 if not wanted.
+        residual, layer: address of [N, D] float32, where a call computes one layer alone: what that is given, and gives
+            to the next one; the call for the first layer begins with the embeddings, that for the last ends with the
+            head. 0 if the call is for all layers.
+        is_prompt: 1 if there are so many tokens of each sequence that attention pays in tiles of queries; keys and
+            values of these tokens are then used as they are, not as the cache holds them.
     """
 
     _fields_ = [
         (name, c_int64)
         for name in (
             *("ids", "sequence_starts", "features", "outputs", "B", "num_outputs"),
-            *("logits", "greedy", "logprobs", "hidden"),
+            *("logits", "greedy", "logprobs", "hidden", "residual", "layer", "is_prompt"),
         )
     ]
 

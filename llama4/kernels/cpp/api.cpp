@@ -41,8 +41,8 @@ Problem linear(long threads, const X* x, long N, long I, long O, long layout, co
   return nullptr;
 }
 
-// Rows of several experts that are computed at once: beside them threads have enough to do between two points where they
-// wait for each other, and what lies between two products stays in the caches.
+// Rows of several experts that are computed at once: beside them threads have enough to do between two points where
+// they wait for each other, and what lies between two products stays in the caches.
 constexpr long most_together = 1024;
 
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
@@ -151,8 +151,10 @@ Problem attend_causal(long threads, const X* q, const X* k, const X* v, long N, 
   if (Problem problem =
           past ? first(addresses(blocks), blocks ? check::blocks(blocks, width, past) : nullptr) : nullptr)
     return problem;
-  CacheFormats<X>::visit(
-      format, [&](auto cache) { ::attend_causal<decltype(cache)>(threads, q, k, v, N, blocks, past, H, K, C, y); });
+  CacheFormats<X>::visit(format, [&](auto cache) {
+    Team team(threads);
+    ::attend_causal<decltype(cache)>(team, q, k, v, N, blocks, past, H, K, C, y);
+  });
   return nullptr;
 }
 
@@ -259,6 +261,9 @@ const Constant constants[] = {
     FIELD(Tokens, greedy),
     FIELD(Tokens, logprobs),
     FIELD(Tokens, hidden),
+    FIELD(Tokens, residual),
+    FIELD(Tokens, layer),
+    FIELD(Tokens, is_prompt),
     SIZE(Draw),
     FIELD(Draw, row),
     FIELD(Draw, top_k),

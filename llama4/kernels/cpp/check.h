@@ -137,6 +137,7 @@ Problem decode(const Decoder& d, const LayerStep* layer_steps, long step, const 
   if (Problem problem =
           first(addresses(d.layers, d.norm, d.head.w, layer_steps, t.ids),
                 require(d.num_layers > 0 && step >= 0, "there is no layer, or no such step"),
+                require(0 <= t.layer && t.layer < d.num_layers, "there is no such layer"),
                 sequences(t.sequence_starts, t.B), require(t.num_outputs >= 0, "the number of outputs is negative")))
     return problem;
   const Sequences sequences{t.sequence_starts, t.B};

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "flash_attention.h"
 #include "greedy_token.h"
 
 namespace {
@@ -48,10 +49,13 @@ struct Tokens {
   const void* const* features;  // [N], what stands in the place of a token's embedding, [D], or nullptr; none: nullptr
   const long* outputs;          // [num_outputs], tokens whose logits are wanted; nullptr: the first ones
   int64_t B, num_outputs;
-  void* logits;     // [num_outputs, V]
-  long* greedy;     // [num_outputs], the index of the largest logit, of equals the first
-  float* logprobs;  // [num_outputs], its log_softmax
-  void* hidden;     // [N, D], what the head is given for each token; nullptr if it is not wanted
+  void* logits;       // [num_outputs, V]
+  long* greedy;       // [num_outputs], the index of the largest logit, of equals the first
+  float* logprobs;    // [num_outputs], its log_softmax
+  void* hidden;       // [N, D], what the head is given for each token; nullptr if it is not wanted
+  float* residual;    // [N, D], where a call is for one layer, what it is given and gives to the next; nullptr: for all
+  int64_t layer;      // that layer
+  int64_t is_prompt;  // whether there are so many of each sequence that attention goes by tiles of queries
 };
 
 // The k largest logits, the lowest index on ties, and their sigmoid.
@@ -135,7 +139,12 @@ class DecoderStep {
         write_head<F>(block, slot % block_slots, key, K, C, own);
         write_head<F>(block, slot % block_slots, K + key, K, C, v + (n * K + key) * C);
       });
-      attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, heads);
+      if (!tokens.is_prompt) return attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, heads);
+      for (long b = 0; b < sequences.B; b++) {
+        const long n = sequences.begin(b), count = sequences.end(b) - n;
+        attend_causal<F>(team, q + n * H * C, k + n * K * C, v + n * K * C, count, s.block_table + b * s.width,
+                         lengths[n] - 1, H, K, C, heads + n * H * C);
+      }
     });
     Phase output(team);
     multiply(output, {{l.o, out}}, heads, N, d.is_batch_invariant);
@@ -149,9 +158,12 @@ class DecoderStep {
     float* logits = team.memory<float>(N * l.E);
     team.for_each(N, D, [&](long n) { norm(l.post_norm, l.eps, n, n); });
     if (l.router) {
-      const Product<Fastest<Float32, X>, float> router{{(const X*)l.router, D}, l.E, Scales{}, logits};
+      constexpr long together = 32;  // rows, so that threads share them
       Phase phase(team);
-      gemv(phase, &router, 1, x, N);
+      for (long n = 0; n < N; n += together) {
+        const Product<Fastest<Float32, X>, float> router{{(const X*)l.router, D}, l.E, Scales{}, logits + n * l.E};
+        gemv(phase, &router, 1, x + n * D, std::min(together, N - n));
+      }
       phase.run();
     }
     const Routes routes(team, logits, N, l.E, l.experts_per_token);
@@ -198,7 +210,7 @@ class DecoderStep {
         N(sequences.N()),
         D(d.head.I),
         team(d.layers[0].gate.numbers() > min_parallel ? threads : 1),
-        h(team.memory<float>(N * D)),
+        h(tokens.residual ? tokens.residual : team.memory<float>(N * D)),
         x(team.memory<X>(N * D)) {
     long* sequence = team.memory<long>(N);
     for (long b = 0; b < tokens.B; b++) std::fill(sequence + sequences.begin(b), sequence + sequences.end(b), b);
@@ -206,6 +218,14 @@ class DecoderStep {
   }
 
   void run() {
+    const long begin = tokens.residual ? tokens.layer : 0, end = tokens.residual ? begin + 1 : d.num_layers;
+    if (begin == 0) embed();
+    for (long i = begin; i < end; i++) attention(d.layers[i], layer_steps[i]), feed_forward(d.layers[i]);
+    if (end == d.num_layers) finish();
+  }
+
+ private:
+  void embed() {
     team.for_each(N, D, [&](long n) {
       float* to = h + n * D;
       const X* given = tokens.features ? (const X*)tokens.features[n] : nullptr;
@@ -213,7 +233,10 @@ class DecoderStep {
       if (!given && d.embedding.layout != OUT_IN) return read_row(d.embedding, tokens.ids[n], to);
       for (long i = 0; i < D; i += 16) store(to + i, load_floats(embedding + i));
     });
-    for (long i = 0; i < d.num_layers; i++) attention(d.layers[i], layer_steps[i]), feed_forward(d.layers[i]);
+  }
+
+  // What the head is given, and what it gives.
+  void finish() {
     if (X* hidden = (X*)tokens.hidden)
       team.for_each(N, D, [&](long n) { rms_norm(h + n * D, D, (const X*)d.norm, d.eps, hidden + n * D); });
     const long outputs = tokens.num_outputs;

@@ -121,11 +121,11 @@ struct QueryTile {
 // y [N, H, C] of queries [N, H, C], each of which sees `past` tokens in blocks and of the new keys and values [N, K, C]
 // those up to its own.
 template <class F, class X>
-void attend_causal(long threads, const X* q, const X* k, const X* v, long N, const char* const* blocks, long past,
-                   long H, long K, long C, X* y) {
+void attend_causal(Team& team, const X* q, const X* k, const X* v, long N, const char* const* blocks, long past, long H,
+                   long K, long C, X* y) {
   const long group = H / K, tokens = std::max(8l, 512 / group), tiles = (N + tokens - 1) / tokens;
   const long numbers = N * (past + N) * H * C / (K * tiles);
-  Team(threads).for_each(K * tiles, numbers, [=](long task) {
+  team.for_each(K * tiles, numbers, [=](long task) {
     const long head = task % K, begin = (tiles - 1 - task / K) * tokens, end = std::min(N, begin + tokens);
     const long rows = (end - begin) * group;
     QueryTile<X> tile((rows + tile_rows - 1) / tile_rows * tile_rows, C);

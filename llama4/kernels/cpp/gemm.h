@@ -1,5 +1,5 @@
-// Products of many rows, x [N, I] with W: sums of a tile of up to 24 rows by 16 outputs stay in registers; x is packed in
-// tiles, W in panels.
+// Products of many rows, x [N, I] with W: sums of a tile of up to 24 rows by 16 outputs stay in registers; x is packed
+// in tiles, W in panels.
 
 #pragma once
 

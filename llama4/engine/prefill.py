@@ -16,6 +16,7 @@ from llama4.engine.fused_prompt import read_by_steps
 from llama4.engine.prompt import Piece, PromptPictures, split_rows
 from llama4.inputs import Inputs
 from llama4.kernels.abi import MAX_GEMV_ROWS
+from llama4.kernels.threads import torch_by_one_thread
 from llama4.model.device import free_memory
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.attention import flash_absent_reason
@@ -72,7 +73,7 @@ def read_pieces(
     """
     fused = described or FusedCpuRunner(model)
     if (description := fused.prompt_description(cache)) is not None:
-        with step(sum(len(piece.ids) for piece in pieces)):
+        with step(sum(len(piece.ids) for piece in pieces)), torch_by_one_thread():
             return read_by_steps(model, description, cache, pieces)
     sizes = [len(piece.ids) for piece in pieces]
     ids_BT = torch.zeros(len(pieces), max(sizes), dtype=torch.long)

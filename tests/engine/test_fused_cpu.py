@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4.api import Llama4
-from llama4.engine import fused_cpu
+from llama4.engine import fused_cpu, prefill
+from llama4.engine.fused_prompt import read_by_steps
 from llama4.engine.generate import generate
+from llama4.engine.prefill import read_pieces
+from llama4.engine.prompt import Piece
 from llama4.engine.runner import EagerRunner, ModelRunner
 from llama4.engine.sampling import Sampler
 from llama4.engine.tokens import Token
@@ -97,6 +100,36 @@ def test_equals_the_eager_step(
         rows = zip(ours.view(-1, 512).double(), truth.view(-1, 512).double(), strict=True)
         errors = torch.tensor([relative_error(one, other) for one, other in rows])
         assert errors.median() < (0.2 if scheme == "fp8" else 2e-2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("cache_dtype", "most"), [("auto", 1e-5), ("int8", 1e-2)])
+def test_prompts_equal_those_of_the_modules(
+    cache_dtype: str, most: float, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two pieces across chunks, of rows of unequal length, and what comes after them."""
+    model = load(directory, None, "float32")
+    calls: list[int] = []
+
+    def read() -> Tensor:
+        cache = model.new_cache(2, cache_dtype)
+        outputs: list[Tensor] = []
+        for part in (slice(0, 12), slice(12, 20)):
+            pieces = [Piece(PROMPT[0, part].tolist()), Piece(PROMPT[1, part].tolist()[:7])]
+            outputs += read_pieces(model, cache, pieces)
+        outputs.append(ModelRunner(model).step(PROMPT[:2, 0], cache))
+        return torch.cat([each.flatten() for each in outputs])
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return read_by_steps(*arguments)
+
+    monkeypatch.setattr(prefill, "read_by_steps", counted)
+    ours = read()
+    monkeypatch.setattr(fused_cpu.FusedCpuRunner, "prompt_description", lambda runner, cache: None)
+    truth = read()
+    assert len(calls) == 2
+    assert relative_error(ours, truth) < most
 
 
 @pytest.fixture(scope="module")

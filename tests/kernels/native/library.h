@@ -58,6 +58,8 @@ struct Tokens {
   long* greedy;
   float* logprobs;
   void* hidden;
+  float* residual = nullptr;
+  int64_t layer = 0, is_prompt = 0;
 };
 struct Draw {
   int64_t row, top_k;

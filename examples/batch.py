@@ -3,15 +3,12 @@
 python examples/batch.py
 """
 
-import argparse
 from typing import Any
 
 from PIL.Image import Image
 
 from llama4 import Llama4
 from llama4.tiny.shapes_dataset import Scene, Shape, draw
-
-argparse.ArgumentParser(description=__doc__).parse_args()
 
 stars = draw(Scene(200, 200, shapes=tuple(Shape("star", "orange", (50 + 50 * i, 100), 40) for i in range(3))))
 heart = draw(Scene(120, 90, shapes=(Shape("heart", "red", (60, 45), 50),)))

@@ -3,7 +3,6 @@
 python examples/plain_loop.py
 """
 
-import argparse
 import json
 
 import torch
@@ -14,8 +13,6 @@ from llama4.adapters.lora import Adapter
 from llama4.train import LoraConfig
 from llama4.train.data import Batches, load_dataset
 from llama4.train.objectives import batch_loss
-
-argparse.ArgumentParser(description=__doc__).parse_args()
 
 with open("colours.jsonl", "w", encoding="utf-8") as file:
     for thing, colour in {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}.items():

@@ -4,14 +4,13 @@ nothing changes but the number of actors. With two here: pip install "ray[data]"
 python examples/ray_batch.py
 """
 
-import argparse
 from typing import Any
 
 try:
     import ray
     from ray.data import ActorPoolStrategy, from_items
-except ImportError:
-    raise SystemExit(__doc__) from None
+except ModuleNotFoundError:
+    raise SystemExit('Ray is not installed: pip install "ray[data]"') from None
 
 from llama4 import Llama4
 
@@ -28,7 +27,6 @@ class Answers:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     rows = from_items([{"number": n, "question": f"What is {n} + 1?"} for n in range(16)])
     actors = ActorPoolStrategy(size=2)

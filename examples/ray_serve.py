@@ -4,7 +4,6 @@ Two here, asked once: pip install "ray[serve]", then
 python examples/ray_serve.py
 """
 
-import argparse
 import json
 import urllib.request
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 try:
     import ray
     from ray import serve
-except ImportError:
-    raise SystemExit(__doc__) from None
+except ModuleNotFoundError:
+    raise SystemExit('Ray is not installed: pip install "ray[serve]"') from None
 
 from llama4 import Engine, Llama4
 from llama4.serve.app import Server, Settings
@@ -34,7 +33,6 @@ class Llama4Server:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(Llama4Server.bind())  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 python examples/rejection_sampling.py
 """
 
-import argparse
 import json
 
 from llama4 import Llama4
@@ -18,7 +17,6 @@ def score(question: str, reply: str) -> float:
     return -len(reply)
 
 
-argparse.ArgumentParser(description=__doc__).parse_args()
 llm = Llama4.from_pretrained("tiny", progress=False)
 with open("best.jsonl", "w", encoding="utf-8") as file:
     for question in QUESTIONS:

@@ -3,12 +3,8 @@
 python examples/several_pictures.py
 """
 
-import argparse
-
 from llama4 import Llama4
 from llama4.tiny.shapes_dataset import Scene, Shape, draw
-
-argparse.ArgumentParser(description=__doc__).parse_args()
 
 one = Scene(240, 240, shapes=(Shape("star", "yellow", (70, 70), 60), Shape("cross", "green", (170, 160), 60)))
 other = Scene(320, 160, shapes=(Shape("heart", "red", (160, 80), 70),))

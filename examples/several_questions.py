@@ -3,15 +3,12 @@
 python examples/several_questions.py
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 from llama4 import Llama4
 from llama4.tiny.shapes_dataset import Scene, Shape, draw
-
-argparse.ArgumentParser(description=__doc__).parse_args()
 
 picture = Scene(900, 600, shapes=(Shape("star", "yellow", (200, 300), 150), Shape("cross", "green", (600, 250), 120)))
 image = {"type": "image", "image": draw(picture)}

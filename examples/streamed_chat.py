@@ -3,13 +3,10 @@
 python examples/streamed_chat.py
 """
 
-import argparse
 from typing import Any
 
 from llama4 import Llama4
 from llama4.tiny.shapes_dataset import Scene, Shape, draw
-
-argparse.ArgumentParser(description=__doc__).parse_args()
 
 scene = Scene(320, 200, shapes=(Shape("triangle", "green", (80, 100), 80), Shape("circle", "purple", (230, 100), 70)))
 

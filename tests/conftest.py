@@ -6,18 +6,12 @@ import importlib.util
 import os
 import signal
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
-MEASURED_SECONDS = 0.3
-MEASURED = defaultdict[str, float](float)
-"""Of each test, what its cases have taken of the processor's time in this process."""
 
 
 def _test_what_is_installed() -> None:
@@ -70,17 +64,3 @@ def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_what_reaches_a_stranger(items)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Coverage is of a test's cases until they have taken a while: Python 3.11 runs three times longer under its
-    tracer, and later cases reach little else."""
-    test = item.nodeid.partition("[")[0]
-    if MEASURED[test] > MEASURED_SECONDS:
-        item.add_marker("no_cover")
-    begun = time.process_time()
-    try:
-        return (yield)
-    finally:
-        MEASURED[test] += time.process_time() - begun

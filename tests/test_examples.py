@@ -27,6 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json", "learn_letters")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in LARGER)
 WITH_RAY = ("ray_batch", "ray_serve")
+TAKING_ARGUMENTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "argparse" in path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +61,11 @@ def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert ignored(made) == made
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *LARGER])
+@pytest.mark.parametrize("name", TAKING_ARGUMENTS)
 def test_example_says_how_it_is_used(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When asked, and when it is used otherwise; without computing anything."""
-    if name in WITH_RAY:
-        pytest.importorskip("ray")
     monkeypatch.setattr(Llama4, "from_pretrained", Mock(side_effect=AssertionError))
     for arguments, code in ((["--help"], 0), (list("abc"), 2)):
         with pytest.raises(SystemExit) as stopped:
@@ -89,7 +88,6 @@ def test_example_is_short_and_explains_itself(name: str) -> None:
     assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(source)) or "")
 
 
-@pytest.mark.no_cover
 def test_json_is_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -120,7 +118,6 @@ def test_letters_are_drawn_where_they_are_looked_for() -> None:
         assert {example["LETTERS"][i - 1] for i in labels[labels > 0].tolist()} <= set(scene.text.characters)
 
 
-@pytest.mark.no_cover
 def test_letters_are_learnt_from_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

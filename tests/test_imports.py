@@ -101,7 +101,6 @@ def test_imports_point_one_way(module: str) -> None:
             assert line_of(imported) <= line_of(module), f"{module} imports {imported}, which stands below it"
 
 
-@pytest.mark.no_cover
 def test_no_circles() -> None:
     """Not even through imports inside functions."""
     graph = {module: imports(module) & set(modules()) - FREE - {module} for module in modules()}

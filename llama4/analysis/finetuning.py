@@ -174,8 +174,11 @@ def _kept(text: TextConfig, training: Training, dtype: str, factor: int, tokens:
     # the first layer is one of its own: nothing that comes before it is trained
     chosen = [0, *(kinds.index(kind, 1) for kind in dict.fromkeys(kinds[1:]))]
     model = Llama4Model(_narrow(text, factor, chosen)).to(DTYPES[dtype])
-    for name, parameter in model.named_parameters():  # what is kept depends on where tokens go, and not on values
-        (nn.init.normal_ if name.endswith(("embed_tokens.weight", "router.weight")) else nn.init.zeros_)(parameter)
+    for name, parameter in model.named_parameters():  # of values only those count that send tokens to experts
+        if name.endswith(("embed_tokens.weight", "router.weight")):
+            nn.init.normal_(parameter)
+        else:
+            nn.init.constant_(parameter, float(parameter.ndim == 1))  # norms pass on what they get
     model.requires_grad_(training.method == "full")
     if training.method == "full":
         kept = kept_bytes(model, dict(model.named_parameters()), tokens)

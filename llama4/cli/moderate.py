@@ -22,16 +22,17 @@ UNSAFE = 3
 """Exit code where a message is unsafe; 0 is safe, 1 and 2 are errors, as of every command."""
 
 
-GUARD = "a Llama Guard or Prompt Guard: directory, GGUF file or Hub id, such as meta-llama/Llama-Guard-3-1B"
-
-
 def add_parser(commands: Any) -> None:
     about = (
         "Ask a Llama Guard whether a prompt, or the response to it, is safe, or a Prompt Guard whether a text attacks "
         f"a model. Exit code: 0 safe, {UNSAFE} unsafe, 1 or 2 an error."
     )
     parser = commands.add_parser("moderate", help="ask a Llama Guard or Prompt Guard", description=about)
-    parser.add_argument("model", metavar="MODEL", help=GUARD)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Llama Guard or Prompt Guard: directory, GGUF file or Hub id, such as meta-llama/Llama-Guard-3-1B",
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("text", nargs="?", metavar="TEXT", help="what a user says; - reads it from stdin")
     text.add_argument("--file", type=Path, metavar="FILE", help="the text of a file")

@@ -102,8 +102,10 @@ class _Runner(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Say so, if it takes longer than what has been answered already."""
         telling = asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self._tell)
-        await super().shutdown(sockets)
-        telling.cancel()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            telling.cancel()
 
     def _tell(self) -> None:
         if self.server_state.tasks:

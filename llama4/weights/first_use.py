@@ -156,7 +156,9 @@ class FirstUse:
             self.handle.remove()
 
     def begin(self) -> None:
-        """Copy, in a thread."""
+        """Copy, in a thread, unless that was begun by a call that was interrupted."""
+        if self._thread is not None or self._copied is not None:
+            return
         thread = threading.Thread(target=self._try_to_copy, daemon=True)
         try:
             thread.start()

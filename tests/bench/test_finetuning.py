@@ -21,7 +21,6 @@ class Probe:
         return PeakRates(memory=1e9, gemm=1e9)
 
 
-@pytest.mark.no_cover
 def test_a_step_beside_peft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = replace(small_model.config(), vision=None)
     monkeypatch.setitem(MODELS, "tiny", lambda: tiny)

@@ -59,7 +59,6 @@ def scheduler_of(llm: Llama4, **options: int | None) -> Scheduler:
 
 
 @pytest.mark.parametrize("blocks", [1.0, None])
-@pytest.mark.no_cover
 def test_a_request_gets_what_it_gets_alone(llm: Llama4, blocks: float | None) -> None:
     """With pictures, cancelled ones, shared beginnings; put back in a pool of the least size. Nothing stays."""
     rng = random.Random(round(10 * (blocks or 0)))

@@ -55,7 +55,6 @@ def loaded(form: str, directory: Path) -> Llama4:
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4", "fp8", "nf4", "q4_0"])
-@pytest.mark.no_cover
 def test_in_weight_formats_too(tmp_path: Path, form: str) -> None:
     """In the company of five others at most: short ones with pictures, and long ones in a small pool."""
     llm = loaded(form, tmp_path)
@@ -74,7 +73,6 @@ def test_in_weight_formats_too(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["int4", "int8", "fp8", "nf4"])
-@pytest.mark.no_cover
 def test_with_adapters(form: str, tmp_path: Path) -> None:
     """Two and none, in one batch."""
     llm = loaded(form, tmp_path)

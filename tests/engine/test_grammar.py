@@ -115,7 +115,6 @@ LEAF: dict[str, Any] = {
 LEAF |= {"additionalProperties": False}
 
 
-@pytest.mark.no_cover
 def test_random_schemas_in_one_engine(llm: Llama4) -> None:
     """Each request is held to its own, beside others."""
     rng = random.Random(0)

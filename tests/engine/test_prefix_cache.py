@@ -196,7 +196,6 @@ def test_a_damaged_file_leaves_the_cache_as_it_was(llm: Llama4, tmp_path: Path, 
     assert (cache.lengths, cache.num_bytes, cache.version, cache.is_consistent) == ([0], 0, 0, True)
 
 
-@pytest.mark.no_cover
 def test_any_flipped_byte_is_noticed(llm: Llama4, tmp_path: Path) -> None:
     llm.chat([user(DOCUMENT)], max_new_tokens=1)
     assert llm.cache is not None

@@ -9,7 +9,6 @@ import pytest
 from tests.faults import damage
 
 
-@pytest.mark.no_cover
 def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tally = damage.run(3, 0, tmp_path)
     with capsys.disabled():

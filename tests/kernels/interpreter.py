@@ -34,6 +34,8 @@ def _replace_the_language_once() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang"):  # another version's, which is slow
+        return
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
 

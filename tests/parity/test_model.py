@@ -228,7 +228,6 @@ def test_survives_copies_and_casts(pair: Pair, how: str) -> None:
 
 
 @pytest.mark.parametrize("maverick", [False, True], ids=["scout", "maverick"])
-@pytest.mark.no_cover
 def test_compiled_by_torch(maverick: bool) -> None:
     """It keeps to torch's products, which add in another order."""
     ours = make_pair(maverick, num_hidden_layers=2, no_rope_layers=[1, 0]).ours

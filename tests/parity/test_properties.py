@@ -240,7 +240,6 @@ def check(case: Case) -> bool:
 
 @settings(max_examples=EXAMPLES or 40, deadline=None, derandomize=not EXAMPLES)
 @given(cases())
-@pytest.mark.no_cover
 def test_random_models(case: Case) -> None:
     assume(check(case))
 

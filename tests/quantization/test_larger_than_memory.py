@@ -266,6 +266,28 @@ def test_interrupted_when_copies_are_put(packed: Path, monkeypatch: pytest.Monke
 
 @linux
 @needs_kernels
+def test_interrupted_when_the_next_are_begun(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are begun once."""
+    llm = larger_than_memory(packed, monkeypatch)
+    begin, begun = first_use.FirstUse.begin, list[threading.Thread]()
+
+    def interrupted(hook: first_use.FirstUse) -> None:
+        monkeypatch.setattr(first_use.FirstUse, "begin", begin)
+        hook.begin()
+        assert hook._thread is not None
+        begun.append(hook._thread)
+        hook.begin()
+        assert hook._thread is begun[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_use.FirstUse, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits(llm)
+    assert torch.equal(logits(llm), logits(larger_than_memory(packed, monkeypatch)))
+
+
+@linux
+@needs_kernels
 def test_a_fork_while_copies_are_made(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child has no thread that would make them, or give a lock back."""
     llm = larger_than_memory(packed, monkeypatch)

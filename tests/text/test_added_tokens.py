@@ -114,7 +114,6 @@ def strings(rng: random.Random, count: int) -> list[str]:
     return ["".join(rng.choices(PARTS, k=rng.randint(1, 12))) for _ in range(count)]
 
 
-@pytest.mark.no_cover
 def test_thousands_of_strings_as_transformers(tmp_path: Path) -> None:
     rng, found = random.Random(0), 0
     for i in range(40):
@@ -243,7 +242,6 @@ def test_without_added_tokens_a_text_is_not_looked_through() -> None:
     assert piece is text
 
 
-@pytest.mark.no_cover
 def test_ten_megabytes_are_split_in_time() -> None:
     names = [AddedToken(i, name, special=True, normalized=False) for i, name in enumerate(special_token_names())]
     splitter = AddedTokenSplitter([*names, AddedToken(5000, "<SQL>", lstrip=True, normalized=False)])

@@ -53,7 +53,6 @@ def test_no_text_of_bytes_has_fewer(form: str | None, tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).fewest("A" * 10**6) == 0 == len(Tokenizer(tmp_path).encode("A"))
 
 
-@pytest.mark.no_cover
 def test_normal_forms_shrink_a_text_by_four_at_most() -> None:
     """Of every character the longest text that it is a normal form of: each character of its decomposition, by the
     longest one that has this decomposition."""

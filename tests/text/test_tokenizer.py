@@ -133,7 +133,6 @@ def many_strings() -> Iterator[str]:
         yield "".join(rng.choices(parts, k=rng.randint(1, 25)))
 
 
-@pytest.mark.no_cover
 def test_ten_thousand_strings_as_both_references(genuine: Tokenizer, reference: meta.Tokenizer) -> None:
     library = TikTokenConverter(str(GENUINE), pattern=reference.O200K_PATTERN, extra_special_tokens=[]).converted()
     strings = list(many_strings())
@@ -250,13 +249,11 @@ def test_long_white_space_is_cut_as_the_pattern_cuts_it(head: str, tail: str, ge
     assert genuine.encode(text) == genuine.model._encoding.encode_ordinary(text)
 
 
-@pytest.mark.no_cover
 def test_a_million_blanks(genuine: Tokenizer) -> None:
     for text in ("x" + " " * 1_500_000 + "y", " " * 1_500_000 + "\n", "\t" * 1_500_000):
         assert genuine.decode(genuine.encode(text)) == text
 
 
-@pytest.mark.no_cover
 def test_ten_megabytes_of_text(genuine: Tokenizer, reference: meta.Tokenizer) -> None:
     paragraph = "It was a bright cold day in April, and 13 clocks were striking.\n\nÜber 日本 \t " * 100
     text = paragraph * (10_000_000 // len(paragraph.encode()))

@@ -144,7 +144,6 @@ VALUES = st.recursive(
     st.sampled_from(["", "Let me look. ", "See [1], {x}: "]),
     st.booleans(),
 )
-@pytest.mark.no_cover
 def test_any_calls_in_any_form_are_found(calls: list[tuple[str, dict[str, Any]]], prose: str, marked: bool) -> None:
     wanted = [ToolCall(name, arguments) for name, arguments in calls]
     python = ", ".join(f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls)
@@ -440,7 +439,6 @@ TOOLS = [None, (), ("f", "get_weather"), ("code_interpreter", "brave_search", "f
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-@pytest.mark.no_cover
 def test_any_reply_is_read_alike_however_it_is_cut(
     text: str, tools: tuple[str, ...] | None, certain: bool, calls_tools: bool, generator: random.Random
 ) -> None:
@@ -568,7 +566,6 @@ def test_without_tools_calls_count_after_a_mark_or_at_the_very_end() -> None:
     ],
     ids=lambda text: text[:40],
 )
-@pytest.mark.no_cover
 def test_hostile_replies_take_no_long(text: str) -> None:
     """In time that grows as the text does, whole and in parts of 16 characters."""
     begin = time.process_time()

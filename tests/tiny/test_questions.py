@@ -192,7 +192,6 @@ def many() -> dict[str, list[Question]]:
     return {kind: [fresh_question(rng, kind, sides=(200, 400))[1][-1] for _ in range(400)] for kind in CORE_KINDS}
 
 
-@pytest.mark.no_cover
 def test_answers_are_balanced() -> None:
     """Nobody who never looks gets far: no answer of a core kind is given in much more than its even share."""
     asked = many()
@@ -205,7 +204,6 @@ def test_answers_are_balanced() -> None:
     assert max(sides) < 1.5 * min(sides)
 
 
-@pytest.mark.no_cover
 def test_wordings_vary() -> None:
     for asked in many().values():
         texts = [question.text for question in asked]
@@ -236,7 +234,6 @@ def test_what_cannot_be_asked_is_named() -> None:
         ask(lone, random.Random(0), "smell")
 
 
-@pytest.mark.no_cover
 def test_the_corpus_holds_every_word_of_the_answers() -> None:
     text = " ".join(corpus(random.Random(0), 1000))
     assert all(re.search(rf"\b{word}\b", text) for word in (*COLOURS, *KINDS, "Yes", "None", "Six", "left"))

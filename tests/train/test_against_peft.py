@@ -64,7 +64,6 @@ def losses_of_trainer(model: Any, run: Run, directory: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.no_cover
 def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model

@@ -213,7 +213,6 @@ def data_learnt(data: Dataset) -> int:
     return sum(example.num_learnt for example in data.examples)
 
 
-@pytest.mark.no_cover
 def test_a_student_becomes_like_its_teacher(
     llm: Llama4, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,6 @@ def float32_file(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("full", 5e-5)])
-@pytest.mark.no_cover
 def test_the_loss_falls_as_with_transformers(
     method: str, rate: float, path: Path, float32_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

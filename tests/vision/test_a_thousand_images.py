@@ -35,7 +35,6 @@ def sizes() -> Iterator[tuple[int, int]]:
         yield round(5000 ** rng.random()), round(5000 ** rng.random())
 
 
-@pytest.mark.no_cover
 def test_canvas_of_both_references() -> None:
     theirs = Llama4ImageProcessor(size={"height": 336, "width": 336}, max_patches=MAX_TILES)
     metas = VariableSizeImageTransform(336)
@@ -88,7 +87,6 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@pytest.mark.no_cover
 def test_pixels_of_both_references() -> None:
     """Within 1/255: transformers' on every pixel (it normalises in bfloat16, half a level itself); Meta's, whose PIL
     rounds after each of its two passes with other weights, on all but one pixel in 10,000."""

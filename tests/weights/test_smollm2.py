@@ -186,7 +186,6 @@ def reference_model(path: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
-@pytest.mark.no_cover
 def test_replies(llm: Llama4, path: Path) -> None:
     """Sensible, and greedy in float32 as transformers': each token is the likeliest after those before it. Near ties
     are no difference: the two sum in another order."""

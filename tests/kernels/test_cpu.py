@@ -20,8 +20,8 @@ from tests.marks import needs_kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 40, 75, 200]
-"""Few go through registers by fours, more than twelve (in x out: eight) by eights, from 192 on with other panels; in
-float32, in x out, up to 40 go by ten to 24."""
+"""Few go through registers by fours, more than twelve (in x out: eight) by tiles of ten to 24, from 192 on with other
+panels."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -92,6 +92,24 @@ class TestProducts:
         weight = (codes.double().unflatten(1, (-1, group_size)) * scale.double()[..., None]).flatten(1)
         for scales in (scale, scale.float()):
             assert close(linear_int4(x, codes, scales, group_size), x.double() @ weight.mT)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [70, 648])
+def test_tiles_of_any_height(inputs: int, dtype: torch.dtype) -> None:
+    """Rows that fill one or more tiles, or leave some of them without any."""
+    codes = torch.arange(96 * 576).view(96, 576).to(torch.uint8) & 63
+    weight_OI = codes.view(torch.float8_e4m3fn).double()
+    for rows in (*range(9, 26), 27, 45, 46, 49, 73):
+        x, weight_IO = normal(rows, inputs).to(dtype), normal(inputs, 96, seed=1).to(dtype)
+        assert close(cpu.linear_in_out(x, weight_IO), x.double() @ weight_IO.double()), rows
+        x = normal(rows, 576, seed=2).to(dtype)
+        assert close(cpu.linear(x, weight_OI.to(dtype)), x.double() @ weight_OI.mT), rows
+        scales = torch.ones(96, 1, dtype=torch.bfloat16)
+        x_scale = x.float().abs().amax(1, keepdim=True) / 448
+        rounded = (x.float() / x_scale).to(torch.float8_e4m3fn).double() * x_scale.double()
+        assert close(cpu.linear_quantized("fp8", x, codes, scales), rounded @ weight_OI.mT), rows
 
 
 @needs_kernels

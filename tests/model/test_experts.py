@@ -25,6 +25,8 @@ COUNTS = {
     "few": [2, 0, 1, 3, 0],
     "all to one": [0, 0, 0, 0, 40],
     "many": [40, 17, 0, 90, 33],
+    "more than are computed together": [0, 700, 400, 0, 1100],
+    "just as many": [1023, 0, 1, 0, 3],
 }
 WIDE = TextConfig(hidden_size=512, intermediate_size=512, num_local_experts=5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

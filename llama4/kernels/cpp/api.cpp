@@ -3,7 +3,6 @@
 // Formats have their numbers here; Python reads them.
 
 #include <cstddef>
-#include <functional>
 #include <iterator>
 
 #include "amx_check.h"
@@ -41,10 +40,6 @@ Problem linear(long threads, const X* x, long N, long I, long O, long layout, co
   return nullptr;
 }
 
-// Rows of several experts that are computed at once: beside them threads have enough to do between two points where
-// they wait for each other, and what lies between two products stays in the caches.
-constexpr long most_together = 1024;
-
 // down(silu(gate(x)) * up(x)) for rows sorted by expert, counts [E] of each.
 template <class X>
 Problem experts(long threads, const Matrix* gate_up, const Matrix* down, const long* counts, long E, const X* x, X* y) {
@@ -52,15 +47,10 @@ Problem experts(long threads, const Matrix* gate_up, const Matrix* down, const l
   if (Problem problem = first(check::experts<X>(*gate_up, *down),
                               require(*std::min_element(counts, counts + E) >= 0, "an expert has negative rows")))
     return problem;
-  if (Problem problem = std::any_of(counts, counts + E, std::identity()) ? addresses(x, y) : nullptr) return problem;
+  const bool has_rows = std::any_of(counts, counts + E, [](long count) { return count > 0; });
+  if (Problem problem = has_rows ? addresses(x, y) : nullptr) return problem;
   Team team(gate_up->numbers() > min_parallel ? threads : 1);
-  const long D = gate_up->I;
-  for (long e = 0, end; e < E; e = end) {
-    long rows = counts[e];
-    for (end = e + 1; end < E && rows + counts[end] <= most_together; end++) rows += counts[end];
-    ::experts(team, *gate_up, *down, e, end, counts, x, y);
-    x += rows * D, y += rows * D;
-  }
+  ::experts(team, *gate_up, *down, counts, E, x, y);
   return nullptr;
 }
 

@@ -163,7 +163,7 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
   const long depth = std::max_element(panels, panels + num_panels, is_shorter)->count;
   const long width = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
   const long block = std::max(1l, block_bytes / (depth * x.height * 4));  // of tiles
-  phase.add((strips + width - 1) / width, width * strip * x.count * per_word, [=](long task) {
+  phase.add((strips + width - 1) / width, tiles * width * strip * x.count * per_word, [=](long task) {
     const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * tile_size;
     const AmxScope scope(x.by_amx, 16);
     Word* w = scratch<Word, Use::panel>(count * depth * strip);

@@ -238,9 +238,10 @@ __attribute__((noinline)) void multiply_byte_tile_by_amx(const F f, const Word* 
 // y = x W^T for rows that `pack_byte_rows` packed: a strip of W is packed, and used while it is in the caches.
 template <class F, class X>
 void gemm_bytes(Phase& phase, const Word* x, long N, const F& f, long O, Scales scales, X* y) {
-  phase.add(O / strip, strip * f.I, [=](long task) {
-    const ByteGroup group(f);
-    const long groups = f.I / input_group(f), o = task * strip, most = most_byte_rows(group, N);
+  const ByteGroup group(f);
+  const long groups = f.I / input_group(f), most = most_byte_rows(group, N), tiles = (N + most - 1) / most;
+  phase.add(O / strip, tiles * strip * f.I, [=](long task) {
+    const long o = task * strip;
     const AmxScope scope(most != byte_tile_rows, group.words % 16 ? 8 : 16);
     Word* w = scratch<Word, Use::panel>(groups * group.of_strip);
     pack_bytes(f, scales, o, w), pack_bytes(f, scales, o + 16, w + 16);

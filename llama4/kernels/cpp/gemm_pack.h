@@ -146,9 +146,9 @@ const WordNumber<X>* arrange_planes(Team& team, const X* x, long count) {
   return to;
 }
 
-// Rows of a tile: an even number, and no more than have their sums in registers.
-constexpr int least_height = 8, most_height = 24;
-// Rows that registers have place for; a higher tile is computed in parts.
+// Rows of a tile: an even number.
+constexpr int least_height = 10, most_height = 24;
+// Rows whose sums registers have place for; a higher tile is computed in parts.
 constexpr int rows_in_registers = vectors_in_registers > 16 ? most_height : 6;
 
 // The height of tiles by which N rows take the least time: few rows are missing in the last one, and numbers of W are
@@ -157,8 +157,8 @@ inline long height_for(long N) {
   const auto time = [=](long height) {
     return (N + height - 1) / height * (height + (height + rows_in_registers - 1) / rows_in_registers);
   };
-  long best = 16;
-  for (long height = least_height; height <= most_height; height += 2)
+  long best = most_height;
+  for (long height = most_height - 2; height >= least_height; height -= 2)
     if (time(height) < time(best)) best = height;
   return best;
 }

@@ -48,7 +48,7 @@ void gemm_unpacked(Phase& phase, const float* x, long N, long I, long O, const f
         inputs[(n / R * I + i) * R + n % R] = n < N ? x[n * I + i] : 0;
   });
   const long panel = std::clamp(columns / phase.team.size(), 1l, width);
-  phase.add((columns + panel - 1) / panel, panel * 16 * I, [=](long task) {
+  phase.add((columns + panel - 1) / panel, tiles * panel * 16 * I, [=](long task) {
     const long begin = task * panel, count = std::min(panel, columns - begin);
     float* sums = scratch<float, Use::sums>(panel * tiles * R * 16);
     std::fill(sums, sums + count * tiles * R * 16, 0.f);

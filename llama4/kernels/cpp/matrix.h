@@ -37,11 +37,11 @@ struct Matrix {
 // Most rows of a product with any matrix that do not go in tiles: it takes as long as reading the matrix does.
 constexpr long max_gemv_rows = 12;
 
-// The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they do when half of one is
-// full; of the others some need many rows, where registers suffice, unless tiles are AMX's.
+// The same with a matrix: as long as tiles do not pay. W [I, O] is packed so fast that they soon do; of the others some
+// need many rows, where registers suffice, unless tiles are AMX's.
 template <class X>
 long gemv_rows_of(const Matrix& a) {
-  if (a.layout == IN_OUT) return least_height;
+  if (a.layout == IN_OUT) return 8;
   if (vectors_in_registers <= 16) return max_gemv_rows;
   long rows = a.layout == OUT_IN ? 64 : max_gemv_rows;
   bool goes_by_amx = amx && numbers_per_word<X> == 2;

@@ -266,7 +266,7 @@ class Memory {
    public:
     explicit Scope(Memory& memory) : memory(memory), blocks(memory.blocks.size()), used(memory.used) {}
     ~Scope() {
-      if (memory.blocks.size() == blocks) memory.used = used;
+      memory.used = memory.blocks.size() == blocks ? used : 0;  // the last block began inside
     }
     Scope(const Scope&) = delete;
   };
@@ -381,11 +381,12 @@ class Phase {
 
   explicit Phase(Team& team) : team(team) {}
 
-  // Calls run(task) for each of `count` tasks, which read `numbers` each.
+  // Calls run(task) for each of `count` tasks, which read or multiply `numbers` each.
   template <class Run>
   void add(long count, long numbers, const Run& run) {
     add(main, count, numbers, run);
   }
+  // What these write, tasks of `add` may read; and so on.
   template <class Run>
   void add_before(long count, long numbers, const Run& run) {
     add(before, count, numbers, run);

@@ -49,7 +49,7 @@ void products(bool narrow) {
       if (is_in_out && O % 32) continue;  // its rows are odd then
       const Weights w(own.name, narrow, O, I);
       const Matrix a = w.matrix();
-      for (const long N : O == 32 ? std::vector<long>{1, 7, 14, 71}
+      for (const long N : O == 32 ? std::vector<long>{1, 7, 9, 14, 17, 23, 71}
                                   : std::vector<long>{1, 2, 3, 4, 13}) {  // in tiles of 32, and never
         Doubles x = coded_rows(N, I, own.name == std::string("fp8"));
         const Numbers rows(x, narrow);

@@ -36,9 +36,9 @@ RUNS = {
     "context-filled": "bench growth tiny --dtype bfloat16 --filled --context 1M",
     "experts": "bench moe",
     "images": "bench images",
-    "small-vnni": f"bench generate small --quantization none int8 int4 {PEERS} --rounds 3 --limit 12",
-    "small-float32-vnni": f"bench generate small --dtype float32 {PEERS} --rounds 3 --limit 12",
-    "mav-vnni": f"bench generate mav --quantization none int4 {PEERS} --rounds 3 --limit 12",
+    "small-vnni": f"bench generate small --quantization none int8 int4 {PEERS} --rounds 3 --limit 8",
+    "small-float32-vnni": f"bench generate small --dtype float32 {PEERS} --rounds 3 --limit 8",
+    "mav-vnni": f"bench generate mav --quantization none int4 {PEERS} --rounds 3 --limit 8",
     "profile-vnni": "bench profile small",
 }
 """Name -> command, as it is typed after `llama4`."""

@@ -220,6 +220,8 @@ class FusedCpuRunner:
             return reason
         if torch.compiler.is_compiling():
             return "torch.compile is tracing"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast chooses dtypes"
         if torch.is_grad_enabled():
             return "gradients are being recorded; decode inside torch.inference_mode()"
         if model.dtype not in (torch.float32, torch.bfloat16):

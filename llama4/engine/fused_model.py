@@ -81,31 +81,44 @@ def _describe(language_model: LanguageModel) -> tuple[Decoder, ctypes.Array[Laye
             raise UnsupportedError(f"layers.{name} is {module.format.kind} weights, which it does not compute")
         if name and type(module) not in _MODULES:
             raise UnsupportedError(f"layers.{name} is {type(module).__name__}, which it does not compute")
-    layers = (Layer * len(inner.layers))(*(_layer(f"layers.{i}", x, dtype) for i, x in enumerate(inner.layers)))
+    config, layers = inner.config, inner.layers
+    require(len(layers) == config.num_hidden_layers, f"it has {len(layers)} layers, not {config.num_hidden_layers}")
     decoder = Decoder(
-        layers=ctypes.addressof(layers),
         num_layers=len(layers),
         embedding=_embedding(embedding, dtype),
-        norm=norm.weight.data_ptr(),
         head=_matrix("lm_head", head, dtype, is_head=True),
         eps=norm.eps,
     )
-    return decoder, layers
+    D, outputs = decoder.head.I, decoder.head.O
+    require(outputs == config.vocab_size, f"lm_head has {outputs} outputs for {config.vocab_size} tokens")
+    require(outputs <= decoder.embedding.O, f"lm_head has {outputs} outputs for {decoder.embedding.O} embeddings")
+    decoder.norm = _norm("the last norm", norm, D, dtype)
+    described = (Layer * len(layers))(*(_layer(f"layers.{i}", x, D, dtype) for i, x in enumerate(layers)))
+    decoder.layers = ctypes.addressof(described)
+    return decoder, described
 
 
-def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
+def _norm(name: str, norm: nn.Module, D: int, dtype: torch.dtype) -> int:
+    """The address of its weight."""
+    weight = norm.weight
+    assert isinstance(weight, torch.Tensor)
+    require(weight.dtype == dtype, f"{name} is not {dtype}")
+    require(weight.shape == (D,) and weight.is_contiguous(), f"{name} is not {D} numbers one behind the other")
+    return weight.data_ptr()
+
+
+def _layer(name: str, layer: nn.Module, D: int, dtype: torch.dtype) -> Layer:
     assert isinstance(layer, DecoderLayer)
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     require(norms[0].eps == norms[1].eps, f"the norms of {name} have different eps")
-    require(all(norm.weight.dtype == dtype for norm in norms), f"a norm of {name} is not {dtype}")
     C = attention.head_dim
     require(C % LANES == 0 and C <= MAX_HEAD_DIM, f"head_dim {C} is no multiple of {LANES}, or above {MAX_HEAD_DIM}")
     described = Layer(
         **{
             part: _matrix(f"{name}.self_attn.{part}_proj", getattr(attention, f"{part}_proj"), dtype) for part in "qkvo"
         },
-        input_norm=norms[0].weight.data_ptr(),
-        post_norm=norms[1].weight.data_ptr(),
+        input_norm=_norm(f"{name}.input_layernorm", norms[0], D, dtype),
+        post_norm=_norm(f"{name}.post_attention_layernorm", norms[1], D, dtype),
         C=C,
         eps=norms[0].eps,
         qk_eps=-1.0 if attention.qk_norm_eps is None else attention.qk_norm_eps,
@@ -113,11 +126,12 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     described.H, described.K = described.q.O // C, described.k.O // C
     dense, path = layer.feed_forward, f"{name}.feed_forward"
     if isinstance(dense, MixtureOfExperts):
-        router = dense.router
+        router, E = dense.router, dense.dispatcher.num_experts
+        require(router.weight.shape == (E, D), f"{path}.router is not of {E} experts and {D} inputs")
         require(router.weight.dtype == dtype and router.weight.is_contiguous(), f"{path}.router is not {dtype}")
-        described.router, described.E = router.weight.data_ptr(), dense.dispatcher.num_experts
+        described.router, described.E = router.weight.data_ptr(), E
         described.experts_per_token = router.k
-        for part, matrix in _experts(f"{path}.experts", dense.experts, dtype):
+        for part, matrix in _experts(f"{path}.experts", dense.experts, E, dtype):
             setattr(described, part, matrix)
         dense, path = dense.shared_expert, f"{path}.shared_expert"
     parts = {part: _matrix(f"{path}.{part}_proj", getattr(dense, f"{part}_proj"), dtype) for part in ("gate", "up")}
@@ -126,7 +140,7 @@ def _layer(name: str, layer: nn.Module, dtype: torch.dtype) -> Layer:
     return described
 
 
-def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Matrix]]:
+def _experts(name: str, experts: nn.Module, E: int, dtype: torch.dtype) -> Iterator[tuple[str, Matrix]]:
     """The matrices of a layer's experts, by their fields of `Layer`."""
     if type(experts) is MappedExperts:
         return
@@ -135,6 +149,7 @@ def _experts(name: str, experts: nn.Module, dtype: torch.dtype) -> Iterator[tupl
         fields = {"gate_up": "gate_proj", "expert_up": "up_proj", "down": "down_proj"}
     for field_, part in fields.items():
         weight = getattr(experts, part)
+        require(weight.shape[0] == E, f"{name}.{part} is of {weight.shape[0]} experts, not {E}")
         if isinstance(weight, QuantizedWeight):
             yield field_, _matrix(f"{name}.{part}", weight, dtype)
         else:

@@ -1,7 +1,7 @@
 """What a model was made of when a faster way to compute it was prepared, and whether it still is.
 
 A runner that does not call the modules of a model computes what their classes say. So it must know that nobody has put
-another module, parameter or dispatcher in a place, nor hung a hook anywhere.
+another module, parameter, dispatcher or setting in a place, nor hung a hook anywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from llama4.model.dispatch import LocalDispatcher
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
+
+_SETTINGS = "eps", "qk_norm_eps", "k", "max_norm"
+"""Numbers of modules that a runner takes over."""
 
 
 class UnsupportedError(Exception):
@@ -65,12 +68,14 @@ class Snapshot:
         children: (parent, name, child) of each module.
         parameters: (module, name, address) of each parameter.
         dispatchers: that of each layer with experts, which is no module.
+        settings: the class of each module, and its numbers.
     """
 
     modules: dict[str, nn.Module]
     children: list[tuple[nn.Module, str, nn.Module]]
     parameters: list[tuple[nn.Module, str, int]]
     dispatchers: list[tuple[MixtureOfExperts, LocalDispatcher]]
+    settings: list[tuple[object, ...]]
 
     @staticmethod
     def taken(model: Llama4Model) -> Snapshot:
@@ -91,10 +96,11 @@ class Snapshot:
                 if parameter is not None
             ],
             dispatchers=[(module, module.dispatcher) for module in experts],
+            settings=[_settings(module) for module in modules.values()],
         )
 
     def is_current(self, model: Llama4Model) -> bool:
-        """Whether every module and dispatcher is still in its place, and every parameter at its address."""
+        """Whether every module, dispatcher and setting is still in its place, and every parameter at its address."""
         return (
             model.language_model is self.modules[""]
             and all(parent._modules.get(name) is child for parent, name, child in self.children)
@@ -103,6 +109,7 @@ class Snapshot:
                 (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
                 for module, name, address in self.parameters
             )
+            and all(_settings(module) == own for module, own in zip(self.modules.values(), self.settings, strict=True))
         )
 
     def hooked(self, model: Llama4Model) -> str | None:
@@ -120,6 +127,10 @@ class Snapshot:
         """The parameters, to be kept in memory while their addresses are in use."""
         found = [module._parameters[name] for module, name, _ in self.parameters]
         return [weight.detach() for weight in found if weight is not None]
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    return type(module), *map(module.__dict__.get, _SETTINGS)
 
 
 def _has_hook(module: nn.Module) -> bool:

@@ -50,6 +50,8 @@ def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
     """Why the compiled kernel does not take these; None if it does."""
     if x.dtype != torch.float32:
         return "x is not float32, as the residual stream is"
+    if (reason := _weight_unsupported_reason(x, weight_D)) is not None:
+        return reason
     return cpu_kernels.elementwise_unsupported_reason(len(weight_D), x, weight_D)
 
 
@@ -57,4 +59,12 @@ def gpu_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
     """Why the Triton kernel does not take these; None if it does."""
     if len(weight_D) > common.MAX_WIDTH:
         return f"rows are wider than {common.MAX_WIDTH}"
+    if (reason := _weight_unsupported_reason(x, weight_D)) is not None:
+        return reason
     return gpu_kernels.unsupported_reason(x, weight_D)
+
+
+def _weight_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
+    if weight_D.shape != x.shape[-1:] or not weight_D.is_contiguous():
+        return "the weight is not a number for each of a row, one behind the other"
+    return None

@@ -27,6 +27,7 @@ from llama4.inputs import Inputs
 from llama4.kernels import loader, threads
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
+from llama4.model.norm import RMSNorm
 from llama4.ops import cpu_kernels
 from llama4.quantization.schemes import SCHEMES
 from tests import small_model
@@ -197,11 +198,53 @@ def new_parameter(model: Llama4Model) -> None:
     norm.weight = nn.Parameter(norm.weight * 2)
 
 
+def strided_parameter(model: Llama4Model) -> None:
+    norm = small_model.layers(model)[1].post_attention_layernorm
+    norm.weight = nn.Parameter(torch.stack([2 * norm.weight, norm.weight.flip(0)], dim=1)[:, 0])
+
+
+def parameter_for_all(model: Llama4Model) -> None:
+    model.language_model.model.norm.weight = nn.Parameter(torch.full((1,), 0.5))
+
+
+def more_experts_for_each_token(model: Llama4Model) -> None:
+    small_model.layers(model)[1].feed_forward.router.k = 2
+
+
+def other_eps(model: Llama4Model) -> None:
+    for norm in (small_model.layers(model)[0].input_layernorm, small_model.layers(model)[0].post_attention_layernorm):
+        norm.eps = 0.5
+
+
+class HalfNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def other_class(model: Llama4Model) -> None:
+    small_model.layers(model)[2].input_layernorm.__class__ = HalfNorm
+
+
+def larger_vocabulary(model: Llama4Model) -> None:
+    for module in (model.language_model.lm_head, model.language_model.model.embed_tokens):
+        module.weight = nn.Parameter(torch.cat([module.weight, torch.ones(512, module.weight.shape[1])]))
+
+
+def fewer_layers(model: Llama4Model) -> None:
+    model.language_model.model.layers = nn.ModuleList(small_model.layers(model)[:2])
+
+
 def there_and_back(model: Llama4Model) -> None:
     model.double().float()
 
 
-@pytest.mark.parametrize("how", [hook, replace, change, exchange, new_parameter, there_and_back])
+CHANGES = [
+    *(hook, replace, change, exchange, new_parameter, strided_parameter, parameter_for_all),
+    *(more_experts_for_each_token, other_eps, other_class, larger_vocabulary, fewer_layers, there_and_back),
+]
+
+
+@pytest.mark.parametrize("how", CHANGES)
 def test_what_changes_is_seen(directory: Path, how: Callable[[Llama4Model], None]) -> None:
     """A plan made before does not outlive what it was made of."""
     model = load(directory, None, "float32")

@@ -19,8 +19,8 @@ from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 
-_SETTINGS = "eps", "qk_norm_eps", "k", "max_norm"
-"""Numbers of modules that a runner takes over."""
+_SETTINGS = "is_batch_invariant", "head_dim", "eps", "qk_norm_eps", "k", "max_norm"
+"""Attributes of modules that a runner takes over."""
 
 
 class UnsupportedError(Exception):
@@ -68,7 +68,7 @@ class Snapshot:
         children: (parent, name, child) of each module.
         parameters: (module, name, address) of each parameter.
         dispatchers: that of each layer with experts, which is no module.
-        settings: the class of each module, and its numbers.
+        settings: the class of the model and of each module, and their attributes.
     """
 
     modules: dict[str, nn.Module]
@@ -96,7 +96,7 @@ class Snapshot:
                 if parameter is not None
             ],
             dispatchers=[(module, module.dispatcher) for module in experts],
-            settings=[_settings(module) for module in modules.values()],
+            settings=[_settings(module) for module in (model, *modules.values())],
         )
 
     def is_current(self, model: Llama4Model) -> bool:
@@ -109,7 +109,7 @@ class Snapshot:
                 (parameter := module._parameters.get(name)) is not None and parameter.data_ptr() == address
                 for module, name, address in self.parameters
             )
-            and all(_settings(module) == own for module, own in zip(self.modules.values(), self.settings, strict=True))
+            and [_settings(module) for module in (model, *self.modules.values())] == self.settings
         )
 
     def hooked(self, model: Llama4Model) -> str | None:

@@ -258,6 +258,17 @@ def test_what_changes_is_seen(directory: Path, how: Callable[[Llama4Model], None
     assert relative_error(decoded(model, steps=2), truth) < 1e-5
 
 
+@torch.inference_mode()
+def test_batch_invariance_asked_for_later_is_seen(directory: Path) -> None:
+    model = load(directory, None, "float32")
+    runner, cache = fused_cpu.FusedCpuRunner(model), model.new_cache(1)
+    for is_invariant in (False, True):
+        model.is_batch_invariant = is_invariant
+        assert runner.unsupported_reason(cache) is None
+        assert runner.description.decoder is not None
+        assert runner.description.decoder.is_batch_invariant == is_invariant
+
+
 def test_hooks_are_called(directory: Path, steps: list[int]) -> None:
     model, seen = load(directory, None, "float32"), []
     handle = small_model.layers(model)[1].feed_forward.router.register_forward_hook(lambda *_: seen.append(1))

@@ -140,6 +140,11 @@ def has_hooks(llm: Llama4) -> bool:
     return any(module._forward_pre_hooks for module in llm.model.language_model.modules())
 
 
+def first_uses(llm: Llama4) -> list[first_use.FirstUse]:
+    hooks = [hook for module in llm.model.modules() for hook in module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, first_use.FirstUse)]
+
+
 @linux
 @needs_kernels
 def test_what_every_token_needs_is_copied_when_a_layer_first_computes(
@@ -233,8 +238,7 @@ def test_what_was_written_to_in_place_outlives_copies_that_are_lost(
 ) -> None:
     """Pages of a file's memory map are dropped when copies have taken their places, and not before."""
     llm = larger_than_memory(packed, monkeypatch)
-    hooks = [hook for module in llm.model.modules() for hook in module._forward_pre_hooks.values()]
-    own = [hook for hook in hooks if isinstance(hook, first_use.FirstUse)]
+    own = first_uses(llm)
     weight = query_of(llm, 1)
     with torch.no_grad():
         weight.part("weight_packed").bitwise_xor_(0x11)
@@ -291,8 +295,7 @@ def test_interrupted_when_the_next_are_begun(packed: Path, monkeypatch: pytest.M
 def test_a_fork_while_copies_are_made(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child has no thread that would make them, or give a lock back."""
     llm = larger_than_memory(packed, monkeypatch)
-    hooks = [hook for module in llm.model.modules() for hook in module._forward_pre_hooks.values()]
-    held = [hook for hook in hooks if isinstance(hook, first_use.FirstUse)]
+    held = first_uses(llm)
     assert held
     for hook in held:
         hook._lock.acquire()

@@ -30,7 +30,7 @@ from tests.engine.test_company import long_cases
 from tests.engine.test_scheduler import cases, longest, run
 from tests.families.test_mistral import write
 from tests.marks import needs_kernels
-from tests.parity.references import relative_error, write_mixed
+from tests.parity.references import relative_error, wide_model, write_mixed
 
 pytestmark = [
     needs_kernels,
@@ -113,16 +113,35 @@ def test_prompts_beside_others(model: Llama4Model) -> None:
             assert all(are_equal(ours, truth)), (i, cache_dtype)
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 2e-6)])
+@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1.5e-6), ("wide", 4e-6)])
 def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory: Path) -> None:
     """By less than a millionth of the largest logit in float32 where a model is trained. With random weights what is
-    rounded grows from layer to layer: all of float32 is as far from float64, torch's own products too."""
-    path = directory if name == "random" else name
-    model = Llama4.from_pretrained(path, dtype="float32", progress=False).model
-    (truth,) = read(model, model.new_cache(), [prompt(0)], PROMPT)
-    for size in PIECES[2:]:
-        (ours,) = read(model, model.new_cache(), [prompt(0)], size)
+    rounded grows from layer to layer; and a product by tiles is one long sum, which rounds more the longer it is."""
+    if name == "wide":
+        model = wide_model(1024)
+    else:
+        path = directory if name == "random" else name
+        model = Llama4.from_pretrained(path, dtype="float32", progress=False).model
+    ids = prompt(0, 200 if name == "wide" else PROMPT)
+    (truth,) = read(model, model.new_cache(), [ids], len(ids))
+    for size in (7, 70) if name == "wide" else PIECES[2:]:
+        (ours,) = read(model, model.new_cache(), [ids], size)
         assert relative_error(ours[1], truth[1]) < most, size
+
+
+@torch.inference_mode()
+def test_by_default_rows_of_a_step_differ_by_rounding() -> None:
+    """Among so many others by less than a millionth of the largest logit, whatever the weights: up to 64 rows only the
+    products of experts go by tiles."""
+    model = wide_model(512)
+    cache = model.new_cache(64)
+    read(model, cache, [prompt(row, 9) for row in range(64)], 9)
+    ids_B = torch.tensor([prompt(row, 10)[9] for row in range(64)])
+    alone = torch.cat([ModelRunner(model).step(ids_B[[row]], cache.fork([row])) for row in range(9)])
+    assert not model.is_batch_invariant
+    for rows in (2, 8, 9, 13, 24, 41, 64):
+        together = ModelRunner(model).step(ids_B[:rows], cache.fork(list(range(rows))))
+        assert relative_error(together[:9], alone[:rows]) < 1e-6, rows
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4", "fp8"])

@@ -9,6 +9,9 @@ import torch
 from transformers import Llama4Config as ReferenceConfig
 from transformers import Llama4ForConditionalGeneration as ReferenceModel
 
+from llama4.config import Llama4Config
+from llama4.model.multimodal import Llama4Model
+
 __all__ = ["ReferenceConfig", "ReferenceModel"]
 
 PATCH = 509
@@ -83,6 +86,31 @@ def write_mixed(directory: Path, **text: Any) -> Path:
     config = reference_config(**sizes, num_experts_per_tok=2, interleave_moe_layer_step=2, **text)
     reference_model(config, 3).bfloat16().save_pretrained(directory)
     return directory
+
+
+def wide_model(hidden_size: int, seed: int = 0) -> Llama4Model:
+    """Ours, in float32, of eight layers with random weights by which a product is about as large as its inputs."""
+    sizes: dict[str, Any] = {"intermediate_size": hidden_size, "intermediate_size_mlp": hidden_size, "head_dim": 128}
+    heads = hidden_size // sizes["head_dim"]
+    config = reference_config(
+        **sizes,
+        hidden_size=hidden_size,
+        num_hidden_layers=8,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        num_local_experts=2,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=8192,
+    )
+    model = Llama4Model(Llama4Config.from_dict(config.to_dict())).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.normal_(0.0, 0.64 * hidden_size**-0.5, generator=generator)
+    return model
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:

@@ -1,7 +1,8 @@
 """Renders docs/performance.json and docs/faults.json into the pages and the picture: `python docs/figures.py`.
 
 A page has `<!-- figures: NAME -->` and `<!-- end -->`; what stands between is the run NAME with its command, date and
-tables, the summary "speed", or the tables "faults". docs/measure.py and `python -m tests.faults` write the JSON.
+tables (or that it is not measured yet), the summary "speed", or the tables "faults". docs/measure.py and `python -m
+tests.faults` write the JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def load() -> dict[str, Any]:
 
 def render_run(run: dict[str, Any]) -> str:
     """A run's command, date and tables, in Markdown."""
-    module, _ = BENCHES[run["command"].split()[2]]
+    words = run["command"].split()
+    module, _ = BENCHES[words[words.index("bench") + 1]]
     tables = import_module(f"llama4.bench.{module}").tables(run["report"], markdown=True)
     return f"```\n{run['command']}\n```\n\nMeasured on {run['date']}:\n\n{tables}\n"
 
@@ -85,8 +87,10 @@ def render(page: str, results: dict[str, Any]) -> str:
         name = match["name"]
         if name == "faults":
             text = render_faults(json.loads(FAULTS.read_text(encoding="utf-8")))
+        elif name == "speed":
+            text = render_summary(results["small"])
         else:
-            text = render_summary(results["small"]) if name == "speed" else render_run(results[name])
+            text = render_run(results[name]) if name in results else "Not measured yet.\n"
         return f"{match['begin']}{text}{match['end']}"
 
     return BLOCK.sub(block, page)

@@ -11,11 +11,11 @@ namespace {
 // ---- tiles
 
 template <int per_word>
-f32x16 multiply_add_words(f32x16 sums, Word a, const Word* b) {
+f32x16 multiply_add_words(f32x16 sums, Word a, u32x16 b) {
 #ifdef __AVX512BF16__
-  if constexpr (per_word == 2) return multiply_add(sums, bf16x32{_mm512_set1_epi32(a)}, bf16x32{_mm512_loadu_si512(b)});
+  if constexpr (per_word == 2) return multiply_add(sums, bf16x32{_mm512_set1_epi32(a)}, bf16x32{(__m512i)b});
 #endif
-  return sums + __builtin_bit_cast(float, a) * load<f32x16>(b);
+  return sums + __builtin_bit_cast(float, a) * (f32x16)b;
 }
 
 constexpr int tile_rows = 8;
@@ -40,7 +40,8 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
       for (int j = 0; j < vectors; j++)
-        registers[r][j] = multiply_add_words<per_word>(registers[r][j], a[r * a_row + i], b + i * b_row + 16 * j);
+        registers[r][j] =
+            multiply_add_words<per_word>(registers[r][j], a[r * a_row + i], load<u32x16>(b + i * b_row + 16 * j));
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
@@ -58,41 +59,66 @@ void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count,
 
 // ---- the product
 
-// Rows of memory to prefetch, `lines` lines of each, so many at a time.
+// The inputs of a word: two of them, or the same one twice.
+struct WordInputs {
+  long first, second;
+};
+
+// Lines of the cache to prefetch, so many at a time: of W's rows for a panel's words, in the order in which they are
+// packed. A core waits for few lines at once, so they are spread over all the time that there is.
 struct Prefetch {
-  const char* row = nullptr;
-  long stride = 0, lines = 0, rows = 0, at_once = 0, line = 0;
+  const char* w = nullptr;
+  long row_bytes = 0, lines = 0;  // of a row that are wanted
+  const WordInputs* inputs = nullptr;
+  long words = 0, rows_of_word = 1, at_once = 0, line = 0;
 
   // All of it in so many steps.
-  void spread(long steps) { at_once = (rows * lines + steps - 1) / steps; }
+  void spread(long steps) { at_once = (words * rows_of_word * lines + steps - 1) / steps; }
   INLINE void step() {
-    for (long k = 0; k < at_once && rows; k++) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == lines) line = 0, row += stride, rows--;
+    for (long k = 0; k < at_once && words; k++) {
+      const bool is_second = line >= lines;
+      const long row = is_second ? inputs->second : inputs->first;
+      __builtin_prefetch(w + row * row_bytes + 64 * (is_second ? line - lines : line), 0, 2);
+      if (++line == rows_of_word * lines) line = 0, inputs++, words--;
     }
   }
 };
 
 constexpr int unrolled_words = 4;
 
-// sums [rows, 16 of 32] = a b, or are added to, for rows of a tile, a_row words to an input, and 16 columns of a strip.
-// A number of a is used once, from memory: with its product it is one instruction, so the front end of a core suffices
+// Columns of a panel, as words along the inputs: 16 of word i, from a column on.
+struct PanelColumns {
+  const Word* words;
+  u32x16 read(long i, long column) const { return load<u32x16>(words + i * strip + column); }
+  PanelColumns packed() const { return *this; }
+};
+
+// sums [rows, 16 vectors of 32] = a b, or are added to, for rows of a tile and columns of a strip. With one vector a
+// number of a is used once, from memory: with its product it is one instruction, so the front end of a core suffices
 // even where it is shared with another process.
-template <int per_word, int rows, int a_row>
-INLINE void add_columns(const Word* a, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
-  constexpr int parts = (rows + rows_in_registers - 1) / rows_in_registers;
+template <int per_word, int rows, int a_row, int vectors, class Columns>
+INLINE void add_columns(const Word* a, const Columns& b, long count, bool is_first, float* sums, Prefetch& ahead) {
+  constexpr int parts = (rows * vectors + rows_in_registers - 1) / rows_in_registers;
   if constexpr (parts > 1) {
     constexpr int own = (rows + parts - 1) / parts;
-    add_columns<per_word, own, a_row>(a, b, count, is_first, sums, ahead);
-    return add_columns<per_word, rows - own, a_row>(a + own, b, count, is_first, sums + own * strip, ahead);
+    add_columns<per_word, own, a_row, vectors>(a, b, count, is_first, sums, ahead);
+    return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, is_first, sums + own * strip,
+                                                             ahead);
   }
-  f32x16 registers[rows];
+  f32x16 registers[rows][vectors];
 #pragma GCC unroll 24
-  for (int r = 0; r < rows; r++) registers[r] = is_first ? f32x16{} : load<f32x16>(sums + r * strip);
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) registers[r][j] = is_first ? f32x16{} : load<f32x16>(sums + r * strip + 16 * j);
   const auto add = [&](long i) {
+    u32x16 words[vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) words[j] = b.read(i, 16 * j);
 #pragma GCC unroll 24
     for (int r = 0; r < rows; r++)
-      registers[r] = multiply_add_words<per_word>(registers[r], a[i * a_row + r], b + i * strip);
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; j++)
+        registers[r][j] = multiply_add_words<per_word>(registers[r][j], a[i * a_row + r], words[j]);
   };
   long i = 0;
   for (; i + unrolled_words <= count; i += unrolled_words) {
@@ -102,17 +128,24 @@ INLINE void add_columns(const Word* a, const Word* b, long count, bool is_first,
   }
   for (; i < count; i++) add(i);
 #pragma GCC unroll 24
-  for (int r = 0; r < rows; r++) store(sums + r * strip, registers[r]);
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) store(sums + r * strip + 16 * j, registers[r][j]);
 }
 
 // The same for 32 columns and all rows of a tile.
-template <int per_word, int rows = least_height>
-void add_packed(const Word* a, long height, const Word* b, long count, bool is_first, float* sums, Prefetch& ahead) {
+template <int per_word, int rows = least_height, class Columns>
+void add_packed(const Word* a, long height, const Columns& b, long count, bool is_first, float* sums, Prefetch& ahead) {
   if constexpr (rows < most_height)
-    if (height > rows) return add_packed<per_word, rows + 2>(a, height, b, count, is_first, sums, ahead);
+    if (height > rows) return add_packed<per_word, rows + 1>(a, height, b, count, is_first, sums, ahead);
+  constexpr int a_row = packed_rows(rows);
   Prefetch own = ahead;  // in registers
-  for (int column = 0; column < strip; column += 16)
-    add_columns<per_word, rows, packed_rows(rows)>(a, b + column, count, is_first, sums + column, own);
+  if constexpr (std::is_same_v<Columns, PanelColumns>) {
+    for (int column = 0; column < strip; column += 16)
+      add_columns<per_word, rows, a_row, 1>(a, PanelColumns{b.words + column}, count, is_first, sums + column, own);
+  } else {
+    add_columns<per_word, rows, a_row, 2>(a, b, count, is_first, sums, own);
+  }
   ahead = own;
 }
 
@@ -144,74 +177,117 @@ void store_tile(const float* sums, long rows, long o, Scales scales, const float
   }
 }
 
-// What is packed at once, as words along the inputs and bytes: with the tiles of x that meet it, it lies in the cache
-// of a core. Rows of W [I, O] come from distant places, so less of them; with few rows of x, which use a panel for a
-// short time, so much as lies in the nearest cache.
-constexpr long panel_words = 512, panel_bytes = 256 << 10, block_bytes = 512 << 10;
+// Words that are packed at once, and strips that a task has of them. With the tiles of x that meet them, what is packed
+// lies in the cache of a core.
+constexpr long panel_words = 512, panel_strips = 4, block_bytes = 512 << 10;
 static_assert(panel_words % 256 == 0);  // whole steps of every format, however many numbers a word has
-constexpr long in_out_words = 256, in_out_bytes = 128 << 10;
-constexpr long short_words = 128, short_bytes = 32 << 10;
+// Rows of W [I, O] come from distant places, so less of them.
+constexpr long in_out_words = 256;
+// With few rows of x memory is what takes time: it is read fastest by long pieces of few rows of W, though sums must
+// wait in the cache for the next ones.
+constexpr long few_rows = 192, few_words = 64, most_strips = 32, sums_bytes = 256 << 10;
 
-// y = x W. W comes in panels, by as many strips as `bytes` hold: pack(o, strips, panel, to) packs a panel from output o
-// on, which is in the memory that prefetch(o, strips, panel) names. Outputs and rows may have scales.
-template <class X, class Pack, class PrefetchOf>
-void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long num_panels, long bytes,
-          const Pack& pack, const PrefetchOf& prefetch, Scales scales, const float* row_scales, X* y) {
+// y = x W. W comes in panels, of up to `most` strips: weights.pack(o, panel, to) packs a strip of a panel, outputs o to
+// o + 31; weights.prefetch(o, strips, panel) names the memory that it is in. Or weights.columns(o, panel, to) is a
+// strip that is packed as it is read, by the first tile, whose products do not wait for memory. Outputs and rows may
+// have scales.
+template <class X, class Weights>
+void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long num_panels, long most,
+          const Weights& weights, Scales scales, const float* row_scales, X* y) {
   constexpr int per_word = numbers_per_word<X>;
-  const long strips = O / strip, tiles = (x.N + x.height - 1) / x.height, tile_size = x.height * strip;
+  constexpr bool has_columns = requires { weights.columns(0l, *panels, nullptr); };
+  const long strips = O / strip, tiles = x.tiles, tile_size = x.height * strip;
   const auto is_shorter = [](const Panel& a, const Panel& b) { return a.count < b.count; };
   const long depth = std::max_element(panels, panels + num_panels, is_shorter)->count;
-  const long width = std::max(1l, std::min(bytes / (depth * strip * 4), strips / phase.team.size()));
+  const long width = std::max(1l, std::min(most, strips / phase.team.size()));
   const long block = std::max(1l, block_bytes / (depth * x.height * 4));  // of tiles
-  phase.add((strips + width - 1) / width, tiles * width * strip * x.count * per_word, [=](long task) {
+  phase.add((strips + width - 1) / width, x.N * width * strip * x.count * per_word, [=](long task) {
     const long begin = task * width, count = std::min(width, strips - begin), size = count * tiles * tile_size;
+    const bool is_kept = tiles > block;  // what is packed, for the next block
     const AmxScope scope(x.by_amx, 16);
-    Word* w = scratch<Word, Use::panel>(count * depth * strip);
+    Word* w = scratch<Word, Use::panel>((is_kept ? count : 1) * depth * strip);
     const bool has_parts = panels[num_panels - 1].part > 0;
     float *sums = scratch<float, Use::sums>((1 + has_parts) * size), *totals = has_parts ? sums + size : sums;
     for (const Panel* panel = panels; panel != panels + num_panels; panel++) {
       const bool is_last = panel + 1 == panels + num_panels;
       const bool begins_part = panel == panels || panel[-1].part != panel->part;
       const bool ends_part = is_last || panel[1].part != panel->part;
-      pack(begin * strip, count, *panel, w);
       Prefetch ahead;
       if (const long next = is_last ? begin + width : begin; next < strips) {
-        ahead = prefetch(next * strip, width, is_last ? *panels : panel[1]);
+        ahead = weights.prefetch(next * strip, std::min(width, strips - next), is_last ? *panels : panel[1]);
         ahead.spread(count * tiles * strip / 16 * std::max(panel->count / unrolled_words, 1l));
       }
-      const auto multiply_tile = [&](long n, long tile) {
-        const long first = x.first_of(tile), rows = std::min(x.N - first, x.height);
+      const auto multiply_tile = [&](long n, long tile, Word* b) {
+        const long first = x.first_of(tile), rows = x.rows_of(tile), o = (begin + n) * strip;
         const long at = (n * tiles + tile) * tile_size;
-        const Word* b = w + n * panel->count * strip;
-        if (x.by_amx)
-          add_by_amx(x.at(tile, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
-        else add_packed<per_word>(x.at(tile, panel->begin), x.height, b, panel->count, begins_part, sums + at, ahead);
+        const Word* a = x.at(tile, panel->begin);
+        const auto add = [&](const auto& columns) {
+          add_packed<per_word>(a, rows, columns, panel->count, begins_part, sums + at, ahead);
+        };
+        if (x.by_amx) {
+          add_by_amx(a, x.count, b, panel->count, begins_part, rows, sums + at, ahead);
+        } else if (has_columns && tile == 0) {
+          if constexpr (has_columns) add(weights.columns(o, *panel, b));
+        } else {
+          add(PanelColumns{b});
+        }
         for (long i = at; has_parts && ends_part && i < at + rows * strip; i += 16) {
           const f32x16 own = load<f32x16>(sums + i);
           store(totals + i, panel->part ? load<f32x16>(totals + i) + own : own);
         }
         if (is_last)
-          store_tile(totals + at, rows, (begin + n) * strip, scales, row_scales ? row_scales + first : nullptr, O,
-                     y + first * O);
+          store_tile(totals + at, rows, o, scales, row_scales ? row_scales + first : nullptr, O, y + first * O);
       };
       for (long first = 0; first < tiles; first += block)
-        for (long n = 0; n < count; n++)
-          for (long tile = first; tile < std::min(tiles, first + block); tile++) multiply_tile(n, tile);
+        for (long n = 0; n < count; n++) {
+          Word* b = w + (is_kept ? n * panel->count * strip : 0);
+          if (first == 0 && (!has_columns || x.by_amx)) weights.pack((begin + n) * strip, *panel, b);
+          for (long tile = first; tile < std::min(tiles, first + block); tile++) multiply_tile(n, tile, b);
+        }
     }
   });
 }
 
-// y = x W for W [I, O], in the order of gemv_in_out, if that is asked for or AMX is not there. With few rows a panel is
-// used few times, and is best where it is nearest; with many, sums that leave registers cost more.
+// W [I, O], and the inputs of its words.
+template <class X>
+struct WeightRows {
+  const X* w;
+  long O;
+  const WordInputs* inputs;
+
+  struct Columns {
+    const X* w;
+    long O;
+    const WordInputs* inputs;
+    Word* to;
+    u32x16 read(long i, long column) const {
+      const u32x16 words = words_of_rows(w + inputs[i].first * O + column, w + inputs[i].second * O + column);
+      store(to + i * strip + column, words);
+      return words;
+    }
+    PanelColumns packed() const { return {to}; }
+  };
+  Columns columns(long o, const Panel& panel, Word* to) const { return {w + o, O, inputs + panel.begin, to}; }
+
+  void pack(long o, const Panel& panel, Word* to) const {
+    for (long i = 0; i < panel.count; i++)
+      for (long column = 0; column < strip; column += 16) columns(o, panel, to).read(i, column);
+  }
+  Prefetch prefetch(long o, long strips, const Panel& panel) const {
+    // W need not begin with a line of the cache; the end of 64 bytes is in the line that is not there yet.
+    constexpr long bytes = sizeof(X);
+    const char* from = (const char*)(w + o) + 63;
+    return {from, O * bytes, strips * strip * bytes / 64, inputs + panel.begin, panel.count, RowsOf<X>::together};
+  }
+};
+
+// y = x W for W [I, O], in the order of gemv_in_out, if that is asked for or AMX is not there.
 template <class X>
 void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y, bool is_invariant) {
   using F = RowsOf<X>;
-  struct Inputs {
-    long first, second;  // of a word; the same one where it has one
-  };
-  const bool is_short = N < 192;
-  const long parts = parts_of(I), longest = (is_short ? short_words : in_out_words) / F::together;
-  Inputs* inputs = phase.team.memory<Inputs>(I);
+  const bool has_few = N < few_rows;
+  const long parts = parts_of(I), longest = (has_few ? few_words : in_out_words) / F::together;
+  WordInputs* inputs = phase.team.memory<WordInputs>(I);
   Panel* panels = phase.team.memory<Panel>(I / longest + parts);
   long words = 0, num_panels = 0;
   for (long part = 0; part < parts; part++) {
@@ -231,21 +307,19 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     }
     return load<u32x16>(own);
   };
-  const auto pack = [=](long o, long strips, const Panel& panel, Word* to) {
-    for (long i = 0; i < panel.count; i++) {
-      const Inputs& own = inputs[panel.begin + i];
-      pack_row(w + own.first * O + o, w + own.second * O + o, strips, panel.count, to + i * strip);
-    }
-  };
-  const auto prefetch = [=](long o, long strips, const Panel& panel) {
-    // W need not begin with a line of the cache; the end of 64 bytes is in the line that is not there yet.
-    const char* row = (const char*)(w + inputs[panel.begin].first * O + o) + 63;
-    return Prefetch{row, O * long(sizeof(X)), strips * strip * long(sizeof(X)) / 64, panel.count * F::together};
-  };
   const PackedInputs packed = pack_inputs(phase, N, words, goes_by_amx<X>(N, is_invariant), read);
-  gemm(phase, packed, O, panels, num_panels, is_short ? short_bytes : in_out_bytes, pack, prefetch, Scales{}, nullptr,
-       y);
+  const long strips = has_few ? std::min(most_strips, sums_bytes / (N * strip * 4)) : panel_strips;
+  gemm(phase, packed, O, panels, num_panels, strips, WeightRows<X>{w, O, inputs}, Scales{}, nullptr, y);
 }
+
+template <class PackHalf>
+struct WeightColumns {
+  PackHalf pack_half;
+  void pack(long o, const Panel& panel, Word* to) const {
+    for (long column = 0; column < strip; column += 16) pack_half(o + column, panel.begin, panel.count, to + column);
+  }
+  Prefetch prefetch(long, long, const Panel&) const { return {}; }
+};
 
 // y = x W^T for W [O, I], of which pack_half(o, first, count, to) packs half a strip of so many words from one on.
 template <class X, class PackHalf>
@@ -255,12 +329,7 @@ void gemm_out_in(Phase& phase, const PackedInputs& x, long O, const PackHalf& pa
   Panel* panels = phase.team.memory<Panel>(num_panels);
   for (long i = 0; i < num_panels; i++)
     panels[i] = {i * panel_words, std::min(panel_words, x.count - i * panel_words), 0};
-  const auto pack = [=](long o, long strips, const Panel& panel, Word* to) {
-    for (long half = 0; half < 2 * strips; half++)
-      pack_half(o + 16 * half, panel.begin, panel.count, to + half / 2 * strip * panel.count + 16 * (half % 2));
-  };
-  const auto prefetch = [](long, long, const Panel&) { return Prefetch{}; };
-  gemm(phase, x, O, panels, num_panels, panel_bytes, pack, prefetch, scales, row_scales, y);
+  gemm(phase, x, O, panels, num_panels, panel_strips, WeightColumns<PackHalf>{pack_half}, scales, row_scales, y);
 }
 
 }  // namespace

@@ -54,23 +54,16 @@ u32x16 load_words(const X* numbers) {
 
 constexpr long strip = 32;
 
-// One word row of several strips, from one row of W [I, O], or from two.
+// 16 words of consecutive outputs, from one row of W [I, O], or from two.
 template <class X>
-void pack_row(const X* row, [[maybe_unused]] const X* other, long strips, long words, Word* to) {
-  for (long n = 0; n < strips; n++, row += strip, other += strip, to += words * strip) {
+u32x16 words_of_rows(const X* row, [[maybe_unused]] const X* other) {
 #ifdef __AVX512BF16__
-    if constexpr (numbers_per_word<X> == 2) {
-      using u16x32 = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
-      u16x32 a = load<u16x32>(row), b = load<u16x32>(other);
-      store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
-                                        42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
-      store(to + 16, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24,
-                                             56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
-      continue;
-    }
-#endif
-    store(to, load_floats(row)), store(to + 16, load_floats(row + 16));
+  if constexpr (numbers_per_word<X> == 2) {
+    const auto read = [](const X* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); };
+    return (u32x16)_mm512_or_si512(read(row), _mm512_slli_epi32(read(other), 16));
   }
+#endif
+  return (u32x16)load_floats(row);
 }
 
 // 16 words of each of 16 outputs, as 16 rows of half a strip.
@@ -146,43 +139,47 @@ const WordNumber<X>* arrange_planes(Team& team, const X* x, long count) {
   return to;
 }
 
-// Rows of a tile: an even number.
-constexpr int least_height = 10, most_height = 24;
+// Rows of a tile.
+constexpr int least_height = 9, most_height = 24;
 // Rows whose sums registers have place for; a higher tile is computed in parts.
 constexpr int rows_in_registers = vectors_in_registers > 16 ? most_height : 6;
 
-// The height of tiles by which N rows take the least time: few rows are missing in the last one, and numbers of W are
-// read few times.
-inline long height_for(long N) {
-  const auto time = [=](long height) {
-    return (N + height - 1) / height * (height + (height + rows_in_registers - 1) / rows_in_registers);
-  };
-  long best = most_height;
-  for (long height = most_height - 2; height >= least_height; height -= 2)
-    if (time(height) < time(best)) best = height;
-  return best;
-}
-
 // Words that a tile has of each input: as many rows as make whole vectors.
-constexpr long packed_rows(long height) { return height <= 16 ? 16 : 24; }
+constexpr long packed_rows(long rows) { return rows <= 16 ? 16 : 24; }
 
-// x [N, count] in words: in tiles of so many rows, [tiles, count, packed_rows], with zeros behind the last row; for AMX
-// as it is, where the height is that of most tiles, and the last tile overlaps the one before.
+// x [N, count] in words: in tiles of about as many rows, [count, packed_rows] each, with zeros behind the last row; for
+// AMX as it is, where the last tile overlaps the one before.
 struct PackedInputs {
   const Word* words;
-  long N, count, height;
+  long N, count, tiles, height;  // rows of the highest tile
   bool by_amx;
+
+  PackedInputs() = default;
+  PackedInputs(const Word* words, long N, long count, bool by_amx)
+      : words(words),
+        N(N),
+        count(count),
+        tiles((N + most_height - 1) / most_height),
+        height(std::max<long>((N + tiles - 1) / tiles, least_height)),
+        by_amx(by_amx) {
+    if (by_amx) height = amx_height(N), tiles = (N + height - 1) / height;
+  }
 
   // The first row of a tile.
   long first_of(long tile) const {
+    if (!by_amx) return tile * N / tiles;
     const long first = tile * height;
-    if (!by_amx || N - first >= height) return first;
+    if (N - first >= height) return first;
     return N - (N - first > amx_rows ? height : amx_rows);
+  }
+  long rows_of(long tile) const {
+    const long first = first_of(tile);
+    return by_amx ? std::min(N - first, height) : first_of(tile + 1) - first;
   }
   // Where a tile has this word.
   const Word* at(long tile, long word) const {
     if (by_amx) return words + first_of(tile) * count + word;
-    return words + (tile * count + word) * packed_rows(height);
+    return words + tile * count * packed_rows(height) + word * packed_rows(rows_of(tile));
   }
 };
 
@@ -202,19 +199,20 @@ PackedInputs pack_inputs(Phase& phase, long N, long count, bool by_amx, const Re
         __builtin_memcpy(packed + n * count + k, &words, std::min(16l, count - k) * sizeof(Word));
       }
     });
-    return {packed, N, count, amx_height(N), true};
+    return {packed, N, count, true};
   }
-  const long height = height_for(N), tiles = (N + height - 1) / height, own = packed_rows(height);
-  Word* packed = phase.team.memory<Word>(tiles * own * count);
-  phase.add_before(tiles, own * count, [=](long tile) {
-    const long first = tile * height, rows = std::min(N - first, height);
+  PackedInputs inputs(nullptr, N, count, false);
+  Word* packed = phase.team.memory<Word>(inputs.tiles * packed_rows(inputs.height) * count);
+  inputs.words = packed;
+  phase.add_before(inputs.tiles, inputs.height * count, [=](long tile) {
+    const long first = inputs.first_of(tile), rows = inputs.rows_of(tile), own = packed_rows(rows);
     for (long k = 0; k < count; k += 16)
       for (long begin = 0; begin < own; begin += 16) {
         const long some = std::min(16l, count - k), end = std::min(rows, begin + 16);
         u32x16 words[16] = {};
         for (long r = begin; r < end; r++) words[r - begin] = read(first + r, k, some);
         transpose(words);
-        Word* to = packed + (tile * count + k) * own + begin;
+        Word* to = packed + (inputs.at(tile, k) - packed) + begin;
 #pragma GCC unroll 16
         for (long i = 0; i < 16; i++)
           if (i >= some) break;
@@ -222,7 +220,7 @@ PackedInputs pack_inputs(Phase& phase, long N, long count, bool by_amx, const Re
           else __builtin_memcpy(to + i * own, &words[i], 8 * sizeof(Word));
       }
   });
-  return {packed, N, count, height, false};
+  return inputs;
 }
 
 // Rows of I numbers in order, a multiple of what 16 words have.
@@ -230,7 +228,7 @@ template <class X, class Number>
 PackedInputs pack_rows(Phase& phase, const Number* x, long N, long I) {
   constexpr long per_word = numbers_per_word<X>;
   const bool by_amx = goes_by_amx<X>(N);
-  if (by_amx && std::is_same_v<Number, WordNumber<X>>) return {(const Word*)x, N, I / per_word, amx_height(N), true};
+  if (by_amx && std::is_same_v<Number, WordNumber<X>>) return {(const Word*)x, N, I / per_word, true};
   return pack_inputs(phase, N, I / per_word, by_amx,
                      [=](long n, long k, long) { return load_words(x + n * I + k * per_word); });
 }

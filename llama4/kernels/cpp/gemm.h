@@ -185,7 +185,7 @@ static_assert(panel_words % 256 == 0);  // whole steps of every format, however 
 constexpr long in_out_words = 256;
 // With few rows of x memory is what takes time: it is read fastest by long pieces of few rows of W, though sums must
 // wait in the cache for the next ones.
-constexpr long few_rows = 192, few_words = 64, most_strips = 32, sums_bytes = 256 << 10;
+constexpr long few_rows = 192, few_words = 64, most_strips = 32, sums_bytes = 128 << 10;
 
 // y = x W. W comes in panels, of up to `most` strips: weights.pack(o, panel, to) packs a strip of a panel, outputs o to
 // o + 31; weights.prefetch(o, strips, panel) names the memory that it is in. Or weights.columns(o, panel, to) is a

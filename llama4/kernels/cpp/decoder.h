@@ -120,7 +120,6 @@ class DecoderStep {
     const auto scope = team.scope();
     const long H = l.H, K = l.K, C = l.C, *lengths = s.lengths + step * N;
     X *q = team.memory<X>(N * H * C), *k = team.memory<X>(N * K * C), *v = team.memory<X>(N * K * C);
-    X *heads = team.memory<X>(N * H * C), *out = team.memory<X>(N * D);
     team.for_each(N, D, [&](long n) { norm(l.input_norm, l.eps, n, n); });
     Phase inputs(team);
     multiply(inputs, {{l.q, q}, {l.k, k}, {l.v, v}}, x, N, d.is_batch_invariant);
@@ -139,17 +138,17 @@ class DecoderStep {
         write_head<F>(block, slot % block_slots, key, K, C, own);
         write_head<F>(block, slot % block_slots, K + key, K, C, v + (n * K + key) * C);
       });
-      if (!tokens.is_prompt) return attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, heads);
+      if (!tokens.is_prompt) return attend<F>(team, q, s.block_table, s.width, lengths, sequences, H, K, C, q);
       for (long b = 0; b < sequences.B; b++) {
         const long n = sequences.begin(b), count = sequences.end(b) - n;
         attend_causal<F>(team, q + n * H * C, k + n * K * C, v + n * K * C, count, s.block_table + b * s.width,
-                         lengths[n] - 1, H, K, C, heads + n * H * C);
+                         lengths[n] - 1, H, K, C, q + n * H * C);
       }
     });
     Phase output(team);
-    multiply(output, {{l.o, out}}, heads, N, d.is_batch_invariant);
+    multiply(output, {{l.o, x}}, q, N, d.is_batch_invariant);
     output.run();
-    team.for_each(N, D, [&](long n) { add(h + n * D, out + n * D, D); });
+    team.for_each(N, D, [&](long n) { add(h + n * D, x + n * D, D); });
   }
 
   // The experts, if there are any, and the shared one beside them; or the dense MLP.
@@ -169,8 +168,7 @@ class DecoderStep {
     const Routes routes(team, logits, N, l.E, l.experts_per_token);
     const long R = routes.R, F_expert = l.down.I, F = l.gate.O;
     X *routed = team.memory<X>(R * D), *gate_up = team.memory<X>(R * 2 * F_expert);
-    X *gate = team.memory<X>(N * F), *up = team.memory<X>(N * F), *inner = team.memory<X>(N * F);
-    X *routed_inner = team.memory<X>(R * F_expert), *routed_out = team.memory<X>(R * D), *out = team.memory<X>(N * D);
+    X *routed_inner = team.memory<X>(R * F_expert), *gate = team.memory<X>(N * F), *up = team.memory<X>(N * F);
     team.for_each(R, D, [&](long i) {
       const long choice = routes.choices[i];
       const X* from = x + choice / routes.k * D;
@@ -181,22 +179,29 @@ class DecoderStep {
         multiply(phase, {{a.expert(e), y + i * a.O}}, rows + i * a.I, count, d.is_batch_invariant);
       });
     };
-    Phase wide(team), between(team), down(team);
+    const auto run = [&](const auto& add_products) {
+      const auto scope = team.scope();
+      Phase phase(team);
+      add_products(phase), phase.run();
+    };
     const bool is_apart = l.expert_up.w;
     X* expert_up = gate_up + (is_apart ? R * F_expert : F_expert);
-    multiply_experts(wide, l.gate_up, routed, gate_up);
-    if (is_apart) multiply_experts(wide, l.expert_up, routed, expert_up);
-    multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N, d.is_batch_invariant);
-    wide.run();
-    swiglu_rows(between, gate_up, expert_up, R, F_expert, l.gate_up.O, routed_inner);
-    swiglu_rows(between, gate, up, N, F, F, inner);
-    between.run();
-    multiply_experts(down, l.down, routed_inner, routed_out);
-    multiply(down, {{l.shared_down, out}}, inner, N, d.is_batch_invariant);
-    down.run();
+    run([&](Phase& wide) {
+      multiply_experts(wide, l.gate_up, routed, gate_up);
+      if (is_apart) multiply_experts(wide, l.expert_up, routed, expert_up);
+      multiply(wide, {{l.gate, gate}, {l.up, up}}, x, N, d.is_batch_invariant);
+    });
+    run([&](Phase& between) {
+      swiglu_rows(between, gate_up, expert_up, R, F_expert, l.gate_up.O, routed_inner);
+      swiglu_rows(between, gate, up, N, F, F, gate);
+    });
+    run([&](Phase& down) {
+      multiply_experts(down, l.down, routed_inner, routed);
+      multiply(down, {{l.shared_down, x}}, gate, N, d.is_batch_invariant);
+    });
     team.for_each(N, D, [&](long n) {
-      for (long i = n * routes.k; i < (n + 1) * routes.k; i++) add(h + n * D, routed_out + routes.rows[i] * D, D);
-      add(h + n * D, out + n * D, D);
+      for (long i = n * routes.k; i < (n + 1) * routes.k; i++) add(h + n * D, routed + routes.rows[i] * D, D);
+      add(h + n * D, x + n * D, D);
     });
   }
 

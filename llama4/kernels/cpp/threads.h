@@ -239,42 +239,58 @@ class Pool {
   }
 };
 
-// Memory that grows as it is asked for, and is kept for later.
+// Memory that grows as it is asked for, and is kept for later: as one block, as large as what was in use at once.
 class Memory {
-  std::vector<std::unique_ptr<char[]>> blocks;
-  size_t size = 0, used = 0, total = 0;  // bytes of the last block, of which are used, and of all
+  static constexpr size_t least_block = 1 << 16;
+
+  struct Block {
+    std::unique_ptr<char[]> memory;
+    char* begin;
+    size_t size, used = 0;
+
+    explicit Block(size_t size) : memory(new char[size + alignment]), begin(memory.get()), size(size) {
+      begin += -reinterpret_cast<uintptr_t>(begin) % alignment;
+    }
+  };
+  std::vector<Block> blocks;
+  size_t taken = 0, most = 0;  // bytes in use now, and at most so far
 
  public:
   static constexpr size_t alignment = 64;
 
   char* take(size_t bytes) {
-    if (used + bytes + alignment > size) {
-      size = std::max(bytes + alignment, total), total += size, used = 0;
-      blocks.emplace_back(new char[size]);
-    }
-    char* begin = blocks.back().get();
-    const size_t padding = -reinterpret_cast<uintptr_t>(begin + used) % alignment;
-    used += padding + bytes;
-    return begin + used - bytes;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    if (blocks.empty() || blocks.back().used + bytes > blocks.back().size)
+      blocks.emplace_back(std::max(bytes, least_block));
+    Block& last = blocks.back();
+    last.used += bytes, taken += bytes, most = std::max(most, taken);
+    return last.begin + last.used - bytes;
   }
 
   // What is taken until the end of a scope is free after it.
   class Scope {
     Memory& memory;
-    const size_t blocks, used;
+    const size_t blocks, used, taken;
 
    public:
-    explicit Scope(Memory& memory) : memory(memory), blocks(memory.blocks.size()), used(memory.used) {}
+    explicit Scope(Memory& memory)
+        : memory(memory),
+          blocks(memory.blocks.size()),
+          used(blocks ? memory.blocks.back().used : 0),
+          taken(memory.taken) {}
     ~Scope() {
-      memory.used = memory.blocks.size() == blocks ? used : 0;  // the last block began inside
+      memory.blocks.erase(memory.blocks.begin() + blocks, memory.blocks.end());
+      if (blocks) memory.blocks.back().used = used;
+      memory.taken = taken;
     }
     Scope(const Scope&) = delete;
   };
 
   // All of it is free again, as one block.
   void reset() {
-    if (blocks.size() > 1) blocks.clear(), blocks.emplace_back(new char[size = total]);
-    used = 0;
+    if (blocks.size() > 1) blocks.clear(), blocks.emplace_back(most);
+    if (!blocks.empty()) blocks.back().used = 0;
+    taken = 0;
   }
 };
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama4.engine.request import Delivery, Request
 from llama4.engine.sampling import Sampler, likeliest
 from llama4.engine.tokens import SupportsDecode, Token
-from llama4.ops.sampling import draw_token
+from llama4.ops.sampling import applies_penalties, draw_token
 
 
 def next_tokens(
@@ -45,17 +45,19 @@ def _sample(
     are computed together."""
     chosen: list[tuple[int, float] | Exception] = [(0, 0.0)] * len(requests)
     drawn: list[int] = []
+    penalises = applies_penalties(logits_BV)
     groups: dict[tuple[Sampler, bool], list[int]] = {}
     for row, request in enumerate(requests):
         matcher = request.state.matcher
-        if matcher is None and request.sampler.draws_from_logits:
+        if matcher is None and (request.sampler.draws_from_logits or (penalises and not request.sampler.takes_largest)):
             drawn.append(row)
         elif matcher is not None and (problem := matcher.problem()) is not None:
             chosen[row] = problem
         else:
             groups.setdefault(request.choice, []).append(row)
     if drawn:
-        draws = [requests[row].sampler.draw(row, requests[row].state) for row in drawn]
+        V = logits_BV.shape[1]
+        draws = [requests[row].sampler.penalised_draw(row, requests[row].state, V) for row in drawn]
         for row, found in zip(drawn, draw_token(logits_BV, draws), strict=True):
             chosen[row] = found
             requests[row].state.accept(found[0])

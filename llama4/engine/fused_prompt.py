@@ -82,8 +82,11 @@ def _next_sizes(cache: SequenceCache, left: Sequence[int], room: int) -> list[in
 
 def _features(model: Llama4Model, piece: Piece) -> list[Tensor | None]:
     """What stands in the place of each token's embedding, [D]; None for that itself."""
-    given = iter(torch.cat(list(piece.features)).to(model.dtype).contiguous() if piece.features else ())
-    return [next(given) if id_ == model.config.image_token_index else None for id_ in piece.ids]
+    patches = torch.cat(list(piece.features)).to(model.dtype).contiguous() if piece.features else ()
+    is_patch = [id_ == model.config.image_token_index for id_ in piece.ids]
+    assert sum(is_patch) == len(patches), f"{sum(is_patch)} tokens stand for {len(patches)} patches"
+    given = iter(patches)
+    return [next(given) if is_one else None for is_one in is_patch]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama4.config.generation import RANGES, GenerationConfig, check_setting
 from llama4.engine.grammar import Matcher
+from llama4.engine.penalties import RowPenalties
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.ops.sampling import Draw, draw_token, greedy_token
 
@@ -59,6 +60,7 @@ class RowState:
     reply: list[int] = field(default_factory=list)
     _seen_V: Tensor | None = None
     _counts_V: Tensor | None = None
+    _penalties: RowPenalties | None = None
 
     def allows(self, id_: int) -> bool:
         """Whether the reply's form has this token next."""
@@ -71,6 +73,8 @@ class RowState:
             self._seen_V[id_] = True
         if self._counts_V is not None:
             self._counts_V[id_] += 1
+        if self._penalties is not None:
+            self._penalties.accept(id_)
         if self.matcher is not None:
             self.matcher.accept(id_)
 
@@ -89,6 +93,22 @@ class RowState:
             for id_, count in Counter(self.reply).items():
                 self._counts_V[id_] = count
         return self._counts_V
+
+    def penalties(self, sampler: Sampler, vocab_size: int) -> RowPenalties:
+        """What the sampler does to the row's logits."""
+        if self._penalties is None:
+            self._penalties = RowPenalties(
+                float(sampler.repetition_penalty),
+                float(sampler.presence_penalty),
+                float(sampler.frequency_penalty),
+                sampler.logit_bias,
+                prompt=self.prompt,
+                reply=self.reply,
+                vocab_size=vocab_size,
+                forbidden=self.stop_ids,
+                min_tokens=sampler.min_tokens,
+            )
+        return self._penalties
 
 
 @dataclass(frozen=True)
@@ -176,9 +196,16 @@ class Sampler:
         return RowState(random.Random(self.seed), prompt, stop_ids, matcher)
 
     def draw(self, index: int, row: RowState) -> Draw:
-        """What to draw the next token of a row with, which is at this index of the logits."""
+        """What to draw the next token of a row with, which is at this index of the logits, without penalties."""
         uniform = row.generator.random()
         return Draw(index, int(self.top_k or 0), float(self.temperature), float(self.top_p), float(self.min_p), uniform)
+
+    def penalised_draw(self, index: int, row: RowState, vocab_size: int) -> Draw:
+        """The same with penalties and biases, for the compiled kernel; also of the most likely token."""
+        penalties = row.penalties(self, vocab_size).address() if self._adjusts else 0
+        if self.temperature == 0:
+            return Draw(index, top_k=1, temperature=1.0, top_p=1.0, min_p=0.0, uniform=0.0, penalties=penalties)
+        return self.draw(index, row)._replace(penalties=penalties)
 
     def __call__(self, logits_BV: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
         """Choose one token per row, and tell the rows.

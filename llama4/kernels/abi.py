@@ -140,6 +140,22 @@ class Tokens(ctypes.Structure):
     ]
 
 
+class Penalties(ctypes.Structure):
+    """What is done to the logits of some tokens before one is drawn: see `Sampler`.
+
+    Fields:
+        seen, counts: addresses of [num_seen] int64: tokens of prompt and reply, each once, and how often the reply has
+            it.
+        biased, biases: addresses of [num_biased] int64 and float64: tokens, and what is added to their logits, last.
+        repetition, presence, frequency: 1, 0 and 0 for none.
+    """
+
+    _fields_ = [
+        *((name, c_int64) for name in ("seen", "counts", "biased", "biases", "num_seen", "num_biased")),
+        *((name, c_double) for name in ("repetition", "presence", "frequency")),
+    ]
+
+
 class Draw(ctypes.Structure):
     """How to draw a token of a row, and what was drawn.
 
@@ -148,13 +164,14 @@ class Draw(ctypes.Structure):
         top_k: of how many of the most likely tokens, 0 for all.
         top_p, min_p: 1 and 0 for all.
         uniform: a random number, at least 0 and below 1.
+        penalties: address of `Penalties`, 0 for none.
         id, logprob: of the token; its log_softmax, NaN if the logits are not numbers.
     """
 
     _fields_ = [
         *((name, c_int64) for name in ("row", "top_k")),
         *((name, c_double) for name in ("temperature", "top_p", "min_p", "uniform")),
-        ("id", c_int64),
+        *((name, c_int64) for name in ("penalties", "id")),
         ("logprob", c_double),
     ]
 
@@ -273,7 +290,7 @@ def add_amx(library: ctypes.CDLL, amx: ctypes.CDLL) -> None:
 
 def expected_constants() -> dict[str, int]:
     """Sizes of structures, offsets of their fields, members of enums and other constants, by the names in api.cpp."""
-    structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens, Draw)}
+    structures = {kind.__name__: kind for kind in (Matrix, Layer, Decoder, LayerStep, Tokens, Penalties, Draw)}
     return {
         **{name: ctypes.sizeof(kind) for name, kind in structures.items()},
         **{

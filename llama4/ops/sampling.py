@@ -33,6 +33,7 @@ class Draw(NamedTuple):
         row: of the logits.
         top_k, temperature, top_p, min_p: as in a `Sampler`, top_k 0 for all.
         uniform: a random number, at least 0 and below 1.
+        penalties: the address of an `abi.Penalties`, where `applies_penalties`; 0 for none.
     """
 
     row: int
@@ -41,6 +42,7 @@ class Draw(NamedTuple):
     top_p: float
     min_p: float
     uniform: float
+    penalties: int = 0
 
 
 def draw_token(logits_BV: Tensor, draws: Sequence[Draw]) -> list[tuple[int, float]]:
@@ -51,10 +53,11 @@ def draw_token(logits_BV: Tensor, draws: Sequence[Draw]) -> list[tuple[int, floa
     """
     if draw_unsupported_reason(logits_BV) is None:
         return cpu.draw_token(logits_BV, draws)
+    assert not any(draw.penalties for draw in draws), "only the kernel applies them"
     drawn = [(0, 0.0)] * len(draws)
     alike: dict[tuple[float, ...], list[int]] = {}
     for i, draw in enumerate(draws):
-        alike.setdefault(draw[1:-1], []).append(i)
+        alike.setdefault(draw[1:5], []).append(i)
     for places in alike.values():
         rows = [draws[i].row for i in places]
         own_BV = (logits_BV[rows] if rows != list(range(len(logits_BV))) else logits_BV).float()
@@ -64,6 +67,11 @@ def draw_token(logits_BV: Tensor, draws: Sequence[Draw]) -> list[tuple[int, floa
         for i, id_, logprob in zip(places, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             drawn[i] = id_, logprob
     return drawn
+
+
+def applies_penalties(logits_BV: Tensor) -> bool:
+    """Whether draws from these may have penalties."""
+    return draw_unsupported_reason(logits_BV) is None
 
 
 def _draw(logits_BV: Tensor, how: Draw, uniform: Sequence[float]) -> Tensor:

@@ -109,7 +109,7 @@ Problem greedy_token(long threads, const X* logits, long N, long V, long* ids, f
 template <class X>
 Problem draw_token(long threads, const X* logits, long N, long V, Draw* draws, long count) {
   if (Problem problem = first(addresses(logits, draws), require(N > 0 && V > 0, "there are no logits"),
-                              check::draws(draws, count, N)))
+                              check::draws(draws, count, N, V)))
     return problem;
   for_each_row(threads, count, V, [&](long i) { ::draw_token(logits + draws[i].row * V, V, draws[i]); });
   return nullptr;
@@ -254,6 +254,16 @@ const Constant constants[] = {
     FIELD(Tokens, residual),
     FIELD(Tokens, layer),
     FIELD(Tokens, is_prompt),
+    SIZE(Penalties),
+    FIELD(Penalties, seen),
+    FIELD(Penalties, counts),
+    FIELD(Penalties, biased),
+    FIELD(Penalties, biases),
+    FIELD(Penalties, num_seen),
+    FIELD(Penalties, num_biased),
+    FIELD(Penalties, repetition),
+    FIELD(Penalties, presence),
+    FIELD(Penalties, frequency),
     SIZE(Draw),
     FIELD(Draw, row),
     FIELD(Draw, top_k),
@@ -261,6 +271,7 @@ const Constant constants[] = {
     FIELD(Draw, top_p),
     FIELD(Draw, min_p),
     FIELD(Draw, uniform),
+    FIELD(Draw, penalties),
     FIELD(Draw, id),
     FIELD(Draw, logprob),
     MEMBER(MatrixLayout, OUT_IN, OUT_IN),

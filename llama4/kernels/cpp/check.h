@@ -161,11 +161,24 @@ Problem decode(const Decoder& d, const LayerStep* layer_steps, long step, const 
   return nullptr;
 }
 
-inline Problem draws(const Draw* draws, long count, long N) {
+// Tokens of which there are some, each in a vocabulary of V.
+inline bool are_tokens(const long* ids, long count, long V) {
+  bool fits = count >= 0 && (ids || !count);
+  for (long i = 0; fits && i < count; i++) fits = 0 <= ids[i] && ids[i] < V;
+  return fits;
+}
+
+inline bool fit(const Penalties& p, long V) {
+  return are_tokens(p.seen, p.num_seen, V) && are_tokens(p.biased, p.num_biased, V) && (p.counts || !p.num_seen) &&
+         (p.biases || !p.num_biased) && p.repetition > 0;
+}
+
+inline Problem draws(const Draw* draws, long count, long N, long V) {
   bool fits = count >= 0;
   for (const Draw* d = draws; fits && d < draws + count; d++)
     fits = 0 <= d->row && d->row < N && d->top_k >= 0 && d->temperature > 0 && 0 < d->top_p && d->top_p <= 1 &&
-           0 <= d->min_p && d->min_p <= 1 && 0 <= d->uniform && d->uniform < 1;
+           0 <= d->min_p && d->min_p <= 1 && 0 <= d->uniform && d->uniform < 1 &&
+           (!d->penalties || fit(*d->penalties, V));
   return require(fits, "a token cannot be drawn like that");
 }
 

@@ -4,17 +4,28 @@
 
 #pragma once
 
+#include <functional>
 #include <limits>
 
 #include "greedy_token.h"
 
 namespace {
 
+// What is done to the logits of some tokens before one is drawn.
+struct Penalties {
+  const long *seen, *counts;  // [num_seen], tokens of prompt and reply, and how often the reply has each
+  const long* biased;         // [num_biased], tokens,
+  const double* biases;       // and what is added to their logits, last
+  int64_t num_seen, num_biased;
+  double repetition, presence, frequency;  // 1, 0 and 0 for none
+};
+
 // How to draw, and what was drawn.
 struct Draw {
   int64_t row, top_k;                // of the logits; of how many tokens, 0 for all
   double temperature, top_p, min_p;  // top_p 1 and min_p 0: of all
   double uniform;                    // a random number in [0, 1)
+  const Penalties* penalties;        // nullptr for none
   int64_t id;
   double logprob;  // its log_softmax; NaN if the logits are no numbers
 };
@@ -77,6 +88,18 @@ std::pair<const Candidate*, long> largest(const X* logits, long V, long count) {
   return {found, n};
 }
 
+// Leaves the weights of the `count` largest of V logits, of equals the first.
+template <class X>
+void keep_largest(const X* logits, long V, long count, double* weights) {
+  auto* sorted = scratch<float, Use::floats>(V);
+  for (long i = 0; i < V; i++) sorted[i] = upcast(logits[i]);
+  std::nth_element(sorted, sorted + count - 1, sorted + V, std::greater());
+  const float least = sorted[count - 1];
+  long equal = std::count(sorted, sorted + count, least);  // that are left
+  for (long i = 0; i < V; i++)
+    if (const float value = upcast(logits[i]); value < least || (value == least && equal-- <= 0)) weights[i] = 0;
+}
+
 // Leaves the fewest largest weights that sum to this share of all. The largest is 1.
 inline void keep_nucleus(double* weights, long count, double share) {
   const double total = sum(weights, count), needed = share * total;
@@ -118,25 +141,50 @@ inline long place_of(const double* weights, long count, double share) {
   return found;
 }
 
+// The token that is drawn from logits of which this is the largest.
 template <class X>
-void draw_token(const X* logits, long V, Draw& draw) {
-  const LargestLogit top = largest_logit(logits, 0, V);
-  draw.id = top.index, draw.logprob = top.logprob();
-  if (std::isnan(draw.logprob)) return;
+long draw_from(const X* logits, long V, const LargestLogit& top, const Draw& draw) {
+  if (top.value == -INFINITY) return top.index;
   const double scale = std::min(1.4426950408889634 / draw.temperature, std::numeric_limits<double>::max());
-  const bool takes_few = draw.top_k > 0 && draw.top_k < V;
+  const bool is_limited = draw.top_k > 0 && draw.top_k < V, takes_few = is_limited && draw.top_k <= V / 16;
   const auto [few, count] = takes_few ? largest(logits, V, draw.top_k) : std::pair<const Candidate*, long>(nullptr, V);
   auto* weights = scratch<double, Use::scores>(count);
   if (takes_few) {
     for (long i = 0; i < count; i++) weights[i] = exp2_nonpositive((few[i].value - top.value) * scale);
   } else {
     for (long i = 0; i < V; i++) weights[i] = exp2_nonpositive((double(upcast(logits[i])) - top.value) * scale);
+    if (is_limited) keep_largest(logits, V, draw.top_k, weights);
   }
   if (draw.top_p < 1) keep_nucleus(weights, count, draw.top_p);
   if (draw.min_p > 0)  // the largest weight is 1
     for (long i = 0; i < count; i++) weights[i] = weights[i] < draw.min_p ? 0 : weights[i];
   const long place = place_of(weights, count, draw.uniform);
-  draw.id = takes_few ? few[place].place : place;
+  return takes_few ? few[place].place : place;
+}
+
+inline void apply(const Penalties& p, float* logits) {
+  const float repetition = p.repetition, presence = p.presence, frequency = p.frequency;
+  for (long i = 0; i < p.num_seen; i++) {
+    float& logit = logits[p.seen[i]];
+    logit = logit < 0 ? logit * repetition : logit / repetition;
+    if (p.counts[i]) logit -= frequency * p.counts[i] + presence;
+  }
+  for (long i = 0; i < p.num_biased; i++) logits[p.biased[i]] += float(p.biases[i]);
+}
+
+template <class X>
+void draw_token(const X* logits, long V, Draw& draw) {
+  const LargestLogit top = largest_logit(logits, 0, V);
+  draw.id = top.index, draw.logprob = top.logprob();
+  if (std::isnan(draw.logprob)) return;
+  if (draw.penalties) {
+    auto* changed = scratch<float, Use::scores>(V);
+    for (long i = 0; i < V; i++) changed[i] = upcast(logits[i]);
+    apply(*draw.penalties, changed);
+    draw.id = draw_from(changed, V, largest_logit(changed, 0, V), draw);
+  } else {
+    draw.id = draw_from(logits, V, top, draw);
+  }
   draw.logprob += upcast(logits[draw.id]) - top.value;
 }
 

@@ -26,17 +26,17 @@ struct Rounding {
 template <class Number, class X>
 INLINE Rounding rounding_of(const X* x, long count) {
   constexpr int largest = std::numeric_limits<Number>::max();
-  f32x16 magnitudes{}, nothing{};
+  f32x16 magnitudes{}, zeros{};
   for (long i = 0; i < count; i += 16) {
     const f32x16 own = load_floats(x + i);
     magnitudes = max(magnitudes, max(own, -own));
-    nothing += own - own;  // `own * 0` GCC takes for 0
+    zeros += zero_or_nan(own);
   }
-  const float most = horizontal_max(magnitudes), no_number = horizontal_sum(nothing);
-  if constexpr (largest <= 127) return {most > 0 ? largest / most : 0, most / largest + no_number};
+  const float most = horizontal_max(magnitudes), zero = horizontal_sum(zeros);
+  if constexpr (largest <= 127) return {most > 0 ? largest / most : 0, most / largest + zero};
   const auto above = (__builtin_bit_cast(uint32_t, most / largest) + 0x7fffff) & 0x7f800000;
   const auto power = __builtin_bit_cast(float, uint32_t(above));
-  return {most > 0 ? 1 / power : 0, power + no_number};
+  return {most > 0 ? 1 / power : 0, power + zero};
 }
 
 template <class X>

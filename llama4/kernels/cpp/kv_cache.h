@@ -33,14 +33,14 @@ struct Unquantized {
 // scale(the number of the largest magnitude), rounded to bfloat16; NaN if one of them is NaN or infinite.
 template <class X, class Scale>
 float scale_for(const X* x, long C, const Scale& scale) {
-  float most = 0, nothing = 0;
+  float most = 0, zeros = 0;
   for (long c = 0; c < C; c++) {
     const float number = upcast(x[c]);
     if (std::abs(number) > std::abs(most)) most = number;
-    nothing += number - number;
+    zeros += zero_or_nan(number);
   }
   bf16 rounded;
-  assign(rounded, (most == 0 ? 1 : scale(most)) + nothing);
+  assign(rounded, (most == 0 ? 1 : scale(most)) + zeros);
   return upcast(rounded);
 }
 

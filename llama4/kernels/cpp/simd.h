@@ -268,6 +268,14 @@ inline f32x16 exp(f32x16 x) {
   return (f32x16)((u32x16)(power * p) & ~is_zero);
 }
 
+// ---- numbers
+
+// 0 of a number, NaN of NaN and infinity: a sum of it tells whether all are numbers. `x * 0` GCC takes for 0.
+template <class V>
+V zero_or_nan(V x) {
+  return x - x;
+}
+
 // ---- FP8 e4m3: a sign, four bits of exponent, three of mantissa
 
 constexpr float max_e4m3 = 448;
@@ -289,13 +297,13 @@ inline f32x16 round_to_e4m3(f32x16 x) {
 // is NaN if one of them is NaN or infinite.
 template <class X, class To>
 float quantize_row_e4m3(const X* x, long I, To* to) {
-  f32x16 most{}, nothing{};
+  f32x16 most{}, zeros{};
   for (long i = 0; i < I; i += lanes) {
     f32x16 v = load_floats(x + i);
     most = max(most, max(v, -v));
-    nothing += v - v;
+    zeros += zero_or_nan(v);
   }
-  const float scale = (horizontal_max(most) > 0 ? horizontal_max(most) / max_e4m3 : 1) + horizontal_sum(nothing);
+  const float scale = (horizontal_max(most) > 0 ? horizontal_max(most) / max_e4m3 : 1) + horizontal_sum(zeros);
   for (long i = 0; i < I; i += lanes) store_floats(to + i, round_to_e4m3(load_floats(x + i) / scale));
   return scale;
 }

@@ -61,9 +61,16 @@ struct Tokens {
   float* residual = nullptr;
   int64_t layer = 0, is_prompt = 0;
 };
+struct Penalties {
+  const long *seen, *counts, *biased;
+  const double* biases;
+  int64_t num_seen, num_biased;
+  double repetition, presence, frequency;
+};
 struct Draw {
   int64_t row, top_k;
   double temperature, top_p, min_p, uniform;
+  const Penalties* penalties;
   int64_t id;
   double logprob;
 };

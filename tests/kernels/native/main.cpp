@@ -7,10 +7,10 @@
 namespace {
 
 void structures() {
-  const std::pair<const char*, size_t> sizes[] = {{"Matrix", sizeof(Matrix)}, {"Layer", sizeof(Layer)},
-                                                  {"Draw", sizeof(Draw)},     {"Decoder", sizeof(Decoder)},
-                                                  {"Tokens", sizeof(Tokens)}, {"LayerStep", sizeof(LayerStep)},
-                                                  {"block_slots", slots}};
+  const std::pair<const char*, size_t> sizes[] = {{"Matrix", sizeof(Matrix)},       {"Layer", sizeof(Layer)},
+                                                  {"Draw", sizeof(Draw)},           {"Decoder", sizeof(Decoder)},
+                                                  {"Tokens", sizeof(Tokens)},       {"LayerStep", sizeof(LayerStep)},
+                                                  {"Penalties", sizeof(Penalties)}, {"block_slots", slots}};
   for (const auto& [name, size] : sizes)
     for (const Constant& own : table(llama4_constants))
       if (own.name == std::string(name))

@@ -93,13 +93,24 @@ void draws(bool narrow) {
   const long N = 2, V = 300;
   Doubles x = normal(N * V);
   const Numbers logits(x, narrow);
+  const std::vector<long> seen{3, 299, 41, 7}, counts{0, 1, 5, 2}, biased{11, 41};
+  const std::vector<double> biases{3, -INFINITY};
+  const Penalties penalties{seen.data(), counts.data(), biased.data(), biases.data(), 4, 2, 1.3, 0.4, 0.25};
   std::vector<Draw> all;
   for (const auto& [top_k, top_p, min_p] : {std::tuple(0, 1., 0.), {7, 1., 0.}, {0, .6, 0.}, {0, 1., .2}, {40, .7, .1}})
-    for (long i = 0; i < 8; i++) all.push_back({i % N, top_k, 0.5 + i % 3, top_p, min_p, (i + 0.123) / 8, -1, 0});
+    for (long i = 0; i < 8; i++)
+      all.push_back({i % N, top_k, 0.5 + i % 3, top_p, min_p, (i + 0.123) / 8, i < 4 ? nullptr : &penalties, -1, 0});
   call("draw_token", narrow, logits.data(), N, V, all.data(), long(all.size()));
   for (const Draw& draw : all) {
     const double* own = x.data() + draw.row * V;
-    const long id = drawn(own, V, draw);
+    Doubles scores(own, own + V);
+    for (long i = 0; draw.penalties && i < 4; i++) {
+      double& score = scores[seen[i]];
+      score = score < 0 ? score * 1.3 : score / 1.3;
+      if (counts[i]) score -= 0.25 * counts[i] + 0.4;
+    }
+    for (long i = 0; draw.penalties && i < 2; i++) scores[biased[i]] += biases[i];
+    const long id = drawn(scores.data(), V, draw);
     double total = 0;
     for (long v = 0; v < V; v++) total += std::exp(own[v]);
     const double logprob = own[id] - std::log(total);

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs, E experts.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llama4.adapters.config import target_of
 from llama4.adapters.lora import Adapter, EmbeddingLora, Lora
@@ -94,13 +94,12 @@ def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
 
 
 def _merge_packed(weight: QuantizedWeight, lora: Lora) -> None:
-    scale = getattr(weight, "weight_scale", None)
-    dtype = scale.dtype if isinstance(scale, Tensor) else torch.float32
+    is_narrow = "weight_scale" in weight.specs and weight.checkpoint_dtype("weight_scale") == torch.bfloat16
     matrices = []
     for expert in each(range(weight.shape[0])) if len(weight.shape) == 3 else [None]:
         weight_OI = weight.format.rows_of(weight, expert, torch.float32)(slice(0, weight.shape[-2]))
         sum_OI = weight_OI + weight.format.sort(lora.delta(expert)).to(weight_OI.device)
-        matrices.append(weight.format.quantize(sum_OI if dtype == torch.float32 else sum_OI.to(dtype)))
+        matrices.append(weight.format.quantize(sum_OI.bfloat16() if is_narrow else sum_OI))
     device = weight.part(weight.format.parts[0]).device
     weight.set_parts(
         {

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
 from llama4.model.decoder import Decoder, LanguageModel
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.moe import MixtureOfExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
+from llama4.ops.hooks import has_global_hook, has_hook
 
 _SETTINGS = "is_batch_invariant", "head_dim", "eps", "qk_norm_eps", "k", "max_norm"
 """Attributes of modules that a runner takes over."""
@@ -114,12 +114,12 @@ class Snapshot:
 
     def hooked(self, model: Llama4Model) -> str | None:
         """The name of a module whose call does more than its class says, by a hook or a forward of its own."""
-        if _has_hook(model):
+        if has_hook(model):
             return "the model"
         for name, module in self.modules.items():
-            if _has_hook(module):
+            if has_hook(module):
                 return f"language_model.{name}".rstrip(".")
-        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        if has_global_hook():
             return "every module"
         return None
 
@@ -131,7 +131,3 @@ class Snapshot:
 
 def _settings(module: nn.Module) -> tuple[object, ...]:
     return type(module), *map(module.__dict__.get, _SETTINGS)
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -26,14 +26,12 @@ from llama4.model.multimodal import Llama4Model
 from llama4.model.norm import RMSNorm
 from llama4.model.positions import PositionFactors
 from llama4.ops import attention_gpu
+from llama4.ops.linear import linears
 from llama4.ops.norm import add_experts_rms_norm, add_rms_norm
 from llama4.ops.precision import upcast
-from llama4.ops.quantized import linears_at_once
 from llama4.ops.rope import apply_rope
 from llama4.ops.routing import dispatch_top_k
 from llama4.ops.sampling import greedy_token
-from llama4.ops.swiglu import swiglu
-from llama4.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -155,9 +153,9 @@ class StaticStep:
         """The residual stream behind a block, as the modules compute it, and its norm. The shared expert is computed
         beside the routed ones."""
         if isinstance(block, FeedForward):
-            return add_rms_norm(x_BD, _swiglu(block, normed_BD), norm.weight, norm.eps)
+            return add_rms_norm(x_BD, block(normed_BD), norm.weight, norm.eps)
         assert isinstance(block, MixtureOfExperts)
-        shared_BD = self._branch.fork(lambda: _swiglu(block.shared_expert, normed_BD))
+        shared_BD = self._branch.fork(lambda: block.shared_expert(normed_BD))
         routed = dispatch_top_k(normed_BD, block.router.logits(normed_BD), block.router.k)
         routed_RD = block.experts(routed.x_RD, routed.num_tokens_per_expert_E)
         self._branch.join()
@@ -182,17 +180,3 @@ class Branch:
         """What follows comes after it."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-
-
-def linears(modules: Sequence[nn.Module], x_BD: Tensor) -> list[Tensor]:
-    """What several Linears make of the same rows: in one launch where their weights are quantized alike."""
-    packed = [module for module in modules if type(module) is QuantizedWeight]
-    stacks = [module.stack() for module in packed if module.bias is None and module.order is None]
-    matrices = [parts for parts in stacks if parts is not None]
-    outputs = linears_at_once(x_BD, matrices) if len(matrices) == len(modules) else None
-    return outputs or [module(x_BD) for module in modules]
-
-
-def _swiglu(block: FeedForward, x_BD: Tensor) -> Tensor:
-    out: Tensor = block.down_proj(swiglu(*linears((block.gate_proj, block.up_proj), x_BD)))
-    return out

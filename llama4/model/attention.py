@@ -15,7 +15,7 @@ from llama4.config import TextConfig
 from llama4.config.window import Sliding
 from llama4.model.positions import PositionFactors
 from llama4.ops.attention import causal_attention, decode_attention, sliding_attention
-from llama4.ops.linear import Linear
+from llama4.ops.linear import Linear, linears
 from llama4.ops.rope import apply_rope
 
 
@@ -36,10 +36,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerView | None) -> Tensor:
-        q_NHC, k_NKC, v_NKC = (
-            projection(x_ND).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = linears((self.q_proj, self.k_proj, self.v_proj), x_ND)
+        q_NHC, k_NKC, v_NKC = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         rotation = factors.rotations[self.window] if self.uses_rope else None
         temperature = factors.temperature_N if self.uses_temperature else None
         q_NHC, k_NKC = apply_rope(q_NHC, k_NKC, rotation, self.qk_norm_eps, temperature)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llama4.ops.linear import Linear
-from llama4.ops.swiglu import swiglu
+from llama4.ops.linear import Linear, linear_of_swiglu, linears
 
 
 class FeedForward(nn.Module):
@@ -22,5 +21,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [N, D], in the dtype of x."""
-        out_ND: Tensor = self.down_proj(swiglu(self.gate_proj(x_ND), self.up_proj(x_ND)))
-        return out_ND
+        gate_NF, up_NF = linears((self.gate_proj, self.up_proj), x_ND)
+        return linear_of_swiglu(self.down_proj, gate_NF, up_NF)

@@ -7,26 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama4.kernels.triton import common, launch_elementwise
-from llama4.ops import gpu_kernels
+from llama4.ops import gpu_kernels, swiglu
 from llama4.ops.precision import not_zero
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 
 
-def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """e4m3 values and scales [..., 1]: the largest of each row becomes 448, the largest of e4m3."""
+class Fp8Rows(NamedTuple):
+    """Rows rounded to e4m3.
+
+    Attributes:
+        values: [..., I], e4m3.
+        scale: [..., 1], by which they are multiplied.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def as_bytes(self) -> Tensor:
+        """The values as the Triton kernels take them."""
+        return self.values.view(torch.uint8)
+
+
+def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> Fp8Rows:
+    """The largest of each row becomes 448, the largest of e4m3."""
     if gpu_unsupported_reason(x, scale_dtype) is None:
-        return launch_elementwise.to_fp8(x)
+        return Fp8Rows(*launch_elementwise.to_fp8(x))
     wide = x.float()
     largest = wide.new_full((1,), LARGEST)  # dividing by a number, a GPU multiplies by its inverse: other scales
     scale = not_zero(wide.abs().amax(-1, keepdim=True) / largest).to(scale_dtype)
-    return (wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale
+    return Fp8Rows((wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale)
+
+
+def swiglu_to_fp8(gate_NF: Tensor, up_NF: Tensor) -> Fp8Rows:
+    """`to_fp8` of `swiglu`, with scales in float32: on a GPU in one kernel, which does not write what it rounds."""
+    reason = gpu_unsupported_reason(gate_NF, torch.float32) or swiglu.gpu_unsupported_reason(gate_NF, up_NF)
+    if reason is None:
+        return Fp8Rows(*launch_elementwise.swiglu_to_fp8(gate_NF, up_NF))
+    return to_fp8(swiglu.swiglu(gate_NF, up_NF), torch.float32)
 
 
 def gpu_unsupported_reason(x: Tensor, scale_dtype: torch.dtype) -> str | None:
@@ -40,36 +66,35 @@ def gpu_unsupported_reason(x: Tensor, scale_dtype: torch.dtype) -> str | None:
 
 def scaled_linear(x_NI: Tensor, values_OI: Tensor, scale_O1: Tensor, *, readable: Callable[[], Tensor]) -> Tensor:
     """x W^T, [N, O], with x rounded to e4m3: torch's own product where there is one, else `readable()`."""
-    return scaled_mm(x_NI, values_OI, scale_O1) if torch_multiplies(x_NI, values_OI) else readable()
+    if not torch_multiplies(x_NI.dtype, values_OI):
+        return readable()
+    return scaled_mm(to_fp8(x_NI, torch.float32), values_OI, scale_O1, x_NI.dtype)
 
 
-def scaled_mm(x_NI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """The same where `torch_multiplies`."""
-    x_values, x_scale = to_fp8(x_NI, torch.float32)
-    weight_scale, weight_IO = scale_O1.mT.float().contiguous(), values_OI.view(E4M3).mT
-    return torch._scaled_mm(x_values, weight_IO, scale_a=x_scale, scale_b=weight_scale, out_dtype=x_NI.dtype)
+def scaled_mm(x: Fp8Rows, values_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T, [N, O], where `torch_multiplies`."""
+    weight_IO, scale_1O = values_OI.view(E4M3).mT, scale_O1.mT.float().contiguous()
+    return torch._scaled_mm(x.values, weight_IO, x.scale, scale_1O, out_dtype=dtype, use_fast_accum=True)
 
 
-def scaled_grouped_mm(x_RI: Tensor, values_EOI: Tensor, scale_EO1: Tensor, counts_E: Tensor) -> Tensor:
+def scaled_grouped_mm(
+    x: Fp8Rows, values_EOI: Tensor, scale_EO1: Tensor, counts_E: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The same with the matrix of each row's expert, [R, O]."""
-    x_values, x_scale = to_fp8(x_RI, torch.float32)
+    weight_EIO, scale_R, scale_EO = values_EOI.view(E4M3).mT, x.scale.squeeze(1), scale_EO1.squeeze(2).float()
+    ends_E = counts_E.cumsum(0).to(torch.int32)
     return torch._scaled_grouped_mm(
-        x_values,
-        values_EOI.view(E4M3).mT,
-        x_scale.squeeze(1),
-        scale_EO1.squeeze(2).float(),
-        offs=counts_E.cumsum(0).to(torch.int32),
-        out_dtype=x_RI.dtype,
+        x.values, weight_EIO, scale_R, scale_EO, offs=ends_E, out_dtype=dtype, use_fast_accum=True
     )
 
 
-def torch_multiplies(x_NI: Tensor, values: Tensor, *, grouped: bool = False) -> bool:
-    """Whether torch multiplies e4m3 on that device, with a scale per row and per output, by one matrix or by those of
-    all experts. Its result is bfloat16; sizes must be multiples of 16."""
+def torch_multiplies(dtype: torch.dtype, values: Tensor, *, grouped: bool = False) -> bool:
+    """Whether torch multiplies rows of e4m3 with such a matrix, or with those of all experts, on its device, with a
+    scale per row and per output. The dtype of the result must be bfloat16; sizes must be multiples of 16."""
     return (
-        x_NI.dtype == torch.bfloat16
-        and x_NI.shape[1] % 16 == values.shape[-2] % 16 == 0
-        and has_fp8_matmul(x_NI.device, grouped)
+        dtype == torch.bfloat16
+        and values.shape[-1] % 16 == values.shape[-2] % 16 == 0
+        and has_fp8_matmul(values.device, grouped)
     )
 
 

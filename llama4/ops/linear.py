@@ -12,6 +12,8 @@ Shapes: N rows, I inputs, O outputs, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from llama4.kernels import abi, cpu
 from llama4.kernels.abi import Matrix, MatrixLayout
 from llama4.ops import cpu_kernels
 from llama4.ops.frozen import frozen_product
+from llama4.ops.swiglu import swiglu
 
 
 class Linear(nn.Linear):
@@ -27,6 +30,31 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """Takes a Linear's place, and may know a faster way together with what stands beside or before it."""
+
+    def together(self, modules: Sequence[nn.Module], x_NI: Tensor) -> list[Tensor] | None:
+        """What these modules, of which it is the first, make of the same rows; None if only one by one."""
+        return None
+
+    def of_swiglu(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor | None:
+        """What it makes of silu(gate) * up; None if only one after the other."""
+        return None
+
+
+def linears(modules: Sequence[nn.Module], x_NI: Tensor) -> list[Tensor]:
+    """What several Linears make of the same rows, [N, O] each."""
+    first = modules[0]
+    outputs = first.together(modules, x_NI) if isinstance(first, PackedLinear) else None
+    return [module(x_NI) for module in modules] if outputs is None else outputs
+
+
+def linear_of_swiglu(module: nn.Module, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """What a Linear makes of silu(gate) * up, [N, O]."""
+    out_NO = module.of_swiglu(gate_NI, up_NI) if isinstance(module, PackedLinear) else None
+    return module(swiglu(gate_NI, up_NI)) if out_NO is None else out_NO
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -19,7 +19,6 @@ from llama4.kernels import abi, cpu, loader, threads
 from llama4.kernels.abi import Matrix
 from llama4.ops import cpu_kernels, experts, quantized_gpu
 from llama4.ops.memory import copy_runs
-from llama4.ops.swiglu import swiglu
 
 
 def kernel_name(kind: str, activations: str) -> str:
@@ -78,7 +77,8 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
 
 
 def linears_at_once(x_NI: Tensor, matrices: Sequence[Parts]) -> list[Tensor] | None:
-    """x W^T for each of up to three matrices, by a kernel that takes them all; None if none does."""
+    """x W^T for each of up to three matrices, by a kernel that takes them all, or with the rows rounded once for all;
+    None if neither would be."""
     scaled = [(parts.values, parts.scale) for parts in matrices if parts.scale is not None]
     kinds = {(parts.kind, parts.group_size) for parts in matrices}
     kind, group_size = matrices[0].kind, matrices[0].group_size
@@ -87,6 +87,15 @@ def linears_at_once(x_NI: Tensor, matrices: Sequence[Parts]) -> list[Tensor] | N
     if quantized_gpu.together_unsupported_reason(kind, x_NI, group_size):
         return None
     return quantized_gpu.linears(kind, x_NI, scaled)
+
+
+def linear_of_swiglu(gate_NI: Tensor, up_NI: Tensor, parts: Parts) -> Tensor | None:
+    """`linear` of silu(gate) * up by kernels that round it as they compute it; None if there are none."""
+    if parts.kind != "fp8" or parts.scale is None:
+        return None
+    if quantized_gpu.unsupported_reason(parts.kind, gate_NI, parts.inputs, parts.group_size):
+        return None
+    return quantized_gpu.linear_of_swiglu(parts.kind, gate_NI, up_NI, parts.values, parts.scale)
 
 
 def swiglu_experts(
@@ -110,7 +119,8 @@ def swiglu_experts(
     if gate_up.scale is not None and down.scale is not None and not any(reasons):
         counts_E = num_tokens_per_expert_E
         gate_up_R2F = quantized_gpu.linear(gate_up.kind, x_RD, gate_up.values, gate_up.scale, counts_E)
-        return quantized_gpu.linear(down.kind, swiglu(*gate_up_R2F.chunk(2, dim=-1)), down.values, down.scale, counts_E)
+        gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
+        return quantized_gpu.linear_of_swiglu(down.kind, gate_RF, up_RF, down.values, down.scale, counts_E)
     return experts.swiglu_matrices(expert, x_RD, num_tokens_per_expert_E, matrix(gate_up), matrix(down))
 
 

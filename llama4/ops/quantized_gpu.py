@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama4.kernels.triton import launch_products, support
 from llama4.ops import fp8
+from llama4.ops.swiglu import swiglu
 
 
 def unsupported_reason(kind: str, x: Tensor, inputs: int, group_size: int | None) -> str | None:
@@ -49,30 +50,45 @@ def linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Ten
     """
     if kind != "fp8":
         return launch_products.product(kind, x_RI, values, scale, counts_E)
-    is_grouped = counts_E is not None
-    if len(x_RI) > launch_products.MAX_GEMV_ROWS and fp8.torch_multiplies(x_RI, values, grouped=is_grouped):
-        if counts_E is None:
-            return fp8.scaled_mm(x_RI, values, scale)
-        return fp8.scaled_grouped_mm(x_RI, values, scale, counts_E)
-    x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
-    x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
-    return launch_products.product(kind, x_values, values, scale, counts_E, x_scales_R=x_scale_R, dtype=x_RI.dtype)
+    return _fp8_linear(fp8.to_fp8(x_RI, torch.float32), values, scale, counts_E, x_RI.dtype)
+
+
+def linear_of_swiglu(
+    kind: str, gate_RI: Tensor, up_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Tensor | None = None
+) -> Tensor:
+    """`linear` of silu(gate) * up. For "fp8" one kernel computes and rounds that."""
+    if kind != "fp8":
+        return linear(kind, swiglu(gate_RI, up_RI), values, scale, counts_E)
+    return _fp8_linear(fp8.swiglu_to_fp8(gate_RI, up_RI), values, scale, counts_E, gate_RI.dtype)
 
 
 def linears(kind: str, x_RI: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """`linear` by up to three matrices, each values and scale, where `together_unsupported_reason` is None: views
-    [R, O] of one tensor, which one launch computes."""
-    outputs = [scale.shape[0] for _, scale in matrices]
+    """`linear` by up to three matrices, each values and scale, where `together_unsupported_reason` is None: with few
+    rows views [R, O] of one tensor, which one launch computes. "fp8" rounds the rows once for all."""
     if kind != "fp8":
-        return list(launch_products.products(kind, x_RI, matrices).split(outputs, dim=1))
-    x_values, x_scale = fp8.to_fp8(x_RI, torch.float32)
-    x_values, x_scale_R = x_values.view(torch.uint8), x_scale.squeeze(1)
-    y_RO = launch_products.products(kind, x_values, matrices, x_scales_R=x_scale_R, dtype=x_RI.dtype)
-    return list(y_RO.split(outputs, dim=1))
+        y_RO = launch_products.products(kind, x_RI, matrices)
+    else:
+        x = fp8.to_fp8(x_RI, torch.float32)
+        if len(x_RI) > launch_products.MAX_GEMV_ROWS:
+            return [_fp8_linear(x, values, scale, None, x_RI.dtype) for values, scale in matrices]
+        y_RO = launch_products.products(kind, x.as_bytes, matrices, x_scales_R=x.scale.squeeze(1), dtype=x_RI.dtype)
+    return list(y_RO.split([scale.shape[0] for _, scale in matrices], dim=1))
 
 
 def together_unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None) -> str | None:
-    """Why one launch does not multiply rows by several matrices; None if it does."""
-    if len(x_RI) > launch_products.MAX_GEMV_ROWS:
+    """Why `linears` does not multiply rows by several matrices at once; None if it does."""
+    if reason := unsupported_reason(kind, x_RI, x_RI.shape[1], group_size):
+        return reason
+    if kind != "fp8" and len(x_RI) > launch_products.MAX_GEMV_ROWS:
         return "with so many rows a launch costs nothing"
-    return unsupported_reason(kind, x_RI, x_RI.shape[1], group_size)
+    return None
+
+
+def _fp8_linear(x: fp8.Fp8Rows, values: Tensor, scale: Tensor, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+    is_many, is_grouped = len(x.values) > launch_products.MAX_GEMV_ROWS, counts_E is not None
+    if is_many and fp8.torch_multiplies(dtype, values, grouped=is_grouped):
+        if counts_E is None:
+            return fp8.scaled_mm(x, values, scale, dtype)
+        return fp8.scaled_grouped_mm(x, values, scale, counts_E, dtype)
+    x_scales_R = x.scale.squeeze(1)
+    return launch_products.product("fp8", x.as_bytes, values, scale, counts_E, x_scales_R=x_scales_R, dtype=dtype)

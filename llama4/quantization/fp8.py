@@ -23,6 +23,7 @@ class Fp8(WeightFormat):
     kind = "fp8"
     bits = 8
     rounds_inputs = True
+    float32_scales_on_gpu = True
     compressed_name = "float-quantized"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:

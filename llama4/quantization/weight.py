@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels.abi import Matrix
-from llama4.ops import quantized
+from llama4.ops import quantized, quantized_gpu
 from llama4.ops.frozen import frozen_product
-from llama4.ops.linear import linear
+from llama4.ops.hooks import has_global_hook, has_hook
+from llama4.ops.linear import PackedLinear, linear
 from llama4.ops.precision import upcast
 from llama4.progress import each
 
@@ -77,6 +78,8 @@ class WeightFormat(ABC):
     """Whether the CPU kernels multiply with inputs that are rounded to int8, too."""
     rounds_inputs: ClassVar[bool] = False
     """Whether inputs are rounded, too, while the model runs."""
+    float32_scales_on_gpu: ClassVar[bool] = False
+    """Whether products on a GPU take scales in float32 alone."""
     has_rows: ClassVar[bool] = False
     """Whether rows are dequantized alone, as those of embeddings are (`rows`)."""
     compressed_name: ClassVar[str | None] = None
@@ -245,7 +248,7 @@ class WeightFormat(ABC):
         return None if parts is None else quantized.matrix(parts)
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedWeight(PackedLinear):
     """y = x W^T + b, with W [O, I], or E of them without b, in a quantized format.
 
     Args:
@@ -272,7 +275,7 @@ class QuantizedWeight(nn.Module):
         self.specs = format.part_specs(shape)
         self.order: Tensor | None
         self.register_buffer("order", format.order, persistent=False)
-        self._is_half: dict[str, bool] = {}  # of a part, whether it is float16 in its checkpoint
+        self._narrow: dict[str, torch.dtype] = {}  # of a part that became float32, what it is in its checkpoint
         for name, spec in self.specs.items():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False))
         self.bias = nn.Parameter(torch.empty(shape[-2])) if bias else None
@@ -296,26 +299,29 @@ class QuantizedWeight(nn.Module):
 
     def set_part(self, name: str, values: Tensor) -> None:
         """Make a part these values, which are in the order that `in_kernel_layout` says."""
-        self._is_half[name] = values.dtype == torch.float16
+        self._narrow.pop(name, None)
         if values.dtype == torch.float8_e4m3fn:
             values = values.view(torch.uint8)  # torch cannot pickle e4m3
-        elif self._is_half[name]:
-            values = values.float()  # no kernel reads scales in float16
+        elif values.dtype == torch.float16 or (  # which no kernel reads
+            values.dtype == torch.bfloat16 and values.is_cuda and self.format.float32_scales_on_gpu
+        ):
+            self._narrow[name] = values.dtype
+            values = values.float()
         self.register_parameter(name, nn.Parameter(values.contiguous(), requires_grad=False))
 
     def checkpoint_layout(self, name: str) -> Tensor:
         """A part as a checkpoint has it."""
         values = self.to_checkpoint_layout(name, self.part(name).detach())
         dtype = self.checkpoint_dtype(name)
-        if self._is_half.get(name):
+        if name in self._narrow:
             return values.to(dtype)
         return values if values.dtype == dtype else values.view(dtype)
 
     def checkpoint_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a checkpoint has a part: e4m3 lies in memory as bytes, float16 as float32."""
+        """The dtype in which a checkpoint has a part: e4m3 lies in memory as bytes, narrow scales may as float32."""
         dtype = self.part(name).dtype
-        if self._is_half.get(name):
-            return torch.float16
+        if name in self._narrow:
+            return self._narrow[name]
         return self.specs[name].dtype if dtype == torch.uint8 else dtype
 
     def to_checkpoint_layout(self, name: str, values: Tensor) -> Tensor:
@@ -356,6 +362,26 @@ class QuantizedWeight(nn.Module):
             lambda x_NI: self.format.product(self, x_NI, expert),
             lambda gradient_NO: self.format.input_gradient(self, gradient_NO, expert),
         )
+
+    def together(self, modules: Sequence[nn.Module], x_NI: Tensor) -> list[Tensor] | None:
+        """In one launch, or with the rows rounded once, where all are quantized alike; see `PackedLinear`."""
+        kind, group_size = self.format.kind, self.format.group_size
+        if x_NI.ndim != 2 or quantized_gpu.together_unsupported_reason(kind, x_NI, group_size) is not None:
+            return None
+        stacks = [module.alone() for module in modules if isinstance(module, QuantizedWeight)]
+        matrices = [parts for parts in stacks if parts is not None]
+        return quantized.linears_at_once(x_NI, matrices) if len(matrices) == len(modules) else None
+
+    def of_swiglu(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor | None:
+        """Rounded as it is computed, where inputs are rounded; see `PackedLinear`."""
+        if not self.format.rounds_inputs or gate_NI.ndim != 2 or (parts := self.alone()) is None:
+            return None
+        return quantized.linear_of_swiglu(gate_NI, up_NI, parts)
+
+    def alone(self) -> quantized.Parts | None:
+        """The matrix as kernels take it, if a call of this module is its product and nothing else."""
+        is_product = type(self) is QuantizedWeight and self.bias is None and self.order is None
+        return self.stack() if is_product and not has_hook(self) and not has_global_hook() else None
 
     def dequantize(self, expert: int | None = None) -> Tensor:
         """The matrix [O, I] in the dtype of its scales."""

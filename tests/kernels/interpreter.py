@@ -97,6 +97,31 @@ def launches_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def e4m3_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rounds ties up on the way to e4m3, and rounds twice where a GPU multiplies and adds at once."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def multiply_and_add(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    def new_convert(self: Any, x: Any, dtype: Any, rounding: Any) -> Any:
+        if dtype.scalar != tl.float8e4nv:
+            return convert(self, x, dtype, rounding)
+        rounded = torch.from_numpy(x.data).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", multiply_and_add)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", new_convert)
+
+
+@pytest.fixture
 def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps bfloat16 as bits and takes them for integers where it computes."""
     if not INTERPRETED:

@@ -130,16 +130,43 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
         check(launch_elementwise.swiglu(gate_NF, up_NF), F.silu(gate_NF.double()) * up_NF.double(), dtype)
 
 
+@pytest.fixture(params=[80, 89])
+def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without instructions for e4m3, and with; on a GPU as it is."""
+    if INTERPRETED:
+        request.getfixturevalue("e4m3_in_the_interpreter")
+        monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(request.param, multiprocessors=8))
+
+
 @on_a_device
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 5120), (30, 1000), (2, 3, 96), (5, 1)])
 def test_to_fp8(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_fp8(3 * drawn(*shape, dtype=dtype))
+    x = 3 * drawn(*shape, dtype=dtype)
+    check_fp8(launch_elementwise.to_fp8(x), x)
 
 
-def check_fp8(x: Tensor) -> None:
+@on_a_device
+@pytest.mark.usefixtures("rounds", "bfloat16_in_the_interpreter")
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 64), (2, 8192), (3, 1000), (5, 1), (2, 1025)])
+def test_swiglu_to_fp8(rows: int, width: int, dtype: torch.dtype) -> None:
+    """To the bit what the two kernels give one after the other: also of halves and parts of wider rows, and of numbers
+    that are none."""
+    both_N2F = 8 * drawn(rows, 2 * width, dtype=dtype)
+    strange_N2F = both_N2F.clone()
+    for i, number in enumerate((torch.nan, torch.inf, -torch.inf, 0.0)[:rows]):
+        strange_N2F[i, :: 3 if number else 1] = number
+    for both in (both_N2F, strange_N2F):
+        for gate_NF, up_NF in (both.chunk(2, dim=-1), (both[:, ::2], both[:, :width]), (both[:, :width].clone(),) * 2):
+            check_fp8(launch_elementwise.swiglu_to_fp8(gate_NF, up_NF), launch_elementwise.swiglu(gate_NF, up_NF))
+
+
+def check_fp8(rounded: tuple[Tensor, Tensor], x: Tensor) -> None:
     """To the bit what torch gives on a CPU; NaN may have either sign."""
-    (values, scales), (true_values, true_scales) = launch_elementwise.to_fp8(x), fp8.to_fp8(x.cpu(), torch.float32)
+    (values, scales), (true_values, true_scales) = rounded, fp8.to_fp8(x.cpu(), torch.float32)
     assert values.dtype == true_values.dtype
     bits, true_bits = (
         torch.where(each.float().isnan(), 127, each.view(torch.uint8)) for each in (values.cpu(), true_values)
@@ -150,7 +177,8 @@ def check_fp8(x: Tensor) -> None:
 
 
 @on_a_device
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
 def test_every_number_of_bfloat16_becomes_e4m3() -> None:
     """Ties, subnormal numbers, zeros of both signs; in rows whose scale is 1, that of zeros, and some that are not."""
     every = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16)
@@ -159,8 +187,23 @@ def test_every_number_of_bfloat16_becomes_e4m3() -> None:
     x = torch.cat([torch.cat([rows, torch.full((len(rows), 1), 448.0)], dim=1), rows.new_zeros(1, 1024)])
     tiny = torch.tensor([1.4, 1.5, 0.3, -1.4]).view(4, 1) * 448 * 2.0**-149 * torch.linspace(-1, 1, 64)
     special = torch.tensor([[1.0, torch.inf, -2.0], [0.0, 2.0**-149, -0.0], [1.0, torch.nan, -torch.inf]])
-    for given in (x.float(), tiny, special):
-        check_fp8(given.to(DEVICE))
+    huge = torch.tensor([3e38, 1e25, 1e-25]).view(3, 1) * torch.linspace(-1, 1, 64)
+    for given in (x.float(), tiny, huge, special):
+        check_fp8(launch_elementwise.to_fp8(given.to(DEVICE)), given)
+
+
+@on_a_device
+@pytest.mark.usefixtures("rounds")
+def test_numbers_beside_ties_become_e4m3() -> None:
+    """Of scales of any number of bits: of a quotient that was not rounded as a division's, some would be on the other
+    side."""
+    middles = (torch.arange(17, 33, 2) * 2.0 ** torch.arange(-8, 4)[:, None]).flatten()
+    middles = middles[middles < 440]
+    largest_N1 = 448 * (1 + torch.rand(64, 1, generator=torch.Generator().manual_seed(0)))
+    ties = middles * (largest_N1 / torch.tensor([448.0]))
+    up, down = (ties.nextafter(torch.tensor(to)) for to in (torch.inf, 0.0))
+    x = torch.cat([largest_N1, ties, up, down], dim=1)
+    check_fp8(launch_elementwise.to_fp8(x.to(DEVICE)), x)
 
 
 @on_a_device
@@ -169,6 +212,7 @@ def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(Tensor, "is_cuda", True)
+        monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(80, multiprocessors=8))
         for operation in (norm, rope, swiglu):
             monkeypatch.setattr(operation, "unsupported_reason", lambda *tensors: "there is a GPU")
     launches = []
@@ -184,15 +228,16 @@ def test_operations_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         rope.apply_rope(x_ND.view(2, 2, 32), x_ND.view(2, 2, 32), None, 1e-5, None)
         swiglu.swiglu(*x_ND.chunk(2, dim=-1))
         fp8.to_fp8(x_ND, torch.float32)
+        fp8.swiglu_to_fp8(*x_ND.chunk(2, dim=-1))
 
     all_of_them()
-    assert len(launches) == 4
+    assert len(launches) == 5
     x_ND.requires_grad_()
     all_of_them()
-    assert len(launches) == 4
+    assert len(launches) == 5
     with torch.no_grad():
         all_of_them()
-    assert len(launches) == 8
+    assert len(launches) == 10
 
 
 def _at_scouts_sizes() -> dict[str, Callable[[], object]]:
@@ -213,7 +258,8 @@ def _at_scouts_sizes() -> dict[str, Callable[[], object]]:
         "temperature": lambda: launch_elementwise.apply_rope(q_NHC, k_NKC, None, None, tensor(7, dtype=torch.float32)),
         "patches": lambda: launch_elementwise.apply_rope(patches_NHC, patches_NHC, rotation_of_patches, None, None),
         "swiglu": lambda: launch_elementwise.swiglu(*tensor(7, 2 * 8192).chunk(2, dim=-1)),
-        "e4m3": lambda: launch_elementwise.to_fp8(tensor(7, 8192)),
+        "e4m3": lambda: launch_elementwise.to_fp8(tensor(7, 5120)),
+        "swiglu in e4m3": lambda: launch_elementwise.swiglu_to_fp8(*tensor(7, 2 * 8192).chunk(2, dim=-1)),
     }
 
 

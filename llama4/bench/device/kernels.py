@@ -160,7 +160,8 @@ def _matrix(product: Product, outputs: int) -> tuple[Tensor, Tensor]:
     I, leading = product.inputs, (product.experts,) if product.experts else ()  # noqa: E741
     in_row, groups = I // 8 if product.kind == "int4" else I, I // product.group if product.group else 1
     values = torch.empty(*leading, outputs, in_row, dtype=workload.VALUES_DTYPE[product.kind], device="meta")
-    return values, torch.empty(*leading, outputs, groups, dtype=torch.bfloat16, device="meta")
+    scales_dtype = torch.float32 if product.kind == "fp8" else torch.bfloat16
+    return values, torch.empty(*leading, outputs, groups, dtype=scales_dtype, device="meta")
 
 
 def _ask_for_step(step: Step) -> None:

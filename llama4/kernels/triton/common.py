@@ -38,6 +38,11 @@ def gpu(device: torch.device) -> Gpu:
     return GPUS[device]
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a GPU has instructions for e4m3: from Ada on."""
+    return gpu(device).capability >= 89
+
+
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Tensor | float | None, **sizes: int) -> None:
     """On the device of `like`; nothing where there is nothing to compute."""
     if all(grid):

@@ -14,7 +14,7 @@ experts per token, R = N * k routed rows.
 import triton
 import triton.language as tl
 
-from llama4.kernels.triton.number_formats import largest_magnitude, to_e4m3
+from llama4.kernels.triton.number_formats import e4m3_scale, largest_magnitude, magnitudes, scaled_to_e4m3
 
 
 @triton.jit
@@ -122,18 +122,60 @@ def swiglu(gate_NF, up_NF, y_NF, gate_stride, up_stride, F, BLOCK: tl.constexpr)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_NF + n * gate_stride + f, mask=f < F, other=0).to(tl.float32)
     up = tl.load(up_NF + n * up_stride + f, mask=f < F, other=0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
-    tl.store(y_NF + n * F + f, y.to(y_NF.dtype.element_ty), mask=f < F)
+    tl.store(y_NF + n * F + f, gated(gate, up).to(y_NF.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
-def to_fp8(x_NI, values_NI, scales_N, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
-    """Program n rounds row n, divided by a scale with which its largest becomes 448. Divisions are those of IEEE 754,
-    as torch's between tensors, where `/` is an approximation."""
+def gated(gate, up):
+    """silu(gate) * up."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def to_fp8(
+    x_NI,
+    values_NI,
+    scales_N,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
+):
+    """Program n rounds row n, divided by a scale with which its largest becomes 448. It reads the row twice, the second
+    time from the cache: of a program that holds a row some threads are idle, but if it is a power of two wide."""
     n = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    x = tl.load(x_NI + n * I + i, mask=i < I, other=0).to(tl.float32)
-    scale = tl.div_rn(largest_magnitude(x), 448.0)
-    scale = tl.where(scale == 0, 1.0, scale)
+    largest = tl.zeros([BLOCK], tl.int32)
+    for start in tl.static_range(0, I, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(x_NI + n * I + i, mask=i < I, other=0).to(tl.float32)
+        largest = tl.maximum(largest, magnitudes(x))
+    scale = e4m3_scale(tl.max(largest, 0).to(tl.float32, bitcast=True))
+    inverse = tl.div_rn(1.0, scale)
+    for start in tl.static_range(0, I, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(x_NI + n * I + i, mask=i < I, other=0).to(tl.float32)
+        tl.store(values_NI + n * I + i, scaled_to_e4m3(x, scale, inverse, HAS_E4M3), mask=i < I)
     tl.store(scales_N + n, scale)
-    tl.store(values_NI + n * I + i, to_e4m3(tl.div_rn(x, scale)), mask=i < I)
+
+
+@triton.jit
+def swiglu_to_fp8(
+    gate_NF,
+    up_NF,
+    values_NF,
+    scales_N,
+    gate_stride,
+    up_stride,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
+):
+    """Program n computes row n of `swiglu` in the dtype of its inputs, and rounds it as `to_fp8` does."""
+    n = tl.program_id(0).to(tl.int64)
+    f = tl.arange(0, BLOCK)
+    gate = tl.load(gate_NF + n * gate_stride + f, mask=f < F, other=0).to(tl.float32)
+    up = tl.load(up_NF + n * up_stride + f, mask=f < F, other=0).to(tl.float32)
+    y = gated(gate, up).to(gate_NF.dtype.element_ty).to(tl.float32)
+    scale = e4m3_scale(largest_magnitude(y))
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(values_NF + n * F + f, scaled_to_e4m3(y, scale, inverse, HAS_E4M3), mask=f < F)
+    tl.store(scales_N + n, scale)

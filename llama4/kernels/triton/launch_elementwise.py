@@ -121,7 +121,25 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     from llama4.kernels.triton import elementwise
 
     x, I = x.contiguous(), x.shape[-1]  # noqa: E741
-    values = torch.empty_like(x, dtype=torch.uint8)
-    scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    common.launch(elementwise.to_fp8, (scales.numel(),), x, x, values, scales, I=I, **common.whole_row(I))
+    values, scales = _empty_fp8(x)
+    sizes = {"I": I, "BLOCK": min(common.BLOCK, common.next_power_of_two(I)), "HAS_E4M3": common.has_e4m3(x.device)}
+    common.launch(elementwise.to_fp8, (scales.numel(),), x, x, values, scales, **sizes)
     return values.view(torch.float8_e4m3fn), scales
+
+
+def swiglu_to_fp8(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_fp8` of `swiglu`, to the bit, where F is at most `common.MAX_WIDTH`."""
+    from llama4.kernels.triton import elementwise
+
+    gate_NF, up_NF = (x if x.stride(1) == 1 else x.contiguous() for x in (gate_NF, up_NF))
+    F = gate_NF.shape[1]
+    values_NF, scales_N1 = _empty_fp8(gate_NF)
+    tensors, strides = (gate_NF, up_NF, values_NF, scales_N1), (gate_NF.stride(0), up_NF.stride(0))
+    sizes = {"F": F, "HAS_E4M3": common.has_e4m3(gate_NF.device), **common.whole_row(F)}
+    common.launch(elementwise.swiglu_to_fp8, (len(gate_NF),), gate_NF, *tensors, *strides, **sizes)
+    return values_NF.view(torch.float8_e4m3fn), scales_N1
+
+
+def _empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of x, and a scale for each row."""
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.kernels.abi import Matrix
-from llama4.ops import quantized, quantized_gpu
+from llama4.ops import quantized
 from llama4.ops.frozen import frozen_product
 from llama4.ops.hooks import has_global_hook, has_hook
 from llama4.ops.linear import PackedLinear, linear
@@ -365,8 +365,7 @@ class QuantizedWeight(PackedLinear):
 
     def together(self, modules: Sequence[nn.Module], x_NI: Tensor) -> list[Tensor] | None:
         """In one launch, or with the rows rounded once, where all are quantized alike; see `PackedLinear`."""
-        kind, group_size = self.format.kind, self.format.group_size
-        if x_NI.ndim != 2 or quantized_gpu.together_unsupported_reason(kind, x_NI, group_size) is not None:
+        if not x_NI.is_cuda or x_NI.ndim != 2:
             return None
         stacks = [module.alone() for module in modules if isinstance(module, QuantizedWeight)]
         matrices = [parts for parts in stacks if parts is not None]
@@ -374,9 +373,8 @@ class QuantizedWeight(PackedLinear):
 
     def of_swiglu(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor | None:
         """Rounded as it is computed, where inputs are rounded; see `PackedLinear`."""
-        if not self.format.rounds_inputs or gate_NI.ndim != 2 or (parts := self.alone()) is None:
-            return None
-        return quantized.linear_of_swiglu(gate_NI, up_NI, parts)
+        parts = self.alone() if self.format.rounds_inputs and gate_NI.is_cuda and gate_NI.ndim == 2 else None
+        return None if parts is None else quantized.linear_of_swiglu(gate_NI, up_NI, parts)
 
     def alone(self) -> quantized.Parts | None:
         """The matrix as kernels take it, if a call of this module is its product and nothing else."""

@@ -21,9 +21,9 @@ from llama4.bench.device import kernels, report, workload
 from llama4.bench.device.plan import PLAN, Step
 from llama4.bench.device.record import NO_TIME
 from llama4.bench.device.runner import Result, Runner
-from llama4.engine import static_step
 from llama4.kernels.triton import launch_products
 from llama4.ops import quantized_gpu
+from llama4.ops.linear import linears
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +173,7 @@ def test_kernels_are_compiled_as_they_are_launched(kind: str, monkeypatch: pytes
 
     monkeypatch.setattr(launch_products, "product", product)
     monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *args: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
     text = workload.text_config("scout", layers=1, dry=True)
     experts: Any = workload.moe_layer(text, torch.device("cpu"), kind).experts
     experts(torch.zeros(3, text.hidden_size).bfloat16(), torch.tensor([1, 0, 2, 0]))
@@ -200,13 +201,14 @@ def test_products_with_several_matrices_are_compiled_as_they_are_launched(
 
     monkeypatch.setattr(launch_products, "products", products)
     monkeypatch.setattr(quantized_gpu, "unsupported_reason", lambda *args: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
     text = workload.text_config("scout", layers=1, dry=True)
     model, _ = workload.build(workload.config(text), torch.device("cpu"), kind)
     layer: Any = model.language_model.model.layers[0]
     attention, x = layer.self_attn, torch.zeros(3, text.hidden_size).bfloat16()
-    static_step.linears((attention.q_proj, attention.k_proj, attention.v_proj), x)
+    linears((attention.q_proj, attention.k_proj, attention.v_proj), x)
     shared = layer.feed_forward.shared_expert
-    static_step.linears((shared.gate_proj, shared.up_proj), x)
+    linears((shared.gate_proj, shared.up_proj), x)
     launched = asked.copy()
     asked.clear()
     for wanted in kernels._layer(kind, text, 3):

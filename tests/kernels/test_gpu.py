@@ -152,7 +152,8 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
         y = quantized_gpu.linear("fp8", x, values, scale, counts)
         assert (y.shape, y.dtype, y.device.type) == ((20, 48), torch.bfloat16, "cuda")
         assert quantized_gpu.unsupported_reason("fp8", x, 32, 16) == "there is more than one scale per output"
-        y = fp8.scaled_mm(x, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1))
+        rows = fp8.to_fp8(x, torch.float32)
+        y = fp8.scaled_mm(rows, torch.empty(48, 32, dtype=torch.uint8), torch.ones(48, 1), torch.bfloat16)
         assert (y.shape, y.dtype) == ((20, 48), torch.bfloat16)
         experts = GroupedExperts(TextConfig(hidden_size=32, intermediate_size=48, num_local_experts=4))
         for name, parameter in list(experts.named_parameters()):

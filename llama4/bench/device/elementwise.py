@@ -88,6 +88,11 @@ CASES: dict[str, Case] = {
     "e4m3": Case(
         lambda i: launch_elementwise.to_fp8(i.x_ND), lambda i: fp8.to_fp8(i.x_ND.cpu(), torch.float32), bound=0.0
     ),
+    "swiglu in e4m3": Case(
+        lambda i: launch_elementwise.swiglu_to_fp8(i.gate_NF, i.up_NF),
+        lambda i: fp8.to_fp8(launch_elementwise.swiglu(i.gate_NF, i.up_NF).cpu(), torch.float32),
+        bound=0.0,
+    ),
     "router": Case(
         lambda i: [launch_routing.router_logits(i.x_ND, i.router_ED)],
         lambda i: [i.x_ND.double() @ i.router_ED.double().mT],

@@ -9,7 +9,7 @@ inputs that share a scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,22 +76,29 @@ def linear(x_NI: Tensor, parts: Parts | None, *, readable: Callable[[], Tensor])
     return readable()
 
 
-def linears_at_once(x_NI: Tensor, matrices: Sequence[Parts]) -> list[Tensor] | None:
-    """x W^T for each of up to three matrices, by a kernel that takes them all, or with the rows rounded once for all;
-    None if neither would be."""
-    scaled = [(parts.values, parts.scale) for parts in matrices if parts.scale is not None]
-    kinds = {(parts.kind, parts.group_size) for parts in matrices}
-    kind, group_size = matrices[0].kind, matrices[0].group_size
-    if len(scaled) < len(matrices) or len(kinds) > 1:
+def linears_at_once(kind: str, group_size: int, x_NI: Tensor, matrices: Iterable[Parts | None]) -> list[Tensor] | None:
+    """x W^T for each of up to three matrices, by a kernel that takes them all, or with the rows rounded once for all.
+
+    Args:
+        kind, group_size: of the format.
+        matrices: looked at if there is such a way.
+
+    Returns:
+        [N, O] each; None if there is none, or a matrix is of another format, or None.
+    """
+    if x_NI.ndim != 2 or quantized_gpu.together_unsupported_reason(kind, x_NI, group_size):
         return None
-    if quantized_gpu.together_unsupported_reason(kind, x_NI, group_size):
-        return None
+    scaled = []
+    for parts in matrices:
+        if parts is None or parts.scale is None or (parts.kind, parts.group_size) != (kind, group_size):
+            return None
+        scaled.append((parts.values, parts.scale))
     return quantized_gpu.linears(kind, x_NI, scaled)
 
 
 def linear_of_swiglu(gate_NI: Tensor, up_NI: Tensor, parts: Parts) -> Tensor | None:
     """`linear` of silu(gate) * up by kernels that round it as they compute it; None if there are none."""
-    if parts.kind != "fp8" or parts.scale is None:
+    if parts.kind != "fp8" or parts.scale is None or gate_NI.ndim != 2:
         return None
     if quantized_gpu.unsupported_reason(parts.kind, gate_NI, parts.inputs, parts.group_size):
         return None

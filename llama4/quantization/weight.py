@@ -365,15 +365,12 @@ class QuantizedWeight(PackedLinear):
 
     def together(self, modules: Sequence[nn.Module], x_NI: Tensor) -> list[Tensor] | None:
         """In one launch, or with the rows rounded once, where all are quantized alike; see `PackedLinear`."""
-        if not x_NI.is_cuda or x_NI.ndim != 2:
-            return None
-        stacks = [module.alone() for module in modules if isinstance(module, QuantizedWeight)]
-        matrices = [parts for parts in stacks if parts is not None]
-        return quantized.linears_at_once(x_NI, matrices) if len(matrices) == len(modules) else None
+        matrices = (module.alone() if isinstance(module, QuantizedWeight) else None for module in modules)
+        return quantized.linears_at_once(self.format.kind, self.format.group_size or 0, x_NI, matrices)
 
     def of_swiglu(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor | None:
         """Rounded as it is computed, where inputs are rounded; see `PackedLinear`."""
-        parts = self.alone() if self.format.rounds_inputs and gate_NI.is_cuda and gate_NI.ndim == 2 else None
+        parts = self.alone() if self.format.rounds_inputs else None
         return None if parts is None else quantized.linear_of_swiglu(gate_NI, up_NI, parts)
 
     def alone(self) -> quantized.Parts | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from llama4.engine.choice import _sample
 from llama4.engine.sampling import Sampler
+from llama4.errors import ArgumentError
 from llama4.kernels import abi, cpu
 from llama4.ops import sampling
 from tests.marks import needs_kernels
@@ -51,7 +53,7 @@ def test_rows_with_settings_of_their_own_are_drawn_as_torch_would(seed: int, dty
     states = [sampler.row(prompt, (3, 5)) for sampler, prompt in zip(samplers, prompts, strict=True)]
     logits_BV = (2 * torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
     for _ in range(12):
-        chosen = _sample(requests, logits_BV, None)
+        chosen: list[Any] = list(_sample(requests, logits_BV, None))
         for row, (sampler, state) in enumerate(zip(samplers, states, strict=True)):
             (id_,), (logprob,) = sampler(logits_BV[row : row + 1], [state])
             if sampler.takes_largest:
@@ -81,14 +83,14 @@ def test_a_row_may_go_on_by_the_other_way() -> None:
     "wrong", [{"seen": [V]}, {"seen": [-1]}, {"biased": [V]}, {"repetition": 0.0}, {"num_seen": -1}], ids=str
 )
 def test_the_kernel_refuses_penalties_that_cannot_be(wrong: dict[str, Any]) -> None:
-    ids = {name: (abi.c_int64 * 1)(*wrong.get(name, [7])) for name in ("seen", "counts", "biased")}
-    biases = (abi.c_double * 1)(1.0)
+    ids = {name: (ctypes.c_int64 * 1)(*wrong.get(name, [7])) for name in ("seen", "counts", "biased")}
+    biases = (ctypes.c_double * 1)(1.0)
     penalties = abi.Penalties(
-        *(abi.ctypes.addressof(array) for array in (*ids.values(), biases)), wrong.get("num_seen", 1), 1
+        *(ctypes.addressof(array) for array in (*ids.values(), biases)), wrong.get("num_seen", 1), 1
     )
     penalties.repetition = wrong.get("repetition", 1.1)
-    draw = sampling.Draw(0, 0, 1.0, 1.0, 0.0, 0.5, abi.ctypes.addressof(penalties))
-    with pytest.raises(abi.ArgumentError, match="cannot be drawn"):
+    draw = sampling.Draw(0, 0, 1.0, 1.0, 0.0, 0.5, ctypes.addressof(penalties))
+    with pytest.raises(ArgumentError, match="cannot be drawn"):
         cpu.draw_token(torch.zeros(1, V), [draw])
 
 

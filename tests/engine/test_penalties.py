@@ -85,9 +85,8 @@ def test_a_row_may_go_on_by_the_other_way() -> None:
 def test_the_kernel_refuses_penalties_that_cannot_be(wrong: dict[str, Any]) -> None:
     ids = {name: (ctypes.c_int64 * 1)(*wrong.get(name, [7])) for name in ("seen", "counts", "biased")}
     biases = (ctypes.c_double * 1)(1.0)
-    penalties = abi.Penalties(
-        *(ctypes.addressof(array) for array in (*ids.values(), biases)), wrong.get("num_seen", 1), 1
-    )
+    arrays: list[ctypes.Array[Any]] = [*ids.values(), biases]
+    penalties = abi.Penalties(*map(ctypes.addressof, arrays), wrong.get("num_seen", 1), 1)
     penalties.repetition = wrong.get("repetition", 1.1)
     draw = sampling.Draw(0, 0, 1.0, 1.0, 0.0, 0.5, ctypes.addressof(penalties))
     with pytest.raises(ArgumentError, match="cannot be drawn"):

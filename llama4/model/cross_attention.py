@@ -17,7 +17,7 @@ from llama4.model.feed_forward import FeedForward
 from llama4.model.norm import RMSNorm
 from llama4.model.positions import PositionFactors
 from llama4.ops.attention import softmax_attention
-from llama4.ops.linear import Linear
+from llama4.ops.linear import Linear, linears
 
 
 class CrossAttention(nn.Module):
@@ -36,7 +36,8 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, features_SD: Tensor) -> Tensor:
         """Of one picture, [2, K, S, C]."""
-        k_SKC, v_SKC = (p(features_SD).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        projected = linears((self.k_proj, self.v_proj), features_SD)
+        k_SKC, v_SKC = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         return torch.stack((self.k_norm(k_SKC), v_SKC)).transpose(1, 2).contiguous()
 
     def forward(self, x_XD: Tensor, sight: Sight, cache: PictureView | None) -> Tensor:

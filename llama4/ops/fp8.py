@@ -103,14 +103,13 @@ def has_fp8_matmul(device: torch.device, grouped: bool = False) -> bool:
     """Whether a device multiplies e4m3 fast. A CPU can, but a hundred times slower than bfloat16."""
     if device.type == "cpu":
         return False
-    one = torch.ones(16, 16, device=device).to(E4M3)
-    scale = torch.ones(16, 1, device=device)
+    one = Fp8Rows(torch.ones(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device))
     try:
         if grouped:
-            ends = torch.tensor([16], dtype=torch.int32, device=device)
-            torch._scaled_grouped_mm(one, one[None].mT, scale[:, 0], scale.mT, offs=ends, out_dtype=torch.bfloat16)
+            counts = torch.tensor([16], device=device)
+            scaled_grouped_mm(one, one.values[None], one.scale[None], counts, torch.bfloat16)
         else:
-            torch._scaled_mm(one, one.mT, scale_a=scale, scale_b=scale.mT.contiguous(), out_dtype=torch.bfloat16)
+            scaled_mm(one, one.values, one.scale, torch.bfloat16)
     except RuntimeError:
         return False
     return True

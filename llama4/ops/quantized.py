@@ -98,10 +98,11 @@ def linears_at_once(kind: str, group_size: int, x_NI: Tensor, matrices: Iterable
 
 def linear_of_swiglu(gate_NI: Tensor, up_NI: Tensor, parts: Parts) -> Tensor | None:
     """`linear` of silu(gate) * up by kernels that round it as they compute it; None if there are none."""
-    if parts.kind != "fp8" or parts.scale is None or gate_NI.ndim != 2:
+    if parts.kind != "fp8" or parts.scale is None or gate_NI.ndim != 2 or gate_NI.dtype != up_NI.dtype:
         return None
-    if quantized_gpu.unsupported_reason(parts.kind, gate_NI, parts.inputs, parts.group_size):
-        return None
+    for x_NI in (gate_NI, up_NI):
+        if quantized_gpu.unsupported_reason(parts.kind, x_NI, parts.inputs, parts.group_size):
+            return None
     return quantized_gpu.linear_of_swiglu(parts.kind, gate_NI, up_NI, parts.values, parts.scale)
 
 

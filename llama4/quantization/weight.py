@@ -410,7 +410,7 @@ class QuantizedWeight(PackedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.in_kernel_layout:
+        if self.in_kernel_layout or self._narrow:
             destination.update({prefix + name: self.checkpoint_layout(name) for name in self.specs})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

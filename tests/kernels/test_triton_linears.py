@@ -1,5 +1,6 @@
 """Products on a GPU that share what they do with their rows, or do it together with what makes the rows: the bits are
-those of one operation after the other. In Triton's interpreter where there is no GPU."""
+those of one operation after the other (of matrices so small that a product alone is launched alike). In Triton's
+interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -186,6 +187,22 @@ def test_of_different_kinds() -> None:
             outputs = linears(modules, rows)
             assert all(same(y, module(rows)) for y, module in zip(outputs, modules, strict=True))
             assert all(y.requires_grad for y in outputs) or not rows.requires_grad
+
+
+@on_a_device
+@pytest.mark.parametrize("trained", ["gate", "up"])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_what_a_gradient_is_wanted_of(trained: str, rows: int) -> None:
+    """One of the two that make the rows suffices."""
+    inputs = {name: drawn(rows, 64, seed=seed) for seed, name in enumerate(("gate", "up"))}
+    inputs[trained].requires_grad_()
+    down = matrix(32, 64, Fp8())
+    found, truth = (
+        torch.autograd.grad(y.square().sum(), inputs[trained])[0]
+        for y in (linear_of_swiglu(down, *inputs.values()), down(swiglu(*inputs.values())))
+    )
+    assert same(found, truth)
+    assert found.any()
 
 
 @on_a_device

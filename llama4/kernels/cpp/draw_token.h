@@ -144,7 +144,7 @@ inline long place_of(const double* weights, long count, double share) {
 // The token that is drawn from logits of which this is the largest.
 template <class X>
 long draw_from(const X* logits, long V, const LargestLogit& top, const Draw& draw) {
-  if (top.value == -INFINITY) return top.index;
+  if (!std::isfinite(top.value)) return top.index;
   const double scale = std::min(1.4426950408889634 / draw.temperature, std::numeric_limits<double>::max());
   const bool is_limited = draw.top_k > 0 && draw.top_k < V, takes_few = is_limited && draw.top_k <= V / 16;
   const auto [few, count] = takes_few ? largest(logits, V, draw.top_k) : std::pair<const Candidate*, long>(nullptr, V);

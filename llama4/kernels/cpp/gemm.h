@@ -86,6 +86,10 @@ struct Prefetch {
 
 constexpr int unrolled_words = 4;
 
+// How often a tile goes through the words of a panel: as often as its sums, of rows by 16 times `vectors` outputs, fill
+// the registers.
+constexpr int passes(int rows, int vectors) { return (rows * vectors + rows_in_registers - 1) / rows_in_registers; }
+
 // Columns of a panel, as words along the inputs: 16 of word i, from a column on.
 struct PanelColumns {
   const Word* words;
@@ -98,8 +102,7 @@ struct PanelColumns {
 // even where it is shared with another process.
 template <int per_word, int rows, int a_row, int vectors, class Columns>
 INLINE void add_columns(const Word* a, const Columns& b, long count, bool is_first, float* sums, Prefetch& ahead) {
-  constexpr int parts = (rows * vectors + rows_in_registers - 1) / rows_in_registers;
-  if constexpr (parts > 1) {
+  if constexpr (constexpr int parts = passes(rows, vectors); parts > 1) {
     constexpr int own = (rows + parts - 1) / parts;
     add_columns<per_word, own, a_row, vectors>(a, b, count, is_first, sums, ahead);
     return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, is_first, sums + own * strip,
@@ -208,6 +211,11 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
     Word* w = scratch<Word, Use::panel>((is_kept ? count : 1) * depth * strip);
     const bool has_parts = panels[num_panels - 1].part > 0;
     float *sums = scratch<float, Use::sums>((1 + has_parts) * size), *totals = has_parts ? sums + size : sums;
+    long steps = 0;  // of prefetching, for so many words of a strip
+    for (long tile = 0; tile < tiles; tile++)
+      steps += x.by_amx                   ? strip / 16
+               : has_columns && tile == 0 ? passes(x.rows_of(tile), 2)
+                                          : 2 * passes(x.rows_of(tile), 1);
     for (const Panel* panel = panels; panel != panels + num_panels; panel++) {
       const bool is_last = panel + 1 == panels + num_panels;
       const bool begins_part = panel == panels || panel[-1].part != panel->part;
@@ -215,7 +223,7 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
       Prefetch ahead;
       if (const long next = is_last ? begin + width : begin; next < strips) {
         ahead = weights.prefetch(next * strip, std::min(width, strips - next), is_last ? *panels : panel[1]);
-        ahead.spread(count * tiles * strip / 16 * std::max(panel->count / unrolled_words, 1l));
+        ahead.spread(count * steps * std::max(panel->count / unrolled_words, 1l));
       }
       const auto multiply_tile = [&](long n, long tile, Word* b) {
         const long first = x.first_of(tile), rows = x.rows_of(tile), o = (begin + n) * strip;
@@ -285,7 +293,7 @@ struct WeightRows {
 template <class X>
 void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y, bool is_invariant) {
   using F = RowsOf<X>;
-  const bool has_few = N < few_rows;
+  const bool by_amx = goes_by_amx<X>(N, is_invariant), has_few = N < few_rows && !by_amx;
   const long parts = parts_of(I), longest = (has_few ? few_words : in_out_words) / F::together;
   WordInputs* inputs = phase.team.memory<WordInputs>(I);
   Panel* panels = phase.team.memory<Panel>(I / longest + parts);
@@ -307,7 +315,7 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
     }
     return load<u32x16>(own);
   };
-  const PackedInputs packed = pack_inputs(phase, N, words, goes_by_amx<X>(N, is_invariant), read);
+  const PackedInputs packed = pack_inputs(phase, N, words, by_amx, read);
   const long strips = has_few ? std::min(most_strips, sums_bytes / (N * strip * 4)) : panel_strips;
   gemm(phase, packed, O, panels, num_panels, strips, WeightRows<X>{w, O, inputs}, Scales{}, nullptr, y);
 }

@@ -288,8 +288,11 @@ class Memory {
 
   // All of it is free again, as one block.
   void reset() {
-    if (blocks.size() > 1) blocks.clear(), blocks.emplace_back(most);
-    if (!blocks.empty()) blocks.back().used = 0;
+    if (blocks.size() != 1 || blocks[0].size < most) {
+      blocks.clear();
+      if (most) blocks.emplace_back(most);
+    }
+    if (most) blocks[0].used = 0;
     taken = 0;
   }
 };

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llama4 import Llama4
+from llama4.engine import choice
 from llama4.engine.sampling import Sampler
 from llama4.errors import ArgumentError
 from llama4.kernels import build, cpu, threads
@@ -101,7 +102,8 @@ def test_torch_has_one_thread_where_kernels_compute(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(threads, "count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    llm.chat("Hello", max_new_tokens=2, temperature=1.0, repetition_penalty=1.1)  # which torch computes
+    monkeypatch.setattr(choice, "applies_penalties", lambda logits_BV: False)  # so torch does
+    llm.chat("Hello", max_new_tokens=2, temperature=1.0, repetition_penalty=1.1)
     assert seen == [1, 2, "__call__", 1, "__call__", 2]
     seen.clear()
     inner = llm.model.language_model.model

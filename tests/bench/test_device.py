@@ -223,13 +223,14 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     code = """
 from llama4.bench.device.kernels import Between, Product, compile_one
 several = Product("int8", 3, 64, 128, others=(64, 32))
-for wanted in (Between("swiglu", 3), Product("int8", 3, 64, 128, 4), several, Product("no kind", 3, 64, 128)):
+many = Product("int4", 1024, 64, 128, group=64), Product("bfloat16", 3, 64, 128, 4)
+for wanted in (Between("swiglu", 3), Product("int8", 3, 64, 128, 4), several, *many, Product("no kind", 3, 64, 128)):
     print(compile_one((wanted, 90)))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.startswith("None\nNone\nNone\nProduct(kind='no kind'")
-    assert {path.stem for path in tmp_path.rglob("*.cubin")} == {"gemv", "swiglu"}
+    assert told.stdout.startswith(5 * "None\n" + "Product(kind='no kind'")
+    assert {path.stem for path in tmp_path.rglob("*.cubin")} == {"gemv", "swiglu", "unpack", "grouped_mm"}
 
 
 def test_report() -> None:

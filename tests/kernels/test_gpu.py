@@ -143,6 +143,33 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
         assert 192 % sizes["BLOCK_I"] == group % sizes["BLOCK_I"] == 0
 
 
+def test_when_a_matrix_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rows enough of each matrix, by torch's products, which check what they get; and without waiting for counts,
+    which are not there."""
+    monkeypatch.setattr(launch_products, "unpack", lambda kind, values, scale: scale.new_empty(*scale.shape[:-1], 64))
+    monkeypatch.setattr(launch_products, "product", lambda kind, x, *rest: x.new_empty(len(x), 0))
+
+    def outputs(rows: int, dtype: torch.dtype = torch.bfloat16, capability: int = 90, of: int = 48) -> list[int]:
+        monkeypatch.setitem(common.GPUS, torch.device("cuda", 0), common.Gpu(capability, 132))
+        with FakeTensorMode(), torch.device("cuda", 0):
+            x, counts = torch.empty(rows, 64, dtype=dtype), torch.empty(4, dtype=torch.int64)
+            values, scale = torch.empty(4, of, 8, dtype=torch.int32), torch.empty(4, of, 2, dtype=torch.bfloat16)
+            grouped = quantized_gpu.linear("int4", x, values, scale, counts)
+            alone = quantized_gpu.linear("int4", x[: rows // 4], values[0], scale[0])
+            assert grouped.dtype == alone.dtype == dtype
+            return [grouped.shape[1], alone.shape[1]]
+
+    enough = 4 * quantized_gpu.MIN_UNPACKED_ROWS
+    assert outputs(enough) == [48, 48]
+    monkeypatch.setattr(quantized_gpu, "MAX_UNPACKED", 1)
+    assert outputs(enough, of=520) == [520, 520], "part by part"
+    assert outputs(enough - 1) == [0, 0]
+    assert outputs(enough, torch.float16) == [0, 0]
+    assert outputs(enough, capability=80) == outputs(enough, capability=120) == [0, 0]
+    assert outputs(enough, of=44) == [0, 0]
+    assert quantized_gpu.unpacking_unsupported_reason("fp8", torch.empty(1), torch.empty(1, 1), None)
+
+
 def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts, dtypes and sizes, which torch checks for tensors on a GPU also where there is none."""
     monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device, grouped=False: True)

@@ -161,6 +161,39 @@ def test_a_program_writes_rows_of_its_expert_alone(rows: int) -> None:
     assert y[5:].isnan().all()
 
 
+@on_a_device
+@pytest.mark.usefixtures("nothing_left_over")
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int4", 96), ("int8", None)])
+def test_unpack(kind: str, group: int | None) -> None:
+    """To the bit, matrices and some of their outputs: products with scales are exact in float32, and rounded once."""
+    values, scales, matrices = random_matrices(kind, 3, 52, group)
+    values, scales, truth = values.to(DEVICE), scales.to(DEVICE), matrices.float().bfloat16()
+    assert torch.equal(launch_products.unpack(kind, values, scales).cpu(), truth)
+    assert torch.equal(launch_products.unpack(kind, values[:, 16:48], scales[:, 16:48]).cpu(), truth[:, 16:48])
+    assert torch.equal(launch_products.unpack(kind, values[1], scales[1]).cpu(), truth[1])
+
+
+@on_a_device
+@pytest.mark.parametrize("at_once", [1 << 30, 1])
+@pytest.mark.parametrize("counts", ["many rows", "many rows, one matrix"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_unpacked_linear(kind: str, counts: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All outputs at once, and parts of them."""
+    monkeypatch.setattr(quantized_gpu, "MAX_UNPACKED", at_once)
+    rows = COUNTS[counts]
+    values, scales, matrices = random_matrices(kind, len(rows), 520, 64 if kind == "int4" else None)
+    x = torch.randn(sum(rows), INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    truth = torch.cat([part @ matrix.mT for part, matrix in zip(x.double().split(rows), matrices, strict=True)])
+    x, values, scales, counts_E = x.to(DEVICE), values.to(DEVICE), scales.to(DEVICE), torch.tensor(rows, device=DEVICE)
+    if len(rows) > 1:
+        y = quantized_gpu.unpacked_linear(kind, x, values, scales, counts_E)
+    else:
+        y = quantized_gpu.unpacked_linear(kind, x, values[0], scales[0], None)
+    error = (y.cpu().double() - truth).norm() / truth.norm()
+    assert y.shape == truth.shape
+    assert error < 1e-2, "weights and results are rounded to bfloat16"
+
+
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, whose tensors are on the CPU."""
     if INTERPRETED:
@@ -265,3 +298,14 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= {80: 99, 90: 227}[capability] * 1024, "what the smallest of those GPUs has"
     assert [kernel.metadata.name for kernel in compiled] == ["gemv", "grouped_gemm", "gemv"]
+
+
+@needs_the_compiler
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_unpack_compiles(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A thread stores 16 bytes at a time, or of int8 8."""
+    compiled = compile_only(90, monkeypatch, tmp_path)
+    in_row, dtype = (5120, torch.int8) if kind == "int8" else (640, torch.int32)
+    scales = torch.empty(16, 16384, 1 if kind == "int8" else 40, dtype=torch.bfloat16, device="meta")
+    launch_products.unpack(kind, torch.empty(16, 16384, in_row, dtype=dtype, device="meta"), scales)
+    assert f"st.global.v{2 if kind == 'int8' else 4}.b32" in compiled[0].asm["ptx"]

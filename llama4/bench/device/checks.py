@@ -21,6 +21,7 @@ from llama4.config import TextConfig
 from llama4.errors import Llama4Error
 from llama4.kernels.triton import launch_products, support
 from llama4.model.experts import BACKENDS
+from llama4.ops import quantized_gpu
 from llama4.quantization.formats import FORMATS
 from llama4.quantization.modules import QuantizedExperts
 from llama4.quantization.weight import QuantizedWeight
@@ -36,6 +37,8 @@ def run(record: Record) -> None:
     for scheme in SCHEMES:
         for rows in (1, 8, 9, 100) if not record.dry else (2, 9):
             record.case(f"kernel {scheme}, {rows} rows", partial(_kernel, record, scheme, rows))
+    for scheme in ("int4", "int8"):
+        record.case(f"kernel unpack {scheme}", partial(_unpack, record, scheme))
     for tokens in (1, 40, 2048) if not record.dry else (3,):
         for name, case in elementwise.CASES.items():
             if tokens <= case.most_tokens:
@@ -96,6 +99,21 @@ def _kernel(record: Record, kind: str, rows: int) -> Figures:
     return _held(workload.relative(y, torch.cat(parts)), 1e-5)
 
 
+def _unpack(record: Record, kind: str) -> Figures:
+    """Each weight as torch rounds it."""
+    if reason := machine.triton_missing(record.device):
+        raise Skip(reason)
+    E, O, I = (2, 6, 128) if record.dry else (4, 16384, 5120)  # noqa: E741
+    module = _packed_matrices(kind, E, O, I, record.device)
+    values, scales = module.part(module.format.parts[0]), module.part("weight_scale")
+    weights = launch_products.unpack(kind, values, scales)
+    for i, own in enumerate(weights):
+        if not torch.equal(own, module.dequantize(i).bfloat16()):
+            raise Llama4Error("a weight is not what torch makes of it")
+    spent = record.time(lambda: launch_products.unpack(kind, values, scales), 0.02)
+    return {"gb_s": (values.nbytes + scales.nbytes + weights.nbytes) / spent / 1e9}
+
+
 def _packed_matrices(kind: str, E: int, O: int, I: int, device: torch.device) -> QuantizedWeight:  # noqa: E741
     with torch.device("meta"):
         module = QuantizedWeight(FORMATS[kind](64 if kind == "int4" else None), (E, O, I))
@@ -144,7 +162,7 @@ def _experts(record: Record, name: str, scheme: str | None) -> None:
         truth_RD = reference(module, x_RD, counts_E)
         return _held(workload.relative(y_RD, truth_RD) if len(x_RD) else 0.0, BOUNDS[name])
 
-    for rows in (0, 1, 5, 600) if not record.dry else (0, 5, 40):
+    for rows in (0, 1, 5, 600, 2048, 16 * quantized_gpu.MIN_UNPACKED_ROWS) if not record.dry else (0, 5, 40):
         record.case(f"{name}, {rows} tokens", partial(check, rows))
     record.case(f"{name}, all to one expert", partial(check, -40 if record.dry else -600))
     if name in ("loop", "megablocks"):
@@ -179,7 +197,7 @@ def _as_fp8(x_RI: Tensor) -> Tensor:
 
 
 def _no_waiting(experts: nn.Module, D: int, device: torch.device) -> Figures:
-    for rows in (3, 40):
+    for rows in (3, 40, 16 * quantized_gpu.MIN_UNPACKED_ROWS) if device.type == "cuda" else (3, 40):
         x_RD, counts_E = torch.randn(rows, D, device=device).bfloat16(), workload.spread(rows, 16, device)
         experts(x_RD, counts_E)  # compiles
         with timing.waiting_is_an_error(device):

@@ -20,6 +20,7 @@ from llama4.bench.device import attention, elementwise, experts, machine, worklo
 from llama4.bench.device.record import Figures, Record, Skip
 from llama4.config import TextConfig
 from llama4.kernels.triton import common, launch_attention, launch_products
+from llama4.ops import quantized_gpu
 
 WORKERS = 16
 
@@ -29,6 +30,7 @@ class Product:
     """Rows times a matrix [O, I], or, sorted, times E of them.
 
     Attributes:
+        kind: of the format; "bfloat16" for the experts of that, of Hopper alone.
         others: outputs of up to two more matrices, which the same launch multiplies.
     """
 
@@ -91,6 +93,8 @@ def products() -> Iterator[Product]:
 
 def _all_products() -> Iterator[Product]:
     text = workload.text_config("scout", layers=4)
+    for rows in (1, 2048, 16384):
+        yield from _experts("bfloat16", text, rows)
     for kind, most in (("int4", 1 << 30), ("fp8", launch_products.MAX_GEMV_ROWS)):  # more rows of fp8 are torch's
         for rows in (1, 2048, 4, 16):
             if rows <= most:
@@ -98,11 +102,12 @@ def _all_products() -> Iterator[Product]:
     for kind in ("int4", "int8", "fp8"):
         for rows in (1, 8, 9, 100):
             yield Product(kind, rows, 2064, 5120, 4, 64 if kind == "int4" else None, torch.float32)
-        for rows in (1, 3, 5, 40, 600, 4, 48):
+    for kind in ("bfloat16", "int4", "int8", "fp8"):
+        for rows in (1, 3, 5, 40, 600, 4, 48, 2048, 16 * quantized_gpu.MIN_UNPACKED_ROWS):
             yield from _experts(kind, TextConfig(hidden_size=1024, intermediate_size=2048, num_local_experts=16), rows)
     for preset in ("scout", "maverick"):
         sizes = workload.text_config(preset, layers=4)
-        for kind in ("int4", "int8", "fp8"):
+        for kind in ("bfloat16", "int4", "int8", "fp8"):
             for rows in (*experts.TOKENS, *experts.GEMV_TOKENS):
                 yield from _experts(kind, sizes, rows)
 
@@ -145,6 +150,9 @@ def compile_one(task: tuple[Product | Step | Between, int]) -> str | None:
 def _ask_for(product: Product) -> None:
     """Compile the kernel that this product would launch."""
     kind, I, is_fp8 = product.kind, product.inputs, product.kind == "fp8"  # noqa: E741
+    if kind == "bfloat16":
+        _ask_for_grouped(product)
+        return
     x = torch.empty(product.rows, I, dtype=torch.uint8 if is_fp8 else product.dtype, device="meta")
     x_scales = torch.empty(product.rows, device="meta") if is_fp8 else None
     first, *others = (_matrix(product, outputs) for outputs in (product.outputs, *product.others))
@@ -152,7 +160,19 @@ def _ask_for(product: Product) -> None:
         launch_products.products(kind, x, [first, *others], x_scales_R=x_scales, dtype=product.dtype)
         return
     counts = torch.empty(product.experts, dtype=torch.int64, device="meta") if product.experts else None
+    if quantized_gpu.unpacking_unsupported_reason(kind, x, first[1], counts) is None:
+        launch_products.unpack(kind, *first)
+        return
     launch_products.product(kind, x, *first, counts, x_scales_R=x_scales, dtype=product.dtype)
+
+
+def _ask_for_grouped(product: Product) -> None:
+    """The same of experts in bfloat16."""
+    assert product.experts is not None
+    x = torch.empty(product.rows, product.inputs, device="meta", dtype=torch.bfloat16)
+    weights = torch.empty(product.experts, product.inputs, product.outputs, device="meta", dtype=torch.bfloat16)
+    if common.gpu(x.device).capability // 10 == 9:
+        launch_products.grouped_mm(x, torch.empty(product.experts, dtype=torch.int64, device="meta"), weights)
 
 
 def _matrix(product: Product, outputs: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,16 @@
-"""Two Triton kernels for y = x W^T, where W is one of E quantized matrices and the rows of x are sorted by expert.
+"""Triton kernels for y = x W^T, where W is one of E quantized matrices and the rows of x are sorted by expert.
 
-Both read quantized values as a checkpoint stores them, convert them in registers and accumulate in float32. The values
-are integers or e4m3, exact in every dtype that a product is computed in; scales are applied to sums, so no weight is
-rounded.
+Two multiply. They read quantized values as a checkpoint stores them, convert them in registers and accumulate in
+float32. The values are integers or e4m3, exact in every dtype that a product is computed in; scales are applied to
+sums, so no weight is rounded.
 
 - `gemv` is for decoding, where each byte of a matrix is read for a row or few and memory bandwidth is the limit.
 - `grouped_gemm` is for prompts, where a matrix is read once per tile of rows and arithmetic is the limit. A program
   computes a tile of outputs x rows of one expert on tensor cores. It computes (W x^T)^T: the weights are then the left
   operand, which Hopper's tensor cores take from registers, where the values were converted.
 
-Only the device knows how many rows an expert has. So the grid has the size of the worst case, each program finds its
-expert by summing the counts, and programs without one return. Nothing waits for the device, and a launch can be
-replayed with other counts.
+The third, `unpack`, writes the matrices in bfloat16, for torch's products of very many rows: each weight is rounded
+once.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale; T threads, W words of 32 bits.
 """
@@ -23,22 +22,7 @@ import triton
 import triton.language as tl
 
 from llama4.kernels.triton.number_formats import from_e4m3, from_nibble, place, place_e4m3
-
-
-@triton.jit
-def find_tile(counts_E, tile, rows, E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """-> expert of a tile of up to BLOCK_R rows, its first row, and the end of the expert's rows. A tile without rows
-    begins at that end or behind it."""
-    if counts_E is None:
-        return tile * 0, tile * BLOCK_R, rows
-    else:
-        experts = tl.arange(0, triton.next_power_of_2(E))
-        counts = tl.load(counts_E + experts, mask=experts < E, other=0).to(tl.int32)
-        tiles = (counts + BLOCK_R - 1) // BLOCK_R
-        expert = tl.sum((tl.cumsum(tiles) <= tile).to(tl.int32))
-        begin = tl.sum(tl.where(experts < expert, counts, 0))
-        end = tl.sum(tl.where(experts <= expert, counts, 0))
-        return expert, begin + (tile - tl.sum(tl.where(experts < expert, tiles, 0))) * BLOCK_R, end
+from llama4.kernels.triton.tiles import find_block, find_tile
 
 
 @triton.jit
@@ -223,24 +207,16 @@ def grouped_gemm(
 ):
     """A program computes BLOCK_O outputs of a tile of BLOCK_R rows. BLOCK_I divides the inputs and `group`, the inputs
     that share a scale, which is 0 if all do. Past the last output or row, the last one is read and nothing is stored.
-
-    Programs that run at the same time have few different rows and outputs, which are then read from the cache: of
-    TILES tiles all outputs are computed before the next tiles begin. Products of a group are added up by the tensor
-    cores, and multiplied by the scale together.
+    Products of a group are added up by the tensor cores, and multiplied by the scale together.
     """
     PACK: tl.constexpr = 2 if kind == "int4" else 1
     dtype: tl.constexpr = tl.float16 if kind == "fp8" else x_RI.dtype.element_ty
-    blocks = tl.cdiv(outputs, BLOCK_O)
-    program, at_once = tl.program_id(0), TILES * blocks
-    first_tile = program // at_once * TILES
-    tiles = tl.minimum(tl.num_programs(0) // blocks - first_tile, TILES)
-    tile, block = first_tile + program % at_once % tiles, program % at_once // tiles
-    expert, begin, end = find_tile(counts_E, tile, rows, E, BLOCK_R)
+    expert, begin, end, first_o = find_block(counts_E, rows, outputs, E, BLOCK_R, BLOCK_O, TILES)
     if begin >= end:
         return
     row = begin + tl.arange(0, BLOCK_R)
     real_row = tl.minimum(row, end - 1).to(tl.int64)
-    o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = first_o + tl.arange(0, BLOCK_O)
     matrix_row = expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1)
     values = values_EOI + (matrix_row * (inputs // PACK))[:, None] + tl.arange(0, BLOCK_I // PACK)[None, :]
     x_columns = x_RI + (real_row * inputs)[None, :] + tl.arange(0, BLOCK_I)[:, None]
@@ -264,3 +240,37 @@ def grouped_gemm(
         sums *= tl.load(x_scales_R + real_row)[None, :] * 65536.0  # twice 2^8
     y = y_RO + (row.to(tl.int64) * outputs)[None, :] + o[:, None]
     tl.store(y, sums.to(y_RO.dtype.element_ty), mask=(row < end)[None, :] & (o < outputs)[:, None])
+
+
+@triton.jit
+def unpack(
+    values_EOW,
+    scales_EOG,
+    weights_EOI,
+    words,
+    values_stride,
+    scales_stride,
+    kind: tl.constexpr,
+    group: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (b, e) writes the weights that are in BLOCK words of matrix e: integers of 4 or 8 bits, times the scale
+    that `group` of them share. A thread stores what a word gives, 16 or 8 bytes.
+
+    Args:
+        words: of a matrix.
+        values_stride, scales_stride: from one matrix to the next.
+    """
+    BITS: tl.constexpr = 4 if kind == "int4" else 8
+    IN_WORD: tl.constexpr = 32 // BITS
+    expert = tl.program_id(1).to(tl.int64)
+    word, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, IN_WORD)
+    inside = word < words
+    packed = tl.load(values_EOW + expert * values_stride + word, mask=inside, other=0)
+    if kind == "int4":
+        packed ^= 0x88888888 - (1 << 32)  # from 8 more than a value to two's complement
+    scale = tl.load(scales_EOG + expert * scales_stride + word // (group // IN_WORD), mask=inside, other=0)
+    numbers = packed[:, None] << (32 - BITS - BITS * n)[None, :] >> (32 - BITS)
+    weights = numbers.to(tl.float32) * scale.to(tl.float32)[:, None]
+    at = weights_EOI + expert * words * IN_WORD + (word * IN_WORD)[:, None] + n[None, :]
+    tl.store(at, weights.to(weights_EOI.dtype.element_ty), mask=inside[:, None])

@@ -113,10 +113,10 @@ def test_prompts_beside_others(model: Llama4Model) -> None:
             assert all(are_equal(ours, truth)), (i, cache_dtype)
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1.5e-6), ("wide", 4e-6)])
+@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1.5e-6), ("wide", 2e-6)])
 def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory: Path) -> None:
     """By less than a millionth of the largest logit in float32 where a model is trained. With random weights what is
-    rounded grows from layer to layer; and a product by tiles is one long sum, which rounds more the longer it is."""
+    rounded grows from layer to layer."""
     if name == "wide":
         model = wide_model(1024)
     else:

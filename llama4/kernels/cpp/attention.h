@@ -54,12 +54,15 @@ void dot_16_keys(long C, const Key& key, const Query& query, f32x16* dots) {
   for (int i = 0; i < Q; i++) dots[i] = horizontal_sums<2>(fours[i]);
 }
 
-// sums += weights of Q queries times n values, `together` of them at a time; planes(t, to) reads some of their numbers.
-// The first time it prefetches the keys of the next head, which is read next.
+// Values whose products are one sum; such sums are added to each other, which in float32 rounds less than one long sum.
+constexpr long values_per_sum = 64;
+
+// sums += weights of Q queries times values [first, n), `together` of them at a time; read(t, to) reads some of their
+// numbers. The first time it prefetches the keys of the next head, which is read next.
 template <int Q, int together, class Plane, int planes, class F, class Read, class Weight>
-void add_values(long n, const Head<F>& keys, bool is_first, const Read& read, const Weight& weight,
+void add_values(long first, long n, const Head<F>& keys, bool is_first, const Read& read, const Weight& weight,
                 f32x16 (&sums)[Q][planes]) {
-  for (long t = 0; t < n; t += together) {
+  for (long t = first; t < n; t += together) {
     if (is_first && t % 16 == 0) prefetch_rows(keys, block_slots + t);
     Plane values[planes];
     read(t, values);
@@ -115,10 +118,15 @@ void attend_block(const float* q, const Head<F>& keys, const Head<F>& values, lo
       for (int j = 0; j < P; j++) to[j] = values.read(t, c + 16 * j);
     };
     const auto weight = [&](int i, long t) { return scores[i * block_slots + t] - f32x16{}; };
-    f32x16 sums[Q][P] = {};
-    add_values<Q, 1, f32x16>(n, keys, c == 0, read, weight, sums);
-    for (int i = 0; i < Q; i++)
-      for (int j = 0; j < P; j++) store(out + i * part + c + 16 * j, sums[i][j]);
+    for (long first = 0; first < n; first += values_per_sum) {
+      f32x16 sums[Q][P] = {};
+      add_values<Q, 1, f32x16>(first, std::min(n, first + values_per_sum), keys, c == 0, read, weight, sums);
+      for (int i = 0; i < Q; i++)
+        for (int j = 0; j < P; j++) {
+          float* to = out + i * part + c + 16 * j;
+          store(to, first ? load<f32x16>(to) + sums[i][j] : sums[i][j]);
+        }
+    }
   };
   long c = 0;
   for (; c + 64 <= C; c += 64) add(std::integral_constant<int, 4>(), c);
@@ -163,7 +171,7 @@ void attend_block(const bf16* q, const Head<Unquantized<bf16>>& keys, const Head
       }
     };
     f32x16 sums[Q][P] = {};
-    add_values<Q, 2, bf16x32>(n, keys, c == 0, read, weight, sums);
+    add_values<Q, 2, bf16x32>(0, n, keys, c == 0, read, weight, sums);
     for (int i = 0; i < Q; i++)
       for (int j = 0; j < P; j += 2) {  // four numbers are in the one, the next four in the other
         __m512d low = (__m512d)sums[i][j], high = (__m512d)sums[i][j + 1];

@@ -20,7 +20,7 @@ f32x16 multiply_add_words(f32x16 sums, Word a, u32x16 b) {
 
 constexpr int tile_rows = 8;
 
-// sums += a b, for rows of a and `vectors` times 16 columns of b, over `count` words.
+// sums += a b, for rows of a and `vectors` times 16 columns of b, over `count` words, whose products are one sum.
 template <int per_word, int vectors, int rows = tile_rows>
 inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, const Word* b, long b_row, long count,
                                                     float* sums, long sums_row) {
@@ -30,11 +30,7 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
     return add_tile<per_word, columns, own>(a + (rows - own) * a_row, a_row, b + next, b_row, count,
                                             sums + (rows - own) * sums_row + next, sums_row);
   }
-  f32x16 registers[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++) registers[r][j] = load<f32x16>(sums + r * sums_row + 16 * j);
+  f32x16 registers[rows][vectors] = {};
   for (long i = 0; i < count; i++) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -46,15 +42,22 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++) store(sums + r * sums_row + 16 * j, registers[r][j]);
+    for (int j = 0; j < vectors; j++) {
+      float* to = sums + r * sums_row + 16 * j;
+      store(to, load<f32x16>(to) + registers[r][j]);
+    }
 }
 
-// The same for n columns, a multiple of 16.
+// The same for n columns, a multiple of 16, and any number of words.
 template <int per_word>
 void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
+  constexpr long longest = per_word == 1 ? 32 : 256;  // sums of pairs, which are rounded already, need not be short
   for (long j = 0; j < n; j += 32)
-    if (j + 16 < n) add_tile<per_word, 2>(a, a_row, b + j, b_row, count, sums + j, sums_row);
-    else add_tile<per_word, 1>(a, a_row, b + j, b_row, count, sums + j, sums_row);
+    for (long i = 0; i < count; i += longest) {
+      const long own = std::min(longest, count - i);
+      if (j + 16 < n) add_tile<per_word, 2>(a + i, a_row, b + i * b_row + j, b_row, own, sums + j, sums_row);
+      else add_tile<per_word, 1>(a + i, a_row, b + i * b_row + j, b_row, own, sums + j, sums_row);
+    }
 }
 
 // ---- the product
@@ -94,25 +97,30 @@ constexpr int passes(int rows, int vectors) { return (rows * vectors + rows_in_r
 struct PanelColumns {
   const Word* words;
   u32x16 read(long i, long column) const { return load<u32x16>(words + i * strip + column); }
+  PanelColumns from(long i) const { return {words + i * strip}; }
   PanelColumns packed() const { return *this; }
 };
 
-// sums [rows, 16 vectors of 32] = a b, or are added to, for rows of a tile and columns of a strip. With one vector a
-// number of a is used once, from memory: with its product it is one instruction, so the front end of a core suffices
-// even where it is shared with another process.
+// What products are: the beginning of a sum, more of it, or a sum of their own, which is added to what is there.
+enum class Sum { begin, go_on, add };
+
+// sums [rows, 16 vectors of 32] of a b, for rows of a tile and columns of a strip. With one vector a number of a is
+// used once, from memory: with its product it is one instruction, so the front end of a core suffices even where it is
+// shared with another process.
 template <int per_word, int rows, int a_row, int vectors, class Columns>
-INLINE void add_columns(const Word* a, const Columns& b, long count, bool is_first, float* sums, Prefetch& ahead) {
+INLINE void add_columns(const Word* a, const Columns& b, long count, Sum sum, float* sums, Prefetch& ahead) {
   if constexpr (constexpr int parts = passes(rows, vectors); parts > 1) {
     constexpr int own = (rows + parts - 1) / parts;
-    add_columns<per_word, own, a_row, vectors>(a, b, count, is_first, sums, ahead);
-    return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, is_first, sums + own * strip,
+    add_columns<per_word, own, a_row, vectors>(a, b, count, sum, sums, ahead);
+    return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, sum, sums + own * strip,
                                                              ahead);
   }
   f32x16 registers[rows][vectors];
 #pragma GCC unroll 24
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++) registers[r][j] = is_first ? f32x16{} : load<f32x16>(sums + r * strip + 16 * j);
+    for (int j = 0; j < vectors; j++)
+      registers[r][j] = sum == Sum::go_on ? load<f32x16>(sums + r * strip + 16 * j) : f32x16{};
   const auto add = [&](long i) {
     u32x16 words[vectors];
 #pragma GCC unroll 2
@@ -133,21 +141,24 @@ INLINE void add_columns(const Word* a, const Columns& b, long count, bool is_fir
 #pragma GCC unroll 24
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++) store(sums + r * strip + 16 * j, registers[r][j]);
+    for (int j = 0; j < vectors; j++) {
+      float* to = sums + r * strip + 16 * j;
+      store(to, sum == Sum::add ? load<f32x16>(to) + registers[r][j] : registers[r][j]);
+    }
 }
 
 // The same for 32 columns and all rows of a tile.
 template <int per_word, int rows = least_height, class Columns>
-void add_packed(const Word* a, long height, const Columns& b, long count, bool is_first, float* sums, Prefetch& ahead) {
+void add_packed(const Word* a, long height, const Columns& b, long count, Sum sum, float* sums, Prefetch& ahead) {
   if constexpr (rows < most_height)
-    if (height > rows) return add_packed<per_word, rows + 1>(a, height, b, count, is_first, sums, ahead);
+    if (height > rows) return add_packed<per_word, rows + 1>(a, height, b, count, sum, sums, ahead);
   constexpr int a_row = packed_rows(rows);
   Prefetch own = ahead;  // in registers
   if constexpr (std::is_same_v<Columns, PanelColumns>) {
     for (int column = 0; column < strip; column += 16)
-      add_columns<per_word, rows, a_row, 1>(a, PanelColumns{b.words + column}, count, is_first, sums + column, own);
+      add_columns<per_word, rows, a_row, 1>(a, PanelColumns{b.words + column}, count, sum, sums + column, own);
   } else {
-    add_columns<per_word, rows, a_row, 2>(a, b, count, is_first, sums, own);
+    add_columns<per_word, rows, a_row, 2>(a, b, count, sum, sums, own);
   }
   ahead = own;
 }
@@ -189,11 +200,12 @@ constexpr long in_out_words = 256;
 // With few rows of x memory is what takes time: it is read fastest by long pieces of few rows of W, though sums must
 // wait in the cache for the next ones.
 constexpr long few_rows = 192, few_words = 64, most_strips = 32, sums_bytes = 128 << 10;
+static_assert(in_out_words % inputs_per_sum == 0);
 
 // y = x W. W comes in panels, of up to `most` strips: weights.pack(o, panel, to) packs a strip of a panel, outputs o to
 // o + 31; weights.prefetch(o, strips, panel) names the memory that it is in. Or weights.columns(o, panel, to) is a
-// strip that is packed as it is read, by the first tile, whose products do not wait for memory. Outputs and rows may
-// have scales.
+// strip that is packed as it is read, by the first tile, whose products do not wait for memory. Products of
+// Weights::words_per_sum words are one sum. Outputs and rows may have scales.
 template <class X, class Weights>
 void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long num_panels, long most,
           const Weights& weights, Scales scales, const float* row_scales, X* y) {
@@ -228,12 +240,16 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
       const auto multiply_tile = [&](long n, long tile, Word* b) {
         const long first = x.first_of(tile), rows = x.rows_of(tile), o = (begin + n) * strip;
         const long at = (n * tiles + tile) * tile_size;
-        const Word* a = x.at(tile, panel->begin);
         const auto add = [&](const auto& columns) {
-          add_packed<per_word>(a, rows, columns, panel->count, begins_part, sums + at, ahead);
+          constexpr long longest = Weights::words_per_sum;
+          for (long k = 0; k < panel->count; k += longest) {
+            const Sum sum = begins_part && k == 0 ? Sum::begin : adds_sums<X> ? Sum::add : Sum::go_on;
+            add_packed<per_word>(x.at(tile, panel->begin + k), rows, columns.from(k),
+                                 std::min(longest, panel->count - k), sum, sums + at, ahead);
+          }
         };
         if (x.by_amx) {
-          add_by_amx(a, x.count, b, panel->count, begins_part, rows, sums + at, ahead);
+          add_by_amx(x.at(tile, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
         } else if (has_columns && tile == 0) {
           if constexpr (has_columns) add(weights.columns(o, *panel, b));
         } else {
@@ -259,6 +275,7 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
 // W [I, O], and the inputs of its words.
 template <class X>
 struct WeightRows {
+  static constexpr long words_per_sum = adds_sums<X> ? inputs_per_sum : panel_words;
   const X* w;
   long O;
   const WordInputs* inputs;
@@ -273,6 +290,7 @@ struct WeightRows {
       store(to + i * strip + column, words);
       return words;
     }
+    Columns from(long i) const { return {w, O, inputs + i, to + i * strip}; }
     PanelColumns packed() const { return {to}; }
   };
   Columns columns(long o, const Panel& panel, Word* to) const { return {w + o, O, inputs + panel.begin, to}; }
@@ -294,7 +312,8 @@ template <class X>
 void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y, bool is_invariant) {
   using F = RowsOf<X>;
   const bool by_amx = goes_by_amx<X>(N, is_invariant), has_few = N < few_rows && !by_amx;
-  const long parts = parts_of(I), longest = (has_few ? few_words : in_out_words) / F::together;
+  const long parts = parts_of(I), few = adds_sums<X> ? inputs_per_sum : few_words;
+  const long longest = (has_few ? few : in_out_words) / F::together;
   WordInputs* inputs = phase.team.memory<WordInputs>(I);
   Panel* panels = phase.team.memory<Panel>(I / longest + parts);
   long words = 0, num_panels = 0;
@@ -320,8 +339,9 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
   gemm(phase, packed, O, panels, num_panels, strips, WeightRows<X>{w, O, inputs}, Scales{}, nullptr, y);
 }
 
-template <class PackHalf>
+template <class X, class PackHalf>
 struct WeightColumns {
+  static constexpr long words_per_sum = adds_sums<X> ? 128 : panel_words;
   PackHalf pack_half;
   void pack(long o, const Panel& panel, Word* to) const {
     for (long column = 0; column < strip; column += 16) pack_half(o + column, panel.begin, panel.count, to + column);
@@ -337,7 +357,7 @@ void gemm_out_in(Phase& phase, const PackedInputs& x, long O, const PackHalf& pa
   Panel* panels = phase.team.memory<Panel>(num_panels);
   for (long i = 0; i < num_panels; i++)
     panels[i] = {i * panel_words, std::min(panel_words, x.count - i * panel_words), 0};
-  gemm(phase, x, O, panels, num_panels, panel_strips, WeightColumns<PackHalf>{pack_half}, scales, row_scales, y);
+  gemm(phase, x, O, panels, num_panels, panel_strips, WeightColumns<X, PackHalf>{pack_half}, scales, row_scales, y);
 }
 
 }  // namespace

@@ -49,21 +49,29 @@ struct Bfloat16Rows {
 };
 #endif
 
+// Each addition rounds all that was added before: a sum of many products in float32 loses digits, which a sum of short
+// ones keeps. bfloat16 is rounded more coarsely anyway.
+template <class X>
+constexpr bool adds_sums = std::is_same_v<X, float>;
+constexpr long inputs_per_sum = 128;
+
 template <class X>
 using RowsOf = std::conditional_t<std::is_same_v<X, float>, Float32Rows, Bfloat16Rows>;
 
-// Adds K rows of W, `stride` apart, times N rows of factors to outputs [o, until) of sums [N, O], which are in the
-// order of the planes.
-template <class F, int K, int N>
+// Adds K rows of W, `stride` apart, times N rows of factors to outputs [o, until) of a sum `own` [N, O], which is in
+// the order of the planes: the first ones begin it, and after the last ones it is added to sums [N, O].
+template <class F, int K, int N, bool is_first, bool is_last>
 void add_weight_rows(const typename F::Number* w, long stride, long O, long o, long until, const typename F::Factor* x,
-                     float* sums) {
+                     float* own, float* sums) {
   constexpr int steps = (K + F::together - 1) / F::together, ahead = 2048 / sizeof(*w);
   for (; o < until; o += F::outputs) {
-    f32x16 registers[N][F::planes];
+    f32x16 registers[N][F::planes] = {};
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++) registers[n][plane] = load<f32x16>(sums + n * O + o + 16 * plane);
+      for (int plane = 0; plane < F::planes; plane++)
+        if constexpr (!is_first) registers[n][plane] = load<f32x16>(own + n * O + o + 16 * plane);
+        else keep_in_register(registers[n][plane]);  // of 0 + a b + c d GCC would fuse the first product with c d
 #pragma GCC unroll 8
     for (int step = 0; step < steps; step++) {
       const auto *row = w + step * F::together * stride + o, *other = K == 1 ? row : row + stride;
@@ -80,7 +88,11 @@ void add_weight_rows(const typename F::Number* w, long stride, long O, long o, l
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++) store(sums + n * O + o + 16 * plane, registers[n][plane]);
+      for (int plane = 0; plane < F::planes; plane++) {
+        const long at = n * O + o + 16 * plane;
+        if constexpr (is_last) store(sums + at, load<f32x16>(sums + at) + registers[n][plane]);
+        else store(own + at, registers[n][plane]);
+      }
   }
 }
 
@@ -105,16 +117,28 @@ template <class X>
 void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end, long o, long until, float* sums) {
   using F = RowsOf<X>;
   for (long n = 0; n < N; n++) std::fill(sums + n * O + o, sums + n * O + until, 0.f);
+  float* own = adds_sums<X> ? scratch<float, Use::sums>(N * O) : sums;
+  long added = 0;
   for_each_eight(i, end, [&](auto count, long first, long run) {
     constexpr int K = count, steps = (K + F::together - 1) / F::together;
+    const bool is_first = added % inputs_per_sum == 0;
+    added += K;
+    const bool is_last = added % inputs_per_sum == 0 || added == end - i;
     for_each_four(N, [&](auto rows, long n) {
       typename F::Factor factors[rows * steps];
       for (int k = 0; k < rows; k++)
         for (int step = 0; step < steps; step++) {
-          const X* own = x + (n + k) * I + first + step * F::together * run;
-          factors[k * steps + step] = F::factor(own[0], K == 1 ? X(0) : own[run]);
+          const X* from = x + (n + k) * I + first + step * F::together * run;
+          factors[k * steps + step] = F::factor(from[0], K == 1 ? X(0) : from[run]);
         }
-      add_weight_rows<F, K, rows>(w + first * O, run * O, O, o, until, factors, sums + n * O);
+      const auto add = [&](auto begins, auto ends) {
+        add_weight_rows<F, K, rows, begins, ends>(w + first * O, run * O, O, o, until, factors, own + n * O,
+                                                  sums + n * O);
+      };
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
+      if constexpr (!adds_sums<X>) add(no, no);
+      else is_first ? is_last ? add(yes, yes) : add(yes, no) : is_last ? add(no, yes) : add(no, no);
     });
   });
 }

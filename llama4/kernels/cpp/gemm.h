@@ -200,7 +200,7 @@ constexpr long in_out_words = 256;
 // With few rows of x memory is what takes time: it is read fastest by long pieces of few rows of W, though sums must
 // wait in the cache for the next ones.
 constexpr long few_rows = 192, few_words = 64, most_strips = 32, sums_bytes = 128 << 10;
-static_assert(in_out_words % inputs_per_sum == 0);
+static_assert(in_out_words % inputs_per_sum == 0 && few_words % inputs_per_sum == 0);
 
 // y = x W. W comes in panels, of up to `most` strips: weights.pack(o, panel, to) packs a strip of a panel, outputs o to
 // o + 31; weights.prefetch(o, strips, panel) names the memory that it is in. Or weights.columns(o, panel, to) is a
@@ -312,8 +312,7 @@ template <class X>
 void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X* y, bool is_invariant) {
   using F = RowsOf<X>;
   const bool by_amx = goes_by_amx<X>(N, is_invariant), has_few = N < few_rows && !by_amx;
-  const long parts = parts_of(I), few = adds_sums<X> ? inputs_per_sum : few_words;
-  const long longest = (has_few ? few : in_out_words) / F::together;
+  const long parts = parts_of(I), longest = (has_few ? few_words : in_out_words) / F::together;
   WordInputs* inputs = phase.team.memory<WordInputs>(I);
   Panel* panels = phase.team.memory<Panel>(I / longest + parts);
   long words = 0, num_panels = 0;

@@ -155,14 +155,10 @@ struct PackedInputs {
   bool by_amx;
 
   PackedInputs() = default;
-  PackedInputs(const Word* words, long N, long count, bool by_amx)
-      : words(words),
-        N(N),
-        count(count),
-        tiles((N + most_height - 1) / most_height),
-        height(std::max<long>((N + tiles - 1) / tiles, least_height)),
-        by_amx(by_amx) {
-    if (by_amx) height = amx_height(N), tiles = (N + height - 1) / height;
+  PackedInputs(const Word* words, long N, long count, bool by_amx) : words(words), N(N), count(count), by_amx(by_amx) {
+    const long most = by_amx ? amx_height(N) : most_height;
+    tiles = (N + most - 1) / most;
+    height = by_amx ? most : std::max<long>((N + tiles - 1) / tiles, least_height);
   }
 
   // The first row of a tile.
@@ -176,11 +172,12 @@ struct PackedInputs {
     const long first = first_of(tile);
     return by_amx ? std::min(N - first, height) : first_of(tile + 1) - first;
   }
-  // Where a tile has this word.
-  const Word* at(long tile, long word) const {
-    if (by_amx) return words + first_of(tile) * count + word;
-    return words + tile * count * packed_rows(height) + word * packed_rows(rows_of(tile));
+  // Where a tile has this word, from `words` on.
+  long offset(long tile, long word) const {
+    if (by_amx) return first_of(tile) * count + word;
+    return tile * count * packed_rows(height) + word * packed_rows(rows_of(tile));
   }
+  const Word* at(long tile, long word) const { return words + offset(tile, word); }
 };
 
 template <class X>
@@ -212,7 +209,7 @@ PackedInputs pack_inputs(Phase& phase, long N, long count, bool by_amx, const Re
         u32x16 words[16] = {};
         for (long r = begin; r < end; r++) words[r - begin] = read(first + r, k, some);
         transpose(words);
-        Word* to = packed + (inputs.at(tile, k) - packed) + begin;
+        Word* to = packed + inputs.offset(tile, k) + begin;
 #pragma GCC unroll 16
         for (long i = 0; i < 16; i++)
           if (i >= some) break;

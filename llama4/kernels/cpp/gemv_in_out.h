@@ -53,25 +53,23 @@ struct Bfloat16Rows {
 // ones keeps. bfloat16 is rounded more coarsely anyway.
 template <class X>
 constexpr bool adds_sums = std::is_same_v<X, float>;
-constexpr long inputs_per_sum = 128;
+constexpr long inputs_per_sum = 64;
 
 template <class X>
 using RowsOf = std::conditional_t<std::is_same_v<X, float>, Float32Rows, Bfloat16Rows>;
 
 // Adds K rows of W, `stride` apart, times N rows of factors to outputs [o, until) of a sum `own` [N, O], which is in
-// the order of the planes: the first ones begin it, and after the last ones it is added to sums [N, O].
-template <class F, int K, int N, bool is_first, bool is_last>
+// the order of the planes. Where that ends, it is added to sums [N, O] and begins again.
+template <class F, int K, int N, bool ends>
 void add_weight_rows(const typename F::Number* w, long stride, long O, long o, long until, const typename F::Factor* x,
                      float* own, float* sums) {
   constexpr int steps = (K + F::together - 1) / F::together, ahead = 2048 / sizeof(*w);
   for (; o < until; o += F::outputs) {
-    f32x16 registers[N][F::planes] = {};
+    f32x16 registers[N][F::planes];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-      for (int plane = 0; plane < F::planes; plane++)
-        if constexpr (!is_first) registers[n][plane] = load<f32x16>(own + n * O + o + 16 * plane);
-        else keep_in_register(registers[n][plane]);  // of 0 + a b + c d GCC would fuse the first product with c d
+      for (int plane = 0; plane < F::planes; plane++) registers[n][plane] = load<f32x16>(own + n * O + o + 16 * plane);
 #pragma GCC unroll 8
     for (int step = 0; step < steps; step++) {
       const auto *row = w + step * F::together * stride + o, *other = K == 1 ? row : row + stride;
@@ -90,8 +88,8 @@ void add_weight_rows(const typename F::Number* w, long stride, long O, long o, l
 #pragma GCC unroll 8
       for (int plane = 0; plane < F::planes; plane++) {
         const long at = n * O + o + 16 * plane;
-        if constexpr (is_last) store(sums + at, load<f32x16>(sums + at) + registers[n][plane]);
-        else store(own + at, registers[n][plane]);
+        store(own + at, ends ? f32x16{} : registers[n][plane]);
+        if constexpr (ends) store(sums + at, load<f32x16>(sums + at) + registers[n][plane]);
       }
   }
 }
@@ -116,14 +114,17 @@ void for_each_eight(long i, long end, const Add& add) {
 template <class X>
 void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end, long o, long until, float* sums) {
   using F = RowsOf<X>;
-  for (long n = 0; n < N; n++) std::fill(sums + n * O + o, sums + n * O + until, 0.f);
-  float* own = adds_sums<X> ? scratch<float, Use::sums>(N * O) : sums;
+  const auto clear = [&](float* to) {
+    for (long n = 0; n < N; n++) std::fill(to + n * O + o, to + n * O + until, 0.f);
+  };
+  clear(sums);
+  float* own = sums;
+  if constexpr (adds_sums<X>) clear(own = scratch<float, Use::sums>(N * O));
   long added = 0;
   for_each_eight(i, end, [&](auto count, long first, long run) {
     constexpr int K = count, steps = (K + F::together - 1) / F::together;
-    const bool is_first = added % inputs_per_sum == 0;
     added += K;
-    const bool is_last = added % inputs_per_sum == 0 || added == end - i;
+    const bool ends_sum = added % inputs_per_sum == 0 || added == end - i;
     for_each_four(N, [&](auto rows, long n) {
       typename F::Factor factors[rows * steps];
       for (int k = 0; k < rows; k++)
@@ -131,14 +132,12 @@ void add_inputs(const X* w, const X* x, long N, long I, long O, long i, long end
           const X* from = x + (n + k) * I + first + step * F::together * run;
           factors[k * steps + step] = F::factor(from[0], K == 1 ? X(0) : from[run]);
         }
-      const auto add = [&](auto begins, auto ends) {
-        add_weight_rows<F, K, rows, begins, ends>(w + first * O, run * O, O, o, until, factors, own + n * O,
-                                                  sums + n * O);
+      const auto add = [&](auto ends) {
+        add_weight_rows<F, K, rows, ends>(w + first * O, run * O, O, o, until, factors, own + n * O, sums + n * O);
       };
-      constexpr std::true_type yes;
-      constexpr std::false_type no;
-      if constexpr (!adds_sums<X>) add(no, no);
-      else is_first ? is_last ? add(yes, yes) : add(yes, no) : is_last ? add(no, yes) : add(no, no);
+      if constexpr (adds_sums<X>)
+        if (ends_sum) return add(std::true_type());
+      add(std::false_type());
     });
   });
 }

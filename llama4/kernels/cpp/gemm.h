@@ -51,7 +51,7 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
 // The same for n columns, a multiple of 16, and any number of words.
 template <int per_word>
 void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
-  constexpr long longest = per_word == 1 ? 32 : 256;  // sums of pairs, which are rounded already, need not be short
+  constexpr long longest = per_word == 1 ? 64 : 256;  // sums of pairs, which are rounded already, need not be short
   for (long j = 0; j < n; j += 32)
     for (long i = 0; i < count; i += longest) {
       const long own = std::min(longest, count - i);
@@ -101,26 +101,22 @@ struct PanelColumns {
   PanelColumns packed() const { return *this; }
 };
 
-// What products are: the beginning of a sum, more of it, or a sum of their own, which is added to what is there.
-enum class Sum { begin, go_on, add };
-
-// sums [rows, 16 vectors of 32] of a b, for rows of a tile and columns of a strip. With one vector a number of a is
-// used once, from memory: with its product it is one instruction, so the front end of a core suffices even where it is
-// shared with another process.
+// sums [rows, 16 vectors of 32] += a b, for rows of a tile and columns of a strip. The products are a sum of their own,
+// which is added to what is there, or go on with that. With one vector a number of a is used once, from memory: with
+// its product it is one instruction, so the front end of a core suffices even where it is shared with another process.
 template <int per_word, int rows, int a_row, int vectors, class Columns>
-INLINE void add_columns(const Word* a, const Columns& b, long count, Sum sum, float* sums, Prefetch& ahead) {
+INLINE void add_columns(const Word* a, const Columns& b, long count, bool goes_on, float* sums, Prefetch& ahead) {
   if constexpr (constexpr int parts = passes(rows, vectors); parts > 1) {
     constexpr int own = (rows + parts - 1) / parts;
-    add_columns<per_word, own, a_row, vectors>(a, b, count, sum, sums, ahead);
-    return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, sum, sums + own * strip,
+    add_columns<per_word, own, a_row, vectors>(a, b, count, goes_on, sums, ahead);
+    return add_columns<per_word, rows - own, a_row, vectors>(a + own, b.packed(), count, goes_on, sums + own * strip,
                                                              ahead);
   }
   f32x16 registers[rows][vectors];
 #pragma GCC unroll 24
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++)
-      registers[r][j] = sum == Sum::go_on ? load<f32x16>(sums + r * strip + 16 * j) : f32x16{};
+    for (int j = 0; j < vectors; j++) registers[r][j] = goes_on ? load<f32x16>(sums + r * strip + 16 * j) : f32x16{};
   const auto add = [&](long i) {
     u32x16 words[vectors];
 #pragma GCC unroll 2
@@ -143,32 +139,35 @@ INLINE void add_columns(const Word* a, const Columns& b, long count, Sum sum, fl
 #pragma GCC unroll 2
     for (int j = 0; j < vectors; j++) {
       float* to = sums + r * strip + 16 * j;
-      store(to, sum == Sum::add ? load<f32x16>(to) + registers[r][j] : registers[r][j]);
+      store(to, goes_on ? registers[r][j] : load<f32x16>(to) + registers[r][j]);
     }
 }
 
-// The same for 32 columns and all rows of a tile.
+// The same for 32 columns and all rows of a tile, `at_once` words of them, and then the next.
 template <int per_word, int rows = least_height, class Columns>
-void add_packed(const Word* a, long height, const Columns& b, long count, Sum sum, float* sums, Prefetch& ahead) {
+void add_packed(const Word* a, long height, const Columns& b, long count, long at_once, bool goes_on, float* sums,
+                Prefetch& ahead) {
   if constexpr (rows < most_height)
-    if (height > rows) return add_packed<per_word, rows + 1>(a, height, b, count, sum, sums, ahead);
+    if (height > rows) return add_packed<per_word, rows + 2>(a, height, b, count, at_once, goes_on, sums, ahead);
   constexpr int a_row = packed_rows(rows);
   Prefetch own = ahead;  // in registers
-  if constexpr (std::is_same_v<Columns, PanelColumns>) {
-    for (int column = 0; column < strip; column += 16)
-      add_columns<per_word, rows, a_row, 1>(a, PanelColumns{b.words + column}, count, sum, sums + column, own);
-  } else {
-    add_columns<per_word, rows, a_row, 2>(a, b, count, sum, sums, own);
+  for (long i = 0; i < count; i += at_once) {
+    const long n = std::min(at_once, count - i);
+    const Columns columns = b.from(i);
+    if constexpr (std::is_same_v<Columns, PanelColumns>) {
+      for (int column = 0; column < strip; column += 16)
+        add_columns<per_word, rows, a_row, 1>(a + i * a_row, PanelColumns{columns.words + column}, n, goes_on,
+                                              sums + column, own);
+    } else {
+      add_columns<per_word, rows, a_row, 2>(a + i * a_row, columns, n, goes_on, sums, own);
+    }
   }
   ahead = own;
 }
 
-// sums [rows, 32] = a b by AMX, or are added to, for 16 or 32 rows of pairs; words behind the last whole tile go as
-// without it.
-inline void add_by_amx(const Word* a, long a_row, const Word* b, long count, bool is_first, long rows, float* sums,
-                       Prefetch& ahead) {
+// sums [rows, 32] += a b by AMX, for 16 or 32 rows of pairs; words behind the last whole tile go as without it.
+inline void add_by_amx(const Word* a, long a_row, const Word* b, long count, long rows, float* sums, Prefetch& ahead) {
   for (long i = 0; i < count / unrolled_words * (strip / 16); i++) ahead.step();
-  if (is_first) std::fill(sums, sums + rows * strip, 0.f);
   const long whole = count / 16 * 16;
   amx->add_pairs(a, a_row, b, whole, rows, sums);
   for (long r = 0; r < rows && whole < count; r += tile_rows)
@@ -194,6 +193,8 @@ void store_tile(const float* sums, long rows, long o, Scales scales, const float
 // Words that are packed at once, and strips that a task has of them. With the tiles of x that meet them, what is packed
 // lies in the cache of a core.
 constexpr long panel_words = 512, panel_strips = 4, block_bytes = 512 << 10;
+// Words of these that a tile meets before it turns to other columns: so many of its own lie in the nearest cache.
+constexpr long tile_words = 256;
 static_assert(panel_words % 256 == 0);  // whole steps of every format, however many numbers a word has
 // Rows of W [I, O] come from distant places, so less of them.
 constexpr long in_out_words = 256;
@@ -204,8 +205,8 @@ static_assert(in_out_words % inputs_per_sum == 0 && few_words % inputs_per_sum =
 
 // y = x W. W comes in panels, of up to `most` strips: weights.pack(o, panel, to) packs a strip of a panel, outputs o to
 // o + 31; weights.prefetch(o, strips, panel) names the memory that it is in. Or weights.columns(o, panel, to) is a
-// strip that is packed as it is read, by the first tile, whose products do not wait for memory. Products of
-// Weights::words_per_sum words are one sum. Outputs and rows may have scales.
+// strip that is packed as it is read, by the first tile, whose products do not wait for memory. Outputs and rows may
+// have scales.
 template <class X, class Weights>
 void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long num_panels, long most,
           const Weights& weights, Scales scales, const float* row_scales, X* y) {
@@ -240,16 +241,14 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
       const auto multiply_tile = [&](long n, long tile, Word* b) {
         const long first = x.first_of(tile), rows = x.rows_of(tile), o = (begin + n) * strip;
         const long at = (n * tiles + tile) * tile_size;
+        const Word* a = x.at(tile, panel->begin);
         const auto add = [&](const auto& columns) {
-          constexpr long longest = Weights::words_per_sum;
-          for (long k = 0; k < panel->count; k += longest) {
-            const Sum sum = begins_part && k == 0 ? Sum::begin : adds_sums<X> ? Sum::add : Sum::go_on;
-            add_packed<per_word>(x.at(tile, panel->begin + k), rows, columns.from(k),
-                                 std::min(longest, panel->count - k), sum, sums + at, ahead);
-          }
+          constexpr long at_once = adds_sums<X> ? inputs_per_sum : tile_words;
+          add_packed<per_word>(a, rows, columns, panel->count, at_once, !adds_sums<X>, sums + at, ahead);
         };
+        if (begins_part) std::fill(sums + at, sums + at + tile_size, 0.f);
         if (x.by_amx) {
-          add_by_amx(x.at(tile, panel->begin), x.count, b, panel->count, begins_part, rows, sums + at, ahead);
+          add_by_amx(a, x.count, b, panel->count, rows, sums + at, ahead);
         } else if (has_columns && tile == 0) {
           if constexpr (has_columns) add(weights.columns(o, *panel, b));
         } else {
@@ -275,7 +274,6 @@ void gemm(Phase& phase, const PackedInputs& x, long O, const Panel* panels, long
 // W [I, O], and the inputs of its words.
 template <class X>
 struct WeightRows {
-  static constexpr long words_per_sum = adds_sums<X> ? inputs_per_sum : panel_words;
   const X* w;
   long O;
   const WordInputs* inputs;
@@ -338,9 +336,8 @@ void gemm_in_out(Phase& phase, const X* x, long N, long I, long O, const X* w, X
   gemm(phase, packed, O, panels, num_panels, strips, WeightRows<X>{w, O, inputs}, Scales{}, nullptr, y);
 }
 
-template <class X, class PackHalf>
+template <class PackHalf>
 struct WeightColumns {
-  static constexpr long words_per_sum = adds_sums<X> ? 128 : panel_words;
   PackHalf pack_half;
   void pack(long o, const Panel& panel, Word* to) const {
     for (long column = 0; column < strip; column += 16) pack_half(o + column, panel.begin, panel.count, to + column);
@@ -356,7 +353,7 @@ void gemm_out_in(Phase& phase, const PackedInputs& x, long O, const PackHalf& pa
   Panel* panels = phase.team.memory<Panel>(num_panels);
   for (long i = 0; i < num_panels; i++)
     panels[i] = {i * panel_words, std::min(panel_words, x.count - i * panel_words), 0};
-  gemm(phase, x, O, panels, num_panels, panel_strips, WeightColumns<X, PackHalf>{pack_half}, scales, row_scales, y);
+  gemm(phase, x, O, panels, num_panels, panel_strips, WeightColumns<PackHalf>{pack_half}, scales, row_scales, y);
 }
 
 }  // namespace

@@ -139,8 +139,8 @@ const WordNumber<X>* arrange_planes(Team& team, const X* x, long count) {
   return to;
 }
 
-// Rows of a tile.
-constexpr int least_height = 9, most_height = 24;
+// Rows of a tile: an even number, of which the last may be computed in vain.
+constexpr int least_height = 10, most_height = 24;
 // Rows whose sums registers have place for; a higher tile is computed in parts.
 constexpr int rows_in_registers = vectors_in_registers > 16 ? most_height : 6;
 
@@ -158,19 +158,19 @@ struct PackedInputs {
   PackedInputs(const Word* words, long N, long count, bool by_amx) : words(words), N(N), count(count), by_amx(by_amx) {
     const long most = by_amx ? amx_height(N) : most_height;
     tiles = (N + most - 1) / most;
-    height = by_amx ? most : std::max<long>((N + tiles - 1) / tiles, least_height);
+    height = by_amx ? most : std::max<long>((N + 2 * tiles - 1) / (2 * tiles) * 2, least_height);
   }
 
   // The first row of a tile.
   long first_of(long tile) const {
-    if (!by_amx) return tile * N / tiles;
+    if (!by_amx) return tile * ((N + 1) / 2) / tiles * 2;
     const long first = tile * height;
     if (N - first >= height) return first;
     return N - (N - first > amx_rows ? height : amx_rows);
   }
   long rows_of(long tile) const {
     const long first = first_of(tile);
-    return by_amx ? std::min(N - first, height) : first_of(tile + 1) - first;
+    return std::min(N, by_amx ? first + height : first_of(tile + 1)) - first;
   }
   // Where a tile has this word, from `words` on.
   long offset(long tile, long word) const {

@@ -51,7 +51,7 @@ inline __attribute__((always_inline)) void add_tile(const Word* a, long a_row, c
 // The same for n columns, a multiple of 16, and any number of words.
 template <int per_word>
 void add_tiles(const Word* a, long a_row, const Word* b, long b_row, long count, float* sums, long sums_row, long n) {
-  constexpr long longest = per_word == 1 ? 64 : 256;  // sums of pairs, which are rounded already, need not be short
+  constexpr long longest = per_word == 1 ? 32 : 256;  // sums of pairs, which are rounded already, need not be short
   for (long j = 0; j < n; j += 32)
     for (long i = 0; i < count; i += longest) {
       const long own = std::min(longest, count - i);

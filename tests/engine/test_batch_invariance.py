@@ -113,7 +113,7 @@ def test_prompts_beside_others(model: Llama4Model) -> None:
             assert all(are_equal(ours, truth)), (i, cache_dtype)
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1.5e-6), ("wide", 2e-6)])
+@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1e-6), ("wide", 1e-6)])
 def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory: Path) -> None:
     """By less than a millionth of the largest logit in float32 where a model is trained. With random weights what is
     rounded grows from layer to layer."""

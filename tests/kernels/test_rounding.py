@@ -26,16 +26,16 @@ def rounded(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("inputs", [64, 672, 4096])
+@pytest.mark.parametrize("inputs", [64, 704, 4096])
 @pytest.mark.parametrize("rows", [1, 8, 9, 24, 41, 65, 200])
 def test_products(inputs: int, rows: int) -> None:
     x_NI, weight_OI = normal(rows, inputs), normal(96, inputs, seed=1)
     values_OI = (weight_OI * 30).round().clamp(-127, 127)
     truth_NO = x_NI.double() @ weight_OI.double().mT
-    assert rounded(cpu.linear(x_NI, weight_OI), truth_NO) < 3.5e-7
-    assert rounded(cpu.linear_in_out(x_NI, weight_OI.mT.contiguous()), truth_NO) < 3.5e-7
+    assert rounded(cpu.linear(x_NI, weight_OI), truth_NO) < 3e-7
+    assert rounded(cpu.linear_in_out(x_NI, weight_OI.mT.contiguous()), truth_NO) < 3e-7
     of_bytes = cpu.linear_quantized("int8", x_NI, values_OI.to(torch.int8), torch.full((96, 1), 1 / 32))
-    assert rounded(of_bytes, x_NI.double() @ values_OI.double().mT / 32) < 3.5e-7
+    assert rounded(of_bytes, x_NI.double() @ values_OI.double().mT / 32) < 3e-7
 
 
 @pytest.mark.parametrize("C", [32, 128])

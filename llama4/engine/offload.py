@@ -24,6 +24,35 @@ from llama4.quantization.weight import QuantizedWeight
 from llama4.units import bytes_text
 
 
+class Staging:
+    """Copies to a GPU from memory of the host that is not pinned, such as a file's map: the host fills one pinned
+    buffer with all of its cores while the GPU reads the other. The driver's own way has one core copy.
+
+    Attributes:
+        buffers: [2, bytes].
+        read: for each buffer, when the GPU has read it.
+    """
+
+    BYTES = 32 << 20
+
+    def __init__(self) -> None:
+        self.buffers = torch.empty(2, self.BYTES, dtype=torch.uint8, pin_memory=True)
+        self.read = torch.cuda.Event(), torch.cuda.Event()
+        self._next = 0
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Both contiguous, of one shape and dtype. The source may change when this returns; kernels that are launched
+        later find the target filled."""
+        parts = zip(*(x.view(-1).view(torch.uint8).split(self.BYTES) for x in (source, target)), strict=True)
+        for here, there in parts:
+            buffer, read = self.buffers[self._next, : len(here)], self.read[self._next]
+            read.synchronize()
+            buffer.copy_(here)
+            there.copy_(buffer, non_blocking=True)
+            read.record(torch.cuda.current_stream(there.device))
+            self._next = 1 - self._next
+
+
 class ExpertCache:
     """Slots on a device for S experts of any layers whose experts are alike; the least recently used is replaced.
 
@@ -36,6 +65,7 @@ class ExpertCache:
     def __init__(self, experts: nn.Module, device: torch.device, room: int) -> None:
         self.slots = {n: p.new_empty(room, *p.shape[1:], device=device) for n, p in experts.named_parameters()}
         self.room = room
+        self._staging = Staging() if device.type == "cuda" else None
         self._slot_of: OrderedDict[tuple[nn.Module, int], int] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -51,9 +81,15 @@ class ExpertCache:
         for key in missing:
             slot = self._slot_of.popitem(last=False)[1] if len(self._slot_of) == self.room else len(self._slot_of)
             for name, parameter in experts.named_parameters():
-                self.slots[name][slot].copy_(parameter[key[1]])
+                self._copy(parameter[key[1]].detach(), self.slots[name][slot])
             self._slot_of[key] = slot
         return [self._slot_of[key] for key in keys]
+
+    def _copy(self, expert: Tensor, slot: Tensor) -> None:
+        if self._staging is not None and expert.is_cpu and expert.is_contiguous():
+            self._staging.copy(expert, slot)
+        else:
+            slot.copy_(expert)
 
 
 class OffloadedExperts(nn.Module):

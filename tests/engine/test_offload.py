@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llama4.api import Llama4
-from llama4.engine.offload import ExpertCache, OffloadedExperts, offload_experts
+from llama4.engine.offload import ExpertCache, OffloadedExperts, Staging, offload_experts
 from llama4.model.experts import GroupedExperts
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.modules import SeparateExperts
@@ -124,6 +124,22 @@ def test_on_a_gpu(tmp_path: Path, scheme: str | None) -> None:
     assert all(p.is_cuda != (".experts." in name) for name, p in ours.named_parameters())
     expected = outputs(truth, torch.device("cuda"))
     assert (outputs(ours, torch.device("cuda")) - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers are used again and again, and what a source held counts, not what it holds later."""
+    monkeypatch.setattr(Staging, "BYTES", 1 << 16)
+    staging = Staging()
+    sources = [torch.randn(n, 3) for n in (1, 1000, 65_536, 300_001)] * 5
+    targets = [torch.zeros(source.shape, device="cuda") for source in sources]
+    truth = [source.clone() for source in sources]
+    for source, target in zip(sources, targets, strict=True):
+        staging.copy(source, target)
+    for source in sources:
+        source.zero_()
+    assert all(target.cpu().equal(expected) for target, expected in zip(targets, truth, strict=True))
 
 
 # ---- a model larger than the memory that a process may take

@@ -205,8 +205,9 @@ def test_steps(window: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -
     prompt = 254 if window == "chunks" else 298
     if window == "ring":
         config = replace(config, text=replace(config.text, attention_chunk_size=None, sliding_window=300))
-    model = Llama4Model(config).eval().to(DEVICE)
+    model = Llama4Model(config).eval()
     model.init_weights(torch.Generator().manual_seed(0))
+    model.to(DEVICE)
     ids = torch.randint(0, small_model.RANKS, (2, prompt + 4), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones(2, prompt, dtype=torch.bool, device=DEVICE)
     mask[1, :2] = False  # one row ends a block or a ring before the other

@@ -41,7 +41,7 @@ def check(given: tuple[Tensor, ...], truth: routing.Dispatched) -> None:
     """Rows to the precision of their dtype, all else exactly."""
     x_RD, counts_E, tokens_R, rows_Nk = (tensor.cpu() for tensor in given)
     assert x_RD.dtype == truth.x_RD.dtype
-    assert torch.allclose(x_RD, truth.x_RD, rtol=ULP[x_RD.dtype], atol=1e-6)
+    assert torch.allclose(x_RD, truth.x_RD, rtol=ULP[x_RD.dtype], atol=1e-6, equal_nan=True)
     for own, other in zip((counts_E, tokens_R, rows_Nk), truth[1:], strict=True):
         assert own.dtype == torch.int64
         assert own.equal(other)
@@ -99,12 +99,16 @@ def test_dispatch_top_1(tokens: int, E: int, dtype: torch.dtype) -> None:
 
 
 @on_a_device
-def test_logits_that_are_no_numbers_choose_an_expert() -> None:
-    """Any, so that nothing is read or written where no row is."""
-    logits_NE = torch.full((3, 5), torch.nan, device=DEVICE)
-    _, counts_E, tokens_R, rows_N1 = launch_routing.dispatch_top_1(torch.ones(3, 64, device=DEVICE), logits_NE)
-    assert counts_E.sum() == 3
-    assert tokens_R.sort().values.tolist() == rows_N1.flatten().sort().values.tolist() == [0, 1, 2]
+@pytest.mark.parametrize("E", [5, 16])
+def test_logits_that_are_no_numbers(E: int) -> None:
+    """As torch chooses: the first NaN, whose rows are NaN; so nothing is read or written where no row is."""
+    logits_NE = drawn(9, E)
+    logits_NE[1] = logits_NE[4, 2:] = logits_NE[5, 0] = logits_NE[8, E - 1] = torch.nan
+    logits_NE[2, 3], logits_NE[6] = torch.inf, -torch.inf
+    x_ND = drawn(9, 64)
+    logits_N1, experts_N1 = top_k(logits_NE, 1)
+    truth = routing.dispatch(x_ND, logits_N1.sigmoid(), experts_N1, E)
+    check(launch_routing.dispatch_top_1(x_ND.to(DEVICE), logits_NE.to(DEVICE)), truth)
 
 
 @on_a_device

@@ -77,11 +77,13 @@ def dispatch_top_1(
     tokens, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
     inside = (tokens < N)[:, None] & (e < E)[None, :]
     logits = tl.load(logits_NE + tokens[:, None] * E + e[None, :], mask=inside, other=-float("inf"))
-    largest, chosen = tl.max(logits, 1, return_indices=True)  # the lowest index on ties
-    chosen = tl.where(tokens < N, tl.minimum(chosen, E - 1), E)  # also where logits are no numbers
+    # Threads that reduce numbers without an order come to different results: NaN is the largest, as in torch.
+    ordered = tl.where(logits == logits, logits, float("inf"))
+    _, chosen = tl.max(ordered, 1, return_indices=True)  # the lowest index on ties
+    chosen = tl.where(tokens < N, chosen, E)
     own = tl.sum(tl.where(tokens == n, chosen, 0))
     row = tl.sum(((chosen < own) | ((chosen == own) & (tokens < n))).to(tl.int32)).to(tl.int64)
-    score = tl.sigmoid(tl.sum(tl.where(tokens == n, largest, 0)))
+    score = tl.sigmoid(tl.load(logits_NE + n * E + own).to(tl.float32))
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ND + n.to(tl.int64) * D + d, mask=d < D).to(tl.float32)
     tl.store(x_RD + row * D + d, (x * score).to(x_RD.dtype.element_ty), mask=d < D)

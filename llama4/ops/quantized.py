@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama4.kernels import abi, cpu, loader, threads
 from llama4.kernels.abi import Matrix
+from llama4.kernels.triton import launch_products
 from llama4.ops import cpu_kernels, experts, quantized_gpu
 from llama4.ops.memory import copy_runs
 
@@ -104,6 +105,15 @@ def linear_of_swiglu(gate_NI: Tensor, up_NI: Tensor, parts: Parts) -> Tensor | N
         if quantized_gpu.unsupported_reason(parts.kind, x_NI, parts.inputs, parts.group_size):
             return None
     return quantized_gpu.linear_of_swiglu(parts.kind, gate_NI, up_NI, parts.values, parts.scale)
+
+
+def dequantized(
+    kind: str, values: Tensor, scale: Tensor, dtype: torch.dtype, *, readable: Callable[[], Tensor]
+) -> Tensor:
+    """A matrix of integers, or some of its rows, in a dtype: by a kernel of a GPU, or the readable way."""
+    if quantized_gpu.dequantize_unsupported_reason(kind, values, scale, dtype):
+        return readable()
+    return launch_products.unpack(kind, values, scale)
 
 
 def swiglu_experts(

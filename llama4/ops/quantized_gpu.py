@@ -95,6 +95,20 @@ def unpacked_linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, coun
     return parts_RO[0] if len(parts_RO) == 1 else torch.cat(parts_RO, dim=1)
 
 
+def dequantize_unsupported_reason(kind: str, values: Tensor, scale: Tensor, dtype: torch.dtype) -> str | None:
+    """Why `launch_products.unpack` does not give some rows of a matrix in a dtype; None if it does."""
+    if not values.is_cuda:
+        return "the matrix is not on a GPU"
+    if kind not in ("int4", "int8") or dtype != torch.bfloat16:
+        return f"there is no kernel from {kind} to {dtype}"
+    inputs = values.shape[-1] * (8 if kind == "int4" else 1)
+    if (inputs // scale.shape[-1]) % 8 or not (values.is_contiguous() and scale.is_contiguous()):
+        return "the inputs of a scale are no multiple of 8, or rows are not neighbours"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces this call"
+    return support.unsupported_reason(values.device, dtype)
+
+
 def linear_of_swiglu(
     kind: str, gate_RI: Tensor, up_RI: Tensor, values: Tensor, scale: Tensor, counts_E: Tensor | None = None
 ) -> Tensor:
@@ -127,8 +141,8 @@ def together_unsupported_reason(kind: str, x_RI: Tensor, group_size: int | None)
 
 
 def _fp8_linear(x: fp8.Fp8Rows, values: Tensor, scale: Tensor, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-    is_many, is_grouped = len(x.values) > launch_products.MAX_GEMV_ROWS, counts_E is not None
-    if is_many and fp8.torch_multiplies(dtype, values, grouped=is_grouped):
+    is_many = not launch_products.are_few(len(x.values), counts_E)
+    if is_many and fp8.torch_multiplies(dtype, values, grouped=counts_E is not None):
         if counts_E is None:
             return fp8.scaled_mm(x, values, scale, dtype)
         return fp8.scaled_grouped_mm(x, values, scale, counts_E, dtype)

@@ -93,7 +93,10 @@ class Int4(WeightFormat):
         def some(rows: slice) -> Tensor:
             values = weight.to_checkpoint_layout("weight_packed", packed[rows])
             scales = weight.to_checkpoint_layout("weight_scale", scale[rows])
-            return _dequantize(values, scales, torch.promote_types(dtype, scale.dtype)).to(dtype)
+            wide = torch.promote_types(dtype, scale.dtype)
+            return quantized.dequantized(
+                "int4", values, scales, dtype, readable=lambda: _dequantize(values, scales, wide).to(dtype)
+            )
 
         return some
 

@@ -56,4 +56,11 @@ class Int8(WeightFormat):
     def rows_of(self, weight: QuantizedWeight, expert: int | None, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         values, scale = weight.part("weight", expert), weight.part("weight_scale", expert)
         wide = torch.promote_types(dtype, scale.dtype)
-        return lambda rows: (values[rows].to(wide) * scale[rows].to(wide)).to(dtype)
+
+        def some(rows: slice) -> Tensor:
+            own, scales = values[rows], scale[rows]
+            return quantized.dequantized(
+                "int8", own, scales, dtype, readable=lambda: (own.to(wide) * scales.to(wide)).to(dtype)
+            )
+
+        return some

@@ -18,6 +18,7 @@ from llama4.kernels.triton import common, launch_elementwise, launch_products, s
 from llama4.ops import quantized_gpu
 from llama4.ops.fp8 import to_fp8
 from llama4.quantization import int4
+from llama4.quantization import weight as weights
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
@@ -43,6 +44,7 @@ COUNTS = {
     "few rows": [3, 0, 1, 0, 2],
     "few rows, one expert": [0, 0, 0, 5],
     "few rows, one matrix": [4],
+    "few rows, more of experts": [6, 0, 5, 3],
     "some rows": [0, 15, 1, 2],
     "many rows": [40, 0, 17, 33, 1],
     "many rows, one expert": [0, 0, 0, 150],
@@ -79,7 +81,8 @@ def random_matrices(kind: str, experts: int, outputs: int, group: int | None) ->
 
 
 def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -> None:
-    outputs = 20 if sum(counts) <= launch_products.MAX_GEMV_ROWS else 140  # ends within a block
+    counts_there = torch.tensor(counts, device=DEVICE) if len(counts) > 1 else None
+    outputs = 20 if launch_products.are_few(sum(counts), counts_there) else 140  # ends within a block
     values, scales, matrices = random_matrices(kind, len(counts), outputs, group)
     x = torch.randn(sum(counts), INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_scales = None
@@ -91,7 +94,6 @@ def check(kind: str, dtype: torch.dtype, counts: list[int], group: int | None) -
     truth = torch.cat([rows @ matrix.mT for rows, matrix in zip(exact.split(counts), matrices, strict=True)])
     x, values, scales = x.to(DEVICE), values.to(DEVICE), scales.to(DEVICE)
     x_scales = None if x_scales is None else x_scales.to(DEVICE)
-    counts_there = torch.tensor(counts, device=DEVICE) if len(counts) > 1 else None
     y = launch_products.product(kind, x, values, scales, counts_there, x_scales_R=x_scales, dtype=torch.float32)
     error = (y.cpu().double() - truth).abs().max() / truth.abs().max()
     assert error < 1e-5, "values and inputs are exact, and sums of hundreds of products are rounded to float32"
@@ -199,6 +201,28 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(Tensor, "is_cuda", True)
+
+
+@on_a_device
+@pytest.mark.parametrize("format", [Int4(32), Int8()], ids=name_of)
+def test_gradients_of_inputs(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By matrices that a kernel unpacks, some outputs at a time."""
+    weight = packed(torch.randn(3, 48, 64, generator=torch.Generator().manual_seed(0)), format)
+    gradient = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    truth = gradient.double() @ format.rows_of(weight, 1, torch.bfloat16)(slice(0, 48)).double()
+    unpack, calls = launch_products.unpack, 0
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return unpack(*args)
+
+    monkeypatch.setattr(launch_products, "unpack", counted)
+    monkeypatch.setattr(weights, "ROWS_ON_GPU", 32)
+    as_if_on_a_gpu(monkeypatch)
+    given = format.input_gradient(weight.to(DEVICE), gradient.to(DEVICE), 1).cpu()
+    assert (given.double() - truth).norm() < 5e-3 * truth.norm()
+    assert calls == 2
 
 
 @on_a_device

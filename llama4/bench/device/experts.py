@@ -204,12 +204,12 @@ def _gemv(record: Record, text: TextConfig, made: Callable[[], nn.Module], token
 @contextmanager
 def most_gemv_rows(rows: int) -> Iterator[None]:
     """Within, so many rows at most go through the kernel for few."""
-    before = launch_products.MAX_GEMV_ROWS
-    launch_products.MAX_GEMV_ROWS = rows
+    before = launch_products.MAX_GEMV_EXPERT_ROWS
+    launch_products.MAX_GEMV_EXPERT_ROWS = rows
     try:
         yield
     finally:
-        launch_products.MAX_GEMV_ROWS = before
+        launch_products.MAX_GEMV_EXPERT_ROWS = before
 
 
 def _beside_transformers(

@@ -13,8 +13,10 @@ from torch import Tensor
 from llama4.kernels.triton import common
 
 MAX_GEMV_ROWS = 8
-"""Most rows, of all experts together, for `gemv`, which reads an expert's matrix once per row. Measured on an H100,
-like the sizes of blocks below."""
+"""Most rows of one matrix for `gemv`. Measured on an H100, like the sizes of blocks below."""
+MAX_GEMV_EXPERT_ROWS = 16
+"""Most rows of all experts together, whose matrices it reads once per row: most have one row. Measured on an H200, with
+16 and with 128 experts."""
 KINDS = ("int4", "int8", "fp8")
 _EXPONENT = 0x4B000000
 """The bits of 2^23 in float32."""
@@ -41,7 +43,7 @@ def product(
         x_scales_R: float32, for "fp8".
         dtype: of the result; by default that of x.
     """
-    if len(x_RI) <= MAX_GEMV_ROWS:
+    if are_few(len(x_RI), counts_E):
         return _gemv(kind, x_RI, [(values, scales)], counts_E, x_scales_R, dtype)
     from llama4.kernels.triton import quantized
 
@@ -59,6 +61,11 @@ def product(
             **{"E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks},
         )
     return y_RO
+
+
+def are_few(rows: int, counts_E: Tensor | None) -> bool:
+    """Whether `product` is for few rows: of one matrix, or of experts."""
+    return rows <= (MAX_GEMV_ROWS if counts_E is None else MAX_GEMV_EXPERT_ROWS)
 
 
 def products(

@@ -113,7 +113,7 @@ def dequantized(
     """A matrix of integers, or some of its rows, in a dtype: by a kernel of a GPU, or the readable way."""
     if quantized_gpu.dequantize_unsupported_reason(kind, values, scale, dtype):
         return readable()
-    return launch_products.unpack(kind, values, scale)
+    return launch_products.unpack(kind, values.contiguous(), scale.contiguous())
 
 
 def swiglu_experts(

@@ -89,15 +89,37 @@ def test_no_rows() -> None:
     assert y.shape == (0, 8)
 
 
-def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def grouped_mm_is_not_tried_yet() -> Iterator[None]:
+    support.grouped_mm_unsupported_reason.cache_clear()
+    yield
+    support.grouped_mm_unsupported_reason.cache_clear()
+
+
+@pytest.mark.usefixtures("grouped_mm_is_not_tried_yet")
+def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where it runs, and a first small product is right."""
     monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
+    result = 64
+
+    def grouped_mm(x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        if not result:
+            raise RuntimeError("no descriptors here\nand more")
+        return torch.full((len(x), weights.shape[2]), result)
+
+    monkeypatch.setattr(launch_products, "grouped_mm", grouped_mm)
     x, weights = drawn(16, 64, seed=0), drawn(2, 64, 16, seed=1)
     assert experts.gpu_unsupported_reason(x, weights) == "a tensor is not on a GPU"
     monkeypatch.setattr(Tensor, "is_cuda", True)
     for capability, reason in ((80, "it is for Hopper"), (100, "it is for Hopper"), (90, None)):
         monkeypatch.setitem(common.GPUS, x.device, common.Gpu(capability, 132))
+        support.grouped_mm_unsupported_reason.cache_clear()
         assert experts.gpu_unsupported_reason(x, weights) == reason
-    assert experts.gpu_unsupported_reason(x[:15], weights) == "of so few rows it was not seen to be faster"
+    assert not caplog.messages
+    for result, reason in ((63, "a product gave 63 instead of 64"), (0, "no descriptors here")):
+        support.grouped_mm_unsupported_reason.cache_clear()
+        assert experts.gpu_unsupported_reason(x, weights) == reason
+        assert reason in caplog.messages[-1]
     assert experts.gpu_unsupported_reason(x.half(), weights.half()) == "rows or matrices are not bfloat16"
     assert experts.gpu_unsupported_reason(x, weights.mT.contiguous().mT) == "the matrices are not contiguous"
     odd = "the inputs are no multiple of 64, or the outputs none of 8"
@@ -117,10 +139,13 @@ def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, counts = drawn(18, 64, seed=1), torch.tensor(COUNTS["some rows"])
     truth = module(x, counts)
     if INTERPRETED:
+        monkeypatch.setattr(support, "grouped_mm_unsupported_reason", lambda device: None)
         monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
         monkeypatch.setattr(Tensor, "is_cuda", True)
         monkeypatch.setitem(common.GPUS, torch.device("cpu"), common.Gpu(90, 132))
         monkeypatch.setattr("llama4.model.experts.swiglu", lambda gate, up: torch.nn.functional.silu(gate) * up)
+    else:
+        support.grouped_mm_unsupported_reason(x.to(DEVICE).device)  # tries the kernel, which is not counted
     launched, kernel = 0, launch_products.grouped_mm
 
     def counted(*tensors: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def products() -> Iterator[Product]:
 
 def _all_products() -> Iterator[Product]:
     text = workload.text_config("scout", layers=4)
-    for rows in (1, 2048, 16384):
+    for rows in (1, 4, 16, 2048, 16384):
         yield from _experts("bfloat16", text, rows)
     for kind, most in (
         ("int4", 1 << 30),

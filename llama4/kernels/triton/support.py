@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 
@@ -39,15 +39,36 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
+def grouped_mm_unsupported_reason(device: torch.device) -> str | None:
+    """Why `launch_products.grouped_mm` does not run on a GPU whose other kernels do; None if it does."""
+    if common.gpu(device).capability // 10 != 9:
+        return "it is for Hopper"
+    reason = _tried(_grouped_mm_fault, device)
+    if reason is not None:
+        logger.warning("the experts' Triton kernel does not run on %s (%s); torch's is slower", device, reason)
+    return reason
+
+
+@cache
 def _failure(device: torch.device) -> str | None:
     """What is wrong with a GPU, or the error of trying; logged once."""
-    try:
-        reason = _fault(device)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _tried(_fault, device)
     if reason is not None:
         logger.warning("the Triton kernels do not run on %s (%s); torch's own operations are slower", device, reason)
     return reason
+
+
+def _tried(fault: Callable[[torch.device], str | None], device: torch.device) -> str | None:
+    try:
+        return fault(device)
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _grouped_mm_fault(device: torch.device) -> str | None:
+    x_1I, weight_1IO = (torch.ones(*shape, dtype=torch.bfloat16, device=device) for shape in ((1, 64), (1, 64, 8)))
+    y_1O = launch_products.grouped_mm(x_1I, torch.ones(1, dtype=torch.int64, device=device), weight_1IO)
+    return None if (y_1O == 64).all() else f"a product gave {y_1O[0, 0].item()} instead of 64"
 
 
 def _fault(device: torch.device) -> str | None:

@@ -36,7 +36,7 @@ class Staging:
     BYTES = 32 << 20
 
     def __init__(self) -> None:
-        self.buffers = torch.empty(2, self.BYTES, dtype=torch.uint8, pin_memory=True)
+        self.buffers = torch.empty(2, self.BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.read = torch.cuda.Event(), torch.cuda.Event()
         self._next = 0
 

@@ -88,11 +88,17 @@ def unpacked_linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, coun
     of_an_output = 2 * x_RI.shape[1] * (1 if counts_E is None else len(counts_E))
     at_once = max(MAX_UNPACKED // of_an_output // 256 * 256, 256)
     ends_E = None if counts_E is None else counts_E.cumsum(0).to(torch.int32)
-    parts_RO = []
-    for values_part, scale_part in zip(values.split(at_once, dim=-2), scale.split(at_once, dim=-2), strict=True):
+
+    def some(values_part: Tensor, scale_part: Tensor) -> Tensor:
         weight = launch_products.unpack(kind, values_part, scale_part)
-        parts_RO.append(x_RI @ weight.mT if ends_E is None else F.grouped_mm(x_RI, weight.mT, offs=ends_E))
-    return parts_RO[0] if len(parts_RO) == 1 else torch.cat(parts_RO, dim=1)
+        return x_RI @ weight.mT if ends_E is None else F.grouped_mm(x_RI, weight.mT, offs=ends_E)
+
+    if at_once >= scale.shape[-2]:
+        return some(values, scale)
+    y_RO = x_RI.new_empty(len(x_RI), scale.shape[-2])
+    for part_RO, *parts in zip(*(x.split(at_once, d) for x, d in ((y_RO, 1), (values, -2), (scale, -2))), strict=True):
+        part_RO.copy_(some(*parts))
+    return y_RO
 
 
 def dequantize_unsupported_reason(kind: str, values: Tensor, scale: Tensor, dtype: torch.dtype) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama4.errors import Llama4Error
 from llama4.ops import quantized
 from llama4.ops.precision import not_zero
-from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import ROWS, QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 GROUP_SIZES = (32, 64, 128, 256)
 """That are read; 128 and 32 are written."""
@@ -34,6 +34,7 @@ class Int4(WeightFormat):
     parts = ("weight_packed", "weight_scale")
     has_int8_products = True
     int8_activations = True
+    rows_on_gpu = 16 * ROWS
     compressed_name = "pack-quantized"
 
     group_size: int = 128

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4.ops import quantized
 from llama4.ops.precision import not_zero
-from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
+from llama4.quantization.weight import ROWS, QuantizedWeight, Shape, TensorSpec, WeightFormat, in_blocks
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Int8(WeightFormat):
     kind = "int8"
     bits = 8
     has_int8_products = True
+    rows_on_gpu = 16 * ROWS
     compressed_name = "int-quantized"
 
     def part_specs(self, shape: Shape) -> dict[str, TensorSpec]:

@@ -32,8 +32,6 @@ MAX_QUANTIZED_AT_ONCE = 1 << 20
 """Weights that are quantized at a time: bounds the temporary memory."""
 ROWS = 1024
 """Outputs that are dequantized at a time."""
-ROWS_ON_GPU = 16 * ROWS
-"""The same on a GPU, where what they are multiplied with takes no longer than the launches of fewer."""
 
 Shape = tuple[int, ...]
 
@@ -82,6 +80,9 @@ class WeightFormat(ABC):
     """Whether inputs are rounded, too, while the model runs."""
     float32_scales_on_gpu: ClassVar[bool] = False
     """Whether products on a GPU take scales in float32 alone."""
+    rows_on_gpu: ClassVar[int] = ROWS
+    """Outputs that are dequantized at a time there for a gradient: more where a kernel does that, and makes nothing
+    beside the result."""
     has_rows: ClassVar[bool] = False
     """Whether rows are dequantized alone, as those of embeddings are (`rows`)."""
     compressed_name: ClassVar[str | None] = None
@@ -185,7 +186,7 @@ class WeightFormat(ABC):
         are rounded, it is as if they were not."""
         rows_of = self.rows_of(weight, expert, gradient_NO.dtype)
         sums = gradient_NO.new_zeros(len(gradient_NO), weight.shape[-1], dtype=upcast(gradient_NO[:0]).dtype)
-        at_once = ROWS_ON_GPU if gradient_NO.is_cuda else ROWS
+        at_once = self.rows_on_gpu if gradient_NO.is_cuda else ROWS
         for at in range(0, weight.shape[-2], at_once):
             rows = slice(at, at + at_once)
             sums += gradient_NO[:, rows] @ rows_of(rows)

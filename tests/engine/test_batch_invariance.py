@@ -113,10 +113,9 @@ def test_prompts_beside_others(model: Llama4Model) -> None:
             assert all(are_equal(ours, truth)), (i, cache_dtype)
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 1e-6), ("random", 1e-6), ("wide", 1e-6)])
-def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory: Path) -> None:
-    """By less than a millionth of the largest logit in float32 where a model is trained. With random weights what is
-    rounded grows from layer to layer."""
+@pytest.mark.parametrize("name", ["tiny", "random", "wide"])
+def test_by_default_pieces_differ_by_rounding(name: str, directory: Path) -> None:
+    """By less than a millionth of the largest logit in float32, which is what is promised; these by 0.6 at most."""
     if name == "wide":
         model = wide_model(1024)
     else:
@@ -126,7 +125,7 @@ def test_by_default_pieces_differ_by_rounding(name: str, most: float, directory:
     (truth,) = read(model, model.new_cache(), [ids], len(ids))
     for size in (7, 70) if name == "wide" else PIECES[2:]:
         (ours,) = read(model, model.new_cache(), [ids], size)
-        assert relative_error(ours[1], truth[1]) < most, size
+        assert relative_error(ours[1], truth[1]) < 1e-6, size
 
 
 @torch.inference_mode()

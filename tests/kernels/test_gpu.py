@@ -127,9 +127,30 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
     scales, counts = torch.empty(experts, 100, 192 // group), torch.zeros(experts, dtype=torch.int64)
     launch_products.product(kind, x, values, scales, counts)
     grid, sizes = launches[0]
-    at_once, blocks = sizes["BLOCK_R"], -(-100 // sizes["BLOCK_O"])
-    tiles = math.prod(grid) // blocks
-    assert math.prod(grid) == tiles * blocks
+    check_grid(math.prod(grid), sizes["BLOCK_R"], -(-100 // sizes["BLOCK_O"]), rows, experts)
+    if "BLOCK_I" in sizes:
+        assert 192 % sizes["BLOCK_I"] == group % sizes["BLOCK_I"] == 0
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(1, 1), (8, 16), (33, 4), (300, 16), (2048, 1), (2048, 16), (2048, 128)])
+def test_the_grid_of_experts_in_bfloat16(rows: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *tensors, **sizes: launches.append((grid, sizes))
+
+    monkeypatch.setattr(pytest.importorskip("llama4.kernels.triton.grouped"), "grouped_mm", Kernel())
+    x, weights = torch.empty(rows, 64, dtype=torch.bfloat16), torch.empty(experts, 64, 520, dtype=torch.bfloat16)
+    launch_products.grouped_mm(x, torch.zeros(experts, dtype=torch.int64), weights)
+    grid, sizes = launches[0]
+    check_grid(math.prod(grid), sizes["BLOCK_R"] + sizes["MORE_R"], -(-520 // sizes["BLOCK_O"]), rows, experts)
+
+
+def check_grid(programs: int, at_once: int, blocks: int, rows: int, experts: int) -> None:
+    """Whether there is a program for each of so many blocks of outputs of each tile, and none more than at worst."""
+    tiles = programs // blocks
+    assert programs == tiles * blocks
     generator = torch.Generator().manual_seed(0)
     for used in range(1, min(experts, rows) + 1):
         counts = torch.ones(used, dtype=torch.int64)
@@ -139,8 +160,6 @@ def test_a_grid_holds_the_worst_case(kind: str, rows: int, experts: int, monkeyp
     worst = torch.ones(min(experts, rows), dtype=torch.int64)
     worst[0] += rows - len(worst)
     assert tiles == (-(-worst // at_once)).sum() or at_once == 1
-    if "BLOCK_I" in sizes:
-        assert 192 % sizes["BLOCK_I"] == group % sizes["BLOCK_I"] == 0
 
 
 def test_when_a_matrix_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

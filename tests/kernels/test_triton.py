@@ -18,7 +18,6 @@ from llama4.kernels.triton import common, launch_elementwise, launch_products, s
 from llama4.ops import quantized_gpu
 from llama4.ops.fp8 import to_fp8
 from llama4.quantization import int4
-from llama4.quantization import weight as weights
 from llama4.quantization.fp8 import Fp8
 from llama4.quantization.int4 import Int4
 from llama4.quantization.int8 import Int8
@@ -218,7 +217,7 @@ def test_gradients_of_inputs(format: WeightFormat, monkeypatch: pytest.MonkeyPat
         return unpack(*args)
 
     monkeypatch.setattr(launch_products, "unpack", counted)
-    monkeypatch.setattr(weights, "ROWS_ON_GPU", 32)
+    monkeypatch.setattr(type(format), "rows_on_gpu", 32)
     as_if_on_a_gpu(monkeypatch)
     given = format.input_gradient(weight.to(DEVICE), gradient.to(DEVICE), 1).cpu()
     assert (given.double() - truth).norm() < 5e-3 * truth.norm()
@@ -325,10 +324,11 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
 
 
 @needs_the_compiler
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_unpack_compiles(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unpack_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A thread stores 16 bytes at a time, or of int8 8."""
-    compiled = compile_only(90, monkeypatch, tmp_path)
+    compiled = compile_only(capability, monkeypatch, tmp_path)
     in_row, dtype = (5120, torch.int8) if kind == "int8" else (640, torch.int32)
     scales = torch.empty(16, 16384, 1 if kind == "int8" else 40, dtype=torch.bfloat16, device="meta")
     launch_products.unpack(kind, torch.empty(16, 16384, in_row, dtype=dtype, device="meta"), scales)

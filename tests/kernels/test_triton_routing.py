@@ -105,6 +105,7 @@ def test_logits_that_are_no_numbers(E: int) -> None:
     logits_NE = drawn(9, E)
     logits_NE[1] = logits_NE[4, 2:] = logits_NE[5, 0] = logits_NE[8, E - 1] = torch.nan
     logits_NE[2, 3], logits_NE[6] = torch.inf, -torch.inf
+    logits_NE[7, 0], logits_NE[7, 3] = torch.inf, torch.nan
     x_ND = drawn(9, 64)
     logits_N1, experts_N1 = top_k(logits_NE, 1)
     truth = routing.dispatch(x_ND, logits_N1.sigmoid(), experts_N1, E)

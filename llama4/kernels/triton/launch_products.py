@@ -1,4 +1,5 @@
-"""Launches the kernels of `quantized`, for products with quantized matrices on a GPU. No launch waits for the device.
+"""Launches the kernels of `quantized` and `grouped`: products with quantized matrices, and with experts in bfloat16, on a
+GPU. No launch waits for the device.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """
@@ -13,8 +14,9 @@ from torch import Tensor
 from llama4.kernels.triton import common
 
 MAX_GEMV_ROWS = 4
-"""Most rows of one matrix for `gemv`, or of several matrices in one launch. Measured on an H200: of 8 rows, of which it
-reads a matrix twice, the kernel for many takes 0.4 to 0.65 of the time. The sizes of blocks below are an H100's."""
+"""Most rows of one matrix for `gemv`, or of several matrices in one launch; a program has all of them. Measured on an
+H200: of 8 rows, for which it would read a matrix twice, the kernel for many takes 0.4 to 0.65 of the time. The sizes of
+blocks below are an H100's."""
 MAX_GEMV_EXPERT_ROWS = 8
 """Most rows of all experts together, whose matrices it reads once per row. Of 16 rows of 16 or 128 experts that is a
 fifth to a third faster where chance chooses, but half as fast where rows share few experts."""
@@ -199,7 +201,7 @@ def _gemv_blocks(kind: str, rows: int, outputs: Sequence[int], inputs: int) -> d
     warps = 2 if is_small and threads % 64 == 0 else 1
     most = 2 if is_small and warps == 1 and rows == 1 else 4
     return {
-        "BLOCK_R": common.next_power_of_two(min(rows, 4)),
+        "BLOCK_R": common.next_power_of_two(rows),
         "BLOCK_O": min(most, 1 << (min(o for o in outputs if o).bit_length() - 1)),
         "THREADS": 32 * warps,
         "num_warps": warps,

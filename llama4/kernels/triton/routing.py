@@ -77,8 +77,9 @@ def dispatch_top_1(
     tokens, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
     inside = (tokens < N)[:, None] & (e < E)[None, :]
     logits = tl.load(logits_NE + tokens[:, None] * E + e[None, :], mask=inside, other=-float("inf"))
-    # Threads that reduce numbers without an order come to different results: NaN is the largest, as in torch.
-    ordered = tl.where(logits == logits, logits, float("inf"))
+    # Threads that reduce numbers without an order come to different results. NaN is the largest, as in torch: more than
+    # infinity, in whose place stands the largest number.
+    ordered = tl.where(logits == logits, tl.minimum(logits, 3.4028234663852886e38), float("inf"))
     _, chosen = tl.max(ordered, 1, return_indices=True)  # the lowest index on ties
     chosen = tl.where(tokens < N, chosen, E)
     own = tl.sum(tl.where(tokens == n, chosen, 0))

@@ -100,14 +100,17 @@ def grouped_mm_is_not_tried_yet() -> Iterator[None]:
 def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where it runs, and a first small product is right."""
     monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
-    result = 64
 
-    def grouped_mm(x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        if not result:
-            raise RuntimeError("no descriptors here\nand more")
-        return torch.full((len(x), weights.shape[2]), result)
+    def gives(result: int) -> None:
+        def grouped_mm(x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+            if not result:
+                raise RuntimeError("no descriptors here\nand more")
+            return torch.full((len(x), weights.shape[2]), result)
 
-    monkeypatch.setattr(launch_products, "grouped_mm", grouped_mm)
+        monkeypatch.setattr(launch_products, "grouped_mm", grouped_mm)
+        support.grouped_mm_unsupported_reason.cache_clear()
+
+    gives(64)
     x, weights = drawn(16, 64, seed=0), drawn(2, 64, 16, seed=1)
     assert experts.gpu_unsupported_reason(x, weights) == "a tensor is not on a GPU"
     monkeypatch.setattr(Tensor, "is_cuda", True)
@@ -117,7 +120,7 @@ def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         assert experts.gpu_unsupported_reason(x, weights) == reason
     assert not caplog.messages
     for result, reason in ((63, "a product gave 63 instead of 64"), (0, "no descriptors here")):
-        support.grouped_mm_unsupported_reason.cache_clear()
+        gives(result)
         assert experts.gpu_unsupported_reason(x, weights) == reason
         assert reason in caplog.messages[-1]
     assert experts.gpu_unsupported_reason(x.half(), weights.half()) == "rows or matrices are not bfloat16"

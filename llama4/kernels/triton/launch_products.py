@@ -1,5 +1,5 @@
-"""Launches the kernels of `quantized` and `grouped`: products with quantized matrices, and with experts in bfloat16, on a
-GPU. No launch waits for the device.
+"""Launches the kernels of `quantized` and `grouped`: products with quantized matrices, and with experts in bfloat16, on
+a GPU. No launch waits for the device.
 
 Shapes: R rows, I inputs, O outputs, E experts, G groups of inputs that share a scale.
 """

@@ -95,10 +95,8 @@ def _all_products() -> Iterator[Product]:
     text = workload.text_config("scout", layers=4)
     for rows in (1, 4, 16, 2048, 16384):
         yield from _experts("bfloat16", text, rows)
-    for kind, most in (
-        ("int4", 1 << 30),
-        ("fp8", launch_products.MAX_GEMV_EXPERT_ROWS),
-    ):  # more rows of fp8 are torch's
+    most_of_fp8 = launch_products.MAX_GEMV_EXPERT_ROWS  # more rows are torch's
+    for kind, most in (("int4", 1 << 30), ("fp8", most_of_fp8)):
         for rows in (1, 2048, 4, 16):
             if rows <= most:
                 yield from _layer(kind, text, rows)

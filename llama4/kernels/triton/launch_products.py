@@ -18,8 +18,9 @@ MAX_GEMV_ROWS = 4
 H200: of 8 rows, for which it would read a matrix twice, the kernel for many takes 0.4 to 0.65 of the time. The sizes of
 blocks below are an H100's."""
 MAX_GEMV_EXPERT_ROWS = 8
-"""Most rows of all experts together, whose matrices it reads once per row. Of 16 rows of 16 or 128 experts that is a
-fifth to a third faster where chance chooses, but half as fast where rows share few experts."""
+"""Most rows of all experts together, whose matrices it reads once per row. 16 rows that chance spread over 16 or 128
+experts took a sixth to a third less by it in int4 on an H200; but four layers of Scout, whose rows shared experts, took
+2.8 ms in place of 1.9."""
 KINDS = ("int4", "int8", "fp8")
 _EXPONENT = 0x4B000000
 """The bits of 2^23 in float32."""

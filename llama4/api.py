@@ -159,7 +159,7 @@ class Llama4:
                 int8 with a scale for each group, which is faster, and refused where no weight has such products; "auto"
                 rounds in bfloat16, where the weights are rounded much more.
             batch_invariant: on a CPU, compute prompts and replies so that a token's logits are the same bits alone and
-                beside any others, in whatever pieces its prompt is read; see docs/performance.md for what that costs.
+                beside any others, in whatever pieces its prompt is read; docs/batch-invariance.md says what that costs.
                 Refused where steps are not compiled code for AVX-512.
             experts: how routed experts are computed: "loop", "grouped", "megablocks" (CUDA; see docs/gpu.md), or
                 "auto" for the faster of the first two on that device.

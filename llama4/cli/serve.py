@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    print(f"llama4: loading {options.model}", file=sys.stderr, flush=True)
     try:
         with starting():
             from llama4.serve.app import Server, Settings

@@ -6,16 +6,21 @@ from typing import NoReturn
 
 
 def run() -> NoReturn:
-    """Ctrl-C is answered while the rest is imported, too."""
-    from llama4.cli.interrupts import leave, say_interrupted
+    """Signals are answered while the rest is imported, too."""
+    import signal
+
+    from llama4.cli.interrupts import Terminated, leave, raise_terminated, say_ended
 
     try:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, raise_terminated)
         from llama4.cli.main import command
 
         command()
     except KeyboardInterrupt:
-        say_interrupted()
-        leave()
+        leave(say_ended(signal.SIGINT))
+    except Terminated:
+        leave(say_ended(signal.SIGTERM))
 
 
 if __name__ == "__main__":

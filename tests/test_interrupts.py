@@ -1,5 +1,5 @@
-"""Ctrl-C (SIGINT) at various times of every command that may take long: an answer within a second, exit code 130, one
-line, and nothing half written."""
+"""Ctrl-C (SIGINT) and SIGTERM at various times of every command that may take long: an answer within a second, exit code
+130 or 143, one line, and nothing half written."""
 
 from __future__ import annotations
 
@@ -48,22 +48,26 @@ sys.argv = ["llama4", "info", "tiny"]
 """
 
 
-def interrupted(process: subprocess.Popen[bytes]) -> tuple[float, bytes]:
+SAID = {signal.SIGINT: b"llama4: interrupted", signal.SIGTERM: b"llama4: terminated"}
+
+
+def interrupted(process: subprocess.Popen[bytes], by: signal.Signals = signal.SIGINT) -> tuple[float, bytes]:
     """Seconds until it ends, and its stderr."""
     begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     _, error = process.communicate(timeout=60)
     return time.monotonic() - begun, error
 
 
+@pytest.mark.parametrize("by", SAID)
 @pytest.mark.parametrize("where", ["call", "threads"])
-def test_where_python_cannot_answer(where: str) -> None:
+def test_where_python_cannot_answer(where: str, by: signal.Signals) -> None:
     code = STUCK.replace("sys.argv[1]", repr(where)) + "run()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    seconds, error = interrupted(process)
-    assert (process.returncode, error) == (130, b"llama4: interrupted\n")
+    seconds, error = interrupted(process, by)
+    assert (process.returncode, error) == (128 + by, SAID[by] + b"\n")
     assert seconds < PATIENCE + ANSWER
 
 
@@ -107,7 +111,8 @@ def started(command: str, made: dict[str, Path], target: Path) -> subprocess.Pop
 def served(made: dict[str, Path]) -> tuple[subprocess.Popen[bytes], str]:
     """A server that is ready, and its address."""
     process = started("serve", made, Path())
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stderr.readline() == f"llama4: loading {made['source']}\n".encode()  # at once
     words = b""
     while b"/v1\n" not in words:
         words = process.stdout.readline()
@@ -126,22 +131,29 @@ def wait_until_used(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("command", "after"), [("generate", 0.4), *((each, 3.0) for each in COMMANDS)])
-def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after: float) -> None:
+@pytest.mark.parametrize(
+    ("command", "after", "by"),
+    [
+        *(("generate", 0.4, by) for by in SAID),
+        *((each, 3.0, signal.SIGINT) for each in COMMANDS),
+        *((each, 3.0, signal.SIGTERM) for each in ("finetune", "quantize", "bench", "generate")),
+    ],
+)
+def test_at_any_time(made: dict[str, Path], tmp_path: Path, command: str, after: float, by: signal.Signals) -> None:
     """Before it is at its work, and while it may be: after so many seconds of the processor's time."""
     process = started(command, made, tmp_path / "target")
     wait_until_used(process, after)
-    seconds, error = interrupted(process)
+    seconds, error = interrupted(process, by)
     if process.returncode == 0:  # it was done before
         return
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + by, error
     assert seconds < ANSWER
     last = error.splitlines()[-1]
-    if command == "finetune" and last != b"llama4: interrupted":  # it was at its steps, and has saved the state
+    if command == "finetune" and last != SAID[by]:  # it was at its steps, and has saved the state
         said = re.match(rb"llama4: stopped after (\d+) of 5000 steps; --resume goes on from ", last)
         assert said is not None and read_about(tmp_path / "target")["step"] == int(said[1])
         return
-    assert last == b"llama4: interrupted"
+    assert last == SAID[by]
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
 
 
@@ -152,7 +164,7 @@ def learn(*arguments, **options):
     if case == "late":  # the thread that sees the signal, too, looks for the handler after the main thread called it
         signal.getsignal = lambda number: (time.sleep(0.3), of_signal(number))[1]
     else:  # as a long backward pass: no signal ends it early
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     print("ready", flush=True)
     ctypes.CDLL(None).read(0, ctypes.create_string_buffer(1), 1)
     return step(*arguments, **options)
@@ -164,27 +176,51 @@ run()
 """
 
 
+@pytest.mark.parametrize("by", SAID)
 @pytest.mark.parametrize("case", ["once", "twice", "late"])
-def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, case: str) -> None:
-    """The first Ctrl-C is answered by words at once, and by the state at the step's end; the second by the end."""
+def test_a_long_step_of_training(made: dict[str, Path], tmp_path: Path, case: str, by: signal.Signals) -> None:
+    """The first signal is answered by words at once, and by the state at the step's end; the second by the end."""
     arguments = [part.format(target=tmp_path / "target", **made) for part in COMMANDS["finetune"]]
     process = subprocess.Popen([sys.executable, "-c", STEP, case, *arguments], stdin=PIPE, stdout=PIPE, stderr=PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     while not (line := process.stderr.readline()).startswith(b"stopping after this step, whose state is saved"):
         assert line
     if case == "twice":
         begun = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         process.wait(60)  # `communicate` would close the pipe that the step waits for
-        assert (process.returncode, process.stderr.read()) == (130, b"llama4: interrupted\n")
+        assert (process.returncode, process.stderr.read()) == (128 + by, SAID[by] + b"\n")
         assert time.monotonic() - begun < PATIENCE + ANSWER
         process.communicate()
         return
     _, error = process.communicate(b"x", timeout=60)  # with it the step comes to its end
-    assert process.returncode == 130 and b"stopped after 1 of 5000 steps; --resume goes on from" in error
+    assert process.returncode == 128 + by and b"stopped after 1 of 5000 steps; --resume goes on from" in error
     assert read_about(tmp_path / "target")["step"] == 1
+
+
+API = """
+import sys
+import llama4.train.loop as loop
+def learn(*arguments, **options):
+    print("ready", flush=True)
+    sys.stdin.read(1)
+    return step(*arguments, **options)
+step, loop.learn = loop.learn, learn
+loop.finetune(*sys.argv[1:], steps=5, progress=False)
+"""
+
+
+def test_a_run_in_python(made: dict[str, Path], tmp_path: Path) -> None:
+    """SIGTERM ends the process, as it would have, when the state is saved."""
+    arguments = [str(made["source"]), str(made["data"]), str(tmp_path / "target")]
+    process = subprocess.Popen([sys.executable, "-c", API, *arguments], stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(b"x", timeout=60)
+    assert process.returncode == -signal.SIGTERM and read_about(tmp_path / "target")["step"] == 1
 
 
 def test_an_idle_server(made: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.cli.interrupts import INTERRUPTED
+from llama4.cli.interrupts import exit_code
 from llama4.errors import ArgumentError
 from llama4.progress import starting
 from llama4.units import bytes_text, count_text
@@ -102,7 +102,7 @@ def add_parser(commands: Any) -> None:
         "Train an adapter (or all weights) on JSON lines: messages, prompt and completion, instruction and output, "
         "conversations, or text; dpo on prompt, chosen and rejected. Such as "
         '{"prompt": "Which colour has snow?", "completion": "White."} in a line. '
-        "Ctrl-C saves the state; --resume goes on from it, "
+        "Ctrl-C and SIGTERM save the state; --resume goes on from it, "
         "bit by bit."
     )
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
@@ -219,12 +219,12 @@ def run(options: argparse.Namespace) -> int:
         report_to=options.report_to,
         **settings,
     )
-    if not result.is_finished:
+    if result.stopped_by is not None:
         print(
             f"llama4: stopped after {result.steps} of {result.of} steps; --resume goes on from {result.output}",
             file=sys.stderr,
         )
-        return INTERRUPTED
+        return exit_code(result.stopped_by)
     held_out = f", held-out {min(loss for _, loss in result.eval_losses):.4f}" if result.eval_losses else ""
     values = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.values.items())
     print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}{values}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command within a second, whatever it is at."""
+"""Ctrl-C and SIGTERM end a command within a second, whatever it is at."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, Protocol, runtime_checkable
 
-INTERRUPTED = 130
-"""Exit code of a shell's commands that end by SIGINT."""
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""Signals that end a command, by what it says of them; its exit code is `exit_code`."""
 PATIENCE = 0.7
 """Seconds that a command has to end by itself."""
 
 
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: nobody but the command itself catches it."""
+
+
+def raise_terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 @runtime_checkable
 class Gentle(Protocol):
-    """A handler of Ctrl-C that lets what is at work come to an end; a second Ctrl-C does not wait for that."""
+    """A handler of these signals that lets what is at work come to an end; a second one does not wait for that."""
 
     def request(self) -> None: ...
 
 
 @contextmanager
 def answered_soon() -> Iterator[None]:
-    """Python answers Ctrl-C between two of its own instructions, and a kernel, a download or an import may keep it from
+    """Python answers signals between two of its own instructions, and a kernel, a download or an import may keep it from
     that. If the block has not ended some time after it, the process does: what it was writing has no name yet, and the
     next run deletes it, or continues from there. A handler that can stop the block by itself is asked first, once.
     """
@@ -52,26 +60,33 @@ def _watch(ours: socket.socket, ended: threading.Event) -> None:
     asked = None
     with ours:
         while received := ours.recv(1):
-            if received[0] != signal.SIGINT:
+            number = received[0]
+            if number not in SAID:
                 continue
-            handler = signal.getsignal(signal.SIGINT)
+            handler = signal.getsignal(number)
             if isinstance(handler, Gentle) and handler is not asked:
                 asked = handler
                 handler.request()
             elif not ended.wait(PATIENCE):
-                say_interrupted()
-                os._exit(INTERRUPTED)
+                os._exit(say_ended(number))
 
 
-def say_interrupted() -> None:
-    """In a line of its own: a terminal may stand in the middle of one."""
-    print("\nllama4: interrupted" if sys.stderr.isatty() else "llama4: interrupted", file=sys.stderr, flush=True)
+def exit_code(number: int) -> int:
+    """That of a shell's commands that end by a signal."""
+    return 128 + number
 
 
-def leave(code: int = INTERRUPTED) -> NoReturn:
+def say_ended(number: int) -> int:
+    """In a line of its own: a terminal may stand in the middle of one; -> the exit code."""
+    line = f"llama4: {SAID[signal.Signals(number)]}"
+    print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+    return exit_code(number)
+
+
+def leave(code: int) -> NoReturn:
     """End the process now, without waiting for threads that download or compute. Python would take torch apart first,
     which takes half a second, and seconds on a busy machine."""
-    if code != INTERRUPTED:
+    if code not in map(exit_code, SAID):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from llama4.bench.__main__ import BENCHES
 from llama4.bench.__main__ import main as run_bench
 from llama4.bench.__main__ import usage as bench_usage
 from llama4.cli import analysis, chat, checkpoints, finetune, generate, moderate, prune, serve
-from llama4.cli.interrupts import INTERRUPTED, answered_soon, leave, say_interrupted
+from llama4.cli.interrupts import Terminated, answered_soon, leave, say_ended
 from llama4.version import __version__
 
 BROKEN_PIPE = 141
@@ -37,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        say_interrupted()
-        return INTERRUPTED
+        return say_ended(signal.SIGINT)
+    except Terminated:
+        return say_ended(signal.SIGTERM)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE

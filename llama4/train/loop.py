@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from llama4.train.output import alone_in, check_output
 from llama4.train.report import Facts, Metrics, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
-from llama4.train.stopping import stoppable
+from llama4.train.stopping import Stopper, stoppable
 from llama4.train.teacher import load_teacher
 from llama4.train.trackers import check_trackers, tracking
 from llama4.weights.memory import return_freed
@@ -60,6 +59,7 @@ class Result:
             `margin` and `accuracy` among them.
         shares: for each layer with experts, the share of tokens that each expert got.
         facts: what it began with and learnt from.
+        stopped_by: SIGINT or SIGTERM; None if all steps were taken.
     """
 
     output: Path
@@ -70,6 +70,7 @@ class Result:
     shares: dict[str, list[float]]
     values: dict[str, float] = field(default_factory=dict)
     facts: Facts | None = None
+    stopped_by: int | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -250,7 +251,7 @@ def finetune(
             method "full".
         data: JSON lines, see `llama4.train.records`.
         output: gets the result (with `eval` the best, else the last), the metrics, a curve and a card; and on the way,
-            every `save_every` steps and at Ctrl-C, the state to resume from.
+            every `save_every` steps and at Ctrl-C and SIGTERM, the state to resume from.
         eval: held-out data, in the same form.
         resume: go on from the state in `output`, if there is one; with the same data and settings.
         progress: show a bar, where somebody sees it.
@@ -280,7 +281,7 @@ def _train(
     objective: Objective,
     output: Path,
     resume: bool,
-    stop: threading.Event,
+    stop: Stopper,
     report_to: Sequence[str] = (),
 ) -> Result:
     """Take the steps that are left, and write what they came to."""
@@ -290,7 +291,7 @@ def _train(
     with tracking(report_to, output, run.options.describe(), training.step) as trackers:
         metrics = Metrics(output, training.step if resume else None, trackers)
         training.take_steps(metrics, stop)
-        return training.finish(metrics)
+        return training.finish(metrics, stop.number)
 
 
 class _Training:
@@ -332,7 +333,7 @@ class _Training:
         load_state(self.output, self.optimizer)
         self.step, self.best = there["step"], there["best"] if there["best"] is not None else math.inf
 
-    def take_steps(self, metrics: Metrics, stop: threading.Event) -> None:
+    def take_steps(self, metrics: Metrics, stop: Stopper) -> None:
         """All that are left, or until `stop` is set; on the way it is evaluated and saved."""
         steps, options = self.run.steps, self.run.options
         eval_every = options.eval_every or max(1, steps // 10)
@@ -341,7 +342,7 @@ class _Training:
             self._evaluate(metrics)
             self._save(metrics)
         with Bar("training", steps - self.step, "steps", shown=self.run.progress, logged=True) as bar:
-            while self.step < steps and not stop.is_set():
+            while self.step < steps and not stop.event.is_set():
                 self._take_step(metrics, bar)
                 if self.step == steps or self.step % eval_every == 0:
                     self._evaluate(metrics)
@@ -401,7 +402,7 @@ class _Training:
         best = self.best if self.best < math.inf else None
         save_state(self.output, self.optimizer, self._about | {"step": self.step, "best": best})
 
-    def finish(self, metrics: Metrics) -> Result:
+    def finish(self, metrics: Metrics, stopped_by: int | None) -> Result:
         """Write what the steps came to, or if some are left, the state to resume from."""
         run, output = self.run, self.output
         shares = {name: (load_E / load_E.sum()).tolist() for name, load_E in self.loads.items()}
@@ -409,7 +410,7 @@ class _Training:
         result = Result(output, self.step, run.steps, losses, eval_losses, shares, self.values, run.facts)
         if not result.is_finished:
             self._save(metrics)
-            return result
+            return replace(result, stopped_by=stopped_by)
         if self.held_out is None:
             run.save(output)
         write_card(output, metrics.lines, run.facts)

@@ -1,4 +1,4 @@
-"""Ctrl-C during a run: the step that is being taken ends first, and its state is saved."""
+"""Ctrl-C and SIGTERM during a run: the step that is being taken ends first, and its state is saved."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ logger = logging.getLogger(__name__)
 
 
 class Stopper:
-    """A handler of SIGINT. A second Ctrl-C interrupts at once, as it would without it.
+    """A handler of SIGINT and SIGTERM. A second one ends the run at once, as it would without it.
 
     Attributes:
         event: set once the run shall stop.
+        number: the signal that came first.
     """
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.before: Any = signal.SIG_DFL
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
         self._lock = threading.Lock()
-        self._was_called = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """It stays the handler after the first Ctrl-C: a thread that sees the same one later must find it."""
         self.request()
-        if self._was_called:
-            signal.signal(signal.SIGINT, self.before)
-            signal.raise_signal(signal.SIGINT)
-        self._was_called = True
+        if self.number is not None:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+        self.number = number
 
     def request(self) -> None:
         """Any thread may ask, also where the main thread is in a kernel and cannot answer yet."""
@@ -40,18 +41,23 @@ class Stopper:
             is_first = not self.event.is_set()
             self.event.set()
         if is_first:
-            logger.warning("stopping after this step, whose state is saved; Ctrl-C again stops now, and loses the step")
+            logger.warning("stopping after this step, whose state is saved; a second signal stops now, and loses the step")
 
 
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. Only a process's main thread gets Ctrl-C."""
+def stoppable() -> Iterator[Stopper]:
+    """What these signals stop. Only a process's main thread gets them. Where SIGTERM would have ended the process, it
+    does so after this."""
     stopper = Stopper()
     if threading.current_thread() is not threading.main_thread():
-        yield stopper.event
+        yield stopper
         return
-    stopper.before = signal.signal(signal.SIGINT, stopper)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stopper.before[number] = signal.signal(number, stopper)
     try:
-        yield stopper.event
+        yield stopper
     finally:
-        signal.signal(signal.SIGINT, stopper.before)
+        for number, before in stopper.before.items():
+            signal.signal(number, before)
+        if stopper.number == signal.SIGTERM and stopper.before[signal.SIGTERM] == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGTERM)

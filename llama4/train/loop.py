@@ -260,8 +260,8 @@ def finetune(
 
     Raises:
         Llama4Error: a wrong setting, a wrong line of the data by its number, too little memory, a state of another run,
-            an output that holds what no run has written, or in which another one is at work; or, as `TrainingError`, a
-            loss that is no number, with the lines of its batch.
+            an output that holds a model, an adapter or a run that is not resumed, or in which another one is at work;
+            or, as `TrainingError`, a loss that is no number, with the lines of its batch.
     """
     options, output = TrainingOptions(**settings), user_path(output)
     report_to = [report_to] if isinstance(report_to, str) else report_to
@@ -289,7 +289,7 @@ def _train(
     if resume and (output / STATE_FILE).is_file():
         training.resume()
     with tracking(report_to, output, run.options.describe(), training.step) as trackers:
-        metrics = Metrics(output, training.step if resume else None, trackers)
+        metrics = Metrics(output, training.step, trackers)
         training.take_steps(metrics, stop)
         return training.finish(metrics, stop.number)
 
@@ -339,8 +339,8 @@ class _Training:
         eval_every = options.eval_every or max(1, steps // 10)
         save_every = options.save_every or eval_every
         if self.step == 0:
+            self._save(metrics)  # first: what is evaluated is written, and must not be there without a state
             self._evaluate(metrics)
-            self._save(metrics)
         with Bar("training", steps - self.step, "steps", shown=self.run.progress, logged=True) as bar:
             while self.step < steps and not stop.event.is_set():
                 self._take_step(metrics, bar)

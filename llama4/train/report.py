@@ -82,19 +82,15 @@ class Metrics:
 
     Args:
         directory: where it is.
-        upto: of lines that are there, those up to this step are kept, and later ones go; None for none.
+        upto: of lines that are there, those up to this step are kept, and later ones go; 0 for none.
         trackers: get the numbers of every line, too.
     """
 
-    def __init__(self, directory: Path, upto: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, directory: Path, upto: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self._path, self._trackers = directory / METRICS_FILE, list(trackers)
         with writes(self._path):
             directory.mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(directory) if upto is not None else []
-        self.lines = [line for line in lines if line.get("step", 0) <= (upto or 0)]
-        if upto is None:  # what an earlier run left is not said of this one
-            (directory / CURVE_FILE).unlink(missing_ok=True)
-            _forget(directory / CARD_FILE)
+        self.lines = [line for line in read_metrics(directory) if upto and line.get("step", 0) <= upto]
         replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **values: Any) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import WEIGHTS_FILE, save_adapter
 from llama4.api import Llama4
 from llama4.cli.main import main
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
@@ -24,8 +24,9 @@ from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
 from llama4.train.memory import Estimate, check_memory
 from llama4.train.output import LOCKED, alone_in
 from llama4.train.report import METRICS_FILE, read_metrics
-from llama4.train.state import STATE_FILE
+from llama4.train.state import STATE_FILE, read_about
 from llama4.train.step import Learnt, learn
+from llama4.train.stopping import Stopper
 from tests import small_model
 from tests.train.test_data import write
 
@@ -136,8 +137,8 @@ def test_ctrl_c_saves(
 
 
 def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
-    stop.set()
+    stop = Stopper()
+    stop.request()
     state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, steps=6), progress=False)
     with state.attached():
         loop._train(state, state.objective(), tmp_path, False, stop)
@@ -148,17 +149,47 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
         run(directory, data, tmp_path, resume=True)
 
 
-def test_what_no_run_has_written_is_not_replaced(directory: Path, data: Path, tmp_path: Path) -> None:
-    """Such as the model that is trained, or PEFT's adapter; what a run wrote is replaced by the next one."""
-    for method in ("lora", "full"):
-        settings = {"method": method} if method == "lora" else {"method": method, "lora": LoraConfig()}
-        with pytest.raises(CheckpointError, match="holds a model that no run has written; choose another directory"):
-            run(directory, data, directory, **settings)
-        first, again = (run(directory, data, tmp_path / method, seed=seed, **settings) for seed in (0, 1))
-        assert first.losses != again.losses
-    (tmp_path / "lora" / METRICS_FILE).unlink()
-    with pytest.raises(CheckpointError, match="holds an adapter that no run has written"):
-        run(directory, data, tmp_path / "lora")
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_nothing_is_replaced(
+    method: str, directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a model, such as the one that is trained, nor an adapter, nor a run, be it finished or stopped."""
+    settings = {"method": method, **({} if method == "lora" else {"lora": LoraConfig()})}
+    other = "choose another directory, or remove that one first"
+    with pytest.raises(CheckpointError, match=f"holds a model already; {other}"):
+        run(directory, data, directory, **settings)
+    run(directory, data, tmp_path / "done", **settings)
+    with pytest.raises(ArgumentError, match=f"done holds a finished run; {other}"):
+        run(directory, data, tmp_path / "done", seed=1, **settings)
+    (tmp_path / "done" / METRICS_FILE).unlink()
+    for resume in (True, False):
+        with pytest.raises(CheckpointError, match=rf"done holds an? \w+ already; {other}"):
+            run(directory, data, tmp_path / "done", resume=resume, **settings)
+    monkeypatch.setattr(loop, "learn", breaks_off_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, data, tmp_path / "part", **settings)
+    with pytest.raises(ArgumentError, match=f"part holds a run that was stopped; resume it, or {other}"):
+        run(directory, data, tmp_path / "part", **settings)
+    monkeypatch.setattr(loop, "learn", learn)
+    assert run(directory, data, tmp_path / "part", resume=True, **settings).is_finished
+
+
+def test_killed_before_the_first_step(
+    directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter is there only with the state of its run; what was evaluated is evaluated once."""
+
+    def saved(*arguments: Any, **options: Any) -> None:
+        save_adapter(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_adapter", saved)
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, data, tmp_path, eval=data)
+    assert read_about(tmp_path)["step"] == 0 and (tmp_path / WEIGHTS_FILE).exists()
+    monkeypatch.setattr(loop, "save_adapter", save_adapter)
+    result = run(directory, data, tmp_path, eval=data, resume=True)
+    assert result.is_finished and [step for step, _ in result.eval_losses] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_one_run_at_a_time(directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +212,8 @@ def test_one_run_at_a_time(directory: Path, data: Path, tmp_path: Path, monkeypa
 
 
 def test_a_state_with_nothing_left_to_do(directory: Path, data: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
-    stop.set()
+    stop = Stopper()
+    stop.request()
     state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, **_options()), progress=False)
     with state.attached():
         loop._train(state, state.objective(), tmp_path, False, stop)
@@ -251,8 +282,8 @@ def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) ->
 
 def test_a_trained_model_has_a_card_and_a_curve(directory: Path, data: Path, tmp_path: Path) -> None:
     """The card is the model's own, with a section of what was run last."""
-    for steps in (1, 2):
-        finetune(directory, data, tmp_path / "out", method="full", **SETTINGS | {"steps": steps})
+    for base, output, steps in ((directory, tmp_path / "first", 1), (tmp_path / "first", tmp_path / "out", 2)):
+        finetune(base, data, output, method="full", **SETTINGS | {"steps": steps})
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and card.count("## How it was trained") == 1
     assert hashlib.sha256(data.read_bytes()).hexdigest() in card and ": 2 steps" in card and '"method": "full"' in card
@@ -272,6 +303,8 @@ def test_what_a_user_adds_to_a_card_stays(directory: Path, data: Path, tmp_path:
     run(directory, data, tmp_path, steps=1)
     written = card.read_text().replace("\n## How", "\nFor poems.\n\n## How")
     card.write_text(written + "\n## Licence\n\nMIT\n")
+    for name in (METRICS_FILE, WEIGHTS_FILE):
+        (tmp_path / name).unlink()
     run(directory, data, tmp_path, steps=2)
     text = card.read_text()
     assert "For poems.\n" in text and "## Licence\n\nMIT\n" in text

@@ -10,6 +10,7 @@ import pytest
 
 from llama4.analysis.info import describe_model, find, table
 from llama4.families.llama4 import Llama4Family
+from llama4.weights import hub
 from llama4.weights.convert import convert_to_gguf, quantize
 from tests import small_model
 from tests.parity.references import write_mixed
@@ -94,3 +95,10 @@ def test_what_a_model_was_made_from(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert lines_of(tmp_path)["made from"] == "org/base at commit 0123abcd"
     assert describe_model(find(str(tmp_path)))["checkpoint"]["made_from"] == content["hub_origin"]
+
+
+def test_a_gguf_file_has_the_sizes_of_its_source(tmp_path: Path) -> None:
+    """Though its vision tower is in float32."""
+    convert_to_gguf(hub.resolve("tiny"), tmp_path / "a.gguf", progress=False)
+    found, wanted = (describe_model(find(name)) for name in (str(tmp_path / "a.gguf"), "tiny"))
+    assert found["bytes"] == wanted["bytes"] and found["dtype"] == wanted["dtype"] == "bfloat16"

@@ -108,7 +108,7 @@ def read_config(model: GgufModel, tensors: GgufTensors) -> Llama4Config:
         images = {field: known.index(name) for field, name in _IMAGE_TOKENS.items() if name in known}
     vision = read_vision(model.mmproj) if model.mmproj is not None else None
     family = architecture if text.sliding_window is None else "mistral"
-    return Llama4Config(text, vision, dtype=_dtype(tensors), family=family, **images)
+    return Llama4Config(text, vision, dtype=_dtype(model, tensors), family=family, **images)
 
 
 def reply_ends(tokens: Keys) -> tuple[int, ...]:
@@ -119,9 +119,12 @@ def reply_ends(tokens: Keys) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in (*said, *named) if i is not None))
 
 
-def _dtype(tensors: GgufTensors) -> str:
-    """That of the largest tensor; of one that is quantized, bfloat16."""
-    largest = max(map(tensors.tensor, tensors.names()), key=lambda tensor: tensor.nbytes)
+def _dtype(model: GgufModel, tensors: GgufTensors) -> str:
+    """That of the decoder's largest tensor; of one that is quantized, bfloat16. A vision tower is often in float32, whatever
+    the model is in."""
+    others = model.mmproj.tensors.keys() if model.mmproj is not None else ()
+    own = (tensors.tensor(name) for name in tensors.names() if name not in others)
+    largest = max(own, key=lambda tensor: tensor.nbytes)
     return str(FLOATS.get(largest.type.name, FLOATS["BF16"])).removeprefix("torch.")
 
 

@@ -103,14 +103,12 @@ def convert_to_gguf(
             for path in (target, *([beside] if config.vision is not None and not was_killed else [])):
                 if path.exists():
                     raise CheckpointError(f"{path} exists already; choose another name, or remove it first")
-            if others := differences(config):
-                about = (
-                    "llama.cpp, and what is built on it (Ollama, LM Studio), would compute this model otherwise, as it "
-                    f"assumes {'; '.join(others)}"
+            others = "; ".join(differences(config))
+            if others and for_llama_cpp:
+                raise CheckpointError(
+                    f"llama.cpp would compute this model otherwise, as it assumes {others}; leave out --for llama.cpp "
+                    "to write it for llama4 alone"
                 )
-                if for_llama_cpp:
-                    raise CheckpointError(f"{about}. Leave out --for llama.cpp to write it all the same, for llama4")
-                logger.warning("%s is for llama4, which computes the model as it is. %s", target, about)
             try:
                 write_gguf(
                     weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress
@@ -119,6 +117,8 @@ def convert_to_gguf(
                 if config.vision is not None:
                     beside.unlink(missing_ok=True)
                 raise
+    if others:
+        logger.warning("%s is right in llama4 alone: llama.cpp assumes %s", target, others)
     return (target,) if config.vision is None else (target, beside)
 
 

@@ -1,7 +1,7 @@
 """What requests may say, as JSON Schema: one description checks them and is what /openapi.json shows.
 
 `check` holds the keywords that these descriptions use, and no other; `Fields` are those of a route's body. An unknown
-field is ignored, once with a line in the log.
+field is ignored, once with a line in the log; one that is a known one misspelt is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_ID = 2**31 - 1
 MAX_DEPTH = 128
 """Objects and lists inside one another in a field: llguidance reads no deeper schemas, and templates indent them."""
 _SHOWN = 80
-"""Characters of a value in an error."""
+"""Characters of a value in an error; of an unknown field's name, and how many of those are looked at."""
 MAX_NOTICED = 1000
 """Names of unknown fields that are logged: who sends others would fill the log."""
 
@@ -262,20 +262,32 @@ class Fields:
 
     def __init__(self, name: str, /, **fields: Field) -> None:
         self.name, self.fields = name, fields
+        self._spellings = {known: _spellings(known) for known in fields}
 
     def read(self, body: object) -> dict[str, Any]:
         """A body -> the value of every field.
 
         Raises:
-            RequestError: a field that is missing, or has a value that it cannot have.
+            RequestError: a field that is missing, misspelt, or has a value that it cannot have.
         """
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object")
-        for name in body.keys() - self.fields.keys() - _noticed:
-            if len(_noticed) < MAX_NOTICED:
+        unknown = [name for name in body if name not in self.fields]
+        for name in unknown[:_SHOWN]:
+            if meant := self._meant(name):
+                raise RequestError(f"{name} is not known; write {meant}", field=name, code="unknown_parameter")
+        for name in unknown:
+            if name not in _noticed and len(_noticed) < MAX_NOTICED:
                 _noticed.add(name)
                 logger.warning("requests have the field %.80r, which is not known, and is ignored", name)
         return {name: self._value(name, field, body.get(name)) for name, field in self.fields.items()}
+
+    def _meant(self, name: str) -> str | None:
+        """The field of which an unknown one is a misspelling: another case or other punctuation, or in names that are
+        not short one character, or two neighbours that have changed places."""
+        given = _spellings(name)
+        alike = (field for field, own in self._spellings.items() if own & given and (len(own) > 1) == (len(given) > 1))
+        return next(alike, None)
 
     def _value(self, name: str, field: Field, value: Any) -> Any:
         if value is None:
@@ -303,3 +315,11 @@ class Fields:
 
 
 _noticed: set[str] = set()
+_SHORT = 5
+"""Characters of names in which another one makes another field: top_a is not top_k misspelt."""
+
+
+def _spellings(name: str) -> set[str]:
+    """A name without case and punctuation, and if it is not short, without one of its characters, too."""
+    letters = re.sub(r"[_\W]", "", name[:_SHOWN]).lower()
+    return {letters, *(letters[:i] + letters[i + 1 :] for i in range(len(letters)) if len(letters) > _SHORT)}

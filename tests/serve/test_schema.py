@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("starlette")
 
 from llama4.serve.app import ROUTES  # noqa: E402
 from llama4.serve.errors import RequestError  # noqa: E402
+from llama4.serve.openai_chat import CHAT as CHAT_FIELDS  # noqa: E402
 from llama4.serve.openapi import describe  # noqa: E402
 from llama4.serve.settings import Settings  # noqa: E402
 
@@ -154,3 +156,35 @@ def test_the_page_tells_of_every_route() -> None:
     }
     served = {re.sub(r"\{name.*?\}", "NAME", re.sub(r"\{response_id\}", "ID", route.path)) for route in ROUTES}
     assert told == served | {"/openapi.json"}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *(("max_token", "max_tokens"), ("maxTokens", "max_tokens"), ("max_tokesn", "max_tokens"), ("topP", "top_p")),
+        *(("temprature", "temperature"), ("presense_penalty", "presence_penalty"), ("stop-", "stop")),
+    ],
+)
+def test_a_misspelt_field_is_refused(given: str, meant: str) -> None:
+    """It would change the reply unseen."""
+    with pytest.raises(RequestError, match=f"{given} is not known; write {meant}") as caught:
+        CHAT_FIELDS.read({"messages": [{"role": "user", "content": "a"}], given: 1})
+    assert (caught.value.field, caught.value.status) == (given, 400)
+
+
+def test_fields_of_other_servers_are_ignored() -> None:
+    """Those of vLLM, llama.cpp, SGLang, OpenRouter, Ollama, text-generation-inference and others that come nearest."""
+    others = (
+        "top_a top_n_sigma typical_p min_keep min_length max_length max_new_tokens repeat_penalty n_probs n_predict "
+        "prompt_logprobs stop_token_ids chat_template documents models provider reasoning thinking num_ctx options "
+        "truncate_prompt_tokens bad_words length_penalty cache_prompt id_slot use_beam_search"
+    )
+    read = CHAT_FIELDS.read({"messages": [{"role": "user", "content": "a"}], **dict.fromkeys(others.split(), 1)})
+    assert read["max_tokens"] is None and read["top_k"] is None
+
+
+def test_many_unknown_fields_are_read_at_once() -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], **{f"{i:09}" * 9: 1 for i in range(100_000)}}
+    began = time.monotonic()
+    CHAT_FIELDS.read(body)
+    assert time.monotonic() - began < 10

@@ -1,5 +1,5 @@
-"""Ctrl-C (SIGINT) and SIGTERM at various times of every command that may take long: an answer within a second, exit code
-130 or 143, one line, and nothing half written."""
+"""Ctrl-C (SIGINT) and SIGTERM at various times of every command that may take long: an answer within a second, exit
+code 130 or 143, one line, and nothing half written."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ class Gentle(Protocol):
 
 @contextmanager
 def answered_soon() -> Iterator[None]:
-    """Python answers signals between two of its own instructions, and a kernel, a download or an import may keep it from
-    that. If the block has not ended some time after it, the process does: what it was writing has no name yet, and the
-    next run deletes it, or continues from there. A handler that can stop the block by itself is asked first, once.
+    """Python answers signals between two of its own instructions, and a kernel, a download or an import may keep it
+    from that. If the block has not ended some time after it, the process does: what it was writing has no name yet, and
+    the next run deletes it, or continues from there. A handler that can stop the block by itself is asked first, once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,6 +23,7 @@ from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.files import user_path
+from llama4.ops.openmp import considerate
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
@@ -268,7 +269,7 @@ def finetune(
     check_trackers(report_to)
     check_output(output, resume)
     run = Run(model, data, eval, options, progress)
-    with torch.random.fork_rng(), run.attached(), return_freed(), stoppable() as stop:
+    with torch.random.fork_rng(), run.attached(), return_freed(), considerate(), stoppable() as stop:
         objective = run.objective()
         check_memory(run.memory(objective), run.llm.model.device)
         torch.manual_seed(options.seed)

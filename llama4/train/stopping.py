@@ -41,7 +41,9 @@ class Stopper:
             is_first = not self.event.is_set()
             self.event.set()
         if is_first:
-            logger.warning("stopping after this step, whose state is saved; a second signal stops now, and loses the step")
+            logger.warning(
+                "stopping after this step, whose state is saved; a second signal stops now, and loses the step"
+            )
 
 
 @contextmanager

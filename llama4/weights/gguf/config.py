@@ -120,8 +120,8 @@ def reply_ends(tokens: Keys) -> tuple[int, ...]:
 
 
 def _dtype(model: GgufModel, tensors: GgufTensors) -> str:
-    """That of the decoder's largest tensor; of one that is quantized, bfloat16. A vision tower is often in float32, whatever
-    the model is in."""
+    """That of the decoder's largest tensor; of one that is quantized, bfloat16. A vision tower is often in float32,
+    whatever the model is in."""
     others = model.mmproj.tensors.keys() if model.mmproj is not None else ()
     own = (tensors.tensor(name) for name in tensors.names() if name not in others)
     largest = max(own, key=lambda tensor: tensor.nbytes)

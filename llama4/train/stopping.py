@@ -54,8 +54,8 @@ def stoppable() -> Iterator[Stopper]:
     if threading.current_thread() is not threading.main_thread():
         yield stopper
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stopper.before[number] = signal.signal(number, stopper)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        stopper.before[each] = signal.signal(each, stopper)
     try:
         yield stopper
     finally:

@@ -172,8 +172,9 @@ def test_a_misspelt_field_is_refused(given: str, meant: str) -> None:
     assert (caught.value.field, caught.value.status) == (given, 400)
 
 
-def test_fields_of_other_servers_are_ignored() -> None:
+def test_fields_of_other_servers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of vLLM, llama.cpp, SGLang, OpenRouter, Ollama, text-generation-inference and others that come nearest."""
+    monkeypatch.setattr("llama4.serve.schema._noticed", set())
     others = (
         "top_a top_n_sigma typical_p min_keep min_length max_length max_new_tokens repeat_penalty n_probs n_predict "
         "prompt_logprobs stop_token_ids chat_template documents models provider reasoning thinking num_ctx options "
@@ -183,7 +184,8 @@ def test_fields_of_other_servers_are_ignored() -> None:
     assert read["max_tokens"] is None and read["top_k"] is None
 
 
-def test_many_unknown_fields_are_read_at_once() -> None:
+def test_many_unknown_fields_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama4.serve.schema._noticed", set())
     body = {"messages": [{"role": "user", "content": "a"}], **{f"{i:09}" * 9: 1 for i in range(100_000)}}
     began = time.monotonic()
     CHAT_FIELDS.read(body)

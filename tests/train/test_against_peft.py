@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from llama4.adapters.files import load_adapter
 from llama4.train import Run, TrainingOptions, loop
 from llama4.train.data import Batch
 from llama4.train.loss import IGNORED
+from llama4.train.stopping import Stopper
 from tests import small_model
 from tests.adapters.test_files import STACKS, theirs
 from tests.train.test_data import write
@@ -85,6 +85,6 @@ def test_losses_are_those_of_trainer_and_peft(tmp_path: Path) -> None:
 
     wanted = losses_of_trainer(model, run, tmp_path / "trainer")
     with run.attached():
-        found = loop._train(run, run.objective(), tmp_path / "out", False, threading.Event()).losses
+        found = loop._train(run, run.objective(), tmp_path / "out", False, Stopper()).losses
     assert len(found) == len(wanted) == STEPS and found[-1] < 0.7 * found[0]
     assert found == pytest.approx(wanted, rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from llama4 import Llama4
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import load_adapter
 from llama4.train import Run, TrainingOptions, loop
+from llama4.train.stopping import Stopper
 from llama4.weights.convert import convert_to_gguf
 from tests.train.test_against_peft import losses_of_trainer
 from tests.train.test_data import write
@@ -62,6 +62,6 @@ def test_the_loss_falls_as_with_transformers(
         run.adapter, run.trained = adapter, dict(adapter.named_parameters())
     wanted = losses_of_trainer(model, run, tmp_path / "trainer")
     with run.attached():
-        found = loop._train(run, run.objective(), tmp_path / "out", False, threading.Event()).losses
+        found = loop._train(run, run.objective(), tmp_path / "out", False, Stopper()).losses
     assert len(found) == STEPS and found[-1] < 0.8 * found[0]
     assert found == pytest.approx(wanted, rel=1e-4)

@@ -90,7 +90,7 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
             "or an array [H, W, 3] of uint8 (of a tensor [3, H, W]: tensor.permute(1, 2, 0).numpy())"
         )
     if not limits.files:
-        if isinstance(source, str) and (data := _decode_base64(source)):
+        if isinstance(source, str) and (data := decode_base64(source)):
             return _decode(io.BytesIO(data), "the image in base64", limits)
         raise ImageError(f"{_short(str(source))} is not read: pictures may not come from files here; send the data")
     try:
@@ -105,7 +105,7 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
         reason = f"cannot open the image file {_short(str(source))}: {error}"
         if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
             reason = f"no such image file: {_short(str(source))}; check the path"
-        if isinstance(source, str) and (data := _decode_base64(source)):
+        if isinstance(source, str) and (data := decode_base64(source)):
             try:
                 return _decode(io.BytesIO(data), "in base64 it", limits)
             except ImageError as other:
@@ -149,7 +149,7 @@ def _check_length(text: str, limits: ImageLimits) -> None:
         )
 
 
-def _decode_base64(text: str) -> bytes | None:
+def decode_base64(text: str) -> bytes | None:
     """The bytes that a text is in base64; None if it is not, or too short to be an image."""
     try:
         letters = "".join(text.split()).rstrip("=")

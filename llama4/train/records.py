@@ -6,15 +6,18 @@ kinds is named by its number, with the field and what would be right.
 | messages | `messages`: as `chat` takes them, with pictures; `tools`: optional |
 | ShareGPT | `conversations`: a list of `{"from": ..., "value": ...}` |
 | completion | `prompt`: a question or messages; `completion`: the reply |
-| Alpaca | `instruction`, `input` (optional), `output` |
+| Alpaca | `instruction`, `input` (optional), `output`; `history`: pairs of a question and its reply |
 | preference | `prompt`: a question or messages; `chosen`, `rejected`: replies |
 | text | `text`: as it is, all of it learnt |
+
+All but a text may have `system`, `tools`, and `image` or `images`, whose pictures go where `<image>` stands.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from llama4.progress import Bar
 from llama4.reading import MAX_JSON_DEPTH, MAX_JSON_MEMORY, MAX_TEXT_RATIO, check_regular, json_depth, json_memory
 from llama4.text.messages import ImagePart, Message, ParsedMessage, read_messages
 from llama4.text.tool_calls import check_tools, short
+from llama4.vision.images import decode_base64
 
 PARQUET, HUB_ID = ".parquet", re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*?(:[\w.]+)?(?<!\.jsonl)(?<!\.json)(?<!\.gz)")
 MAX_LINE = 64 << 20
@@ -191,6 +195,7 @@ def _record(number: int, line: bytes, folder: Path) -> Record:
         raise DataError(f"it is nested deeper than {MAX_JSON_DEPTH}")
     for field, read in _KINDS.items():
         if field in content:
+            _check_all_read(content, field)
             return read(number, content, folder)
     fields = short(", ".join(content)) if content else "none"
     raise DataError(
@@ -207,7 +212,7 @@ def _no_constant(name: str) -> None:
 
 
 def _messages(number: int, content: Mapping[str, Any], folder: Path) -> Record:
-    messages = _conversation(content["messages"], folder)
+    messages = _conversation(content["messages"], content, folder)
     _check_learnt(messages, "messages")
     return Record(number, messages, tools=_tools(content))
 
@@ -229,40 +234,45 @@ def _sharegpt(number: int, content: Mapping[str, Any], folder: Path) -> Record:
         if role is None:
             raise DataError(f"turn {i} of conversations is from {short(speaker)}; choose of {', '.join(_SHAREGPT)}")
         messages.append({"role": role, "content": turn["value"]})
-    if isinstance(content.get("system"), str) and content["system"]:
-        messages.insert(0, {"role": "system", "content": content["system"]})
-    parsed = _conversation(messages, folder)
+    parsed = _conversation(messages, content, folder)
     _check_learnt(parsed, "conversations")
     return Record(number, parsed, tools=_tools(content))
 
 
 def _prompted(number: int, content: Mapping[str, Any], folder: Path) -> Record:
-    prompt = _conversation(_as_messages(content["prompt"], "prompt", "user"), folder)
+    prompt = _as_messages(content["prompt"], "prompt", "user")
+
+    def with_reply(field: str) -> tuple[ParsedMessage, ...]:
+        if field not in content:
+            raise DataError(f"it has a prompt and no {field}; add it")
+        reply = _as_messages(content[field], field, "assistant")
+        parsed = _conversation([*prompt, *reply], content, folder)
+        _check_learnt(parsed[-len(reply) :], field)
+        return parsed
+
     tools = _tools(content)
     if "chosen" in content or "rejected" in content:
-        chosen, rejected = (_reply(content, field, folder) for field in ("chosen", "rejected"))
-        return Record(number, (*prompt, *chosen), rejected=(*prompt, *rejected), tools=tools)
-    return Record(number, (*prompt, *_reply(content, "completion", folder)), tools=tools)
-
-
-def _reply(content: Mapping[str, Any], field: str, folder: Path) -> tuple[ParsedMessage, ...]:
-    if field not in content:
-        raise DataError(f"it has a prompt and no {field}; add it")
-    reply = _conversation(_as_messages(content[field], field, "assistant"), folder)
-    _check_learnt(reply, field)
-    return reply
+        return Record(number, with_reply("chosen"), rejected=with_reply("rejected"), tools=tools)
+    return Record(number, with_reply("completion"), tools=tools)
 
 
 def _alpaca(number: int, content: Mapping[str, Any], folder: Path) -> Record:
+    history = content.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
+        raise DataError(f'history is {short(history)}; it must be a list of ["question", "reply"]')
     instruction, more = _text(content, "instruction"), content.get("input") or ""
     if not isinstance(more, str):
         raise DataError(f"input is {short(more)}; it must be a text")
     question = f"{instruction}\n\n{more}" if more else instruction
-    output = _text(content, "output")
-    return Record(
-        number,
-        _conversation([{"role": "user", "content": question}, {"role": "assistant", "content": output}], folder),
-    )
+    turns = [*history, (question, _text(content, "output"))]
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return Record(number, _conversation(messages, content, folder), tools=_tools(content))
 
 
 def _plain(number: int, content: Mapping[str, Any], folder: Path) -> Record:
@@ -278,6 +288,18 @@ _KINDS: dict[str, Callable[[int, Mapping[str, Any], Path], Record]] = {
 }
 """The field that tells a kind -> how it is read."""
 
+_PICTURES = ("image", "images")
+_ADDED = {field: set(_KINDS) - {"text"} for field in ("system", "tools", *_PICTURES)}
+_ADDED |= {"history": {"instruction"}, "chosen": {"prompt"}, "rejected": {"prompt"}}
+_ADDED |= {field: set() for field in ("video", "videos", "audio", "audios")}
+"""Fields that add to what a line says -> the kinds that read them. Any others are notes, such as `id` or `source`."""
+
+
+def _check_all_read(content: Mapping[str, Any], kind: str) -> None:
+    unread = [field for field, kinds in _ADDED.items() if content.get(field) and kind not in kinds]
+    if unread:
+        raise DataError(f"{', '.join(unread)} is not read beside {kind}; say it in {kind}, or leave it out")
+
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
@@ -291,19 +313,72 @@ def _text(content: Mapping[str, Any], field: str) -> str:
 
 def _as_messages(value: Any, field: str, role: str) -> Any:
     """A text is one message."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{field} is empty; write a text")
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
+    if not isinstance(value, (str, list)):
         raise DataError(f"{field} is {short(value)}; it must be a text or a list of messages")
-    return value
+    if not (value.strip() if isinstance(value, str) else value):
+        raise DataError(f"{field} is empty; write a text")
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _conversation(messages: Any, folder: Path) -> tuple[ParsedMessage, ...]:
+def _conversation(messages: Any, content: Mapping[str, Any], folder: Path) -> tuple[ParsedMessage, ...]:
+    """Messages with what the line's other fields add to them."""
     if not isinstance(messages, list):
         raise DataError(f"messages is {short(messages)}; it must be a list of messages")
+    if system := content.get("system"):
+        if not isinstance(system, str):
+            raise DataError(f"system is {short(system)}; it must be a text")
+        messages = [{"role": "system", "content": system}, *messages]
+    pictures = _pictures(content)
+    if pictures or "conversations" in content:
+        messages = _with_pictures(messages, pictures)
     return tuple(read_messages([_beside(message, folder) for message in messages]))
+
+
+def _pictures(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of `image` and `images`, as parts of messages."""
+    found: list[dict[str, Any]] = []
+    for field in _PICTURES:
+        given = content.get(field) or []
+        for each in given if isinstance(given, list) else [given]:
+            if not isinstance(each, str) or not each:
+                raise DataError(f"{field} holds {short(each)}; a picture is a path, a URL or base64")
+            found.append({"type": "image", "image": each})
+    return found
+
+
+_MARK = re.compile("<image>\\n?")
+"""Where a picture of `image` or `images` goes, with the line break that LLaVA writes after it."""
+_PLACE = {"type": "image"}
+"""The same as a part of a message."""
+
+
+def _with_pictures(messages: list[Any], pictures: Sequence[Mapping[str, Any]]) -> list[Any]:
+    split = [_split_at_marks(message) for message in messages]
+    places = sum(part == _PLACE for parts in split for part in parts or ())
+    if places != len(pictures):
+        raise DataError(
+            f"it has <image> {places} times, and {len(pictures)} pictures under image and images; give one for each"
+        )
+    rest = iter(pictures)
+    return [
+        message if parts is None else {**message, "content": [next(rest) if part == _PLACE else part for part in parts]}
+        for message, parts in zip(messages, split, strict=True)
+    ]
+
+
+def _split_at_marks(message: Any) -> list[Any] | None:
+    """The parts of a message, in which a picture goes to each `_PLACE`; None for one without."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts: list[Any] = []
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, Mapping) and isinstance(text := part.get("text"), str):
+            for i, piece in enumerate(_MARK.split(text)):
+                parts += [_PLACE] * (i > 0) + [{**part, "text": piece}] * bool(piece)
+        else:
+            parts.append(part)
+    return parts if _PLACE in parts else None
 
 
 def _beside(message: Any, folder: Path) -> Message:
@@ -321,6 +396,8 @@ def _found(part: Any, folder: Path) -> Any:
     source = next((part[key] for key in ("image", "url", "path", "image_url") if part.get(key) is not None), None)
     source = source.get("url") if isinstance(source, Mapping) else source
     if not isinstance(source, str) or "://" in source[:12] or source[:5].lower() == "data:":
+        return part
+    if not os.path.isfile(folder / source) and decode_base64(source):
         return part
     return {"type": "image", "image": str(folder / source)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import itertools
 import json
@@ -129,6 +130,84 @@ def test_pictures_beside_the_file(llm: Llama4, tmp_path: Path) -> None:
     assert batch_loss(llm.model, batch).isfinite()
     with pytest.raises(DataError, match="nothing is learnt of its 1 lines within 8 tokens"):
         load(write(tmp_path / "x.jsonl", line), processor, max_length=8)
+
+
+def pictured(*content: Any) -> dict[str, Any]:
+    """What a line is to be read as: texts and names of pictures."""
+    parts = [
+        {"type": "image", "image": each[1:]} if each[0] == "@" else {"type": "text", "text": each} for each in content
+    ]
+    return {"messages": [{"role": "user", "content": parts}, REPLY]}
+
+
+SAID = {"from": "gpt", "value": "Three."}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (
+            {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhich?"}, SAID]},
+            pictured("@a.png", "Which?"),
+        ),
+        (
+            {
+                "images": ["a.png", "b.png"],
+                "conversations": [{"from": "human", "value": "Is <image> or<image>?"}, SAID],
+            },
+            pictured("Is ", "@a.png", " or", "@b.png", "?"),
+        ),
+        (
+            {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>Which?"}, REPLY]},
+            pictured("@a.png", "Which?"),
+        ),
+        (
+            {
+                "images": ["a.png"],
+                "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}],
+                "completion": "Three.",
+            },
+            pictured("@a.png", "Which?"),
+        ),
+        (
+            {"images": ["a.png"], "instruction": "<image>Which?", "input": "", "output": "Three.", "source": "here"},
+            pictured("@a.png", "Which?"),
+        ),
+        ({"images": [], "image": "", "messages": [{"role": "user", "content": "<image>"}, REPLY]}, pictured("<image>")),
+    ],
+)
+def test_pictures_of_a_line(line: dict[str, Any], wanted: dict[str, Any], processor: Processor, tmp_path: Path) -> None:
+    """As LLaVA and LLaMA-Factory write them: equal to parts of messages."""
+    for i, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (30 + 30 * i, 30), "red").save(tmp_path / name)
+    found, expected = load(write(tmp_path / "x.jsonl", line, wanted), processor).examples
+    assert found.ids == expected.ids and found.is_learnt == expected.is_learnt and found.sources == expected.sources
+    assert len(found.sources) == json.dumps(wanted).count(".png")
+
+
+def test_a_preferences_pictures_are_in_both(processor: Processor, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "a.png")
+    line = {"prompt": "<image>Which?", "chosen": "Red.", "rejected": "Blue.", "image": "a.png"}
+    dataset = load(write(tmp_path / "x.jsonl", line), processor)
+    assert dataset.examples[0].sources == dataset.rejected[0].sources == (str(tmp_path / "a.png"),)
+
+
+def test_a_picture_in_base64(processor: Processor, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    lines = [pictured("@" + data, "Which?"), pictured("@" + data.rstrip("="), "Which?")]
+    lines.append({"image": data, "messages": [{"role": "user", "content": "<image>Which?"}, REPLY]})
+    dataset = load(write(tmp_path / "x.jsonl", pictured("@a.png", "Which?"), *lines), processor)
+    assert len({example.ids for example in dataset.examples}) == 1 and dataset.examples[3].tiles == 3
+
+
+def test_alpaca_with_system_and_history(processor: Processor, tmp_path: Path) -> None:
+    """As LLaMA-Factory reads them: the replies of the history are learnt, too."""
+    line = {"instruction": "How many?", "output": "Three.", "system": "Be brief.", "history": [["Why?", "So."]]}
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    wanted = {"messages": [*told, {"role": "assistant", "content": "So."}, USER, REPLY]}
+    found, expected = load(write(tmp_path / "x.jsonl", line, wanted), processor).examples
+    assert found.ids == expected.ids and learnt(found, processor) == "So.<|eot|>Three.<|eot|>"
 
 
 def test_compressed_files_and_empty_lines(processor: Processor, tmp_path: Path) -> None:
@@ -277,6 +356,19 @@ DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
     (b'{"text": ' + b"1" * 5000 + b"}", "it is not JSON that can be read: .*4300"),
     (b'{"text": [' + b"[]," * 3_000_000 + b"[]]}", "it has too many values"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "mixes preferences"),
+    ({"prompt": [], "completion": "b"}, "prompt is empty"),
+    (
+        {"image": "a.png", "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "b"}]},
+        "it has <image> 0 times, and 1 pictures under image and images; give one for each",
+    ),
+    ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}, "1 times, and 0 pict"),
+    ({"images": [{}], "messages": [USER, REPLY]}, "images holds {}; a picture is a path, a URL or base64"),
+    ({"images": ["no.png"], "prompt": "<image>", "completion": "b"}, r"no\.png"),
+    ({"system": ["a"], "prompt": "a", "completion": "b"}, r"system is \['a'\]; it must be a text"),
+    ({"history": [["a"]], "instruction": "a", "output": "b"}, r"history is .*; it must be a list of"),
+    ({"history": [["a", "b"]], "prompt": "a", "completion": "b"}, "history is not read beside prompt; say it in"),
+    ({"text": "a", "image": "a.png", "audio": "a.wav"}, "image, audio is not read beside text"),
+    ({"messages": [USER, REPLY], "chosen": "a", "rejected": "b"}, "chosen, rejected is not read beside messages"),
 ]
 
 

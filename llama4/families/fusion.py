@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llama4.text.prompt import IMAGE, Piece, image_tokens
+from llama4.text.prompt import IMAGE, IMAGE_END, Piece, image_tokens
 from llama4.text.tokenizer import Tokenizer
 from llama4.vision.tiling import Tiles
 
@@ -23,6 +23,8 @@ class Fusion(ABC):
 
     tiling: ClassVar[dict[str, Any]] = {}
     """Arguments of `tile_image`."""
+    picture_end: ClassVar[str]
+    """The last token that a picture stands for."""
 
     @abstractmethod
     def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
@@ -40,6 +42,8 @@ class Fusion(ABC):
 class EarlyFusion(Fusion):
     """Llama 4: each tile, and a global one, stands as so many tokens in the prompt."""
 
+    picture_end = IMAGE_END
+
     def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
         return image_tokens(rows, cols, tokens_per_tile, tokenizer)
 
@@ -55,6 +59,7 @@ class SeenByCrossAttention(Fusion):
     """Llama 3.2 Vision: a picture is one token, and its tiles are seen by layers of cross-attention."""
 
     tiling: ClassVar[dict[str, Any]] = {"global_tile": False, "precision": torch.float64}
+    picture_end = IMAGE
 
     def token_ids(self, rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
         return [tokenizer.special(IMAGE)]

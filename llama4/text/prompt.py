@@ -24,6 +24,8 @@ from llama4.text.tool_calls.spellings import BUILT_IN, CODE_INTERPRETER
 
 IMAGE = "<|image|>"
 """The special token that stands in a prompt's pieces for a whole image."""
+IMAGE_END = "<|image_end|>"
+"""The last of the tokens that Llama 4 has in its place."""
 
 _FORMAT = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
@@ -262,7 +264,7 @@ def image_tokens(rows: int, cols: int, tokens_per_tile: int, tokenizer: Tokenize
     if rows * cols > 1:
         row = [*tile, *[tokenizer.special("<|tile_x_separator|>"), *tile] * (cols - 1)]
         ids += [*row, tokenizer.special("<|tile_y_separator|>")] * rows
-    return [*ids, tokenizer.special("<|image|>"), *tile, tokenizer.special("<|image_end|>")]
+    return [*ids, tokenizer.special(IMAGE), *tile, tokenizer.special(IMAGE_END)]
 
 
 def _listing(tools: Sequence[Mapping[str, Any]]) -> str:

@@ -176,9 +176,9 @@ def load_dataset(
                             [record, replace(record, messages=record.rejected)] if record.rejected else [record]
                         )
                     ]
+                    kept = [_cut(whole, max_length, processor) for whole in pair]
                 except Llama4Error as error:
                     raise DataError(f"{path}, line {record.line}: {error}") from None
-                kept = [_cut(whole, max_length, processor) for whole in pair]
                 if any(each is None or not each.num_learnt for each in kept):
                     dropped.append(record.line)
                     continue
@@ -256,8 +256,8 @@ def _cut(whole: Example, max_length: int, processor: Processor) -> Example | Non
     if len(whole.ids) <= max_length:
         return whole
     if whole.sources:
-        last = max(i for i, token in enumerate(whole.ids) if token == processor.tokenizer.special("<|image_end|>"))
-        if last >= max_length:
+        end = processor.tokenizer.special(processor.fusion.picture_end)
+        if end in whole.ids[max_length:]:
             return None
     return replace(whole, ids=whole.ids[:max_length], is_learnt=whole.is_learnt[:max_length])
 

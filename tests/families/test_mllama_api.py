@@ -272,6 +272,17 @@ def test_learning_from_pictures(llm: Llama4, tmp_path: Path) -> None:
         torch.testing.assert_close(first, second)
 
 
+def test_a_long_example_is_cut_behind_its_pictures(llm: Llama4, tmp_path: Path) -> None:
+    picture(60, 30).save(tmp_path / "a.png")
+    record = {"image": "a.png", "prompt": "<image>What is it?", "completion": "A picture. " * 20}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    dataset = load_dataset(tmp_path / "data.jsonl", llm.processor, max_length=64)
+    assert dataset.cut == 1 and len(dataset.examples[0].ids) == 64 and dataset.examples[0].num_learnt
+    before = {"prompt": "What is it?" * 20 + "<image>"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record | before) + "\n" + json.dumps(record) + "\n")
+    assert load_dataset(tmp_path / "data.jsonl", llm.processor, max_length=64).dropped == (1,)
+
+
 def test_image_fields_of_transformers_are_in_a_table() -> None:
     images = {
         *MllamaImageProcessor.valid_kwargs.__annotations__,

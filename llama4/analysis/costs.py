@@ -7,7 +7,6 @@ counted; norms, RoPE, softmax and the like are not: together they are below 1% o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 
 import torch
@@ -23,8 +22,13 @@ _LAYER = "language_model.model.layers.{}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
-def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """The decoder's parameters as the model names them: Linear weights [O, I], experts [E, I, O]."""
+def parameter_shapes(config: TextConfig, plan: QuantizationPlan | None = None) -> dict[str, tuple[int, ...]]:
+    """The decoder's parameters as the model names them: Linear weights [O, I], experts [E, I, O].
+
+    Args:
+        plan: may have gate and up of experts apart, or a Linear for each expert, see `swap_modules`.
+    """
+    plan = plan or {}
     D, C = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * C, config.num_key_value_heads * C
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.num_embeddings, D)}
@@ -45,8 +49,15 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
         if config.uses_experts(i):
             width, experts = config.intermediate_size, config.num_local_experts
             shapes[f"{forward}router.weight"] = (experts, D)
-            shapes[f"{forward}experts.gate_up_proj"] = (experts, D, 2 * width)
-            shapes[f"{forward}experts.down_proj"] = (experts, width, D)
+            stack = f"{forward}experts."
+            if f"{stack}0.gate_proj.weight" in plan:
+                for path in (f"{stack}{expert}." for expert in range(experts)):
+                    shapes |= {f"{path}{part}_proj.weight": (width, D) for part in ("gate", "up")}
+                    shapes[f"{path}down_proj.weight"] = (D, width)
+            else:
+                parts = {"gate": width, "up": width} if f"{stack}gate_proj" in plan else {"gate_up": 2 * width}
+                shapes |= {f"{stack}{part}_proj": (experts, D, size) for part, size in parts.items()}
+                shapes[f"{stack}down_proj"] = (experts, width, D)
             forward += "shared_expert."
         shapes |= {f"{forward}{part}_proj.weight": (width, D) for part in ("gate", "up")}
         shapes[f"{forward}down_proj.weight"] = (D, width)
@@ -71,7 +82,8 @@ def parameter_bytes(
 ) -> dict[str, int]:
     """Bytes of each parameter of the decoder; of a quantized one, quantized values and scales together."""
     plan, size = plan or {}, getattr(torch, dtype).itemsize
-    return {name: stored_bytes(shape, plan.get(name), size) for name, shape in parameter_shapes(config).items()}
+    shapes = parameter_shapes(config, plan)
+    return {name: stored_bytes(shape, plan.get(name), size) for name, shape in shapes.items()}
 
 
 def stored_bytes(shape: tuple[int, ...], format: WeightFormat | None, size: int) -> int:
@@ -94,7 +106,7 @@ def weight_bytes(config: Llama4Config, plan: QuantizationPlan | None = None, dty
 
 def is_of_experts(name: str) -> bool:
     """Whether a parameter is one of routed experts."""
-    return re.search(r"\.experts\.\w+$", name) is not None
+    return ".experts." in name
 
 
 def share_per_token(config: TextConfig, name: str) -> float:

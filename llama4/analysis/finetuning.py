@@ -418,12 +418,14 @@ def table(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def weights_of(method: str, given: str) -> str:
-    """The weights that a method is planned with.
+def weights_of(method: str, given: str, is_packed: bool = False) -> str:
+    """The weights that a method is planned with, of a model that is packed already or not.
 
     Raises:
         ArgumentError: packed weights, which method "full" does not train.
     """
     if method == "full" and given not in ("auto", "bf16"):
         raise ArgumentError(f"--weights {given}: packed weights are not trained; plan --finetune qlora")
-    return QUANTIZATION if method == "qlora" and given == "auto" else given
+    if method == "full" and given == "auto" and is_packed:
+        raise ArgumentError("this model's weights are packed, and packed weights are not trained; plan --finetune lora")
+    return QUANTIZATION if method == "qlora" and given == "auto" and not is_packed else given

@@ -9,21 +9,21 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama4.analysis import costs
+from llama4.analysis import costs, info
 from llama4.analysis.hardware import Rates
 from llama4.config import Llama4Config
 from llama4.config.window import most_visible_tokens
 from llama4.engine.prefill import prefill_tokens
 from llama4.errors import ArgumentError, Llama4Error
+from llama4.families import PRESETS
 from llama4.quantization.plan import QuantizationPlan
 from llama4.units import bytes_text, time_text
+from llama4.weights import checkpoint, hub
 from llama4.weights import memory as weights_memory
-from llama4.weights.checkpoint import open_checkpoint
 
 MOST_DEVICES = 1 << 14
 """The most devices that `remedies` proposes."""
@@ -84,9 +84,32 @@ class Placement:
         return replace(self, devices=devices, tensor_parallel=math.gcd(devices, heads))
 
 
+def read_model(
+    name: str, revision: str | None = None, subfolder: str | None = None, *, weights: str = "auto"
+) -> tuple[Llama4Config, QuantizationPlan]:
+    """The configuration of a model and, with weights "auto", the formats that it is stored in: nothing but headers is
+    read or fetched.
+
+    Raises:
+        Llama4Error: see `info.find`; or a quantized model whose files are not here, nor on a Hub that can be reached.
+    """
+    if name in PRESETS:
+        return PRESETS[name](), {}
+    place = {"revision": revision, "subfolder": subfolder}
+    directory = hub.resolve(name, **place, select=lambda layout: layout.config_files)
+    config = checkpoint.read_config(directory)
+    is_gguf = directory.is_file()
+    if weights != "auto" or (config.quantization_config is None and not is_gguf):
+        return config, {}
+    found = info.find(name, **place)
+    if found.weights is None:
+        raise Llama4Error(f"{name} is quantized, and how is in its files, which are not here; say it with --weights")
+    return found.config, found.weights.plan
+
+
 def make_placement(
-    name: str,
     config: Llama4Config,
+    stored: QuantizationPlan | None = None,
     *,
     weights: str = "auto",
     dtype: str = "auto",
@@ -99,24 +122,17 @@ def make_placement(
     """A model on devices, from the options of `llama4 plan`.
 
     Args:
-        name: of the model. If it is the directory of a quantized model, the headers of its files give the formats.
+        stored: of a quantized model the formats of its files, see `read_model`.
         weights: "auto" (as stored), "bf16", or a scheme of quantization/schemes.py.
         dtype: of all other parameters; "auto" is the checkpoint's.
         tensor_parallel: by default over as many devices as the key heads allow.
 
     Raises:
-        Llama4Error: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so; a
-            quantized model whose files are not on this machine.
+        Llama4Error: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so.
     """
     plan: QuantizationPlan = {}
-    if weights == "auto" and config.quantization_config is not None:
-        if not Path(name).is_dir():
-            raise Llama4Error(
-                f"{name} is quantized, and how is in its files, which are not here; say it with --weights"
-            )
-        stored = open_checkpoint(name)[1].plan
-        plan = {parameter: format for parameter, format in stored.items() if format is not None}
-        weights = "the formats it is stored in"
+    if weights == "auto" and stored:
+        plan, weights = stored, "the formats it is stored in"
     elif weights not in ("auto", "bf16"):
         plan = costs.quantization_plan(config.text, weights)
     if dtype == "auto":

@@ -125,7 +125,7 @@ def probe(text: TextConfig, plan: QuantizationPlan) -> tuple[TextConfig, Quantiz
         return f".layers.{int(match[1]) - total + kept}."
 
     moved = {re.sub(r"\.layers\.(\d+)\.", renamed, name): format for name, format in plan.items()}
-    return small, {name: moved[name] for name in costs.parameter_shapes(small) if name in moved}
+    return small, {name: moved[name] for name in costs.parameter_shapes(small, moved) if name in moved}
 
 
 def _last_layers(text: TextConfig, kept: int) -> TextConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4.analysis.costs import EMBEDDING, parameter_shapes, stored_bytes
+from llama4.analysis.costs import EMBEDDING, is_of_experts, parameter_shapes, stored_bytes
 from llama4.bench.peak_rates import PeakRates
 from llama4.config import TextConfig
 from llama4.config.window import visible_tokens
@@ -39,9 +39,9 @@ class Work:
         return max(self.flops / peak.gemm, self.bytes / peak.memory)
 
 
-def matrices(text: TextConfig) -> dict[str, Shape]:
-    """All weight matrices of the decoder: parameter -> its shape, [O, I], of routed experts [E, I, O]."""
-    shapes = parameter_shapes(text)
+def matrices(text: TextConfig, plan: QuantizationPlan | None = None) -> dict[str, Shape]:
+    """All weight matrices of the decoder: parameter -> its shape, see `parameter_shapes`."""
+    shapes = parameter_shapes(text, plan)
     head = shapes[EMBEDDING]  # the same shape, and the same weights if they are tied
     return {name: shape for name, shape in shapes.items() if len(shape) > 1 and name != EMBEDDING} | {HEAD: head}
 
@@ -59,9 +59,9 @@ def active_numbers(text: TextConfig, *, head: bool = True) -> int:
 def weight_bytes(text: TextConfig, plan: QuantizationPlan, dtype: torch.dtype, experts: float) -> float:
     """Bytes of all matrices, with `experts` of each layer's experts."""
     total = 0.0
-    for name, shape in matrices(text).items():
+    for name, shape in matrices(text, plan).items():
         size = stored_bytes(shape, plan.get(name), dtype.itemsize)
-        total += size * experts / shape[0] if len(shape) == 3 else size
+        total += size * experts / text.num_local_experts if is_of_experts(name) else size
     return total
 
 

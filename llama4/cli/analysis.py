@@ -91,7 +91,6 @@ def run_plan(options: argparse.Namespace) -> int:
     with starting():
         from llama4 import units
         from llama4.analysis import hardware, mapped_experts, planner
-        from llama4.analysis.info import read_config
         from llama4.bench import calibration as cpu
         from llama4.families import PRESETS
         from llama4.tiny import EMBEDDED
@@ -108,12 +107,12 @@ def run_plan(options: argparse.Namespace) -> int:
         options.parser.error("--disk-rate is of a model larger than this CPU's memory; add --device cpu")
     if options.measure and options.model in PRESETS and options.model not in EMBEDDED:
         options.parser.error(f"--measure runs a model, and {options.model} is a shape without weights; leave it out")
-    config = read_config(options.model, options.revision, subfolder=options.subfolder)
+    config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)
     device = "h100" if on_cpu else options.device or "h100"
     rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
     placement = planner.make_placement(
-        options.model,
         config,
+        stored,
         weights=options.weights,
         dtype=cpu.dtype_of(config, options.weights) if on_cpu else "auto",
         cache_dtype=options.cache,
@@ -132,8 +131,8 @@ def run_plan(options: argparse.Namespace) -> int:
     mapped = mapped_experts.mapped_experts(placement, context) if on_cpu else None
     if mapped is not None:
         disk = units.parse_rate(options.disk_rate) if options.disk_rate else None
-        if disk is None and Path(options.model).is_dir():
-            disk = cpu.disk_rate(Path(options.model))
+        if disk is None and (directory := Path(options.model, options.subfolder or "")).is_dir():
+            disk = cpu.disk_rate(directory)
         if disk is not None:
             facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
     if options.measure:
@@ -153,7 +152,6 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
     from llama4 import units
     from llama4.adapters.config import LoraConfig
     from llama4.analysis import finetuning, hardware, planner
-    from llama4.analysis.info import read_config
     from llama4.train.options import MOST_BATCH_TOKENS, TrainingOptions
 
     for name in NOT_OF_FINETUNE:
@@ -161,12 +159,12 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
             options.parser.error(f"--{name.replace('_', '-')} is not of a training; leave it or --finetune out")
     if options.device == "cpu" and options.gemm_rate is None:
         options.parser.error("--finetune with --device cpu needs --gemm-rate, what this CPU reaches")
-    config = read_config(options.model, options.revision, subfolder=options.subfolder)
+    config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)
     device = "h100" if options.device in (None, "cpu") else options.device
     placement = planner.make_placement(
-        options.model,
         config,
-        weights=finetuning.weights_of(options.finetune, options.weights),
+        stored,
+        weights=finetuning.weights_of(options.finetune, options.weights, bool(stored)),
         devices=options.devices,
         device_memory=_device_memory(options),
     )

@@ -42,7 +42,7 @@ def training(method: str = "lora", tokens: int = 4096, **options: object) -> Tra
 
 
 def placed(name: str = "scout", weights: str = "auto", devices: int = 8) -> Placement:
-    return make_placement(name, PRESETS[name](), weights=weights, devices=devices, device_memory=80 * GIB)
+    return make_placement(PRESETS[name](), weights=weights, devices=devices, device_memory=80 * GIB)
 
 
 def test_parameters_and_states_by_hand() -> None:

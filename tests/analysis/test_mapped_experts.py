@@ -23,7 +23,7 @@ EXPERT = 3 * 5120 * 8192 // 2 + 3 * 5120 * 8192 // 128 * 2
 
 
 def scout(memory: int, weights: str = "int4") -> Placement:
-    return make_placement("scout", PRESETS["scout"](), weights=weights, device_memory=memory, device_type="cpu")
+    return make_placement(PRESETS["scout"](), weights=weights, device_memory=memory, device_type="cpu")
 
 
 def test_scout_in_24_gib() -> None:
@@ -44,7 +44,7 @@ def test_scout_in_24_gib() -> None:
 def test_maverick_in_24_gib() -> None:
     """A token needs 1 of 128 experts in each of 24 layers, and few of them have room."""
     maverick = PRESETS["maverick"]()
-    placement = make_placement("maverick", maverick, weights="int4", device_memory=24 * GIB, device_type="cpu")
+    placement = make_placement(maverick, weights="int4", device_memory=24 * GIB, device_type="cpu")
     found = mapped.mapped_experts(placement, 1024)
     assert found is not None
     assert found.experts == 24 * 128 * EXPERT
@@ -54,7 +54,7 @@ def test_maverick_in_24_gib() -> None:
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_none_where_all_else_does_not_fit(name: str) -> None:
-    placement = make_placement(name, PRESETS[name](), weights="int4", device_memory=4 * GIB, device_type="cpu")
+    placement = make_placement(PRESETS[name](), weights="int4", device_memory=4 * GIB, device_type="cpu")
     assert mapped.mapped_experts(placement, 1024) is None
 
 

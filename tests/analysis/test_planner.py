@@ -21,22 +21,24 @@ from llama4.analysis.planner import (
     largest_context,
     make_placement,
     memory,
+    read_model,
     remedies,
     table,
     times,
     usable,
 )
-from llama4.config import PRESETS, Llama4Config
+from llama4.api import Llama4
+from llama4.config import PRESETS
 from llama4.engine.prefill import piece_size
 from llama4.model.multimodal import Llama4Model
-from llama4.weights.convert import quantize
+from llama4.weights.convert import convert_to_gguf, quantize
 from tests import small_model
 
 TEN_MILLION, GIB = 10 * 2**20, 2**30
 
 
 def scout(devices: int = 8, **options: str) -> Placement:
-    return make_placement("scout", PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
+    return make_placement(PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
 
 
 def test_ten_million_tokens_on_eight_devices() -> None:
@@ -78,7 +80,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
     eight, sixteen = memory(scout(8), TEN_MILLION), memory(scout(16), TEN_MILLION)
     assert sixteen.full_cache == eight.full_cache / 2
     assert (sixteen.weights, sixteen.chunked_cache) == (eight.weights, eight.chunked_cache)
-    given = make_placement("scout", PRESETS["scout"](), devices=8, tensor_parallel=2)
+    given = make_placement(PRESETS["scout"](), devices=8, tensor_parallel=2)
     assert memory(given, TEN_MILLION).full_cache == eight.full_cache
     assert memory(given, TEN_MILLION).chunked_cache == 4 * eight.chunked_cache
 
@@ -86,7 +88,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
 @pytest.mark.parametrize(("devices", "tensor_parallel"), [(8, 3), (8, 16), (4, 8), (8, 0), (0, 1), (-1, None)])
 def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -> None:
     with pytest.raises(ValueError, match=r"it must divide|hold nothing"):
-        make_placement("scout", PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
+        make_placement(PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -
 )
 def test_every_remedy_is_one(name: str, devices: int, weights: str) -> None:
     """Each, taken as options of the command, fits."""
-    setup = make_placement(name, PRESETS[name](), weights=weights, devices=devices)
+    setup = make_placement(PRESETS[name](), weights=weights, devices=devices)
     context = setup.config.text.max_position_embeddings
     found = remedies(setup, context)
     assert found and not fits(setup, context)
@@ -109,7 +111,6 @@ def test_every_remedy_is_one(name: str, devices: int, weights: str) -> None:
         words = remedy.split()
         options = dict(zip(words[::2], words[1::2], strict=True))
         changed = make_placement(
-            name,
             PRESETS[name](),
             weights=options.pop("--weights", weights),
             cache_dtype=options.pop("--cache", "auto"),
@@ -127,7 +128,7 @@ def test_times_by_hand() -> None:
     assert times(setup, 2**20, Rates(never, never, never, 1, "")).prompt == pytest.approx(attention / 8)
     cached = costs.cache_bytes_read(text, 2**20)
     assert times(setup, 2**20, Rates(never, 1, never, never, "")).token == pytest.approx(cached / 8)
-    one = make_placement("scout", PRESETS["scout"]())
+    one = make_placement(PRESETS["scout"]())
     read = costs.weight_bytes_read(text)
     assert times(one, 2**20, Rates(1, never, never, never, "")).token == pytest.approx(read)
     # Where products cost nothing, reading all weights takes longer: for every 16,384 tokens, on a CPU for every 2048.
@@ -155,7 +156,7 @@ def test_pieces_of_a_prompt_are_those_that_the_library_reads(
     """Where there is memory enough; activations are of one piece."""
     config = PRESETS["scout"]()
     config = replace(config, text=replace(config.text, head_dim=head_dim))
-    placement = make_placement("scout", config, dtype=dtype, device_type=device)
+    placement = make_placement(config, dtype=dtype, device_type=device)
     monkeypatch.setattr("llama4.engine.prefill.free_memory", lambda _: 1 << 50)
     model = SimpleNamespace(config=config, device=torch.device(device), dtype=getattr(torch, dtype))
     assert placement.prefill_tokens == piece_size(cast(Llama4Model, model)) == tokens
@@ -178,11 +179,40 @@ def test_fp8_is_multiplied_in_fp8() -> None:
 
 def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
     quantize(small_model.write(tmp_path / "in"), tmp_path / "out", "fp8_mixed", progress=False)
-    config = Llama4Config.from_directory(tmp_path / "out")
-    stored = make_placement(str(tmp_path / "out"), config)
-    assert stored.plan == make_placement("small", small_model.config(), weights="fp8_mixed").plan != {}
+    for name, subfolder in ((tmp_path / "out", None), (tmp_path, "out")):
+        stored = make_placement(*read_model(str(name), subfolder=subfolder))
+        assert stored.plan == make_placement(small_model.config(), weights="fp8_mixed").plan != {}
+    for path in (tmp_path / "out").glob("*.safetensors*"):
+        path.unlink()
     with pytest.raises(ValueError, match="say it with --weights"):
-        make_placement("somebody/elses", config)
+        read_model(str(tmp_path / "out"))
+    assert read_model(str(tmp_path / "out"), weights="int8")[1] == {}
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0", "mxfp4"])
+def test_a_gguf_file_is_planned_as_it_is(kind: str, tmp_path: Path) -> None:
+    """All its weights, those of experts in stacks of their own."""
+    convert_to_gguf(small_model.write(tmp_path / "in"), tmp_path / "out.gguf", kind, progress=False)
+    placement = make_placement(*read_model(str(tmp_path / "out.gguf")))
+    llm = Llama4.from_pretrained(tmp_path / "out.gguf", dtype=placement.dtype, progress=False)
+    held = sum(parameter.nbytes for parameter in llm.model.parameters())
+    assert memory(placement, 256).weights == pytest.approx(held, rel=0.001)
+    assert (placement.plan == {}) == (kind == "f32")
+
+
+def test_experts_as_linears_take_what_stacks_do() -> None:
+    """As in checkpoints of bitsandbytes."""
+    text = small_model.config().text
+    stacked = costs.quantization_plan(text, "int8")
+    format = stacked["language_model.model.layers.1.feed_forward.experts.down_proj"]
+    paths = {name.rpartition(".")[0] for name in stacked if costs.is_of_experts(name)}
+    parts = [
+        f"{expert}.{part}_proj.weight" for expert in range(text.num_local_experts) for part in ("gate", "up", "down")
+    ]
+    apart = {f"{path}.{part}": format for path in paths for part in parts}
+    apart |= {name: kind for name, kind in stacked.items() if not costs.is_of_experts(name)}
+    assert costs.weight_bytes_read(text, apart) == costs.weight_bytes_read(text, stacked)
+    assert sum(costs.parameter_bytes(text, apart).values()) == sum(costs.parameter_bytes(text, stacked).values())
 
 
 def test_a_context_beyond_the_window() -> None:
@@ -193,7 +223,7 @@ def test_a_context_beyond_the_window() -> None:
 
 
 def test_a_model_that_int4_does_not_suit_gets_other_remedies() -> None:
-    setup = make_placement("small", small_model.config())
+    setup = make_placement(small_model.config())
     setup = replace(setup, device_memory=int(memory(setup, 512).total / 0.94))
     assert fits(setup, 512) and not fits(setup, 4096)
     assert not [remedy for remedy in remedies(setup, 4096) if "--weights" in remedy]

@@ -259,9 +259,13 @@ def test_info_of_a_quantized_model_on_the_hub(
     text = run(capsys, "info", "org/int8")[1]
     assert f"on the Hub  org/int8 at commit {COMMIT}" in text
     assert "headers alone were fetched" in text
+    plans = [json.loads(run(capsys, "plan", name, "--json")[1]) for name in ("org/int8", int8)]
+    assert plans[0]["bytes_per_device"] == plans[1]["bytes_per_device"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, _ = run(capsys, "info", "org/int8")
     assert (code, "no weights here" in out) == (0, True)
+    code, _, error = run(capsys, "plan", "org/int8")
+    assert (code, "say it with --weights" in error) == (1, True)
 
 
 @pytest.mark.parametrize("damage", ["header", "length", "end"])

@@ -538,8 +538,8 @@ def test_pictures_are_looked_at_before_a_model_is_loaded(tmp_path: Path, capsys:
         (["plan", "scout", "maverick"], "'maverick' is one argument too many; see"),
         (["generate", "--max-new-tokens", "many", "hi"], "invalid int value: 'many'"),
         (["generate", "--temperature", "warm", "hi"], "invalid float value: 'warm'"),
-        (["generate", "--raw", "--image", "x.png", "hi"], "neither --image nor --system"),
-        (["generate", "--raw", "--system", "x", "hi"], "neither --image nor --system"),
+        (["generate", "--raw", "--image", "x.png", "hi"], "leave out --image"),
+        (["generate", "--raw", "--system", "x", "hi"], "leave out --system"),
         (["info"], "model"),
     ],
 )

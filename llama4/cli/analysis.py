@@ -69,6 +69,9 @@ def run_info(options: argparse.Namespace) -> int:
     if options.system == bool(options.model):
         options.parser.error("give a model, or --system")
     if options.system:
+        for name in ("revision", "subfolder", "context"):
+            if getattr(options, name) is not None:
+                options.parser.error(f"--{name} is of a model; --system shows this machine, leave one out")
         with starting():
             from llama4.bench import machine
 
@@ -157,6 +160,9 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
     for name in NOT_OF_FINETUNE:
         if getattr(options, name) != options.parser.get_default(name):
             options.parser.error(f"--{name.replace('_', '-')} is not of a training; leave it or --finetune out")
+    for name in ("rank", "targets"):
+        if options.finetune == "full" and getattr(options, name) is not None:
+            options.parser.error(f"--{name} is of an adapter; --finetune full has none")
     if options.device == "cpu" and options.gemm_rate is None:
         options.parser.error("--finetune with --device cpu needs --gemm-rate, what this CPU reaches")
     config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)

@@ -18,17 +18,22 @@ from llama4.units import bytes_text
 def add_parsers(commands: Any) -> None:
     about = "Write a checkpoint in another layout; the bits of the weights do not change."
     convert = commands.add_parser("convert", help="change a checkpoint's layout", description=about)
-    _add_paths(convert)
+    _add_paths(convert, "the directory or GGUF file to make")
     convert.add_argument(
         "--to",
         metavar="LAYOUT",
-        help="hf: safetensors; meta: consolidated.NN.pth; gguf: DST is a file (known by .gguf)",
+        help="hf: safetensors; meta: consolidated.NN.pth; gguf: a file (default if DST ends in .gguf)",
     )
     convert.add_argument(
-        "--type", default="bf16", metavar="TYPE", help="of GGUF: f32, f16, bf16 (default), q8_0, q4_0, q4_k_m, mxfp4"
+        "--type", metavar="TYPE", help="type of GGUF's weights: f32, f16, bf16 (default), q8_0, q4_0, q4_k_m, mxfp4"
     )
-    convert.add_argument("--for", dest="reader", choices=("llama.cpp",), help="refuse what it would compute otherwise")
-    convert.add_argument("--ranks", type=int, default=1, metavar="N", help="files of Meta's layout (default: 1)")
+    convert.add_argument(
+        "--for",
+        dest="reader",
+        choices=("llama.cpp",),
+        help="program that shall read the GGUF file; a model that it would compute otherwise is refused",
+    )
+    convert.add_argument("--ranks", type=int, metavar="N", help="number of files in Meta's layout (default: 1)")
     add_hub_options(convert)
     convert.set_defaults(run=run_convert, parser=convert)
 
@@ -42,7 +47,7 @@ def add_parsers(commands: Any) -> None:
 
     about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
-    _add_paths(quantize)
+    _add_paths(quantize, "the directory to make")
     quantize.add_argument("--scheme", required=True, choices=[*SCHEMES, *CALIBRATED], help="which weights, and how")
     quantize.add_argument("--calibration", metavar="FILE", help="texts to calibrate gptq with")
     quantize.add_argument("--head", action="store_true", help="also the output head")
@@ -51,11 +56,11 @@ def add_parsers(commands: Any) -> None:
     quantize.set_defaults(run=run_quantize, parser=quantize)
 
 
-def _add_paths(parser: argparse.ArgumentParser) -> None:
+def _add_paths(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="a directory in Hugging Face's or Meta's layout, a GGUF file or a Hub id"
     )
-    parser.add_argument("target", metavar="DST", help="the directory to make")
+    parser.add_argument("target", metavar="DST", help=target)
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -65,20 +70,30 @@ def run_convert(options: argparse.Namespace) -> int:
         from llama4.weights.convert import convert, convert_to_gguf
 
     is_file = options.target.lower().endswith(".gguf")
-    if options.to == "gguf" and not is_file:
-        options.parser.error(f"--to gguf makes a file; let {options.target} end in .gguf")
-    if options.to in (None, "gguf") and is_file:
-        source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
-        written = convert_to_gguf(source, options.target, options.type, for_llama_cpp=options.reader is not None)
-        print(f"{' and '.join(map(str, written))}: GGUF, {options.type}", file=sys.stderr)
-        return 0
-    if options.to not in WRITTEN:
-        options.parser.error(f"--to {options.to or '?'}: choose one of {', '.join(WRITTEN)}, gguf")
-    if options.to == "hf" and options.ranks != 1:
-        options.parser.error("--ranks is for Meta's layout; Hugging Face's has none")
+    to = options.to or ("gguf" if is_file else None)
+    layouts = f"{', '.join(WRITTEN)}, gguf"
+    if to is None:
+        options.parser.error(f"--to is missing, one of {layouts}; only a DST that ends in .gguf says it by itself")
+    if to not in (*WRITTEN, "gguf"):
+        options.parser.error(f"--to {to}: choose one of {layouts}")
+    if (to == "gguf") != is_file:
+        made = "a file; let it end in .gguf" if to == "gguf" else "a directory; let it not end in .gguf"
+        options.parser.error(f"--to {to} makes of {options.target} {made}")
+    for name, value, layout in (
+        ("type", options.type, "gguf"),
+        ("for", options.reader, "gguf"),
+        ("ranks", options.ranks, "meta"),
+    ):
+        if value is not None and to != layout:
+            options.parser.error(f"--{name} is of --to {layout}; --to {to} has none, leave it out")
     source = hub.resolve(options.source, revision=options.revision, subfolder=options.subfolder)
-    convert(source, options.target, options.to, ranks=options.ranks)
-    print(f"{options.target}: {WRITTEN[options.to].title} layout", file=sys.stderr)
+    if to == "gguf":
+        kind = options.type or "bf16"
+        written = convert_to_gguf(source, options.target, kind, for_llama_cpp=options.reader is not None)
+        print(f"{' and '.join(map(str, written))}: GGUF, {kind}", file=sys.stderr)
+        return 0
+    convert(source, options.target, to, ranks=1 if options.ranks is None else options.ranks)
+    print(f"{options.target}: {WRITTEN[to].title} layout", file=sys.stderr)
     return 0
 
 

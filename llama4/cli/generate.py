@@ -35,10 +35,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.raw and (options.image or options.system or options.prefill is not None or options.chat_template_kwargs):
-        options.parser.error(
-            "--raw continues a text; it takes neither --image nor --system, --prefill and --chat-template-kwargs"
-        )
+    of_chat = ("image", "system", "prefill", "chat_template_kwargs", "chat_format")
+    if options.raw and (given := [name for name in of_chat if getattr(options, name)]):
+        options.parser.error(f"--raw continues a text; leave out --{given[0].replace('_', '-')}, which is of a chat")
     if options.special_tokens and not options.raw:
         options.parser.error("--special-tokens is for --raw; in a chat the prompt's format writes them")
     question = read_stdin() if options.question == "-" else options.question

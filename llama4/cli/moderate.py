@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.arguments import printable
 from llama4.cli.generate import read_stdin
-from llama4.cli.options import add_model_options, load_model
+from llama4.cli.options import add_model_options, load_model, loading_options_given
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.progress import starting
 from llama4.reading import read_json, read_text
@@ -105,8 +105,8 @@ def _is_prompt_guard(options: argparse.Namespace) -> bool:
 
 
 def _by_prompt_guard(options: argparse.Namespace, text: str) -> Moderation:
-    given = {"image": options.image, "response": options.response, "category": options.category}
-    for name, value in {**given, "exclude": options.exclude, "guard": options.guard}.items():
+    of_llama_guard = {"image": options.image, "response": options.response, "category": options.category}
+    for name, value in {**of_llama_guard, "exclude": options.exclude, "guard": options.guard}.items():
         if value:
             raise ArgumentError(f"--{name} is for Llama Guard; leave it out")
     try:
@@ -115,6 +115,9 @@ def _by_prompt_guard(options: argparse.Namespace, text: str) -> Moderation:
         if str(error.name).startswith("llama4"):
             raise
         raise Llama4Error("Prompt Guard needs transformers; run `pip install 'llama4[prompt-guard]'`") from None
+    read = ("--revision", "--subfolder", "--device")
+    if given := [name for name in loading_options_given(options) if name not in read]:
+        raise ArgumentError(f"Prompt Guard is not loaded with {', '.join(given)}; leave it out")
     model = PromptGuard.from_pretrained(
         options.model, revision=options.revision, subfolder=options.subfolder, device=options.device
     )

@@ -97,6 +97,8 @@ def test_command(guard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert json.loads(capsys.readouterr().out)["safe"]
     assert main(["moderate", str(guard), "w1", "--response", "w2"]) == 2
     assert "--response is for Llama Guard" in capsys.readouterr().err
+    assert main(["moderate", str(guard), "w1", "--quantization", "int4", "--device", "cpu"]) == 2
+    assert "Prompt Guard is not loaded with --quantization; leave it out" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "llama4.integrations.prompt_guard")
     assert main(["moderate", str(guard), "w1"]) == 1

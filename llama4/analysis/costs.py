@@ -14,12 +14,11 @@ import torch
 from llama4.cache.formats import resolve_format
 from llama4.config import CACHE_BLOCK, Llama4Config, TextConfig
 from llama4.config.window import most_visible_tokens, visible_pairs
-from llama4.families.names import HEAD
+from llama4.families.names import EMBEDDING, HEAD
 from llama4.quantization.plan import QuantizationPlan, make_plan, out_in
 from llama4.quantization.weight import WeightFormat
 
 _LAYER = "language_model.model.layers.{}."
-EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def parameter_shapes(config: TextConfig, plan: QuantizationPlan | None = None) -> dict[str, tuple[int, ...]]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4.analysis.costs import EMBEDDING, is_of_experts, parameter_shapes, stored_bytes
+from llama4.analysis.costs import is_of_experts, parameter_shapes, stored_bytes
 from llama4.bench.peak_rates import PeakRates
 from llama4.config import TextConfig
 from llama4.config.window import visible_tokens
-from llama4.families.names import HEAD
+from llama4.families.names import EMBEDDING, HEAD
 from llama4.quantization.plan import QuantizationPlan
 from llama4.vision.config import VisionConfig
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 HEAD = "language_model.lm_head.weight"
 """The model's own name of the matrix that every token reads whole."""
-
+EMBEDDING = "language_model.model.embed_tokens.weight"
+"""And of that of which it reads a row; the same one in models whose embeddings are tied."""
 
 VISION = ("vision_model.", "multi_modal_projector.")
 """How the model's names of what is beside the decoder begin."""

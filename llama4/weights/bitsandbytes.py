@@ -70,10 +70,10 @@ def _without_moved(content: Mapping[str, Any], source: Source, table: NameTable)
     if not moved:
         return content
     skipped = {
-        *(content.get("llm_int8_skip_modules") or ("lm_head",)),
+        *(content.get(_SKIPPED) or ("lm_head",)),
         *(table.to_file(name) or name for name in moved),
     }
-    return {**content, "llm_int8_skip_modules": sorted(skipped)}
+    return {**content, _SKIPPED: sorted(skipped)}
 
 
 class BitsandbytesSource:

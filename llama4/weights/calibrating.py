@@ -21,6 +21,7 @@ from llama4.cache.batch import make_batch
 from llama4.config import Llama4Config
 from llama4.errors import ArgumentError
 from llama4.families import family_of
+from llama4.families.names import EMBEDDING
 from llama4.model.decoder import DecoderLayer
 from llama4.model.experts import Experts
 from llama4.model.positions import PositionFactors
@@ -118,7 +119,7 @@ def calibrated(
     with torch.device("meta"):
         layers = list(family_of(config).build(config).language_model.model.layers)
     result = CalibratedSource(source, plan)
-    embeddings = source.read("language_model.model.embed_tokens.weight")
+    embeddings = source.read(EMBEDDING)
     hidden = [upcast(F.embedding(ids, embeddings)) for ids in sequences]
     dtype = embeddings.dtype  # norms may be in another
     del embeddings

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families import family_of
-from llama4.families.names import HEAD
+from llama4.families.names import EMBEDDING, HEAD
 from llama4.progress import Bar, each
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
@@ -20,7 +20,6 @@ from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.load import load
 from llama4.weights.source import Source
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
 SAMPLE = "Zürich’s 3 rivers:\n\n  the Limmat, the Sihl & 1,000 brooks 🌊"
 MAX_PARAMETERS = 1_000_000_000
 """Of a model of which logits are computed, too."""

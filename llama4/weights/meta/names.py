@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llama4.config import Llama4Config
+from llama4.families.names import EMBEDDING, HEAD
 from llama4.quantization.weight import Shape
 from llama4.text.vocabulary import LLAMA3_RANKS
 from llama4.vision.tiled_config import TiledVisionConfig
@@ -71,9 +72,9 @@ def _llama_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> d
         by_width = text.vocab_size < LLAMA3_RANKS
     head = "output.weight" if shapes is None or "output.weight" in shapes else embeddings
     table: dict[str, tuple[Piece, ...]] = {
-        "language_model.model.embed_tokens.weight": (Piece(embeddings, 1 if by_width else 0),),
+        EMBEDDING: (Piece(embeddings, 1 if by_width else 0),),
         "language_model.model.norm.weight": (Piece("norm.weight"),),
-        "language_model.lm_head.weight": (Piece(head, 1 if by_width and head == embeddings else 0),),
+        HEAD: (Piece(head, 1 if by_width and head == embeddings else 0),),
     }
     for i in range(text.num_hidden_layers):
         ours, theirs = f"language_model.model.layers.{i}", f"layers.{i}"
@@ -94,9 +95,9 @@ def _llama4_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> 
     text, vision = config.text, config.vision
     H, K, E = text.num_attention_heads, text.num_key_value_heads, text.num_local_experts
     table: dict[str, tuple[Piece, ...]] = {
-        "language_model.model.embed_tokens.weight": (Piece("tok_embeddings.weight", 0),),
+        EMBEDDING: (Piece("tok_embeddings.weight", 0),),
         "language_model.model.norm.weight": (Piece("norm.weight"),),
-        "language_model.lm_head.weight": (Piece("output.weight", 0),),
+        HEAD: (Piece("output.weight", 0),),
     }
     for i in range(text.num_hidden_layers):
         ours, theirs = f"language_model.model.layers.{i}", f"layers.{i}"
@@ -156,8 +157,8 @@ def _vision_pieces(layers: int) -> dict[str, tuple[Piece, ...]]:
     return {ours: (Piece(theirs, join),) for ours, theirs, join in joins}
 
 
-OF_TEXT = "language_model.model.embed_tokens.weight/text"
-LEARNABLE = "language_model.model.embed_tokens.weight/images"
+OF_TEXT = f"{EMBEDDING}/text"
+LEARNABLE = f"{EMBEDDING}/images"
 UNFOLDED = "vision_model.patch_embedding.weight/unfolded"
 OF_GRIDS = (
     "vision_model.gated_positional_embedding.tile_embedding.weight/grids",
@@ -174,7 +175,7 @@ def _mllama_pieces(config: Llama4Config, shapes: Mapping[str, Shape] | None) -> 
         (OF_TEXT, "text_model.tok_embeddings.weight", 0),
         (LEARNABLE, "text_model.learnable_embedding.weight", 0),
         ("language_model.model.norm.weight", "text_model.norm.weight", None),
-        ("language_model.lm_head.weight", "text_model.output.weight", 0),
+        (HEAD, "text_model.output.weight", 0),
         *((f"multi_modal_projector.{kind}", f"vision_model.vision_projection.{kind}", 0) for kind in _KINDS),
         (UNFOLDED, f"{encoder}.conv1._linear.weight", 0),
         (OF_GRIDS[0], f"{encoder}.gated_positional_embedding", None),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
+from llama4.families.names import EMBEDDING
 from llama4.progress import each
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
@@ -27,7 +28,6 @@ from llama4.weights.meta.params import PARAMS_FILE, RANK_FILES
 from llama4.weights.source import Origin
 from llama4.weights.stamps import STAMP, check_stamps
 
-EMBEDDINGS = "language_model.model.embed_tokens.weight"
 RANK_FILE = "consolidated.{:02d}.pth"
 SCALES_FILE = "fp8_scales_{}.pt"
 _RANK_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -79,10 +79,10 @@ class MetaSource:
         """Raises:
         CheckpointError: the embeddings are as large as with some times as many ranks, or a part of them.
         """
-        parts = self._table.get(EMBEDDINGS, ())
+        parts = self._table.get(EMBEDDING, ())
         if not parts or not all(piece.key in self._ranks[0] for piece in parts):
             return  # whoever reads them says so
-        count = math.prod(self.spec(EMBEDDINGS).shape)
+        count = math.prod(self.spec(EMBEDDING).shape)
         wanted = config.text.num_embeddings * config.text.hidden_size
         if 0 < count != wanted and 0 in (wanted % count, count % wanted):
             raise CheckpointError(

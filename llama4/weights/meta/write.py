@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
-from llama4.families.names import HEAD
+from llama4.families.names import EMBEDDING, HEAD
 from llama4.files import write_pieces
 from llama4.progress import Bar
 from llama4.weights.meta.names import pieces
@@ -41,7 +41,7 @@ def write_ranks(
         CheckpointError: a dimension that does not divide by the number of ranks, each named.
     """
     table = pieces(config)
-    tied = {HEAD: "language_model.model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
+    tied = {HEAD: EMBEDDING} if config.text.tie_word_embeddings else {}
     assert {*source.names(), *tied} >= table.keys(), "match the source with its configuration first"
     _check_ranks(config, ranks)
     parts: dict[str, list[_Owner]] = {}  # Meta's key -> what makes it up

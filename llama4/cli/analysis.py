@@ -29,9 +29,11 @@ def add_parsers(commands: Any) -> None:
     about = "Show what a model is, or with --system what this machine is and which CPU kernels it runs."
     info = commands.add_parser("info", help="show what a model is, or this machine", description=about)
     info.add_argument("model", nargs="?", **MODEL)
-    info.add_argument("--system", action="store_true", help="this machine: its CPU, the kernels that it runs, and why")
+    info.add_argument(
+        "--system", action="store_true", help="show this machine: its CPU, the kernels that it runs, and why"
+    )
     add_hub_options(info)
-    info.add_argument("--context", metavar="N", help="also the size of a cache of so many tokens: 131072, 128K, 10M")
+    info.add_argument("--context", metavar="N", help="also show the size of a cache of N tokens: 131072, 128K, 10M")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info, parser=info)
 
@@ -39,22 +41,39 @@ def add_parsers(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what fits where, and how fast", description=about)
     plan.add_argument("model", **MODEL)
     add_hub_options(plan)
-    plan.add_argument("--context", metavar="N", help="tokens: 131072, 128K, 10M (default: the model's window)")
-    plan.add_argument("--weights", choices=("auto", "bf16", *SCHEMES), default="auto", help="default: as stored")
+    plan.add_argument(
+        "--context",
+        metavar="N",
+        help="length of the context in tokens: 131072, 128K, 10M (default: the model's window)",
+    )
+    plan.add_argument(
+        "--weights",
+        choices=("auto", "bf16", *SCHEMES),
+        default="auto",
+        help="format of the weights (default: as stored)",
+    )
     plan.add_argument(
         "--cache",
         choices=("auto", "bf16", *QUANTIZED),
         default="auto",
-        help="of layers that see the whole context (default: the model's dtype)",
+        help="format of keys and values in layers that see the whole context (default: the model's dtype)",
     )
-    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
-    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="how many of them split heads and experts")
-    plan.add_argument("--device", choices=DEVICES, help="h100 (default), or this CPU, measured")
-    plan.add_argument("--device-memory", metavar="SIZE", help="of one device: 80GiB (default: the device's)")
-    plan.add_argument("--memory-rate", metavar="RATE", help="that one device reaches: 2.4TB/s")
-    plan.add_argument("--gemm-rate", metavar="RATE", help="that one device reaches: 400TFLOP/s")
-    plan.add_argument("--disk-rate", metavar="RATE", help="of a model larger than this CPU's memory: 1GB/s")
-    plan.add_argument("--measure", action="store_true", help="run the model on this CPU, beside the plan")
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="number of devices (default: 1)")
+    plan.add_argument("--tensor-parallel", type=int, metavar="T", help="number of devices that split heads and experts")
+    plan.add_argument("--device", choices=DEVICES, help="kind of device (default: h100); cpu measures this machine")
+    plan.add_argument(
+        "--device-memory", metavar="SIZE", help="memory of one device, such as 80GiB (default: that of its kind)"
+    )
+    plan.add_argument("--memory-rate", metavar="RATE", help="memory bandwidth that one device reaches, such as 2.4TB/s")
+    plan.add_argument(
+        "--gemm-rate", metavar="RATE", help="speed of matrix products that one device reaches, such as 400TFLOP/s"
+    )
+    plan.add_argument(
+        "--disk-rate",
+        metavar="RATE",
+        help="speed of the disk, for a model larger than this CPU's memory, such as 1GB/s",
+    )
+    plan.add_argument("--measure", action="store_true", help="run the model on this CPU, too, to compare with the plan")
     plan.add_argument("--json", action="store_true", help="print JSON")
     group = plan.add_argument_group("training")
     methods = ("lora", "qlora", "full")

@@ -40,7 +40,7 @@ def add_parsers(commands: Any) -> None:
     about = "Add an adapter to the weights of its model, for good. Packed weights are rounded after the sum."
     merge = commands.add_parser("merge", help="add an adapter to its model", description=about)
     merge.add_argument("base", metavar="BASE", help="the model: a directory or a Hub id")
-    merge.add_argument("adapter", metavar="ADAPTER", help="a directory as `finetune` or PEFT writes it")
+    merge.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory, as `finetune` or PEFT writes it")
     merge.add_argument("target", metavar="OUT", help="the directory to make")
     add_hub_options(merge)
     merge.set_defaults(run=run_merge)
@@ -48,10 +48,14 @@ def add_parsers(commands: Any) -> None:
     about = "Quantize a checkpoint, in the compressed-tensors format. If interrupted, it continues when run again."
     quantize = commands.add_parser("quantize", help="make a checkpoint smaller", description=about)
     _add_paths(quantize, "the directory to make")
-    quantize.add_argument("--scheme", required=True, choices=[*SCHEMES, *CALIBRATED], help="which weights, and how")
-    quantize.add_argument("--calibration", metavar="FILE", help="texts to calibrate gptq with")
-    quantize.add_argument("--head", action="store_true", help="also the output head")
-    quantize.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    quantize.add_argument(
+        "--scheme", required=True, choices=[*SCHEMES, *CALIBRATED], help="which weights are quantized, and how"
+    )
+    quantize.add_argument("--calibration", metavar="FILE", help="file of texts to calibrate gptq with")
+    quantize.add_argument("--head", action="store_true", help="quantize the output head, too")
+    quantize.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a file (default: 5)"
+    )
     add_hub_options(quantize)
     quantize.set_defaults(run=run_quantize, parser=quantize)
 

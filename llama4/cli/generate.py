@@ -23,13 +23,13 @@ def add_parser(commands: Any) -> None:
         "--image", action="append", default=[], metavar="FILE", help="a picture: path or URL; repeatable"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat format")
     parser.add_argument(
         "--special-tokens",
         action="store_true",
-        help="with --raw: the text is a prompt rendered already, names of special tokens in it are these tokens",
+        help="with --raw: read names of special tokens in the text as these tokens",
     )
-    parser.add_argument("--prefill", metavar="TEXT", help="how the reply begins; what follows is printed")
+    parser.add_argument("--prefill", metavar="TEXT", help="beginning of the reply; what follows it is printed")
     add_chat_options(parser)
     parser.set_defaults(run=run, parser=parser)
 

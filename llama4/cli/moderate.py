@@ -35,18 +35,36 @@ def add_parser(commands: Any) -> None:
     )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("text", nargs="?", metavar="TEXT", help="what a user says; - reads it from stdin")
-    text.add_argument("--file", type=Path, metavar="FILE", help="the text of a file")
+    text.add_argument("--file", type=Path, metavar="FILE", help="file with the text")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture beside it: path or URL; repeatable"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="picture that goes with the text: path or URL; repeatable",
     )
-    parser.add_argument("--response", metavar="TEXT", help="what an assistant answers: that is judged")
+    parser.add_argument("--response", metavar="TEXT", help="what an assistant answers, to be judged")
     parser.add_argument(
-        "--category", action="append", type=_category, metavar="ID=NAME", help="in place of the model's; repeatable"
+        "--category",
+        action="append",
+        type=_category,
+        metavar="ID=NAME",
+        help="category to ask for, in place of the model's own; repeatable",
     )
-    parser.add_argument("--exclude", action="append", default=[], metavar="ID", help="do not ask for it; repeatable")
-    parser.add_argument("--guard", metavar="NAME", help="which Llama Guard it is, where its template does not say")
-    parser.add_argument("--third-party", action="store_true", help="of Prompt Guard: the text is of a page or a tool")
-    parser.add_argument("--threshold", type=float, default=0.5, metavar="P", help="unsafe from there (default: 0.5)")
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="ID", help="category to leave out; repeatable"
+    )
+    parser.add_argument("--guard", metavar="NAME", help="version of Llama Guard, where its template does not say")
+    parser.add_argument(
+        "--third-party", action="store_true", help="for Prompt Guard: the text comes from a web page or a tool"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability from which a text is unsafe (default: 0.5)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
     parser.set_defaults(run=run, parser=parser)

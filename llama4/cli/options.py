@@ -37,14 +37,14 @@ def json_object(text: str) -> dict[str, Any]:
 
 HUB: dict[str, dict[str, Any]] = {
     "revision": {"help": "branch, tag or commit on the Hub"},
-    "subfolder": {"metavar": "FOLDER", "help": "of the repository or directory, where the model is"},
+    "subfolder": {"metavar": "FOLDER", "help": "folder of the repository or directory that holds the model"},
 }
 """Arguments of `Llama4.from_pretrained`, and of whatever else takes a model's name."""
 
 FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     **HUB,
-    "dtype": {"default": "auto", "help": "bfloat16, float16, float32, float64 (default: auto)"},
-    "quantization": {"metavar": "SCHEME", "help": f"while loading: {', '.join(SCHEMES)}"},
+    "dtype": {"default": "auto", "help": "type of the numbers: bfloat16, float16, float32, float64 (default: auto)"},
+    "quantization": {"metavar": "SCHEME", "help": f"quantize while loading: {', '.join(SCHEMES)}"},
     "activations": {
         "default": "auto",
         "choices": ACTIVATIONS,
@@ -52,17 +52,17 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
     },
     "batch_invariant": {
         "action": "store_true",
-        "help": "on a CPU, the same bits for a request, whatever requests stand beside it",
+        "help": "give a request the same bits whatever requests are computed with it (CPU)",
     },
-    "device": {"default": "auto", "help": "cpu, cuda, cuda:1, ... (default: auto)"},
-    "experts": {"default": "auto", "help": "loop, grouped or megablocks (default: auto)"},
+    "device": {"default": "auto", "help": "where to compute: cpu, cuda, cuda:1, ... (default: auto)"},
+    "experts": {"default": "auto", "help": "how experts are computed: loop, grouped or megablocks (default: auto)"},
     "experts_device": {"metavar": "DEVICE", "help": "where the weights of experts stay: cpu saves GPU memory"},
     "experts_memory": {"metavar": "SIZE", "help": "GPU memory for copies of experts in use, such as 8GiB"},
     "cache_dtype": {
         "default": "auto",
-        "help": f"of keys and values of the whole context: {', '.join(QUANTIZED)} (default: auto)",
+        "help": f"type of the keys and values of the whole context: {', '.join(QUANTIZED)} (default: auto)",
     },
-    "cache_device": {"metavar": "DEVICE", "help": "where these are stored: cpu saves GPU memory"},
+    "cache_device": {"metavar": "DEVICE", "help": "where keys and values are stored: cpu saves GPU memory"},
     "no_memory_map": {
         "dest": "memory_map",
         "action": "store_false",
@@ -89,15 +89,19 @@ CHAT: dict[str, dict[str, Any]] = {
         "metavar": "P",
         "help": "sample from tokens at least P times as likely as the best",
     },
-    "repetition_penalty": {"type": float, "metavar": "X", "help": "above 1, tokens that came become less likely"},
+    "repetition_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "above 1, tokens of prompt and reply become less likely",
+    },
     "presence_penalty": {
         "type": float,
         "metavar": "X",
-        "help": "above 0, tokens that the reply has become less likely",
+        "help": "above 0, tokens already in the reply become less likely",
     },
-    "frequency_penalty": {"type": float, "metavar": "X", "help": "the same, for each time that the reply has them"},
-    "min_tokens": {"type": int, "metavar": "N", "help": "least tokens of a reply"},
-    "seed": {"type": int, "metavar": "N", "help": "makes sampling repeatable"},
+    "frequency_penalty": {"type": float, "metavar": "X", "help": "the same, for each time a token is in the reply"},
+    "min_tokens": {"type": int, "metavar": "N", "help": "fewest tokens of a reply"},
+    "seed": {"type": int, "metavar": "N", "help": "number that makes sampling repeatable"},
     "stop": {"action": "append", "metavar": "TEXT", "help": "end the reply before this text; repeatable"},
     "chat_template_kwargs": {
         "type": json_object,
@@ -117,7 +121,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch pictures from this host though it is in this machine or its network; repeatable",
+        help="host on this machine or its network that pictures may be fetched from; repeatable",
     )
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")

@@ -16,13 +16,17 @@ def add_parser(commands: Any) -> None:
         "Write a model with the experts and layers that matter most to your data. Heal it afterwards: "
         "finetune --method full, or distill with the old model as the teacher."
     )
-    parser = commands.add_parser("prune", help="leave experts or layers out", description=about)
+    parser = commands.add_parser("prune", help="remove experts or layers", description=about)
     parser.add_argument("source", metavar="SRC", help="a directory or a Hub id, not quantized")
     parser.add_argument("target", metavar="DST", help="the directory to make")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what it shall keep, as of finetune")
-    parser.add_argument("--experts", type=int, metavar="N", help="that stay in each layer")
-    parser.add_argument("--layers", type=int, metavar="N", help="that stay")
-    parser.add_argument("--merge", action="store_true", help="add experts that go to those that are most like them")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="data it shall do well on, in a form that finetune reads"
+    )
+    parser.add_argument("--experts", type=int, metavar="N", help="experts to keep in each layer")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers to keep")
+    parser.add_argument(
+        "--merge", action="store_true", help="average each removed expert into the kept one most like it"
+    )
     for name in ("batch_tokens", "max_length"):
         parser.add_argument("--" + name.replace("_", "-"), **READING[name])
     add_hub_options(parser)

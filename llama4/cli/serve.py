@@ -21,29 +21,45 @@ from llama4.progress import starting
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
-        help="answer behind an address",
+        help="answer over HTTP",
         description="Answer behind an address, in OpenAI's form and Anthropic's, and to a page in a browser.",
     )
     parser.add_argument("model", metavar="MODEL", help="embedded name, directory, GGUF file or Hub id")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    server.add_argument("--port", type=int, default=8000, help="0 for a free one (default: 8000)")
-    server.add_argument("--api-key", metavar="KEY", help="what clients must show (default: $LLAMA4_API_KEY, or none)")
-    server.add_argument("--served-model-name", metavar="NAME", help="as clients know it (default: MODEL's last part)")
-    server.add_argument("--max-batch", type=int, default=64, metavar="N", help="conversations at once (default: 64)")
-    server.add_argument("--cache-memory", default="4GiB", metavar="SIZE", help="of all keys and values (default: 4GiB)")
+    server.add_argument("--port", type=int, default=8000, help="port to listen at; 0 for a free one (default: 8000)")
+    server.add_argument(
+        "--api-key", metavar="KEY", help="key that clients must send (default: $LLAMA4_API_KEY, or none)"
+    )
+    server.add_argument(
+        "--served-model-name", metavar="NAME", help="name of the model for clients (default: MODEL's last part)"
+    )
+    server.add_argument(
+        "--max-batch", type=int, default=64, metavar="N", help="conversations computed at once (default: 64)"
+    )
+    server.add_argument(
+        "--cache-memory", default="4GiB", metavar="SIZE", help="memory for all keys and values (default: 4GiB)"
+    )
     server.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait (default: 256)")
     server.add_argument(
-        "--cors-origin", action="append", default=[], metavar="URL", help="pages of which may ask; repeatable"
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="origin whose web pages may call this server; repeatable",
     )
     server.add_argument(
-        "--allow-urls", nargs="+", default=[], metavar="HOST", help="fetch pictures from these hosts; * for all public"
+        "--allow-urls", nargs="+", default=[], metavar="HOST", help="hosts that image URLs may be of; * for all public"
     )
-    server.add_argument("--media-directory", type=Path, metavar="DIR", help="of pictures that file:// may name")
-    server.add_argument("--store", type=Path, metavar="FILE", help="keep responses in this file (default: in memory)")
-    server.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve by TLS, with --ssl-keyfile")
-    server.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
-    server.add_argument("--no-page", dest="page", action="store_false", help="serve no page to chat at /")
+    server.add_argument(
+        "--media-directory", type=Path, metavar="DIR", help="directory that file:// image URLs may read"
+    )
+    server.add_argument("--store", type=Path, metavar="FILE", help="file to keep responses in (default: in memory)")
+    server.add_argument(
+        "--ssl-certfile", type=Path, metavar="FILE", help="certificate, to serve by HTTPS; with --ssl-keyfile"
+    )
+    server.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
+    server.add_argument("--no-page", dest="page", action="store_false", help="serve no web page for chatting at /")
     server.add_argument("--verbose", action="store_true", help="log every request, without its text")
     model = add_model_options(parser, {name: each for name, each in FROM_PRETRAINED.items() if name != "adapter"})
     model.add_argument(

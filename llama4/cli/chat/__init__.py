@@ -29,15 +29,17 @@ def add_parser(commands: Any) -> None:
         "chat", help="talk in the terminal", description="Talk in the terminal. " + help_text()
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("path", metavar="MODEL", nargs="?", help="as --model")
+    parser.add_argument("path", metavar="MODEL", nargs="?", help="the same as --model")
     add_chat_options(parser)
     terminal = parser.add_argument_group("terminal")
     terminal.add_argument(
-        "--server", metavar="URL", help="ask the model of this server, in OpenAI's form, not one here"
+        "--server",
+        metavar="URL",
+        help="address of a server with OpenAI's API, to talk to its model in place of one here",
     )
-    terminal.add_argument("--api-key", metavar="KEY", help=f"for --server (default: ${KEY})")
-    terminal.add_argument("--plain", action="store_true", help="no colours, no Markdown, no editing of several lines")
-    terminal.add_argument("--no-history", action="store_true", help="neither read nor write the file of what was typed")
+    terminal.add_argument("--api-key", metavar="KEY", help=f"key for --server (default: ${KEY})")
+    terminal.add_argument("--plain", action="store_true", help="print no colours and no Markdown, edit single lines")
+    terminal.add_argument("--no-history", action="store_true", help="do not keep what was typed for the next time")
     parser.set_defaults(run=run, model=None)
 
 

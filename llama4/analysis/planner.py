@@ -95,13 +95,12 @@ def read_model(
     """
     if name in PRESETS:
         return PRESETS[name](), {}
-    place = {"revision": revision, "subfolder": subfolder}
-    directory = hub.resolve(name, **place, select=lambda layout: layout.config_files)
+    directory = hub.resolve(name, revision=revision, subfolder=subfolder, select=lambda layout: layout.config_files)
     config = checkpoint.read_config(directory)
     is_gguf = directory.is_file()
     if weights != "auto" or (config.quantization_config is None and not is_gguf):
         return config, {}
-    found = info.find(name, **place)
+    found = info.find(name, revision, subfolder=subfolder)
     if found.weights is None:
         raise Llama4Error(f"{name} is quantized, and how is in its files, which are not here; say it with --weights")
     return found.config, found.weights.plan

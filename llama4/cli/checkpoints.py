@@ -74,9 +74,9 @@ def run_convert(options: argparse.Namespace) -> int:
         from llama4.weights.convert import convert, convert_to_gguf
 
     is_file = options.target.lower().endswith(".gguf")
-    to = options.to or ("gguf" if is_file else None)
+    to: str = options.to or ("gguf" if is_file else "")
     layouts = f"{', '.join(WRITTEN)}, gguf"
-    if to is None:
+    if not to:
         options.parser.error(f"--to is missing, one of {layouts}; only a DST that ends in .gguf says it by itself")
     if to not in (*WRITTEN, "gguf"):
         options.parser.error(f"--to {to}: choose one of {layouts}")

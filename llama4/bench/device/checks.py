@@ -19,7 +19,7 @@ from llama4.bench.device.record import Figures, Record, Skip
 from llama4.bench.vqa import exam
 from llama4.config import TextConfig
 from llama4.errors import Llama4Error
-from llama4.kernels.triton import launch_products, support
+from llama4.kernels.triton import common, launch_products, support
 from llama4.model.experts import BACKENDS
 from llama4.ops import quantized_gpu
 from llama4.quantization.formats import FORMATS
@@ -43,6 +43,7 @@ def run(record: Record) -> None:
         for name, case in elementwise.CASES.items():
             if tokens <= case.most_tokens:
                 record.case(f"kernel {name}, {tokens} tokens", partial(_between, record, case, tokens))
+    record.case("launch of a Triton kernel", partial(_launch, record))
     attention.run(record)
     for name in BACKENDS:
         _experts(record, name, None)
@@ -133,6 +134,22 @@ def _between(record: Record, case: elementwise.Case, tokens: int) -> Figures:
     with timing.waiting_is_an_error(record.device):
         case.run(given)
     return {"us": record.time(lambda: case.run(given), 0.02) * 1e6} | _held(max(errors), case.bound)
+
+
+def _launch(record: Record) -> Figures:
+    """What the launch of a small kernel takes the host, as Triton does it and from the cache."""
+    if record.device.type != "cuda":
+        raise Skip("not a GPU")
+    from llama4.kernels.triton import elementwise as kernels
+
+    x, y = torch.ones(2, 1, 5120, device=record.device)
+    weight, sizes = torch.ones(5120, device=record.device).bfloat16(), common.whole_row(5120)
+    arguments, sizes = (x, None, None, None, weight, None, y.bfloat16(), 1e-5), {"k": 0, "D": 5120, **sizes}
+    ways = {
+        "triton_us": lambda: kernels.rms_norm[(1,)](*arguments, **sizes),
+        "cached_us": lambda: common.launch(kernels.rms_norm, (1,), x, *arguments, **sizes),
+    }
+    return {name: timing.host_seconds_each(launch, record.device) * 1e6 for name, launch in ways.items()}
 
 
 def _experts(record: Record, name: str, scheme: str | None) -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama4.kernels.triton import launch_cache
+
 MAX_WIDTH = 1 << 15
 """Widest rows that a program holds."""
 BLOCK = 1024
@@ -43,9 +45,9 @@ def has_e4m3(device: torch.device) -> bool:
     return gpu(device).capability >= 89
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Tensor | float | None, **sizes: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **sizes: Any) -> None:
     """On the device of `like`; nothing where there is nothing to compute."""
-    if all(grid):
+    if all(grid) and not launch_cache.launch(kernel, grid, like, arguments, sizes):
         with torch.cuda.device_of(like):
             kernel[grid](*arguments, **sizes)
 

@@ -58,12 +58,10 @@ def product(
     blocks = _gemm_blocks(x_RI, rows, E, group)
     tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     values = values if kind == "int8" else values.view(torch.uint8)
-    with torch.cuda.device_of(x_RI):
-        quantized.grouped_gemm[tiles * -(-outputs // blocks["BLOCK_O"]),](
-            *(x_RI, values, scales, x_scales_R, counts_E, y_RO),
-            *(rows, outputs, inputs),
-            **{"E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks},
-        )
+    tensors, numbers = (x_RI, values, scales, x_scales_R, counts_E, y_RO), (rows, outputs, inputs)
+    sizes = {"E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks}
+    grid = (tiles * -(-outputs // blocks["BLOCK_O"]),)
+    common.launch(quantized.grouped_gemm, grid, x_RI, *tensors, *numbers, **sizes)
     return y_RO
 
 
@@ -109,14 +107,13 @@ def grouped_mm(x_RI: Tensor, counts_E: Tensor, weight_EIO: Tensor) -> Tensor:
     block_r, more_r, block_o, block_i = (blocks[name] for name in ("BLOCK_R", "MORE_R", "BLOCK_O", "BLOCK_I"))
     most = min(E, rows)
     tiles = most + (rows - most) // (block_r + more_r)
-    with torch.cuda.device_of(x_RI):
-        grouped.grouped_mm[tiles * -(-outputs // block_o),](
-            TensorDescriptor.from_tensor(x_RI, [block_r, block_i]),
-            TensorDescriptor.from_tensor(x_RI, [more_r, block_i]) if more_r else None,
-            TensorDescriptor.from_tensor(weight_EIO.view(E * inputs, outputs), [block_i, block_o]),
-            *(counts_E, y_RO, rows, outputs, inputs),
-            **{"E": E, **blocks},
-        )
+    operands = (
+        TensorDescriptor.from_tensor(x_RI, [block_r, block_i]),
+        TensorDescriptor.from_tensor(x_RI, [more_r, block_i]) if more_r else None,
+        TensorDescriptor.from_tensor(weight_EIO.view(E * inputs, outputs), [block_i, block_o]),
+    )
+    grid, numbers = (tiles * -(-outputs // block_o),), (rows, outputs, inputs)
+    common.launch(grouped.grouped_mm, grid, x_RI, *operands, counts_E, y_RO, *numbers, E=E, **blocks)
     return y_RO
 
 
@@ -148,11 +145,9 @@ def unpack(kind: str, values: Tensor, scales: Tensor) -> Tensor:
     inputs = in_row * (8 if kind == "int4" else 4)
     weights = torch.empty(*experts, outputs, inputs, dtype=torch.bfloat16, device=values.device)
     E, words = experts[0] if experts else 1, outputs * in_row
-    with torch.cuda.device_of(values):
-        quantized.unpack[-(-words // common.BLOCK), E](
-            *(values, scales, weights, words, values.stride(0), scales.stride(0)),
-            **{"kind": kind, "group": inputs // groups, "BLOCK": common.BLOCK},
-        )
+    numbers = words, values.stride(0), scales.stride(0)
+    sizes = {"kind": kind, "group": inputs // groups, "BLOCK": common.BLOCK}
+    common.launch(quantized.unpack, (-(-words // common.BLOCK), E), values, values, scales, weights, *numbers, **sizes)
     return weights
 
 
@@ -181,12 +176,9 @@ def _gemv(
     blocks = _gemv_blocks(kind, rows if counts_E is None else 1, outputs, inputs)
     grid = -(-rows // blocks["BLOCK_R"]), sum(-(-o // blocks["BLOCK_O"]) for o in outputs)
     sizes = {"E": E, "kind": kind, "group": _group(inputs, matrices[0][1]), "EARLY": early, **blocks}
-    with torch.cuda.device_of(x_RI):
-        quantized.gemv[grid](
-            *(x_RI, *parts[:2], x_scales_R, counts_E, y_RO, *parts[2:]),
-            *(_EXPONENT, rows, *outputs, inputs),
-            **{**sizes, "launch_pdl": early, "enable_fp_fusion": True},
-        )
+    tensors, numbers = (*parts[:2], x_scales_R, counts_E, y_RO, *parts[2:]), (_EXPONENT, rows, *outputs, inputs)
+    options = {"launch_pdl": early, "enable_fp_fusion": True}
+    common.launch(quantized.gemv, grid, x_RI, x_RI, *tensors, *numbers, **sizes, **options)
     return y_RO
 
 

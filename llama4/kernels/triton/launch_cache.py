@@ -1,0 +1,96 @@
+"""Launches of kernels that were compiled already, without what Triton works out anew in each.
+
+Triton takes 30 to 48 us of a host's time for a launch: it looks at every argument, writes the kernel's options to a
+string, calls hooks that are not there. A layer has a dozen launches, and what its kernels compute takes a GPU less than
+that. Here the arguments' kinds are looked up once, and the compiled kernel is called with the arguments.
+
+A kernel is compiled for dtypes, for addresses and integers that are multiples of 16, for ones, and for each constant.
+What is looked up is at least that: integers count by their values, addresses by what is left of them modulo 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+VERSIONS = ("3.6.", "3.8.")
+"""Of Triton, whose way from a launch to the driver was read. Another may have changed it."""
+MAX_KEPT = 1 << 14
+"""Kinds of launches. There is one for each length of a prompt."""
+
+
+class _Compiled(NamedTuple):
+    """What a kernel was compiled to for arguments of a kind.
+
+    Attributes:
+        kernel: of which it is, kept so that its `id` is no other's.
+        run: the launcher.
+        constants: of the kernel's parameters, those behind the arguments.
+    """
+
+    kernel: Any
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+
+
+_kept: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, arguments: Sequence[Any], sizes: dict[str, Any]) -> bool:
+    """Launch a kernel; -> False if it was not, and is to be launched as Triton does."""
+    if not like.is_cuda or (triton := _triton()) is None or not isinstance(kernel, triton.JITFunction):
+        return False
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if kernel.pre_run_hooks or any(getattr(hook, "calls", hook) for hook in hooks):
+        return False  # a profiler wants to know of launches
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    if like.get_device() != device:
+        return False
+    kind: list[Any] = [id(kernel), device]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kind += argument.dtype, argument.data_ptr() % 16
+        elif argument is None or isinstance(argument, (int, float)):
+            kind += type(argument), argument  # 1 and 1.0 are equal
+        else:  # a tensor's descriptor, whose tensor is aligned
+            kind += argument.base.dtype, *argument.block_shape, argument.padding
+    kind += sizes.items()
+    key = tuple(kind)
+    compiled = _kept.get(key)
+    if compiled is None:
+        _compile(key, kernel, grid, arguments, sizes)
+        return True
+    compiled.run(
+        *(*grid, 1, 1)[:3],
+        *(driver.get_current_stream(device), compiled.function, compiled.metadata, None, None, None),
+        *arguments,
+        *compiled.constants,
+    )
+    return True
+
+
+@cache
+def _triton() -> Any:
+    """The package, if it is of a version that is known."""
+    import triton
+
+    return triton if triton.__version__.startswith(VERSIONS) else None
+
+
+def _compile(
+    key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], sizes: dict[str, Any]
+) -> None:
+    """Launch a kernel as Triton does, and keep what it was compiled to."""
+    compiled = kernel[grid](*arguments, **sizes)
+    names = kernel.arg_names[len(arguments) :]
+    if compiled is not None and all(name in sizes for name in names):
+        if len(_kept) >= MAX_KEPT:
+            _kept.clear()
+        constants = tuple(sizes[name] for name in names)
+        _kept[key] = _Compiled(kernel, compiled.run, compiled.function, compiled.packed_metadata, constants)

@@ -190,7 +190,7 @@ def make_batch(
         query_start = _given_positions(given_BT, lengths, offsets, query_start, start, next_position)
     packed_positions = [
         torch.arange(first, first + length, device=device) for first, length in zip(query_start, lengths, strict=True)
-    ]
+    ] or [torch.empty(0, dtype=torch.long, device=device)]
     if start is None or next_position is None:
         begin = query_start
     else:
@@ -202,9 +202,7 @@ def make_batch(
         lengths=tuple(lengths),
         rope_lengths=tuple(known or end for known, end in zip(rope_lengths or [0] * batch_size, ends, strict=True)),
         columns=columns,
-        positions_N=torch.cat(packed_positions)
-        if packed_positions
-        else torch.empty(0, dtype=torch.long, device=device),
+        positions_N=packed_positions[0] if len(packed_positions) == 1 else torch.cat(packed_positions),
         index_N=index,
     )
 

@@ -18,6 +18,7 @@ from llama4.cache.formats import CacheFormat
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
 from llama4.config.window import Sliding, slot_of
+from llama4.ops.attention import write_run
 from llama4.ops.memory import to_device
 
 READ_SLOTS = 16 * CACHE_BLOCK
@@ -111,7 +112,7 @@ class LayerCache:
     def write(self, row: int, past: int, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens behind the first `past` slots of a row; what was there is lost."""
         self.reserve(row, past, len(keys_NKC))
-        self.fill(row, past, keys_NKC, values_NKC)
+        write_run(keys_NKC, values_NKC, self, row, past)
 
     def write_ring(self, row: int, before: int, window: Sliding, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens, behind the first `before` of the row's sequence, into a ring of `window` slots, where they
@@ -120,7 +121,7 @@ class LayerCache:
         self.reserve_ring(row, before, new, window)
         begin = len(keys_NKC) - new
         for slot, count in _runs_in_ring(before, new, window):
-            self.fill(row, slot, keys_NKC[begin : begin + count], values_NKC[begin : begin + count])
+            write_run(keys_NKC[begin : begin + count], values_NKC[begin : begin + count], self, row, slot)
             begin += count
 
     def reserve_ring(self, row: int, before: int, new: int, window: Sliding) -> None:

@@ -61,4 +61,6 @@ class Attention(nn.Module):
                 outputs.append(causal_attention(q, k, v, blocks, span.row, span.past))
         if cache is not None:
             cache.write(k_NKC, v_NKC)
+        if len(outputs) == 1:
+            return outputs[0]
         return torch.cat(outputs) if outputs else q_NHC

@@ -43,8 +43,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerView | None) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
-        out: Tensor = x_ND + self.feed_forward(self.post_attention_layernorm(x_ND))
+        attended_ND = self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
+        x_ND, normed_ND = self.post_attention_layernorm(x_ND, attended_ND)
+        out: Tensor = x_ND + self.feed_forward(normed_ND)
         return out
 
 

@@ -238,9 +238,11 @@ class Llama4Model(nn.Module):
         Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature. In a step of decoding
         without features, one that the model itself wrote keeps its embedding."""
         x_ND = self._embed(ids_N)
+        if image_features is None and (ids_N.device.type != "cpu" or batch.is_decode):
+            return x_ND, batch
         is_patch = ids_N == self.config.image_token_index
         if image_features is None:
-            if ids_N.device.type == "cpu" and not batch.is_decode and bool(is_patch.any()):
+            if is_patch.any():
                 raise Llama4Error(
                     f"the input holds {int(is_patch.sum())} <|patch|> tokens but no image: give pixel_values "
                     "or image_features"

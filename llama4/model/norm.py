@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama4.ops.norm import rms_norm
+from llama4.ops.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +19,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] of any dtype -> the same shape, in the dtype of the weight; computed in float32 or better."""
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., D] of any dtype -> the same shape, in the dtype of the weight; computed in float32 or better. With a
+        delta, x + delta in float32 or better, and the norm of that."""
+        if delta is not None:
+            return add_rms_norm(x, delta, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)

@@ -36,7 +36,9 @@ class PositionFactors:
         precision = torch.promote_types(dtype, torch.float32)
         windows = {config.window(i) for i in range(config.num_hidden_layers) if config.uses_rope(i)}
         frequencies, factor = _frequencies(config, positions_N.device, lengths_N)
-        self.rotations = {w: rope_rotation(frequencies, positions_N, w, precision) * factor for w in windows}
+        self.rotations = {w: rope_rotation(frequencies, positions_N, w, precision) for w in windows}
+        if factor != 1:
+            self.rotations = {w: rotation * factor for w, rotation in self.rotations.items()}
         self.temperature_N = attention_temperature(config, positions_N, precision)
 
     @classmethod

@@ -223,6 +223,15 @@ def write_step(
         cache.fill(row, slot, k_BKC[row : row + 1], v_BKC[row : row + 1])
 
 
+def write_run(k_NKC: Tensor, v_NKC: Tensor, cache: KeyValueBlocks, row: int, first: int) -> None:
+    """Write the keys and values of new tokens of one sequence to its row's slots from `first` on, whose blocks are
+    there and the row's own."""
+    if not gpu_unsupported_reason(k_NKC, cache):
+        attention_gpu.write_run(k_NKC, v_NKC, cache.block_table()[row], first, cache.format)
+    else:
+        cache.fill(row, first, k_NKC, v_NKC)
+
+
 def unsupported_reason(q_NHC: Tensor, keys: int, format: CacheFormat) -> str | None:
     """Why the compiled kernels do not take these queries, over so many keys in a format; None if they do."""
     N, H, C = q_NHC.shape

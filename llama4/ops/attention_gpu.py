@@ -1,6 +1,7 @@
-"""Attention in a step of decoding on the Triton kernels of a GPU, which read the cache's blocks where they are.
+"""Attention in a step of decoding, and writing a cache, on the Triton kernels of a GPU, which read and write blocks
+where they are.
 
-Shapes: B rows, H query heads, K key/value heads, C head_dim, W blocks of a row.
+Shapes: B rows, N tokens of a row, H query heads, K key/value heads, C head_dim, W blocks of a row.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def write_step(k_BKC: Tensor, v_BKC: Tensor, block_table_BW: Tensor, slots_B: Te
     There must be no `unsupported_reason`."""
     k_BKC, v_BKC = _adjacent(k_BKC.detach()), _adjacent(v_BKC.detach())
     launch_attention.write(k_BKC, v_BKC, block_table_BW, slots_B, kind_of(format))
+
+
+def write_run(k_NKC: Tensor, v_NKC: Tensor, blocks_W: Tensor, first: int, format: CacheFormat) -> None:
+    """Write the keys and values of new tokens of one row into its slots from `first` on. There must be no
+    `unsupported_reason`."""
+    launch_attention.write_run(_adjacent(k_NKC.detach()), _adjacent(v_NKC.detach()), blocks_W, first, kind_of(format))
 
 
 def _adjacent(x_BHC: Tensor) -> Tensor:

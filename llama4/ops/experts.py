@@ -36,7 +36,7 @@ def product_of_all(x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: Te
     """The same in one call, by torch or on Hopper by a Triton kernel; the host does not wait for a GPU."""
     if gpu_unsupported_reason(x_RI, weight_EIO) is None:
         return launch_products.grouped_mm(x_RI, num_tokens_per_expert_E, weight_EIO)
-    return F.grouped_mm(x_RI, weight_EIO, offs=num_tokens_per_expert_E.cumsum(0).to(torch.int32))
+    return F.grouped_mm(x_RI, weight_EIO, offs=num_tokens_per_expert_E.cumsum(0, dtype=torch.int32))
 
 
 def gpu_unsupported_reason(x_RI: Tensor, weight_EIO: Tensor) -> str | None:
@@ -61,7 +61,7 @@ def grouped_product(x_RI: Tensor, num_tokens_per_expert_E: Tensor, weight_EIO: T
     more_inputs, more_outputs = -inputs % GROUPED_MULTIPLE, -outputs % GROUPED_MULTIPLE
     if more_inputs or more_outputs:
         x_RI, weight_EIO = F.pad(x_RI, (0, more_inputs)), F.pad(weight_EIO, (0, more_outputs, 0, more_inputs))
-    ends = num_tokens_per_expert_E.cumsum(0).to(torch.int32)
+    ends = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(x_RI, weight_EIO, offs=ends)[:, :outputs]
 
 

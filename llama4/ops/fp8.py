@@ -82,7 +82,7 @@ def scaled_grouped_mm(
 ) -> Tensor:
     """The same with the matrix of each row's expert, [R, O]."""
     weight_EIO, scale_R, scale_EO = values_EOI.view(E4M3).mT, x.scale.squeeze(1), scale_EO1.squeeze(2).float()
-    ends_E = counts_E.cumsum(0).to(torch.int32)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
     return torch._scaled_grouped_mm(
         x.values, weight_EIO, scale_R, scale_EO, offs=ends_E, out_dtype=dtype, use_fast_accum=True
     )

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A step of the residual stream, x + delta in float32 or better, and `rms_norm` of it."""
-    if gpu_unsupported_reason(x_ND, weight_D) is None:
+    if gpu_unsupported_reason(x_ND, weight_D, delta_ND) is None:
         return launch_elementwise.add_rms_norm(x_ND, delta_ND, weight_D, eps)
     x_ND = upcast(x_ND) + delta_ND
     return x_ND, rms_norm(x_ND, weight_D, eps)
@@ -41,7 +41,7 @@ def add_experts_rms_norm(
     x_ND: Tensor, shared_ND: Tensor, routed_RD: Tensor, rows_Nk: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The same where delta is the output of a mixture of experts: see `ops.routing.combine`."""
-    if gpu_unsupported_reason(x_ND, weight_D) is None:
+    if gpu_unsupported_reason(x_ND, weight_D, shared_ND, routed_RD) is None:
         return launch_elementwise.add_rms_norm(x_ND, shared_ND, weight_D, eps, routed_RD, rows_Nk)
     return add_rms_norm(x_ND, routing.combine(routed_RD, rows_Nk, shared_ND), weight_D, eps)
 
@@ -55,13 +55,13 @@ def unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
     return cpu_kernels.elementwise_unsupported_reason(len(weight_D), x, weight_D)
 
 
-def gpu_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:
-    """Why the Triton kernel does not take these; None if it does."""
+def gpu_unsupported_reason(x: Tensor, weight_D: Tensor, *deltas: Tensor) -> str | None:
+    """Why the Triton kernel does not take these, and what is added to x; None if it does."""
     if len(weight_D) > common.MAX_WIDTH:
         return f"rows are wider than {common.MAX_WIDTH}"
     if (reason := _weight_unsupported_reason(x, weight_D)) is not None:
         return reason
-    return gpu_kernels.unsupported_reason(x, weight_D)
+    return gpu_kernels.unsupported_reason(x, weight_D, *deltas)
 
 
 def _weight_unsupported_reason(x: Tensor, weight_D: Tensor) -> str | None:

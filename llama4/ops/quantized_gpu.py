@@ -87,7 +87,7 @@ def unpacked_linear(kind: str, x_RI: Tensor, values: Tensor, scale: Tensor, coun
     values, scale = values.contiguous(), scale.contiguous()
     of_an_output = 2 * x_RI.shape[1] * (1 if counts_E is None else len(counts_E))
     at_once = max(MAX_UNPACKED // of_an_output // 256 * 256, 256)
-    ends_E = None if counts_E is None else counts_E.cumsum(0).to(torch.int32)
+    ends_E = None if counts_E is None else counts_E.cumsum(0, dtype=torch.int32)
 
     def some(values_part: Tensor, scale_part: Tensor) -> Tensor:
         weight = launch_products.unpack(kind, values_part, scale_part)

@@ -37,6 +37,8 @@ def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T, [N, E], in float32 or better."""
     if logits_unsupported_reason(x_ND, weight_ED) is None:
         return launch_routing.router_logits(x_ND, weight_ED)
+    if half_product_unsupported_reason(x_ND, weight_ED) is None:
+        return torch.mm(x_ND, weight_ED.mT, out_dtype=torch.float32)
     return linear(upcast(x_ND), upcast(weight_ED))
 
 
@@ -46,6 +48,14 @@ def logits_unsupported_reason(x_ND: Tensor, weight_ED: Tensor) -> str | None:
         return "so many rows are faster in a product of matrices"
     if x_ND.shape[1] > common.MAX_WIDTH:
         return f"rows are wider than {common.MAX_WIDTH}"
+    return gpu_kernels.unsupported_reason(x_ND, weight_ED)
+
+
+def half_product_unsupported_reason(x_ND: Tensor, weight_ED: Tensor) -> str | None:
+    """Why torch does not multiply these as they are, with sums in float32; None if it does. Products of numbers of 16
+    bits are exact there."""
+    if x_ND.dtype != weight_ED.dtype or x_ND.dtype.itemsize != 2:
+        return "rows or weights are not of one dtype of 16 bits"
     return gpu_kernels.unsupported_reason(x_ND, weight_ED)
 
 

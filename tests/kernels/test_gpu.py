@@ -16,7 +16,7 @@ from llama4.cache.formats import QUANTIZED, CacheFormat, Unquantized
 from llama4.config import TextConfig
 from llama4.kernels.triton import common, launch_attention, launch_elementwise, launch_products, support
 from llama4.model.experts import GroupedExperts
-from llama4.ops import attention_gpu, fp8, quantized_gpu
+from llama4.ops import attention_gpu, fp8, norm, quantized_gpu
 from llama4.quantization.fp8 import Fp8
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -205,6 +205,27 @@ def test_torchs_grouped_products_get_what_they_want(monkeypatch: pytest.MonkeyPa
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16)))
         assert experts(x, counts).shape == (20, 32)
+
+
+def test_a_sum_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first layer what is added may need a gradient where what it is added to does not."""
+    monkeypatch.setattr(support, "unsupported_reason", lambda device, dtype: None)
+    launched = []
+
+    def launch(x: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+        launched.append(x)
+        return x, x
+
+    monkeypatch.setattr(launch_elementwise, "add_rms_norm", launch)
+    with FakeTensorMode(), torch.device("cuda"):
+        x, delta, weight = torch.zeros(2, 8), torch.zeros(2, 8), torch.ones(8)
+        norm.add_rms_norm(x, delta, weight, 1e-5)
+        assert len(launched) == 1
+        total, normed = norm.add_rms_norm(x, delta.requires_grad_(), weight, 1e-5)
+        assert total.requires_grad and normed.requires_grad
+        with torch.no_grad():
+            norm.add_rms_norm(x, delta, weight, 1e-5)
+    assert len(launched) == 2
 
 
 def test_blocks_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,19 @@ def test_write(kind: str, dtype: torch.dtype) -> None:
 
 
 @on_a_device
+@pytest.mark.parametrize(("first", "new"), [(0, 1), (1, 3), (250, 20)])
+@pytest.mark.parametrize("kind", launch_attention.KINDS)
+def test_write_run(kind: str, first: int, new: int) -> None:
+    """The same of many tokens of one row, across the end of a block."""
+    cache, other = (make_cache(kind, 2, 64, [5, first + new], torch.bfloat16) for _ in range(2))
+    k, v = (3 * torch.randn(2, new, 6, 64, device=DEVICE)).bfloat16()[:, :, 1::3]
+    attention_gpu.write_run(k, v, cache.block_table()[1], first, cache.format)
+    other.fill(1, first, k, v)
+    for ours, theirs in zip(cache.rows, other.rows, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+@on_a_device
 @pytest.mark.parametrize("at", [3, 40])
 @pytest.mark.parametrize("kind", launch_attention.KINDS)
 def test_write_nan(kind: str, at: int) -> None:
@@ -252,9 +265,10 @@ def test_compiles(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch, t
     q, k = (torch.empty(2, heads, 128, dtype=dtype, device="meta") for heads in (40, 8))
     table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((2, 32), (2,)))
     launch_attention.write(k, k, table, lengths, kind)
+    launch_attention.write_run(k, k, table[0], 5, kind)
     launch_attention.attend(q, table, lengths, 8, kind)
     launch_attention.attend(q, table, lengths, 8, kind, (k, k, lengths))
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 99 * 1024, "what the smallest of GPUs has"
-    assert [kernel.metadata.name for kernel in compiled] == ["write", *2 * ["attend", "combine"]]
+    assert [kernel.metadata.name for kernel in compiled] == ["write", "write", *2 * ["attend", "combine"]]

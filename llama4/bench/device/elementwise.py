@@ -99,6 +99,11 @@ CASES: dict[str, Case] = {
         bound=1e-5,
         most_tokens=launch_routing.MAX_TOP_1,
     ),
+    "router by torch": Case(  # of more tokens than those
+        lambda i: [routing.router_logits(i.x_ND, i.router_ED)],
+        lambda i: [i.x_ND.double() @ i.router_ED.double().mT],
+        bound=1e-4,
+    ),
     "choice and dispatch": Case(
         lambda i: launch_routing.dispatch_top_1(i.x_ND, i.logits_NE),
         lambda i: routing.dispatch(i.x_ND.double(), i.scores_N1.double(), i.experts_N1, i.logits_NE.shape[1]),

@@ -186,11 +186,12 @@ def _matrix(product: Product, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def _ask_for_step(step: Step) -> None:
-    """Compile what a step would launch at the sizes of Scout."""
+    """Compile what a step would launch at the sizes of Scout, and a prompt."""
     rows, (H, K, C) = 2, attention.HEADS
     q, k, v = (torch.empty(rows, heads, C, dtype=torch.bfloat16, device="meta") for heads in (H, K, K))
     table, lengths = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((rows, 2), (rows,)))
     launch_attention.write(k, v, table, lengths, step.kind)
+    launch_attention.write_run(k, v, table[0], 0, step.kind)
     for new in (None, (k, v, lengths)):
         launch_attention.attend(q, table, lengths, K, step.kind, new)
 

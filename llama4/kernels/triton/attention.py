@@ -5,7 +5,7 @@ keys first, and bfloat16 scales [2, K, BLOCK] behind them if the format is scale
 addresses in a table. Everything that changes from step to step, addresses, slots and lengths, is read on the device: a
 launch can be replayed from a CUDA graph.
 
-- `write` encodes the keys and values of the new tokens and puts them into their slots.
+- `write` encodes the keys and values of new tokens and puts them into their slots.
 - `attend` is flash decoding: all queries that share a key head meet a share of its keys. Quantized keys and values are
   exact in the dtype of the queries; scales of keys are applied to scores, scales of values to probabilities.
 - `combine` merges the shares of a head by their log-sum-exp.
@@ -208,12 +208,13 @@ def combine(
     tl.store(out_BHC + query.to(tl.int64) * C + c, (out / total).to(out_BHC.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=["first", "table_row"])
 def write(
     k_BKC,
     v_BKC,
     table_BW,
     slots_B,
+    first,
     k_row,
     k_head,
     v_row,
@@ -229,6 +230,7 @@ def write(
     """Program (b * K + k, 0) puts a new key into its slot, program (b * K + k, 1) a new value.
 
     Args:
+        slots_B: None: token b goes to slot first + b.
         k_row, k_head, v_row, v_head, table_row: strides.
         BLOCK_C: C, or of int4 C / 2, rounded up to a power of two.
     """
@@ -236,7 +238,7 @@ def write(
     x_C = k_BKC + row * k_row + head * k_head
     if part == 1:
         x_C = v_BKC + row * v_row + head * v_head
-    slot = tl.load(slots_B + row)
+    slot = first + row if slots_B is None else tl.load(slots_B + row)
     address = tl.load(table_BW + row * table_row + slot // BLOCK)
     encode(x_C, address, (part * K + head) * BLOCK + slot % BLOCK, kind, stored, K, C, BLOCK, BLOCK_C)
 

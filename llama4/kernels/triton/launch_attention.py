@@ -1,10 +1,10 @@
-"""Launches the kernels of `attention` for one step of decoding on a GPU.
+"""Launches the kernels of `attention` for one step of decoding on a GPU, and the one that writes a cache.
 
 Nothing here reads a value on the host or waits for the device, and the sizes of launches follow from shapes alone: a
 step can be replayed from a CUDA graph with other tokens, slots, lengths and blocks. Triton is imported at the first
 launch.
 
-Shapes: B rows, H query heads, K key/value heads, C head_dim, W blocks of a row at most.
+Shapes: B rows, N tokens of a row, H query heads, K key/value heads, C head_dim, W blocks of a row at most.
 """
 
 from __future__ import annotations
@@ -61,33 +61,34 @@ def attend(
         lse_BHS = torch.empty(B, H, splits, dtype=torch.float32, device=q_BHC.device)
     block_c = max(16, common.next_power_of_two(width))
     block_s = max(16, min(64, 2**14 // (block_c * q_BHC.dtype.itemsize)))  # four tiles of 16 KiB are under way
-    with torch.cuda.device_of(q_BHC):
-        attention.attend[B * heads, splits](
-            *(q_BHC, table_BW, lengths_B, parts_BHSC, lse_BHS, out_BHC, k_BKC, v_BKC, slots_B),
-            *(*strides, C**-0.5 * attention.LOG2_E.value, splits),
-            stored=_stored(kind),
-            kind=kind,
-            K=heads,
-            G=H // heads,
+    common.launch(
+        *(attention.attend, (B * heads, splits), q_BHC),
+        *(q_BHC, table_BW, lengths_B, parts_BHSC, lse_BHS, out_BHC, k_BKC, v_BKC, slots_B),
+        *(*strides, C**-0.5 * attention.LOG2_E.value, splits),
+        stored=_stored(kind),
+        kind=kind,
+        K=heads,
+        G=H // heads,
+        C=C,
+        BLOCK=CACHE_BLOCK,
+        BLOCK_G=max(16, common.next_power_of_two(H // heads)),
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        STAGES=3,
+        num_warps=4,
+    )
+    if splits > 1:
+        common.launch(
+            *(attention.combine, (B * H,), q_BHC),
+            *(parts_BHSC, lse_BHS, lengths_B, out_BHC, splits),
+            H=H,
             C=C,
-            BLOCK=CACHE_BLOCK,
-            BLOCK_G=max(16, common.next_power_of_two(H // heads)),
+            MAX_SPLITS=MAX_SPLITS,
             BLOCK_S=block_s,
-            BLOCK_C=block_c,
-            STAGES=3,
+            BLOCK_C=common.next_power_of_two(C),
+            AT_ONCE=16,
             num_warps=4,
         )
-        if splits > 1:
-            attention.combine[B * H,](
-                *(parts_BHSC, lse_BHS, lengths_B, out_BHC, splits),
-                H=H,
-                C=C,
-                MAX_SPLITS=MAX_SPLITS,
-                BLOCK_S=block_s,
-                BLOCK_C=common.next_power_of_two(C),
-                AT_ONCE=16,
-                num_warps=4,
-            )
     return out_BHC
 
 
@@ -99,22 +100,34 @@ def write(k_BKC: Tensor, v_BKC: Tensor, table_BW: Tensor, slots_B: Tensor, kind:
         table_BW: as for `attend`; the blocks that are written to must be the row's own.
         slots_B: int32 or int64, on the device.
     """
+    _write(k_BKC, v_BKC, table_BW, slots_B, 0, kind)
+
+
+def write_run(k_NKC: Tensor, v_NKC: Tensor, table_W: Tensor, first: int, kind: str) -> None:
+    """Put the keys and values of new tokens of one row into its slots from `first` on.
+
+    Args: see `write`.
+    """
+    _write(k_NKC, v_NKC, table_W.expand(len(k_NKC), -1), None, first, kind)
+
+
+def _write(k_BKC: Tensor, v_BKC: Tensor, table_BW: Tensor, slots_B: Tensor | None, first: int, kind: str) -> None:
     from llama4.kernels.triton import attention
 
     B, K, C = k_BKC.shape
     assert k_BKC.stride(2) == v_BKC.stride(2) == table_BW.stride(1) == 1
-    with torch.cuda.device_of(k_BKC):
-        attention.write[B * K, 2](
-            *(k_BKC, v_BKC, table_BW, slots_B),
-            *(k_BKC.stride(0), k_BKC.stride(1), v_BKC.stride(0), v_BKC.stride(1), table_BW.stride(0)),
-            kind=kind,
-            stored=_stored(kind),
-            K=K,
-            C=C,
-            BLOCK=CACHE_BLOCK,
-            BLOCK_C=common.next_power_of_two(_width(C, kind)),
-            num_warps=1,
-        )
+    common.launch(
+        *(attention.write, (B * K, 2), k_BKC),
+        *(k_BKC, v_BKC, table_BW, slots_B, first),
+        *(*k_BKC.stride()[:2], *v_BKC.stride()[:2], table_BW.stride(0)),
+        kind=kind,
+        stored=_stored(kind),
+        K=K,
+        C=C,
+        BLOCK=CACHE_BLOCK,
+        BLOCK_C=common.next_power_of_two(_width(C, kind)),
+        num_warps=1,
+    )
 
 
 def num_splits(row_heads: int, device: torch.device) -> int:

@@ -150,8 +150,8 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
 
 
 def _divided(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers over their scales, and the scales, rounded."""
+    """Numbers over their scales, and the scales, rounded: NaN if one of the numbers is NaN or infinite."""
     import torch
 
-    scales = torch.where(scales == 0, 1, scales).to(torch.bfloat16)
+    scales = torch.where(scales == 0, 1, scales + (scales - scales)).to(torch.bfloat16)
     return x.float() / scales.float()[..., None], scales

@@ -128,7 +128,8 @@ def attend(q_BHC: Tensor, block_table: Tensor, lengths_B: Tensor, heads: int, fo
 
 
 def attend_causal(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, blocks: Tensor | None, past: int, format: str) -> Tensor:
-    """New tokens that see each other causally, and before them `past` tokens in blocks of these addresses."""
+    """New tokens that see each other causally, and before them `past` tokens in blocks of these addresses. Whatever a
+    token holds, NaN and infinity too, those before it keep their bits."""
     number = loader.loaded().cache_formats[format].number
     N, H, C = q_NHC.shape
     q_NHC, k_NKC, v_NKC = q_NHC.contiguous(), k_NKC.contiguous(), v_NKC.contiguous()

@@ -110,7 +110,7 @@ def quantize_groups(
 
     Each candidate range gives a scale, which is then refitted to its quantized values by least squares; errors are
     those after rounding the scale to its dtype. As there is one value more below zero than above, the largest weight
-    becomes -8: the scale is negative where that weight is positive.
+    becomes -8: the scale is negative where that weight is positive. It is NaN for a group that has NaN or infinity.
     """
     groups = groups.float()
     highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
@@ -128,7 +128,8 @@ def quantize_groups(
                 min=1e-9
             )
             scale = not_zero(fitted.to(scale_dtype).float())
-    return (groups / best_scale).round_().clamp_(-8, 7).to(torch.int8), best_scale.to(scale_dtype)
+    values = (groups / best_scale).round_().clamp_(-8, 7).nan_to_num_().to(torch.int8)
+    return values, (best_scale + (groups - groups).sum(-1, keepdim=True)).to(scale_dtype)
 
 
 def pack(values: Tensor) -> Tensor:

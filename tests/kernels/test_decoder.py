@@ -94,7 +94,11 @@ def one_by_one(model: Llama4Model, step: list[tuple[int, int]], cache: SequenceC
 
 
 def fused(
-    model: Llama4Model, step: list[tuple[int, int]], cache: SequenceCache, outputs: list[int] | None = None
+    model: Llama4Model,
+    step: list[tuple[int, int]],
+    cache: SequenceCache,
+    outputs: list[int] | None = None,
+    is_prompt: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call: logits of the tokens that are wanted, the greedy tokens after them, and their log-probabilities."""
     news, columns = [new for _, new in step], max(new for _, new in step)
@@ -133,6 +137,7 @@ def fused(
         logits=logits.data_ptr(),
         greedy=greedy.data_ptr(),
         logprobs=logprobs.data_ptr(),
+        is_prompt=int(is_prompt),
     )
     description = Description.of(model)
     assert description.unsupported_reason is None
@@ -190,6 +195,39 @@ def test_nan_is_written_as_nan(model: Llama4Model, cache_dtype: str) -> None:
     keys, values = next(cache.layers[index].read(0, 31, torch.float32, torch.device("cpu")))  # [K, S, C]
     assert not keys.isnan().any() and not values[:, :30].isnan().any()
     assert values[:, 30].isnan().all(dim=1).tolist() == values[:, 30].isnan().any(dim=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("step", [STEPS["one token"], STEPS["64 tokens of one"]], ids=["one", "64"])
+@torch.inference_mode()
+def test_nan_in_a_router(model: Llama4Model, step: list[tuple[int, int]]) -> None:
+    """Of one expert: it is chosen, as in torch, so that it shows."""
+    cache = filled(model, step, None)
+    weights = [weight for name, weight in model.named_parameters() if name.endswith(".router.weight")]
+    before = [weight[-1].clone() for weight in weights]
+    for weight in weights:
+        weight[-1, 3] = torch.nan
+    assert one_by_one(model, step, cache.fork()).isnan().all()
+    logits, _, logprobs = fused(model, step, cache)
+    for weight, own in zip(weights, before, strict=True):
+        weight[-1] = own
+    assert weights and logits.isnan().all() and logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("is_prompt", [False, True])
+@torch.inference_mode()
+def test_nan_in_a_token(model: Llama4Model, is_prompt: bool) -> None:
+    """All that follow it are NaN, and none before it."""
+    step, at = STEPS["a long prompt"], 100
+    ids = ids_of(0, 0, 230)
+    at += int((ids[100:, None] == ids).sum(1).argmin())  # a token that is there once
+    truth = fused(model, step, filled(model, step, None), is_prompt=is_prompt)[0]
+    table_VD = model.language_model.model.embed_tokens.weight
+    before = table_VD[ids[at]].clone()
+    table_VD[ids[at], 5] = torch.nan
+    logits, _, logprobs = fused(model, step, filled(model, step, None), is_prompt=is_prompt)
+    table_VD[ids[at]] = before
+    assert logits[at:].isnan().all() and logprobs[at:].isnan().all()
+    assert_close(model, logits[:at], truth[:at])
 
 
 @torch.inference_mode()

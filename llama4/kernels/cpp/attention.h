@@ -75,16 +75,16 @@ void add_values(long first, long n, const Head<F>& keys, bool is_first, const Re
   }
 }
 
-// Scores of n keys become weights e^(score - most), zero behind them up to a multiple of 16. -> most, sum of the
-// weights
+// Scores of n keys become weights e^(score - most), zero where the score is minus infinity, and behind them up to a
+// multiple of 16. -> most, sum of the weights
 inline std::pair<float, float> softmax_weights(float* scores, long n) {
   const long width = (n + 15) / 16 * 16;
   std::fill(scores + n, scores + width, -INFINITY);
   f32x16 highest = load<f32x16>(scores), total{};
   for (long s = 16; s < width; s += 16) highest = max(highest, load<f32x16>(scores + s));
-  const float most = horizontal_max(highest);
+  const float most = horizontal_max(highest), origin = most == -INFINITY ? 0 : most;
   for (long s = 0; s < width; s += 16) {
-    f32x16 weight = exp(load<f32x16>(scores + s) - most);
+    f32x16 weight = exp(load<f32x16>(scores + s) - origin);
     total += weight;
     store(scores + s, weight);
   }
@@ -166,7 +166,8 @@ void attend_block(const bf16* q, const Head<Unquantized<bf16>>& keys, const Head
 #pragma GCC unroll 2
       for (int j = 0; j < P; j += 2) {
         const char* row = values.rows + t * values.row_bytes + 2 * c + 32 * j;
-        __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(t + 1 < n ? row + values.row_bytes : row);
+        __m512i a = _mm512_loadu_si512(row), b{};
+        if (t + 1 < n) b = _mm512_loadu_si512(row + values.row_bytes);
         to[j].bits = _mm512_unpacklo_epi16(a, b), to[j + 1].bits = _mm512_unpackhi_epi16(a, b);
       }
     };

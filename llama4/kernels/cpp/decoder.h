@@ -58,12 +58,14 @@ struct Tokens {
   int64_t is_prompt;  // whether there are so many of each sequence that attention goes by tiles of queries
 };
 
-// The k largest logits, the lowest index on ties, and their sigmoid.
+// The k largest logits, the lowest index on ties, and their sigmoid. NaN is larger than all, as in torch.
 inline void choose_experts(const float* logits, long E, long k, long* experts, float* scores) {
+  const auto is_larger = [](float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); };
   for (long i = 0; i < k; i++) {
     long best = -1;
     for (long e = 0; e < E; e++)
-      if (std::find(experts, experts + i, e) == experts + i && (best < 0 || logits[e] > logits[best])) best = e;
+      if (std::find(experts, experts + i, e) == experts + i && (best < 0 || is_larger(logits[e], logits[best])))
+        best = e;
     experts[i] = best, scores[i] = 1 / (1 + std::exp(-logits[best]));
   }
 }

@@ -9,8 +9,8 @@
 
 namespace {
 
-// Some queries of one key head, on their way through the keys, 256 at a time: sums of values weighted by 2^(score -
-// most), of which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).
+// Some queries of one key head, on their way through the keys, 256 at a time: sums of values weighted by e^((score -
+// most) / sqrt(C)), of which `most` may still grow (Milakov & Gimelshein 2018, Dao et al. 2022).
 template <class X>
 struct QueryTile {
   static constexpr int per_word = numbers_per_word<X>;
@@ -55,17 +55,20 @@ struct QueryTile {
         for (long i = 0; i < std::min(16l, (C - c) / per_word); i++)
           store(keys + (c / per_word + i) * block_slots + s, words[i]);
       }
+    f32x16 zeros{};
     for (long s = 0; s < block_slots; s += per_word)
       for (long c = 0; c < C; c += 16) {
         f32x16 planes[per_word];
-        for (long p = 0; p < per_word; p++) planes[p] = read(value_head, s + p, c);
+        for (long p = 0; p < per_word; p++) planes[p] = read(value_head, s + p, c), zeros += zero_or_nan(planes[p]);
         store(values + s / per_word * C + c, interleave_halves<per_word>(words_of<per_word>(planes)));
       }
+    num_apart = 0;
+    if (horizontal_sum(zeros) != 0) set_apart(value_head, n);
   }
 
   // Row r sees the first seen(r) of the keys that were packed.
-  template <bool scaled, class Seen>
-  void attend(const Seen& seen) {
+  template <class F, class Seen>
+  void attend(const Head<F>& value_head, const Seen& seen) {
     for (long first = 0; first < rows; first += tile_rows) {
       const long n = (std::min(seen(first + tile_rows - 1), block_slots) + 31) / 32 * 32;
       if (n <= 0) continue;
@@ -73,12 +76,36 @@ struct QueryTile {
       add_tiles<per_word>(queries + first * C / per_word, C / per_word, keys, block_slots, C / per_word, scores,
                           block_slots, n);
       for (long r = 0; r < tile_rows; r++)
-        softmax_row<scaled>(first + r, scores + r * block_slots, seen(first + r), n, weights + r * block_slots);
+        softmax_row<F::scaled>(first + r, scores + r * block_slots, seen(first + r), n, weights + r * block_slots);
       add_tiles<per_word>(weights, block_slots, values, C, n / per_word, sums + first * C, C, C);
+      for (long i = 0; i < num_apart; i++)
+        for (long r = 0; r < tile_rows; r++)
+          if (apart[i] < seen(first + r)) add_value(value_head, apart[i], first + r, weights + r * block_slots);
     }
   }
 
  private:
+  long num_apart, apart[block_slots];  // slots of values that have infinity or NaN
+
+  // Puts zeros in the place of such values, as 0 times them is NaN in rows that do not see them. The others add them.
+  template <class F>
+  void set_apart(const Head<F>& value_head, long n) {
+    for (long s = 0; s < n; s++) {
+      f32x16 zeros{};
+      for (long c = 0; c < C; c += 16) zeros += zero_or_nan(value_head.read(s, c));
+      if (horizontal_sum(zeros) == 0) continue;
+      apart[num_apart++] = s;
+      Number* own = (Number*)(values + s / per_word * C) + s % per_word;
+      for (long c = 0; c < C; c++) own[c * per_word] = 0;
+    }
+  }
+  template <class F>
+  void add_value(const Head<F>& value_head, long s, long row, const Word* own) {
+    const float weight = upcast(((const Number*)own)[s]);
+    float* to = sums + row * C;
+    for (long c = 0; c < C; c += 16) store(to + c, load<f32x16>(to + c) + value_head.read(s, c) * weight);
+  }
+
   // Words of two halves, of 16 numbers each, become pairs of one number of each half.
   template <int words>
   static u32x16 interleave_halves(u32x16 v) {
@@ -102,15 +129,16 @@ struct QueryTile {
     std::fill(own + std::clamp(seen, 0l, n), own + n, -INFINITY);
     f32x16 highest = load<f32x16>(own);
     for (long s = 16; s < n; s += 16) highest = max(highest, load<f32x16>(own + s));
-    const float now = std::max(most[row], horizontal_max(highest) * factor);
+    const float now = std::max(most[row], horizontal_max(highest));
     if (now > most[row]) {
-      const float shrink = exp2_nonpositive<false>(f32x16{} + (most[row] - now))[0];
+      const float shrink = exp2_nonpositive<false>(f32x16{} + (most[row] - now) * factor)[0];
       for (long c = 0; c < C; c += 16) store(sums + row * C + c, load<f32x16>(sums + row * C + c) * shrink);
       total[row] *= shrink, most[row] = now;
     }
+    const float origin = now == -INFINITY ? 0 : now;  // -inf - -inf would be NaN
     f32x16 all{};
     for (long s = 0; s < n; s += 16) {
-      f32x16 weight = seen > 0 ? exp2_nonpositive<per_word == 2>(load<f32x16>(own + s) * factor - now) : f32x16{};
+      f32x16 weight = exp2_nonpositive<per_word == 2>((load<f32x16>(own + s) - origin) * factor);
       all += weight;
       store_floats((Number*)out + s, scaled ? weight * load<f32x16>(value_scales + s) : weight);
     }
@@ -136,16 +164,17 @@ void attend_causal(Team& team, const X* q, const X* k, const X* v, long N, const
     for (long from = 0; from < past; from += block_slots) {
       const char* block = blocks[from / block_slots];
       const long n = std::min(past - from, block_slots);
-      tile.pack_block(head_of<F>(block, head, K, C), head_of<F>(block, K + head, K, C), n);
-      tile.template attend<F::scaled>([&](long) { return n; });
+      const Head<F> values = head_of<F>(block, K + head, K, C);
+      tile.pack_block(head_of<F>(block, head, K, C), values, n);
+      tile.attend(values, [&](long) { return n; });
     }
     for (long from = 0; from < end; from += block_slots) {
       const auto at = [&](const X* x) {
         return Head<Unquantized<X>>{(const char*)(x + (from * K + head) * C), nullptr, C, K * C * long(sizeof(X))};
       };
       tile.pack_block(at(k), at(v), std::min(end - from, block_slots));
-      tile.template attend<false>(
-          [&](long r) { return std::min(begin + std::min(r, rows - 1) / group + 1 - from, block_slots); });
+      tile.attend(at(v),
+                  [&](long r) { return std::min(begin + std::min(r, rows - 1) / group + 1 - from, block_slots); });
     }
     for (long r = 0; r < rows; r++)
       for (long c = 0; c < C; c += 16)

@@ -40,15 +40,19 @@ float best_scale(const float* group, long size, const float* ranges, long count)
 }
 
 // Groups of `size` weights, a multiple of 16, to values, eight in a word, the first in the lowest bits, and a scale per
-// group.
+// group, which is NaN if one of them is NaN or infinite.
 template <class X>
 void quantize_int4(long threads, const X* weights, long groups, long size, const float* ranges, long count,
                    uint32_t* words, X* scales) {
   Team(threads).for_each(groups, size * count, [=](long g) {
     float* group = scratch<float, Use::group>(size);
-    for (long i = 0; i < size; i += 16) store(group + i, load_floats(weights + g * size + i));
+    f32x16 zeros{};
+    for (long i = 0; i < size; i += 16) {
+      const f32x16 own = load_floats(weights + g * size + i);
+      store(group + i, own), zeros += zero_or_nan(own);
+    }
     const float scale = best_scale<X>(group, size, ranges, count);
-    assign(scales[g], scale);
+    assign(scales[g], scale + horizontal_sum(zeros));
     for (long i = 0; i < size; i += 16) {
       i32x16 values = to_integers(to_int4(load<f32x16>(group + i), scale)) + 8;
       for (long half = 0; half < 2; half++) {

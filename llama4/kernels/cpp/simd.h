@@ -182,6 +182,7 @@ void for_each_four(long N, const Run& run) {
 
 // ---- shuffles and reductions
 
+// Of NaN and a number both give b, whichever it is: what is to stay NaN is b.
 inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
 inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
@@ -243,29 +244,33 @@ V transpose_fours(V v) {
 constexpr float round_magic = 12582912.f;
 inline f32x16 round_to_integer(f32x16 x) { return x + round_magic - round_magic; }
 
-// 2^x for x <= 0, at least 2^-126: 2^n 2^r with |r| <= 1/2, and 2^r by Taylor's series. Relative error 1e-7; coarse:
-// 4e-5, enough for what is rounded to bfloat16.
+// x + power_magic ends in the bits of n + 126, for n the integer nearest to x: shifted by 23 they are 2^(n - 1) for n
+// from -125 to 128, and 0 for n = -126.
+constexpr float power_magic = round_magic + 126;
+inline f32x16 half_power(f32x16 shifted) { return (f32x16)((u32x16)shifted << 23); }
+
+// 2^x for x <= 0, NaN of NaN. It is 2 2^r, by Taylor's series, times 2^(n - 1), with |r| <= 1/2. The former is above 1,
+// so that no product is a subnormal number, over which processors take long: it is 0 below -125.5. Relative error 1e-7;
+// coarse: 4e-5, enough for what is rounded to bfloat16.
 template <bool coarse>
 f32x16 exp2_nonpositive(f32x16 x) {
-  x = max(x, f32x16{} - 126.f);
-  f32x16 shifted = x + round_magic, r = x - (shifted - round_magic);  // n is in the last bits of `shifted`
-  f32x16 p = f32x16{} + (coarse ? 9.6181291e-3f : 1.5403530e-4f);
-  if (!coarse) p = p * r + 1.3333558e-3f, p = p * r + 9.6181291e-3f;
-  p = p * r + 5.5504109e-2f, p = p * r + 2.4022651e-1f, p = p * r + 6.9314718e-1f, p = p * r + 1.f;
-  return (f32x16)((u32x16)p + ((u32x16)shifted << 23));
+  x = max(f32x16{} - 126.f, x);
+  const f32x16 shifted = x + power_magic, r = x - (shifted - power_magic);
+  f32x16 p = f32x16{} + 2 * (coarse ? 9.6181291e-3f : 1.5403530e-4f);
+  if (!coarse) p = p * r + 2 * 1.3333558e-3f, p = p * r + 2 * 9.6181291e-3f;
+  p = p * r + 2 * 5.5504109e-2f, p = p * r + 2 * 2.4022651e-1f, p = p * r + 2 * 6.9314718e-1f, p = p * r + 2.f;
+  return p * half_power(shifted);  // multiplied, not put together from bits, NaN stays NaN
 }
 
-// e^x: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. Relative error 2e-8; zero below -87, e^88 above 88.
+// e^x, likewise from 2 e^r with |r| <= ln 2 / 2. Relative error 2e-8; zero below -87, infinite above float32's numbers.
 inline f32x16 exp(f32x16 x) {
-  u32x16 is_zero = (u32x16)(x < -87.f);
-  x = max(min(x, f32x16{} + 88.f), f32x16{} - 87.f);
-  f32x16 n = round_to_integer(x * 1.44269504f);
+  x = min(f32x16{} + 89.f, max(f32x16{} - 87.5f, x));
+  const f32x16 shifted = x * 1.44269504f + power_magic, n = shifted - power_magic;
   f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f32x16 p = f32x16{} + 1.f / 5040;
-  p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6;
-  p = p * r + .5f, p = p * r + 1.f, p = p * r + 1.f;
-  f32x16 power = (f32x16)(((u32x16)to_integers(n) + 127) << 23);
-  return (f32x16)((u32x16)(power * p) & ~is_zero);
+  f32x16 p = f32x16{} + 2.f / 5040;
+  p = p * r + 2.f / 720, p = p * r + 2.f / 120, p = p * r + 2.f / 24, p = p * r + 2.f / 6;
+  p = p * r + 1.f, p = p * r + 2.f, p = p * r + 2.f;
+  return p * half_power(shifted);
 }
 
 // ---- numbers

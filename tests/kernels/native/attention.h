@@ -80,8 +80,7 @@ void attention(bool narrow) {
       std::vector<Cache> caches(B, Cache(format, narrow, 0, K, C));
       std::vector<void*> addresses;
       Doubles q = normal(B * H * C), truth;
-      const Numbers queries(q, narrow);
-      Numbers y(B * H * C, narrow);
+      Numbers queries(q, narrow), y(B * H * C, narrow), of_nan = y;
       for (long b = 0; b < B; b++) {
         caches[b] = Cache(format, narrow, width, K, C);
         caches[b].fill(lengths[b]);
@@ -93,9 +92,13 @@ void attention(bool narrow) {
         }
       }
       const long* of_each = lengths;
-      call("attend", narrow, queries.data(), addresses.data(), width, of_each, B, H, K, C, long(format.number),
-           y.data());
-      compare(std::string("attend, cache in ") + format.name, y, truth, tolerance);
+      const auto attend = [&](Numbers& y) {
+        call("attend", narrow, queries.data(), addresses.data(), width, of_each, B, H, K, C, long(format.number),
+             y.data());
+      };
+      const auto what = std::string("attend, cache in ") + format.name;
+      attend(y), compare(what, y, truth, tolerance);
+      queries.set(5, NAN), attend(of_nan), compare_nan(what + ", NaN in a query", y, of_nan, 0, C, B * H * C);
     }
 }
 
@@ -107,8 +110,7 @@ void causal_attention(bool narrow) {
       Cache cache(format, narrow, 2, K, C);
       cache.fill(past);
       Doubles q = normal(N * H * C), k = normal(N * K * C), v = normal(N * K * C), truth;
-      const Numbers queries(q, narrow), keys(k, narrow), values(v, narrow);
-      Numbers y(N * H * C, narrow);
+      Numbers queries(q, narrow), keys(k, narrow), values(v, narrow), y(N * H * C, narrow), of_nan = y;
       for (long n = 0; n < N; n++)
         for (long h = 0; h < H; h++) {
           const long head = h / (H / K);
@@ -119,10 +121,22 @@ void causal_attention(bool narrow) {
           const auto value = [&](long s, long c) { return number(v, K + head, s, c); };
           for (double own : attended(q.data() + (n * H + h) * C, C, past + n + 1, key, value)) truth.push_back(own);
         }
-      call("attend_causal", narrow, queries.data(), keys.data(), values.data(), N, cache.addresses.data(), 2l, past, H,
-           K, C, long(format.number), y.data());
-      compare(std::string("attend_causal behind ") + std::to_string(past) + ", cache in " + format.name, y, truth,
-              narrow ? 0.012 : 5e-6);
+      const auto attend = [&](Numbers& y) {
+        call("attend_causal", narrow, queries.data(), keys.data(), values.data(), N, cache.addresses.data(), 2l, past,
+             H, K, C, long(format.number), y.data());
+      };
+      const auto what = std::string("attend_causal behind ") + std::to_string(past) + ", cache in " + format.name;
+      attend(y), compare(what, y, truth, narrow ? 0.012 : 5e-6);
+      const long count = N * H * C, last = (N - 1) * K * C;  // the last token's first head
+      queries.set(5, NAN), attend(of_nan), compare_nan(what + ", NaN in a query", y, of_nan, 0, C, count);
+      queries.set(5, q[5]), keys.set(last, NAN), attend(of_nan);
+      compare_nan(what + ", NaN in a key", y, of_nan, count - H * C, count - H * C + H / K * C, count);
+      keys.set(last, k[last]);
+      for (long c = 0; c < C; c++) values.set(last + c, c % 2 ? NAN : INFINITY);
+      attend(of_nan);
+      for (long i = count - H * C; i < count; i++)  // infinity is not NaN
+        if (std::isinf(of_nan.get(i))) of_nan.set(i, NAN);
+      compare_nan(what + ", NaN in a value", y, of_nan, count - H * C, count - H * C + H / K * C, count);
     }
 }
 

@@ -84,4 +84,13 @@ void compare(const std::string& what, const Numbers& ours, const Doubles& truth,
   expect(error <= tolerance * most, "%s, %s: %g", what.c_str(), word(ours.narrow), error / most);
 }
 
+// Numbers [begin, end) have become NaN, and no other has changed.
+void compare_nan(const std::string& what, const Numbers& before, const Numbers& after, long begin, long end,
+                 long count) {
+  long wrong = 0;
+  for (long i = 0; i < count; i++)
+    wrong += begin <= i && i < end ? !std::isnan(after.get(i)) : after.get(i) != before.get(i);
+  expect(!wrong, "%s, %s: %ld numbers are wrong", what.c_str(), word(after.narrow), wrong);
+}
+
 }  // namespace

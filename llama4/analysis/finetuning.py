@@ -43,7 +43,6 @@ from llama4.train.memory import (
 from llama4.train.options import QUANTIZATION
 from llama4.units import bytes_text, count_text, time_text
 
-METHODS = ("lora", "qlora", "full")
 NARROWEST = 64
 """The most by which widths are divided for the forwards that are counted."""
 MIN_TOKENS = 2
@@ -58,7 +57,7 @@ class Training:
     """What is trained, and how.
 
     Attributes:
-        method: one of `METHODS`.
+        method: one of `PLANNED`.
         lora: of those that train an adapter.
         batch_tokens: of a batch, on each device.
         length: tokens of an example, as far as attention is concerned.

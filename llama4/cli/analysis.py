@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llama4.adapters.methods import PLANNED
 from llama4.arguments import printable
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.finetune import LORA, SETTINGS, parse_targets
@@ -20,7 +21,7 @@ MODEL = {
 DEVICES = ("h100", "h200", "b200", "cpu")
 FINETUNE = {name: LORA[name] for name in ("rank", "targets")}
 FINETUNE |= {name: SETTINGS[name] for name in ("batch_tokens", "optimizer_states")}
-FINETUNE["batch_tokens"] = SETTINGS["batch_tokens"] | {"help": "of a batch, on each device (default: 4096)"}
+FINETUNE["batch_tokens"] = SETTINGS["batch_tokens"] | {"help": "tokens of a batch, on each device (default: 4096)"}
 """Arguments of `llama4 finetune` that `plan --finetune` takes."""
 NOT_OF_FINETUNE = ("cache", "tensor_parallel", "memory_rate", "disk_rate", "measure")
 
@@ -76,9 +77,8 @@ def add_parsers(commands: Any) -> None:
     plan.add_argument("--measure", action="store_true", help="run the model on this CPU, too, to compare with the plan")
     plan.add_argument("--json", action="store_true", help="print JSON")
     group = plan.add_argument_group("training")
-    methods = ("lora", "qlora", "full")
     about = "plan its training, each device with a share of all; --context is of an example (default: 2048)"
-    group.add_argument("--finetune", choices=methods, metavar="METHOD", help=f"lora, qlora or full: {about}")
+    group.add_argument("--finetune", choices=PLANNED, metavar="METHOD", help=f"{', '.join(PLANNED)}: {about}")
     for name, settings in FINETUNE.items():
         group.add_argument("--" + name.replace("_", "-"), **settings)
     plan.set_defaults(run=run_plan, parser=plan)

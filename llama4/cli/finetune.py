@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama4.adapters.methods import ALL_WEIGHTS, METHODS
 from llama4.cli.interrupts import exit_code
+from llama4.cli.options import TRAINED, add_model_options, trained_options
 from llama4.errors import ArgumentError
 from llama4.progress import starting
 from llama4.units import bytes_text, count_text
@@ -15,20 +17,16 @@ from llama4.units import bytes_text, count_text
 if TYPE_CHECKING:
     from llama4.train.loop import Run
 
-METHODS = ("lora", "qlora", "full", "dpo", "distill")
-ALL_WEIGHTS = ("full", "distill")
-"""Both are also in `llama4.train.options`, which imports torch."""
-
 LORA: dict[str, dict[str, Any]] = {
-    "rank": {"type": int, "metavar": "R", "help": "of the adapter's matrices (default: 16)"},
-    "alpha": {"type": float, "metavar": "A", "help": "its scale is A / R (default: 32)"},
+    "rank": {"type": int, "metavar": "R", "help": "rank of the adapter's matrices (default: 16)"},
+    "alpha": {"type": float, "metavar": "A", "help": "alpha of the adapter, whose scale is A / R (default: 32)"},
     "targets": {
         "metavar": "PARTS",
-        "help": "attention,experts,shared,dense,router,vision,projector,embeddings (default: the first four); "
-        "experts:4 gives a part a rank of its own",
+        "help": "parts to adapt, of attention,experts,shared,dense,router,vision,projector,embeddings (default: the "
+        "first four); experts:4 gives a part a rank of its own",
     },
-    "dropout": {"type": float, "metavar": "P", "help": "of an adapter's inputs, but for experts (default: 0)"},
-    "rslora": {"action": "store_true", "default": None, "help": "its scale is A / sqrt(R)"},
+    "dropout": {"type": float, "metavar": "P", "help": "dropout of an adapter's inputs, but for experts (default: 0)"},
+    "rslora": {"action": "store_true", "default": None, "help": "scale the adapter by A / sqrt(R)"},
 }
 """Arguments of `LoraConfig`."""
 
@@ -49,26 +47,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ghost_attention": {
         "action": "store_true",
         "default": None,
-        "help": "the system message in every turn, the last reply learnt",
+        "help": "put the system message into every turn, and learn the last reply",
     },
-    "beta": {"type": float, "metavar": "X", "help": "of dpo: what moving away from the model costs (default: 0.1)"},
-    "preference": {"metavar": "NAME", "help": "of dpo, its loss: sigmoid or ipo (default: sigmoid)"},
-    "teacher": {"metavar": "MODEL", "help": "of distill: a model, or a file that `llama4 teach` wrote"},
+    "beta": {"type": float, "metavar": "X", "help": "for dpo, the cost of moving away from the model (default: 0.1)"},
+    "preference": {"metavar": "NAME", "help": "for dpo, the loss: sigmoid or ipo (default: sigmoid)"},
+    "teacher": {"metavar": "MODEL", "help": "for distill, a model, or a file that `llama4 teach` wrote"},
     "soft_weight": {
         "type": float,
         "metavar": "X",
-        "help": "of distill: weight of the teacher's distribution at first; falls to 0 (default: 1)",
+        "help": "for distill, weight of the teacher's distribution at first; falls to 0 (default: 1)",
     },
     "learning_rate": {
         "type": float,
         "metavar": "X",
-        "help": "its peak (default: after the model's width; see docs/finetuning.md)",
+        "help": "peak of the learning rate (default: after the model's width; see docs/finetuning.md)",
     },
-    "schedule": {"metavar": "NAME", "help": "cosine, linear or constant (default: cosine)"},
-    "warmup": {"type": float, "metavar": "X", "help": "share of the steps, or from 1 on their number (default: 0.03)"},
-    "weight_decay": {"type": float, "metavar": "X", "help": "of matrices (default: 0)"},
-    "optimizer_states": {"metavar": "NAME", "help": "float32, or int8 in a quarter of the memory (default: float32)"},
-    "clip": {"type": float, "metavar": "X", "help": "most of the gradients' norm; 0 for any (default: 1)"},
+    "schedule": {
+        "metavar": "NAME",
+        "help": "course of the learning rate: cosine, linear or constant (default: cosine)",
+    },
+    "warmup": {
+        "type": float,
+        "metavar": "X",
+        "help": "share of steps with a rising rate, or from 1 on their number (default: 0.03)",
+    },
+    "weight_decay": {"type": float, "metavar": "X", "help": "weight decay of matrices (default: 0)"},
+    "optimizer_states": {
+        "metavar": "NAME",
+        "help": "type of AdamW's states: float32, or int8 in a quarter of the memory (default: float32)",
+    },
+    "clip": {"type": float, "metavar": "X", "help": "largest norm of the gradients; 0 for any (default: 1)"},
     "balance": {"type": float, "metavar": "X", "help": "weight of the routers' balance loss (default: 0)"},
     "z_loss": {"type": float, "metavar": "X", "help": "weight of the routers' z-loss (default: 0)"},
     "eval_every": {"type": int, "metavar": "N", "help": "steps between evaluations (default: a tenth of all)"},
@@ -76,13 +84,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {
         "action": "store_true",
         "default": None,
-        "help": "less memory, for a third more time",
+        "help": "take less memory, for a third more time",
     },
     "adapter_format": {
         "metavar": "NAME",
-        "help": "of experts: peft (default, the newest), peft-0.18, per-expert (vLLM takes the last two)",
+        "help": "form of experts' adapters: peft (default, newest), peft-0.18, per-expert (vLLM takes the last two)",
     },
-    "seed": {"type": int, "metavar": "N", "help": "of the order of data and new matrices (default: 0)"},
+    "seed": {"type": int, "metavar": "N", "help": "seed of the order of data and of new matrices (default: 0)"},
 }
 """Arguments of `TrainingOptions`; what is not given is as there."""
 
@@ -108,15 +116,20 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("finetune", help="train an adapter on your data", description=about)
     parser.add_argument("model", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--data", required=True, metavar="FILE", help=DATA)
-    parser.add_argument("--eval", metavar="FILE", help="held-out data; the best on it is kept")
-    parser.add_argument("--output", metavar="DIR", help="gets the adapter; with full and distill, the model")
-    parser.add_argument("--method", choices=METHODS, default="lora", help="(default: lora)")
-    parser.add_argument("--merge", metavar="DIR", help="also write the model with the adapter in its weights")
+    parser.add_argument("--eval", metavar="FILE", help="held-out data; the weights that are best on it are kept")
+    parser.add_argument(
+        "--output", metavar="DIR", help="directory for the adapter; with full and distill, for the model"
+    )
+    parser.add_argument("--method", choices=METHODS, default="lora", help="way of training (default: lora)")
+    parser.add_argument(
+        "--merge", metavar="DIR", help="directory for the model with the adapter in its weights, written, too"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
     parser.add_argument(
-        "--report-to", nargs="+", default=(), metavar="NAME", help="tensorboard, wandb: they get the metrics, too"
+        "--report-to", nargs="+", default=(), metavar="NAME", help="also send the metrics to tensorboard, wandb"
     )
     parser.add_argument("--dry-run", action="store_true", help="show an example, what is trained, steps and memory")
+    add_model_options(parser, TRAINED)
     for title, table in (("adapter", LORA), ("training", SETTINGS)):
         group = parser.add_argument_group(title)
         for name, settings in table.items():
@@ -131,9 +144,14 @@ def add_teach_parser(commands: Any) -> None:
     )
     parser = commands.add_parser("teach", help="write a teacher's probabilities", description=about)
     parser.add_argument("model", help="the teacher: embedded name, directory, GGUF file or Hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what the student will learn, as of finetune")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="data the student will learn, in a form that finetune reads"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, .safetensors")
-    parser.add_argument("--top", type=int, default=32, metavar="K", help="tokens of each place (default: 32)")
+    parser.add_argument(
+        "--top", type=int, default=32, metavar="K", help="likeliest tokens to write for each place (default: 32)"
+    )
+    add_model_options(parser, TRAINED)
     group = parser.add_argument_group("as in finetune")
     for name, settings in READING.items():
         group.add_argument("--" + name.replace("_", "-"), **settings)
@@ -149,7 +167,7 @@ def run_teach(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in READING if getattr(options, name) is not None}
     settings = TrainingOptions(**given)
-    llm = Llama4.from_pretrained(options.model)
+    llm = Llama4.from_pretrained(options.model, **trained_options(options))
     data = load_dataset(
         options.data,
         llm.processor,
@@ -174,8 +192,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         if name in given and options.method != method:
             option = name.replace("_", "-")
             options.parser.error(f"--{option} is of --method {method}; --method {options.method} has none")
-    if lora and options.method in ALL_WEIGHTS:
-        options.parser.error(f"--{next(iter(lora))} is for adapters; --method {options.method} has none")
+    for_adapters = [*lora, *({"adapter_format"} & given.keys())]
+    if for_adapters and options.method in ALL_WEIGHTS:
+        option = for_adapters[0].replace("_", "-")
+        options.parser.error(f"--{option} is for adapters; --method {options.method} has none")
     return given | {"method": options.method, "lora": LoraConfig(**lora)}
 
 
@@ -206,7 +226,8 @@ def run(options: argparse.Namespace) -> int:
         from llama4.weights.directory import check_free
 
     if options.dry_run:
-        show(Run(options.model, options.data, options.eval, TrainingOptions(**settings)))
+        training = TrainingOptions(**settings)
+        show(Run(options.model, options.data, options.eval, training, loading=trained_options(options)))
         return 0
     if options.merge:
         check_free(options.merge)
@@ -217,6 +238,7 @@ def run(options: argparse.Namespace) -> int:
         eval=options.eval,
         resume=options.resume,
         report_to=options.report_to,
+        loading=trained_options(options),
         **settings,
     )
     if result.stopped_by is not None:
@@ -229,7 +251,8 @@ def run(options: argparse.Namespace) -> int:
     values = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.values.items())
     print(f"{result.output}: {result.steps} steps, loss {result.losses[-1]:.4f}{held_out}{values}", file=sys.stderr)
     if options.merge:
-        write_merged(hub.resolve(options.model), options.output, options.merge)
+        base = hub.resolve(options.model, revision=options.revision, subfolder=options.subfolder)
+        write_merged(base, options.output, options.merge)
         assert result.facts is not None
         write_card(Path(options.merge), read_metrics(result.output), result.facts)
         write_curve(Path(options.merge), read_metrics(result.output))

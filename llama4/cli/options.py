@@ -79,6 +79,9 @@ FROM_PRETRAINED: dict[str, dict[str, Any]] = {
 }
 """Arguments of `Llama4.from_pretrained` -> the settings of their options for argparse."""
 
+TRAINED = {name: FROM_PRETRAINED[name] for name in (*HUB, "dtype", "device")}
+"""Those for a model that is trained, or a teacher."""
+
 CHAT: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"type": int, "default": 256, "metavar": "N", "help": "most tokens of a reply (default: 256)"},
     "temperature": {"type": float, "metavar": "T", "help": "0 is greedy, higher varies (default: the model's)"},
@@ -156,6 +159,10 @@ def _arguments(options: argparse.Namespace, table: dict[str, dict[str, Any]]) ->
     """What is given of a table's; the options of a command may be fewer."""
     names = (settings.get("dest", name) for name, settings in table.items())
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def trained_options(options: argparse.Namespace) -> dict[str, Any]:
+    return _arguments(options, TRAINED)
 
 
 def loading_options_given(options: argparse.Namespace) -> list[str]:

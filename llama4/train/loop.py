@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
+from llama4.adapters.methods import ALL_WEIGHTS
 from llama4.api import Llama4
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.files import user_path
@@ -30,7 +31,7 @@ from llama4.train.data import Batches, Dataset, load_dataset
 from llama4.train.memory import Estimate, check_memory, estimate
 from llama4.train.objectives import Distillation, Objective, Preference, next_token
 from llama4.train.optimizer import AdamW, learning_rate_at
-from llama4.train.options import ALL_WEIGHTS, QUANTIZATION, TrainingOptions
+from llama4.train.options import QUANTIZATION, TrainingOptions
 from llama4.train.output import alone_in, check_output
 from llama4.train.report import Facts, Metrics, write_card, write_curve
 from llama4.train.state import STATE_FILE, load_state, read_about, save_state
@@ -98,10 +99,11 @@ class Run:
         eval: str | Path | None,
         options: TrainingOptions,
         progress: bool = True,
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         self.options, self.progress = options, progress
-        self.base = str(model.side_files.origin or "") if isinstance(model, Llama4) else str(model)
-        self.llm = model if isinstance(model, Llama4) else load_base(model, options.method, progress)
+        self.base = str(model.side_files.origin or "") if isinstance(model, Llama4) else _name(model, loading)
+        self.llm = model if isinstance(model, Llama4) else load_base(model, options.method, progress, **loading or {})
         is_packed = any(isinstance(module, QuantizedWeight) for module in self.llm.model.modules())
         if options.method in ALL_WEIGHTS and is_packed:
             raise ArgumentError("packed weights are not trained; use method 'qlora', or the unquantized model")
@@ -216,6 +218,12 @@ class Run:
             save_adapter(self.adapter, self.llm.model, output, layout=layout, base=self.base)
 
 
+def _name(model: str | Path, loading: Mapping[str, Any] | None) -> str:
+    """Of a model in a subfolder that is here, the subfolder."""
+    subfolder = (loading or {}).get("subfolder")
+    return str(Path(model, subfolder) if subfolder and Path(model).is_dir() else model)
+
+
 def _check_kind(data: Dataset, method: str) -> None:
     """Raises:
     ArgumentError: preferences for a method that does not learn from them, or others for the one that does.
@@ -226,11 +234,11 @@ def _check_kind(data: Dataset, method: str) -> None:
         raise ArgumentError(f"{data.path} holds no preferences; method 'dpo' needs prompt, chosen and rejected")
 
 
-def load_base(name: str | Path, method: str, progress: bool = True) -> Llama4:
+def load_base(name: str | Path, method: str, progress: bool = True, **loading: Any) -> Llama4:
     """A model to train on: with "qlora", one whose weights are not packed is packed while it is loaded."""
-    llm = Llama4.from_pretrained(name, progress=progress)
+    llm = Llama4.from_pretrained(name, progress=progress, **loading)
     if method == "qlora" and not any(isinstance(module, QuantizedWeight) for module in llm.model.modules()):
-        return Llama4.from_pretrained(name, quantization=QUANTIZATION, progress=progress)
+        return Llama4.from_pretrained(name, quantization=QUANTIZATION, progress=progress, **loading)
     return llm
 
 
@@ -243,6 +251,7 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
     report_to: Sequence[str] = (),
+    loading: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Train an adapter for a model, or the model.
@@ -257,6 +266,7 @@ def finetune(
         resume: go on from the state in `output`, if there is one; with the same data and settings.
         progress: show a bar, where somebody sees it.
         report_to: "tensorboard", "wandb", or both: they get the metrics, too.
+        loading: arguments of `Llama4.from_pretrained` for a model that is given by name, such as `subfolder`.
         settings: see `TrainingOptions`.
 
     Raises:
@@ -268,7 +278,7 @@ def finetune(
     report_to = [report_to] if isinstance(report_to, str) else report_to
     check_trackers(report_to)
     check_output(output, resume)
-    run = Run(model, data, eval, options, progress)
+    run = Run(model, data, eval, options, progress, loading)
     with torch.random.fork_rng(), run.attached(), return_freed(), considerate(), stoppable() as stop:
         objective = run.objective()
         check_memory(run.memory(objective), run.llm.model.device)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import LAYOUTS
+from llama4.adapters.methods import ALL_WEIGHTS, METHODS
 from llama4.errors import ArgumentError
 from llama4.reading import MAX_INT
 from llama4.train.data import LEARN
 from llama4.train.objectives import PREFERENCE_LOSSES
 from llama4.train.optimizer import SCHEDULES, STATES
 
-METHODS = ("lora", "qlora", "full", "dpo", "distill")
-ALL_WEIGHTS = ("full", "distill")
-"""Methods that train the weights; the others train an adapter."""
 QUANTIZATION = "int4"
 """Of a base that is not packed yet, with `qlora`."""
 MAX_SEED = 2**63 - 1

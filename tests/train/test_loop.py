@@ -322,14 +322,17 @@ def test_too_little_memory_is_said_before(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_command(directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = [str(directory), "--data", str(data), "--targets", "attention,experts:2", "--batch-tokens", "60"]
+    place = [str(directory.parent), "--subfolder", directory.name, "--dtype", "float32", "--device", "cpu"]
+    common = [*place, "--data", str(data), "--targets", "attention,experts:2", "--batch-tokens", "60"]
     assert main(["finetune", *common, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "⟦it is 0<|eot|>⟧" in shown and "12 examples" in shown and "memory: " in shown
     output, merged = tmp_path / "out", tmp_path / "merged"
     training = ["--output", str(output), "--steps", "2", "--merge", str(merged)]
     assert main(["finetune", *common, *training]) == 0
-    assert json.loads((output / "adapter_config.json").read_text())["rank_pattern"] == {
+    written = json.loads((output / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(directory)
+    assert written["rank_pattern"] == {
         "feed_forward.experts.gate_up_proj": 2,
         "feed_forward.experts.down_proj": 2,
     }

@@ -226,7 +226,23 @@ def test_a_student_becomes_like_its_teacher(
     assert taught.losses[-1] < 0.3
     student = str(small_model.write(tmp_path / "student", seed=1))
     file = str(tmp_path / "teacher.safetensors")
-    assert main(["teach", str(teacher), "--data", str(lines), "--output", file, "--top", "64"]) == 0
+    assert (
+        main(
+            [
+                "teach",
+                str(teacher.parent),
+                "--subfolder",
+                teacher.name,
+                "--data",
+                str(lines),
+                "--output",
+                file,
+                "--top",
+                "64",
+            ]
+        )
+        == 0
+    )
     assert "the 64 likeliest of" in capsys.readouterr().err
     settings: dict[str, Any] = learning | {"method": "distill"}
     for name, source in (("model", str(teacher)), ("file", file)):

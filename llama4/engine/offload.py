@@ -78,8 +78,9 @@ class ExpertCache:
         for key in keys:
             if key in self._slot_of:
                 self._slot_of.move_to_end(key)
+        free = [*set(range(self.room)).difference(self._slot_of.values())] if missing else []
         for key in missing:
-            slot = self._slot_of.popitem(last=False)[1] if len(self._slot_of) == self.room else len(self._slot_of)
+            slot = free.pop() if free else self._slot_of.popitem(last=False)[1]
             for name, parameter in experts.named_parameters():
                 self._copy(parameter[key[1]].detach(), self.slots[name][slot])
             self._slot_of[key] = slot

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_those_used_last_stay() -> None:
             assert torch.equal(room.slots["gate_up_proj"][slot], experts.gate_up_proj[expert])
             assert torch.equal(room.slots["down_proj"][slot], experts.down_proj[expert])
     assert room.hits == 1 + 1 + 3 + 1
+
+
+def test_a_copy_that_is_interrupted_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = GroupedExperts(small_model.config().text)
+    nn.init.normal_(experts.gate_up_proj), nn.init.normal_(experts.down_proj)
+    room = ExpertCache(experts, CPU, 3)
+    room.bring(experts, [0, 1, 2])
+    monkeypatch.setattr(room, "_copy", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        room.bring(experts, [3])
+    monkeypatch.undo()
+    for chosen in ([1, 2], [3], [1, 2, 3], [0, 4, 5]):
+        for slot, expert in zip(room.bring(experts, chosen), chosen, strict=True):
+            assert torch.equal(room.slots["gate_up_proj"][slot], experts.gate_up_proj[expert])
 
 
 def test_it_is_saved_as_it_was(directory: Path, tmp_path: Path) -> None:

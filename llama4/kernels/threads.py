@@ -14,6 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,24 +26,43 @@ from llama4.errors import ArgumentError
 
 VARIABLE = "LLAMA4_THREADS"
 
-
-_kept = threading.local()
+_own = threading.local()
+"""Of a thread: the kernels' `count` inside `torch_by_one_thread`, and whether torch's number `is_known`."""
+_inside: dict[int, int] = {}
+"""Threads that are inside -> how many torch computed with before."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inside.clear)
 
 
 @contextmanager
 def torch_by_one_thread() -> Iterator[None]:
     """Inside, the kernels compute with as many threads as before, and torch, called by this thread, with one."""
-    before, kernels = torch.get_num_threads(), count()
+    before, kernels, thread = _torch_threads(), count(), threading.get_ident()
     if before == 1:
         yield
         return
-    _kept.count = kernels
+    _own.count = kernels
+    _inside[thread] = before
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        del _kept.count
+        _inside.pop(thread, None)
+        del _own.count
+
+
+def _torch_threads() -> int:
+    """How many torch computes with in this thread. A thread gets the number that was set last, in whichever thread,
+    when it first calls torch: if another was inside `torch_by_one_thread` then, that is mended here."""
+    number = torch.get_num_threads()
+    if number == 1 and not hasattr(_own, "is_known"):
+        with ThreadPoolExecutor(1) as pool:
+            number = max(pool.submit(torch.get_num_threads).result(), *_inside.values(), 1)
+        if number > 1:
+            torch.set_num_threads(number)
+    _own.is_known = True
+    return number
 
 
 def count() -> int:
@@ -53,8 +73,8 @@ def count() -> int:
     """
     asked = os.environ.get(VARIABLE)
     if not asked:
-        kept: int | None = getattr(_kept, "count", None)
-        return kept if kept is not None else min(torch.get_num_threads(), limit())
+        kept: int | None = getattr(_own, "count", None)
+        return kept if kept is not None else min(_torch_threads(), limit())
     if not (asked.isdecimal() and int(asked)):
         raise ArgumentError(f"{VARIABLE} is {asked!r}; it must be a number of threads, 1 or more")
     return int(asked)

@@ -66,6 +66,26 @@ class TestCount:
         finally:
             torch.set_num_threads(before)
 
+    def test_threads_that_begin_meanwhile_have_as_many_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch gives a thread the number that was set last in any; also where it calls torch before the kernels."""
+        monkeypatch.delenv(threads.VARIABLE, raising=False)
+        monkeypatch.setattr(threads, "limit", lambda: 2)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            with ThreadPoolExecutor(1) as early, ThreadPoolExecutor(1) as late, ThreadPoolExecutor(1) as single:
+                with threads.torch_by_one_thread():
+                    assert early.submit(threads.count).result() == 2
+                    assert early.submit(torch.get_num_threads).result() == 2
+                    assert torch.get_num_threads() == 1
+                    torch.set_num_threads(1)
+                    assert late.submit(torch.get_num_threads).result() == 1
+                assert late.submit(threads.count).result() == 2
+                single.submit(torch.set_num_threads, 1).result()
+                assert single.submit(threads.count).result() == 1, "as it was told"
+        finally:
+            torch.set_num_threads(before)
+
 
 @needs_kernels
 def test_no_openmp_in_the_library() -> None:

@@ -153,5 +153,6 @@ def _divided(x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers over their scales, and the scales, rounded: NaN if one of the numbers is NaN or infinite."""
     import torch
 
-    scales = torch.where(scales == 0, 1, scales + (scales - scales)).to(torch.bfloat16)
+    scales = (scales + (scales - scales)).to(torch.bfloat16)
+    scales = torch.where(scales == 0, 1.0, scales)
     return x.float() / scales.float()[..., None], scales

@@ -43,7 +43,7 @@ def to_fp8(x: Tensor, scale_dtype: torch.dtype) -> Fp8Rows:
         return Fp8Rows(*launch_elementwise.to_fp8(x))
     wide = x.float()
     largest = wide.new_full((1,), LARGEST)  # dividing by a number, a GPU multiplies by its inverse: other scales
-    scale = not_zero(wide.abs().amax(-1, keepdim=True) / largest).to(scale_dtype)
+    scale = not_zero((wide.abs().amax(-1, keepdim=True) / largest).to(scale_dtype))
     return Fp8Rows((wide / scale.float()).clamp_(-LARGEST, LARGEST).to(E4M3), scale)
 
 

@@ -12,5 +12,6 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def not_zero(scale: Tensor) -> Tensor:
-    """1 in place of 0, so that the quantized values of a group of zeros are zero and not NaN."""
+    """1 in place of 0, so that the quantized values of a group of zeros are zero and not NaN. The scale is rounded
+    already, which may have made it 0."""
     return torch.where(scale == 0, 1.0, scale)

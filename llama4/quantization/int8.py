@@ -32,7 +32,7 @@ class Int8(WeightFormat):
 
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         wide = weight_OI.float()
-        scale = not_zero(wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype)
+        scale = not_zero((wide.abs().amax(-1, keepdim=True) / 127).to(weight_OI.dtype))
         values = (wide / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
         return {"weight": values, "weight_scale": scale}
 

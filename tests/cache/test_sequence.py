@@ -51,6 +51,7 @@ def test_formats_keep_what_their_bits_can(name: str) -> None:
     step = {"int8": largest / 127 / 2, "int4": largest / 8, "fp8": x.abs() / 16 + largest / 448 * 2**-9}[name]
     assert bool((error <= step * 1.01).all())
     assert not error[0, 0].any()
+    assert not format.decode(*format.encode(torch.full((1, 64), 1e-42)), torch.float32).any(), "the scale rounds to 0"
 
 
 def test_formats_are_chosen_by_name_or_dtype() -> None:

@@ -75,6 +75,13 @@ def test_what_is_zero_stays_zero(kind: str) -> None:
     assert module(torch.zeros(2, 64)).abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_a_scale_that_rounds_to_zero(kind: str) -> None:
+    weight = torch.full((2, 64), 3e-6, dtype=torch.float16)
+    module = packed(weight, {"int4": Int4(32), "int8": Int8(), "fp8": Fp8()}[kind])
+    assert (module.dequantize().float() - weight).abs().max() <= 3e-6
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize(
     "way", [*(pytest.param(way, marks=needs_kernels) for way in ("few", "many")), "torch", "scaled_mm"]

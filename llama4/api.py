@@ -246,9 +246,10 @@ class Llama4:
     @property
     def runner(self) -> ModelRunner:
         """The fast way to decode: steps of `model`, by compiled code where that computes the same."""
-        if self._runner is None or self._runner.model is not self.model:
-            self._runner = ModelRunner(self.model)
-        return self._runner
+        runner = self._runner
+        if runner is None or runner.model is not self.model:
+            self._runner = runner = ModelRunner(self.model)
+        return runner
 
     def set_adapter(self, name: str | None) -> None:
         """Compute with a loaded adapter, or with none. `save_pretrained` writes the model without it in either case. A
@@ -269,9 +270,10 @@ class Llama4:
             Llama4Error: none is in use, or a matrix is in a format that is only read, or is two: that of embeddings and
                 of the head; the adapter is in use then as before.
         """
-        if self.adapters.active is None:
+        adapters = self.adapters
+        if (name := adapters.active) is None:
             raise ArgumentError("no adapter is in use; choose one with set_adapter")
-        self.adapters = self.adapters.merge(self.adapters.active, progress=self.progress)
+        self.adapters = adapters.merge(name, progress=self.progress)
         self.cache = None
 
     @property
@@ -520,8 +522,8 @@ class Llama4:
 
     def _cache_of(self, rows: Sequence[torch.Tensor], state: object) -> SequenceCache:
         """A cache with what the last one has of these prompts, or empty."""
-        kept = self.cache if self.cache is not None and self.cache.state is state else None
-        cache = kept.beginning(rows) if kept is not None else None
+        kept = self.cache  # which another thread may set meanwhile
+        cache = kept.beginning(rows) if kept is not None and kept.state is state else None
         return cache or self.model.new_cache(len(rows), self.cache_dtype, self.cache_device)
 
     def _start(self, prepared: Prepared) -> Iterator[Event]:
@@ -546,8 +548,8 @@ class Llama4:
         )
         events = adapters.unchanged(events, changes)
         if len(rows) == 1:
-            self.cache = PromptCache(self.model, cache, rows[0], self.progress, state)
-            events = self.cache.recorded(events)
+            self.cache = kept = PromptCache(self.model, cache, rows[0], self.progress, state)
+            events = kept.recorded(events)
         return events
 
     def prepare(

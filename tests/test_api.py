@@ -266,6 +266,21 @@ def test_pushing_uploads_what_saving_writes(llm: Llama4, tmp_path: Path, monkeyp
 # -- how it is loaded ----------------------------------------------------------------------------------------------
 
 
+def test_another_thread_may_set_the_cache_meanwhile(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.chat("hi", max_new_tokens=3).text
+    reads: list[object] = []
+
+    def read(_: object) -> object:
+        """What a thread meets which reads again what another has taken away."""
+        reads.append(None)
+        return kept if len(reads) == 1 else None
+
+    kept = llm.cache
+    monkeypatch.setattr(Llama4, "cache", property(read, lambda *_: None), raising=False)
+    assert llm.chat("hi", max_new_tokens=3).text == expected
+    assert len(reads) == 1
+
+
 def test_the_model_alone_loads_without_a_tokenizer(directory: Path, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.model").unlink()

@@ -58,7 +58,8 @@ class Adapters(Mapping[str, Adapter]):
     def state(self) -> object:
         """What the model computes with beside its weights: the active adapter; without one this object, which is
         another after an adapter was merged."""
-        return self if self.active is None else self._adapters[self.active]
+        active = self.active
+        return self if active is None else self._adapters[active]
 
     def add(self, name: str, adapter: Adapter | str | Path) -> None:
         """One more, or another one of a name, which is taken off: an adapter, or a directory as PEFT writes it.

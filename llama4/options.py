@@ -51,7 +51,8 @@ class Prepared:
     def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
         """What makes a reply of each row's events."""
         lengths = self.inputs.attention_mask.sum(dim=1).tolist()
-        return [ReplyBuilder(length, self.tools, tokenizer.special_tokens, self.form) for length in lengths]
+        special = tokenizer.special_tokens
+        return [ReplyBuilder(length, self.tools, special, self.form, self.stop_ids) for length in lengths]
 
     def builder(self, tokenizer: Tokenizer) -> ReplyBuilder:
         """That of the only row.

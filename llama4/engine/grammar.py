@@ -144,14 +144,24 @@ class Form:
             raise ArgumentError(f"{name} cannot be followed: {keyword}{' '.join(problem.split()):.300}")
         return cls(grammar, model, is_json)
 
-    def parse(self, text: str) -> Any:
-        """What a complete reply says; None if it is no JSON, or was cut off."""
-        if not self.is_json:
+    def parse(self, text: str, *, is_ended: bool = True) -> Any:
+        """What a reply says; None if it is no JSON, or was cut off.
+
+        Args:
+            is_ended: whether the model ended it. Else it counts as cut off if it could go on, as a number often can.
+        """
+        if not self.is_json or not (is_ended or self._is_full(text)):
             return None
         try:
             return self.model.model_validate_json(text) if self.model is not None else json.loads(text)
         except (ValueError, RecursionError):
             return None
+
+    def _is_full(self, text: str) -> bool:
+        """Whether it is a whole reply, behind which nothing may come."""
+        library, data = _llguidance(), text.encode()
+        matcher = library.LLMatcher(library.LLTokenizer("byte"), self.grammar, log_level=0)
+        return bool(matcher.try_consume_tokens([*data]) == len(data) and matcher.is_stopped())
 
 
 _MAX_SIZE = 1 << 18

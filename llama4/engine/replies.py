@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +89,7 @@ class ReplyBuilder:
             `<|eom|>`.
         special_tokens: the tokenizer's, name -> id.
         form: what the reply must be.
+        stop_ids: tokens by which the model ends it.
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class ReplyBuilder:
         tools: Sequence[Mapping[str, Any]] | None,
         special_tokens: Mapping[str, int],
         form: Form | None = None,
+        stop_ids: Collection[int] = (),
     ) -> None:
-        self._form = form
+        self._form, self._stop_ids = form, stop_ids
         self._prompt_tokens = prompt_tokens
         self._reader = CallReader(names_of(tools), certain=bool(tools))
         self._marks = {special_tokens[name]: name for name in MARKS if name in special_tokens}
@@ -129,14 +131,16 @@ class ReplyBuilder:
     def reply(self) -> Reply:
         """What is certain so far; after the last token, the whole reply."""
         count, text = len(self._tokens), "".join(self._text)
-        is_complete = self._form is not None and self._finish_reason is not None
+        parsed = None
+        if self._form is not None and self._finish_reason is not None:
+            parsed = self._form.parse(text, is_ended=self._tokens[-1].id in self._stop_ids)
         return Reply(
             text,
             list(self._tool_calls),
             "tool_calls" if self._tool_calls else self._finish_reason,
             Usage(self._prompt_tokens, count, self._prompt_tokens + count),
             list(self._tokens),
-            self._form.parse(text) if self._form is not None and is_complete else None,
+            parsed,
         )
 
 

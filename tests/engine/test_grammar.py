@@ -231,6 +231,20 @@ def test_a_pydantic_class(llm: Llama4) -> None:
     assert llm.chat(QUESTION, response_format=shape, max_new_tokens=1).parsed is None
 
 
+def test_a_reply_that_is_cut_off_is_not_parsed(llm: Llama4) -> None:
+    """A limit or a stop string leaves a number that could go on; what could not is whole."""
+    number: dict[str, Any] = {"type": "integer", "minimum": 100}
+    whole = llm.chat(QUESTION, response_format=number)
+    assert whole.finish_reason == "stop" and whole.parsed == int(whole.text) >= 100
+    for options in ({"max_new_tokens": 2}, {"max_new_tokens": len(whole.text)}, {"stop": whole.text[-1]}):
+        cut = llm.chat(QUESTION, response_format=number, **options)
+        assert cut.text and whole.text.startswith(cut.text) and cut.parsed is None, options
+    for full in ({"enum": [42]}, PERSON):
+        whole = llm.chat(QUESTION, response_format=full)
+        limited = llm.chat(QUESTION, response_format=full, max_new_tokens=whole.usage.completion_tokens - 1)
+        assert limited.finish_reason == "length" and limited.parsed == whole.parsed == json.loads(whole.text)
+
+
 def test_a_grammar_that_is_given_up_fails_its_own_reply_alone(llm: Llama4) -> None:
     """2100 texts that all go on: more than a parser of llguidance follows at once."""
     grammar = "start: " + "|".join(f'"a"/./"{chr(0x4E00 + i)}"' for i in range(2100))

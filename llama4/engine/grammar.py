@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import numpy as np
 import torch
@@ -243,25 +243,32 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
     return node
 
 
-class Vocabulary:
-    """A tokenizer's tokens, as llguidance reads them."""
+class _Tokens:
+    """A tokenizer's tokens, as llguidance reads them. It keeps this object for ever if that has what it makes of it."""
 
     def __init__(self, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> None:
-        library = _llguidance()
         self.eos_token_id, self.bos_token_id = stop_ids[0], None
         self.special_token_ids = sorted(tokenizer.special_tokens.values())
         self.tokens = [tokenizer.decode_bytes([id_]) for id_ in range(size)]
-        self._encode = tokenizer.encode
-        wrapper = library.TokenizerWrapper(self)
-        self.size = size
-        self.end_V = torch.full((size,), -torch.inf)
-        self.end_V[list(stop_ids)] = 0
-        self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
+        self._tokenizer = proxy(tokenizer)  # of which `_VOCABULARIES` has this only as long as it lives
 
     def __call__(self, text: str | bytes) -> list[int]:
         if isinstance(text, bytes):
             raise TypeError("texts, not bytes")
-        return self._encode(text)
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+
+class Vocabulary:
+    """A tokenizer's tokens, and which of them end a reply."""
+
+    def __init__(self, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> None:
+        library = _llguidance()
+        wrapper = library.TokenizerWrapper(_Tokens(tokenizer, size, stop_ids))
+        self.size = size
+        self.end_V = torch.full((size,), -torch.inf)
+        self.end_V[list(stop_ids)] = 0
+        self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
 
     @classmethod
     def of(cls, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> Vocabulary:
@@ -297,7 +304,7 @@ class Matcher:
             raise ArgumentError(f"the reply's form cannot be followed: {problem:.300}")
 
     def problem(self) -> Exception | None:
-        """Why it says of no token whether it may come next; None if it does."""
+        """The error that made the grammar unusable, or None."""
         error = self._penalties_V.exception()
         return error if isinstance(error, Exception | None) else RuntimeError(f"a grammar cannot be followed: {error}")
 

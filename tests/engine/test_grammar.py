@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ pytest.importorskip("llguidance")
 
 
 from llama4 import Engine, Llama4
-from llama4.engine.grammar import Form
+from llama4.engine.grammar import Form, Vocabulary
 from llama4.errors import ArgumentError
 
 jsonschema: Any = pytest.importorskip("jsonschema")
@@ -257,6 +259,16 @@ def test_a_grammar_that_is_given_up_fails_its_own_reply_alone(llm: Llama4) -> No
             list(failing)
         assert "".join(beside) == free.text
     assert "max is 2000" in str(error.value) and "state" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_vocabulary_lives_no_longer_than_its_tokenizer() -> None:
+    llm = Llama4.from_pretrained("tiny", progress=False)
+    llm.chat(QUESTION, regex="a+", max_new_tokens=2)
+    vocabulary = Vocabulary.of(llm.tokenizer, llm.config.text.vocab_size, llm.stop_ids)
+    gone = weakref.ref(llm.tokenizer), weakref.ref(vocabulary)
+    del llm, vocabulary
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
 
 
 def test_a_reply_of_many_levels_is_no_json_that_can_be_read() -> None:

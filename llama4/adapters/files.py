@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from llama4.families import family_of
 from llama4.families.names import NameTable
 from llama4.files import user_path
 from llama4.model.multimodal import Llama4Model
+from llama4.patterns import Patience, compile_pattern
 from llama4.reading import read_json
 from llama4.weights.directory import complete_directory, write_json
 from llama4.weights.safetensors import SafetensorsFiles, write_tensors
@@ -41,6 +43,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
 PREFIX = "base_model.model."
 _MAX_ALPHA = 1e9
+_PATIENCE = 10.0
+"""Seconds that the expressions of a file may take for all names."""
 LAYOUTS = ("peft", "peft-0.18", "per-expert")
 
 _UNSUPPORTED = {
@@ -183,7 +187,7 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     """
     directory = user_path(directory)
     content = read_config(directory)
-    scale_of = _scales(content)
+    scale_of = _scales(directory / CONFIG_FILE, content)
     files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
     table = family_of(model.config).names(model.config)
     pairs, unexpected = _pairs(files)
@@ -243,20 +247,38 @@ def _check_config(path: Path, content: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} has target_parameters {stacks!r:.80}; it must be a list of names")
 
 
-def _scales(content: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """Name in the file and rank -> scale."""
-    alpha, alphas, root = content.get("lora_alpha", 8), content.get("alpha_pattern") or {}, content.get("use_rslora")
+def _scales(path: Path, content: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """Name in the file and rank -> scale, by the first key of alpha_pattern that fits the end of the name, as in PEFT.
+
+    Raises:
+        ConfigError: a key that is no regular expression; for the names, one that takes too long.
+    """
+    alpha, root, patience = content.get("lora_alpha", 8), content.get("use_rslora"), Patience(_PATIENCE)
+    try:
+        alphas = [(_name_or_pattern(key), value) for key, value in (content.get("alpha_pattern") or {}).items()]
+    except ValueError as error:
+        raise ConfigError(f"{path} has a key in alpha_pattern that cannot be used: {error}; write it again") from None
+
+    def fits(key: str | regex.Pattern[str], name: str) -> bool:
+        if isinstance(key, str):
+            return name == key or name.endswith(f".{key}")
+        try:
+            return key.match(name, timeout=patience.left()) is not None
+        except TimeoutError:
+            raise ConfigError(
+                f"{path} has {key.pattern!r:.80} in alpha_pattern, which takes more than {_PATIENCE:g} s; write names"
+            ) from None
 
     def scale(name: str, rank: int) -> float:
-        own = next((value for pattern, value in alphas.items() if _is_meant(pattern, name)), alpha)
+        own = next((value for key, value in alphas if fits(key, name)), alpha)
         return float(own) / (math.sqrt(rank) if root else rank)
 
     return scale
 
 
-def _is_meant(pattern: str, name: str) -> bool:
-    """As PEFT matches; a pattern that is a name, which most are, is not run as an expression that anyone may write."""
-    return name == pattern or name.endswith("." + pattern)
+def _name_or_pattern(key: str) -> str | regex.Pattern[str]:
+    """A key of alpha_pattern: mostly a name, or the end of one, which is not run as an expression."""
+    return key if re.fullmatch(r"[\w.]+", key) else compile_pattern(rf"(.*\.)?({key})$")
 
 
 def _read_config(content: Mapping[str, Any], loras: Mapping[str, Lora]) -> LoraConfig:

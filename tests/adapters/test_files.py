@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llama4.adapters import files
 from llama4.adapters.config import LoraConfig
 from llama4.adapters.files import CONFIG_FILE, LAYOUTS, WEIGHTS_FILE, load_adapter, save_adapter
 from llama4.adapters.lora import Adapter
@@ -182,14 +183,37 @@ def damage(directory: Path, **fields: Any) -> None:
         ({"rank_pattern": 5}, "rank_pattern or alpha_pattern that are no objects"),
         ({"lora_alpha": 10**400}, r"adapter_config\.json has lora_alpha or alpha_pattern 10"),
         ({"lora_alpha": -1}, "must be a number above 0"),
+        ({"alpha_pattern": {"(": 4}}, "has a key in alpha_pattern that cannot be used: .* is no regular expression"),
+        ({"alpha_pattern": {r"([\w.]+[\w.]+)+[!?]": 4}}, "in alpha_pattern, which takes more than 0 s; write names"),
         ({"target_parameters": 5}, "has target_parameters 5; it must be a list of names"),
     ],
 )
-def test_what_is_not_computed_is_refused(llm: Llama4, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_what_is_not_computed_is_refused(
+    llm: Llama4, tmp_path: Path, fields: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.0)
     save_adapter(Adapter.create(llm.model, CONFIG), llm.model, tmp_path)
     damage(tmp_path, **fields)
     with pytest.raises(ConfigError, match=message):
         load_adapter(tmp_path, llm.model)
+
+
+def test_keys_of_alpha_pattern_are_expressions(llm: Llama4, tmp_path: Path) -> None:
+    """The first that fits the end of a name, as in PEFT's `get_pattern_key`."""
+    from peft.utils.other import get_pattern_key
+
+    save_adapter(Adapter.create(llm.model, LoraConfig(rank=8, targets=("attention",))), llm.model, tmp_path)
+    alphas = {
+        r"layers\.[01]\.self_attn\.q_proj": 16,
+        "self_attn.k_proj": 24,
+        r".*\.2\..*": 32,
+        "q_proj": 40,
+        "proj": 48,
+    }
+    damage(tmp_path, lora_alpha=8, alpha_pattern=alphas)
+    scales = {name: lora.scale for name, lora in load_adapter(tmp_path, llm.model).items()}
+    assert set(scales.values()) == {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert all(scale == alphas.get(get_pattern_key([*alphas], name), 8) / 8 for name, scale in scales.items())
 
 
 def test_weights_that_do_not_fit(llm: Llama4, tmp_path: Path) -> None:

@@ -34,18 +34,18 @@ def identities(inputs: Inputs, model: Llama4Model) -> list[Tensor]:
     those of its picture and from how its tiles are arranged.
     """
     vision, patch = model.config.vision, model.config.image_token_index
-    tokens_BT = inputs.input_ids.clone()
-    is_patch_BT = (tokens_BT == patch) & inputs.attention_mask.bool()
+    tokens_BT, mask_BT = inputs.input_ids.cpu().clone(), inputs.attention_mask.cpu().bool()
+    is_patch_BT = (tokens_BT == patch) & mask_BT
     if inputs.pixel_values is not None and vision is not None:
-        digests = [hashlib.blake2b(tile.numpy(), digest_size=7) for tile in inputs.pixel_values.cpu()]
+        digests = [hashlib.blake2b(_data(tile), digest_size=7) for tile in inputs.pixel_values]
         if inputs.image_grids is not None:
             for digest, grid in zip(digests, inputs.image_grids, strict=True):
-                digest.update(grid.numpy())
+                digest.update(_data(grid))
         of_tiles = torch.tensor([-1 - int.from_bytes(digest.digest(), "little") for digest in digests])
         count = int(is_patch_BT.sum())
         if count == len(digests) * vision.tokens_per_tile:
             tokens_BT[is_patch_BT] = of_tiles.repeat_interleave(vision.tokens_per_tile)
-    return [row[mask] for row, mask in zip(tokens_BT, inputs.attention_mask.bool(), strict=True)]
+    return [row[mask] for row, mask in zip(tokens_BT, mask_BT, strict=True)]
 
 
 class PromptCache:
@@ -169,11 +169,16 @@ def fingerprint(model: Llama4Model, progress: bool = False, state: object = None
 
 def _digest(name: str, tensor: Tensor, bar: Bar) -> bytes:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    data = _data(tensor)
     for at in range(0, len(data), PIECE):
         digest.update(piece := data[at : at + PIECE])
         bar.advance(len(piece))
     return digest.digest()
+
+
+def _data(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any dtype, order and device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _agreement(ours: Tensor, theirs: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from llama4 import Llama4
 from llama4.cache.saved import load_cache
-from llama4.engine.prefix_cache import fingerprint
+from llama4.engine.prefix_cache import fingerprint, identities
 from llama4.errors import DiskError
 from tests import small_model
 
@@ -29,6 +30,18 @@ DOCUMENT = "A long document says many things, one after the other. " * 12
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+def test_pictures_are_told_apart_in_any_dtype_and_order(directory: Path) -> None:
+    llm = Llama4.from_pretrained(directory)
+    content = [{"type": "image", "image": RED}, {"type": "text", "text": "what?"}]
+    inputs = llm.processor([{"role": "user", "content": content}])
+    assert inputs.pixel_values is not None
+    (plain,) = identities(inputs, llm.model)
+    others = replace(inputs, pixel_values=inputs.pixel_values.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(identities(others, llm.model)[0], plain)
+    (narrow,) = identities(replace(inputs, pixel_values=inputs.pixel_values.bfloat16()), llm.model)
+    assert bool(((narrow == plain) == (plain >= 0)).all())
 
 
 @pytest.fixture

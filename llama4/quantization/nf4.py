@@ -123,16 +123,16 @@ class Nf4(WeightFormat):
     def _rows(self, weight: QuantizedWeight, rows: slice, blocks: Tensor, scales: Tensor) -> Tensor:
         """Some rows of W [O, I], in `dtype`."""
         (outputs, inputs), size = weight.shape[-2:], self.group_size
-        quant_map = weight.part("quant_map")
         begin, end, _ = rows.indices(outputs)
-        if len(weight.shape) == 2:
-            assert begin * inputs % size == 0
-            some = slice(begin * inputs // size, end * inputs // size)
-            return self._numbers(quant_map, blocks[some], scales[some]).view(-1, inputs)
-        assert outputs % size == begin % size == 0
-        some = slice(begin // size, end // size)
-        blocks, scales = blocks.unflatten(0, (inputs, -1))[:, some], scales.unflatten(0, (inputs, -1))[:, some]
-        return self._numbers(quant_map, blocks.flatten(0, 1), scales.flatten()).view(inputs, -1).mT
+        is_stack = len(weight.shape) == 3  # stored in x out
+        lines = inputs if is_stack else 1
+        if not is_stack:
+            begin, end = begin * inputs, end * inputs
+        first, last = begin // size, -(-end // size)
+        blocks, scales = (part.unflatten(0, (lines, -1))[:, first:last] for part in (blocks, scales))
+        numbers = self._numbers(weight.part("quant_map"), blocks.flatten(0, 1), scales.flatten()).view(lines, -1)
+        numbers = numbers[:, begin - first * size : end - first * size]
+        return numbers.mT if is_stack else numbers.view(-1, inputs)
 
     def _numbers(self, quant_map: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
         """[blocks, numbers]. Both numbers of a byte are looked up at once."""

@@ -111,6 +111,27 @@ def same(a: Path, b: Path) -> bool:
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 4096, 3), (4096, 3)])
+def test_rows_that_are_multiplied_at_once_may_divide_blocks(shape: tuple[int, ...]) -> None:
+    size, generator = math.prod(shape), torch.Generator().manual_seed(0)
+    stored = (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
+    with torch.device("meta"):
+        weight = QuantizedWeight(Nf4(2048, "", stored, torch.float32), shape)
+    parts = {
+        "weight": torch.randint(0, 256, (size // 2, 1), dtype=torch.uint8, generator=generator),
+        "absmax": torch.rand(size // 2048, generator=generator),
+        "quant_map": torch.linspace(-1, 1, 16),
+    }
+    weight.set_parts(parts)
+    x_NI = torch.randn(5, shape[-1], generator=generator, requires_grad=True)
+    for expert in range(shape[0]) if len(shape) == 3 else [None]:
+        matrix_OI = weight.format.dequantize(weight, expert)
+        product_NO = weight.format.product(weight, x_NI, expert)
+        torch.testing.assert_close(product_NO, x_NI @ matrix_OI.mT)
+        gradient_NI = weight.format.input_gradient(weight, product_NO.detach(), expert)
+        torch.testing.assert_close(gradient_NI, product_NO.detach() @ matrix_OI)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 @torch.inference_mode()

@@ -259,10 +259,10 @@ class Llama4Model(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fresh weights for training: normal with variance 1 / fan-in, so that image features and text embeddings
-        arrive at the same size whatever the width; norms at one, biases at zero, what adds to the residual stream
-        divided by sqrt(2 * layers)."""
+        arrive at the same size whatever the width; norms at one, biases and gates at zero, what adds to the residual
+        stream divided by sqrt(2 * layers)."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or parameter.shape == (1,):  # a gate is one number
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -252,3 +253,10 @@ def test_pictures_that_do_not_fit_are_refused(ours: CrossAttentionModel) -> None
         ours(prompt(5, (1,)), pixel_values=pixels[0], image_grids=grids)
     with pytest.raises(Llama4Error, match="rows and columns of at most 4 tiles"):
         ours(prompt(5, (1,)), pixel_values=pixels, image_grids=torch.tensor([[3, 2]]))
+
+
+def test_fresh_weights_leave_gates_closed(ours: CrossAttentionModel) -> None:
+    fresh = copy.deepcopy(ours)
+    fresh.init_weights(torch.Generator().manual_seed(0))
+    gates = {name: parameter for name, parameter in fresh.named_parameters() if "gate" in name.rpartition(".")[2]}
+    assert len(gates) == 2 * 2 + 2 * 2 + 3 and not any(parameter.any() for parameter in gates.values())

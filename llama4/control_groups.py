@@ -1,4 +1,4 @@
-"""What Linux's control groups, of versions 1 and 2, allow this process: a container's limits are there."""
+"""What Linux, and its control groups of versions 1 and 2, allow this process: a container's limits are there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MEMBERSHIP, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMORY = Path("/proc/meminfo")
 
 
 def cpu_quota(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
@@ -25,6 +26,12 @@ def memory_limit(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
     files = {1: "memory.limit_in_bytes", 2: "memory.max"}
     limits = [text_of(directory / files[version]) for version, directory in _groups("memory", membership, root)]
     return min((int(limit) for limit in limits if limit.isdecimal()), default=math.inf)
+
+
+def available_memory(path: Path = MEMORY) -> float:
+    """Bytes of memory that are free, or that the system would free, within the limit; infinite where nothing says."""
+    fields = [line.split() for line in text_of(path).splitlines() if line.startswith("MemAvailable:")]
+    return min(1024 * int(fields[0][1]) if fields else math.inf, memory_limit())
 
 
 def text_of(path: Path) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llama4.control_groups import cpu_quota, memory_limit
+from llama4 import control_groups
+from llama4.control_groups import available_memory, cpu_quota, memory_limit
 
 
 def written(membership: str, files: dict[str, str], directory: Path) -> tuple[Path, Path]:
@@ -49,3 +51,11 @@ def test_quotas_of_control_groups(membership: str, files: dict[str, str], quota:
 )
 def test_memory(membership: str, files: dict[str, str], limit: float, tmp_path: Path) -> None:
     assert memory_limit(*written(membership, files, tmp_path)) == limit
+
+
+@pytest.mark.parametrize(("available", "limit", "free"), [(8, 2, 2048), (1, 2, 1024), (1, None, 1024)])
+def test_free_memory(available: int, limit: int | None, free: int, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: 16 kB\nMemAvailable:   {available} kB\n")
+    monkeypatch.setattr(control_groups, "memory_limit", lambda: math.inf if limit is None else 1024 * limit)
+    assert available_memory(tmp_path / "meminfo") == free
+    assert available_memory(tmp_path / "none") == (math.inf if limit is None else 1024 * limit)

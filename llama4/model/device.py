@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from llama4.config import Llama4Config
+from llama4.control_groups import available_memory
 from llama4.errors import ArgumentError, ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -53,7 +52,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that could be allocated now; 1 TiB where the system does not say.
+    """Bytes of memory that could be allocated now; at most 1 TiB on a CPU.
 
     Of a GPU's, torch keeps what was released. Rests of blocks of which a part is in use do not count: nothing larger
     finds room there.
@@ -64,8 +63,4 @@ def free_memory(device: torch.device) -> int:
             stats[f"{kind}.all.current"] for kind in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
         )
         return int(free + reserved - sum(used))
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 40
+    return int(min(available_memory(), 1 << 40))

@@ -11,13 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama4.cache.batch import make_batch
+from llama4.control_groups import available_memory
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.quantization.weight import QuantizedWeight
@@ -214,11 +214,8 @@ def available_bytes(device: torch.device) -> int | None:
     """Memory that is free on a device; None where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+    free = available_memory()
+    return int(free) if free < math.inf else None
 
 
 def check_memory(needed: Estimate, device: torch.device) -> None:

@@ -171,14 +171,10 @@ class FusedSession:
 
 
 @contextmanager
-def only_our_threads(model: Llama4Model, cache: SequenceCache, runner: FusedCpuRunner | None = None) -> Iterator[None]:
+def only_our_threads(fused: FusedCpuRunner, cache: SequenceCache) -> Iterator[None]:
     """Around a forward: where every product and attention is that of a kernel, what hooks and adapters add apart, torch
-    computes with one thread.
-
-    Args:
-        runner: one that may know the model already.
-    """
-    if (runner or FusedCpuRunner(model)).undescribed_reason(cache) not in (None, EXPERTS_IN_FILES):
+    computes with one thread."""
+    if fused.undescribed_reason(cache) not in (None, EXPERTS_IN_FILES):
         yield
         return
     with threads.torch_by_one_thread():

@@ -45,33 +45,33 @@ def prefill(model: Llama4Model, inputs: Inputs, cache: SequenceCache, progress: 
         return remembered
     cache.announce([length] * len(prompts))
     size = max(piece_size(model) // len(prompts), 1)
+    fused = FusedCpuRunner(model)
     with Bar("reading", (length - past) * len(prompts), "tokens", shown=progress):
         for begin in range(past, length, size):
             end = min(begin + size, length)
             pieces = [own.piece(ids, begin, end) for own, ids in zip(pictures, prompts, strict=True)]
-            _, logits_BV = read_pieces(model, cache, pieces)
+            _, logits_BV = read_pieces(fused, cache, pieces)
     if len(prompts) == 1:
         cache.remember_logits(logits_BV)
     return logits_BV
 
 
 def read_pieces(
-    model: Llama4Model,
+    fused: FusedCpuRunner,
     cache: SequenceCache,
     pieces: Sequence[Piece],
     head: Callable[[Tensor], Tensor] | None = None,
-    described: FusedCpuRunner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the next piece of the prompt in each row of a cache, as a part of the progress bar that is shown.
 
     Args:
+        fused: of the model.
         head: hidden states behind the last token of each piece [B, D] -> logits; by default the model's.
-        described: one that may know the model's modules already.
 
     Returns:
         What the head is given for all tokens, packed, [N, D]; and the logits behind each piece, [B, V].
     """
-    fused = described or FusedCpuRunner(model)
+    model = fused.model
     if (description := fused.prompt_description(cache)) is not None:
         with step(sum(len(piece.ids) for piece in pieces)), torch_by_one_thread():
             return read_by_steps(model, description, cache, pieces)
@@ -81,7 +81,7 @@ def read_pieces(
     ids_BT[mask_BT] = torch.tensor([id_ for piece in pieces for id_ in piece.ids])
     features = [part for piece in pieces for part in piece.features]
     grids = [part for piece in pieces for part in piece.grids]
-    with step(sum(sizes)), only_our_threads(model, cache, fused):
+    with step(sum(sizes)), only_our_threads(fused, cache):
         x_ND, batch = model.hidden_states(
             ids_BT,
             image_features=torch.cat(features) if features else None,

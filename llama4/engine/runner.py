@@ -80,15 +80,15 @@ class EagerSession:
 
     logits_BV: Tensor
 
-    def __init__(self, model: Llama4Model, described: FusedCpuRunner) -> None:
-        self.model, self._described = model, described
+    def __init__(self, model: Llama4Model, fused: FusedCpuRunner) -> None:
+        self.model, self._fused = model, fused
 
     def is_current(self, cache: SequenceCache) -> bool:
         return False
 
     @torch.inference_mode()
     def run(self, ids: list[int], cache: SequenceCache) -> None:
-        with only_our_threads(self.model, cache, self._described):
+        with only_our_threads(self._fused, cache):
             self.logits_BV = self.model(torch.tensor(ids)[:, None], cache=cache, last_only=True)[:, 0]
 
     def greedy_token(self) -> tuple[list[int], list[float]]:
@@ -101,9 +101,9 @@ class EagerRunner:
 
     name, device = "eager", None
 
-    def __init__(self, model: Llama4Model) -> None:
+    def __init__(self, model: Llama4Model, fused: FusedCpuRunner | None = None) -> None:
         self.model = model
-        self._described = FusedCpuRunner(model)
+        self._fused = fused or FusedCpuRunner(model)
 
     def is_worthwhile(self) -> bool:
         return True
@@ -112,7 +112,7 @@ class EagerRunner:
         return None
 
     def open(self, cache: SequenceCache) -> EagerSession:
-        return EagerSession(self.model, self._described)
+        return EagerSession(self.model, self._fused)
 
 
 class ModelRunner:
@@ -126,13 +126,14 @@ class ModelRunner:
         runners: the fastest first; the last must support everything.
 
     Attributes:
-        described: the runner that knows of the model's modules whether kernels compute them; None if there is none.
+        fused: that which knows of the model's modules whether kernels compute them, be it among the runners or not.
     """
 
     def __init__(self, model: Llama4Model, runners: Sequence[Runner] | None = None) -> None:
         self.model = model
-        self.runners = tuple(runners or (FusedCpuRunner(model), CudaGraphRunner(model), EagerRunner(model)))
-        self.described = next((each for each in self.runners if isinstance(each, FusedCpuRunner)), None)
+        given = (each for each in runners or () if isinstance(each, FusedCpuRunner))
+        self.fused = next(given, None) or FusedCpuRunner(model)
+        self.runners = tuple(runners or (self.fused, CudaGraphRunner(model), EagerRunner(model, self.fused)))
         self._sessions: dict[int, tuple[Session, weakref.ref[SequenceCache]]] = {}
         self._logged: set[str] = set()
 

@@ -386,7 +386,7 @@ class Scheduler:
                 go_on_with([(request.adapter, 1) for request in requests])
                 return model.language_model.lm_head(x_BD)
 
-            x_ND, logits_BV = read_pieces(model, cache, list(pieces.values()), head, self.runner.described)
+            x_ND, logits_BV = read_pieces(self.runner.fused, cache, list(pieces.values()), head)
             for request, own_ND in zip(requests, x_ND.split(sizes), strict=True):
                 if request.observer is not None:
                     go_on_with([(request.adapter, len(own_ND))])

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.cache.sequence import SequenceCache
 from llama4.cli.main import main
+from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.observers import MeanHidden, Observer, PromptLogprobs
 from llama4.engine.prefill import read_pieces
 from llama4.engine.prompt import Piece
@@ -72,7 +73,7 @@ def read(model: Llama4Model, cache: SequenceCache, prompts: Sequence[list[int]],
     hidden: list[list[Tensor]] = [[] for _ in prompts]
     for left in range(max(map(len, prompts)), 0, -size):
         pieces = [ids[max(len(ids) - left, 0) : max(len(ids) - left + size, 0)] for ids in prompts]
-        x_ND, logits_BV = read_pieces(model, cache, [Piece(ids) for ids in pieces])
+        x_ND, logits_BV = read_pieces(FusedCpuRunner(model), cache, [Piece(ids) for ids in pieces])
         for own, x in zip(hidden, x_ND.split([len(ids) for ids in pieces]), strict=True):
             own.append(x)
     return [[torch.cat(own), logits_BV[row], *held(cache, row)] for row, own in enumerate(hidden)]

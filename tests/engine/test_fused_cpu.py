@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4.api import Llama4
 from llama4.engine import fused_cpu, prefill
+from llama4.engine.fused_cpu import FusedCpuRunner
 from llama4.engine.fused_prompt import read_by_steps
 from llama4.engine.generate import generate
 from llama4.engine.prefill import read_pieces
@@ -117,7 +118,7 @@ def test_prompts_equal_those_of_the_modules(
         outputs: list[Tensor] = []
         for part in (slice(0, 12), slice(12, 20)):
             pieces = [Piece(PROMPT[0, part].tolist()), Piece(PROMPT[1, part].tolist()[:7])]
-            outputs += read_pieces(model, cache, pieces)
+            outputs += read_pieces(FusedCpuRunner(model), cache, pieces)
         outputs.append(ModelRunner(model).step(PROMPT[:2, 0], cache))
         return torch.cat([each.flatten() for each in outputs])
 

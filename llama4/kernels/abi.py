@@ -224,7 +224,7 @@ class AbiError(RuntimeError):
     """The library and this file disagree."""
 
 
-class ArgumentError(RuntimeError):
+class KernelArgumentError(RuntimeError):
     """A kernel refused its arguments. Whoever calls kernels checks what users give, so this is a bug of the caller."""
 
 
@@ -232,10 +232,10 @@ def check(problem: bytes | None) -> None:
     """See that a kernel took its arguments.
 
     Raises:
-        ArgumentError: it did not.
+        KernelArgumentError: it did not.
     """
     if problem is not None:
-        raise ArgumentError(f"a CPU kernel refused its arguments: {problem.decode()}")
+        raise KernelArgumentError(f"a CPU kernel refused its arguments: {problem.decode()}")
 
 
 class _Function(ctypes.Structure):

@@ -1,8 +1,8 @@
 """The compiled kernels as functions of tensors, one call each.
 
 When a kernel takes its arguments, and when it pays, is decided in `llama4.ops`, which is what to call. A kernel
-compares sizes with each other and refuses what does not fit (`abi.ArgumentError`); but tensors go to it as addresses,
-so one that is smaller than its sizes say is read beyond its end.
+compares sizes with each other and refuses what does not fit (`abi.KernelArgumentError`); but tensors go to it as
+addresses, so one that is smaller than its sizes say is read beyond its end.
 
 Shapes: N rows, I inputs, O outputs, G groups of inputs that share a scale, R rows sorted by expert, D hidden size,
 H query heads, K key/value heads, C head_dim, B sequences, V vocabulary.

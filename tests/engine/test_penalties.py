@@ -88,7 +88,7 @@ def test_the_kernel_refuses_penalties_that_cannot_be(wrong: dict[str, Any]) -> N
     penalties = abi.Penalties(*map(ctypes.addressof, arrays), wrong.get("num_seen", 1), 1)
     penalties.repetition = wrong.get("repetition", 1.1)
     draw = sampling.Draw(0, 0, 1.0, 1.0, 0.0, 0.5, ctypes.addressof(penalties))
-    with pytest.raises(abi.ArgumentError, match="cannot be drawn"):
+    with pytest.raises(abi.KernelArgumentError, match="cannot be drawn"):
         cpu.draw_token(torch.zeros(1, V), [draw])
 
 

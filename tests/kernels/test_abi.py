@@ -99,32 +99,32 @@ class TestArguments:
             (0, "longer than"),
             (-1, "longer than"),
         ):
-            with pytest.raises(abi.ArgumentError, match=problem):
+            with pytest.raises(abi.KernelArgumentError, match=problem):
                 cpu.attend(q, table, torch.tensor([length]), 1, "unquantized")
         k = v = torch.zeros(1, 1, 16)
         cpu.attend_causal(q, k, v, table[0], 256, "unquantized")
-        with pytest.raises(abi.ArgumentError, match="a block is missing"):
+        with pytest.raises(abi.KernelArgumentError, match="a block is missing"):
             cpu.attend_causal(q, k, v, table[0], 257, "unquantized")
-        with pytest.raises(abi.ArgumentError, match="longer than its blocks"):
+        with pytest.raises(abi.KernelArgumentError, match="longer than its blocks"):
             cpu.attend_causal(q, k, v, table[0, :1], 257, "unquantized")
 
     def test_sizes_that_do_not_fit(self) -> None:
         x = torch.zeros(1, 64)
         at, linear = x.data_ptr(), loader.function("linear", x.dtype)
-        with pytest.raises(abi.ArgumentError, match="layout that is not known"):
+        with pytest.raises(abi.KernelArgumentError, match="layout that is not known"):
             abi.check(linear(1, at, 1, 64, 1, 99, at, None, 0, 0, at))
         kind = loader.loaded().weight_formats["int8"].number
-        with pytest.raises(abi.ArgumentError, match="no scales"):
+        with pytest.raises(abi.KernelArgumentError, match="no scales"):
             abi.check(linear(1, at, 1, 64, 1, kind, at, None, 0, 0, at))
-        with pytest.raises(abi.ArgumentError, match="rows of a dense matrix are odd"):
+        with pytest.raises(abi.KernelArgumentError, match="rows of a dense matrix are odd"):
             cpu.linear(torch.zeros(1, 17), torch.zeros(3, 17))
-        with pytest.raises(abi.ArgumentError, match="multiple of key heads"):
+        with pytest.raises(abi.KernelArgumentError, match="multiple of key heads"):
             cpu.attend_causal(
                 torch.zeros(1, 3, 16), torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), None, 0, "unquantized"
             )
-        with pytest.raises(abi.ArgumentError, match="fit the format"):
+        with pytest.raises(abi.KernelArgumentError, match="fit the format"):
             cpu.attend_causal(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), None, 0, "int4")
-        with pytest.raises(abi.ArgumentError, match="an address is null"):
+        with pytest.raises(abi.KernelArgumentError, match="an address is null"):
             abi.check(loader.function("rms_norm", x.dtype)(1, None, 1, 64, x.data_ptr(), 0.0, x.data_ptr()))
 
     def test_a_step(self) -> None:
@@ -142,7 +142,7 @@ class TestArguments:
         width = layers[0].width
 
         def refused(problem: str, step: int = 0) -> None:
-            with pytest.raises(abi.ArgumentError, match=problem):
+            with pytest.raises(abi.KernelArgumentError, match=problem):
                 abi.check(decode(threads, model, layers, step, tokens))
 
         refused("no such step", step=-1)

@@ -174,5 +174,5 @@ def test_inputs_that_are_no_numbers_are_not_rounded_away(rows: int, kind: str, d
 
 def test_inputs_that_are_no_whole_blocks_are_refused() -> None:
     blocks, _ = matrix("Q4_K", 16, 256)
-    with pytest.raises(abi.ArgumentError, match="odd inputs"):
+    with pytest.raises(abi.KernelArgumentError, match="odd inputs"):
         product("Q4_K", normal(1, 128), blocks)

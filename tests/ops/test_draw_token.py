@@ -261,5 +261,5 @@ def test_both_ways_draw_the_same(dtype: torch.dtype, scale: float, monkeypatch: 
 )
 def test_the_kernel_refuses_what_cannot_be(wrong: dict[str, float]) -> None:
     good = Draw(0, *Filters(), 0.5)
-    with pytest.raises(abi.ArgumentError, match="cannot be drawn"):
+    with pytest.raises(abi.KernelArgumentError, match="cannot be drawn"):
         cpu.draw_token(torch.zeros(2, 16), [good, good._replace(**wrong)])  # type: ignore[arg-type]

@@ -353,8 +353,8 @@ class Llama4:
     ) -> Reply:
         """Answer a conversation.
 
-        What is None from temperature to stop is as `generation_config` says, each for itself. Where that does not say
-        `do_sample`, the most likely token is taken, unless a temperature is given.
+        An option from temperature to stop that is None takes its value from `generation_config`. Where that does not
+        say `do_sample`, the most likely token is taken, unless a temperature is given.
 
         Args:
             messages: in the form of Hugging Face and OpenAI; a string is one question. An image is a path, a URL,

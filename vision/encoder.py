@@ -181,7 +181,7 @@ class VisionModel(nn.Module):
         """Features of tiles.
 
         Args:
-            pixels_n3AA: [n, 3, A, A], normalised, of any floating-point dtype; S is `config.image_size`.
+            pixels_n3AA: [n, 3, A, A], normalised, of any floating-point dtype; A is `config.image_size`.
 
         Returns:
             [n, tokens_per_tile, vision_output_dim], of the tower's dtype.

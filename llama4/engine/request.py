@@ -54,8 +54,8 @@ class Request:
         entered: how many of its blocks are in the index.
         own_blocks: the numbers of the blocks that it has entered there itself.
         arrival: a number that orders requests.
-        choice: how its tokens are chosen, but for the seed, and whether they may be any; equal where that is alike.
-        state: what the choice of its next token depends on.
+        choice: grouping key: requests with equal keys are sampled in one call.
+        state: random generator, penalties and grammar of its reply.
         reused: tokens of the prompt that others had computed when it was read, as far as its first token.
     """
 

@@ -12,7 +12,7 @@ from llama4.engine.request import Request
 
 
 class SharedBlocks:
-    """What requests take of one another.
+    """Prefix sharing between requests.
 
     Args:
         new_cache: makes an empty cache of one row.
@@ -61,6 +61,6 @@ class SharedBlocks:
         return request.key(block) if block < self._count(request) else None
 
     def _count(self, request: Request) -> int:
-        """How many blocks it may take: not that of its last token, behind which it wants logits, and none where
-        somebody learns of its hidden states."""
+        """Number of leading full blocks that may come from the index; the block of the last token is always computed,
+        for its logits, and all where an observer is told the hidden states."""
         return (len(request.ids) - 1) // CACHE_BLOCK if self._are_shared and request.observer is None else 0

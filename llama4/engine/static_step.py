@@ -53,7 +53,7 @@ class StaticStep:
         position_B: positions of the tokens; a step counts them up.
         logits_BV: of the next tokens.
         greedy_B, logprobs_B: the index of each row's largest logit, and its log_softmax.
-        user: a mark of who wrote last what is read from the host.
+        user: a key of the session that last filled the buffers.
     """
 
     def __init__(self, model: Llama4Model, rows: int, width: int, formats: Sequence[CacheFormat]) -> None:

@@ -49,7 +49,7 @@ def draw_token(logits_BV: Tensor, draws: Sequence[Draw]) -> list[tuple[int, floa
     """For each draw the token, and its log_softmax in float32.
 
     It is inverse transform sampling, in order of id: the first token at which the sum of probabilities, over the tokens
-    that top_k, top_p and min_p leave, is larger than the random number. Of equals the first are more likely.
+    that top_k, top_p and min_p leave, is larger than the random number. Ties are broken by the lower id.
     """
     if draw_unsupported_reason(logits_BV) is None:
         return cpu.draw_token(logits_BV, draws)

@@ -230,7 +230,7 @@ class WeightFormat(ABC):
             values,
             scale,
             weight.shape[-1],
-            self.group_size or 0 if scale is not None else 0,
+            (self.group_size or 0) if scale is not None else 0,
             weight.in_kernel_layout,
             self.activations,
         )

@@ -114,6 +114,7 @@ class Adapters(Mapping[str, Adapter]):
             self.changes += 1  # first: a forward that meets what comes now ends later
             if self.active is not None:
                 self._adapters[self.active].detach()
+                self.active = None  # also if the next fails
             if name is not None:
                 self._adapters[name].attach(self._model)
             self.active = name

@@ -196,6 +196,13 @@ class Adapter(nn.Module):
         """
         assert not self._undo, "it is attached already"
         self.check(model)
+        try:
+            self._attach(model)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self, model: Llama4Model) -> None:
         stacks: dict[str, dict[str, Lora]] = {}
         for name, lora in self.items():
             path, _, leaf = name.rpartition(".")
@@ -213,13 +220,13 @@ class Adapter(nn.Module):
     def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         assert "forward" not in vars(module)
         module.forward = forward
-        self._undo.append(lambda: vars(module).pop("forward"))
+        self._undo.append(lambda: vars(module).pop("forward", None))
 
     def detach(self) -> None:
         """Make the model compute without it."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     @contextmanager
     def detached(self, model: Llama4Model) -> Iterator[None]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -295,6 +296,22 @@ def test_a_reply_is_of_one_adapter(tmp_path: Path) -> None:
     next(reply)
     llm.set_adapter(None)
     list(reply)
+
+
+def test_none_is_in_use_after_one_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    without = logits(llm.model)
+    for name in ("a", "b"):
+        llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=2, targets=("attention", "experts"))))
+    llm.set_adapter("a")
+    monkeypatch.setattr(Adapter, "_override", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        llm.set_adapter("b")
+    monkeypatch.undo()
+    assert llm.adapters.active is None and torch.equal(logits(llm.model), without)
+    assert not llm.adapters["b"].is_attached
+    llm.set_adapter("a")
+    assert not torch.equal(logits(llm.model), without)
 
 
 def test_a_reply_that_overlaps_a_merge_ends_with_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -619,6 +619,7 @@ class Llama4:
         self._save(directory, must_be_free=must_be_free)
 
     def _save(self, directory: str | Path, name: str | None = None, *, must_be_free: bool = False) -> None:
+        self.adapters.check_whole()
         side_files, generation = self.side_files, self.generation_config.to_dict()
         if generation != self.generation_config.content:
             side_files = side_files.with_json(GENERATION_FILE, generation)

@@ -70,7 +70,9 @@ class RowAdapters:
 
         Raises:
             ArgumentError: there is none of that name.
+            Llama4Error: see `Adapters.check_whole`.
         """
+        self._adapters.check_whole()
         if name is None:
             return NO_ADAPTER
         self._adapters.check(name)

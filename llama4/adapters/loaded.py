@@ -35,6 +35,7 @@ class Adapters(Mapping[str, Adapter]):
         active: the name of the one that the model computes with; None for none.
         changes: how often that has changed.
         are_merged: whether one of them is being added to the weights, or was: they are then ones of another model.
+        is_broken: whether that broke off: to some matrices it was added, and what they were is lost.
     """
 
     def __init__(self, model: Llama4Model, side_files: SideFiles = NO_SIDE_FILES) -> None:
@@ -42,7 +43,7 @@ class Adapters(Mapping[str, Adapter]):
         self._adapters: dict[str, Adapter] = {}
         self._versions: Counter[str] = Counter()
         self.changes = 0
-        self.are_merged = False
+        self.are_merged = self.is_broken = False
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Adapter:
@@ -57,7 +58,12 @@ class Adapters(Mapping[str, Adapter]):
     @property
     def state(self) -> object:
         """What the model computes with beside its weights: the active adapter; without one this object, which is
-        another after an adapter was merged."""
+        another after an adapter was merged.
+
+        Raises:
+            Llama4Error: see `check_whole`.
+        """
+        self.check_whole()
         active = self.active
         return self if active is None else self._adapters[active]
 
@@ -88,6 +94,13 @@ class Adapters(Mapping[str, Adapter]):
             there = ", ".join(self._adapters) or "none is loaded"
             raise ArgumentError(f"there is no adapter {name!r:.80}; those loaded: {there}")
 
+    def check_whole(self) -> None:
+        """Raises:
+        Llama4Error: a merge broke off, so the model is neither with nor without the adapter.
+        """
+        if self.is_broken:
+            raise Llama4Error("merging an adapter broke off, and part of the weights has it: load the model again")
+
     def _note_template(self, directory: Path) -> None:
         """PEFT's trainers leave the tokenizer's files beside an adapter. They are not read; where a chat template among
         them is not the model's, prompts may not be what the adapter was trained on."""
@@ -106,6 +119,7 @@ class Adapters(Mapping[str, Adapter]):
         Raises:
             ArgumentError: there is none of that name.
         """
+        self.check_whole()
         if name is not None:
             self.check(name)
         with _changing:
@@ -126,13 +140,19 @@ class Adapters(Mapping[str, Adapter]):
             The adapters of that model, none so far.
 
         Raises:
-            Llama4Error: see `check_can_merge`; nothing is changed then.
+            Llama4Error: see `check_can_merge`; nothing is changed then. What else ends it, such as Ctrl-C, leaves a
+                model that must be loaded again: see `check_whole`.
         """
+        self.check_whole()
         adapter = self[name]
         check_can_merge(adapter, self._model)
         self.are_merged = True
         self.activate(None)
-        merge_adapter(adapter, self._model, progress=progress)
+        try:
+            merge_adapter(adapter, self._model, progress=progress)
+        except BaseException:
+            self.is_broken = True
+            raise
         return Adapters(self._model, self._side_files)
 
     def unchanged(self, reply: Iterator[T], changes: int) -> Iterator[T]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama4 import Engine
 from llama4.adapters.config import TARGETS, LoraConfig
 from llama4.adapters.lora import Adapter, Lora, targets_of
 from llama4.adapters.merge import merge_adapter
@@ -330,6 +331,39 @@ def test_a_reply_that_overlaps_a_merge_ends_with_the_error(tmp_path: Path, monke
     monkeypatch.setattr("llama4.adapters.loaded.merge_adapter", merge)
     llm.merge_adapter()
     assert errors and llm.chat("hello", max_new_tokens=3).usage.completion_tokens
+
+
+def test_a_merge_that_breaks_off_is_told_by_every_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama4.from_pretrained(small_model.write(tmp_path / "model"), progress=False)
+    llm.adapters.add("a", random_adapter(llm.model, LoraConfig(rank=2)))
+    llm.set_adapter("a")
+    calls: list[object] = []
+
+    def delta(lora: Lora, expert: int | None = None) -> Tensor:
+        calls.append(lora)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(lora, expert)
+
+    whole = Lora.delta
+    monkeypatch.setattr(Lora, "delta", delta)
+    with pytest.raises(KeyboardInterrupt):
+        llm.merge_adapter()
+
+    def serve() -> None:
+        with Engine(llm) as engine:
+            list(engine.stream("hello"))
+
+    for use in (
+        lambda: llm.chat("hello"),
+        lambda: llm.chat_batch(["hello", "bye"]),
+        lambda: llm.set_adapter("a"),
+        lambda: llm.adapters.activate(None),
+        lambda: llm.save_pretrained(tmp_path / "saved"),
+        serve,
+    ):
+        with pytest.raises(Llama4Error, match=r"merging an adapter broke off, .* load the model again"):
+            use()
 
 
 def test_an_adapter_that_cannot_be_merged_stays_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

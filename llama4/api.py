@@ -318,10 +318,11 @@ class Llama4:
             Llama4Error: the first two name none, and the model came without a tokenizer.
         """
         named = self.generation_config.eos_token_id or self.config.text.eos_token_id or ()
-        configured = tuple(id_ for id_ in named if 0 <= id_ < self.config.text.vocab_size)
+        vocabulary = range(self.config.text.vocab_size)
+        configured = tuple(id_ for id_ in named if id_ in vocabulary)
         if self._tokenizer is None and configured:
             return configured
-        return self.tokenizer.reply_ends(configured)
+        return tuple(id_ for id_ in self.tokenizer.reply_ends(configured) if id_ in vocabulary)
 
     def chat(
         self,

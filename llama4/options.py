@@ -43,9 +43,15 @@ class Prepared:
     top_logprobs: int = 0
 
     def matcher(self, tokenizer: Tokenizer, vocab_size: int) -> Matcher | None:
-        """What one reply is held to; None for any text."""
+        """What one reply is held to; None for any text.
+
+        Raises:
+            Llama4Error: no token ends a reply.
+        """
         if self.form is None:
             return None
+        if not self.stop_ids:
+            raise Llama4Error("no token of the vocabulary ends a reply, so none has a form; set eos_token_id")
         return Matcher(self.form, Vocabulary.of(tokenizer, vocab_size, self.stop_ids))
 
     def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:

@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from llama4 import (
     ToolCallDelta,
 )
 from llama4.cli.main import main
-from llama4.config import scout
+from llama4.config import GenerationConfig, scout
 from llama4.engine.tokens import Event, FinishReason, Token
+from llama4.errors import ArgumentError, Llama4Error
 from llama4.model.device import resolve_device, resolve_dtype
 from llama4.tiny import EMBEDDED
 from tests import small_model
@@ -108,6 +110,21 @@ def test_a_string_is_one_question(llm: Llama4) -> None:
     expected = llm.chat([{"role": "user", "content": "hello"}], max_new_tokens=8)
     assert llm.chat("hello", max_new_tokens=8) == expected
     assert llm.chat_batch(["hello", "hi"], max_new_tokens=8)[0].text == expected.text
+
+
+def test_tokens_that_the_model_has_not_end_no_reply(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama4.from_pretrained(directory)
+    llm.generation_config = GenerationConfig()
+    llm.model.config = replace(llm.config, text=replace(llm.config.text, eos_token_id=()))
+    inside, size = llm.tokenizer.stop_ids[0], llm.config.text.vocab_size
+    monkeypatch.setattr(llm.tokenizer, "stop_ids", (inside, size))
+    assert llm.stop_ids == (inside,)
+    assert llm.chat("hi", max_new_tokens=3, min_tokens=2).usage.completion_tokens == 3
+    assert llm.chat("hi", max_new_tokens=3, regex="ab").text == "ab"
+    monkeypatch.setattr(llm.tokenizer, "stop_ids", (size,))
+    assert llm.chat("hi", max_new_tokens=3, min_tokens=2).usage.completion_tokens == 3
+    with pytest.raises(Llama4Error, match="no token of the vocabulary ends a reply"):
+        llm.chat("hi", regex="ab")
 
 
 def test_completion_goes_on_without_a_chat_format(llm: Llama4) -> None:

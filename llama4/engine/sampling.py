@@ -214,6 +214,12 @@ class Sampler:
             The ids [B], and their log-probabilities [B]: log_softmax(logits) in float32, before all settings.
         """
         assert len(rows) == len(logits_BV)
+        ids_B, logprobs_B = self._choose(logits_BV, rows)
+        for row, id_ in zip(rows, ids_B.tolist(), strict=True):
+            row.accept(id_)
+        return ids_B, logprobs_B
+
+    def _choose(self, logits_BV: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
         has_form = any(row.matcher for row in rows)
         if self.takes_largest and not has_form:
             return greedy_token(logits_BV)
@@ -227,8 +233,6 @@ class Sampler:
             ids_B = torch.tensor([id_ for id_, _ in drawn], device=logits_BV.device)
         else:
             ids_B = scores_BV.argmax(dim=-1)
-        for row, id_ in zip(rows, ids_B.tolist(), strict=True):
-            row.accept(id_)
         return ids_B, logits_BV.log_softmax(dim=-1).gather(1, ids_B[:, None]).squeeze(1)
 
     def _adjusted(self, logits_BV: Tensor, rows: Sequence[RowState]) -> Tensor:

@@ -214,8 +214,10 @@ def test_frequencies_match_probabilities() -> None:
 def test_greedy_takes_the_largest_and_the_lowest_id_of_equals() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, -1.0, 0.0, 5.0]])
     sampler = Sampler(top_p=0.1, top_k=3, seed=1)
-    ids, logprobs = sampler(logits, [sampler.row() for _ in range(2)])
+    rows = [sampler.row() for _ in range(2)]
+    ids, logprobs = sampler(logits, rows)
     assert ids.tolist() == [1, 0]
+    assert [row.reply for row in rows] == [[1], [0]]
     assert logprobs[1] == pytest.approx(5 - math.log(2 * math.exp(5) + math.exp(-1) + 1), abs=1e-6)
 
 

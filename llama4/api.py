@@ -14,6 +14,7 @@ from llama4.adapters.loaded import Adapters
 from llama4.cache.formats import resolve_format
 from llama4.cache.sequence import SequenceCache
 from llama4.config import GENERATION_FILE, GenerationConfig, Llama4Config
+from llama4.config.generation import is_integer, is_number
 from llama4.engine.fused_cpu import check_batch_invariant
 from llama4.engine.generate import generate, stop_strings
 from llama4.engine.moderation import Asked, ask, judge, limit_of
@@ -93,8 +94,9 @@ class Llama4:
             Llama4Error: `max_context` beyond the window; a `cache_dtype` or `cache_device` that is not known.
         """
         window = model.config.text.max_position_embeddings
-        if max_context is not None and not 1 < max_context <= window:
-            raise ArgumentError(f"max_context is {max_context}; it must be between 2 and this model's window, {window}")
+        if max_context is not None and (not is_integer(max_context) or not 1 < max_context <= window):
+            wanted = f"between 2 and this model's window, {window}, and a whole number"
+            raise ArgumentError(f"max_context is {max_context!r:.80}; it must be {wanted}")
         self.model = model
         self._runner: ModelRunner | None = None
         resolve_format(cache_dtype, model.dtype)
@@ -394,8 +396,8 @@ class Llama4:
                 read, `ContextLengthError` for a prompt beyond the window, `ChatTemplateError` where the checkpoint's
                 template fails or refuses the messages.
         """
-        if n < 1:
-            raise ArgumentError(f"n is {n}; there is at least 1 reply")
+        if not is_integer(n) or n < 1:
+            raise ArgumentError(f"n is {n!r:.80}; it must be a whole number, 1 or more")
         options = Options(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -444,6 +446,8 @@ class Llama4:
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
+        if isinstance(conversations, str | Mapping):
+            raise ArgumentError(f"conversations is {conversations!r:.80}; it must be a list, with one for each reply")
         if not isinstance(conversations, Inputs) and not conversations:
             return []
         prompts = (
@@ -501,8 +505,8 @@ class Llama4:
             Llama4Error: a model that is no Llama Guard, malformed messages or categories, or its subclasses as in
                 `chat`.
         """
-        if not 0 <= threshold <= 1:
-            raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
+        if not is_number(threshold) or not 0 <= threshold <= 1:
+            raise ArgumentError(f"threshold is {threshold!r:.80}; it must be between 0 and 1")
         asked = ask(self.processor, self.config, conversation(messages), categories, excluded, guard, self.max_context)
         return self.judge(asked, threshold)
 

@@ -10,7 +10,7 @@ from llama4.config import GenerationConfig
 from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.engine.replies import ReplyBuilder
 from llama4.engine.sampling import Sampler, SamplingOptions, check_choice
-from llama4.errors import ArgumentError, Llama4Error
+from llama4.errors import ArgumentError, Llama4Error, nearest
 from llama4.inputs import Inputs
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
@@ -105,6 +105,9 @@ def choice_of(
         Llama4Error: an option out of its range, or options that contradict each other.
         TypeError: an option that there is not.
     """
+    if unknown := options.keys() - Options.__annotations__.keys():
+        name = min(unknown)
+        raise TypeError(f"{name} is no option of chat{nearest(name, Options.__annotations__)}")
     tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
     forms = (options.get("response_format"), options.get("regex"), options.get("choices"), options.get("grammar"))
     form = Form.of(*forms, called)

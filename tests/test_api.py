@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -453,6 +454,55 @@ def test_bad_settings_are_refused_before_the_first_piece(llm: Llama4, settings: 
     message = "stop string is empty" if name == "stop" else f"{name} is {value}"
     with pytest.raises(ValueError, match=message):
         llm.stream("hi", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, [2.5, "3", None, True, 0]) for name in ("max_new_tokens", "n")),
+        ("top_logprobs", [None, 1.5, True, -1]),
+        *((name, [1.5, "1", True, -1]) for name in ("min_tokens", "seed")),
+        *((name, ["1", True, float("nan"), 3]) for name in ("presence_penalty", "frequency_penalty")),
+        *((name, ["1", True, float("nan"), -1]) for name in ("temperature", "top_p", "top_k", "min_p")),
+        ("stop", [5, [5], b"x", [b"x"]]),
+        ("logit_bias", [[1, 2], {"x": 1}, {None: 1}, {1.5: 1}, 5]),
+        ("regex", [5, b"x"]),
+        ("grammar", [["x"]]),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(llm: Llama4, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ArgumentError, match=rf"^{name} is {re.escape(repr(value))}; it must be "):
+            llm.chat("hi", **{name: value})
+
+
+def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> None:
+    bias: Any
+    value: Any
+    for bias in ({3: "x"}, {3: None}, {3: True}):
+        with pytest.raises(ArgumentError, match=r"^logit_bias of token 3 is .*; it must be a number from -100 to 100"):
+            llm.chat("hi", logit_bias=bias)
+    for value in (10.5, "10", True):
+        with pytest.raises(ArgumentError, match=r"^max_context is .*; it must be between 2 and .* a whole number"):
+            Llama4(llm.model, llm.tokenizer, max_context=value)
+    for value in ("hello", {"role": "user", "content": "hello"}):
+        with pytest.raises(ArgumentError, match=r"^conversations is .*hello.*; it must be a list"):
+            llm.chat_batch(value)
+    value = "0.5"
+    with pytest.raises(ArgumentError, match=r"^threshold is '0\.5'; it must be"):
+        llm.moderate("hi", threshold=value)
+    unknown: Any = {"top_x": None}
+    with pytest.raises(TypeError, match=r"top_x is no option of chat \(did you mean top_[kp]\?\)"):
+        llm.stream("hi", **unknown)
+
+
+def test_numbers_may_be_numpys(llm: Llama4) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 3, "top_k": 5, "seed": 7, "top_logprobs": 2, "min_tokens": 1, "n": 2}
+    numbers: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "presence_penalty": 0.5}
+    theirs: dict[str, Any] = {name: np.int64(value) for name, value in settings.items()}
+    theirs |= {name: np.float32(value) for name, value in numbers.items()}
+    biases: Any = {np.int64(5): np.float32(2)}
+    assert llm.chat("hi", **theirs, logit_bias=biases) == llm.chat("hi", **settings, **numbers, logit_bias={5: 2})
 
 
 # -- the embedded model --------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ USAGE = {
     "bench perplexity tiny --text {0}/data.jsonl --context 0": "--context: invalid positive value",
     "chat --sever x": "--sever is not known (did you mean --server?)",
     "chat --server nowhere": "--server nowhere is no address",
-    "chat --max-new-tokens 0": "max_new_tokens is 0; a reply has at least 1 token",
+    "chat --max-new-tokens 0": "max_new_tokens is 0; it must be a whole number, 1 or more",
     "chat --temperature -1": "temperature is -1.0; it must be 0 (greedy) or more",
     "generate --cache-dtype nope hi": "cache_dtype='nope' is not known",
     """generate --rope-scaling '{{"rope_type": "nope"}}' hi""": "rope_scaling: rope_type 'nope' is not known",

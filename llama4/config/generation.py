@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from llama4.config.fields import FieldTable
 from llama4.config.hf_json import CONFIG_FILE
@@ -23,7 +23,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 <= value < 1e300, "0 (greedy) or more, such as 0.7"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
     "top_k": (
-        lambda value: isinstance(value, Integral) and 1 <= value <= MAX_INT,
+        lambda value: is_integer(value) and 1 <= value <= MAX_INT,
         "at least 1; the size of the vocabulary for all",
     ),
     "min_p": (lambda value: 0 <= value <= 1, "from 0 (all tokens) to 1"),
@@ -91,13 +91,23 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Fields that change nothing here -> why. Names that transformers does not know change nothing either."""
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a caller gave a whole number; numpy's are, True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a caller gave a number; numpy's are, True is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_setting(name: str, value: float) -> None:
     """Raises:
     Llama4Error: a setting of sampling out of its range.
     """
     is_valid, limits = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
-        raise ArgumentError(f"{name} is {value}; it must be {limits}")
+    if not is_number(value) or not is_valid(value if is_integer(value) else float(value)):
+        raise ArgumentError(f"{name} is {value!r:.80}; it must be {limits}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,14 +126,16 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The strings that end a reply, as a caller gives them.
 
     Raises:
-        ArgumentError: an empty one.
+        ArgumentError: an empty one, or what is no text.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = (stop,) if isinstance(stop, str) else stop or ()
+    if not isinstance(stops, Collection) or not all(isinstance(each, str) for each in stops):
+        raise ArgumentError(f"stop is {stop!r:.80}; it must be a text or a list of texts")
     if "" in stops:
         raise ArgumentError(
             "a stop string is empty; every text holds that, so give at least one character or none at all"
         )
-    return stops
+    return tuple(stops)
 
 
 @dataclass

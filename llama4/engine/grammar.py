@@ -77,6 +77,9 @@ class Form:
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise ArgumentError(f"{' and '.join(names)} are given; a reply has one form, so choose one")
+        for name, expression in (("regex", regex), ("grammar", grammar)):
+            if not isinstance(expression, str | None):
+                raise ArgumentError(f"{name} is {expression!r:.80}; it must be a text")
         if call is not None:
             return cls._of_schema(call, name="the schema of a tool")
         if response_format is not None:

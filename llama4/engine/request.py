@@ -15,6 +15,7 @@ from llama4.adapters.by_row import NO_ADAPTER, RowAdapter
 from llama4.cache.prefixes import next_key
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
+from llama4.config.generation import is_integer
 from llama4.engine.grammar import Matcher
 from llama4.engine.observers import Observer
 from llama4.engine.prefix_cache import identities
@@ -179,9 +180,9 @@ def reply_budget(prompt_length: int, max_new_tokens: int, limit: PromptLimit) ->
         ContextLengthError: the prompt leaves no room for a reply.
         Llama4Error: an empty prompt, or no token wanted.
     """
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; a reply has at least 1 token")
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens!r:.80}; it must be a whole number, 1 or more")
     if not prompt_length:
         raise Llama4Error("a prompt is empty: the checkpoint's chat template writes nothing for these messages")
     limit.check(prompt_length)
-    return min(max_new_tokens, limit.most + 1 - prompt_length)
+    return min(int(max_new_tokens), limit.most + 1 - prompt_length)

@@ -9,12 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from llama4.config.generation import RANGES, GenerationConfig, check_setting
+from llama4.config.generation import RANGES, GenerationConfig, check_setting, is_integer, is_number
 from llama4.engine.grammar import Matcher
 from llama4.engine.penalties import RowPenalties
 from llama4.errors import ArgumentError, Llama4Error
@@ -151,18 +151,17 @@ class Sampler:
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
         for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= (value := getattr(self, name)) <= 2:
-                raise ArgumentError(f"{name} is {value}; it must be from -2 to 2, 0 for none")
+            if not is_number(value := getattr(self, name)) or not -2 <= value <= 2:
+                raise ArgumentError(f"{name} is {value!r:.80}; it must be from -2 to 2, 0 for none")
         for id_, bias in self.logit_bias:
-            if not -100 <= bias <= 100:
-                raise ArgumentError(f"logit_bias of token {id_} is {bias}; it must be from -100 to 100")
-        for name in ("min_tokens", "seed"):
-            if not isinstance(value := getattr(self, name), int | None):
-                raise ArgumentError(f"{name} is {value!r}; it must be a whole number")
-        if self.min_tokens < 0:
-            raise ArgumentError(f"min_tokens is {self.min_tokens}; it must be 0 or more")
-        if self.seed is not None and self.seed < 0:
-            raise ArgumentError(f"seed is {self.seed}; it must be 0 or more, or None for a fresh one")
+            if not is_number(bias) or not -100 <= bias <= 100:
+                raise ArgumentError(f"logit_bias of token {id_} is {bias!r:.80}; it must be a number from -100 to 100")
+        if not is_integer(self.min_tokens) or self.min_tokens < 0:
+            raise ArgumentError(f"min_tokens is {self.min_tokens!r:.80}; it must be a whole number, 0 or more")
+        if self.seed is not None and (not is_integer(self.seed) or self.seed < 0):
+            raise ArgumentError(
+                f"seed is {self.seed!r:.80}; it must be a whole number, 0 or more, or None for a fresh one"
+            )
 
     @classmethod
     def from_options(cls, options: SamplingOptions, defaults: GenerationConfig) -> Sampler:
@@ -171,9 +170,13 @@ class Sampler:
         Raises:
             Llama4Error: an option out of its range, or its subclass `ConfigError`: see `GenerationConfig.sampling`.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        if isinstance(bias := given.get("logit_bias"), Mapping):
-            given["logit_bias"] = tuple(sorted((int(id_), float(value)) for id_, value in bias.items()))
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if (bias := given.get("logit_bias")) is not None:
+            try:
+                given["logit_bias"] = tuple(sorted((int(str(id_)), value) for id_, value in bias.items()))
+            except (AttributeError, TypeError, ValueError):
+                wanted = "ids of tokens and a number for each, as {13: -100}"
+                raise ArgumentError(f"logit_bias is {bias!r:.80}; it must be {wanted}") from None
         return cls(**{**defaults.sampling(), **given})
 
     @property
@@ -193,7 +196,8 @@ class Sampler:
 
     def row(self, prompt: Sequence[int] = (), stop_ids: Sequence[int] = (), matcher: Matcher | None = None) -> RowState:
         """The state of a row that begins."""
-        return RowState(random.Random(self.seed), prompt, stop_ids, matcher)
+        seed = None if self.seed is None else int(self.seed)
+        return RowState(random.Random(seed), prompt, stop_ids, matcher)
 
     def draw(self, index: int, row: RowState) -> Draw:
         """What to draw the next token of a row with, which is at this index of the logits, without penalties."""
@@ -256,7 +260,7 @@ def likeliest(logits_BV: Tensor, count: int) -> list[tuple[tuple[int, float], ..
     """Of each row the ids of so many of the most likely tokens, and log_softmax(logits) in float32 of each."""
     if not count:
         return [()] * len(logits_BV)
-    values_BK, ids_BK = logits_BV.float().log_softmax(-1).topk(min(count, logits_BV.shape[1]))
+    values_BK, ids_BK = logits_BV.float().log_softmax(-1).topk(min(int(count), logits_BV.shape[1]))
     rows = zip(ids_BK.tolist(), values_BK.tolist(), strict=True)
     return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
 
@@ -267,8 +271,8 @@ def check_choice(sampler: Sampler, vocab_size: int, top_logprobs: int) -> None:
     Raises:
         ArgumentError: a token of `logit_bias`, or a number of alternatives, that it does not have.
     """
-    if not 0 <= top_logprobs <= vocab_size:
-        raise ArgumentError(f"top_logprobs is {top_logprobs}; it must be from 0 to {vocab_size}")
+    if not is_integer(top_logprobs) or not 0 <= top_logprobs <= vocab_size:
+        raise ArgumentError(f"top_logprobs is {top_logprobs!r:.80}; it must be a whole number from 0 to {vocab_size}")
     for id_, _ in sampler.logit_bias:
         if not 0 <= id_ < vocab_size:
             raise ArgumentError(f"logit_bias names token {id_}; ids are from 0 to {vocab_size - 1}")

@@ -277,7 +277,7 @@ def test_half_precision_logits() -> None:
         ({"min_p": 1.1}, "1.1", "from 0"),
         ({"repetition_penalty": 0}, "0", "above 0"),
         ({"repetition_penalty": float("inf")}, "inf", "above 0"),
-        ({"temperature": "warm"}, "warm", "0 (greedy) or more"),
+        ({"temperature": "warm"}, "'warm'", "0 (greedy) or more"),
         ({"seed": -1}, "-1", "0 or more"),
         ({"presence_penalty": 2.5}, "2.5", "from -2 to 2"),
         ({"frequency_penalty": float("nan")}, "nan", "from -2 to 2"),

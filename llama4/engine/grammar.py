@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llama4.engine.tokens import SupportsDecode
 from llama4.errors import ArgumentError
+from llama4.text.json_schema import DATA, NAMED
 
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python writes JSON: a model that may write spaces without end may do so."""
@@ -195,16 +196,10 @@ def _schemas(node: Any) -> Iterator[Mapping[str, Any]]:
     elif isinstance(node, dict):
         yield node
         for keyword, value in node.items():
-            if keyword in _NAMED and isinstance(value, dict):
+            if keyword in NAMED and isinstance(value, dict):
                 yield from _schemas([*value.values()])
-            elif keyword not in _DATA:
+            elif keyword not in DATA:
                 yield from _schemas(value)
-
-
-_NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-"""Keywords of schemas by name."""
-_DATA = {"enum", "const", "default", "examples"}
-"""Keywords of no schemas."""
 
 
 def _patterns(schema: Mapping[str, Any]) -> set[str]:
@@ -242,7 +237,10 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
     """What `#/a/b` points at; None if there is nothing."""
     node: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
-        node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+        else:
+            node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
     return node
 
 

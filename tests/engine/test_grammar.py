@@ -225,6 +225,34 @@ def test_tools_that_must_be_called(llm: Llama4) -> None:
     assert llm.chat(QUESTION, tools=[COUNT], tool_choice="none").text == llm.chat(QUESTION).text
 
 
+def test_tools_whose_parameters_have_references(llm: Llama4) -> None:
+    """As Pydantic writes them, nested, recursive, to the root, and by the same names for different things."""
+    jsonschema = pytest.importorskip("jsonschema")
+    city: dict[str, Any] = {
+        "type": "object",
+        "properties": {"id": {"maximum": 9, "minimum": 0, "type": "integer"}},
+        "required": ["id"],
+        "additionalProperties": False,
+    }
+    tree = {"type": "array", "items": {"$ref": "#/definitions/tree"}, "maxItems": 1}
+    rest = {"additionalProperties": False, "required": ["at"]}
+    parameters: list[dict[str, Any]] = [
+        {"properties": {"at": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/B"}, "B": city}, **rest},
+        {"properties": {"at": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"enum": ["x", "$ref"]}}, **rest},
+        {"properties": {"at": {"$ref": "#/definitions/tree"}}, "definitions": {"tree": tree}, **rest},
+        {"properties": {"at": {"anyOf": [{"$ref": "#"}, {"const": {"$ref": "#"}}]}}, "$id": "https://a/b", **rest},
+    ]
+    tools = [{"name": f"f{i}", "parameters": {"type": "object", **each}} for i, each in enumerate(parameters)]
+    named: list[Any] = [{"name": tool["name"]} for tool in tools]
+    for given, choice in [(tools, "required"), *(([tool], "required") for tool in tools), *((tools, n) for n in named)]:
+        for seed in range(4):
+            (call,) = llm.chat(
+                QUESTION, tools=given, tool_choice=choice, temperature=1.0, seed=seed, max_new_tokens=500
+            ).tool_calls
+            (tool,) = [tool for tool in given if tool["name"] == call.name]
+            jsonschema.validate(call.arguments, tool["parameters"], jsonschema.Draft202012Validator)
+
+
 def test_a_pydantic_class(llm: Llama4) -> None:
     pydantic = pytest.importorskip("pydantic")
     shape = pydantic.create_model("Shape", __config__={"extra": "forbid"}, sides=(int, pydantic.Field(ge=3, le=9)))

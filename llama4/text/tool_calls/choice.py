@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama4.errors import ArgumentError
+from llama4.text.json_schema import moved
 from llama4.text.tool_calls.call import check_tools, function_name, short
 
 Tools = Sequence[Mapping[str, Any]]
@@ -30,7 +31,7 @@ def chosen_tools(
         raise ArgumentError(f"tool_choice is {short(choice)}, but there are no tools; give some")
     check_tools(tools)
     if choice == "required":
-        return tools, {"anyOf": [_call(tool) for tool in tools]}
+        return tools, {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
@@ -40,12 +41,14 @@ def chosen_tools(
     if not named:
         names = ", ".join(map(function_name, tools))
         raise ArgumentError(f"tool_choice names {name!r:.80}, which is none of the tools ({names})")
-    return tools, _call(named[0])
+    return tools, _call(named[0], "#")
 
 
-def _call(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of a tool as Llama 4 writes it."""
-    parameters = tool.get("function", tool).get("parameters") or {"type": "object"}
+def _call(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A call of a tool as Llama 4 writes it; `place` is where this stands in the whole schema."""
+    parameters = moved(
+        tool.get("function", tool).get("parameters") or {"type": "object"}, f"{place}/properties/parameters"
+    )
     return {
         "type": "object",
         "properties": {"name": {"const": function_name(tool)}, "parameters": parameters},

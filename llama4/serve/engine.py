@@ -122,11 +122,15 @@ class Engine:
     ) -> list[Reply]:
         """Answer conversations at once, from a thread that may wait; each reply is what `Llama4.chat` gives."""
         streams = [self.stream(each, adapter=adapter, **options) for each in conversations]
-        for stream in streams:
-            stream.open(may_wait=True)
-        for stream in streams:
-            for _ in stream:
-                pass
+        try:
+            for stream in streams:
+                stream.open(may_wait=True)
+            for stream in streams:
+                for _ in stream:
+                    pass
+        finally:
+            for stream in streams:  # after an error; those that have ended are not changed
+                stream.cancel()
         return [stream.reply for stream in streams]
 
     @property

@@ -17,7 +17,7 @@ from llama4 import Engine
 from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.replies import Reply, ToolCallDelta
-from llama4.errors import BusyError, ContextLengthError, ImageError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, ContextLengthError, ImageError, Llama4Error
 from llama4.serve.engine import EngineStream
 from llama4.serve.mailbox import Mailbox
 
@@ -64,6 +64,17 @@ def test_replies_are_those_of_chat(llm: Llama4, engine: Engine) -> None:
     assert list(map(essence, asyncio.run(ask()))) == expected
     thread.join()
     assert list(map(essence, batch)) == expected[:: len(options)]
+
+
+def test_a_batch_that_fails_leaves_no_work(engine: Engine) -> None:
+    """While it is asked for, and later."""
+    grammar = "start: " + "|".join(f'"a"/./"{chr(0x4E00 + i)}"' for i in range(2100))  # is given up by llguidance
+    with pytest.raises(Llama4Error, match="content"):
+        engine.chat_batch([QUESTIONS[0], [{"role": "user", "content": 5}]], max_new_tokens=10**5, ignore_eos=True)
+    until(lambda: not engine.scheduler.has_work)
+    with pytest.raises(ArgumentError, match="cannot be followed"):
+        engine.chat_batch(QUESTIONS, grammar=grammar, max_new_tokens=10**5)
+    until(lambda: not engine.scheduler.has_work)
 
 
 def test_pieces_join_to_the_reply(llm: Llama4, engine: Engine) -> None:

@@ -90,6 +90,9 @@ class ReplyBuilder:
         special_tokens: the tokenizer's, name -> id.
         form: what the reply must be.
         stop_ids: tokens by which the model ends it.
+
+    Attributes:
+        one_call: whether the reply ends with its first tool call.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class ReplyBuilder:
         form: Form | None = None,
         stop_ids: Collection[int] = (),
     ) -> None:
+        self.one_call = False
         self._form, self._stop_ids = form, stop_ids
         self._prompt_tokens = prompt_tokens
         self._reader = CallReader(names_of(tools), certain=bool(tools))
@@ -119,7 +123,16 @@ class ReplyBuilder:
             pieces += self._reader.mark(mark)
         if event.finish_reason:
             pieces += self._reader.finish(calls_tools=event.token.id in self._calls_tools)
-        return [self._delta(piece) for piece in pieces]
+        deltas: list[Delta] = []
+        for piece in pieces:
+            if not self.is_complete:
+                deltas.append(self._delta(piece))
+        return deltas
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no more of the reply is wanted, though the model goes on."""
+        return self.one_call and bool(self._tool_calls)
 
     def _delta(self, piece: str | ToolCall) -> Delta:
         if isinstance(piece, str):

@@ -37,11 +37,9 @@ class Answer(ABC):
         Raises:
             RequestError: they cannot be answered.
         """
-        await asyncio.gather(*(asyncio.to_thread(self._open, i) for i in range(len(self.streams))))
-
-    def _open(self, index: int) -> None:
-        with self.names(index).told():
-            self.streams[index].open()
+        for i, stream in enumerate(self.streams):
+            with self.names(i).told():
+                await stream.async_open()
 
     async def finish(self) -> None:
         """Wait for all of it; as `open`, raises RequestError."""

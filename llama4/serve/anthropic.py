@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -224,7 +225,8 @@ async def create(service: Service, call: Call) -> Response:
     if (form := (fields["output_config"] or {}).get("format")) is not None:
         options["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
     messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
-    (stream,) = choices_of(service.engine, model.adapter, messages, 1, options)
+    parallel = not (fields["tool_choice"] or {}).get("disable_parallel_tool_use")
+    (stream,) = choices_of(service.engine, model.adapter, messages, 1, options, parallel_tool_calls=parallel)
     return await respond(service, call, MessageAnswer(stream, model.name, names))
 
 
@@ -234,8 +236,9 @@ async def count_tokens(service: Service, call: Call) -> Response:
     messages, names = await asyncio.to_thread(messages_of, fields, service.settings)
     tools = tools_of(fields)
     shown = tools["tools"] if tools["tool_choice"] != "none" else None
+    read = partial(service.engine.llm.processor, messages, tools=shown, limit=service.counted)
     with names.told():
-        inputs = await asyncio.to_thread(service.engine.llm.processor, messages, tools=shown, limit=service.counted)
+        inputs = await service.engine.in_thread(messages, read)
     return JSONResponse({"input_tokens": inputs.input_ids.shape[1]})
 
 

@@ -67,11 +67,6 @@ def _read_pictures(message: Mapping[str, Any], at: str, directory: Path | None) 
     return {**message, "content": parts}
 
 
-def has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
-    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
-    return any(not part["type"].endswith("text") for content in contents for part in content)
-
-
 def read_media(url: str, directory: Path | None, field: str) -> bytes:
     """What a `file://` URL names, in the media directory or by its whole path.
 

@@ -6,7 +6,8 @@
     reply = await engine.chat(messages)
 
 One thread owns the model and runs the scheduler. Prompts are prepared (pictures read, text tokenized) and tokens made
-text by whoever asks, so that neither keeps the model waiting.
+text by whoever asks, so that neither keeps the model waiting. For asyncio prompts are prepared in threads: those with
+pictures, which may take long to come, in threads of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -29,12 +31,12 @@ from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
 from llama4.errors import ArgumentError, BusyError, Llama4Error
-from llama4.inputs import Inputs
-from llama4.options import Options, Prepared, Prompt, conversation
+from llama4.options import Options, Prepared, Prompt
 from llama4.serve.mailbox import Mailbox
+from llama4.serve.preparation import Preparation
 from llama4.serve.worker import Worker
 from llama4.text.detokenizer import TextAssembler
-from llama4.text.messages import Message
+from llama4.text.messages import Message, shows_pictures
 from llama4.units import parse_bytes
 
 T = TypeVar("T")
@@ -85,9 +87,17 @@ class Engine:
         self.silent_ids = frozenset(llm.tokenizer.special_tokens.values())
         self._process = os.getpid()
         self._worker = Worker(self.scheduler)
+        self._pictures = ThreadPoolExecutor(thread_name_prefix="llama4 pictures")
         weakref.finalize(self, self._worker.stop).atexit = False
 
-    def stream(self, messages: Prompt, *, adapter: str | None = None, **options: Unpack[Options]) -> EngineStream:
+    def stream(
+        self,
+        messages: Prompt,
+        *,
+        adapter: str | None = None,
+        parallel_tool_calls: bool = True,
+        **options: Unpack[Options],
+    ) -> EngineStream:
         """Answer a conversation piece by piece. Other arguments are those of `Llama4.chat`; errors come with the first
         piece.
 
@@ -97,14 +107,19 @@ class Engine:
         Args:
             adapter: the name of one of `llm.adapters`, with which this reply is computed; None for that which the model
                 was set to when the engine was made, or none.
+            parallel_tool_calls: False ends the reply with its first tool call.
         """
-        return EngineStream(self, messages, options, adapter)
+        preparation = self._preparation(messages, options)
+        return EngineStream(self, preparation, options.get("seed"), adapter, parallel_tool_calls=parallel_tool_calls)
 
     def observe(
         self, messages: Prompt, observer: Observer, *, adapter: str | None = None, **options: Unpack[Options]
     ) -> EngineStream:
         """`stream`, with an observer that learns of the prompt what it is for; it knows all with the first piece."""
-        return EngineStream(self, messages, options, adapter, observer)
+        return EngineStream(self, self._preparation(messages, options), options.get("seed"), adapter, observer)
+
+    def _preparation(self, messages: Prompt, options: Options) -> Preparation:
+        return Preparation(self.llm, messages, options, self.scheduler.limit)
 
     async def chat(self, messages: Prompt, *, adapter: str | None = None, **options: Unpack[Options]) -> Reply:
         """Answer a conversation; a task that is cancelled cancels the reply."""
@@ -132,6 +147,11 @@ class Engine:
             for stream in streams:  # after an error; those that have ended are not changed
                 stream.cancel()
         return [stream.reply for stream in streams]
+
+    async def in_thread(self, messages: object, work: Callable[[], T]) -> T:
+        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no others waiting."""
+        pool = self._pictures if shows_pictures(messages) else None
+        return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work)
 
     @property
     def num_waiting(self) -> int:
@@ -264,13 +284,16 @@ class EngineStream:
     def __init__(
         self,
         engine: Engine,
-        messages: Prompt,
-        options: Options,
+        preparation: Preparation,
+        seed: int | None,
         adapter: str | None = None,
         observer: Observer | None = None,
+        *,
+        parallel_tool_calls: bool = True,
     ) -> None:
-        self._engine, self._messages, self._options, self._observer = engine, messages, options, observer
-        self._adapter = adapter
+        self._engine, self._seed, self._adapter, self._observer = engine, seed, adapter, observer
+        self._preparation: Preparation | None = preparation  # until it is open: pictures take memory
+        self._parallel_tool_calls = parallel_tool_calls
         self._mailbox = Mailbox()
         self._deltas: deque[Delta] = deque()
         self._reader: tuple[ReplyText, ReplyBuilder] | None = None
@@ -292,18 +315,30 @@ class EngineStream:
                 self._open(may_wait)
 
     def _open(self, may_wait: bool) -> None:
-        llm, messages = self._engine.llm, self._messages
-        prompt = messages if isinstance(messages, Inputs) else conversation(messages)
-        prepared = llm.prepare(prompt, limit=self._engine.scheduler.limit, **self._options)
-        builder = prepared.builder(llm.tokenizer)
+        assert self._preparation is not None
+        prepared = self._preparation.with_seed(self._seed)
+        builder = prepared.builder(self._engine.llm.tokenizer)
+        builder.one_call = not self._parallel_tool_calls
         request = self._engine.submit(prepared, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
         text = TextAssembler(prepared.stop)
         silent = self._engine.silent_ids
         self._reader = ReplyText(0, request.max_new_tokens, text, request.stop_ids, silent), builder
         self._cancel = weakref.finalize(self, self._engine.cancel, request)
+        self._preparation = None
         if self._mailbox.is_closed:  # cancelled by another thread meanwhile
             self._cancel()
+
+    async def async_open(self) -> None:
+        """`open` for asyncio."""
+        if (preparation := self._preparation) is not None:
+            await self._engine.in_thread(preparation.messages, self.open)
+
+    def again(self, seed: int | None) -> EngineStream:
+        """Another reply to the same prompt, which is prepared once for both. Before this one is open."""
+        assert self._preparation is not None
+        parallel = self._parallel_tool_calls
+        return EngineStream(self._engine, self._preparation, seed, self._adapter, parallel_tool_calls=parallel)
 
     def cancel(self) -> None:
         """Stop the model's work on it. What has come stays in `reply`."""
@@ -359,7 +394,7 @@ class EngineStream:
 
     async def async_events(self) -> AsyncIterator[Delta]:
         """`events` for asyncio."""
-        await asyncio.to_thread(self.open)
+        await self.async_open()
         while (delta := await self._next_async()) is not None:
             yield delta
 
@@ -390,5 +425,5 @@ class EngineStream:
         text, builder = self._reader
         event = text.push(delivery)
         self._deltas.extend(builder.add(event))
-        if event.finish_reason is not None:
-            self.cancel()  # the engine knows no stop strings
+        if event.finish_reason is not None or builder.is_complete:
+            self.cancel()  # the engine knows no stop strings, and no calls

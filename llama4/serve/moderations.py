@@ -6,7 +6,6 @@ the others have 0.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from llama4.api import Llama4
 from llama4.engine.moderation import Asked, ask, is_guard
-from llama4.serve.conversation import MESSAGE, PART, has_pictures, with_media
+from llama4.serve.conversation import MESSAGE, PART, with_media
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
 from llama4.serve.schema import FLAG, OBJECT, STRING, TEXT, Field, Fields, any_of, array, number, record
 from llama4.text.guard import Moderation
+from llama4.text.messages import shows_pictures
 
 MAX_INPUTS = 32
 
@@ -50,10 +50,10 @@ async def moderate(service: Service, call: Call) -> Response:
 async def _results(service: Service, fields: Mapping[str, Any], adapter: str | None) -> list[dict[str, Any]]:
     results = []
     for messages in _conversations(fields):
-        asked = await asyncio.to_thread(_asked, service, messages, fields)
+        asked = await service.engine.in_thread(messages, partial(_asked, service, messages, fields))
         judge = partial(Llama4.judge, asked=asked, threshold=fields["threshold"])
         found = await service.engine.compute(judge, adapter)
-        results.append(_result(found, has_pictures(messages)))
+        results.append(_result(found, shows_pictures(messages)))
     return results
 
 

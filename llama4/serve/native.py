@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -75,7 +76,8 @@ async def tokenize(service: Service, call: Call) -> Response:
     if fields["messages"] is not None:
         messages, options = await prompt_of(service, fields)
         del options["tool_choice"]
-        inputs = await asyncio.to_thread(llm.processor, messages, limit=service.counted, **options)
+        read = partial(llm.processor, messages, limit=service.counted, **options)
+        inputs = await service.engine.in_thread(messages, read)
         ids: list[int] = inputs.input_ids[0].tolist()
     else:
         content, prompt = fields["content"], fields["prompt"]

@@ -144,14 +144,14 @@ def choices_of(
     count: int,
     options: Mapping[str, Any],
     observer: Observer | None = None,
+    *,
+    parallel_tool_calls: bool = True,
 ) -> list[EngineStream]:
     """A stream for each choice; each draws for itself. An observer sees the first read its prompt."""
-    seed = options["seed"]
-    seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(count)]
-    first, *others = [cast(Options, {**options, "seed": each}) for each in seeds]
-    begin = (
-        engine.observe(prompt, observer, adapter=adapter, **first)
-        if observer is not None
-        else engine.stream(prompt, adapter=adapter, **first)
-    )
-    return [begin, *(engine.stream(prompt, adapter=adapter, **each) for each in others)]
+    given, seed = cast(Options, options), options["seed"]
+    if observer is not None:
+        first = engine.observe(prompt, observer, adapter=adapter, **given)
+    else:
+        first = engine.stream(prompt, adapter=adapter, parallel_tool_calls=parallel_tool_calls, **given)
+    seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(1, count)]
+    return [first, *map(first.again, seeds)]

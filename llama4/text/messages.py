@@ -65,6 +65,19 @@ def read_messages(messages: Sequence[Message | ParsedMessage]) -> list[ParsedMes
     return [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
 
 
+def is_continued(messages: Sequence[ParsedMessage]) -> bool:
+    """Whether a reply goes on with the last message, where nobody says: if it is the assistant's and calls no tools."""
+    return messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
+def shows_pictures(messages: object) -> bool:
+    """Whether a part of messages is a picture; they need not be well formed, nor be messages."""
+    if isinstance(messages, Mapping):
+        kind = messages.get("type")
+        return (isinstance(kind, str) and "image" in kind) or shows_pictures(messages.get("content"))
+    return isinstance(messages, (list, tuple)) and any(map(shows_pictures, messages))
+
+
 def image_sources(messages: Iterable[ParsedMessage]) -> list[Any]:
     """The sources of all images, in order; None for a placeholder."""
     return [part.source for message in messages for part in message.parts if isinstance(part, ImagePart)]

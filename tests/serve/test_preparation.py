@@ -1,0 +1,123 @@
+"""How prompts are made ready: pictures keep no others waiting and are read once; routes agree on what is continued."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+
+from llama4 import Llama4
+from llama4 import inputs as inputs_module
+from llama4.serve.settings import Settings
+from tests.serve.running import QUESTION, Running, until
+
+DATA = base64.b64encode((Path(__file__).parents[2] / "examples" / "shapes.png").read_bytes()).decode()
+LINK = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{DATA}"}}
+SHOWN = [{"role": "user", "content": [LINK, {"type": "text", "text": "How many?"}]}]
+SOURCE = {"type": "base64", "media_type": "image/png", "data": DATA}
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": SHOWN, "max_tokens": 1}),
+    ("/tokenize", {"messages": SHOWN}),
+    (
+        "/v1/messages/count_tokens",
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image", "source": SOURCE}]}
+                    ],
+                },
+            ]
+        },
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_image", "image_url": LINK["image_url"]["url"]}]}  # type: ignore[index]
+            ],
+            "max_output_tokens": 1,
+        },
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama4:
+    return Llama4.from_pretrained("tiny", progress=False)
+
+
+@pytest.fixture(scope="module")
+def running(llm: Llama4) -> Iterator[Running]:
+    limits = llm.processor.image_limits
+    server = Running(llm, Settings("tiny"), cache_memory="64MiB")
+    yield server
+    server.close()
+    llm.processor.image_limits = limits
+
+
+def test_pictures_that_do_not_come_keep_no_other_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more requests than asyncio has threads."""
+    load, begun, has_come = inputs_module.load_image, list[Any](), threading.Event()
+
+    def held(*given: Any, **options: Any) -> Any:
+        begun.append(given)
+        assert has_come.wait(60)
+        return load(*given, **options)
+
+    monkeypatch.setattr(inputs_module, "load_image", held)
+    with ThreadPoolExecutor(40) as pool:
+        slow = [pool.submit(running.client.post, route, json=body) for route, body in ROUTES * 10]
+        try:
+            until(lambda: len(begun) > 4)
+            assert running.ask(messages=QUESTION, max_tokens=1)["choices"]
+            kept = running.client.post("/v1/responses", json={"input": "a", "max_output_tokens": 1}).json()
+            assert running.client.get(f"/v1/responses/{kept['id']}").json() == kept
+            for body in ({"prompt": "a" * 10**5}, {"messages": QUESTION}):
+                assert running.client.post("/tokenize", json=body).json()["count"] > 0
+            assert not any(each.done() for each in slow)
+        finally:
+            has_come.set()
+        assert {each.result().status_code for each in slow} == {200}
+
+
+def test_choices_read_their_prompt_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are those of their seeds alone."""
+    load, read = inputs_module.load_image, list[Any]()
+
+    def noted(*given: Any, **options: Any) -> Any:
+        read.append(given)
+        return load(*given, **options)
+
+    monkeypatch.setattr(inputs_module, "load_image", noted)
+    body = {"messages": SHOWN, "temperature": 5.0, "max_tokens": 8}
+    choices = running.ask(**body, n=4, seed=5)["choices"]
+    assert len(read) == 1
+    alone = [running.ask(**body, seed=5 + i)["choices"][0]["message"] for i in range(4)]
+    assert [choice["message"] for choice in choices] == alone
+    unseeded = running.ask(**body, n=4)["choices"]
+    assert len({choice["message"]["content"] for choice in unseeded}) > 1
+
+
+@pytest.mark.parametrize("said", [None, False, True])
+def test_routes_agree_on_what_is_continued(llm: Llama4, running: Running, said: bool | None) -> None:
+    messages = [*QUESTION, {"role": "assistant", "content": "I can"}]
+    body = {"messages": messages, "continue_final_message": said}
+    expected = llm.processor(messages, continue_final_message=said).input_ids[0].tolist()
+    assert running.client.post("/tokenize", json=body).json()["tokens"] == expected
+    prompt = running.client.post("/apply-template", json=body).json()["prompt"]
+    assert llm.processor.complete(prompt, special_tokens=True).input_ids[0].tolist() == expected
+    assert prompt.endswith("I can") == (said is not False)
+    assert running.ask(**body, max_tokens=1)["usage"]["prompt_tokens"] == len(expected)
+    finished = running.client.post("/apply-template", json={"messages": QUESTION, "continue_final_message": said})
+    assert finished.json()["prompt"].endswith(QUESTION[0]["content"]) == (said is True)

@@ -18,7 +18,15 @@ from llama4.errors import ArgumentError, ChatTemplateError, ImageError, Llama4Er
 from llama4.families import family_of
 from llama4.families.fusion import EarlyFusion, Fusion
 from llama4.text import chat_formats
-from llama4.text.messages import ImagePart, Message, ParsedMessage, image_places, image_sources, read_messages
+from llama4.text.messages import (
+    ImagePart,
+    Message,
+    ParsedMessage,
+    image_places,
+    image_sources,
+    is_continued,
+    read_messages,
+)
 from llama4.text.prompt import IMAGE, Piece, Rendered, check_images, compose, encode, read_pieces
 from llama4.text.prompt_limit import PromptLimit
 from llama4.text.template import ChatTemplate
@@ -182,7 +190,7 @@ class Processor:
         for row, row_tiles in self._tiled(messages, images):
             continued = continue_final_message
             if continued is None:
-                continued = add_generation_prompt and row[-1].role == "assistant" and not row[-1].tool_calls
+                continued = add_generation_prompt and is_continued(row)
             pieces = self._pieces(
                 row,
                 chat_template_kwargs,

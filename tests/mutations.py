@@ -198,7 +198,7 @@ MUTATIONS = [
     Mutation(
         "a last message of the assistant is answered, not continued",
         "llama4/inputs.py",
-        'continued = add_generation_prompt and row[-1].role == "assistant" and not row[-1].tool_calls',
+        "continued = add_generation_prompt and is_continued(row)",
         "continued = False",
         "tests/test_inputs.py::test_a_last_message_of_the_assistant_is_continued",
     ),

@@ -28,6 +28,7 @@ from llama4.serve.schema import (
     record,
     required,
 )
+from llama4.text.messages import Message, is_continued, read_messages
 from llama4.text.prompt import Piece, encode
 from llama4.version import __version__
 
@@ -134,17 +135,24 @@ async def apply_template(service: Service, call: Call) -> Response:
     if reserved := sorted(variables.keys() & {"self", *own}):
         message = f"chat_template_kwargs holds {', '.join(reserved)}, which is no variable of the prompt's format"
         raise RequestError(message, field="chat_template_kwargs")
-    continues = bool(options["continue_final_message"])
-    text = await asyncio.to_thread(
-        lambda: service.engine.llm.processor.apply_chat_template(
-            messages,
-            tools=options["tools"],
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            **variables,
-        )
-    )
+    text = await asyncio.to_thread(_rendered, service.engine.llm, messages, options, variables)
     return JSONResponse({"prompt": text})
+
+
+def _rendered(
+    llm: Llama4, messages: Sequence[Message], options: Mapping[str, Any], variables: Mapping[str, Any]
+) -> str:
+    continues: bool | None = options["continue_final_message"]
+    if continues is None:
+        continues = is_continued(read_messages(messages))
+    text: str = llm.processor.apply_chat_template(
+        messages,
+        tools=options["tools"],
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        **variables,
+    )
+    return text
 
 
 async def health(service: Service, call: Call) -> Response:

@@ -55,7 +55,7 @@ FORMAT: Mapping[str, Field] = {
     "tools": Field(array(TOOL)),
     "tool_choice": Field(TOOL_CHOICE),
     "chat_template_kwargs": Field(OBJECT, note="further variables of the prompt's format"),
-    "continue_final_message": Field(FLAG, False),
+    "continue_final_message": Field(FLAG, note="absent: where the last message is the assistant's and calls no tools"),
     "add_generation_prompt": Field(one_of(True), True),
 }
 """What the prompt is made of."""
@@ -107,8 +107,8 @@ COMPLETION = record(
 
 async def prompt_of(service: Service, fields: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """Messages, and the options of `Engine.stream` that `FORMAT` asks for."""
-    options = {name: fields[name] for name in ("tool_choice", "chat_template_kwargs")}
-    options |= {"tools": fields["tools"] or None, "continue_final_message": fields["continue_final_message"] or None}
+    options = {name: fields[name] for name in ("tool_choice", "chat_template_kwargs", "continue_final_message")}
+    options["tools"] = fields["tools"] or None
     return await asyncio.to_thread(with_media, fields["messages"], service.settings.media_directory), options
 
 

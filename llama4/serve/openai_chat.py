@@ -72,7 +72,7 @@ CHAT = Fields(
     top_logprobs=Field(integer(0, MAX_ALTERNATIVES)),
     stream=Field(FLAG, False),
     stream_options=Field(USAGE),
-    parallel_tool_calls=ignored(FLAG),
+    parallel_tool_calls=Field(FLAG, True),
     store=ignored(FLAG),
     **WITHOUT_EFFECT,
     **FORMS_OF_OTHERS,
@@ -123,7 +123,8 @@ async def chat(service: Service, call: Call) -> Response:
         fields["max_completion_tokens"] or fields["max_tokens"] or service.engine.scheduler.window
     )
     options["top_logprobs"] = fields["top_logprobs"] or 0
-    streams = choices_of(service.engine, model.adapter, messages, fields["n"], options)
+    parallel = fields["parallel_tool_calls"]
+    streams = choices_of(service.engine, model.adapter, messages, fields["n"], options, parallel_tool_calls=parallel)
     names = Names(form=form_of(fields))
     answer = Chat(streams, model.name, tells_usage, fields["logprobs"], names)
     return await respond(service, call, answer)

@@ -83,7 +83,7 @@ RESPOND = Fields(
     **WITHOUT_EFFECT,
     **FORMS_OF_OTHERS,
     reasoning=ignored(OBJECT),
-    parallel_tool_calls=ignored(FLAG),
+    parallel_tool_calls=Field(FLAG, True),
     truncation=refused("disabled"),
     stream_options=ignored(OBJECT),
     max_tool_calls=ignored(integer(0, MAX_LENGTH)),
@@ -117,7 +117,8 @@ async def create(service: Service, call: Call) -> Response:
         messages.insert(0, {"role": "system", "content": fields["instructions"]})
         places.insert(0, Place("instructions"))
     names = Names("input", places, form_of(fields, "text.format"))
-    (stream,) = choices_of(service.engine, model.adapter, messages, 1, _options(service, fields))
+    options, parallel = _options(service, fields), fields["parallel_tool_calls"]
+    (stream,) = choices_of(service.engine, model.adapter, messages, 1, options, parallel_tool_calls=parallel)
     answer = ResponseAnswer(service, stream, model.name, fields, items, names)
     if not fields["background"]:
         return await respond(service, call, answer)

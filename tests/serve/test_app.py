@@ -299,7 +299,7 @@ def test_structured_output(running: Running) -> None:
 
 
 def test_what_does_not_change_the_reply_is_taken(running: Running) -> None:
-    fields = {"user": "me", "parallel_tool_calls": False, "reasoning_effort": "low", "presence_penalty": 0, "xyz": 1}
+    fields = {"user": "me", "reasoning_effort": "low", "presence_penalty": 0, "xyz": 1}
     developer = [{"role": "developer", "content": "Be brief."}, *QUESTION]
     assert running.ask(messages=developer, max_completion_tokens=3, **fields)["usage"]["completion_tokens"] == 3
 

@@ -30,7 +30,7 @@ USAGE = {
     "serve tiny --port 99999": "--port is 99999; it must be from 0 (any that is free) to 65535",
     "serve tiny --port 0 --queue 0": "--queue is 0; it must be at least 1",
     "serve tiny --port 0 --max-batch 0": "--max-batch is 0; it must be at least 1",
-    "serve tiny --port 0 --allow-urls http://x/y": "'http://x/y' is no host",
+    "serve tiny --port 0 --allow-host http://x/y": "'http://x/y' is no host",
     "serve tiny --media-directory {0}/nowhere": "nowhere is no directory",
     "moderate tiny hi --treshold 1": "--treshold is not known (did you mean --threshold?)",
     "moderate hello": "MODEL comes first, then TEXT or --file FILE; 'hello' was taken as MODEL",

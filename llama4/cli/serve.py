@@ -49,8 +49,14 @@ def add_parser(commands: Any) -> None:
         help="origin whose web pages may call this server; repeatable",
     )
     server.add_argument(
-        "--allow-urls", nargs="+", default=[], metavar="HOST", help="hosts that image URLs may be of; * for all public"
+        "--allow-host",
+        dest="url_hosts",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="host that image URLs may be of; * for all public; repeatable",
     )
+    server.add_argument("--allow-urls", dest="url_hosts", action="extend", nargs="+", help=argparse.SUPPRESS)
     server.add_argument(
         "--media-directory", type=Path, metavar="DIR", help="directory that file:// image URLs may read"
     )
@@ -108,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         name=options.served_model_name or Path(os.path.abspath(options.model)).name,
         api_key=key,
         cors_origins=tuple(options.cors_origin),
-        url_hosts=tuple(options.allow_urls),
+        url_hosts=tuple(options.url_hosts),
         media_directory=options.media_directory,
         has_page=options.page,
         store=options.store,

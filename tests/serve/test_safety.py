@@ -142,7 +142,10 @@ def test_the_command_listens_at_loopback() -> None:
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
     options = parser.parse_args(["serve", "tiny"])
-    assert options.host == "127.0.0.1" and options.cors_origin == [] and options.allow_urls == []
+    assert options.host == "127.0.0.1" and options.cors_origin == options.url_hosts == []
+    for hosts in ("--allow-host a --allow-host b tiny", "tiny --allow-urls a b", "tiny --allow-host a --allow-urls b"):
+        options = parser.parse_args(["serve", *hosts.split()])
+        assert (options.model, options.url_hosts) == ("tiny", ["a", "b"])
     with pytest.raises(ArgumentError, match="--api-key is empty"):  # as of an unset variable
         command.run(parser.parse_args(["serve", "tiny", "--api-key", ""]))
     for key in ("secret\n", " secret", "sec\x00ret", "\udcff"):

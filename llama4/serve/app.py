@@ -130,13 +130,16 @@ class _Identified:
         sent = headers.get(b"x-request-id", b"").decode("latin-1")
         identity = sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else uuid.uuid4().hex
         request_id.set(identity)
+        names = [b"x-request-id"]
+        if scope["path"].startswith("/v1/messages"):
+            names.append(b"request-id")  # as Anthropic's clients read it
         begun, status = time.monotonic(), 0
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+                message["headers"] = [*message["headers"], *((name, identity.encode()) for name in names)]
             await send(message)
 
         try:

@@ -142,4 +142,6 @@ def test_errors_have_anthropic_s_form(running: Running) -> None:
         assert answer.status_code == status and answer.json()["type"] == "error", answer.text
         assert kind is None or answer.json()["error"]["type"] == kind
     answer = client.post("/v1/messages", json={}, headers={"x-api-key": "wrong"})
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert "request-id" not in client.get("/v1/models").headers
     assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")

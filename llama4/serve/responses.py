@@ -165,6 +165,10 @@ def _before(service: Service, identity: str | None) -> list[dict[str, Any]]:
     """
     turns: list[list[dict[str, Any]]] = []
     while identity is not None:
+        left -= service.store.size(identity)
+        if left < 0:
+            message = f"the responses before this one have more than {most >> 20} MiB; begin anew, with what matters"
+            raise RequestError(message, field="previous_response_id")
         stored = service.store.get(identity)
         if stored is None:
             message = f"there is no response {identity!r:.80} to continue"

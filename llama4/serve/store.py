@@ -105,16 +105,22 @@ class Store:
                     if self._is_limited:
                         self._database.execute(_FORGET, (MAX_IN_MEMORY, MAX_BYTES_IN_MEMORY))
             except RequestError:
-                if self._row(identity) is not None:
+                if self._row("id", identity) is not None:
                     self._unwritten[identity] = stored
                 raise
             self._unwritten.pop(identity, None)
+
+    def size(self, identity: str) -> int:
+        """Characters of what is written of a response and its input, 0 if nothing is."""
+        with self._lock:
+            row = self._row("size", identity)
+        return (row[0] if row is not None else None) or 0
 
     def get(self, identity: str) -> Stored | None:
         with self._lock:
             if identity in self._unwritten:
                 return self._unwritten[identity]
-            row = self._row(identity)
+            row = self._row("response, input", identity)
         try:
             stored = Stored(*map(json.loads, row)) if row is not None else None
             if stored is None or (stored.response["id"] == identity and isinstance(stored.input, list)):
@@ -139,10 +145,10 @@ class Store:
         with self._lock:
             self._database.close()
 
-    def _row(self, identity: str) -> tuple[Any, Any] | None:
-        query = "SELECT response, input FROM responses WHERE id = ?"
+    def _row(self, columns: str, identity: str) -> tuple[Any, ...] | None:
+        query = f"SELECT {columns} FROM responses WHERE id = ?"
         try:
-            row: tuple[Any, Any] | None = self._database.execute(query, (identity,)).fetchone()
+            row: tuple[Any, ...] | None = self._database.execute(query, (identity,)).fetchone()
         except sqlite3.Error as error:
             logger.warning("the file of responses cannot be read: %s", error)
             return None

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,49 @@ def test_tools_and_forms(running: Running) -> None:
     assert after["usage"]["input_tokens"] > response["usage"]["input_tokens"]
     form = {"type": "json_schema", "name": "x", "schema": TOOL["parameters"]}
     assert json.loads(text_of(respond(running, input=ASKED, text={"format": form}))) == {"shape": "circle"}
+
+
+def test_each_message_has_the_logprobs_of_its_own_tokens(running: Running) -> None:
+    """Beside a call, whole and in events."""
+    body = {
+        "input": ASKED,
+        "tools": [TOOL],
+        "top_logprobs": 1,
+        "structured_outputs": {"regex": r'Well\. \[count\(shape="circle"\)\] Done\.'},
+    }
+    with running.client.stream("POST", "/v1/responses", json={**body, "stream": True}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines()]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    whole = respond(running, **body)
+    assert [item["type"] for item in whole["output"]] == ["message", "function_call", "message"]
+    for index, word in ((0, "Well."), (2, "Done.")):
+        (part,) = whole["output"][index]["content"]
+        said = "".join(token["token"] for token in part["logprobs"])
+        assert part["text"].strip() == word and word in said and "count" not in said
+        deltas = [event for event in events if event.get("output_index") == index and "delta" in event]
+        told = [token["token"] for event in deltas for token in event["logprobs"]]
+        (done,) = [e for e in events if e["type"] == "response.output_text.done" and e["output_index"] == index]
+        assert [token["token"] for token in done["logprobs"]] == [token["token"] for token in part["logprobs"]]
+        assert told and told == [token["token"] for token in part["logprobs"]][: len(told)]
+
+
+def test_what_is_before_is_no_longer_than_a_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is known before it is read."""
+    first = respond(running, input="a" * 2000, max_output_tokens=1)
+    second = respond(running, input="a" * 2000, max_output_tokens=1, previous_response_id=first["id"])
+    store, read = running.server.service.store, list[str]()
+    get = store.get
+
+    def noted(identity: str) -> Any:
+        read.append(identity)
+        return get(identity)
+
+    monkeypatch.setattr(store, "get", noted)
+    monkeypatch.setattr(running.server.service, "settings", replace(running.server.settings, max_body=5000))
+    answer = running.client.post("/v1/responses", json={"input": "b", "previous_response_id": second["id"]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "previous_response_id") and "begin anew" in error["message"]
+    assert first["id"] not in read
 
 
 def test_what_is_stored(running: Running) -> None:

@@ -145,15 +145,22 @@ class ItemWriter:
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self._text: str | None = None  # of the message that is being written
+        self._logprobs: list[Mapping[str, Any]] = []  # of its tokens
 
-    def push(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        """Take a delta; -> its events."""
+    def push(self, delta: Delta, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+        """Take a delta; -> its events.
+
+        Args:
+            logprobs: of the tokens since the last one.
+        """
         if isinstance(delta, TextDelta):
             if self._text is None:
                 yield from self._begin_message()
             assert self._text is not None
             self._text += delta.text
-            yield {"type": "response.output_text.delta", **self._part_place(), "delta": delta.text, "logprobs": []}
+            self._logprobs += logprobs
+            told = {"delta": delta.text, "logprobs": list(logprobs)}
+            yield {"type": "response.output_text.delta", **self._part_place(), **told}
             return
         yield from self.end()
         call = {"type": "function_call", "id": new_id("fc"), "call_id": delta.id, "name": delta.name}
@@ -162,11 +169,11 @@ class ItemWriter:
         yield {"type": "response.output_item.added", "output_index": self._index, "item": opened}
         place = {"item_id": call["id"], "output_index": self._index}
         yield {"type": "response.function_call_arguments.delta", **place, "delta": delta.arguments}
-        told = {"arguments": delta.arguments, "name": delta.name}
-        yield {"type": "response.function_call_arguments.done", **place, **told}
+        done = {"arguments": delta.arguments, "name": delta.name}
+        yield {"type": "response.function_call_arguments.done", **place, **done}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": self.items[-1]}
 
-    def end(self, logprobs: Sequence[Mapping[str, Any]] = (), status: str = "completed") -> Iterator[dict[str, Any]]:
+    def end(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         """Complete the message that is being written, if there is one.
 
         Args:
@@ -175,10 +182,11 @@ class ItemWriter:
         if self._text is None:
             return
         text, self._text = self._text, None
-        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+        told = {"text": text, "logprobs": self._logprobs}
+        part = {"type": "output_text", "annotations": [], **told}
         self.items[-1] = {**self.items[-1], "status": status, "content": [part]}
         place = self._part_place()
-        yield {"type": "response.output_text.done", **place, "text": text, "logprobs": list(logprobs)}
+        yield {"type": "response.output_text.done", **place, **told}
         yield {"type": "response.content_part.done", **place, "part": part}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": self.items[-1]}
 
@@ -186,7 +194,8 @@ class ItemWriter:
         """The reply has ended; one that says nothing is an empty message."""
         if not self.items:
             yield from self._begin_message()
-        yield from self.end(logprobs, status)
+        self._logprobs += logprobs
+        yield from self.end(status)
 
     def break_off(self) -> None:
         """Nothing more comes; what has come stays."""
@@ -201,7 +210,7 @@ class ItemWriter:
         return {"item_id": self.items[-1]["id"], "output_index": self._index, "content_index": 0}
 
     def _begin_message(self) -> Iterator[dict[str, Any]]:
-        self._text = ""
+        self._text, self._logprobs = "", []
         item = {"type": "message", "id": new_id("msg"), "status": "in_progress", "role": "assistant", "content": []}
         self.items.append(item)
         yield {"type": "response.output_item.added", "output_index": self._index, "item": item}

@@ -220,7 +220,7 @@ class ResponseAnswer(Answer):
         self._service, self._model, self._fields, self._input = service, model, fields, items
         self._writer, self._status = ItemWriter(), "in_progress"
         self._error: dict[str, Any] | None = None
-        self._number = 0
+        self._number = self._reported = 0
 
     async def finish(self) -> None:
         async for _ in self._events():
@@ -245,18 +245,24 @@ class ResponseAnswer(Answer):
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
         """Those between the first and the last; after them the response is complete, and stored."""
         async for _, delta in self.deltas():
-            for event in self._writer.push(delta):
-                yield event
-        logprobs: list[dict[str, Any]] = []
-        reply, stream = self.streams[0].reply, self.streams[0]
-        if self._fields["top_logprobs"] or LOGPROBS in (self._fields["include"] or ()):
-            logprobs = logprob_entries(reply.logprobs, stream.decode_bytes)
-        status = "incomplete" if reply.finish_reason == "length" else "completed"
-        for event in self._writer.finish(logprobs, status):
+            if delta is not None:
+                for event in self._writer.push(delta, self._new_logprobs()):
+                    yield event
+        status = "incomplete" if self.streams[0].reply.finish_reason == "length" else "completed"
+        for event in self._writer.finish(self._new_logprobs(), status):
             yield event
         self._status = status
         self._completed = int(time.time())
         await self.save()
+
+    def _new_logprobs(self) -> list[dict[str, Any]]:
+        """Of the tokens since the last call, if they are asked for."""
+        if not self._fields["top_logprobs"] and LOGPROBS not in (self._fields["include"] or ()):
+            return []
+        (stream,) = self.streams
+        tokens = stream.reply.logprobs
+        new, self._reported = tokens[self._reported :], len(tokens)
+        return logprob_entries(new, stream.decode_bytes)
 
     async def save(self) -> None:
         """Keep it for those who ask again, unless the client does not want that."""

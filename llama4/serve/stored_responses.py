@@ -9,11 +9,12 @@ from starlette.responses import JSONResponse, Response
 from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service
 from llama4.serve.responses import RESPONSE, ResponseAnswer
-from llama4.serve.schema import FLAG, OBJECT, STRING, Field, Fields, array, integer, one_of, record
+from llama4.serve.schema import FLAG, OBJECT, STRING, Field, Fields, array, integer, one_of, record, refused
 from llama4.serve.store import Stored
 
 ITEMS = record(("object", "data", "has_more"), object=one_of("list"), data=array(OBJECT), has_more=FLAG)
 DELETED = record(("id", "object", "deleted"), id=STRING, deleted=FLAG)
+AGAIN = Fields("Again", stream=refused("false", remedy="leave it out, and ask until the status is another"))
 PAGE = Fields("Page", limit=Field(integer(1, 100), 20), order=Field(one_of("asc", "desc"), "desc"), after=Field(STRING))
 
 
@@ -72,7 +73,7 @@ async def input_items(service: Service, call: Call) -> Response:
 
 ONE = "/v1/responses/{response_id}"
 ROUTES = (
-    Route("GET", ONE, retrieve, "A response again", answer=RESPONSE),
+    Route("GET", ONE, retrieve, "A response again", answer=RESPONSE, query=AGAIN),
     Route("DELETE", ONE, delete, "Forget a response", answer=DELETED),
     Route("POST", f"{ONE}/cancel", cancel, "Stop a response in the background", answer=RESPONSE),
     Route("GET", f"{ONE}/input_items", input_items, "What a response answers", answer=ITEMS, query=PAGE),

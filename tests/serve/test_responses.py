@@ -166,6 +166,8 @@ def test_what_is_stored(running: Running) -> None:
     rest = client.get(f"{route}/input_items?after={newest['last_id']}").json()
     assert [item["content"] for item in rest["data"]] == ["a"] and not rest["has_more"]
     assert client.get(f"{route}/input_items?limit=0").json()["error"]["param"] == "limit"
+    assert client.get(f"{route}?stream=true").json()["error"]["param"] == "stream"
+    assert client.get(f"{route}?stream=false").json() == response
     assert client.post(f"{route}/cancel").status_code == 400  # it was not in the background
     cut = respond(running, input=ASKED, max_output_tokens=3)
     assert (cut["status"], cut["output"][0]["status"]) == ("incomplete", "incomplete")

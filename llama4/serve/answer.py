@@ -50,8 +50,8 @@ class Answer(ABC):
         for stream in self.streams:
             stream.cancel()
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The pieces of all replies as they come, each with the number of its reply."""
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None], None]:
+        """The pieces of all replies as they come, each with the number of its reply; None where that has ended."""
         async with aclosing(_merged(self._sources())) as merged:
             async for each in merged:
                 yield each
@@ -100,8 +100,8 @@ async def read_all(sources: Iterable[AsyncIterator[Delta]]) -> None:
         raise errors.exceptions[0] from None
 
 
-async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """What several iterators give, as it comes, with the number of each."""
+async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+    """What several iterators give, as it comes, with the number of each; None where one has ended."""
     arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=64)
 
     async def pump(index: int, source: AsyncIterator[Delta]) -> None:
@@ -119,10 +119,8 @@ async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tup
             index, item = await arrived.get()
             if isinstance(item, Exception):
                 raise item
-            if item is None:
-                left -= 1
-            else:
-                yield index, item
+            left -= item is None
+            yield index, item
     finally:
         for task in tasks:
             task.cancel()

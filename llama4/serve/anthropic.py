@@ -280,6 +280,8 @@ class MessageAnswer(Answer):
         yield _event("message_start", message=empty)
         index, in_text = -1, False
         async for _, delta in self.deltas():
+            if delta is None:
+                break
             if not (in_text and isinstance(delta, TextDelta)):
                 if index >= 0:
                     yield _event("content_block_stop", index=index)

@@ -235,14 +235,19 @@ class Completion(OpenAIAnswer):
                     continue
                 yield self._piece(i, self._echoed(i), self._prompt(i))
                 text = held.pop(i)
-            if not self._only_echo:
+            if delta is None:
+                yield self._end(i, text)
+            elif not self._only_echo:
                 yield self._piece(i, text, self.new_tokens(i))
-        for i in range(len(self.streams)):
-            if i in held:
-                yield self._piece(i, self._echoed(i), self._prompt(i))
-            text = "" if self._only_echo else held.get(i, "")
-            yield self._piece(i, text, self._told(self.new_tokens(i)), self._reason(i))
+        for i, text in held.items():  # which have ended before their prompts were told
+            yield self._piece(i, self._echoed(i), self._prompt(i))
+            yield self._end(i, text)
         yield self.usage_chunk()
+
+    def _end(self, index: int, text: str) -> str:
+        """The last piece of a reply."""
+        tokens = self._told(self.new_tokens(index))
+        return self._piece(index, "" if self._only_echo else text, tokens, self._reason(index))
 
     def usage(self) -> dict[str, Any]:
         used = super().usage()

@@ -228,9 +228,8 @@ class Chat(OpenAIAnswer):
         for i in range(len(self.streams)):
             yield self._piece(i, {"role": "assistant", "content": ""})
         async for i, delta in self.deltas():
-            yield self._piece(i, as_delta(delta), self.new_tokens(i))
-        for i, stream in enumerate(self.streams):
-            yield self._piece(i, {}, self.new_tokens(i), stream.reply.finish_reason)
+            reason = self.streams[i].reply.finish_reason if delta is None else None
+            yield self._piece(i, as_delta(delta), self.new_tokens(i), reason)
         yield self.usage_chunk()
 
     def _piece(self, index: int, delta: dict[str, Any], tokens: Sequence[Token] = (), reason: str | None = None) -> str:
@@ -258,7 +257,9 @@ def logprob_entries(tokens: Sequence[Token], decode: Callable[[Sequence[int]], b
     ]
 
 
-def as_delta(delta: Delta) -> dict[str, Any]:
+def as_delta(delta: Delta | None) -> dict[str, Any]:
+    if delta is None:
+        return {}
     if isinstance(delta, TextDelta):
         return {"content": delta.text}
     function = {"name": delta.name, "arguments": delta.arguments}

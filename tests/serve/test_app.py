@@ -117,6 +117,20 @@ def test_a_stream_joins_to_the_answer(running: Running) -> None:
     assert whole["choices"][0] != whole["choices"][1]
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_each_choice_ends_on_its_own(running: Running, route: str) -> None:
+    """With its reason, while others go on."""
+    asked: dict[str, Any] = {"messages": QUESTION} if "chat" in route else {"prompt": "Once", "echo": True}
+    form = {"choice": ["a", "b" * 60]}
+    chunks = events(running, route, **asked, n=8, structured_outputs=form, temperature=100, seed=1, max_tokens=100)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    ends = {choice["index"]: place for place, choice in enumerate(choices) if choice["finish_reason"]}
+    assert len(ends) == 8 and choices[min(ends.values())]["finish_reason"] == "stop"
+    assert any("bb" in json.dumps(choice) for choice in choices[min(ends.values()) :])
+    for place, choice in enumerate(choices):
+        assert place <= ends[choice["index"]]
+
+
 def picture(url: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "How many shapes are there?"}]
     return [{"role": "user", "content": parts}]

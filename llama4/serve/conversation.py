@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 from llama4.reading import read_bytes
 from llama4.serve.errors import RequestError
-from llama4.serve.schema import NULL, OBJECT, STRING, Schema, any_of, array, one_of, record
+from llama4.serve.schema import FLAG, NULL, OBJECT, STRING, TEXT, Schema, any_of, array, one_of, record
 from llama4.text.messages import ROLES
 from llama4.vision.limits import LIMITS
 
@@ -21,6 +21,7 @@ PART: Schema = {
         record(("type", "text"), type=one_of("text", "input_text", "output_text"), text=STRING),
         record(("type", "image_url"), type=one_of("image_url", "input_image"), image_url=LINK),
         record(("type",), type=one_of("image"), image=STRING, url=STRING, data=STRING, base64=STRING),
+        record(("type", "refusal"), type=one_of("refusal"), refusal=STRING),
     ),
     "description": "a part of type text or image_url; this model reads text and images",
 }
@@ -30,10 +31,11 @@ MESSAGE = record(
     role=one_of(*ROLES),
     content=any_of(STRING, array(PART), OBJECT, NULL),
     name=STRING,
-    tool_calls=any_of(array(CALL), NULL),
+    tool_calls=array(CALL),
     tool_call_id=STRING,
+    refusal=STRING,
 )
-FUNCTION = record(("name",), name={"type": "string", "minLength": 1}, description=STRING, parameters=OBJECT)
+FUNCTION = record(("name",), name=TEXT, description=STRING, parameters=OBJECT, strict=FLAG)
 TOOL = record(("type", "function"), type=one_of("function"), function=FUNCTION)
 TOOL_CHOICE: Schema = {
     **any_of(
@@ -45,17 +47,20 @@ TOOL_CHOICE: Schema = {
 
 
 def with_media(messages: Sequence[Mapping[str, Any]], directory: Path | None) -> list[Mapping[str, Any]]:
-    """Pictures that messages name by `file://` are read, if they are in the media directory; here, as the reader of
-    pictures opens no file for a server.
+    """Messages as the library has them: a refusal is what was said, and pictures that are named by `file://` are read,
+    if they are in the media directory; here, as the reader of pictures opens no file for a server.
 
     Raises:
         RequestError: one is elsewhere.
     """
-    return [_read_pictures(message, f"messages[{i}]", directory) for i, message in enumerate(messages)]
+    return [_as_ours(message, f"messages[{i}]", directory) for i, message in enumerate(messages)]
 
 
-def _read_pictures(message: Mapping[str, Any], at: str, directory: Path | None) -> Mapping[str, Any]:
-    if not isinstance(content := message.get("content"), list):
+def _as_ours(message: Mapping[str, Any], at: str, directory: Path | None) -> Mapping[str, Any]:
+    content = message.get("content")
+    if content is None and "refusal" in message:
+        return {**message, "content": message["refusal"]}
+    if not isinstance(content, list):
         return message
     parts = []
     for i, part in enumerate(content):
@@ -63,6 +68,8 @@ def _read_pictures(message: Mapping[str, Any], at: str, directory: Path | None) 
         url = link.get("url") if isinstance(link, dict) else link
         if isinstance(url, str) and url.startswith("file://"):
             part = {"type": "image", "image": read_media(url, directory, f"{at}.content[{i}].image_url")}
+        elif part["type"] == "refusal":
+            part = {"type": "text", "text": part["refusal"]}
         parts.append(part)
     return {**message, "content": parts}
 

@@ -10,7 +10,7 @@ from llama4.engine.replies import Delta, TextDelta
 from llama4.errors import Llama4Error
 from llama4.serve.conversation import read_media
 from llama4.serve.errors import Place, RequestError
-from llama4.serve.schema import NULL, STRING, Schema, any_of, array, known, maybe, one_of, record
+from llama4.serve.schema import STRING, Schema, any_of, array, known, one_of, record
 from llama4.serve.settings import Settings
 from llama4.text.messages import ROLES
 from llama4.text.tool_calls import read_call
@@ -18,7 +18,7 @@ from llama4.text.tool_calls import read_call
 PART: Schema = {
     **any_of(
         record(("type", "text"), type=one_of("input_text", "output_text", "text"), text=STRING),
-        record(("type", "image_url"), type=one_of("input_image"), image_url=STRING, detail=any_of(STRING, NULL)),
+        record(("type", "image_url"), type=one_of("input_image"), image_url=STRING, detail=STRING),
         record(("type", "refusal"), type=one_of("refusal"), refusal=STRING),
     ),
     "description": "a part of type input_text or input_image; this model reads text and images",
@@ -32,16 +32,16 @@ CALL = record(
     call_id=STRING,
     name={"type": "string", "minLength": 1},
     arguments=STRING,
-    id=maybe(STRING),
+    id=STRING,
 )
 OUTPUT = record(
     ("type", "call_id", "output"),
     type=one_of("function_call_output"),
     call_id=STRING,
     output=any_of(STRING, array(PART)),
-    id=maybe(STRING),
+    id=STRING,
 )
-REASONING = record(("type",), type=one_of("reasoning"), id=maybe(STRING))
+REASONING = record(("type",), type=one_of("reasoning"), id=STRING)
 ITEM: Schema = any_of(MESSAGE, CALL, OUTPUT, REASONING)
 INPUT: Schema = {**any_of(STRING, array(ITEM, 1)), "description": "a text, or a list of items"}
 
@@ -199,7 +199,7 @@ class ItemWriter:
 
     def break_off(self) -> None:
         """Nothing more comes; what has come stays."""
-        for _ in self.end(status="incomplete"):
+        for _ in self.end("incomplete"):
             pass
 
     @property

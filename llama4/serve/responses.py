@@ -40,7 +40,6 @@ from llama4.serve.schema import (
     array,
     ignored,
     integer,
-    maybe,
     one_of,
     record,
     refused,
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 MAX_CHAIN = 1000
 """Responses before one another that a conversation may have."""
 
-TOOL = record(("type", "name"), type=one_of("function"), name=TEXT, description=maybe(STRING), parameters=maybe(OBJECT))
+TOOL = record(("type", "name"), type=one_of("function"), name=TEXT, description=STRING, parameters=OBJECT)
 TOOL_CHOICE: Schema = {
     **any_of(one_of("none", "auto", "required"), record(("type", "name"), type=one_of("function"), name=STRING)),
     "description": '"none", "auto", "required" or {"type": "function", "name": ...}',
@@ -76,7 +75,7 @@ RESPOND = Fields(
     max_output_tokens=Field(integer(1, MAX_LENGTH)),
     tools=Field(array(TOOL)),
     tool_choice=Field(TOOL_CHOICE),
-    text=Field(record(format=maybe(FORMAT))),
+    text=Field(record(format=FORMAT)),
     top_logprobs=Field(integer(0, MAX_ALTERNATIVES), 0),
     include=Field(array(STRING), note=f"{LOGPROBS}; others have no effect"),
     **SAMPLING,
@@ -158,12 +157,13 @@ def _without_type(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _before(service: Service, identity: str | None) -> list[dict[str, Any]]:
-    """The items of all responses that a conversation continues.
+    """The items of all responses that a conversation continues: no more than a request may send.
 
     Raises:
-        RequestError: one is not there.
+        RequestError: one is not there, or they are too many or too long.
     """
     turns: list[list[dict[str, Any]]] = []
+    most = left = service.settings.max_body
     while identity is not None:
         left -= service.store.size(identity)
         if left < 0:

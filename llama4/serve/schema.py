@@ -55,14 +55,15 @@ def any_of(*schemas: Schema) -> Schema:
     return {"anyOf": list(schemas)}
 
 
-def record(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
-    """An object; it may have other properties, too."""
-    return {"type": "object", "properties": properties, **({"required": list(required)} if required else {})}
-
-
 def maybe(schema: Schema) -> Schema:
     """The same, or null."""
-    return any_of(schema, NULL)
+    return schema if NULL in schema.get("anyOf", ()) else any_of(schema, NULL)
+
+
+def record(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
+    """An object; it may have other properties, too. Null is as if a property that is not required were absent."""
+    shown = {name: each if name in required else maybe(each) for name, each in properties.items()}
+    return {"type": "object", "properties": shown, **({"required": list(required)} if required else {})}
 
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
@@ -89,29 +90,37 @@ _LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def check(value: Any, schema: Schema, at: str) -> None:
-    """Raises:
-    RequestError: a value that a schema does not allow, or half a character; `at` is its field.
+def check(value: Any, schema: Schema, at: str) -> Any:
+    """A value as it counts: without properties that are null where `maybe` allows it.
+
+    Raises:
+        RequestError: a value that a schema does not allow, or half a character; `at` is its field.
     """
     _check_characters(value, at)
     if "anyOf" in schema:
-        _check_any(value, schema, at)
+        value = _check_any(value, schema, at)
     if not all(holds(value, schema[name]) for name, holds in _LIMITS.items() if name in schema):
         raise RequestError(f"{at} is {shown(value)}; it must be {wanted(schema)}", field=at)
     if isinstance(value, list):
         items = schema.get("items", ANYTHING)
-        for i, item in enumerate(() if _are_ids(value, items) else value):
-            check(item, items, f"{at}[{i}]")
+        if not _are_ids(value, items):
+            value = [check(item, items, f"{at}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         for name in schema.get("required", ()):
             if name not in value:
                 raise RequestError(f"{at}.{name} is missing", field=f"{at}.{name}")
+        found = {}
         for name, own in value.items():
             _check_characters(name, at)
             if "propertyNames" in schema:
                 check(name, schema["propertyNames"], at)
-            check(own, properties.get(name, schema.get("additionalProperties", ANYTHING)), f"{at}.{name:.80}")
+            inner = properties.get(name, schema.get("additionalProperties", ANYTHING))
+            own = check(own, inner, f"{at}.{name:.80}")
+            if own is not None or inner.get("anyOf", ())[1:] != [NULL]:
+                found[name] = own
+        return found
+    return value
 
 
 def _are_ids(values: list[Any], schema: Schema) -> bool:
@@ -150,11 +159,11 @@ def _check_characters(value: Any, at: str) -> None:
         raise RequestError(f"{at} has half of a surrogate pair, which is no character; send both halves", field=at)
 
 
-def _check_any(value: Any, schema: Schema, at: str) -> None:
-    """One of several; if it is none of them, what is told is the error of the one whose `type` it has, or else the
-    error furthest inside."""
+def _check_any(value: Any, schema: Schema, at: str) -> Any:
+    """`check` by one of several; if it is none of them, what is told is the error of the one whose `type` it has, or
+    else the error furthest inside."""
     choices = schema["anyOf"]
-    if isinstance(value, dict) and "type" in value and any(_kinds(each) for each in choices):
+    if isinstance(value, dict) and value.get("type") is not None and any(map(_kinds, choices)):
         check(value["type"], one_of(*(kind for each in choices for kind in _kinds(each))), f"{at}.type")
         choices = [each for each in choices if value["type"] in (_kinds(each) or [value["type"]])]
     errors: list[RequestError] = []
@@ -163,7 +172,7 @@ def _check_any(value: Any, schema: Schema, at: str) -> None:
             return check(value, each, at)
         except RequestError as error:
             errors.append(error)
-    deepest = max(errors, key=lambda error: len(error.field or ""))
+    deepest = max(errors, key=lambda error: len(re.findall(r"[.\[]", error.field or "")))
     if deepest.field != at:
         raise deepest
     raise RequestError(f"{at} is {shown(value)}; it must be {wanted(schema)}", field=at)
@@ -188,7 +197,8 @@ def known(value: Any, schema: Schema) -> Any:
 
 def _kinds(schema: Schema) -> Sequence[Any]:
     """What the `type` of an object may be."""
-    kinds: Sequence[Any] = schema.get("properties", {}).get("type", {}).get("enum", ())
+    kind = schema.get("properties", {}).get("type", {})
+    kinds: Sequence[Any] = kind.get("anyOf", (kind,))[0].get("enum", ())
     return kinds
 
 
@@ -296,7 +306,7 @@ class Fields:
             return field.default
         _check_depth(value, name)
         try:
-            check(value, field.schema, name)
+            value = check(value, field.schema, name)
         except RequestError as error:
             if not field.is_refused:
                 raise

@@ -318,6 +318,38 @@ def test_what_does_not_change_the_reply_is_taken(running: Running) -> None:
     assert running.ask(messages=developer, max_completion_tokens=3, **fields)["usage"]["completion_tokens"] == 3
 
 
+def test_null_is_as_if_absent(running: Running) -> None:
+    """Also inside of objects, as clients send it that dump their dataclasses; what JSON schemas hold is theirs."""
+    function = {"name": "f", "description": None, "parameters": {"enum": [None]}, "strict": None}
+    tool = {"type": "function", "function": function}
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "content": None, "name": None, "tool_calls": [call], "refusal": None}
+    message = {"role": "user", "content": QUESTION[0]["content"], "name": None, "tool_calls": None}
+    form = {"type": "json_object", "schema": None}
+    body: dict[str, Any] = {"messages": [message, said, message], "tools": [tool], "response_format": form}
+    bare: dict[str, Any] = {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [call]}, *QUESTION]}
+    bare["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {"enum": [None]}}}]
+    counts = [running.ask(**each, max_tokens=1)["usage"]["prompt_tokens"] for each in (body, bare)]
+    assert counts[0] == counts[1]
+    items = [{"role": "user", "content": "a", "id": None, "type": None}]
+    answer = running.client.post("/v1/responses", json={"input": items, "max_output_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    answer = running.client.post("/v1/responses", json={"input": [{"role": "user", "content": "a", "id": 5}]})
+    assert answer.json()["error"]["param"] == "input[0].id"
+
+
+def test_what_was_refused_is_what_was_said(running: Running) -> None:
+    prompts = [
+        running.client.post("/apply-template", json={"messages": [*QUESTION, {"role": "assistant", **said}, *QUESTION]})
+        for said in (
+            {"content": "No."},
+            {"content": None, "refusal": "No."},
+            {"content": [{"type": "refusal", "refusal": "No."}]},
+        )
+    ]
+    assert prompts[0].status_code == 200 and len({prompt.text for prompt in prompts}) == 1
+
+
 def test_bodies_that_are_none(running: Running) -> None:
     for body, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b"[" * 10**5, 400), (b'{"n": NaN}', 400)):
         assert running.client.post("/v1/chat/completions", content=body).status_code == status

@@ -15,8 +15,8 @@ pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
 from llama4 import Llama4
-from llama4 import inputs as inputs_module
 from llama4.serve.settings import Settings
+from llama4.vision.images import load_image
 from tests.serve.running import QUESTION, Running, until
 
 DATA = base64.b64encode((Path(__file__).parents[2] / "examples" / "shapes.png").read_bytes()).decode()
@@ -68,14 +68,14 @@ def running(llm: Llama4) -> Iterator[Running]:
 
 def test_pictures_that_do_not_come_keep_no_other_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more requests than asyncio has threads."""
-    load, begun, has_come = inputs_module.load_image, list[Any](), threading.Event()
+    begun, has_come = list[Any](), threading.Event()
 
     def held(*given: Any, **options: Any) -> Any:
         begun.append(given)
         assert has_come.wait(60)
-        return load(*given, **options)
+        return load_image(*given, **options)
 
-    monkeypatch.setattr(inputs_module, "load_image", held)
+    monkeypatch.setattr("llama4.inputs.load_image", held)
     with ThreadPoolExecutor(40) as pool:
         slow = [pool.submit(running.client.post, route, json=body) for route, body in ROUTES * 10]
         try:
@@ -93,13 +93,13 @@ def test_pictures_that_do_not_come_keep_no_other_waiting(running: Running, monke
 
 def test_choices_read_their_prompt_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """And are those of their seeds alone."""
-    load, read = inputs_module.load_image, list[Any]()
+    read = list[Any]()
 
     def noted(*given: Any, **options: Any) -> Any:
         read.append(given)
-        return load(*given, **options)
+        return load_image(*given, **options)
 
-    monkeypatch.setattr(inputs_module, "load_image", noted)
+    monkeypatch.setattr("llama4.inputs.load_image", noted)
     body = {"messages": SHOWN, "temperature": 5.0, "max_tokens": 8}
     choices = running.ask(**body, n=4, seed=5)["choices"]
     assert len(read) == 1

@@ -181,9 +181,9 @@ class ItemWriter:
         """
         if self._text is None:
             return
-        text, self._text = self._text, None
-        told = {"text": text, "logprobs": self._logprobs}
+        told = {"text": self._text, "logprobs": self._logprobs}
         part = {"type": "output_text", "annotations": [], **told}
+        self._text, self._logprobs = None, []
         self.items[-1] = {**self.items[-1], "status": status, "content": [part]}
         place = self._part_place()
         yield {"type": "response.output_text.done", **place, **told}
@@ -210,7 +210,7 @@ class ItemWriter:
         return {"item_id": self.items[-1]["id"], "output_index": self._index, "content_index": 0}
 
     def _begin_message(self) -> Iterator[dict[str, Any]]:
-        self._text, self._logprobs = "", []
+        self._text = ""
         item = {"type": "message", "id": new_id("msg"), "status": "in_progress", "role": "assistant", "content": []}
         self.items.append(item)
         yield {"type": "response.output_item.added", "output_index": self._index, "item": item}

@@ -135,6 +135,9 @@ def test_each_message_has_the_logprobs_of_its_own_tokens(running: Running) -> No
         (done,) = [e for e in events if e["type"] == "response.output_text.done" and e["output_index"] == index]
         assert [token["token"] for token in done["logprobs"]] == [token["token"] for token in part["logprobs"]]
         assert told and told == [token["token"] for token in part["logprobs"]][: len(told)]
+    body["structured_outputs"] = {"regex": r'Well\. \[count\(shape="circle"\)\]'}
+    message, _ = respond(running, **body)["output"]
+    assert "count" not in "".join(token["token"] for token in message["content"][0]["logprobs"])
 
 
 def test_what_is_before_is_no_longer_than_a_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,10 @@
 
 #pragma once
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include "formats.h"
 
 namespace {
@@ -41,17 +45,24 @@ const typename F::Plane* arrange_inputs(Team& team, const X* x, long N, long I) 
 constexpr long prefetch_bytes = 8192;  // how far ahead; less is slower
 constexpr long task_outputs = 32;  // rows of W of a task: read from memory once, and from the cache for more rows of x
 
-// Whether a core that only sums what it reads does not look far enough ahead by itself: Intel's. At these levels there
-// are no others; Intel's with AVX512-BF16 share theirs with AMD's, for which prefetching costs more than it gives.
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
-constexpr bool sums_need_prefetch = true;
+// Whether a core that only sums what it reads does not look far enough ahead by itself: Intel's. For AMD's prefetching
+// costs more than it gives.
+#ifdef __x86_64__
+const bool sums_need_prefetch = [] {
+  unsigned most, vendor, others[2];
+  return __get_cpuid(0, &most, &vendor, &others[0], &others[1]) && vendor == signature_INTEL_ebx;
+}();
 #else
 constexpr bool sums_need_prefetch = false;
 #endif
 
-// The same of a core that computes so much per number.
-template <class F, int N>
-constexpr bool needs_prefetch = sums_need_prefetch || N > 1 || F::planes > 2;
+// Calls run(whether to prefetch), an integral_constant: a branch for each line would cost 8% of a sum's time.
+template <bool computes_more, class Run>
+INLINE void choose_prefetch(const Run& run) {
+  if constexpr (computes_more) run(std::true_type());
+  else if (sums_need_prefetch) run(std::true_type());
+  else run(std::false_type());
+}
 
 // Blocks that are multiplied at once, each to sums of its own. Like all that the order of a sum depends on, it does not
 // depend on how many rows of x there are, where registers suffice (not with AVX2): the result for a row is the same
@@ -66,9 +77,9 @@ constexpr int unrolled_blocks =
 template <class F>
 constexpr long max_segment = std::max<long>(1024 / (gemv_rows<F> * F::planes * sizeof(typename F::Plane)), 1) * 16;
 
-// Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. Prefetches what
-// lies `ahead` bytes behind.
-template <int U, class F, int N>
+// Adds U blocks of a row of W times N rows of x, each block to its own sums: a sum is not waited for. What it
+// prefetches lies `ahead` bytes behind.
+template <int U, bool prefetches, class F, int N>
 inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long block, const typename F::Plane* x,
                                                       long ahead, f32x16 (*sums)[N]) {
   typename F::Plane w[U][F::planes];
@@ -76,7 +87,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
   for (int u = 0; u < U; u++) {
     f.read(o, block + u, w[u]);
     const bool begins_line = u * F::inputs * sizeof(*F::w) % 64 == 0;
-    if (needs_prefetch<F, N> && begins_line) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
+    if (prefetches && begins_line) __builtin_prefetch((const char*)f.at(o, block + u) + ahead, 0, 2);
   }
 #pragma GCC unroll 8
   for (int plane = 0; plane < F::planes; plane++)
@@ -94,7 +105,7 @@ inline __attribute__((always_inline)) void add_blocks(const F& f, long o, long b
 // Blocks [from, until) of `count` <= 16 rows of W times N rows of x, added to results, of which the lanes add up to the
 // dot product; a segment's are added up first. Rows of W are read one after the other: several at once are read at half
 // the rate. Nothing stands between two rows that can stand before them: it would cost 10%.
-template <class F, int N>
+template <class F, int N, bool prefetches>
 __attribute__((noinline)) void dot_segments(const F f, long first, long count, long from, long until, long segment,
                                             const typename F::Plane* x, long ahead, f32x16 (*results)[16]) {
   constexpr int U = unrolled_blocks<F, N>;
@@ -102,8 +113,8 @@ __attribute__((noinline)) void dot_segments(const F f, long first, long count, l
     for (long block = from; block < until;) {
       const long end = std::min(block + segment, until);
       f32x16 sums[U][N] = {};
-      for (; block + U <= end; block += U) add_blocks<U, F, N>(f, first + i, block, x, ahead, sums);
-      for (; U > 1 && block < end; block++) add_blocks<1, F, N>(f, first + i, block, x, ahead, sums);
+      for (; block + U <= end; block += U) add_blocks<U, prefetches, F, N>(f, first + i, block, x, ahead, sums);
+      for (; U > 1 && block < end; block++) add_blocks<1, prefetches, F, N>(f, first + i, block, x, ahead, sums);
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
         f32x16 total = sums[0][n];
@@ -178,7 +189,9 @@ void gemv_outputs(const F& f, const typename F::Plane* x, bool is_cached, long f
     if constexpr (rows_together<F, N> > 1)
       if ((N > 4 || is_cached) && count == rows)
         return dot_rows_together<F, N>(f, first, from, until, segment, x, ahead, results);
-    dot_segments<F, N>(f, first, count, from, until, segment, x, ahead, results);
+    choose_prefetch<(N > 1 || F::planes > 2)>([&](auto prefetches) {
+      dot_segments<F, N, prefetches>(f, first, count, from, until, segment, x, ahead, results);
+    });
   };
   if (N == 1 || segments <= together) {
     add(0, blocks, prefetch_bytes);

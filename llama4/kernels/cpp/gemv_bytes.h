@@ -85,7 +85,7 @@ ByteInputs arrange_bytes(Team& team, const X* x, long N, long I, long group) {
 }
 
 // Outputs [begin, end) of N rows, W in int8.
-template <int N, class Y>
+template <int N, bool prefetches, class Y>
 void gemv_byte_outputs(const Int8Inputs<Int8>& f, Scales scales, const ByteInputs& x, long begin, long end, long O,
                        Y* y) {
   const long group = input_group(f);
@@ -102,7 +102,7 @@ void gemv_byte_outputs(const Int8Inputs<Int8>& f, Scales scales, const ByteInput
         for (int n = 0; n < N; n++) sums[n] = i32x16{} + x.begin[g * N + n];
         for (long k = 0; k < group; k += 64, w += 64, bytes += N * 64) {
           const u32x16 weights = load<u32x16>(w) ^ 0x80808080u;
-          if (sums_need_prefetch || N > 1) __builtin_prefetch(w + prefetch_bytes, 0, 2);
+          if (prefetches) __builtin_prefetch(w + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++) sums[n] = multiply_add_bytes<255>(sums[n], weights, load<u32x16>(bytes + n * 64));
         }
@@ -117,7 +117,7 @@ void gemv_byte_outputs(const Int8Inputs<Int8>& f, Scales scales, const ByteInput
 }
 
 // The same, W in int4: `begin` and `end` are multiples of 16.
-template <int N, class Y>
+template <int N, bool prefetches, class Y>
 void gemv_byte_outputs(const Int8Inputs<Int4>& f, Scales, const ByteInputs& x, long begin, long end, long O, Y* y) {
   const long group = input_group(f);
   for (long o = begin; o < end; o += Int4::interleave) {
@@ -139,7 +139,7 @@ void gemv_byte_outputs(const Int8Inputs<Int4>& f, Scales, const ByteInputs& x, l
         for (int j = 0; j < 4; j++) {
           u32x16 codes[2];
           read_nibbles(load<u32x16>(w + 64 * j), codes);
-          if (sums_need_prefetch || N > 1) __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
+          if (prefetches) __builtin_prefetch(w + 64 * j + prefetch_bytes, 0, 2);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++)
             sums[n][j] =
@@ -167,8 +167,10 @@ void gemv_bytes(Phase& phase, const Product<F, X>* products, long count, const X
   const auto inputs = arrange_bytes<F, run, lanes_of_output>(phase.team, x, N, I, group);
   add_products(phase, products, count, [=](const Product<F, X>& own, long begin, long end) {
     for_each_four(N, [&](auto rows, long n) {
-      gemv_byte_outputs<rows>(own.f, own.scales, inputs.from_row(n, I, I / group), begin, end, own.O,
-                              own.y + n * own.O);
+      choose_prefetch<(rows > 1)>([&](auto prefetches) {
+        gemv_byte_outputs<rows, prefetches>(own.f, own.scales, inputs.from_row(n, I, I / group), begin, end, own.O,
+                                            own.y + n * own.O);
+      });
     });
   });
 }

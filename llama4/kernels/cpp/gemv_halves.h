@@ -49,7 +49,7 @@ template <int N>
 constexpr int half_rows_together = N > 4 ? 2 : 1;
 
 // R rows of W from w on times N rows of x: results from number i on, of which the lanes add up to the dot product.
-template <int R, int N>
+template <int R, int N, bool prefetches>
 INLINE void add_half_rows(const uint8_t* w, const HalfInputs& x, long I, long group, long i, f32x16 (*results)[16]) {
   const auto* halves = (const u32x16*)x.halves;
   f32x16 totals[R][N] = {};
@@ -57,7 +57,7 @@ INLINE void add_half_rows(const uint8_t* w, const HalfInputs& x, long I, long gr
     i32x16 sums[R][N] = {};
     for (long k = 0; k < group; k += 64) {
 #pragma GCC unroll 2
-      for (int r = 0; r < R && (sums_need_prefetch || N > 1); r++) __builtin_prefetch(w + r * I + prefetch_bytes, 0, 2);
+      for (int r = 0; r < R && prefetches; r++) __builtin_prefetch(w + r * I + prefetch_bytes, 0, 2);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++, w += half_inputs, halves += N) {
         u32x16 weights[R];
@@ -84,14 +84,14 @@ INLINE void add_half_rows(const uint8_t* w, const HalfInputs& x, long I, long gr
 }
 
 // Outputs [begin, end) of N rows.
-template <int N>
+template <int N, bool prefetches>
 void gemv_half_outputs(const Int8Halves& f, Scales scales, const HalfInputs& x, long group, long begin, long end,
                        long O, bf16* y) {
   for (long first = begin; first < end; first += 16) {
     const long count = std::min(end - first, 16l);
     f32x16 results[N][16] = {};
     const auto add = [&](auto together, long i) {
-      add_half_rows<together, N>(f.at(first + i, 0), x, f.I, group, i, results);
+      add_half_rows<together, N, prefetches>(f.at(first + i, 0), x, f.I, group, i, results);
     };
     for_each_rows<half_rows_together<N>>(count, add);
     for (int n = 0; n < N; n++) store_outputs(horizontal_sums(results[n]), scales, first, count, y + n * O);
@@ -104,8 +104,10 @@ inline void gemv_halves(Phase& phase, const Product<Int8Halves, bf16>* products,
   const auto inputs = arrange_halves(phase.team, x, N, I, group);
   add_products(phase, products, count, [=](const Product<Int8Halves, bf16>& own, long begin, long end) {
     for_each_rows<half_rows>(N, [&](auto rows, long n) {
-      gemv_half_outputs<rows>(own.f, own.scales, inputs.from_row(n, I, I / group), group, begin, end, own.O,
-                              own.y + n * own.O);
+      choose_prefetch<(rows > 1)>([&](auto prefetches) {
+        gemv_half_outputs<rows, prefetches>(own.f, own.scales, inputs.from_row(n, I, I / group), group, begin, end,
+                                            own.O, own.y + n * own.O);
+      });
     });
   });
 }

@@ -56,12 +56,15 @@ struct QueryTile {
           store(keys + (c / per_word + i) * block_slots + s, words[i]);
       }
     f32x16 zeros{};
-    for (long s = 0; s < block_slots; s += per_word)
+    for (long s = 0; s < block_slots; s += per_word) {
+      f32x16 own{};  // a sum for each slot, so that the additions of one do not wait for those of another
       for (long c = 0; c < C; c += 16) {
         f32x16 planes[per_word];
-        for (long p = 0; p < per_word; p++) planes[p] = read(value_head, s + p, c), zeros += zero_or_nan(planes[p]);
+        for (long p = 0; p < per_word; p++) planes[p] = read(value_head, s + p, c), own += zero_or_nan(planes[p]);
         store(values + s / per_word * C + c, interleave_halves<per_word>(words_of<per_word>(planes)));
       }
+      zeros += own;
+    }
     num_apart = 0;
     if (horizontal_sum(zeros) != 0) set_apart(value_head, n);
   }

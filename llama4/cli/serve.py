@@ -80,7 +80,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    print(f"llama4: loading {options.model}", file=sys.stderr, flush=True)
     try:
         with starting():
             from llama4.serve.app import Server, Settings
@@ -123,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     check_names(settings.name, adapters)
     address = Address(options.host, options.port, options.ssl_certfile, options.ssl_keyfile)
     with listening_at(address) as listening:
+        print(f"llama4: loading {options.model}", file=sys.stderr, flush=True)
         llm = load_model(options)
         for name, directory in adapters.items():
             llm.adapters.add(name, directory)

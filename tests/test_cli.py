@@ -493,7 +493,7 @@ def test_unusual_pictures_are_converted(
         (["--top-p", "0", "hi"], "top_p is 0.0", "above 0 and at most 1"),
         (["--top-k", "0", "hi"], "top_k is 0", "at least 1"),
         (["--seed", "-3", "hi"], "seed is -3", "0 or more"),
-        (["--max-new-tokens", "0", "hi"], "max_new_tokens is 0", "at least 1"),
+        (["--max-new-tokens", "0", "hi"], "max_new_tokens is 0", "1 or more"),
         (["--stop", "", "hi"], "stop string is empty", "at least one character"),
         (["--dtype", "int3", "hi"], "dtype='int3'", "bfloat16, float16, float32"),
         (["--device", "abacus", "hi"], "device='abacus'", "'cpu'"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MEMBERSHIP, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-MEMORY = Path("/proc/meminfo")
+MEMINFO = Path("/proc/meminfo")
 
 
 def cpu_quota(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
@@ -23,15 +23,33 @@ def cpu_quota(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
 
 def memory_limit(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
     """Bytes of memory; infinite where no group says."""
+    return min((limit for limit, _ in _memory_groups(membership, root)), default=math.inf)
+
+
+def available_memory(meminfo: Path = MEMINFO, membership: Path = MEMBERSHIP, root: Path = ROOT) -> float:
+    """Bytes of memory that are free, or that the system would free, on the machine and in each group; infinite where
+    nothing says."""
+    free = [1024 * size for name, size in _fields(meminfo).items() if name == "MemAvailable:"]
+    for limit, directory in _memory_groups(membership, root):
+        used = text_of(directory / "memory.current") or text_of(directory / "memory.usage_in_bytes")
+        files = _fields(directory / "memory.stat")  # of version 1 those with "total_" count groups within this one
+        cached = sum(files.get(f"total_{name}", files.get(name, 0)) for name in ("active_file", "inactive_file"))
+        free.append(max(0, limit - int(used or 0) + cached))
+    return min(free, default=math.inf)
+
+
+def _memory_groups(membership: Path, root: Path) -> Iterator[tuple[int, Path]]:
+    """Bytes that each group with a limit may use, and its directory."""
     files = {1: "memory.limit_in_bytes", 2: "memory.max"}
-    limits = [text_of(directory / files[version]) for version, directory in _groups("memory", membership, root)]
-    return min((int(limit) for limit in limits if limit.isdecimal()), default=math.inf)
+    for version, directory in _groups("memory", membership, root):
+        if (limit := text_of(directory / files[version])).isdecimal():
+            yield int(limit), directory
 
 
-def available_memory(path: Path = MEMORY) -> float:
-    """Bytes of memory that are free, or that the system would free, within the limit; infinite where nothing says."""
-    fields = [line.split() for line in text_of(path).splitlines() if line.startswith("MemAvailable:")]
-    return min(1024 * int(fields[0][1]) if fields else math.inf, memory_limit())
+def _fields(path: Path) -> dict[str, int]:
+    """Of a file with a name and a number in each line."""
+    lines = (line.split() for line in text_of(path).splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
 
 
 def text_of(path: Path) -> str:

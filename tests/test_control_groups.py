@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llama4 import control_groups
 from llama4.control_groups import available_memory, cpu_quota, memory_limit
 
 
@@ -53,9 +51,35 @@ def test_memory(membership: str, files: dict[str, str], limit: float, tmp_path: 
     assert memory_limit(*written(membership, files, tmp_path)) == limit
 
 
-@pytest.mark.parametrize(("available", "limit", "free"), [(8, 2, 2048), (1, 2, 1024), (1, None, 1024)])
-def test_free_memory(available: int, limit: int | None, free: int, tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "meminfo").write_text(f"MemTotal: 16 kB\nMemAvailable:   {available} kB\n")
-    monkeypatch.setattr(control_groups, "memory_limit", lambda: math.inf if limit is None else 1024 * limit)
-    assert available_memory(tmp_path / "meminfo") == free
-    assert available_memory(tmp_path / "none") == (math.inf if limit is None else 1024 * limit)
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/", {}, 8192),
+        ("0::/a", {"a/memory.max": "max", "a/memory.current": "4096"}, 8192),
+        ("0::/a", {"a/memory.max": "6000", "a/memory.current": "4096"}, 1904),
+        (
+            "0::/a",
+            {"a/memory.max": "6000", "a/memory.current": "4096", "a/memory.stat": "anon 9\ninactive_file 90"},
+            1994,
+        ),
+        ("0::/a/b", {"a/b/memory.max": "9000", "a/memory.max": "5000", "a/memory.current": "4500"}, 500),
+        ("0::/a", {"a/memory.max": "20000", "a/memory.current": "4096"}, 8192),
+        ("0::/a", {"a/memory.max": "4000", "a/memory.current": "4096"}, 0),
+        (
+            "4:memory:/a",
+            {
+                "memory/a/memory.limit_in_bytes": "6000",
+                "memory/a/memory.usage_in_bytes": "4096",
+                "memory/a/memory.stat": "active_file 1\ntotal_active_file 20\ntotal_inactive_file 4",
+            },
+            1928,
+        ),
+    ],
+)
+def test_free_memory(membership: str, files: dict[str, str], free: int, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemAvailable:   8 kB\n")
+    assert available_memory(tmp_path / "meminfo", *written(membership, files, tmp_path)) == free
+
+
+def test_free_memory_where_nothing_says(tmp_path: Path) -> None:
+    assert available_memory(tmp_path / "none", *written("0::/", {}, tmp_path)) == math.inf

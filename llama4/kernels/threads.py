@@ -30,8 +30,18 @@ _own = threading.local()
 """Of a thread: the kernels' `count` inside `torch_by_one_thread`, and whether torch's number `is_known`."""
 _inside: dict[int, int] = {}
 """Threads that are inside -> how many torch computed with before."""
+_lock = threading.Lock()
+"""Held where torch's number is set or asked for: a thread that begins gets what another set last."""
+
+
+def _forget_threads() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _inside.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_inside.clear)
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 @contextmanager
@@ -42,25 +52,28 @@ def torch_by_one_thread() -> Iterator[None]:
         yield
         return
     _own.count = kernels
-    _inside[thread] = before
-    torch.set_num_threads(1)
+    with _lock:
+        _inside[thread] = before
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        _inside.pop(thread, None)
+        with _lock:
+            torch.set_num_threads(before)
+            _inside.pop(thread, None)
         del _own.count
 
 
 def _torch_threads() -> int:
     """How many torch computes with in this thread. A thread gets the number that was set last, in whichever thread,
-    when it first calls torch: if another was inside `torch_by_one_thread` then, that is mended here."""
+    when it first calls torch: if another was inside `torch_by_one_thread` then, that is mended here. One that was told
+    to compute alone is not told apart from it, if others have set more since."""
     number = torch.get_num_threads()
     if number == 1 and not hasattr(_own, "is_known"):
-        with ThreadPoolExecutor(1) as pool:
+        with _lock, ThreadPoolExecutor(1) as pool:
             number = max(pool.submit(torch.get_num_threads).result(), *_inside.values(), 1)
-        if number > 1:
-            torch.set_num_threads(number)
+            if number > 1:
+                torch.set_num_threads(number)
     _own.is_known = True
     return number
 

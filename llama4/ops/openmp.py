@@ -19,7 +19,7 @@ import torch
 
 SECONDS = 0.25
 """From one look at how long our threads wanted a core and had none to the next."""
-MUCH, LITTLE = 0.25, 0.05
+SLEEP_ABOVE, SPIN_BELOW = 0.25, 0.05
 """Of the time: from more than the one on they wait asleep, and below the other awake again."""
 _TASKS = Path("/proc/self/task")
 _PARALLEL = 1 << 18
@@ -28,12 +28,14 @@ _PARALLEL = 1 << 18
 
 @contextmanager
 def considerate() -> Iterator[None]:
-    """Inside, torch's threads wait for each other asleep while other processes have their cores."""
-    if torch.get_num_threads() == 1 or not _TASKS.is_dir():
+    """Inside, torch's threads wait for each other asleep while other processes have their cores; nothing where the
+    system does not say what threads waited for."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not _waited():
         yield
         return
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ended,), name="llama4-openmp", daemon=True)
+    watch = threading.Thread(target=_watch, args=(ended, threads), name="llama4-openmp", daemon=True)
     watch.start()
     try:
         yield
@@ -42,33 +44,40 @@ def considerate() -> Iterator[None]:
         watch.join()
 
 
-def _watch(ended: threading.Event) -> None:
-    awake: threading.Event | None = None
-    wanted, now = _wanted(), time.monotonic()
-    while not ended.wait(SECONDS):
-        wanted_before, before = wanted, now
-        wanted, now = _wanted(), time.monotonic()
-        share = (wanted - wanted_before) / (now - before)
-        if awake is None and share > MUCH:
-            awake = threading.Event()
-            threading.Thread(target=_sleep, args=(awake,), name="llama4-openmp-sleeper", daemon=True).start()
-        elif awake is not None and share < LITTLE:
-            awake.set()
-            awake = None
-    if awake is not None:
-        awake.set()
+def _watch(ended: threading.Event, threads: int) -> None:
+    wake: threading.Event | None = None  # of the sleeper, if there is one
+    waited, now = _waited(), time.monotonic()
+    try:
+        while not ended.wait(SECONDS):
+            waited_before, before = waited, now
+            waited, now = _waited(), time.monotonic()
+            share = (waited - waited_before) / (now - before)
+            if wake is None and share > SLEEP_ABOVE:
+                event = threading.Event()
+                arguments = event, threads
+                threading.Thread(target=_sleep, args=arguments, name="llama4-openmp-sleeper", daemon=True).start()
+                wake = event
+            elif wake is not None and share < SPIN_BELOW:
+                wake.set()
+                wake = None
+    finally:
+        if wake is not None:
+            wake.set()
 
 
-def _sleep(awake: threading.Event) -> None:
-    """With a team, which goes when this thread does."""
-    torch.zeros(_PARALLEL).add_(1)
-    awake.wait()
+def _sleep(wake: threading.Event, threads: int) -> None:
+    """With a team of so many threads, which goes when this thread does."""
+    with suppress(RuntimeError):  # no memory for it
+        torch.set_num_threads(threads)
+        torch.zeros(_PARALLEL).add_(1)
+    wake.wait()
 
 
-def _wanted() -> float:
-    """Seconds in which our threads could have computed, and had no core."""
+def _waited() -> float:
+    """Seconds in which our threads could have computed, and had no core; 0 where the system does not say."""
     nanoseconds = 0
-    for task in _TASKS.iterdir():
-        with suppress(OSError, ValueError, IndexError):  # a thread may be gone
-            nanoseconds += int((task / "schedstat").read_text().split()[1])
+    with suppress(OSError):  # there is no /proc
+        for task in _TASKS.iterdir():
+            with suppress(OSError, ValueError, IndexError):  # a thread may be gone
+                nanoseconds += int((task / "schedstat").read_text().split()[1])
     return nanoseconds / 1e9

@@ -149,7 +149,12 @@ class Engine:
         return [stream.reply for stream in streams]
 
     async def in_thread(self, messages: object, work: Callable[[], T]) -> T:
-        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no others waiting."""
+        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no others waiting.
+
+        Raises:
+            Llama4Error: it is the engine of a process that this one was forked from.
+        """
+        self.check_process()
         pool = self._pictures if shows_pictures(messages) else None
         return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work)
 

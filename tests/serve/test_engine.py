@@ -357,6 +357,7 @@ def test_tool_calls_come_as_events(llm: Llama4, engine: Engine) -> None:
 
 FORK = """
 import asyncio, os, signal, sys
+from PIL import Image
 from llama4 import Llama4
 from llama4.errors import Llama4Error
 from llama4.serve.engine import Engine
@@ -364,9 +365,12 @@ from llama4.serve.engine import Engine
 signal.alarm(60)
 engine = Engine(Llama4.from_pretrained("tiny", progress=False))
 asked = "What is two and two?"
+picture = {"type": "image", "image": Image.new("RGB", (30, 30))}
+pictured = [{"role": "user", "content": [picture]}]
 before = engine.chat_batch([asked], max_new_tokens=3)[0].text
 half_read = iter(engine.stream(asked, max_new_tokens=10**5, ignore_eos=True))
 next(half_read)
+asyncio.run(engine.chat(pictured, max_new_tokens=3))  # by a thread that the child has not
 child = os.fork()
 if not child:
     signal.alarm(40)
@@ -379,10 +383,12 @@ if not child:
         engine.chat_batch([asked], max_new_tokens=3)
     except Llama4Error as error:
         assert "make an Engine in each process" in str(error)
-        try:
-            asyncio.run(engine.compute(lambda llm: None))
-        except Llama4Error:
-            pass
+        for work in (engine.compute(lambda llm: None), engine.chat(pictured, max_new_tokens=3)):
+            try:
+                asyncio.run(work)
+                os._exit(4)
+            except Llama4Error as error:
+                assert "make an Engine in each process" in str(error)
         engine.close()
         with Engine(engine.llm) as own:
             os._exit(0 if own.chat_batch([asked], max_new_tokens=3)[0].text == before else 1)

@@ -152,11 +152,22 @@ class Engine:
         """The result of some work on a prompt, in a thread: one that waits for pictures keeps no others waiting.
 
         Raises:
+            BusyError: the engine closed.
             Llama4Error: it is the engine of a process that this one was forked from.
         """
         self.check_process()
-        pool = self._pictures if shows_pictures(messages) else None
-        return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work)
+        pool, loop = self._pictures if shows_pictures(messages) else None, asyncio.get_running_loop()
+
+        def run() -> T:
+            self._worker.check_open()  # what still waited for a thread is not begun
+            return work()
+
+        try:
+            result = loop.run_in_executor(pool, copy_context().run, run)
+        except RuntimeError:  # the pool was shut down
+            self._worker.check_open()
+            raise
+        return await result
 
     @property
     def num_waiting(self) -> int:
@@ -169,6 +180,7 @@ class Engine:
         if os.getpid() != self._process:
             return
         self._worker.close()
+        self._pictures.shutdown(wait=False)
 
     def __enter__(self) -> Engine:
         return self
@@ -339,8 +351,9 @@ class EngineStream:
         if (preparation := self._preparation) is not None:
             await self._engine.in_thread(preparation.messages, self.open)
 
-    def again(self, seed: int | None) -> EngineStream:
-        """Another reply to the same prompt, which is prepared once for both. Before this one is open."""
+    def with_seed(self, seed: int | None) -> EngineStream:
+        """Another reply to the same prompt, which is prepared once for both. Before this one is open. What observes
+        the prompt does so once, for this one."""
         assert self._preparation is not None
         parallel = self._parallel_tool_calls
         return EngineStream(self._engine, self._preparation, seed, self._adapter, parallel_tool_calls=parallel)

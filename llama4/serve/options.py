@@ -154,4 +154,4 @@ def choices_of(
     else:
         first = engine.stream(prompt, adapter=adapter, parallel_tool_calls=parallel_tool_calls, **given)
     seeds = [(seed + i) % 2**64 if seed is not None else None for i in range(1, count)]
-    return [first, *map(first.again, seeds)]
+    return [first, *map(first.with_seed, seeds)]

@@ -39,9 +39,15 @@ class Worker:
         ClosedError: it was closed.
         """
         with self._closing:
-            if self.is_closed:
-                raise ClosedError("the engine is closed; ask another one")
+            self.check_open()
             self.commands.put(command)
+
+    def check_open(self) -> None:
+        """Raises:
+        ClosedError: it was closed.
+        """
+        if self.is_closed:
+            raise ClosedError("the engine is closed; ask another one")
 
     def stop(self) -> None:
         """End after this step; takes no lock and waits for nobody, so a finalizer may call it in any thread."""

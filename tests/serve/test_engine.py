@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from llama4 import Engine
 from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.replies import Reply, ToolCallDelta
-from llama4.errors import ArgumentError, BusyError, ContextLengthError, ImageError, Llama4Error
+from llama4.errors import ArgumentError, BusyError, ClosedError, ContextLengthError, ImageError, Llama4Error
 from llama4.serve.engine import EngineStream
 from llama4.serve.mailbox import Mailbox
 
@@ -308,6 +309,31 @@ def test_a_full_queue_refuses(llm: Llama4) -> None:
             list(waiting)
         with pytest.raises(BusyError, match="is closed"):
             engine.stream("Hello").open()
+
+
+def test_threads_for_pictures_end_with_the_engine(engine: Engine) -> None:
+    """What one is at is completed; what waits for one, or comes later, is not begun."""
+    picture, done = [{"type": "image"}], list[int]()
+    at_work, hold = threading.Semaphore(0), threading.Event()
+
+    def work(number: int) -> None:
+        done.append(number)
+        at_work.release()
+        hold.wait()
+
+    async def ask() -> list[BaseException | None]:
+        with engine:
+            number = engine._pictures._max_workers
+            asked = [asyncio.create_task(engine.in_thread(picture, partial(work, i))) for i in range(number + 1)]
+            for _ in range(number):
+                await asyncio.to_thread(at_work.acquire)
+        hold.set()
+        return await asyncio.gather(*asked, engine.in_thread(picture, partial(work, -1)), return_exceptions=True)
+
+    *completed, waited, late = asyncio.run(ask())
+    assert not any(completed) and sorted(done) == list(range(len(completed)))
+    assert all(isinstance(error, ClosedError) and "is closed" in str(error) for error in (waited, late))
+    until(lambda: not any(thread.is_alive() for thread in engine._pictures._threads))
 
 
 def test_a_command_that_fails_does_not_end_the_thread(llm: Llama4) -> None:

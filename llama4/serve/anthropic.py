@@ -280,14 +280,13 @@ class MessageAnswer(Answer):
         yield _event("message_start", message=empty)
         index, in_text = -1, False
         async for _, delta in self.deltas():
-            if delta is None:
-                break
-            if not (in_text and isinstance(delta, TextDelta)):
-                if index >= 0:
-                    yield _event("content_block_stop", index=index)
-                index, in_text = index + 1, isinstance(delta, TextDelta)
-                yield _event("content_block_start", index=index, content_block=_begun(delta))
-            yield _event("content_block_delta", index=index, delta=_delta(delta))
+            if delta is not None:
+                if not (in_text and isinstance(delta, TextDelta)):
+                    if index >= 0:
+                        yield _event("content_block_stop", index=index)
+                    index, in_text = index + 1, isinstance(delta, TextDelta)
+                    yield _event("content_block_start", index=index, content_block=_begun(delta))
+                yield _event("content_block_delta", index=index, delta=_delta(delta))
         if index >= 0:
             yield _event("content_block_stop", index=index)
         yield _event("message_delta", delta=self._ending(), usage=self._usage())

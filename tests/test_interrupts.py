@@ -223,6 +223,24 @@ def test_a_run_in_python(made: dict[str, Path], tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGTERM and read_about(tmp_path / "target")["step"] == 1
 
 
+FULL = """
+import signal
+from llama4.train.stopping import stoppable
+try:
+    with stoppable():
+        signal.raise_signal(signal.SIGTERM)
+        raise OSError("the disk is full")
+finally:
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+"""
+
+
+def test_an_error_after_sigterm_is_told() -> None:
+    """The state is not saved, as it was said to be."""
+    ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.endswith("OSError: the disk is full\n")
+
+
 def test_an_idle_server(made: dict[str, Path]) -> None:
     """It does not wait for clients that keep a connection, or have asked half a question."""
     process, url = served(made)

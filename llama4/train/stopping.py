@@ -49,7 +49,7 @@ class Stopper:
 @contextmanager
 def stoppable() -> Iterator[Stopper]:
     """What these signals stop. Only a process's main thread gets them. Where SIGTERM would have ended the process, it
-    does so after this."""
+    does so after this, unless the block raised an error, which is told instead."""
     stopper = Stopper()
     if threading.current_thread() is not threading.main_thread():
         yield stopper
@@ -61,5 +61,5 @@ def stoppable() -> Iterator[Stopper]:
     finally:
         for number, before in stopper.before.items():
             signal.signal(number, before)
-        if stopper.number == signal.SIGTERM and stopper.before[signal.SIGTERM] == signal.SIG_DFL:
-            signal.raise_signal(signal.SIGTERM)
+    if stopper.number == signal.SIGTERM and stopper.before[signal.SIGTERM] == signal.SIG_DFL:
+        signal.raise_signal(signal.SIGTERM)

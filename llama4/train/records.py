@@ -10,7 +10,8 @@ kinds is named by its number, with the field and what would be right.
 | preference | `prompt`: a question or messages; `chosen`, `rejected`: replies |
 | text | `text`: as it is, all of it learnt |
 
-All but a text may have `system`, `tools`, and `image` or `images`, whose pictures go where `<image>` stands.
+All but a text may have `system`, `tools`, and `image` or `images`, whose pictures go where `<image>` stands in what the
+user says and tools answer.
 """
 
 from __future__ import annotations
@@ -328,8 +329,7 @@ def _conversation(messages: Any, content: Mapping[str, Any], folder: Path) -> tu
         if not isinstance(system, str):
             raise DataError(f"system is {short(system)}; it must be a text")
         messages = [{"role": "system", "content": system}, *messages]
-    pictures = _pictures(content)
-    if pictures or "conversations" in content:
+    if pictures := _pictures(content):
         messages = _with_pictures(messages, pictures)
     return tuple(read_messages([_beside(message, folder) for message in messages]))
 
@@ -350,6 +350,8 @@ _MARK = re.compile("<image>\\n?")
 """Where a picture of `image` or `images` goes, with the line break that LLaVA writes after it."""
 _PLACE = {"type": "image"}
 """The same as a part of a message."""
+_SHOWING = ("user", "tool", "function", "ipython")
+"""Roles whose messages have such places: a system or an assistant only speaks of `<image>`."""
 
 
 def _with_pictures(messages: list[Any], pictures: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -357,7 +359,8 @@ def _with_pictures(messages: list[Any], pictures: Sequence[Mapping[str, Any]]) -
     places = sum(part == _PLACE for parts in split for part in parts or ())
     if places != len(pictures):
         raise DataError(
-            f"it has <image> {places} times, and {len(pictures)} pictures under image and images; give one for each"
+            f"it has <image> {places} times in turns of the user and tools, and {len(pictures)} pictures under image "
+            "and images; give one for each"
         )
     rest = iter(pictures)
     return [
@@ -368,7 +371,8 @@ def _with_pictures(messages: list[Any], pictures: Sequence[Mapping[str, Any]]) -
 
 def _split_at_marks(message: Any) -> list[Any] | None:
     """The parts of a message, in which a picture goes to each `_PLACE`; None for one without."""
-    content = message.get("content") if isinstance(message, Mapping) else None
+    shows = isinstance(message, Mapping) and message.get("role") in _SHOWING
+    content = message.get("content") if shows else None
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     parts: list[Any] = []

@@ -173,6 +173,50 @@ SAID = {"from": "gpt", "value": "Three."}
             {"images": ["a.png"], "instruction": "<image>Which?", "input": "", "output": "Three.", "source": "here"},
             pictured("@a.png", "Which?"),
         ),
+        (
+            {"conversations": [{"from": "human", "value": "What does <image>\nof SVG do?"}, SAID]},
+            pictured("What does <image>\nof SVG do?"),
+        ),
+        (
+            {
+                "image": "a.png",
+                "conversations": [
+                    {"from": "system", "value": "Of <image>:"},
+                    {"from": "human", "value": "<image>Which?"},
+                    {"from": "gpt", "value": "<image>\nit is."},
+                    {"from": "observation", "value": "None."},
+                    SAID,
+                ],
+            },
+            {
+                "messages": [
+                    {"role": "system", "content": "Of <image>:"},
+                    *pictured("@a.png", "Which?")["messages"][:1],
+                    {"role": "assistant", "content": "<image>\nit is."},
+                    {"role": "tool", "content": "None."},
+                    REPLY,
+                ]
+            },
+        ),
+        (
+            {
+                "images": ["a.png"],
+                "conversations": [
+                    {"from": "human", "value": "Look."},
+                    SAID,
+                    {"from": "tool", "value": "<image>It."},
+                    SAID,
+                ],
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": "Look."},
+                    REPLY,
+                    {"role": "tool", "content": pictured("@a.png", "It.")["messages"][0]["content"]},
+                    REPLY,
+                ]
+            },
+        ),
         ({"images": [], "image": "", "messages": [{"role": "user", "content": "<image>"}, REPLY]}, pictured("<image>")),
     ],
 )
@@ -359,9 +403,9 @@ DAMAGED: list[tuple[bytes | dict[str, Any] | list[Any] | str, str]] = [
     ({"prompt": [], "completion": "b"}, "prompt is empty"),
     (
         {"image": "a.png", "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "b"}]},
-        "it has <image> 0 times, and 1 pictures under image and images; give one for each",
+        "it has <image> 0 times in turns of the user and tools, and 1 pictures under image and images; give one for",
     ),
-    ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}, "1 times, and 0 pict"),
+    ({"images": ["a.png"], "prompt": "<image> <image>", "completion": "<image>"}, "2 times in .*, and 1 pictures"),
     ({"images": [{}], "messages": [USER, REPLY]}, "images holds {}; a picture is a path, a URL or base64"),
     ({"images": ["no.png"], "prompt": "<image>", "completion": "b"}, r"no\.png"),
     ({"system": ["a"], "prompt": "a", "completion": "b"}, r"system is \['a'\]; it must be a text"),

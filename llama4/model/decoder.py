@@ -20,7 +20,7 @@ from llama4.model.cross_attention import CrossAttentionLayer
 from llama4.model.experts import Experts
 from llama4.model.feed_forward import FeedForward
 from llama4.model.moe import MixtureOfExperts
-from llama4.model.norm import RMSNorm
+from llama4.model.norm import RMSNorm, add_and_norm
 from llama4.model.positions import PositionFactors
 from llama4.ops.linear import Linear
 from llama4.ops.precision import upcast
@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, batch: Batch, factors: PositionFactors, cache: LayerView | None) -> Tensor:
         attended_ND = self.self_attn(self.input_layernorm(x_ND), batch, factors, cache)
-        x_ND, normed_ND = self.post_attention_layernorm(x_ND, attended_ND)
+        x_ND, normed_ND = add_and_norm(x_ND, attended_ND, self.post_attention_layernorm)
         out: Tensor = x_ND + self.feed_forward(normed_ND)
         return out
 

@@ -125,6 +125,30 @@ def test_what_a_kernel_is_compiled_for(driver: Driver) -> None:
 
 
 @needs_the_compiler
+def test_integers(driver: Driver) -> None:
+    """Those for which Triton compiles the same kernel share what is kept, and each is passed on as it is."""
+    x = torch.zeros(64)
+    kinds = (1,), (2, 17, 1000), (0, 16, 1 << 20), (-5, 3 - (1 << 31)), (1 << 31, 3 << 30), (1 << 40,), (1 << 63,)
+    for kind in kinds:
+        assert not same(driver, x, x, x, 2, kind[0], BLOCK=16)
+        for N in kind:
+            assert same(driver, x, x, x, 2, N, BLOCK=16)
+            assert driver.launched[-1][3][4] == N
+    assert not same(driver, x, x, x, 2, True, BLOCK=16)
+    assert same(driver, x, x, x, 2, True, BLOCK=16)
+    assert not same(driver, x, x, x, 2, False, BLOCK=16)
+
+
+@needs_the_compiler
+def test_a_constant_among_the_arguments(driver: Driver) -> None:
+    """Its kind would be its value: it goes by its name, by which values are looked up."""
+    x = torch.zeros(64)
+    with pytest.raises(AssertionError, match="constants go by name"):
+        same(driver, x, x, x, 2, 32, 16)
+    assert not launch_cache._kept
+
+
+@needs_the_compiler
 def test_kernels_of_the_library(driver: Driver) -> None:
     """Twice the same launches, the second time from the cache, and again with rows that are not aligned."""
     common.GPUS[torch.device("cpu")] = common.Gpu(90, 132)
@@ -181,9 +205,9 @@ def test_when_triton_launches(driver: Driver, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_kept_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_cache, "MAX_KEPT", 3)
     x = torch.zeros(64)
-    for more in range(20):
-        same(driver, x, x, x, more, 32, BLOCK=16)
-        assert same(driver, x, x, x, more, 32, BLOCK=16)
+    for more in range(10):
+        same(driver, x, x, x, more / 2, 32, BLOCK=16)
+        assert same(driver, x, x, x, more / 2, 32, BLOCK=16)
         assert len(launch_cache._kept) <= 3
 
 

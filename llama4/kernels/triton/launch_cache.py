@@ -1,11 +1,11 @@
 """Launches of kernels that were compiled already, without what Triton works out anew in each.
 
-Triton takes 30 to 48 us of a host's time for a launch: it looks at every argument, writes the kernel's options to a
-string, calls hooks that are not there. A layer has a dozen launches, and what its kernels compute takes a GPU less than
-that. Here the arguments' kinds are looked up once, and the compiled kernel is called with the arguments.
+In each launch Triton looks at every argument, writes the kernel's options to a string, calls hooks that are not there:
+with a short prompt a host needs longer for that than a GPU for what the kernel computes. Here the arguments' kinds are
+looked up, and the compiled kernel is called with the arguments. docs/gpu.md has times.
 
-A kernel is compiled for dtypes, for addresses and integers that are multiples of 16, for ones, and for each constant.
-What is looked up is at least that: integers count by their values, addresses by what is left of them modulo 16.
+A kernel is compiled for dtypes, for addresses and integers that are multiples of 16, for integers that fit 32 bits, for
+ones, and for each constant (`specialize_arg` in Triton's python/src/specialize.cc). What is looked up is at least that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 VERSIONS = ("3.6.", "3.8.")
 """Of Triton, whose way from a launch to the driver was read. Another may have changed it."""
 MAX_KEPT = 1 << 14
-"""Kinds of launches. There is one for each length of a prompt."""
+"""Kinds of launches. The length of a prompt makes few: whether it is 1 or a multiple of 16, and the kernels' blocks."""
 
 
 class _Compiled(NamedTuple):
@@ -56,8 +56,10 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, arguments: Sequence
     for argument in arguments:
         if isinstance(argument, Tensor):
             kind += argument.dtype, argument.data_ptr() % 16
+        elif type(argument) is int:
+            kind += int, argument == 1, argument % 16 == 0, argument >> 31
         elif argument is None or isinstance(argument, (int, float)):
-            kind += type(argument), argument  # 1 and 1.0 are equal
+            kind += type(argument), argument  # 1.0 and True are equal
         else:  # a tensor's descriptor, whose tensor is aligned
             kind += argument.base.dtype, *argument.block_shape, argument.padding
     kind += sizes.items()
@@ -89,6 +91,7 @@ def _compile(
     """Launch a kernel as Triton does, and keep what it was compiled to."""
     compiled = kernel[grid](*arguments, **sizes)
     names = kernel.arg_names[len(arguments) :]
+    assert not any(parameter.is_constexpr for parameter in kernel.params[: len(arguments)]), "constants go by name"
     if compiled is not None and all(name in sizes for name in names):
         if len(_kept) >= MAX_KEPT:
             _kept.clear()

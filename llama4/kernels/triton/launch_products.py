@@ -58,8 +58,8 @@ def product(
     blocks = _gemm_blocks(x_RI, rows, E, group)
     tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     values = values if kind == "int8" else values.view(torch.uint8)
-    tensors, numbers = (x_RI, values, scales, x_scales_R, counts_E, y_RO), (rows, outputs, inputs)
-    sizes = {"E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks}
+    tensors, numbers = (x_RI, values, scales, x_scales_R, counts_E, y_RO), (rows, outputs)
+    sizes = {"inputs": inputs, "E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks}
     grid = (tiles * -(-outputs // blocks["BLOCK_O"]),)
     common.launch(quantized.grouped_gemm, grid, x_RI, *tensors, *numbers, **sizes)
     return y_RO
@@ -112,8 +112,8 @@ def grouped_mm(x_RI: Tensor, counts_E: Tensor, weight_EIO: Tensor) -> Tensor:
         TensorDescriptor.from_tensor(x_RI, [more_r, block_i]) if more_r else None,
         TensorDescriptor.from_tensor(weight_EIO.view(E * inputs, outputs), [block_i, block_o]),
     )
-    grid, numbers = (tiles * -(-outputs // block_o),), (rows, outputs, inputs)
-    common.launch(grouped.grouped_mm, grid, x_RI, *operands, counts_E, y_RO, *numbers, E=E, **blocks)
+    grid, sizes = (tiles * -(-outputs // block_o),), {"inputs": inputs, "E": E, **blocks}
+    common.launch(grouped.grouped_mm, grid, x_RI, *operands, counts_E, y_RO, rows, outputs, **sizes)
     return y_RO
 
 
@@ -175,8 +175,9 @@ def _gemv(
     early = common.gpu(x_RI.device).capability >= 90
     blocks = _gemv_blocks(kind, rows if counts_E is None else 1, outputs, inputs)
     grid = -(-rows // blocks["BLOCK_R"]), sum(-(-o // blocks["BLOCK_O"]) for o in outputs)
-    sizes = {"E": E, "kind": kind, "group": _group(inputs, matrices[0][1]), "EARLY": early, **blocks}
-    tensors, numbers = (*parts[:2], x_scales_R, counts_E, y_RO, *parts[2:]), (_EXPONENT, rows, *outputs, inputs)
+    group = _group(inputs, matrices[0][1])
+    sizes = {"inputs": inputs, "E": E, "kind": kind, "group": group, "EARLY": early, **blocks}
+    tensors, numbers = (*parts[:2], x_scales_R, counts_E, y_RO, *parts[2:]), (_EXPONENT, rows, *outputs)
     options = {"launch_pdl": early, "enable_fp_fusion": True}
     common.launch(quantized.gemv, grid, x_RI, x_RI, *tensors, *numbers, **sizes, **options)
     return y_RO

@@ -129,7 +129,7 @@ def quantize_groups(
             )
             scale = not_zero(fitted.to(scale_dtype).float())
     values = (groups / best_scale).round_().clamp_(-8, 7).nan_to_num_().to(torch.int8)
-    return values, (best_scale + (groups - groups).sum(-1, keepdim=True)).to(scale_dtype)
+    return values, (best_scale + (highest - highest) + (lowest - lowest)).to(scale_dtype)
 
 
 def pack(values: Tensor) -> Tensor:

@@ -146,9 +146,9 @@ class Adapters(Mapping[str, Adapter]):
         self.check_whole()
         adapter = self[name]
         check_can_merge(adapter, self._model)
-        self.are_merged = True
-        self.activate(None)
         try:
+            self.are_merged = True
+            self.activate(None)
             merge_adapter(adapter, self._model, progress=progress)
         except BaseException:
             self.is_broken = True

@@ -86,6 +86,8 @@ def say_ended(number: int) -> int:
 def leave(code: int) -> NoReturn:
     """End the process now, without waiting for threads that download or compute. Python would take torch apart first,
     which takes half a second, and seconds on a busy machine."""
+    for number in SAID:
+        signal.signal(number, signal.SIG_IGN)
     if code not in map(exit_code, SAID):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -36,12 +36,13 @@ def considerate() -> Iterator[None]:
         return
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended, threads), name="llama4-openmp", daemon=True)
-    watch.start()
     try:
+        watch.start()
         yield
     finally:
         ended.set()
-        watch.join()
+        if watch.ident is not None:
+            watch.join()
 
 
 def _watch(ended: threading.Event, threads: int) -> None:
@@ -68,7 +69,8 @@ def _watch(ended: threading.Event, threads: int) -> None:
 def _sleep(wake: threading.Event, threads: int) -> None:
     """With a team of so many threads, which goes when this thread does."""
     with suppress(RuntimeError):  # no memory for it
-        torch.set_num_threads(threads)
+        if torch.get_num_threads() == 1:  # it began inside of `torch_by_one_thread`
+            torch.set_num_threads(threads)
         torch.zeros(_PARALLEL).add_(1)
     wake.wait()
 

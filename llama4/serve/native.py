@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from llama4.api import Llama4
 from llama4.serve.errors import Names, RequestError
 from llama4.serve.http import Call, Route, Served, Service, check_taking
-from llama4.serve.openai_chat import FORMAT, prompt_of
+from llama4.serve.openai_chat import FORMAT, continues_last, prompt_of
 from llama4.serve.options import MAX_LENGTH
 from llama4.serve.schema import (
     FLAG,
@@ -28,7 +28,7 @@ from llama4.serve.schema import (
     record,
     required,
 )
-from llama4.text.messages import Message, is_continued, read_messages
+from llama4.text.messages import Message
 from llama4.text.prompt import Piece, encode
 from llama4.version import __version__
 
@@ -142,9 +142,7 @@ async def apply_template(service: Service, call: Call) -> Response:
 def _rendered(
     llm: Llama4, messages: Sequence[Message], options: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> str:
-    continues: bool | None = options["continue_final_message"]
-    if continues is None:
-        continues = is_continued(read_messages(messages))
+    continues = continues_last(messages, options["continue_final_message"])
     text: str = llm.processor.apply_chat_template(
         messages,
         tools=options["tools"],

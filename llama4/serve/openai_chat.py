@@ -48,6 +48,7 @@ from llama4.serve.schema import (
     refused,
     required,
 )
+from llama4.text.messages import is_continued, read_messages
 
 FORMAT: Mapping[str, Field] = {
     "messages": required(array(MESSAGE, 1)),
@@ -56,7 +57,7 @@ FORMAT: Mapping[str, Field] = {
     "tool_choice": Field(TOOL_CHOICE),
     "chat_template_kwargs": Field(OBJECT, note="further variables of the prompt's format"),
     "continue_final_message": Field(FLAG, note="absent: where the last message is the assistant's and calls no tools"),
-    "add_generation_prompt": Field(one_of(True), True),
+    "add_generation_prompt": Field(FLAG, True, note="false beside continue_final_message alone"),
 }
 """What the prompt is made of."""
 
@@ -109,7 +110,16 @@ async def prompt_of(service: Service, fields: Mapping[str, Any]) -> tuple[list[M
     """Messages, and the options of `Engine.stream` that `FORMAT` asks for."""
     options = {name: fields[name] for name in ("tool_choice", "chat_template_kwargs", "continue_final_message")}
     options["tools"] = fields["tools"] or None
-    return await asyncio.to_thread(with_media, fields["messages"], service.settings.media_directory), options
+    messages = await asyncio.to_thread(with_media, fields["messages"], service.settings.media_directory)
+    if not (fields["add_generation_prompt"] or continues_last(messages, options["continue_final_message"])):
+        message = "add_generation_prompt is false; leave it out, or continue the last message (continue_final_message)"
+        raise RequestError(message, field="add_generation_prompt")
+    return messages, options
+
+
+def continues_last(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> bool:
+    """Whether a reply continues the last message, as `continue_final_message` says."""
+    return is_continued(read_messages(messages)) if asked is None else asked
 
 
 async def chat(service: Service, call: Call) -> Response:

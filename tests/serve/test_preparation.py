@@ -121,3 +121,14 @@ def test_routes_agree_on_what_is_continued(llm: Llama4, running: Running, said: 
     assert running.ask(**body, max_tokens=1)["usage"]["prompt_tokens"] == len(expected)
     finished = running.client.post("/apply-template", json={"messages": QUESTION, "continue_final_message": said})
     assert finished.json()["prompt"].endswith(QUESTION[0]["content"]) == (said is True)
+
+
+@pytest.mark.parametrize("said", [None, True])
+def test_the_last_message_may_be_continued_without_a_header(running: Running, said: bool | None) -> None:
+    """As vLLM's clients ask for it."""
+    messages = [*QUESTION, {"role": "assistant", "content": "I can"}]
+    plain = {"messages": messages, "continue_final_message": said, "max_tokens": 3, "temperature": 0}
+    assert running.ask(**plain, add_generation_prompt=False)["choices"] == running.ask(**plain)["choices"]
+    for body in ({"messages": QUESTION}, {"messages": messages, "continue_final_message": False}):
+        answer = running.client.post("/v1/chat/completions", json={**body, "add_generation_prompt": False})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "add_generation_prompt"

@@ -36,8 +36,11 @@ from llama4.serve.mailbox import Mailbox
 from llama4.serve.preparation import Preparation
 from llama4.serve.worker import Worker
 from llama4.text.detokenizer import TextAssembler
-from llama4.text.messages import Message, shows_pictures
+from llama4.text.messages import Message, is_fetched, picture_parts
 from llama4.units import parse_bytes
+
+MAX_DOWNLOADS = 64
+"""Prompts whose pictures are fetched at once."""
 
 T = TypeVar("T")
 
@@ -88,6 +91,7 @@ class Engine:
         self._process = os.getpid()
         self._worker = Worker(self.scheduler)
         self._pictures = ThreadPoolExecutor(thread_name_prefix="llama4 pictures")
+        self._downloads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="llama4 downloads")
         weakref.finalize(self, self._worker.stop).atexit = False
 
     def stream(
@@ -149,14 +153,16 @@ class Engine:
         return [stream.reply for stream in streams]
 
     async def in_thread(self, messages: object, work: Callable[[], T]) -> T:
-        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no others waiting.
+        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no texts waiting, and one
+        that fetches them no other pictures.
 
         Raises:
             BusyError: the engine closed.
             Llama4Error: it is the engine of a process that this one was forked from.
         """
         self.check_process()
-        pool, loop = self._pictures if shows_pictures(messages) else None, asyncio.get_running_loop()
+        pictures, loop = list(picture_parts(messages)), asyncio.get_running_loop()
+        pool = self._downloads if any(map(is_fetched, pictures)) else self._pictures if pictures else None
 
         def run() -> T:
             self._worker.check_open()  # what still waited for a thread is not begun
@@ -180,7 +186,8 @@ class Engine:
         if os.getpid() != self._process:
             return
         self._worker.close()
-        self._pictures.shutdown(wait=False)
+        for pool in (self._pictures, self._downloads):
+            pool.shutdown(wait=False)
 
     def __enter__(self) -> Engine:
         return self

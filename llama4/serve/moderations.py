@@ -20,7 +20,7 @@ from llama4.serve.errors import RequestError
 from llama4.serve.http import Call, Route, Service, check_taking, unless_gone
 from llama4.serve.schema import FLAG, OBJECT, STRING, TEXT, Field, Fields, any_of, array, number, record
 from llama4.text.guard import Moderation
-from llama4.text.messages import shows_pictures
+from llama4.text.messages import picture_parts
 
 MAX_INPUTS = 32
 
@@ -53,7 +53,7 @@ async def _results(service: Service, fields: Mapping[str, Any], adapter: str | N
         asked = await service.engine.in_thread(messages, partial(_asked, service, messages, fields))
         judge = partial(Llama4.judge, asked=asked, threshold=fields["threshold"])
         found = await service.engine.compute(judge, adapter)
-        results.append(_result(found, shows_pictures(messages)))
+        results.append(_result(found, next(picture_parts(messages), None) is not None))
     return results
 
 

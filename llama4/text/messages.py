@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -70,12 +70,24 @@ def is_continued(messages: Sequence[ParsedMessage]) -> bool:
     return messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
-def shows_pictures(messages: object) -> bool:
-    """Whether a part of messages is a picture; they need not be well formed, nor be messages."""
+def picture_parts(messages: object) -> Iterator[Mapping[str, Any]]:
+    """The parts of messages that are pictures; they need not be well formed, nor be messages."""
     if isinstance(messages, Mapping):
         kind = messages.get("type")
-        return (isinstance(kind, str) and "image" in kind) or shows_pictures(messages.get("content"))
-    return isinstance(messages, (list, tuple)) and any(map(shows_pictures, messages))
+        if isinstance(kind, str) and "image" in kind:
+            yield messages
+        else:
+            yield from picture_parts(messages.get("content"))
+    elif isinstance(messages, (list, tuple)):
+        for each in messages:
+            yield from picture_parts(each)
+
+
+def is_fetched(picture: object) -> bool:
+    """Whether a part, or what it holds, is the address of a picture elsewhere."""
+    if isinstance(picture, Mapping):
+        return any(map(is_fetched, picture.values()))
+    return isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://"))
 
 
 def image_sources(messages: Iterable[ParsedMessage]) -> list[Any]:

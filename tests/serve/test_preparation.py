@@ -91,6 +91,31 @@ def test_pictures_that_do_not_come_keep_no_other_waiting(running: Running, monke
         assert {each.result().status_code for each in slow} == {200}
 
 
+def test_pictures_that_are_fetched_keep_no_other_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more requests than threads read pictures."""
+    begun, has_come = list[Any](), threading.Event()
+
+    def held(source: Any, *limits: Any) -> Any:
+        if isinstance(source, str) and source.startswith("http"):
+            begun.append(source)
+            assert has_come.wait(60)
+            source = LINK["image_url"]["url"]  # type: ignore[index]
+        return load_image(source, *limits)
+
+    monkeypatch.setattr("llama4.inputs.load_image", held)
+    far = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://far/away.png"}}]}]
+    with ThreadPoolExecutor(40) as pool:
+        body = {"messages": far, "max_tokens": 1}
+        slow = [pool.submit(running.client.post, "/v1/chat/completions", json=body) for _ in range(40)]
+        try:
+            until(lambda: len(begun) > 4)
+            assert running.ask(messages=SHOWN, max_tokens=1)["choices"]
+            assert not any(each.done() for each in slow)
+        finally:
+            has_come.set()
+        assert {each.result().status_code for each in slow} == {200}
+
+
 def test_choices_read_their_prompt_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """And are those of their seeds alone."""
     read = list[Any]()

@@ -414,7 +414,10 @@ class Processor:
         **options: Any,
     ) -> list[Piece]:
         """A prompt in the family's format, or in that of the checkpoint's own template."""
-        variables = dict(variables or {})
+        variables = {} if variables is None else variables
+        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+            raise ArgumentError(f"chat_template_kwargs is {variables!r:.80}; it must be a dictionary of names")
+        variables = dict(variables)
         if reserved := sorted(variables.keys() & {"self", "messages", "mark_replies", "bos", *options}):
             raise Llama4Error(
                 f"chat_template_kwargs holds {', '.join(reserved)}, which other arguments say; leave it out"

@@ -236,6 +236,8 @@ def _check_config(path: Path, content: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{path} has {field} {content[field]!r:.80}, which is not computed; merge it with PEFT first"
             )
+    if not isinstance(content.get("use_rslora"), bool | None):
+        raise ConfigError(f"{path} has use_rslora {content['use_rslora']!r:.80}; it must be true or false")
     alphas, ranks = (content.get(f"{name}_pattern") or {} for name in ("alpha", "rank"))
     if not isinstance(alphas, dict) or not isinstance(ranks, dict):
         raise ConfigError(f"{path} has rank_pattern or alpha_pattern that are no objects of names; write them again")

@@ -79,15 +79,16 @@ class Form:
         if len(names) > 1:
             raise ArgumentError(f"{' and '.join(names)} are given; a reply has one form, so choose one")
         for name, expression in (("regex", regex), ("grammar", grammar)):
-            if not isinstance(expression, str | None):
-                raise ArgumentError(f"{name} is {expression!r:.80}; it must be a text")
+            if expression is not None and not _is_text(expression):
+                raise ArgumentError(f"{name} is {expression!a:.80}; it must be a text")
         if call is not None:
             return cls._of_schema(call, name="the schema of a tool")
         if response_format is not None:
             return cls._of_format(response_format)
         if choices is not None:
-            if isinstance(choices, str) or not choices or not all(isinstance(each, str) and each for each in choices):
-                raise ArgumentError(f"choices is {choices!r:.80}; it must be a list of texts, none of them empty")
+            is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
+            if not is_list or not all(_is_text(each) and each for each in choices):
+                raise ArgumentError(f"choices is {choices!a:.80}; it must be a list of texts, none of them empty")
             _check_size("choices", sum(len(each) + len("()|") for each in choices), _MAX_SIZE, ", joined by '()|',")
             regex = "|".join(f"({re.escape(each)})" for each in choices)
         elif (expressions := regex or grammar) is not None:
@@ -174,6 +175,11 @@ second."""
 _MAX_EXPRESSIONS = 1 << 15
 """Characters of a regular expression or grammar, or of a schema's patterns: of the longest the worst take a second and
 100 MiB; both grow with the square of the length."""
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can encode."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _check_size(name: str, size: int, most: int, what: str = "") -> None:

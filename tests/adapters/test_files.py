@@ -183,6 +183,7 @@ def damage(directory: Path, **fields: Any) -> None:
         ({"rank_pattern": 5}, "rank_pattern or alpha_pattern that are no objects"),
         ({"lora_alpha": 10**400}, r"adapter_config\.json has lora_alpha or alpha_pattern 10"),
         ({"lora_alpha": -1}, "must be a number above 0"),
+        ({"use_rslora": "false"}, "use_rslora 'false'; it must be true or false"),
         ({"alpha_pattern": {"(": 4}}, "has a key in alpha_pattern that cannot be used: .* is no regular expression"),
         ({"alpha_pattern": {r"(.|\w)*_": 4}}, r"in alpha_pattern, which takes more than 0\.05 s; write names"),
         ({"target_parameters": 5}, "has target_parameters 5; it must be a list of names"),

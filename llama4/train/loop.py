@@ -287,6 +287,14 @@ def finetune(
             return _train(run, objective, output, resume, stop, report_to)
 
 
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What another run was begun with, as a state says it: the data, or a setting with its value and that of now."""
+    settings = there["settings"] if isinstance(there.get("settings"), dict) else {}
+    before, now = {**settings, "steps": there.get("steps")}, {**here["settings"], "steps": here["steps"]}
+    changed = [f"{name} ({before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value]
+    return ["data"] * (there.get("data") != here["data"]) + changed
+
+
 def _train(
     run: Run,
     objective: Objective,
@@ -335,8 +343,8 @@ class _Training:
             CheckpointError: it is damaged.
         """
         there = read_about(self.output)
-        if different := [name for name, value in self._about.items() if there.get(name) != value]:
-            raise ArgumentError(f"{self.output} holds a run with other {' and '.join(different)}; resume with the same")
+        if different := _differences(there, self._about):
+            raise ArgumentError(f"{self.output} holds a run with other {', '.join(different)}; resume with the same")
         if there["step"] >= self.run.steps:
             raise CheckpointError(
                 f"{self.output / STATE_FILE} says that {there['step']} of {self.run.steps} steps are taken; start anew"

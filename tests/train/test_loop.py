@@ -142,8 +142,15 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
     state = loop.Run(directory, data, None, TrainingOptions(lora=LORA, steps=6), progress=False)
     with state.attached():
         loop._train(state, state.objective(), tmp_path, False, stop)
-    with pytest.raises(ArgumentError, match="holds a run with other settings; resume with the same"):
+    different = (
+        r"with other batch_tokens \(\d+, now 4096\), learning_rate \(0\.0092, now 1\.0\), .*; resume with the same"
+    )
+    with pytest.raises(ArgumentError, match=different):
         run(directory, data, tmp_path, resume=True, learning_rate=1.0, batch_tokens=4096)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
+    with pytest.raises(ArgumentError, match="with other data"):
+        run(directory, other, tmp_path, resume=True)
     (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         run(directory, data, tmp_path, resume=True)

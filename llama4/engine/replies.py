@@ -114,6 +114,11 @@ class ReplyBuilder:
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that have come."""
+        return len(self._tokens)
+
     def add(self, event: Event) -> list[Delta]:
         """Take one more token; return what is certain now."""
         self._tokens.append(event.token)

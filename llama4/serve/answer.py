@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -19,6 +20,7 @@ class Answer(ABC):
 
     Attributes:
         streams: that of each reply.
+        num_tokens: of each reply, up to the delta that `deltas` gave last.
         last_event: what ends a stream of events, also after an error.
     """
 
@@ -26,6 +28,8 @@ class Answer(ABC):
 
     def __init__(self, streams: Sequence[EngineStream], names: Names) -> None:
         self.streams, self._names = list(streams), names
+        self.num_tokens = [0] * len(self.streams)
+        self._on_the_way: list[deque[int]] = [deque() for _ in self.streams]
 
     def names(self, index: int) -> Names:
         """How the request's fields are called that a reply's errors are about."""
@@ -53,11 +57,18 @@ class Answer(ABC):
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None], None]:
         """The pieces of all replies as they come, each with the number of its reply; None where that has ended."""
         async with aclosing(_merged(self._sources())) as merged:
-            async for each in merged:
-                yield each
+            async for i, delta in merged:
+                self.num_tokens[i] = self.streams[i].num_tokens if delta is None else self._on_the_way[i].popleft()
+                yield i, delta
 
     def _sources(self) -> list[AsyncIterator[Delta]]:
-        return [named(stream.async_events(), self.names(i)) for i, stream in enumerate(self.streams)]
+        return [self._source(i) for i in range(len(self.streams))]
+
+    async def _source(self, index: int) -> AsyncIterator[Delta]:
+        stream = self.streams[index]
+        async for delta in named(stream.async_events(), self.names(index)):
+            self._on_the_way[index].append(stream.num_tokens)  # more may come before `deltas` gives this one
+            yield delta
 
     @abstractmethod
     def whole(self) -> dict[str, Any]:

@@ -397,6 +397,11 @@ class EngineStream:
         return self._reader[1].reply()
 
     @property
+    def num_tokens(self) -> int:
+        """The tokens that the piece which came last, and those before it, are made of."""
+        return self._reader[1].num_tokens if self._reader is not None else 0
+
+    @property
     def stop_string(self) -> str | None:
         """The string that ended the reply; None if another thing did."""
         return self._reader[0].text.stop_string if self._reader is not None else None

@@ -260,9 +260,8 @@ class ResponseAnswer(Answer):
         if not self._fields["top_logprobs"] and LOGPROBS not in (self._fields["include"] or ()):
             return []
         (stream,) = self.streams
-        tokens = stream.reply.logprobs
-        new, self._reported = tokens[self._reported :], len(tokens)
-        return logprob_entries(new, stream.decode_bytes)
+        begin, self._reported = self._reported, self.num_tokens[0]
+        return logprob_entries(stream.reply.logprobs[begin : self._reported], stream.decode_bytes)
 
     async def save(self) -> None:
         """Keep it for those who ask again, unless the client does not want that."""

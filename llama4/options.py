@@ -54,19 +54,19 @@ class Prepared:
             raise Llama4Error("no token of the vocabulary ends a reply, so none has a form; set eos_token_id")
         return Matcher(self.form, Vocabulary.of(tokenizer, vocab_size, self.stop_ids))
 
-    def builders(self, tokenizer: Tokenizer) -> list[ReplyBuilder]:
-        """What makes a reply of each row's events."""
+    def builders(self, tokenizer: Tokenizer, one_call: bool = False) -> list[ReplyBuilder]:
+        """What makes a reply of each row's events, perhaps no further than its first tool call."""
         lengths = self.inputs.attention_mask.sum(dim=1).tolist()
         special = tokenizer.special_tokens
-        return [ReplyBuilder(length, self.tools, special, self.form, self.stop_ids) for length in lengths]
+        return [ReplyBuilder(length, self.tools, special, self.form, self.stop_ids, one_call) for length in lengths]
 
-    def builder(self, tokenizer: Tokenizer) -> ReplyBuilder:
+    def builder(self, tokenizer: Tokenizer, one_call: bool = False) -> ReplyBuilder:
         """That of the only row.
 
         Raises:
             Llama4Error: there are several.
         """
-        builders = self.builders(tokenizer)
+        builders = self.builders(tokenizer, one_call)
         if len(builders) != 1:
             raise Llama4Error(f"these are {len(builders)} conversations; use chat_batch for more than one")
         return builders[0]

@@ -90,9 +90,7 @@ class ReplyBuilder:
         special_tokens: the tokenizer's, name -> id.
         form: what the reply must be.
         stop_ids: tokens by which the model ends it.
-
-    Attributes:
-        one_call: whether the reply ends with its first tool call.
+        one_call: whether it ends with its first tool call.
     """
 
     def __init__(
@@ -102,8 +100,9 @@ class ReplyBuilder:
         special_tokens: Mapping[str, int],
         form: Form | None = None,
         stop_ids: Collection[int] = (),
+        one_call: bool = False,
     ) -> None:
-        self.one_call = False
+        self._one_call = one_call
         self._form, self._stop_ids = form, stop_ids
         self._prompt_tokens = prompt_tokens
         self._reader = CallReader(names_of(tools), certain=bool(tools))
@@ -115,9 +114,9 @@ class ReplyBuilder:
         self._finish_reason: FinishReason | None = None
 
     @property
-    def num_tokens(self) -> int:
+    def tokens(self) -> Sequence[Token]:
         """Those that have come."""
-        return len(self._tokens)
+        return self._tokens
 
     def add(self, event: Event) -> list[Delta]:
         """Take one more token; return what is certain now."""
@@ -137,7 +136,7 @@ class ReplyBuilder:
     @property
     def is_complete(self) -> bool:
         """Whether no more of the reply is wanted, though the model goes on."""
-        return self.one_call and bool(self._tool_calls)
+        return self._one_call and bool(self._tool_calls)
 
     def _delta(self, piece: str | ToolCall) -> Delta:
         if isinstance(piece, str):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from llama4.engine.replies import Delta
 from llama4.serve.engine import EngineStream
 from llama4.serve.errors import Names, RequestError
+
+T = TypeVar("T")
 
 
 class Answer(ABC):
@@ -29,7 +30,6 @@ class Answer(ABC):
     def __init__(self, streams: Sequence[EngineStream], names: Names) -> None:
         self.streams, self._names = list(streams), names
         self.num_tokens = [0] * len(self.streams)
-        self._on_the_way: list[deque[int]] = [deque() for _ in self.streams]
 
     def names(self, index: int) -> Names:
         """How the request's fields are called that a reply's errors are about."""
@@ -57,18 +57,18 @@ class Answer(ABC):
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None], None]:
         """The pieces of all replies as they come, each with the number of its reply; None where that has ended."""
         async with aclosing(_merged(self._sources())) as merged:
-            async for i, delta in merged:
-                self.num_tokens[i] = self.streams[i].num_tokens if delta is None else self._on_the_way[i].popleft()
+            async for i, item in merged:
+                delta, self.num_tokens[i] = item or (None, len(self.streams[i].tokens))
                 yield i, delta
 
-    def _sources(self) -> list[AsyncIterator[Delta]]:
+    def _sources(self) -> list[AsyncIterator[tuple[Delta, int]]]:
         return [self._source(i) for i in range(len(self.streams))]
 
-    async def _source(self, index: int) -> AsyncIterator[Delta]:
+    async def _source(self, index: int) -> AsyncIterator[tuple[Delta, int]]:
+        """A reply's deltas, each with the tokens up to it: more may have come before `deltas` gives it."""
         stream = self.streams[index]
         async for delta in named(stream.async_events(), self.names(index)):
-            self._on_the_way[index].append(stream.num_tokens)  # more may come before `deltas` gives this one
-            yield delta
+            yield delta, len(stream.tokens)
 
     @abstractmethod
     def whole(self) -> dict[str, Any]:
@@ -96,10 +96,10 @@ async def named(deltas: AsyncIterator[Delta], names: Names) -> AsyncIterator[Del
             yield delta
 
 
-async def read_all(sources: Iterable[AsyncIterator[Delta]]) -> None:
+async def read_all(sources: Iterable[AsyncIterator[object]]) -> None:
     """Wait for all of some replies; where one fails, no other is waited for."""
 
-    async def read(source: AsyncIterator[Delta]) -> None:
+    async def read(source: AsyncIterator[object]) -> None:
         async for _ in source:
             pass
 
@@ -111,11 +111,11 @@ async def read_all(sources: Iterable[AsyncIterator[Delta]]) -> None:
         raise errors.exceptions[0] from None
 
 
-async def _merged(sources: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+async def _merged(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T | None], None]:
     """What several iterators give, as it comes, with the number of each; None where one has ended."""
-    arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=64)
+    arrived: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue(maxsize=64)
 
-    async def pump(index: int, source: AsyncIterator[Delta]) -> None:
+    async def pump(index: int, source: AsyncIterator[T]) -> None:
         try:
             async for item in source:
                 await arrived.put((index, item))

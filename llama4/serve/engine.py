@@ -30,6 +30,7 @@ from llama4.engine.observers import Observer
 from llama4.engine.replies import Delta, Reply, ReplyBuilder, TextDelta
 from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
+from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, BusyError, Llama4Error
 from llama4.options import Options, Prepared, Prompt
 from llama4.serve.mailbox import Mailbox
@@ -341,8 +342,7 @@ class EngineStream:
     def _open(self, may_wait: bool) -> None:
         assert self._preparation is not None
         prepared = self._preparation.with_seed(self._seed)
-        builder = prepared.builder(self._engine.llm.tokenizer)
-        builder.one_call = not self._parallel_tool_calls
+        builder = prepared.builder(self._engine.llm.tokenizer, one_call=not self._parallel_tool_calls)
         request = self._engine.submit(prepared, self._mailbox.put, may_wait, self._observer, self._adapter)
         self._request = request
         text = TextAssembler(prepared.stop)
@@ -397,9 +397,9 @@ class EngineStream:
         return self._reader[1].reply()
 
     @property
-    def num_tokens(self) -> int:
-        """The tokens that the piece which came last, and those before it, are made of."""
-        return self._reader[1].num_tokens if self._reader is not None else 0
+    def tokens(self) -> Sequence[Token]:
+        """Those that the piece which came last, and those before it, are made of."""
+        return self._reader[1].tokens if self._reader is not None else ()
 
     @property
     def stop_string(self) -> str | None:

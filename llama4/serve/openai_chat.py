@@ -178,7 +178,7 @@ class OpenAIAnswer(Answer):
     def new_tokens(self, index: int) -> Sequence[Token]:
         """The tokens of a reply since the last call, up to its last delta."""
         begin, self._reported[index] = self._reported[index], self.num_tokens[index]
-        return self.streams[index].reply.logprobs[begin : self._reported[index]]
+        return self.streams[index].tokens[begin : self._reported[index]]
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         return {**self._frame, "choices": choices, "usage": usage}

@@ -261,7 +261,7 @@ class ResponseAnswer(Answer):
             return []
         (stream,) = self.streams
         begin, self._reported = self._reported, self.num_tokens[0]
-        return logprob_entries(stream.reply.logprobs[begin : self._reported], stream.decode_bytes)
+        return logprob_entries(stream.tokens[begin : self._reported], stream.decode_bytes)
 
     async def save(self) -> None:
         """Keep it for those who ask again, unless the client does not want that."""

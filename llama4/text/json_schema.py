@@ -1,4 +1,4 @@
-"""JSON Schema as far as it must be known to go through one."""
+"""Which keywords of a JSON schema hold schemas, and how a schema becomes a part of another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _moved(node: Any, place: str) -> Any:
     for keyword, value in node.items():
         if keyword in NAMED and isinstance(value, Mapping):
             found[keyword] = {name: _moved(each, place) for name, each in value.items()}
-        elif keyword == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+        elif keyword == "$ref" and isinstance(value, str) and (value in ("", "#") or value.startswith("#/")):
             found[keyword] = place + value[1:]
         else:
             found[keyword] = value if keyword in DATA else _moved(value, place)

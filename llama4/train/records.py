@@ -379,7 +379,10 @@ def _split_at_marks(message: Any) -> list[Any] | None:
     for part in content if isinstance(content, list) else ():
         if isinstance(part, Mapping) and isinstance(text := part.get("text"), str):
             for i, piece in enumerate(_MARK.split(text)):
-                parts += [_PLACE] * (i > 0) + [{**part, "text": piece}] * bool(piece)
+                if i:
+                    parts.append(_PLACE)
+                if piece:
+                    parts.append({**part, "text": piece})
         else:
             parts.append(part)
     return parts if _PLACE in parts else None

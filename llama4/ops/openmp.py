@@ -27,9 +27,9 @@ _PARALLEL = 1 << 18
 
 
 @contextmanager
-def considerate() -> Iterator[None]:
-    """Inside, torch's threads wait for each other asleep while other processes have their cores; nothing where the
-    system does not say what threads waited for."""
+def passive_waiting() -> Iterator[None]:
+    """Inside, torch's threads wait for each other asleep (OpenMP's OMP_WAIT_POLICY=passive) while other processes have
+    their cores; nothing where the system does not say how long threads had none."""
     threads = torch.get_num_threads()
     if threads == 1 or not _waited():
         yield

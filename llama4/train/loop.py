@@ -24,7 +24,7 @@ from llama4.adapters.methods import ALL_WEIGHTS
 from llama4.api import Llama4
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
 from llama4.files import user_path
-from llama4.ops.openmp import considerate
+from llama4.ops.openmp import passive_waiting
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, Dataset, load_dataset
@@ -279,7 +279,7 @@ def finetune(
     check_trackers(report_to)
     check_output(output, resume)
     run = Run(model, data, eval, options, progress, loading)
-    with torch.random.fork_rng(), run.attached(), return_freed(), considerate(), stoppable() as stop:
+    with torch.random.fork_rng(), run.attached(), return_freed(), passive_waiting(), stoppable() as stop:
         objective = run.objective()
         check_memory(run.memory(objective), run.llm.model.device)
         torch.manual_seed(options.seed)
@@ -292,7 +292,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     settings = there["settings"] if isinstance(there.get("settings"), dict) else {}
     before, now = {**settings, "steps": there.get("steps")}, {**here["settings"], "steps": here["steps"]}
     changed = [f"{name} ({before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value]
-    return ["data"] * (there.get("data") != here["data"]) + changed
+    return changed if there.get("data") == here["data"] else ["data", *changed]
 
 
 def _train(

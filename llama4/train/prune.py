@@ -25,7 +25,7 @@ from llama4.config import Llama4Config, TextConfig
 from llama4.errors import ArgumentError
 from llama4.model.experts import Experts
 from llama4.model.moe import Router
-from llama4.ops.openmp import considerate
+from llama4.ops.openmp import passive_waiting
 from llama4.progress import Bar
 from llama4.quantization.weight import QuantizedWeight
 from llama4.train.data import Batches, load_dataset
@@ -151,7 +151,7 @@ def _check(llm: Llama4, experts: int | None, layers: int | None, merge: bool) ->
         raise ArgumentError(f"layers is {layers}; of this model 1 to {text.num_hidden_layers - 1} may stay")
 
 
-@considerate()
+@passive_waiting()
 @torch.no_grad()
 def measure(llm: Llama4, data: str | Path, batch_tokens: int, max_length: int, progress: bool = True) -> list[Usage]:
     """What each layer does with the data."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from llama4.api import Llama4
 from llama4.errors import ArgumentError, CheckpointError, ConfigError
 from llama4.files import user_path, writes
-from llama4.ops.openmp import considerate
+from llama4.ops.openmp import passive_waiting
 from llama4.progress import Bar
 from llama4.reading import parse_json
 from llama4.train.data import Batch, Batches, Dataset, load_dataset
@@ -151,7 +151,7 @@ def load_teacher(name: str, student: Llama4, data: Dataset, progress: bool = Tru
     return ModelTeacher(llm)
 
 
-@considerate()
+@passive_waiting()
 def save_teacher(llm: Llama4, data: Dataset, output: str | Path, *, top: int = 32, batch_tokens: int = 4096) -> int:
     """Write what a model says of each token that is learnt: the `top` likeliest, and all others as one.
 

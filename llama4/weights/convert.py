@@ -13,7 +13,7 @@ from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, CheckpointError
 from llama4.families import family_of
 from llama4.files import real_path, writes
-from llama4.ops.openmp import considerate
+from llama4.ops.openmp import passive_waiting
 from llama4.quantization.int4 import Int4
 from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import CALIBRATED
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _FILES = (*MODEL_FILES, *TEXT_FILES)
 
 
-@considerate()
+@passive_waiting()
 def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int = 1, progress: bool = True) -> None:
     """Write a checkpoint in another layout. Before it gets its name it is read back and compared, see `verify`.
 
@@ -71,7 +71,7 @@ def convert(source: str | Path, target: str | Path, layout: str, *, ranks: int =
         verify(partial, weights, config, tokenizer, progress=progress)
 
 
-@considerate()
+@passive_waiting()
 def convert_to_gguf(
     source: str | Path, target: str | Path, type_: str = "bf16", *, for_llama_cpp: bool = False, progress: bool = True
 ) -> tuple[Path, ...]:
@@ -125,7 +125,7 @@ def convert_to_gguf(
     return (target,) if config.vision is None else (target, beside)
 
 
-@considerate()
+@passive_waiting()
 def quantize(
     source: str | Path,
     target: str | Path,

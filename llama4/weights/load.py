@@ -18,7 +18,7 @@ from llama4.errors import CheckpointError
 from llama4.families.names import HEAD, VISION
 from llama4.ops.linear import Linear
 from llama4.ops.memory import read_ahead
-from llama4.ops.openmp import considerate
+from llama4.ops.openmp import passive_waiting
 from llama4.progress import Bar
 from llama4.quantization.modules import MappedEmbedding, MappedExperts, SeparateExperts
 from llama4.quantization.weight import QuantizedWeight
@@ -28,7 +28,7 @@ from llama4.weights.first_use import copy_at_first_use
 from llama4.weights.source import Source
 
 
-@considerate()
+@passive_waiting()
 def load(
     model: nn.Module,
     source: Source,

@@ -56,7 +56,7 @@ def test_they_sleep_while_others_compute(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(openmp, "SECONDS", 0.01)
     if (awake := burnt()) < 0.02:
         pytest.skip("they sleep already")
-    with openmp.considerate():
+    with openmp.passive_waiting():
         seconds[1] = 1.0
         until(lambda: sleepers() == 1)
         until(lambda: burnt() < awake / 2)
@@ -74,7 +74,7 @@ def test_nobody_sleeps_behind_a_watch_that_broke_off(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(openmp, "SECONDS", 0.01)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    with openmp.considerate():
+    with openmp.passive_waiting():
         until(lambda: next(looks, None) is None)
     until(lambda: sleepers() == 0)
 

@@ -51,12 +51,10 @@ def llm() -> Llama4:
 
 @pytest.fixture(scope="module")
 def running(llm: Llama4) -> Iterator[Running]:
-    limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny", api_key="secret"))
     server.client.headers["authorization"] = "Bearer secret"
     yield server
     server.close()
-    llm.processor.image_limits = limits
 
 
 @pytest.fixture(scope="module")

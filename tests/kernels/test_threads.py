@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,43 +49,39 @@ class TestCount:
         assert threads.physical_cores([0, 2], tmp_path) == 1
         assert threads.physical_cores([0, 1, 7], tmp_path) == 3  # of 7 the system says nothing
 
-    def test_torch_by_one_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of the calling thread; another goes on with as many as it had."""
+    @pytest.fixture
+    def two_threads(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Those of torch, and the most that may be."""
         monkeypatch.delenv(threads.VARIABLE, raising=False)
         monkeypatch.setattr(threads, "limit", lambda: 2)
         before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(2)
-            with ThreadPoolExecutor(1) as pool:
-                assert pool.submit(torch.get_num_threads).result() == 2
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(before)
+
+    def test_torch_by_one_thread(self, two_threads: None) -> None:
+        """Of the calling thread; another goes on with as many as it had."""
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+            with threads.torch_by_one_thread():
+                assert (torch.get_num_threads(), threads.count()) == (1, 2)
                 with threads.torch_by_one_thread():
                     assert (torch.get_num_threads(), threads.count()) == (1, 2)
-                    with threads.torch_by_one_thread():
-                        assert (torch.get_num_threads(), threads.count()) == (1, 2)
-                    assert pool.submit(torch.get_num_threads).result() == 2
-                assert (torch.get_num_threads(), threads.count()) == (2, 2)
-        finally:
-            torch.set_num_threads(before)
+                assert pool.submit(torch.get_num_threads).result() == 2
+            assert (torch.get_num_threads(), threads.count()) == (2, 2)
 
-    def test_threads_that_begin_meanwhile_have_as_many_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_threads_that_begin_meanwhile_have_as_many_as_before(self, two_threads: None) -> None:
         """torch gives a thread the number that was set last in any; also where it calls torch before the kernels."""
-        monkeypatch.delenv(threads.VARIABLE, raising=False)
-        monkeypatch.setattr(threads, "limit", lambda: 2)
-        before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(2)
-            with ThreadPoolExecutor(1) as early, ThreadPoolExecutor(1) as late, ThreadPoolExecutor(1) as single:
-                with threads.torch_by_one_thread():
-                    assert early.submit(threads.count).result() == 2
-                    assert early.submit(torch.get_num_threads).result() == 2
-                    assert torch.get_num_threads() == 1
-                    torch.set_num_threads(1)
-                    assert late.submit(torch.get_num_threads).result() == 1
-                assert late.submit(threads.count).result() == 2
-                single.submit(torch.set_num_threads, 1).result()
-                assert single.submit(threads.count).result() == 1, "as it was told"
-        finally:
-            torch.set_num_threads(before)
+        with ThreadPoolExecutor(1) as early, ThreadPoolExecutor(1) as late, ThreadPoolExecutor(1) as single:
+            with threads.torch_by_one_thread():
+                assert early.submit(threads.count).result() == 2
+                assert early.submit(torch.get_num_threads).result() == 2
+                assert torch.get_num_threads() == 1
+                torch.set_num_threads(1)
+                assert late.submit(torch.get_num_threads).result() == 1
+            assert late.submit(threads.count).result() == 2
+            single.submit(torch.set_num_threads, 1).result()
+            assert single.submit(threads.count).result() == 1, "as it was told"
 
 
 @needs_kernels

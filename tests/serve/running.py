@@ -24,6 +24,7 @@ class Running:
     """A server in a thread of its own, and a client of it."""
 
     def __init__(self, llm: Llama4, settings: Settings, **engine: Any) -> None:
+        self._limits = llm.processor.image_limits  # which a server sets
         self.engine = Engine(llm, **{"cache_memory": "8MiB", **engine})
         self.server = Server(self.engine, settings)
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -56,6 +57,7 @@ class Running:
         self._uvicorn.should_exit = True
         self._thread.join()
         self.engine.close()
+        self.engine.llm.processor.image_limits = self._limits
 
     def ask(self, **fields: Any) -> Any:
         answer = self.client.post("/v1/chat/completions", json=fields)

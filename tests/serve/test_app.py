@@ -50,11 +50,9 @@ def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         os.mkfifo(directory / "pipe.png")
     with (directory / "large.png").open("wb") as file:
         file.truncate(1 << 40)
-    limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny", media_directory=directory, max_body=2**20), max_waiting=8)
     yield server
     server.close()
-    llm.processor.image_limits = limits
 
 
 def alone(llm: Llama4, messages: Any, **options: Any) -> Any:

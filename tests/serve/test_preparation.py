@@ -59,11 +59,9 @@ def llm() -> Llama4:
 
 @pytest.fixture(scope="module")
 def running(llm: Llama4) -> Iterator[Running]:
-    limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny"), cache_memory="64MiB")
     yield server
     server.close()
-    llm.processor.image_limits = limits
 
 
 def test_pictures_that_do_not_come_keep_no_other_waiting(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

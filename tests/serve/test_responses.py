@@ -48,11 +48,9 @@ def llm() -> Llama4:
 
 @pytest.fixture(scope="module")
 def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    limits = llm.processor.image_limits
     server = Running(llm, Settings("tiny", store=tmp_path_factory.mktemp("store") / "responses.db"))
     yield server
     server.close()
-    llm.processor.image_limits = limits
 
 
 def respond(running: Running, **fields: Any) -> Any:

@@ -353,13 +353,11 @@ def test_this_network_is_not_reached_unless_named(llm: Llama4) -> None:
     url = f"http://127.0.0.1:{private.server_port}/a.png"
     message = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
     statuses = {}
-    limits = llm.processor.image_limits
     for hosts in ((), ("*",), ("example.com",), ("127.0.0.1",)):
         server = Running(llm, Settings("tiny", url_hosts=hosts))
         statuses[hosts] = server.client.post(CHAT, json={"messages": message, "max_tokens": 1}).status_code
         assert len(asked) == (hosts == ("127.0.0.1",)), hosts
         server.close()
-    llm.processor.image_limits = limits
     private.shutdown()
     private.server_close()
     assert statuses == {(): 400, ("*",): 400, ("example.com",): 400, ("127.0.0.1",): 200}

@@ -246,7 +246,11 @@ def test_tools_whose_parameters_have_references(llm: Llama4) -> None:
         {"properties": {"at": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/B"}, "B": city}, **rest},
         {"properties": {"at": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"enum": ["x", "$ref"]}}, **rest},
         {"properties": {"at": {"$ref": "#/definitions/tree"}}, "definitions": {"tree": tree}, **rest},
-        {"properties": {"at": {"anyOf": [{"$ref": "#"}, {"$ref": ""}, {"const": {"$ref": "#"}}]}}, "$id": "https://a/b", **rest},
+        {
+            "properties": {"at": {"anyOf": [{"$ref": "#"}, {"$ref": ""}, {"const": {"$ref": "#"}}]}},
+            "$id": "https://a/b",
+            **rest,
+        },
     ]
     tools = [{"name": f"f{i}", "parameters": {"type": "object", **each}} for i, each in enumerate(parameters)]
     named: list[Any] = [{"name": tool["name"]} for tool in tools]

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama4.cache.formats import QUANTIZED, CacheFormat, Unquantized
 from llama4.config import TextConfig
-from llama4.kernels.triton import common, launch_attention, launch_elementwise, launch_products, support
+from llama4.kernels.triton import common, launch_attention, launch_cache, launch_elementwise, launch_products, support
 from llama4.model.experts import GroupedExperts
 from llama4.ops import attention_gpu, fp8, norm, quantized_gpu
 from llama4.quantization.fp8 import Fp8
@@ -104,6 +104,31 @@ def test_what_fails_is_told_once(
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 3
     assert warnings[0] == "the Triton kernels do not run on cpu (no compiler); torch's own operations are slower"
+
+
+@pytest.mark.parametrize("fails_again", [False, True])
+def test_kept_launches_are_tried(
+    fails_again: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All is launched a second time, from what was kept; where that fails, Triton goes on to launch."""
+    monkeypatch.setitem(common.GPUS, CPU, common.Gpu(80, 108))
+    monkeypatch.setattr(launch_cache, "enabled", True)
+    for module, name, right in TRIED.values():
+        monkeypatch.setattr(module, name, partial(constant, right))
+    norms: list[Tensor] = []
+
+    def rms_norm(*given: object) -> Tensor:
+        if norms and fails_again:
+            raise TypeError("function takes exactly 5 arguments")
+        norms.append(constant(2))
+        return norms[-1]
+
+    monkeypatch.setattr(launch_elementwise, "rms_norm", rms_norm)
+    assert support._failure(CPU) is None
+    assert launch_cache.enabled is not fails_again
+    assert len(norms) == (1 if fails_again else 2)
+    warnings = ["kept launches fail on cpu (function takes exactly 5 arguments); Triton's own take longer"]
+    assert [record.message for record in caplog.records] == warnings * fails_again
 
 
 @pytest.mark.parametrize("kind", launch_products.KINDS)

@@ -197,6 +197,9 @@ def test_when_triton_launches(driver: Driver, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "get_device", lambda tensor: 5)  # not the current device
         assert not launch_cache.launch(add, (1,), x, (x, x, x, 2, 32), {"BLOCK": 16})
+    with monkeypatch.context() as patched:
+        patched.setattr(launch_cache, "enabled", False)
+        assert not is_kept()
     monkeypatch.setattr(launch_cache, "_triton", lambda: None)
     assert not is_kept()
 

@@ -21,6 +21,9 @@ VERSIONS = ("3.6.", "3.8.")
 MAX_KEPT = 1 << 14
 """Kinds of launches. The length of a prompt makes few: whether it is 1 or a multiple of 16, and the kernels' blocks."""
 
+enabled = True
+"""Whether anything is launched from here; not after a launch went wrong when it was tried (support.py)."""
+
 
 class _Compiled(NamedTuple):
     """What a kernel was compiled to for arguments of a kind.
@@ -43,7 +46,9 @@ _kept: dict[tuple[Any, ...], _Compiled] = {}
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, arguments: Sequence[Any], sizes: dict[str, Any]) -> bool:
     """Launch a kernel; -> False if it was not, and is to be launched as Triton does."""
-    if not like.is_cuda or (triton := _triton()) is None or not isinstance(kernel, triton.JITFunction):
+    if not enabled or not like.is_cuda:
+        return False
+    if (triton := _triton()) is None or not isinstance(kernel, triton.JITFunction):
         return False
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     if kernel.pre_run_hooks or any(getattr(hook, "calls", hook) for hook in hooks):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import CACHE_BLOCK
-from llama4.kernels.triton import common, launch_attention, launch_elementwise, launch_products
+from llama4.kernels.triton import common, launch_attention, launch_cache, launch_elementwise, launch_products
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ def _failure(device: torch.device) -> str | None:
     reason = _tried(_fault, device)
     if reason is not None:
         logger.warning("the Triton kernels do not run on %s (%s); torch's own operations are slower", device, reason)
+    elif (again := _tried(_fault, device)) is not None:  # launched from what was kept the first time
+        launch_cache.enabled = False
+        logger.warning("kept launches fail on %s (%s); Triton's own take longer", device, again)
     return reason
 
 

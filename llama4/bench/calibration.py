@@ -31,7 +31,6 @@ from llama4.config import Llama4Config, TextConfig
 from llama4.engine.prefill import PREFILL_TOKENS, prefill
 from llama4.engine.runner import ModelRunner
 from llama4.errors import Llama4Error
-from llama4.families.names import HEAD
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES, resolve_dtype
 from llama4.model.multimodal import Llama4Model
@@ -79,8 +78,7 @@ def measure_rates(setup: Placement) -> Rates:
     # All pieces have the same matrix products: the difference is attention.
     ends = [costs.attention_flops(text, piece * i) for i in range(PIECES + 1)]
     spent = [after - before for before, after in pairwise(ends)]
-    flops = costs.parameter_flops(text)
-    products = piece * (sum(flops.values()) - flops.get(HEAD, 0.0))
+    products = costs.prefill_flops(text, piece) - ends[1]
     attention = (spent[-1] - spent[0]) / max(pieces[-1] - pieces[0], 1e-9)
     rest = pieces[0] - spent[0] / attention
     if spent[-1] <= spent[0] or rest <= 0:  # too short for attention to show
@@ -226,7 +224,7 @@ def disk_rate(directory: Path) -> float | None:
 
 def dtype_of(config: Llama4Config, weights: str) -> str:
     """The dtype that this CPU computes a model in."""
-    asked = "bfloat16" if weights == "bf16" else "auto"
+    asked = weights if weights == "bfloat16" else "auto"
     return str(resolve_dtype(asked, config, torch.device("cpu"))).removeprefix("torch.")
 
 

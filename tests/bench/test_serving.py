@@ -140,6 +140,14 @@ def test_figures_are_of_what_came() -> None:
     seen = figure(answers, clients=3, asked=4, begun=10.0)
     assert seen["tokens_per_second"] == 3.3 and seen["answered"] == 3
     assert (seen["first_token_p50"], seen["first_token_p95"], seen["between_tokens"]) == (2.0, 3.0, 0.8)
+    one = figure([Answer(tokens=1, begun=0.0, first=1.0, last=1.0)], clients=1, asked=1, begun=0.0)
+    work = {"shortest": 1, "longest": 1, "shared": 0, "new": 1}
+    part = {
+        "workload": work,
+        "figures": [{"server": "s", "clients": 1, "rounds": [one]}],
+        "one_client_against_stream": [],
+    }
+    assert command._throughput_tables(part, markdown=False)[1].split()[-1] == "1/1"
     assert [percentile(range(1, 101), percent) for percent in (50, 95, 1)] == [50, 95, 1]
 
 
@@ -149,15 +157,17 @@ def test_figures_are_of_what_came() -> None:
         (429, b"busy", "busy"),
         (200, b'data: {"error": {"message": "no memory"}}\n\n', "no memory"),
         (200, b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "broke off"),
+        (0, b"", "broke off, or is no HTTP server"),
     ],
 )
 def test_a_server_that_fails_is_quoted(status: int, content: bytes, said: str) -> None:
     class Failing(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(content)
+            if status:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *values: object) -> None:
             pass

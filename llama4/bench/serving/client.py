@@ -8,6 +8,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -95,12 +96,9 @@ class Target:
         Raises:
             Llama4Error: the server refuses, or breaks off.
         """
-        connection = await self.connect()
-        try:
+        async with self._connected() as connection:
             await connection.send(self.chat_request(body))
             return await connection.read_chat()
-        finally:
-            connection.close()
 
     def chat_request(self, body: Mapping[str, Any]) -> bytes:
         usage = {"stream": True, "stream_options": {"include_usage": True}}
@@ -121,11 +119,21 @@ class Target:
         Raises:
             Llama4Error: there is none.
         """
-        connection = await self.connect()
-        try:
+        async with self._connected() as connection:
             await connection.send(self.request("GET", route))
             await connection.check_status()
             return b"".join([piece async for piece in connection.body()]).decode()
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Connection]:
+        """Raises:
+        Llama4Error: what comes is cut short, or no HTTP.
+        """
+        connection = await self.connect()
+        try:
+            yield connection
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            raise Llama4Error(f"{self.url} broke off, or is no HTTP server: {error}") from None
         finally:
             connection.close()
 
@@ -150,6 +158,8 @@ class Connection:
         if answer.finish_reason is None:
             raise Llama4Error("the server broke off within a reply")
         answer.tokens = answer.tokens or answer.events
+        answer.last = answer.last or time.perf_counter()  # its tokens had no text
+        answer.first = answer.first or answer.last
         return answer
 
     async def check_status(self) -> None:

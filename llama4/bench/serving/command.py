@@ -259,7 +259,8 @@ def _throughput_tables(part: Mapping[str, Any], markdown: bool) -> list[str]:
         name = f"{figure['server']}, {figure['clients']}"
         answered = f"{sum(each['answered'] for each in rounds)}/{sum(each['asked'] for each in figure['rounds'])}"
         keys = [("tokens_per_second", 1), ("first_token_p50", 1e3), ("first_token_p95", 1e3), ("between_tokens", 1e3)]
-        cells = [str(Spread.of([scale * each[key] for each in rounds])) if rounds else "-" for key, scale in keys]
+        seen = ([scale * each[key] for each in rounds if each[key] is not None] for key, scale in keys)
+        cells = [str(Spread.of(values)) if values else "-" for values in seen]
         rows.append([name, *cells, answered])
     lines = [
         f"prompts of {work['shortest']} to {work['longest']} tokens, every other one beginning with the same "

@@ -252,7 +252,7 @@ def test_files_of_others_are_left_alone(fake: Fake, talk: Talk, tmp_path: Path) 
         f"/load {tmp_path}/not.json", "/load", '/image "a', "/retry", "/undo", "/set nothing 1", "/set seed x",
     ))  # fmt: skip
     code, out, err = talk(lines, "--server", fake.url)
-    assert (code, out) == (0, "")
+    assert (code, out) == (1, "")
     reasons = [
         "is no conversation; choose another name", 'has no list of "messages"', "without its data", "is not valid JSON",
         "/load needs one file", "a quote is open", "there is no question yet", "nothing to take back",
@@ -272,12 +272,19 @@ def test_each_retry_is_another_reply(fake: Fake, talk: Talk) -> None:
     assert [body["seed"] for body in fake.bodies] == [3, 4, 5, 3, 4]
 
 
+def test_a_question_that_was_loaded_is_not_lost_by_a_retry_that_fails(fake: Fake, talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    fake.replies = [(500, b""), ["one"]]
+    code, out, _ = talk(f"/load {tmp_path}/talk.json\n/retry\n/retry\n", "--server", fake.url)
+    assert code == 1 and out.endswith("one\n") and said(fake) == [["a"], ["a"]]
+
+
 def test_what_a_server_may_do(fake: Fake, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA4_API_KEY", "of-the-environment")
     error = json.dumps({"error": {"message": "too\u001b[2Jlong"}}).encode()
     fake.replies = [(400, error), (307, b""), (500, b"<html>"), ["fine"], ["again"]]
     code, out, err = talk("a\nb\nc\nd\n/retry\n", "--server", fake.url)
-    assert (code, out) == (0, "fine\nagain\n")
+    assert (code, out) == (1, "fine\nagain\n")
     assert err.splitlines() == [
         "error: the server says: too\ufffd[2Jlong",
         "error: the server says: 307 Temporary Redirect",
@@ -346,7 +353,7 @@ def test_a_server_without_end(endless: str, fake: Fake, talk: Talk, monkeypatch:
 
     monkeypatch.setattr(_Handler, "do_POST", on_and_on)
     code, _, err = talk("a\n", "--server", fake.url)
-    assert code == 0 and left.wait(60)
+    assert code == 1 and left.wait(60)
     wanted = "does not answer (got more than 100 headers)" if endless == "header" else "sent more than 64.0 KiB"
     assert wanted in err and len(err.splitlines()) == 1
 
@@ -365,7 +372,7 @@ def test_what_is_saved_and_loaded_can_be_used(fake: Fake, talk: Talk, tmp_path: 
     loads = "".join(f"/load {tmp_path}/{name}.json\n" for name in ("picture", "half", "system"))
     lines = f"{loads}/system\n/clear\n/system -\nb\n/save {tmp_path}/new.json\n"
     code, out, err = talk(lines, "--server", fake.url)
-    assert code == 0 and f"Saved 2 messages in {tmp_path}/new.json" in out and "\nbe\n" in out
+    assert code == 1 and f"Saved 2 messages in {tmp_path}/new.json" in out and "\nbe\n" in out
     first, second = err.splitlines()
     assert f"the picture of message 1 of {tmp_path}/picture.json cannot be used" in first
     assert f"message 1 of {tmp_path}/half.json has half of a surrogate pair" in second
@@ -402,7 +409,7 @@ def test_a_hostile_server_costs_a_line(fake: Fake, talk: Talk, monkeypatch: pyte
     for reply, shown, reason in cases:
         fake.replies = [reply, ["fine"]]
         code, out, err = talk("a\nb\n", "--server", fake.url)
-        assert (code, out) == (0, f"{shown}fine\n"), reason
+        assert (code, out) == (int(bool(reason)), f"{shown}fine\n"), reason
         assert reason in err and len(err.splitlines()) == bool(reason)
         assert not set(err) & {"\x1b", "\x9b"}
     monkeypatch.undo()

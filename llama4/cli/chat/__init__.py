@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama4.arguments import printable
 from llama4.cli.chat.commands import COMMANDS, LEAVING, completions, help_text, run_command
-from llama4.cli.chat.conversation import Conversation, errors_printed
+from llama4.cli.chat.conversation import Conversation
 from llama4.cli.chat.printing import make_printer
 from llama4.cli.chat.reading import QUOTES, LineReader, make_reader
 from llama4.cli.options import add_chat_options, chat_options, load_model, loading_options_given
@@ -59,18 +60,23 @@ def run(options: argparse.Namespace) -> int:
     )
     if is_interactive:
         print(f"{answerer.name}. /help shows what you can do, Ctrl-D leaves.")
+    has_failed = False
     try:
         while (typed := read_message(reader, conversation)) is not None:
             try:
-                with errors_printed():
-                    _do(conversation, *typed)
+                _do(conversation, *typed)
             except KeyboardInterrupt:  # of a command, such as /image with an address
                 if not is_interactive:
                     raise
                 print("\n(stopped)")
+            except BrokenPipeError:
+                raise
+            except (ValueError, OSError) as error:  # the conversation goes on
+                print(f"error: {printable(str(error))}", file=sys.stderr)
+                has_failed = True
     finally:
         reader.close()
-    return 0
+    return 1 if has_failed and not is_interactive else 0
 
 
 def _answerer(options: argparse.Namespace) -> Answerer:

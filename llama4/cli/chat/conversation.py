@@ -7,13 +7,11 @@ import contextlib
 import io
 import json
 import re
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.arguments import printable
 from llama4.cli.chat.answers import Answer, Answerer
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, user_path
@@ -28,17 +26,6 @@ MAX_FILE = 256 << 20
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a pair: JSON may hold it, UTF-8 may not."""
 CUT = " (cut at --max-new-tokens or the window)"
-
-
-@contextlib.contextmanager
-def errors_printed() -> Iterator[None]:
-    """An error in a conversation is printed and does not end it."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 class Conversation:
@@ -155,10 +142,11 @@ class Conversation:
         self._retries, options = self._retries + 1, self.options
         if (seed := options.get("seed")) is not None:
             options = {**options, "seed": seed + self._retries}  # or it would be the same reply
+        is_answered = False
         try:
-            self._answer(question, options)
+            is_answered = self._answer(question, options)
         finally:
-            if len(self.messages) < len(before) - 1:
+            if not is_answered:
                 self.messages = before
 
     def _take_back(self) -> dict[str, Any] | None:

@@ -44,6 +44,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{name} is not known{nearest(name, known)}")
         return found, unknown
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Readers of ours say by themselves what is wrong."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, ArgumentError):
+                raise argparse.ArgumentError(action, str(error.__context__)) from None
+            raise
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]

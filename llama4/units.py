@@ -1,4 +1,5 @@
-"""Quantities as text: reading "10M" tokens, "80GiB" or "990TFLOP/s", writing "123M", "80.0 GiB" or "12.3 ms"."""
+"""Quantities as text: reading "10M" tokens, "80GiB" or "990TFLOP/s", writing "123M", "80.0 GiB" or "12.3 ms". And the
+names of dtypes."""
 
 from __future__ import annotations
 
@@ -27,10 +28,20 @@ def bytes_text(size: float) -> str:
 
 def time_text(seconds: float) -> str:
     """0.0123 -> "12.3 ms"."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
-        if seconds >= size * (2 if size > 1 else 1):
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    value = 0.0
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        value = float(f"{seconds / size:.3g}")
+        if value >= (2 if size > 1 else 1):
+            return f"{value:,.15g} {unit}"
+    return f"{value:g} us"
+
+
+_DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+
+
+def dtype_name(text: str) -> str:
+    """torch's name of a dtype that is written in short: "bf16" -> "bfloat16"; all else as it is."""
+    return _DTYPE_NAMES.get(text, text)
 
 
 MIN_CONTEXT = 256
@@ -47,7 +58,9 @@ def parse_tokens(text: str, least: int = 1) -> int:
         Llama4Error: anything else.
     """
     units = {"": 1, "K": 2**10, "M": 2**20}
-    return _parse(text, r"([KM]?)", units, "tokens: 131072, 128K or 10M", least, "tokens; write {0}K or {0}M")
+    return _parse(
+        text, r"([KM]?)", units, "a number of tokens: 131072, 128K or 10M", least, "tokens; write {0}K or {0}M"
+    )
 
 
 def parse_bytes(text: str) -> int:
@@ -74,7 +87,7 @@ def parse_rate(text: str) -> float:
 
 
 def _parse(text: str, unit: str, sizes: dict[str, int], wanted: str, least: int, remedy: str) -> int:
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip().upper())
+    match = re.fullmatch(rf"(\d{{1,18}}(?:\.\d+)?)\s*{unit}", text.strip().upper())
     value = round(float(match[1]) * sizes[match[2]]) if match else 0
     if not value:
         raise ArgumentError(f"{text!r} is not {wanted}")

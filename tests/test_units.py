@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama4.units import MIN_CONTEXT, bytes_text, parse_bytes, parse_rate, parse_tokens, time_text
+from llama4.units import MIN_CONTEXT, bytes_text, dtype_name, parse_bytes, parse_rate, parse_tokens, time_text
 
 
 def test_tokens_are_binary_as_windows_are() -> None:
@@ -32,7 +32,7 @@ def test_bytes_and_rates() -> None:
 
 
 @pytest.mark.parametrize("parse", [parse_tokens, parse_bytes, parse_rate])
-@pytest.mark.parametrize("text", ["", "ten", "-5", "0", "10X", "1e9", "10 M M", "nan"])
+@pytest.mark.parametrize("text", ["", "ten", "-5", "0", "10X", "1e9", "10 M M", "nan", "9" * 400])
 def test_anything_else_is_refused_by_name(parse, text: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="is not"):
         parse(text)
@@ -48,7 +48,19 @@ def test_texts() -> None:
         "2.5 h",
         "11.6 days",
     ]
+    assert [time_text(s) for s in (0, 9.996e-4, 0.9999, 119.99, 7199, 1e8, 1e12)] == [
+        *("0 us", "1 ms", "1 s", "2 min", "2 h", "1,160 days", "11,600,000 days"),
+    ]
     assert [bytes_text(n) for n in (100, 2**20, 1.5 * 2**30, 2**52)] == ["100 bytes", "1.0 MiB", "1.5 GiB", "4096 TiB"]
+
+
+def test_dtypes_have_two_names() -> None:
+    assert [dtype_name(text) for text in ("bf16", "bfloat16", "f32", "int4")] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+        "int4",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,7 @@ def weights_of(method: str, given: str, is_packed: bool = False) -> str:
     Raises:
         ArgumentError: packed weights, which method "full" does not train.
     """
-    if method == "full" and given not in ("auto", "bf16"):
+    if method == "full" and given not in ("auto", "bfloat16"):
         raise ArgumentError(f"--weights {given}: packed weights are not trained; plan --finetune qlora")
     if method == "full" and given == "auto" and is_packed:
         raise ArgumentError("this model's weights are packed, and packed weights are not trained; plan --finetune lora")

@@ -81,7 +81,7 @@ def published_rates(name: str, fp8_share: float = 0.0) -> Rates:
 def overridden(rates: Rates, memory: float | None, products: float | None) -> Rates:
     """The rates with what the user gave in their place: `memory` for weights and cache, `products` for products and
     attention."""
-    given = [f"{rate / 1e9:,.5g} {unit}" for rate, unit in ((memory, "GB/s"), (products, "GFLOP/s")) if rate]
+    given = [f"{rate / 1e9:,.10g} {unit}" for rate, unit in ((memory, "GB/s"), (products, "GFLOP/s")) if rate]
     if not given:
         return rates
     source = f"{' and '.join(given)}, as given" + ("" if len(given) == 2 else f"; else {rates.source}")

@@ -215,8 +215,9 @@ def describe_replies(model: Model) -> dict[str, Any] | None:
     if tokenizer is not None:
         names: dict[int, Any] = {id_: name for name, id_ in tokenizer.special_tokens.items()}
     else:
-        added = model.side_files.json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder", {})
-        names = {int(id_): token.get("content") for id_, token in added.items()}
+        added = model.side_files.json(TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
+        tokens = added.items() if isinstance(added, dict) else ()
+        names = {int(id_): token.get("content") for id_, token in tokens if id_.isdecimal() and isinstance(token, dict)}
     configured = said.eos_token_id or model.config.text.eos_token_id
     ids = tokenizer.reply_ends(configured) if tokenizer is not None else configured or ()
     return {

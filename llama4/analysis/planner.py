@@ -21,7 +21,7 @@ from llama4.engine.prefill import prefill_tokens
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.families import PRESETS
 from llama4.quantization.plan import QuantizationPlan
-from llama4.units import bytes_text, time_text
+from llama4.units import bytes_text, dtype_name, time_text
 from llama4.weights import checkpoint, hub
 from llama4.weights import memory as weights_memory
 
@@ -60,8 +60,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         heads = self.config.text.num_key_value_heads
-        if self.devices < 1 or self.device_memory < 1:
-            raise ArgumentError(f"{self.devices} devices of {self.device_memory} bytes hold nothing; give at least one")
+        for name, value in (("devices", self.devices), ("device_memory", self.device_memory)):
+            if value < 1:
+                raise ArgumentError(f"{name} is {value}; it must be at least 1")
         if self.tensor_parallel < 1 or heads % self.tensor_parallel or self.devices % self.tensor_parallel:
             fitting = [t for t in range(1, heads + 1) if heads % t == self.devices % t == 0]
             raise ArgumentError(
@@ -122,22 +123,22 @@ def make_placement(
 
     Args:
         stored: of a quantized model the formats of its files, see `read_model`.
-        weights: "auto" (as stored), "bf16", or a scheme of quantization/schemes.py.
+        weights: "auto" (as stored), "bfloat16", or a scheme of quantization/schemes.py.
         dtype: of all other parameters; "auto" is the checkpoint's.
         tensor_parallel: by default over as many devices as the key heads allow.
 
     Raises:
         Llama4Error: an unknown scheme, or one this model is not for; a number of devices that cannot be divided so.
     """
+    weights, cache_dtype = dtype_name(weights), dtype_name(cache_dtype)
     plan: QuantizationPlan = {}
     if weights == "auto" and stored:
         plan, weights = stored, "the formats it is stored in"
-    elif weights not in ("auto", "bf16"):
+    elif weights not in ("auto", "bfloat16"):
         plan = costs.quantization_plan(config.text, weights)
     if dtype == "auto":
-        dtype = "bfloat16" if weights == "bf16" else config.dtype
-    cache_dtype = "bfloat16" if cache_dtype == "bf16" else cache_dtype
-    label = dtype if weights in ("auto", "bf16") else weights
+        dtype = "bfloat16" if weights == "bfloat16" else config.dtype
+    label = dtype if weights in ("auto", "bfloat16") else weights
     whole = Placement(config, plan, label, dtype, cache_dtype, 1, 1, device_memory, device_type)
     chosen = whole.on(devices)
     return chosen if tensor_parallel is None else replace(chosen, tensor_parallel=tensor_parallel)

@@ -47,7 +47,7 @@ from llama4.engine.prefill import PREFILL_TOKENS
 from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
-from llama4.units import parse_tokens
+from llama4.units import dtype_name, parse_tokens
 
 STEPS = 16
 """Tokens that are decoded at a position."""
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--every", type=positive, default=4096, metavar="N", help="decode after so many (default: 4096)"
     )
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
+    parser.add_argument("--dtype", type=dtype_name, default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", choices=[*SCHEMES], metavar="SCHEME", help="while loading")
     parser.add_argument("--cache-dtype", default="auto", metavar="DTYPE", help="fp8, int8, int4 (default: the model's)")
     add_threads(parser)

@@ -32,6 +32,7 @@ from llama4.bench.report import (
     positive,
     table,
     warn_of_other_processes,
+    whole,
 )
 from llama4.bench.tasks import Task
 from llama4.bench.throughput import PEAK, TaskList, measure, thread_count
@@ -41,6 +42,7 @@ from llama4.files import replace_text
 from llama4.model.device import DTYPES, resolve_device, resolve_dtype
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.schemes import SCHEMES
+from llama4.units import dtype_name
 from llama4.weights import hub
 from llama4.weights.checkpoint import layout_of, open_checkpoint
 from llama4.weights.directory import scratch_directory
@@ -200,7 +202,9 @@ def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) 
         metavar="ENGINE",
         help=f"a peer, repeatable: {_USAGE}",
     )
-    parser.add_argument("--dtype", nargs="+", default=["auto"], choices=["auto", *DTYPES], metavar="DTYPE")
+    parser.add_argument(
+        "--dtype", type=dtype_name, nargs="+", default=["auto"], choices=["auto", *DTYPES], metavar="DTYPE"
+    )
     parser.add_argument(
         "--quantization", nargs="+", default=["none"], choices=["none", *SCHEMES], metavar="SCHEME", help="of llama4"
     )
@@ -216,7 +220,7 @@ def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) 
     parser.add_argument("--reply", type=positive, default=64, metavar="N", help="tokens to decode (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="samples of each task (default: 5)")
     parser.add_argument(
-        "--patience", type=int, default=2, metavar="N", help="times to repeat a disturbed sample (default: 2)"
+        "--patience", type=whole, default=2, metavar="N", help="times to repeat a disturbed sample (default: 2)"
     )
     parser.add_argument(
         "--limit",

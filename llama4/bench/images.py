@@ -38,6 +38,7 @@ from llama4.bench.report import (
 from llama4.bench.tasks import photo_bytes
 from llama4.errors import Llama4Error
 from llama4.model.device import DTYPES
+from llama4.units import dtype_name
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from llama4.vision.images import load_image
@@ -126,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive, default=4, metavar="N", help="of the tower (default: 4)")
     parser.add_argument("--tiles", type=positive, default=17, metavar="N", help="(default: 17)")
     parser.add_argument("--megapixels", type=float, default=12.0, metavar="N", help="of the picture (default: 12)")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, metavar="DTYPE", help="(default: bfloat16)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, default="bfloat16", choices=DTYPES, metavar="DTYPE", help="(default: bfloat16)"
+    )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="(default: 5)")
     add_threads(parser)
     add_output_options(parser)

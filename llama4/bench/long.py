@@ -30,7 +30,7 @@ from llama4.engine.generate import generate
 from llama4.engine.sampling import Sampler
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES
-from llama4.units import bytes_text, parse_tokens, time_text
+from llama4.units import bytes_text, dtype_name, parse_tokens, time_text
 from llama4.weights import hub
 
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--tokens", type=parse_tokens, default=131072, metavar="N", help="of the prompt: 131072, 1M")
     parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
+    parser.add_argument("--dtype", type=dtype_name, default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", metavar="SCHEME", help="of the weights")
     parser.add_argument("--cache-dtype", default="auto", metavar="DTYPE", help="fp8, int8, int4 (default: the model's)")
     parser.add_argument("--vs", choices=BASELINES, help="a baseline for the same prompt")

@@ -34,7 +34,7 @@ from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import Shape, TensorSpec
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import LLAMA4
-from llama4.units import bytes_text
+from llama4.units import bytes_text, dtype_name
 from llama4.vision.config import VisionConfig
 from llama4.weights.directory import check_free, scratch_directory
 from llama4.weights.save import save
@@ -227,7 +227,11 @@ def _parser() -> Parser:
         "--quantization", choices=kinds, metavar="SCHEME", help=f"draw packed weights: {', '.join(kinds)}"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of weights that are not packed (default: %(default)s)"
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        default="bfloat16",
+        help="of weights that are not packed (default: %(default)s)",
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="the first N layers alone")
     return parser

@@ -50,6 +50,7 @@ from llama4.quantization.modules import QuantizedExperts
 from llama4.quantization.plan import make_plan
 from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import QuantizedWeight, WeightFormat
+from llama4.units import dtype_name
 
 EVEN, ONE = "evenly", "all to one"
 
@@ -177,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden-size", type=positive, default=1024, metavar="D", help="without MODEL (default: 1024)")
     parser.add_argument("--width", type=positive, default=2048, metavar="F", help="of an expert (default: 2048)")
     parser.add_argument("--experts", type=positive, default=16, metavar="E", help="how many (default: 16)")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, metavar="DTYPE", help="(default: bfloat16)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, default="bfloat16", choices=DTYPES, metavar="DTYPE", help="(default: bfloat16)"
+    )
     parser.add_argument("--backends", nargs="+", default=backends, choices=backends, metavar="NAME")
     parser.add_argument(
         "--tokens", nargs="+", type=positive, default=[1, 4, 16, 64, 256], metavar="N", help="per expert"

@@ -1,6 +1,6 @@
 """Compares a checkpoint with transformers, layer by layer: where the two first differ, and by how much.
 
-`python -m llama4.bench parity PATH [--against transformers] [--dtype float32] [--prompt TEXT] [--image FILE] [--json]`
+`llama4 bench parity PATH [--against transformers] [--dtype float32] [--prompt TEXT] [--image FILE] [--json]`
 
 The models run one after the other, so only one at a time is in memory.
 
@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from llama4.api import Llama4
-from llama4.arguments import Parser
+from llama4.arguments import Parser, one_line
 from llama4.errors import Llama4Error
 from llama4.inputs import Inputs
 from llama4.model.device import DTYPES
 from llama4.model.moe import Router
 from llama4.tiny.shapes_dataset import draw, fresh_question
+from llama4.units import dtype_name
 from llama4.weights import hub
 from llama4.weights.checkpoint import layout_of
 
@@ -164,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench parity", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
     parser.add_argument("--against", default="transformers", choices=["transformers"], help="the reference")
-    parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES), help="of both models (default: float32)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, default="float32", choices=sorted(DTYPES), help="of both models (default: float32)"
+    )
     parser.add_argument("--experts", default="auto", help="our backend: loop, grouped or auto (default: auto)")
     parser.add_argument("--prompt", default="Describe the picture.", metavar="TEXT")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable (default: a drawing)")
@@ -185,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del llm
         stages = compare(ours, trace_transformers(str(directory), inputs, DTYPES[options.dtype], text_only))
     except ValueError as error:
-        print(f"llama4: error: {error}", file=sys.stderr)
+        print(f"llama4: error: {one_line(error)}", file=sys.stderr)
         return 2
     first = first_difference(stages, tolerance)
     if options.json:

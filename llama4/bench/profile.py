@@ -36,6 +36,7 @@ from llama4.bench.report import (
 )
 from llama4.model.device import DTYPES
 from llama4.quantization.schemes import SCHEMES
+from llama4.units import dtype_name
 
 SMALL = 0.005
 """Share of the time below which an operation has no row of its own."""
@@ -149,7 +150,7 @@ def tables(report: Mapping[str, Any], markdown: bool = False) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="llama4 bench profile", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="PATH", help="embedded name, directory, GGUF file or Hub id")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
+    parser.add_argument("--dtype", type=dtype_name, default="auto", choices=["auto", *DTYPES], metavar="DTYPE")
     parser.add_argument("--quantization", choices=[*SCHEMES], metavar="SCHEME", help="while loading")
     parser.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens (default: 512)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="profiled runs (default: 5)")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from llama4.bench.peak_rates import PeakRates
+from llama4.errors import ArgumentError
 from llama4.progress import Bar
 
 T = TypeVar("T")
@@ -123,9 +124,17 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N")
 
 
+def whole(text: str, least: int = 0) -> int:
+    """For argparse.
+
+    Raises:
+        ArgumentError: no whole number, or one below `least`.
+    """
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentError(f"{text!r:.40} is no whole number, {least} or more")
+    return int(text)
+
+
 def positive(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    """`whole`, from 1."""
+    return whole(text, 1)

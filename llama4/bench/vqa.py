@@ -1,6 +1,6 @@
 """How often a model answers questions about fresh drawings rightly, for each kind of question.
 
-`python -m llama4.bench vqa [--model tiny] [--pictures N] [--seed S] [--json]`
+`llama4 bench vqa [--model tiny] [--pictures N] [--seed S] [--json]`
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llama4.errors import ArgumentError
+from llama4.units import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -138,8 +139,8 @@ def resolve_format(name: str | torch.dtype | None, dtype: torch.dtype) -> CacheF
 
     if name is None or name in ("auto", dtype):
         return Unquantized(dtype)
-    if isinstance(name, torch.dtype) or name in ("bf16", "bfloat16", "float16", "float32", "float64"):
-        given = torch.bfloat16 if name == "bf16" else name if isinstance(name, torch.dtype) else getattr(torch, name)
+    if isinstance(name, torch.dtype) or dtype_name(name) in ("bfloat16", "float16", "float32", "float64"):
+        given = name if isinstance(name, torch.dtype) else getattr(torch, dtype_name(name))
         if given.is_floating_point and given.itemsize > 1:
             return Unquantized(given)
     elif name in QUANTIZED:

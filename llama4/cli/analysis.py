@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from llama4.adapters.methods import PLANNED
@@ -12,8 +11,10 @@ from llama4.arguments import printable
 from llama4.cache.formats import QUANTIZED
 from llama4.cli.finetune import LORA, SETTINGS, parse_targets
 from llama4.cli.options import add_hub_options
+from llama4.files import user_path
 from llama4.progress import starting
 from llama4.quantization.schemes import SCHEMES
+from llama4.units import MIN_CONTEXT, dtype_name, parse_bytes, parse_rate, parse_tokens
 
 MODEL = {
     "help": "scout, maverick, guard4, behemoth, llama-3.1-8b and the like, tiny, a directory, a GGUF file or a Hub id"
@@ -49,13 +50,15 @@ def add_parsers(commands: Any) -> None:
     )
     plan.add_argument(
         "--weights",
-        choices=("auto", "bf16", *SCHEMES),
+        type=dtype_name,
+        choices=("auto", "bfloat16", *SCHEMES),
         default="auto",
         help="format of the weights (default: as stored)",
     )
     plan.add_argument(
         "--cache",
-        choices=("auto", "bf16", *QUANTIZED),
+        type=dtype_name,
+        choices=("auto", "bfloat16", *QUANTIZED),
         default="auto",
         help="format of keys and values in layers that see the whole context (default: the model's dtype)",
     )
@@ -63,14 +66,26 @@ def add_parsers(commands: Any) -> None:
     plan.add_argument("--tensor-parallel", type=int, metavar="T", help="number of devices that split heads and experts")
     plan.add_argument("--device", choices=DEVICES, help="kind of device (default: h100); cpu measures this machine")
     plan.add_argument(
-        "--device-memory", metavar="SIZE", help="memory of one device, such as 80GiB (default: that of its kind)"
+        "--device-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="memory of one device, such as 80GiB (default: that of its kind)",
     )
-    plan.add_argument("--memory-rate", metavar="RATE", help="memory bandwidth that one device reaches, such as 2.4TB/s")
     plan.add_argument(
-        "--gemm-rate", metavar="RATE", help="speed of matrix products that one device reaches, such as 400TFLOP/s"
+        "--memory-rate",
+        type=parse_rate,
+        metavar="RATE",
+        help="memory bandwidth that one device reaches, such as 2.4TB/s",
+    )
+    plan.add_argument(
+        "--gemm-rate",
+        type=parse_rate,
+        metavar="RATE",
+        help="speed of matrix products that one device reaches, such as 400TFLOP/s",
     )
     plan.add_argument(
         "--disk-rate",
+        type=parse_rate,
         metavar="RATE",
         help="speed of the disk, for a model larger than this CPU's memory, such as 1GB/s",
     )
@@ -99,7 +114,6 @@ def run_info(options: argparse.Namespace) -> int:
         return 0
     with starting():
         from llama4.analysis.info import describe_model, find, table
-        from llama4.units import MIN_CONTEXT, parse_tokens
 
     model = find(options.model, options.revision, subfolder=options.subfolder)
     context = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
@@ -111,7 +125,6 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     with starting():
-        from llama4 import units
         from llama4.analysis import hardware, mapped_experts, planner
         from llama4.bench import calibration as cpu
         from llama4.families import PRESETS
@@ -131,7 +144,7 @@ def run_plan(options: argparse.Namespace) -> int:
         options.parser.error(f"--measure runs a model, and {options.model} is a shape without weights; leave it out")
     config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)
     device = "h100" if on_cpu else options.device or "h100"
-    rates = tuple(units.parse_rate(rate) if rate else None for rate in (options.memory_rate, options.gemm_rate))
+    rates = options.memory_rate, options.gemm_rate
     placement = planner.make_placement(
         config,
         stored,
@@ -143,7 +156,7 @@ def run_plan(options: argparse.Namespace) -> int:
         device_memory=_device_memory(options),
         device_type="cpu" if on_cpu else "cuda",
     )
-    wanted = units.parse_tokens(options.context, units.MIN_CONTEXT) if options.context else None
+    wanted = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
     context = planner.checked_context(placement, wanted)
     if on_cpu and None in rates:
         reached = cpu.measure_rates(placement)
@@ -152,8 +165,8 @@ def run_plan(options: argparse.Namespace) -> int:
     facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
     mapped = mapped_experts.mapped_experts(placement, context) if on_cpu else None
     if mapped is not None:
-        disk = units.parse_rate(options.disk_rate) if options.disk_rate else None
-        if disk is None and (directory := Path(options.model, options.subfolder or "")).is_dir():
+        disk = options.disk_rate
+        if disk is None and (directory := user_path(options.model) / (options.subfolder or "")).is_dir():
             disk = cpu.disk_rate(directory)
         if disk is not None:
             facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
@@ -171,7 +184,6 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def run_plan_of_training(options: argparse.Namespace) -> int:
-    from llama4 import units
     from llama4.adapters.config import LoraConfig
     from llama4.analysis import finetuning, hardware, planner
     from llama4.train.options import MOST_BATCH_TOKENS, TrainingOptions
@@ -196,16 +208,16 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
     lora: dict[str, Any] = {"rank": options.rank} if options.rank is not None else {}
     lora |= parse_targets(options.targets) if options.targets is not None else {}
     settings = TrainingOptions(optimizer_states=options.optimizer_states or TrainingOptions.optimizer_states)
-    wanted = units.parse_tokens(options.context) if options.context else settings.max_length
+    window = config.text.max_position_embeddings
+    wanted = min(settings.max_length, window) if options.context is None else parse_tokens(options.context)
     training = finetuning.Training(
         options.finetune,
         LoraConfig(**lora),
-        batch_tokens=options.batch_tokens or MOST_BATCH_TOKENS,
-        length=min(wanted, config.text.max_position_embeddings),
+        batch_tokens=MOST_BATCH_TOKENS if options.batch_tokens is None else options.batch_tokens,
+        length=planner.checked_context(placement, wanted),
         optimizer_states=settings.optimizer_states,
     )
-    rate = units.parse_rate(options.gemm_rate) if options.gemm_rate else None
-    rates = hardware.overridden(hardware.published_rates(device), None, rate)
+    rates = hardware.overridden(hardware.published_rates(device), None, options.gemm_rate)
     facts = finetuning.describe(options.model, placement, training, rates)
     print(json.dumps(facts, indent=2) if options.json else finetuning.table(facts))
     return 0
@@ -215,11 +227,10 @@ def _device_memory(options: argparse.Namespace) -> int:
     """Bytes of one device, as given or as the device has."""
     import torch
 
-    from llama4 import units
     from llama4.analysis import hardware
     from llama4.weights import memory
 
-    if options.device_memory:
-        return units.parse_bytes(options.device_memory)
+    if options.device_memory is not None:
+        return int(options.device_memory)
     on_cpu = options.measure or options.device == "cpu"
     return memory.total(torch.device("cpu")) if on_cpu else hardware.DEVICES[options.device or "h100"].memory

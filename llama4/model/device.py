@@ -7,6 +7,7 @@ import torch
 from llama4.config import Llama4Config
 from llama4.control_groups import available_memory
 from llama4.errors import ArgumentError, ConfigError
+from llama4.units import dtype_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SMALL_MODEL = 100_000_000
@@ -41,8 +42,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: Llama4Config, device: torch.
     if not is_given:
         small = device.type == "cpu" and config.num_parameters() < SMALL_MODEL
         dtype = "float32" if small else config.dtype
-    name = str(dtype).removeprefix("torch.")
-    name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
+    name = dtype_name(str(dtype).removeprefix("torch."))
     if name not in DTYPES:
         known = f"one of {', '.join(DTYPES)}"
         if not is_given:

@@ -88,6 +88,17 @@ def test_a_configuration_alone(directory: Path, tmp_path: Path) -> None:
     assert lines["prompts"] == "unknown: there is no tokenizer"
 
 
+@pytest.mark.parametrize("added", [None, 5, [], {"x": {}}, {"5": "a"}, {"7": {"content": "<|end|>"}}])
+def test_names_of_ends_where_there_is_no_tokenizer(added: object, directory: Path, tmp_path: Path) -> None:
+    """Whatever tokenizer_config.json holds."""
+    content = json.loads((directory / "config.json").read_text())
+    content["text_config"]["eos_token_id"] = [7]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    ends = describe_model(find(str(tmp_path)))["replies"]["stop_tokens"]
+    assert ends == {7: "<|end|>" if isinstance(added, dict) and "7" in added else None}
+
+
 def test_what_a_model_was_made_from(directory: Path, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -64,7 +64,7 @@ def test_a_text_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_numbers_below_one(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["perplexity", "model", "--text", "text", option, value])
-    assert f"{option}: invalid positive value" in capsys.readouterr().err
+    assert f"{option}: {value!r} is no whole number, 1 or more" in capsys.readouterr().err
 
 
 PROGRAM = f"""#!{sys.executable}

@@ -56,8 +56,7 @@ def test_ours_is_closer_than_plain_whatever_the_distribution() -> None:
 
 def test_plain_rounding_wants_its_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
-    with pytest.raises(SystemExit):
-        main(["quantization", "--plain"])
+    assert main(["quantization", "--plain"]) == 1
     assert "pip install compressed-tensors" in capsys.readouterr().err
 
 

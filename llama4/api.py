@@ -30,7 +30,7 @@ from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import DTYPES, resolve_device
 from llama4.model.multimodal import Llama4Model
-from llama4.options import MAX_NEW_TOKENS, Options, Prepared, Prompt, choice_of, conversation
+from llama4.options import MAX_NEW_TOKENS, Options, Prepared, Prompt, choice_of, conversation, options_checked
 from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
@@ -326,6 +326,7 @@ class Llama4:
             return configured
         return tuple(id_ for id_ in self.tokenizer.reply_ends(configured) if id_ in vocabulary)
 
+    @options_checked
     def chat(
         self,
         messages: Prompt,
@@ -395,6 +396,7 @@ class Llama4:
             Llama4Error: a malformed message or argument, or its subclasses: `ImageError` for an image that cannot be
                 read, `ContextLengthError` for a prompt beyond the window, `ChatTemplateError` where the checkpoint's
                 template fails or refuses the messages.
+            TypeError: an option that there is not, with the nearest of those that there are.
         """
         if not is_integer(n) or n < 1:
             raise ArgumentError(f"n is {n!r:.80}; it must be a whole number, 1 or more")
@@ -435,8 +437,8 @@ class Llama4:
         return stream.reply
 
     def stream(self, messages: Prompt, **options: Unpack[Options]) -> Stream:
-        """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments and
-        errors are those of `chat`; errors come at once."""
+        """Answer a conversation piece by piece: of its text, or with `.events()` of text and tool calls. Arguments, but
+        for `n`, and errors are those of `chat`; errors come at once."""
         prompt = messages if isinstance(messages, Inputs) else conversation(messages)
         prepared = self.prepare(prompt, **options)
         builder = prepared.builder(self.tokenizer)
@@ -448,12 +450,14 @@ class Llama4:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
         if isinstance(conversations, str | Mapping):
             raise ArgumentError(f"conversations is {conversations!r:.80}; it must be a list, with one for each reply")
-        if not isinstance(conversations, Inputs) and not conversations:
-            return []
-        prompts = (
-            conversations if isinstance(conversations, Inputs) else [list(conversation(row)) for row in conversations]
-        )
-        prepared = self.prepare(prompts, **options)
+        if isinstance(conversations, Inputs):
+            prepared = self.prepare(conversations, **options)
+        else:
+            if any(isinstance(row, Mapping) for row in conversations):
+                raise ArgumentError("conversations is a list of messages; give a list of conversations: [messages]")
+            if not conversations:
+                return []
+            prepared = self.prepare([list(conversation(row)) for row in conversations], **options)
         builders = prepared.builders(self.tokenizer)
         for event in self._start(prepared):
             builders[event.row].add(event)

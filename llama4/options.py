@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, cast
+from functools import wraps
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 from llama4.config import GenerationConfig
 from llama4.engine.grammar import Form, Matcher, Vocabulary
@@ -15,6 +17,9 @@ from llama4.inputs import Inputs
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import chosen_tools
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MAX_NEW_TOKENS = 256
 """Of a reply, where a caller does not say."""
@@ -93,6 +98,27 @@ _OTHERS = Options.__annotations__.keys() - SamplingOptions.__annotations__.keys(
 """Options that no `Sampler` takes."""
 
 
+def check_options(names: Iterable[str]) -> None:
+    """Raises:
+    TypeError: an option that there is not.
+    """
+    if unknown := set(names) - Options.__annotations__.keys():
+        name = min(unknown)
+        raise TypeError(f"{name} is no option of a reply{nearest(name, Options.__annotations__)}")
+
+
+def options_checked(call: Callable[P, R]) -> Callable[P, R]:
+    """A call that takes options by name: of one that there is not, its error names the nearest."""
+    known = inspect.signature(call).parameters
+
+    @wraps(call)
+    def checked(*arguments: P.args, **options: P.kwargs) -> R:
+        check_options(options.keys() - known)
+        return call(*arguments, **options)
+
+    return checked
+
+
 def choice_of(
     options: Options, defaults: GenerationConfig, vocab_size: int
 ) -> tuple[Sampler, Sequence[Mapping[str, Any]] | None, Form | None]:
@@ -105,9 +131,7 @@ def choice_of(
         Llama4Error: an option out of its range, or options that contradict each other.
         TypeError: an option that there is not.
     """
-    if unknown := options.keys() - Options.__annotations__.keys():
-        name = min(unknown)
-        raise TypeError(f"{name} is no option of chat{nearest(name, Options.__annotations__)}")
+    check_options(options)
     tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
     forms = (options.get("response_format"), options.get("regex"), options.get("choices"), options.get("grammar"))
     form = Form.of(*forms, called)

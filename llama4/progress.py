@@ -46,7 +46,7 @@ _current: ContextVar[Bar | None] = ContextVar("bar", default=None)
 
 def has_display() -> bool:
     """Whether somebody sees what goes to stderr while it comes: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or in_notebook()
+    return (sys.stderr is not None and sys.stderr.isatty()) or in_notebook()
 
 
 def _size() -> dict[str, int]:

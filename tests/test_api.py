@@ -485,6 +485,8 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
     for value in (10.5, "10", True):
         with pytest.raises(ArgumentError, match=r"^max_context is .*; it must be between 2 and .* a whole number"):
             Llama4(llm.model, llm.tokenizer, max_context=value)
+    with pytest.raises(ArgumentError, match=r"^conversations is a list of messages; give a list of conversations"):
+        llm.chat_batch([{"role": "user", "content": "hello"}])  # type: ignore[list-item]
     for value in ("hello", {"role": "user", "content": "hello"}):
         with pytest.raises(ArgumentError, match=r"^conversations is .*hello.*; it must be a list"):
             llm.chat_batch(value)
@@ -492,8 +494,12 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
     with pytest.raises(ArgumentError, match=r"^threshold is '0\.5'; it must be"):
         llm.moderate("hi", threshold=value)
     unknown: Any = {"top_x": None}
-    with pytest.raises(TypeError, match=r"top_x is no option of chat \(did you mean top_[kp]\?\)"):
-        llm.stream("hi", **unknown)
+    for ask_for in (llm.stream, llm.chat, llm.complete):
+        with pytest.raises(TypeError, match=r"top_x is no option of a reply \(did you mean top_[kp]\?\)"):
+            ask_for("hi", **unknown)
+    servers_word: Any = {"max_tokens": 5}
+    with pytest.raises(TypeError, match=r"max_tokens is no option of a reply \(did you mean max_new_tokens\?\)"):
+        llm.chat("hi", **servers_word)
 
 
 def test_numbers_may_be_numpys(llm: Llama4) -> None:

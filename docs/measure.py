@@ -48,7 +48,8 @@ RUNS = {
     " --rounds 3 --limit 8",
     "small-avx2": f"{AVX2} {GENERATE} small --quantization none int8 int4 --vs llama.cpp=build-avx2/bin"
     " --rounds 3 --limit 20",
-    "small-float32-avx2": f"{AVX2} {GENERATE} small --dtype float32 --vs llama.cpp=build-avx2/bin --rounds 3 --limit 20",
+    "small-float32-avx2": f"{AVX2} {GENERATE} small --dtype float32 --vs llama.cpp=build-avx2/bin"
+    " --rounds 3 --limit 20",
 }
 """Name -> command, as it is typed. Variables before it limit this library and torch to an instruction set."""
 LEVELS = {name: "avx512vnni" for name in RUNS if name.endswith(("-vnni", "-avx512", "-avx2"))}

@@ -102,9 +102,12 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
     except ImageError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"cannot open the image file {_short(str(source))}: {error}"
+        said = getattr(error, "strerror", None) or error
+        reason = f"cannot open the image file {_short(str(source))}: {said}"
         if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
             reason = f"no such image file: {_short(str(source))}; check the path"
+        elif isinstance(error, IsADirectoryError):
+            reason = f"{_short(str(source))} is a directory; give the file of an image"
         if isinstance(source, str) and (data := decode_base64(source)):
             try:
                 return _decode(io.BytesIO(data), "in base64 it", limits)

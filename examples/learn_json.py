@@ -14,6 +14,11 @@ import random
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="OUT_DIR", type=Path)
+    arguments = parser.parse_args()
+
 from llama4 import Llama4
 from llama4.tiny import shapes_dataset
 from llama4.tiny.shapes_dataset import Question
@@ -81,6 +86,4 @@ def main(output: Path, train: int = 600, test: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="OUT_DIR", type=Path)
-    main(parser.parse_args().output)
+    main(arguments.output)

@@ -388,7 +388,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exam", type=int, default=240, help="held-out pictures with a text")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    parser.add_argument("--processes", type=int, default=cores)
     args = parser.parse_args()
     if not args.minutes > 0 or args.exam < 12 or args.processes < 1:
         parser.error("--minutes is above 0, --exam at least 12, --processes at least 1")

@@ -9,6 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("output", metavar="OUT_DIR", type=Path)
+output = parser.parse_args().output  # before the imports, which take seconds
+
 import torch
 
 from llama4 import Llama4
@@ -18,9 +22,6 @@ from llama4.train import LoraConfig
 from llama4.train.data import Batches, load_dataset
 from llama4.train.objectives import batch_loss
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("output", metavar="OUT_DIR", type=Path)
-output = parser.parse_args().output
 output.mkdir(parents=True, exist_ok=True)
 with open(output / "colours.jsonl", "w", encoding="utf-8") as file:
     for thing, colour in {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}.items():

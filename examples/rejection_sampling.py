@@ -9,6 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("output", metavar="OUT_DIR", type=Path)
+output = parser.parse_args().output  # before the imports, which take seconds
+
 from llama4 import Llama4
 from llama4.train import finetune
 
@@ -21,9 +25,6 @@ def score(question: str, reply: str) -> float:
     return -len(reply)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("output", metavar="OUT_DIR", type=Path)
-output = parser.parse_args().output
 output.mkdir(parents=True, exist_ok=True)
 llm = Llama4.from_pretrained("tiny", progress=False)
 with open(output / "best.jsonl", "w", encoding="utf-8") as file:

@@ -636,7 +636,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "tokenizer.model").exists():
         build_vocabulary(args.out / "tokenizer.model", tiny().text.vocab_size - SPECIAL_TOKENS)
-    world = 1 if args.device == "cuda" else args.processes or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    world = 1 if args.device == "cuda" else args.processes or cores
     if args.batch % world or args.see_batch % world:
         parser.error(
             f"--batch {args.batch} and --see-batch {args.see_batch} must be multiples of the {world} processes"

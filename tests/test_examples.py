@@ -76,6 +76,15 @@ def test_example_says_how_it_is_used(
         assert stopped.value.code == code and (shown.err if code else shown.out).startswith(f"usage: {name}")
 
 
+@pytest.mark.parametrize("name", [*WITH_OUTPUT, "learn_json"])
+def test_example_asks_for_its_directory_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it imports torch."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "llama4", None)
+    with pytest.raises(SystemExit, match="2"):
+        run(name, monkeypatch)
+
+
 @pytest.mark.parametrize("name", WITH_RAY)
 def test_example_says_what_it_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -29,7 +29,7 @@ def test_what_is_given_counts() -> None:
     assert overridden(rates, None, None) == rates
     both = overridden(rates, 1e12, 2e14)
     assert (both.memory, both.cache, both.products, both.attention) == (1e12, 1e12, 2e14, 2e14)
-    assert both.source == "1,000 GB/s and 2e+05 GFLOP/s, as given"
+    assert both.source == "1,000 GB/s and 200,000 GFLOP/s, as given"
     one = overridden(rates, None, 2e14)
     assert (one.memory, one.products) == (rates.memory, 2e14)
     assert "as given; else H100" in one.source

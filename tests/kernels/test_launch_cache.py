@@ -5,6 +5,7 @@ Without a GPU kernels are compiled for one that is not there, by a driver that n
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,10 +39,11 @@ class Driver(Target):
     def __init__(self) -> None:
         super().__init__(90)
         self.device, self.loaded, self.launched = 0, 0, list[tuple[Any, ...]]()
+        self.unloaded = list[str]()
         properties = {"max_shared_mem": 232448}
         self.utils = SimpleNamespace(
             load_binary=self.load_binary,
-            unload_module=lambda module: None,
+            unload_module=self.unloaded.append,
             get_device_properties=lambda device: properties,
         )
 
@@ -212,6 +214,17 @@ def test_what_is_kept_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch
         same(driver, x, x, x, more / 2, 32, BLOCK=16)
         assert same(driver, x, x, x, more / 2, 32, BLOCK=16)
         assert len(launch_cache._kept) <= 3
+
+
+@needs_the_compiler
+def test_what_is_kept_stays_loaded(driver: Driver) -> None:
+    """Though Triton forgets it: newer versions unload what nobody has."""
+    x = torch.zeros(64)
+    same(driver, x, x, x, 2, 32, BLOCK=16)
+    add.device_caches.clear()
+    gc.collect()
+    assert launch_cache.launch(add, (1,), x, (x, x, x, 2, 32), {"BLOCK": 16})
+    assert not driver.unloaded
 
 
 @pytest.mark.cuda

@@ -10,9 +10,9 @@ ones, and for each constant (`specialize_arg` in Triton's python/src/specialize.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -25,23 +25,9 @@ enabled = True
 """Whether anything is launched from here; not after a launch went wrong when it was tried (support.py)."""
 
 
-class _Compiled(NamedTuple):
-    """What a kernel was compiled to for arguments of a kind.
-
-    Attributes:
-        kernel: of which it is, kept so that its `id` is no other's.
-        run: the launcher.
-        constants: of the kernel's parameters, those behind the arguments.
-    """
-
-    kernel: Any
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
-    constants: tuple[Any, ...]
-
-
-_kept: dict[tuple[Any, ...], _Compiled] = {}
+_kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""What a kernel was compiled to for arguments of a kind, and the constants behind these. It is unloaded when nobody has
+it any more, and has its kernel, so that the kernel's `id` is no other's."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, arguments: Sequence[Any], sizes: dict[str, Any]) -> bool:
@@ -69,15 +55,16 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, arguments: Sequence
             kind += argument.base.dtype, *argument.block_shape, argument.padding
     kind += sizes.items()
     key = tuple(kind)
-    compiled = _kept.get(key)
-    if compiled is None:
+    found = _kept.get(key)
+    if found is None:
         _compile(key, kernel, grid, arguments, sizes)
         return True
+    compiled, constants = found
     compiled.run(
         *(*grid, 1, 1)[:3],
-        *(driver.get_current_stream(device), compiled.function, compiled.metadata, None, None, None),
+        *(driver.get_current_stream(device), compiled.function, compiled.packed_metadata, None, None, None),
         *arguments,
-        *compiled.constants,
+        *constants,
     )
     return True
 
@@ -100,5 +87,4 @@ def _compile(
     if compiled is not None and all(name in sizes for name in names):
         if len(_kept) >= MAX_KEPT:
             _kept.clear()
-        constants = tuple(sizes[name] for name in names)
-        _kept[key] = _Compiled(kernel, compiled.run, compiled.function, compiled.packed_metadata, constants)
+        _kept[key] = compiled, tuple(sizes[name] for name in names)

@@ -290,8 +290,9 @@ def first_largest(x, c):
 
 @triton.jit
 def rounded_scale(scale, dtype: tl.constexpr):
-    """A float32 scale, as one that was computed in a dtype, in bfloat16; 1 where it is 0."""
+    """A float32 scale, as one that was computed in a dtype, in bfloat16; 1 where it is 0, NaN where it is infinite."""
     scale = scale.to(dtype).to(tl.float32)
+    scale = tl.where(tl.abs(scale) == float("inf"), float("nan"), scale)
     return tl.where(scale == 0, 1.0, scale).to(tl.bfloat16)
 
 

@@ -124,6 +124,8 @@ class CudaGraphRunner:
         model, text = self.model, self.model.config.text
         if (reason := self._absent_reason()) is not None:
             return reason
+        if torch.is_autocast_enabled("cuda"):
+            return "autocast chooses dtypes"
         if torch.is_grad_enabled():
             return "gradients are being recorded; decode inside torch.inference_mode()"
         if not cache.is_consistent:

@@ -261,8 +261,11 @@ def test_outside_of_inference_mode(model: Llama4Model) -> None:
 
 
 @on_a_device
-def test_what_it_does_not_compute(model: Llama4Model) -> None:
+def test_what_it_does_not_compute(model: Llama4Model, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, cache = CudaGraphRunner(model), model.new_cache(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # no GPU, no autocast
+        assert runner.unsupported_reason(cache) == "autocast chooses dtypes"
     with torch.inference_mode(False), torch.enable_grad():
         assert "gradients" in (runner.unsupported_reason(cache) or "")
     small_model.layers(model)[1].feed_forward.experts = torch.nn.Identity()

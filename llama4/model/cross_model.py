@@ -66,7 +66,7 @@ class CrossAttentionModel(Llama4Model):
         image_grids: Tensor | None,
         cache: SequenceCache | None,
     ) -> tuple[Tensor, Batch]:
-        x_ND = self._embed(ids_N)
+        x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
         known = cache.pictures if cache is not None else ((),) * len(batch.lengths)
         new: list[list[NewPicture]] = [[] for _ in batch.lengths]
         if ids_N.device.type == "cpu" or not batch.is_decode or image_features is not None:  # elsewhere it would wait

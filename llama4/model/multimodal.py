@@ -206,6 +206,7 @@ class Llama4Model(nn.Module):
             cache.next_position if cache is not None else None,
             cache.rope_lengths if cache is not None else None,
         )
+        self._check_ids(input_ids, attention_mask)
         ids_N = batch.pack(input_ids.to(self.device))
         if pixel_values is not None:
             if image_features is not None:
@@ -218,12 +219,14 @@ class Llama4Model(nn.Module):
             view.commit()
         return x_ND, batch
 
-    def _embed(self, ids_N: Tensor) -> Tensor:
-        if ids_N.device.type == "cpu" and len(ids_N):
-            low, high = ids_N.aminmax()
+    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Those on a GPU would be waited for, and are not looked at."""
+        if not input_ids.is_cpu:
+            return
+        given_N = input_ids if attention_mask is None else input_ids[attention_mask.cpu().bool()]
+        if given_N.numel():
+            low, high = given_N.aminmax()
             check_ids(int(low), int(high), self.config.text.num_embeddings)
-        x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
-        return x_ND
 
     def _fuse(
         self,
@@ -237,7 +240,7 @@ class Llama4Model(nn.Module):
 
         Early fusion: the embedding of every `<|patch|>` is replaced by the next image feature. In a step of decoding
         without features, one that the model itself wrote keeps its embedding."""
-        x_ND = self._embed(ids_N)
+        x_ND: Tensor = self.language_model.model.embed_tokens(ids_N)
         if image_features is None and (ids_N.device.type != "cpu" or batch.is_decode):
             return x_ND, batch
         is_patch = ids_N == self.config.image_token_index

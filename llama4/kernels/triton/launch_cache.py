@@ -24,7 +24,6 @@ MAX_KEPT = 1 << 14
 enabled = True
 """Whether anything is launched from here; not after a launch went wrong when it was tried (support.py)."""
 
-
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """What a kernel was compiled to for arguments of a kind, and the constants behind these. It is unloaded when nobody has
 it any more, and has its kernel, so that the kernel's `id` is no other's."""

@@ -303,15 +303,20 @@ class QuantizedWeight(PackedLinear):
 
     def set_part(self, name: str, values: Tensor) -> None:
         """Make a part these values, which are in the order that `in_kernel_layout` says."""
+        values = self._as_computed(name, values).contiguous()
+        self.register_parameter(name, nn.Parameter(values, requires_grad=False))
+
+    def _as_computed(self, name: str, values: Tensor) -> Tensor:
+        """A part in the dtype that it is computed from; that of its checkpoint is noted."""
         self._narrow.pop(name, None)
         if values.dtype == torch.float8_e4m3fn:
-            values = values.view(torch.uint8)  # torch cannot pickle e4m3
-        elif values.dtype == torch.float16 or (  # which no kernel reads
+            return values.view(torch.uint8)  # torch cannot pickle e4m3
+        if values.dtype == torch.float16 or (  # which no kernel reads
             values.dtype == torch.bfloat16 and values.is_cuda and self.format.float32_scales_on_gpu
         ):
             self._narrow[name] = values.dtype
-            values = values.float()
-        self.register_parameter(name, nn.Parameter(values.contiguous(), requires_grad=False))
+            return values.float()
+        return values
 
     def checkpoint_layout(self, name: str) -> Tensor:
         """A part as a checkpoint has it."""
@@ -417,15 +422,22 @@ class QuantizedWeight(PackedLinear):
         if self.in_kernel_layout or self._narrow:
             destination.update({prefix + name: self.checkpoint_layout(name) for name in self.specs})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.in_kernel_layout:
-            given = {name: state_dict[prefix + name] for name in self.specs if prefix + name in state_dict}
-            fitting = {name: values for name, values in given.items() if values.shape == self.part(name).shape}
-            state_dict = state_dict | {
-                prefix + name: self.from_checkpoint_layout(name, values).reshape(values.shape)
-                for name, values in fitting.items()
-            }
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Parts come in the order and the dtypes of a checkpoint."""
+        parts = {}
+        for name in (name for name in self.specs if prefix + name in state_dict):
+            values, own = state_dict[prefix + name], self.part(name)
+            if local_metadata.get("assign_to_params_buffers", False):
+                values = self._as_computed(name, values)
+            elif self._narrow.get(name) != values.dtype:
+                self._narrow.pop(name, None)
+                values = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+            if self.in_kernel_layout and values.shape == own.shape:
+                values = self.from_checkpoint_layout(name, values).reshape(own.shape)
+            parts[prefix + name] = values
+        super()._load_from_state_dict(state_dict | parts, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         return f"{self.format.kind}, {list(self.shape)}, group_size={self.format.group_size}"

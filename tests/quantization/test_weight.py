@@ -146,6 +146,24 @@ def test_parts_move_with_their_module(format: WeightFormat) -> None:
         assert module.checkpoint_layout(part).device.type == "meta"
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_a_state_dict_comes_back(format: WeightFormat, dtype: torch.dtype, assign: bool) -> None:
+    """Scales in float16 become float32, and e4m3 lies in memory as bytes: neither is a state dict's."""
+    module, x = packed(normal(64, 128).to(dtype), format), normal(3, 128, seed=4)
+    other = packed(normal(64, 128, seed=1), format)
+    other.load_state_dict(module.state_dict(), assign=assign)
+    assert torch.equal(other(x), module(x))
+    dtypes = [parameter.dtype for parameter in module.parameters()]
+    assert not assign or [parameter.dtype for parameter in other.parameters()] == dtypes
+    again = packed(normal(64, 128, seed=2).to(dtype), format)
+    again.load_state_dict(module.state_dict(), assign=assign)
+    for part in module.specs:
+        found, wanted = again.checkpoint_layout(part), module.checkpoint_layout(part)
+        assert found.dtype == wanted.dtype and torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("group", "shape"),

@@ -44,7 +44,7 @@ ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
 PREFIX = "base_model.model."
 _MAX_ALPHA = 1e9
 _PATIENCE = 10.0
-"""Seconds that the expressions of a file may take for all names."""
+"""Seconds that the expressions of a file may take, to be read and for all names."""
 LAYOUTS = ("peft", "peft-0.18", "per-expert")
 
 _UNSUPPORTED = {
@@ -55,8 +55,13 @@ _UNSUPPORTED = {
     "lora_bias": False,
     "layer_replication": None,
     "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora")),
 }
 """Fields of adapter_config.json -> the only value, besides none, with which the adapter is what this file reads."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How values of `init_lora_weights` begin with which PEFT takes the first A and B out of the base's weights."""
 _PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<part>[AB]))(?:\.weight)?")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<matrix>gate|up|down)_proj")
 
@@ -236,6 +241,11 @@ def _check_config(path: Path, content: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{path} has {field} {content[field]!r:.80}, which is not computed; merge it with PEFT first"
             )
+    if str(first := content.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise ConfigError(
+            f"{path} has init_lora_weights {first!r:.80}: the adapter is for weights that PEFT changes when it loads it; "
+            "write it with path_initial_model_for_weight_conversion, or merge it with PEFT first"
+        )
     if not isinstance(content.get("use_rslora"), bool | None):
         raise ConfigError(f"{path} has use_rslora {content['use_rslora']!r:.80}; it must be true or false")
     alphas, ranks = (content.get(f"{name}_pattern") or {} for name in ("alpha", "rank"))
@@ -253,23 +263,36 @@ def _scales(path: Path, content: Mapping[str, Any]) -> Callable[[str, int], floa
     """Name in the file and rank -> scale, by the first key of alpha_pattern that fits the end of the name, as in PEFT.
 
     Raises:
-        ConfigError: a key that is no regular expression; for the names, one that takes too long.
+        ConfigError: a key that is no regular expression, or one that takes too long.
     """
     alpha, root, patience = content.get("lora_alpha", 8), content.get("use_rslora"), Patience(_PATIENCE)
-    try:
-        alphas = [(_name_or_pattern(key), value) for key, value in (content.get("alpha_pattern") or {}).items()]
-    except ValueError as error:
-        raise ConfigError(f"{path} has a key in alpha_pattern that cannot be used: {error}; write it again") from None
+
+    alphas: list[tuple[str | regex.Pattern[str], float]] = []
+
+    def too_slow(key: str) -> ConfigError:
+        return ConfigError(
+            f"{path} has {key!r:.80} in alpha_pattern, which takes more than {_PATIENCE:g} s; write names"
+        )
+
+    for key, value in (content.get("alpha_pattern") or {}).items():
+        try:
+            patience.left()
+            alphas.append((_name_or_pattern(key), value))
+        except TimeoutError:
+            raise too_slow(key) from None
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} has a key in alpha_pattern that cannot be used: {error}; write it again"
+            ) from None
 
     def fits(key: str | regex.Pattern[str], name: str) -> bool:
-        if isinstance(key, str):
-            return name == key or name.endswith(f".{key}")
         try:
-            return key.match(name, timeout=patience.left()) is not None
+            left = patience.left()
+            if isinstance(key, str):
+                return name == key or name.endswith(f".{key}")
+            return key.match(name, timeout=left) is not None
         except TimeoutError:
-            raise ConfigError(
-                f"{path} has {key.pattern!r:.80} in alpha_pattern, which takes more than {_PATIENCE:g} s; write names"
-            ) from None
+            raise too_slow(key if isinstance(key, str) else key.pattern) from None
 
     def scale(name: str, rank: int) -> float:
         own = next((value for key, value in alphas if fits(key, name)), alpha)

@@ -16,6 +16,7 @@ import regex
 import torch
 from torch import Tensor
 
+from llama4.config.typed import section
 from llama4.errors import CheckpointError
 from llama4.families.names import HEAD, NameTable
 from llama4.patterns import Patience, compile_pattern
@@ -34,7 +35,7 @@ _TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
 _QUANTIZED = ("weight_scale", "weight_packed")
 """Parts that only quantized matrices have."""
 _PATIENCE = 10.0
-"""Seconds that all patterns may take for all names: a usual one takes a microsecond or two for a name."""
+"""Seconds that all patterns may take, to be read and for all names: a usual one takes a microsecond or two for a name."""
 _LINEAR = ("Linear", "LinearBase", "Module")
 """Targets that are the class of a Linear."""
 
@@ -84,6 +85,7 @@ def read_groups(content: Mapping[str, Any]) -> list[Group]:
         CheckpointError: a format that this library does not read, with the fields that say so.
     """
     groups, sparsity = content.get("config_groups"), content.get("sparsity_config") or {}
+    _check_transforms(content)
     for stored in (sparsity.get("format") or "dense", content.get("format") or "dense"):
         if stored.startswith("sparse") or stored == "marlin-24":
             raise CheckpointError(
@@ -101,6 +103,23 @@ def read_groups(content: Mapping[str, Any]) -> list[Group]:
         if group.get("weights"):
             read.append((list(group.get("targets") or ["Linear"]), _read_format(name, group)))
     return read
+
+
+def _check_transforms(content: Mapping[str, Any]) -> None:
+    """Raises:
+    CheckpointError: rotations that are computed while the model runs, as SpinQuant and QuIP have them; those of
+        weights alone are in the weights.
+    """
+    place = "transform_config"
+    groups = section(section(content, place, "quantization_config"), "config_groups", place)
+    for name in groups:
+        steps = section(groups, name, place).get("apply")
+        places = [step.get("location") for step in steps or () if isinstance(step, Mapping)]
+        if online := sorted(set(map(str, places)) - {"weight_input", "weight_output"}):
+            raise CheckpointError(
+                f"the checkpoint rotates {' and '.join(online)} of its modules while it runs ({name} of {place}), which "
+                "this library does not compute; take one without transforms, or with those of weights alone"
+            )
 
 
 def _read_format(name: str, group: Mapping[str, Any]) -> StoredFormat:
@@ -129,11 +148,15 @@ class _Targets:
     def __init__(self, groups: list[Group]) -> None:
         self._formats = {target: format for targets, format in groups for target in targets}
         patterns = sorted(target for target in self._formats if target.startswith("re:"))
-        try:
-            self._patterns = [(compile_pattern(each.removeprefix("re:")), self._formats[each]) for each in patterns]
-        except ValueError as error:
-            raise CheckpointError(f"a target in quantization_config: {error}; fetch config.json again") from None
-        self._patience = Patience(_PATIENCE)
+        self._patience, self._patterns = Patience(_PATIENCE), list[tuple[regex.Pattern[str], StoredFormat]]()
+        for each in patterns:
+            try:
+                self._patience.left()
+                self._patterns.append((compile_pattern(each.removeprefix("re:")), self._formats[each]))
+            except TimeoutError:
+                raise self._too_slow(each) from None
+            except ValueError as error:
+                raise CheckpointError(f"a target in quantization_config: {error}; fetch config.json again") from None
 
     def format_of(self, module: str, source: Source) -> StoredFormat:
         """Raises:
@@ -155,10 +178,13 @@ class _Targets:
         try:
             return pattern.match(name, timeout=self._patience.left()) is not None
         except TimeoutError:
-            raise CheckpointError(
-                f"a target in quantization_config: {pattern.pattern!r:.80} takes more than {self._patience.seconds:g} "
-                f"s, which is the limit of all targets for all names, at {name!r:.80}; fetch config.json again"
-            ) from None
+            raise self._too_slow(pattern.pattern, f", at {name!r:.80}") from None
+
+    def _too_slow(self, pattern: str, where: str = "") -> CheckpointError:
+        return CheckpointError(
+            f"a target in quantization_config: {pattern!r:.80} takes more than {self._patience.seconds:g} s, which is "
+            f"the limit of all targets for all names{where}; fetch config.json again"
+        )
 
 
 def _ordered(format: StoredFormat, module: str, source: Source) -> StoredFormat:

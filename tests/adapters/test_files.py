@@ -178,6 +178,8 @@ def damage(directory: Path, **fields: Any) -> None:
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; this library computes LORA"),
         ({"use_dora": True}, "has use_dora True, which is not computed"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
+        ({"alora_invocation_tokens": [1, 2]}, r"has alora_invocation_tokens \[1, 2\], which is not computed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4': the adapter is for weights"),
         ({"lora_alpha": "much"}, "has lora_alpha or alpha_pattern 'much'"),
         ({"alpha_pattern": ["x"]}, "alpha_pattern that are no objects"),
         ({"rank_pattern": 5}, "rank_pattern or alpha_pattern that are no objects"),
@@ -185,6 +187,7 @@ def damage(directory: Path, **fields: Any) -> None:
         ({"lora_alpha": -1}, "must be a number above 0"),
         ({"use_rslora": "false"}, "use_rslora 'false'; it must be true or false"),
         ({"alpha_pattern": {"(": 4}}, "has a key in alpha_pattern that cannot be used: .* is no regular expression"),
+        ({"alpha_pattern": {f"(x{'|a' * 4000}){i}": 4 for i in range(100)}}, r"which takes more than 0\.05 s"),
         ({"alpha_pattern": {r"(.|\w)*_": 4}}, r"in alpha_pattern, which takes more than 0\.05 s; write names"),
         ({"target_parameters": 5}, "has target_parameters 5; it must be a list of names"),
     ],
@@ -215,6 +218,18 @@ def test_keys_of_alpha_pattern_are_expressions(llm: Llama4, tmp_path: Path) -> N
     scales = {name: lora.scale for name, lora in load_adapter(tmp_path, llm.model).items()}
     assert set(scales.values()) == {1.0, 2.0, 3.0, 4.0, 5.0}
     assert all(scale == alphas.get(get_pattern_key([*alphas], name), 8) / 8 for name, scale in scales.items())
+
+
+@pytest.mark.parametrize("first", ["pissa", "olora"])
+def test_adapters_for_other_weights_than_the_bases(llm: Llama4, directory: Path, tmp_path: Path, first: str) -> None:
+    """PEFT takes the first A and B out of the base; what it writes is for what is left of that."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    config = PeftConfig(r=4, init_lora_weights=first, target_modules=r".*language_model.*\.q_proj")
+    get_peft_model(theirs(directory), config).save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"has init_lora_weights '{first}': the adapter is for weights that PEFT"):
+        load_adapter(tmp_path, llm.model)
 
 
 def test_weights_that_do_not_fit(llm: Llama4, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llama4.quantization.modules import swap_modules
 from llama4.quantization.schemes import SCHEMES
 from llama4.quantization.weight import QuantizedWeight
 from llama4.weights.checkpoint import open_checkpoint
+from llama4.weights.compressed import read_groups
 from llama4.weights.convert import convert, quantize
 from llama4.weights.load import load
 from llama4.weights.model_source import ModelSource
@@ -265,6 +266,16 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": []}
 
 
+def rotated(*locations: str) -> dict[str, Any]:
+    """As SpinQuant says what is rotated."""
+    steps = [{"targets": ["re:.*down_proj$"], "location": location, "inverse": False} for location in locations]
+    return {"config_groups": {"R4": {"type": "hadamard", "apply": steps}}}
+
+
+def test_rotated_weights_are_weights() -> None:
+    assert len(read_groups(ct(W4) | {"transform_config": rotated("weight_input", "weight_output")})) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -280,6 +291,10 @@ def ct(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[st
         (ct(W4 | {"group_size": 0}), r"'group_size': 0"),
         (ct(W4 | {"group_size": "many"}), r"group_0 of quantization_config has a value of the wrong kind"),
         (ct(FP8 | {"strategy": "block", "block_structure": [128]}), r"a value of the wrong kind"),
+        (
+            ct(W4) | {"transform_config": rotated("weight_output", "input")},
+            r"rotates input of its modules while it runs \(R4 of transform_config\)",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(plain: Path, tmp_path: Path, content: object, message: str) -> None:

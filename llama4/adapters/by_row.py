@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.adapters.loaded import Adapters
-from llama4.adapters.lora import STACKS, Adapter, Lora, experts_forward, router_forward
+from llama4.adapters.lora import STACKS, Adapter, Lora, experts_forward, router_logits
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.moe import MixtureOfExperts, Router
@@ -114,7 +114,7 @@ class _Replacement:
 
     def __init__(self, model: Llama4Model, names: Sequence[str]) -> None:
         self._sums = {name: _Sum() for name in names}
-        self._forwards: list[tuple[nn.Module, Callable[..., object]]] = []
+        self._methods: list[tuple[nn.Module, str, Callable[..., object]]] = []
         self._dispatches: list[_Dispatch] = []
         stacks: dict[str, dict[str, _Sum]] = {}
         for name, added in self._sums.items():
@@ -122,13 +122,13 @@ class _Replacement:
             if leaf in STACKS and path.endswith(".experts"):
                 stacks.setdefault(path, {})[leaf] = added
             elif isinstance(module := model.get_submodule(name), Router):
-                self._forwards.append((module, router_forward(module, added)))
+                self._methods.append((module, "logits", router_logits(module, added)))
             else:
-                self._forwards.append((module, _forward_with(module, added)))
+                self._methods.append((module, "forward", _forward_with(module, added)))
         for path, sums in stacks.items():
             experts, layer = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
             assert isinstance(experts, (Experts, QuantizedExperts)) and isinstance(layer, MixtureOfExperts)
-            self._forwards.append((experts, experts_forward(experts, sums)))
+            self._methods.append((experts, "forward", experts_forward(experts, sums)))
             self._dispatches.append(dispatch := _Dispatch(layer.dispatcher))
             for added in sums.values():
                 added.dispatch = dispatch
@@ -136,9 +136,7 @@ class _Replacement:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, the modules compute with these."""
-        replaced: list[tuple[object, str, object]] = [
-            (module, "forward", forward) for module, forward in self._forwards
-        ]
+        replaced: list[tuple[object, str, object]] = [*self._methods]
         replaced += [(dispatch.dispatcher, "dispatch", dispatch) for dispatch in self._dispatches]
         assert not any(name in vars(owner) for owner, name, _ in replaced)
         for owner, name, function in replaced:

@@ -25,7 +25,6 @@ from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.low_rank import low_rank, low_rank_experts
 from llama4.ops.precision import upcast
-from llama4.ops.routing import top_k
 from llama4.ops.swiglu import swiglu
 from llama4.quantization.modules import QuantizedEmbedding, QuantizedExperts
 from llama4.quantization.weight import QuantizedWeight
@@ -102,14 +101,9 @@ class Addition(Protocol):
     def added_by_expert(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor: ...
 
 
-def router_forward(router: Router, lora: Addition) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The forward of a router whose logits have an addition."""
-
-    def forward(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        logits_Nk, experts_Nk = top_k(router.logits(x_ND) + lora.added(upcast(x_ND)), router.k)
-        return torch.sigmoid(logits_Nk), experts_Nk
-
-    return forward
+def router_logits(router: Router, lora: Addition) -> Callable[[Tensor], Tensor]:
+    """The logits of a router with an addition."""
+    return lambda x_ND: type(router).logits(router, x_ND) + lora.added(upcast(x_ND))
 
 
 def experts_forward(experts: Experts | QuantizedExperts, loras: Mapping[str, Addition]) -> Callable[..., Tensor]:
@@ -209,18 +203,18 @@ class Adapter(nn.Module):
             if lora.a.ndim == 3:
                 stacks.setdefault(path, {})[leaf] = lora
             elif isinstance(module := model.get_submodule(name), Router):
-                self._override(module, router_forward(module, lora))
+                self._override(module, "logits", router_logits(module, lora))
             else:
                 self._undo.append(module.register_forward_hook(lora).remove)
         for path, loras in stacks.items():
             experts = model.get_submodule(path)
             assert isinstance(experts, (Experts, QuantizedExperts))
-            self._override(experts, experts_forward(experts, loras))
+            self._override(experts, "forward", experts_forward(experts, loras))
 
-    def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        assert "forward" not in vars(module)
-        module.forward = forward
-        self._undo.append(lambda: vars(module).pop("forward", None))
+    def _override(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        assert name not in vars(module)
+        vars(module)[name] = method
+        self._undo.append(lambda: vars(module).pop(name, None))
 
     def detach(self) -> None:
         """Make the model compute without it."""

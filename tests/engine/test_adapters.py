@@ -15,6 +15,7 @@ from llama4.api import Llama4
 from llama4.engine.observers import MeanHidden
 from llama4.engine.scheduler import Scheduler
 from llama4.errors import ArgumentError
+from llama4.ops.hooks import has_hook
 from tests import small_model
 from tests.adapters.test_lora import random_adapter
 from tests.engine.test_scheduler import (
@@ -73,7 +74,7 @@ def test_a_request_gets_what_it_gets_alone(llm: Llama4, blocks: float | None) ->
             differ.append((i, case.adapter))
     assert not differ
     assert blocks is None or scheduler.counts.preemptions, "nobody was put back"
-    assert not any("forward" in vars(module) or module._forward_hooks for module in llm.model.modules())
+    assert not any(map(has_hook, llm.model.modules()))
 
 
 def test_rows_of_one_forward_differ(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:

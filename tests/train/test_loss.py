@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.lora import Adapter
+from llama4.adapters.merge import merge_adapter
 from llama4.train.loss import IGNORED, RouterWatch, balance_loss, cross_entropy, router_z_loss, tokens_per_slice
 from tests import small_model
 
@@ -124,3 +127,25 @@ def test_routers_are_watched() -> None:
         gradients.append(gradient.clone())
     assert torch.allclose(gradients[0], gradients[1])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_routers_adapter_is_watched() -> None:
+    """The losses are those of the logits that it makes, and it learns from them."""
+    model, ids, losses = small_model.model(), torch.arange(64).view(1, 64), []
+    adapter = Adapter.create(model, LoraConfig(rank=2, targets=("router",)))
+    for _, lora in adapter.items():
+        torch.nn.init.normal_(lora.b)
+    model.requires_grad_(False)
+    adapter.attach(model)
+    for is_merged in (False, True):
+        if is_merged:
+            adapter.detach()
+            merge_adapter(adapter, model)
+        with RouterWatch(model) as watch:
+            model.hidden_states(ids)
+            found = watch.losses(balance=1.0, z_loss=1.0)
+        assert found is not None
+        losses.append(found)
+    losses[0].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())

@@ -80,6 +80,9 @@ class Bar:
         shown: false shows nothing, nor does any bar that is opened inside.
         logged: where nobody sees it, what `describe` says is a line on stderr, now and then.
         at_once: seen before anything is done, not after `DELAY`.
+
+    Attributes:
+        ends_whole: whether all is done when the block ends well; false where it was left before.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Bar:
     ) -> None:
         outer = _current.get()
         self.shown: bool = shown and (outer is None or outer.shown)
+        self.ends_whole = True
         self._bar: Any = None
         self._settings = {"desc": doing, "total": total, "delay": 0 if at_once else DELAY, **_UNITS[unit]}
         self._is_logged = logged and self.shown and not has_display()
@@ -162,7 +166,7 @@ class Bar:
         if self._bar is None:
             return
         is_locked = self._lock.acquire(timeout=1)  # after Ctrl-C in tqdm's own lock, `_tick` may wait for that
-        if error is None:
+        if error is None and self.ends_whole:
             self._bar.n = self._bar.total if self._bar.total is not None else self._bar.n
             self._bar.mininterval = 0
             self._bar.update(0)

@@ -243,8 +243,8 @@ def _check_config(path: Path, content: Mapping[str, Any]) -> None:
             )
     if str(first := content.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         raise ConfigError(
-            f"{path} has init_lora_weights {first!r:.80}: the adapter is for weights that PEFT changes when it loads it; "
-            "write it with path_initial_model_for_weight_conversion, or merge it with PEFT first"
+            f"{path} has init_lora_weights {first!r:.80}: the adapter is for weights that PEFT changes when it is "
+            "loaded; write it with path_initial_model_for_weight_conversion, or merge it with PEFT first"
         )
     if not isinstance(content.get("use_rslora"), bool | None):
         raise ConfigError(f"{path} has use_rslora {content['use_rslora']!r:.80}; it must be true or false")

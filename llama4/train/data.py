@@ -216,7 +216,7 @@ def example(record: Record, processor: Processor, *, learn: str, ghost_attention
     tokenizer = processor.tokenizer
     if record.text is not None:
         end = tokenizer.special(END_OF_TEXT) if END_OF_TEXT in tokenizer.special_tokens else tokenizer.eos_id
-        ids = [tokenizer.bos_id, *tokenizer.encode(record.text), end]
+        ids = [*([tokenizer.bos_id] if tokenizer.adds_bos else []), *tokenizer.encode(record.text), end]
         return Example(record.line, tuple(ids), (True,) * len(ids))
     messages = _with_system_in_each(record.messages) if ghost_attention else list(record.messages)
     sources = tuple(image_sources(messages))
@@ -297,6 +297,7 @@ class Batches:
         self._units = _units(examples, rejected)
         self._processor, self._tokens, self._seed = processor, tokens, seed
         self._plan: tuple[int, list[list[int]]] = (-1, [])
+        self._counts: list[int] = []
         self._tiles: dict[object, Tiles] = {}
         self._kept = 0
 
@@ -321,17 +322,23 @@ class Batches:
     def indices(self, step: int) -> list[int]:
         """The examples of the batch of a step, from 0, over epochs."""
         epoch = 0
-        while step >= len(self.plan(epoch)):
-            step -= len(self.plan(epoch))
+        while step >= (count := self._count(epoch)):
+            step -= count
             epoch += 1
         return self.plan(epoch)[step]
+
+    def _count(self, epoch: int) -> int:
+        """Batches of an epoch, whose plan is made once for that."""
+        while epoch >= len(self._counts):
+            self._counts.append(len(self.plan(len(self._counts))))
+        return self._counts[epoch]
 
     def steps_of(self, epochs: float) -> int:
         """Steps that so many epochs take; the last one is cut."""
         whole = int(epochs)
-        steps = sum(len(self.plan(epoch)) for epoch in range(whole))
+        steps = sum(map(self._count, range(whole)))
         if epochs > whole:
-            steps += round((epochs - whole) * len(self.plan(whole)))
+            steps += round((epochs - whole) * self._count(whole))
         return max(1, steps)
 
     def __getitem__(self, step: int) -> Batch:

@@ -39,6 +39,8 @@ from llama4.train.step import evaluate, learn
 from llama4.train.stopping import Stopper, stoppable
 from llama4.train.teacher import load_teacher
 from llama4.train.trackers import check_trackers, tracking
+from llama4.weights import hub
+from llama4.weights.checkpoint import open_checkpoint
 from llama4.weights.memory import return_freed
 
 logger = logging.getLogger(__name__)
@@ -236,10 +238,11 @@ def _check_kind(data: Dataset, method: str) -> None:
 
 def load_base(name: str | Path, method: str, progress: bool = True, **loading: Any) -> Llama4:
     """A model to train on: with "qlora", one whose weights are not packed is packed while it is loaded."""
-    llm = Llama4.from_pretrained(name, progress=progress, **loading)
-    if method == "qlora" and not any(isinstance(module, QuantizedWeight) for module in llm.model.modules()):
-        return Llama4.from_pretrained(name, quantization=QUANTIZATION, progress=progress, **loading)
-    return llm
+    if method == "qlora" and loading.get("quantization") is None:
+        where = {key: loading[key] for key in ("revision", "subfolder", "token") if key in loading}
+        _, source = open_checkpoint(hub.resolve(name, progress=progress, **where))
+        loading["quantization"] = None if source.plan else QUANTIZATION
+    return Llama4.from_pretrained(name, progress=progress, **loading)
 
 
 def finetune(
@@ -288,10 +291,12 @@ def finetune(
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What another run was begun with, as a state says it: the data, or a setting with its value and that of now."""
+    """What another run was begun with, as a state says it: data, or a setting with its value and that of now."""
     settings = there["settings"] if isinstance(there.get("settings"), dict) else {}
     before, now = {**settings, "steps": there.get("steps")}, {**here["settings"], "steps": here["steps"]}
     changed = [f"{name} ({before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value]
+    if there.get("held_out", here["held_out"]) != here["held_out"]:  # its best is of others
+        changed = ["held-out data", *changed]
     return changed if there.get("data") == here["data"] else ["data", *changed]
 
 
@@ -333,7 +338,12 @@ class _Training:
         self.step, self.best = 0, math.inf
         self.loads: dict[str, Tensor] = {}
         self.values: dict[str, float] = {}
-        self._about = {"data": run.data.digest, "settings": options.describe(), "steps": run.steps}
+        self._about = {
+            "data": run.data.digest,
+            "held_out": run.held_out.digest if run.held_out is not None else None,
+            "settings": options.describe(),
+            "steps": run.steps,
+        }
 
     def resume(self) -> None:
         """Go on from the state in the output.
@@ -367,6 +377,7 @@ class _Training:
                     self._evaluate(metrics)
                 if self.step < steps and self.step % save_every == 0:
                     self._save(metrics)
+            bar.ends_whole = self.step == steps
 
     def _take_step(self, metrics: Metrics, bar: Bar) -> None:
         run, options = self.run, self.run.options
@@ -408,6 +419,11 @@ class _Training:
             return
         with _evaluating(self.run.adapter), Bar("evaluating", shown=self.run.progress):
             found = evaluate(self.run.llm.model, self.held_out, self.objective)
+        if not math.isfinite(found["loss"]):
+            raise TrainingError(
+                f"after step {self.step} the loss on held-out data is {found['loss']}; look at their lines, or lower "
+                f"the learning rate of {self.run.options.learning_rate:g}"
+            )
         metrics.add(step=self.step, **{f"eval_{name}": value for name, value in found.items()})
         loss = found.pop("loss")
         self.values = found

@@ -25,7 +25,7 @@ class Stopper:
         self.event = threading.Event()
         self.number: int | None = None
         self.before: dict[int, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a second signal may come within the first
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """It stays the handler after the first Ctrl-C: a thread that sees the same one later must find it."""

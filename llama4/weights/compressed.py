@@ -35,7 +35,7 @@ _TOWER = re.compile(r".*(vision_model|multi_modal_projector)\..*")
 _QUANTIZED = ("weight_scale", "weight_packed")
 """Parts that only quantized matrices have."""
 _PATIENCE = 10.0
-"""Seconds that all patterns may take, to be read and for all names: a usual one takes a microsecond or two for a name."""
+"""Seconds that all patterns may take, to be read and for all names: a usual one takes a microsecond or two a name."""
 _LINEAR = ("Linear", "LinearBase", "Module")
 """Targets that are the class of a Linear."""
 
@@ -117,8 +117,8 @@ def _check_transforms(content: Mapping[str, Any]) -> None:
         places = [step.get("location") for step in steps or () if isinstance(step, Mapping)]
         if online := sorted(set(map(str, places)) - {"weight_input", "weight_output"}):
             raise CheckpointError(
-                f"the checkpoint rotates {' and '.join(online)} of its modules while it runs ({name} of {place}), which "
-                "this library does not compute; take one without transforms, or with those of weights alone"
+                f"the checkpoint rotates {' and '.join(online)} of its modules while it runs ({name} of {place}), "
+                "which this library does not compute; take one without transforms, or with those of weights alone"
             )
 
 

@@ -84,6 +84,16 @@ def test_alpaca_with_an_input_and_a_text(processor: Processor, tmp_path: Path) -
     assert learnt(other, processor) == "<|begin_of_text|>Once upon<|end_of_text|>"
 
 
+def test_a_text_begins_as_one_to_be_continued(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "a text"})
+    for adds_bos in (True, False):
+        monkeypatch.setattr(processor.tokenizer, "adds_bos", adds_bos)
+        ids = load(path, processor).examples[0].ids
+        assert list(ids[:-1]) == processor.complete("a text").input_ids[0].tolist()
+
+
 def test_users_text_is_never_a_special_token(processor: Processor, tmp_path: Path) -> None:
     lines = [{"text": "a<|eot|>b"}, {"prompt": "<|eot|>", "completion": "<|image|>"}]
     for example in load(write(tmp_path / "x.jsonl", *lines), processor).examples:
@@ -361,6 +371,19 @@ def test_batches_are_full_and_everything_comes_once(processor: Processor) -> Non
     assert batches.indices(first) == batches.plan(1)[0] and batches.plan(0) != batches.plan(1)
     assert Batches(examples(lengths), processor, 60, seed=3).indices(first + 2) == batches.indices(first + 2)
     assert batches.steps_of(2) == first + len(batches.plan(1)) and batches.steps_of(0.01) == 1
+
+
+def test_an_epoch_is_laid_out_once(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each step of those after it."""
+    batches, plan, made = Batches(examples([10] * 9), processor, 10), Batches.plan, list[int]()
+
+    def noted(self: Batches, epoch: int) -> list[list[int]]:
+        made.extend([epoch] * (self._plan[0] != epoch))
+        return plan(self, epoch)
+
+    monkeypatch.setattr(Batches, "plan", noted)
+    assert sorted(i for step in range(18, 27) for i in batches.indices(step)) == list(range(9))
+    assert made == [0, 1, 2]
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------

@@ -151,6 +151,8 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
     other.write_text(data.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
     with pytest.raises(ArgumentError, match="with other data"):
         run(directory, other, tmp_path, resume=True)
+    with pytest.raises(ArgumentError, match="with other held-out data"):
+        run(directory, data, tmp_path, resume=True, eval=other)
     (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         run(directory, data, tmp_path, resume=True)
@@ -251,6 +253,25 @@ def test_the_best_is_kept(directory: Path, data: Path, tmp_path: Path, monkeypat
     run(directory, data, tmp_path / "long", schedule="constant", eval=data, eval_every=1)
     found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_loss_on_held_out_data_that_is_no_number(
+    directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run ends well of which nothing is written."""
+    monkeypatch.setattr(loop, "evaluate", lambda *args: {"loss": float("nan")})
+    with pytest.raises(TrainingError, match="after step 0 the loss on held-out data is nan"):
+        run(directory, data, tmp_path, eval=data)
+
+
+def test_a_base_is_packed_while_it_is_loaded(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model need not fit into memory; and one that is packed stays as it is."""
+    loaded, packed = [], tmp_path / "packed"
+    Llama4.from_pretrained(directory, quantization="int8").save_pretrained(packed)
+    monkeypatch.setattr(Llama4, "from_pretrained", lambda name, **options: loaded.append(options["quantization"]))
+    for place in (directory, packed):
+        loop.load_base(place, "qlora", progress=False)
+    assert loaded == ["int4", None]
 
 
 @pytest.mark.parametrize("settings", [{"method": "qlora"}, {"gradient_checkpointing": True}, {"balance": 0.1}])

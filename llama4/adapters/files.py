@@ -223,6 +223,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; an adapter is one, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not (directory / CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"{directory} holds no {CONFIG_FILE}, and so no adapter; a run of `llama4 finetune` that was stopped "
+            "writes one when it goes on to its end (--resume)"
+        )
     content = read_json(directory / CONFIG_FILE)
     _check_config(directory / CONFIG_FILE, content)
     if not (directory / WEIGHTS_FILE).is_file():

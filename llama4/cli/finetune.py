@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,12 +268,12 @@ def show(run: Run) -> None:
     steps, and the memory."""
     from llama4.train.memory import available_bytes
 
-    example, tokenizer = run.data.examples[0], run.llm.tokenizer
-    text, learnt = "", False
-    for token, is_learnt in zip(example.ids, example.is_learnt, strict=True):
-        text += ("⟦" if is_learnt else "⟧") * (is_learnt != learnt) + tokenizer.decode([token])
-        learnt = is_learnt
-    print(f"line {example.line}, {len(example.ids)} tokens, what is learnt in ⟦ ⟧:\n{text}{'⟧' * learnt}\n")
+    example, text = run.data.examples[0], ""
+    for is_learnt, tokens in groupby(zip(example.ids, example.is_learnt, strict=True), itemgetter(1)):
+        piece = run.llm.tokenizer.decode([token for token, _ in tokens])
+        text += f"⟦{piece}⟧" if is_learnt else piece
+    text = re.sub(r"(<\|\w+\|>)\1{3,}", lambda same: f"{same[1]} x {len(same[0]) // len(same[1])} ", text)
+    print(f"line {example.line}, {len(example.ids)} tokens, what is learnt in ⟦ ⟧:\n{text}\n")
     total = sum(parameter.numel() for parameter in run.llm.model.parameters())
     share = 100 * run.num_trained / total
     print(f"trained: {count_text(run.num_trained)} parameters, {share:.2g}% of the model's")

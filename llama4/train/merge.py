@@ -21,6 +21,7 @@ def write_merged(source: Path, adapter: str | Path, target: str | Path) -> None:
         Llama4Error: an adapter of another model, or a target that holds something.
     """
     check_free(target)  # before all the work, and again where nobody comes between
-    llm = Llama4.from_pretrained(source, dtype=read_config(source).dtype or "auto", adapter=adapter)
+    # on a CPU, where a model larger than a GPU's memory stays in its files but for what is merged
+    llm = Llama4.from_pretrained(source, device="cpu", dtype=read_config(source).dtype or "auto", adapter=adapter)
     llm.merge_adapter()
     llm.save_pretrained(target, must_be_free=True)

@@ -24,7 +24,7 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         CheckpointError: there is a model or an adapter, perhaps the one that shall be trained; or another run is at
             work there.
-        ArgumentError: there is a run, and it is finished, or shall not be resumed.
+        ArgumentError: there is a run, and it is finished, or shall not be resumed; or a file.
         DiskError: the directory cannot be written.
     """
     if (output / LOCKED).exists():
@@ -53,6 +53,8 @@ def alone_in(output: Path, resume: bool) -> Iterator[None]:
 
 def _check(output: Path, resume: bool) -> None:
     other = "choose another directory, or remove that one first"
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"{output} is a file, and a run writes into a directory; choose another name")
     if is_finished(output):
         if resume:
             raise ArgumentError(f"the run in {output} is finished; there is nothing to resume")

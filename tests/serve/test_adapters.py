@@ -210,7 +210,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a={root}/good", "a={root}/x"], "the name a twice, for {root}/good and {root}/x; give each"),
         (["tiny={root}/good"], "the adapter 'tiny' has the model's name; give it another, or the model by"),
         (["a={root}/missing"], "{root}/missing is no directory; an adapter is one, with adapter_config.json"),
-        (["a={root}/nothing"], "{root}/nothing/adapter_config.json does not exist"),
+        (["a={root}/nothing"], "{root}/nothing holds no adapter_config.json"),
         (["a={root}/empty"], "{root}/empty holds no adapter_model.safetensors; write the adapter with PEFT's"),
         (["a={root}/trained"], "adapter_config.json has modules_to_save ['lm_head'], which is not computed; merge it"),
         (["a={root}/good"], "{root}/good does not fit this model: it changes what the model does not have"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llama4.adapters.config import LoraConfig
@@ -375,3 +377,18 @@ def test_command(directory: Path, data: Path, tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["finetune", *common, "--output", str(output), "--targets", "heads"]) == 2
     assert "'heads' is not known" in capsys.readouterr().err
+    assert main(["finetune", *common, "--output", str(data)]) == 2
+    assert "data.jsonl is a file, and a run writes into a directory" in capsys.readouterr().err
+    assert main(["generate", "hello", "--model", str(directory), "--adapter", str(data.parent)]) == 1
+    assert "holds no adapter_config.json, and so no adapter; a run of `llama4 finetune`" in capsys.readouterr().err
+
+
+def test_an_example_is_shown_with_its_pictures_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what is more than a token in UTF-8 as it is."""
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    user = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "日本?"}]}
+    path = write(tmp_path / "data.jsonl", {"messages": [user, {"role": "assistant", "content": "日本."}]})
+    assert main(["finetune", "tiny", "--data", str(path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("<|patch|>") == len(re.findall(r"<\|patch\|> x \d+ <", shown)) > 0
+    assert "日本?<|eot|>" in shown and "⟦日本.<|eot|>⟧" in shown

@@ -14,6 +14,7 @@ from llama4.config import Llama4Config
 from llama4.errors import ArgumentError, ChatTemplateError, Llama4Error
 from llama4.families import PRESETS, family_of
 from llama4.inputs import Processor
+from llama4.quantization.schemes import SCHEMES
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_config import TOKENIZER_CONFIG_FILE
 from llama4.tiny import EMBEDDED
@@ -311,7 +312,7 @@ def table(name: str, facts: dict[str, Any]) -> str:
         "vocabulary": f"{facts['vocabulary']:,}",
         "parameters": f"{facts['parameters']:,} ({count_text(facts['parameters'])})",
         "active": f"{facts['active_parameters']:,} ({count_text(facts['active_parameters'])}) per token",
-        "weights": ", ".join(f"{bytes_text(size)} in {dtype}" for dtype, size in facts["bytes"].items()),
+        "weights": weights_line(facts["bytes"], facts["dtype"]),
         "window": f"{facts['window']:,} tokens"
         + (f", in chunks of {facts['attention_chunk']:,} on layers with RoPE" if facts["attention_chunk"] else "")
         + (f", of which a token sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""),
@@ -346,6 +347,13 @@ def table(name: str, facts: dict[str, Any]) -> str:
     if facts["note"]:
         lines["note"] = facts["note"]
     return "\n".join([name, *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def weights_line(sizes: dict[str, int], dtype: str) -> str:
+    """What `weight_bytes` says, as a line of the table: schemes leave some weights as they are."""
+    line = ", ".join(f"{bytes_text(size)} in {name}" for name, size in sizes.items())
+    schemes = [name for name in sizes if name in SCHEMES]
+    return f"{line}; {' and '.join(schemes)} with all else in {dtype}" if schemes else line
 
 
 def checkpoint_lines(files: dict[str, Any]) -> dict[str, str]:

@@ -113,3 +113,4 @@ def test_a_gguf_file_has_the_sizes_of_its_source(tmp_path: Path) -> None:
     convert_to_gguf(hub.resolve("tiny"), tmp_path / "a.gguf", progress=False)
     found, wanted = (describe_model(find(name)) for name in (str(tmp_path / "a.gguf"), "tiny"))
     assert found["bytes"] == wanted["bytes"] and found["dtype"] == wanted["dtype"] == "bfloat16"
+    assert lines_of(tmp_path / "a.gguf")["weights"].endswith(" in int4; fp8 and int4 with all else in bfloat16")

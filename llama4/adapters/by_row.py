@@ -40,7 +40,8 @@ class RowAdapter:
 
     Attributes:
         name, version: differ for those that have been loaded.
-        modules: equal for rows that may share a forward: the modules of the language model that it changes.
+        modules: equal for rows that may share a forward: the modules of the language model that it changes; with layers
+            of cross-attention, the adapter, too.
     """
 
     name: str = ""
@@ -77,8 +78,11 @@ class RowAdapters:
             return NO_ADAPTER
         self._adapters.check(name)
         adapter = self._adapters[name]
+        version = self._adapters.version(name)
         modules = sorted(module for module in adapter.names if module.startswith(LANGUAGE))
-        return RowAdapter(name, self._adapters.version(name), adapter, tuple(modules))
+        if self._model.config.text.cross_layers:  # which get tokens that see a picture alone, and pictures
+            modules.append(f"{name}/{version}")
+        return RowAdapter(name, version, adapter, tuple(modules))
 
     @contextmanager
     def computing(self, parts: Sequence[Part]) -> Iterator[Callable[[Sequence[Part]], None]]:

@@ -11,13 +11,14 @@ from llama4.errors import ArgumentError
 
 _LAYER = r"language_model\.model\.layers\.\d+\."
 TARGETS = {
-    "attention": _LAYER + r"self_attn\.[qkvo]_proj",
+    "attention": _LAYER + r"(self|cross)_attn\.[qkvo]_proj",
     "experts": _LAYER + r"feed_forward\.experts\.(gate_up|down)_proj",
     "shared": _LAYER + r"feed_forward\.shared_expert\.(gate|up|down)_proj",
     "dense": _LAYER + r"feed_forward\.(gate|up|down)_proj",
     "router": _LAYER + r"feed_forward\.router",
-    "vision": r"vision_model\.(model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.fc[12])|vision_adapter\.mlp\.fc[12])",
-    "projector": r"multi_modal_projector\.linear_1",
+    "vision": r"vision_model\.((model|(global_)?transformer)\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.fc[12])|"
+    r"vision_adapter\.mlp\.fc[12])",
+    "projector": r"multi_modal_projector(\.linear_1)?",
     "embeddings": r"language_model\.(model\.embed_tokens|lm_head)",
 }
 """Parts of the model that an adapter may change, as patterns of modules and of stacked experts' parameters."""

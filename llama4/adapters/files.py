@@ -92,7 +92,7 @@ def save_adapter(
 
 def write_adapter(adapter: Adapter, model: Llama4Model, directory: Path, *, layout: str, base: str) -> None:
     """Write the two files into a directory that is there."""
-    table = family_of(model.config).names(model.config)
+    table = family_of(model.config).module_names(model.config)
     write_json(directory / CONFIG_FILE, _config(adapter, table, layout, base))
     write_tensors(directory / WEIGHTS_FILE, _tensors(adapter, table, layout))
 
@@ -194,7 +194,8 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     content = read_config(directory)
     scale_of = _scales(directory / CONFIG_FILE, content)
     files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
-    table = family_of(model.config).names(model.config)
+    keys = [key.removeprefix(PREFIX) for key in files.names()]
+    table = family_of(model.config).names(model.config, keys if any(".layers." in key for key in keys) else None)
     pairs, unexpected = _pairs(files)
     shapes = targets_of(model)
     loras: dict[str, Lora] = {}

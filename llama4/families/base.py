@@ -77,6 +77,10 @@ class Family(ABC):
         """The table that a checkpoint with these keys follows, even if some are wrong; without keys, the table by which
         a model is written."""
 
+    def module_names(self, config: Llama4Config) -> NameTable:
+        """The table of the modules of transformers' class, which PEFT's adapters name; mostly that of the files."""
+        return self.names(config)
+
     def build(self, config: Llama4Config, experts: type[Experts] | None = None) -> Llama4Model:
         """The model, with parameters on the current device (mostly meta) and without values."""
         return Llama4Model(config) if experts is None else Llama4Model(config, experts)

@@ -91,6 +91,8 @@ _VISION_DEFAULTS: Mapping[str, Any] = {"image_size": 448, "max_num_tiles": 4, "v
 _INTERMEDIATE = [3, 7, 15, 23, 30]
 """What files mean that are silent on a field (transformers' MllamaConfig)."""
 
+_NEW = "model.language_model."
+"""How names of the decoder begin since transformers 4.52; what is published has others."""
 _DECODER = r"language_model\.model\.layers\.\d+\."
 
 
@@ -142,7 +144,7 @@ class MllamaFamily(Family):
             ("model.vision_model", "vision_model"),
             ("model.multi_modal_projector", "multi_modal_projector"),
         )
-        is_new = keys is not None and any(key.startswith("model.language_model.") for key in keys)
+        is_new = keys is not None and any(key.startswith(_NEW) for key in keys)
         return NameTable(
             of_transformers_5 if is_new else published,
             ((_DECODER + r"self_attn\.[qk]_proj", HalvesToPairs(config.text.head_dim)),),
@@ -151,6 +153,9 @@ class MllamaFamily(Family):
                 "multi_modal_projector": "model.multi_modal_projector",
             },
         )
+
+    def module_names(self, config: Llama4Config) -> NameTable:
+        return self.names(config, (_NEW,))
 
     def build(self, config: Llama4Config, experts: type[Experts] | None = None) -> CrossAttentionModel:
         return CrossAttentionModel(config, experts or LoopExperts)

@@ -17,8 +17,12 @@ from torch import Tensor
 from transformers import MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor, PreTrainedTokenizerFast
 from transformers.image_processing_utils import INIT_SERVICE_KWARGS
 
+from llama4.adapters.config import LoraConfig
+from llama4.adapters.files import load_adapter, save_adapter
+from llama4.adapters.lora import Adapter
 from llama4.api import Llama4
 from llama4.cli.main import main
+from llama4.engine.sampling import Sampler
 from llama4.errors import ArgumentError, ContextLengthError, Llama4Error
 from llama4.families import mllama_images
 from llama4.quantization.weight import QuantizedWeight
@@ -26,7 +30,10 @@ from llama4.serve.engine import Engine
 from llama4.text.vocabulary import LLAMA3, LLAMA32_VISION, llama3_token_names
 from llama4.train.data import Batches, load_dataset
 from llama4.train.objectives import batch_loss
+from tests.adapters.test_lora import random_adapter
 from tests.config.test_fields import missing
+from tests.engine.test_adapters import scheduler_of
+from tests.engine.test_scheduler import Case, alone
 from tests.families import mllama_models as made
 from tests.families.mllama_models import FIRST, IMAGE
 from tests.parity.references import relative_error
@@ -194,6 +201,51 @@ def test_engine(llm: Llama4) -> None:
         with pytest.raises(ContextLengthError, match="send fewer pictures"):
             engine.chat_batch([talk(picture(90, 90), picture(90, 90))], max_new_tokens=4)
         assert ids_of(engine.chat_batch(questions[1:2], max_new_tokens=4)[0]) == alone[1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+def test_adapters_are_those_of_peft(llm: Llama4, tmp_path: Path) -> None:
+    """Of all that suffixes of names reach: layers of cross-attention, tower and projector, too."""
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    ids, (pixels, grids) = torch.randint(0, FIRST, (1, 24)), made.pictures([(1, 2), (2, 2)])
+    ids[0, [3, 9]] = IMAGE
+
+    def difference(adapter: Adapter, theirs: Any) -> float:
+        adapter.attach(llm.model)
+        with torch.no_grad():
+            ours = llm.model(ids, pixel_values=pixels, image_grids=grids)
+            error = (ours - made.theirs(ids, pixels, grids, theirs)).abs().max().item()
+        adapter.detach()
+        return error
+
+    targets = ["q_proj", "v_proj", "gate_proj", "fc1", "multi_modal_projector"]
+    theirs: Any = get_peft_model(made.fresh(), PeftConfig(r=4, target_modules=targets))
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    adapter = load_adapter(tmp_path / "theirs", llm.model)
+    assert len(adapter.names) == 2 * 5 + 5 + 6 * 3 + 1
+    assert difference(adapter, theirs) < 1e-4
+    ours = random_adapter(llm.model, LoraConfig(rank=3, targets=("attention", "dense", "vision", "projector")))
+    save_adapter(ours, llm.model, tmp_path / "ours")
+    assert difference(ours, PeftModel.from_pretrained(made.fresh(), str(tmp_path / "ours"))) < 1e-4
+
+
+def test_requests_with_an_adapter_each(llm: Llama4) -> None:
+    """Layers of cross-attention get other rows than the others."""
+    for seed, name in enumerate("ab"):
+        llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=3), seed))
+    asked = ((talk(picture(60, 20, 1)), "a"), (talk(text="Hi"), "b"), (talk(picture(30, 100, 2)), "b"), ("Hi", None))
+    given = [Case(llm.processor(talk(text=q) if q == "Hi" else q), Sampler(), 4, adapter=name) for q, name in asked]
+    scheduler = scheduler_of(llm)
+    for case in given:
+        scheduler.add(case.request(llm))
+    while scheduler.has_work:
+        scheduler.step()
+    assert [case.ids for case in given] == [alone(llm, case) for case in given]
 
 
 @torch.inference_mode()

@@ -238,8 +238,9 @@ def test_requests_with_an_adapter_each(llm: Llama4) -> None:
     """Layers of cross-attention get other rows than the others."""
     for seed, name in enumerate("ab"):
         llm.adapters.add(name, random_adapter(llm.model, LoraConfig(rank=3), seed))
-    asked = ((talk(picture(60, 20, 1)), "a"), (talk(text="Hi"), "b"), (talk(picture(30, 100, 2)), "b"), ("Hi", None))
-    given = [Case(llm.processor(talk(text=q) if q == "Hi" else q), Sampler(), 4, adapter=name) for q, name in asked]
+    questions = [talk(picture(60, 20, 1)), talk(text="Hi"), talk(picture(30, 100, 2)), talk(text="Hi")]
+    pairs = zip(questions, ("a", "b", "b", None), strict=True)
+    given = [Case(llm.processor(question), Sampler(), 4, adapter=name) for question, name in pairs]
     scheduler = scheduler_of(llm)
     for case in given:
         scheduler.add(case.request(llm))

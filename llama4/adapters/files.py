@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ _UNSUPPORTED = {
 """Fields of adapter_config.json -> the only value, besides none, with which the adapter is what this file reads."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """How values of `init_lora_weights` begin with which PEFT takes the first A and B out of the base's weights."""
+_COPIES = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 _PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<part>[AB]))(?:\.weight)?")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<matrix>gate|up|down)_proj")
 
@@ -196,7 +197,9 @@ def load_adapter(directory: str | Path, model: Llama4Model) -> Adapter:
     files = SafetensorsFiles(directory, {WEIGHTS_FILE: None})
     keys = [key.removeprefix(PREFIX) for key in files.names()]
     table = family_of(model.config).names(model.config, keys if any(".layers." in key for key in keys) else None)
-    pairs, unexpected = _pairs(files)
+    text = model.config.text
+    copies = [(rows, text.hidden_size) for rows in (text.vocab_size, text.num_embeddings)]
+    pairs, unexpected = _pairs(files, copies)
     shapes = targets_of(model)
     loras: dict[str, Lora] = {}
     for name, (a, b, rank) in _matrices(pairs, table, shapes, content, unexpected).items():
@@ -324,16 +327,19 @@ def _read_config(content: Mapping[str, Any], loras: Mapping[str, Lora]) -> LoraC
     )
 
 
-def _pairs(files: SafetensorsFiles) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """A and B below the name of each module in the file, and keys that are neither."""
+def _pairs(
+    files: SafetensorsFiles, copies: Collection[tuple[int, ...]]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """A and B below the name of each module in the file, and keys that are neither, nor PEFT's copies of embeddings or
+    head; one in another shape than `copies` is of other tokens than the model's."""
     parts: dict[str, dict[str, Tensor]] = {}
     unexpected = []
     for key in files.names():
         match = _PART.fullmatch(key.removeprefix(PREFIX))
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = files.read(key)
-        elif not key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
-            unexpected.append(key)  # PEFT keeps a copy of embeddings beside what it adds to them
+        elif not key.endswith(_COPIES) or files.spec(key).shape not in copies:
+            unexpected.append(key)
     pairs = {}
     for module, both in parts.items():
         if both.keys() != {"A", "B"} or any(tensor.ndim != 2 or not tensor.numel() for tensor in both.values()):

@@ -31,6 +31,7 @@ from llama4.quantization.weight import QuantizedWeight
 
 STACKS = ("gate_up_proj", "down_proj")
 """Parameters of stacked experts."""
+TIED = "this model ties its head to its embeddings; leave the target 'embeddings' out"
 
 
 class Lora(nn.Module):
@@ -164,7 +165,7 @@ class Adapter(nn.Module):
             if target not in config.targets:
                 continue
             if target == "embeddings" and model.config.text.tie_word_embeddings:
-                raise ArgumentError("this model ties its head to its embeddings; leave the target 'embeddings' out")
+                raise ArgumentError(TIED)
             kind = EmbeddingLora if name.endswith("embed_tokens") else Lora
             dropout = 0.0 if target in ("experts", "router", "embeddings") else config.dropout
             loras[name] = kind(shape, config.rank_of(target), config.scale, dropout)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llama4.adapters.config import LoraConfig, target_of
-from llama4.adapters.lora import Adapter
+from llama4.adapters.lora import TIED, Adapter
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import MOST_DEVICES, Placement, usable
@@ -86,8 +86,10 @@ def adapter_shapes(text: TextConfig, lora: LoraConfig) -> dict[str, tuple[int, i
     """What an adapter changes: name -> (E, r, I, O), with E = 1 where there are no experts.
 
     Raises:
-        ArgumentError: nothing that the model has.
+        ArgumentError: nothing that the model has, or tied embeddings.
     """
+    if "embeddings" in lora.targets and text.tie_word_embeddings:
+        raise ArgumentError(TIED)
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for parameter, shape in costs.parameter_shapes(text).items():
         name = parameter.removesuffix(".weight")

@@ -239,6 +239,13 @@ def test_weights_that_do_not_fit(llm: Llama4, tmp_path: Path) -> None:
     save_file(tensors | {bad: torch.zeros(3, 47)}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"does not fit this model[\s\S]*layers\.0\.self_attn\.q_proj"):
         load_adapter(tmp_path, llm.model)
+    copy, size = "base_model.model.language_model.lm_head.weight", llm.model.language_model.lm_head.weight.shape
+    for rows in (size[0], size[0] + 8):  # PEFT's copy of the model's own, and one of more tokens
+        save_file(tensors | {copy: torch.zeros(rows, size[1])}, tmp_path / WEIGHTS_FILE)
+        if rows == size[0]:
+            load_adapter(tmp_path, llm.model)
+    with pytest.raises(CheckpointError, match=r"in another shape[\s\S]*lm_head\.weight"):
+        load_adapter(tmp_path, llm.model)
     a, b = bad, bad.replace("lora_A", "lora_B")
     for pair in ((torch.zeros(0, 48), torch.zeros(48, 0)), (torch.zeros(9000, 48), torch.zeros(48, 9000))):
         save_file(tensors | {a: pair[0], b: pair[1]}, tmp_path / WEIGHTS_FILE)

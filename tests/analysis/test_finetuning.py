@@ -14,8 +14,9 @@ from llama4.analysis.finetuning import Training
 from llama4.analysis.hardware import Rates
 from llama4.analysis.planner import Placement, make_placement
 from llama4.cli.main import main
-from llama4.config import PRESETS, TextConfig
+from llama4.config import TextConfig
 from llama4.errors import ArgumentError
+from llama4.families import PRESETS
 from llama4.model.device import DTYPES
 from llama4.model.multimodal import Llama4Model
 from llama4.train.memory import Kept, code_bytes, estimate
@@ -167,3 +168,5 @@ def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pyte
 def test_targets_that_a_model_lacks() -> None:
     with pytest.raises(ArgumentError, match="this model has no dense"):
         finetuning.num_trained(PRESETS["scout"](), training(targets=("dense",)))
+    with pytest.raises(ArgumentError, match="this model ties its head to its embeddings"):
+        finetuning.num_trained(PRESETS["smollm2-135m"](), training(targets=("embeddings",)))

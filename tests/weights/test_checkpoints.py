@@ -204,6 +204,18 @@ def test_an_index_that_promises_too_much(tmp_path: Path, reference: ReferenceMod
         load_ours(tmp_path)
 
 
+def test_the_index_says_whose_tensor_counts(tmp_path: Path) -> None:
+    """Of a key that two shards have."""
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for value, name in enumerate(names):
+        save_file({"a": torch.full((2,), value), f"own{value}": torch.zeros(1)}, tmp_path / name)
+    for chosen in (0, 1):
+        places = {"a": names[chosen], "own0": names[0], "own1": names[1]}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        files = open_safetensors(tmp_path)
+        assert files.read("a").tolist() == [chosen] * 2 and files.origin("a").file == names[chosen]
+
+
 def test_an_index_that_points_elsewhere(tmp_path: Path, reference: ReferenceModel) -> None:
     reference.save_pretrained(tmp_path / "model")
     index = {"weight_map": {"lm_head.weight": "../model/model.safetensors"}}

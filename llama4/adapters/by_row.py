@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4.adapters.loaded import Adapters
-from llama4.adapters.lora import STACKS, Adapter, Lora, experts_forward, router_logits
+from llama4.adapters.lora import STACKS, Adapter, Lora, experts_forward, router_methods
 from llama4.model.dispatch import LocalDispatcher
 from llama4.model.experts import Experts
 from llama4.model.moe import MixtureOfExperts, Router
@@ -126,7 +126,7 @@ class _Replacement:
             if leaf in STACKS and path.endswith(".experts"):
                 stacks.setdefault(path, {})[leaf] = added
             elif isinstance(module := model.get_submodule(name), Router):
-                self._methods.append((module, "logits", router_logits(module, added)))
+                self._methods += [(module, *method) for method in router_methods(module, added).items()]
             else:
                 self._methods.append((module, "forward", _forward_with(module, added)))
         for path, sums in stacks.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -102,9 +103,14 @@ class Addition(Protocol):
     def added_by_expert(self, x_RI: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor: ...
 
 
-def router_logits(router: Router, lora: Addition) -> Callable[[Tensor], Tensor]:
-    """The logits of a router with an addition."""
-    return lambda x_ND: type(router).logits(router, x_ND) + lora.added(upcast(x_ND))
+def router_methods(router: Router, lora: Addition) -> dict[str, Callable[..., Any]]:
+    """Those of a router whose logits have an addition. Its forward is that of its class: it is replaced for those who
+    compute what a module does without calling it (ops/hooks.py)."""
+
+    def logits(x_ND: Tensor) -> Tensor:
+        return Router.logits(router, x_ND) + lora.added(upcast(x_ND))
+
+    return {"logits": logits, "forward": partial(Router.forward, router)}
 
 
 def experts_forward(experts: Experts | QuantizedExperts, loras: Mapping[str, Addition]) -> Callable[..., Tensor]:
@@ -204,7 +210,8 @@ class Adapter(nn.Module):
             if lora.a.ndim == 3:
                 stacks.setdefault(path, {})[leaf] = lora
             elif isinstance(module := model.get_submodule(name), Router):
-                self._override(module, "logits", router_logits(module, lora))
+                for method, own in router_methods(module, lora).items():
+                    self._override(module, method, own)
             else:
                 self._undo.append(module.register_forward_hook(lora).remove)
         for path, loras in stacks.items():

@@ -20,6 +20,7 @@ USAGE = {
     f"{TRAIN} --batch-size 3": "--batch-size is not known (did you mean --batch-tokens?)",
     f"{TRAIN} --method lroa": "'lroa' is not known (did you mean lora?)",
     f"{TRAIN} --method full --adapter-format peft": "--adapter-format is for adapters; --method full has none",
+    f"{TRAIN} --merge {{0}}/new/": "/new/ is --output, which gets the adapter; name another directory",
     f"{TRAIN} --rank 0": "rank is 0; it must be a whole number",
     f"{TRAIN} --learning-rate nan": "learning_rate is nan; it must be at least 0",
     f"{TRAIN} --epochs 1e9": "epochs is 1000000000.0; it must be at most 1000",

@@ -14,6 +14,7 @@ from llama4.adapters.methods import ALL_WEIGHTS, METHODS
 from llama4.cli.interrupts import exit_code
 from llama4.cli.options import TRAINED, add_model_options, trained_options
 from llama4.errors import ArgumentError
+from llama4.files import real_path
 from llama4.progress import starting
 from llama4.units import bytes_text, count_text
 
@@ -220,6 +221,8 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--output is missing: the directory that gets the adapter")
     if options.merge and options.method in ALL_WEIGHTS:
         options.parser.error(f"--merge is for adapters; --method {options.method} writes a model")
+    if options.merge and options.output and real_path(options.merge) == real_path(options.output):
+        options.parser.error(f"--merge {options.merge} is --output, which gets the adapter; name another directory")
     settings = settings_of(options)
     with starting():
         from llama4.train import Run, TrainingOptions, finetune

@@ -401,3 +401,12 @@ def test_a_command_says_that_it_starts(command: str) -> None:
         [sys.executable, "-c", STARTING, *command.split()], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (7, "starting False\n")
+
+
+@pytest.mark.parametrize("ends_whole", [True, False])
+def test_what_is_left_before_its_end_is_not_drawn_as_done(ends_whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "has_display", lambda: True)
+    with Bar("training", 10, "steps") as bar:
+        bar.advance(3)
+        bar.ends_whole, drawn = ends_whole, bar._bar
+    assert drawn.n == (10 if ends_whole else 3)

@@ -74,6 +74,8 @@ def load_image(source: ImageSource, limits: ImageLimits = LIMITS) -> Image.Image
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"the image of {memoryview(source).nbytes} bytes", limits)
     if isinstance(source, str):
+        if not source:
+            raise ImageError("the name of an image is empty; give its path")
         _check_length(source, limits)
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):

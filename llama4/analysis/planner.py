@@ -152,7 +152,7 @@ class Memory:
         weights: scales of quantized parameters and the vision tower included.
         full_cache: keys and values of the layers that see the whole context, and of one picture of the most tiles where
             layers of cross-attention keep them.
-        chunked_cache: of the chunked layers, when a chunk is full.
+        chunked_cache: of the layers with a window, chunked or sliding, when that is full.
         activations: of one piece of a prompt.
     """
 
@@ -352,7 +352,7 @@ def table(facts: dict[str, Any]) -> str:
     rows = {
         "weights": need["weights"],
         f"cache of {facts['full_layers']} layers that see all": need["full_cache"],
-        f"cache of {facts['chunked_layers']} chunked layers": need["chunked_cache"],
+        f"cache of {facts['chunked_layers']} with a window": need["chunked_cache"],
         "activations": need["activations"],
         "together": need["total"],
     }

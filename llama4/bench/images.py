@@ -42,6 +42,7 @@ from llama4.units import dtype_name
 from llama4.vision.config import VisionConfig
 from llama4.vision.encoder import VisionModel
 from llama4.vision.images import load_image
+from llama4.vision.tiled_config import TiledVisionConfig
 from llama4.vision.tiling import tile_image
 
 
@@ -140,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = read_config(options.model).vision
     if config is None:
         raise Llama4Error(f"{options.model} has no vision tower; take one that has")
+    if isinstance(config, TiledVisionConfig):
+        raise Llama4Error(f"{options.model} has a tower of another kind than Llama 4's, which is not measured here")
     config = dataclasses.replace(config, num_hidden_layers=min(options.layers, config.num_hidden_layers))
     others = OtherProcesses()
     report = {

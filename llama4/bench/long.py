@@ -71,7 +71,7 @@ def measure(llm: Llama4, tokens: int, new_tokens: int, progress: bool = True) ->
     next(events)
     prefill = time.perf_counter() - begin
     rest = sum(1 for _ in events)
-    step = (time.perf_counter() - begin - prefill) / max(rest, 1)
+    step = (time.perf_counter() - begin - prefill) / rest if rest else None
     dtype = str(llm.model.dtype).removeprefix("torch.")
     return {
         "tokens": tokens,
@@ -102,11 +102,11 @@ def line(engine: str, facts: dict[str, Any]) -> str:
         return f"{engine}: {facts['tokens']:,} tokens: {facts['ended']}"
     text = f"{engine}: prefill of {facts['tokens']:,} tokens in {time_text(facts['prefill_seconds'])}"
     if "cache_bytes" in facts:
-        text += (
-            f" ({facts['prefill_tokens_per_second']:.0f} tokens/s), then {time_text(facts['seconds_per_new_token'])} "
-            f"for each of {facts['new_tokens']} more; cache {bytes_text(facts['cache_bytes'])}, by the formula "
-            f"{bytes_text(facts['cache_bytes_by_formula'])}"
-        )
+        text += f" ({facts['prefill_tokens_per_second']:.0f} tokens/s)"
+        if (step := facts["seconds_per_new_token"]) is not None:  # the first new one came with the prompt
+            text += f", then {time_text(step)} for each of {facts['new_tokens'] - 1} more"
+        text += f"; cache {bytes_text(facts['cache_bytes'])}, by the formula "
+        text += bytes_text(facts["cache_bytes_by_formula"])
     return f"{text}; peak memory {bytes_text(facts['peak_bytes'])}"
 
 

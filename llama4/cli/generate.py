@@ -47,8 +47,11 @@ def run(options: argparse.Namespace) -> int:
     messages = [*opening(options), {"role": "user", "content": content}]
     if options.prefill is not None:
         messages.append({"role": "assistant", "content": options.prefill})
-    raw = llm.processor.complete(question, special_tokens=options.special_tokens) if options.raw else None
-    stream = llm.stream(raw or messages, **chat_options(options))
+    prompt: Any = messages
+    if options.raw:
+        limit = llm.prompt_limit
+        prompt = llm.processor.complete(question, special_tokens=options.special_tokens, limit=limit)
+    stream = llm.stream(prompt, **chat_options(options))
     shown = PrintablePieces() if sys.stdout.isatty() else str
     for piece in stream:
         if not options.json:

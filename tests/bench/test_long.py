@@ -27,6 +27,11 @@ def test_the_cache_is_that_of_the_formula(directory: str, cache_dtype: str, caps
     assert ours["peak_bytes"] > ours["cache_bytes"]
 
 
+def test_a_single_new_token_comes_with_the_prompt(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert long.main([directory, "--tokens", "300", "--new", "1"]) == 0
+    assert "tokens/s); cache" in capsys.readouterr().out
+
+
 def test_a_baseline_that_takes_too_long_is_stopped(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tokens", "40", "--new", "1", "--vs", "transformers", "--limit", "0.01"]
     assert long.main([directory, *options]) == 0

@@ -550,6 +550,8 @@ def test_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     textual.write_text(json.dumps(Llama4Config(tiny().text, None).to_dict()))
     assert main(["bench", "images", str(tmp_path)]) == 1
     assert "has no vision tower" in capsys.readouterr().err
+    assert main(["bench", "images", "llama-3.2-11b-vision"]) == 1
+    assert "has a tower of another kind" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

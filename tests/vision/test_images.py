@@ -140,6 +140,8 @@ def test_no_such_file_and_no_file(tmp_path: Path) -> None:
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="is a directory; give the file of an image"):
         load_image(tmp_path)
+    with pytest.raises(ImageError, match="the name of an image is empty"):
+        load_image("")
     with pytest.raises(ImageError, match=r"cannot open|no such"):
         load_image("x" * 5000)
     with pytest.raises(ImageError, match="cannot open"):

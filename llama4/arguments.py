@@ -14,9 +14,9 @@ from llama4.errors import ArgumentError, nearest
 
 USAGE = 2
 """Exit code for a command that is not written right."""
-SHOWN = 3
-"""Of the lines that follow a message's first."""
-LONGEST = 4000
+MAX_MORE_LINES = 3
+"""Lines of a message that are shown behind its first."""
+MAX_MESSAGE = 4000
 """Characters of a message; what is in a file may be longer."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """All but tab and line feed, and marks that turn the direction of text round."""
@@ -82,9 +82,9 @@ class PrintableFormatter(logging.Formatter):
 def one_line(error: Exception) -> str:
     """A message without line breaks; of a long one, such as a list of missing keys, the beginning."""
     first, *more = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
-    rest = f"; and {len(more) - SHOWN} more" if len(more) > SHOWN else ""
-    line = printable("; ".join([first, *more[:SHOWN]]) + rest)
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    rest = f"; and {len(more) - MAX_MORE_LINES} more" if len(more) > MAX_MORE_LINES else ""
+    line = printable("; ".join([first, *more[:MAX_MORE_LINES]]) + rest)
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llama4.errors import ArgumentError, DiskError
-from llama4.progress import PIECE, each
+from llama4.progress import PIECE, track
 
 _SYNC = 256 << 20
 """Bytes after which a file that is being written is synced: at once, at its end, that may take a minute."""
@@ -109,7 +109,7 @@ def write_pieces(file: BinaryIO, data: memoryview) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    for at in each(range(0, len(data), PIECE)):
+    for at in track(range(0, len(data), PIECE)):
         end = file.tell() + file.write(data[at : at + PIECE])
         if end % _SYNC < PIECE <= end:
             file.flush()

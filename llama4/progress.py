@@ -1,7 +1,7 @@
 """Progress bars: one spelling for all that may take long.
 
 Whoever works in steps opens a `Bar`, and wraps each in `step`. What happens inside a step, in whatever file, goes
-through its parts with `each`, which moves the bar, and needs to know nothing of it.
+through its parts with `track`, which moves the bar, and needs to know nothing of it.
 
 A bar is seen on a terminal or in a notebook (with `ipywidgets`, as a widget), never in a pipe or a log file: those get
 a line now and then of what may last for hours.
@@ -130,14 +130,14 @@ class Bar:
 
     @contextmanager
     def step(self, amount: float) -> Iterator[None]:
-        """What happens inside is so much; its parts are what `each` goes through."""
+        """What happens inside is so much; its parts are what `track` goes through."""
         self._begin, self._extent = self._at, amount
         yield
         self._extent = 0.0
         self.advance(amount)
 
-    def each(self, items: Items[T]) -> Iterator[T]:
-        """See `each`."""
+    def track(self, items: Items[T]) -> Iterator[T]:
+        """See `track`."""
         begin, extent = self._begin, self._extent
         self._extent = extent / max(len(items), 1)
         for i, item in enumerate(items):
@@ -207,9 +207,9 @@ def step(amount: float) -> Iterator[None]:
         yield
 
 
-def each(items: Items[T]) -> Iterator[T]:
+def track(items: Items[T]) -> Iterator[T]:
     """The parts of the step that some bar is at, one after the other; each is the same share of it, and may have parts
     itself. A bar does not go back: what goes through the same tensor twice is seen once. Without a bar, just the items.
     """
     bar = _current.get()
-    return iter(items) if bar is None else bar.each(items)
+    return iter(items) if bar is None else bar.track(items)

@@ -25,7 +25,7 @@ from llama4.engine.prefill import prefill
 from llama4.engine.prefix_cache import PromptCache
 from llama4.inputs import Inputs
 from llama4.model.multimodal import Llama4Model
-from llama4.progress import Bar, each
+from llama4.progress import Bar, track
 from llama4.quantization import weight
 from llama4.train import finetune
 from llama4.weights import memory
@@ -253,10 +253,10 @@ def test_parts_have_parts() -> None:
     with Terminal() as terminal, Bar("computing", 4, "steps") as bar:
         for _ in range(2):
             with bar.step(2):
-                for _ in each(range(2)):
-                    for _ in each(range(5)):
+                for _ in track(range(2)):
+                    for _ in track(range(5)):
                         pass
-                list(each(range(3)))  # the same tensor again: the bar does not go back
+                list(track(range(3)))  # the same tensor again: the bar does not go back
     assert sorted(set(percentages(terminal.text, "computing"))) == list(range(0, 101, 5))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama4.errors import Llama4Error
-from llama4.progress import each
+from llama4.progress import track
 from llama4.vision.config import VisionConfig
 from llama4.vision.linear import TowerLinear
 from llama4.vision.projector import VisionAdapter
@@ -136,7 +136,7 @@ class VisionEncoder(nn.Module):
         self.run_layer: Callable[..., Tensor] = run
 
     def forward(self, x_nLW: Tensor, rotation: Tensor) -> Tensor:
-        for layer in each(self.layers):
+        for layer in track(self.layers):
             x_nLW = self.run_layer(layer, x_nLW, rotation)
         return x_nLW
 

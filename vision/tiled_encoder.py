@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama4.errors import Llama4Error
-from llama4.progress import each
+from llama4.progress import track
 from llama4.vision.encoder import Projections, VisionLayer, run
 from llama4.vision.tiled_config import TiledVisionConfig
 
@@ -78,7 +78,7 @@ class TiledEncoder(nn.Module):
 
     def forward(self, x_SW: Tensor, filled: int) -> list[Tensor]:
         outputs = []
-        for layer in each(self.layers):
+        for layer in track(self.layers):
             x_SW = self.run_layer(layer, x_SW, filled)
             outputs.append(x_SW)
         return outputs

@@ -13,7 +13,7 @@ from llama4.adapters.lora import Adapter, EmbeddingLora, Lora
 from llama4.errors import Llama4Error
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.precision import upcast
-from llama4.progress import PIECE, Bar, each
+from llama4.progress import PIECE, Bar, track
 from llama4.quantization.modules import SeparateExperts, SplitExperts
 from llama4.quantization.weight import QuantizedWeight
 
@@ -82,13 +82,13 @@ def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
         delta = delta_OI.mT if isinstance(lora, EmbeddingLora) else delta_OI
         merged = torch.empty_like(weight)  # what it was may be part of a file
         rows = max(1, PIECE // delta[0].nbytes)
-        for to, of, added in each(tuple(zip(merged.split(rows), weight.split(rows), delta.split(rows), strict=True))):
+        for to, of, added in track(tuple(zip(merged.split(rows), weight.split(rows), delta.split(rows), strict=True))):
             to.copy_(upcast(of) + added)
         home.weight = nn.Parameter(merged, weight.requires_grad)
     else:
         weight_EIO = home.get_parameter(leaf)
         merged_EIO = torch.empty_like(weight_EIO)
-        for i, weight_IO in enumerate(each(weight_EIO.unbind())):
+        for i, weight_IO in enumerate(track(weight_EIO.unbind())):
             merged_EIO[i] = upcast(weight_IO) + lora.delta(i).mT
         home.register_parameter(leaf, nn.Parameter(merged_EIO, weight_EIO.requires_grad))
 
@@ -96,7 +96,7 @@ def _merge(home: nn.Module, leaf: str, lora: Lora) -> None:
 def _merge_packed(weight: QuantizedWeight, lora: Lora) -> None:
     is_narrow = "weight_scale" in weight.specs and weight.checkpoint_dtype("weight_scale") == torch.bfloat16
     matrices = []
-    for expert in each(range(weight.shape[0])) if len(weight.shape) == 3 else [None]:
+    for expert in track(range(weight.shape[0])) if len(weight.shape) == 3 else [None]:
         weight_OI = weight.format.rows_of(weight, expert, torch.float32)(slice(0, weight.shape[-2]))
         sum_OI = weight_OI + weight.format.sort(lora.delta(expert)).to(weight_OI.device)
         matrices.append(weight.format.quantize(sum_OI.bfloat16() if is_narrow else sum_OI))

@@ -23,7 +23,7 @@ from llama4.adapters.config import LoraConfig, target_of
 from llama4.adapters.lora import TIED, Adapter
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import MOST_DEVICES, Placement, usable
+from llama4.analysis.planner import MOST_DEVICES, Deployment, usable
 from llama4.config import Llama4Config, TextConfig
 from llama4.errors import ArgumentError
 from llama4.families.names import HEAD
@@ -234,14 +234,14 @@ class Needs:
         return self.weights + self.gathered + self.training.to_come
 
 
-def needs(placement: Placement, training: Training, kept: tuple[int, int]) -> Needs:
+def needs(deployment: Deployment, training: Training, kept: tuple[int, int]) -> Needs:
     """What a device needs.
 
     Args:
         kept: of `Activations`.
     """
-    config, N = placement.config, placement.devices
-    text, size = config.text, getattr(torch, placement.dtype).itemsize
+    config, N = deployment.config, deployment.devices
+    text, size = config.text, getattr(torch, deployment.dtype).itemsize
     is_full, trained = training.method == "full", num_trained(config, training)
     states = trained_bytes(trained, size if is_full else 4, training.optimizer_states, is_added=not is_full)
     head_trained = math.prod(costs.parameter_shapes(text).get(HEAD, (0,))) if is_full else 0
@@ -255,39 +255,39 @@ def needs(placement: Placement, training: Training, kept: tuple[int, int]) -> Ne
         kept[1],
         step_bytes(math.ceil(_largest(text, training) / N)),
     )
-    gathered = 0.0 if N == 1 else _gathered(placement) * (1 + is_full)
-    return Needs(costs.weight_bytes(config, placement.plan, placement.dtype) / N, gathered, of_batch)
+    gathered = 0.0 if N == 1 else _gathered(deployment) * (1 + is_full)
+    return Needs(costs.weight_bytes(config, deployment.plan, deployment.dtype) / N, gathered, of_batch)
 
 
-def _gathered(placement: Placement) -> int:
+def _gathered(deployment: Deployment) -> int:
     """Bytes of the largest part of the model but routed experts."""
     parts: Counter[str] = Counter()
-    for name, size in costs.parameter_bytes(placement.config.text, placement.plan, placement.dtype).items():
+    for name, size in costs.parameter_bytes(deployment.config.text, deployment.plan, deployment.dtype).items():
         if ".experts." not in name:
             _, found, after = name.partition(".layers.")
             parts[after.partition(".")[0] if found else name] += size
     return max(parts.values())
 
 
-def fits(placement: Placement, training: Training, kept: tuple[int, int]) -> bool:
-    return needs(placement, training, kept).total <= usable(placement)
+def fits(deployment: Deployment, training: Training, kept: tuple[int, int]) -> bool:
+    return needs(deployment, training, kept).total <= usable(deployment)
 
 
-def fewest_devices(placement: Placement, training: Training, kept: tuple[int, int]) -> int | None:
+def fewest_devices(deployment: Deployment, training: Training, kept: tuple[int, int]) -> int | None:
     """How many such devices it takes, doubled until it fits; None if no number does."""
     devices = 1
     while devices <= MOST_DEVICES:
-        if fits(placement.on(devices), training, kept):
+        if fits(deployment.on(devices), training, kept):
             return devices
         devices *= 2
     return None
 
 
-def fitting_batch(placement: Placement, training: Training, activations: Activations, recomputed: bool) -> int | None:
+def fitting_batch(deployment: Deployment, training: Training, activations: Activations, recomputed: bool) -> int | None:
     """Tokens of a batch that fits on each of these devices, halved until it does; None if none does."""
     tokens = training.batch_tokens
     while tokens >= MIN_TOKENS:
-        if fits(placement, replace(training, batch_tokens=tokens), activations.of(tokens, recomputed)):
+        if fits(deployment, replace(training, batch_tokens=tokens), activations.of(tokens, recomputed)):
             return tokens
         tokens //= 2
     return None
@@ -313,19 +313,19 @@ def flops_per_token(text: TextConfig, training: Training, recomputed: bool) -> t
     return products + again * recomputed, attention * (1 + BACKWARD_ATTENTION + recomputed)
 
 
-def tokens_per_second(placement: Placement, training: Training, recomputed: bool, rates: Rates) -> float:
+def tokens_per_second(deployment: Deployment, training: Training, recomputed: bool, rates: Rates) -> float:
     """Of all devices together, what they tell each other not counted."""
-    products, attention = flops_per_token(placement.config.text, training, recomputed)
-    return placement.devices / (products / rates.products + attention / rates.attention)
+    products, attention = flops_per_token(deployment.config.text, training, recomputed)
+    return deployment.devices / (products / rates.products + attention / rates.attention)
 
 
-def describe(name: str, placement: Placement, training: Training, rates: Rates) -> dict[str, Any]:
+def describe(name: str, deployment: Deployment, training: Training, rates: Rates) -> dict[str, Any]:
     """The figures of `llama4 plan --finetune`, ready for JSON; bytes, tokens, seconds."""
-    activations = count_activations(placement.config.text, training, placement.dtype)
+    activations = count_activations(deployment.config.text, training, deployment.dtype)
     ways = {}
     for recomputed, word in ((False, "plain"), (True, "gradient_checkpointing")):
         kept = activations.of(training.batch_tokens, recomputed)
-        need = needs(placement, training, kept)
+        need = needs(deployment, training, kept)
         batch = need.training
         ways[word] = {
             "bytes_per_device": {
@@ -338,26 +338,26 @@ def describe(name: str, placement: Placement, training: Training, rates: Rates) 
                 "step": batch.step,
                 "total": int(need.total),
             },
-            "fits": fits(placement, training, kept),
-            "fewest_devices": fewest_devices(placement, training, kept),
-            "fitting_batch_tokens": fitting_batch(placement, training, activations, recomputed),
-            "tokens_per_second": tokens_per_second(placement, training, recomputed, rates),
+            "fits": fits(deployment, training, kept),
+            "fewest_devices": fewest_devices(deployment, training, kept),
+            "fitting_batch_tokens": fitting_batch(deployment, training, activations, recomputed),
+            "tokens_per_second": tokens_per_second(deployment, training, recomputed, rates),
         }
     lora = training.lora
     return {
         "model": name,
         "method": training.method,
-        "weights": placement.weights,
-        "dtype": placement.dtype,
+        "weights": deployment.weights,
+        "dtype": deployment.dtype,
         **({} if training.method == "full" else {"rank": lora.rank, "targets": list(lora.targets)}),
         "optimizer_states": training.optimizer_states,
         "batch_tokens": training.batch_tokens,
         "length": training.length,
-        "parameters": placement.config.num_parameters(),
-        "trained": num_trained(placement.config, training),
-        "devices": placement.devices,
-        "device_memory": placement.device_memory,
-        "usable_memory": int(usable(placement)),
+        "parameters": deployment.config.num_parameters(),
+        "trained": num_trained(deployment.config, training),
+        "devices": deployment.devices,
+        "device_memory": deployment.device_memory,
+        "usable_memory": int(usable(deployment)),
         "ways": ways,
         "rates": rates.source,
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama4.analysis import costs
-from llama4.analysis.planner import Placement, fits, memory, usable
+from llama4.analysis.planner import Deployment, fits, memory, usable
 from llama4.units import bytes_text, time_text
 
 
@@ -35,12 +35,12 @@ class MappedExperts:
     prompt: float
 
 
-def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
+def mapped_experts(deployment: Deployment, context: int) -> MappedExperts | None:
     """What is read where a quantized model does not fit; None if it does, or if all else does not fit, either."""
-    text = placement.config.text
-    sizes = costs.parameter_bytes(text, placement.plan, placement.dtype)
-    experts = {name: size for name, size in sizes.items() if costs.is_of_experts(name) and name in placement.plan}
-    if fits(placement, context) or placement.devices > 1 or not experts:
+    text = deployment.config.text
+    sizes = costs.parameter_bytes(text, deployment.plan, deployment.dtype)
+    experts = {name: size for name, size in sizes.items() if costs.is_of_experts(name) and name in deployment.plan}
+    if fits(deployment, context) or deployment.devices > 1 or not experts:
         return None
     total = float(sum(experts.values()))
     # Embeddings and vision tower are mapped as well, and seldom read.
@@ -49,13 +49,13 @@ def mapped_experts(placement: Placement, context: int) -> MappedExperts | None:
         for name, size in sizes.items()
         if not costs.is_of_experts(name) and costs.share_per_token(text, name) < 0.01
     )
-    seldom += costs.vision_bytes(placement.config, placement.dtype)
-    own = memory(placement, context).total - total - seldom
-    room = usable(placement) - own
+    seldom += costs.vision_bytes(deployment.config, deployment.dtype)
+    own = memory(deployment, context).total - total - seldom
+    room = usable(deployment) - own
     if room <= 0:
         return None
     room = min(room, total)
-    piece = min(context, placement.prefill_tokens)
+    piece = min(context, deployment.prefill_tokens)
     share = {name: costs.share_per_token(text, name) for name in experts}
     token = sum(size * share[name] for name, size in experts.items()) * (1 - room / total)
     needed = sum(size * min(1.0, piece * share[name]) for name, size in experts.items())

@@ -30,7 +30,7 @@ MOST_DEVICES = 1 << 14
 
 
 @dataclass(frozen=True)
-class Placement:
+class Deployment:
     """A model on devices.
 
     Attributes:
@@ -79,7 +79,7 @@ class Placement:
         """Most tokens of a prompt that go through the model at once."""
         return prefill_tokens(self.device_type, getattr(torch, self.dtype), self.config.text.head_dim)
 
-    def on(self, devices: int) -> Placement:
+    def on(self, devices: int) -> Deployment:
         """The same on so many devices, tensor parallel over as many of them as the key heads allow."""
         heads = self.config.text.num_key_value_heads
         return replace(self, devices=devices, tensor_parallel=math.gcd(devices, heads))
@@ -107,7 +107,7 @@ def read_model(
     return found.config, found.weights.plan
 
 
-def make_placement(
+def make_deployment(
     config: Llama4Config,
     stored: QuantizationPlan | None = None,
     *,
@@ -118,7 +118,7 @@ def make_placement(
     tensor_parallel: int | None = None,
     device_memory: int = 80 << 30,
     device_type: str = "cuda",
-) -> Placement:
+) -> Deployment:
     """A model on devices, from the options of `llama4 plan`.
 
     Args:
@@ -139,7 +139,7 @@ def make_placement(
     if dtype == "auto":
         dtype = "bfloat16" if weights == "bfloat16" else config.dtype
     label = dtype if weights in ("auto", "bfloat16") else weights
-    whole = Placement(config, plan, label, dtype, cache_dtype, 1, 1, device_memory, device_type)
+    whole = Deployment(config, plan, label, dtype, cache_dtype, 1, 1, device_memory, device_type)
     chosen = whole.on(devices)
     return chosen if tensor_parallel is None else replace(chosen, tensor_parallel=tensor_parallel)
 
@@ -184,117 +184,118 @@ class Times:
         return self.prompt_products + self.prompt_attention
 
 
-def memory(placement: Placement, context: int) -> Memory:
+def memory(deployment: Deployment, context: int) -> Memory:
     """The memory that a sequence of `context` tokens needs on each device."""
-    text = placement.config.text
+    text = deployment.config.text
     full = chunked = 0
     for i in text.self_layers:
         window = text.window(i)
         most = most_visible_tokens(context, window)
-        held = costs.layer_cache_bytes(text, i, most, placement.dtype, placement.cache_dtype)
+        held = costs.layer_cache_bytes(text, i, most, deployment.dtype, deployment.cache_dtype)
         full, chunked = (full + held, chunked) if window is None else (full, chunked + held)
     return Memory(
-        weights=_per_device(placement, lambda name: 1.0) + costs.vision_bytes(placement.config, placement.dtype),
-        full_cache=(full + costs.picture_cache_bytes(placement.config, placement.dtype)) / placement.devices,
-        chunked_cache=chunked / placement.tensor_parallel,
-        activations=_activations(placement, context),
+        weights=_per_device(deployment, lambda name: 1.0) + costs.vision_bytes(deployment.config, deployment.dtype),
+        full_cache=(full + costs.picture_cache_bytes(deployment.config, deployment.dtype)) / deployment.devices,
+        chunked_cache=chunked / deployment.tensor_parallel,
+        activations=_activations(deployment, context),
     )
 
 
-def _per_device(placement: Placement, share: Callable[[str], float]) -> float:
+def _per_device(deployment: Deployment, share: Callable[[str], float]) -> float:
     """Bytes of the decoder's parameters on one device, each multiplied by `share(name)`. Matrices are split over the
     tensor parallel devices; routers, norms and biases are replicated."""
-    sizes = costs.parameter_bytes(placement.config.text, placement.plan, placement.dtype)
+    sizes = costs.parameter_bytes(deployment.config.text, deployment.plan, deployment.dtype)
     replicated = ("router.weight", "norm.weight", ".bias")
     return sum(
-        size * share(name) / (1 if name.endswith(replicated) else placement.tensor_parallel)
+        size * share(name) / (1 if name.endswith(replicated) else deployment.tensor_parallel)
         for name, size in sizes.items()
     )
 
 
-def _activations(placement: Placement, context: int) -> float:
+def _activations(deployment: Deployment, context: int) -> float:
     """Bytes beside weights and cache while a piece of a prompt goes through a layer."""
-    size = getattr(torch, placement.dtype).itemsize
-    per_token = placement.config.text.activation_bytes(size, placement.tensor_parallel)
-    return min(context, placement.prefill_tokens) * per_token
+    size = getattr(torch, deployment.dtype).itemsize
+    per_token = deployment.config.text.activation_bytes(size, deployment.tensor_parallel)
+    return min(context, deployment.prefill_tokens) * per_token
 
 
-def usable(placement: Placement) -> float:
+def usable(deployment: Deployment) -> float:
     """Bytes of a device that a model can use."""
-    return weights_memory.usable(placement.device_memory)
+    return weights_memory.usable(deployment.device_memory)
 
 
-def fits(placement: Placement, context: int) -> bool:
-    return memory(placement, context).total <= usable(placement)
+def fits(deployment: Deployment, context: int) -> bool:
+    return memory(deployment, context).total <= usable(deployment)
 
 
-def largest_context(placement: Placement) -> int:
+def largest_context(deployment: Deployment) -> int:
     """The most tokens that fit, up to the model's context window; 0 if the weights alone do not."""
-    low, high = 0, placement.config.text.max_position_embeddings
+    low, high = 0, deployment.config.text.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(placement, middle) else (low, middle - 1)
+        low, high = (middle, high) if fits(deployment, middle) else (low, middle - 1)
     return low
 
 
-def times(placement: Placement, context: int, rates: Rates) -> Times:
+def times(deployment: Deployment, context: int, rates: Rates) -> Times:
     """How long it takes, communication between devices not counted.
 
     A token reads the weights it needs and the keys and values it sees. A prompt is read in pieces, divided among the
     context parallel groups: its matrix products take the time of their FLOPs or of reading the weights for every piece,
     whichever is longer; its attention takes the time of its FLOPs.
     """
-    text = placement.config.text
+    text = deployment.config.text
     cached = 0.0
-    token = _per_device(placement, lambda name: costs.share_per_token(text, name))
+    token = _per_device(deployment, lambda name: costs.share_per_token(text, name))
     for i in range(text.num_hidden_layers):
-        seen = text.visible_tokens(i, context) * costs.key_value_bytes(text, i, placement.dtype, placement.cache_dtype)
-        cached += seen / (placement.devices if text.window(i) is None else placement.tensor_parallel)
-    piece = min(context, placement.prefill_tokens)
-    pieces = context / max(piece, 1) / placement.context_parallel
-    read = _per_device(placement, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
+        token_bytes = costs.key_value_bytes(text, i, deployment.dtype, deployment.cache_dtype)
+        ranks = deployment.devices if text.window(i) is None else deployment.tensor_parallel
+        cached += text.visible_tokens(i, context) * token_bytes / ranks
+    piece = min(context, deployment.prefill_tokens)
+    pieces = context / max(piece, 1) / deployment.context_parallel
+    read = _per_device(deployment, lambda name: min(1.0, piece * costs.share_per_token(text, name)))
     attention = costs.attention_flops(text, context)
     products = costs.prefill_flops(text, context) - attention
     return Times(
         token_weights=token / rates.memory,
         token_cache=cached / rates.cache,
-        prompt_products=max(products / placement.devices / rates.products, pieces * read / rates.memory),
-        prompt_attention=attention / placement.devices / rates.attention,
+        prompt_products=max(products / deployment.devices / rates.products, pieces * read / rates.memory),
+        prompt_attention=attention / deployment.devices / rates.attention,
     )
 
 
-def fp8_share(placement: Placement) -> float:
+def fp8_share(deployment: Deployment) -> float:
     """The share of the FLOPs of matrix products that is done in fp8."""
-    flops = costs.parameter_flops(placement.config.text)
-    fp8 = {name for name, format in placement.plan.items() if format is not None and format.rounds_inputs}
+    flops = costs.parameter_flops(deployment.config.text)
+    fp8 = {name for name, format in deployment.plan.items() if format is not None and format.rounds_inputs}
     return sum(n for name, n in flops.items() if name in fp8) / sum(flops.values())
 
 
-def checked_context(placement: Placement, context: int | None) -> int:
+def checked_context(deployment: Deployment, context: int | None) -> int:
     """The context that was asked for, by default the model's whole context window.
 
     Raises:
         Llama4Error: a longer context than the model takes.
     """
-    window = placement.config.text.max_position_embeddings
+    window = deployment.config.text.max_position_embeddings
     if context is not None and not 1 <= context <= window:
         raise ArgumentError(f"a context of {context:,} tokens; this model takes from 1 to {window:,}, its window")
     return context or window
 
 
-def remedies(placement: Placement, context: int) -> list[str]:
+def remedies(deployment: Deployment, context: int) -> list[str]:
     """What makes a context fit that does not: options of `llama4 plan`, each sufficient by itself and the smallest
     change of its kind. More devices (doubled until it fits) come last, with fewer bits only if nothing else suffices.
     """
-    caches = {"": placement} | {f"--cache {name}": replace(placement, cache_dtype=name) for name in ("fp8", "int4")}
+    caches = {"": deployment} | {f"--cache {name}": replace(deployment, cache_dtype=name) for name in ("fp8", "int4")}
     same = list(caches.items())
     fewer = [(f"--weights int4 {words}".strip(), _with_int4(changed)) for words, changed in same]
-    if placement.weights == "int4":
+    if deployment.weights == "int4":
         fewer = same
     chosen = (next((words for words, changed in kind if fits(changed, context)), None) for kind in (same, fewer))
     found = [words for words in chosen if words]
     for words, changed in (same[0], fewer[-1]):
-        devices = placement.devices
+        devices = deployment.devices
         while (devices := 2 * devices) <= MOST_DEVICES:
             if fits(changed.on(devices), context):
                 return [*found, f"{words} --devices {devices}".strip()]
@@ -303,36 +304,36 @@ def remedies(placement: Placement, context: int) -> list[str]:
     return found
 
 
-def _with_int4(placement: Placement) -> Placement:
+def _with_int4(deployment: Deployment) -> Deployment:
     try:
-        return replace(placement, plan=costs.quantization_plan(placement.config.text, "int4"), weights="int4")
+        return replace(deployment, plan=costs.quantization_plan(deployment.config.text, "int4"), weights="int4")
     except ValueError:  # int4 does not suit this model's shapes
-        return placement
+        return deployment
 
 
-def describe(name: str, placement: Placement, context: int, rates: Rates) -> dict[str, Any]:
+def describe(name: str, deployment: Deployment, context: int, rates: Rates) -> dict[str, Any]:
     """The figures of `llama4 plan`, ready for JSON; bytes, tokens, seconds."""
-    need, spent = memory(placement, context), times(placement, context, rates)
-    it_fits = fits(placement, context)
-    windows = [placement.config.text.window(i) for i in placement.config.text.self_layers]
+    need, spent = memory(deployment, context), times(deployment, context, rates)
+    it_fits = fits(deployment, context)
+    windows = [deployment.config.text.window(i) for i in deployment.config.text.self_layers]
     return {
         "model": name,
         "context": context,
-        "window": placement.config.text.max_position_embeddings,
-        "weights": placement.weights,
-        "dtype": placement.dtype,
-        "cache": placement.cache_dtype,
-        "devices": placement.devices,
-        "tensor_parallel": placement.tensor_parallel,
-        "context_parallel": placement.context_parallel,
-        "device_memory": placement.device_memory,
-        "usable_memory": int(usable(placement)),
+        "window": deployment.config.text.max_position_embeddings,
+        "weights": deployment.weights,
+        "dtype": deployment.dtype,
+        "cache": deployment.cache_dtype,
+        "devices": deployment.devices,
+        "tensor_parallel": deployment.tensor_parallel,
+        "context_parallel": deployment.context_parallel,
+        "device_memory": deployment.device_memory,
+        "usable_memory": int(usable(deployment)),
         "full_layers": windows.count(None),
         "chunked_layers": len(windows) - windows.count(None),
         "bytes_per_device": {key: int(value) for key, value in asdict(need).items()} | {"total": int(need.total)},
         "fits": it_fits,
-        "largest_context": largest_context(placement),
-        "remedies": [] if it_fits else remedies(placement, context),
+        "largest_context": largest_context(deployment),
+        "remedies": [] if it_fits else remedies(deployment, context),
         "seconds_per_token": spent.token,
         "seconds_for_prompt": spent.prompt,
         "seconds": asdict(spent),

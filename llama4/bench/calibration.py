@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import Placement
+from llama4.analysis.planner import Deployment
 from llama4.api import Llama4
 from llama4.bench.machine import OtherProcesses
 from llama4.bench.process_memory import anonymous_bytes, bytes_read, peak_bytes, reset_peak, resident_bytes
@@ -51,7 +51,7 @@ NEAR = 16
 """Tokens of the short context after which steps are timed; the long one is `PIECES` pieces of a prompt."""
 
 
-def measure_rates(setup: Placement) -> Rates:
+def measure_rates(setup: Deployment) -> Rates:
     """The rates of this CPU; takes some twenty seconds.
 
     Raises:
@@ -229,7 +229,7 @@ def dtype_of(config: Llama4Config, weights: str) -> str:
 
 
 def measure_model(
-    name: str, revision: str | None, subfolder: str | None, setup: Placement, context: int
+    name: str, revision: str | None, subfolder: str | None, setup: Deployment, context: int
 ) -> dict[str, float | None]:
     """Load a model, prefill random tokens, and decode a few: seconds, bytes of the cache, the peak growth of this
     process in bytes, with and without mapped files, the bytes that a token reads from the disk, and the share of the
@@ -264,7 +264,7 @@ def measure_model(
     }
 
 
-def comparison(facts: dict[str, Any], setup: Placement) -> str:
+def comparison(facts: dict[str, Any], setup: Deployment) -> str:
     """Planned and measured values, as lines of text. Of a model whose experts stay in files memory is what is not."""
     measured = facts["measured"]
     cached = costs.cache_bytes(setup.config.text, facts["context"], setup.dtype, setup.cache_dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama4.cache.pictures import Sight
-from llama4.config.window import Sliding, chunk_end, chunk_start, slot_of
+from llama4.config.window import SlidingWindow, chunk_end, chunk_start, slot_of
 from llama4.errors import Llama4Error
 from llama4.ops.memory import to_device
 
@@ -43,7 +43,7 @@ class Span:
 
     def slot(self, window: int | None) -> int:
         """Where the first of them goes in a layer with this window."""
-        return slot_of(self.before, window) if isinstance(window, Sliding) else self.past
+        return slot_of(self.before, window) if isinstance(window, SlidingWindow) else self.past
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from llama4.cache.formats import CacheFormat
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
-from llama4.config.window import Sliding, slot_of
+from llama4.config.window import SlidingWindow, slot_of
 from llama4.ops.attention import write_run
 from llama4.ops.memory import to_device
 
@@ -114,7 +114,7 @@ class LayerCache:
         self.reserve(row, past, len(keys_NKC))
         write_run(keys_NKC, values_NKC, self, row, past)
 
-    def write_ring(self, row: int, before: int, window: Sliding, keys_NKC: Tensor, values_NKC: Tensor) -> None:
+    def write_ring(self, row: int, before: int, window: SlidingWindow, keys_NKC: Tensor, values_NKC: Tensor) -> None:
         """Write new tokens, behind the first `before` of the row's sequence, into a ring of `window` slots, where they
         take the places of the oldest."""
         before, new = before + max(0, len(keys_NKC) - window), len(keys_NKC[-window:])
@@ -124,7 +124,7 @@ class LayerCache:
             write_run(keys_NKC[begin : begin + count], values_NKC[begin : begin + count], self, row, slot)
             begin += count
 
-    def reserve_ring(self, row: int, before: int, new: int, window: Sliding) -> None:
+    def reserve_ring(self, row: int, before: int, new: int, window: SlidingWindow) -> None:
         """Take blocks for at most `window` new tokens behind the first `before` of the row's sequence, in a ring. Those
         that they go to are this row's own from then on."""
         cached_tokens = min(before, window)
@@ -211,7 +211,7 @@ class LayerCache:
         return joined
 
 
-def _runs_in_ring(before: int, new: int, window: Sliding) -> Iterator[tuple[int, int]]:
+def _runs_in_ring(before: int, new: int, window: SlidingWindow) -> Iterator[tuple[int, int]]:
     """Where new tokens go in a ring, cut where blocks end, and the ring: the first slot of each run, and how many."""
     while new:
         slot = slot_of(before, window)

@@ -21,7 +21,7 @@ from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, before
 from llama4.cache.pool import BlockPool
 from llama4.config import CACHE_BLOCK, TextConfig
-from llama4.config.window import Sliding, chunk_offset, chunk_start, held_tokens, slot_of
+from llama4.config.window import SlidingWindow, chunk_offset, chunk_start, held_tokens, slot_of
 from llama4.errors import Llama4Error
 
 
@@ -230,7 +230,7 @@ class SequenceCache:
         """Rings that have come round write to full blocks, which may be shared: each has its own from its first slot on
         (see `LayerCache.write_ring`), and the one in the middle of which they are, here."""
         for layer, window in zip(self.layers, self.windows, strict=True):
-            if isinstance(window, Sliding):
+            if isinstance(window, SlidingWindow):
                 for row, length in enumerate(self.lengths):
                     if length >= window and (slot := self._next_slot(row, window)) % CACHE_BLOCK:
                         layer.detach(row, slot)
@@ -245,7 +245,7 @@ class SequenceCache:
         start, next_position = self.start[0], self.next_position[0]
         position = min(start + length, next_position)
         for window in set(self.windows):
-            if isinstance(window, Sliding):  # a ring has one token more than the next one sees
+            if isinstance(window, SlidingWindow):  # a ring has one token more than the next one sees
                 lacks = next_position - start > window and position < next_position - 1
                 position = start if lacks else position
                 continue
@@ -325,6 +325,6 @@ class SequenceCache:
         for i, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             first = (end - held_tokens(end, window)) // CACHE_BLOCK
             kept = [block[i] for block in blocks[first:]]
-            turn = first % len(kept) if kept and isinstance(window, Sliding) else 0
+            turn = first % len(kept) if kept and isinstance(window, SlidingWindow) else 0
             layer.rows[0][:] = kept[len(kept) - turn :] + kept[: len(kept) - turn]
         self.commit((0,), (end,), self.rope_lengths)

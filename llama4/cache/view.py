@@ -12,7 +12,7 @@ from llama4.cache.layer import LayerCache
 from llama4.cache.pictures import Picture, PictureView
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import Sliding, slots_end
+from llama4.config.window import SlidingWindow, slots_end
 from llama4.ops.attention import write_step
 
 
@@ -42,7 +42,7 @@ class LayerView:
             return
         for span in self._spans:
             k, v = k_NKC[span.begin : span.end], v_NKC[span.begin : span.end]
-            if isinstance(self._window, Sliding):
+            if isinstance(self._window, SlidingWindow):
                 self.blocks.write_ring(span.row, span.before, self._window, k, v)
             else:
                 self.blocks.write(span.row, span.past, k, v)
@@ -56,7 +56,7 @@ class LayerView:
         """To a ring go no more tokens than it has slots."""
         for span in self._spans:
             new = span.end - span.begin
-            if isinstance(self._window, Sliding):
+            if isinstance(self._window, SlidingWindow):
                 self.blocks.reserve_ring(span.row, span.before, new, self._window)
             else:
                 self.blocks.reserve(span.row, span.past, new)

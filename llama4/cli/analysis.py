@@ -145,7 +145,7 @@ def run_plan(options: argparse.Namespace) -> int:
     config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)
     device = "h100" if on_cpu else options.device or "h100"
     rates = options.memory_rate, options.gemm_rate
-    placement = planner.make_placement(
+    deployment = planner.make_deployment(
         config,
         stored,
         weights=options.weights,
@@ -157,13 +157,13 @@ def run_plan(options: argparse.Namespace) -> int:
         device_type="cpu" if on_cpu else "cuda",
     )
     wanted = parse_tokens(options.context, MIN_CONTEXT) if options.context is not None else None
-    context = planner.checked_context(placement, wanted)
+    context = planner.checked_context(deployment, wanted)
     if on_cpu and None in rates:
-        reached = cpu.measure_rates(placement)
+        reached = cpu.measure_rates(deployment)
     else:
-        reached = hardware.published_rates(device, planner.fp8_share(placement))
-    facts = planner.describe(options.model, placement, context, hardware.overridden(reached, *rates))
-    mapped = mapped_experts.mapped_experts(placement, context) if on_cpu else None
+        reached = hardware.published_rates(device, planner.fp8_share(deployment))
+    facts = planner.describe(options.model, deployment, context, hardware.overridden(reached, *rates))
+    mapped = mapped_experts.mapped_experts(deployment, context) if on_cpu else None
     if mapped is not None:
         disk = options.disk_rate
         if disk is None and (directory := user_path(options.model) / (options.subfolder or "")).is_dir():
@@ -171,7 +171,7 @@ def run_plan(options: argparse.Namespace) -> int:
         if disk is not None:
             facts["mapped_experts"] = mapped_experts.describe(mapped, facts, disk)
     if options.measure:
-        facts["measured"] = cpu.measure_model(options.model, options.revision, options.subfolder, placement, context)
+        facts["measured"] = cpu.measure_model(options.model, options.revision, options.subfolder, deployment, context)
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -179,7 +179,7 @@ def run_plan(options: argparse.Namespace) -> int:
     if "mapped_experts" in facts:
         print(mapped_experts.table(facts["mapped_experts"]))
     if options.measure:
-        print(cpu.comparison(facts, placement))
+        print(cpu.comparison(facts, deployment))
     return 0
 
 
@@ -198,7 +198,7 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
         options.parser.error("--finetune with --device cpu needs --gemm-rate, what this CPU reaches")
     config, stored = planner.read_model(options.model, options.revision, options.subfolder, weights=options.weights)
     device = "h100" if options.device in (None, "cpu") else options.device
-    placement = planner.make_placement(
+    deployment = planner.make_deployment(
         config,
         stored,
         weights=finetuning.weights_of(options.finetune, options.weights, bool(stored)),
@@ -214,11 +214,11 @@ def run_plan_of_training(options: argparse.Namespace) -> int:
         options.finetune,
         LoraConfig(**lora),
         batch_tokens=MOST_BATCH_TOKENS if options.batch_tokens is None else options.batch_tokens,
-        length=planner.checked_context(placement, wanted),
+        length=planner.checked_context(deployment, wanted),
         optimizer_states=settings.optimizer_states,
     )
     rates = hardware.overridden(hardware.published_rates(device), None, options.gemm_rate)
-    facts = finetuning.describe(options.model, placement, training, rates)
+    facts = finetuning.describe(options.model, deployment, training, rates)
     print(json.dumps(facts, indent=2) if options.json else finetuning.table(facts))
     return 0
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, Protocol, runtime_checkable
 
-SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 """Signals that end a command, by what it says of them; its exit code is `exit_code`."""
 PATIENCE = 0.7
 """Seconds that a command has to end by itself."""
@@ -61,7 +61,7 @@ def _watch(ours: socket.socket, ended: threading.Event) -> None:
     with ours:
         while received := ours.recv(1):
             number = received[0]
-            if number not in SAID:
+            if number not in ENDINGS:
                 continue
             handler = signal.getsignal(number)
             if isinstance(handler, Gentle) and handler is not asked:
@@ -78,7 +78,7 @@ def exit_code(number: int) -> int:
 
 def say_ended(number: int) -> int:
     """In a line of its own: a terminal may stand in the middle of one; -> the exit code."""
-    line = f"llama4: {SAID[signal.Signals(number)]}"
+    line = f"llama4: {ENDINGS[signal.Signals(number)]}"
     print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
     return exit_code(number)
 
@@ -86,9 +86,9 @@ def say_ended(number: int) -> int:
 def leave(code: int) -> NoReturn:
     """End the process now, without waiting for threads that download or compute. Python would take torch apart first,
     which takes half a second, and seconds on a busy machine."""
-    for number in SAID:
+    for number in ENDINGS:
         signal.signal(number, signal.SIG_IGN)
-    if code not in map(exit_code, SAID):
+    if code not in map(exit_code, ENDINGS):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

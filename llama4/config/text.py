@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4.config.rope import RopeScaling, read_scaling
-from llama4.config.window import Sliding, visible_tokens
+from llama4.config.window import SlidingWindow, visible_tokens
 from llama4.errors import ConfigError
 from llama4.reading import LIMITS
 
@@ -172,7 +172,7 @@ class TextConfig:
         sees every token before it: see window.py."""
         assert self.layer_types is not None
         if self.sliding_window is not None:
-            return Sliding(self.sliding_window)
+            return SlidingWindow(self.sliding_window)
         return self.attention_chunk_size if self.layer_types[layer] == "chunked_attention" else None
 
     def visible_tokens(self, layer: int, num_tokens: int) -> int:

@@ -5,7 +5,7 @@ token sees the tokens of its own chunk up to and including itself, and nothing o
 means one endless chunk: a token sees every token before it. Chunks are counted from position 0, not from the sequence's
 first token: of a sequence that starts at position 5, the first chunk is only shorter.
 
-A `Sliding` window moves with the token, which sees itself and the `window - 1` tokens before it.
+A `SlidingWindow` window moves with the token, which sees itself and the `window - 1` tokens before it.
 
 Source: Meta's `create_chunked_attention_mask` (llama_models/llama4/model.py) and transformers' `chunked_overlay`
 (masking_utils.py): query q and key k see each other if q // window == k // window and k <= q. Of sliding windows
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Position = TypeVar("Position", int, "Tensor")
 
 
-class Sliding(int):
+class SlidingWindow(int):
     """A window that moves with every token, of so many tokens. Its keys lie in a ring: the token at place n of its
     sequence takes the slot n % window, and the place of one that no token will see again."""
 
@@ -31,19 +31,19 @@ def chunk_start(position: int, window: int | None, start: int = 0) -> int:
     """The first position that a token at `position` sees, in a sequence whose first token is at `start`."""
     if window is None:
         return start
-    return max(start, position - (window - 1 if isinstance(window, Sliding) else position % window))
+    return max(start, position - (window - 1 if isinstance(window, SlidingWindow) else position % window))
 
 
 def chunk_end(position: int, window: int | None) -> int | None:
     """The first position after the chunk that `position` is in; None if that chunk has no end."""
-    return None if window is None or isinstance(window, Sliding) else position - position % window + window
+    return None if window is None or isinstance(window, SlidingWindow) else position - position % window + window
 
 
 def slot_of(position: int, window: int | None, start: int = 0) -> int:
     """Where the keys of the token at `position` go in a layer's cache."""
-    return (
-        (position - start) % window if isinstance(window, Sliding) else position - chunk_start(position, window, start)
-    )
+    if isinstance(window, SlidingWindow):
+        return (position - start) % window
+    return position - chunk_start(position, window, start)
 
 
 def slots_end(position: int, window: int | None, start: int = 0) -> int | None:
@@ -51,23 +51,23 @@ def slots_end(position: int, window: int | None, start: int = 0) -> int | None:
     another round of a ring. None if all keys have slots of their own."""
     if window is None:
         return None
-    return position - (position - (start if isinstance(window, Sliding) else 0)) % window + window
+    return position - (position - (start if isinstance(window, SlidingWindow) else 0)) % window + window
 
 
 def held_tokens(end: int, window: int | None, start: int = 0) -> int:
     """How many tokens of a sequence from `start` to `end` a layer keeps: those that the next token sees, and of a ring
     the one whose place it takes."""
-    return min(end - start, window) if isinstance(window, Sliding) else end - chunk_start(end, window, start)
+    return min(end - start, window) if isinstance(window, SlidingWindow) else end - chunk_start(end, window, start)
 
 
 def ends_chunk(num_tokens: int, window: int | None) -> bool:
     """Whether a sequence of so many tokens, counted from position 0, ends with a chunk."""
-    return window is not None and not isinstance(window, Sliding) and num_tokens % window == 0
+    return window is not None and not isinstance(window, SlidingWindow) and num_tokens % window == 0
 
 
 def chunk_offset(position: Position, window: int | None) -> Position:
     """Where in its chunk a position is, counted from 0; an integer or a tensor of them."""
-    return position if window is None or isinstance(window, Sliding) else position % window
+    return position if window is None or isinstance(window, SlidingWindow) else position % window
 
 
 def visible_tokens(position: int, window: int | None, start: int = 0) -> int:
@@ -87,7 +87,7 @@ def visible_pairs(num_tokens: int, window: int | None) -> int:
     """`visible_tokens` summed over the first `num_tokens` positions of a sequence: the scores that attention computes
     for each head."""
     window = window or max(num_tokens, 1)
-    if isinstance(window, Sliding):
+    if isinstance(window, SlidingWindow):
         begun = min(num_tokens, window)
         return begun * (begun + 1) // 2 + (num_tokens - begun) * window
     chunks, rest = divmod(num_tokens, window)

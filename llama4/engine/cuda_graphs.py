@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from llama4.cache.formats import CacheFormat
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
-from llama4.config.window import Sliding
+from llama4.config.window import SlidingWindow
 from llama4.engine.snapshot import Snapshot, UnsupportedError, check_frame, require
 from llama4.engine.static_step import StaticStep
 from llama4.kernels.triton import common, support
@@ -130,7 +130,7 @@ class CudaGraphRunner:
             return "gradients are being recorded; decode inside torch.inference_mode()"
         if not cache.is_consistent:
             return "a forward that was adding tokens to the cache broke off"
-        if any(isinstance(window, Sliding) and max(cache.lengths) >= window for window in set(cache.windows)):
+        if any(isinstance(window, SlidingWindow) and max(cache.lengths) >= window for window in set(cache.windows)):
             return "the window of attention slides"
         if text.rope_scaling is not None and text.rope_scaling.by_length:
             return "RoPE's frequencies depend on the length of the prompt"

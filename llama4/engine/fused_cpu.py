@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llama4.cache.sequence import SequenceCache
 from llama4.cache.view import CacheView
-from llama4.config.window import Sliding
+from llama4.config.window import SlidingWindow
 from llama4.engine.fused_model import EXPERTS_IN_FILES, Description
 from llama4.errors import ArgumentError
 from llama4.kernels import loader, threads
@@ -67,7 +67,7 @@ def check_batch_invariant(model: Llama4Model, cache_dtype: str | torch.dtype) ->
         return
     cache = model.new_cache(1, cache_dtype)
     reason = FusedCpuRunner(model).undescribed_reason(cache)
-    if reason is None and any(isinstance(window, Sliding) for window in cache.windows):
+    if reason is None and any(isinstance(window, SlidingWindow) for window in cache.windows):
         reason = "the window of its attention slides, for which steps are not compiled code"
     if reason is not None:
         raise ArgumentError(f"batch_invariant=True does nothing here: {reason}; leave it out")
@@ -224,7 +224,7 @@ class FusedCpuRunner:
             return f"it computes in float32 and bfloat16, not in {model.dtype}"
         if not cache.is_consistent:
             return "a forward that was adding tokens to the cache broke off"
-        if any(isinstance(window, Sliding) and max(cache.lengths) >= window for window in set(cache.windows)):
+        if any(isinstance(window, SlidingWindow) and max(cache.lengths) >= window for window in set(cache.windows)):
             return "the window of attention slides"
         for layer in cache.layers:
             if layer.device.type != "cpu":
@@ -245,7 +245,7 @@ class FusedCpuRunner:
 
     def prompt_description(self, cache: SequenceCache) -> Description | None:
         """The description of the model, if prompts of a cache can be computed as steps are."""
-        slides = any(isinstance(window, Sliding) for window in cache.windows)
+        slides = any(isinstance(window, SlidingWindow) for window in cache.windows)
         return None if slides or self.unsupported_reason(cache) is not None else self.description
 
     def open(self, cache: SequenceCache) -> FusedSession:

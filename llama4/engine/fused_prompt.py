@@ -28,7 +28,7 @@ from llama4.kernels import loader, threads
 from llama4.kernels.abi import Tokens, check
 from llama4.model.multimodal import Llama4Model, check_ids
 from llama4.model.positions import PositionFactors
-from llama4.progress import each
+from llama4.progress import track
 
 INVARIANT_TOKENS = 256
 """Most tokens of a call for a model that is batch-invariant: each token's attention keeps parts of its own."""
@@ -137,7 +137,7 @@ class _Step:
             is_prompt=not model.is_batch_invariant,
         )
         decode = loader.function("decode", model.dtype)
-        for tokens.layer in each(range(len(tables))):
+        for tokens.layer in track(range(len(tables))):
             check(decode(threads.count(), description.decoder, steps, 0, tokens))
         view.commit()
         return x_ND, logits

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llama4.cache.batch import Batch
 from llama4.cache.view import LayerView
 from llama4.config import TextConfig
-from llama4.config.window import Sliding
+from llama4.config.window import SlidingWindow
 from llama4.model.positions import PositionFactors
 from llama4.ops.attention import causal_attention, decode_attention, sliding_attention
 from llama4.ops.linear import Linear, linears
@@ -55,7 +55,7 @@ class Attention(nn.Module):
             new = slice(span.begin, span.end)
             blocks = cache.blocks if cache is not None else None
             q, k, v = q_NHC[new], k_NKC[new], v_NKC[new]
-            if isinstance(self.window, Sliding):
+            if isinstance(self.window, SlidingWindow):
                 outputs.append(sliding_attention(q, k, v, self.window, blocks, span.row, span.before))
             else:
                 outputs.append(causal_attention(q, k, v, blocks, span.row, span.past))

@@ -24,7 +24,7 @@ from llama4.model.norm import RMSNorm, add_and_norm
 from llama4.model.positions import PositionFactors
 from llama4.ops.linear import Linear
 from llama4.ops.precision import upcast
-from llama4.progress import each
+from llama4.progress import track
 from llama4.vision.encoder import run
 
 
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch, cache: CacheView | None) -> Tensor:
         factors = PositionFactors.of_batch(self.config, batch, self.norm.weight.dtype)
         x_ND = upcast(x_ND)  # what the layers add would be rounded twice per layer: the largest error of bfloat16
-        for i, layer in enumerate(each(self.layers)):
+        for i, layer in enumerate(track(self.layers)):
             x_ND = self.run_layer(layer, x_ND, batch, factors, cache.of_layer[i] if cache is not None else None)
         out: Tensor = self.norm(x_ND)
         return out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama4.cache.formats import CacheFormat, Unquantized
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import Sliding, slot_of
+from llama4.config.window import SlidingWindow, slot_of
 from llama4.kernels import abi, cpu, loader
 from llama4.ops import attention_gpu, cpu_kernels
 from llama4.ops.precision import upcast
@@ -160,7 +160,7 @@ def sliding_attention(
     q_HNC, k_KSC, v_KSC = (x.transpose(0, 1) for x in (q_NHC, k_NKC, v_NKC))
     if cache is not None and held:
         kept = zip(*cache.read(row, held, q_NHC.dtype, q_NHC.device), strict=True)
-        turn = slot_of(before, Sliding(window)) if held == window else 0
+        turn = slot_of(before, SlidingWindow(window)) if held == window else 0
         old = (torch.cat(parts, dim=1).roll(-turn, dims=1) for parts in kept)
         k_KSC, v_KSC = (torch.cat(both, dim=1) for both in zip(old, (k_KSC, v_KSC), strict=True))
 

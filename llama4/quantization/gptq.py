@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.int4 import Int4, pack, quantize_groups
 
 DAMPING = 0.01
@@ -54,7 +54,7 @@ def quantize(weight_OI: Tensor, hessian: Hessian, format: Int4) -> dict[str, Ten
     order, U = hessian.factor()
     scales_OI = scale.float().squeeze(-1).repeat_interleave(size, dim=1)[:, order]
     W, values = W[:, order], torch.empty_like(weight_OI, dtype=torch.int8)
-    for at in each(range(0, W.shape[1], BLOCK)):
+    for at in track(range(0, W.shape[1], BLOCK)):
         end = min(at + BLOCK, W.shape[1])
         errors = torch.empty(len(W), end - at)
         for i in range(at, end):

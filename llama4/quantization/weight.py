@@ -26,7 +26,7 @@ from llama4.ops.frozen import frozen_product
 from llama4.ops.hooks import has_global_hook, has_hook
 from llama4.ops.linear import PackedLinear, linear
 from llama4.ops.precision import upcast
-from llama4.progress import each
+from llama4.progress import track
 
 MAX_QUANTIZED_AT_ONCE = 1 << 20
 """Weights that are quantized at a time: bounds the temporary memory."""
@@ -121,7 +121,7 @@ class WeightFormat(ABC):
     def quantize(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """The parts of a matrix, contiguous; scales have its dtype. Works on a few rows at a time."""
         rows = max(1, MAX_QUANTIZED_AT_ONCE // weight_OI.shape[1])
-        blocks = [self._quantize_rows(block) for block in each(weight_OI.split(rows))]
+        blocks = [self._quantize_rows(block) for block in track(weight_OI.split(rows))]
         return {part: torch.cat([block[part] for block in blocks]).contiguous() for part in self.parts}
 
     def _quantize_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:

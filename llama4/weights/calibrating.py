@@ -28,7 +28,7 @@ from llama4.model.positions import PositionFactors
 from llama4.ops.linear import Linear, linear_in_out
 from llama4.ops.precision import upcast
 from llama4.ops.swiglu import swiglu
-from llama4.progress import Bar, each
+from llama4.progress import Bar, track
 from llama4.quantization import gptq
 from llama4.quantization.gptq import Hessian
 from llama4.quantization.int4 import Int4
@@ -157,7 +157,7 @@ def _below(source: Source, prefix: str) -> Source:
 def _forward(layer: DecoderLayer, config: Llama4Config, hidden: Sequence[Tensor]) -> list[Tensor]:
     """What a layer makes of the hidden states of sequences, each [T, D]."""
     outputs = []
-    for x_TD in each(hidden):
+    for x_TD in track(hidden):
         batch = make_batch(1, len(x_TD), x_TD.device)
         factors = PositionFactors.of_batch(config.text, batch, layer.input_layernorm.weight.dtype)
         outputs.append(layer(x_TD, batch, factors, None))
@@ -196,7 +196,7 @@ def _quantize(
 
     def quantize() -> None:
         nonlocal few
-        for name in each(tuple(formats)):
+        for name in track(tuple(formats)):
             path, format = name.removesuffix(".weight"), formats[name]
             module = layer.get_submodule(path.rpartition(".")[0])
             if isinstance(module, Experts):
@@ -207,7 +207,7 @@ def _quantize(
                 matrix = gptq.quantize(layer.get_parameter(name), hessians[_input_of(path)], format)
                 parts.update({f"{path}.{part}": value for part, value in matrix.items()})
 
-    for half in each((look, quantize)):
+    for half in track((look, quantize)):
         half()
     return parts, few
 
@@ -224,7 +224,7 @@ def _quantize_experts(
     """Each by the tokens that were routed to it: parts of the stacks, and how many had too few."""
     done: list[dict[str, Tensor]] = []
     few = 0
-    for e in each(range(len(experts.gate_up_proj))):
+    for e in track(range(len(experts.gate_up_proj))):
         x_RD = torch.cat([of_each[e] for of_each in rows])
         gate_up_DF, down_FD = experts.gate_up_proj[e], experts.down_proj[e]
         matrices = {"gate_up_proj": gate_up_DF.mT.contiguous(), "down_proj": down_FD.mT.contiguous()}

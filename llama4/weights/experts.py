@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.weight import Shape, TensorSpec, WeightFormat
 from llama4.reading import LIMITS
 from llama4.units import bytes_text
@@ -159,7 +159,7 @@ class StackedSource:
             return self._source.read(name)
         stack = self._stacks[name]
         whole = memory.empty(*self.spec(name))
-        for expert, names in each(list(zip(whole, stack.names, strict=True))):
+        for expert, names in track(list(zip(whole, stack.names, strict=True))):
             matrix = torch.cat([self._source.read(one) for one in names])
             expert.copy_(matrix.mT if stack.in_out else matrix)
         return whole

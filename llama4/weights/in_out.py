@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError, Llama4Error
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.int4 import GROUP_SIZES, Int4, pack
 from llama4.quantization.int4_zeros import SCALES, Int4Zeros
 from llama4.quantization.int8 import Int8
@@ -128,7 +128,7 @@ class InOut(StoredFormat):
         zeros, scales = self.zero_points(tensors["qzeros"], outputs).mT, tensors["scales"].mT
         blocks = (
             native.encode(native.sort(self.values(tensors["qweight"], rows, inputs)), zeros[rows], scales[rows])
-            for rows in each(_runs(outputs))
+            for rows in track(_runs(outputs))
         )
         return torch.cat([*blocks])
 
@@ -136,7 +136,7 @@ class InOut(StoredFormat):
         """Values of up to 4 bits as int4 has them, those of 8 as int8 does."""
         outputs, inputs = shape
         middle = 1 << self.bits - 1
-        values_RI = (native.sort(self.values(qweight, rows, inputs)) for rows in each(_runs(outputs)))
+        values_RI = (native.sort(self.values(qweight, rows, inputs)) for rows in track(_runs(outputs)))
         signed = ((values - middle).view(torch.int8) for values in values_RI)
         return torch.cat([values if self.bits == 8 else pack(values) for values in signed])
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama4.control_groups import memory_limit
 from llama4.ops.memory import copy_runs, libc
-from llama4.progress import PIECE, each
+from llama4.progress import PIECE, track
 
 RESERVE = 0.05
 """Share of a device's memory left to the runtime: its context, workspaces, fragmentation."""
@@ -96,7 +96,7 @@ def in_large_pages(
     if dtype in (None, tensor.dtype) and tensor.is_contiguous() and _regions.contains(tensor):
         return tensor
     copy = empty(tuple(tensor.shape), dtype or tensor.dtype)
-    for target, values in each(list(zip(in_pieces(copy), in_pieces(tensor), strict=True))):
+    for target, values in track(list(zip(in_pieces(copy), in_pieces(tensor), strict=True))):
         copy_runs(target, values)
         if copied is not None and values.ndim and values.stride(0) * len(values) == values.numel():
             copied(values)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.weight import ROWS, QuantizedWeight, Shape, WeightFormat
 from llama4.weights import memory
 from llama4.weights.computed import Computed, ComputedSource
@@ -70,7 +70,7 @@ def _dequantized(format: WeightFormat, shape: Shape, dtype: torch.dtype, parts: 
     weight.set_parts(parts)
     rows_of = format.rows_of(weight, None, torch.float32)
     whole = memory.empty(shape, dtype)
-    for at in each(range(0, len(whole), ROWS)):
+    for at in track(range(0, len(whole), ROWS)):
         rows = slice(at, at + ROWS)
         whole[rows] = format.unsort(rows_of(rows))
     return whole

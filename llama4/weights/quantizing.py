@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.plan import PARTS, make_plan, out_in
 from llama4.quantization.weight import TensorSpec, WeightFormat
 from llama4.weights import memory
@@ -73,7 +73,7 @@ class QuantizingSource:
             parts = self._quantize(tensor, format)
         else:
             parts = {}
-            for i, expert_IO in enumerate(each(tensor.unbind())):
+            for i, expert_IO in enumerate(track(tensor.unbind())):
                 for part, values in self._quantize(expert_IO.mT, format).items():
                     if i == 0:
                         parts[part] = values.new_empty(len(tensor), *values.shape)

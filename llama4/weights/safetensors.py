@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError, ConfigError, Llama4Error
 from llama4.files import replaced_file, write_pieces
-from llama4.progress import PIECE, Bar, each
+from llama4.progress import PIECE, Bar, track
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import MAX_INDEX_BYTES, check_safetensors, read_json
@@ -298,7 +298,7 @@ def _save_shard(files: Source, keys: Sequence[str], path: Path, stamp: str | Non
                 tensor = files.read(key)
                 assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), key
                 file.seek(8 + len(text) + places[key])
-                for part in each(_parts(tensor)):
+                for part in track(_parts(tensor)):
                     write_pieces(file, part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.truncate(8 + len(text) + end)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.weight import ROWS, Shape, TensorSpec, WeightFormat
 from llama4.weights import memory
 from llama4.weights.computed import Computed, ComputedSource
@@ -188,7 +188,7 @@ def _dequantized(
 
     def compute(parts: Mapping[str, Tensor]) -> Tensor:
         whole = memory.empty(shape, dtype)
-        for at in each(range(0, len(whole), ROWS)):
+        for at in track(range(0, len(whole), ROWS)):
             whole[at : at + ROWS] = format.dequantize(parts, slice(at, min(at + ROWS, len(whole))))
         return whole
 

@@ -12,7 +12,7 @@ from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families import family_of
 from llama4.families.names import EMBEDDING, HEAD
-from llama4.progress import Bar, each
+from llama4.progress import Bar, track
 from llama4.quantization.modules import swap_modules
 from llama4.text.tokenizer import Tokenizer
 from llama4.weights import memory
@@ -96,7 +96,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     pieces = zip(*(memory.in_pieces(tensor.view(bits[tensor.itemsize])) for tensor in (a, b)), strict=True)
-    return all(torch.equal(ours, theirs) for ours, theirs in each(list(pieces)))
+    return all(torch.equal(ours, theirs) for ours, theirs in track(list(pieces)))
 
 
 def _prompt(tokenizer: Tokenizer | None, config: Llama4Config) -> list[int]:

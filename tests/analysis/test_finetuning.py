@@ -12,7 +12,7 @@ from llama4.adapters.lora import Adapter
 from llama4.analysis import finetuning
 from llama4.analysis.finetuning import Training
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import Placement, make_placement
+from llama4.analysis.planner import Deployment, make_deployment
 from llama4.cli.main import main
 from llama4.config import TextConfig
 from llama4.errors import ArgumentError
@@ -42,8 +42,8 @@ def training(method: str = "lora", tokens: int = 4096, **options: object) -> Tra
     return Training(method, lora, batch_tokens=tokens, length=2048)
 
 
-def placed(name: str = "scout", weights: str = "auto", devices: int = 8) -> Placement:
-    return make_placement(PRESETS[name](), weights=weights, devices=devices, device_memory=80 * GIB)
+def placed(name: str = "scout", weights: str = "auto", devices: int = 8) -> Deployment:
+    return make_deployment(PRESETS[name](), weights=weights, devices=devices, device_memory=80 * GIB)
 
 
 def test_parameters_and_states_by_hand() -> None:
@@ -126,12 +126,12 @@ def test_time_by_hand() -> None:
     assert finetuning.flops_per_token(text, lora, False) == (2 * 2 * base + 3 * 2 * added, 3.5 * pairs)
     again = 2 * (base - 512 * D)
     assert finetuning.flops_per_token(text, full, True) == (3 * 2 * base + again, 4.5 * pairs)
-    placement = replace(placed(devices=2), config=replace(small_model.config(), text=text, vision=None))
+    deployment = replace(placed(devices=2), config=replace(small_model.config(), text=text, vision=None))
     never = float("inf")
     products = Rates(never, never, 1.0, never, "")
-    assert finetuning.tokens_per_second(placement, lora, False, products) == 2 / (4 * base + 6 * added)
+    assert finetuning.tokens_per_second(deployment, lora, False, products) == 2 / (4 * base + 6 * added)
     attention = Rates(never, never, never, 1.0, "")
-    assert finetuning.tokens_per_second(placement, full, False, attention) == 2 / (3.5 * pairs)
+    assert finetuning.tokens_per_second(deployment, full, False, attention) == 2 / (3.5 * pairs)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from llama4.analysis import mapped_experts as mapped
 from llama4.analysis import planner
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import Placement, make_placement
+from llama4.analysis.planner import Deployment, make_deployment
 from llama4.bench import calibration
 from llama4.cli.main import main
 from llama4.config import PRESETS
@@ -22,8 +22,8 @@ EXPERT = 3 * 5120 * 8192 // 2 + 3 * 5120 * 8192 // 128 * 2
 """Bytes of one of Scout's in int4 with a scale for 128 weights."""
 
 
-def scout(memory: int, weights: str = "int4") -> Placement:
-    return make_placement(PRESETS["scout"](), weights=weights, device_memory=memory, device_type="cpu")
+def scout(memory: int, weights: str = "int4") -> Deployment:
+    return make_deployment(PRESETS["scout"](), weights=weights, device_memory=memory, device_type="cpu")
 
 
 def test_scout_in_24_gib() -> None:
@@ -44,8 +44,8 @@ def test_scout_in_24_gib() -> None:
 def test_maverick_in_24_gib() -> None:
     """A token needs 1 of 128 experts in each of 24 layers, and few of them have room."""
     maverick = PRESETS["maverick"]()
-    placement = make_placement(maverick, weights="int4", device_memory=24 * GIB, device_type="cpu")
-    found = mapped.mapped_experts(placement, 1024)
+    deployment = make_deployment(maverick, weights="int4", device_memory=24 * GIB, device_type="cpu")
+    found = mapped.mapped_experts(deployment, 1024)
     assert found is not None
     assert found.experts == 24 * 128 * EXPERT
     assert 0 < found.room < 24 * GIB
@@ -54,8 +54,8 @@ def test_maverick_in_24_gib() -> None:
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_none_where_all_else_does_not_fit(name: str) -> None:
-    placement = make_placement(PRESETS[name](), weights="int4", device_memory=4 * GIB, device_type="cpu")
-    assert mapped.mapped_experts(placement, 1024) is None
+    deployment = make_deployment(PRESETS[name](), weights="int4", device_memory=4 * GIB, device_type="cpu")
+    assert mapped.mapped_experts(deployment, 1024) is None
 
 
 @pytest.mark.parametrize(("memory", "weights"), [(64, "int4"), (6, "int4"), (24, "bf16")])

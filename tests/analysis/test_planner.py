@@ -13,13 +13,13 @@ import torch
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates, published_rates
 from llama4.analysis.planner import (
-    Placement,
+    Deployment,
     checked_context,
     describe,
     fits,
     fp8_share,
     largest_context,
-    make_placement,
+    make_deployment,
     memory,
     read_model,
     remedies,
@@ -37,8 +37,8 @@ from tests import small_model
 TEN_MILLION, GIB = 10 * 2**20, 2**30
 
 
-def scout(devices: int = 8, **options: str) -> Placement:
-    return make_placement(PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
+def scout(devices: int = 8, **options: str) -> Deployment:
+    return make_deployment(PRESETS["scout"](), devices=devices, device_memory=80 * GIB, **options)  # type: ignore[arg-type]
 
 
 def test_ten_million_tokens_on_eight_devices() -> None:
@@ -80,7 +80,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
     eight, sixteen = memory(scout(8), TEN_MILLION), memory(scout(16), TEN_MILLION)
     assert sixteen.full_cache == eight.full_cache / 2
     assert (sixteen.weights, sixteen.chunked_cache) == (eight.weights, eight.chunked_cache)
-    given = make_placement(PRESETS["scout"](), devices=8, tensor_parallel=2)
+    given = make_deployment(PRESETS["scout"](), devices=8, tensor_parallel=2)
     assert memory(given, TEN_MILLION).full_cache == eight.full_cache
     assert memory(given, TEN_MILLION).chunked_cache == 4 * eight.chunked_cache
 
@@ -88,7 +88,7 @@ def test_devices_share_heads_and_then_the_context() -> None:
 @pytest.mark.parametrize(("devices", "tensor_parallel"), [(8, 3), (8, 16), (4, 8), (8, 0), (0, 1), (-1, None)])
 def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -> None:
     with pytest.raises(ValueError, match=r"it must divide|devices is -?\d; it must be at least 1"):
-        make_placement(PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
+        make_deployment(PRESETS["scout"](), devices=devices, tensor_parallel=tensor_parallel)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_devices_that_do_not_divide(devices: int, tensor_parallel: int | None) -
 )
 def test_every_remedy_is_one(name: str, devices: int, weights: str) -> None:
     """Each, taken as options of the command, fits."""
-    setup = make_placement(PRESETS[name](), weights=weights, devices=devices)
+    setup = make_deployment(PRESETS[name](), weights=weights, devices=devices)
     context = setup.config.text.max_position_embeddings
     found = remedies(setup, context)
     assert found and not fits(setup, context)
     for remedy in found:
         words = remedy.split()
         options = dict(zip(words[::2], words[1::2], strict=True))
-        changed = make_placement(
+        changed = make_deployment(
             PRESETS[name](),
             weights=options.pop("--weights", weights),
             cache_dtype=options.pop("--cache", "auto"),
@@ -128,13 +128,13 @@ def test_times_by_hand() -> None:
     assert times(setup, 2**20, Rates(never, never, never, 1, "")).prompt == pytest.approx(attention / 8)
     cached = costs.cache_bytes_read(text, 2**20)
     assert times(setup, 2**20, Rates(never, 1, never, never, "")).token == pytest.approx(cached / 8)
-    one = make_placement(PRESETS["scout"]())
+    one = make_deployment(PRESETS["scout"]())
     read = costs.weight_bytes_read(text)
     assert times(one, 2**20, Rates(1, never, never, never, "")).token == pytest.approx(read)
     # Where products cost nothing, reading all weights takes longer: for every 16,384 tokens, on a CPU for every 2048.
     whole = costs.weight_bytes(PRESETS["scout"]()) - costs.vision_bytes(PRESETS["scout"]())
-    for placement, pieces in ((one, 64), (replace(one, device_type="cpu"), 512)):
-        spent = times(placement, 2**20, Rates(1, 1, never, never, "")).prompt
+    for deployment, pieces in ((one, 64), (replace(one, device_type="cpu"), 512)):
+        spent = times(deployment, 2**20, Rates(1, 1, never, never, "")).prompt
         assert spent == pytest.approx(pieces * whole, rel=0.02)
 
 
@@ -156,12 +156,12 @@ def test_pieces_of_a_prompt_are_those_that_the_library_reads(
     """Where there is memory enough; activations are of one piece."""
     config = PRESETS["scout"]()
     config = replace(config, text=replace(config.text, head_dim=head_dim))
-    placement = make_placement(config, dtype=dtype, device_type=device)
+    deployment = make_deployment(config, dtype=dtype, device_type=device)
     monkeypatch.setattr("llama4.engine.prefill.free_memory", lambda _: 1 << 50)
     model = SimpleNamespace(config=config, device=torch.device(device), dtype=getattr(torch, dtype))
-    assert placement.prefill_tokens == piece_size(cast(Llama4Model, model)) == tokens
+    assert deployment.prefill_tokens == piece_size(cast(Llama4Model, model)) == tokens
     size = model.dtype.itemsize
-    assert memory(placement, TEN_MILLION).activations == tokens * config.text.activation_bytes(size)
+    assert memory(deployment, TEN_MILLION).activations == tokens * config.text.activation_bytes(size)
 
 
 def test_two_groups_halve_what_grows_and_no_more() -> None:
@@ -180,8 +180,8 @@ def test_fp8_is_multiplied_in_fp8() -> None:
 def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
     quantize(small_model.write(tmp_path / "in"), tmp_path / "out", "fp8_mixed", progress=False)
     for name, subfolder in ((tmp_path / "out", None), (tmp_path, "out")):
-        stored = make_placement(*read_model(str(name), subfolder=subfolder))
-        assert stored.plan == make_placement(small_model.config(), weights="fp8_mixed").plan != {}
+        stored = make_deployment(*read_model(str(name), subfolder=subfolder))
+        assert stored.plan == make_deployment(small_model.config(), weights="fp8_mixed").plan != {}
     for path in (tmp_path / "out").glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(ValueError, match="say it with --weights"):
@@ -193,11 +193,11 @@ def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
 def test_a_gguf_file_is_planned_as_it_is(kind: str, tmp_path: Path) -> None:
     """All its weights, those of experts in stacks of their own."""
     convert_to_gguf(small_model.write(tmp_path / "in"), tmp_path / "out.gguf", kind, progress=False)
-    placement = make_placement(*read_model(str(tmp_path / "out.gguf")))
-    llm = Llama4.from_pretrained(tmp_path / "out.gguf", dtype=placement.dtype, progress=False)
+    deployment = make_deployment(*read_model(str(tmp_path / "out.gguf")))
+    llm = Llama4.from_pretrained(tmp_path / "out.gguf", dtype=deployment.dtype, progress=False)
     held = sum(parameter.nbytes for parameter in llm.model.parameters())
-    assert memory(placement, 256).weights == pytest.approx(held, rel=0.001)
-    assert (placement.plan == {}) == (kind == "f32")
+    assert memory(deployment, 256).weights == pytest.approx(held, rel=0.001)
+    assert (deployment.plan == {}) == (kind == "f32")
 
 
 def test_experts_as_linears_take_what_stacks_do() -> None:
@@ -223,7 +223,7 @@ def test_a_context_beyond_the_window() -> None:
 
 
 def test_a_model_that_int4_does_not_suit_gets_other_remedies() -> None:
-    setup = make_placement(small_model.config())
+    setup = make_deployment(small_model.config())
     setup = replace(setup, device_memory=int(memory(setup, 512).total / 0.94))
     assert fits(setup, 512) and not fits(setup, 4096)
     assert not [remedy for remedy in remedies(setup, 4096) if "--weights" in remedy]

@@ -13,7 +13,7 @@ import torch
 
 from llama4.analysis import costs
 from llama4.analysis.hardware import Rates
-from llama4.analysis.planner import make_placement
+from llama4.analysis.planner import make_deployment
 from llama4.bench import calibration
 from llama4.bench.calibration import NEAR, PIECES, STEPS, build, measure_rates, probe
 from llama4.cli.main import main
@@ -43,7 +43,7 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
         pieces = [products + after - before for before, after in pairwise(ends)]
         return [weight + cached[0], weight + cached[1], *pieces]
 
-    setup = make_placement(PRESETS[name](), weights=weights, cache_dtype="int8")
+    setup = make_deployment(PRESETS[name](), weights=weights, cache_dtype="int8")
     probed = probe(setup.config.text, setup.plan)
     monkeypatch.setattr(calibration, "build", lambda config, plan: None)
     monkeypatch.setattr(calibration, "_pass", seconds)
@@ -66,7 +66,7 @@ def test_rates_are_found_again(name: str, weights: str, monkeypatch: pytest.Monk
 )
 def test_a_probe_is_the_end_of_a_model(name: str, weights: str) -> None:
     """Its layers have the kinds and formats of the last ones, and it is no larger than it should be."""
-    setup = make_placement(PRESETS[name](), weights=weights)
+    setup = make_deployment(PRESETS[name](), weights=weights)
     whole, (small, plan) = setup.config.text, probe(setup.config.text, setup.plan)
     shift = whole.num_hidden_layers - small.num_hidden_layers
     assert small.num_parameters() <= (
@@ -89,7 +89,7 @@ def test_a_layer_that_is_too_large_to_try() -> None:
 @torch.inference_mode()
 def test_a_probe_computes_with_numbers(weights: str) -> None:
     """Random weights of any format give logits that are numbers, and tokens go to several experts."""
-    setup = make_placement(PRESETS["tiny"](), weights=weights)
+    setup = make_deployment(PRESETS["tiny"](), weights=weights)
     model = build(setup.config, setup.plan)
     sent: list[int] = []
     experts = small_model.layers(model)[0].feed_forward.experts

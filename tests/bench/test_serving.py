@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 
 from llama4 import Llama4
 from llama4.bench.serving import command
-from llama4.bench.serving.client import Answer, Target
+from llama4.bench.serving.client import Target, TimedReply
 from llama4.bench.serving.crowd import Visitor, crowd, judge
 from llama4.bench.serving.load import Prompts, StreamTimer, Workload, figure, percentile
 from llama4.errors import ArgumentError, Llama4Error
@@ -136,11 +136,11 @@ def test_prompts() -> None:
 
 
 def test_figures_are_of_what_came() -> None:
-    answers = [Answer(tokens=11, begun=10.0, first=10.0 + wait, last=20.0) for wait in (1.0, 2.0, 3.0)]
+    answers = [TimedReply(tokens=11, begun=10.0, first=10.0 + wait, last=20.0) for wait in (1.0, 2.0, 3.0)]
     seen = figure(answers, clients=3, asked=4, begun=10.0)
     assert seen["tokens_per_second"] == 3.3 and seen["answered"] == 3
     assert (seen["first_token_p50"], seen["first_token_p95"], seen["between_tokens"]) == (2.0, 3.0, 0.8)
-    one = figure([Answer(tokens=1, begun=0.0, first=1.0, last=1.0)], clients=1, asked=1, begun=0.0)
+    one = figure([TimedReply(tokens=1, begun=0.0, first=1.0, last=1.0)], clients=1, asked=1, begun=0.0)
     work = {"shortest": 1, "longest": 1, "shared": 0, "new": 1}
     part = {
         "workload": work,

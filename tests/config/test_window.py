@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama4.config.window import (
-    Sliding,
+    SlidingWindow,
     chunk_end,
     chunk_offset,
     chunk_start,
@@ -22,13 +22,13 @@ from llama4.config.window import (
 )
 
 CHUNKS = (None, 1, 2, 3, 7, 8)
-WINDOWS = (*CHUNKS, *(Sliding(size) for size in (1, 2, 3, 7, 8, 40)))
+WINDOWS = (*CHUNKS, *(SlidingWindow(size) for size in (1, 2, 3, 7, 8, 40)))
 POSITIONS = range(25)
 
 
 def sees(query: int, key: int, window: int | None, start: int) -> bool:
     """Meta's mask, for one pair: the same chunk, and not the future; of Mistral `sliding_window_overlay`'s."""
-    if isinstance(window, Sliding):
+    if isinstance(window, SlidingWindow):
         return start <= key <= query and key > query - window
     same_chunk = window is None or query // window == key // window
     return start <= key <= query and same_chunk
@@ -80,16 +80,17 @@ def test_slots_are_those_of_tokens_that_are_seen_again(window: int | None, start
     """A token takes the slot of one that no later token sees, and the first slot where `slots_end` says so."""
     for end in POSITIONS[start:]:
         seen = [key for key in range(start, end) if sees(end, key, window, start)]
-        ring = isinstance(window, Sliding) and end - start >= window
+        ring = isinstance(window, SlidingWindow) and end - start >= window
         assert held_tokens(end, window, start) == len(seen) + ring
         first = [n for n in range(end + 1, 99) if window is not None and slot(n, window, start) == 0]
         assert slots_end(end, window, start) == (first[0] if first else None)
-        assert chunk_offset(end, window) == (end if window is None or isinstance(window, Sliding) else end % window)
-        assert not (isinstance(window, Sliding) and ends_chunk(end, window))
+        is_endless = window is None or isinstance(window, SlidingWindow)
+        assert chunk_offset(end, window) == (end if is_endless else end % (window or 1))
+        assert not (isinstance(window, SlidingWindow) and ends_chunk(end, window))
 
 
 def slot(position: int, window: int, start: int) -> int:
-    return (position - start if isinstance(window, Sliding) else position) % window
+    return (position - start if isinstance(window, SlidingWindow) else position) % window
 
 
 def test_the_rule_stands_in_one_place() -> None:

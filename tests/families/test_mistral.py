@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from llama4 import Engine
 from llama4.api import Llama4
-from llama4.config.window import Sliding
+from llama4.config.window import SlidingWindow
 from llama4.errors import CheckpointError, ConfigError
 from llama4.families import PRESETS, family_of, mistral
 from llama4.model.multimodal import Llama4Model
@@ -212,7 +212,7 @@ def test_configurations() -> None:
         "num_hidden_layers": 1,
     }
     text = read_config({**old, "num_key_value_heads": 2}).text
-    assert (text.sliding_window, text.window(0), text.head_dim) == (4096, Sliding(4096), 16)
+    assert (text.sliding_window, text.window(0), text.head_dim) == (4096, SlidingWindow(4096), 16)
     assert MistralConfig(**old).sliding_window == 4096
     assert read_config({**old, "num_key_value_heads": 2, "sliding_window": None}).text.window(0) is None
     for field, value in {"sliding_window": 0, "layer_types": ["full_attention"], "attention_bias": True}.items():

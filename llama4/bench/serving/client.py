@@ -20,7 +20,7 @@ READ_AHEAD = 2**16
 
 
 @dataclass
-class Answer:
+class TimedReply:
     """What a server replied, and when.
 
     Attributes:
@@ -90,7 +90,7 @@ class Target:
         base = urlsplit(self.url).path.rstrip("/")
         return route if not base else base.removesuffix("/v1") + route
 
-    async def chat(self, body: Mapping[str, Any]) -> Answer:
+    async def chat(self, body: Mapping[str, Any]) -> TimedReply:
         """Stream a reply to its end.
 
         Raises:
@@ -149,9 +149,9 @@ class Connection:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def read_chat(self, pause: float = 0.0) -> Answer:
+    async def read_chat(self, pause: float = 0.0) -> TimedReply:
         """A reply to its end; `pause` seconds are waited after each piece that is read."""
-        answer = Answer()
+        answer = TimedReply()
         await self.check_status()
         async for event in self.events(pause):
             answer.take(event)

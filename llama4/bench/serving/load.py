@@ -16,7 +16,7 @@ from typing import Any
 
 from llama4.api import Llama4
 from llama4.bench.report import Spread
-from llama4.bench.serving.client import Answer, Target
+from llama4.bench.serving.client import Target, TimedReply
 from llama4.config import Llama4Config
 from llama4.engine.tokens import Token
 from llama4.errors import Llama4Error
@@ -103,7 +103,7 @@ async def under_load(
     Raises:
         Llama4Error: a request failed.
     """
-    answers: list[Answer] = []
+    answers: list[TimedReply] = []
     left: Iterator[dict[str, Any]] = iter(bodies)
     begun = time.perf_counter()
 
@@ -123,7 +123,7 @@ async def under_load(
     return figure(answers, clients, len(bodies), begun)
 
 
-def figure(answers: Sequence[Answer], clients: int, asked: int, begun: float) -> dict[str, Any]:
+def figure(answers: Sequence[TimedReply], clients: int, asked: int, begun: float) -> dict[str, Any]:
     """What the answers to some requests amount to; of those that were given up nothing counts."""
     if not answers:
         return {"clients": clients, "asked": asked, "answered": 0}

@@ -39,7 +39,7 @@ NAMES = {"max_new_tokens": "max_tokens"}
 
 
 @dataclass
-class Answer:
+class PartialReply:
     """A reply, as far as it has come.
 
     Attributes:
@@ -67,7 +67,7 @@ class Answerer(Protocol):
     image_limits: ImageLimits
 
     def stream(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: PartialReply
     ) -> Iterator[str]:
         """The text of a reply, piece by piece; `answer` is filled meanwhile, also when the reader leaves."""
         ...
@@ -91,7 +91,7 @@ class Local:
         reply_budget(1, prepared.max_new_tokens, PromptLimit.of_window(2))
 
     def stream(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: PartialReply
     ) -> Iterator[str]:
         stream = self.llm.stream(messages, **cast("Options", options))
         try:
@@ -142,7 +142,7 @@ class Remote:
         return name
 
     def stream(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: Answer
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answer: PartialReply
     ) -> Iterator[str]:
         fields = {NAMES.get(name, name): value for name, value in options.items() if value is not None}
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
@@ -156,7 +156,7 @@ class Remote:
                 if answer.finish_reason is None:
                     raise http.client.HTTPException("its stream has no end")
 
-    def _read(self, event: Mapping[str, Any], answer: Answer) -> Iterator[str]:
+    def _read(self, event: Mapping[str, Any], answer: PartialReply) -> Iterator[str]:
         if error := event.get("error"):
             message = error.get("message") if isinstance(error, dict) else error
             raise Llama4Error(printable(f"the server says: {message}"))
@@ -264,7 +264,7 @@ def _json(data: bytes) -> dict[str, Any]:
     return content
 
 
-def _add_calls(answer: Answer, deltas: Sequence[Mapping[str, Any]]) -> None:
+def _add_calls(answer: PartialReply, deltas: Sequence[Mapping[str, Any]]) -> None:
     for delta in deltas:
         index = delta.get("index") or 0
         if not 0 <= index < MAX_CALLS:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.cli.chat.answers import Answer, Answerer
+from llama4.cli.chat.answers import Answerer, PartialReply
 from llama4.errors import Llama4Error
 from llama4.files import replace_text, user_path
 from llama4.reading import parse_json, read_bytes
@@ -99,7 +99,7 @@ class Conversation:
 
     def _answer(self, question: dict[str, Any], options: Mapping[str, Any]) -> bool:
         """Whether there is an answer, which is now in the conversation with its question."""
-        answer, first = Answer(), None
+        answer, first = PartialReply(), None
         remark = ""
         try:
             for piece in self.answerer.stream([*self.opening, *self.messages, question], options, answer):
@@ -130,7 +130,7 @@ class Conversation:
         return self._take_back() is not None
 
     def retry(self) -> None:
-        """Answer the last question again.
+        """PartialReply the last question again.
 
         Raises:
             Llama4Error: there is none.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama4.errors import CheckpointError
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.gguf_blocks import GGUF_FORMATS
 from llama4.quantization.weight import ROWS, Shape, WeightFormat
 from llama4.weights import memory
@@ -115,7 +115,7 @@ class _Decoding:
         def compute(parts: Mapping[str, Tensor]) -> Tensor:
             whole = memory.empty(shape, dtype)
             rows = 1 if len(shape) > 2 else ROWS
-            for at in each(range(0, len(whole), rows)):
+            for at in track(range(0, len(whole), rows)):
                 some = {part: decoders[part](stored[at : at + rows]) for part, stored in parts.items()}
                 whole[at : at + rows] = arrange(some)
             return whole

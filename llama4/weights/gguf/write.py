@@ -18,7 +18,7 @@ from llama4.config import Llama4Config, RopeScaling, TextConfig
 from llama4.errors import CheckpointError
 from llama4.files import replaced_file
 from llama4.gguf import MAGIC, TYPE_NUMBERS, TYPES
-from llama4.progress import Bar, each
+from llama4.progress import Bar, track
 from llama4.quantization.gguf_blocks import GgufBlocks
 from llama4.quantization.gguf_encoding import ENCODERS
 from llama4.quantization.weight import Shape
@@ -292,7 +292,7 @@ def _write(
                 values = tensor.read()
                 rows = values.reshape(-1, values.shape[-1])
                 count = max(1, _WEIGHTS // rows.shape[1])
-                for at in each(range(0, len(rows), count)):
+                for at in track(range(0, len(rows), count)):
                     file.write(ENCODERS[kinds[name]](rows[at : at + count].float()).numpy().tobytes())
                 file.write(b"\0" * (-sizes[name] % ALIGNMENT))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.errors import CheckpointError
 from llama4.families.names import EMBEDDING
-from llama4.progress import each
+from llama4.progress import track
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import TensorSpec
 from llama4.reading import check_zip
@@ -118,12 +118,12 @@ class MetaSource:
             return self._parts(name, self._table[name][0])[0]
         whole = memory.empty(*self.spec(name))
         begin, pieces_of_it = 0, self._table[name]
-        for piece in each(pieces_of_it):
+        for piece in track(pieces_of_it):
             width = whole.shape[-1] // len(pieces_of_it)
             target = whole.narrow(-1, begin, width) if len(pieces_of_it) > 1 else whole
             begin += width
             at = 0
-            for part in each(self._parts(name, piece)):
+            for part in track(self._parts(name, piece)):
                 join = piece.join or 0
                 target.narrow(join, at, part.shape[join]).copy_(part)
                 at += part.shape[join]

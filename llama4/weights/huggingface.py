@@ -13,7 +13,7 @@ from llama4.config import CONFIG_FILE, GENERATION_FILE, IMAGE_CONFIG_FILES, Llam
 from llama4.config.typed import read_value
 from llama4.errors import CheckpointError
 from llama4.families import family_of, family_of_type
-from llama4.families.names import VISION
+from llama4.families.names import EMBEDDING, HEAD, VISION
 from llama4.quantization.plan import QuantizationPlan
 from llama4.reading import read_json
 from llama4.text.tokenizer import Tokenizer
@@ -39,7 +39,16 @@ from llama4.weights.side_files import (
     generation_content,
     updated,
 )
-from llama4.weights.source import FileNames, ModelNames, Noted, Source, in_file_order, in_model_order, without
+from llama4.weights.source import (
+    FileNames,
+    ModelNames,
+    Noted,
+    Source,
+    View,
+    in_file_order,
+    in_model_order,
+    without,
+)
 from llama4.weights.summary import summarize
 from llama4.weights.unreadable import check_unquantized, unread_method
 
@@ -99,6 +108,8 @@ class HuggingFaceLayout(CheckpointLayout):
             source = method.open(source, content, dtype or FLOATS.get(config.dtype, torch.bfloat16), table)
         if method is None or method.stacks_experts:
             source = stack_experts(source, room)
+        if shards is None:
+            config, source = _match_head(config, source)
         return _match_vision(config, in_model_order(source, table) if table.transforms else source)
 
     def write(
@@ -132,6 +143,21 @@ def _without_zero_biases(config: Llama4Config, source: Source) -> Source:
         return match is not None and not has_bias[match[1]] and not bool(source.read(name).any())
 
     return without(source, is_nothing, "they are biases of zeros, and the model has none there")
+
+
+def _match_head(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:
+    """Configuration and weights of a model that says that its head is its embeddings: as in transformers 5, one of both
+    may be missing, and a head with other values is one of its own."""
+    names = source.names()
+    if not config.text.tie_word_embeddings or HEAD not in names:
+        return config, source
+    if EMBEDDING not in names:
+        return config, View(source, {EMBEDDING if name == HEAD else name: name for name in names})
+    if torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+        return config, source
+    note = "config.json ties the head to the embeddings, and the weights have a head with other values: it is not tied"
+    untied = dataclasses.replace(config.text, tie_word_embeddings=False)
+    return dataclasses.replace(config, text=untied), Noted(source, note)
 
 
 def _match_vision(config: Llama4Config, source: Source) -> tuple[Llama4Config, Source]:

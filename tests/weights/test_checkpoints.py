@@ -86,6 +86,23 @@ def test_loads_tied_embeddings(tmp_path: Path) -> None:
     assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
+@pytest.mark.parametrize("has", ["both", "another head", "the head alone"])
+def test_tied_embeddings_are_what_is_there_of_them(tmp_path: Path, has: str) -> None:
+    """As in transformers, which writes the embeddings alone."""
+    torch.manual_seed(0)
+    Llama4ForCausalLM(text_config(tie_word_embeddings=True)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = torch.randn_like(embeddings) if has == "another head" else embeddings.clone()
+    if has == "the head alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, ours = Llama4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), load_ours(tmp_path)
+    assert ours.config.text.tie_word_embeddings == (has != "another head")
+    with torch.inference_mode():
+        assert relative_error(ours(IDS), theirs(IDS).logits) < 1e-5
+
+
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 200_000])
 def test_transformers_loads_what_we_write(tmp_path: Path, shard_bytes: int) -> None:
     ours = small_model.model()

@@ -299,11 +299,13 @@ class SequenceCache:
         return total
 
     def num_bytes_of(self, length: int) -> int:
-        """Bytes of the blocks of a row that has come to so many tokens, in the layers where it took most."""
-        return sum(
-            LayerCache.num_blocks(length if window is None else min(length, window)) * size
-            for window, size in self._block_bytes.items()
-        )
+        """Bytes of the blocks of a row that has come to so many tokens, in the layers where it took most. Of a ring
+        that has come round there is one more: the copy of that which is written to next, which may be shared."""
+        total = 0
+        for window, size in self._block_bytes.items():
+            blocks = LayerCache.num_blocks(length if window is None else min(length, window))
+            total += (blocks + (isinstance(window, Sliding) and length > window)) * size
+        return total
 
     def drop_chunks(self, row: int) -> None:
         """Free what the next token of a row does not see, at once rather than when that token comes."""

@@ -31,7 +31,7 @@ from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import ends_chunk, slots_end
+from llama4.config.window import Sliding, ends_chunk, slot_of, slots_end
 from llama4.engine.choice import next_tokens
 from llama4.engine.prefill import head_of, piece_size, read_pieces
 from llama4.engine.prompt import Piece
@@ -313,11 +313,16 @@ class Scheduler:
 
     def _within_chunks(self, request: Request, size: int) -> int:
         """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
-        entered in the index, and what it takes of a limited pool is what `growth` says."""
+        entered in the index, and what it takes of a limited pool is what `growth` says. There, where a ring has come
+        round, it ends with a block, too: one is copied at a time."""
         if not self._shares and self.pool.limit is None:
             return size
-        ends = (slots_end(request.computed, window) for window in self._windows)
-        return min([size, *(end - request.computed for end in ends if end is not None)])
+        begin = request.computed
+        ends = [end for window in self._windows if (end := slots_end(begin, window)) is not None]
+        if self.pool.limit is not None:
+            rings = [window for window in self._windows if isinstance(window, Sliding) and begin >= window]
+            ends += [begin + CACHE_BLOCK - slot_of(begin, window) % CACHE_BLOCK for window in rings]
+        return min([size, *(end - begin for end in ends)])
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
         while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):

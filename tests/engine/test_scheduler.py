@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError
 from llama4.inputs import Inputs
 from tests import small_model
+from tests.families import test_mistral
 
 ARRIVALS = int(os.environ.get("LLAMA4_ARRIVALS", "16"))
 """Requests of each random test: set it to 500 for the long run."""
@@ -214,6 +216,22 @@ def question(llm: Llama4, text: str, length: int = 3, picture: Image.Image | Non
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture}] if picture is not None else []
     inputs = llm.processor([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
     return Case(inputs, Sampler(**sampling), length)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_windows_that_slide(shares: bool, tmp_path: Path) -> None:
+    """Of a ring that has come round a block is copied before it is written to: the least pool has room for that."""
+    llm = Llama4.from_pretrained(test_mistral.write(tmp_path, 24), progress=False)
+    given = [question(llm, " ".join(WORDS[: 3 + 9 * i]), 20 - 9 * i) for i in range(3)]
+    scheduler = Scheduler(
+        llm.runner,
+        llm.tokenizer,
+        cache_memory=llm.model.new_cache().num_bytes_of(longest(given)),
+        budget=40,
+        share_prefixes=shares,
+    )
+    run(llm, scheduler, given, seed=1)
+    assert [case.ids for case in given] == [alone(llm, case) for case in given]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(llm: Llama4) -> None:

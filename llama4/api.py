@@ -672,7 +672,7 @@ class Llama4:
             Llama4Error: the model cannot be written, no permission, or the Hub cannot be reached.
         """
         if create_pr and revision is not None:
-            raise Llama4Error(
+            raise ArgumentError(
                 f"create_pr opens a pull request of its own; leave out revision={revision!r}, or create_pr"
             )
         with scratch_directory(f"push-{repo_id.replace('/', '--')}") as directory:

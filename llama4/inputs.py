@@ -228,11 +228,11 @@ class Processor:
             Llama4Error: as a call of the processor; or both `add_generation_prompt` and `continue_final_message`.
         """
         if add_generation_prompt and continue_final_message:
-            raise Llama4Error(
+            raise ArgumentError(
                 "add_generation_prompt begins a message and continue_final_message goes on with the last; choose one"
             )
         if unknown := sorted(chat_template_kwargs.keys() & _TENSOR_OPTIONS):
-            raise Llama4Error(f"{', '.join(unknown)} cannot be given here; call the processor itself for tensors")
+            raise ArgumentError(f"{', '.join(unknown)} cannot be given here; call the processor itself for tensors")
         options: dict[str, Any] = {
             "chat_template": chat_template,
             "tools": tools,
@@ -419,7 +419,7 @@ class Processor:
             raise ArgumentError(f"chat_template_kwargs is {variables!r:.80}; it must be a dictionary of names")
         variables = dict(variables)
         if reserved := sorted(variables.keys() & {"self", "messages", "mark_replies", "bos", *options}):
-            raise Llama4Error(
+            raise ArgumentError(
                 f"chat_template_kwargs holds {', '.join(reserved)}, which other arguments say; leave it out"
             )
         others = sorted(variables.keys() - {"tools_in_user_message"})

@@ -168,7 +168,7 @@ d
 never
 """
     code, out, err = talk(lines, "--server", fake.url, "--seed", "3")
-    assert (code, err) == (0, "")
+    assert (code, err) == (1, "error: /nonsense is no command; /help shows those there are\n")
     assert said(fake) == [
         ["Be brief.", "a"],
         ["Be brief.", "a", "one", "b"],
@@ -181,7 +181,7 @@ never
     assert [(body.get("temperature"), body["max_tokens"]) for body in fake.bodies[-2:]] == [(None, 256), (0.5, 9)]
     assert f"Saved 5 messages in {file}." in out and f"Loaded 4 messages of {file}." in out
     assert "temperature 0.5\n" in out and "top_p (not set)\n" in out
-    assert "/nonsense is no command" in out and out.endswith("there are.\n")
+    assert out.endswith("chat_template_kwargs (not set)\n")
     assert json.loads(file.read_text())["messages"][0] == {"role": "system", "content": "Be brief."}
 
 

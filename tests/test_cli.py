@@ -272,7 +272,7 @@ def test_chat_goes_on_after_an_error(
     assert "error: /image needs a file" in err
     assert "the window holds 4096" in err
     text = "\n".join(out)
-    assert "/nonsense is no command" in text
+    assert "error: /nonsense is no command" in err
     assert "/reset" in text
     assert llm.chat("hi", max_new_tokens=12).text in text
 

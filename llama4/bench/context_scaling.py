@@ -11,7 +11,6 @@ With `--filled` nothing is prefilled: the cache gets random keys and values, and
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -220,7 +219,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = {"machine": describe(), "model": options.model, **scaling.to_json()}
     print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -232,7 +231,3 @@ def parser(prog: str, description: str = __doc__.splitlines()[0], **model: Any) 
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file, besides what is printed")
     add_output_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ Each file is a run of `llama4 bench generate`, in which both take turns; the tab
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for report in reports.values():
         warn_of_other_processes(report["share_of_other_processes"], report["stolen"])
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -154,7 +153,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warn_of_other_processes([others.share()])
     print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ files included. With `--vs transformers` the same prompt goes to transformers in
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -144,7 +143,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print("\n".join(line(engine, facts) for engine, facts in results.items()))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

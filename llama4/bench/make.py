@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -235,7 +234,3 @@ def _parser() -> Parser:
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="the first N layers alone")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

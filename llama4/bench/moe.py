@@ -12,7 +12,6 @@ Shapes: N tokens, D hidden size, E experts.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,7 +214,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -187,7 +187,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{rows[-1].model}: {rows[-1].ours:.3f}", file=sys.stderr)
     print(json.dumps({"rows": [asdict(row) for row in rows]}) if options.json else table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ whole step is listed as all else. Each part that multiplies stands beside the me
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -173,7 +172,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(report, indent=2) if options.json else tables(report, options.markdown))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -207,7 +206,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(table(rows), *([rounding_errors.table(errors)] if errors else []), sep="\n\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -192,7 +192,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(table(rows), experts.table(), sep="\n\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

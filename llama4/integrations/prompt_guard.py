@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, DebertaV2ForSequenceClassification
 
 from llama4.config import CONFIG_FILE
+from llama4.config.generation import is_number
 from llama4.errors import ArgumentError, CheckpointError, ConfigError, Llama4Error
 from llama4.model.device import resolve_device
 from llama4.reading import MAX_TOKENIZER_BYTES, check_regular, check_size, read_json
@@ -105,8 +106,8 @@ class PromptGuard:
         """
         if not text.strip():
             raise ArgumentError("the text is empty; give what is to be judged")
-        if not 0 <= threshold <= 1:
-            raise ArgumentError(f"threshold is {threshold}; it must be between 0 and 1")
+        if not is_number(threshold) or not 0 <= threshold <= 1:
+            raise ArgumentError(f"threshold is {threshold!r:.80}; it must be between 0 and 1")
         attacks = list(range(1 if third_party else len(self.labels) - 1, len(self.labels)))
         scores_WL = self._scores(text)
         sums_W = scores_WL[:, attacks].sum(dim=1)

@@ -11,7 +11,6 @@ only that every step runs.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,12 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU")
     options = parser.parse_args(arguments)
-    if options.minutes <= 0:
+    if not options.minutes > 0:
         parser.error(f"--minutes is {options.minutes}; it must be more than 0")
     chosen = [step for step in PLAN if step.name in options.steps]
     device = "cpu" if options.dry_run else options.device
     return run(chosen, options.out, device=device, minutes=options.minutes, dry=options.dry_run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

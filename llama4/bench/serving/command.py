@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -316,7 +315,3 @@ def _parser() -> Parser:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file, besides what is printed")
     add_output_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -110,7 +110,7 @@ def _do(conversation: Conversation, text: str, is_quoted: bool) -> None:
         if told:
             print(told)
     elif name.startswith("/") and "/" not in name[1:]:
-        print(f"{name} is no command; /help shows those there are.")
+        raise ArgumentError(f"{name} is no command; /help shows those there are")
     else:
         conversation.ask(text)
 

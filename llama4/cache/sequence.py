@@ -304,7 +304,7 @@ class SequenceCache:
         total = 0
         for window, size in self._block_bytes.items():
             blocks = LayerCache.num_blocks(length if window is None else min(length, window))
-            total += (blocks + (isinstance(window, Sliding) and length > window)) * size
+            total += (blocks + (isinstance(window, SlidingWindow) and length > window)) * size
         return total
 
     def drop_chunks(self, row: int) -> None:

@@ -31,7 +31,7 @@ from llama4.cache.pool import BlockPool
 from llama4.cache.prefixes import is_shareable
 from llama4.cache.sequence import SequenceCache
 from llama4.config import CACHE_BLOCK
-from llama4.config.window import Sliding, ends_chunk, slot_of, slots_end
+from llama4.config.window import SlidingWindow, ends_chunk, slot_of, slots_end
 from llama4.engine.choice import next_tokens
 from llama4.engine.prefill import head_of, piece_size, read_pieces
 from llama4.engine.prompt import Piece
@@ -320,7 +320,7 @@ class Scheduler:
         begin = request.computed
         ends = [end for window in self._windows if (end := slots_end(begin, window)) is not None]
         if self.pool.limit is not None:
-            rings = [window for window in self._windows if isinstance(window, Sliding) and begin >= window]
+            rings = [window for window in self._windows if isinstance(window, SlidingWindow) and begin >= window]
             ends += [begin + CACHE_BLOCK - slot_of(begin, window) % CACHE_BLOCK for window in rings]
         return min([size, *(end - begin for end in ends)])
 

@@ -27,6 +27,7 @@ USAGE = {
     f"{TRAIN} --steps {10**400}": "it must be at most 2147483647",
     f"{TRAIN} --seed {10**29}": "seed is 100000000000000000000000000000; it must be between 0 and",
     "merge tiny {0} {0}/new --shard-size 3": "--shard-size is not known",
+    "quantize tiny {0}/new --scheme int4 --shard-gb inf": "--shard-gb is inf; it must be more than 0, and",
     "serve tiny --hots x": "--hots is not known (did you mean --host?)",
     "serve tiny --port 99999": "--port is 99999; it must be from 0 (any that is free) to 65535",
     "serve tiny --port 0 --queue 0": "--queue is 0; it must be at least 1",

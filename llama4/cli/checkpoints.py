@@ -14,6 +14,8 @@ from llama4.quantization.schemes import CALIBRATED, SCHEMES
 from llama4.reading import read_text
 from llama4.units import bytes_text
 
+MAX_SHARD_GB = 10**6
+
 
 def add_parsers(commands: Any) -> None:
     about = "Write a checkpoint in another layout; the bits of the weights do not change."
@@ -120,8 +122,8 @@ def run_quantize(options: argparse.Namespace) -> int:
         from llama4.weights import hub
         from llama4.weights.convert import quantize
 
-    if not options.shard_gb > 0:
-        options.parser.error(f"--shard-gb is {options.shard_gb}; it must be more than 0")
+    if not 0 < options.shard_gb <= MAX_SHARD_GB:
+        options.parser.error(f"--shard-gb is {options.shard_gb:g}; it must be more than 0, and at most {MAX_SHARD_GB}")
     if (options.scheme in CALIBRATED) != (options.calibration is not None):
         options.parser.error(f"--calibration FILE goes with --scheme {' or '.join(CALIBRATED)}, and with no other")
     place = {"revision": options.revision, "subfolder": options.subfolder}

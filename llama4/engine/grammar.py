@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama4.engine.form_limits import MAX_EXPRESSIONS, MAX_SIZE, check_grammar, check_schema, check_size
 from llama4.engine.tokens import SupportsDecode
 from llama4.errors import ArgumentError
-from llama4.text.json_schema import DATA, NAMED
 
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python writes JSON: a model that may write spaces without end may do so."""
@@ -89,13 +89,14 @@ class Form:
             is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
             if not is_list or not all(_is_text(each) and each for each in choices):
                 raise ArgumentError(f"choices is {choices!a:.80}; it must be a list of texts, none of them empty")
-            _check_size("choices", sum(len(each) + len("()|") for each in choices), _MAX_SIZE, ", joined by '()|',")
+            check_size("choices", sum(len(each) + len("()|") for each in choices), MAX_SIZE, ", joined by '()|',")
             regex = "|".join(f"({re.escape(each)})" for each in choices)
-        elif (expressions := regex or grammar) is not None:
-            _check_size(names[0], len(expressions), _MAX_EXPRESSIONS)
+        elif regex is not None:
+            check_size("regex", len(regex), MAX_EXPRESSIONS)
         if regex is not None:
             return cls._checked(_llguidance().LLMatcher.grammar_from_regex(regex), names[0])
         if grammar is not None:
+            check_grammar(grammar)
             return cls._checked(_llguidance().LLMatcher.grammar_from_lark(grammar), "grammar")
         return None
 
@@ -121,20 +122,8 @@ class Form:
         plain = {key: value for key, value in schema.items() if key != "x-guidance"}  # options of the library
         try:
             text = json.dumps(plain)
-            _check_size(name, len(text), _MAX_SIZE)
-            for part in _schemas(plain):
-                if "prefixItems" in part and ("additionalItems" in part or isinstance(part.get("items"), list)):
-                    raise ArgumentError(
-                        f"{name} has prefixItems beside additionalItems, or a list of items, of older drafts, which "
-                        "alone would count; write what follows as items: a schema, or false"
-                    )
-            patterns = _patterns(plain)
-            _check_size(name, sum(map(len, patterns)), _MAX_EXPRESSIONS, " of patterns")
-            if len(patterns) > _MAX_TOGETHER < _together(plain, plain, {}):
-                raise ArgumentError(
-                    f"{name} joins more than {_MAX_TOGETHER} schemas, with as many patterns or formats, by allOf and "
-                    "$ref; whether any text fits them all would be looked for without end: write fewer, larger ones"
-                )
+            check_size(name, len(text), MAX_SIZE)
+            check_schema(plain, name)
             grammar = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides=_WRITING)
         except ArgumentError:
             raise
@@ -169,85 +158,9 @@ class Form:
         return bool(matcher.try_consume_tokens([*data]) == len(data) and matcher.is_stopped())
 
 
-_MAX_SIZE = 1 << 18
-"""Characters of a schema, or of choices as one expression, before escapes: llguidance reads them in some tenths of a
-second."""
-_MAX_EXPRESSIONS = 1 << 15
-"""Characters of a regular expression or grammar, or of a schema's patterns: of the longest the worst take a second and
-100 MiB; both grow with the square of the length."""
-
-
 def _is_text(value: object) -> bool:
     """Whether it is a text that UTF-8 can encode."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
-
-
-def _check_size(name: str, size: int, most: int, what: str = "") -> None:
-    if size > most:
-        problem = f"{size:,} characters{what} are more than {most:,}"
-        raise ArgumentError(f"{name} cannot be followed: {problem}; make it shorter")
-
-
-_MAX_TOGETHER = 8
-"""Schemas that may have to fit one value, in a form that has more patterns and formats than this. Each may bring a
-pattern, and llguidance is asked for the common texts: of 10 patterns it takes a tenth of a second, of 12 three, of 14
-minutes. Which of the schemas have the patterns is not looked at."""
-
-
-def _schemas(node: Any) -> Iterator[Mapping[str, Any]]:
-    """A schema and all in it."""
-    if isinstance(node, list):
-        for child in node:
-            yield from _schemas(child)
-    elif isinstance(node, dict):
-        yield node
-        for keyword, value in node.items():
-            if keyword in NAMED and isinstance(value, dict):
-                yield from _schemas([*value.values()])
-            elif keyword not in DATA:
-                yield from _schemas(value)
-
-
-def _patterns(schema: Mapping[str, Any]) -> set[str]:
-    """All patterns and formats in a schema, those of names too."""
-    found = set[str]()
-    for part in _schemas(schema):
-        found |= {f"{name} {part[name]}" for name in ("pattern", "format") if isinstance(part.get(name), str)}
-        if isinstance(named := part.get("patternProperties"), dict):
-            found.update(named)
-    return found
-
-
-def _together(node: Any, root: Mapping[str, Any], known: dict[int, int]) -> int:
-    """How many schemas one value has to fit at most.
-
-    Args:
-        known: what has been found, by the identity of a schema; of one that is being looked at, 0.
-    """
-    if isinstance(node, list):
-        return max((_together(child, root, known) for child in node), default=0)
-    if not isinstance(node, dict):
-        return 0
-    if id(node) not in known:
-        known[id(node)] = 0
-        joined = [*node["allOf"]] if isinstance(node.get("allOf"), list) else []
-        if isinstance(reference := node.get("$ref"), str):
-            joined.append(_target(reference, root))
-        inside = max((_together(child, root, known) for name, child in node.items() if name != "allOf"), default=0)
-        unknown = _MAX_TOGETHER * joined.count(None)  # by a name instead of a path
-        known[id(node)] = max(1, inside) + unknown + sum(_together(child, root, known) for child in joined)
-    return known[id(node)]
-
-
-def _target(reference: str, root: Mapping[str, Any]) -> Any:
-    """What `#/a/b` points at; None if there is nothing."""
-    node: Any = root
-    for part in reference.removeprefix("#").split("/")[1:]:
-        if isinstance(node, list):
-            node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
-        else:
-            node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
-    return node
 
 
 class _Tokens:

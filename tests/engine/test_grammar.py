@@ -215,6 +215,44 @@ def test_forms_that_would_take_long_to_read_are_refused(options: Any, named: str
         Form.of(**options)
 
 
+def chain(to: str, count: int = 2500, **more: Any) -> dict[str, Any]:
+    """Of schemas, each of which refers to the next one."""
+    each = [{"$anchor": f"a{i}", "properties": {"a": {"$ref": to.format(i + 1)}}} for i in range(count)]
+    named = {str(i): one for i, one in enumerate([*each, {"$anchor": f"a{count}"}])}
+    return {"default" if "default" in to else "$defs": named, "$ref": to.format(0), **more}
+
+
+@pytest.mark.parametrize("to", ["#/$defs/{}", "#/%24defs/{}", "#a{}", "https://a/b#/$defs/{}", "https://a/b#a{}"])
+def test_references_without_end_are_refused(to: str) -> None:
+    """llguidance ends the process where many lead from one to the next."""
+    more = {"$id": "https://a/b"} if "https" in to else {}
+    with pytest.raises(ArgumentError, match=r"more than 1,000 (deep inside one another|have names)"):
+        Form.of(chain(to, **more))
+    assert Form.of(chain(to, 100, **more)) is not None
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({"response_format": chain("#/default/{}")}, "response_format refers to '#/default/0', which is no schema"),
+        ({"grammar": "start: " + "".join(f"a{i}\na{i}: " for i in range(2400)) + '"x"'}, "grammar has 2,401 rules"),
+        ({"grammar": f"start: %json {json.dumps(patterns(20, 'allOf'))}"}, "grammar has a %json schema"),
+        ({"response_format": {"type": "integer", "multipleOf": 999983}}, "multipleOf 999983"),
+        ({"response_format": {"multipleOf": 99.9983}}, "multipleOf 999983"),
+        ({"response_format": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}, "multipleOf 9973 and 9967"),
+    ],
+)
+def test_what_would_take_minutes_or_end_the_process_is_refused(form: Any, named: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{named}|has {named}"):
+        Form.of(**form)
+
+
+def test_small_multiples_are_followed() -> None:
+    for each in (10**6, 0.01, 1e-9, 7, 2.5, 9973):
+        assert Form.of({"type": "number", "multipleOf": each}) is not None
+    assert Form.of({"properties": {str(i): {"multipleOf": 9000 + i} for i in range(9)}}) is not None
+
+
 def test_many_schemas_that_do_not_meet_are_followed() -> None:
     properties = {f"p{i}": {"type": "string", "pattern": f"a{i}"} for i in range(30)}
     tree = {"allOf": [{"$ref": "#/$defs/tree"}], "$defs": {"tree": {"type": "object", "properties": properties}}}

@@ -582,7 +582,7 @@ class Llama4:
         if not isinstance(inputs, Inputs):
             inputs = self.processor(
                 inputs,
-                tools=tools,
+                tools=tools or None,
                 continue_final_message=options.get("continue_final_message"),
                 chat_template_kwargs=options.get("chat_template_kwargs"),
                 limit=limit or self.prompt_limit,

@@ -132,6 +132,9 @@ def choice_of(
         TypeError: an option that there is not.
     """
     check_options(options)
+    for name in ("ignore_eos", "continue_final_message"):
+        if not isinstance(flag := options.get(name), bool | None):
+            raise ArgumentError(f"{name} is {flag!r:.80}; it must be True or False")
     tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
     forms = (options.get("response_format"), options.get("regex"), options.get("choices"), options.get("grammar"))
     form = Form.of(*forms, called)

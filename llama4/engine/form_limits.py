@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from llama4.errors import ArgumentError
-from llama4.text.json_schema import DATA, NAMED
 
 MAX_SIZE = 1 << 18
 """Characters of a schema, or of choices as one expression, before escapes: llguidance reads them in some tenths of a
@@ -32,6 +31,12 @@ MAX_RULES = 2000
 MAX_MULTIPLE = 10_000
 """What integers may have to be multiples of, without factors of 2 and 5: there is a state for each remainder. It takes
 0.2 s, ten times of it three."""
+
+
+NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+"""Keywords of schemas by name."""
+DATA = {"enum", "const", "default", "examples"}
+"""Keywords of no schemas."""
 
 
 def check_size(name: str, size: int, most: int, what: str = "") -> None:

@@ -84,9 +84,9 @@ class ReplyBuilder:
 
     Args:
         prompt_tokens: how many.
-        tools: the function schemas that the model was given. Where it was given none, it may have been told of tools
-            in the conversation: its calls are read after `<|python_start|>`, and at the end of a reply that ends with
-            `<|eom|>`.
+        tools: the function schemas that the model was given. Of none, and where a form leaves no room for calls, all
+            is text. Where it is not known (None), the model may have been told of tools in the conversation: its calls
+            are read after `<|python_start|>`, and at the end of a reply that ends with `<|eom|>`.
         special_tokens: the tokenizer's, name -> id.
         form: what the reply must be.
         stop_ids: tokens by which the model ends it.
@@ -105,7 +105,8 @@ class ReplyBuilder:
         self._one_call = one_call
         self._form, self._stop_ids = form, stop_ids
         self._prompt_tokens = prompt_tokens
-        self._reader = CallReader(names_of(tools), certain=bool(tools))
+        calls = bool(tools) or (tools is None and form is None)
+        self._reader = CallReader(names_of(tools), certain=bool(tools)) if calls else None
         self._marks = {special_tokens[name]: name for name in MARKS if name in special_tokens}
         self._calls_tools = {special_tokens[name] for name in CALLS_TOOLS if name in special_tokens}
         self._text: list[str] = []
@@ -122,16 +123,21 @@ class ReplyBuilder:
         """Take one more token; return what is certain now."""
         self._tokens.append(event.token)
         self._finish_reason = event.finish_reason
+        deltas: list[Delta] = []
+        for piece in self._read(event):
+            if not self.is_complete:
+                deltas.append(self._delta(piece))
+        return deltas
+
+    def _read(self, event: Event) -> list[str | ToolCall]:
+        if self._reader is None:
+            return [event.text] if event.text else []
         pieces = self._reader.push(event.text)
         if mark := self._marks.get(event.token.id):
             pieces += self._reader.mark(mark)
         if event.finish_reason:
             pieces += self._reader.finish(calls_tools=event.token.id in self._calls_tools)
-        deltas: list[Delta] = []
-        for piece in pieces:
-            if not self.is_complete:
-                deltas.append(self._delta(piece))
-        return deltas
+        return pieces
 
     @property
     def is_complete(self) -> bool:

@@ -97,6 +97,7 @@ async def complete(service: Service, call: Call) -> Response:
     inputs = await unless_gone(call.request, inputs_of_all(service, prompts, names))
     count = fields["logprobs"]
     options = {**sampling_of(fields), "max_new_tokens": max(fields["max_tokens"], 1), "top_logprobs": count or 0}
+    options["tools"] = ()  # what follows is text, whatever it is
     streams: list[EngineStream] = []
     echoes: list[Echo | None] = []
     for prompt, row in zip(prompts, inputs, strict=True):

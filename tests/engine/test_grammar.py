@@ -8,6 +8,7 @@ import os
 import random
 import re
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ pytest.importorskip("llguidance")
 from llama4 import Engine, Llama4
 from llama4.engine.grammar import Form, Vocabulary
 from llama4.errors import ArgumentError
+from llama4.text.tool_calls import chosen_tools
 
+llguidance: Any = pytest.importorskip("llguidance")
 jsonschema: Any = pytest.importorskip("jsonschema")
 
 QUESTION = "What can you do?"
@@ -299,6 +302,76 @@ def test_tools_whose_parameters_have_references(llm: Llama4) -> None:
             ).tool_calls
             (tool,) = [tool for tool in given if tool["name"] == call.name]
             jsonschema.validate(call.arguments, tool["parameters"], jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("draft", [None, "http://json-schema.org/draft-07/schema#"])
+def test_names_in_the_schemas_of_tools_are_their_own(draft: str | None) -> None:
+    """$anchor and $id of one name in two tools, references to the root by its name, and a tool that is a reference."""
+    more = {"$schema": draft} if draft is not None else {}
+
+    def parameters(value: int, **schema: Any) -> dict[str, Any]:
+        inner = {"type": "object", "properties": {"at": {"const": value}}, "required": ["at"]}
+        return {"$defs": {"x": {**inner, "additionalProperties": False, **schema.pop("named", {})}}, **schema, **more}
+
+    for schema in (
+        {"$ref": "#/$defs/x"},
+        {"$ref": "#here", "named": {"$anchor": "here"}},
+        {"$ref": "T0", "named": {"$id": "T0"}},
+        {"$id": "R", "$ref": "R#/$defs/x"},
+        {"$id": "R", "$ref": "#/$defs/x"},
+    ):
+        tools = [{"name": f"f{i}", "parameters": parameters(i, **schema)} for i in range(2)]
+        form = Form.of(call=chosen_tools(tools, "required")[1])
+        assert form is not None
+        for i, at in product(range(2), repeat=2):
+            assert fits(form, f'{{"name": "f{i}", "parameters": {{"at": {at}}}}}') == (i == at), schema
+    absolute = parameters(1, **{"$id": "https://a/b", "$ref": "https://a/b#/$defs/x"})
+    assert Form.of(call=chosen_tools([{"name": "f", "parameters": absolute}], "required")[1]) is not None
+
+
+def fits(form: Form, text: str) -> bool:
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), form.grammar, log_level=0)
+    data = [*text.encode()]
+    return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
+
+
+def test_arguments_are_an_object_of_the_properties_there_are(llm: Llama4) -> None:
+    """Other models write others without end; a schema that says more than properties may allow them."""
+    one = {"properties": {"n": {"const": 1}}}
+    for parameters, closed in (
+        ({**one, "type": "object"}, True),
+        ({**one, "type": ["object", "null"], "$schema": "https://json-schema.org/draft/2020-12/schema"}, True),
+        ({"properties": {}}, True),
+        ({}, False),
+        ({**one, "additionalProperties": True}, False),
+        ({**one, "required": ["n"], "minProperties": 2}, False),
+        ({**one, "required": ["m"]}, False),
+        ({"anyOf": [one, {"properties": {"m": {}}}]}, False),
+    ):
+        form = Form.of(call=chosen_tools([{"name": "f", "parameters": parameters}], "required")[1])
+        assert form is not None
+        for arguments, is_one in (('{"n": 1, "m": 2}', not closed), ("[]", False), ("null", False), ('"n"', False)):
+            assert fits(form, f'{{"name": "f", "parameters": {arguments}}}') == is_one, (parameters, arguments)
+    for parameters in ({"type": "array"}, {"type": ["string", "null"]}, [1], True):
+        with pytest.raises(ArgumentError, match=r"^the schema of a tool, 'f', is of type .*; a call has an object"):
+            llm.chat(QUESTION, tools=[{"name": "f", "parameters": parameters}], tool_choice="required")
+
+
+@pytest.mark.parametrize("options", [{}, {"tools": [COUNT], "tool_choice": "none"}])
+def test_what_has_a_form_is_no_call(llm: Llama4, options: Any) -> None:
+    """Nor is it held back until it could be none, nor does the token that ends calls make it one."""
+    said = {"name": "count", "parameters": {"shape": "circle"}}
+    asked = {"response_format": {"const": said}, "logit_bias": {llm.tokenizer.special("<|eom|>"): 100.0}, **options}
+    reply = llm.chat(QUESTION, **asked)
+    assert (reply.tool_calls, reply.parsed, reply.finish_reason) == ([], said, "stop")
+    assert len(list(llm.stream(QUESTION, **asked))) > 1
+
+
+@pytest.mark.parametrize("name", ["ignore_eos", "continue_final_message"])
+def test_flags_are_true_or_false(llm: Llama4, name: str) -> None:
+    for value in ("no", 1, 0):
+        with pytest.raises(ArgumentError, match=f"^{name} is {value!r}; it must be True or False"):
+            llm.chat(QUESTION, **{name: value})
 
 
 def test_a_pydantic_class(llm: Llama4) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urljoin
 
 from llama4.errors import ArgumentError
-from llama4.text.json_schema import moved
 from llama4.text.tool_calls.call import check_tools, function_name, short
 
 Tools = Sequence[Mapping[str, Any]]
@@ -15,23 +15,24 @@ Tools = Sequence[Mapping[str, Any]]
 def chosen_tools(
     tools: Tools | None, choice: str | Mapping[str, Any] | None
 ) -> tuple[Tools | None, dict[str, Any] | None]:
-    """The tools that the model is told of, and the JSON schema of the call that its reply must be, None if it is free.
+    """The tools that the model is told of, empty where it may call none; and the JSON schema of the call that its reply
+    must be, None if it is free.
 
     Args:
         choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
 
     Raises:
-        ArgumentError: another choice, or one of a tool that is not there.
+        ArgumentError: another choice, one of a tool that is not there, or of one whose parameters are no object.
     """
     if choice is None or choice == "auto":
         return tools, None
     if choice == "none":
-        return None, None
+        return (), None
     if not tools:
         raise ArgumentError(f"tool_choice is {short(choice)}, but there are no tools; give some")
     check_tools(tools)
     if choice == "required":
-        return tools, {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
+        return tools, {"anyOf": [_call(tool, i) for i, tool in enumerate(tools)]}
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
@@ -41,17 +42,42 @@ def chosen_tools(
     if not named:
         names = ", ".join(map(function_name, tools))
         raise ArgumentError(f"tool_choice names {name!r:.80}, which is none of the tools ({names})")
-    return tools, _call(named[0], "#")
+    return tools, _call(named[0])
 
 
-def _call(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A call of a tool as Llama 4 writes it; `place` is where this stands in the whole schema."""
-    parameters = moved(
-        tool.get("function", tool).get("parameters") or {"type": "object"}, f"{place}/properties/parameters"
-    )
+def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
+    """A call of a tool as Llama 4 writes it. Its schema stays a resource with a name that no other tool has: references
+    and names in it are its own. Where it says nothing but properties, there are no others."""
+    name = function_name(tool)
+    given = tool.get("function", tool).get("parameters") or {}
+    kind = given.get("type", "object") if isinstance(given, Mapping) else given
+    if "object" not in (kind if isinstance(kind, list) else [kind]):
+        remedy = "a call has an object, so put it into a property of one"
+        raise ArgumentError(f"the schema of a tool, {name!r:.80}, is of type {short(kind)}; {remedy}")
+    own = given.get("$id")
+    place = urljoin(f"https://{number}.tool/", own if isinstance(own, str) else "")
+    parameters = {**given, "type": "object", "$id": place}
+    parameters.pop("$schema", None)  # before 2019, $id beside $ref was nothing
+    if "properties" in given and given.keys() <= _PLAIN and {*given.get("required", ())} <= {*given["properties"]}:
+        parameters["additionalProperties"] = False
     return {
         "type": "object",
-        "properties": {"name": {"const": function_name(tool)}, "parameters": parameters},
+        "properties": {"name": {"const": name}, "parameters": parameters},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+_PLAIN = {
+    "type",
+    "properties",
+    "required",
+    "title",
+    "description",
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "$comment",
+}
+"""Keywords of a schema of which all properties are known."""

@@ -33,6 +33,7 @@ from llama4.text.template import ChatTemplate
 from llama4.text.template_agreement import Compose, agrees
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import INFILLING
+from llama4.units import bytes_text
 from llama4.vision.images import load_image
 from llama4.vision.limits import LIMITS, ImageLimits
 from llama4.vision.tiling import Tiles, tile_image, tokens_per_tile
@@ -392,7 +393,17 @@ class Processor:
             )
         given = iter(images or ())
         for row in conversations:
-            yield row, [self._tile_of(message, part, row, given) for message, part in image_places(row)]
+            tiles: list[Tiles] = []
+            left = self.image_limits.max_prepared
+            for message, part in image_places(row):
+                tiles.append(self._tile_of(message, part, row, given))
+                left -= tiles[-1].pixel_values.nbytes
+                if left < 0:
+                    most = bytes_text(int(self.image_limits.max_prepared))
+                    error = ImageError(f"the pictures take more than {most} as the model reads them; send fewer")
+                    error.place = message, part
+                    raise error
+            yield row, tiles
 
     def _tile_of(self, message: int, part: int, row: Sequence[ParsedMessage], given: Iterator[Any]) -> Tiles:
         """The tiles of one image of a conversation; an error says which."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ class ImageLimits:
         max_bytes: of the file, however it comes.
         max_decoding: bytes that a format's decoder takes beside the picture, above 4 a pixel: it bounds WebP at 20
             million pixels, for instance.
+        max_prepared: bytes that the tiles of all pictures of one conversation take, as the model reads them: for
+            Llama 4 1.4 MB a tile. A picture of one pixel is a tile, too.
         max_scans: passes over a JPEG, each of which a decoder makes over all of its pixels; encoders write about ten.
         max_seconds: for fetching a URL, from looking up its host to the last byte.
         hosts: from which URLs are fetched, by name or address; None for any.
@@ -32,6 +35,7 @@ class ImageLimits:
     max_bytes: int = 64 * 2**20
     max_decoding: int = 100_000_000
     max_scans: int = 100
+    max_prepared: float = math.inf
     max_seconds: float = 30.0
     hosts: Collection[str] | None = None
     private_hosts: Collection[str] = ()
@@ -44,4 +48,4 @@ class ImageLimits:
 
 
 LIMITS = ImageLimits()
-SERVER_LIMITS = ImageLimits(hosts=(), files=False)
+SERVER_LIMITS = ImageLimits(max_prepared=2**30, hosts=(), files=False)

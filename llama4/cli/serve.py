@@ -15,7 +15,7 @@ from llama4.arguments import PrintableFormatter
 from llama4.cli.options import FROM_PRETRAINED, add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import user_path
-from llama4.progress import starting
+from llama4.progress import has_display, starting
 
 
 def add_parser(commands: Any) -> None:
@@ -56,11 +56,16 @@ def add_parser(commands: Any) -> None:
         metavar="HOST",
         help="host that image URLs may be of; * for all public; repeatable",
     )
-    server.add_argument("--allow-urls", dest="url_hosts", action="extend", nargs="+", help=argparse.SUPPRESS)
+    server.add_argument("--allow-urls", dest="url_hosts", action="append", help=argparse.SUPPRESS)
     server.add_argument(
         "--media-directory", type=Path, metavar="DIR", help="directory that file:// image URLs may read"
     )
-    server.add_argument("--store", type=Path, metavar="FILE", help="file to keep responses in (default: in memory)")
+    server.add_argument(
+        "--store",
+        type=Path,
+        metavar="FILE",
+        help="file to keep responses in until they are deleted: it grows (default: the last 1,000, in memory)",
+    )
     server.add_argument(
         "--ssl-certfile", type=Path, metavar="FILE", help="certificate, to serve by HTTPS; with --ssl-keyfile"
     )
@@ -80,6 +85,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not has_display():
+        print("llama4: starting", file=sys.stderr, flush=True)  # what is imported takes seconds
     try:
         with starting():
             from llama4.serve.app import Server, Settings

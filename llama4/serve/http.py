@@ -65,6 +65,7 @@ class Service:
     Attributes:
         store: responses that clients may ask for again.
         background: what is being answered although nobody waits, by the ids of responses.
+        running: that, and other work that nobody waits for.
         created: when it began, in seconds since 1970.
         is_draining: whether it takes nothing new.
     """
@@ -76,13 +77,14 @@ class Service:
     background: dict[str, tuple[asyncio.Task[None], Any]] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
-    _running: set[asyncio.Task[None]] = field(default_factory=set)
+    running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
+    def keep_running(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something that nobody waits for."""
         task = asyncio.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
 
     @property
     def models(self) -> list[Served]:

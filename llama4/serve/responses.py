@@ -128,7 +128,7 @@ async def create(service: Service, call: Call) -> Response:
     except BaseException:
         answer.cancel()
         raise
-    task = asyncio.create_task(_run(service, answer))
+    task = service.keep_running(_run(service, answer))
     service.background[answer.id] = task, answer
     task.add_done_callback(lambda _: service.background.pop(answer.id, None))
     return JSONResponse(answer.whole())

@@ -100,15 +100,20 @@ class _Runner(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say so, if it takes longer than what has been answered already."""
-        telling = asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self._tell)
+        """Say so, if it takes longer than what has been answered already. What is answered in the background has as long
+        as what clients wait for."""
+        loop, running = asyncio.get_running_loop(), self._server.service.running
+        end = loop.time() + DRAIN_SECONDS
+        telling = loop.call_later(ANSWERED_SECONDS, self._tell)
         try:
             await super().shutdown(sockets)
+            if running:
+                await asyncio.wait(running, timeout=max(end - loop.time(), 0))
         finally:
             telling.cancel()
 
     def _tell(self) -> None:
-        if self.server_state.tasks:
+        if self.server_state.tasks or self._server.service.running:
             told = f"stopping; what is being answered has {DRAIN_SECONDS} seconds; Ctrl-C again stops now"
             print(f"llama4: {told}", file=sys.stderr, flush=True)
 

@@ -223,6 +223,7 @@ def wanted(schema: Schema) -> str:
     if kind == "array":
         items = schema.get("items", ANYTHING)
         number_of = f"a list of up to {schema['maxItems']}" if "maxItems" in schema else "a list"
+        number_of += " that is not empty" if schema.get("minItems") else ""
         return f"{number_of}, of each {wanted(items)}" if items else number_of
     return {"boolean": "true or false", "object": "an object", "null": "null"}.get(str(kind), "another value")
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llama4.text")
 
+MAX_NOTED = 100
+"""Variables that are logged as unread: who sends others would fill the log."""
+MAX_COMPILED = 8
+"""Templates that are kept compiled; which characters mark names in one depends on what messages hold."""
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -120,9 +124,10 @@ class ChatTemplate:
     def _note_unread(self, source: str, given: Mapping[str, object]) -> None:
         """Log what was given and this template does not read, once each."""
         for name, value in given.items():
-            if value is not None and name not in source and (source, name) not in self._noted:
+            is_new = value is not None and name not in source and (source, name) not in self._noted
+            if is_new and len(self._noted) < MAX_NOTED:
                 self._noted.add((source, name))
-                logger.warning("the checkpoint's chat template does not read %s: the model does not see them", name)
+                logger.warning("the checkpoint's chat template does not read %.80s: the model does not see them", name)
 
     def named(self, template: str) -> ChatTemplate:
         """One of the templates by its name, or another by its source."""
@@ -195,10 +200,13 @@ class ChatTemplate:
         from llama4.text.sandbox import CompiledTemplate  # with jinja2, which only a checkpoint's own template needs
 
         key = source, marks.base, marked
-        if key not in self._compiled_templates:
+        compiled = self._compiled_templates.get(key)
+        if compiled is None:
             mark = (lambda text: self._marked(text, marks.base)) if marked else str
-            self._compiled_templates[key] = CompiledTemplate(source, marks.reply, mark)
-        return self._compiled_templates[key]
+            compiled = CompiledTemplate(source, marks.reply, mark)
+            if len(self._compiled_templates) < MAX_COMPILED:
+                self._compiled_templates[key] = compiled
+        return compiled
 
     def _messages(self, messages: Sequence[ParsedMessage], source: str) -> list[dict[str, Any]]:
         strings, parts = self._content_forms(source)

@@ -27,6 +27,7 @@ pytest.importorskip("starlette")
 from llama4 import Llama4  # noqa: E402
 from llama4.engine.observers import PromptLogprobs  # noqa: E402
 from llama4.serve.app import Settings  # noqa: E402
+from llama4.serve.store import Store  # noqa: E402
 from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 
 USED = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -124,7 +125,7 @@ def test_each_choice_ends_on_its_own(running: Running, route: str) -> None:
     choices = [chunk["choices"][0] for chunk in chunks]
     ends = {choice["index"]: place for place, choice in enumerate(choices) if choice["finish_reason"]}
     assert len(ends) == 8 and choices[min(ends.values())]["finish_reason"] == "stop"
-    assert any("bb" in json.dumps(choice) for choice in choices[min(ends.values()) :])
+    assert any(re.search('"(content|text)": "b', json.dumps(choice)) for choice in choices[min(ends.values()) :])
     for place, choice in enumerate(choices):
         assert place <= ends[choice["index"]]
 
@@ -308,6 +309,22 @@ def test_structured_output(running: Running) -> None:
     chunks = events(running, "/v1/chat/completions", **fields)
     calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
     assert [call["function"]["name"] for call in calls] == ["count"] and calls[0]["index"] == 0
+
+
+def test_a_call_in_a_completion_is_text(running: Running) -> None:
+    """A chat would have taken it for a call."""
+    said = '{"name": "f", "parameters": {}}'
+    end = {str(running.engine.llm.tokenizer.special("<|eom|>")): 100}
+    body = {
+        "prompt": "Once",
+        "max_tokens": 40,
+        "logit_bias": end,
+        "structured_outputs": {"regex": re.escape(said) + ".?"},
+    }
+    choice = running.client.post("/v1/completions", json=body).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (said, "stop")
+    pieces = [chunk["choices"][0]["text"] for chunk in events(running, "/v1/completions", **body)]
+    assert "".join(pieces) == said and len(pieces) > 3
 
 
 def test_what_does_not_change_the_reply_is_taken(running: Running) -> None:
@@ -512,9 +529,10 @@ def test_openai_s_client(running: Running) -> None:
         client.chat.completions.create(model="other", messages=QUESTION)
 
 
-def test_the_command_ends_what_it_is_at() -> None:
-    """SIGTERM while a reply is streamed: it comes whole, and the exit code is 0."""
-    command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0"]
+def test_the_command_ends_what_it_is_at(tmp_path: Path) -> None:
+    """SIGTERM while a reply is streamed, and another is made in the background: both come whole, the exit code is 0."""
+    store = tmp_path / "responses"
+    command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0", "--store", str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None
         stuck = threading.Timer(600, process.kill)  # so that a failure is one
@@ -526,8 +544,14 @@ def test_the_command_ends_what_it_is_at() -> None:
         with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
+            asked = {"input": QUESTION, "background": True, "ignore_eos": True, "max_output_tokens": 600}
+            kept = httpx.post(f"{url[0]}/v1/responses", json=asked, timeout=60).json()
+            assert kept["status"] == "in_progress"
             process.send_signal(signal.SIGTERM)
             *_, reason, end = [line for line in lines if line]
         assert '"length"' in reason and end == "data: [DONE]"
         assert process.wait(60) == 0
+        stored = Store(store).get(kept["id"])
+        assert stored is not None and stored.response["status"] == "incomplete"
+        assert stored.response["usage"]["output_tokens"] == 600
         stuck.cancel()

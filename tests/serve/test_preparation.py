@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("httpx")
 pytest.importorskip("starlette")
@@ -112,6 +115,26 @@ def test_pictures_that_are_fetched_keep_no_other_waiting(running: Running, monke
         finally:
             has_come.set()
         assert {each.result().status_code for each in slow} == {200}
+
+
+def test_pictures_that_take_more_memory_than_may_be_are_not_all_read(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes are a tile: 2 MB of pictures of one pixel would be 20 GB of Llama 4's tiles."""
+    processor, read = running.engine.llm.processor, list[Any]()
+    assert processor.image_limits.max_prepared == 2**30
+    tile = processor(SHOWN).pixel_values[0].nbytes  # type: ignore[index]
+    monkeypatch.setattr(processor, "image_limits", replace(processor.image_limits, max_prepared=20 * tile))
+    monkeypatch.setattr("llama4.inputs.load_image", lambda *given: read.append(given) or load_image(*given))
+    point = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(point, "PNG")
+    url = f"data:;base64,{base64.b64encode(point.getvalue()).decode()}"
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}] * 500}]}
+    for route in ("/v1/chat/completions", "/tokenize"):
+        answer = running.client.post(route, json=body)
+        assert answer.status_code == 400 and "more than" in answer.text, answer.text
+        assert answer.json()["error"]["param"] == "messages[0].content[20]"
+    assert len(read) == 42
 
 
 def test_choices_read_their_prompt_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

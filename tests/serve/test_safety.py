@@ -143,7 +143,11 @@ def test_the_command_listens_at_loopback() -> None:
     command.add_parser(parser.add_subparsers())
     options = parser.parse_args(["serve", "tiny"])
     assert options.host == "127.0.0.1" and options.cors_origin == options.url_hosts == []
-    for hosts in ("--allow-host a --allow-host b tiny", "tiny --allow-urls a b", "tiny --allow-host a --allow-urls b"):
+    for hosts in (
+        "--allow-host a --allow-host b tiny",
+        "--allow-urls a --allow-urls b tiny",
+        "tiny --allow-host a --allow-urls b",
+    ):
         options = parser.parse_args(["serve", *hosts.split()])
         assert (options.model, options.url_hosts) == ("tiny", ["a", "b"])
     with pytest.raises(ArgumentError, match="--api-key is empty"):  # as of an unset variable

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from llama4.errors import ChatTemplateError
 from llama4.text.added_tokens import AddedToken
 from llama4.text.prompt import encode
-from llama4.text.template import ChatTemplate
+from llama4.text.template import MAX_COMPILED, MAX_NOTED, ChatTemplate
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tokenizer_files import to_json
 
@@ -233,6 +233,21 @@ def test_private_use_characters_of_a_user_are_no_marks(tokenizer: Tokenizer) -> 
     assert pieces[1].text == f"user\n{marks}"
     with pytest.raises(ChatTemplateError, match="too many different private-use characters"):
         template.compose([{"role": "user", "content": "".join(map(chr, range(0xF0000, 0x10FFFE, 100)))}])
+
+
+def test_what_is_given_fills_no_memory(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """Variables that the template does not read are logged, some of them; marks differ by what messages hold."""
+    template = ChatTemplate({"default": "{{ messages[0].content }}"}, tokenizer)
+    for i in range(MAX_NOTED + 9):
+        template.compose([{"role": "user", "content": "a"}], **{f"v{i}" * 99: 1})
+    assert len(caplog.records) == len(template._noted) == MAX_NOTED
+    assert max(len(record.getMessage()) for record in caplog.records) < 200
+    base, taken = 0xF0000, ""
+    for _ in range(12):
+        taken += chr(base)
+        assert template.compose([{"role": "user", "content": taken}])[0].text == taken
+        base += len(tokenizer.special_tokens) + 3 + len(set("".join(tokenizer.special_tokens)))
+    assert 2 < len(template._compiled_templates) <= MAX_COMPILED
 
 
 def test_tokens_that_a_template_puts_together_are_its_own(tokenizer: Tokenizer) -> None:

@@ -100,8 +100,8 @@ class _Runner(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say so, if it takes longer than what has been answered already. What is answered in the background has as long
-        as what clients wait for."""
+        """Say so, if it takes longer than what has been answered already. What is answered in the background has as
+        long as what clients wait for."""
         loop, running = asyncio.get_running_loop(), self._server.service.running
         end = loop.time() + DRAIN_SECONDS
         telling = loop.call_later(ANSWERED_SECONDS, self._tell)

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import weakref
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_forms_that_would_take_long_to_read_are_refused(options: Any, named: str
         Form.of(**options)
 
 
-def chain(to: str, count: int = 2500, **more: Any) -> dict[str, Any]:
+def chain(to: str, count: int = 2500, more: Mapping[str, str] = {}) -> dict[str, Any]:
     """Of schemas, each of which refers to the next one."""
     each = [{"$anchor": f"a{i}", "properties": {"a": {"$ref": to.format(i + 1)}}} for i in range(count)]
     named = {str(i): one for i, one in enumerate([*each, {"$anchor": f"a{count}"}])}
@@ -230,8 +231,8 @@ def test_references_without_end_are_refused(to: str) -> None:
     """llguidance ends the process where many lead from one to the next."""
     more = {"$id": "https://a/b"} if "https" in to else {}
     with pytest.raises(ArgumentError, match=r"more than 1,000 (deep inside one another|have names)"):
-        Form.of(chain(to, **more))
-    assert Form.of(chain(to, 100, **more)) is not None
+        Form.of(chain(to, more=more))
+    assert Form.of(chain(to, 100, more)) is not None
 
 
 @pytest.mark.parametrize(
@@ -352,9 +353,9 @@ def test_arguments_are_an_object_of_the_properties_there_are(llm: Llama4) -> Non
         assert form is not None
         for arguments, is_one in (('{"n": 1, "m": 2}', not closed), ("[]", False), ("null", False), ('"n"', False)):
             assert fits(form, f'{{"name": "f", "parameters": {arguments}}}') == is_one, (parameters, arguments)
-    for parameters in ({"type": "array"}, {"type": ["string", "null"]}, [1], True):
-        with pytest.raises(ArgumentError, match=r"^the schema of a tool, 'f', is of type .*; a call has an object"):
-            llm.chat(QUESTION, tools=[{"name": "f", "parameters": parameters}], tool_choice="required")
+    for wrong in ({"type": "array"}, {"type": ["string", "null"]}, [1], True):
+        with pytest.raises(ArgumentError, match=r"^the schema of a tool \('f'\) is of type .*; a call has an object"):
+            llm.chat(QUESTION, tools=[{"name": "f", "parameters": wrong}], tool_choice="required")
 
 
 @pytest.mark.parametrize("options", [{}, {"tools": [COUNT], "tool_choice": "none"}])
@@ -370,8 +371,9 @@ def test_what_has_a_form_is_no_call(llm: Llama4, options: Any) -> None:
 @pytest.mark.parametrize("name", ["ignore_eos", "continue_final_message"])
 def test_flags_are_true_or_false(llm: Llama4, name: str) -> None:
     for value in ("no", 1, 0):
+        options: Any = {name: value}
         with pytest.raises(ArgumentError, match=f"^{name} is {value!r}; it must be True or False"):
-            llm.chat(QUESTION, **{name: value})
+            llm.chat(QUESTION, **options)
 
 
 def test_a_pydantic_class(llm: Llama4) -> None:

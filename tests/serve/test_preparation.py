@@ -125,7 +125,12 @@ def test_pictures_that_take_more_memory_than_may_be_are_not_all_read(
     assert processor.image_limits.max_prepared == 2**30
     tile = processor(SHOWN).pixel_values[0].nbytes  # type: ignore[index]
     monkeypatch.setattr(processor, "image_limits", replace(processor.image_limits, max_prepared=20 * tile))
-    monkeypatch.setattr("llama4.inputs.load_image", lambda *given: read.append(given) or load_image(*given))
+
+    def noted(*given: Any) -> Any:
+        read.append(given)
+        return load_image(*given)
+
+    monkeypatch.setattr("llama4.inputs.load_image", noted)
     point = io.BytesIO()
     Image.new("RGB", (1, 1)).save(point, "PNG")
     url = f"data:;base64,{base64.b64encode(point.getvalue()).decode()}"

@@ -239,7 +239,8 @@ def test_what_is_given_fills_no_memory(tokenizer: Tokenizer, caplog: pytest.LogC
     """Variables that the template does not read are logged, some of them; marks differ by what messages hold."""
     template = ChatTemplate({"default": "{{ messages[0].content }}"}, tokenizer)
     for i in range(MAX_NOTED + 9):
-        template.compose([{"role": "user", "content": "a"}], **{f"v{i}" * 99: 1})
+        variables: Any = {f"v{i}" * 99: 1}
+        template.compose([{"role": "user", "content": "a"}], **variables)
     assert len(caplog.records) == len(template._noted) == MAX_NOTED
     assert max(len(record.getMessage()) for record in caplog.records) < 200
     base, taken = 0xF0000, ""

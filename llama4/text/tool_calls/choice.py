@@ -53,7 +53,7 @@ def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
     kind = given.get("type", "object") if isinstance(given, Mapping) else given
     if "object" not in (kind if isinstance(kind, list) else [kind]):
         remedy = "a call has an object, so put it into a property of one"
-        raise ArgumentError(f"the schema of a tool, {name!r:.80}, is of type {short(kind)}; {remedy}")
+        raise ArgumentError(f"the schema of a tool ({name!r:.80}) is of type {short(kind)}; {remedy}")
     own = given.get("$id")
     place = urljoin(f"https://{number}.tool/", own if isinstance(own, str) else "")
     parameters = {**given, "type": "object", "$id": place}

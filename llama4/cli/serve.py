@@ -15,7 +15,7 @@ from llama4.arguments import PrintableFormatter
 from llama4.cli.options import FROM_PRETRAINED, add_model_options, load_model
 from llama4.errors import ArgumentError, Llama4Error
 from llama4.files import user_path
-from llama4.progress import has_display, starting
+from llama4.progress import starting
 
 
 def add_parser(commands: Any) -> None:
@@ -85,8 +85,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if not has_display():
-        print("llama4: starting", file=sys.stderr, flush=True)  # what is imported takes seconds
     try:
         with starting():
             from llama4.serve.app import Server, Settings

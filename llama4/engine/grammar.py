@@ -144,12 +144,13 @@ class Form:
         Args:
             is_ended: whether the model ended it. Else it counts as cut off if it could go on, as a number often can.
         """
-        if not self.is_json or not (is_ended or self._is_full(text)):
+        if not self.is_json:
             return None
         try:
-            return self.model.model_validate_json(text) if self.model is not None else json.loads(text)
+            parsed = self.model.model_validate_json(text) if self.model is not None else json.loads(text)
         except (ValueError, RecursionError):
             return None
+        return parsed if is_ended or self._is_full(text) else None
 
     def _is_full(self, text: str) -> bool:
         """Whether it is a whole reply, behind which nothing may come."""

@@ -113,6 +113,7 @@ class ReplyBuilder:
         self._tool_calls: list[ToolCall] = []
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
+        self._parsed: Any = None
 
     @property
     def tokens(self) -> Sequence[Token]:
@@ -127,6 +128,8 @@ class ReplyBuilder:
         for piece in self._read(event):
             if not self.is_complete:
                 deltas.append(self._delta(piece))
+        if self._form is not None and event.finish_reason:
+            self._parsed = self._form.parse("".join(self._text), is_ended=event.token.id in self._stop_ids)
         return deltas
 
     def _read(self, event: Event) -> list[str | ToolCall]:
@@ -153,17 +156,14 @@ class ReplyBuilder:
 
     def reply(self) -> Reply:
         """What is certain so far; after the last token, the whole reply."""
-        count, text = len(self._tokens), "".join(self._text)
-        parsed = None
-        if self._form is not None and self._finish_reason is not None:
-            parsed = self._form.parse(text, is_ended=self._tokens[-1].id in self._stop_ids)
+        count = len(self._tokens)
         return Reply(
-            text,
+            "".join(self._text),
             list(self._tool_calls),
             "tool_calls" if self._tool_calls else self._finish_reason,
             Usage(self._prompt_tokens, count, self._prompt_tokens + count),
             list(self._tokens),
-            parsed,
+            self._parsed,
         )
 
 

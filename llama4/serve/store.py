@@ -73,7 +73,9 @@ class Store:
         try:
             if path is not None:
                 _check_ours(path)
-            self._database = sqlite3.connect(path or ":memory:", timeout=1, check_same_thread=False, isolation_level=None)
+            self._database = sqlite3.connect(
+                path or ":memory:", timeout=1, check_same_thread=False, isolation_level=None
+            )
             try:
                 self._prepare()
             except BaseException:

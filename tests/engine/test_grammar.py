@@ -398,6 +398,22 @@ def test_a_reply_that_is_cut_off_is_not_parsed(llm: Llama4) -> None:
         assert limited.finish_reason == "length" and limited.parsed == whole.parsed == json.loads(whole.text)
 
 
+def test_what_is_no_json_is_not_followed_again(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes a second for some forms, in the event loop of a server; of what may be whole it is done once."""
+    followed = list[str]()
+    is_full = Form._is_full
+
+    def noted(form: Form, text: str) -> bool:
+        followed.append(text)
+        return is_full(form, text)
+
+    monkeypatch.setattr(Form, "_is_full", noted)
+    assert llm.chat(QUESTION, response_format=PERSON, max_new_tokens=3).parsed is None and not followed
+    stream = llm.stream(QUESTION, response_format={"type": "integer", "minimum": 100}, max_new_tokens=2)
+    list(stream)
+    assert [stream.reply.parsed, stream.reply.parsed] == [None, None] and len(followed) == 1
+
+
 def test_a_grammar_that_is_given_up_fails_its_own_reply_alone(llm: Llama4) -> None:
     """2100 texts that all go on: more than a parser of llguidance follows at once."""
     grammar = "start: " + "|".join(f'"a"/./"{chr(0x4E00 + i)}"' for i in range(2100))

@@ -136,8 +136,8 @@ def choice_of(
         if not isinstance(flag := options.get(name), bool | None):
             raise ArgumentError(f"{name} is {flag!r:.80}; it must be True or False")
     tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
-    forms = (options.get("response_format"), options.get("regex"), options.get("choices"), options.get("grammar"))
-    form = Form.of(*forms, called)
+    text_form = options.get("response_format") if called is None else None  # of texts: a call has none, as with OpenAI
+    form = Form.of(text_form, options.get("regex"), options.get("choices"), options.get("grammar"), called)
     sampling = {name: value for name, value in options.items() if name not in _OTHERS}
     sampler = Sampler.from_options(cast(SamplingOptions, sampling), defaults)
     check_choice(sampler, vocab_size, options.get("top_logprobs", 0))

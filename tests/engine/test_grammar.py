@@ -270,6 +270,10 @@ def test_tools_that_must_be_called(llm: Llama4) -> None:
         (call,) = reply.tool_calls
         assert call.name == "count" and call.arguments["shape"] in ("circle", "square")
         assert reply.finish_reason == "tool_calls" and reply.text == "" and reply.parsed is None
+        both: dict[str, Any] = {"tools": [COUNT], "tool_choice": choice, "temperature": 2.0, "seed": 3}
+        assert llm.chat(QUESTION, response_format=PERSON, **both).tool_calls == reply.tool_calls
+        with pytest.raises(ArgumentError, match="regex and tool_choice are given"):
+            llm.chat(QUESTION, regex="a", **both)
     assert llm.chat(QUESTION, tools=[COUNT], tool_choice="none").text == llm.chat(QUESTION).text
 
 

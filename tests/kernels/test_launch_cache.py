@@ -85,7 +85,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
 
 def same(driver: Driver, *arguments: Any, grid: tuple[int, ...] = (1,), **sizes: Any) -> bool:
     """Whether a launch was one of those kept; it is checked beside Triton's own."""
-    add[grid](*arguments, **sizes)
+    add[grid](*arguments, **sizes, **launch_cache.OPTIONS)
     own = driver.launched[-1]
     kept = len(launch_cache._kept)
     common.launch(add, grid, arguments[0], *arguments, **sizes)

@@ -49,7 +49,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
     """On the device of `like`; nothing where there is nothing to compute."""
     if all(grid) and not launch_cache.launch(kernel, grid, like, arguments, sizes):
         with torch.cuda.device_of(like):
-            kernel[grid](*arguments, **sizes)
+            kernel[grid](*arguments, **sizes, **launch_cache.OPTIONS)
 
 
 def whole_row(width: int) -> dict[str, int]:

@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-VERSIONS = ("3.6.", "3.8.")
+VERSIONS = ("3.6.", "3.8.", "3.9.")
 """Of Triton, whose way from a launch to the driver was read. Another may have changed it."""
+OPTIONS = {"enable_fp_fusion": True}
+"""Of compiling: a product and its sum are one instruction, for which Triton wants to be asked from 3.10 on."""
 MAX_KEPT = 1 << 14
 """Kinds of launches. The length of a prompt makes few: whether it is 1 or a multiple of 16, and the kernels' blocks."""
 
@@ -80,7 +82,7 @@ def _compile(
     key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], sizes: dict[str, Any]
 ) -> None:
     """Launch a kernel as Triton does, and keep what it was compiled to."""
-    compiled = kernel[grid](*arguments, **sizes)
+    compiled = kernel[grid](*arguments, **sizes, **OPTIONS)
     names = kernel.arg_names[len(arguments) :]
     assert not any(parameter.is_constexpr for parameter in kernel.params[: len(arguments)]), "constants go by name"
     if compiled is not None and all(name in sizes for name in names):

@@ -59,7 +59,7 @@ def product(
     tiles = most + (rows - most) // blocks["BLOCK_R"]  # `most` experts have one row more than whole tiles
     values = values if kind == "int8" else values.view(torch.uint8)
     tensors, numbers = (x_RI, values, scales, x_scales_R, counts_E, y_RO), (rows, outputs)
-    sizes = {"inputs": inputs, "E": E, "kind": kind, "group": group, "enable_fp_fusion": True, **blocks}
+    sizes = {"inputs": inputs, "E": E, "kind": kind, "group": group, **blocks}
     grid = (tiles * -(-outputs // blocks["BLOCK_O"]),)
     common.launch(quantized.grouped_gemm, grid, x_RI, *tensors, *numbers, **sizes)
     return y_RO
@@ -178,8 +178,7 @@ def _gemv(
     group = _group(inputs, matrices[0][1])
     sizes = {"inputs": inputs, "E": E, "kind": kind, "group": group, "EARLY": early, **blocks}
     tensors, numbers = (*parts[:2], x_scales_R, counts_E, y_RO, *parts[2:]), (_EXPONENT, rows, *outputs)
-    options = {"launch_pdl": early, "enable_fp_fusion": True}
-    common.launch(quantized.gemv, grid, x_RI, x_RI, *tensors, *numbers, **sizes, **options)
+    common.launch(quantized.gemv, grid, x_RI, x_RI, *tensors, *numbers, **sizes, launch_pdl=early)
     return y_RO
 
 

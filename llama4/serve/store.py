@@ -9,6 +9,7 @@ import json
 import logging
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Store:
             except BaseException:
                 self._database.close()
                 raise
+            weakref.finalize(self, self._database.close)  # where nobody calls close()
         except (OSError, ValueError, sqlite3.Error) as error:
             said = "another server has it" if "locked" in str(error) else getattr(error, "strerror", None) or error
             raise ArgumentError(f"responses cannot be stored in {path}: {said}; choose another --store") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -282,6 +283,13 @@ def test_the_store_is_ours_alone(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100] + b"x" * 4000)
     with pytest.raises(ArgumentError, match=r"ours.db.*--store"):
         Store(path)
+
+
+def test_a_store_that_nobody_holds_is_closed() -> None:
+    database = Store()._database
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
 
 
 def test_memory_holds_the_last_bytes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -453,11 +453,12 @@ class Llama4:
         if isinstance(conversations, Inputs):
             prepared = self.prepare(conversations, **options)
         else:
-            if any(isinstance(row, Mapping) for row in conversations):
+            rows = list(conversations)
+            if any(isinstance(row, Mapping) for row in rows):
                 raise ArgumentError("conversations is a list of messages; give a list of conversations: [messages]")
-            if not conversations:
+            if not rows:
                 return []
-            prepared = self.prepare([list(conversation(row)) for row in conversations], **options)
+            prepared = self.prepare([list(conversation(row)) for row in rows], **options)
         builders = prepared.builders(self.tokenizer)
         for event in self._start(prepared):
             builders[event.row].add(event)

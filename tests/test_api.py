@@ -487,6 +487,7 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
             Llama4(llm.model, llm.tokenizer, max_context=value)
     with pytest.raises(ArgumentError, match=r"^conversations is a list of messages; give a list of conversations"):
         llm.chat_batch([{"role": "user", "content": "hello"}])  # type: ignore[list-item]
+    assert len(llm.chat_batch(iter(["hi"]), max_new_tokens=1)) == 1  # type: ignore[arg-type]
     for value in ("hello", {"role": "user", "content": "hello"}):
         with pytest.raises(ArgumentError, match=r"^conversations is .*hello.*; it must be a list"):
             llm.chat_batch(value)

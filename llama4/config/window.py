@@ -5,7 +5,7 @@ token sees the tokens of its own chunk up to and including itself, and nothing o
 means one endless chunk: a token sees every token before it. Chunks are counted from position 0, not from the sequence's
 first token: of a sequence that starts at position 5, the first chunk is only shorter.
 
-A `SlidingWindow` window moves with the token, which sees itself and the `window - 1` tokens before it.
+A `SlidingWindow` moves with the token, which sees itself and the `window - 1` tokens before it.
 
 Source: Meta's `create_chunked_attention_mask` (llama_models/llama4/model.py) and transformers' `chunked_overlay`
 (masking_utils.py): query q and key k see each other if q // window == k // window and k <= q. Of sliding windows

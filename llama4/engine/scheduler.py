@@ -313,16 +313,17 @@ class Scheduler:
 
     def _within_chunks(self, request: Request, size: int) -> int:
         """A piece ends with a chunk, or with a round of a ring, at the latest: its blocks are then still there, to be
-        entered in the index, and what it takes of a limited pool is what `growth` says. There, where a ring has come
-        round, it ends with a block, too: one is copied at a time."""
+        entered in the index, and what it takes of a limited pool is what `growth` says. Where there is no room for
+        that, and a ring has come round, it ends with a block, too: one is copied at a time."""
         if not self._shares and self.pool.limit is None:
             return size
         begin = request.computed
         ends = [end for window in self._windows if (end := slots_end(begin, window)) is not None]
-        if self.pool.limit is not None:
-            rings = [window for window in self._windows if isinstance(window, SlidingWindow) and begin >= window]
-            ends += [begin + CACHE_BLOCK - slot_of(begin, window) % CACHE_BLOCK for window in rings]
-        return min([size, *(end - begin for end in ends)])
+        size = min([size, *(end - begin for end in ends)])
+        if self.pool.free >= self._growth(request, size):
+            return size
+        rings = [window for window in self._windows if isinstance(window, SlidingWindow) and begin >= window]
+        return min([size, *(CACHE_BLOCK - slot_of(begin, window) % CACHE_BLOCK for window in rings)])
 
     def _read_pieces(self, pieces: dict[Request, int]) -> None:
         while not self._has_room(sum(self._growth(each, size) for each, size in pieces.items())):

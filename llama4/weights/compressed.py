@@ -114,6 +114,8 @@ def _check_transforms(content: Mapping[str, Any]) -> None:
     groups = section(section(content, place, "quantization_config"), "config_groups", place)
     for name in groups:
         steps = section(groups, name, place).get("apply")
+        if not isinstance(steps, list | None):
+            raise CheckpointError(f"{name} of {place} has apply {steps!r:.80}; it must be a list")
         places = [step.get("location") for step in steps or () if isinstance(step, Mapping)]
         if online := sorted(set(map(str, places)) - {"weight_input", "weight_output"}):
             raise CheckpointError(

@@ -149,7 +149,7 @@ def _match_head(config: Llama4Config, source: Source) -> tuple[Llama4Config, Sou
     """Configuration and weights of a model that says that its head is its embeddings: as in transformers 5, one of both
     may be missing, and a head with other values is one of its own."""
     names = source.names()
-    if not config.text.tie_word_embeddings or HEAD not in names:
+    if not config.text.tie_word_embeddings or HEAD not in names or HEAD in source.plan:  # a packed one is its own
         return config, source
     if EMBEDDING not in names:
         return config, View(source, {EMBEDDING if name == HEAD else name: name for name in names})

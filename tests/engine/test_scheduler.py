@@ -219,8 +219,10 @@ def question(llm: Llama4, text: str, length: int = 3, picture: Image.Image | Non
 
 
 @pytest.mark.parametrize("shares", [True, False])
-def test_windows_that_slide(shares: bool, tmp_path: Path) -> None:
+def test_windows_that_slide(shares: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a ring that has come round a block is copied before it is written to: the least pool has room for that."""
+    for module in (layer, prefixes, sequence, requests, schedulers, shared_blocks):
+        monkeypatch.setattr(module, "CACHE_BLOCK", 8)
     llm = Llama4.from_pretrained(test_mistral.write(tmp_path, 24), progress=False)
     given = [question(llm, " ".join(WORDS[: 3 + 9 * i]), 20 - 9 * i) for i in range(3)]
     scheduler = Scheduler(

@@ -254,6 +254,23 @@ def test_fbgemm_checkpoints(plain: Path, tmp_path: Path) -> None:
         loaded(directory)
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_a_packed_head_of_tied_embeddings(plain: Path, tmp_path: Path, scheme: str) -> None:
+    """It is what the embeddings were packed to, which are not compared with it."""
+    tied = Path(shutil.copytree(plain, tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"] = True
+    (tied / "config.json").write_text(json.dumps(config))
+    content = load_file(tied / "model.safetensors")
+    embeddings, head = (next(key for key in content if part in key) for part in ("embed_tokens", "lm_head"))
+    content[head] = content[embeddings].clone()
+    save_file(content, tied / "model.safetensors", metadata={"format": "pt"})
+    quantize(tied, tmp_path / "packed", scheme, head=True, progress=False)
+    model = loaded(tmp_path / "packed")
+    assert model.config.text.tie_word_embeddings
+    assert isinstance(model.language_model.lm_head, QuantizedWeight)
+
+
 def config_with(target: Path, source: Path, content: object) -> Path:
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
@@ -294,6 +311,10 @@ def test_rotated_weights_are_weights() -> None:
         (
             ct(W4) | {"transform_config": rotated("weight_output", "input")},
             r"rotates input of its modules while it runs \(R4 of transform_config\)",
+        ),
+        (
+            ct(W4) | {"transform_config": {"config_groups": {"R4": {"apply": 5}}}},
+            r"R4 of transform_config has apply 5; it must be a list",
         ),
     ],
 )

@@ -130,7 +130,7 @@ class Conversation:
         return self._take_back() is not None
 
     def retry(self) -> None:
-        """PartialReply the last question again.
+        """Answer the last question again.
 
         Raises:
             Llama4Error: there is none.

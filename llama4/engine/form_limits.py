@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -19,23 +19,26 @@ MAX_EXPRESSIONS = 1 << 15
 """Characters of a regular expression or grammar, or of a schema's patterns: of the longest the worst take a second and
 100 MiB; both grow with the square of the length."""
 MAX_TOGETHER = 8
-"""Schemas that may have to fit one value, in a form that has more patterns and formats than this. Each may bring a
-pattern, and llguidance is asked for the common texts: of 10 patterns it takes a tenth of a second, of 12 three, of 14
-minutes. Which of the schemas have the patterns is not looked at."""
+"""Schemas with patterns or formats that may have to fit one value, in a form that has more of them than this: their
+common texts are looked for. Of 10 patterns it takes a tenth of a second, of 12 three, of 14 minutes."""
 MAX_DEPTH = 1000
-"""Schemas inside one another, those that references lead to one behind the other. A stack of 8 MiB holds 1,200."""
+"""Schemas inside one another, those that references lead to one behind the other. A stack of 8 MiB holds 1,600."""
 MAX_NAMED = 1000
 """Schemas with names ($id, $anchor), where references are to names."""
 MAX_RULES = 2000
 """Rules and brackets of a grammar, which may all stand inside one another. A stack of 8 MiB holds 2,400."""
 MAX_MULTIPLE = 10_000
-"""What integers may have to be multiples of, without factors of 2 and 5: there is a state for each remainder. It takes
-0.2 s, ten times of it three."""
+"""The product of what a number may have to be a multiple of, without factors of 2 and 5, alternatives too: there is
+a state for each of their remainders. It takes 0.2 s, ten times of it three."""
+MAX_MULTIPLES = 10 * MAX_MULTIPLE
+"""The sum of all in a schema."""
 
 
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 """Keywords of schemas by name."""
-DATA = {"enum", "const", "default", "examples"}
+DEFINITIONS = {"$defs", "definitions"}
+"""Those that nothing follows unless a reference leads there."""
+DATA = {"enum", "const", "default", "example", "examples"}
 """Keywords of no schemas."""
 
 
@@ -72,18 +75,19 @@ def check_schema(schema: Mapping[str, Any], name: str) -> None:
             f"{name} has prefixItems beside additionalItems, or a list of items, of older drafts, which alone would "
             "count; write what follows as items: a schema, or false"
         )
-    _check_depth(schema, parts, name)
+    _check_depth(schema, [part for part in parts if _NAMES & part.keys()], name)
     patterns, multiples = _patterns(parts), _multiples(parts)
     check_size(name, sum(map(len, patterns)), MAX_EXPRESSIONS, " of patterns")
-    together = _together(schema, (schema,), {}) if len(patterns) > MAX_TOGETHER or len(multiples) > 1 else 1
-    if len(patterns) > MAX_TOGETHER < together:
+    if len(patterns) > MAX_TOGETHER < _most_together(schema, ("pattern", "format"), {"allOf"}):
         raise ArgumentError(
             f"{name} joins more than {MAX_TOGETHER} schemas, with as many patterns or formats, by allOf and $ref; "
             "whether any text fits them all would be looked for without end: write fewer, larger ones"
         )
-    if math.prod(multiples[:together]) > MAX_MULTIPLE:
+    together = _most_together(schema, ("multipleOf",), {"allOf", "anyOf", "oneOf"}) if len(multiples) > 1 else 1
+    largest = sorted({*multiples}, reverse=True)[:together]
+    if math.prod(largest) > MAX_MULTIPLE or sum(multiples) > MAX_MULTIPLES:
         raise ArgumentError(
-            f"{name} has multipleOf {' and '.join(map(str, multiples[:together][:3]))}, for which more than "
+            f"{name} has multipleOf {' and '.join(map(str, largest[:3]))}, for which more than "
             f"{MAX_MULTIPLE:,} remainders would be followed; take smaller numbers"
         )
 
@@ -95,16 +99,15 @@ def _schemas(node: Any) -> Iterator[Mapping[str, Any]]:
             yield from _schemas(child)
     elif isinstance(node, dict):
         yield node
-        yield from _schemas([*_inside(node)])
+        yield from _schemas([held for _, held in _inside(node)])
 
 
-def _inside(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """What holds the schemas of a schema."""
+def _inside(schema: Mapping[str, Any], but: Set[str] = DATA) -> Iterator[tuple[str, list[Any]]]:
+    """What holds the schemas of a schema, by keyword."""
     for keyword, value in schema.items():
-        if keyword in NAMED and isinstance(value, dict):
-            yield from value.values()
-        elif keyword not in DATA:
-            yield value
+        if keyword not in but:
+            named = keyword in NAMED and isinstance(value, dict)
+            yield keyword, [*value.values()] if named else value if isinstance(value, list) else [value]
 
 
 def _patterns(schemas: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -118,98 +121,175 @@ def _patterns(schemas: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _multiples(schemas: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Of what numbers have to be multiples, as integers without factors of 2 and 5; the largest first."""
-    found = set[int]()
+    """Of what numbers have to be multiples, as integers without factors of 2 and 5."""
+    found = list[int]()
     for part in schemas:
         value = part.get("multipleOf")
-        if isinstance(value, int | float) and math.isfinite(value) and value > 0:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
             whole = int("".join(map(str, Decimal(str(value)).as_tuple().digits)))
             for factor in (2, 5):
                 while whole % factor == 0:
                     whole //= factor
-            found.add(whole)
-    return sorted(found - {1}, reverse=True)
-
-
-def _check_depth(schema: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raises:
-    ArgumentError: schemas may stand more than `MAX_DEPTH` deep inside one another, references followed. Which of those
-        that references lead to is reached from which is not looked at.
-    """
-    heights: dict[int, int] = {}
-    references: dict[tuple[str, int], Roots] = {}
-    depth, counted = _height(schema, (schema,), heights, references), {id(schema)}
-    named = [part for part in parts if _NAMES & part.keys()]
-    for (reference, _), roots in references.items():
-        base, _, fragment = reference.partition("#")
-        is_path = fragment[:1] in ("", "/")
-        if (base or not is_path) and len(named) > MAX_NAMED:
-            raise ArgumentError(
-                f"{name} refers to {reference!r:.80}, and more than {MAX_NAMED:,} have names; use paths"
-            )
-        targets = _targets(fragment, (*roots, *named) if base else roots) if is_path else named
-        if not targets:
-            raise ArgumentError(f"{name} refers to {reference!r:.80}, which is not in it; refer to what is")
-        for target in targets:
-            if isinstance(target, dict | list) and id(target) not in heights:
-                raise ArgumentError(f"{name} refers to {reference!r:.80}, which is no schema; refer to one")
-            if id(target) not in counted:
-                counted.add(id(target))
-                depth += heights.get(id(target), 0)
-        if depth > MAX_DEPTH:
-            raise ArgumentError(
-                f"{name} refers to schemas that may stand more than {MAX_DEPTH:,} deep inside one another; take fewer"
-            )
+            found.append(whole)
+    return [whole for whole in found if whole > 1]
 
 
 Roots: TypeAlias = tuple[Any, ...]
 """From what references may go: the whole schema, and parts of it that have a name."""
+Reference: TypeAlias = tuple[str, int]
+"""As it is written, and the identity of the part with a name in which it stands."""
+_Edges: TypeAlias = Mapping[Reference, Iterable[Reference]]
 _NAMES = {"$id", "id", "$anchor", "$dynamicAnchor"}
+
+
+def _check_depth(schema: Mapping[str, Any], named: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raises:
+    ArgumentError: schemas may stand more than `MAX_DEPTH` deep inside one another, references followed, or one leads
+        nowhere.
+    """
+    places: dict[int, Roots] = {}
+    _find_places(schema, (schema,), places)
+    heights: dict[Reference, int] = {}
+    edges: dict[Reference, dict[Reference, Roots]] = {}
+    read: dict[int, tuple[int, dict[Reference, Roots]]] = {}
+    start = "#", id(schema)
+    waiting: dict[Reference, Roots] = {start: (schema,)}
+    while waiting:
+        reference, roots = waiting.popitem()
+        heights[reference], edges[reference] = 0, {}
+        for target in _referred(reference[0], roots, named, name):
+            if isinstance(target, dict | list) and id(target) not in places:
+                raise ArgumentError(f"{name} refers to {reference[0]!r:.80}, which is no schema; refer to one")
+            if id(target) not in read:
+                found: dict[Reference, Roots] = {}
+                read[id(target)] = _height(target, places, found), found
+            height, found = read[id(target)]
+            heights[reference] = max(height, heights[reference])
+            edges[reference] |= found
+        waiting |= {each: where for each, where in edges[reference].items() if each not in edges}
+    if _longest(start, edges, heights) > MAX_DEPTH:
+        raise ArgumentError(
+            f"{name} refers to schemas that may stand more than {MAX_DEPTH:,} deep inside one another; take fewer"
+        )
 
 
 def _inner(roots: Roots, node: Mapping[str, Any]) -> Roots:
     return (*roots, node) if "$id" in node or "id" in node else roots
 
 
-def _height(node: Any, roots: Roots, heights: dict[int, int], references: dict[tuple[str, int], Roots]) -> int:
+def _find_places(node: Any, roots: Roots, places: dict[int, Roots]) -> None:
+    """From what the references of each schema go, by its identity."""
+    if isinstance(node, list):
+        for child in node:
+            _find_places(child, roots, places)
+    elif isinstance(node, dict):
+        places[id(node)] = roots = _inner(roots, node)
+        _find_places([held for _, held in _inside(node)], roots, places)
+
+
+def _referred(reference: str, roots: Roots, named: Sequence[Mapping[str, Any]], name: str) -> Sequence[Any]:
+    """What it may lead to."""
+    base, _, fragment = reference.partition("#")
+    is_path = fragment[:1] in ("", "/")
+    if (base or not is_path) and len(named) > MAX_NAMED:
+        raise ArgumentError(f"{name} refers to {reference!r:.80}, and more than {MAX_NAMED:,} have names; use paths")
+    if is_path:
+        targets: Sequence[Any] = _targets(fragment, (*roots, *named) if base else roots)
+    else:
+        targets = [part for part in named if fragment in (part.get("$anchor"), part.get("$dynamicAnchor"))] or named
+    if not targets:
+        raise ArgumentError(f"{name} refers to {reference!r:.80}, which is not in it; refer to what is")
+    return targets
+
+
+def _height(node: Any, places: Mapping[int, Roots], found: dict[Reference, Roots]) -> int:
     """How many schemas stand inside one another, without references.
 
     Args:
-        heights: what has been found, by the identity of a schema.
-        references: all that have been found, and from where each may start; by that place, too.
+        found: gets the references in them.
     """
     if isinstance(node, list):
-        return max((_height(child, roots, heights, references) for child in node), default=0)
+        return max((_height(child, places, found) for child in node), default=0)
     if not isinstance(node, dict):
         return 0
-    roots = _inner(roots, node)
     if isinstance(reference := node.get("$ref"), str):
-        references[reference, id(roots[-1])] = roots
-    heights[id(node)] = 1 + _height([*_inside(node)], roots, heights, references)
-    return heights[id(node)]
+        roots = places[id(node)]
+        found[reference, id(roots[-1])] = roots
+    return 1 + _height([held for _, held in _inside(node, DATA | DEFINITIONS)], places, found)
 
 
-def _together(node: Any, roots: Roots, known: dict[int, int]) -> int:
-    """How many schemas one value has to fit at most.
+def _longest(start: Reference, edges: _Edges, heights: Mapping[Reference, int]) -> int:
+    """The largest sum of heights along edges; all of those that lead to one another count, as llguidance reads what a
+    reference leads to once."""
+    order = _after_what_follows(start, edges, set())
+    back: dict[Reference, list[Reference]] = {each: [] for each in order}
+    for each in order:
+        for following in edges[each]:
+            back[following].append(each)
+    sums: dict[Reference, int] = {}
+    seen = set[Reference]()
+    for each in reversed(order):
+        if each not in seen:
+            group = _after_what_follows(each, back, seen)
+            before = max((sums.get(one, 0) for member in group for one in back[member]), default=0)
+            sums |= dict.fromkeys(group, before + sum(heights[member] for member in group))
+    return max(sums.values())
+
+
+def _after_what_follows(start: Reference, edges: _Edges, seen: set[Reference]) -> list[Reference]:
+    """All that can be reached and has not been seen, each behind what it leads to."""
+    seen.add(start)
+    found, path = list[Reference](), [(start, iter(edges[start]))]
+    while path:
+        following = next((each for each in path[-1][1] if each not in seen), None)
+        if following is None:
+            found.append(path.pop()[0])
+        else:
+            seen.add(following)
+            path.append((following, iter(edges[following])))
+    return found
+
+
+def _most_together(schema: Mapping[str, Any], keywords: Sequence[str], adding: Set[str]) -> int:
+    """How many schemas with one of some keywords one value has to fit at most.
 
     Args:
-        known: what has been found, by the identity of a schema; of one that is being looked at, 0.
+        adding: keywords of lists of which all count, not only the one with most.
     """
+    known: dict[int, int] = {}
+    for _ in range(3):  # what is inside itself counts as it did before
+        together = _together(schema, (schema,), (keywords, adding), known, set())
+    return together
+
+
+def _together(
+    node: Any, roots: Roots, rule: tuple[Sequence[str], Set[str]], known: dict[int, int], seen: set[int]
+) -> int:
+    """
+    Args:
+        known: what has been found, by the identity of a schema.
+        seen: the schemas of which it has been found, or is being looked for.
+    """
+    if not isinstance(node, dict | list) or id(node) in seen:
+        return known.get(id(node), 0)
     if isinstance(node, list):
-        return max((_together(child, roots, known) for child in node), default=0)
-    if not isinstance(node, dict):
-        return 0
-    if id(node) not in known:
-        known[id(node)] = 0
-        roots = _inner(roots, node)
-        joined = [*node["allOf"]] if isinstance(node.get("allOf"), list) else []
-        unknown = 0
-        if isinstance(reference := node.get("$ref"), str):
-            targets = _targets(reference.removeprefix("#"), roots) if reference.startswith("#") else []
-            joined.append(targets)
-            unknown = 0 if targets else MAX_TOGETHER  # by a name instead of a path
-        inside = max((_together(child, roots, known) for name, child in node.items() if name != "allOf"), default=0)
-        known[id(node)] = max(1, inside) + unknown + sum(_together(child, roots, known) for child in joined)
+        return max((_together(child, roots, rule, known, seen) for child in node), default=0)
+    seen.add(id(node))
+    roots = _inner(roots, node)
+    keywords, adding = rule
+    inside, joined = int(any(isinstance(node.get(keyword), str | int | float) for keyword in keywords)), 0
+    for keyword, held in _inside(node):
+        counts = [_together(child, roots, rule, known, seen) for child in held]
+        count = sum(counts) if keyword in adding else max(counts, default=0)
+        if keyword in ("allOf", "anyOf", "oneOf", "patternProperties"):
+            joined += count
+        else:
+            inside = max(inside, count)
+    if isinstance(reference := node.get("$ref"), str):
+        targets = _targets(reference.removeprefix("#"), roots) if reference.startswith("#") else []
+        # by a name instead of a path: unknown
+        joined += _together(targets, roots, rule, known, seen) if targets else MAX_TOGETHER
+    known[id(node)] = inside + joined
     return known[id(node)]
 
 

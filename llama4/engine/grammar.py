@@ -123,11 +123,11 @@ class Form:
         try:
             text = json.dumps(plain)
             check_size(name, len(text), MAX_SIZE)
-            check_schema(plain, name)
+            check_schema(json.loads(text), name)
             grammar = _llguidance().LLMatcher.grammar_from_json_schema(text, overrides=_WRITING)
         except ArgumentError:
             raise
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ArgumentError(f"{name} is no JSON schema ({error})") from None
         return cls._checked(grammar, name, model, is_json=True)
 

@@ -235,6 +235,48 @@ def test_references_without_end_are_refused(to: str) -> None:
     assert Form.of(chain(to, 100, more)) is not None
 
 
+def ring(count: int) -> dict[str, Any]:
+    """Of schemas, each of which refers to the next one, and the last to the first."""
+    each = {f"{i}": {"properties": {"a": {"$ref": f"#/$defs/{(i + 1) % count}"}}} for i in range(count)}
+    return {"$defs": each, "$ref": "#/$defs/0"}
+
+
+def star(count: int) -> dict[str, Any]:
+    """Of schemas that refer to nothing, all of which one refers to, as Pydantic writes it."""
+    each = {f"D{i}": {"properties": {"a": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}} for i in range(count)}
+    return {"type": "object", "properties": {name: {"$ref": f"#/$defs/{name}"} for name in each}, "$defs": each}
+
+
+def test_many_references_that_do_not_lead_deep_are_followed() -> None:
+    assert Form.of(star(400)) is not None and Form.of(ring(300)) is not None
+    tools = [{"name": f"f{i}", "parameters": star(3)} for i in range(128)]
+    assert Form.of(call=chosen_tools(tools, "required")[1]) is not None
+
+
+def test_references_that_nothing_follows_may_lead_nowhere() -> None:
+    lost = {"$ref": "#/nope"}
+    assert Form.of({"type": "object", "example": lost, "$defs": {"x": lost}}) is not None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"required": None}, {"properties": None}, {"required": [["a"]]}, {"required": 5}, {"properties": [["a"]]}]
+)
+def test_tools_with_wrong_keywords_are_refused(wrong: Any) -> None:
+    parameters = {"properties": {"a": {"type": "integer"}}, "required": ["a"], **wrong}
+    with pytest.raises(ArgumentError, match=r"^the schema of a tool cannot be followed"):
+        Form.of(call=chosen_tools([{"name": "f", "parameters": parameters}], "required")[1])
+
+
+def test_the_name_of_a_tools_schema_may_be_a_fragment() -> None:
+    """As before 2019."""
+    parameters = {"$id": "#person", "properties": {"n": {"const": 1}, "of": {"$ref": "#person"}}}
+    form = Form.of(call=chosen_tools([{"name": "f", "parameters": parameters}], "required")[1])
+    assert form is not None
+    for n in (1, 2):
+        text = f'{{"name": "f", "parameters": {{"n": 1, "of": {{"n": {n}}}}}}}'
+        assert fits(form, text) == (n == 1)
+
+
 @pytest.mark.parametrize(
     ("form", "named"),
     [
@@ -244,6 +286,22 @@ def test_references_without_end_are_refused(to: str) -> None:
         ({"response_format": {"type": "integer", "multipleOf": 999983}}, "multipleOf 999983"),
         ({"response_format": {"multipleOf": 99.9983}}, "multipleOf 999983"),
         ({"response_format": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}, "multipleOf 9973 and 9967"),
+        ({"response_format": {"multipleOf": 9999, "anyOf": [{"multipleOf": 997}]}}, "multipleOf 9999 and 997"),
+        ({"response_format": {"anyOf": [{"multipleOf": 97 - 2 * i} for i in range(6)]}}, "multipleOf 97"),
+        ({"response_format": {"properties": {f"{i}": {"multipleOf": 9973 - 2 * i} for i in range(50)}}}, "multipleOf"),
+        (
+            {
+                "response_format": {
+                    "properties": {"a": {"multipleOf": 9999}},
+                    "patternProperties": {"^a": {"multipleOf": 997}},
+                }
+            },
+            "multipleOf 9999 and 997",
+        ),
+        ({"response_format": {"multipleOf": 10**400 + 1}}, "response_format is no JSON schema"),
+        ({"response_format": {"multipleOf": True}}, "response_format cannot be followed"),
+        ({"response_format": {"properties": {"a": {"$ref": "#/nope"}}}}, "response_format refers to '#/nope'"),
+        ({"response_format": ring(600)}, "response_format refers to schemas that may stand more than 1,000 deep"),
     ],
 )
 def test_what_would_take_minutes_or_end_the_process_is_refused(form: Any, named: str) -> None:

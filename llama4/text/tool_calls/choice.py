@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urldefrag, urljoin
 
 from llama4.errors import ArgumentError
 from llama4.text.tool_calls.call import check_tools, function_name, short
@@ -54,11 +54,16 @@ def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
     if "object" not in (kind if isinstance(kind, list) else [kind]):
         remedy = "a call has an object, so put it into a property of one"
         raise ArgumentError(f"the schema of a tool ({name!r:.80}) is of type {short(kind)}; {remedy}")
-    own = given.get("$id")
-    place = urljoin(f"https://{number}.tool/", own if isinstance(own, str) else "")
-    parameters = {**given, "type": "object", "$id": place}
+    identity = given.get("$id")
+    own, anchor = urldefrag(identity if isinstance(identity, str) else "")
+    parameters = {**given, "type": "object", "$id": urljoin(f"https://{number}.tool/", own)}
+    if anchor:  # as names were written before 2019
+        parameters.setdefault("$anchor", anchor)
     parameters.pop("$schema", None)  # before 2019, $id beside $ref was nothing
-    if "properties" in given and given.keys() <= _PLAIN and {*given.get("required", ())} <= {*given["properties"]}:
+    properties: Any = given.get("properties")
+    required: Any = given.get("required", [])
+    are_names = isinstance(required, list | tuple) and all(isinstance(each, str) for each in required)
+    if are_names and isinstance(properties, Mapping) and given.keys() <= _PLAIN and {*required} <= {*properties}:
         parameters["additionalProperties"] = False
     return {
         "type": "object",

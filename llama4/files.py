@@ -206,11 +206,12 @@ def _temporary_file(path: Path) -> tuple[int, Path]:
     """Beside a file, and locked."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with suppress(OSError):
-            try_lock(descriptor)
-        if is_named(descriptor, Path(name)):
+        is_ours = True
+        with suppress(OSError):  # where there are no locks
+            is_ours = try_lock(descriptor)
+        if is_ours and is_named(descriptor, Path(name)):
             return descriptor, Path(name)
-        os.close(descriptor)  # before it was locked it was taken for a leftover
+        os.close(descriptor)  # before it was locked it was taken for a leftover, and is deleted
 
 
 def _delete_leftovers(path: Path) -> None:

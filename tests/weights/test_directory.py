@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama4 import files
 from llama4.errors import CheckpointError, DiskError
 from llama4.files import replaced_file
 from llama4.weights import directory as directories
@@ -216,6 +217,28 @@ def test_leftovers_of_a_file(tmp_path: Path) -> None:
         other.write(b"other")
     assert names(tmp_path) == [".file-abcd_f12.txt", "file"]
     assert (tmp_path / "file").read_bytes() == b"one"
+
+
+def test_a_file_that_was_just_made_is_taken_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread locks it before the one that made it does, and deletes it soon."""
+    taken: list[tuple[int, str]] = []
+
+    def try_lock(descriptor: int) -> bool:
+        if not taken:
+            other = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+            assert original(other)
+            taken.append((other, os.readlink(f"/proc/self/fd/{descriptor}")))
+        return original(descriptor)
+
+    original = files.try_lock
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "try_lock", try_lock)
+        with replaced_file(tmp_path / "file") as file:
+            os.unlink(taken[0][1])
+            os.close(taken[0][0])
+            file.write(b"whole")
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 class TestStamps:

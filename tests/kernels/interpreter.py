@@ -130,8 +130,8 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    names = "si_to_fp", "fsub", "dot", "fp_trunc"
-    to_float, subtract, dot, truncate = (getattr(InterpreterBuilder, f"create_{name}") for name in names)
+    names = "si_to_fp", "fsub", "dot", "fp_trunc", "fp_to_fp"
+    to_float, subtract, dot, truncate, convert = (getattr(InterpreterBuilder, f"create_{name}") for name in names)
 
     def wide(a: Any) -> Any:
         if a.dtype.scalar != tl.bfloat16:
@@ -156,6 +156,10 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         bits = a.data.astype(np.float32).view(np.uint32)  # it cuts off what it should round
         return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), dtype.scalar)
 
+    def new_convert(self: Any, a: Any, dtype: Any, rounding: Any) -> Any:
+        is_halved = (a.dtype.scalar, dtype.scalar) == (tl.float16, tl.bfloat16)  # from Triton 3.9 on not by float32
+        return new_truncate(self, a, dtype) if is_halved else convert(self, a, dtype, rounding)
+
     constant = InterpreterBuilder.get_fp32
     monkeypatch.setattr(
         InterpreterBuilder, "get_bf16", lambda self, value: narrow(constant(self, value)), raising=False
@@ -163,4 +167,5 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_si_to_fp", new_to_float)
     monkeypatch.setattr(InterpreterBuilder, "create_fsub", new_subtract)
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", new_truncate)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", new_convert)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))

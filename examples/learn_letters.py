@@ -36,6 +36,7 @@ from llama4 import Llama4
 from llama4.adapters.files import save_adapter
 from llama4.adapters.lora import Adapter
 from llama4.inputs import Processor
+from llama4.kernels import threads
 from llama4.text.messages import read_messages
 from llama4.tiny import shapes_dataset
 from llama4.tiny.shapes_dataset import Question, Scene
@@ -388,8 +389,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exam", type=int, default=240, help="held-out pictures with a text")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
-    parser.add_argument("--processes", type=int, default=cores)
+    parser.add_argument("--processes", type=int, default=threads.limit())
     args = parser.parse_args()
     if not args.minutes > 0 or args.exam < 12 or args.processes < 1:
         parser.error("--minutes is above 0, --exam at least 12, --processes at least 1")

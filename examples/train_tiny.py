@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llama4.config import Llama4Config, tiny
+from llama4.kernels import threads
 from llama4.model.experts import GroupedExperts, LoopExperts
 from llama4.model.moe import Router
 from llama4.model.multimodal import Llama4Model
@@ -636,8 +637,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "tokenizer.model").exists():
         build_vocabulary(args.out / "tokenizer.model", tiny().text.vocab_size - SPECIAL_TOKENS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    world = 1 if args.device == "cuda" else args.processes or cores
+    world = 1 if args.device == "cuda" else args.processes or threads.limit()
     if args.batch % world or args.see_batch % world:
         parser.error(
             f"--batch {args.batch} and --see-batch {args.see_batch} must be multiples of the {world} processes"

@@ -275,7 +275,6 @@ def _scales(path: Path, content: Mapping[str, Any]) -> Callable[[str, int], floa
         ConfigError: a key that is no regular expression, or one that takes too long.
     """
     alpha, root, patience = content.get("lora_alpha", 8), content.get("use_rslora"), Patience(_PATIENCE)
-
     alphas: list[tuple[str | regex.Pattern[str], float]] = []
 
     def too_slow(key: str) -> ConfigError:

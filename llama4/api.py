@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -448,7 +448,7 @@ class Llama4:
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
-        if isinstance(conversations, str | Mapping):
+        if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Inputs | Iterable):
             raise ArgumentError(f"conversations is {conversations!r:.80}; it must be a list, with one for each reply")
         if isinstance(conversations, Inputs):
             prepared = self.prepare(conversations, **options)

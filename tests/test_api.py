@@ -491,6 +491,9 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
     for value in ("hello", {"role": "user", "content": "hello"}):
         with pytest.raises(ArgumentError, match=r"^conversations is .*hello.*; it must be a list"):
             llm.chat_batch(value)
+    for value in (None, 5, b"hello"):
+        with pytest.raises(ArgumentError, match=r"^conversations is .*; it must be a list"):
+            llm.chat_batch(value)
     value = "0.5"
     with pytest.raises(ArgumentError, match=r"^threshold is '0\.5'; it must be"):
         llm.moderate("hi", threshold=value)

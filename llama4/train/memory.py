@@ -183,11 +183,10 @@ def kept_bytes(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -
     storages: dict[int, torch.UntypedStorage] = {}
     kept, decoder = Kept(), model.language_model.model
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # nothing goes backward; a node that got its own output here would never be freed
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage  # held, so that no other gets its address
-        return tensor
 
     def num_bytes() -> int:
         return sum(storage.nbytes() for storage in storages.values())
@@ -202,7 +201,7 @@ def kept_bytes(model: Llama4Model, trained: Mapping[str, Tensor], tokens: int) -
     ids_N = torch.arange(tokens, device=model.device) % PROBED_IDS
     before, decoder.run_layer = decoder.run_layer, run_counted
     try:
-        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             hidden_ND = decoder(decoder.embed_tokens(ids_N), make_batch(1, tokens, model.device), None)
     finally:
         decoder.run_layer = before

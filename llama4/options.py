@@ -149,6 +149,12 @@ def choice_of(
     return sampler, tools, form
 
 
+def has_form(options: Options) -> bool:
+    """Whether a reply is held to a form, which may take long to read."""
+    given = [options.get(name) for name in ("response_format", "regex", "choices", "grammar", "tool_choice")]
+    return any(each not in (None, "auto", "none", {"type": "text"}) for each in given)
+
+
 def conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
     """A string is one question."""
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -21,6 +21,14 @@ MAX_EXPRESSIONS = 1 << 15
 MAX_TOGETHER = 8
 """Schemas with patterns or formats that may have to fit one value, in a form that has more of them than this: their
 common texts are looked for. Of 10 patterns it takes a tenth of a second, of 12 three, of 14 minutes."""
+MAX_PROPERTIES = 5000
+"""Properties in a schema, as many as OpenAI takes. They take a second."""
+MAX_OPTIONAL = 1000
+"""Properties of one object that it may leave out: any may follow any of those before it. They take 0.2 s, six times of
+them five, and as many choices of what comes next are too many for llguidance."""
+MAX_PATTERN_PROPERTIES = 100
+"""Patterns of names in a schema: of any two it is seen whether one name may fit both. Of 100 short ones it takes 0.1 s,
+of long ones 0.5; of 200 two."""
 MAX_DEPTH = 1000
 """Schemas inside one another, those that references lead to one behind the other. A stack of 8 MiB holds 1,600."""
 MAX_NAMED = 1000
@@ -75,6 +83,7 @@ def check_schema(schema: Mapping[str, Any], name: str) -> None:
             f"{name} has prefixItems beside additionalItems, or a list of items, of older drafts, which alone would "
             "count; write what follows as items: a schema, or false"
         )
+    _check_properties(parts, name)
     _check_depth(schema, [part for part in parts if _NAMES & part.keys()], name)
     patterns, multiples = _patterns(parts), _multiples(parts)
     check_size(name, sum(map(len, patterns)), MAX_EXPRESSIONS, " of patterns")
@@ -90,6 +99,27 @@ def check_schema(schema: Mapping[str, Any], name: str) -> None:
             f"{name} has multipleOf {' and '.join(map(str, largest[:3]))}, for which more than "
             f"{MAX_MULTIPLE:,} remainders would be followed; take smaller numbers"
         )
+
+
+def _check_properties(parts: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raises:
+    ArgumentError: objects have more properties than are read in a second.
+    """
+    declared, optional, patterns = 0, 0, 0
+    for part in parts:
+        if isinstance(properties := part.get("properties"), dict):
+            required = part.get("required")
+            needed = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
+            declared, optional = declared + len(properties), max(optional, len(properties.keys() - needed))
+        if isinstance(named := part.get("patternProperties"), dict):
+            patterns += len(named)
+    for count, most, what, remedy in (
+        (declared, MAX_PROPERTIES, "properties", "take fewer"),
+        (optional, MAX_OPTIONAL, "properties of one object that it may leave out", "name others in required"),
+        (patterns, MAX_PATTERN_PROPERTIES, "patternProperties", "take fewer"),
+    ):
+        if count > most:
+            raise ArgumentError(f"{name} has {count:,} {what}, more than {most:,}; {remedy}")
 
 
 def _schemas(node: Any) -> Iterator[Mapping[str, Any]]:

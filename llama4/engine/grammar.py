@@ -2,6 +2,7 @@
 
 Before each token is chosen, those that the form does not allow are ruled out. What is allowed is computed by
 llguidance, in 50 microseconds or some milliseconds, in a thread of its own while the model computes the next logits.
+What may come first is computed where the form is read, as both may take tenths of a second.
 
 Shapes: V vocabulary.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -28,6 +29,11 @@ from llama4.errors import ArgumentError
 
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python writes JSON: a model that may write spaces without end may do so."""
+_MAX_JSON_ITEMS = 20_000
+"""What may come next in JSON, in llguidance's words: of each property that may be left out, four."""
+_MAX_JSON_FUEL = 1_000_000
+"""What llguidance may make of a schema's expressions for one token: multiples of thousands between two bounds need more
+than its own 200,000, and take 0.03 s for some."""
 
 
 class SupportsText(SupportsDecode, Protocol):
@@ -133,7 +139,7 @@ class Form:
 
     @classmethod
     def _checked(cls, grammar: str, name: str, model: Any = None, is_json: bool = False) -> Form:
-        if problem := _llguidance().LLMatcher.validate_grammar(grammar):
+        if problem := _llguidance().LLMatcher.validate_grammar(grammar, limits=_limits(is_json)):
             keyword = "pattern: " if is_json and problem.startswith("regex") else ""
             raise ArgumentError(f"{name} cannot be followed: {keyword}{' '.join(problem.split()):.300}")
         return cls(grammar, model, is_json)
@@ -152,11 +158,21 @@ class Form:
             return None
         return parsed if is_ended or self._is_full(text) else None
 
+    def follower(self, tokenizer: Any) -> Any:
+        """What follows a reply from its beginning, for one of llguidance's tokenizers."""
+        return _llguidance().LLMatcher(tokenizer, self.grammar, log_level=0, limits=_limits(self.is_json))
+
     def _is_full(self, text: str) -> bool:
         """Whether it is a whole reply, behind which nothing may come."""
-        library, data = _llguidance(), text.encode()
-        matcher = library.LLMatcher(library.LLTokenizer("byte"), self.grammar, log_level=0)
+        data = text.encode()
+        matcher = self.follower(_llguidance().LLTokenizer("byte"))
         return bool(matcher.try_consume_tokens([*data]) == len(data) and matcher.is_stopped())
+
+
+def _limits(is_json: bool) -> Any:
+    """Of llguidance; those for JSON, whose schemas are checked before, are higher."""
+    limits = {"max_items_in_row": _MAX_JSON_ITEMS, "step_lexer_fuel": _MAX_JSON_FUEL} if is_json else {}
+    return _llguidance().LLParserLimits(**limits)
 
 
 def _is_text(value: object) -> bool:
@@ -190,6 +206,14 @@ class Vocabulary:
         self.end_V = torch.full((size,), -torch.inf)
         self.end_V[list(stop_ids)] = 0
         self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
+        self._followers: WeakKeyDictionary[Form, Any] = WeakKeyDictionary()
+
+    def follower(self, form: Form) -> Any:
+        """What follows one reply. A form is read once, however many replies have it."""
+        first = self._followers.get(form)
+        if first is None:
+            first = self._followers[form] = form.follower(self.tokenizer)
+        return first.deep_copy()
 
     @classmethod
     def of(cls, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> Vocabulary:
@@ -214,9 +238,10 @@ class Matcher:
 
     def __init__(self, form: Form, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._matcher = _llguidance().LLMatcher(vocabulary.tokenizer, form.grammar, log_level=0)
+        self._matcher = vocabulary.follower(form)
         self._check()
-        self._penalties_V = _thread().submit(self._compute)
+        self._penalties_V = Future[Tensor]()
+        self._penalties_V.set_result(self._compute())  # here: in `_thread` all other replies would wait for it
 
     def _check(self) -> None:
         if self._matcher.is_error():

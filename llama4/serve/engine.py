@@ -7,7 +7,8 @@
 
 One thread owns the model and runs the scheduler. Prompts are prepared (pictures read, text tokenized) and tokens made
 text by whoever asks, so that neither keeps the model waiting. For asyncio prompts are prepared in threads: those with
-pictures, which may take long to come, in threads of their own.
+pictures, which may take long to come, in threads of their own, and those whose replies have a form, which may take long
+to read.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from llama4.units import parse_bytes
 
 MAX_DOWNLOADS = 64
 """Prompts whose pictures are fetched at once."""
+MAX_FORMS = 2
+"""Prompts whose replies have a form that are prepared at once: forms are read beside the model, on its processors."""
 
 T = TypeVar("T")
 
@@ -92,6 +95,7 @@ class Engine:
         self._process = os.getpid()
         self._worker = Worker(self.scheduler)
         self._pictures = ThreadPoolExecutor(thread_name_prefix="llama4 pictures")
+        self._forms = ThreadPoolExecutor(MAX_FORMS, thread_name_prefix="llama4 forms")
         self._downloads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="llama4 downloads")
         weakref.finalize(self, self._worker.stop).atexit = False
 
@@ -153,9 +157,9 @@ class Engine:
                 stream.cancel()
         return [stream.reply for stream in streams]
 
-    async def in_thread(self, messages: object, work: Callable[[], T]) -> T:
-        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no texts waiting, and one
-        that fetches them no other pictures.
+    async def in_thread(self, messages: object, work: Callable[[], T], has_form: bool = False) -> T:
+        """The result of some work on a prompt, in a thread: one that waits for pictures keeps no texts waiting, one
+        that fetches them no other pictures, and one that reads a form only other forms.
 
         Raises:
             BusyError: the engine closed.
@@ -163,7 +167,8 @@ class Engine:
         """
         self.check_process()
         pictures, loop = list(picture_parts(messages)), asyncio.get_running_loop()
-        pool = self._downloads if any(map(is_fetched, pictures)) else self._pictures if pictures else None
+        pool = self._forms if has_form else self._pictures if pictures else None
+        pool = self._downloads if any(map(is_fetched, pictures)) else pool
 
         def run() -> T:
             self._worker.check_open()  # what still waited for a thread is not begun
@@ -187,7 +192,7 @@ class Engine:
         if os.getpid() != self._process:
             return
         self._worker.close()
-        for pool in (self._pictures, self._downloads):
+        for pool in (self._pictures, self._forms, self._downloads):
             pool.shutdown(wait=False)
 
     def __enter__(self) -> Engine:
@@ -356,7 +361,7 @@ class EngineStream:
     async def async_open(self) -> None:
         """`open` for asyncio."""
         if (preparation := self._preparation) is not None:
-            await self._engine.in_thread(preparation.messages, self.open)
+            await self._engine.in_thread(preparation.messages, self.open, preparation.has_form)
 
     def with_seed(self, seed: int | None) -> EngineStream:
         """Another reply to the same prompt, which is prepared once for both. Before this one is open. What observes

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llama4.api import Llama4
 from llama4.inputs import Inputs
-from llama4.options import Options, Prepared, Prompt, conversation
+from llama4.options import Options, Prepared, Prompt, conversation, has_form
 from llama4.text.prompt_limit import PromptLimit
 
 
@@ -16,10 +16,11 @@ class Preparation:
 
     Attributes:
         messages: the prompt; once it is prepared, what it became.
+        has_form: whether a form of the reply is to be read.
     """
 
     def __init__(self, llm: Llama4, messages: Prompt, options: Options, limit: PromptLimit) -> None:
-        self.messages = messages
+        self.messages, self.has_form = messages, has_form(options)
         self._llm, self._options, self._limit = llm, options, limit
         self._preparing = threading.Lock()
         self._prepared: Prepared | None = None

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import threading
 import weakref
 from collections.abc import Mapping
 from itertools import product
@@ -18,7 +19,8 @@ pytest.importorskip("llguidance")
 
 
 from llama4 import Engine, Llama4
-from llama4.engine.grammar import Form, Vocabulary
+from llama4.engine import grammar
+from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.errors import ArgumentError
 from llama4.text.tool_calls import chosen_tools
 
@@ -298,6 +300,12 @@ def test_the_name_of_a_tools_schema_may_be_a_fragment() -> None:
             },
             "multipleOf 9999 and 997",
         ),
+        (
+            {"response_format": {"patternProperties": {f"^k{i}$": {} for i in range(200)}}},
+            "200 patternProperties, more",
+        ),
+        ({"response_format": {"properties": {f"k{i}": {} for i in range(6000)}}}, "6,000 properties, more than 5,000"),
+        ({"response_format": {"items": {"properties": {f"k{i}": {} for i in range(1001)}}}}, "1,001 properties of one"),
         ({"response_format": {"multipleOf": 10**400 + 1}}, "response_format is no JSON schema"),
         ({"response_format": {"multipleOf": True}}, "response_format cannot be followed"),
         ({"response_format": {"properties": {"a": {"$ref": "#/nope"}}}}, "response_format refers to '#/nope'"),
@@ -309,10 +317,50 @@ def test_what_would_take_minutes_or_end_the_process_is_refused(form: Any, named:
         Form.of(**form)
 
 
+def test_an_object_may_leave_out_a_thousand_properties() -> None:
+    """Any may come next: llguidance would give up earlier."""
+    form = Form.of({"properties": {f"k{i}": {} for i in range(1000)}, "type": "object", "additionalProperties": False})
+    assert form is not None
+    for text in ('{"k0": 1, "k999": 2}', "{}"):
+        assert form.parse(text, is_ended=False) == json.loads(text)
+
+
+def test_a_form_is_read_where_its_reply_is_prepared(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what may come first, and once for all replies: it may take long."""
+    read, follower = list[Form](), Form.follower
+
+    def noted(form: Form, tokenizer: Any) -> Any:
+        read.append(form)
+        return follower(form, tokenizer)
+
+    monkeypatch.setattr(Form, "follower", noted)
+    form, is_over = Form.of(regex="a"), threading.Event()
+    assert form is not None
+    vocabulary = Vocabulary.of(llm.tokenizer, llm.config.text.vocab_size, [0])
+    try:
+        grammar._thread().submit(is_over.wait, 60)  # in which masks of all replies are computed
+        matchers = [Matcher(form, vocabulary) for _ in range(3)]
+        assert all(matcher._penalties_V.done() for matcher in matchers)
+    finally:
+        is_over.set()
+    (a,) = llm.tokenizer.encode("a")
+    matchers[0].accept(a)
+    assert [matcher.allows(a) for matcher in matchers] == [False, True, True] and read == [form]
+
+
 def test_small_multiples_are_followed() -> None:
     for each in (10**6, 0.01, 1e-9, 7, 2.5, 9973):
         assert Form.of({"type": "number", "multipleOf": each}) is not None
     assert Form.of({"properties": {str(i): {"multipleOf": 9000 + i} for i in range(9)}}) is not None
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 10**6), (123456789, 987654321), (-(10**15), 10**15)])
+def test_multiples_between_bounds_are_followed(llm: Llama4, least: int, most: int) -> None:
+    """llguidance would give up within the reply."""
+    schema = {"type": "number", "multipleOf": 9973, "minimum": least, "maximum": most}
+    for seed in range(3):
+        said = llm.chat(QUESTION, response_format=schema, temperature=5.0, seed=seed).parsed
+        assert least <= said <= most and said % 9973 == 0
 
 
 def test_many_schemas_that_do_not_meet_are_followed() -> None:

@@ -1,4 +1,5 @@
-"""How prompts are made ready: pictures keep no others waiting and are read once; routes agree on what is continued."""
+"""How prompts are made ready: pictures and forms keep no others waiting, pictures are read once, and routes agree on
+what is continued."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
 from llama4 import Llama4
+from llama4.engine.grammar import Form
 from llama4.serve.settings import Settings
 from llama4.vision.images import load_image
 from tests.serve.running import QUESTION, Running, until
@@ -114,6 +116,33 @@ def test_pictures_that_are_fetched_keep_no_other_waiting(running: Running, monke
             assert not any(each.done() for each in slow)
         finally:
             has_come.set()
+        assert {each.result().status_code for each in slow} == {200}
+
+
+def test_forms_that_take_long_to_read_keep_only_forms_waiting(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more requests than there are threads."""
+    begun, may_go_on, read = list[Any](), threading.Event(), Form.of
+
+    def held(response_format: Any, regex: str | None, *given: Any) -> Form | None:
+        if regex is not None:
+            begun.append(regex)
+            assert may_go_on.wait(60)
+        return read(response_format, regex, *given)
+
+    monkeypatch.setattr(Form, "of", held)
+    body = {"messages": QUESTION, "max_tokens": 1, "structured_outputs": {"regex": "a"}}
+    with ThreadPoolExecutor(40) as pool:
+        slow = [pool.submit(running.client.post, "/v1/chat/completions", json=body) for _ in range(40)]
+        try:
+            until(lambda: begun)
+            for messages in (QUESTION, SHOWN):
+                free: dict[str, Any] = {"response_format": {"type": "text"}, "tool_choice": "auto"}
+                assert running.ask(messages=messages, max_tokens=1, **free)["choices"]
+            assert not any(each.done() for each in slow)
+        finally:
+            may_go_on.set()
         assert {each.result().status_code for each in slow} == {200}
 
 

@@ -15,6 +15,7 @@ from llama4.cache.batch import Batch
 from llama4.cache.pictures import NewPicture, make_sight
 from llama4.cache.sequence import SequenceCache
 from llama4.errors import Llama4Error
+from llama4.model.cross_attention import CrossAttentionLayer
 from llama4.model.multimodal import Llama4Model
 from llama4.ops.linear import linear_of_tower
 from llama4.vision.config import VisionConfig
@@ -40,6 +41,12 @@ class CrossAttentionModel(Llama4Model):
         )
         for part in self._tower():
             set_product(part, linear_of_tower)
+
+    @property
+    def picture_modules(self) -> tuple[str, ...]:
+        layers = self.language_model.model.layers
+        seeing = (i for i, layer in enumerate(layers) if isinstance(layer, CrossAttentionLayer))
+        return (*super().picture_modules, *(f"language_model.model.layers.{i}" for i in seeing))
 
     def encode_images(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
         """Pictures -> features of their patches.

@@ -80,6 +80,11 @@ class Llama4Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language_model.model.norm.weight.dtype
 
+    @property
+    def picture_modules(self) -> tuple[str, ...]:
+        """Names of the modules that compute for pictures alone."""
+        return ("vision_model", "multi_modal_projector") if self.vision_model is not None else ()
+
     def new_cache(
         self,
         batch_size: int = 1,

@@ -119,6 +119,10 @@ class Dataset:
         return sum(len(example.ids) for example in (*self.examples, *self.rejected))
 
     @cached_property
+    def has_pictures(self) -> bool:
+        return any(example.sources for example in (*self.examples, *self.rejected))
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest example, or pair of examples."""
         return max(map(_length, _units(self.examples, self.rejected)))

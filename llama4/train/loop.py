@@ -34,7 +34,7 @@ from llama4.train.optimizer import AdamW, learning_rate_at
 from llama4.train.options import QUANTIZATION, TrainingOptions
 from llama4.train.output import alone_in, check_output
 from llama4.train.report import Facts, Metrics, write_card, write_curve
-from llama4.train.state import STATE_FILE, load_state, read_about, save_state
+from llama4.train.state import STATE_FILE, fingerprint, load_state, read_about, save_state
 from llama4.train.step import evaluate, learn
 from llama4.train.stopping import Stopper, stoppable
 from llama4.train.teacher import load_teacher
@@ -92,6 +92,8 @@ class Run:
         data, held_out: the data sets.
         batches: of the data.
         steps: of the whole run.
+        trained: parameters by name; of those that pictures alone need none, if the data have no pictures.
+        idle: what the names of those begin with.
     """
 
     def __init__(
@@ -109,6 +111,11 @@ class Run:
         is_packed = any(isinstance(module, QuantizedWeight) for module in self.llm.model.modules())
         if options.method in ALL_WEIGHTS and is_packed:
             raise ArgumentError("packed weights are not trained; use method 'qlora', or the unquantized model")
+        if options.method in ALL_WEIGHTS and self.llm.model.dtype == torch.float16:
+            raise ArgumentError(
+                "float16 weights are not trained: a step is less than the distance of their numbers; load the model "
+                "with dtype='bfloat16' or 'float32'"
+            )
         if options.method == "qlora" and not is_packed:
             raise ArgumentError("method 'qlora' is for packed weights; load the model with quantization='int4'")
         self.data = self._dataset(data)
@@ -123,11 +130,18 @@ class Run:
         self.options = options = options.for_batches(len(self.batches.plan(0)))
         self.steps = options.steps or self.batches.steps_of(options.epochs or 1)
         self.adapter: Adapter | None = None
+        self.idle = () if self.data.has_pictures else tuple(f"{name}." for name in self.llm.model.picture_modules)
         if options.method in ALL_WEIGHTS:
-            self.trained = dict(self.llm.model.named_parameters())
+            named = self.llm.model.named_parameters()
         else:
             self.adapter = Adapter.create(self.llm.model, options.lora, seed=options.seed)
-            self.trained = dict(self.adapter.named_parameters())
+            named = self.adapter.named_parameters()
+            modules = enumerate(self.adapter.names)
+            self.idle = tuple(f"loras.{i}." for i, name in modules if f"{name}.".startswith(self.idle))
+        self.trained = {name: parameter for name, parameter in named if not name.startswith(self.idle)}
+        if not self.trained:
+            targets = ", ".join(options.lora.targets)
+            raise ArgumentError(f"{data} has no pictures, so nothing of {targets} is trained; choose other targets")
 
     def objective(self) -> Objective:
         """What is made small; a teacher is loaded for it."""
@@ -193,8 +207,8 @@ class Run:
         was."""
         model = self.llm.model
         needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(self.adapter is None and parameter.is_floating_point())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.trained)
         model.checkpoint_activations(self.options.gradient_checkpointing)
         before = self.llm.adapters.active
         self.llm.set_adapter(None)
@@ -297,6 +311,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     changed = [f"{name} ({before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value]
     if there.get("held_out", here["held_out"]) != here["held_out"]:  # its best is of others
         changed = ["held-out data", *changed]
+    if there.get("base_weights", here["base_weights"]) != here["base_weights"]:
+        changed = [f"base model ({there.get('base')}, now {here['base']})", *changed]
     return changed if there.get("data") == here["data"] else ["data", *changed]
 
 
@@ -343,6 +359,8 @@ class _Training:
             "held_out": run.held_out.digest if run.held_out is not None else None,
             "settings": options.describe(),
             "steps": run.steps,
+            "base": run.base,
+            "base_weights": fingerprint(run.llm.model, run.trained),
         }
 
     def resume(self) -> None:
@@ -359,7 +377,7 @@ class _Training:
             raise CheckpointError(
                 f"{self.output / STATE_FILE} says that {there['step']} of {self.run.steps} steps are taken; start anew"
             )
-        load_state(self.output, self.optimizer)
+        load_state(self.output, self.optimizer, self.run.idle)
         self.step, self.best = there["step"], there["best"] if there["best"] is not None else math.inf
 
     def take_steps(self, metrics: Metrics, stop: Stopper) -> None:

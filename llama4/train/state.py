@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from llama4.errors import CheckpointError, ConfigError
 from llama4.files import writes
+from llama4.model.multimodal import Llama4Model
 from llama4.reading import MAX_INT, parse_json
 from llama4.train.optimizer import AdamW
+from llama4.weights.model_source import ModelSource
 from llama4.weights.safetensors import SafetensorsFiles, write_tensors
 
 STATE_FILE = "training.state"
@@ -38,6 +41,20 @@ def save_state(directory: Path, optimizer: AdamW, about: Mapping[str, Any]) -> N
     write_tensors(directory / STATE_FILE, tensors)
 
 
+def fingerprint(model: Llama4Model, trained: Collection[str]) -> str:
+    """Of a base model's configuration, and of the first rows of what a state does not hold of it: what is not trained.
+    It is the same in every dtype and on every device."""
+    source = ModelSource(model)
+    digest = hashlib.sha256(repr((model.config.text, model.config.vision)).encode())
+    for name in sorted(set(source.names()) - set(trained)):
+        rows = source.first_rows(name)
+        if rows.is_floating_point() and rows.itemsize > 1:
+            rows = rows.to(torch.bfloat16)
+        digest.update(f"{name} {tuple(source.spec(name).shape)}".encode())
+        digest.update(rows.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def read_about(directory: Path) -> dict[str, Any]:
     """What `save_state` was told.
 
@@ -60,8 +77,11 @@ def read_about(directory: Path) -> dict[str, Any]:
     return about
 
 
-def load_state(directory: Path, optimizer: AdamW) -> None:
+def load_state(directory: Path, optimizer: AdamW, idle: tuple[str, ...] = ()) -> None:
     """Put everything back where it was.
+
+    Args:
+        idle: beginnings of names that are left where they are: earlier versions wrote what had no gradient, too.
 
     Raises:
         CheckpointError: a state of another model or adapter.
@@ -69,7 +89,8 @@ def load_state(directory: Path, optimizer: AdamW) -> None:
     files = SafetensorsFiles(directory, {STATE_FILE: None})
     wanted: dict[str, Tensor] = {_PARAMETER + name: tensor for name, tensor in optimizer.parameters.items()}
     wanted |= {_OPTIMIZER + name: tensor for name, tensor in optimizer.state.items()}
-    there = {name for name in files.names() if name.startswith((_PARAMETER, _OPTIMIZER))}
+    left = tuple(kind + name for kind in (_PARAMETER, _OPTIMIZER) for name in idle)
+    there = {n for n in files.names() if n.startswith((_PARAMETER, _OPTIMIZER)) and not n.startswith(left)}
     shapes = [
         (name, files.spec(name).shape, tuple(tensor.shape))
         for name, tensor in wanted.items()

@@ -28,8 +28,10 @@ from llama4.families import mllama_images
 from llama4.quantization.weight import QuantizedWeight
 from llama4.serve.engine import Engine
 from llama4.text.vocabulary import LLAMA3, LLAMA32_VISION, llama3_token_names
+from llama4.train import Run, TrainingOptions
 from llama4.train.data import Batches, load_dataset
 from llama4.train.objectives import batch_loss
+from llama4.train.step import learn
 from tests.adapters.test_lora import random_adapter
 from tests.config.test_fields import missing
 from tests.engine.test_adapters import scheduler_of
@@ -323,6 +325,20 @@ def test_learning_from_pictures(llm: Llama4, tmp_path: Path) -> None:
     assert all(gradient is not None for gradient in gradients[0])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_what_texts_train_is_what_has_a_gradient(llm: Llama4, tmp_path: Path) -> None:
+    """Neither tower nor layers of cross-attention."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": LONG}), encoding="utf-8")
+    run = Run(llm, data, None, TrainingOptions(method="full", steps=1), progress=False)
+    with run.attached():
+        learn(llm.model, run.batches[0])
+        reached = {name for name, parameter in llm.model.named_parameters() if parameter.grad is not None}
+    assert run.trained.keys() == reached and not [name for name in reached if ".layers.1." in name]
+    llm.model.requires_grad_(True)
+    learn(llm.model, run.batches[0])
+    assert reached == {name for name, parameter in llm.model.named_parameters() if parameter.grad is not None}
 
 
 def test_a_long_example_is_cut_behind_its_pictures(llm: Llama4, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from llama4.adapters.files import WEIGHTS_FILE, save_adapter
 from llama4.api import Llama4
 from llama4.cli.main import main
 from llama4.errors import ArgumentError, CheckpointError, Llama4Error
+from llama4.quantization.int4 import Int4
+from llama4.quantization.weight import QuantizedWeight
 from llama4.train import Result, TrainingError, TrainingOptions, finetune, loop
 from llama4.train.memory import Estimate, check_memory
 from llama4.train.output import LOCKED, alone_in
 from llama4.train.report import METRICS_FILE, read_metrics
-from llama4.train.state import STATE_FILE, read_about
+from llama4.train.state import STATE_FILE, fingerprint, read_about
 from llama4.train.step import Learnt, learn
 from llama4.train.stopping import Stopper
 from tests import small_model
@@ -158,6 +162,92 @@ def test_resuming_another_run_is_refused(directory: Path, data: Path, tmp_path: 
     (tmp_path / STATE_FILE).write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         run(directory, data, tmp_path, resume=True)
+
+
+def stopped(model: Path | Llama4, data: Path, output: Path, taken: int = 0, **settings: Any) -> loop.Run:
+    """A run of which so many steps were taken."""
+    stop = Stopper()
+    options = TrainingOptions(**{"lora": LORA, **_options()} | settings)
+    state = loop.Run(model, data, None, options, progress=False)
+    with pytest.MonkeyPatch.context() as patch, state.attached():
+        if taken:
+            patch.setattr(loop, "learn", breaks_off_after(taken))
+        else:
+            stop.request()
+        with suppress(KeyboardInterrupt):
+            loop._train(state, state.objective(), output, False, stop)
+    return state
+
+
+def test_another_base_is_refused(directory: Path, data: Path, tmp_path: Path) -> None:
+    """Also one of the same shapes; not the same one in another dtype, nor a state that does not name its base."""
+    stopped(directory, data, tmp_path / "out", steps=1)
+    other = small_model.write(tmp_path / "other", seed=1)
+    wanted = rf"other base model \({directory}, now {other}\); resume with the same"
+    with pytest.raises(ArgumentError, match=wanted):
+        run(other, data, tmp_path / "out", resume=True, steps=1)
+    tensors = load_file(tmp_path / "out" / STATE_FILE)
+    about = {key: value for key, value in read_about(tmp_path / "out").items() if not key.startswith("base")}
+    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+    for name in ("nameless", "wide"):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+    save_file(tensors, tmp_path / "nameless" / STATE_FILE)
+    assert run(other, data, tmp_path / "nameless", resume=True, steps=1).is_finished
+    assert run(directory, data, tmp_path / "wide", resume=True, steps=1, loading={"dtype": "bfloat16"}).is_finished
+
+
+def test_a_packed_base_is_known_in_every_layout(directory: Path) -> None:
+    """That of any CPU's kernels; and a number of one matrix in its first rows is noticed."""
+    model = Llama4.from_pretrained(directory, quantization="int8").model
+    attention = small_model.layers(model)[0].self_attn
+    attention.o_proj = weight = QuantizedWeight.of(torch.randn(48, 64), Int4(32))
+    weight.in_kernel_layout = False
+    before, parts = fingerprint(model, ()), {name: weight.checkpoint_layout(name) for name in weight.specs}
+    assert before != fingerprint(model, ("language_model.model.norm.weight",))
+    for is_interleaved in (True, False):
+        weight.in_kernel_layout = is_interleaved
+        for name, values in parts.items():
+            weight.set_part(name, weight.from_checkpoint_layout(name, values).reshape(values.shape))
+        assert fingerprint(model, ()) == before
+    weight.part("weight_packed").data[0, 3] += 1
+    assert fingerprint(model, ()) != before
+
+
+def test_what_only_pictures_need_takes_no_memory(directory: Path, data: Path, tmp_path: Path) -> None:
+    """Without pictures, all weights but the tower have gradients and states, and so it was said; with one, all."""
+    state = stopped(directory, data, tmp_path / "out", taken=1, steps=2, save_every=1, method="full")
+    tower = {n: p for n, p in state.llm.model.named_parameters() if not n.startswith("language_model.")}
+    trained = sum(p.numel() for p in state.llm.model.language_model.parameters())
+    assert tower and state.num_trained == trained == sum(p.numel() for p in state.llm.model.parameters()) - sum(
+        p.numel() for p in tower.values()
+    )
+    assert not [name for name in load_file(tmp_path / "out" / STATE_FILE) if "vision" in name or "projector" in name]
+    with state.attached():
+        assert state.memory(state.objective()).trained == 3 * 4 * trained
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    user = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    seen = write(tmp_path / "seen.jsonl", {"messages": [user, {"role": "assistant", "content": "grey"}]})
+    options = TrainingOptions(method="full", steps=1)
+    assert tower.keys() < loop.Run(directory, seen, None, options, progress=False).trained.keys()
+    adapted = TrainingOptions(lora=LoraConfig(targets=("attention", "vision")), steps=1)
+    with_tower, without = (loop.Run(directory, d, None, adapted, progress=False).num_trained for d in (seen, data))
+    assert 0 < without < with_tower
+    with pytest.raises(ArgumentError, match="has no pictures, so nothing of vision is trained; choose other targets"):
+        run(directory, data, tmp_path, lora=LoraConfig(targets=("vision",)))
+
+
+def test_a_state_that_holds_the_tower_goes_on(directory: Path, data: Path, tmp_path: Path) -> None:
+    """As earlier versions wrote it of texts; the steps are the same."""
+    settings: dict[str, Any] = {"method": "full", "lora": LoraConfig(), "steps": 2, "save_every": 1}
+    whole = run(directory, data, tmp_path / "whole", **settings)
+    state = stopped(directory, data, tmp_path / "parts", taken=1, **settings)
+    tensors, tower = load_file(tmp_path / "parts" / STATE_FILE), dict(state.llm.model.named_parameters())
+    for name in tower.keys() - state.trained.keys():
+        tensors[f"parameter:{name}"] = tower[name].detach()
+        tensors |= {f"optimizer:{name}.{which}": torch.zeros_like(tower[name]) for which in ("mean", "square")}
+    save_file(tensors, tmp_path / "parts" / STATE_FILE)
+    parts = run(directory, data, tmp_path / "parts", resume=True, **settings)
+    assert parts.losses == whole.losses
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -297,6 +387,8 @@ def test_methods_that_do_not_fit(directory: Path, data: Path, tmp_path: Path) ->
     packed = Llama4.from_pretrained(directory, quantization="int8")
     with pytest.raises(ArgumentError, match="packed weights are not trained; use method 'qlora'"):
         finetune(packed, data, tmp_path, method="full", steps=1)
+    with pytest.raises(ArgumentError, match=r"float16 weights are not trained: .* dtype='bfloat16' or 'float32'"):
+        finetune(directory, data, tmp_path, method="full", steps=1, loading={"dtype": "float16"})
     with pytest.raises(ArgumentError, match="method is 'sft'; choose one of lora, qlora, full, dpo, distill"):
         finetune(directory, data, tmp_path, method="sft")
     wrong: dict[str, Any] = {"batch_tokens": 1, "learning_rate": -1.0, "steps": 0, "clip": float("nan")}

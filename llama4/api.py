@@ -456,7 +456,11 @@ class Llama4:
             rows = list(conversations)
             if any(isinstance(row, Mapping) for row in rows):
                 raise ArgumentError("conversations is a list of messages; give a list of conversations: [messages]")
+            for i, row in enumerate(rows):
+                if isinstance(row, bytes) or not isinstance(row, Iterable):
+                    raise ArgumentError(f"conversation {i} is {row!r:.80}; it must be a text, or a list of messages")
             if not rows:
+                choice_of(options, self.generation_config, self.config.text.vocab_size)  # raises, as with rows
                 return []
             prepared = self.prepare([list(conversation(row)) for row in rows], **options)
         builders = prepared.builders(self.tokenizer)

@@ -272,7 +272,9 @@ class Processor:
             ContextLengthError: as a call of the processor.
             Llama4Error: there is no text, or there are more or fewer images than places for them.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+            raise ArgumentError(f"text is {text!r:.80}; it must be a text, or a list of texts")
         if not texts or not all(texts):
             raise Llama4Error("the prompt is empty; write the text that the model shall continue")
         prompts = [read_pieces(each, self.tokenizer) if special_tokens else [Piece(each)] for each in texts]

@@ -494,6 +494,12 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
     for value in (None, 5, b"hello"):
         with pytest.raises(ArgumentError, match=r"^conversations is .*; it must be a list"):
             llm.chat_batch(value)
+        with pytest.raises(ArgumentError, match=r"^conversation 1 is .*; it must be a text, or a list of messages"):
+            llm.chat_batch(["hi", value])
+        with pytest.raises(ArgumentError, match=r"^text is .*; it must be a text, or a list of texts"):
+            llm.complete(value)
+    with pytest.raises(ArgumentError, match="temperature is"):
+        llm.chat_batch([], temperature=-1.0)
     value = "0.5"
     with pytest.raises(ArgumentError, match=r"^threshold is '0\.5'; it must be"):
         llm.moderate("hi", threshold=value)
@@ -501,6 +507,8 @@ def test_other_arguments_of_another_kind_are_refused_by_name(llm: Llama4) -> Non
     for ask_for in (llm.stream, llm.chat, llm.complete):
         with pytest.raises(TypeError, match=r"top_x is no option of a reply \(did you mean top_[kp]\?\)"):
             ask_for("hi", **unknown)
+    with pytest.raises(TypeError, match="top_x is no option"):
+        llm.chat_batch([], **unknown)
     servers_word: Any = {"max_tokens": 5}
     with pytest.raises(TypeError, match=r"max_tokens is no option of a reply \(did you mean max_new_tokens\?\)"):
         llm.chat("hi", **servers_word)

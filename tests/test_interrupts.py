@@ -31,6 +31,17 @@ ANSWER = 15.0
 IDLE = 3.0
 """Seconds without any work after which a command is taken to wait for others: for clients, or for its workers."""
 
+BENCH = """
+import runpy, sys, time
+import llama4.bench.generate as generate
+def main(options):
+    print("ready", flush=True)
+    time.sleep(60)
+generate.main = main
+sys.argv = ["llama4.bench", "generate"]
+runpy.run_module("llama4.bench", run_name="__main__")
+"""
+
 STUCK = """
 import sys, time, ctypes
 import llama4.cli.analysis as analysis
@@ -69,6 +80,15 @@ def test_where_python_cannot_answer(where: str, by: signal.Signals) -> None:
     seconds, error = interrupted(process, by)
     assert (process.returncode, error) == (128 + by, SAID[by] + b"\n")
     assert seconds < PATIENCE + ANSWER
+
+
+def test_a_benchmark_alone() -> None:
+    """`python -m llama4.bench` ends as `llama4 bench` does."""
+    process = subprocess.Popen([sys.executable, "-c", BENCH], stdout=PIPE, stderr=PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    _, error = interrupted(process)
+    assert (process.returncode, error) == (130, SAID[signal.SIGINT] + b"\n")
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,8 @@ def convert_to_gguf(
                     f"llama.cpp would compute this model otherwise, as it assumes {others}; leave out --for llama.cpp "
                     "to write it for llama4 alone"
                 )
+            if others:
+                logger.warning("llama.cpp would compute %s otherwise than llama4: it assumes %s", target, others)
             try:
                 write_gguf(
                     weights, config, tokenizer, target, FILE_TYPES[type_], read_side_files(source), progress=progress
@@ -120,8 +122,6 @@ def convert_to_gguf(
                 if config.vision is not None:
                     beside.unlink(missing_ok=True)
                 raise
-    if others:
-        logger.warning("%s is right in llama4 alone: llama.cpp assumes %s", target, others)
     return (target,) if config.vision is None else (target, beside)
 
 

@@ -161,11 +161,20 @@ def test_a_gguf_file_as_another(tmp_path: Path, original: Llama4) -> None:
 
 
 def test_what_llama_cpp_would_compute_otherwise(
-    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    directory: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with caplog.at_level(logging.WARNING):
         convert_to_gguf(directory, tmp_path / "a.gguf", progress=False)
-    assert "a.gguf is right in llama4 alone: llama.cpp assumes chunks of 8192 tokens, not 32; a temp" in caplog.text
+    wanted = "a.gguf otherwise than llama4: it assumes chunks of 8192 tokens, not 32; a temp"
+    assert caplog.text.count(wanted) == 1
+    monkeypatch.setattr("llama4.weights.convert.write_gguf", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert_to_gguf(directory, tmp_path / "c.gguf", progress=False)
+    assert caplog.text.count("otherwise than llama4") == 2  # before the hours that a large one takes
     assert main(["convert", str(directory), str(tmp_path / "b.gguf"), "--for", "llama.cpp"]) == 1
     assert "would compute this model otherwise" in capsys.readouterr().err
     assert not (tmp_path / "b.gguf").exists()

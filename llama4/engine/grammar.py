@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, proxy
@@ -50,11 +50,13 @@ class Form:
         grammar: in llguidance's words.
         model: a pydantic class that the reply becomes, or None.
         is_json: whether the reply is JSON.
+        is_call: whether it is a tool call.
     """
 
     grammar: str
     model: Any = None
     is_json: bool = False
+    is_call: bool = False
 
     @classmethod
     def of(
@@ -88,7 +90,7 @@ class Form:
             if expression is not None and not _is_text(expression):
                 raise ArgumentError(f"{name} is {expression!a:.80}; it must be a text")
         if call is not None:
-            return cls._of_schema(call, name="the schema of a tool")
+            return replace(cls._of_schema(call, name="the schema of a tool"), is_call=True)
         if response_format is not None:
             return cls._of_format(response_format)
         if choices is not None:

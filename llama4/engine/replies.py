@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama4.engine.grammar import Form
 from llama4.engine.tokens import Event, FinishReason, Token
-from llama4.text.tool_calls import MARKS, CallReader, ToolCall, names_of
+from llama4.text.tool_calls import MARKS, CallReader, ToolCall, begun_call, names_of, new_id
 
 CALLS_TOOLS = ("<|eom|>", "<|eom_id|>")
 """Tokens that end a reply which calls tools: Llama 4's, and Llama 3's."""
@@ -36,17 +36,24 @@ class TextDelta:
 class ToolCallDelta:
     """A piece of a tool call. The pieces of `arguments` with one `index` join to the JSON of the call's arguments.
 
-    A call comes when it is complete, as one piece: before that, it may still turn out to be text.
+    A call comes when it is complete, as one piece: before that, it may still turn out to be text. One that the reply
+    must be comes when the reply ends, too, as far as it came.
 
     Attributes:
         index: of the call in the reply's `tool_calls`.
         id, name: the call's.
+        is_cut: whether the reply ended before it was complete; its arguments may be no JSON then.
     """
 
     index: int
     id: str
     name: str
     arguments: str
+    is_cut: bool = False
+
+    def to_openai(self) -> dict[str, Any]:
+        """As an entry of `tool_calls` in a message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 Delta = TextDelta | ToolCallDelta
@@ -65,6 +72,8 @@ class Reply:
         logprobs: every generated token with its log-probability before temperature and the like.
         parsed: where JSON was asked for and the reply is complete, what it says: a dictionary, or the pydantic object.
         others: where `n` asked for more replies, those after this one.
+        cut_call: where the reply must be a tool call and ended before that was complete, what came of it; None where
+            not even its name came, which is `text` then.
     """
 
     text: str
@@ -74,6 +83,7 @@ class Reply:
     logprobs: list[Token]
     parsed: Any = None
     others: tuple[Reply, ...] = ()
+    cut_call: ToolCallDelta | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -111,6 +121,7 @@ class ReplyBuilder:
         self._calls_tools = {special_tokens[name] for name in CALLS_TOOLS if name in special_tokens}
         self._text: list[str] = []
         self._tool_calls: list[ToolCall] = []
+        self._cut_call: ToolCallDelta | None = None
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._parsed: Any = None
@@ -132,7 +143,7 @@ class ReplyBuilder:
             self._parsed = self._form.parse("".join(self._text), is_ended=event.token.id in self._stop_ids)
         return deltas
 
-    def _read(self, event: Event) -> list[str | ToolCall]:
+    def _read(self, event: Event) -> Sequence[str | ToolCall | ToolCallDelta]:
         if self._reader is None:
             return [event.text] if event.text else []
         pieces = self._reader.push(event.text)
@@ -140,6 +151,10 @@ class ReplyBuilder:
             pieces += self._reader.mark(mark)
         if event.finish_reason:
             pieces += self._reader.finish(calls_tools=event.token.id in self._calls_tools)
+            if self._form is not None and self._form.is_call:
+                text = "".join(piece for piece in pieces if isinstance(piece, str))
+                if (begun := begun_call(text)) is not None:
+                    return [ToolCallDelta(0, new_id(), *begun, is_cut=True)]
         return pieces
 
     @property
@@ -147,7 +162,10 @@ class ReplyBuilder:
         """Whether no more of the reply is wanted, though the model goes on."""
         return self._one_call and bool(self._tool_calls)
 
-    def _delta(self, piece: str | ToolCall) -> Delta:
+    def _delta(self, piece: str | ToolCall | ToolCallDelta) -> Delta:
+        if isinstance(piece, ToolCallDelta):
+            self._cut_call = piece
+            return piece
         if isinstance(piece, str):
             self._text.append(piece)
             return TextDelta(piece)
@@ -164,6 +182,7 @@ class ReplyBuilder:
             Usage(self._prompt_tokens, count, self._prompt_tokens + count),
             list(self._tokens),
             self._parsed,
+            cut_call=self._cut_call,
         )
 
 

@@ -255,6 +255,8 @@ class MessageAnswer(Answer):
         content += [
             {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
         ]
+        if reply.cut_call is not None:
+            content.append(_begun(reply.cut_call))  # without its input, which is no whole object
         return {**self._frame(), "content": content, **self._ending(), "usage": self._usage()}
 
     def _frame(self) -> dict[str, Any]:

@@ -221,8 +221,8 @@ class Chat(OpenAIAnswer):
     def _choice(self, index: int, stream: EngineStream) -> dict[str, Any]:
         reply = stream.reply
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
-        if reply.tool_calls:
-            message["tool_calls"] = [call.to_openai() for call in reply.tool_calls]
+        if calls := [*reply.tool_calls, *([reply.cut_call] if reply.cut_call else ())]:
+            message["tool_calls"] = [call.to_openai() for call in calls]
             message["content"] = reply.text or None
         return {
             "index": index,
@@ -271,8 +271,7 @@ def as_delta(delta: Delta | None) -> dict[str, Any]:
         return {}
     if isinstance(delta, TextDelta):
         return {"content": delta.text}
-    function = {"name": delta.name, "arguments": delta.arguments}
-    return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": delta.index, **delta.to_openai()}]}
 
 
 ROUTES = (Route("POST", "/v1/chat/completions", chat, "Answer a conversation", CHAT, COMPLETION, can_stream=True),)

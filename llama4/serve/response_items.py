@@ -164,7 +164,9 @@ class ItemWriter:
             return
         yield from self.end()
         call = {"type": "function_call", "id": new_id("fc"), "call_id": delta.id, "name": delta.name}
-        self.items.append({**call, "arguments": delta.arguments, "status": "completed"})
+        self.items.append(
+            {**call, "arguments": delta.arguments, "status": "incomplete" if delta.is_cut else "completed"}
+        )
         opened = {**call, "arguments": "", "status": "in_progress"}
         yield {"type": "response.output_item.added", "output_index": self._index, "item": opened}
         place = {"item_id": call["id"], "output_index": self._index}

@@ -85,6 +85,7 @@ def run(server: Server, address: Address, listening: socket.socket) -> None:
             signal.signal(number, _leave)  # the engine may be at a long prompt
         server.engine.close()
         server.service.store.close()
+    print(f"llama4 no longer serves {server.settings.name}", file=sys.stderr, flush=True)
 
 
 class _Runner(uvicorn.Server):

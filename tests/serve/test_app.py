@@ -530,11 +530,12 @@ def test_openai_s_client(running: Running) -> None:
 
 
 def test_the_command_ends_what_it_is_at(tmp_path: Path) -> None:
-    """SIGTERM while a reply is streamed, and another is made in the background: both come whole, the exit code is 0."""
-    store = tmp_path / "responses"
+    """SIGTERM while a reply is streamed, and another is made in the background: both come whole, the exit code is 0.
+    The end is said."""
+    store, pipe = tmp_path / "responses", subprocess.PIPE
     command = [sys.executable, "-m", "llama4", "serve", "tiny", "--port", "0", "--store", str(store)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ) as process:
+        assert process.stdout is not None and process.stderr is not None
         stuck = threading.Timer(600, process.kill)  # so that a failure is one
         stuck.start()
         said = next(line for line in process.stdout if "curl " in line)
@@ -551,6 +552,7 @@ def test_the_command_ends_what_it_is_at(tmp_path: Path) -> None:
             *_, reason, end = [line for line in lines if line]
         assert '"length"' in reason and end == "data: [DONE]"
         assert process.wait(60) == 0
+        assert process.stderr.read().splitlines()[-1] == "llama4 no longer serves tiny"
         stored = Store(store).get(kept["id"])
         assert stored is not None and stored.response["status"] == "incomplete"
         assert stored.response["usage"]["output_tokens"] == 600

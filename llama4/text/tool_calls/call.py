@@ -12,13 +12,18 @@ from llama4.errors import Llama4Error
 from llama4.text.tool_calls.literals import as_json
 
 
+def new_id() -> str:
+    """Of a call, as OpenAI writes them."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A function the model wants called."""
 
     name: str
     arguments: dict[str, Any]
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}", compare=False)
+    id: str = field(default_factory=new_id, compare=False)
 
     def to_openai(self) -> dict[str, Any]:
         """The call as an entry of `tool_calls` in an assistant message."""

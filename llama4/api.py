@@ -378,7 +378,8 @@ class Llama4:
             chat_template_kwargs: further variables of the prompt's format, such as `tools_in_user_message=False`, which
                 announces tools in the system message, or those that the checkpoint's own template reads.
             response_format: a JSON schema or a pydantic class: the reply is JSON of that, and `reply.parsed` what it
-                says. {"type": "json_object"} is any object. OpenAI's {"type": "json_schema", ...} is taken, too.
+                says. {"type": "json_object"} is any object. OpenAI's {"type": "json_schema", ...} is taken, too. With
+                tools that the model may call, the reply is that or a call.
             regex: what the whole reply matches, instead of a schema.
             choices: texts, one of which the reply is.
             grammar: what the reply follows, in Lark's syntax.

@@ -16,7 +16,7 @@ from llama4.errors import ArgumentError, Llama4Error, nearest
 from llama4.inputs import Inputs
 from llama4.text.messages import Message
 from llama4.text.tokenizer import Tokenizer
-from llama4.text.tool_calls import chosen_tools
+from llama4.text.tool_calls import chosen_tools, free_call
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,7 +137,8 @@ def choice_of(
             raise ArgumentError(f"{name} is {flag!r:.80}; it must be True or False")
     tools, called = chosen_tools(options.get("tools"), options.get("tool_choice"))
     text_form = options.get("response_format") if called is None else None  # of texts: a call has none, as with OpenAI
-    form = Form.of(text_form, options.get("regex"), options.get("choices"), options.get("grammar"), called)
+    call = free_call(tools) if tools and text_form is not None else None  # which it may be instead, as with OpenAI
+    form = Form.of(text_form, options.get("regex"), options.get("choices"), options.get("grammar"), called, call)
     sampling = {name: value for name, value in options.items() if name not in _OTHERS}
     sampler = Sampler.from_options(cast(SamplingOptions, sampling), defaults)
     check_choice(sampler, vocab_size, options.get("top_logprobs", 0))

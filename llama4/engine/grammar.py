@@ -26,6 +26,7 @@ from torch import Tensor
 from llama4.engine.form_limits import MAX_EXPRESSIONS, MAX_SIZE, check_grammar, check_schema, check_size
 from llama4.engine.tokens import SupportsDecode
 from llama4.errors import ArgumentError
+from llama4.text.tool_calls import as_resource
 
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python writes JSON: a model that may write spaces without end may do so."""
@@ -66,6 +67,7 @@ class Form:
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
         call: Mapping[str, Any] | None = None,
+        instead: Mapping[str, Any] | None = None,
     ) -> Form | None:
         """The form that a caller asks for; None for any text.
 
@@ -76,6 +78,7 @@ class Form:
             choices: texts, one of which the reply is.
             grammar: in Lark's syntax.
             call: the JSON schema of a tool call.
+            instead: the JSON schema of what the reply may be instead of `response_format`; without that it counts not.
 
         Raises:
             ArgumentError: more than one of these, or one that is not well formed or not supported; its name is in the
@@ -92,7 +95,7 @@ class Form:
         if call is not None:
             return replace(cls._of_schema(call, name="the schema of a tool"), is_call=True)
         if response_format is not None:
-            return cls._of_format(response_format)
+            return cls._of_format(response_format, instead)
         if choices is not None:
             is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
             if not is_list or not all(_is_text(each) and each for each in choices):
@@ -109,25 +112,33 @@ class Form:
         return None
 
     @classmethod
-    def _of_format(cls, wanted: Any) -> Form | None:
+    def _of_format(cls, wanted: Any, instead: Mapping[str, Any] | None) -> Form | None:
         if isinstance(wanted, type) and hasattr(wanted, "model_json_schema"):
-            return cls._of_schema(wanted.model_json_schema(), wanted)
+            return cls._of_schema(wanted.model_json_schema(), instead, wanted)
         if not isinstance(wanted, Mapping):
             raise ArgumentError(f"response_format is {wanted!r:.80}; it must be a JSON schema or a pydantic class")
         kind = wanted.get("type")
         if kind == "text":
             return None
         if kind == "json_object":
-            return cls._of_schema({"type": "object"})
+            return cls._of_schema({"type": "object"}, instead)
         if kind == "json_schema" and isinstance(inner := wanted.get("json_schema"), Mapping):
             if not isinstance(schema := inner.get("schema"), Mapping):
                 raise ArgumentError("response_format.json_schema has no schema; give one, as an object")
-            return cls._of_schema(schema)
-        return cls._of_schema(wanted)
+            return cls._of_schema(schema, instead)
+        return cls._of_schema(wanted, instead)
 
     @classmethod
-    def _of_schema(cls, schema: Mapping[str, Any], model: Any = None, name: str = "response_format") -> Form:
+    def _of_schema(
+        cls,
+        schema: Mapping[str, Any],
+        instead: Mapping[str, Any] | None = None,
+        model: Any = None,
+        name: str = "response_format",
+    ) -> Form:
         plain = {key: value for key, value in schema.items() if key != "x-guidance"}  # options of the library
+        if instead is not None:
+            plain = {"anyOf": [as_resource(plain, "https://reply/"), instead]}
         try:
             text = json.dumps(plain)
             check_size(name, len(text), MAX_SIZE)

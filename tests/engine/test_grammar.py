@@ -22,7 +22,7 @@ from llama4 import Engine, Llama4
 from llama4.engine import grammar
 from llama4.engine.grammar import Form, Matcher, Vocabulary
 from llama4.errors import ArgumentError
-from llama4.text.tool_calls import chosen_tools
+from llama4.text.tool_calls import chosen_tools, free_call
 
 llguidance: Any = pytest.importorskip("llguidance")
 jsonschema: Any = pytest.importorskip("jsonschema")
@@ -466,6 +466,27 @@ def test_arguments_are_an_object_of_the_properties_there_are(llm: Llama4) -> Non
     for wrong in ({"type": "array"}, {"type": ["string", "null"]}, [1], True):
         with pytest.raises(ArgumentError, match=r"^the schema of a tool \('f'\) is of type .*; a call has an object"):
             llm.chat(QUESTION, tools=[{"name": "f", "parameters": wrong}], tool_choice="required")
+
+
+def test_what_may_call_tools_has_a_form_or_calls_one(llm: Llama4) -> None:
+    """As with OpenAI. References in the schema stay its own."""
+    tree = {"type": "object", "properties": {"of": {"$ref": "#"}, "n": {"$ref": "#/$defs/n"}}, "required": ["n"]}
+    schema = {**tree, "additionalProperties": False, "$defs": {"n": {"enum": [1, 2]}}}
+    form = Form.of(schema, instead=free_call([COUNT]))
+    assert form is not None
+    for text, is_one in (
+        ('{"of": {"n": 2}, "n": 1}', True),
+        ('{"of": {"n": 3}, "n": 1}', False),
+        ('{"name": "count", "parameters": {"shape": [1.5]}}', True),
+        ('{"name": "other", "parameters": {}}', False),
+        ('{"name": "count"}', False),
+    ):
+        assert fits(form, text) == is_one, text
+    asked: dict[str, Any] = {"tools": [COUNT], "response_format": schema, "temperature": 5.0}
+    replies = [llm.chat(QUESTION, **asked, seed=seed) for seed in range(16)]
+    assert {bool(reply.tool_calls) for reply in replies if reply.finish_reason != "length"} == {True, False}
+    for reply in replies:
+        assert reply.finish_reason == "length" or reply.tool_calls or reply.parsed["n"] in (1, 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"tools": [COUNT], "tool_choice": "none"}])

@@ -47,6 +47,17 @@ def chosen_tools(
     return tools, _call(named[0])
 
 
+def free_call(tools: Tools) -> dict[str, Any]:
+    """The JSON schema of a call of any tool, with arguments as free as where a reply has no form."""
+    check_tools(tools)
+    return {
+        "type": "object",
+        "properties": {"name": {"enum": [*map(function_name, tools)]}, "parameters": {"type": "object"}},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+
+
 _BEGUN = re.compile(r'\{"name": ("(?:[^"\\]|\\.)+")(?:, "parameters": (.*))?', re.DOTALL)
 
 
@@ -58,20 +69,14 @@ def begun_call(text: str) -> tuple[str, str] | None:
 
 
 def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
-    """A call of a tool as Llama 4 writes it. Its schema stays a resource with a name that no other tool has: references
-    and names in it are its own. Where it says nothing but properties, there are no others."""
+    """A call of a tool as Llama 4 writes it. Where its schema says nothing but properties, there are no others."""
     name = function_name(tool)
     given = tool.get("function", tool).get("parameters") or {}
     kind = given.get("type", "object") if isinstance(given, Mapping) else given
     if "object" not in (kind if isinstance(kind, list) else [kind]):
         remedy = "a call has an object, so put it into a property of one"
         raise ArgumentError(f"the schema of a tool ({name!r:.80}) is of type {short(kind)}; {remedy}")
-    identity = given.get("$id")
-    own, anchor = urldefrag(identity if isinstance(identity, str) else "")
-    parameters = {**given, "type": "object", "$id": urljoin(f"https://{number}.tool/", own)}
-    if anchor:  # as names were written before 2019
-        parameters.setdefault("$anchor", anchor)
-    parameters.pop("$schema", None)  # before 2019, $id beside $ref was nothing
+    parameters = as_resource({**given, "type": "object"}, f"https://{number}.tool/")
     properties: Any = given.get("properties")
     required: Any = given.get("required", [])
     are_names = isinstance(required, list | tuple) and all(isinstance(each, str) for each in required)
@@ -83,6 +88,18 @@ def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+def as_resource(schema: Mapping[str, Any], address: str) -> dict[str, Any]:
+    """A schema to stand in another one. With an address that nothing else there has, references and names in it are its
+    own."""
+    identity = schema.get("$id")
+    own, anchor = urldefrag(identity if isinstance(identity, str) else "")
+    resource = {**schema, "$id": urljoin(address, own)}
+    if anchor:  # as names were written before 2019
+        resource.setdefault("$anchor", anchor)
+    resource.pop("$schema", None)  # before 2019, $id beside $ref was nothing
+    return resource
 
 
 _PLAIN = {

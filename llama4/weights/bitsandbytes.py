@@ -22,12 +22,14 @@ from llama4.quantization.nf4 import Nf4
 from llama4.quantization.plan import QuantizationPlan
 from llama4.quantization.weight import QuantizedWeight, Shape, TensorSpec, WeightFormat
 from llama4.weights.quant_method import QuantMethod
-from llama4.weights.source import Origin, Source
+from llama4.weights.source import Origin, Source, View
 
 _STATE = ".quant_state.bitsandbytes__"
 _ROUTER = ".router.weight"
 _SKIPPED = "llm_int8_skip_modules"
 """Where a configuration lists what is not quantized, whatever the kind."""
+_STORAGE = "bnb_4bit_quant_storage"
+"""Where it says as what dtype the bytes of quantized values lie in the files."""
 _STACK = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 _EXPERT = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
@@ -41,15 +43,14 @@ class Bitsandbytes(QuantMethod):
     def check(self, content: Mapping[str, Any]) -> None:
         is_int8 = content.get("load_in_8bit") or content.get("_load_in_8bit")
         kind = "LLM.int8" if is_int8 else content.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
-        storage = content.get("bnb_4bit_quant_storage", "uint8")
-        if kind != Nf4.kind or storage != "uint8":
+        if kind != Nf4.kind:
             raise CheckpointError(
-                f"the checkpoint is quantized by bitsandbytes as {kind!r}, stored in {storage}, which this library "
-                f"does not run; take one in {Nf4.kind!r}, stored in uint8, or in bf16"
+                f"the checkpoint is quantized by bitsandbytes as {kind!r}, which this library does not run; take one "
+                f"in {Nf4.kind!r}, or in bf16"
             )
 
     def open(self, source: Source, content: Mapping[str, Any], dtype: torch.dtype, table: NameTable) -> Source:
-        return BitsandbytesSource(source, table)
+        return BitsandbytesSource(BytesSource(source), table)
 
     def writes(self, plan: QuantizationPlan) -> bool:
         return all(format is None or isinstance(format, Nf4) for format in plan.values())
@@ -57,6 +58,8 @@ class Bitsandbytes(QuantMethod):
     def encode(
         self, source: Source, content: Mapping[str, Any] | None, table: NameTable
     ) -> tuple[Source, Mapping[str, Any] | None]:
+        if content and _STORAGE in content:
+            content = {**content, _STORAGE: "uint8"}
         return WrittenSource(source), content and _without_moved(content, source, table)
 
 
@@ -74,6 +77,22 @@ def _without_moved(content: Mapping[str, Any], source: Source, table: NameTable)
         *(table.to_file(name) or name for name in moved),
     }
     return {**content, _SKIPPED: sorted(skipped)}
+
+
+class BytesSource(View):
+    """Such a checkpoint with quantized values as bytes, whatever dtype they are stored as."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._packed = {name.partition(_STATE)[0] for name in source.names() if _STATE in name}
+
+    def spec(self, name: str) -> TensorSpec:
+        spec = super().spec(name)
+        return TensorSpec((spec.nbytes, 1), torch.uint8) if name in self._packed else spec
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return tensor.reshape(-1).view(torch.uint8)[:, None] if name in self._packed else tensor
 
 
 class BitsandbytesSource:

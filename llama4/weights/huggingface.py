@@ -25,6 +25,7 @@ from llama4.weights.compressed import CompressedTensors
 from llama4.weights.directory import write_json
 from llama4.weights.experts import stack_experts
 from llama4.weights.fbgemm import FbgemmFp8
+from llama4.weights.fine_grained_fp8 import FineGrainedFp8
 from llama4.weights.gptq import Gptq
 from llama4.weights.layout import CheckpointLayout, WriteOptions
 from llama4.weights.model_card import write_card
@@ -56,7 +57,7 @@ QUANT_METHODS: dict[str, QuantMethod] = {
     method.name: method
     for method in (
         *(CompressedTensors(), FbgemmFp8(), Bitsandbytes(), modelopt.ModelOpt(), TransformersMxfp4()),
-        *(Gptq(), Awq()),
+        *(Gptq(), Awq(), FineGrainedFp8()),
     )
 }
 """By `quant_method`; the first that writes a model's formats does."""

@@ -38,7 +38,6 @@ _OTHER_METHODS = {
     "eetq": "EETQ",
     "exl2": "ExLlamaV2",
     "exl3": "ExLlamaV3",
-    "fp8": "FP8 in blocks",
     "fp_quant": "FP-Quant",
     "higgs": "HIGGS",
     "hqq": "HQQ",

@@ -312,7 +312,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     if there.get("held_out", here["held_out"]) != here["held_out"]:  # its best is of others
         changed = ["held-out data", *changed]
     if there.get("base_weights", here["base_weights"]) != here["base_weights"]:
-        changed = [f"base model ({there.get('base')}, now {here['base']})", *changed]
+        base, other = there.get("base"), here["base"]
+        changed = ["base model" if base == other else f"base model ({base}, now {other})", *changed]
     return changed if there.get("data") == here["data"] else ["data", *changed]
 
 

@@ -186,6 +186,11 @@ def test_another_base_is_refused(directory: Path, data: Path, tmp_path: Path) ->
     wanted = rf"other base model \({directory}, now {other}\); resume with the same"
     with pytest.raises(ArgumentError, match=wanted):
         run(other, data, tmp_path / "out", resume=True, steps=1)
+    llm = Llama4.from_pretrained(directory, progress=False)
+    stopped(llm, data, tmp_path / "unnamed", steps=1)
+    small_model.layers(llm.model)[-1].self_attn.q_proj.weight.data[0, 0] += 1
+    with pytest.raises(ArgumentError, match="with other base model; resume with the same"):
+        finetune(llm, data, tmp_path / "unnamed", resume=True, **{"lora": LORA, **SETTINGS, "steps": 1})
     tensors = load_file(tmp_path / "out" / STATE_FILE)
     about = {key: value for key, value in read_about(tmp_path / "out").items() if not key.startswith("base")}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)

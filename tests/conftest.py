@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -60,6 +61,14 @@ def pytest_xdist_auto_num_workers() -> int:
 def _strict_pil(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta's preprocessing, once imported by another test, lets PIL accept truncated files."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on the tests before it, which are others in each run of several workers."""
+    random.seed(0)
+    if "torch" in sys.modules:  # its generator alone: `torch.manual_seed` keeps a traceback for each device
+        sys.modules["torch"].default_generator.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import fcntl
 import importlib.util
 import io
@@ -534,7 +535,7 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(theirs)
-        self.seen = ""
+        self.seen, self._decoder = "", codecs.getincrementaldecoder("utf-8")("replace")  # a read may end in a character
 
     def __enter__(self) -> Terminal:
         return self
@@ -559,7 +560,7 @@ class Terminal:
     def _read(self, seconds: float) -> None:
         """What comes within this time, or nothing."""
         if select.select([self._ours], [], [], seconds)[0]:
-            self.seen += os.read(self._ours, 4096).decode(errors="replace")
+            self.seen += self._decoder.decode(os.read(self._ours, 4096))
 
     def interrupt(self, wanted: str) -> None:
         """Ctrl-C until this is written: Python's readline sleeps through a signal that comes just before it waits."""

@@ -331,14 +331,15 @@ def test_writing_gguf_moves(llm: Llama4, plain: Path) -> None:
 def test_training_shows_its_loss(plain: Path) -> None:
     with Terminal() as terminal:
         training(plain)
-    assert re.search(r"training, loss \d\.\d{3}, \d+ tokens/s: +80%.* 4\.00/5\.00 \[00:0\d<00:0\d, ", terminal.text)
+    assert re.search(r"training, loss \d\.\d{3}, \d+ tokens/s: +80%.* 4\.00/5\.00 \[[\d:]+<[\d:]+, ", terminal.text)
 
 
 def test_a_log_of_training_shows_its_loss(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 3600)
     training(plain)
-    assert capfd.readouterr().err == "", "that took no 15 seconds"
+    assert capfd.readouterr().err == "", "that took no hour"
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     with Bar("computing", 240, "steps", logged=True) as bar:
         monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.model.experts import BACKENDS, backends_for
 from llama4.model.multimodal import Llama4Model
+from tests.drawn import drawn
 from tests.parity import specification
 from tests.parity.references import ReferenceConfig, reference_model, relative_error
 from tests.parity.ways import KERNELS, TORCH, computed_by
@@ -238,7 +239,7 @@ def check(case: Case) -> bool:
     return True
 
 
-@settings(max_examples=EXAMPLES or 40, deadline=None, derandomize=not EXAMPLES)
+@drawn(EXAMPLES or 40, same=not EXAMPLES)
 @given(cases())
 def test_random_models(case: Case) -> None:
     assume(check(case))

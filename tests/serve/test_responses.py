@@ -357,8 +357,8 @@ def test_a_killed_server_has_kept_what_it_answered(tmp_path: Path) -> None:
             assert url is not None
             route = f"{url[0]}/v1/responses"
             if turn:
-                assert httpx.get(f"{route}/{ended[0]['id']}").json() == ended[0]
-                assert httpx.get(f"{route}/{ended[1]['id']}").json()["status"] == "failed"
+                assert httpx.get(f"{route}/{ended[0]['id']}", timeout=60).json() == ended[0]
+                assert httpx.get(f"{route}/{ended[1]['id']}", timeout=60).json()["status"] == "failed"
                 body = {"input": "And then?", "previous_response_id": ended[0]["id"]}
                 assert httpx.post(route, json=body, timeout=60).json()["status"] == "completed"
             else:

@@ -93,7 +93,8 @@ def test_who_asks_while_the_model_is_loaded_is_told_so(llm: Llama4) -> None:
     with listening_at(address) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         silent = socket.create_connection(listening.getsockname())
-        for answer in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/chat/completions", content=b"x" * 10**5)):
+        asked = httpx.get(f"{url}/ready", timeout=60)
+        for answer in (asked, httpx.post(f"{url}/v1/chat/completions", content=b"x" * 10**5, timeout=60)):
             assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
             assert "being loaded" in answer.json()["error"]["message"]
         silent.close()
@@ -447,7 +448,7 @@ def test_who_reads_slowly_holds_nobody_up(running: Running) -> None:
 def is_closed(url: str) -> bool:
     with contextlib.suppress(httpx.ReadError, httpx.RemoteProtocolError):  # it closes meanwhile
         try:
-            httpx.get(url)
+            httpx.get(url, timeout=60)
         except httpx.ConnectError:
             return True
     return False

@@ -17,7 +17,7 @@ from pathlib import Path
 import llama_models.llama4.tokenizer as meta
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from llama4.text.byte_level import GPT2, RankedBytes
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.vocabulary import PATTERN, special_token_names
+from tests.drawn import drawn
 
 GENUINE = Path(meta.__file__).with_name("tokenizer.model")
 TEXTS = [
@@ -107,7 +108,7 @@ def test_encodes_as_meta_does(text: str, genuine: Tokenizer, reference: meta.Tok
     assert not set(ids) & set(genuine.special_tokens.values())
 
 
-@settings(max_examples=200, deadline=None)
+@drawn(200)
 @given(st.text(max_size=60))
 def test_any_text_encodes_as_meta_does(text: str) -> None:
     ours = load_genuine()

@@ -15,7 +15,7 @@ from typing import Any
 
 import llama_models.llama4.tokenizer as meta
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llama_models.llama3.tool_utils import ToolUtils
 
@@ -24,6 +24,7 @@ from llama4.text.prompt import render
 from llama4.text.tokenizer import Tokenizer
 from llama4.text.tool_calls import MARKS, CallReader, ToolCall, read_call
 from llama4.text.tool_calls.literals import as_json, read_value
+from tests.drawn import drawn
 from tests.text.tool_call_cases import CASES, LLAMA_MODELS, LLAMA_STACK, VLLM_STREAMED, Case, parse_reply
 
 Calls = list[tuple[str, dict[str, Any]]]
@@ -138,7 +139,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@drawn(150)
 @given(
     st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), min_size=1, max_size=3),
     st.sampled_from(["", "Let me look. ", "See [1], {x}: "]),
@@ -367,14 +368,14 @@ VALUES_IN_PYTHON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@drawn(300)
 @given(VALUES_IN_PYTHON)
 def test_values_are_those_of_python(value: Any) -> None:
     text = repr(value)
     assert as_json(read_value(text)[0]) == json.loads(json.dumps(ast.literal_eval(text)))
 
 
-@settings(max_examples=300, deadline=None)
+@drawn(300)
 @given(st.text(st.sampled_from("\\nxu0N1a7'\"\n{ } \u20ac"), max_size=10), st.sampled_from(["'", '"', "'''", '"""']))
 def test_strings_are_those_of_python(body: str, quote: str) -> None:
     text = f"{quote}{body}{quote}"
@@ -431,7 +432,7 @@ FRAGMENTS += ["\0", "\1"]
 TOOLS = [None, (), ("f", "get_weather"), ("code_interpreter", "brave_search", "f")]
 
 
-@settings(max_examples=400, deadline=None)
+@drawn(400)
 @given(
     st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
     st.sampled_from(TOOLS),
@@ -501,7 +502,7 @@ def test_only_what_may_begin_a_call_is_held_back(text: str, certain: bool, held:
             assert said + held == text
 
 
-@settings(max_examples=100, deadline=None)
+@drawn(100)
 @given(st.text(st.sampled_from("acd .!?\n0["), max_size=20))
 def test_plain_text_comes_at_once(text: str) -> None:
     reader = CallReader(None, certain=False)

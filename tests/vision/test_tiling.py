@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from transformers import Llama4ImageProcessor
@@ -21,6 +21,7 @@ from llama_models.llama4.preprocess import (  # noqa: E402
 ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # Meta's module switches it on for the whole process
 
 from llama4.vision.tiling import best_canvas, tile_image, tokens_per_tile  # noqa: E402
+from tests.drawn import drawn  # noqa: E402
 
 SIZES = [
     (336, 336),
@@ -78,7 +79,7 @@ def test_pixels_are_the_references(size: tuple[int, int], tile: int, max_tiles: 
     assert (levels - (pixel_values * 0.5 + 0.5) * 255).abs().max() <= 0.51
 
 
-@settings(max_examples=300, deadline=None)
+@drawn(300)
 @given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from([1, 4, 5, 16]))
 def test_canvas_is_metas(height: int, width: int, max_tiles: int) -> None:
     meta = VariableSizeImageTransform(336)
@@ -87,7 +88,7 @@ def test_canvas_is_metas(height: int, width: int, max_tiles: int) -> None:
     assert best_canvas(height, width, 336, max_tiles) == (canvas_height // 336, canvas_width // 336)
 
 
-@settings(max_examples=300, deadline=None)
+@drawn(300)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_canvas_follows_the_rule_in_exact_arithmetic(height: int, width: int) -> None:
     grids = [(r, c) for r in range(1, 17) for c in range(1, 17) if r * c <= 16]

@@ -140,8 +140,10 @@ def test_what_is_copied_though_it_could_be_mapped(directory: Path, scheme: str |
 def test_freed_memory_is_used_again(settings: dict[str, str]) -> None:
     """Pages of tensors that come and go are taken from the system once; settings of the user's own are left alone."""
     script = """
-import resource, torch
+import ctypes, resource, torch
 from llama4.weights import memory
+if hasattr(libc := ctypes.CDLL(None), "prctl"):
+    libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: large pages come and go as the system has room for them
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

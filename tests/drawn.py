@@ -7,6 +7,4 @@ from hypothesis import HealthCheck, settings
 
 def drawn(number: int, same: bool = True) -> settings:
     """So many examples, the same in each run unless it is said, however slow the machine is."""
-    return settings(
-        max_examples=number, deadline=None, derandomize=same, suppress_health_check=[HealthCheck.too_slow]
-    )
+    return settings(max_examples=number, deadline=None, derandomize=same, suppress_health_check=[HealthCheck.too_slow])

@@ -144,8 +144,8 @@ def served(made: dict[str, Path]) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def wait_until_used(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Until a process has had so much of the processor's time, or is done, or has had none for a while: it waits. A slow
-    disk may keep it waiting before it has begun, too."""
+    """Until a process has had so much of the processor's time, or is done, or has had none for a while: it waits.
+    Before it has begun, a slow disk may be why."""
     used, since = -1.0, time.monotonic()
     while process.poll() is None and used < seconds and time.monotonic() < since + (IDLE if used >= BEGUN else 60):
         ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]

@@ -393,7 +393,9 @@ def test_ogx(running: Running, expected: str, tmp_path: Path) -> None:
                     return False
 
             until(is_up)
-            (name,) = [card["id"] for card in httpx.get(f"{url}/models", timeout=60).json()["data"] if "tiny" in card["id"]]
+            (name,) = [
+                card["id"] for card in httpx.get(f"{url}/models", timeout=60).json()["data"] if "tiny" in card["id"]
+            ]
             body = {"model": name, "messages": QUESTION}
             answer = httpx.post(f"{url}/chat/completions", json=body, timeout=60)
             assert answer.status_code == 200, answer.text

@@ -481,8 +481,9 @@ def test_a_checkpoint_larger_than_memory(plain: Path, wide: Path, tmp_path: Path
 
 
 WATCHED = """
-import sys, threading, time
+import sys, threading, torch
 from llama4.api import Llama4
+torch.set_num_threads(1)  # each has buffers
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 Llama4.from_pretrained(sys.argv[2], quantization="int8", progress=False)  # imports and lazy initialisation

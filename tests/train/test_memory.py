@@ -124,6 +124,7 @@ def measure_step() -> dict[str, int]:
 FORKS = """
 import torch._dynamo  # which checkpointing imports when it is first used
 from tests.train.test_memory import *
+libc().prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: of a large page all is resident, what is freed of it as well
 for call in sys.stdin:
     if os.fork() == 0:
         told = os.dup(1)

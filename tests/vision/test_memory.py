@@ -23,6 +23,7 @@ from llama4.vision.limits import ImageLimits
 
 EACH = """
 import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:4])  # AVIF's decoder takes half a megabyte for each core
 from PIL import Image
 from llama4.vision.images import load_image
 from llama4.vision.limits import ImageLimits

@@ -261,6 +261,7 @@ config = Llama4Config(TextConfig(num_hidden_layers={tensors}), None)
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 peak, done = 0, False
+torch.set_num_threads(1)  # each has buffers
 def watch():
     global peak
     while not done:

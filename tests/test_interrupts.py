@@ -274,7 +274,7 @@ def test_an_idle_server(made: dict[str, Path]) -> None:
         with half:
             half.send(b"GET /hea")
             seconds, error = interrupted(process)
-    assert (process.returncode, error) == (0, b"")
+    assert (process.returncode, error) == (0, b"llama4 no longer serves model\n")
     assert seconds < ANSWER
 
 

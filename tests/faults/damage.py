@@ -35,12 +35,15 @@ def attempt(kind: Kind, data: bytes) -> str | None:
 
 
 def _without_threads(action: Callable[[], object]) -> None:
-    """Call a function that leaves no thread. Those of a closed pool may end a moment later."""
+    """Call a function that leaves no thread, but the one in which masks are computed for the whole process. Those of a
+    closed pool may end a moment later."""
     before = set(threading.enumerate())
     try:
         action()
     finally:
         for thread in set(threading.enumerate()) - before:
+            if thread.name.startswith("llama4 masks"):
+                continue
             thread.join(timeout=10)
             assert not thread.is_alive(), f"left the thread {thread.name}"
 

@@ -5,7 +5,7 @@ Shapes: B rows, T columns, n tiles of all rows in order, or the most of each of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -272,8 +272,8 @@ class Processor:
             ContextLengthError: as a call of the processor.
             Llama4Error: there is no text, or there are more or fewer images than places for them.
         """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+        texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+        if not all(isinstance(each, str) for each in texts):
             raise ArgumentError(f"text is {text!r:.80}; it must be a text, or a list of texts")
         if not texts or not all(texts):
             raise Llama4Error("the prompt is empty; write the text that the model shall continue")

@@ -51,7 +51,7 @@ class Form:
         grammar: in llguidance's words.
         model: a pydantic class that the reply becomes, or None.
         is_json: whether the reply is JSON.
-        is_call: whether it is a tool call.
+        is_call: whether it is a tool call, or may be one instead.
     """
 
     grammar: str
@@ -148,7 +148,7 @@ class Form:
             raise
         except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ArgumentError(f"{name} is no JSON schema ({error})") from None
-        return cls._checked(grammar, name, model, is_json=True)
+        return replace(cls._checked(grammar, name, model, is_json=True), is_call=instead is not None)
 
     @classmethod
     def _checked(cls, grammar: str, name: str, model: Any = None, is_json: bool = False) -> Form:
@@ -219,14 +219,6 @@ class Vocabulary:
         self.end_V = torch.full((size,), -torch.inf)
         self.end_V[list(stop_ids)] = 0
         self.tokenizer = library.LLTokenizer(wrapper, n_vocab=size, eos_token=list(stop_ids))
-        self._followers: WeakKeyDictionary[Form, Any] = WeakKeyDictionary()
-
-    def follower(self, form: Form) -> Any:
-        """What follows one reply. A form is read once, however many replies have it."""
-        first = self._followers.get(form)
-        if first is None:
-            first = self._followers[form] = form.follower(self.tokenizer)
-        return first.deep_copy()
 
     @classmethod
     def of(cls, tokenizer: SupportsText, size: int, stop_ids: Sequence[int]) -> Vocabulary:
@@ -251,10 +243,15 @@ class Matcher:
 
     def __init__(self, form: Form, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._matcher = vocabulary.follower(form)
+        self._matcher = form.follower(vocabulary.tokenizer)  # a copy of another would share its lexer, and its end
         self._check()
         self._penalties_V = Future[Tensor]()
-        self._penalties_V.set_result(self._compute())  # here: in `_thread` all other replies would wait for it
+        try:
+            self._penalties_V.set_result(self._compute())  # here: in `_thread` all other replies would wait for it
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of llguidance is no Exception
+            self._penalties_V.set_exception(error)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama4.engine.grammar import Form
 from llama4.engine.tokens import Event, FinishReason, Token
-from llama4.text.tool_calls import MARKS, CallReader, ToolCall, begun_call, names_of, new_id
+from llama4.text.tool_calls import MARKS, CallReader, CutCall, ToolCall, WholeCallReader, names_of, new_id
 
 CALLS_TOOLS = ("<|eom|>", "<|eom_id|>")
 """Tokens that end a reply which calls tools: Llama 4's, and Llama 3's."""
@@ -36,11 +36,11 @@ class TextDelta:
 class ToolCallDelta:
     """A piece of a tool call. The pieces of `arguments` with one `index` join to the JSON of the call's arguments.
 
-    A call comes when it is complete, as one piece: before that, it may still turn out to be text. One that the reply
-    must be comes when the reply ends, too, as far as it came.
+    A call comes when it is complete, as one piece: before that, it may still turn out to be text. One that the form of
+    the reply has comes when the reply ends, as far as it came.
 
     Attributes:
-        index: of the call in the reply's `tool_calls`.
+        index: of the call in the reply's `tool_calls`; of one that was cut off 0, as there is no other.
         id, name: the call's.
         is_cut: whether the reply ended before it was complete; its arguments may be no JSON then.
     """
@@ -72,8 +72,8 @@ class Reply:
         logprobs: every generated token with its log-probability before temperature and the like.
         parsed: where JSON was asked for and the reply is complete, what it says: a dictionary, or the pydantic object.
         others: where `n` asked for more replies, those after this one.
-        cut_call: where the reply must be a tool call and ended before that was complete, what came of it; None where
-            not even its name came, which is `text` then.
+        cut_call: where the reply's form is a tool call, or has one beside it, and the reply ended before that was
+            complete, what came of it; None where not even its arguments began: what came is `text` then.
     """
 
     text: str
@@ -116,7 +116,11 @@ class ReplyBuilder:
         self._form, self._stop_ids = form, stop_ids
         self._prompt_tokens = prompt_tokens
         calls = bool(tools) or (tools is None and form is None)
-        self._reader = CallReader(names_of(tools), certain=bool(tools)) if calls else None
+        self._reader: CallReader | WholeCallReader | None = None
+        if form is not None and form.is_call:
+            self._reader = WholeCallReader(names_of(tools) or ())
+        elif calls:
+            self._reader = CallReader(names_of(tools), certain=bool(tools))
         self._marks = {special_tokens[name]: name for name in MARKS if name in special_tokens}
         self._calls_tools = {special_tokens[name] for name in CALLS_TOOLS if name in special_tokens}
         self._text: list[str] = []
@@ -143,18 +147,16 @@ class ReplyBuilder:
             self._parsed = self._form.parse("".join(self._text), is_ended=event.token.id in self._stop_ids)
         return deltas
 
-    def _read(self, event: Event) -> Sequence[str | ToolCall | ToolCallDelta]:
+    def _read(self, event: Event) -> Sequence[str | ToolCall | CutCall]:
         if self._reader is None:
             return [event.text] if event.text else []
+        if isinstance(self._reader, WholeCallReader):
+            return [*self._reader.push(event.text), *(self._reader.finish() if event.finish_reason else ())]
         pieces = self._reader.push(event.text)
         if mark := self._marks.get(event.token.id):
             pieces += self._reader.mark(mark)
         if event.finish_reason:
             pieces += self._reader.finish(calls_tools=event.token.id in self._calls_tools)
-            if self._form is not None and self._form.is_call:
-                text = "".join(piece for piece in pieces if isinstance(piece, str))
-                if (begun := begun_call(text)) is not None:
-                    return [ToolCallDelta(0, new_id(), *begun, is_cut=True)]
         return pieces
 
     @property
@@ -162,10 +164,10 @@ class ReplyBuilder:
         """Whether no more of the reply is wanted, though the model goes on."""
         return self._one_call and bool(self._tool_calls)
 
-    def _delta(self, piece: str | ToolCall | ToolCallDelta) -> Delta:
-        if isinstance(piece, ToolCallDelta):
-            self._cut_call = piece
-            return piece
+    def _delta(self, piece: str | ToolCall | CutCall) -> Delta:
+        if isinstance(piece, CutCall):
+            self._cut_call = ToolCallDelta(0, new_id(), piece.name, piece.arguments, is_cut=True)
+            return self._cut_call
         if isinstance(piece, str):
             self._text.append(piece)
             return TextDelta(piece)

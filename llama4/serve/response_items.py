@@ -84,6 +84,8 @@ def messages_of(
     places: list[Place] = []
     for item, field in zip(items, fields, strict=True):
         kind = item["type"]
+        if kind == "function_call" and item.get("status") == "incomplete":
+            continue  # it was cut off, so it was not called, and its arguments may be no JSON
         if kind == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}

@@ -35,8 +35,8 @@ class TrainingOptions:
     """Of `finetune`, and under the same names of `llama4 finetune`.
 
     Attributes:
-        method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights of the decoder; "dpo" an
-            adapter on preferences; "distill" all weights, from a teacher.
+        method: "lora" trains an adapter; "qlora" one on packed weights; "full" all weights, those of the vision tower
+            if the data have pictures; "dpo" an adapter on preferences; "distill" all weights, from a teacher.
         lora: of those that train an adapter.
         epochs: how often the data are gone through; by default once, and small data up to ten times; or
         steps: how many batches are learnt from.

@@ -326,7 +326,7 @@ def test_an_object_may_leave_out_a_thousand_properties() -> None:
 
 
 def test_a_form_is_read_where_its_reply_is_prepared(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what may come first, and once for all replies: it may take long."""
+    """With what may come first: it may take long."""
     read, follower = list[Form](), Form.follower
 
     def noted(form: Form, tokenizer: Any) -> Any:
@@ -345,7 +345,21 @@ def test_a_form_is_read_where_its_reply_is_prepared(llm: Llama4, monkeypatch: py
         is_over.set()
     (a,) = llm.tokenizer.encode("a")
     matchers[0].accept(a)
-    assert [matcher.allows(a) for matcher in matchers] == [False, True, True] and read == [form]
+    assert [matcher.allows(a) for matcher in matchers] == [False, True, True] and read == 3 * [form]
+
+
+def test_a_reply_that_llguidance_gives_up_leaves_others_alone(llm: Llama4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same form."""
+    monkeypatch.setattr(grammar, "_MAX_JSON_FUEL", 20_000)
+    bounded = {"type": "number", "multipleOf": 9973, "minimum": 123456789, "maximum": 987654321}
+    form = Form.of({"anyOf": [{"type": "boolean"}, bounded]})
+    assert form is not None
+    vocabulary = Vocabulary.of(llm.tokenizer, llm.config.text.vocab_size, [0])
+    first, second = (Matcher(form, vocabulary) for _ in range(2))
+    for matcher, text in ((first, "5"), (second, "true")):
+        for id_ in llm.tokenizer.encode(text):
+            matcher.accept(id_)
+    assert first.problem() is not None and second.problem() is None
 
 
 def test_small_multiples_are_followed() -> None:

@@ -68,7 +68,7 @@ def test_blocks_are_dequantized(
     directory, truth = quantized(plain, tmp_path / "model", block, scales)
     with caplog.at_level(logging.WARNING):
         llm = Llama4.from_pretrained(directory, dtype="float32", progress=False)
-    assert f"14 matrices are stored in {'mx' if scales == 'bytes' else ''}fp8, a scale per block of" in caplog.text
+    assert f"14 matrices are stored in {'' if scales == 'float' else 'mx'}fp8, a scale per block of" in caplog.text
     theirs = LlamaForCausalLM.from_pretrained(plain)
     theirs.load_state_dict(truth)
     assert relative_error(llm.model(IDS), theirs(IDS).logits) < 1e-5
@@ -83,6 +83,46 @@ def test_a_scale_per_matrix_runs_as_fp8(plain: Path, tmp_path: Path) -> None:
     down = model.get_submodule("language_model.model.layers.1.feed_forward.down_proj")
     assert isinstance(down, QuantizedWeight)
     torch.testing.assert_close(down.dequantize(), truth["model.layers.1.mlp.down_proj.weight"])
+    theirs = LlamaForCausalLM.from_pretrained(plain)
+    theirs.load_state_dict(truth)
+    assert relative_error(model(IDS), theirs(IDS).logits) < 0.05, "inputs are rounded"
+
+
+@torch.inference_mode()
+def test_a_scale_per_matrix_in_other_words(plain: Path, tmp_path: Path) -> None:
+    """As an exponent; and as vLLM and AutoFP8 name it, beside those of inputs and caches."""
+    directory, truth = quantized(plain, tmp_path / "model", scales="ue8m0")
+    theirs = LlamaForCausalLM.from_pretrained(plain)
+    theirs.load_state_dict(truth)
+    expected = theirs(IDS).logits
+    model = Llama4.from_pretrained(directory, dtype="float32", progress=False).model
+    assert relative_error(model(IDS), expected) < 0.05
+    directory, _ = quantized(plain, tmp_path / "other")
+    written = {
+        name.replace("weight_scale_inv", "weight_scale").replace("activation_scale", "input_scale"): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    written["model.layers.0.self_attn.k_scale"] = torch.tensor(1.0)
+    save_file(written, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]["weight_block_size"]
+    (directory / "config.json").write_text(json.dumps(config))
+    model = Llama4.from_pretrained(directory, dtype="float32", progress=False).model
+    assert relative_error(model(IDS), expected) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"), [(None, r"values in fp8 have no weight_scale_inv(.|\n)*q_proj"), (torch.int64, "must be floats")]
+)
+def test_values_without_a_scale_are_refused(scale: torch.dtype | None, said: str, plain: Path, tmp_path: Path) -> None:
+    directory, _ = quantized(plain, tmp_path / "model", [32, 32])
+    content, name = load_file(directory / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    tensor = content.pop(name)
+    if scale is not None:
+        content[name] = tensor.to(scale)
+    save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        Llama4.from_pretrained(directory, progress=False)
 
 
 @pytest.mark.parametrize("block", ["128", [128], [0, 128], [128, "128"], {}])

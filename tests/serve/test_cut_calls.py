@@ -14,6 +14,7 @@ pytest.importorskip("llguidance")
 
 from llama4 import Llama4  # noqa: E402
 from llama4.serve.settings import Settings  # noqa: E402
+from llama4.text.tool_calls import CutCall, ToolCall, WholeCallReader  # noqa: E402
 from tests.serve.running import QUESTION, Running  # noqa: E402
 
 SHAPE = "a circle, a square, a circle, a square"
@@ -103,3 +104,44 @@ def test_of_messages(running: Running, limit: int) -> None:
     (piece,) = [event["delta"]["partial_json"] for event in told if event["type"] == "content_block_delta"]
     assert is_begun(piece)
     assert [event["delta"]["stop_reason"] for event in told if event["type"] == "message_delta"] == ["max_tokens"]
+
+
+def test_a_response_with_a_cut_call_is_continued(running: Running, limit: int) -> None:
+    first = running.client.post("/v1/responses", json={**RESPONSE, "max_output_tokens": limit}).json()
+    body = {"input": "And now?", "previous_response_id": first["id"], "max_output_tokens": 2}
+    answer = running.client.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"enum": [{"name": "count", "reason": "it counts"}]}, '{"name": "count", "reason": "it counts"}'),
+        ({"enum": [[{"name": "count"}, {"name": "count"}]]}, '[{"name": "count"}, {"name": "count"}]'),
+        ({"enum": [{"a": {"name": "count", "parameters": {}}}]}, '{"a": {"name": "count", "parameters": {}}}'),
+    ],
+)
+def test_a_form_that_names_a_tool_is_no_call(
+    llm: Llama4, monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], text: str
+) -> None:
+    """Nor what stands within it, whole or cut off."""
+    monkeypatch.setattr("llama4.options.free_call", lambda tools: schema)  # so that it is not the call
+    reply = llm.chat(QUESTION, tools=CHAT["tools"], response_format=schema)
+    assert (reply.text, reply.tool_calls, reply.parsed) == (text, [], schema["enum"][0])
+    cut = llm.chat(QUESTION, tools=CHAT["tools"], response_format=schema, max_new_tokens=9)
+    assert text.startswith(cut.text) and cut.text and not cut.tool_calls and cut.finish_reason == "length"
+
+
+def test_a_call_is_told_whole_with_calls_in_its_arguments() -> None:
+    reader = WholeCallReader(["count", "search"])
+    text = '{"name": "count", "parameters": {"steps": [{"name": "search", "parameters": {}}, {"na'
+    assert [reader.push(character) for character in text] == [[]] * len(text)
+    assert reader.finish() == [CutCall("count", text.partition('"parameters": ')[2])]
+    reader = WholeCallReader(["count"])
+    assert [*reader.push('{"name": "co"'), *reader.push(', "a": 1}'), *reader.finish()] == [
+        '{"name": "co"',
+        ', "a": 1}',
+    ]
+    reader = WholeCallReader(["count"])
+    assert not reader.push('{"name": "count", "parameters": {"a": [1]}}')
+    assert reader.finish() == [ToolCall("count", {"a": [1]})]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urldefrag, urljoin
@@ -56,16 +54,6 @@ def free_call(tools: Tools) -> dict[str, Any]:
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
-
-
-_BEGUN = re.compile(r'\{"name": ("(?:[^"\\]|\\.)+")(?:, "parameters": (.*))?', re.DOTALL)
-
-
-def begun_call(text: str) -> tuple[str, str] | None:
-    """Of a call that a reply must be, and whose text is cut off: its name, and the JSON of its arguments as far as they
-    came. None where the name is not complete."""
-    begun = _BEGUN.match(text)
-    return (json.loads(begun[1]), begun[2] or "") if begun else None
 
 
 def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:

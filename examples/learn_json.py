@@ -16,7 +16,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before the imports, which take seconds
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="OUT_DIR", type=Path)
+    parser.add_argument("output", metavar="OUT_DIR", type=lambda name: Path(name).resolve())
     arguments = parser.parse_args()
 
 from llama4 import Llama4

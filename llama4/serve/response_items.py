@@ -33,6 +33,7 @@ CALL = record(
     name={"type": "string", "minLength": 1},
     arguments=STRING,
     id=STRING,
+    status=one_of("in_progress", "completed", "incomplete"),
 )
 OUTPUT = record(
     ("type", "call_id", "output"),

@@ -108,9 +108,20 @@ def test_of_messages(running: Running, limit: int) -> None:
 
 def test_a_response_with_a_cut_call_is_continued(running: Running, limit: int) -> None:
     first = running.client.post("/v1/responses", json={**RESPONSE, "max_output_tokens": limit}).json()
-    body = {"input": "And now?", "previous_response_id": first["id"], "max_output_tokens": 2}
-    answer = running.client.post("/v1/responses", json=body)
-    assert answer.status_code == 200, answer.text
+    now = {"role": "user", "content": "And now?"}
+    for body in ({"input": "And now?", "previous_response_id": first["id"]}, {"input": [*first["output"], now]}):
+        answer = running.client.post("/v1/responses", json=body | {"max_output_tokens": 2})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_an_identity_that_is_no_address(running: Running, choice: str) -> None:
+    broken = {"$id": "http://[", "type": "object"}
+    function = {"name": "f", "parameters": broken if choice == "required" else {}}
+    body = {"messages": QUESTION, "tools": [{"type": "function", "function": function}], "tool_choice": choice}
+    form = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": broken}}}
+    answer = running.client.post("/v1/chat/completions", json=body | (form if choice == "auto" else {}))
+    assert answer.status_code == 400 and "no address" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,17 @@ def _call(tool: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
 
 def as_resource(schema: Mapping[str, Any], address: str) -> dict[str, Any]:
     """A schema to stand in another one. With an address that nothing else there has, references and names in it are its
-    own."""
+    own.
+
+    Raises:
+        ArgumentError: its `$id` is no address.
+    """
     identity = schema.get("$id")
-    own, anchor = urldefrag(identity if isinstance(identity, str) else "")
-    resource = {**schema, "$id": urljoin(address, own)}
+    try:
+        own, anchor = urldefrag(identity if isinstance(identity, str) else "")
+        resource = {**schema, "$id": urljoin(address, own)}
+    except ValueError as error:
+        raise ArgumentError(f"the $id of a schema is {identity!r:.80}, which is no address: {error}") from None
     if anchor:  # as names were written before 2019
         resource.setdefault("$anchor", anchor)
     resource.pop("$schema", None)  # before 2019, $id beside $ref was nothing

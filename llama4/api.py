@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,7 +30,16 @@ from llama4.forks import notice_fork, survive_forks
 from llama4.inputs import Inputs, Processor
 from llama4.model.device import DTYPES, resolve_device
 from llama4.model.multimodal import Llama4Model
-from llama4.options import MAX_NEW_TOKENS, Options, Prepared, Prompt, choice_of, conversation, options_checked
+from llama4.options import (
+    MAX_NEW_TOKENS,
+    Options,
+    Prepared,
+    Prompt,
+    choice_of,
+    conversation,
+    conversation_rows,
+    options_checked,
+)
 from llama4.quantization.schemes import check_names
 from llama4.text.guard import Moderation
 from llama4.text.messages import Message
@@ -449,21 +458,13 @@ class Llama4:
         self, conversations: Sequence[str | Sequence[Message]] | Inputs, **options: Unpack[Options]
     ) -> list[Reply]:
         """Answer several conversations at once; each reply is what `chat` gives for that conversation alone."""
-        if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Inputs | Iterable):
-            raise ArgumentError(f"conversations is {conversations!r:.80}; it must be a list, with one for each reply")
         if isinstance(conversations, Inputs):
             prepared = self.prepare(conversations, **options)
+        elif rows := conversation_rows(conversations):
+            prepared = self.prepare(rows, **options)
         else:
-            rows = list(conversations)
-            if any(isinstance(row, Mapping) for row in rows):
-                raise ArgumentError("conversations is a list of messages; give a list of conversations: [messages]")
-            for i, row in enumerate(rows):
-                if isinstance(row, bytes) or not isinstance(row, Iterable):
-                    raise ArgumentError(f"conversation {i} is {row!r:.80}; it must be a text, or a list of messages")
-            if not rows:
-                choice_of(options, self.generation_config, self.config.text.vocab_size)  # raises, as with rows
-                return []
-            prepared = self.prepare([list(conversation(row)) for row in rows], **options)
+            choice_of(options, self.generation_config, self.config.text.vocab_size)  # raises, as with rows
+            return []
         builders = prepared.builders(self.tokenizer)
         for event in self._start(prepared):
             builders[event.row].add(event)

@@ -156,6 +156,23 @@ def has_form(options: Options) -> bool:
     return any(each not in (None, "auto", "none", {"type": "text"}) for each in given)
 
 
+def conversation_rows(given: Iterable[str | Iterable[Message]]) -> list[list[Message]]:
+    """Several conversations.
+
+    Raises:
+        ArgumentError: it is one conversation, or no list; or a row is none.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ArgumentError(f"conversations is {given!r:.80}; it must be a list, with one for each reply")
+    rows = list(given)
+    if any(isinstance(row, Mapping) for row in rows):
+        raise ArgumentError("conversations is a list of messages; give a list of conversations: [messages]")
+    for i, row in enumerate(rows):
+        if isinstance(row, bytes) or not isinstance(row, Iterable):
+            raise ArgumentError(f"conversation {i} is {row!r:.80}; it must be a text, or a list of messages")
+    return [list(conversation(row)) if isinstance(row, str) else list(row) for row in rows]
+
+
 def conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
     """A string is one question."""
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -33,7 +33,7 @@ from llama4.engine.request import Delivery, Request
 from llama4.engine.scheduler import MAX_BATCH, Scheduler
 from llama4.engine.tokens import Token
 from llama4.errors import ArgumentError, BusyError, Llama4Error
-from llama4.options import Options, Prepared, Prompt
+from llama4.options import Options, Prepared, Prompt, choice_of, conversation_rows
 from llama4.serve.mailbox import Mailbox
 from llama4.serve.preparation import Preparation
 from llama4.serve.worker import Worker
@@ -145,7 +145,9 @@ class Engine:
         **options: Unpack[Options],
     ) -> list[Reply]:
         """Answer conversations at once, from a thread that may wait; each reply is what `Llama4.chat` gives."""
-        streams = [self.stream(each, adapter=adapter, **options) for each in conversations]
+        streams = [self.stream(each, adapter=adapter, **options) for each in conversation_rows(conversations)]
+        if not streams:
+            choice_of(options, self.llm.generation_config, self.llm.config.text.vocab_size)  # raises, as with rows
         try:
             for stream in streams:
                 stream.open(may_wait=True)

@@ -258,6 +258,22 @@ def test_an_engine_that_nobody_holds_ends_its_thread(llm: Llama4) -> None:
     assert not thread.is_alive()
 
 
+def test_a_batch_is_checked_as_that_of_the_model(llm: Llama4, engine: Engine) -> None:
+    wrong: tuple[tuple[Any, str], ...] = (
+        ("Hi", "it must be a list, with one for each reply"),
+        (None, "it must be a list, with one for each reply"),
+        ([{"role": "user", "content": "Hi"}], r"give a list of conversations: \[messages\]"),
+        (["Hi", None], "conversation 1 is None"),
+    )
+    for asked in (llm, engine):
+        for rows, said in wrong:
+            with pytest.raises(ArgumentError, match=said):
+                asked.chat_batch(rows)
+        with pytest.raises(ArgumentError, match="temperature is"):
+            asked.chat_batch([], temperature=-1.0)
+        assert asked.chat_batch([]) == []
+
+
 def test_errors_are_those_of_chat(llm: Llama4) -> None:
     with Engine(llm, cache_memory=llm.model.new_cache().num_bytes_of(1)) as engine:
         for prompt, kind, text in (
